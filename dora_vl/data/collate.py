@@ -1,0 +1,79 @@
+"""Samples of different lengths as one batch: padded, masked by length, every loss on the way counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import NotRequired
+
+from dora_vl.data.dataset import IGNORED_LABEL, Sample, Skipped
+
+
+class Batch(TypedDict):
+    """What a backbone and the bookkeeping receive. `labels[b, t]` is the token at `t`; the backbone shifts.
+
+    Pictures of all rows stand one after another, in the order of their placeholders; at most one of
+    `pixel_values` and `image_features` is there, neither when every row is text only. `samples` counts the
+    real rows, `padding_tokens` the positions that hold no token, `cut` what the length limit removed.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    pixel_values: NotRequired[Float[Tensor, "images 3 height width"]]
+    image_features: NotRequired[Float[Tensor, "images tokens width"]]
+    samples: int
+    padding_tokens: int
+    skipped: list[tuple[str, str]]
+    cut: list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads samples to the longest of them. Training pads on the right; decoding needs the left.
+
+    The attention mask comes from lengths, not from ids: an unknown word may share the padding's id.
+    """
+
+    pad_token_id: int
+    pad_side: Literal["right", "left"] = "right"
+
+    def __call__(self, items: Sequence[Sample | Skipped]) -> Batch:
+        """One batch; when nothing in it is usable, one row of padding without labels keeps the ranks in step.
+
+        That row's only position is attended to: a row masked as a whole gives NaN in some attention kernels.
+        """
+        samples = [item for item in items if isinstance(item, Sample)]
+        skipped = [(item.id, item.reason) for item in items if isinstance(item, Skipped)]
+        ids = [sample.input_ids for sample in samples] or [torch.tensor([self.pad_token_id])]
+        labels = [sample.labels for sample in samples] or [torch.tensor([IGNORED_LABEL])]
+        mask = self._pad([torch.ones_like(row) for row in ids], 0)
+        batch: Batch = {
+            "input_ids": self._pad(ids, self.pad_token_id),
+            "attention_mask": mask,
+            "labels": self._pad(labels, IGNORED_LABEL),
+            "samples": len(samples),
+            "padding_tokens": mask.numel() - sum(len(sample.input_ids) for sample in samples),
+            "skipped": skipped,
+            "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
+        }
+        pixels = [picture for sample in samples for picture in sample.pictures]
+        if pixels:
+            batch["pixel_values"] = torch.stack(pixels)
+        features = [picture for sample in samples for picture in sample.features]
+        if features:
+            batch["image_features"] = torch.stack(features)
+        return batch
+
+    def _pad(self, rows: Sequence[Int[Tensor, " seq"]], value: int) -> Int[Tensor, "batch seq"]:
+        longest = max(len(row) for row in rows)
+        padded = torch.full((len(rows), longest), value, dtype=torch.int64)
+        for target, row in zip(padded, rows, strict=True):
+            start = 0 if self.pad_side == "right" else longest - len(row)
+            target[start : start + len(row)] = row
+        return padded

@@ -1,0 +1,151 @@
+"""Rows of records as samples a backbone can batch; what cannot be used comes back named, not raised."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dora_vl.data.turns import Conversation, read_llava
+from dora_vl.errors import BadSample
+
+IGNORED_LABEL = -100
+"""Label of a position that is not trained; what `torch.nn.functional.cross_entropy` ignores by default."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation in tokens. `labels[t]` is the token at `t` where it is trained, else -100.
+
+    `cut_tokens` counts what the length limit removed at the end.
+    """
+
+    input_ids: Int[Tensor, " seq"]
+    labels: Int[Tensor, " seq"]
+    cut_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One usable sample. Its pictures are pixels or a frozen tower's features, never both.
+
+    `pictures` holds `[3, height, width]` each, `features` `[tokens, width]`; both are empty for text only.
+    """
+
+    index: int
+    id: str
+    input_ids: Int[Tensor, " seq"]
+    labels: Int[Tensor, " seq"]
+    pictures: tuple[Tensor, ...] = ()
+    features: tuple[Tensor, ...] = ()
+    cut_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that cannot be used, and why."""
+
+    index: int
+    id: str
+    reason: str
+
+
+class Rows(Protocol):
+    """What the data set reads from: a `datasets.Dataset`, or a list of records."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, object]: ...
+
+
+Augment = Callable[[Float[Tensor, "3 height width"], random.Random], Float[Tensor, "3 height width"]]
+
+
+def sample_random(seed: int, epoch: int, index: int) -> random.Random:
+    """The generator of one sample in one epoch: the same on any rank, in any worker, after any resume."""
+    return random.Random(f"{seed}/{epoch}/{index}")
+
+
+class LlavaDataset(torch.utils.data.Dataset["Sample | Skipped"]):
+    """Reads, encodes and illustrates one row at a time.
+
+    Args:
+        rows: the records, as `records.load_llava` gives them.
+        encode: the backbone's tokens and labels of a conversation.
+        picture: pixels of a picture by its relative path. Raises `BadSample` for a broken one.
+        features: a frozen tower's features of a picture by its relative path; give this or `picture`.
+        augment: changes pixels at random, with the generator of (seed, epoch, index).
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        encode: Callable[[Conversation], Encoded],
+        picture: Callable[[str], Tensor] | None = None,
+        features: Callable[[str], Tensor] | None = None,
+        augment: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        if picture is not None and features is not None:
+            raise ValueError("give 'picture' or 'features', not both")
+        if augment is not None and picture is None:
+            raise ValueError("'augment' changes pixels, so it needs 'picture'; stored features cannot change")
+        self._rows = rows
+        self._encode = encode
+        self._picture = picture
+        self._features = features
+        self._augment = augment
+        self._seed = seed
+        # Shared memory: persistent workers keep a copy of this object and would not see a plain attribute.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Moves the random choices of every worker to this epoch."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> Sample | Skipped:
+        conversation_id = str(index)
+        try:
+            row = self._rows[index]
+            conversation_id = str(row.get("id", index))
+            conversation = read_llava(row)
+            return self._sample(index, conversation)
+        except BadSample as error:
+            return Skipped(index, conversation_id, error.reason)
+
+    def _sample(self, index: int, conversation: Conversation) -> Sample:
+        encoded = self._encode(conversation)
+        # The first position has nothing before it to be predicted from, so its label cannot train.
+        if not bool((encoded.labels[1:] != IGNORED_LABEL).any()):
+            reason = f"nothing is left to train on in its {len(encoded.labels)} tokens"
+            raise BadSample(
+                conversation.id, f"{reason} after {encoded.cut_tokens} were cut; raise data.max_tokens"
+            )
+        return Sample(
+            index=index,
+            id=conversation.id,
+            input_ids=encoded.input_ids,
+            labels=encoded.labels,
+            pictures=self._pixels(index, conversation),
+            features=tuple(self._features(path) for path in conversation.images) if self._features else (),
+            cut_tokens=encoded.cut_tokens,
+        )
+
+    def _pixels(self, index: int, conversation: Conversation) -> tuple[Tensor, ...]:
+        if self._picture is None:
+            return ()
+        pixels = tuple(self._picture(path) for path in conversation.images)
+        if self._augment is None:
+            return pixels
+        generator = sample_random(self._seed, int(self._epoch), index)
+        return tuple(self._augment(picture, generator) for picture in pixels)

@@ -1,0 +1,93 @@
+"""Opening a sample's picture: kept inside its folder, decoded as a whole, as plain RGB."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from dora_vl.errors import BadSample
+
+# What Pillow's decoders raise on bytes that are no picture, or no longer one (found by mutating valid files).
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    ZeroDivisionError,
+    AttributeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Image.Image:
+    """The picture at `relative` under `root`, as RGB, decoded whole.
+
+    As in LLaVA's training: no EXIF rotation, and an alpha channel is dropped, not blended. Two deliberate
+    differences: a palette's transparency is removed before conversion (transformers would blend the picture
+    with white even afterwards), and 16-bit grey is scaled to 8 bits, where Pillow's `convert` clips it to white.
+
+    Args:
+        root: the folder that holds all pictures.
+        relative: a path inside it, with `/`.
+        follow_links: accept a link inside `root` that leads out of it, as in a folder composed of links.
+
+    Raises:
+        BadSample: the path leaves `root`, nothing is there, or it cannot be decoded; its `sample_id` is the
+            path, because a picture does not know its sample.
+    """
+    path = _inside(root, relative, follow_links=follow_links)
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _plain_rgb(image)
+    except FileNotFoundError:
+        raise BadSample(relative, f"picture {relative} is missing in {root}") from None
+    except _DECODING_ERRORS as error:
+        raise BadSample(
+            relative, f"picture {relative} in {root} cannot be decoded: {_one_line(error)}"
+        ) from None
+
+
+def _inside(root: Path, relative: str, *, follow_links: bool) -> Path:
+    parts = PurePosixPath(relative)
+    if not relative or "\0" in relative or parts.is_absolute() or Path(relative).is_absolute():
+        raise BadSample(relative, f"picture path {relative!r} must be relative to {root}")
+    if ".." in parts.parts or ".." in Path(relative).parts:
+        raise BadSample(relative, f"picture path {relative!r} must not leave {root}")
+    path = root / relative
+    if follow_links:
+        return path
+    try:
+        real, real_root = path.resolve(), root.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle, or a name too long
+        raise BadSample(
+            relative, f"picture path {relative!r} cannot be followed: {_one_line(error)}"
+        ) from None
+    if not real.is_relative_to(real_root):
+        raise BadSample(relative, f"picture {relative} is a link that leads out of {root}, to {real}")
+    return path
+
+
+def _plain_rgb(image: Image.Image) -> Image.Image:
+    image.info.pop("transparency", None)
+    if image.mode.startswith("I") and _brightest(image) > 255:
+        image = image.point(lambda value: value / 256).convert("L")
+    rgb = image.convert("RGB")
+    rgb.info.pop("transparency", None)
+    return rgb
+
+
+def _brightest(image: Image.Image) -> float:
+    _, brightest = image.getextrema()
+    return brightest if isinstance(brightest, int | float) else 0.0
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,143 @@
+"""A published LLaVA record as typed turns: who speaks, what is said, where a picture goes.
+
+Turns hold no special token except `<image>`: templates and tokens belong to the backbone.
+Source of the rules: LLaVA c121f04, `llava/train/train.py` (`preprocess_multimodal`, `preprocess_v1`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dora_vl.errors import BadSample
+
+IMAGE_PLACEHOLDER = "<image>"
+
+Role = Literal["user", "assistant"]
+
+_ROLES: Mapping[str, Role] = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One utterance; `text` holds `<image>` at each place where a picture goes."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A sample without its pictures' pixels: `images` are paths relative to the picture folder.
+
+    Turns alternate, begin with the user and end with a non-empty answer; the placeholders in them are as many
+    as `images`, in the same order.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+
+def read_llava(record: Mapping[str, object]) -> Conversation:
+    """One record of LLaVA's JSON, or one row of `records.load_llava`, as a conversation.
+
+    A first turn that is not from "human" is dropped, as the original does. With one picture its placeholder
+    moves to the front of its turn, followed by a newline (the published normalisation); with several pictures
+    every placeholder stays where it is, because moving them would lose which picture the text speaks of. The
+    original folds repeated placeholders of one turn into one; here a count that differs from the pictures is
+    an error. An empty or null `image` means text only.
+
+    Raises:
+        BadSample: a role other than human/gpt, turns that do not alternate, a last turn without an answer,
+            an empty answer, placeholders that are not as many as the pictures, or a video.
+    """
+    sample_id = _id_of(record)
+    if _paths(record, ("video",), sample_id):
+        raise BadSample(sample_id, "it has a video, which this task cannot read yet; leave the sample out")
+    images = _paths(record, ("images", "image"), sample_id)
+    turns = _alternating(_without_leading_answer(_turns(record, sample_id)), sample_id)
+    _check_placeholders(turns, images, sample_id)
+    if len(images) == 1:
+        turns = [Turn(turn.role, _placeholder_first(turn.text)) for turn in turns]
+    return Conversation(sample_id, images, tuple(turns))
+
+
+def _id_of(record: Mapping[str, object]) -> str:
+    value = record.get("id")
+    return "(no id)" if value is None else str(value)
+
+
+def _paths(record: Mapping[str, object], keys: Sequence[str], sample_id: str) -> tuple[str, ...]:
+    for key in keys:
+        value = record.get(key)
+        if value is None or value == "":
+            continue
+        paths = [value] if isinstance(value, str) else value
+        if not isinstance(paths, Sequence) or not all(isinstance(path, str) and path for path in paths):
+            raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {_short(value)}")
+        return tuple(paths)
+    return ()
+
+
+def _turns(record: Mapping[str, object], sample_id: str) -> list[Turn]:
+    if record.get("problem"):  # `records.load_llava` found it while converting the file
+        raise BadSample(sample_id, str(record["problem"]))
+    entries = record.get("conversations")
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        raise BadSample(sample_id, f"'conversations' must be a list of turns, got {_short(entries)}")
+    return [_turn(entry, number, sample_id) for number, entry in enumerate(entries)]
+
+
+def _turn(entry: object, number: int, sample_id: str) -> Turn:
+    if not isinstance(entry, Mapping):
+        raise BadSample(sample_id, f"turn {number} must hold 'from' and 'value', got {_short(entry)}")
+    speaker, text = entry.get("from"), entry.get("value")
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise BadSample(
+            sample_id, f"turn {number} is from {_short(speaker)}; only 'human' and 'gpt' are known"
+        )
+    if not isinstance(text, str):
+        raise BadSample(sample_id, f"turn {number} must have a text as its 'value', got {_short(text)}")
+    return Turn(role, text)
+
+
+def _without_leading_answer(turns: list[Turn]) -> list[Turn]:
+    return turns if turns[0].role == "user" else turns[1:]
+
+
+def _alternating(turns: list[Turn], sample_id: str) -> list[Turn]:
+    if not turns:
+        raise BadSample(sample_id, "it has no question: its only turn is from 'gpt'")
+    for number, turn in enumerate(turns):
+        expected: Role = "assistant" if number % 2 else "user"
+        if turn.role != expected:
+            raise BadSample(
+                sample_id, f"two turns in a row are from the {turn.role}; human and gpt must alternate"
+            )
+        if turn.role == "assistant" and not turn.text.replace(IMAGE_PLACEHOLDER, "").strip():
+            raise BadSample(sample_id, f"answer {number // 2 + 1} of {(len(turns) + 1) // 2} is empty")
+    if turns[-1].role == "user":
+        raise BadSample(sample_id, "its last question has no answer")
+    return turns
+
+
+def _check_placeholders(turns: Sequence[Turn], images: Sequence[str], sample_id: str) -> None:
+    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if placeholders != len(images):
+        counts = f"{placeholders} {IMAGE_PLACEHOLDER} placeholders, but it names {len(images)} pictures"
+        raise BadSample(sample_id, f"its text has {counts}")
+
+
+def _placeholder_first(text: str) -> str:
+    if IMAGE_PLACEHOLDER not in text:
+        return text
+    rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
+    return f"{IMAGE_PLACEHOLDER}\n{rest}".strip()
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
