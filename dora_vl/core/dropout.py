@@ -1,0 +1,77 @@
+"""Dropout for the low-rank path: an exact mask at a fraction of `F.dropout`'s price, shared by layers.
+
+On two CPU cores `F.dropout` of 768 x 576 bfloat16 takes 3 ms, twice the frozen product it stands beside. Here
+the dropped *positions* are drawn instead of a number for every element: a Poisson number of uniform positions,
+with mean -n log(1-p), leaves each element untouched with probability exactly 1-p, independently. That takes
+0.16 ms at p = 0.05. The factor 1/(1-p) belongs to the caller, who has a scale to fold it into.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The elements that one draw of dropout sets to zero.
+
+    `positions` are indices into the flattened tensor (an index may come twice) on CPU, a bool mask elsewhere.
+    """
+
+    probability: float
+    positions: Tensor
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` with the dropped elements zero; not rescaled."""
+        return self.apply_(tensor.clone(memory_format=torch.contiguous_format))
+
+    def apply_(self, tensor: Tensor) -> Tensor:
+        """Sets the dropped elements of a contiguous `tensor` to zero in place."""
+        if self.positions.dtype == torch.bool:
+            return tensor.masked_fill_(self.positions.view_as(tensor), 0)
+        tensor.view(-1).index_fill_(0, self.positions, 0)
+        return tensor
+
+
+def draw_dropped(tensor: Tensor, probability: float) -> Dropped:
+    """Draws dropout for a tensor's shape from the global generator, which checkpointing saves and restores."""
+    if tensor.device.type != "cpu":
+        mask = torch.rand(tensor.shape, device=tensor.device, dtype=torch.float32) < probability
+        return Dropped(probability, mask)
+    mean = -tensor.numel() * math.log1p(-probability)
+    count = int(torch.poisson(torch.tensor(mean, dtype=torch.float64)).item())
+    return Dropped(probability, torch.randint(tensor.numel(), (count,)))
+
+
+class SharedDropout:
+    """Gives layers that read the same tensor object (q, k, v; gate, up) one mask.
+
+    The last draw is kept by weak reference to its input, so nothing outlives the forward pass that made it. A
+    layer that asks twice for the same tensor (a second pass, a checkpoint's recomputation) gets a new draw: the
+    generator then advances as in the first pass, and the recomputed mask is the same mask.
+    """
+
+    def __init__(self) -> None:
+        self._source: weakref.ReferenceType[Tensor] | None = None
+        self._version = -1
+        self._dropped: Dropped | None = None
+        self._users: set[int] = set()
+
+    def draw(self, tensor: Tensor, probability: float, user: int) -> Dropped:
+        """The mask for `tensor` as layer `user` reads it: shared where it can be, else a new one."""
+        last = self._dropped
+        if last is not None and last.probability == probability and self._shares(tensor, user):
+            self._users.add(user)
+            return last
+        self._source, self._version = weakref.ref(tensor), tensor._version
+        self._dropped, self._users = draw_dropped(tensor, probability), {user}
+        return self._dropped
+
+    def _shares(self, tensor: Tensor, user: int) -> bool:
+        same = self._source is not None and self._source() is tensor and self._version == tensor._version
+        return same and user not in self._users

@@ -1,0 +1,267 @@
+"""DoRA's equation, written once (arXiv 2402.09353, equation 5), without the dense product.
+
+Letters, as in the paper, used in this file alone, for one adapted linear layer:
+
+    W [out, in]   frozen weight           b [out]      bias, outside the equation
+    A [rank, in]  B [out, rank]           s            alpha / rank (or alpha / sqrt(rank))
+    m [out]       magnitude               V = W + s B A       the direction before normalisation
+    n [out]       n_i = ||V_i||_2, the norm of each output row of V
+    g [out]       g = m / n
+
+    y = g * (W x + s B A x) + b           merged:  W' = g * V, b unchanged
+
+The paper writes W as [in, out] and says "column-wise"; with torch's [out, in] that is one norm a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dora_vl.core.dropout import Dropped
+
+CANCELLATION = 0.05
+"""Where n^2 falls below this share of its positive terms, the factored form has lost too many digits."""
+
+NORM_CHUNK_ROWS = 1024
+"""Rows of W turned to float32 at a time, so that a norm never needs a second copy of the weight."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms and gains: float32, or float64 for float64 weights."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_norms_squared(weight: Float[Tensor, "out in_"]) -> Float[Tensor, " out"]:
+    """||W_i||^2 of each output row in float32, read a block of rows at a time."""
+    dtype = accumulation_dtype(weight.dtype)
+    blocks = weight.detach().split(NORM_CHUNK_ROWS)
+    return torch.cat([block.to(dtype).square().sum(dim=1) for block in blocks])
+
+
+def direction_norms(
+    weight_norms_squared: Float[Tensor, " out"],
+    lora_A: Float[Tensor, "rank in_"],
+    lora_B: Float[Tensor, "out rank"],
+    weight_on_A: Float[Tensor, "rank out"],
+    scale: float,
+) -> tuple[Float[Tensor, " out"], Int[Tensor, " cancelled"]]:
+    """n from its factors, and the rows where they cancel too far to be trusted.
+
+    n_i^2 = ||W_i||^2 + 2 s B_i.(W A^T)_i + s^2 B_i (A A^T) B_i^T; memory out*rank + rank^2, never out*in.
+    `weight_on_A` is the frozen layer applied to A's rows, A W^T, so no weight is read here: quantised and
+    sharded layers need nothing more. Differentiable in A and B.
+    """
+    dtype = weight_norms_squared.dtype
+    a, b = lora_A.to(dtype), lora_B.to(dtype)
+    cross = 2 * scale * (b * weight_on_A.to(dtype).t()).sum(dim=1)
+    low_rank = scale**2 * ((b @ (a @ a.t())) * b).sum(dim=1)
+    positive = weight_norms_squared + low_rank.detach()
+    squared = weight_norms_squared + cross + low_rank
+    cancelled = (squared.detach() < CANCELLATION * positive).nonzero().flatten()
+    return root(squared), cancelled
+
+
+def root(squared: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Square root that is 0, with gradient 0 and not infinite, where rounding or a zero row leaves no length."""
+    positive = squared > 0
+    return torch.where(positive, squared, 1.0).sqrt() * positive
+
+
+def dense_direction(
+    weight: Float[Tensor, "rows in_"],
+    lora_A: Float[Tensor, "rank in_"] | None,
+    lora_B: Float[Tensor, "rows rank"] | None,
+    scale: float,
+) -> Float[Tensor, "rows in_"]:
+    """V = W + s B A in float32, for merging and for the few rows whose factored norm cancels."""
+    dtype = accumulation_dtype(weight.dtype)
+    if lora_A is None or lora_B is None:
+        return weight.to(dtype)
+    return weight.to(dtype) + scale * (lora_B.to(dtype) @ lora_A.to(dtype))
+
+
+def gain(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+    """g = m / n; a row of V that is all zero has no direction and keeps g = 1 instead of 0/0."""
+    smallest = torch.finfo(norms.dtype).tiny
+    return torch.where(norms > 0, magnitude.to(norms.dtype) / norms.clamp_min(smallest), 1.0)
+
+
+def merged_weight(
+    weight: Float[Tensor, "out in_"],
+    lora_A: Float[Tensor, "rank in_"] | None,
+    lora_B: Float[Tensor, "out rank"] | None,
+    magnitude: Float[Tensor, " out"] | None,
+    scale: float,
+) -> Float[Tensor, "out in_"]:
+    """W' = m V / ||V||, or V without a magnitude (LoRA), computed in float32, in W's dtype."""
+    direction = dense_direction(weight, lora_A, lora_B, scale)
+    if magnitude is not None:
+        direction = gain(magnitude, root(row_norms_squared(direction))).unsqueeze(1) * direction
+    return direction.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """g of one layer, valid until A, B or m change: once an optimizer step, not once a forward pass.
+
+    g - 1 is kept instead of g, because half-precision g rounds small changes of magnitude away (bfloat16 has
+    nothing between 1 and 1.0078) while g - 1 keeps its digits; `z + (g - 1) z` then rounds once.
+    """
+
+    norms: Float[Tensor, " out"]
+    minus_one: Float[Tensor, " out"]
+    full: Float[Tensor, " out"]
+    fragile: Int[Tensor, " fragile"] | None
+    """Rows whose g is so near 0 that z cannot be rebuilt from y in the backward pass."""
+
+
+FRAGILE_GAIN = 0.05
+
+
+def make_gain(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"], dtype: torch.dtype) -> Gain:
+    """g = m / n in float32 and g - 1 in the dtype of the activations."""
+    full = gain(magnitude.detach(), norms)
+    fragile = (full.abs() < FRAGILE_GAIN).nonzero().flatten()
+    return Gain(norms, (full - 1).to(dtype), full, fragile if fragile.numel() else None)
+
+
+def apply_gain(
+    product: Float[Tensor, "rows out"], bias: Float[Tensor, " out"] | None, gain: Gain
+) -> Float[Tensor, "rows out"]:
+    """Turns z + b into g z + b in place; bitwise nothing where g = 1."""
+    product.addcmul_(product, gain.minus_one)
+    if bias is not None:
+        product.sub_(gain.minus_one * bias)
+    return product
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """y = g (W x + s B A x) + b with one product of W, keeping x, h = A x and y alone for the backward pass.
+
+    z = (y - b) / g is rebuilt from y, so that m's gradient costs no third [rows, out] tensor; only rows whose g
+    is nearly zero keep their z. W gets no gradient: it is frozen by construction. `gain` None is plain LoRA,
+    A and B None is a magnitude alone. `dropped` masks the low-rank path's input.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 - the operands of the equation
+        ctx: Any,
+        x: Float[Tensor, "*batch in_"],
+        weight: Float[Tensor, "out in_"],
+        bias: Float[Tensor, " out"] | None,
+        lora_A: Float[Tensor, "rank in_"] | None,
+        lora_B: Float[Tensor, "out rank"] | None,
+        magnitude: Float[Tensor, " out"] | None,
+        gain: Gain | None,
+        scale: float,
+        dropped: Dropped | None,
+    ) -> Float[Tensor, "*batch out"]:
+        """Runs the layer; every operand but A, B and m in the dtype of x."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.linear(rows, weight, bias)
+        hidden = None
+        if lora_A is not None and lora_B is not None:
+            scale = scale if dropped is None else scale / (1 - dropped.probability)
+            hidden = F.linear(rows if dropped is None else dropped.apply(rows), lora_A.to(x.dtype))
+            y.addmm_(hidden, lora_B.to(x.dtype).t(), alpha=scale)
+        fragile_z = None
+        if gain is not None:
+            if gain.fragile is not None:
+                fragile_z = y[:, gain.fragile] - (0 if bias is None else bias[gain.fragile])
+            y = apply_gain(y, bias, gain)
+        output = y.view(*x.shape[:-1], y.shape[-1])
+        kept = output if magnitude is not None and magnitude.requires_grad else None
+        ctx.save_for_backward(rows, weight, bias, lora_A, lora_B, hidden, kept, fragile_z)
+        ctx.gain, ctx.scale, ctx.dropped, ctx.input_shape = gain, scale, dropped, x.shape
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of x, b, A, B and m."""
+        rows, weight, bias, lora_A, lora_B, hidden, y, fragile_z = ctx.saved_tensors
+        gain, needs = ctx.gain, ctx.needs_input_grad
+        dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
+        bias_sum = dy.sum(dim=0) if bias is not None and (needs[2] or y is not None) else None
+        dm = None
+        if y is not None:
+            dg = gain_gradient(dy, y.reshape(dy.shape), bias, bias_sum, gain, fragile_z)
+            dm = torch.where(gain.norms > 0, dg / gain.norms.clamp_min(torch.finfo(dg.dtype).tiny), 0.0)
+        dz = dy if gain is None else torch.addcmul(dy, dy, gain.minus_one)
+        dx = dz @ weight if needs[0] else None
+        dA = dB = None
+        if hidden is not None:
+            dx, dA, dB = low_rank_gradients(dx, dz, rows, hidden, (lora_A, lora_B), ctx.scale, ctx.dropped)
+        if dx is not None:
+            dx = dx.view(ctx.input_shape)
+        return dx, None, bias_sum if needs[2] else None, dA, dB, dm, None, None, None
+
+
+def gain_gradient(
+    dy: Float[Tensor, "rows out"],
+    y: Float[Tensor, "rows out"],
+    bias: Float[Tensor, " out"] | None,
+    bias_sum: Float[Tensor, " out"] | None,
+    gain: Gain,
+    fragile_z: Float[Tensor, "rows fragile"] | None,
+) -> Float[Tensor, " out"]:
+    """dL/dg_i = sum over rows of dy_i z_i, with z = (y - b) / g.
+
+    The sum stays in the activations' dtype, whose reduction accumulates in float32: asking for a float32 sum of a
+    half-precision tensor is thirty times slower on CPU.
+    """
+    dtype = gain.full.dtype
+    dg = (dy * y).sum(dim=0).to(dtype)
+    if bias is not None and bias_sum is not None:
+        dg -= bias.to(dtype) * bias_sum.to(dtype)
+    dg /= torch.where(gain.full == 0, 1.0, gain.full)
+    if fragile_z is not None:
+        dg[gain.fragile] = (dy[:, gain.fragile] * fragile_z).sum(dim=0).to(dtype)
+    return dg
+
+
+def low_rank_gradients(
+    dx: Float[Tensor, "rows in_"] | None,
+    dz: Float[Tensor, "rows out"],
+    rows: Float[Tensor, "rows in_"],
+    hidden: Float[Tensor, "rows rank"],
+    factors: tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]],
+    scale: float,
+    dropped: Dropped | None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Adds the low-rank path's share to dx in place; returns it with dA and dB in the factors' dtype."""
+    lora_A, lora_B = factors
+    # [rank, out] is the fast orientation: the transposed product is half as fast on CPU.
+    dB = (hidden.t() @ dz).t().to(lora_B.dtype) * scale
+    dh = (dz @ lora_B.to(dz.dtype)) * scale
+    dA = (dh.t() @ (rows if dropped is None else dropped.apply(rows))).to(lora_A.dtype)
+    if dx is not None:
+        a = lora_A.to(dz.dtype)
+        dx = dx.addmm_(dh, a) if dropped is None else dx.add_(dropped.apply_(dh @ a))
+    return dx, dA, dB
+
+
+def whole_change_product(
+    x: Float[Tensor, "*batch in_"],
+    weight: Float[Tensor, "out in_"],
+    bias: Float[Tensor, " out"] | None,
+    low_rank: Float[Tensor, "*batch out"] | None,
+    gain: Float[Tensor, " out"],
+    dropped_x: Float[Tensor, "*batch in_"],
+) -> Float[Tensor, "*batch out"]:
+    """y = W x + b + (g - 1) W drop(x) + g s B A drop(x): dropout on the whole change, as PEFT and the reference.
+
+    Costs a second product of W while dropout is on; equal to the other form without dropout.
+    """
+    y = F.linear(x, weight, bias)
+    change = (gain - 1).to(x.dtype) * F.linear(dropped_x, weight)
+    if low_rank is not None:
+        change = change + gain.to(x.dtype) * low_rank
+    return y + change

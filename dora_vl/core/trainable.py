@@ -1,0 +1,161 @@
+"""What trains: one list, decided once at injection, read by the optimizer, the saver and the loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from dora_vl.core.linear import DoRALinear
+from dora_vl.core.precision import Gather, train_in_float32
+from dora_vl.errors import UserError
+
+_ATTRIBUTE = "_dora_vl_trained"
+FACTOR_PARTS = (("dora.A", "lora_A"), ("dora.B", "lora_B"), ("dora.magnitude", "magnitude"))
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """Parameters that train under one learning rate.
+
+    A part whose tensors differ in weight decay (a projector's matrices and its biases) appears twice, under one
+    name. Vectors never decay: magnitudes, biases and norm scales have no direction to shrink towards.
+    """
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    weight_decay: bool
+
+
+@dataclass(frozen=True)
+class _PartNames:
+    name: str
+    parameters: tuple[str, ...]
+    weight_decay: bool
+
+
+@dataclass(frozen=True)
+class _TrainedList:
+    parts: tuple[_PartNames, ...]
+    also_keep: tuple[str, ...]
+
+
+def matching(names: Iterable[str], patterns: Iterable[str], what: str) -> list[str]:
+    """The names that some full-name glob matches, in order.
+
+    Raises:
+        UserError: a pattern matches nothing; the message shows the nearest real names.
+    """
+    names = list(names)
+    hits: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        if not found:
+            nearest = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.0)
+            raise UserError(f"{what}: pattern {pattern!r} matches none of {len(names)} names, such as {nearest}")
+        hits.update(found)
+    return [name for name in names if name in hits]
+
+
+def choose_trained(
+    model: nn.Module,
+    *,
+    full_modules: Iterable[str],
+    also_train: Mapping[str, tuple[str, ...]],
+    also_keep: tuple[str, ...],
+    gather: Gather,
+) -> None:
+    """Freezes everything, then makes the adapters, `full_modules`' own weights and the extras train."""
+    model.requires_grad_(False)
+    by_part: dict[str, list[str]] = {name: [] for name, _ in FACTOR_PARTS}
+    for module_name, module in adapted_layers(model):
+        for part, leaf in FACTOR_PARTS:
+            if getattr(module, leaf) is not None:
+                by_part[part].append(f"{module_name}.{leaf}")
+    full = set(full_modules)
+    by_part["full"] = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in full]
+    candidates = [name for name, _ in model.named_parameters() if not _belongs_to_adapter(model, name)]
+    for part, patterns in also_train.items():
+        by_part[part] = matching(candidates, patterns, f"also_train.{part}")
+    _refuse_overlap(by_part)
+    extras = [name for part in also_train for name in by_part[part]]
+    train_in_float32(model, extras, gather)
+    kept = tuple(matching(_tensor_names(model), also_keep, "also_keep"))
+    setattr(model, _ATTRIBUTE, _TrainedList(tuple(_split_by_decay(model, by_part, gather)), kept))
+    for part in trained_parts(model):
+        for parameter in part.parameters.values():
+            parameter.requires_grad_(True)
+
+
+def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
+    """The list of what trains, as `apply_dora` or `load_adapter` decided it for this model.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return tuple(
+        TrainedPart(part.name, {name: parameters[name] for name in part.parameters}, part.weight_decay)
+        for part in _trained_list(model).parts
+    )
+
+
+def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Frozen tensors that the adapter folder carries as well."""
+    tensors = _tensors(model)
+    return {name: tensors[name] for name in _trained_list(model).also_keep}
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `apply_dora` or `load_adapter` has been here."""
+    return _ATTRIBUTE in vars(model)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, DoRALinear]]:
+    """Every adapted layer with its full name."""
+    for name, module in model.named_modules():
+        if isinstance(module, DoRALinear):
+            yield name, module
+
+
+def _trained_list(model: nn.Module) -> _TrainedList:
+    if not is_adapted(model):
+        raise ValueError("the model has no adapter; call apply_dora(model, config) or load_adapter(model, folder)")
+    return vars(model)[_ATTRIBUTE]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+
+
+def _tensor_names(model: nn.Module) -> list[str]:
+    return list(_tensors(model))
+
+
+def _belongs_to_adapter(model: nn.Module, parameter: str) -> bool:
+    owner, _, leaf = parameter.rpartition(".")
+    return isinstance(model.get_submodule(owner), DoRALinear) and leaf in {leaf for _, leaf in FACTOR_PARTS}
+
+
+def _refuse_overlap(by_part: Mapping[str, list[str]]) -> None:
+    owner: dict[str, str] = {}
+    for part, names in by_part.items():
+        for name in names:
+            if name in owner:
+                raise UserError(f"parameter {name} would train twice, in {owner[name]!r} and in {part!r}")
+            owner[name] = part
+
+
+def _split_by_decay(model: nn.Module, by_part: Mapping[str, list[str]], gather: Gather) -> Iterator[_PartNames]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for part, names in by_part.items():
+        with gather([parameters[name] for name in names]):
+            matrices = tuple(name for name in names if parameters[name].ndim >= 2)
+        vectors = tuple(name for name in names if name not in set(matrices))
+        if matrices:
+            yield _PartNames(part, matrices, weight_decay=True)
+        if vectors:
+            yield _PartNames(part, vectors, weight_decay=False)
