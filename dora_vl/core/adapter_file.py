@@ -206,8 +206,8 @@ def _config_from(folder: Path, tensors: Mapping[str, Tensor], model: nn.Module) 
     """The configuration that the folder was written with; layers and parts are read from the tensors' names."""
     peft = read_json(folder / CONFIG_FILE)
     own = read_json(folder / RECIPE_FILE).get("adapter", {}) if (folder / RECIPE_FILE).is_file() else {}
-    layers = {name.rpartition(".")[0] for name in map(_own_name, tensors) if name.rpartition(".")[2] in LEAF_TO_PEFT}
-    extras = tuple(name for name in map(_own_name, tensors) if name.rpartition(".")[2] not in LEAF_TO_PEFT)
+    layers = {name.rpartition(".")[0] for name in map(own_name, tensors) if name.rpartition(".")[2] in LEAF_TO_PEFT}
+    extras = tuple(name for name in map(own_name, tensors) if name.rpartition(".")[2] not in LEAF_TO_PEFT)
     kept = tuple(own.get("kept", ()))
     parts = {part: tuple(names) for part, names in own.get("parts", {}).items()}
     unnamed = tuple(name for name in extras if name not in kept and all(name not in p for p in parts.values()))
@@ -259,7 +259,8 @@ def _peft_name(model: nn.Module, name: str) -> str:
     return f"{PEFT_PREFIX}{owner}.{LEAF_TO_PEFT.get(leaf, leaf)}" if owner else PEFT_PREFIX + leaf
 
 
-def _own_name(key: str) -> str:
+def own_name(key: str) -> str:
+    """The model's own name of a tensor in the adapter folder."""
     name = key.removeprefix(PEFT_PREFIX)
     for peft, leaf in PEFT_TO_LEAF.items():
         if name.endswith(f".{peft}"):
