@@ -10,3 +10,17 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[demo,video,dev]'
 	touch $@
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+
+test-all: $(INSTALLED) lint
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf runs build dist .pytest_cache .ruff_cache
