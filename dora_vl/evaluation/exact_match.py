@@ -1,0 +1,108 @@
+"""Exact match of short answers: accuracy, by kind of question, with a bootstrap interval. No torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """One question with its true answer and the model's; `prediction` is None when the model could not be asked.
+
+    Attributes:
+        group: what the question shares with others, such as its picture; the bootstrap draws whole groups.
+    """
+
+    id: str
+    truth: str
+    prediction: str | None
+    kind: str | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindScore:
+    """Accuracy of one kind of question."""
+
+    accuracy: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactMatch:
+    """The score of a question set.
+
+    Attributes:
+        accuracy: correct answers / `n`. A question that could not be asked counts as wrong.
+        interval_95: from the 2.5th to the 97.5th percentile of the accuracy over bootstrap samples.
+        unanswered: questions with no prediction at all.
+        empty: predictions without a single visible character.
+    """
+
+    accuracy: float
+    n: int
+    interval_95: tuple[float, float]
+    by_kind: dict[str, KindScore]
+    unanswered: int
+    empty: int
+
+
+def normalised(answer: str) -> str:
+    """Lower case, one space between words, no full stop at the end (GQA's rule in LLaVA: `rstrip('.').lower()`)."""
+    return " ".join(answer.lower().split()).rstrip(".").rstrip()
+
+
+def is_match(answer: Answered) -> bool:
+    """Whether the model's answer is the true one, after normalisation of both."""
+    return answer.prediction is not None and normalised(answer.prediction) == normalised(answer.truth)
+
+
+def exact_match(answers: Sequence[Answered], *, seed: int = 0, resamples: int = RESAMPLES) -> ExactMatch:
+    """Scores a question set.
+
+    Raises:
+        ValueError: there is nothing to score.
+    """
+    if not answers:
+        raise ValueError("no answers to score")
+    correct = np.array([is_match(answer) for answer in answers])
+    by_kind: dict[str, list[bool]] = defaultdict(list)
+    for answer, right in zip(answers, correct, strict=True):
+        if answer.kind is not None:
+            by_kind[answer.kind].append(bool(right))
+    return ExactMatch(
+        accuracy=float(correct.mean()),
+        n=len(answers),
+        interval_95=bootstrap_interval(correct, [answer.group for answer in answers], seed, resamples),
+        by_kind={
+            kind: KindScore(accuracy=sum(hits) / len(hits), n=len(hits)) for kind, hits in sorted(by_kind.items())
+        },
+        unanswered=sum(answer.prediction is None for answer in answers),
+        empty=sum(answer.prediction is not None and not answer.prediction.strip() for answer in answers),
+    )
+
+
+def bootstrap_interval(
+    correct: np.ndarray, groups: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """The percentile interval of the accuracy when whole groups are drawn with replacement.
+
+    Questions about one picture stand or fall together, so drawing them one by one gives an interval that is too
+    narrow. Questions of the group "" are each a group of their own.
+    """
+    names = [group or f"\0{index}" for index, group in enumerate(groups)]
+    _, member = np.unique(names, return_inverse=True)
+    hits, sizes = np.bincount(member, weights=correct), np.bincount(member)
+    random = np.random.default_rng(seed)
+    accuracies = np.empty(resamples)
+    for index in range(resamples):  # one resample at a time: memory stays that of one question set
+        drawn = random.integers(len(sizes), size=len(sizes))
+        accuracies[index] = hits[drawn].sum() / sizes[drawn].sum()
+    low, high = np.percentile(accuracies, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,197 @@
+"""Pictures of a run: its loss curve, and a sheet of pictures with questions and answers. Needs matplotlib."""
+
+from __future__ import annotations
+
+import random
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.exact_match import Answered, is_match
+from dora_vl.evaluation.predictions_file import Prediction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT, GRID = "#1f2933", "#9aa5b1", "#e4e7eb"
+TRAIN, VALIDATION = "#2f6fde", "#e8590c"
+RIGHT, WRONG = "#2b8a3e", "#c92a2a"
+COLUMNS = 6
+SHEET_CELLS = 24
+CELL_WIDTH, CELL_HEIGHT, TITLE_HEIGHT, MARGIN = 1.75, 2.25, 0.75, 0.2  # inches
+TITLE_FONT: Mapping[str, Any] = {"fontsize": 12, "fontweight": "bold", "linespacing": 1.4}
+QUESTION_CHARACTERS, ANSWER_CHARACTERS = 25, 12  # of one line under a picture
+SMALL_PX = 160
+
+
+def series(entries: Sequence[Mapping[str, object]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one logged number, finite ones only (the log writes NaN as text)."""
+    steps: list[float] = []
+    values: list[float] = []
+    for entry in entries:
+        step, value = entry.get("step"), entry.get(key)
+        if isinstance(step, int | float) and isinstance(value, int | float):
+            steps.append(float(step))
+            values.append(float(value))
+    return steps, values
+
+
+def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    """Exponential moving average without the start's pull to zero, as Adam corrects its own."""
+    average, result = 0.0, []
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        result.append(average / (1 - weight**count))
+    return result
+
+
+def write_loss_curve(entries: Sequence[Mapping[str, object]], to: Path) -> None:
+    """Draws training loss (each logged step faint, its average on top), validation loss and learning rate.
+
+    Args:
+        entries: the lines of the run's `log.jsonl`.
+        to: the PNG file.
+
+    Raises:
+        UserError: no line holds a loss.
+    """
+    steps, losses = series(entries, "loss")
+    if not steps:
+        raise UserError(f"the training log holds no loss at any step, so there is no curve for {to}")
+    figure = _figure(8.0, 4.5)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=1)
+    axes.plot(steps, smoothed(losses), color=TRAIN, linewidth=2, label="training loss")
+    validation = series(entries, "eval_loss")
+    if validation[0]:
+        axes.plot(*validation, color=VALIDATION, marker="o", markersize=5, linewidth=2, label="validation loss")
+    axes.set_yscale("log")
+    _plain_axes(axes, "step", "loss (nats per answer token)")
+    rates = series(entries, "learning_rate")
+    if rates[0]:
+        _draw_rates(axes, *rates)
+    axes.legend(frameon=False, loc="upper right", labelcolor=INK)
+    _save(figure, to)
+
+
+def _draw_rates(axes: Axes, steps: list[float], rates: list[float]) -> None:
+    right = axes.twinx()
+    right.fill_between(steps, rates, color=FAINT, alpha=0.15, linewidth=0)
+    right.set_ylim(0, max([*rates, 1e-12]) * 1.6)
+    right.set_ylabel("learning rate", color=FAINT)
+    right.ticklabel_format(axis="y", scilimits=(0, 0))
+    right.tick_params(colors=FAINT, length=0)
+    right.spines[:].set_visible(False)
+    axes.set_zorder(right.get_zorder() + 1)
+    axes.patch.set_visible(False)
+
+
+def _plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.tick_params(which="both", colors=INK, length=0)
+    axes.spines[:].set_visible(False)
+    axes.margins(x=0.01)
+
+
+def chosen_for_sheet(
+    predictions: Sequence[Prediction], cells: int = SHEET_CELLS, seed: int = 0
+) -> tuple[list[Prediction], list[Prediction]]:
+    """A fair random sample for all rows but the last, and mistakes that fill the last (as far as there are any)."""
+    shuffled = list(predictions)
+    random.Random(seed).shuffle(shuffled)
+    fair = shuffled[: cells - COLUMNS] if len(shuffled) > cells - COLUMNS else shuffled
+    mistakes = [prediction for prediction in shuffled[len(fair) :] if not _is_right(prediction)]
+    return fair, mistakes[:COLUMNS]
+
+
+def _is_right(prediction: Prediction) -> bool:
+    return is_match(Answered(id=prediction.id, truth=prediction.truth, prediction=prediction.prediction))
+
+
+def write_contact_sheet(
+    predictions: Sequence[Prediction], open_picture: Callable[[str], Image.Image], to: Path, *, title: str
+) -> None:
+    """Draws pictures with their questions and the model's answers, green where right, red where wrong.
+
+    Args:
+        open_picture: the picture at a prediction's relative path; its first picture is drawn.
+        to: the PNG file.
+        title: the line on top.
+
+    Raises:
+        UserError: there are no predictions.
+    """
+    if not predictions:
+        raise UserError(f"no predictions, so there is no contact sheet for {to}")
+    fair, mistakes = chosen_for_sheet(predictions)
+    chosen = fair + mistakes
+    title += "\nrandom questions, then a row of mistakes" if mistakes else "\nrandom questions"
+    rows = -(-len(chosen) // COLUMNS)
+    width, height = CELL_WIDTH * COLUMNS + MARGIN, CELL_HEIGHT * rows + TITLE_HEIGHT
+    figure = _figure(width, height)
+    figure.text(0.5, 1 - 0.5 * TITLE_HEIGHT / height, title, ha="center", va="center", color=INK, **TITLE_FONT)
+    for number, prediction in enumerate(chosen):
+        row, column = divmod(number, COLUMNS)
+        left = (MARGIN + column * CELL_WIDTH) / width
+        top = 1 - (TITLE_HEIGHT + row * CELL_HEIGHT) / height
+        side = CELL_WIDTH - MARGIN
+        axes = figure.add_axes((left, top - side / height, side / width, side / height))
+        _draw_picture(axes, prediction, open_picture)
+        _draw_answer(axes, prediction, inches=side)
+    _save(figure, to)
+
+
+def _draw_picture(axes: Axes, prediction: Prediction, open_picture: Callable[[str], Image.Image]) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_color(GRID)
+    if not prediction.images:
+        return
+    try:
+        picture = open_picture(prediction.images[0])
+    except BadSample as error:
+        reason = textwrap.fill(error.reason, QUESTION_CHARACTERS)
+        axes.text(0.5, 0.5, reason, ha="center", va="center", fontsize=6, color=WRONG, transform=axes.transAxes)
+        return
+    # Pixels stay squares where a picture is smaller than its place on the sheet.
+    axes.imshow(picture, interpolation="nearest" if max(picture.size) < SMALL_PX else "antialiased")
+
+
+def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float) -> None:
+    """The question and the answer under a picture `inches` high."""
+    right = _is_right(prediction)
+    color = RIGHT if right else WRONG
+    axes.spines[:].set_color(color)
+    axes.spines[:].set_linewidth(1.2 if right else 2.5)
+    question = textwrap.wrap(prediction.question, QUESTION_CHARACTERS, max_lines=2, placeholder=" …")
+    answer = _short(prediction.prediction) or "(empty)"
+    line = f"✓ {answer}" if right else f"✗ {answer} (true: {_short(prediction.truth)})"
+    place = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15}
+    axes.text(0.5, -0.07 / inches, "\n".join(question), fontsize=8.5, color=INK, **place)
+    below = -(0.12 + 0.145 * len(question)) / inches
+    axes.text(0.5, below, line, fontsize=9, fontweight="bold", color=color, **place)
+
+
+def _short(answer: str) -> str:
+    return textwrap.shorten(answer, ANSWER_CHARACTERS, placeholder="…")
+
+
+def _figure(width: float, height: float) -> Figure:
+    # A Figure of its own, not pyplot's: nothing global is changed, and no display is looked for.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=130, facecolor="white")
+
+
+def _save(figure: Figure, to: Path) -> None:
+    scratch = to.with_name(f".{to.name}.part")
+    figure.savefig(scratch, format="png")
+    scratch.replace(to)

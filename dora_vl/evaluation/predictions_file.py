@@ -1,0 +1,138 @@
+"""`predictions.jsonl`: one answered question a line, safe to append to, to cut short and to go on with."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from dora_vl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One line of the file.
+
+    Attributes:
+        images: paths relative to the picture folder.
+        question: the text of the last question, without placeholders.
+        truth: the answer in the question file.
+        prediction: the model's answer; may be empty only when the model ended its answer at once.
+        kind: the question's kind, where the file has one.
+    """
+
+    id: str
+    images: list[str]
+    question: str
+    truth: str
+    prediction: str
+    kind: str | None = None
+
+
+def settings_file(path: Path) -> Path:
+    """The file beside the predictions that says what they were made with."""
+    return path.with_suffix(".settings.json")
+
+
+class PredictionsFile:
+    """Reads what an earlier run finished, then appends; use it as a context manager.
+
+    Predictions made with other settings (another adapter, other questions) are thrown away, not mixed in.
+    A last line that was cut while being written is removed.
+
+    Args:
+        path: the predictions file.
+        settings: whatever the answers depend on, as plain JSON values; compared for equality.
+
+    Raises:
+        UserError: a line other than the last is not a prediction; it names the line.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.done = self._take_over(json.loads(json.dumps(dict(settings))))
+        self._stream = path.open("a", encoding="utf-8")
+
+    def _take_over(self, settings: dict[str, object]) -> dict[str, Prediction]:
+        """The earlier predictions, if they were made with the same settings; else starts the file anew."""
+        beside = settings_file(self._path)
+        if self._path.exists() and beside.exists() and _read_settings(beside) == settings:
+            cut_broken_tail(self._path)
+            return read_predictions(self._path)
+        if self._path.exists():
+            log.info("%s was made with another adapter, questions or settings: started anew", self._path)
+            self._path.unlink()  # before the settings change, so that the two never disagree
+        scratch = beside.with_name(f".{beside.name}.part")
+        scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(beside)
+        return {}
+
+    def add(self, prediction: Prediction) -> None:
+        """Appends one line; it is in the file when `flush` returns."""
+        self.done[prediction.id] = prediction
+        self._stream.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+
+    def flush(self) -> None:
+        """Hands everything to the operating system, so that a killed process loses nothing written before."""
+        self._stream.flush()
+
+    def __enter__(self) -> PredictionsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+
+def _read_settings(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # unreadable settings equal no settings: the predictions are made again
+
+
+def cut_broken_tail(path: Path) -> int:
+    """Removes what stands after the last newline: a line that was being written when the process died.
+
+    Returns:
+        The number of bytes removed.
+    """
+    with path.open("rb+") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        position, tail = size, b""
+        while position and b"\n" not in tail:
+            position = max(0, position - 65_536)
+            stream.seek(position)
+            tail = stream.read(size - position)
+        keep = position + tail.rfind(b"\n") + 1
+        stream.truncate(keep)
+    if keep < size:
+        log.info("%s: removed a line of %d bytes that was cut while being written", path, size - keep)
+    return size - keep
+
+
+def read_predictions(path: Path) -> dict[str, Prediction]:
+    """Every prediction of the file by its question's id, in the file's order; of two with one id the later stands.
+
+    Raises:
+        UserError: a line is not a prediction; it names the line.
+    """
+    predictions: dict[str, Prediction] = {}
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                prediction = Prediction(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{path}:{number}: not a prediction ({error}); delete the file to start anew"
+                ) from error
+            predictions[prediction.id] = prediction
+    return predictions

@@ -1,0 +1,79 @@
+"""Questions with known answers, from a file in LLaVA's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from dora_vl.data.records import stream_records
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn, read_llava
+from dora_vl.errors import BadSample, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What the model is asked and what it should say.
+
+    Attributes:
+        images: paths relative to the picture folder.
+        turns: the prompt: everything up to and with the last question; earlier rounds keep their true answers.
+        truth: the answer to the last question.
+        kind: the record's `kind`, if it has one; scores are also given by kind.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    truth: str
+    kind: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The last question's words, without placeholders."""
+        return self.turns[-1].text.replace(IMAGE_PLACEHOLDER, "").strip()
+
+
+def question_of(record: Mapping[str, object]) -> Question:
+    """The last round of one LLaVA record as a question.
+
+    Raises:
+        BadSample: the record cannot be read.
+    """
+    conversation = read_llava(record)
+    *prompt, answer = conversation.turns
+    kind = record.get("kind")
+    return Question(
+        id=conversation.id,
+        images=conversation.images,
+        turns=tuple(prompt),
+        truth=answer.text,
+        kind=None if kind is None else str(kind),
+    )
+
+
+def read_questions(path: Path, limit: int | None = None) -> tuple[list[Question], dict[str, str]]:
+    """The first `limit` questions of a LLaVA JSON or JSONL file, and the reason for each that cannot be read, by id.
+
+    Raises:
+        UserError: the file is missing, malformed or empty, or two records share an id, so that their answers could
+            not be told apart.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the LLaVA JSON or JSONL file of the questions")
+    questions: list[Question] = []
+    unreadable: dict[str, str] = {}
+    seen: set[str] = set()
+    for number, record in enumerate(islice(stream_records(path), limit)):
+        name = str(record.get("id", f"record {number}"))
+        if name in seen:
+            raise UserError(f"{path}: two questions have the id {name}; ids keep their answers apart")
+        seen.add(name)
+        try:
+            questions.append(question_of({**record, "id": name}))
+        except BadSample as error:
+            unreadable[name] = error.reason
+    if not seen:
+        raise UserError(f"{path}: holds no questions")
+    return questions, unreadable

@@ -1,0 +1,160 @@
+"""The test after a training run: predictions, `metrics.json`, and the run's two pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dora_vl.core.adapter_file import WEIGHTS_FILE
+from dora_vl.data.media import open_image
+from dora_vl.errors import UserError
+from dora_vl.evaluation.exact_match import Answered, ExactMatch, exact_match
+from dora_vl.evaluation.predict import Answerer, Decoding, PictureReader, PromptEncoder, predict
+from dora_vl.evaluation.predictions_file import Prediction, PredictionsFile
+from dora_vl.evaluation.questions import Question, read_questions
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.recipe import EvaluationConfig
+from dora_vl.training.run_folder import ADAPTER, LOSS_LOG, METRICS, write_json
+
+log = logging.getLogger(__name__)
+
+PREDICTIONS, LOSS_CURVE, CONTACT_SHEET = "predictions.jsonl", "loss_curve.png", "contact_sheet.png"
+
+
+def evaluate_run(
+    backbone: Answerer,
+    encoder: PromptEncoder,
+    evaluation: EvaluationConfig,
+    *,
+    run_folder: Path,
+    pictures: PictureReader,
+    image_folder: Path,
+    numbers: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """Answers the test questions with the trained model and writes everything that shows how the run went.
+
+    Goes on from a `predictions.jsonl` made with the same adapter file and questions. One process does all of it.
+
+    Args:
+        run_folder: holds `adapter/` and `log.jsonl`; receives the predictions, metrics and pictures.
+        image_folder: root of the pictures; the contact sheet draws from it.
+        numbers: more entries for `metrics.json`, such as `train_seconds`.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        UserError: `evaluation.file` is not set, missing, or holds no question.
+    """
+    if evaluation.file is None:
+        raise UserError("evaluation.file is not set; give a LLaVA JSON file of questions with answers")
+    questions, failed = read_questions(Path(evaluation.file), evaluation.limit)
+    decoding = Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens)
+    started = time.monotonic()
+    if isinstance(backbone, nn.Module):
+        backbone.eval()
+    with PredictionsFile(run_folder / PREDICTIONS, _settings(evaluation, run_folder)) as file:
+        answered_before = len(file.done)
+        failed |= predict(backbone, encoder, questions, pictures=pictures, file=file, decoding=decoding)
+        done = [file.done[question.id] for question in questions if question.id in file.done]
+    seconds = time.monotonic() - started
+    score = exact_match([*map(_answered, done), *(_unanswered(name, questions) for name in failed)])
+    metrics = {
+        **_score_entries(score),
+        **(numbers or {}),
+        "evaluation_seconds": round(seconds, 1),
+        "answers_from_earlier_run": min(answered_before, len(done)),
+        "evaluation_file": evaluation.file,
+        "failed_questions": failed,
+    }
+    write_json(run_folder / METRICS, metrics)
+    _report(score, run_folder)
+    draw_run(done, score, run_folder=run_folder, image_folder=image_folder)
+    return metrics
+
+
+def draw_run(predictions: Sequence[Prediction], score: ExactMatch, *, run_folder: Path, image_folder: Path) -> None:
+    """Writes the loss curve and the contact sheet; without matplotlib it says so and leaves them out."""
+    if importlib.util.find_spec("matplotlib") is None:
+        log.warning("no loss curve and contact sheet: matplotlib is not installed (pip install 'dora-vl[demo]')")
+        return
+    from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
+
+    entries = read_log(run_folder / LOSS_LOG)
+    if any("loss" in entry for entry in entries):
+        write_loss_curve(entries, run_folder / LOSS_CURVE)
+    low, high = score.interval_95
+    title = f"{score.accuracy:.1%} of {score.n:,} right (95 % interval {low:.1%} to {high:.1%})"
+    if predictions:
+        write_contact_sheet(predictions, partial(open_image, image_folder), run_folder / CONTACT_SHEET, title=title)
+
+
+def _settings(evaluation: EvaluationConfig, run_folder: Path) -> dict[str, object]:
+    """What the answers depend on: the trained weights, the questions and the decoding, but not how many are asked."""
+    weights = run_folder / ADAPTER / WEIGHTS_FILE
+    if not weights.is_file():
+        raise UserError(f"{weights} is missing; the test needs the finished adapter")
+    return {
+        "adapter_sha256": _sha256(weights),
+        "questions_sha256": _sha256(Path(str(evaluation.file))),
+        "max_new_tokens": evaluation.max_new_tokens,
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _answered(prediction: Prediction) -> Answered:
+    return Answered(
+        id=prediction.id,
+        truth=prediction.truth,
+        prediction=prediction.prediction,
+        kind=prediction.kind,
+        group="\n".join(prediction.images),
+    )
+
+
+def _unanswered(name: str, questions: Sequence[Question]) -> Answered:
+    known = next((question for question in questions if question.id == name), None)
+    if known is None:
+        return Answered(id=name, truth="", prediction=None)
+    return Answered(id=name, truth=known.truth, prediction=None, kind=known.kind, group="\n".join(known.images))
+
+
+def _score_entries(score: ExactMatch) -> dict[str, object]:
+    return {
+        "accuracy": score.accuracy,
+        "n": score.n,
+        "interval_95": list(score.interval_95),
+        "by_kind": {kind: asdict(part) for kind, part in score.by_kind.items()},
+        "unanswered": score.unanswered,
+        "empty_answers": score.empty,
+    }
+
+
+def _report(score: ExactMatch, run_folder: Path) -> None:
+    low, high = score.interval_95
+    log.info("accuracy %.4f on %d questions (95 %% interval %.4f to %.4f)", score.accuracy, score.n, low, high)
+    for kind, part in score.by_kind.items():
+        log.info("  %-16s %.4f of %d", kind, part.accuracy, part.n)
+    if score.unanswered or score.empty:
+        log.warning(
+            "%d questions could not be asked and %d answers are empty; both count as wrong, %s names the former",
+            score.unanswered,
+            score.empty,
+            run_folder / METRICS,
+        )

@@ -1,0 +1,78 @@
+"""The run's pictures are whole PNG files that show what they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.pictures import (
+    COLUMNS,
+    SHEET_CELLS,
+    TRAIN,
+    VALIDATION,
+    chosen_for_sheet,
+    series,
+    smoothed,
+    write_contact_sheet,
+    write_loss_curve,
+)
+from dora_vl.evaluation.predictions_file import Prediction
+
+
+def prediction(number: int, answer: str = "red") -> Prediction:
+    return Prediction(id=str(number), images=[f"{number}.png"], question="what color?", truth="red", prediction=answer)
+
+
+def colors_in(path: Path) -> set[str]:
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    return {"#{:02x}{:02x}{:02x}".format(*pixel) for pixel in np.unique(pixels, axis=0)}
+
+
+def test_the_loss_curve_shows_training_and_validation(tmp_path: Path) -> None:
+    entries = [{"step": step, "loss": 3.0 / step, "learning_rate": 1e-3} for step in range(1, 30)]
+    write_loss_curve([*entries, {"step": 10, "eval_loss": 1.0}, {"step": 20, "eval_loss": 0.5}], tmp_path / "a.png")
+    assert {TRAIN, VALIDATION} <= colors_in(tmp_path / "a.png")
+    write_loss_curve(entries, tmp_path / "b.png")
+    assert VALIDATION not in colors_in(tmp_path / "b.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_a_log_without_losses_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no loss at any step"):
+        write_loss_curve([{"step": 1, "loss": "nan"}, {"epoch": 1.0}], tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_series_and_average() -> None:
+    assert series([{"step": 1, "x": 2.0}, {"step": 2}, {"x": 3.0}, {"step": 3, "x": "nan"}], "x") == ([1], [2.0])
+    assert smoothed([4.0, 4.0, 4.0]) == pytest.approx([4.0] * 3)
+    assert smoothed([0.0, 1.0], weight=0.5) == pytest.approx([0.0, 2 / 3])
+
+
+def test_the_sheet_is_a_fair_sample_with_a_row_of_mistakes() -> None:
+    answers = ["red"] * 900 + ["blue"] * 100
+    fair, mistakes = chosen_for_sheet([prediction(number, answer) for number, answer in enumerate(answers)])
+    assert (len(fair), len(mistakes)) == (SHEET_CELLS - COLUMNS, COLUMNS)
+    assert all(one.prediction == "blue" for one in mistakes)
+    assert len({one.id for one in fair + mistakes}) == SHEET_CELLS
+    assert chosen_for_sheet([prediction(1), prediction(2)])[1] == []
+
+
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_the_sheet_survives_broken_pictures_and_long_or_empty_text(tmp_path: Path, count: int) -> None:
+    def picture(path: str) -> Image.Image:
+        if path.startswith("0"):
+            raise BadSample(path, "picture 0.png is missing in a folder with a long name somewhere")
+        return Image.new("RGB", (64, 64 if path.startswith("1") else 500), "white")
+
+    rows = [prediction(number, ("red", "", "a very long answer " * 20)[number % 3]) for number in range(count)]
+    write_contact_sheet(rows, picture, tmp_path / "sheet.png", title="one")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        sheet.load()
+        assert sheet.width > sheet.height / 3
+    with pytest.raises(UserError, match="no predictions"):
+        write_contact_sheet([], picture, tmp_path / "sheet.png", title="one")

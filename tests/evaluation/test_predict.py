@@ -1,0 +1,132 @@
+"""Batched prediction: each question gets its own answer, failures are named, a stopped run goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample
+from dora_vl.evaluation.predict import Decoding, PictureReader, predict
+from dora_vl.evaluation.predictions_file import PredictionsFile
+from dora_vl.evaluation.questions import Question
+
+END = 1
+FIRST_LETTER = 10
+
+
+class LetterEncoder:
+    """One token a letter; a picture contributes no token."""
+
+    def encode_prompt(self, turns: Sequence[Turn]) -> Tensor:
+        if "\ufdd0" in turns[-1].text:
+            raise BadSample("prompt", "a noncharacter")
+        return torch.tensor([FIRST_LETTER + ord(letter) for letter in turns[-1].text])
+
+    def decode(self, ids: Tensor) -> str:
+        return "".join(chr(int(token) - FIRST_LETTER) for token in ids if token > END)
+
+
+class LastWordModel(torch.nn.Module):
+    """Answers with the prompt's last letter, then the picture's number; checks the padding on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.batches: list[list[int]] = []
+        self.stop_after: int | None = None
+
+    def generate(self, input_ids, attention_mask, *, pixel_values=None, image_features=None, max_new_tokens=16):
+        if self.stop_after is not None and len(self.batches) >= self.stop_after:
+            raise KeyboardInterrupt
+        lengths = attention_mask.sum(1)
+        assert torch.equal(attention_mask.sort(dim=1).values, attention_mask)  # zeros on the left
+        assert torch.equal(input_ids == 0, attention_mask == 0)
+        assert not torch.is_grad_enabled()
+        self.batches.append(lengths.tolist())
+        pictures = pixel_values[:, 0, 0, 0] if pixel_values is not None else image_features[:, 0, 0]
+        digits = FIRST_LETTER + ord("0") + pictures.long()
+        return torch.stack([input_ids[:, -1], digits, torch.full_like(digits, END)], dim=1)
+
+
+def question(number: int, text: str = "") -> Question:
+    words = text or "x" * (number % 5) + "abcdefghij"[number % 10]
+    return Question(id=f"q{number}", images=(f"{number % 10}.png",), turns=(Turn("user", words),), truth="a0")
+
+
+def pixels(path: str) -> Tensor:
+    if path == "broken":
+        raise BadSample(path, "picture broken cannot be decoded")
+    return torch.full((3, 2, 2), float(path[0]))
+
+
+def ask(folder: Path, questions: list[Question], model: LastWordModel, reader: PictureReader | None = None):
+    with PredictionsFile(folder / "predictions.jsonl", {}) as file:
+        failed = predict(
+            model,
+            LetterEncoder(),
+            questions,
+            pictures=reader or PictureReader(pixels=pixels),
+            file=file,
+            decoding=Decoding(batch_size=4, max_new_tokens=3),
+        )
+    return file.done, failed
+
+
+def test_every_question_gets_its_own_answer_longest_prompts_first(tmp_path: Path) -> None:
+    model, questions = LastWordModel(), [question(number) for number in range(11)]
+    done, failed = ask(tmp_path, questions, model)
+    assert failed == {}
+    assert {name: p.prediction for name, p in done.items()} == {
+        f"q{n}": f"{'abcdefghij'[n % 10]}{n % 10}" for n in range(11)
+    }
+    lengths = [length for batch in model.batches for length in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(batch) for batch in model.batches] == [4, 4, 3]
+
+
+def test_stored_features_are_used_in_place_of_pixels(tmp_path: Path) -> None:
+    reader = PictureReader(features=lambda path: torch.full((5, 3), float(path[0])))
+    done, _ = ask(tmp_path, [question(4)], LastWordModel(), reader)
+    assert done["q4"].prediction == "e4"
+
+
+def test_what_cannot_be_asked_is_named_and_never_an_empty_answer(tmp_path: Path, caplog) -> None:
+    caplog.set_level(logging.WARNING)
+    broken = Question(id="bad picture", images=("broken",), turns=(Turn("user", "b"),), truth="a")
+    odd = question(3, text="\ufdd0")
+    done, failed = ask(tmp_path, [broken, odd, question(1)], LastWordModel())
+    assert list(done) == ["q1"]
+    assert failed == {"bad picture": "picture broken cannot be decoded", "q3": "a noncharacter"}
+    assert "question bad picture could not be asked: picture broken" in caplog.text
+
+
+def test_a_batch_in_which_nothing_can_be_asked_is_passed_over(tmp_path: Path) -> None:
+    model = LastWordModel()
+    done, failed = ask(tmp_path, [question(3, text="\ufdd0")], model)
+    assert (done, list(failed), model.batches) == ({}, ["q3"], [])
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    questions = [question(number) for number in range(11)]
+    stopped, again = LastWordModel(), LastWordModel()
+    stopped.stop_after = 1
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path, questions, stopped)
+    done, _ = ask(tmp_path, questions, again)
+    assert sum(map(len, again.batches)) == 7
+    assert len(done) == 11
+    ask(tmp_path, questions, third := LastWordModel())
+    assert third.batches == []
+
+
+def test_pictures_come_one_way() -> None:
+    with pytest.raises(ValueError, match="exactly one"):
+        PictureReader()
+    with pytest.raises(ValueError, match="exactly one"):
+        PictureReader(pixels=pixels, features=pixels)

@@ -1,0 +1,63 @@
+"""Questions from LLaVA's format: the last round is asked, the rest is context, what cannot be read is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError
+from dora_vl.evaluation.questions import Question, read_questions
+
+
+def record(name: object, *texts: str, **more: object) -> dict[str, object]:
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"id": name, "image": "a.png", "conversations": turns, **more}
+
+
+def write(folder: Path, *records: dict[str, object]) -> Path:
+    path = folder / "test.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_the_last_round_is_the_question_and_the_rounds_before_it_are_its_context(tmp_path: Path) -> None:
+    path = write(tmp_path, record(7, "<image>\nwhat?", "a cat", "which colour?", "grey", kind="color"))
+    questions, unreadable = read_questions(path)
+    assert unreadable == {}
+    assert questions == [
+        Question(
+            id="7",
+            images=("a.png",),
+            turns=(Turn("user", "<image>\nwhat?"), Turn("assistant", "a cat"), Turn("user", "which colour?")),
+            truth="grey",
+            kind="color",
+        )
+    ]
+    assert questions[0].text == "which colour?"
+
+
+def test_a_first_question_is_shown_without_its_placeholder(tmp_path: Path) -> None:
+    questions, _ = read_questions(write(tmp_path, record("a", "<image>\nwhat?", "a cat")))
+    assert (questions[0].text, questions[0].kind) == ("what?", None)
+
+
+def test_unreadable_records_are_named_and_the_limit_counts_them(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, record("a", "no placeholder", "x"), record("b", "<image> q", "x"), record("c", "<image>", "x")
+    )
+    questions, unreadable = read_questions(path, limit=2)
+    assert [question.id for question in questions] == ["b"]
+    assert list(unreadable) == ["a"]
+    assert "0 <image> placeholders" in unreadable["a"]
+
+
+def test_what_is_no_question_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_questions(tmp_path / "none.json")
+    with pytest.raises(UserError, match="two questions have the id a"):
+        read_questions(write(tmp_path, record("a", "<image>", "x"), record("a", "<image>", "y")))
+    with pytest.raises(UserError, match="holds no questions"):
+        read_questions(write(tmp_path))
