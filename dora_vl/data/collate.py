@@ -70,7 +70,7 @@ class Collator:
             batch["image_features"] = torch.stack(features)
         return batch
 
-    def _pad(self, rows: Sequence[Int[Tensor, " seq"]], value: int) -> Int[Tensor, "batch seq"]:
+    def _pad(self, rows: Sequence[Int[Tensor, " _"]], value: int) -> Int[Tensor, "batch longest"]:
         longest = max(len(row) for row in rows)
         padded = torch.full((len(rows), longest), value, dtype=torch.int64)
         for target, row in zip(padded, rows, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -55,6 +55,7 @@ class Skipped:
     reason: str
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What the data set reads from: a `datasets.Dataset`, or a list of records."""
 
@@ -128,9 +129,7 @@ class LlavaDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         # The first position has nothing before it to be predicted from, so its label cannot train.
         if not bool((encoded.labels[1:] != IGNORED_LABEL).any()):
             reason = f"nothing is left to train on in its {len(encoded.labels)} tokens"
-            raise BadSample(
-                conversation.id, f"{reason} after {encoded.cut_tokens} were cut; raise data.max_tokens"
-            )
+            raise BadSample(conversation.id, f"{reason} after {encoded.cut_tokens} were cut; raise data.max_tokens")
         return Sample(
             index=index,
             id=conversation.id,

@@ -9,7 +9,8 @@ from PIL import Image
 
 from dora_vl.errors import BadSample
 
-# What Pillow's decoders raise on bytes that are no picture, or no longer one (found by mutating valid files).
+# What Pillow's decoders raise on bytes that are no picture, or no longer one: mutated files of ten formats
+# raised OSError, ValueError and the decompression bomb; its plugins hold code for the rest.
 _DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -31,7 +32,7 @@ def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Imag
 
     As in LLaVA's training: no EXIF rotation, and an alpha channel is dropped, not blended. Two deliberate
     differences: a palette's transparency is removed before conversion (transformers would blend the picture
-    with white even afterwards), and 16-bit grey is scaled to 8 bits, where Pillow's `convert` clips it to white.
+    with white even afterwards), and 16-bit grey is scaled to 8 bits (Pillow's `convert` clips it to white).
 
     Args:
         root: the folder that holds all pictures.
@@ -46,13 +47,12 @@ def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Imag
     try:
         with Image.open(path) as image:
             image.load()
-            return _plain_rgb(image)
     except FileNotFoundError:
         raise BadSample(relative, f"picture {relative} is missing in {root}") from None
     except _DECODING_ERRORS as error:
-        raise BadSample(
-            relative, f"picture {relative} in {root} cannot be decoded: {_one_line(error)}"
-        ) from None
+        reason = f"picture {relative} in {root} cannot be decoded: {_one_line(error)}"
+        raise BadSample(relative, reason) from None
+    return _plain_rgb(image)
 
 
 def _inside(root: Path, relative: str, *, follow_links: bool) -> Path:
@@ -67,9 +67,7 @@ def _inside(root: Path, relative: str, *, follow_links: bool) -> Path:
     try:
         real, real_root = path.resolve(), root.resolve()
     except (OSError, RuntimeError) as error:  # links in a circle, or a name too long
-        raise BadSample(
-            relative, f"picture path {relative!r} cannot be followed: {_one_line(error)}"
-        ) from None
+        raise BadSample(relative, f"picture path {relative!r} cannot be followed: {_one_line(error)}") from None
     if not real.is_relative_to(real_root):
         raise BadSample(relative, f"picture {relative} is a link that leads out of {root}, to {real}")
     return path

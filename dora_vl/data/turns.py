@@ -53,10 +53,12 @@ def read_llava(record: Mapping[str, object]) -> Conversation:
         BadSample: a role other than human/gpt, turns that do not alternate, a last turn without an answer,
             an empty answer, placeholders that are not as many as the pictures, or a video.
     """
-    sample_id = _id_of(record)
-    if _paths(record, ("video",), sample_id):
+    sample_id = _id(record)
+    if record.get("problem"):  # `records.load_llava` found it while converting the file
+        raise BadSample(sample_id, str(record["problem"]))
+    if read_paths(record, ("video",), sample_id):
         raise BadSample(sample_id, "it has a video, which this task cannot read yet; leave the sample out")
-    images = _paths(record, ("images", "image"), sample_id)
+    images = read_paths(record, ("images", "image"), sample_id)
     turns = _alternating(_without_leading_answer(_turns(record, sample_id)), sample_id)
     _check_placeholders(turns, images, sample_id)
     if len(images) == 1:
@@ -64,15 +66,20 @@ def read_llava(record: Mapping[str, object]) -> Conversation:
     return Conversation(sample_id, images, tuple(turns))
 
 
-def _id_of(record: Mapping[str, object]) -> str:
+def _id(record: Mapping[str, object]) -> str:
     value = record.get("id")
     return "(no id)" if value is None else str(value)
 
 
-def _paths(record: Mapping[str, object], keys: Sequence[str], sample_id: str) -> tuple[str, ...]:
+def read_paths(record: Mapping[str, object], keys: Sequence[str], sample_id: str) -> tuple[str, ...]:
+    """The paths under the first of `keys` that holds any; a string counts as a list of one.
+
+    Raises:
+        BadSample: neither a path nor a list of paths.
+    """
     for key in keys:
         value = record.get(key)
-        if value is None or value == "":
+        if value is None or value == "" or value == []:
             continue
         paths = [value] if isinstance(value, str) else value
         if not isinstance(paths, Sequence) or not all(isinstance(path, str) and path for path in paths):
@@ -81,27 +88,35 @@ def _paths(record: Mapping[str, object], keys: Sequence[str], sample_id: str) ->
     return ()
 
 
-def _turns(record: Mapping[str, object], sample_id: str) -> list[Turn]:
-    if record.get("problem"):  # `records.load_llava` found it while converting the file
-        raise BadSample(sample_id, str(record["problem"]))
+def raw_turns(record: Mapping[str, object], sample_id: str) -> list[tuple[str, str]]:
+    """The turns as (from, value) pairs, whatever the speakers are called.
+
+    Raises:
+        BadSample: 'conversations' is not a list of objects that hold both as text.
+    """
     entries = record.get("conversations")
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
         raise BadSample(sample_id, f"'conversations' must be a list of turns, got {_short(entries)}")
-    return [_turn(entry, number, sample_id) for number, entry in enumerate(entries)]
+    return [_raw_turn(entry, number, sample_id) for number, entry in enumerate(entries, 1)]
 
 
-def _turn(entry: object, number: int, sample_id: str) -> Turn:
+def _raw_turn(entry: object, number: int, sample_id: str) -> tuple[str, str]:
     if not isinstance(entry, Mapping):
         raise BadSample(sample_id, f"turn {number} must hold 'from' and 'value', got {_short(entry)}")
     speaker, text = entry.get("from"), entry.get("value")
-    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise BadSample(
-            sample_id, f"turn {number} is from {_short(speaker)}; only 'human' and 'gpt' are known"
-        )
-    if not isinstance(text, str):
-        raise BadSample(sample_id, f"turn {number} must have a text as its 'value', got {_short(text)}")
-    return Turn(role, text)
+    if not isinstance(speaker, str) or not isinstance(text, str):
+        shown = f"from {_short(speaker)} and value {_short(text)}"
+        raise BadSample(sample_id, f"turn {number} must have text as 'from' and 'value', got {shown}")
+    return speaker, text
+
+
+def _turns(record: Mapping[str, object], sample_id: str) -> list[Turn]:
+    turns: list[Turn] = []
+    for number, (speaker, text) in enumerate(raw_turns(record, sample_id), 1):
+        if speaker not in _ROLES:
+            raise BadSample(sample_id, f"turn {number} is from {_short(speaker)}; only 'human' and 'gpt' are known")
+        turns.append(Turn(_ROLES[speaker], text))
+    return turns
 
 
 def _without_leading_answer(turns: list[Turn]) -> list[Turn]:
@@ -114,9 +129,7 @@ def _alternating(turns: list[Turn], sample_id: str) -> list[Turn]:
     for number, turn in enumerate(turns):
         expected: Role = "assistant" if number % 2 else "user"
         if turn.role != expected:
-            raise BadSample(
-                sample_id, f"two turns in a row are from the {turn.role}; human and gpt must alternate"
-            )
+            raise BadSample(sample_id, f"two turns in a row are from the {turn.role}; human and gpt must alternate")
         if turn.role == "assistant" and not turn.text.replace(IMAGE_PLACEHOLDER, "").strip():
             raise BadSample(sample_id, f"answer {number // 2 + 1} of {(len(turns) + 1) // 2} is empty")
     if turns[-1].role == "user":

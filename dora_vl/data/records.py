@@ -1,0 +1,148 @@
+"""Reading a publisher's LLaVA file, JSON list or JSON lines, without ever holding it in memory.
+
+Only the standard library at import, so that data preparation can use it alone.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
+
+from dora_vl.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+CHUNK_BYTES = 1 << 20
+MAX_RECORD_CHARACTERS = 1 << 26
+"""A value that is still open after 64 Mi characters is a missing quote or bracket, not a sample."""
+
+_WHITESPACE = " \t\r\n"
+
+
+def load_llava(path: Path, *, cache_folder: Path | None = None) -> datasets.Dataset:
+    """A LLaVA JSON or JSONL file as memory-mapped rows, converted once and kept in a cache.
+
+    Columns: `id`, `images` and `video` (lists of paths), `conversations` (list of {from, value}), `length` (words in
+    all turns), `is_multimodal`, `problem` (why the record is unusable as it stands, else null). Every row goes into
+    `turns.read_llava`. The cache is keyed by the file's path, size and modification time, so a changed file is
+    converted again; a content hash would read a gigabyte at each start.
+
+    Args:
+        path: the file as published; its first character decides between list and lines, not its name.
+        cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
+
+    Raises:
+        UserError: no such file, malformed JSON (with its line), no record in it, or no record of this format.
+    """
+    from dora_vl.data.record_table import load_table  # needs pyarrow and datasets
+
+    return load_table(path, cache_folder)
+
+
+def stream_records(path: Path) -> Iterator[dict[str, object]]:
+    """Yields the objects of a JSON list, or of JSON lines, in order.
+
+    `json`'s own scanner over a growing buffer: as fast as `ijson` on yajl to within a fifth (144,000 against 175,000
+    rows of 1.1 kB a second), without the dependency, and an error has its line.
+
+    Raises:
+        UserError: not UTF-8, malformed or cut off, or an entry that is no object.
+    """
+    with path.open("rb") as file:
+        source = _Source(path, file)
+        if source.next_character() == "[":
+            yield from _list_entries(source)
+        else:
+            while source.next_character():
+                yield source.take_object()
+
+
+def _list_entries(source: _Source) -> Iterator[dict[str, object]]:
+    source.take_character()
+    if source.next_character() != "]":
+        yield source.take_object()
+        while source.next_character() == ",":
+            source.take_character()
+            yield source.take_object()
+    if source.next_character() != "]":
+        source.fail("expected ',' or ']' after an entry of the list")
+    source.take_character()
+    if source.next_character():
+        source.fail("there is text after the end of the list")
+
+
+class _Source:
+    """The unread part of a file: a buffer, a position in it, and the line the buffer starts at."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path = path
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._json = json.JSONDecoder()
+        self._buffer = ""
+        self._position = 0
+        self._line = 1
+        self._ended = False
+        self._refill(CHUNK_BYTES)
+        self._position = 1 if self._buffer.startswith("\ufeff") else 0
+
+    def next_character(self) -> str:
+        """The next character that is not whitespace, left unread; empty at the end of the file."""
+        while True:
+            while self._position < len(self._buffer):
+                character = self._buffer[self._position]
+                if character not in _WHITESPACE:
+                    return character
+                self._position += 1
+            if self._ended:
+                return ""
+            self._refill(CHUNK_BYTES)
+
+    def take_character(self) -> None:
+        self._position += 1
+
+    def take_object(self) -> dict[str, object]:
+        """Reads one object, growing the buffer until it holds all of it."""
+        self.next_character()
+        while True:
+            try:
+                value, end = self._json.raw_decode(self._buffer, self._position)
+                break
+            except RecursionError:
+                self.fail("its values are nested too deeply")
+            except json.JSONDecodeError as error:
+                unread = len(self._buffer) - self._position
+                if self._ended or unread > MAX_RECORD_CHARACTERS:
+                    self._position = error.pos
+                    self.fail(error.msg)
+                self._refill(max(CHUNK_BYTES, unread))
+            except ValueError as error:  # a number of too many digits
+                self.fail(str(error))
+        if not isinstance(value, dict):
+            self.fail(f"a record must be an object, found {type(value).__name__}")
+        self._position = end
+        return value
+
+    def fail(self, what: str) -> NoReturn:
+        """Raises with the line of the current position."""
+        line = self._line + self._buffer.count("\n", 0, self._position)
+        if self._ended and self._position >= len(self._buffer.rstrip(_WHITESPACE)):
+            what = f"the file ends too early ({what}); it may be cut off, fetch or write it again"
+        raise UserError(f"{self._path}, line {line}: not the JSON list or JSON lines expected: {what}")
+
+    def _refill(self, size: int) -> None:
+        self._line += self._buffer.count("\n", 0, self._position)
+        chunk = self._file.read(size)
+        self._ended = not chunk
+        pending = len(self._decoder.getstate()[0])
+        try:
+            text = self._decoder.decode(chunk, final=self._ended)
+        except UnicodeDecodeError as error:
+            offset = self._file.tell() - len(chunk) - pending + error.start
+            raise UserError(f"{self._path}, byte {offset}: not UTF-8 ({error.reason}); convert the file") from None
+        self._buffer = self._buffer[self._position :] + text
+        self._position = 0
