@@ -1,0 +1,147 @@
+"""Composes a LLaVA out of any vision tower and any causal language model, as one Hugging Face folder."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llava.configuration_llava import LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+from transformers.models.llava.processing_llava import LlavaProcessor
+
+from dora_vl.backbones.language_source import LanguageModel, load_language_model
+from dora_vl.errors import UserError
+from dora_vl.vision.images import image_processor
+from dora_vl.vision.tower_config import VisionLibrary
+from dora_vl.vision.tower_sources import LoadedTower, TowerSpec, load_tower
+from dora_vl.vision.towers import register_towers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeSpec:
+    """What a composed LLaVA is made of; between the two stands LLaVA-1.5's projector, `mlp2x_gelu`."""
+
+    vision_library: VisionLibrary
+    """Where the vision tower comes from."""
+    vision_name: str
+    """timm's or open_clip's model name; for transformers a folder or hub id."""
+    language_model: str
+    """Folder or hub id of a causal language model; with `gguf_file`, the folder that file lies in."""
+    gguf_file: str | None = None
+    """A GGUF file in `language_model`; it is dequantised."""
+    vision_weights: str = "pretrained"
+    """`pretrained` (the library's own download), `random`, an open_clip tag, or a .pth / .safetensors file."""
+    vision_weights_in_order: bool = False
+    """Matches the weights file to the network by position instead of by name, every shape checked."""
+    vision_layer: int | None = None
+    """Hidden state counted from the end; None is -2 for transformers (as in LLaVA-1.5), -1 for the others."""
+    grid_pool: int | None = None
+    """Side of the picture's grid after average pooling in the tower; None keeps the tower's grid."""
+    image_size: int | None = None
+    """Pixels along a side; None takes the tower's published value."""
+    image_mean: tuple[float, float, float] | None = None
+    """Colour mean, 0 to 1; None takes the tower's published value."""
+    image_std: tuple[float, float, float] | None = None
+    """Colour deviation, 0 to 1; None takes the tower's published value."""
+    projector_seed: int = 0
+    """Seed of the projector's initial weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights in the folder; None keeps the language model's own (float32 for GGUF)."""
+
+    def tower(self) -> TowerSpec:
+        """The part of this that is about the vision tower."""
+        return TowerSpec(
+            library=self.vision_library,
+            name=self.vision_name,
+            weights=self.vision_weights,
+            weights_in_order=self.vision_weights_in_order,
+            layer=self.vision_layer,
+            grid_pool=self.grid_pool,
+            image_size=self.image_size,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+        )
+
+
+def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
+    """Writes a folder that `load_llava` opens: weights, config, tokenizer and picture preparation.
+
+    Plain transformers opens it too; where the tower is a `GridTower`, after `import dora_vl`. The folder appears
+    under its name only when it is whole.
+
+    Raises: UserError if the folder exists, or a part cannot be loaded.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already; remove it or compose to another place")
+    register_towers()
+    tower = load_tower(spec.tower())
+    dtype = getattr(torch, spec.dtype) if spec.dtype else None
+    language = load_language_model(spec.language_model, gguf_file=spec.gguf_file, dtype=dtype)
+    model = join(tower, language, seed=spec.projector_seed)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    processor(tower, language).save_pretrained(unfinished)
+    unfinished.rename(folder)
+    log.info("composed %s: %s + %s, %d tokens a picture", folder, spec.vision_name, spec.language_model, tower.tokens)
+
+
+def join(tower: LoadedTower, language: LanguageModel, *, seed: int) -> LlavaForConditionalGeneration:
+    """The two parts and a fresh projector as one model, nothing copied that need not be."""
+    config = LlavaConfig(
+        vision_config=tower.model.config,
+        text_config=language.config,
+        image_token_index=language.image_token_id,
+        image_seq_length=tower.tokens,
+        vision_feature_layer=tower.layer,
+        vision_feature_select_strategy=tower.select,
+        tie_word_embeddings=language.config.tie_word_embeddings,
+    )
+    dtype = next(iter(language.weights.values())).dtype
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    weights = {f"model.vision_tower.{name}": value for name, value in tower.model.state_dict().items()}
+    weights |= {f"model.multi_modal_projector.{name}": value for name, value in fresh_projector(model, seed).items()}
+    for name, value in language.weights.items():
+        weights["model.language_model." + name.removeprefix("model.") if name.startswith("model.") else name] = value
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"]
+    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    model.config.dtype = dtype
+    if language.generation is not None:
+        model.generation_config = language.generation
+    return model
+
+
+def fresh_projector(model: LlavaForConditionalGeneration, seed: int) -> dict[str, Tensor]:
+    """`mlp2x_gelu` as LLaVA begins it: torch's own initial weights of two linears, from this seed alone."""
+    meta = model.model.multi_modal_projector
+    state: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, layer in (("linear_1", meta.linear_1), ("linear_2", meta.linear_2)):
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            state |= {f"{name}.{leaf}": value.detach() for leaf, value in linear.state_dict().items()}
+    return state
+
+
+def processor(tower: LoadedTower, language: LanguageModel) -> LlavaProcessor:
+    """transformers' own processor of the folder, so that the folder serves without dora_vl as well."""
+    return LlavaProcessor(
+        image_processor=image_processor(tower.preparation, aspect="pad"),
+        tokenizer=language.tokenizer,
+        patch_size=tower.patch_size,
+        vision_feature_select_strategy=tower.select,
+        num_additional_image_tokens=tower.prefix_tokens,
+        chat_template=language.tokenizer.chat_template,
+    )

@@ -1,0 +1,117 @@
+"""Loads a causal language model from a folder, a hub id or a GGUF file, and gives its tokenizer the picture token."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
+
+from dora_vl.data.turns import IMAGE_PLACEHOLDER
+from dora_vl.errors import UserError
+
+VOCABULARY_MULTIPLE = 64  # rows of an embedding that has to grow; matrix products like it
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A language model's weights and what belongs to them, ready to become part of a LLaVA."""
+
+    config: PreTrainedConfig
+    weights: dict[str, Tensor]
+    """Names of the causal model: `model.…` and, where it is not tied to the embedding, `lm_head.weight`."""
+    generation: GenerationConfig | None
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+
+
+def load_tokenizer(
+    folder: str, *, gguf_file: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer, exactly as its `tokenizer.json` says.
+
+    transformers 5 rebuilds LLaMA's tokenizer from the vocabulary, and the result splits a text that begins with a
+    space (as one after a picture may) differently from the published file; so the file itself is preferred.
+    """
+    try:
+        if gguf_file is not None:
+            return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        revision = revision or "main"
+        if cached_file(folder, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False):
+            return PreTrainedTokenizerFast.from_pretrained(folder, revision=revision)
+        return AutoTokenizer.from_pretrained(folder, revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"no tokenizer could be read from {folder!r}: {error}") from error
+
+
+def load_language_model(
+    folder: str, *, gguf_file: str | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """A causal language model with `<image>` in its vocabulary.
+
+    Args:
+        folder: a folder or hub id; with `gguf_file`, where that file lies.
+        gguf_file: name of a GGUF file, which is dequantised.
+        dtype: of the weights; None keeps the folder's own (float32 for GGUF).
+
+    Raises: UserError if the folder cannot be read.
+    """
+    tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf_file, dtype=dtype or (torch.float32 if gguf_file else "auto")
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"no causal language model could be read from {folder!r}: {error}") from error
+    # A GGUF model's config says it is quantised, though its weights no longer are.
+    config = type(model.config).from_dict(
+        {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    )
+    image_token_id = add_image_token(tokenizer)
+    weights = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    rows = vocabulary_rows(config.vocab_size, len(tokenizer))
+    if rows != config.vocab_size:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in weights:
+                weights[name] = with_mean_rows(weights[name], rows)
+        config.vocab_size = rows
+    return LanguageModel(
+        config=config,
+        weights=weights,
+        generation=copy.deepcopy(model.generation_config),
+        tokenizer=tokenizer,
+        image_token_id=image_token_id,
+    )
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of `<image>`, which becomes a special token of this tokenizer if it is none yet."""
+    tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, normalized=False, special=True)], special_tokens=True)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    if not isinstance(image_token_id, int):
+        raise TypeError(f"the tokenizer gave {image_token_id!r} for {IMAGE_PLACEHOLDER}")
+    return image_token_id
+
+
+def vocabulary_rows(rows: int, tokens: int) -> int:
+    """Embedding rows for this many tokens: as they are if they suffice, else the next multiple of 64."""
+    return rows if tokens <= rows else math.ceil(tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def with_mean_rows(embedding: Float[Tensor, "old width"], rows: int) -> Float[Tensor, "new width"]:
+    """The embedding with rows added, each the mean of the old ones: no new token stands out before it is trained."""
+    mean = embedding.float().mean(0, keepdim=True).to(embedding.dtype)
+    return torch.cat([embedding, mean.expand(rows - len(embedding), -1)])

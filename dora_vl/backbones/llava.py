@@ -1,0 +1,246 @@
+"""LLaVA: a vision tower, a projector and a language model, run so that training pays for nothing it does not use.
+
+The model is transformers' own `LlavaForConditionalGeneration`, whether downloaded or composed by `compose.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
+from transformers.models.llava.configuration_llava import LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+
+from dora_vl.backbones.base import Features
+from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.errors import UserError
+from dora_vl.vision.towers import register_towers
+
+LANGUAGE_LAYERS = "model.language_model.layers.*"
+DORA_TARGETS = (
+    f"{LANGUAGE_LAYERS}.self_attn.q_proj",
+    f"{LANGUAGE_LAYERS}.self_attn.k_proj",
+    f"{LANGUAGE_LAYERS}.self_attn.v_proj",
+    f"{LANGUAGE_LAYERS}.self_attn.o_proj",
+    f"{LANGUAGE_LAYERS}.mlp.gate_proj",
+    f"{LANGUAGE_LAYERS}.mlp.up_proj",
+    f"{LANGUAGE_LAYERS}.mlp.down_proj",
+)
+"""Full-name globs of every linear of the language model; never `lm_head`, never the vision tower."""
+ALSO_TRAIN = {"projector": ("model.multi_modal_projector.*",)}
+"""What trains beside the adapters."""
+
+PictureSource = Literal["pixel_values", "image_features"]
+
+
+class LlavaBackbone(nn.Module):
+    """Runs a LLaVA from token ids and pictures to the positions that predict a label.
+
+    `picture_source` says what batches of this run bring. A micro-batch without pictures then takes the same
+    modules over a dummy picture, whose result is multiplied by zero: ranks stay in step under ZeRO-3, and the
+    projector's gradients are zeros instead of missing.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, *, picture_source: PictureSource = "pixel_values") -> None:
+        super().__init__()
+        self.model = model
+        self.picture_source: PictureSource = picture_source
+        self.train(model.training)
+
+    @property
+    def config(self) -> LlavaConfig:
+        """The model's config; transformers' Trainer and DeepSpeed read sizes from it."""
+        return self.model.config
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Picture tokens that one picture needs in the text."""
+        return self.config.image_seq_length
+
+    @property
+    def tower_trains(self) -> bool:
+        """Whether any weight of the vision tower gets a gradient."""
+        return any(weight.requires_grad for weight in self.model.model.vision_tower.parameters())
+
+    def train(self, mode: bool = True) -> LlavaBackbone:
+        """Sets the mode; a frozen tower stays in eval, so that its features never change."""
+        super().train(mode)
+        if not self.tower_trains:
+            self.model.model.vision_tower.eval()
+        return self
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Recomputes the language model's layers in the backward pass, as transformers' Trainer asks for it."""
+        self.model.gradient_checkpointing_enable(**options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps all activations again."""
+        self.model.gradient_checkpointing_disable()
+
+    @torch.no_grad()
+    def picture_features(
+        self, pixel_values: Float[Tensor, "images 3 height width"]
+    ) -> Float[Tensor, "images tokens width"]:
+        """The tower's output before the projector, without gradients: what a feature store keeps."""
+        return self._tower(pixel_values)
+
+    def embed(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        *,
+        pixel_values: Float[Tensor, "images 3 height width"] | None = None,
+        image_features: Float[Tensor, "images tokens width"] | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Token embeddings with the projected pictures at the picture tokens, in order.
+
+        Raises: UserError if the picture tokens are not as many as the features.
+        """
+        embeds = self.model.model.language_model.embed_tokens(input_ids)
+        if pixel_values is not None:
+            image_features = self._features(pixel_values)
+        if image_features is None:
+            return embeds
+        pictures = self.model.model.multi_modal_projector(image_features.to(self.model.dtype))
+        places = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
+        if len(places) != pictures.shape[0] * pictures.shape[1]:
+            raise UserError(
+                f"{len(places)} picture tokens in the batch, but {pictures.shape[0]} pictures of {pictures.shape[1]} "
+                "features each; encode with the model's tokens_per_image and one <image> a picture"
+            )
+        flat = embeds.flatten(0, 1).index_copy(0, places, pictures.flatten(0, 1).to(embeds.dtype))
+        return flat.view_as(embeds)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        labels: Int[Tensor, "batch seq"] | None = None,
+        pixel_values: Float[Tensor, "images 3 height width"] | None = None,
+        image_features: Float[Tensor, "images tokens width"] | None = None,
+    ) -> Features:
+        """Hidden states and logits at the positions that predict a label.
+
+        `labels[b, t]` is the token at `t`, or -100; the shift by one happens here.
+        """
+        embeds = self.embed(input_ids, pixel_values=pixel_values, image_features=image_features)
+        if pixel_values is None and image_features is None:
+            embeds = embeds + self._nothing()
+        hidden = self._language(embeds, attention_mask)
+        rows, places, targets = _labelled(labels, attention_mask)
+        chosen = hidden[rows, places]
+        return Features(chosen, self.model.lm_head(chosen), targets, rows)
+
+    def generate(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        *,
+        pixel_values: Float[Tensor, "images 3 height width"] | None = None,
+        image_features: Float[Tensor, "images tokens width"] | None = None,
+        max_new_tokens: int = 128,
+        streamer: BaseStreamer | None = None,
+        **options: Any,
+    ) -> Int[Tensor, "batch new"]:
+        """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise."""
+        with torch.no_grad():
+            embeds = self.embed(input_ids, pixel_values=pixel_values, image_features=image_features)
+            return self.model.generate(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                **{"do_sample": False, **options},
+            )
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):
+            return self._tower(pixel_values)
+
+    def _tower(self, pixel_values: Tensor) -> Tensor:
+        tower = self.model.model.vision_tower
+        config = self.config
+        states = tower(pixel_values.to(self.model.dtype), return_dict=True, output_hidden_states=True).hidden_states
+        layers = config.vision_feature_layer
+        chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        if config.vision_feature_select_strategy == "default":
+            chosen = [state[:, 1:] for state in chosen]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+
+    def _nothing(self) -> Tensor:
+        """A zero that has gone through the modules a picture would have gone through."""
+        projector = self.model.model.multi_modal_projector
+        vision = self.config.vision_config
+        device = self.model.device
+        if self.picture_source == "pixel_values":
+            blank = torch.zeros(1, 3, vision.image_size, vision.image_size, device=device)
+            features = self._features(blank)
+        else:
+            features = torch.zeros(1, 1, projector.linear_1.in_features, device=device, dtype=self.model.dtype)
+        return projector(features).sum() * 0
+
+    def _language(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states; padding on the right needs no mask, since attention is causal."""
+        positions = None
+        mask: Tensor | None = None
+        if not bool(attention_mask[:, 0].all()):
+            mask = attention_mask
+            positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
+        if self.training and self.model.is_gradient_checkpointing and not embeds.requires_grad:
+            embeds = embeds.detach().requires_grad_()  # else a checkpointed layer sees nothing to differentiate
+        return self.model.model.language_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+
+def _labelled(labels: Tensor | None, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, places and targets of the positions that predict a label; without labels, each row's last token."""
+    if labels is None:
+        rows = torch.arange(len(attention_mask), device=attention_mask.device)
+        length = attention_mask.shape[1]
+        last = length - 1 - attention_mask.flip(1).argmax(1)
+        return rows, last, torch.full_like(rows, IGNORED_LABEL)
+    targets = labels[:, 1:]
+    rows, places = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
+    return rows, places, targets[rows, places]
+
+
+@contextlib.contextmanager
+def _user_errors(folder: str) -> Iterator[None]:
+    """transformers' errors about a missing or broken folder as one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base {folder!r} cannot be opened as a LLaVA: {error}") from error
+
+
+def load_llava(
+    folder_or_id: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    revision: str | None = None,
+    picture_source: PictureSource = "pixel_values",
+) -> LlavaBackbone:
+    """A LLaVA folder or hub id, every weight in `dtype`, in eval mode.
+
+    Raises: UserError if it is no LLaVA or some of its weights are missing.
+    """
+    register_towers()
+    with _user_errors(folder_or_id):
+        model, report = LlavaForConditionalGeneration.from_pretrained(
+            folder_or_id,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision or "main",
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{folder_or_id}: {len(missing)} weights are missing, first {missing[:3]}; the folder is broken"
+        )
+    return LlavaBackbone(model, picture_source=picture_source)

@@ -1,0 +1,1 @@
+"""Vision towers that yield grid tokens, image preparation and the store of frozen features."""

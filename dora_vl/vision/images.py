@@ -1,0 +1,86 @@
+"""Pictures as the tower's pixels: LLaVA-1.5's padding to a square, or CLIP's crop, bit for bit as published."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from PIL.Image import Image, Resampling
+from torch import Tensor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from dora_vl.errors import UserError
+
+Aspect = Literal["pad", "square"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """The picture size (pixels along a side) and colour statistics that a network was trained with."""
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+
+
+def image_processor(preparation: Preparation, *, aspect: Aspect) -> LlavaImageProcessorPil:
+    """transformers' processor with these values.
+
+    It is the PIL one, whatever else is installed: only that equals the original bit for bit (torchvision's differs by
+    up to 1/255).
+    """
+    side = preparation.image_size
+    return LlavaImageProcessorPil(
+        do_pad=aspect == "pad",
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        resample=Resampling[preparation.interpolation.upper()],
+        image_mean=list(preparation.mean),
+        image_std=list(preparation.std),
+    )
+
+
+class ImagePreparation:
+    """Turns a picture into pixels, in one of two published ways.
+
+    `pad` (every LLaVA-1.5 recipe): the picture is centred on a square of the colour int(mean * 255), then resized.
+    `square` (CLIP's own): the shorter side is resized to the tower's size and the middle is cut out.
+    """
+
+    def __init__(self, preparation: Preparation, *, aspect: Aspect) -> None:
+        self.preparation = preparation
+        self.aspect: Aspect = aspect
+        self._processor = image_processor(preparation, aspect=aspect)
+
+    @classmethod
+    def from_folder(cls, folder_or_id: str, *, aspect: Aspect, revision: str | None = None) -> ImagePreparation:
+        """The size and colours that a LLaVA folder's preprocessor states.
+
+        Raises: UserError if it has none.
+        """
+        try:
+            stated = LlavaImageProcessorPil.from_pretrained(folder_or_id, revision=revision or "main")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder_or_id!r} states no picture preparation: {error}") from error
+        preparation = Preparation(
+            image_size=int(stated.crop_size["height"]),
+            mean=tuple(stated.image_mean),
+            std=tuple(stated.image_std),
+            interpolation=Resampling(int(stated.resample)).name.lower(),
+        )
+        return cls(preparation, aspect=aspect)
+
+    def prepare(self, picture: Image) -> Float[Tensor, "3 height width"]:
+        """Normalised pixels of one RGB picture."""
+        pixels = self._processor(images=picture, return_tensors="pt")["pixel_values"]
+        return pixels[0]
+
+    def fingerprint(self) -> str:
+        """A hash of everything that changes the pixels."""
+        stated = {"aspect": self.aspect, **dataclasses.asdict(self.preparation)}
+        return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
