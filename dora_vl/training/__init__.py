@@ -1,0 +1,1 @@
+"""Training: the run's settings, a thin Trainer over DeepSpeed, checkpoints, progress."""

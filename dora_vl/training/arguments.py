@@ -1,0 +1,157 @@
+"""`training:` of a run becomes `transformers.TrainingArguments`; what would not work is refused first."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from transformers import TrainingArguments
+
+from dora_vl.errors import UserError
+from dora_vl.training.deepspeed_checks import check_deepspeed, read_deepspeed
+from dora_vl.training.launch import stand_alone_environment
+from dora_vl.training.recipe import RunConfig
+from dora_vl.training.run_folder import run_folder_of
+
+logger = logging.getLogger(__name__)
+
+# Fields of earlier transformers that people still write, and what to write now (transformers 5 migration guide).
+RENAMED = {
+    "evaluation_strategy": "training.eval_strategy",
+    "warmup_ratio": "training.warmup_steps as a number below 1, such as 0.03",
+    "group_by_length": "data.group_by_modality_length",
+    "overwrite_output_dir": "the top-level overwrite: true",
+    "resume_from_checkpoint": "the top-level resume: last",
+    "logging_dir": "nothing: log.jsonl is in training.output_dir",
+    "no_cuda": "training.use_cpu",
+    "per_gpu_train_batch_size": "training.per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
+    "save_safetensors": "nothing: adapters are always safetensors",
+    "adafactor": "training.optim: adafactor",
+    "half_precision_backend": "nothing: it has no replacement",
+    "fp16_backend": "nothing: it has no replacement",
+    "dataloader_num_workers": "data.workers",
+}
+# What is ours to decide; a user's value would break the run.
+OWNED = {
+    "remove_unused_columns": "batches are read whole",
+    "label_smoothing_factor": "the loss is computed at labelled positions only",
+    "use_liger_kernel": "the loss is computed at labelled positions only",
+    "auto_find_batch_size": "the batch size is part of the recipe",
+    "push_to_hub": "upload training.output_dir/adapter with `hf upload` afterwards",
+    "fsdp": "sharding is DeepSpeed's here; set training.deepspeed",
+    "local_rank": "the launcher sets it",
+}
+STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
+# Defaults that differ from the library's: a log line that can be drawn, a loss that shows when it is not a number.
+OURS: dict[str, Any] = {
+    "logging_steps": 10,
+    "logging_nan_inf_filter": False,
+    "report_to": "none",
+    "save_total_limit": 2,
+}
+
+
+def training_fields() -> list[str]:
+    """Names of every field `training:` takes."""
+    return [one.name for one in dataclasses.fields(TrainingArguments) if one.init and one.name not in OWNED]
+
+
+def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with each value in its field's type.
+
+    Raises:
+        UserError: unknown, renamed or refused fields, and values of the wrong type.
+    """
+    known = {one.name for one in dataclasses.fields(TrainingArguments)}
+    section = {_accepted_name(key, known): value for key, value in section.items()}
+    # YAML reads an unquoted `no` as false.
+    section = {key: "no" if key in STRATEGIES and value is False else value for key, value in section.items()}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainingArguments, "training", instantiate=False)
+    try:
+        parsed = parser.parse_object({"training": section}).training
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split()).replace("Parser key ", "")) from error
+    return {key: getattr(parsed, key) for key in section}
+
+
+def _accepted_name(key: str, known: set[str]) -> str:
+    if key in RENAMED:
+        raise UserError(f"training.{key} is not a setting here; use {RENAMED[key]}")
+    if key in OWNED:
+        raise UserError(f"training.{key} cannot be set: {OWNED[key]}")
+    if key == "activation_checkpointing" and key not in known:  # the name before transformers 5.22
+        return "gradient_checkpointing"
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        hint = f"did you mean training.{close[0]}?" if close else "see transformers.TrainingArguments"
+        raise UserError(f"training.{key} is not a setting; {hint}")
+    return key
+
+
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """Makes the arguments, which also starts the process group and tells transformers about ZeRO-3.
+
+    Must run before the model is loaded, or ZeRO-3 would hold a whole model on every rank.
+    """
+    section = check_training_section(config.training)
+    _check_precision(config, section)
+    given = {**OURS, **_evaluation_defaults(config, section), **_device_defaults(), **section}
+    if not torch.cuda.is_available():
+        given.pop("tf32", None)  # CUDA's alone: a GPU recipe also runs, slowly, on a CPU
+    if given.get("deepspeed") is not None:
+        given["deepspeed"] = read_deepspeed(given["deepspeed"])
+        check_deepspeed(given["deepspeed"], method=config.adapter.method, bf16=bool(section.get("bf16")))
+        _leave_device_to_deepspeed(given)
+        stand_alone_environment()
+    run_folder_of(config)
+    given.update(remove_unused_columns=False, dataloader_num_workers=config.data.workers)
+    try:
+        return TrainingArguments(**given)
+    except ValueError as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _leave_device_to_deepspeed(given: dict[str, Any]) -> None:
+    """With `use_cpu` transformers would set DeepSpeed aside in silence and train with plain DDP."""
+    if given.pop("use_cpu", False) and torch.cuda.is_available():
+        raise UserError(
+            "training.use_cpu does not work with training.deepspeed; remove it and start with CUDA_VISIBLE_DEVICES= "
+            "(empty) to train on the CPU"
+        )
+
+
+def _check_precision(config: RunConfig, section: Mapping[str, Any]) -> None:
+    method = config.adapter.method
+    if method != "full" and (section.get("bf16") or section.get("fp16")):
+        flag = "bf16" if section.get("bf16") else "fp16"
+        raise UserError(
+            f"training.{flag} is for adapter.method: full; with {method} the frozen weights take model.dtype and what "
+            f"trains stays float32: remove training.{flag} and set model.dtype"
+        )
+    if method == "full" and config.model.dtype != "float32" and not (section.get("bf16") or section.get("fp16")):
+        raise UserError(
+            f"adapter.method: full with model.dtype {config.model.dtype} would train without float32 masters: set "
+            "training.bf16: true (with training.deepspeed), or model.dtype: float32"
+        )
+    if method == "full" and section.get("bf16") and section.get("deepspeed") is None:
+        raise UserError("training.bf16 with adapter.method: full needs training.deepspeed, which keeps float32 masters")
+
+
+def _evaluation_defaults(config: RunConfig, section: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = section.get("eval_strategy", "epoch" if config.data.validation else "no")
+    if wanted != "no" and config.data.validation is None:
+        raise UserError(f"training.eval_strategy is {wanted}, but data.validation names no file")
+    return {"eval_strategy": wanted}
+
+
+def _device_defaults() -> dict[str, Any]:
+    on_cuda = torch.cuda.is_available()
+    return {"dataloader_pin_memory": on_cuda, "tf32": True} if on_cuda else {"dataloader_pin_memory": False}

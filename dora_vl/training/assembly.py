@@ -1,0 +1,183 @@
+"""Builds a run's parts from its sections: model, adapter, encoder, data."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, TrainingArguments
+
+from dora_vl.backbones.compose import compose_llava
+from dora_vl.backbones.encode import LlavaEncoder
+from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, load_llava
+from dora_vl.backbones.templates import get_template
+from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
+from dora_vl.core.adapter_file import own_name, read_weights
+from dora_vl.data.media import open_image
+from dora_vl.data.records import load_llava as load_records
+from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
+from dora_vl.errors import UserError
+from dora_vl.evaluation.predict import PictureReader
+from dora_vl.training.provenance import content_hash, local_folder, versions
+from dora_vl.training.recipe import AdapterConfig, ModelConfig, RunConfig
+from dora_vl.training.zero import gather_to_write, loading_in, without_sharding
+from dora_vl.vision.images import ImagePreparation
+
+logger = logging.getLogger(__name__)
+
+
+def compose_if_missing(model: ModelConfig, arguments: TrainingArguments) -> None:
+    """Writes the composed base where the run names one that is not there; the first rank does, the others wait."""
+    if model.compose is None:
+        return
+    with arguments.main_process_first(local=False, desc="composing the base"):
+        if arguments.process_index == 0 and not Path(model.base).exists():
+            Path(model.base).parent.mkdir(parents=True, exist_ok=True)
+            with without_sharding(arguments):
+                compose_llava(model.compose, model.base)
+
+
+def load_backbone(model: ModelConfig, *, cached_features: bool) -> LlavaBackbone:
+    """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3."""
+    if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
+        raise UserError("model.attn_implementation: flash_attention_2 needs CUDA; sdpa runs everywhere")
+    dtype = getattr(torch, model.dtype)
+    with loading_in(dtype):
+        return load_llava(
+            model.base,
+            dtype=dtype,
+            attn_implementation=model.attn_implementation,
+            revision=model.revision,
+            picture_source="image_features" if cached_features else "pixel_values",
+        )
+
+
+def dora_config(adapter: AdapterConfig) -> DoRAConfig:
+    """The core's config of a run's adapter section, with LLaVA's own targets and projector."""
+    trains_projector = adapter.train_projector and adapter.method != "full"
+    return DoRAConfig(
+        method=adapter.method,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        targets=DORA_TARGETS if adapter.targets is None else adapter.targets,
+        also_train=ALSO_TRAIN if trains_projector else {},
+        dropout_mode=adapter.dropout_mode,
+        detach_norm=adapter.detach_norm,
+        rank_scaling=adapter.rank_scaling,
+    )
+
+
+def adapt(model: nn.Module, adapter: AdapterConfig) -> list[str]:
+    """Puts the adapter in, decides what trains, and loads `adapter.initial`; returns the adapted layers' names."""
+    if adapter.method == "full" and adapter.targets is None:
+        raise UserError(
+            "adapter.method: full needs adapter.targets, the modules whose weights train, such as "
+            '["model.language_model*", "lm_head", "model.multi_modal_projector*"]'
+        )
+    names = apply_dora(model, dora_config(adapter), gather=gather_to_write)
+    if adapter.initial is not None:
+        load_initial(model, Path(adapter.initial))
+    return names
+
+
+def load_initial(model: nn.Module, folder: Path) -> None:
+    """Starts from the weights of an adapter folder, which may hold fewer parts (stage 1's projector alone).
+
+    Raises:
+        UserError: the folder holds a tensor that this model does not have, or of another shape.
+    """
+    found = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
+    parameters = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
+    if unknown := sorted(set(found) - set(parameters)):
+        raise UserError(f"adapter.initial: {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}")
+    with torch.no_grad():
+        for name, tensor in found.items():
+            with gather_to_write([parameters[name]]):
+                if parameters[name].numel() != tensor.numel():
+                    shapes = f"{list(tensor.shape)}, here it is {list(parameters[name].shape)}"
+                    raise UserError(f"adapter.initial: {folder}: {name} is {shapes}")
+                parameters[name].copy_(tensor.view(parameters[name].shape))
+    for _, layer in adapted_layers(model):
+        layer.forget_norms()
+    logger.info("%s sets %d of %d trained tensors", folder, len(found), len(parameters))
+
+
+def build_encoder(model: ModelConfig, backbone: LlavaBackbone, *, max_tokens: int) -> LlavaEncoder:
+    """Tokens and labels for this base and template."""
+    tokenizer = AutoTokenizer.from_pretrained(model.base, revision=model.revision or "main")
+    return LlavaEncoder(
+        tokenizer,
+        get_template(model.template, tokenizer),
+        tokens_per_image=backbone.tokens_per_image,
+        image_token_id=backbone.config.image_token_id,
+        max_tokens=max_tokens,
+    )
+
+
+def pad_token_id(encoder: LlavaEncoder) -> int:
+    """What fills short rows; masked, so any id does where the tokenizer names none."""
+    tokenizer: Any = encoder.tokenizer
+    return int(next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None))
+
+
+def read_rows(file: str, limit: int | None) -> datasets.Dataset:
+    """The records of a LLaVA file, memory-mapped."""
+    rows = load_records(Path(file))
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def read_pixels(path: str, *, folder: Path, preparation: ImagePreparation) -> Tensor:
+    """Pixels of one picture; a top-level function, so that worker processes can receive it."""
+    return preparation.prepare(open_image(folder, path))
+
+
+def picture_reader(
+    config: RunConfig, rows: datasets.Dataset, backbone: LlavaBackbone, arguments: TrainingArguments
+) -> PictureReader:
+    """How pictures of these rows are read: prepared pixels, or the tower's features, computed now where missing."""
+    return pixel_reader(config.model, Path(config.data.image_folder))
+
+
+def pixel_reader(model: ModelConfig, folder: Path) -> PictureReader:
+    """Reads pictures below a folder and prepares them as the run says."""
+    if not folder.is_dir():
+        raise UserError(f"picture folder {folder} does not exist; set data.image_folder (evaluation.image_folder)")
+    preparation = ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
+    return PictureReader(pixels=partial(read_pixels, folder=folder, preparation=preparation))
+
+
+def build_sampler(lengths: SamplingLengths, arguments: TrainingArguments) -> ModalityLengthSampler:
+    """LLaVA's grouping by modality and length for this run's global batch."""
+    return ModalityLengthSampler(
+        lengths.lengths,
+        lengths.is_multimodal,
+        batch_size=arguments.per_device_train_batch_size,
+        world_size=arguments.world_size,
+        accumulation=arguments.gradient_accumulation_steps,
+        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+    )
+
+
+def recipe_record(config: RunConfig, task: str) -> dict[str, Any]:
+    """What `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""
+    model = config.model
+    return {
+        "task": task,
+        "base": model.base,
+        "revision": model.revision,
+        "base_sha256": content_hash(local_folder(model.base, model.revision)),
+        "compose": None if model.compose is None else dataclasses.asdict(model.compose),
+        "template": model.template,
+        "image_aspect": model.image_aspect,
+        "dtype": model.dtype,
+        "max_tokens": config.data.max_tokens,
+        "training": dict(config.training),
+        "versions": versions(),
+    }

@@ -1,0 +1,202 @@
+"""What happens beside the steps: the loss log, one line of progress, epochs for the data, stopping on a signal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dora_vl.training.batch_statistics import BatchStatistics, Counts
+
+logger = logging.getLogger(__name__)
+
+ECHO_SECONDS = 1.0  # a signal this soon after the first is the launcher passing on the same one
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the sampler and the data set which epoch it is, also after resuming, where loaders are nested."""
+
+    def __init__(self, *listeners: Callable[[int], None]) -> None:
+        self._listeners = listeners
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Before the epoch's first batch is drawn."""
+        for listener in self._listeners:
+            listener(int(state.epoch or 0))
+
+
+class LossLog(TrainerCallback):
+    """Adds speed, padding and skipped samples to each logged line, and appends it to `log.jsonl` (first rank).
+
+    The file of a resumed run keeps the lines up to the step it resumes from.
+    """
+
+    def __init__(self, path: Path, statistics: BatchStatistics) -> None:
+        self._path = path
+        self._statistics = statistics
+        self._before = Counts()
+        self._since = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Starts the clock, and cuts lines that a resumed run will write again."""
+        self._since = time.monotonic()
+        if state.is_world_process_zero:
+            kept = [line for line in read_log(self._path) if line["step"] <= state.global_step]
+            write_log(self._path, kept)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """One line; every rank takes part in the sums."""
+        if logs is None or "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            logs.update(self._speed(args.device))
+        if state.is_world_process_zero:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **_finite(logs)}) + "\n")
+
+    def _speed(self, device: torch.device) -> dict[str, float | int]:
+        now, counts = time.monotonic(), self._statistics.over_ranks(device)
+        window, seconds = counts - self._before, max(1e-9, now - self._since)
+        self._before, self._since = counts, now
+        self._statistics.judge(counts)
+        return {
+            "samples_per_second": round(window.samples / seconds, 3),
+            "tokens_per_second": round(window.tokens / seconds, 1),
+            "padding_share": round(window.padding_share, 4),
+            "labelled_tokens": window.labelled_tokens,
+            "skipped": counts.skipped,
+            "cut_samples": counts.cut_samples,
+        }
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a loss log; a last line cut short by a crash is left out."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            logger.warning("%s: line %d is not whole; left out", path, len(lines) + 1)
+            break
+    return lines
+
+
+def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Replaces a loss log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    beside.replace(path)
+
+
+def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN: it is written as text, so that the line still says what happened."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+
+
+class ProgressLine(TrainerCallback):
+    """One bar with loss, samples/s, padding and skipped samples; tqdm adds steps, time and the time left."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Opens the bar on the first rank."""
+        if state.is_world_process_zero:
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, desc="training"
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Moves on by a step."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Shows the newest numbers."""
+        if self._bar is None or logs is None:
+            return
+        if "loss" in logs:
+            speed, padding = logs.get("samples_per_second", 0), logs.get("padding_share", 0)
+            shown = f"loss {logs['loss']:.4f}, {speed:.1f} samples/s, padding {padding:.0%}"
+            self._bar.set_postfix_str(f"{shown}, skipped {logs.get('skipped', 0)}")
+        elif "eval_loss" in logs:
+            self._bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGINT or SIGTERM: finish the step, save a checkpoint, stop.
+
+    All ranks agree at the end of a step, since one that stopped alone would leave the others waiting. A second
+    Ctrl-C ends the process at once; a further SIGTERM does not, since the deepspeed launcher turns one Ctrl-C into
+    a SIGINT and several SIGTERM, and kills after 30 seconds anyway.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Starts listening."""
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Asks all ranks whether one of them was told to stop."""
+        heard = torch.tensor(self.received or 0, device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
+        if told := int(heard):
+            self.received = told
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Gives the signals back."""
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives the signals back, also after an error in training."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again = self.received is not None
+        if again and number == signal.SIGINT and time.monotonic() - self._since > ECHO_SECONDS:
+            raise KeyboardInterrupt
+        if not again:
+            name = signal.Signals(number).name
+            logger.warning("%s: finishing the step and saving it first; Ctrl-C again stops at once", name)
+            self.received, self._since = number, time.monotonic()

@@ -1,0 +1,118 @@
+"""Reads one run's settings: `--config FILE`, then `--section.key value`; says what was meant when a key is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from dora_vl.errors import UserError
+from dora_vl.training.arguments import check_training_section, training_fields
+from dora_vl.training.recipe import RunConfig
+
+
+def run_parser(program: str, description: str) -> ArgumentParser:
+    """The parser of a training task; its help text comes from the fields of `recipe.py`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with the run's settings")
+    # The deepspeed launcher adds --local_rank=N to every command; the environment says it better.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_class_arguments(RunConfig, None)
+    return parser
+
+
+def read_run(arguments: Sequence[str], *, program: str = "run", description: str = "") -> RunConfig:
+    """Settings from command-line arguments; they win over the file's.
+
+    Raises:
+        UserError: a key that is not a setting (with the nearest one), or a value of the wrong type.
+    """
+    parser = run_parser(program, description)
+    try:
+        settings = parser.parse_args(files_first(arguments))
+        config = _instantiate(parser, settings)
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise UserError(explain(str(error), setting_names())) from error
+    return dataclasses.replace(config, training=check_training_section(config.training))
+
+
+def files_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--config FILE` in front, so that a setting wins over the file wherever it stands."""
+    files: list[str] = []
+    others: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == "--config":
+            files += [argument, *itertools.islice(waiting, 1)]
+        else:
+            (files if argument.startswith("--config=") else others).append(argument)
+    return files + others
+
+
+def read_run_file(path: str | Path, *overrides: str) -> RunConfig:
+    """Settings of a YAML file, with `--section.key=value` overrides."""
+    return read_run([f"--config={path}", *overrides])
+
+
+def _instantiate(parser: ArgumentParser, settings: Namespace) -> RunConfig:
+    built = parser.instantiate(settings)
+    return RunConfig(**{one.name: getattr(built, one.name) for one in dataclasses.fields(RunConfig)})
+
+
+def setting_names() -> list[str]:
+    """Every dotted name a run understands, `training.*` included."""
+    parser = run_parser("run", "")
+    skipped = {"help", "config", "print_config", "local_rank"}
+    # Only leaf settings: a name such as "model" also stands for a whole section.
+    named = [action.dest for action in parser._actions if action.dest not in skipped]
+    leaves = [name for name in named if not any(other.startswith(f"{name}.") for other in named)]
+    return leaves + [f"training.{name}" for name in training_fields()]
+
+
+def explain(message: str, names: Iterable[str]) -> str:
+    """One line from the parser's message, with the nearest settings where a key is unknown."""
+    line = " ".join(message.split())
+    unknown = _unknown_key(line)
+    if unknown is None:
+        return line.replace('Parser key "', '"', 1)
+    close = nearest(unknown, names)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "; --help lists the settings"
+    return f"{unknown} is not a setting{hint}"
+
+
+def _unknown_key(line: str) -> str | None:
+    """The key a parser message complains about, dotted and without dashes; None for other complaints."""
+    if found := re.search(r"unrecognized arguments: --?([\w.\-]+)", line):
+        return found[1]
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line):
+        return f"{found[1]}.{found[2]}"
+    if found := re.search(r"Option '([\w.]+)' is not accepted", line):
+        return found[1]
+    return None
+
+
+def nearest(unknown: str, names: Iterable[str]) -> list[str]:
+    """Up to two settings whose dotted name, or whose last word, is close to `unknown`, best first.
+
+    A word that a name holds as a whole (`mm_projector_lr` and `optim.projector_learning_rate`) counts too.
+    """
+    spelled_out = re.sub(r"\blr\b|(?<=_)lr\b", "learning_rate", unknown.replace("-", "_"))
+    last = spelled_out.rsplit(".", 1)[-1]
+    section = spelled_out.rsplit(".", 1)[0] if "." in spelled_out else ""
+
+    def likeness(name: str) -> float:
+        theirs = name.rsplit(".", 1)[-1]
+        alike = difflib.SequenceMatcher(None, last, theirs).ratio()
+        return alike + 0.1 * (section != "" and name.startswith(f"{section}."))
+
+    ranked = sorted(names, key=likeness, reverse=True)
+    best = [name for name in ranked[:2] if likeness(name) >= 0.6]
+    exact = [name for name in best if name.rsplit(".", 1)[-1] == last]
+    return exact or best

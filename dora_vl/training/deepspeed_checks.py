@@ -1,0 +1,70 @@
+"""Reads a DeepSpeed JSON and refuses what would train something else than the recipe says, in silence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_vl.errors import UserError
+
+SHIPPED = Path(__file__).parents[2] / "configs" / "deepspeed"
+SHORT_NAMES = ("zero0", "zero2", "zero3", "zero3_offload")
+
+
+def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a short name (`zero2`), of a file (as given, or below the repository), or of a mapping."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    path = _find(value)
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: a DeepSpeed config is a JSON object, this is a {type(loaded).__name__}")
+    return loaded
+
+
+def _find(value: str) -> Path:
+    tried = [SHIPPED / f"{value}.json"] if value in SHORT_NAMES else [Path(value), SHIPPED.parents[1] / value]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise UserError(f"training.deepspeed: {value} is neither a file nor one of {', '.join(SHORT_NAMES)}")
+
+
+def zero_stage(config: Mapping[str, Any] | None) -> int:
+    """ZeRO stage of a DeepSpeed config; 0 without one."""
+    return 0 if config is None else int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def check_deepspeed(config: Mapping[str, Any], *, method: str, bf16: bool) -> None:
+    """Refuses blocks that override the recipe.
+
+    Raises:
+        UserError: `optimizer` or `scheduler` (per-part learning rates and the schedule would be dropped without
+            a word), half precision of the trained float32 parameters, or accumulation that disagrees.
+    """
+    if "optimizer" in config:
+        raise UserError(
+            'DeepSpeed config: remove the "optimizer" block; with it one learning rate is used for every part '
+            "(projector and magnitudes too) and training.optim is not used"
+        )
+    if "scheduler" in config:
+        raise UserError(
+            'DeepSpeed config: remove the "scheduler" block; with it training.lr_scheduler_type and '
+            "training.warmup_steps are not used"
+        )
+    for name in ("bf16", "fp16"):
+        enabled = config.get(name, {}).get("enabled", False)
+        if enabled is True and method != "full":
+            raise UserError(
+                f'DeepSpeed config: "{name}": enabled casts the trained float32 parameters of adapter.method {method}; '
+                'write "auto" and set model.dtype for the frozen weights'
+            )
+    if "torch_autocast" in config and config["torch_autocast"].get("enabled") and method != "full":
+        raise UserError('DeepSpeed config: remove "torch_autocast"; adapters set their own number types')
+    if method == "full" and bf16 and config.get("bf16", {}).get("enabled") is False:
+        raise UserError('DeepSpeed config: "bf16": enabled is false, but training.bf16 is true; write "auto"')

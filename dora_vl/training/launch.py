@@ -1,0 +1,47 @@
+"""This process among those of a launch: its share of the cores, its rank, the way out."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import torch
+
+
+def use_cores() -> None:
+    """On a CPU, splits the cores among this machine's ranks.
+
+    Launchers set OMP_NUM_THREADS=1, which leaves cores idle where the CPU does the computing. Started without a
+    launcher, torch's own choice (or the user's OMP_NUM_THREADS) stays.
+    """
+    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    if torch.cuda.is_available() or ranks is None:
+        return
+    torch.set_num_threads(max(1, available_cores() // int(ranks)))
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def stand_alone_environment() -> None:
+    """Names this process the only rank, where no launcher did: DeepSpeed would look for MPI otherwise."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes the run's results."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def leave_process_group() -> None:
+    """Ends communication with the other ranks, if there was any."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,144 @@
+"""What a run will hold in memory on each rank, before the first step; and what trains, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dora_vl.core import TrainedPart
+
+ADAM_STATES = 2
+FLOAT32_BYTES = 4
+# Vectors of hidden width that a layer keeps for each token: norm inputs, q, k, v and attention output, and four of the
+# gated MLP at about 2.7 times the width.
+VECTORS_PER_LAYER = 17
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank; activations are rough, the rest is arithmetic."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    on_host: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the activations' size depends on."""
+
+    tokens: int
+    layers: int
+    hidden_width: int
+    element_bytes: int
+    recomputed: bool
+
+    @property
+    def bytes(self) -> int:
+        """Kept between forward and backward; with recomputation one vector a layer, and one layer whole."""
+        vector = self.tokens * self.hidden_width * self.element_bytes
+        if self.recomputed:
+            return vector * (self.layers + VECTORS_PER_LAYER)
+        return vector * self.layers * VECTORS_PER_LAYER
+
+
+def parameter_count(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter; under ZeRO-3 the whole, not this rank's shard."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def estimate_memory(
+    model: nn.Module,
+    activations: Activations,
+    *,
+    zero: Mapping[str, Any] | None,
+    world_size: int,
+) -> MemoryEstimate:
+    """Memory of one rank under a DeepSpeed `zero_optimization` block (None: plain data parallel), with Adam.
+
+    Stage 1 shards the optimizer's state, 2 the gradients too, 3 the weights too. DeepSpeed keeps a float32 copy of
+    what trains at every stage from 1 on.
+    """
+    stage = int((zero or {}).get("stage", 0))
+    frozen = sum(parameter_count(one) * one.element_size() for one in model.parameters() if not one.requires_grad)
+    trained = [one for one in model.parameters() if one.requires_grad]
+    weights = frozen + sum(parameter_count(one) * one.element_size() for one in trained)
+    gradients = sum(parameter_count(one) * one.element_size() for one in trained)
+    copies = ADAM_STATES + (1 if stage >= 1 else 0)
+    optimizer = sum(map(parameter_count, trained)) * FLOAT32_BYTES * copies
+    weights //= world_size if stage >= 3 else 1
+    gradients //= world_size if stage >= 2 else 1
+    optimizer //= world_size if stage >= 1 else 1
+    on_host = 0
+    if _offloads(zero, "offload_optimizer"):
+        on_host, optimizer = on_host + optimizer, 0
+    if _offloads(zero, "offload_param"):
+        on_host, weights = on_host + weights, 0
+    return MemoryEstimate(weights, gradients, optimizer, activations.bytes, on_host)
+
+
+def _offloads(zero: Mapping[str, Any] | None, what: str) -> bool:
+    return (zero or {}).get(what, {}).get("device", "none") != "none"
+
+
+def trained_table(model: nn.Module, parts: Sequence[TrainedPart]) -> str:
+    """Trained parameters by part: count and share of all parameters."""
+    total = sum(map(parameter_count, model.parameters()))
+    counts: dict[str, int] = {}
+    for part in parts:
+        counts[part.name] = counts.get(part.name, 0) + sum(map(parameter_count, part.parameters.values()))
+    rows = [(name, count) for name, count in counts.items() if count]
+    rows += [("trained", sum(counts.values())), ("frozen", total - sum(counts.values())), ("all", total)]
+    return _table(("part", "parameters", "share"), ((n, f"{c:,}", f"{c / total:.3%}") for n, c in rows))
+
+
+def memory_table(estimate: MemoryEstimate, *, world_size: int, stage: int) -> str:
+    """The estimate in GiB for one rank."""
+    named = {
+        "weights": estimate.weights,
+        "gradients": estimate.gradients,
+        "optimizer": estimate.optimizer,
+        "activations (rough)": estimate.activations,
+        "total": estimate.total,
+    }
+    if estimate.on_host:
+        named["on the host"] = estimate.on_host
+    title = f"memory a rank ({world_size} ranks, ZeRO-{stage})"
+    return _table((title, "GiB"), ((name, f"{size / GIB:.2f}") for name, size in named.items()))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def describe_plan(
+    model: nn.Module,
+    parts: Sequence[TrainedPart],
+    activations: Activations,
+    *,
+    zero: Mapping[str, Any] | None,
+    world_size: int,
+) -> str:
+    """Both tables, as they are logged before the first step."""
+    estimate = estimate_memory(model, activations, zero=zero, world_size=world_size)
+    stage = int((zero or {}).get("stage", 0))
+    return f"{trained_table(model, parts)}\n{memory_table(estimate, world_size=world_size, stage=stage)}"

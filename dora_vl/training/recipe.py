@@ -1,0 +1,137 @@
+"""The settings of one run: a frozen dataclass for each section of its YAML file.
+
+Read by `dora_vl.training.command_line`; the text under each field is what `--help` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dora_vl.backbones.compose import ComposeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is adapted, and how text and pictures are put to it."""
+
+    base: str
+    """Folder or Hugging Face id of the LLaVA. With `compose`, the folder the composed model is written to."""
+    revision: str | None = None
+    """Git revision of a Hugging Face id (a commit pins the run)."""
+    compose: ComposeSpec | None = None
+    """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
+    template: Literal["vicuna_v1", "plain", "chatml", "tokenizer"] = "vicuna_v1"
+    """Prompt format; `plain` is image then caption (stage 1); `tokenizer` is the language model's own."""
+    image_aspect: Literal["pad", "square"] = "pad"
+    """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What trains, and how."""
+
+    method: Literal["dora", "lora", "full", "magnitude"] = "dora"
+    """dora: A, B and magnitudes; lora: A and B; magnitude: magnitudes alone; full: the targets' own weights."""
+    rank: int = 16
+    """Rows of A (columns of B)."""
+    alpha: float = 32.0
+    """Scale: the low-rank product is multiplied by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on the low-rank path's input."""
+    targets: tuple[str, ...] | None = None
+    """Full-name patterns of the adapted modules, each must hit; null: all linears of the language model."""
+    train_projector: bool = True
+    """Trains the projector between vision and language too, in float32, and keeps it in the adapter folder."""
+    dropout_mode: Literal["low_rank", "whole_change"] = "low_rank"
+    """low_rank: dropout on the low-rank path only (one frozen product); whole_change: as PEFT and the reference."""
+    detach_norm: bool = True
+    """Treats the weight norm as a constant in the backward pass, as the paper's section 4.3."""
+    rank_scaling: Literal["linear", "sqrt"] = "linear"
+    """linear divides alpha by rank; sqrt divides by its square root (rsLoRA)."""
+    initial: str | None = None
+    """Adapter folder to start from, such as stage 1's projector; its weights are loaded before training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training and validation data in LLaVA's JSON or JSONL format."""
+
+    train: str
+    """File with the training conversations."""
+    validation: str | None = None
+    """File with conversations whose loss is measured while training."""
+    image_folder: str = "."
+    """Root that the pictures' paths in the files are relative to."""
+    max_tokens: int = 2048
+    """Longest sequence, image tokens included; the tail of the text beyond it is cut and reported."""
+    cache_features: bool = False
+    """Computes the frozen vision tower's output once for each picture and reads it from disk afterwards."""
+    feature_cache: str | None = None
+    """Folder of the cached features; null: `<training.output_dir>/features`."""
+    max_bad_share: float = 0.001
+    """Largest share of unusable samples (missing picture, empty answer...) that is skipped; above it the run stops."""
+    workers: int = 4
+    """Processes that read and prepare samples on each rank; 0 does it in the training process."""
+    group_by_modality_length: bool = True
+    """Batches hold samples of like length, and either all with pictures or all without."""
+    limit: int | None = None
+    """Uses only the first so many training samples."""
+    validation_limit: int | None = None
+    """Uses only the first so many validation samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Learning rates by part; `training.learning_rate` is everybody else's."""
+
+    projector_learning_rate: float | None = None
+    """Peak learning rate of the projector; null: training.learning_rate."""
+    magnitude_learning_rate: float | None = None
+    """Peak learning rate of DoRA's magnitudes; null: training.learning_rate."""
+    b_learning_rate_ratio: float = 1.0
+    """B's learning rate as a multiple of training.learning_rate (LoRA+; 16 is its paper's choice)."""
+    loss_normalisation: Literal["micro_batch", "step_tokens"] = "micro_batch"
+    """micro_batch: mean over a micro-batch's labelled tokens, then over accumulation and ranks (as LLaVA);
+    step_tokens: one mean over all labelled tokens of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The test after training."""
+
+    file: str | None = None
+    """Questions with answers, in LLaVA's format; null: no test."""
+    image_folder: str | None = None
+    """Root of their pictures; null: data.image_folder."""
+    metric: Literal["exact_match"] = "exact_match"
+    """How an answer is scored."""
+    batch_size: int = 32
+    """Questions answered at once."""
+    max_new_tokens: int = 16
+    """Longest answer."""
+    limit: int | None = None
+    """Asks only the first so many questions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: what its YAML file holds."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
+    file, or zero0, zero2, zero3, zero3_offload of configs/deepspeed."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    resume: str | None = None
+    """`last` goes on from the run folder's last complete checkpoint; or a checkpoint folder."""
+    overwrite: bool = False
+    """Removes what an earlier run left in training.output_dir; otherwise that is refused."""

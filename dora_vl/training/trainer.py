@@ -1,0 +1,189 @@
+"""transformers' Trainer with our parameter groups, checkpoints that hold only what trains, and our sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from dora_vl.core import TrainedPart
+from dora_vl.core.adapter_file import replace_folder
+from dora_vl.errors import UserError
+from dora_vl.training.batch_statistics import BatchStatistics
+from dora_vl.training.checkpoints import STATE_FILE, WRITING, drop_old_checkpoints
+from dora_vl.training.optim import LearningRates, parameter_groups
+from dora_vl.training.run_folder import ADAPTER
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class Persistence:
+    """Where a run is kept, and how its adapter folder is written (every rank calls `save`) and read."""
+
+    run_folder: Path
+    save: Callable[[Path], None]
+    load: Callable[[Path], object]
+
+
+class AdapterTrainer(Trainer):
+    """Trains what `core.trained_parts` lists.
+
+    Args:
+        rates: learning rate of each part.
+        sampler: order of the training samples; None leaves it to the Trainer.
+        parts: what trains, as `core.trained_parts` lists it.
+        persistence: writes the adapter folder at every checkpoint, and reads it back (resuming without DeepSpeed).
+        statistics: counts of what the batches held.
+    """
+
+    def __init__(
+        self,
+        *,
+        rates: LearningRates,
+        sampler: Sampler[int] | None,
+        parts: Sequence[TrainedPart],
+        persistence: Persistence,
+        statistics: BatchStatistics,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.rates = rates
+        self.sampler = sampler
+        self.parts = parts
+        self.persistence = persistence
+        self.statistics = statistics
+        self._checkpoint_parent = persistence.run_folder
+        self._saved_step: int | None = None
+        # A label at position 0 has nothing before it: the token count of a step must leave it out.
+        self._loss_shifts_labels = True
+
+    # ---- what a step sees
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """The step's micro-batches, with their bookkeeping taken out and counted."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return [self.statistics.take(batch) for batch in batches], items
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
+        """One validation batch, without its bookkeeping."""
+        return super().prediction_step(model, BatchStatistics().take(inputs), *options, **named)
+
+    # ---- the optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group for each trained part; the class and its options are those of `training.optim`."""
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = parameter_groups(self.parts, self.rates, weight_decay=self.args.weight_decay)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    # ---- checkpoints: written under another name, renamed when every rank is done
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._checkpoint_parent)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._saved_step == self.state.global_step:  # asked for at the step's and again at the epoch's end
+            return
+        self._saved_step = self.state.global_step
+        run_folder = self.persistence.run_folder
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._checkpoint_parent = run_folder / WRITING
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._checkpoint_parent = run_folder
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._name_best(run_folder, name)
+            replace_folder(run_folder / WRITING / name, run_folder / name)
+            (run_folder / WRITING).rmdir()
+            best = self.state.best_model_checkpoint
+            also = [Path(best)] if best else []
+            drop_old_checkpoints(run_folder, keep=self.args.save_total_limit, also_keep=also)
+        self.accelerator.wait_for_everyone()
+
+    def _name_best(self, run_folder: Path, name: str) -> None:
+        """The best checkpoint is recorded by the name it gets, not the one it is written under."""
+        step = self.state.best_global_step
+        if step:
+            best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            written = best if best.name != name else run_folder / WRITING / name
+            self.state.best_model_checkpoint = str(best) if written.is_dir() else None
+            self.state.save_to_json(str(run_folder / WRITING / name / STATE_FILE))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter folder, `<output_dir>/adapter`; the frozen base is never written."""
+        self.persistence.save(Path(output_dir or self.persistence.run_folder) / ADAPTER)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self._engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        scheduler = cast(torch.optim.lr_scheduler.LRScheduler, self.lr_scheduler)
+        if self.args.should_save:
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    @property
+    def _engine(self) -> DeepSpeedEngine:
+        return cast("DeepSpeedEngine", self.model_wrapped)
+
+    # ---- going on
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        # The Trainer would load the engine's state strictly, frozen weights included; ours are not in it.
+        own = resume_from_checkpoint is not None and self.is_deepspeed_enabled
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if own else resume_from_checkpoint)
+        if own:
+            self._load_engine(str(resume_from_checkpoint))
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _load_engine(self, checkpoint: str) -> None:
+        """Reads DeepSpeed's state, which must hold exactly what trains."""
+        path, _ = self._engine.load_checkpoint(checkpoint, custom_load_fn=load_exactly)
+        if path is None:
+            raise UserError(f"resume: DeepSpeed finds no state in {checkpoint}; was it written without DeepSpeed?")
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            self._load_engine(str(self.state.best_model_checkpoint))
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.persistence.load(Path(resume_from_checkpoint) / ADAPTER)
+
+
+def load_exactly(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    """Loads what trains (`GenerationTask.state_dict` holds nothing else); DeepSpeed calls it with these names.
+
+    Raises:
+        UserError: the checkpoint holds other parameters than this run trains.
+    """
+    expected = set(dst.state_dict())
+    if expected != set(src):
+        raise UserError(
+            f"resume: the checkpoint does not fit this run: {len(expected - set(src))} trained tensors are missing in "
+            f"it, {len(set(src) - expected)} are not trained here; use the settings it was written with"
+        )
+    dst.load_state_dict(src, strict=False)
