@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 VisionLibrary = Literal["timm", "open_clip", "transformers"]
 Layout = Literal["NCHW", "NHWC", "NLC"]
@@ -49,3 +50,8 @@ class GridTowerConfig(PreTrainedConfig):
     def patch_size(self) -> int:
         """Pixels per grid token along a side, rounded down; transformers' processor counts tokens with it."""
         return self.image_size // (self.grid_pool or self.grid_side)
+
+
+def register_config() -> None:
+    """Makes transformers' `AutoConfig` know this config; calling it again changes nothing."""
+    AutoConfig.register(GridTowerConfig.model_type, GridTowerConfig, exist_ok=True)

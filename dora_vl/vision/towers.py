@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModel
 
-from dora_vl.vision.tower_config import GridTowerConfig
+from dora_vl.vision.tower_config import GridTowerConfig, register_config
 
 
 def build_network(config: GridTowerConfig) -> nn.Module:
@@ -141,5 +141,5 @@ def keep_all_buffers(network: nn.Module) -> None:
 
 def register_towers() -> None:
     """Makes transformers' `AutoConfig` and `AutoModel` know `GridTower`; calling it again changes nothing."""
-    AutoConfig.register(GridTowerConfig.model_type, GridTowerConfig, exist_ok=True)
+    register_config()
     AutoModel.register(GridTowerConfig, GridTower, exist_ok=True)

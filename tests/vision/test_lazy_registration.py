@@ -1,0 +1,45 @@
+"""A composed tower is known to transformers after `import dora_vl`, in any order, and that import stays light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+OPENS = (
+    "from transformers import AutoConfig, AutoModel; "
+    "config = AutoConfig.for_model('dora_grid_tower', architecture='resnet18', hidden_size=512); "
+    "tower = AutoModel.from_config(config); "
+    "print(type(config).__name__, type(tower).__name__)"
+)
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_light() -> None:
+    heavy = run(
+        "import sys, dora_vl; print([name for name in ('torch', 'transformers', 'timm') if name in sys.modules])"
+    )
+    assert heavy == "[]"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import dora_vl",
+        "import transformers, dora_vl",
+        "import transformers.models.auto.modeling_auto, dora_vl",
+    ],
+)
+def test_any_import_order_opens_a_grid_tower(before: str) -> None:
+    assert run(f"{before}; {OPENS}") == "GridTowerConfig GridTower"
+
+
+def test_the_import_hook_removes_itself() -> None:
+    code = "import sys, dora_vl; from transformers import AutoModel; print([type(f).__name__ for f in sys.meta_path])"
+    assert "_TableWatcher" not in run(code)
