@@ -53,7 +53,8 @@ class SharedDropout:
 
     The last draw is kept by weak reference to its input, so nothing outlives the forward pass that made it. A
     layer that asks twice for the same tensor (a second pass, a checkpoint's recomputation) gets a new draw: the
-    generator then advances as in the first pass, and the recomputed mask is the same mask.
+    generator then advances as in the first pass, and the recomputed mask is the same mask. Layers that share a
+    mask therefore belong into one checkpointed block (a decoder layer, as every library does it), not one each.
     """
 
     def __init__(self) -> None:
@@ -68,10 +69,15 @@ class SharedDropout:
         if last is not None and last.probability == probability and self._shares(tensor, user):
             self._users.add(user)
             return last
-        self._source, self._version = weakref.ref(tensor), tensor._version
+        self._source, self._version = weakref.ref(tensor), _version_of(tensor)
         self._dropped, self._users = draw_dropped(tensor, probability), {user}
         return self._dropped
 
     def _shares(self, tensor: Tensor, user: int) -> bool:
-        same = self._source is not None and self._source() is tensor and self._version == tensor._version
+        same = self._source is not None and self._source() is tensor and self._version == _version_of(tensor)
         return same and user not in self._users
+
+
+def _version_of(tensor: Tensor) -> int:
+    """The count of in-place changes, which tensors made under `torch.inference_mode` do not keep."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -38,6 +38,7 @@ class DoRALinear(nn.Linear):
         self.training = base.training
         self._base_weight: Tensor | None = None
         self._norms_squared: Tensor | None = None
+        self._norms_squared_key: tuple[object, ...] = ()
         self._gain: functional.Gain | None = None
         self._gain_key: tuple[object, ...] = ()
         self._factors: tuple[Tensor, Tensor] | None = None
@@ -60,15 +61,17 @@ class DoRALinear(nn.Linear):
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         """y = g (W x + s B A x) + b; W x + b alone while merged."""
         if self.merged:
-            return F.linear(input, self.weight, self.bias)
+            return self._merged_forward(input)
         x, weight, bias = self._in_compute_dtype(input)
         gain = self._current_gain(x.dtype) if self.magnitude is not None else None
-        if not torch.is_grad_enabled():
-            return self._infer(x, weight, bias, gain)
+        # Dropout before the question of a graph: reentrant checkpointing runs its first pass in training mode
+        # without one, and must draw there what the recomputation draws again.
         probability = self.adapter.dropout if self.training and self.lora_A is not None else 0.0
         if probability and self.adapter.dropout_mode == "whole_change" and gain is not None:
             return self._whole_change(x, weight, bias, probability)
-        dropped = SHARED_DROPOUT.draw(x, probability, id(self)) if probability else None
+        if not probability and not torch.is_grad_enabled():
+            return self._infer(x, weight, bias, gain)
+        dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
         magnitude = self.magnitude if self.adapter.detach_norm else self._magnitude_over_live_norm()
         return cast(
             Tensor,
@@ -76,6 +79,11 @@ class DoRALinear(nn.Linear):
                 x, weight, bias, self.lora_A, self.lora_B, magnitude, gain, self.adapter.scale, dropped
             ),
         )
+
+    def _merged_forward(self, input: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError("the adapter is merged into the weight and would not train; unmerge_dora(model) first")
+        return F.linear(input, self.weight, self.bias)
 
     def _in_compute_dtype(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         weight, bias = self.weight, self.bias
@@ -89,12 +97,6 @@ class DoRALinear(nn.Linear):
     ) -> Float[Tensor, "*batch out"]:
         """The forward pass without a graph; in eval the cast factors are kept, so that decoding casts nothing."""
         rows = x.reshape(-1, x.shape[-1])
-        if self.training and self.adapter.dropout and self.lora_A is not None:
-            dropped = SHARED_DROPOUT.draw(x, self.adapter.dropout, id(self))
-            product = functional.AdaptedProduct.apply(
-                x, weight, bias, self.lora_A, self.lora_B, None, gain, self.adapter.scale, dropped
-            )
-            return cast(Tensor, product)
         y = F.linear(rows, weight, bias)
         if self.lora_A is not None:
             a, b_transposed = self._cast_factors(x.dtype)
@@ -116,9 +118,11 @@ class DoRALinear(nn.Linear):
     # -- norm and gain ---------------------------------------------------------------------------------------
 
     def weight_norms_squared(self) -> Float[Tensor, " out"]:
-        """||W_i||^2 in float32; computed once, since W is frozen."""
-        if self._norms_squared is None or self._norms_squared.device != self.weight.device:
-            self._norms_squared = functional.row_norms_squared(self._frozen_weight())
+        """||W_i||^2 in float32; computed once, since W is frozen, and again after an edit in place."""
+        weight = self._frozen_weight()
+        key = (weight.device, weight._version)
+        if self._norms_squared is None or self._norms_squared_key != key:
+            self._norms_squared, self._norms_squared_key = functional.row_norms_squared(weight), key
         return self._norms_squared
 
     def forget_norms(self) -> None:
@@ -164,9 +168,9 @@ class DoRALinear(nn.Linear):
         return self._gain
 
     def _state_key(self, dtype: torch.dtype) -> tuple[object, ...]:
-        """Changes with every optimizer step, and with in-place edits outside one; dtype is the activations'."""
+        """Changes with every optimizer step, in-place edit or new scale; dtype is the activations'."""
         versions = [0 if p is None else p._version for p in (self.lora_A, self.lora_B, self.magnitude)]
-        return (OPTIMIZER_STEPS.count, dtype, self.weight._version, *versions)
+        return (OPTIMIZER_STEPS.count, dtype, self.adapter, self.weight._version, *versions)
 
     def _cast_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and s B^T in the activations' dtype; kept between calls in eval only."""
@@ -229,6 +233,12 @@ class DoRALinear(nn.Linear):
         self.forget_norms()
         if f"{prefix}weight" in state_dict:
             self._norms_squared = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickled layer may wake in a process where no layer was built, so that nothing counts steps yet.
+        super().__setstate__(state)
+        OPTIMIZER_STEPS.watch()
+        self.forget_norms()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -13,11 +13,12 @@ transformers has no plug-in entry point, so there are two ways:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 CONFIG_TABLE = "transformers.models.auto.configuration_auto"
 MODEL_TABLE = "transformers.models.auto.modeling_auto"
@@ -47,9 +48,7 @@ class _TableWatcher(MetaPathFinder):
     def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
         self.waiting = waiting
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         """The module's own spec with our step behind its loader; None for every other module."""
         if fullname not in self.waiting:
             return None

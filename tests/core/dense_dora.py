@@ -1,0 +1,106 @@
+"""The reference that the core is held to: DoRA written out dense and plain, with torch's own autograd.
+
+Nothing here is shared with `dora_vl.core`: the direction is a full matrix, the norm is torch's, dropout is a
+product with a given mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dora_vl.core import DoRAConfig, DoRALinear
+
+
+def dense_dora(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: tuple[Tensor, Tensor] | None,
+    magnitude: Tensor | None,
+    *,
+    scale: float,
+    detach_norm: bool = True,
+    kept: Tensor | None = None,
+    whole_change: bool = False,
+) -> Tensor:
+    """y of one layer; `kept` is the dropout factor of every element of x (0 or 1/(1-p))."""
+    direction = weight if factors is None else weight + scale * factors[1] @ factors[0]
+    gain = torch.ones(len(weight), dtype=weight.dtype)
+    if magnitude is not None:
+        norm = torch.linalg.vector_norm(direction, dim=1)
+        gain = magnitude / (norm.detach() if detach_norm else norm)
+    dropped = x if kept is None else x * kept
+    low_rank = torch.zeros(()) if factors is None else scale * (dropped @ factors[0].t()) @ factors[1].t()
+    if whole_change and magnitude is not None:
+        y = x @ weight.t() + (gain - 1) * (dropped @ weight.t()) + gain * low_rank
+    else:
+        y = gain * (x @ weight.t() + low_rank)
+    return y if bias is None else y + bias
+
+
+def moved_layer(
+    config: DoRAConfig,
+    *,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    in_features: int = 6,
+    out_features: int = 5,
+) -> DoRALinear:
+    """A layer where nothing is neutral: alpha is not the rank, B not zero, the magnitude not the norm, bias on."""
+    layer = DoRALinear(nn.Linear(in_features, out_features, bias=bias, dtype=dtype), config)
+    move(layer)
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+@torch.no_grad()
+def move(model: nn.Module) -> None:
+    """Moves every adapter inside `model` away from where it started."""
+    for module in model.modules():
+        if isinstance(module, DoRALinear):
+            if module.lora_B is not None:
+                module.lora_B.normal_(std=0.3)
+            if module.magnitude is not None:
+                module.magnitude.mul_(torch.linspace(0.5, 1.7, module.magnitude.numel()))
+
+
+def reference_of(layer: DoRALinear, x: Tensor, *, kept: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reference's output on leaf copies of everything; returns it with the copies, by name."""
+    leaves = {
+        name: parameter.detach().clone().requires_grad_(parameter.requires_grad)
+        for name, parameter in layer.named_parameters()
+    }
+    leaves["x"] = x.detach().clone().requires_grad_(x.requires_grad)
+    factors = (leaves["lora_A"], leaves["lora_B"]) if "lora_A" in leaves else None
+    y = dense_dora(
+        leaves["x"],
+        leaves["weight"],
+        leaves.get("bias"),
+        factors,
+        leaves.get("magnitude"),
+        scale=layer.adapter.alpha / layer.adapter.rank,
+        detach_norm=layer.adapter.detach_norm,
+        kept=kept,
+        whole_change=layer.adapter.dropout_mode == "whole_change",
+    )
+    return y, leaves
+
+
+def assert_same_gradients(
+    layer: DoRALinear, x: Tensor, y: Tensor, reference: tuple[Tensor, dict[str, Tensor]], *, tolerance: float
+) -> None:
+    """Holds the output and every gradient of `layer` to the reference's, under one random upstream gradient."""
+    expected, leaves = reference
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    upstream = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(7))
+    y.backward(upstream)
+    expected.backward(upstream)
+    found = {**dict(layer.named_parameters()), "x": x}
+    for name, leaf in leaves.items():
+        grad = found[name].grad
+        if not leaf.requires_grad:
+            assert grad is None, name
+            continue
+        assert grad is not None, name
+        torch.testing.assert_close(grad, leaf.grad, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,255 @@
+"""One adapted linear layer against the dense reference: outputs and all gradients, away from identity points."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dora_vl.core import DoRAConfig, DoRALinear
+from dora_vl.core.dropout import draw_dropped
+from tests.core.dense_dora import assert_same_gradients, moved_layer, reference_of
+
+SHAPES = [(6,), (3, 6), (2, 4, 6)]
+
+
+def config(**changes) -> DoRAConfig:
+    return DoRAConfig(**{"targets": ("*",), "rank": 2, "alpha": 6.0, "dropout": 0.0, **changes})
+
+
+def leaf(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+@pytest.mark.parametrize("detach_norm", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def test_outputs_and_gradients(bias, shape, method, detach_norm, dtype, tolerance):
+    torch.manual_seed(0)
+    layer = moved_layer(config(method=method, detach_norm=detach_norm), bias=bias, dtype=dtype)
+    x = leaf(shape, dtype)
+    # float32 gradients sum a few products of size ~10: 1e-6 is relative to that.
+    assert_same_gradients(layer, x, layer(x), reference_of(layer, x), tolerance=tolerance * (1 if dtype.itemsize == 8 else 5))
+
+
+@pytest.mark.parametrize("mode", ["low_rank", "whole_change"])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("detach_norm", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dropout_with_a_known_mask(mode, method, detach_norm, shape):
+    torch.manual_seed(1)
+    layer = moved_layer(config(method=method, dropout=0.4, dropout_mode=mode, detach_norm=detach_norm))
+    x = leaf(shape)
+    torch.manual_seed(5)
+    if mode == "low_rank" or method == "lora":
+        kept = draw_dropped(x, 0.4).apply(torch.ones_like(x)) / 0.6
+    else:
+        kept = F.dropout(torch.ones_like(x), 0.4)
+    assert 0 < int((kept == 0).sum()) < x.numel()
+    torch.manual_seed(5)
+    y = layer(x)
+    assert_same_gradients(layer, x, y, reference_of(layer, x, kept=kept.detach()), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_input_without_gradient(dropout):
+    layer = moved_layer(config(dropout=dropout))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.manual_seed(5)
+    kept = draw_dropped(x, 0.4).apply(torch.ones_like(x)) / 0.6 if dropout else None
+    torch.manual_seed(5)
+    y = layer(x)
+    assert_same_gradients(layer, x, y, reference_of(layer, x, kept=kept), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+def test_trained_bias(method):
+    layer = moved_layer(config(method=method))
+    layer.bias.requires_grad_(True)
+    x = leaf((3, 6))
+    assert_same_gradients(layer, x, layer(x), reference_of(layer, x), tolerance=1e-10)
+
+
+def test_frozen_magnitude_and_frozen_factors():
+    layer = moved_layer(config())
+    layer.magnitude.requires_grad_(False)
+    x = leaf((3, 6))
+    assert_same_gradients(layer, x, layer(x), reference_of(layer, x), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_with_tiny_gain(bias):
+    """z of a row cannot be rebuilt from y when g is nearly 0, and not at all when it is 0."""
+    layer = moved_layer(config(), bias=bias)
+    with torch.no_grad():
+        layer.magnitude[0], layer.magnitude[1], layer.magnitude[2] = 0.0, 1e-9, -1e-3
+    x = leaf((3, 6))
+    assert_same_gradients(layer, x, layer(x), reference_of(layer, x), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_rows_that_the_change_cancels_take_the_dense_norm(detach_norm):
+    """A factored norm loses all its digits where s B A is nearly -W; float32 must still be right."""
+    torch.manual_seed(0)
+    layer = moved_layer(config(rank=5, alpha=5.0, detach_norm=detach_norm), dtype=torch.float32, in_features=7)
+    with torch.no_grad():
+        # Row 1 of s B A becomes -(1 - 1e-5) W: solve B A = -W for that row's A in the span of rank 5.
+        layer.lora_A[0].copy_(layer.weight[1])
+        layer.lora_B[1].copy_(torch.tensor([-(1 - 1e-5), 0, 0, 0, 0]))
+    layer.forget_norms()
+    dense = torch.linalg.vector_norm(layer.weight.double() + layer.lora_B.double() @ layer.lora_A.double(), dim=1)
+    x = torch.randn(3, 7)
+    gain = (layer.magnitude.double() / dense).unsqueeze(1)
+    expected = x.double() @ (gain * (layer.weight.double() + layer.lora_B.double() @ layer.lora_A.double())).t()
+    found = layer.eval()(x).double() - layer.bias.double()
+    assert float(dense[1]) < 1e-4
+    # The row is 1e-5 of W, known to 1e-7/1e-5 relative in float32; an uncorrected norm is off by a factor.
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=1e-5)
+
+
+def test_zero_rows_never_give_nan_once_B_moves():
+    base = nn.Linear(6, 5)
+    with torch.no_grad():
+        base.weight[1].zero_()
+    layer = DoRALinear(base, config())
+    x = torch.randn(4, 6)
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B, layer.magnitude], lr=0.3)
+    for _ in range(4):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        for parameter in (layer.lora_A, layer.lora_B, layer.magnitude):
+            assert torch.isfinite(parameter.grad).all()
+        optimizer.step()
+        assert torch.isfinite(layer(x)).all()
+    assert float(layer.magnitude[1].abs()) > 0, "the zero row's magnitude must be able to leave 0"
+
+
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_zero_direction_has_finite_gradients(detach_norm):
+    base = nn.Linear(6, 5)
+    with torch.no_grad():
+        base.weight[1].zero_()
+    layer = DoRALinear(base, config(detach_norm=detach_norm))
+    layer(torch.randn(4, 6)).square().sum().backward()
+    for parameter in (layer.lora_A, layer.lora_B, layer.magnitude):
+        assert torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_injection_changes_no_bit(dtype, method, training, bias):
+    torch.manual_seed(0)
+    base = nn.Linear(67, 129, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        base.weight[5:9].zero_()
+    x = torch.randn(2, 11, 67, dtype=dtype)
+    expected = base(x)
+    layer = DoRALinear(base, config(method=method, rank=8)).train(training)
+    assert torch.equal(layer(x), expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+def test_inference_equals_training_forward_and_merged(bias, method):
+    layer = moved_layer(config(method=method), bias=bias).eval()
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    with_graph = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), with_graph, rtol=1e-12, atol=1e-12)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), with_graph, rtol=1e-12, atol=1e-12)
+    before = layer.weight.clone()
+    layer.merge()
+    torch.testing.assert_close(layer(x), with_graph, rtol=1e-10, atol=1e-10)
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+    torch.testing.assert_close(layer(x), with_graph, rtol=0, atol=0)
+
+
+def test_training_works_after_inference_mode():
+    """Tensors cached under inference_mode must not poison the next pass with gradients."""
+    layer = moved_layer(config()).eval()
+    x = leaf((3, 6))
+    with torch.inference_mode():
+        layer(x)
+    assert_same_gradients(layer, x, layer(x), reference_of(layer, x), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["low_rank", "whole_change"])
+def test_training_mode_under_inference_mode(mode):
+    layer = moved_layer(config(dropout=0.3, dropout_mode=mode)).train()
+    with torch.inference_mode():
+        assert torch.isfinite(layer(torch.randn(3, 6, dtype=torch.float64))).all()
+
+
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+def test_autocast_computes_in_half_precision_with_float32_gradients(method):
+    torch.manual_seed(0)
+    layer = moved_layer(config(method=method, rank=4), dtype=torch.float32, in_features=64, out_features=33)
+    x = torch.randn(8, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    expected, leaves = reference_of(layer, x)
+    expected.square().mean().backward()
+    # bfloat16 keeps 8 bits: 2^-8 an element, a few of them in a sum.
+    torch.testing.assert_close(y.float(), expected, rtol=3e-2, atol=3e-2)
+    for name, parameter in {**dict(layer.named_parameters()), "x": x}.items():
+        if parameter.requires_grad and name != "bias":
+            assert parameter.grad.dtype == torch.float32
+            error = (parameter.grad - leaves[name].grad).norm() / leaves[name].grad.norm()
+            assert float(error) < 2e-2, (name, float(error))
+
+
+def test_half_precision_gradients_stay_near_float32():
+    """z rebuilt from a bfloat16 y must not cost the magnitude its gradient, bias included."""
+    torch.manual_seed(0)
+    layer = moved_layer(config(rank=4), dtype=torch.float32, in_features=64, out_features=33)
+    with torch.no_grad():
+        layer.bias.normal_(std=1.0)
+    half = copy.deepcopy(layer)
+    half.weight.data, half.bias.data = layer.weight.bfloat16(), layer.bias.bfloat16()
+    x = torch.randn(200, 64)
+    upstream = torch.randn(200, 33)
+    layer(x).backward(upstream)
+    half(x.bfloat16()).backward(upstream.bfloat16())
+    for name in ("lora_A", "lora_B", "magnitude"):
+        expected = getattr(layer, name).grad
+        found = getattr(half, name).grad
+        assert found.dtype == torch.float32
+        assert float((found - expected).norm() / expected.norm()) < 2e-2, name
+
+
+def test_deepcopy_and_pickle_keep_the_adapter_and_its_freshness():
+    layer = moved_layer(config()).eval()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = layer(x)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(x), expected)
+        optimizer = torch.optim.SGD([twin.magnitude], lr=1.0)
+        twin(x).sum().backward()
+        optimizer.step()
+        reference, _ = reference_of(twin, x)
+        torch.testing.assert_close(twin(x), reference, rtol=1e-10, atol=1e-10)
+    assert torch.equal(layer(x), expected)
+
+
+def test_merged_without_a_copy_cannot_be_undone():
+    layer = moved_layer(config())
+    layer.merge(keep_base=False)
+    with pytest.raises(RuntimeError, match="not kept"):
+        layer.unmerge()
