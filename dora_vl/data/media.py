@@ -84,7 +84,7 @@ def _plain_rgb(image: Image.Image) -> Image.Image:
 
 def _brightest(image: Image.Image) -> float:
     _, brightest = image.getextrema()
-    return brightest if isinstance(brightest, int | float) else 0.0
+    return float(brightest) if isinstance(brightest, int | float) else 0.0
 
 
 def _one_line(error: Exception) -> str:

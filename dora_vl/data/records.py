@@ -87,8 +87,8 @@ class _Source:
         self._position = 0
         self._line = 1
         self._ended = False
-        self._refill(CHUNK_BYTES)
-        self._position = 1 if self._buffer.startswith("\ufeff") else 0
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
 
     def next_character(self) -> str:
         """The next character that is not whitespace, left unread; empty at the end of the file."""

@@ -1,0 +1,113 @@
+"""The account of bad samples: named once, forgiving of a few, quick to end a broken run, one verdict for all ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dora_vl.data.bad_samples import BadSampleCounts, BadSampleLedger, write_skipped
+from dora_vl.errors import UserError
+
+
+def ledger(share: float = 0.001, total: int = 100_000) -> BadSampleLedger:
+    return BadSampleLedger(max_bad_share=share, total_samples=total, source="train.json")
+
+
+def test_each_sample_is_named_once_and_counted_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    account = ledger()
+    with caplog.at_level(logging.WARNING):
+        account.record(samples=3, skipped=[("a", "empty")])
+        account.record(samples=2, skipped=[("a", "empty"), ("b", "missing")])
+    assert [record.getMessage() for record in caplog.records] == [
+        "skipped sample a: empty",
+        "skipped sample b: missing",
+    ]
+    assert account.counts == BadSampleCounts(seen=8, bad=3)
+    assert account.reasons == {"a": "empty", "b": "missing"}
+
+
+@pytest.mark.parametrize(
+    ("share", "total", "seen", "bad", "ends"),
+    [
+        (0.001, 100_000, 1, 1, False),  # the first of a big set
+        (0.001, 100_000, 9, 9, False),
+        (0.001, 100_000, 10, 10, True),  # ten of ten: nothing can be read
+        (0.001, 100_000, 1_000, 10, False),  # ten times the share, but not more
+        (0.001, 100_000, 999, 10, True),
+        (0.001, 100_000, 50_000, 100, False),  # the whole allowance of a pass, used up at half of it
+        (0.001, 100_000, 50_000, 101, True),
+        (0.001, 100_000, 100_000, 100, False),
+        (0.001, 100_000, 100_001, 101, False),  # the second pass meets the first bad sample again
+        (0.001, 100_000, 200_000, 201, True),
+        (0.001, 500, 1, 1, True),  # one of 500 is more than 0.1 %, certainly
+        (0.0, 100_000, 1, 1, True),
+        (0.0, 100_000, 100_000, 0, False),
+        (0.5, 100, 30, 22, False),
+        (0.5, 100, 29, 22, True),  # more than halfway from the share to all
+        (0.5, 100, 100, 50, False),
+        (0.5, 100, 100, 51, True),
+        (1.0, 100, 100, 100, False),
+        (0.001, 0, 0, 0, False),
+    ],
+)
+def test_when_a_run_ends(share: float, total: int, seen: int, bad: int, ends: bool) -> None:
+    account = ledger(share, total)
+    if not ends:
+        account.judge(BadSampleCounts(seen, bad))
+        return
+    with pytest.raises(UserError):
+        account.judge(BadSampleCounts(seen, bad))
+
+
+def test_the_message_has_the_file_the_numbers_an_example_and_the_next_step() -> None:
+    account = ledger(total=2_000)
+    account.record(samples=497, skipped=[("a", "picture a.png is missing"), ("b", "x"), ("c", "x")])
+    with pytest.raises(UserError) as caught:
+        account.judge()
+    assert str(caught.value) == (
+        "train.json: 3 of the 500 samples read so far (0.60%) cannot be used, and of all 2,000 at most 0.10% may be"
+        " bad; for example a: picture a.png is missing. Repair them or raise data.max_bad_share"
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 30)), min_size=1, max_size=8),
+    st.sampled_from([0.0, 0.01, 0.4]),
+)
+def test_ranks_that_sum_their_counts_come_to_the_verdict_of_one_rank(
+    batches: list[tuple[int, int]], share: float
+) -> None:
+    """Every batch on a rank of its own, or all on one: the same numbers, the same end."""
+    alone, ranks = ledger(share, 1_000), [ledger(share, 1_000) for _ in batches]
+    for rank, (samples, bad) in zip(ranks, batches, strict=True):
+        skipped = [(f"{id(rank)}/{number}", "x") for number in range(bad)]
+        rank.record(samples=samples, skipped=skipped)
+        alone.record(samples=samples, skipped=skipped)
+    total = BadSampleCounts(*(sum(field) for field in zip(*(rank.counts for rank in ranks), strict=True)))
+    assert total == alone.counts
+    verdicts = []
+    for account in (alone, *ranks):
+        try:
+            account.judge(total)
+            verdicts.append("goes on")
+        except UserError:
+            verdicts.append("ends")
+    assert len(set(verdicts)) == 1
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_is_between_none_and_all(share: float) -> None:
+    with pytest.raises(UserError, match="max_bad_share must be between 0 and 1"):
+        ledger(share)
+
+
+def test_skipped_samples_are_written_as_lines(tmp_path: Path) -> None:
+    write_skipped(tmp_path / "skipped.jsonl", {"a": "leer", "ü": "two\nlines"})
+    lines = (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [{"id": "a", "reason": "leer"}, {"id": "ü", "reason": "two\nlines"}]
+    assert [left.name for left in tmp_path.iterdir()] == ["skipped.jsonl"]

@@ -1,0 +1,77 @@
+"""A batch holds every token and label once, masks by length, and counts padding, cuts and skips."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dora_vl.data.collate import Collator
+from dora_vl.data.dataset import Sample, Skipped
+
+
+def sample(
+    index: int, ids: list[int], *, pictures: tuple[Tensor, ...] = (), features: tuple[Tensor, ...] = (), cut: int = 0
+) -> Sample:
+    labels = torch.tensor([-100, *ids[1:]])
+    return Sample(index, f"s{index}", torch.tensor(ids), labels, pictures, features, cut)
+
+
+def test_right_padding_written_out() -> None:
+    batch = Collator(pad_token_id=9)([sample(0, [1, 2, 3]), Skipped(1, "s1", "empty"), sample(2, [4, 9], cut=5)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [
+        [1, 1, 1],
+        [1, 1, 0],
+    ]  # the token 9 at the end of the text is no padding
+    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 9, -100]]
+    assert (batch["samples"], batch["padding_tokens"]) == (2, 1)
+    assert (batch["skipped"], batch["cut"]) == ([("s1", "empty")], [("s2", 5)])
+    assert not {"pixel_values", "image_features"} & set(batch)
+
+
+def test_left_padding_written_out() -> None:
+    batch = Collator(pad_token_id=0, pad_side="left")([sample(0, [1, 2, 3]), sample(1, [4, 5])])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [0, 4, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, -100, 5]]
+
+
+def test_pictures_follow_the_order_of_rows_and_placeholders() -> None:
+    a, b, c = (torch.full((3, 2, 4), float(value)) for value in (1, 2, 3))
+    batch = Collator(0)([sample(0, [1, 2], pictures=(b, a)), sample(1, [1, 2]), sample(2, [1, 2], pictures=(c,))])
+    assert batch["pixel_values"].shape == (3, 3, 2, 4)
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [2, 1, 3]
+    batch = Collator(0)([sample(0, [1, 2], features=(torch.ones(5, 6),))])
+    assert batch["image_features"].shape == (1, 5, 6)
+    assert "pixel_values" not in batch
+
+
+def test_a_batch_without_any_usable_sample_is_still_a_batch() -> None:
+    batch = Collator(pad_token_id=4)([Skipped(0, "a", "x"), Skipped(1, "b", "y")])
+    assert batch["input_ids"].tolist() == [[4]]
+    assert batch["labels"].tolist() == [[-100]]
+    assert batch["attention_mask"].tolist() == [[1]]
+    assert (batch["samples"], batch["padding_tokens"], len(batch["skipped"])) == (0, 1, 2)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 50), min_size=2, max_size=9), min_size=1, max_size=6),
+    st.sampled_from(["left", "right"]),
+)
+def test_every_token_and_label_is_there_once(rows: list[list[int]], side: str) -> None:
+    batch = Collator(pad_token_id=0, pad_side=side)([sample(i, ids) for i, ids in enumerate(rows)])  # pyright: ignore
+    kept = batch["attention_mask"].bool()
+    assert [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], kept, strict=True)] == rows
+    assert [row[mask].tolist() for row, mask in zip(batch["labels"], kept, strict=True)] == [
+        [-100, *r[1:]] for r in rows
+    ]
+    assert bool((batch["labels"][~kept] == -100).all())
+    assert batch["padding_tokens"] == int((~kept).sum())
+
+
+def test_pictures_of_different_sizes_cannot_be_one_tensor() -> None:
+    with pytest.raises(RuntimeError, match="equal size"):
+        Collator(0)([sample(0, [1, 2], pictures=(torch.zeros(3, 2, 2), torch.zeros(3, 2, 4)))])

@@ -1,0 +1,140 @@
+"""Every row becomes a sample or a named skip, in any worker, with the same random choices wherever it is read."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dora_vl.data.collate import Collator
+from dora_vl.data.dataset import Encoded, LlavaDataset, Sample, Skipped, sample_random
+from dora_vl.data.turns import Conversation
+from dora_vl.errors import BadSample
+
+
+def row(name: str, answer: str = "yes it is", **more: object) -> dict[str, object]:
+    question = "<image> q" if more.get("image") else "q"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "conversations": turns, **more}
+
+
+def encode(conversation: Conversation) -> Encoded:
+    """One token a word of the answer, after one that is not trained; five words at most."""
+    words = [7, *map(len, conversation.turns[-1].text.split())]
+    ids = torch.tensor(words[:5])
+    return Encoded(ids, torch.cat([torch.tensor([-100]), ids[1:]]), max(0, len(words) - 5))
+
+
+def picture(path: str) -> Tensor:
+    if path == "broken.png":
+        raise BadSample(path, "picture broken.png cannot be decoded")
+    return torch.full((3, 2, 2), float(len(path)))
+
+
+def features(path: str) -> Tensor:
+    return torch.full((4, 6), float(len(path)))
+
+
+ROWS = [
+    row("text"),
+    row("one", image="a.png", answer="one two three four five six"),
+    row("broken", image="broken.png"),
+    row("empty", answer=" "),
+    row("count", image=["a.png", "b.png"]),
+]
+
+
+def test_samples_and_skips() -> None:
+    read = LlavaDataset(ROWS, encode=encode, picture=picture)
+    text, one, *skipped = [read[index] for index in range(len(read))]
+    assert isinstance(text, Sample)
+    assert isinstance(one, Sample)
+    assert (text.id, text.input_ids.tolist(), text.labels.tolist(), text.pictures) == (
+        "text",
+        [7, 3, 2, 2],
+        [-100, 3, 2, 2],
+        (),
+    )
+    assert (one.index, one.cut_tokens, [p.shape for p in one.pictures], one.features) == (1, 2, [(3, 2, 2)], ())
+    assert skipped == [
+        Skipped(2, "broken", "picture broken.png cannot be decoded"),
+        Skipped(3, "empty", "answer 1 of 1 is empty"),
+        Skipped(4, "count", "its text has 1 <image> placeholders, but it names 2 pictures"),
+    ]
+
+
+def test_stored_features_take_the_place_of_pixels() -> None:
+    sample = LlavaDataset(ROWS, encode=encode, features=features)[1]
+    assert isinstance(sample, Sample)
+    assert sample.pictures == ()
+    assert [tuple(f.shape) for f in sample.features] == [(4, 6)]
+
+
+@pytest.mark.parametrize("labels", [[-100, -100, -100], [5, -100, -100]])
+def test_nothing_left_to_train_on_is_skipped(labels: list[int]) -> None:
+    """The label of the very first token counts for nothing: no position predicts it."""
+
+    def masked(conversation: Conversation) -> Encoded:
+        return Encoded(torch.tensor([5, 6, 7]), torch.tensor(labels), cut_tokens=9)
+
+    skipped = LlavaDataset(ROWS, encode=masked)[0]
+    assert isinstance(skipped, Skipped)
+    assert skipped.reason == "nothing is left to train on in its 3 tokens after 9 were cut; raise data.max_tokens"
+
+
+def test_an_error_of_the_program_is_not_taken_for_a_bad_sample() -> None:
+    def wrong(conversation: Conversation) -> Encoded:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        LlavaDataset(ROWS, encode=wrong)[0]
+
+
+def test_pixels_and_features_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        LlavaDataset(ROWS, encode=encode, picture=picture, features=features)
+    with pytest.raises(ValueError, match="needs 'picture'"):
+        LlavaDataset(ROWS, encode=encode, features=features, augment=jitter)
+
+
+def jitter(pixels: Tensor, generator: random.Random) -> Tensor:
+    return pixels + generator.random()
+
+
+def test_random_choices_depend_on_seed_epoch_and_index_only() -> None:
+    """Persistent workers live through epochs; a new epoch must reach them, and their number must not matter."""
+    rows = [row(str(number), image="a.png") for number in range(6)]
+
+    def values(workers: int, seed: int) -> list[list[float]]:
+        read = LlavaDataset(rows, encode=encode, picture=picture, augment=jitter, seed=seed)
+        loader = DataLoader(
+            read, batch_size=2, num_workers=workers, persistent_workers=workers > 0, collate_fn=Collator(0)
+        )
+        found = []
+        for epoch in (0, 1):
+            read.set_epoch(epoch)
+            found.append([v for batch in loader for v in batch["pixel_values"][:, 0, 0, 0].tolist()])
+        return found
+
+    alone = values(0, seed=3)
+    expected = [[5 + sample_random(3, epoch, index).random() for index in range(6)] for epoch in (0, 1)]
+    torch.testing.assert_close(torch.tensor(alone), torch.tensor(expected))
+    assert alone == values(2, seed=3)
+    assert alone != values(0, seed=4)
+    assert len({value for epoch in alone for value in epoch}) == 12
+
+
+def test_a_missing_picture_folder_names_every_sample(tmp_path: Path) -> None:
+    def read_file(path: str) -> Tensor:
+        from dora_vl.data.media import open_image
+
+        return torch.zeros(3, *reversed(open_image(tmp_path / "none", path).size))
+
+    skipped = LlavaDataset(ROWS, encode=encode, picture=read_file)[1]
+    assert isinstance(skipped, Skipped)
+    assert skipped.id == "one"
+    assert "picture a.png is missing in" in skipped.reason

@@ -1,0 +1,146 @@
+"""An epoch's order: a permutation by (seed, epoch), pure global batches, sorted inside, dealt in step, resumable."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler, DataLoader
+
+from dora_vl.data.records import load_llava
+from dora_vl.data.sampler import ModalityLengthSampler, sampling_lengths
+
+SAMPLES = st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=70)
+SIZES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+
+
+def sampler(
+    samples: list[tuple[int, bool]], sizes: tuple[int, int, int], *, seed: int = 0, epoch: int = 0
+) -> ModalityLengthSampler:
+    batch_size, world_size, accumulation = sizes
+    made = ModalityLengthSampler(
+        torch.tensor([length for length, _ in samples], dtype=torch.int64),
+        torch.tensor([multimodal for _, multimodal in samples], dtype=torch.bool),
+        batch_size=batch_size,
+        world_size=world_size,
+        accumulation=accumulation,
+        seed=seed,
+    )
+    made.set_epoch(epoch)
+    return made
+
+
+def chunks(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def full_batches(samples: list[tuple[int, bool]], size: int) -> int:
+    pictures = sum(multimodal for _, multimodal in samples)
+    return pictures // size + (len(samples) - pictures) // size
+
+
+@given(SAMPLES, SIZES, st.integers(0, 5), st.integers(0, 5))
+def test_an_epoch_is_a_permutation_and_the_same_for_everyone(
+    samples: list[tuple[int, bool]], sizes: tuple[int, int, int], seed: int, epoch: int
+) -> None:
+    order = list(sampler(samples, sizes, seed=seed, epoch=epoch))
+    torch.manual_seed(epoch + 17)  # another rank's global random state
+    assert list(sampler(samples, sizes, seed=seed, epoch=epoch)) == order
+    assert sorted(order) == list(range(len(samples))) == list(range(len(sampler(samples, sizes))))
+
+
+@given(SAMPLES, SIZES)
+def test_complete_global_batches_hold_one_modality_from_long_to_short(
+    samples: list[tuple[int, bool]], sizes: tuple[int, int, int]
+) -> None:
+    size = sizes[0] * sizes[1] * sizes[2]
+    batches = chunks(list(sampler(samples, sizes)), size)
+    complete = full_batches(samples, size)
+    for batch in batches[:complete]:
+        lengths = [samples[index][0] for index in batch]
+        assert len(batch) == size
+        assert len({samples[index][1] for index in batch}) == 1
+        assert lengths == sorted(lengths, reverse=True)
+    tail = [samples[index][1] for batch in batches[complete:] for index in batch]
+    assert tail == sorted(tail, reverse=True)  # pictures, then text: at most one micro-batch holds both
+
+
+@given(SAMPLES, SIZES)
+def test_ranks_of_one_micro_step_get_neighbours_in_length(
+    samples: list[tuple[int, bool]], sizes: tuple[int, int, int]
+) -> None:
+    """Through accelerate's own dealing: no rank's shortest is shorter than the next rank's longest."""
+    batch_size, world_size, accumulation = sizes
+    made = BatchSampler(sampler(samples, sizes), batch_size, drop_last=False)
+    ranks = [list(BatchSamplerShard(made, world_size, rank)) for rank in range(world_size)]
+    micro_steps = full_batches(samples, batch_size * world_size * accumulation) * accumulation
+    for step in range(micro_steps):
+        lengths = [[samples[index][0] for index in ranks[rank][step]] for rank in range(world_size)]
+        for longer, shorter in itertools.pairwise(lengths):
+            assert min(longer) >= max(shorter)
+
+
+@given(SAMPLES, SIZES)
+def test_over_a_global_batch_ranks_differ_by_at_most_its_range_times_the_batch_size(
+    samples: list[tuple[int, bool]], sizes: tuple[int, int, int]
+) -> None:
+    batch_size, world_size, accumulation = sizes
+    size = batch_size * world_size * accumulation
+    batches = chunks(list(sampler(samples, sizes)), size)
+    for batch in batches[: full_batches(samples, size)]:
+        micro = [[samples[index][0] for index in part] for part in chunks(batch, batch_size)]
+        totals = [sum(map(sum, micro[rank::world_size])) for rank in range(world_size)]
+        assert max(totals) - min(totals) <= batch_size * (samples[batch[0]][0] - samples[batch[-1]][0])
+
+
+def test_seeds_and_epochs_all_differ() -> None:
+    samples = [(number % 13, number % 3 > 0) for number in range(200)]
+    orders = {tuple(sampler(samples, (2, 2, 2), seed=s, epoch=e)) for s in range(4) for e in range(4)}
+    assert len(orders) == 16
+
+
+def test_batches_are_drawn_anew_and_not_in_the_order_of_length() -> None:
+    samples = [(number, True) for number in range(64)]
+    order = list(sampler(samples, (4, 1, 2)))
+    longest = [batch[0] for batch in chunks(order, 8)]
+    assert longest != sorted(longest, reverse=True)
+    assert all(max(batch) - min(batch) > 7 for batch in chunks(order, 8))  # drawn at random, then sorted
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("skipped", [0, 1, 5])
+def test_a_resumed_epoch_yields_the_identical_remainder(world_size: int, skipped: int) -> None:
+    """As Trainer resumes: a fresh sampler at the same epoch, its first batches skipped."""
+    samples = [(number * 7 % 31, number % 4 > 0) for number in range(101)]
+
+    def loader(rank: int) -> DataLoader[int]:
+        made = BatchSampler(sampler(samples, (3, world_size, 2), seed=1, epoch=2), 3, drop_last=False)
+        dealt = BatchSamplerShard(made, world_size, rank)
+        return DataLoader(range(len(samples)), batch_sampler=dealt, collate_fn=list)  # pyright: ignore
+
+    for rank in range(world_size):
+        assert list(skip_first_batches(loader(rank), skipped)) == list(loader(rank))[skipped:]
+
+
+def test_lengths_of_rows_count_the_pictures(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "two words"}, {"from": "gpt", "value": " one  two\nthree "}]
+    rows = [{"id": n, "image": images, "conversations": turns} for n, images in enumerate([None, "a.png", ["a", "b"]])]
+    (tmp_path / "a.json").write_text(json.dumps([*rows, {"id": 3}]))
+    table = load_llava(tmp_path / "a.json", cache_folder=tmp_path / "cache")
+    lengths, is_multimodal = sampling_lengths(table, tokens_per_image=100)
+    assert lengths.tolist() == [5, 105, 205, 0]
+    assert is_multimodal.tolist() == [False, True, True, False]
+    lengths, is_multimodal = sampling_lengths(table.select([2, 0]), tokens_per_image=10)
+    assert (lengths.tolist(), is_multimodal.tolist()) == ([25, 5], [True, False])
+
+
+def test_sizes_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        sampler([(1, True)], (1, 0, 1))
