@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from dora_vl.errors import UserError
 from dora_vl.training.deepspeed_checks import check_deepspeed, read_deepspeed
-from dora_vl.training.launch import stand_alone_environment
+from dora_vl.training.launch import skip_compiled_communication, stand_alone_environment
 from dora_vl.training.recipe import RunConfig
 from dora_vl.training.run_folder import run_folder_of
 
@@ -111,6 +111,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         check_deepspeed(given["deepspeed"], method=config.adapter.method, bf16=bool(section.get("bf16")))
         _leave_device_to_deepspeed(given)
         stand_alone_environment()
+        skip_compiled_communication()
     run_folder_of(config)
     given.update(remove_unused_columns=False, dataloader_num_workers=config.data.workers)
     try:

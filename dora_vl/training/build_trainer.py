@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 from torch import nn
@@ -83,7 +84,7 @@ def build_trainer(
 
 def log_plan(backbone: LlavaBackbone, arguments: TrainingArguments, *, longest_tokens: int) -> None:
     """Logs what trains and what it will take, before the first step."""
-    text = backbone.config.text_config
+    text: Any = backbone.config.text_config
     activations = Activations(
         tokens=arguments.per_device_train_batch_size * longest_tokens,
         layers=text.num_hidden_layers,

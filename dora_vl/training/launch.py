@@ -7,6 +7,8 @@ import socket
 
 import torch
 
+SHARED_MEMORY_COLLECTIVES = "deepspeed_shm_comm"
+
 
 def use_cores() -> None:
     """On a CPU, splits the cores among this machine's ranks.
@@ -34,6 +36,18 @@ def stand_alone_environment() -> None:
         port = probe.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(alone)
+
+
+def skip_compiled_communication() -> None:
+    """On a CPU, keeps DeepSpeed from compiling its shared-memory collectives when the process group starts.
+
+    They need a C++ compiler and half a minute, and gloo does the same here. DeepSpeed has no setting for it.
+    """
+    if torch.cuda.is_available():
+        return
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVES] = False
 
 
 def is_first_rank() -> bool:

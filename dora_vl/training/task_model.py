@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dora_vl.backbones.base import Features
 from dora_vl.heads.generation import generation_loss
 
 
-class Backbone(Protocol):
-    """What training needs of a backbone: its Hugging Face model, and features where labels are."""
+class Backbone(nn.Module):
+    """What training reads of a backbone, for type checkers: the Hugging Face model under `model`."""
 
-    @property
-    def model(self) -> PreTrainedModel:
-        """The Hugging Face model inside, under whose names everything is saved."""
-        ...
-
-    def __call__(self, **batch: Any) -> Features:
-        """Features at the positions that predict a label."""
-        ...
+    model: PreTrainedModel
 
 
 class GenerationTask(nn.Module):
     """Next-token loss of a backbone. The loss goes through this forward, so every engine sees it.
 
     Args:
-        backbone: an `nn.Module` that fulfils `Backbone`.
+        backbone: gives `Features` for a batch, and holds its Hugging Face model under `model`.
         step_tokens: the loss is divided by all labelled tokens of the optimizer step, which the Trainer passes as
             `num_items_in_batch`; otherwise by this micro-batch's.
     """
 
     def __init__(self, backbone: nn.Module, *, step_tokens: bool) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = cast(Backbone, backbone)
         self.accepts_loss_kwargs = step_tokens  # the Trainer's own name for this switch
         self.register_state_dict_post_hook(_drop_frozen)
 
