@@ -159,7 +159,7 @@ class LlavaEncoder:
 
     def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
         """The text of an answer, without special tokens and surrounding space."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
         return str(text).strip()
 
     def _rendered(self, turns: Sequence[Turn], sample: str, *, generation_prompt: bool) -> Rendered:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from tokenizers import AddedToken
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
@@ -69,9 +69,13 @@ def load_language_model(
     """
     tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=gguf_file, dtype=dtype or (torch.float32 if gguf_file else "auto")
-        )
+        if gguf_file is not None:
+            # float32: what dequantising computes in. The caller's dtype follows below, rounded once.
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=gguf_file, dtype=torch.float32, **_dequantised()
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"no causal language model could be read from {folder!r}: {error}") from error
     # A GGUF model's config says it is quantised, though its weights no longer are.
@@ -79,7 +83,7 @@ def load_language_model(
         {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     )
     image_token_id = add_image_token(tokenizer)
-    weights = dict(model.state_dict())
+    weights = {name: value.to(dtype or value.dtype) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     rows = vocabulary_rows(config.vocab_size, len(tokenizer))
@@ -88,6 +92,7 @@ def load_language_model(
             if name in weights:
                 weights[name] = with_mean_rows(weights[name], rows)
         config.vocab_size = rows
+    config.name_or_path = ""  # a path of this machine
     return LanguageModel(
         config=config,
         weights=weights,
@@ -95,6 +100,15 @@ def load_language_model(
         tokenizer=tokenizer,
         image_token_id=image_token_id,
     )
+
+
+def _dequantised() -> dict[str, Any]:
+    """The argument that makes transformers unpack a GGUF file; before `GgufConfig` came it did nothing else."""
+    try:
+        from transformers.utils.quantization_config import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:

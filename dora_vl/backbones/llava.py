@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
@@ -65,13 +66,13 @@ class LlavaBackbone(nn.Module):
     @property
     def tower_trains(self) -> bool:
         """Whether any weight of the vision tower gets a gradient."""
-        return any(weight.requires_grad for weight in self.model.model.vision_tower.parameters())
+        return any(weight.requires_grad for weight in self.tower.parameters())
 
     def train(self, mode: bool = True) -> LlavaBackbone:
         """Sets the mode; a frozen tower stays in eval, so that its features never change."""
         super().train(mode)
         if not self.tower_trains:
-            self.model.model.vision_tower.eval()
+            self.tower.eval()
         return self
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
@@ -81,6 +82,30 @@ class LlavaBackbone(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """Keeps all activations again."""
         self.model.gradient_checkpointing_disable()
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower."""
+        return self.model.model.vision_tower
+
+    @property
+    def tower_settings(self) -> dict[str, object]:
+        """What decides, beside its weights and the preparation, which features the tower gives."""
+        return {
+            "layer": self.config.vision_feature_layer,
+            "select": self.config.vision_feature_select_strategy,
+            "vision_config": self._vision_config().to_diff_dict(),
+        }
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """Tokens and width of one picture's features, before the projector."""
+        return self.tokens_per_image, self.model.model.multi_modal_projector.linear_1.in_features
+
+    @property
+    def feature_dtype(self) -> torch.dtype:
+        """The dtype that features are computed, and stored, in."""
+        return self.model.dtype
 
     @torch.no_grad()
     def picture_features(
@@ -149,7 +174,8 @@ class LlavaBackbone(nn.Module):
         """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise."""
         with torch.no_grad():
             embeds = self.embed(input_ids, pixel_values=pixel_values, image_features=image_features)
-            return self.model.generate(
+            model: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
+            return model.generate(
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
@@ -162,26 +188,35 @@ class LlavaBackbone(nn.Module):
             return self._tower(pixel_values)
 
     def _tower(self, pixel_values: Tensor) -> Tensor:
-        tower = self.model.model.vision_tower
-        config = self.config
-        states = tower(pixel_values.to(self.model.dtype), return_dict=True, output_hidden_states=True).hidden_states
-        layers = config.vision_feature_layer
-        chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
-        if config.vision_feature_select_strategy == "default":
+        """The hidden states that the config chooses, as transformers' `get_image_features` does before projecting."""
+        chosen_layers = self.config.vision_feature_layer
+        # transformers >= 5.24 keeps only the layers asked for; before, anything true keeps all.
+        states = self.tower(
+            pixel_values.to(self.model.device, self.model.dtype),
+            return_dict=True,
+            output_hidden_states=chosen_layers or True,
+        ).hidden_states
+        layers = [chosen_layers] if isinstance(chosen_layers, int) else chosen_layers
+        chosen = [states[layer] for layer in layers]
+        if self.config.vision_feature_select_strategy == "default":
             chosen = [state[:, 1:] for state in chosen]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
+    def _vision_config(self) -> PreTrainedConfig:
+        vision = self.config.vision_config
+        if not isinstance(vision, PreTrainedConfig):
+            raise TypeError(f"the model's vision_config is a {type(vision).__name__}")
+        return vision
+
     def _nothing(self) -> Tensor:
         """A zero that has gone through the modules a picture would have gone through."""
-        projector = self.model.model.multi_modal_projector
-        vision = self.config.vision_config
-        device = self.model.device
+        model = self.model
         if self.picture_source == "pixel_values":
-            blank = torch.zeros(1, 3, vision.image_size, vision.image_size, device=device)
-            features = self._features(blank)
+            side = self._vision_config().to_dict()["image_size"]
+            features = self._features(torch.zeros(1, 3, side, side))
         else:
-            features = torch.zeros(1, 1, projector.linear_1.in_features, device=device, dtype=self.model.dtype)
-        return projector(features).sum() * 0
+            features = torch.zeros(1, 1, self.feature_shape[1], device=model.device, dtype=model.dtype)
+        return model.model.multi_modal_projector(features).sum() * 0
 
     def _language(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states; padding on the right needs no mask, since attention is causal."""
@@ -232,13 +267,14 @@ def load_llava(
     """
     register_towers()
     with _user_errors(folder_or_id):
-        model, report = LlavaForConditionalGeneration.from_pretrained(
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder_or_id,
             dtype=dtype,
             attn_implementation=attn_implementation,
             revision=revision or "main",
             output_loading_info=True,
         )
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"{folder_or_id}: {len(missing)} weights are missing, first {missing[:3]}; the folder is broken"

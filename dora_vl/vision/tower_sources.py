@@ -110,7 +110,7 @@ def load_timm(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     if spec.image_size is not None and published.fixed_input_size:
         options["img_size"] = spec.image_size
     try:
-        network = timm.create_model(spec.name, pretrained=spec.weights == "pretrained", **options)
+        network: Any = timm.create_model(spec.name, pretrained=spec.weights == "pretrained", **options)
     except (OSError, RuntimeError) as error:
         raise UserError(f"timm could not load {spec.name!r}, weights {spec.weights!r}: {error}") from error
     if spec.weights not in {"pretrained", "random"}:
@@ -136,7 +136,7 @@ def load_open_clip(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
         raise UserError(f"open_clip has no model {spec.name!r}; open_clip.list_models() names them")
     tag = None if spec.weights == "random" else spec.weights
     try:
-        model = open_clip.create_model(
+        model: Any = open_clip.create_model(
             spec.name, pretrained=tag, load_weights=tag is not None, force_image_size=spec.image_size
         )
     except (OSError, RuntimeError) as error:
@@ -163,9 +163,8 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     try:
         whole = AutoConfig.from_pretrained(spec.name)
         vision: PreTrainedConfig = whole.vision_config if "vision_config" in whole.sub_configs else whole
-        network, report = MODEL_MAPPING[type(vision)].from_pretrained(
-            spec.name, config=vision, output_loading_info=True
-        )
+        network_class: Any = MODEL_MAPPING[type(vision)]
+        network, report = network_class.from_pretrained(spec.name, config=vision, output_loading_info=True)
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"transformers could not load a vision model from {spec.name!r}: {error}") from error
     if missing := sorted(report["missing_keys"]):

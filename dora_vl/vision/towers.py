@@ -40,9 +40,9 @@ def build_open_clip_visual(options: dict[str, Any]) -> nn.Module:
     open_clip builds both towers or none in public functions; the text tower is made as small as it can be and
     thrown away.
     """
-    from open_clip.model import CLIP
+    from open_clip.model import CLIP, CLIPTextCfg
 
-    smallest_text = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}
+    smallest_text = CLIPTextCfg(context_length=1, vocab_size=2, width=8, heads=1, layers=1)
     model = CLIP(
         embed_dim=options["embed_dim"],
         vision_cfg=options["vision_cfg"],
@@ -63,7 +63,7 @@ class GridTower(PreTrainedModel):
     config: GridTowerConfig
     base_model_prefix = "network"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     # The network brings its own attention; whatever the language model uses must not be refused here.
     _supports_sdpa = True
     _supports_flash_attn = True
