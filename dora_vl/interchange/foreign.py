@@ -1,0 +1,275 @@
+"""Adapters of other tools, read into ours: a table of where each tool puts A, B and the magnitude.
+
+Sources of the layouts: NVlabs/DoRA (`peft/tuners/dora.py`, `VL-T5/src/trainer_base.py`), ylsung/VL_adapter
+(`lora/layers.py`), pytorch/torchtune (`modules/peft/dora.py`), ml-explore/mlx-lm (`tuner/dora.py`), LyCORIS
+(`modules/locon.py`) and kohya-ss/sd-scripts (`networks/lora.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+
+from dora_vl.core.adapter_file import PEFT_PREFIX
+from dora_vl.errors import UserError
+from dora_vl.interchange.adapter import Adapter, refuse_not_finite
+from dora_vl.interchange.peft_config import new_config
+
+ScaleRule = Callable[[Mapping[str, Any], int], "float | None"]
+"""From the tool's own `adapter_config.json` (empty where there is none) and a rank to s; None: not stated there."""
+
+
+def alpha_over_rank(config: Mapping[str, Any], rank: int) -> float | None:
+    """s = lora_alpha / r, by a configuration with PEFT's field names."""
+    return None if "lora_alpha" not in config else float(config["lora_alpha"]) / rank
+
+
+def mlx_scale(config: Mapping[str, Any], rank: int) -> float | None:
+    """mlx-lm states s itself."""
+    stated = config.get("lora_parameters", {}).get("scale")
+    return None if stated is None else float(stated)
+
+
+def always_one(config: Mapping[str, Any], rank: int) -> float:
+    """VL-BART's DoRA multiplies B A by one, whatever alpha its options name."""
+    return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where one tool puts the tensors of a layer: endings after the layer's name, alternatives in order."""
+
+    lora_A: tuple[str, ...]
+    lora_B: tuple[str, ...]
+    magnitude: tuple[str, ...]
+    alpha: tuple[str, ...] = ()
+    """A scalar tensor beside A and B; missing there, alpha is the rank."""
+    transposed: bool = False
+    """A is [in, rank] and B [rank, out]."""
+    scale: ScaleRule = alpha_over_rank
+    extras: tuple[str, ...] = ("*",)
+    """Full-name globs of the other tensors that were trained."""
+    kept: tuple[str, ...] = ()
+    """Full-name globs of frozen tensors that the result depends on."""
+    whole_model: bool = False
+    """The file holds the base as well; elsewhere a tensor that is neither adapter nor extra is refused."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Beginnings of names, the tool's and transformers'."""
+
+
+NVLABS = Layout(
+    lora_A=("lora_A.weight", "lora_A.default.weight"),
+    lora_B=("lora_B.weight", "lora_B.default.weight"),
+    magnitude=("weight_m_wdecomp.weight", "weight_m_wdecomp.default.weight"),
+)
+
+LLAVA_RENAMES = (
+    ("model.layers.", "model.language_model.layers."),
+    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
+)
+"""LLaVA's own class -> transformers' `LlavaForConditionalGeneration`."""
+
+VLBART_TRAINED = ("*.bias", "*layer_norm.*", "*layernorm_embedding.*", "*.visual_embedding.*")
+VLBART_KEPT = ("*.visual_embedding.obj_order_embedding.*",)
+"""An alias of the token embedding whose last, random rows stand for picture regions."""
+
+LAYOUTS = {
+    "nvlabs": NVLABS,
+    "nvlabs-llava": Layout(
+        lora_A=NVLABS.lora_A, lora_B=NVLABS.lora_B, magnitude=NVLABS.magnitude, renames=LLAVA_RENAMES
+    ),
+    "nvlabs-vlbart": Layout(
+        lora_A=("lora_A",),
+        lora_B=("lora_B",),
+        magnitude=("weight_m",),
+        scale=always_one,
+        extras=VLBART_TRAINED,
+        kept=VLBART_KEPT,
+        whole_model=True,
+    ),
+    "vl-adapter": Layout(
+        lora_A=("lora_A",),
+        lora_B=("lora_B",),
+        magnitude=(),
+        extras=VLBART_TRAINED,
+        kept=VLBART_KEPT,
+        whole_model=True,
+    ),
+    "torchtune": Layout(lora_A=("lora_a.weight",), lora_B=("lora_b.weight",), magnitude=("magnitude",)),
+    "mlx": Layout(lora_A=("lora_a",), lora_B=("lora_b",), magnitude=("m",), transposed=True, scale=mlx_scale),
+    "kohya": Layout(
+        lora_A=("lora_down.weight",),
+        lora_B=("lora_up.weight",),
+        magnitude=("dora_scale",),
+        alpha=("alpha",),
+        extras=(),
+    ),
+}
+"""By the name that `dora-vl convert --from` takes."""
+
+
+def split_layers(
+    tensors: Mapping[str, Tensor], layout: Layout
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors of each adapted layer by what they are, and all the others."""
+    endings = {
+        **{ending: "A" for ending in layout.lora_A},
+        **{ending: "B" for ending in layout.lora_B},
+        **{ending: "magnitude" for ending in layout.magnitude},
+        **{ending: "alpha" for ending in layout.alpha},
+    }
+    layers: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("module.").removeprefix(PEFT_PREFIX)
+        ending = next((e for e in endings if name.endswith(f".{e}")), None)
+        if ending is None:
+            others[name] = tensor
+        else:
+            layers.setdefault(name.removesuffix(f".{ending}"), {})[endings[ending]] = tensor
+    return layers, others
+
+
+def to_adapter(  # noqa: PLR0913 - what the files hold, and what only the person who made them knows
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    *,
+    config: Mapping[str, Any],
+    alpha: float | None = None,
+    renames: tuple[tuple[str, str], ...] = (),
+    base_model: str = "",
+    source: str = "adapter",
+) -> Adapter:
+    """Turns one tool's dictionary into an adapter under PEFT's keys.
+
+    Args:
+        tensors: The tool's dictionary, its keys as they are in the file.
+        layout: Where the tool puts what.
+        config: The tool's own `adapter_config.json`; empty where it writes none.
+        alpha: Numerator of the scale, where the files do not state it; wins over what they state.
+        renames: Further (old beginning, new beginning) of names, after the layout's own.
+        base_model: For the new configuration.
+        source: For messages.
+
+    Raises:
+        UserError: no adapter in the dictionary, half a pair, some magnitudes missing, or no way to know the scale.
+    """
+    refuse_not_finite(tensors, source)
+    found, others = split_layers(tensors, layout)
+    layers = {_renamed(name, (*layout.renames, *renames)): layer for name, layer in found.items()}
+    if not layers:
+        raise UserError(f"{source}: no key ends in {', '.join(layout.lora_A)}; is it another format (--from)?")
+    _check_layers(layers, source)
+    own: dict[str, Tensor] = {}
+    scales: dict[str, float] = {}
+    input_axis: set[str] = set()
+    for name, layer in layers.items():
+        converted, axis = _own_tensors(layer, layout, f"{source}: {name}")
+        own.update({f"{PEFT_PREFIX}{name}.{leaf}": tensor for leaf, tensor in converted.items()})
+        input_axis.update({name} if axis == "input" else ())
+        if "A" in layer:
+            scales[name] = _scale(layer, len(converted["lora_A.weight"]), layout, config, alpha, source)
+    ranks = {name: len(own[f"{PEFT_PREFIX}{name}.lora_A.weight"]) for name in scales}
+    extras = _trained_extras(others, layout, renames, source)
+    new = new_config(
+        ranks=ranks,
+        scales=scales,
+        use_dora=any("magnitude" in layer for layer in layers.values()),
+        whole_modules={name.rpartition(".")[0] for name in extras if name.endswith(".weight")},
+        base_model=base_model,
+        dropout=float(config.get("lora_dropout", 0.0)),
+    )
+    own.update({f"{PEFT_PREFIX}{name}": tensor for name, tensor in extras.items()})
+    kept = sorted(name for name in extras if _matches(name, layout.kept))
+    recipe = {"adapter": {"parts": {"extra": sorted(set(extras) - set(kept))}, "kept": kept}} if extras else {}
+    return Adapter(own, new, recipe, source, frozenset(input_axis))
+
+
+def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    for old, new in renames:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _check_layers(layers: Mapping[str, Mapping[str, Tensor]], source: str) -> None:
+    half = sorted(name for name, layer in layers.items() if ("A" in layer) != ("B" in layer))
+    if half:
+        raise UserError(f"{source}: {len(half)} layers have one of A and B without the other, first {half[0]}")
+    bare = sorted(name for name, layer in layers.items() if "magnitude" not in layer)
+    if bare and len(bare) < len(layers):
+        raise UserError(
+            f"{source}: {len(bare)} of {len(layers)} layers have no magnitude, first {bare[0]}; LLaVA's own script "
+            "puts them into non_lora_trainables.bin, give the folder that holds both files"
+        )
+
+
+def _own_tensors(layer: Mapping[str, Tensor], layout: Layout, where: str) -> tuple[dict[str, Tensor], str]:
+    """A, B and magnitude of one layer under PEFT's leaves and in PEFT's shapes, and the magnitude's axis."""
+    a, b, magnitude = layer.get("A"), layer.get("B"), layer.get("magnitude")
+    if layout.transposed and a is not None and b is not None:
+        a, b = a.t().contiguous(), b.t().contiguous()
+    own: dict[str, Tensor] = {}
+    if a is not None and b is not None:
+        own = {"lora_A.weight": a, "lora_B.weight": b}
+    if magnitude is None:
+        return own, "output"
+    rows = magnitude.numel() if b is None else len(b)
+    columns = -1 if a is None else a.shape[1]
+    axis = _magnitude_axis(magnitude, rows, columns, where)
+    if axis == "input" and a is not None and a.ndim > 2:
+        raise UserError(f"{where}: a convolution's magnitude per input channel is not read; train with wd_on_output")
+    convolution = a is not None and a.ndim > 2 and axis == "output"
+    own["lora_magnitude_vector"] = magnitude.reshape(1, -1, *[1] * (a.ndim - 2)) if convolution else magnitude.flatten()
+    return own, axis
+
+
+def _magnitude_axis(magnitude: Tensor, rows: int, columns: int, where: str) -> str:
+    """Which way the norm was taken, from the shape: [out, 1...] or [out] is a row's, [1, in...] a column's."""
+    if magnitude.numel() == rows and magnitude.shape[0] == rows:
+        return "output"
+    if magnitude.numel() == columns and magnitude.shape[0] == 1:
+        return "input"
+    raise UserError(
+        f"{where}: magnitude {list(magnitude.shape)} fits neither {rows} output rows nor {columns} input columns"
+    )
+
+
+def _scale(  # noqa: PLR0913 - the places where a tool may state it
+    layer: Mapping[str, Tensor],
+    rank: int,
+    layout: Layout,
+    config: Mapping[str, Any],
+    alpha: float | None,
+    source: str,
+) -> float:
+    if alpha is not None:
+        return alpha / rank
+    if layout.alpha:
+        return float(layer["alpha"]) / rank if "alpha" in layer else 1.0
+    stated = layout.scale(config, rank)
+    if stated is None:
+        raise UserError(f"{source}: nothing states the scale (no adapter_config.json beside it?); add --alpha ALPHA")
+    return stated
+
+
+def _trained_extras(
+    others: Mapping[str, Tensor], layout: Layout, renames: tuple[tuple[str, str], ...], source: str
+) -> dict[str, Tensor]:
+    extras = {name: tensor for name, tensor in others.items() if _matches(name, layout.extras)}
+    strangers = sorted(set(others) - set(extras))
+    if strangers and not layout.whole_model:
+        raise UserError(
+            f"{source}: {len(strangers)} tensors are no LoRA or DoRA factor, first {strangers[:3]}; this converter "
+            "would lose them (LoHa, LoKr, Tucker factors and trained norms are not read)"
+        )
+    return {_renamed(name, (*layout.renames, *renames)): tensor for name, tensor in extras.items()}
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
