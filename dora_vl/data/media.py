@@ -77,9 +77,7 @@ def _plain_rgb(image: Image.Image) -> Image.Image:
     image.info.pop("transparency", None)
     if image.mode.startswith("I") and _brightest(image) > 255:
         image = image.point(lambda value: value / 256).convert("L")
-    rgb = image.convert("RGB")
-    rgb.info.pop("transparency", None)
-    return rgb
+    return image.convert("RGB")
 
 
 def _brightest(image: Image.Image) -> float:

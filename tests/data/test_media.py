@@ -101,12 +101,12 @@ def test_cut_or_damaged_files_are_bad_samples_or_pictures_never_other_errors(roo
     assert set(outcomes) <= {"x", "RGB"}
 
 
-def test_palette_transparency_is_gone_and_its_pixels_keep_their_colour(root: Path) -> None:
+@pytest.mark.parametrize("transparency", [0, bytes([0, 128])])
+def test_palette_transparency_is_gone_and_its_pixels_keep_their_colour(root: Path, transparency: object) -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 200, 100, 50])
     palette.putdata([0, 1])
-    palette.info["transparency"] = 0
-    palette.save(root / "p.png", transparency=0)
+    palette.save(root / "p.png", transparency=transparency)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         image = open_image(root, "p.png")
