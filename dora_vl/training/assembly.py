@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer, TrainingArguments
 
 from dora_vl.backbones.compose import compose_llava
@@ -19,15 +18,12 @@ from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, loa
 from dora_vl.backbones.templates import get_template
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.adapter_file import own_name, read_weights
-from dora_vl.data.media import open_image
 from dora_vl.data.records import load_llava as load_records
 from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
 from dora_vl.errors import UserError
-from dora_vl.evaluation.predict import PictureReader
 from dora_vl.training.provenance import content_hash, local_folder, versions
 from dora_vl.training.recipe import AdapterConfig, ModelConfig, RunConfig
 from dora_vl.training.zero import gather_to_write, loading_in, without_sharding
-from dora_vl.vision.images import ImagePreparation
 
 logger = logging.getLogger(__name__)
 
@@ -131,26 +127,6 @@ def read_rows(file: str, limit: int | None) -> datasets.Dataset:
     """The records of a LLaVA file, memory-mapped."""
     rows = load_records(Path(file))
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def read_pixels(path: str, *, folder: Path, preparation: ImagePreparation) -> Tensor:
-    """Pixels of one picture; a top-level function, so that worker processes can receive it."""
-    return preparation.prepare(open_image(folder, path))
-
-
-def picture_reader(
-    config: RunConfig, rows: datasets.Dataset, backbone: LlavaBackbone, arguments: TrainingArguments
-) -> PictureReader:
-    """How pictures of these rows are read: prepared pixels, or the tower's features, computed now where missing."""
-    return pixel_reader(config.model, Path(config.data.image_folder))
-
-
-def pixel_reader(model: ModelConfig, folder: Path) -> PictureReader:
-    """Reads pictures below a folder and prepares them as the run says."""
-    if not folder.is_dir():
-        raise UserError(f"picture folder {folder} does not exist; set data.image_folder (evaluation.image_folder)")
-    preparation = ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
-    return PictureReader(pixels=partial(read_pixels, folder=folder, preparation=preparation))
 
 
 def build_sampler(lengths: SamplingLengths, arguments: TrainingArguments) -> ModalityLengthSampler:

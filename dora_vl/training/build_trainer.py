@@ -24,7 +24,6 @@ from dora_vl.training.assembly import (
     build_encoder,
     build_sampler,
     pad_token_id,
-    picture_reader,
     read_rows,
     recipe_record,
 )
@@ -32,6 +31,7 @@ from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, StopOnSignal
 from dora_vl.training.memory_estimate import Activations, describe_plan
 from dora_vl.training.optim import LearningRates, learning_rates
+from dora_vl.training.picture_reading import picture_reader
 from dora_vl.training.recipe import OptimConfig, RunConfig
 from dora_vl.training.run_folder import LOSS_LOG, run_folder_of
 from dora_vl.training.task_model import GenerationTask
@@ -107,7 +107,9 @@ def _samples(
     backbone: LlavaBackbone,
     arguments: TrainingArguments,
 ) -> LlavaDataset:
-    pictures = picture_reader(config, rows, backbone, arguments)
+    names = dict.fromkeys(path for paths in rows["images"] for path in paths)
+    folder = Path(config.data.image_folder)
+    pictures = picture_reader(config, backbone, names, folder=folder, device=arguments.device)
     return LlavaDataset(
         rows, encode=encoder.encode, picture=pictures.pixels, features=pictures.features, seed=arguments.seed
     )

@@ -52,7 +52,20 @@ def skip_compiled_communication() -> None:
 
 def is_first_rank() -> bool:
     """Whether this process writes the run's results."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return rank_and_ranks()[0] == 0
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def wait_for_everyone() -> None:
+    """Goes on when every rank is here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def leave_process_group() -> None:

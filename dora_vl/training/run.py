@@ -11,12 +11,14 @@ import torch
 
 from dora_vl.core import load_adapter
 from dora_vl.data.bad_samples import write_skipped
+from dora_vl.evaluation.questions import read_questions
 from dora_vl.evaluation.run import evaluate_run
 from dora_vl.training.arguments import training_arguments
-from dora_vl.training.assembly import adapt, build_encoder, compose_if_missing, load_backbone, pixel_reader
+from dora_vl.training.assembly import adapt, build_encoder, compose_if_missing, load_backbone
 from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.checkpoints import checkpoint_to_resume
 from dora_vl.training.launch import is_first_rank, leave_process_group, use_cores
+from dora_vl.training.picture_reading import picture_reader
 from dora_vl.training.recipe import RunConfig
 from dora_vl.training.run_folder import ADAPTER, METRICS, SKIPPED, add_metrics, prepare_run_folder, run_folder_of
 from dora_vl.training.trainer import AdapterTrainer
@@ -106,15 +108,18 @@ def evaluate(config: RunConfig, numbers: dict[str, Any]) -> dict[str, Any]:
     run_folder = run_folder_of(config)
     backbone = load_backbone(config.model, cached_features=config.data.cache_features)
     load_adapter(backbone.model, run_folder / ADAPTER)
-    backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone.to(device)
     encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
+    questions, _ = read_questions(Path(str(config.evaluation.file)), config.evaluation.limit)
+    names = dict.fromkeys(path for question in questions for path in question.images)
     image_folder = Path(config.evaluation.image_folder or config.data.image_folder)
     return evaluate_run(
         backbone,
         encoder,
         config.evaluation,
         run_folder=run_folder,
-        pictures=pixel_reader(config.model, image_folder),
+        pictures=picture_reader(config, backbone, names, folder=image_folder, device=device),
         image_folder=image_folder,
         numbers=numbers,
     )

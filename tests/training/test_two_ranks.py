@@ -1,0 +1,81 @@
+"""Two ranks under the deepspeed launcher on a CPU train what one rank with the same global batch trains.
+
+The same for any run, such as the demo's, in float32:
+
+    deepspeed --num_accelerators 2 tasks/llava_instruct.py --config configs/llava/easyvqa_smollm2_dora.yaml \
+        --training.deepspeed zero3 --model.dtype float32 --training.max_steps 20
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dora_vl.training.callbacks import read_log
+from tests.training.tiny_run import write_run, write_tiny_data
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+
+
+def launch(config: Path, *overrides: str, ranks: int, port: int) -> subprocess.CompletedProcess[str]:
+    """The documented command, with nothing else in the environment but no GPU."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    command += ["--master_port", str(port), "tasks/llava_instruct.py", "--config", str(config), *overrides]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def losses(run_folder: Path) -> torch.Tensor:
+    return torch.tensor([line["loss"] for line in read_log(run_folder / "log.jsonl") if "loss" in line])
+
+
+@pytest.fixture(scope="module")
+def mixed_run(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In every step one rank's micro-batch has pictures and the other's has none."""
+    folder = tmp_path_factory.mktemp("mixed")
+    data = write_tiny_data(folder / "data", samples=96, text_only_blocks=2)
+    training = {"max_steps": STEPS, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+    return write_run(folder / "run.yaml", tiny_llava, data, data={"group_by_modality_length": False}, training=training)
+
+
+@pytest.fixture(scope="module")
+def one_rank(mixed_run: Path) -> Path:
+    """The run on one rank: accumulation makes the same global batch from the same micro-batches."""
+    folder = mixed_run.parent / "one"
+    result = launch(
+        mixed_run,
+        f"--training.output_dir={folder}",
+        "--training.deepspeed=zero0",
+        "--training.gradient_accumulation_steps=2",
+        ranks=1,
+        port=29611,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("stage", "port"), [("zero2", 29612), ("zero3", 29613)])
+def test_two_ranks_train_what_one_rank_trains(mixed_run: Path, one_rank: Path, stage: str, port: int) -> None:
+    folder = mixed_run.parent / stage
+    result = launch(mixed_run, f"--training.output_dir={folder}", f"--training.deepspeed={stage}", ranks=2, port=port)
+    assert result.returncode == 0, result.stderr[-3000:]
+    expected, found = losses(one_rank), losses(folder)
+    assert len(found) == STEPS
+    assert expected[0] - expected[-1] > 0.3  # it does learn: equal losses are not losses that stand still
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    ours = load_file(folder / "adapter" / "adapter_model.safetensors")
+    theirs = load_file(one_rank / "adapter" / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(
+            tensor, theirs[name], atol=2e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,0 +1,132 @@
+"""A tiny random LLaVA folder, tiny data, and a run's settings over both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers.models.llava.configuration_llava import LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+from transformers.models.llava.processing_llava import LlavaProcessor
+
+from dora_vl.vision.images import Preparation, image_processor
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), "white": (250, 250, 250)}
+IMAGE_PIXELS = 8
+
+
+def write_tiny_llava(folder: Path) -> Path:
+    """A LLaVA of 20,000 random parameters: CLIP tower with 4 patches, two Llama layers, a word tokenizer."""
+    texts = ["USER: What colour is it? Say the colour. ASSISTANT: A chat between", *COLOURS]
+    words = Tokenizer(models.BPE(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<unk>", "<s>", "</s>", "<image>"]
+    words.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=IMAGE_PIXELS,
+        patch_size=4,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE_PIXELS // 4) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    preparation = Preparation(image_size=IMAGE_PIXELS, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    LlavaProcessor(
+        image_processor=image_processor(preparation, aspect="pad"),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_tiny_data(folder: Path, *, samples: int = 48, text_only_blocks: int = 0) -> Path:
+    """LLaVA JSON with a coloured picture each; every second block of so many samples has no picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(COLOURS)
+    records = []
+    for index in range(samples):
+        colour = names[index % len(names)]
+        text_only = text_only_blocks > 0 and index // text_only_blocks % 2 == 0
+        question = "Say the colour." + " Say" * (index % 5) + f" {colour}" * text_only
+        record = {
+            "id": f"sample-{index}",
+            "conversations": [
+                {"from": "human", "value": question if text_only else f"<image>\n{question}"},
+                {"from": "gpt", "value": colour},
+            ],
+        }
+        if not text_only:
+            record["image"] = f"{colour}-{index}.png"
+            shade = tuple(min(255, part + index % 3) for part in COLOURS[colour])
+            Image.new("RGB", (10 + index % 3, 12), shade).save(folder / str(record["image"]))
+        records.append(record)
+    path = folder / "train.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def write_run(path: Path, base: Path, records: Path, **changes: dict[str, object]) -> Path:
+    """A run's YAML over the tiny model and data; `changes` are merged into its sections."""
+    sections: dict[str, dict[str, object]] = {
+        "model": {"base": str(base), "dtype": "float32"},
+        "adapter": {"rank": 4, "alpha": 8, "dropout": 0.0},
+        "data": {"train": str(records), "image_folder": str(records.parent), "workers": 0, "max_tokens": 256},
+        "optim": {"projector_learning_rate": 1e-3},
+        "training": {
+            "output_dir": str(path.parent / path.stem),
+            "learning_rate": 5e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 2,
+            "per_device_train_batch_size": 4,
+            "max_steps": 6,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "seed": 3,
+        },
+    }
+    for section, values in changes.items():
+        sections.setdefault(section, {}).update(values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(sections))
+    return path
