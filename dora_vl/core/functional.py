@@ -58,14 +58,23 @@ def direction_norms(
     `weight_on_A` is the frozen layer applied to A's rows, A W^T, so no weight is read here: quantised and
     sharded layers need nothing more. Differentiable in A and B.
     """
+    squared, positive = factored_norms_squared(weight_norms_squared, lora_A, lora_B, weight_on_A, scale)
+    return root(squared), (squared.detach() < CANCELLATION * positive).nonzero().flatten()
+
+
+def factored_norms_squared(
+    weight_norms_squared: Float[Tensor, " out"],
+    lora_A: Float[Tensor, "rank in_"],
+    lora_B: Float[Tensor, "out rank"],
+    weight_on_A: Float[Tensor, "rank out"],
+    scale: float,
+) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
+    """n^2 of `direction_norms`, and the sum of its positive terms without a gradient."""
     dtype = weight_norms_squared.dtype
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     cross = 2 * scale * (b * weight_on_A.to(dtype).t()).sum(dim=1)
     low_rank = scale**2 * ((b @ (a @ a.t())) * b).sum(dim=1)
-    positive = weight_norms_squared + low_rank.detach()
-    squared = weight_norms_squared + cross + low_rank
-    cancelled = (squared.detach() < CANCELLATION * positive).nonzero().flatten()
-    return root(squared), cancelled
+    return weight_norms_squared + cross + low_rank, weight_norms_squared + low_rank.detach()
 
 
 def root(squared: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -248,20 +257,20 @@ def low_rank_gradients(
     return dx, dA, dB
 
 
-def whole_change_product(
-    x: Float[Tensor, "*batch in_"],
-    weight: Float[Tensor, "out in_"],
-    bias: Float[Tensor, " out"] | None,
-    low_rank: Float[Tensor, "*batch out"] | None,
-    gain: Float[Tensor, " out"],
-    dropped_x: Float[Tensor, "*batch in_"],
-) -> Float[Tensor, "*batch out"]:
-    """y = W x + b + (g - 1) W drop(x) + g s B A drop(x): dropout on the whole change, as PEFT and the reference.
+def changed_output(
+    output: Float[Tensor, "*shape"],
+    frozen: Float[Tensor, "*shape"],
+    low_rank: Float[Tensor, "*shape"] | None,
+    gain: Float[Tensor, "*broadcast"] | None,
+) -> Float[Tensor, "*shape"]:
+    """y = (W x + b) + (g - 1) W x + g s B A x, in torch's own autograd; bitwise the frozen output where g = 1.
 
-    Costs a second product of W while dropout is on; equal to the other form without dropout.
+    `output` is W x + b, `frozen` is W x, `low_rank` is s B A x. With dropout on the input of the last two this is
+    dropout on the whole change, as PEFT and the reference have it, at the price of a second product of W.
     """
-    y = F.linear(x, weight, bias)
-    change = (gain - 1).to(x.dtype) * F.linear(dropped_x, weight)
+    if gain is None:
+        return output if low_rank is None else output + low_rank
+    change = (gain - 1).to(output.dtype) * frozen
     if low_rank is not None:
-        change = change + gain.to(x.dtype) * low_rank
-    return y + change
+        change = change + gain.to(output.dtype) * low_rank
+    return output + change

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl.core.functional import accumulation_dtype
-from dora_vl.core.linear import DoRALinear
+from dora_vl.core.layer import AdaptedLayer
 
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 """Makes sharded parameters whole inside a `with` block; ZeRO-3 passes `deepspeed.zero.GatheredParameters`."""
@@ -38,7 +38,7 @@ def train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) -> 
         trained_by_owner.setdefault(owner, []).append(leaf)
     for owner, leaves in trained_by_owner.items():
         module = model.get_submodule(owner)
-        own_casts = isinstance(module, DoRALinear)
+        own_casts = isinstance(module, AdaptedLayer)
         parameters = dict(module.named_parameters(recurse=False))
         half = next(iter(parameters.values())).dtype
         if half == accumulation_dtype(half):

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from dora_vl.core.linear import DoRALinear
+from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.precision import Gather, train_in_float32
 from dora_vl.errors import UserError
 
@@ -114,10 +114,10 @@ def is_adapted(model: nn.Module) -> bool:
     return _ATTRIBUTE in vars(model)
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, DoRALinear]]:
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """Every adapted layer with its full name."""
     for name, module in model.named_modules():
-        if isinstance(module, DoRALinear):
+        if isinstance(module, AdaptedLayer):
             yield name, module
 
 
@@ -137,7 +137,7 @@ def _tensor_names(model: nn.Module) -> list[str]:
 
 def _belongs_to_adapter(model: nn.Module, parameter: str) -> bool:
     owner, _, leaf = parameter.rpartition(".")
-    return isinstance(model.get_submodule(owner), DoRALinear) and leaf in {leaf for _, leaf in FACTOR_PARTS}
+    return isinstance(model.get_submodule(owner), AdaptedLayer) and leaf in {leaf for _, leaf in FACTOR_PARTS}
 
 
 def _refuse_overlap(by_part: Mapping[str, list[str]]) -> None:

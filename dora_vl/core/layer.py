@@ -1,0 +1,231 @@
+"""What every adapted layer shares: its A, B and magnitude, when its norm is computed, and how it merges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dora_vl.core import functional
+from dora_vl.core.config import DoRAConfig
+from dora_vl.core.steps import OPTIMIZER_STEPS
+
+Self = TypeVar("Self", bound="AdaptedLayer")
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen layer with DoRA, LoRA or a magnitude alone (`config.method`), in the layer's own place.
+
+    A kind of layer (linear, convolution, embedding, opaque) says how its weight reads as a matrix [out, in] and how
+    its own forward pass goes. `weight` and `bias` keep their names and are the same parameters, so a base checkpoint
+    has the same keys before and after, and a sharded engine gathers everything at one module. A, B and the magnitude
+    are float32 over a half-precision base. The norm is computed once per optimizer step, whatever the number of
+    micro-batches and checkpoint recomputations.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def start_adapter(self, base: nn.Module, config: DoRAConfig) -> None:
+        """Sets the adapter up; the layer's own weight and sizes must stand already."""
+        OPTIMIZER_STEPS.watch()
+        self.adapter = config
+        self.merged = False
+        self.training = base.training
+        self._base_weight: Tensor | None = None
+        self._norms_squared: Tensor | None = None
+        self._norms_squared_key: tuple[object, ...] = ()
+        self.forget_norms()
+        self.lora_A: nn.Parameter | None = None
+        self.lora_B: nn.Parameter | None = None
+        self.magnitude: nn.Parameter | None = None
+        self.create_parameters()
+
+    def create_parameters(self) -> None:
+        """A and B with B A = 0, and the magnitude that is the norm of the frozen weight: nothing changes yet."""
+        if self.adapter.method != "magnitude":
+            shape_A, shape_B = self.factor_shapes(self.adapter.rank)
+            dtype, device = functional.accumulation_dtype(self.compute_dtype()), self.weight.device
+            self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=device))
+            self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=device))
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if self.adapter.method != "lora":
+            self.magnitude = nn.Parameter(functional.root(self.weight_norms_squared()).clone())
+
+    # -- what a kind of layer says about itself --------------------------------------------------------------
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of the weight as a matrix."""
+        raise NotImplementedError
+
+    def as_matrix(self, weight: Tensor) -> Float[Tensor, "out in_"]:
+        """A weight in this layer's own layout as a matrix [out, in]; a view where it can be."""
+        return weight
+
+    def from_matrix(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
+        """The opposite of `as_matrix`."""
+        return matrix
+
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B as they are kept and saved (PEFT's)."""
+        rows, columns = self.matrix_shape()
+        return (rank, columns), (rows, rank)
+
+    def magnitude_file_shape(self) -> tuple[int, ...]:
+        """Shape of the magnitude in the adapter file (PEFT's); [out] in memory."""
+        return (self.matrix_shape()[0],)
+
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the frozen weight multiplies in."""
+        return self.weight.dtype
+
+    def factors(self) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]] | None:
+        """A and B as matrices, with their gradients; None for a magnitude alone."""
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        return self.lora_A.flatten(1), self.lora_B.flatten(1)
+
+    def scale(self) -> float:
+        """s, the factor of B A."""
+        return self.adapter.scale
+
+    def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "rows out"]:
+        """The frozen weight applied to rows, without the bias: all that the norm needs to know of W."""
+        weight = self.as_matrix(self._frozen_weight())
+        return F.linear(rows.to(weight.dtype), weight)
+
+    def frozen_rows(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows in_"]:
+        """Some rows of W."""
+        return self.as_matrix(self._frozen_weight())[index]
+
+    def frozen_norms_squared(self) -> Float[Tensor, " out"]:
+        """||W_i||^2 of every row, computed."""
+        return functional.row_norms_squared(self.as_matrix(self._frozen_weight()))
+
+    # -- norm and gain ---------------------------------------------------------------------------------------
+
+    def weight_norms_squared(self) -> Float[Tensor, " out"]:
+        """||W_i||^2 in float32; computed once, since W is frozen, and again after an edit in place."""
+        weight = self._frozen_weight()
+        key = (weight.device, weight._version)
+        if self._norms_squared is None or self._norms_squared_key != key:
+            self._norms_squared, self._norms_squared_key = self.frozen_norms_squared(), key
+        return self._norms_squared
+
+    def forget_norms(self) -> None:
+        """Drops what was computed from the parameters; call it after changing them where no optimizer steps."""
+        self._norms: Tensor | None = None
+        self._norms_key: tuple[object, ...] = ()
+
+    def norms(self) -> Float[Tensor, " out"]:
+        """n without a gradient, computed once per optimizer step."""
+        key = self.state_key()
+        if self._norms is None or self._norms_key != key:
+            with torch.no_grad():
+                self._norms, self._norms_key = self.live_norms(), key
+        return self._norms
+
+    def live_norms(self) -> Float[Tensor, " out"]:
+        """n with its gradient in A and B; the rows that cancel are taken from the dense direction."""
+        factors = self.factors()
+        if factors is None:
+            return functional.root(self.weight_norms_squared())
+        a, b = factors
+        with torch.autocast(self.weight.device.type, enabled=False):
+            norms, cancelled = functional.direction_norms(
+                self.weight_norms_squared(), a, b, self.frozen_on_rows(a), self.scale()
+            )
+            if cancelled.numel():
+                dense = functional.dense_direction(self.frozen_rows(cancelled), a, b[cancelled], self.scale())
+                norms = norms.index_copy(0, cancelled, functional.root(dense.square().sum(dim=1)))
+        return norms
+
+    def gain(self) -> Float[Tensor, " out"] | None:
+        """g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""
+        if self.magnitude is None:
+            return None
+        return functional.gain(self.magnitude, self.norms() if self.adapter.detach_norm else self.live_norms())
+
+    def state_key(self) -> tuple[object, ...]:
+        """Changes with every optimizer step, in-place edit and new scale."""
+        versions = [parameter._version for parameter in self._parameters.values() if parameter is not None]
+        return (OPTIMIZER_STEPS.count, self.adapter, *versions)
+
+    # -- merging ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, *, keep_base: bool = True) -> None:
+        """Folds the adapter into `weight`, computed in float32; with `keep_base`, `unmerge` restores it bit by bit."""
+        if self.merged:
+            return
+        a, b = self.factors() or (None, None)
+        merged = functional.merged_weight(self.as_matrix(self.weight), a, b, self.magnitude, self.scale())
+        self._base_weight = self.weight.detach().clone() if keep_base else None
+        self.weight.copy_(self.from_matrix(merged))
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the base weight back.
+
+        Raises:
+            RuntimeError: the layer was merged with `keep_base=False`.
+        """
+        if not self.merged:
+            return
+        if self._base_weight is None:
+            raise RuntimeError("the base weight was not kept when merging; load the base model again")
+        self.weight.copy_(self._base_weight)
+        self._base_weight, self.merged = None, False
+        self.forget_norms()
+
+    def refuse_training_while_merged(self) -> None:
+        """A merged layer would train nothing, in silence.
+
+        Raises:
+            RuntimeError: it is asked for a pass with gradients in training mode.
+        """
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError("the adapter is merged into the weight and would not train; unmerge_dora(model) first")
+
+    def _frozen_weight(self) -> Tensor:
+        return self.weight if self._base_weight is None else self._base_weight
+
+    # -- what makes cached norms untrue ----------------------------------------------------------------------
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """Switches dropout and, when the mode really changes, drops the cached norm.
+
+        Trainers call `train()` before every micro-batch; dropping it then would cost a norm each.
+        """
+        if mode != self.training:
+            self.forget_norms()
+        super().train(mode)
+        return self
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.forget_norms()
+        self._norms_squared = None
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
+        self.forget_norms()
+        self._norms_squared = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickled layer may wake in a process where no layer was built, so that nothing counts steps yet.
+        super().__setstate__(state)
+        OPTIMIZER_STEPS.watch()
+        self.forget_norms()
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        adapter = self.adapter
+        return f"{super().extra_repr()}, method={adapter.method}, rank={adapter.rank}, scale={self.scale():g}"
