@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -38,6 +38,7 @@ class Rendered:
     control_spans: tuple[Span, ...]
 
 
+@runtime_checkable
 class Template(Protocol):
     """How turns become text."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from dora_vl.vision.images import ImagePreparation
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class FrozenTower(Protocol):
     """The part of a backbone that this needs."""
 
