@@ -65,9 +65,7 @@ class Adapter:
     @cached_property
     def extras(self) -> dict[str, Tensor]:
         """Every other tensor (projector, trained biases, kept rows) under the model's own name."""
-        return {
-            own_extra_name(key): tensor for key, tensor in self.tensors.items() if split_key(key)[1] is None
-        }
+        return {own_extra_name(key): tensor for key, tensor in self.tensors.items() if split_key(key)[1] is None}
 
     @cached_property
     def factors(self) -> dict[str, Factors]:

@@ -130,9 +130,7 @@ def model_names(config: Mapping[str, Any], keys: list[str]) -> tuple[dict[str, s
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     own = dict(model.state_dict())
-    names = {
-        key: rename_source_key(key, renamings, converters, model.base_model_prefix, own)[0] for key in keys
-    }
+    names = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, own)[0] for key in keys}
     transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
     return {key: name if name in own else key for key, name in names.items()}, transposed
 

@@ -135,7 +135,7 @@ def split_layers(
     return layers, others
 
 
-def to_adapter(  # noqa: PLR0913 - what the files hold, and what only the person who made them knows
+def to_adapter(
     tensors: Mapping[str, Tensor],
     layout: Layout,
     *,
@@ -224,8 +224,8 @@ def _own_tensors(layer: Mapping[str, Tensor], layout: Layout, where: str) -> tup
     axis = _magnitude_axis(magnitude, rows, columns, where)
     if axis == "input" and a is not None and a.ndim > 2:
         raise UserError(f"{where}: a convolution's magnitude per input channel is not read; train with wd_on_output")
-    convolution = a is not None and a.ndim > 2 and axis == "output"
-    own["lora_magnitude_vector"] = magnitude.reshape(1, -1, *[1] * (a.ndim - 2)) if convolution else magnitude.flatten()
+    kernel_axes = 0 if a is None or axis == "input" else a.ndim - 2
+    own["lora_magnitude_vector"] = magnitude.reshape(1, -1, *[1] * kernel_axes) if kernel_axes else magnitude.flatten()
     return own, axis
 
 
@@ -240,7 +240,7 @@ def _magnitude_axis(magnitude: Tensor, rows: int, columns: int, where: str) -> s
     )
 
 
-def _scale(  # noqa: PLR0913 - the places where a tool may state it
+def _scale(
     layer: Mapping[str, Tensor],
     rank: int,
     layout: Layout,

@@ -25,7 +25,7 @@ TORCHTUNE_MODULES = {
 """torchtune's decoder layer -> transformers' (torchtune/models/convert_weights.py, `_FROM_HF`)."""
 
 ROTARY_ORDER = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False, "qwen3": False}
-"""By `model_type`: whether torchtune keeps q and k rows in Meta's order, pairs side by side, as transformers does not."""
+"""By `model_type`: whether torchtune keeps q and k rows in Meta's order, each rotary pair side by side."""
 
 
 def from_torchtune(tensors: Mapping[str, Tensor], base_config: Mapping[str, Any], source: str) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def from_torchtune(tensors: Mapping[str, Tensor], base_config: Mapping[str, Any]
     """
     model_type = base_config.get("model_type")
     if model_type not in ROTARY_ORDER:
-        raise UserError(f"{source}: base model type {model_type!r} is not known from torchtune; {list(ROTARY_ORDER)} are")
+        raise UserError(f"{source}: base model type {model_type!r} is not known here; {list(ROTARY_ORDER)} are")
     heads = int(base_config["num_attention_heads"])
     key_heads = int(base_config.get("num_key_value_heads") or heads)
     renamed: dict[str, Tensor] = {}
@@ -87,7 +87,7 @@ def from_kohya(tensors: Mapping[str, Tensor], module_names: Iterable[str], sourc
         prefix = next((p for p in KOHYA_PREFIXES if flat.startswith(p)), "")
         found = by_flat_name.get(flat.removeprefix(prefix), [])
         if len(found) != 1:
-            raise UserError(f"{source}: {flat} names {len(found)} layers of the base {found[:2]}; is it the right --base?")
+            raise UserError(f"{source}: {flat} names {len(found)} layers of the base {found[:2]}; wrong --base?")
         renamed[f"{found[0]}.{leaf}"] = tensor
     return renamed
 

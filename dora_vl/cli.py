@@ -1,0 +1,51 @@
+"""`dora-vl VERB ...`: the command line over the library; starting and evaluating runs is `python -m tasks...`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from dora_vl import __version__
+from dora_vl.commands import COMMANDS
+from dora_vl.errors import UserError, exit_on_user_error
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one verb; a problem in the input is one line on stderr and exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in {"-h", "--help"}:
+        print(overview())
+        return
+    if words[0] == "--version":
+        print(__version__)
+        return
+    verb, *rest = words
+    if verb not in COMMANDS:
+        nearest = get_close_matches(verb, COMMANDS, n=1, cutoff=0.0)[0]
+        raise UserError(f"no command {verb!r}; did you mean {nearest!r}? dora-vl --help lists all")
+    module = import_module(COMMANDS[verb].module)
+    parser = argparse.ArgumentParser(
+        prog=f"dora-vl {verb}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    for line in module.run(parser.parse_args(rest)):
+        print(line, flush=True)
+
+
+def overview() -> str:
+    """What `dora-vl --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {verb:{width}}  {command.summary}" for verb, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: dora-vl VERB ...", "", *lines, "", "dora-vl VERB --help explains one verb, with examples."]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""What `dora-vl` can do: one line for each verb, written by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb of `dora-vl`.
+
+    Its module is imported when the verb is used. It holds `DESCRIPTION` (what --help says),
+    `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "convert": Command("dora_vl.interchange.convert_command", "adapters of other tools, in and out"),
+    "merge": Command("dora_vl.interchange.merge_command", "base + adapters as a plain model folder"),
+}

@@ -1,0 +1,94 @@
+"""`dora-vl convert`: an adapter from any tool's files into an adapter folder that PEFT and this package read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from dora_vl.errors import UserError
+from dora_vl.interchange.adapter import Adapter, write_adapter
+from dora_vl.interchange.base_weights import BaseWeights
+from dora_vl.interchange.low_rank_export import LayerExport, as_lora, export_layers
+from dora_vl.interchange.read import FORMATS, ReadOptions, read_any
+
+DESCRIPTION = """\
+Reads an adapter of another tool and writes an adapter folder (adapter_model.safetensors, adapter_config.json): what
+PEFT, transformers and dora_vl load. The format is known by the file's keys; --from names it where they do not tell.
+
+  dora-vl convert DoRA-llava/ --to adapter                      NVlabs' LLaVA, both of its .bin files
+  dora-vl convert LAST.pth --to adapter                         NVlabs' VL-BART
+  dora-vl convert adapter_0.pt --base llama-3-8b/ --to adapter  torchtune
+  dora-vl convert adapters.safetensors --to adapter             mlx-lm
+  dora-vl convert style.safetensors --base sdxl/unet --to adapter   LyCORIS, kohya
+
+With --as lora the result is a plain LoRA for tools that cannot serve magnitudes: the truncated SVD of each layer's
+change. Its relative error is printed layer by layer, and nothing is written above --max-error.
+
+  dora-vl convert adapter --as lora --base BASE --rank 64 --max-error 0.1 --to adapter-lora
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dora-vl convert`."""
+    parser.add_argument("source", type=Path, metavar="FROM", help="a folder or file that holds an adapter")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the adapter folder to write")
+    parser.add_argument("--as", dest="kind", choices=("peft", "lora"), default="peft", help="default: peft")
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="the base model's folder (torchtune, kohya, lora)")
+    add_reading_arguments(parser)
+    parser.add_argument("--rank", type=int, metavar="R", help="--as lora: rank of the result")
+    parser.add_argument("--max-error", type=float, metavar="X", help="--as lora: largest relative error of any layer")
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the files of some formats do not say; shared by the commands that read adapters."""
+    parser.add_argument("--from", dest="format", choices=FORMATS, help="the format; default: known by the keys")
+    parser.add_argument("--alpha", type=float, help="numerator of the scale, where no file states it")
+    parser.add_argument("--task", help="which of VL-Adapter's tasks")
+    parser.add_argument(
+        "--rename", action="append", default=[], metavar="OLD=NEW", help="beginnings of layer names; may come often"
+    )
+
+
+def reading_options(arguments: argparse.Namespace) -> ReadOptions:
+    """The options as `read_any` takes them."""
+    pairs = [rename.partition("=") for rename in arguments.rename]
+    if any(not old or not equals for old, equals, _ in pairs):
+        raise UserError(f"--rename {arguments.rename}: write OLD=NEW, e.g. --rename model.=model.language_model.")
+    return ReadOptions(
+        format=arguments.format,
+        base=arguments.base,
+        alpha=arguments.alpha,
+        task=arguments.task,
+        renames=tuple((old, new) for old, _, new in pairs),
+    )
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Converts; yields the lines to print."""
+    adapter = read_any(arguments.source, reading_options(arguments))
+    if arguments.kind == "lora":
+        yield from _export(adapter, arguments)
+        return
+    if arguments.rank is not None or arguments.max_error is not None:
+        raise UserError("--rank and --max-error belong to --as lora")
+    write_adapter(adapter, arguments.to)
+    yield f"{arguments.to}: {len(adapter.layers)} layers, {len(adapter.extras)} other tensors"
+
+
+def _export(adapter: Adapter, arguments: argparse.Namespace) -> Iterator[str]:
+    if arguments.rank is None or arguments.max_error is None or arguments.base is None:
+        raise UserError(
+            "--as lora needs --base FOLDER, --rank R and --max-error X (1.0 accepts any error, and states it)"
+        )
+    if arguments.rank < 1:
+        raise UserError(f"--rank is {arguments.rank}; it must be 1 or more")
+    exports: list[LayerExport] = []
+    with BaseWeights(arguments.base) as base:
+        for export in export_layers(adapter, base, arguments.rank):
+            exports.append(export)
+            yield f"{export.relative_error:9.3g}  {export.layer}"
+    lora = as_lora(adapter, exports, arguments.max_error)
+    write_adapter(lora, arguments.to)
+    worst = max(export.relative_error for export in exports)
+    yield f"{arguments.to}: {len(exports)} layers of rank {arguments.rank}, largest relative error {worst:.3g}"

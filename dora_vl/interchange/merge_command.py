@@ -1,0 +1,104 @@
+"""`dora-vl merge`: adapters folded into their base, as a plain model folder that any tool opens."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_vl.errors import UserError
+from dora_vl.interchange.adapter import Adapter
+from dora_vl.interchange.base_weights import BaseWeights
+from dora_vl.interchange.combine import combine
+from dora_vl.interchange.convert_command import add_reading_arguments, reading_options
+from dora_vl.interchange.merge_folder import SHARD_BYTES, merge_to_folder
+from dora_vl.interchange.read import read_any
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+DESCRIPTION = """\
+Writes base + adapter as a plain model folder: sharded safetensors, configuration, tokenizer and processor. Computed in
+float32, one tensor in memory at a time, so a 7B model needs no second copy.
+
+  dora-vl merge --adapter runs/llava/adapter --to llava-merged
+  dora-vl merge --adapter adapter --base llava-1.5-7b/ --dtype float16 --to merged
+
+Several adapters merge with weights: W' = W + sum of weight * (W'_i - W). Weight 1 of one adapter is that adapter.
+
+  dora-vl merge --adapter a --adapter b --weight 0.7 --weight 0.3 --base BASE --to merged
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dora-vl merge`."""
+    parser.add_argument("--adapter", type=Path, action="append", required=True, metavar="DIR", help="may come often")
+    parser.add_argument("--weight", type=float, action="append", metavar="W", help="one for each --adapter; default 1")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the model folder to write")
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; default: each tensor's own")
+    parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="largest output file")
+    parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
+    add_reading_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Merges; yields the lines to print."""
+    options = reading_options(arguments)
+    adapters = [read_any(source, options) for source in arguments.adapter]
+    base = arguments.base or base_of(adapters[0])
+    if not arguments.any_base:
+        for adapter in adapters:
+            refuse_other_base(adapter.recipe, base, adapter.source)
+    adapter = _one(adapters, arguments.weight or [1.0] * len(adapters), base)
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    merged = merge_to_folder(adapter, base, arguments.to, dtype=dtype, shard_bytes=arguments.shard_bytes)
+    yield (
+        f"{arguments.to}: {merged.layers} layers merged, {merged.replaced} other tensors taken from the adapter, "
+        f"{merged.files} files, {merged.bytes:,} bytes"
+    )
+
+
+def _one(adapters: list[Adapter], weights: list[float], base: Path) -> Adapter:
+    if len(weights) != len(adapters):
+        raise UserError(f"{len(adapters)} times --adapter and {len(weights)} times --weight; give one for each")
+    if len(adapters) == 1 and weights == [1.0]:
+        return adapters[0]
+    by_name = {str(index): adapter for index, adapter in enumerate(adapters)}
+    shares = {str(index): weight for index, weight in enumerate(weights)}
+    with BaseWeights(base) as opened:
+        return combine(by_name, shares, opened).adapter
+
+
+def base_of(adapter: Adapter) -> Path:
+    """The base's folder that an adapter states: a folder, or a hub id's snapshot in the local cache.
+
+    Raises:
+        UserError: it states none, or it is not on this machine.
+    """
+    stated = str(adapter.config.get("base_model_name_or_path") or "")
+    if not stated:
+        raise UserError(f"{adapter.source} does not say which base it was trained on; add --base FOLDER")
+    from dora_vl.training.provenance import local_folder
+
+    try:
+        return local_folder(stated, adapter.config.get("revision"))
+    except OSError as error:
+        raise UserError(f"base {stated!r} of {adapter.source} is not on this machine; add --base FOLDER") from error
+
+
+def refuse_other_base(recipe: Mapping[str, Any], base: Path, source: str) -> None:
+    """Raises a `UserError` where the recipe holds the base's content hash and this folder's is another."""
+    stated = recipe.get("base_sha256")
+    if stated is None:
+        return
+    from dora_vl.training.provenance import content_hash
+
+    found = content_hash(base)
+    if found != stated:
+        raise UserError(
+            f"{source} was trained on another base than {base} (content hash {stated[:12]}, this one {found[:12]}); "
+            "give the right --base, or --any-base if you know that its weights are the same"
+        )

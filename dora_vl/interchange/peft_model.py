@@ -1,0 +1,213 @@
+"""`accelerate_peft(model)`: a PEFT model on this core's forward pass, with PEFT's own parameters.
+
+PEFT's DoRA builds the whole B A at every forward pass, and takes a second frozen product while dropout is on. Here
+each of its linear layers gets this core's arithmetic: the norm once per optimizer step from the factors, one frozen
+product, and a backward pass that keeps x, A x and y alone. The parameters are PEFT's objects, so the optimizer, the
+state dictionary, `save_pretrained`, `merge_and_unload` and `set_adapter` go on as before.
+
+One thing differs, in training with dropout only: PEFT drops elements of the input of the *whole change*
+((g - 1) W x too), which is what costs the second product; `dropout_mode="low_rank"` drops them from B A x alone.
+Both are the same in expectation, and the same without dropout and in eval; `"whole_change"` is PEFT's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from dora_vl.core import DoRAConfig, DoRALinear
+from dora_vl.core.config import DropoutMode
+
+log = logging.getLogger(__name__)
+
+_STATE = "_dora_vl_core"
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What `accelerate_peft` did."""
+
+    layers: tuple[str, ...]
+    """Full names of the layers that now run on this core."""
+    left: dict[str, str]
+    """Layers that stay on PEFT's own forward pass, and why."""
+
+
+@dataclass
+class _CoreState:
+    """This core's layer over PEFT's parameters; no module, so that PEFT's layer has no new child."""
+
+    dropout_mode: DropoutMode
+    key: tuple[object, ...] = ()
+    layer: DoRALinear | None = None
+
+
+class AcceleratedLinear(PeftLinear):
+    """PEFT's linear LoRA or DoRA layer with this core's forward pass where that computes the same."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """This core's y for the active adapter; PEFT's own forward pass for whatever this core does not do."""
+        state: _CoreState = vars(self)[_STATE]
+        if args or kwargs or reason_to_leave(self) is not None:
+            return super().forward(x, *args, **kwargs)
+        return _core_layer(self, state)(x)
+
+
+def accelerate_peft(model: nn.Module, *, dropout_mode: DropoutMode = "low_rank") -> Acceleration:
+    """Makes the linear LoRA and DoRA layers of a PEFT model use this core's forward pass.
+
+    Layers that this core would compute differently stay as they are and are named in the result: quantised bases,
+    convolutions and embeddings, LoRA variants other than DoRA, several active adapters at once. The question is
+    asked again at every forward pass, so `set_adapter`, `disable_adapter` and merging keep working.
+
+    Args:
+        model: Anything with PEFT layers in it; changed in place. Call it before wrapping in DDP or DeepSpeed.
+        dropout_mode: `low_rank` (one frozen product) or `whole_change` (PEFT's form, two; see the module's text).
+
+    Raises:
+        ValueError: there is no PEFT layer in the model.
+    """
+    done: list[str] = []
+    left: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        reason = reason_to_leave(layer)
+        if reason is not None:
+            left[name] = reason
+            continue
+        assert isinstance(layer, PeftLinear)
+        layer.__class__ = AcceleratedLinear
+        vars(layer)[_STATE] = _CoreState(dropout_mode)
+        _core_layer(layer, vars(layer)[_STATE])
+        done.append(name)
+    if not done and not left:
+        raise ValueError("the model has no PEFT LoRA layer; call get_peft_model(model, LoraConfig(...)) first")
+    for reason, count in Counter(left.values()).items():
+        log.warning("%d layers stay on PEFT's own forward pass: %s", count, reason)
+    return Acceleration(tuple(done), left)
+
+
+def restore_peft(model: nn.Module) -> int:
+    """Undoes `accelerate_peft`; returns how many layers are PEFT's own again."""
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, AcceleratedLinear)]
+    for layer in layers:
+        del vars(layer)[_STATE]
+        layer.__class__ = PeftLinear
+    return len(layers)
+
+
+def reason_to_leave(layer: object) -> str | None:
+    """Why PEFT's own forward pass must run on this layer now; None where this core computes the same."""
+    if type(layer) not in {PeftLinear, AcceleratedLinear}:
+        return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__} is no plain linear LoRA layer"
+    assert isinstance(layer, PeftLinear)
+    base = layer.get_base_layer()
+    if type(base) is not nn.Linear:
+        return f"its base is a {type(base).__name__}, not nn.Linear"
+    if layer.disable_adapters or layer.merged:
+        return "its adapters are disabled or merged"
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1:
+        return f"{len(active)} adapters are active on it; one is needed"
+    return _reason_in_adapter(layer, active[0]) or _reason_in_base(base)
+
+
+def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
+    variant = layer.lora_variant.get(active)
+    if variant is not None and not _is_dora(variant):
+        return f"LoRA variant {variant} is not DoRA"
+    if layer.lora_bias.get(active):
+        return "it has lora_bias"
+    if not isinstance(layer.lora_dropout[active], (nn.Dropout, nn.Identity)):
+        return f"its dropout is a {type(layer.lora_dropout[active]).__name__}"
+    if layer.scaling[active] <= 0:
+        return f"its scale is {layer.scaling[active]}"
+    return None
+
+
+def _reason_in_base(base: nn.Linear) -> str | None:
+    if base.weight.requires_grad:
+        return "its base weight trains"
+    if base.weight.numel() == 0 or type(base.weight) is not nn.Parameter or base.weight.device.type == "meta":
+        return "its base weight is sharded or offloaded"
+    if "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks:
+        return "its base layer has hooks of its own"
+    return None
+
+
+def _is_dora(variant: Any) -> bool:
+    return variant is DoraLinearVariant or isinstance(variant, DoraLinearVariant)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What PEFT's layer computes with at the moment."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    magnitude: nn.Parameter | None
+    scale: float
+    dropout: float
+
+    def key(self) -> tuple[object, ...]:
+        """Changes when PEFT puts other tensors, another scale or another dropout in their place."""
+        where = 0 if torch.compiler.is_compiling() else self.weight.data_ptr()
+        parameters = (self.weight, self.lora_A, self.lora_B, self.magnitude)
+        return (*map(id, parameters), self.scale, self.dropout, where)
+
+
+def _operands(layer: PeftLinear) -> _Operands:
+    active = next(name for name in layer.active_adapters if name in layer.lora_A)
+    base: Any = layer.get_base_layer()
+    parts: tuple[Any, Any, Any] = layer.lora_A[active], layer.lora_B[active], layer.lora_dropout[active]
+    magnitudes: Any = layer.lora_magnitude_vector
+    return _Operands(
+        weight=base.weight,
+        bias=base.bias,
+        lora_A=parts[0].weight,
+        lora_B=parts[1].weight,
+        magnitude=magnitudes[active].weight if active in magnitudes else None,
+        scale=layer.scaling[active],
+        dropout=float(parts[2].p) if isinstance(parts[2], nn.Dropout) else 0.0,
+    )
+
+
+def _core_layer(layer: PeftLinear, state: _CoreState) -> DoRALinear:
+    """The layer over PEFT's parameters, built again when PEFT has put others in their place."""
+    operands = _operands(layer)
+    key = operands.key()
+    if state.layer is None or state.key != key:
+        state.layer, state.key = _over(operands, state.dropout_mode), key
+    if state.layer.training != layer.training:
+        state.layer.train(layer.training)
+    return state.layer
+
+
+def _over(operands: _Operands, dropout_mode: DropoutMode) -> DoRALinear:
+    rank, columns = operands.lora_A.shape
+    config = DoRAConfig(
+        targets=("*",),
+        method="lora" if operands.magnitude is None else "dora",
+        rank=rank,
+        alpha=operands.scale * rank,
+        dropout=operands.dropout,
+        dropout_mode=dropout_mode,
+    )
+    # Built without memory and without drawing a number, then given PEFT's tensors.
+    empty = nn.Linear(columns, len(operands.weight), bias=operands.bias is not None, device="meta")
+    core = DoRALinear(empty, config)
+    core.weight, core.bias = operands.weight, operands.bias
+    core.lora_A, core.lora_B, core.magnitude = operands.lora_A, operands.lora_B, operands.magnitude
+    core.forget_norms()
+    return core
