@@ -14,7 +14,14 @@ from dora_vl.core.precision import Gather, train_in_float32
 from dora_vl.errors import UserError
 
 _ATTRIBUTE = "_dora_vl_trained"
-FACTOR_PARTS = (("dora.A", "lora_A"), ("dora.B", "lora_B"), ("dora.magnitude", "magnitude"))
+FACTOR_PARTS = (
+    ("dora.A", "lora_A"),
+    ("dora.B", "lora_B"),
+    ("dora.d", "lambda_d"),
+    ("dora.b", "lambda_b"),
+    ("dora.magnitude", "magnitude"),
+)
+"""Part -> the layers' own name of its tensor; `dora.d` and `dora.b` are DVoRA's vectors."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +80,17 @@ def choose_trained(
     by_part: dict[str, list[str]] = {name: [] for name, _ in FACTOR_PARTS}
     for module_name, module in adapted_layers(model):
         for part, leaf in FACTOR_PARTS:
-            if getattr(module, leaf) is not None:
+            if module._parameters.get(leaf) is not None:
                 by_part[part].append(f"{module_name}.{leaf}")
     full = set(full_modules)
     by_part["full"] = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in full]
+    if full and not by_part["full"]:
+        raise UserError(f"targets match {sorted(full)[:3]}, which hold no parameters; name modules with weights")
     candidates = [name for name, _ in model.named_parameters() if not _belongs_to_adapter(model, name)]
     for part, patterns in also_train.items():
         by_part[part] = matching(candidates, patterns, f"also_train.{part}")
     _refuse_overlap(by_part)
+    _refuse_adapted_weights(model, by_part)
     extras = [name for part in also_train for name in by_part[part]]
     train_in_float32(model, extras, gather)
     kept = tuple(matching(_tensor_names(model), also_keep, "also_keep"))
@@ -112,6 +122,11 @@ def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
 def is_adapted(model: nn.Module) -> bool:
     """Whether `apply_dora` or `load_adapter` has been here."""
     return _ATTRIBUTE in vars(model)
+
+
+def forget_trained(model: nn.Module) -> None:
+    """Makes the model count as not adapted; for whoever has put its own layers back."""
+    vars(model).pop(_ATTRIBUTE, None)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
@@ -147,6 +162,19 @@ def _refuse_overlap(by_part: Mapping[str, list[str]]) -> None:
             if name in owner:
                 raise UserError(f"parameter {name} would train twice, in {owner[name]!r} and in {part!r}")
             owner[name] = part
+
+
+def _refuse_adapted_weights(model: nn.Module, by_part: Mapping[str, list[str]]) -> None:
+    """An adapted layer takes its weight as frozen: no gradient would ever reach it, nor what is tied to it."""
+    frozen = {id(layer.weight): name for name, layer in adapted_layers(model)}
+    parameters = dict(model.named_parameters())
+    for part, names in by_part.items():
+        for name in names:
+            if id(parameters[name]) in frozen:
+                owner = frozen[id(parameters[name])]
+                raise UserError(
+                    f"{part}: {name} is the frozen weight of the adapted layer {owner}; take one of them out"
+                )
 
 
 def _split_by_decay(model: nn.Module, by_part: Mapping[str, list[str]], gather: Gather) -> Iterator[_PartNames]:
