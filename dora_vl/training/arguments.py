@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from dora_vl.errors import UserError
 from dora_vl.training.deepspeed_checks import check_deepspeed, read_deepspeed
-from dora_vl.training.launch import skip_compiled_communication, stand_alone_environment
+from dora_vl.training.launch import stand_alone_environment, start_cpu_communication
 from dora_vl.training.recipe import RunConfig
 from dora_vl.training.run_folder import run_folder_of
 
@@ -109,9 +109,9 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
     if given.get("deepspeed") is not None:
         given["deepspeed"] = read_deepspeed(given["deepspeed"])
         check_deepspeed(given["deepspeed"], method=config.adapter.method, bf16=bool(section.get("bf16")))
-        _leave_device_to_deepspeed(given)
+        _choose_deepspeed_device(given)
         stand_alone_environment()
-        skip_compiled_communication()
+        start_cpu_communication()
     run_folder_of(config)
     given.update(remove_unused_columns=False, dataloader_num_workers=config.data.workers)
     try:
@@ -120,13 +120,14 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
 
 
-def _leave_device_to_deepspeed(given: dict[str, Any]) -> None:
-    """With `use_cpu` transformers would set DeepSpeed aside in silence and train with plain DDP."""
-    if given.pop("use_cpu", False) and torch.cuda.is_available():
+def _choose_deepspeed_device(given: dict[str, Any]) -> None:
+    """On a machine without CUDA accelerate counts DeepSpeed's ranks rightly only where it is told to use the CPU."""
+    if given.get("use_cpu") and torch.cuda.is_available():
         raise UserError(
-            "training.use_cpu does not work with training.deepspeed; remove it and start with CUDA_VISIBLE_DEVICES= "
-            "(empty) to train on the CPU"
+            "training.use_cpu does not work with training.deepspeed where there is CUDA; remove it and start with "
+            "CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
         )
+    given["use_cpu"] = not torch.cuda.is_available()
 
 
 def _check_precision(config: RunConfig, section: Mapping[str, Any]) -> None:

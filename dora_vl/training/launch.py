@@ -10,16 +10,16 @@ import torch
 SHARED_MEMORY_COLLECTIVES = "deepspeed_shm_comm"
 
 
-def use_cores() -> None:
-    """On a CPU, splits the cores among this machine's ranks.
+def threads_of_this_rank() -> int | None:
+    """On a CPU under a launcher, this rank's share of the cores; None leaves torch's or the user's choice.
 
-    Launchers set OMP_NUM_THREADS=1, which leaves cores idle where the CPU does the computing. Started without a
-    launcher, torch's own choice (or the user's OMP_NUM_THREADS) stays.
+    Launchers set OMP_NUM_THREADS=1, which leaves cores idle where the CPU does the computing. To be asked before
+    accelerate starts: it overwrites LOCAL_WORLD_SIZE, which it does not find under the deepspeed launcher.
     """
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
     if torch.cuda.is_available() or ranks is None:
-        return
-    torch.set_num_threads(max(1, available_cores() // int(ranks)))
+        return None
+    return max(1, available_cores() // int(ranks))
 
 
 def available_cores() -> int:
@@ -38,16 +38,19 @@ def stand_alone_environment() -> None:
     os.environ.update(alone)
 
 
-def skip_compiled_communication() -> None:
-    """On a CPU, keeps DeepSpeed from compiling its shared-memory collectives when the process group starts.
+def start_cpu_communication() -> None:
+    """On a CPU, starts DeepSpeed's process group over gloo before accelerate starts one that DeepSpeed does not see.
 
-    They need a C++ compiler and half a minute, and gloo does the same here. DeepSpeed has no setting for it.
+    Its shared-memory collectives are left out: they need a C++ compiler and half a minute, gloo does the same
+    here, and DeepSpeed has no setting for it.
     """
     if torch.cuda.is_available():
         return
+    import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVES] = False
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def is_first_rank() -> bool:

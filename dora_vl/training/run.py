@@ -17,7 +17,7 @@ from dora_vl.training.arguments import training_arguments
 from dora_vl.training.assembly import adapt, build_encoder, compose_if_missing, load_backbone
 from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.checkpoints import checkpoint_to_resume
-from dora_vl.training.launch import is_first_rank, leave_process_group, use_cores
+from dora_vl.training.launch import is_first_rank, leave_process_group, threads_of_this_rank
 from dora_vl.training.picture_reading import picture_reader
 from dora_vl.training.recipe import RunConfig
 from dora_vl.training.run_folder import ADAPTER, METRICS, SKIPPED, add_metrics, prepare_run_folder, run_folder_of
@@ -42,8 +42,10 @@ def train(config: RunConfig, *, task: str) -> RunResult:
 
     Every rank of a launch calls it. Raises UserError for whatever in the settings or the data cannot be used.
     """
+    threads = threads_of_this_rank()
     arguments = training_arguments(config)
-    use_cores()
+    if threads is not None:
+        torch.set_num_threads(threads)
     run_folder = run_folder_of(config)
     checkpoint = checkpoint_to_resume(config.resume, run_folder)
     with arguments.main_process_first(local=False, desc="preparing the run folder"):
