@@ -110,7 +110,7 @@ class LlavaBackbone(nn.Module):
     @torch.no_grad()
     def picture_features(
         self, pixel_values: Float[Tensor, "images 3 height width"]
-    ) -> Float[Tensor, "images tokens width"]:
+    ) -> Float[Tensor, "images tokens channels"]:
         """The tower's output before the projector, without gradients: what a feature store keeps."""
         return self._tower(pixel_values)
 
@@ -119,7 +119,7 @@ class LlavaBackbone(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         *,
         pixel_values: Float[Tensor, "images 3 height width"] | None = None,
-        image_features: Float[Tensor, "images tokens width"] | None = None,
+        image_features: Float[Tensor, "images tokens channels"] | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """Token embeddings with the projected pictures at the picture tokens, in order.
 
@@ -146,7 +146,7 @@ class LlavaBackbone(nn.Module):
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"] | None = None,
         pixel_values: Float[Tensor, "images 3 height width"] | None = None,
-        image_features: Float[Tensor, "images tokens width"] | None = None,
+        image_features: Float[Tensor, "images tokens channels"] | None = None,
     ) -> Features:
         """Hidden states and logits at the positions that predict a label.
 
@@ -166,7 +166,7 @@ class LlavaBackbone(nn.Module):
         attention_mask: Int[Tensor, "batch seq"],
         *,
         pixel_values: Float[Tensor, "images 3 height width"] | None = None,
-        image_features: Float[Tensor, "images tokens width"] | None = None,
+        image_features: Float[Tensor, "images tokens channels"] | None = None,
         max_new_tokens: int = 128,
         streamer: BaseStreamer | None = None,
         **options: Any,

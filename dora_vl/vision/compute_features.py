@@ -50,7 +50,7 @@ class FrozenTower(Protocol):
 
     def picture_features(
         self, pixel_values: Float[Tensor, "images 3 height width"]
-    ) -> Float[Tensor, "images tokens width"]:
+    ) -> Float[Tensor, "images tokens channels"]:
         """The tower's output, without gradients."""
         ...
 
