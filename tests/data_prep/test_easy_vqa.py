@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.easy_vqa import PLACEHOLDER, Question, convert, kind_of, main
+from data_prep.easy_vqa import DESCRIBE, PLACEHOLDER, Question, Settings, convert, kind_of, main
 from dora_vl.errors import UserError
 
 ROUNDS_OF_A_PICTURE = [
@@ -31,10 +31,7 @@ def write_split(folder: Path, split: str, pictures: int) -> None:
     for number in range(pictures):
         (folder / split / "images" / f"{number}.png").write_bytes(b"png")
         color = COLORS[number % 3]
-        rows += [
-            (text.format(color=color), answer.format(color=color), number)
-            for text, answer in ROUNDS_OF_A_PICTURE
-        ]
+        rows += [(text.format(color=color), answer.format(color=color), number) for text, answer in ROUNDS_OF_A_PICTURE]
     (folder / split / "questions.json").write_text(json.dumps(rows))
 
 
@@ -55,13 +52,11 @@ def pairs(record: dict) -> list[tuple[str, str, str]]:
     turns = record["conversations"]
     assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
     texts = [turn["value"].removeprefix(f"{PLACEHOLDER}\n") for turn in turns]
-    return [
-        (record["image"], question, answer) for question, answer in zip(texts[::2], texts[1::2], strict=True)
-    ]
+    return [(record["image"], question, answer) for question, answer in zip(texts[::2], texts[1::2], strict=True)]
 
 
 def test_every_question_appears_once_and_pictures_are_not_shared(package: Path, tmp_path: Path) -> None:
-    convert(package, tmp_path / "data", validation_pictures=2, rounds=3, seed=5)
+    convert(package, tmp_path / "data", Settings(validation_pictures=2, rounds=3, descriptions=0, seed=5))
     train, validation = read(tmp_path / "data", "train"), read(tmp_path / "data", "validation")
     assert {r["image"] for r in train}.isdisjoint({r["image"] for r in validation})
     assert len({r["image"] for r in validation}) == 2
@@ -71,10 +66,8 @@ def test_every_question_appears_once_and_pictures_are_not_shared(package: Path, 
     assert len({r["id"] for r in train + validation}) == len(train + validation)
 
 
-def test_conversations_hold_at_most_the_rounds_asked_for_in_equal_parts(
-    package: Path, tmp_path: Path
-) -> None:
-    convert(package, tmp_path / "data", validation_pictures=0, rounds=3, seed=5)
+def test_conversations_hold_at_most_the_rounds_asked_for_in_equal_parts(package: Path, tmp_path: Path) -> None:
+    convert(package, tmp_path / "data", Settings(validation_pictures=0, rounds=3, descriptions=0, seed=5))
     train = read(tmp_path / "data", "train")
     assert Counter(len(pairs(record)) for record in train) == {3: 8, 2: 16}  # 7 rounds: 3 + 2 + 2
     for record in train:
@@ -84,12 +77,12 @@ def test_conversations_hold_at_most_the_rounds_asked_for_in_equal_parts(
 
 
 def test_one_round_gives_one_question_a_sample(package: Path, tmp_path: Path) -> None:
-    convert(package, tmp_path / "data", validation_pictures=1, rounds=1, seed=5)
+    convert(package, tmp_path / "data", Settings(validation_pictures=1, rounds=1, descriptions=0, seed=5))
     assert [len(pairs(record)) for record in read(tmp_path / "data", "train")] == [1] * 49
 
 
 def test_the_test_split_is_the_packages_own_in_shuffled_order(package: Path, tmp_path: Path) -> None:
-    convert(package, tmp_path / "data", validation_pictures=2, rounds=3, seed=5)
+    convert(package, tmp_path / "data", Settings(validation_pictures=2, rounds=3, descriptions=0, seed=5))
     test = read(tmp_path / "data", "test")
     rows = json.loads((package / "test/questions.json").read_text())
     for record in test:
@@ -104,12 +97,10 @@ def test_the_test_split_is_the_packages_own_in_shuffled_order(package: Path, tmp
     }
 
 
-def test_the_same_seed_writes_the_same_bytes_and_the_manifest_says_which(
-    package: Path, tmp_path: Path
-) -> None:
+def test_the_same_seed_writes_the_same_bytes_and_the_manifest_says_which(package: Path, tmp_path: Path) -> None:
     options = {"validation_pictures": 2, "rounds": 3}
     manifests = [
-        convert(package, tmp_path / name, **options, seed=seed)
+        convert(package, tmp_path / name, Settings(**options, seed=seed))
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
     assert manifests[0] == manifests[1] != manifests[2]
@@ -118,6 +109,24 @@ def test_the_same_seed_writes_the_same_bytes_and_the_manifest_says_which(
         content = (tmp_path / f"a/{split}.json").read_bytes()
         assert manifests[0]["splits"][split]["sha256"] == hashlib.sha256(content).hexdigest()
         assert content != (tmp_path / f"c/{split}.json").read_bytes()
+
+
+def test_descriptions_take_their_share_and_say_what_the_questions_of_that_picture_say(
+    package: Path, tmp_path: Path
+) -> None:
+    settings = Settings(validation_pictures=2, train_pictures=5, rounds=1, descriptions=0.25)
+    convert(package, tmp_path / "data", settings)
+    train = read(tmp_path / "data", "train")
+    described = [pairs(record)[0] for record in train if pairs(record)[0][1] == DESCRIBE]
+    assert (len(train), len(described)) == (35 + 12, 12)  # 12 / 47 is nearest to a quarter
+    for image, _, answer in described:
+        assert answer == f"{COLORS[int(image.split('/')[-1][0]) % 3]} circle"
+    assert len({record["image"] for record in train}) == 5
+    assert len({image for image, _, _ in described}) == 5
+    assert len({record["id"] for record in train}) == len(train)
+    first_half = [record["id"] for record in train[:24]]
+    assert any("description" in name for name in first_half)
+    assert any("train" in name for name in first_half)
 
 
 @pytest.mark.parametrize(
@@ -135,23 +144,26 @@ def test_kinds(text: str, answer: str, kind: str) -> None:
 
 
 def test_broken_packages_are_named(package: Path, tmp_path: Path) -> None:
-    options = {"validation_pictures": 1, "rounds": 3, "seed": 0}
+    settings = Settings(validation_pictures=1)
     (package / "train/images/4.png").unlink()
     with pytest.raises(UserError, match=r"1 of 8 pictures are missing, first train/images/4\.png"):
-        convert(package, tmp_path / "data", **options)
+        convert(package, tmp_path / "data", settings)
     (package / "train/questions.json").write_text(json.dumps([["is it?", "maybe", 0]]))
     with pytest.raises(UserError, match="question 0: answer 'maybe' is not in answers"):
-        convert(package, tmp_path / "data", **options)
+        convert(package, tmp_path / "data", settings)
     (package / "train/questions.json").write_text("[1")
     with pytest.raises(UserError, match="not easy-VQA's list"):
-        convert(package, tmp_path / "data", **options)
+        convert(package, tmp_path / "data", settings)
     (package / "answers.txt").unlink()
     with pytest.raises(UserError, match="fetch the package"):
-        convert(package, tmp_path / "data", **options)
+        convert(package, tmp_path / "data", settings)
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize(("setting", "value"), [("--rounds", "0"), ("--validation-pictures", "8")])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("--rounds", "0"), ("--validation-pictures", "8"), ("--descriptions", "1.0"), ("--train-pictures", "0")],
+)
 def test_settings_out_of_range_end_with_status_2(
     package: Path, tmp_path: Path, capsys, setting: str, value: str
 ) -> None:
