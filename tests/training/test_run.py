@@ -1,0 +1,188 @@
+"""One run in this process, without DeepSpeed: what it leaves, that it repeats, goes on and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dora_vl.backbones.llava import load_llava
+from dora_vl.core import load_adapter
+from dora_vl.errors import UserError
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.run import train
+from tests.training.tiny_run import write_run, write_tiny_data
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, training={"use_cpu": True})
+
+
+def run_folder(run_file: Path) -> Path:
+    return run_file.parent / run_file.stem
+
+
+def train_file(run_file: Path, *overrides: str) -> list[float]:
+    """Trains and returns the logged losses."""
+    config = read_run_file(run_file, *overrides)
+    train(config, task="llava_instruct")
+    return [line["loss"] for line in read_log(Path(config.training["output_dir"]) / "log.jsonl") if "loss" in line]
+
+
+def test_a_run_leaves_adapter_log_and_numbers(
+    run_file: Path, tiny_llava: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    losses = train_file(run_file, "--data.validation", str(read_run_file(run_file).data.train))
+    folder = run_folder(run_file)
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    lines = read_log(folder / "log.jsonl")
+    assert {"samples_per_second", "padding_share", "skipped", "learning_rate"} <= lines[0].keys()
+    assert any("eval_loss" in line for line in lines)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["train_samples"] == 24
+    assert metrics["train_seconds"] > 0
+    recipe = json.loads((folder / "adapter" / "recipe.json").read_text())
+    assert recipe["base"] == str(tiny_llava)
+    assert len(recipe["base_sha256"]) == 64
+    assert recipe["template"] == "vicuna_v1"
+    assert "dora.magnitude" in caplog.text
+    assert "activations (rough)" in caplog.text
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_the_saved_adapter_is_the_trained_model(run_file: Path, tiny_llava: Path) -> None:
+    train_file(run_file)
+    tensors = load_file(run_folder(run_file) / "adapter" / "adapter_model.safetensors")
+    magnitudes = [name for name in tensors if name.endswith("lora_magnitude_vector")]
+    assert len(magnitudes) == 14  # seven linears in each of two layers
+    backbone = load_llava(str(tiny_llava))
+    assert len(load_adapter(backbone.model, run_folder(run_file) / "adapter")) == 14
+    base = load_llava(str(tiny_llava)).model.state_dict()
+    moved = [name for name in magnitudes if not torch.equal(tensors[name], _base_norm(name, base))]
+    assert moved == magnitudes
+
+
+def _base_norm(name: str, base: dict[str, torch.Tensor]) -> torch.Tensor:
+    weight = name.removeprefix("base_model.model.").replace("lora_magnitude_vector", "weight")
+    return base[weight].norm(dim=1)
+
+
+def test_same_seed_same_losses_whatever_the_workers(run_file: Path) -> None:
+    alone = train_file(run_file, "--adapter.dropout=0.2")
+    helped = train_file(run_file, "--adapter.dropout=0.2", "--data.workers=2", "--overwrite=true")
+    other_seed = train_file(run_file, "--adapter.dropout=0.2", "--training.seed=4", "--overwrite=true")
+    assert alone == helped
+    assert alone != other_seed
+
+
+def test_going_on_gives_the_losses_of_the_whole_run(run_file: Path) -> None:
+    settings = [
+        "--adapter.dropout=0.2",
+        "--training.max_steps=16",
+        "--training.save_strategy=steps",
+        "--training.save_steps=5",
+    ]
+    settings += ["--training.gradient_accumulation_steps=2", "--training.per_device_train_batch_size=2"]
+    whole = train_file(run_file, *settings, f"--training.output_dir={run_file.parent / 'whole'}")
+    checkpoint = run_file.parent / "whole" / "checkpoint-15"  # in the second epoch of twelve steps
+    assert checkpoint.is_dir()
+    again = train_file(run_file, *settings, f"--resume={checkpoint}")
+    assert again == whole[15:]
+    ours, theirs = (
+        load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (run_folder(run_file), checkpoint.parent)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_checkpoints_hold_the_adapter_and_nothing_of_the_base(run_file: Path) -> None:
+    train_file(run_file, "--training.save_strategy=steps", "--training.save_steps=2", "--training.save_total_limit=2")
+    folder = run_folder(run_file)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    written = {path.name for path in (folder / "checkpoint-6").rglob("*") if path.is_file()}
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "recipe.json",
+        "optimizer.pt",
+        "trainer_state.json",
+    } <= written
+    assert "model.safetensors" not in written
+    last = load_file(folder / "checkpoint-6" / "adapter" / "adapter_model.safetensors")
+    final = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(last[name], final[name]) for name in final)
+
+
+def test_a_half_written_checkpoint_is_not_taken(run_file: Path) -> None:
+    train_file(run_file, "--training.save_strategy=steps", "--training.save_steps=3")
+    folder = run_folder(run_file)
+    half = folder / "checkpoint-9"
+    half.mkdir()
+    (half / "optimizer.pt").write_bytes(b"half")
+    whole = train_file(run_file, "--training.max_steps=8", "--resume=last")
+    assert len(whole) == 8  # lines 1 to 6 are kept, 7 and 8 are new: it went on from checkpoint-6
+
+
+def test_a_folder_with_results_is_not_written_over(run_file: Path) -> None:
+    train_file(run_file)
+    with pytest.raises(UserError, match=r"holds an earlier run's adapter; --resume last"):
+        train_file(run_file)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        train_file(run_file, "--resume=last")
+
+
+def test_cached_features_train_like_pixels(run_file: Path) -> None:
+    pixels = train_file(run_file)
+    cached = train_file(run_file, "--data.cache_features=true", "--overwrite=true")
+    assert cached == pytest.approx(pixels, abs=1e-5)
+    assert list((run_folder(run_file) / "features").rglob("*.safetensors"))
+
+
+def test_too_many_bad_samples_end_the_run_with_an_example(run_file: Path, tmp_path: Path) -> None:
+    data = write_tiny_data(tmp_path / "broken", samples=24)
+    (data.parent / "red-0.png").unlink()
+    overrides = [f"--data.train={data}", f"--data.image_folder={data.parent}"]
+    with pytest.raises(UserError, match=r"sample-0: picture red-0.png is missing"):
+        train_file(run_file, *overrides)
+    train_file(run_file, *overrides, "--data.max_bad_share=0.05", "--overwrite=true")
+    (line,) = (run_folder(run_file) / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "sample-0"
+
+
+def test_starts_from_a_projector_alone(run_file: Path, tmp_path: Path) -> None:
+    stage_one = tmp_path / "stage_one"
+    projector = '--adapter.targets=["model.multi_modal_projector*"]'
+    train_file(
+        run_file,
+        "--adapter.method=full",
+        projector,
+        "--optim.projector_learning_rate=null",
+        f"--training.output_dir={stage_one}",
+    )
+    first = load_file(stage_one / "adapter" / "adapter_model.safetensors")
+    assert {name.rpartition("multi_modal_projector")[1] for name in first} == {"multi_modal_projector"}
+    train_file(
+        run_file,
+        f"--adapter.initial={stage_one / 'adapter'}",
+        "--training.learning_rate=1e-12",
+        "--optim.projector_learning_rate=1e-12",
+    )
+    second = load_file(run_folder(run_file) / "adapter" / "adapter_model.safetensors")
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)
