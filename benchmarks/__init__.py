@@ -1,0 +1,1 @@
+"""Measurements a person can repeat; each prints a table and writes JSON."""

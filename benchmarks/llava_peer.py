@@ -1,0 +1,127 @@
+"""The peer that `llava_run.py` times: transformers' LLaVA, PEFT, and the plain Trainer, as their guides put them.
+
+Only tokens and pictures come from this project, so that everybody trains on the same ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+
+from dora_vl.backbones.llava import LlavaBackbone
+from dora_vl.data.collate import Collator
+from dora_vl.data.dataset import LlavaDataset
+from dora_vl.training.assembly import build_encoder, pad_token_id, read_rows
+from dora_vl.training.command_line import read_run
+from dora_vl.training.picture_reading import image_preparation, read_pixels
+from dora_vl.training.recipe import RunConfig
+from dora_vl.vision.towers import register_towers
+
+TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values")
+
+
+def main() -> None:
+    """Trains a few steps and prints one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", choices=("peft_dora", "peft_lora"), required=True)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--limit", type=int, required=True)
+    options, settings = parser.parse_known_args()
+    config = read_run(["--config", options.config, *settings])
+    register_towers()
+    model = LlavaForConditionalGeneration.from_pretrained(config.model.base, dtype=getattr(torch, config.model.dtype))
+    backbone = LlavaBackbone(model)
+    encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
+    rows = read_rows(config.data.train, options.limit)
+    folder = Path(config.data.image_folder)
+    pixels = partial(read_pixels, folder=folder, preparation=image_preparation(config.model))
+    samples = LlavaDataset(rows, encode=encoder.encode, picture=pixels)
+    tower_seconds = time_tower(backbone, samples, count=min(16, len(samples)))
+    adapted = get_peft_model(model, peft_config(config, options.peer), autocast_adapter_dtype=False)
+    seconds = train(adapted, samples, config, options.steps, pad=pad_token_id(encoder))
+    seen = options.steps * batch_size(config)
+    print(
+        json.dumps(
+            {
+                "samples_per_second": seen / seconds,
+                "tower_seconds_per_picture": tower_seconds,
+                "pictures_per_sample": sum(map(len, rows["images"])) / len(rows),
+                "passes_of_recipe": passes_of_recipe(config),
+            }
+        )
+    )
+
+
+def peft_config(config: RunConfig, peer: str) -> LoraConfig:
+    """The run's adapter in PEFT's words; the projector trains as well."""
+    return LoraConfig(
+        r=config.adapter.rank,
+        lora_alpha=int(config.adapter.alpha),
+        lora_dropout=config.adapter.dropout,
+        target_modules=TARGETS,
+        use_dora=peer == "peft_dora",
+        modules_to_save=["multi_modal_projector"],
+    )
+
+
+def batch_size(config: RunConfig) -> int:
+    """Samples of one optimizer step."""
+    training = config.training
+    return int(training["per_device_train_batch_size"]) * int(training.get("gradient_accumulation_steps", 1))
+
+
+def passes_of_recipe(config: RunConfig) -> float:
+    """How often the whole recipe reads each picture."""
+    steps = config.training.get("max_steps", -1)
+    if steps is not None and int(steps) > 0:
+        return int(steps) * batch_size(config) / len(read_rows(config.data.train, config.data.limit))
+    return float(config.training.get("num_train_epochs", 3))
+
+
+@torch.no_grad()
+def time_tower(backbone: LlavaBackbone, samples: LlavaDataset, *, count: int) -> float:
+    """Seconds that reading and the vision tower take for one picture."""
+    backbone.eval()
+    started = time.perf_counter()
+    pictures = [picture for index in range(count) for picture in getattr(samples[index], "pictures", ())]
+    backbone.picture_features(torch.stack(pictures))
+    return (time.perf_counter() - started) / max(1, len(pictures))
+
+
+def train(model: nn.Module, samples: LlavaDataset, config: RunConfig, steps: int, *, pad: int) -> float:
+    """Seconds of `Trainer.train` for so many steps."""
+    collate = Collator(pad)
+
+    def batch(items: list[Any]) -> dict[str, Any]:
+        return {name: value for name, value in collate(items).items() if name in MODEL_INPUTS}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            per_device_train_batch_size=int(config.training["per_device_train_batch_size"]),
+            gradient_accumulation_steps=int(config.training.get("gradient_accumulation_steps", 1)),
+            learning_rate=float(config.training.get("learning_rate", 5e-5)),
+            max_steps=steps,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=samples, data_collator=batch)
+        return float(trainer.train().metrics["train_runtime"])
+
+
+if __name__ == "__main__":
+    main()

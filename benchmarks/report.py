@@ -1,0 +1,66 @@
+"""What every benchmark shares: the machine it ran on, a table for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed")
+
+
+def machine() -> dict[str, Any]:
+    """The kind of machine and the versions that a figure belongs to; no name, no path."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows as a Markdown table, so that what is printed can be pasted into a document."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[column]) for row in [list(heads), *cells]) for column in range(len(heads))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    head = "| " + " | ".join(text.ljust(width) for text, width in zip(heads, widths, strict=True)) + " |"
+    return "\n".join([head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines])
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes the figures with the machine beside them, whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.writing")
+    staging.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n", encoding="utf-8")
+    staging.replace(target)
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle of the sorted values."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
