@@ -20,15 +20,21 @@ if TYPE_CHECKING:
     from dora_vl.core import trained_parts as trained_parts
     from dora_vl.core import unmerge_dora as unmerge_dora
     from dora_vl.errors import UserError as UserError
+    from dora_vl.interchange.peft_model import accelerate_peft as accelerate_peft
+    from dora_vl.interchange.peft_model import restore_peft as restore_peft
+    from dora_vl.interchange.several import AdapterSet as AdapterSet
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterSet": "dora_vl.interchange.several",
     "DoRAConfig": "dora_vl.core",
     "UserError": "dora_vl.errors",
+    "accelerate_peft": "dora_vl.interchange.peft_model",
     "apply_dora": "dora_vl.core",
     "load_adapter": "dora_vl.core",
     "merge_dora": "dora_vl.core",
+    "restore_peft": "dora_vl.interchange.peft_model",
     "save_adapter": "dora_vl.core",
     "strip_adapters": "dora_vl.core",
     "trained_parts": "dora_vl.core",

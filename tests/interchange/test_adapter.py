@@ -22,7 +22,9 @@ def ids() -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_is_bitwise_and_keeps_every_field(tmp_path, dtype):
-    wrapped = moved_peft(tiny_llama(), rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 5}, init_lora_weights=True)
+    wrapped = moved_peft(
+        tiny_llama(), rank_pattern={"down_proj": 2}, alpha_pattern={"down_proj": 5}, init_lora_weights=True
+    )
     wrapped.to(dtype).save_pretrained(tmp_path / "peft")
     write_adapter(read_adapter(tmp_path / "peft"), tmp_path / "back")
     before, after = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("peft", "back"))

@@ -246,7 +246,7 @@ def test_scale_must_be_known_and_pickles_hold_tensors_alone(tmp_path):
     a, b, m = factors(torch.randn(8, 6))
     file = {"q.lora_A.weight": a, "q.lora_B.weight": b, "q.weight_m_wdecomp.weight": m[:, None]}
     torch.save(file, tmp_path / "adapter_model.bin")
-    with pytest.raises(UserError, match="nothing states the scale.*--alpha"):
+    with pytest.raises(UserError, match=r"nothing states the scale.*--alpha"):
         read_any(tmp_path, ReadOptions())
     torch.save({"q": print}, tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="nothing in it was run"):

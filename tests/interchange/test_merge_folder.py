@@ -37,9 +37,7 @@ def tiny_llava() -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
-    text = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4
-    )
+    text = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
     return LlavaForConditionalGeneration(config).eval()
 
@@ -58,9 +56,7 @@ def adapted_llava(tmp_path):
     targets = ("*language_model*_proj",)
     apply_dora(
         model,
-        DoRAConfig(
-            targets=targets, rank=3, alpha=7.0, also_train={"projector": ("model.multi_modal_projector.*",)}
-        ),
+        DoRAConfig(targets=targets, rank=3, alpha=7.0, also_train={"projector": ("model.multi_modal_projector.*",)}),
     )
     move(model)
     model.model.multi_modal_projector.linear_1.weight.mul_(1.3)
@@ -151,9 +147,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
     quantised = load_file(base / "model.safetensors")
     key = next(key for key in quantised if key.endswith("q_proj.weight") and "language" in key)
     save_file(quantised | {key: quantised[key].to(torch.int8)}, base / "model.safetensors")
-    with pytest.raises(UserError, match="is stored as torch.int8; give the base before quantisation"):
+    with pytest.raises(UserError, match=r"is stored as torch\.int8; give the base before quantisation"):
         merge_to_folder(found, base, tmp_path / "merged")
-    with pytest.raises(UserError, match="holds neither model.safetensors nor"):
+    with pytest.raises(UserError, match=r"holds neither model\.safetensors nor"):
         merge_to_folder(found, tmp_path, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -191,7 +187,10 @@ def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     peaks = {}
-    for kind, source in (("one layer", MEASURE.replace("merge_to_folder(found", "0 and merge_to_folder(found")), ("all", MEASURE)):
+    for kind, source in (
+        ("one layer", MEASURE.replace("merge_to_folder(found", "0 and merge_to_folder(found")),
+        ("all", MEASURE),
+    ):
         run = subprocess.run(
             [sys.executable, "-c", source, *(str(tmp_path / n) for n in ("base", "adapter", "merged"))],
             capture_output=True,

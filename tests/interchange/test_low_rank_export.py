@@ -1,0 +1,67 @@
+"""The nearest LoRA of a DoRA adapter: the SVD's error is the error, and a bound is a bound."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+from dora_vl.errors import UserError
+from dora_vl.interchange.adapter import read_adapter, write_adapter
+from dora_vl.interchange.base_weights import BaseWeights
+from dora_vl.interchange.low_rank_export import as_lora, export_layers, truncated
+from tests.interchange.foreign_files import saved, tiny_llama
+from tests.interchange.peft_folders import moved_peft
+
+
+@pytest.fixture
+def base_and_adapter(tmp_path):
+    model = tiny_llama()
+    base = saved(model, tmp_path / "base")
+    wrapped = moved_peft(model).eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    return base, tmp_path / "adapter", wrapped
+
+
+def test_full_rank_is_exact_and_peft_serves_it(tmp_path, base_and_adapter):
+    base, adapter, wrapped = base_and_adapter
+    with BaseWeights(base) as opened:
+        exports = list(export_layers(read_adapter(adapter), opened, 16))
+    assert max(export.relative_error for export in exports) < 1e-5
+    write_adapter(as_lora(read_adapter(adapter), exports, 1e-5), tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["use_dora"], config["r"], config["lora_alpha"]) == (False, 16, 16.0)
+    ids = torch.randint(32, (2, 7))
+    served = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(served(ids).logits, wrapped(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_error_is_the_tail_of_the_spectrum_and_is_refused_above_the_bound(base_and_adapter):
+    base, adapter, wrapped = base_and_adapter
+    found = read_adapter(adapter)
+    merged = dict(wrapped.merge_and_unload().named_parameters())
+    start = dict(tiny_llama().named_parameters())
+    with BaseWeights(base) as opened:
+        exports = list(export_layers(found, opened, 4))
+    for export in exports:
+        change = (merged[f"{export.layer}.weight"] - start[f"{export.layer}.weight"]).detach()
+        spectrum = torch.linalg.svdvals(change).square()
+        expected = float((spectrum[4:].sum() / spectrum.sum()).sqrt())
+        assert export.relative_error == pytest.approx(expected, rel=1e-3)
+        assert expected > 0.05
+    worst = max(exports, key=lambda export: export.relative_error)
+    with pytest.raises(UserError, match=rf"4 of 4 layers lose more than 0.01 .* most {worst.layer}.*nothing written"):
+        as_lora(found, exports, 0.01)
+
+
+def test_large_matrices_take_the_leading_part_without_touching_the_generator():
+    torch.manual_seed(0)
+    left, right = torch.linalg.qr(torch.randn(1300, 8)).Q, torch.linalg.qr(torch.randn(1100, 8)).Q
+    change = left @ torch.diag(torch.logspace(0, -4, 8)) @ right.t()
+    state = torch.get_rng_state()
+    a, b = truncated(change, 5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert float((change - b @ a).norm()) == pytest.approx(float(torch.logspace(0, -4, 8)[5:].norm()), rel=0.02)

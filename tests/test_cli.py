@@ -1,0 +1,110 @@
+"""`dora-vl`: what a person types, what is printed, and exit status 2 with one line for a wrong input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from dora_vl.cli import main
+from dora_vl.commands import COMMANDS
+from tests.interchange.foreign_files import saved, tiny_llama
+from tests.interchange.peft_folders import moved_peft
+
+
+@pytest.fixture
+def folders(tmp_path):
+    saved(tiny_llama(), tmp_path / "base")
+    for seed, name in enumerate(("one", "two")):
+        wrapped = moved_peft(tiny_llama(), seed=seed)
+        wrapped.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        wrapped.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def failed(capsys, *words: object) -> str:
+    with pytest.raises(SystemExit) as status:
+        main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert status.value.code == 2
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_help_teaches(capsys):
+    main(["--help"])
+    text = capsys.readouterr().out
+    for verb in COMMANDS:
+        assert f"  {verb}" in text
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        assert f"dora-vl {verb}" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from dora_vl.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_unknown_verb_is_one_line(capsys):
+    assert "no command 'merg'; did you mean 'merge'?" in failed(capsys, "merg")
+
+
+def test_convert_keeps_and_exports(folders, capsys):
+    main(["convert", str(folders / "one"), "--to", str(folders / "same")])
+    assert "4 layers, 0 other tensors" in capsys.readouterr().out
+    assert [(folders / n / "adapter_model.safetensors").read_bytes() for n in ("one", "same")].count(
+        (folders / "one" / "adapter_model.safetensors").read_bytes()
+    ) >= 1
+    export = ["convert", folders / "one", "--as", "lora", "--base", folders / "base", "--to", folders / "lora"]
+    assert "needs --base FOLDER, --rank R and --max-error X" in failed(capsys, *export)
+    assert "layers lose more than 0.01" in failed(capsys, *export, "--rank", 2, "--max-error", 0.01)
+    assert not (folders / "lora").exists()
+    main([str(word) for word in (*export, "--rank", 16, "--max-error", 0.01)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert "model.layers.0.self_attn.q_proj" in lines[0] or "model.layers.0" in lines[0]
+    assert "largest relative error" in lines[-1]
+
+
+def test_merge_finds_its_base_and_weighs(folders, capsys):
+    ids = torch.randint(32, (1, 6))
+    main(["merge", "--adapter", str(folders / "one"), "--to", str(folders / "merged")])
+    assert "4 layers merged" in capsys.readouterr().out
+    expected = PeftModel.from_pretrained(tiny_llama(), folders / "one").eval()(ids).logits
+    found = LlamaForCausalLM.from_pretrained(folders / "merged").eval()(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    both = ["merge", "--adapter", folders / "one", "--adapter", folders / "two", "--to", folders / "both"]
+    assert "2 times --adapter and 1 times --weight" in failed(capsys, *both, "--weight", 0.5)
+    main([str(word) for word in (*both, "--weight", 0.5, "--weight", 0.25)])
+    key = "model.layers.0.self_attn.q_proj.weight"
+    base = load_file(folders / "base" / "model.safetensors")[key]
+    total = base.clone()
+    for name, weight in (("one", 0.5), ("two", 0.25)):
+        merged = PeftModel.from_pretrained(tiny_llama(), folders / name).merge_and_unload()
+        total += weight * (merged.get_parameter(key).detach() - base)
+    torch.testing.assert_close(load_file(folders / "both" / "model.safetensors")[key], total, rtol=1e-5, atol=1e-5)
+
+
+def test_another_base_is_refused_by_its_hash(folders, capsys):
+    recipe = folders / "one" / "recipe.json"
+    recipe.write_text(json.dumps({"base_sha256": "0" * 64}))
+    words = ["merge", "--adapter", folders / "one", "--to", folders / "merged"]
+    assert "was trained on another base" in failed(capsys, *words)
+    assert not (folders / "merged").exists()
+    main([str(word) for word in (*words, "--any-base")])
+    assert (folders / "merged" / "config.json").is_file()
+
+
+def test_wrong_inputs_are_one_line(folders, capsys):
+    assert "holds no adapter" in failed(capsys, "convert", folders / "nothing", "--to", folders / "x")
+    assert "write OLD=NEW" in failed(capsys, "convert", folders / "one", "--to", folders / "x", "--rename", "a")
+    assert "belong to --as lora" in failed(capsys, "convert", folders / "one", "--to", folders / "x", "--rank", 3)
+    assert "other" in failed(capsys, "merge", "--adapter", folders / "one", "--base", folders / "other", "--to", "x")
