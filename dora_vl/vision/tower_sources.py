@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from dora_vl.errors import UserError
 from dora_vl.vision.images import Preparation
 from dora_vl.vision.tower_config import GridTowerConfig, Layout, VisionLibrary
-from dora_vl.vision.towers import GridTower, network_output
+from dora_vl.vision.towers import GridTower, keep_all_buffers, network_output
 from dora_vl.vision.weights import load_weights, read_weights
 
 FeatureSelect = Literal["default", "full"]
@@ -76,6 +76,7 @@ def load_tower(spec: TowerSpec) -> LoadedTower:
     if readable and isinstance(network, PreTrainedModel):
         return described(network, config, select="default" if config.prefix_tokens else "full")
     tower = GridTower(config)
+    keep_all_buffers(network)
     tower.network.load_state_dict(network.state_dict(), strict=True)
     return described(tower.eval(), config, select="full")
 

@@ -99,7 +99,9 @@ class GridTower(PreTrainedModel):
         tokens = grid.flatten(2).transpose(1, 2)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
-    def grid(self, pixel_values: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images width h w"]:
+    def grid(
+        self, pixel_values: Float[Tensor, "images 3 height width"]
+    ) -> Float[Tensor, "images channels rows columns"]:
         """The chosen layer's grid before pooling, channels first."""
         raw = network_output(self.network, self.config, pixel_values)
         if self.config.layout == "NHWC":

@@ -1,0 +1,86 @@
+"""Pixels equal LLaVA's and CLIP's own preparation, written out with PIL and numpy, bit for bit."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dora_vl.errors import UserError
+from dora_vl.vision.images import ImagePreparation, Preparation, image_processor
+from dora_vl.vision.tower_config import CLIP_MEAN, CLIP_STD
+
+SIDE = 28
+CLIP = Preparation(image_size=SIDE, mean=tuple(CLIP_MEAN), std=tuple(CLIP_STD))
+SHAPES = [(40, 20), (20, 41), (28, 28), (7, 100), (3, 5), (33, 32)]
+
+
+def picture(width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def padded(image: Image.Image) -> Image.Image:
+    """`expand2square` of LLaVA c121f04 with the CLIP mean, (122, 116, 104)."""
+    width, height = image.size
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def clip_pixels(image: Image.Image) -> np.ndarray:
+    """CLIP: shorter side to SIDE (bicubic), centre crop, 0 to 1, minus mean, over deviation."""
+    width, height = image.size
+    if width <= height:
+        resized = image.resize((SIDE, int(SIDE * height / width)), Image.Resampling.BICUBIC)
+    else:
+        resized = image.resize((int(SIDE * width / height), SIDE), Image.Resampling.BICUBIC)
+    values = np.asarray(resized).astype(np.float32)
+    top, left = (values.shape[0] - SIDE) // 2, (values.shape[1] - SIDE) // 2
+    # The product with 1/255 is taken in float64 and rounded once, as transformers 4.37 does.
+    values = (values[top : top + SIDE, left : left + SIDE].astype(np.float64) * (1 / 255)).astype(np.float32)
+    return ((values - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pad_is_bit_exact(shape: tuple[int, int]) -> None:
+    pixels = ImagePreparation(CLIP, aspect="pad").prepare(picture(*shape))
+    np.testing.assert_array_equal(pixels.numpy(), clip_pixels(padded(picture(*shape))).astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_square_is_bit_exact(shape: tuple[int, int]) -> None:
+    pixels = ImagePreparation(CLIP, aspect="square").prepare(picture(*shape))
+    np.testing.assert_array_equal(pixels.numpy(), clip_pixels(picture(*shape)).astype(np.float32))
+
+
+def test_padding_has_the_towers_own_mean_colour() -> None:
+    own = Preparation(image_size=8, mean=(0.5, 0.25, 0.75), std=(0.5, 1.0, 2.0), interpolation="bilinear")
+    pixels = ImagePreparation(own, aspect="pad").prepare(Image.new("RGB", (8, 2), (255, 0, 51)))
+    colours = np.array([int(0.5 * 255), int(0.25 * 255), int(0.75 * 255)], dtype=np.float32)
+    expected = (colours / 255 - np.array(own.mean)) / np.array(own.std)
+    np.testing.assert_allclose(pixels[:, 0, 0].numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        pixels[:, 4, 4].numpy(), (np.array([1, 0, 0.2]) - np.array(own.mean)) / np.array(own.std), atol=1e-6
+    )
+
+
+def test_from_a_folder_and_back(tmp_path: Path) -> None:
+    image_processor(CLIP, aspect="pad").save_pretrained(tmp_path)
+    pad, square = (ImagePreparation.from_folder(str(tmp_path), aspect=aspect) for aspect in ("pad", "square"))
+    assert pad.preparation == CLIP
+    assert not torch.equal(pad.prepare(picture(40, 20)), square.prepare(picture(40, 20)))
+    assert pad.fingerprint() != square.fingerprint()
+    again = pickle.loads(pickle.dumps(pad))
+    assert again.fingerprint() == pad.fingerprint()
+    assert torch.equal(again.prepare(picture(40, 20)), pad.prepare(picture(40, 20)))
+
+
+def test_a_folder_without_a_preprocessor(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="states no picture preparation"):
+        ImagePreparation.from_folder(str(tmp_path), aspect="pad")
