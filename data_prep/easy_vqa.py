@@ -2,7 +2,7 @@
 
 Run it as `python -m data_prep.easy_vqa --from runs/demo/assets/easy_vqa --to runs/demo/data`. It writes
 
-- `train.json`: the questions of the training pictures, `--rounds` of one picture in a conversation (LLaVA-1.5's
+- `train.json`: questions of the training pictures, balanced, `--rounds` of one picture in a conversation (LLaVA-1.5's
   mix has several), and short descriptions ("blue circle") put together from the answers to a picture's own
   questions; in a shuffled order, so that the first n are a fair sample;
 - `validation.json`: pictures held out from the package's training pictures, one question a sample;
@@ -24,12 +24,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_prep.easy_vqa_package import (
+    YES_NO,
+    Question,
+    kind_of,
+    picture_path,
+    read_answers,
+    read_questions,
+    shows,
+)
 from dora_vl.errors import UserError, exit_on_user_error
 
 Record = dict[str, object]
 
-YES_NO = frozenset({"yes", "no"})
-NEGATIONS = frozenset({"no", "not"})
 PLACEHOLDER = "<image>"
 DESCRIBE = "what is in the image?"
 
@@ -41,13 +48,15 @@ class Settings:
     Attributes:
         rounds: most questions in one training conversation.
         descriptions: share of the training samples that describe a picture, at least 0 and below 1.
+        balanced: train on as many yes/no questions about what a picture shows as about what it does not show.
         train_pictures: how many pictures to train on; None takes all that are not held out.
         validation_pictures: how many of the package's training pictures are held out.
         seed: fixes the choice of pictures and every order.
     """
 
     rounds: int = 1
-    descriptions: float = 0.35
+    descriptions: float = 0.2
+    balanced: bool = True
     train_pictures: int | None = None
     validation_pictures: int = 25
     seed: int = 0
@@ -61,67 +70,17 @@ class Settings:
             raise UserError(f"--train-pictures is {self.train_pictures}; at least 1 is needed")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """One question of the package, at its place in the package's list."""
+def balanced(questions: Sequence[Question], seed: int) -> list[Question]:
+    """Leaves out yes/no questions about absent things, at random, until they are as many as those about present ones.
 
-    index: int
-    text: str
-    answer: str
-    picture: int
-
-
-def read_answers(folder: Path) -> frozenset[str]:
-    """The package's list of all possible answers (13 of them)."""
-    path = folder / "answers.txt"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; fetch the package: python -m data_prep.demo_assets --to {folder.parent}")
-    return frozenset(path.read_text(encoding="utf-8").split())
-
-
-def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Question]:
-    """The questions of one of the package's splits, in its own order.
-
-    Raises:
-        UserError: the file is missing or not a list of [text, answer, picture], an answer is not in the
-            package's list, or a picture is missing; it names the question's index or the picture.
+    Four of five yes/no questions ask for what the picture does not show; a model trained on them as they are said
+    "absent" to every single one, present shapes included, and 86 % were right (measured after 4,480 samples).
     """
-    path = folder / split / "questions.json"
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        questions = [
-            Question(index=index, text=text, answer=answer, picture=picture)
-            for index, (text, answer, picture) in enumerate(rows)
-        ]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not easy-VQA's list of [question, answer, picture number] ({error})") from error
-    check_questions(folder, split, questions, answers)
-    return questions
-
-
-def check_questions(folder: Path, split: str, questions: list[Question], answers: frozenset[str]) -> None:
-    """Refuses a split with an answer outside the package's list or with a picture missing."""
-    for question in questions:
-        if question.answer not in answers:
-            raise UserError(f"{split}: question {question.index}: answer {question.answer!r} is not in answers.txt")
-    pictures = sorted({question.picture for question in questions})
-    missing = [number for number in pictures if not (folder / picture_path(split, number)).is_file()]
-    if missing:
-        first = picture_path(split, missing[0])
-        raise UserError(f"{folder}: {len(missing)} of {len(pictures)} pictures are missing, first {first}")
-
-
-def picture_path(split: str, number: int) -> str:
-    """A picture's path relative to the package's data folder."""
-    return f"{split}/images/{number}.png"
-
-
-def kind_of(question: Question) -> str:
-    """What is asked for: "color", "shape", "yes/no", or "yes/no negated" ("is no blue shape present?")."""
-    words = set(question.text.rstrip("?").split())
-    if question.answer in YES_NO:
-        return "yes/no negated" if words & NEGATIONS else "yes/no"
-    return "color" if "color" in words else "shape"
+    asked = [question for question in questions if question.answer in YES_NO]
+    absent = [question.index for question in asked if not shows(question)]
+    surplus = max(0, len(absent) - (len(asked) - len(absent)))
+    left_out = set(random.Random(f"{seed}/balance").sample(absent, surplus))
+    return [question for question in questions if question.index not in left_out]
 
 
 def split_pictures(questions: Sequence[Question], settings: Settings) -> tuple[list[Question], list[Question]]:
@@ -138,6 +97,8 @@ def split_pictures(questions: Sequence[Question], settings: Settings) -> tuple[l
     held = set(numbers[:count])
     kept = set(numbers[count:][: settings.train_pictures])
     train = [question for question in questions if question.picture in kept]
+    if settings.balanced:
+        train = balanced(train, settings.seed)
     return train, [question for question in questions if question.picture in held]
 
 
@@ -281,6 +242,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=usual.rounds, help="most questions in a training conversation")
     made.add_argument(
         "--descriptions", type=float, default=usual.descriptions, help="share of training samples that describe"
+    )
+    made.add_argument(
+        "--balanced",
+        action=argparse.BooleanOptionalAction,
+        default=usual.balanced,
+        help="as many training questions about what a picture shows as about what it does not",
     )
     made.add_argument("--train-pictures", type=int, help="how many pictures to train on; default: all not held out")
     made.add_argument(

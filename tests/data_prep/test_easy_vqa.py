@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.easy_vqa import DESCRIBE, PLACEHOLDER, Question, Settings, convert, kind_of, main
+from data_prep.easy_vqa import DESCRIBE, PLACEHOLDER, Settings, balanced, convert, main
+from data_prep.easy_vqa_package import Question, kind_of, shows
 from dora_vl.errors import UserError
 
 ROUNDS_OF_A_PICTURE = [
@@ -56,7 +57,9 @@ def pairs(record: dict) -> list[tuple[str, str, str]]:
 
 
 def test_every_question_appears_once_and_pictures_are_not_shared(package: Path, tmp_path: Path) -> None:
-    convert(package, tmp_path / "data", Settings(validation_pictures=2, rounds=3, descriptions=0, seed=5))
+    convert(
+        package, tmp_path / "data", Settings(validation_pictures=2, rounds=3, descriptions=0, balanced=False, seed=5)
+    )
     train, validation = read(tmp_path / "data", "train"), read(tmp_path / "data", "validation")
     assert {r["image"] for r in train}.isdisjoint({r["image"] for r in validation})
     assert len({r["image"] for r in validation}) == 2
@@ -67,7 +70,9 @@ def test_every_question_appears_once_and_pictures_are_not_shared(package: Path, 
 
 
 def test_conversations_hold_at_most_the_rounds_asked_for_in_equal_parts(package: Path, tmp_path: Path) -> None:
-    convert(package, tmp_path / "data", Settings(validation_pictures=0, rounds=3, descriptions=0, seed=5))
+    convert(
+        package, tmp_path / "data", Settings(validation_pictures=0, rounds=3, descriptions=0, balanced=False, seed=5)
+    )
     train = read(tmp_path / "data", "train")
     assert Counter(len(pairs(record)) for record in train) == {3: 8, 2: 16}  # 7 rounds: 3 + 2 + 2
     for record in train:
@@ -77,12 +82,16 @@ def test_conversations_hold_at_most_the_rounds_asked_for_in_equal_parts(package:
 
 
 def test_one_round_gives_one_question_a_sample(package: Path, tmp_path: Path) -> None:
-    convert(package, tmp_path / "data", Settings(validation_pictures=1, rounds=1, descriptions=0, seed=5))
+    convert(
+        package, tmp_path / "data", Settings(validation_pictures=1, rounds=1, descriptions=0, balanced=False, seed=5)
+    )
     assert [len(pairs(record)) for record in read(tmp_path / "data", "train")] == [1] * 49
 
 
 def test_the_test_split_is_the_packages_own_in_shuffled_order(package: Path, tmp_path: Path) -> None:
-    convert(package, tmp_path / "data", Settings(validation_pictures=2, rounds=3, descriptions=0, seed=5))
+    convert(
+        package, tmp_path / "data", Settings(validation_pictures=2, rounds=3, descriptions=0, balanced=False, seed=5)
+    )
     test = read(tmp_path / "data", "test")
     rows = json.loads((package / "test/questions.json").read_text())
     for record in test:
@@ -111,10 +120,25 @@ def test_the_same_seed_writes_the_same_bytes_and_the_manifest_says_which(package
         assert content != (tmp_path / f"c/{split}.json").read_bytes()
 
 
+def test_balance_leaves_out_absent_things_only() -> None:
+    asked = [
+        Question(index=0, text="is there a circle?", answer="yes", picture=0),
+        Question(index=1, text="is no circle present?", answer="no", picture=0),
+        Question(index=2, text="what color is the shape?", answer="red", picture=0),
+        *(Question(index=i, text="is there a teal shape?", answer="no", picture=i) for i in range(3, 8)),
+        *(Question(index=i, text="is no teal shape present?", answer="yes", picture=i) for i in range(8, 13)),
+    ]
+    assert [shows(question) for question in asked[:2] + asked[3:4] + asked[8:9]] == [True, True, False, False]
+    kept = balanced(asked, seed=1)
+    assert [question.index for question in kept[:3]] == [0, 1, 2]
+    assert len(kept) == 3 + 2
+    assert balanced(asked[:3], seed=1) == asked[:3]
+
+
 def test_descriptions_take_their_share_and_say_what_the_questions_of_that_picture_say(
     package: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(validation_pictures=2, train_pictures=5, rounds=1, descriptions=0.25)
+    settings = Settings(validation_pictures=2, train_pictures=5, descriptions=0.25, balanced=False)
     convert(package, tmp_path / "data", settings)
     train = read(tmp_path / "data", "train")
     described = [pairs(record)[0] for record in train if pairs(record)[0][1] == DESCRIBE]

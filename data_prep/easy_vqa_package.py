@@ -1,0 +1,81 @@
+"""easy-VQA's package as published: its questions, its answers, and what each question asks for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_vl.errors import UserError
+
+YES_NO = frozenset({"yes", "no"})
+NEGATIONS = frozenset({"no", "not"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question of the package, at its place in the package's list."""
+
+    index: int
+    text: str
+    answer: str
+    picture: int
+
+
+def read_answers(folder: Path) -> frozenset[str]:
+    """The package's list of all possible answers (13 of them)."""
+    path = folder / "answers.txt"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; fetch the package: python -m data_prep.demo_assets --to {folder.parent}")
+    return frozenset(path.read_text(encoding="utf-8").split())
+
+
+def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Question]:
+    """The questions of one of the package's splits, in its own order.
+
+    Raises:
+        UserError: the file is missing or not a list of [text, answer, picture], an answer is not in the
+            package's list, or a picture is missing; it names the question's index or the picture.
+    """
+    path = folder / split / "questions.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        questions = [
+            Question(index=index, text=text, answer=answer, picture=picture)
+            for index, (text, answer, picture) in enumerate(rows)
+        ]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not easy-VQA's list of [question, answer, picture number] ({error})") from error
+    check_questions(folder, split, questions, answers)
+    return questions
+
+
+def check_questions(folder: Path, split: str, questions: list[Question], answers: frozenset[str]) -> None:
+    """Refuses a split with an answer outside the package's list or with a picture missing."""
+    for question in questions:
+        if question.answer not in answers:
+            raise UserError(f"{split}: question {question.index}: answer {question.answer!r} is not in answers.txt")
+    pictures = sorted({question.picture for question in questions})
+    missing = [number for number in pictures if not (folder / picture_path(split, number)).is_file()]
+    if missing:
+        first = picture_path(split, missing[0])
+        raise UserError(f"{folder}: {len(missing)} of {len(pictures)} pictures are missing, first {first}")
+
+
+def picture_path(split: str, number: int) -> str:
+    """A picture's path relative to the package's data folder."""
+    return f"{split}/images/{number}.png"
+
+
+def kind_of(question: Question) -> str:
+    """What is asked for: "color", "shape", "yes/no", or "yes/no negated" ("is no blue shape present?")."""
+    words = set(question.text.rstrip("?").split())
+    if question.answer in YES_NO:
+        return "yes/no negated" if words & NEGATIONS else "yes/no"
+    return "color" if "color" in words else "shape"
+
+
+def shows(question: Question) -> bool:
+    """Whether a yes/no question asks about something that the picture shows."""
+    negated = kind_of(question) == "yes/no negated"
+    return (question.answer == "yes") != negated

@@ -1,0 +1,164 @@
+"""Asking an adapter from the command line: every picture and question, beside the base, with errors of one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dora_vl.data.turns import Turn
+from dora_vl.evaluation.assistant import TextStreamer, open_assistants, open_picture
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.run import run
+from tasks import image_qa
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on the tiny base, trained long enough to answer otherwise than the base."""
+    folder = tmp_path_factory.mktemp("asked")
+    base, records = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data")
+    path = write_run(folder / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 30})
+    run(read_run_file(path), task="llava_instruct")
+    return folder / "run" / "adapter"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    paths = [tmp_path / "red.png", tmp_path / "blue.png"]
+    for path, color in zip(paths, ("red", "blue"), strict=True):
+        Image.new("RGB", (9, 12), color).save(path)
+    return [str(path) for path in paths]
+
+
+def ask(*arguments: str) -> None:
+    image_qa.main([*arguments, "--max-new-tokens", "4"])
+
+
+def test_every_question_is_put_to_every_picture(adapter: Path, pictures: list[str], capsys: Any) -> None:
+    images = [part for path in pictures for part in ("--image", path)]
+    ask("--adapter", str(adapter), *images, "--question", "Say the colour.", "--question", "What colour is it?")
+    lines = capsys.readouterr().out.splitlines()
+    headings, answers = lines[::2], lines[1::2]
+    assert headings == [
+        f"{path}  {question}" for question in ("Say the colour.", "What colour is it?") for path in pictures
+    ]
+    assert all(answer.startswith("  ") and answer.strip() for answer in answers)
+
+
+def test_the_printed_answer_is_the_model_s_whole_answer(adapter: Path, pictures: list[str], capsys: Any) -> None:
+    ask("--adapter", str(adapter), "--image", pictures[0], "--question", "Say the colour.")
+    printed = capsys.readouterr().out.splitlines()[1].strip()
+    assistant = open_assistants(adapter).adapted
+    turns = [Turn("user", "<image>\nSay the colour.")]
+    assert printed == assistant.answer(turns, [open_picture(Path(pictures[0]))], max_new_tokens=4)
+
+
+def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], capsys: Any) -> None:
+    from dora_vl.backbones.llava import load_llava
+
+    both = open_assistants(adapter, with_base=True)
+    assert both.base is not None
+    recipe = json.loads((adapter / "recipe.json").read_text())
+    untouched = load_llava(recipe["base"]).model.state_dict()
+    shown = both.base.backbone.model.state_dict()
+    assert shown.keys() == untouched.keys()
+    for name, tensor in untouched.items():
+        torch.testing.assert_close(shown[name], tensor, rtol=0, atol=0)
+    weight = "model.language_model.layers.0.mlp.up_proj.weight"
+    shared = both.adapted.backbone.model.state_dict(keep_vars=True)[weight]
+    assert shared.data_ptr() == shown[weight].data_ptr()
+    ask("--adapter", str(adapter), "--image", pictures[0], "--question", "Say the colour.", "--compare-base")
+    _, with_adapter, without = capsys.readouterr().out.splitlines()
+    assert with_adapter.startswith("  with adapter:")
+    assert without.startswith("  without adapter:")
+    assert with_adapter.split(":")[1].strip() != without.split(":")[1].strip()
+
+
+def test_pictures_together_and_a_conversation(
+    adapter: Path, pictures: list[str], monkeypatch: Any, capsys: Any
+) -> None:
+    seen: list[tuple[list[Turn], int]] = []
+
+    def answer(self: object, turns: list[Turn], shown: tuple, **_: object) -> str:
+        seen.append((turns, len(shown)))
+        return "red"
+
+    monkeypatch.setattr("dora_vl.evaluation.assistant.Assistant.answer", answer)
+    images = [part for path in pictures for part in ("--image", path)]
+    options = ["--together", "--conversation", "--question", "first?", "--question", "second?"]
+    ask("--adapter", str(adapter), *images, *options)
+    first, second = seen
+    assert first == ([Turn("user", "<image>\n<image>\nfirst?")], 2)
+    assert second == ([*first[0], Turn("assistant", "red"), Turn("user", "second?")], 2)
+
+
+def test_typed_questions(adapter: Path, pictures: list[str], monkeypatch: Any, capsys: Any) -> None:
+    typed = iter(["Say the colour.", ":image missing.png", f":image {pictures[1]}", "What colour is it?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    ask("--adapter", str(adapter), "--image", pictures[0])
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 3  # how to leave, and two answers
+    assert told.err.startswith("error: picture missing.png is missing")
+    assert list(typed) == []
+
+
+def refused(capsys: Any, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        ask(*arguments, "--question", "q")
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line
+
+
+def test_wrong_paths_and_files_end_with_one_line(
+    adapter: Path, pictures: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    words = tmp_path / "words.png"
+    words.write_text("no picture")
+    assert "none.png is missing" in refused(capsys, "--adapter", str(adapter), "--image", str(tmp_path / "none.png"))
+    assert "words.png" in refused(capsys, "--adapter", str(adapter), "--image", str(words))
+    assert "is not a folder" in refused(capsys, "--adapter", str(tmp_path / "none"), "--image", pictures[0])
+    assert "no adapter_model.safetensors" in refused(capsys, "--adapter", str(tmp_path), "--image", pictures[0])
+
+
+def test_an_incomplete_recipe_and_a_base_that_moved_or_changed(
+    adapter: Path, pictures: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    copied = tmp_path / "adapter"
+    shutil.copytree(adapter, copied)
+    recipe = json.loads((copied / "recipe.json").read_text())
+    base = Path(recipe["base"])
+    image = ["--adapter", str(copied), "--image", pictures[0]]
+
+    (copied / "recipe.json").write_text(json.dumps({**recipe, "base": "runs/long/gone"}))
+    line = refused(capsys, *image)
+    assert "runs/long/gone" in line
+    assert "--base FOLDER" in line
+    ask(*image, "--question", "Say the colour.", "--base", str(base))
+
+    other = write_tiny_llava(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "projector_bias": True}))
+    assert "--any-base" in refused(capsys, *image, "--base", str(other))
+    ask(*image, "--question", "Say the colour.", "--base", str(other), "--any-base")
+
+    (copied / "recipe.json").write_text(json.dumps({"base": str(base)}))
+    assert "lacks revision, base_sha256" in refused(capsys, *image)
+
+
+def test_a_streamer_never_shows_half_a_character() -> None:
+    letters = "né😀".encode()
+    pieces: list[str] = []
+    streamer = TextStreamer(lambda ids: bytes(ids).decode(errors="replace"), pieces.append)
+    for byte in letters:
+        streamer.put(torch.tensor([byte]))
+    streamer.end()
+    assert pieces == ["n", "é", "😀"]
