@@ -29,6 +29,7 @@ def folders(tmp_path):
 
 
 def failed(capsys, *words: object) -> str:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as status:
         main([str(word) for word in words])
     captured = capsys.readouterr()
@@ -60,9 +61,8 @@ def test_unknown_verb_is_one_line(capsys):
 def test_convert_keeps_and_exports(folders, capsys):
     main(["convert", str(folders / "one"), "--to", str(folders / "same")])
     assert "4 layers, 0 other tensors" in capsys.readouterr().out
-    assert [(folders / n / "adapter_model.safetensors").read_bytes() for n in ("one", "same")].count(
-        (folders / "one" / "adapter_model.safetensors").read_bytes()
-    ) >= 1
+    files = [(folders / name / "adapter_model.safetensors").read_bytes() for name in ("one", "same")]
+    assert files[0] == files[1]
     export = ["convert", folders / "one", "--as", "lora", "--base", folders / "base", "--to", folders / "lora"]
     assert "needs --base FOLDER, --rank R and --max-error X" in failed(capsys, *export)
     assert "layers lose more than 0.01" in failed(capsys, *export, "--rank", 2, "--max-error", 0.01)
@@ -70,7 +70,7 @@ def test_convert_keeps_and_exports(folders, capsys):
     main([str(word) for word in (*export, "--rank", 16, "--max-error", 0.01)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
-    assert "model.layers.0.self_attn.q_proj" in lines[0] or "model.layers.0" in lines[0]
+    assert all("model.layers." in line for line in lines[:-1])
     assert "largest relative error" in lines[-1]
 
 

@@ -70,7 +70,7 @@ def test_both_spellings_and_pickles(tmp_path):
         ({"lora_alhpa": 3}, r"unknown field 'lora_alhpa' \(nearest known: 'lora_alpha'\)"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"use_qalora": True}, "use_qalora is set"),
-        ({"r": 4}, r"A \[3, 16\] and B \[16, 3\], the configuration says rank 4"),
+        ({"r": 4}, r"has A \[3, 20\] and B \[16, 3\], the configuration says rank 4"),
         ({"use_dora": False}, "has a magnitude, yet use_dora is false"),
     ],
 )
