@@ -7,11 +7,12 @@ for, and whatever the caller needs to rebuild the run (base, template, picture s
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dora_vl.core.adapter_names import PEFT_PREFIX as PEFT_PREFIX
+from dora_vl.core.adapter_names import file_name
+from dora_vl.core.adapter_names import own_name as own_name
+from dora_vl.core.adapter_settings import own_settings, peft_config, read_config
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.initialise import take_from_weight
 from dora_vl.core.inject import apply_dora
+from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.precision import Gather, no_gather
 from dora_vl.core.trainable import adapted_layers, is_adapted, kept_tensors, trained_parts
 from dora_vl.errors import UserError
@@ -29,9 +36,6 @@ from dora_vl.errors import UserError
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 RECIPE_FILE = "recipe.json"
-PEFT_PREFIX = "base_model.model."
-LEAF_TO_PEFT = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-PEFT_TO_LEAF = {**{peft: leaf for leaf, peft in LEAF_TO_PEFT.items()}, "lora_magnitude_vector.weight": "magnitude"}
 
 
 # -- saving --------------------------------------------------------------------------------------------------
@@ -58,10 +62,13 @@ def save_adapter(
     staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-    _write_json(staging / CONFIG_FILE, peft_config(model, base_model))
-    _write_json(staging / RECIPE_FILE, {**(recipe or {}), "adapter": _own_settings(model)})
-    replace_folder(staging, target)
+    try:
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_json(staging / CONFIG_FILE, peft_config(model, base_model))
+        _write_json(staging / RECIPE_FILE, {**(recipe or {}), "adapter": own_settings(model)})
+        replace_folder(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def adapter_tensors(model: nn.Module, *, gather: Gather = no_gather, copy: bool = True) -> dict[str, Tensor]:
@@ -71,49 +78,8 @@ def adapter_tensors(model: nn.Module, *, gather: Gather = no_gather, copy: bool 
         with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
             if copy:
                 # A clone: safetensors refuses tensors that share memory, and a sharded one is gone after the block.
-                tensors[_peft_name(model, name)] = tensor.detach().to("cpu", copy=True).contiguous()
+                tensors[file_name(model, name)] = _in_file(model, name, tensor.detach().to("cpu", copy=True))
     return tensors
-
-
-def peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
-    """The stable subset of PEFT 0.21's `adapter_config.json`, from the model as it is adapted now."""
-    layers = dict(adapted_layers(model))
-    parts = trained_parts(model)
-    extras = {name for part in parts if not part.name.startswith("dora.") for name in part.parameters}
-    common = {
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "modules_to_save": whole_modules(model, extras) or None,
-        "target_modules": sorted(layers),
-        "task_type": None,
-    }
-    if not layers:
-        return {"peft_type": "DORA_VL_FULL", **common}
-    adapter = next(iter(layers.values())).adapter
-    # PEFT knows no magnitude without A and B; an unknown type makes it refuse instead of loading half an adapter.
-    return {
-        "peft_type": "DORA_VL_MAGNITUDE" if adapter.method == "magnitude" else "LORA",
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": adapter.dropout,
-        "use_dora": adapter.method == "dora",
-        "use_rslora": adapter.rank_scaling == "sqrt",
-        "init_lora_weights": True,
-        **common,
-    }
-
-
-def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
-    """The topmost modules all of whose parameters are named; what PEFT calls `modules_to_save`."""
-    chosen: list[str] = []
-    for name, module in model.named_modules():
-        own = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
-        inside = any(name.startswith(f"{outer}.") for outer in chosen)
-        if name and own and own <= parameters and not inside:
-            chosen.append(name)
-    return chosen
 
 
 def replace_folder(staging: Path, target: Path) -> None:
@@ -127,16 +93,16 @@ def replace_folder(staging: Path, target: Path) -> None:
     shutil.rmtree(previous)
 
 
-def _own_settings(model: nn.Module) -> dict[str, Any]:
-    layers = [layer for _, layer in adapted_layers(model)]
-    settings = asdict(layers[0].adapter) if layers else {"method": "full"}
-    for derived in ("targets", "also_train", "also_keep"):
-        settings.pop(derived, None)
-    parts: dict[str, list[str]] = {}
-    for part in trained_parts(model):
-        if not part.name.startswith("dora."):
-            parts.setdefault(part.name, []).extend(part.parameters)
-    return {**settings, "parts": parts, "kept": list(kept_tensors(model))}
+def _in_file(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor in the file's shape; A and B of a PiSSA layer with their starts, as a change of the whole weight."""
+    owner, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    if isinstance(layer, AdaptedLayer) and leaf == "magnitude":
+        return tensor.view(layer.magnitude_file_shape())
+    if isinstance(layer, AdaptedLayer) and "start_A" in layer._buffers and leaf in ("lora_A", "lora_B"):
+        start = layer.get_buffer(f"start_{leaf[-1]}").cpu()
+        return torch.cat([tensor, start] if leaf == "lora_A" else [tensor, -start], dim=0 if leaf == "lora_A" else 1)
+    return tensor.contiguous()
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -150,23 +116,57 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, gather: Ga
     """Loads an adapter folder, adapting the model first where it is not; returns the adapted layers' names.
 
     Raises:
-        UserError: a file is missing or broken, a tensor is missing, unexpected or of another shape. Nothing is
-            changed in an adapted model then.
+        UserError: a file is missing or broken, a tensor is missing, unexpected, of another shape or not finite, or
+            the configuration is not one of ours. Nothing is changed in the model then.
     """
     source = Path(folder)
-    tensors = read_weights(source)
+    tensors = {own_name(key): tensor for key, tensor in read_weights(source).items()}
+    _refuse_not_finite(source, tensors)
     if not is_adapted(model):
-        apply_dora(model, _config_from(source, tensors, model), gather=gather)
-    expected = {_peft_name(model, name): tensor for name, tensor in _expected(model).items()}
-    found = {key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): t for key, t in tensors.items()}
-    _check_fit(source, expected, found)
+        recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
+        config = read_config(str(source), read_json(source / CONFIG_FILE), recipe.get("adapter", {}), tensors)
+        # Tried on a copy without values first, so that a folder that does not fit leaves the model as it was.
+        twin = _without_values(model)
+        _adapt(twin, config, no_gather)
+        _check_fit(source, twin, tensors)
+        _adapt(model, config, gather)
+    _check_fit(source, model, tensors)
     with torch.no_grad():
-        for key, tensor in expected.items():
+        for name, layer in adapted_layers(model):
+            if layer.adapter.init == "pissa":
+                _move_start(source, name, layer, tensors)
+        for name, tensor in _expected(model).items():
             with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
-                tensor.copy_(found[key].view(tensor.shape))
+                tensor.copy_(_own_part(model, name, tensors[name]).view(tensor.shape))
     for _, layer in adapted_layers(model):
         layer.forget_norms()
     return [name for name, _ in adapted_layers(model)]
+
+
+def _adapt(model: nn.Module, config: DoRAConfig, gather: Gather) -> None:
+    """Adapts the model without computing a start that the folder's tensors replace."""
+    apply_dora(model, replace(config, init="kaiming"), gather=gather)
+    for _, layer in adapted_layers(model):
+        layer.adapter = replace(layer.adapter, init=config.init)
+
+
+def _move_start(source: Path, name: str, layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> None:
+    """Takes the start of a PiSSA layer, which the file holds behind A and B, out of the frozen weight."""
+    rank, like = layer.adapter.rank, layer.weight
+    start_A = tensors[f"{name}.lora_A"][rank:].to(like.device)
+    start_B = -tensors[f"{name}.lora_B"][:, rank:].to(like.device)
+    if "start_A" not in layer._buffers:
+        take_from_weight(layer, start_A, start_B)
+    elif not (torch.equal(layer.get_buffer("start_A"), start_A) and torch.equal(layer.get_buffer("start_B"), start_B)):
+        raise UserError(f"{source}: {name} started from other singular vectors; load it into a fresh base model")
+
+
+def _own_part(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    if isinstance(layer, AdaptedLayer) and layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
+        return tensor[: layer.adapter.rank] if leaf == "lora_A" else tensor[:, : layer.adapter.rank]
+    return tensor
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -202,67 +202,51 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _config_from(folder: Path, tensors: Mapping[str, Tensor], model: nn.Module) -> DoRAConfig:
-    """The configuration that the folder was written with; layers and parts are read from the tensors' names."""
-    peft = read_json(folder / CONFIG_FILE)
-    own = read_json(folder / RECIPE_FILE).get("adapter", {}) if (folder / RECIPE_FILE).is_file() else {}
-    layers = {name.rpartition(".")[0] for name in map(own_name, tensors) if name.rpartition(".")[2] in LEAF_TO_PEFT}
-    extras = tuple(name for name in map(own_name, tensors) if name.rpartition(".")[2] not in LEAF_TO_PEFT)
-    kept = tuple(own.get("kept", ()))
-    parts = {part: tuple(names) for part, names in own.get("parts", {}).items()}
-    unnamed = tuple(name for name in extras if name not in kept and all(name not in p for p in parts.values()))
-    if unnamed:
-        parts["extra"] = unnamed
-    full = tuple(parts.pop("full", ()))
-    method = own.get("method") or ("dora" if peft.get("use_dora") else "lora")
-    targets = {name.rpartition(".")[0] for name in full} if method == "full" else layers
-    if not targets:
-        raise UserError(f"{folder / WEIGHTS_FILE} holds no adapter tensor (lora_A, lora_B, lora_magnitude_vector)")
-    return DoRAConfig(
-        targets=tuple(sorted(targets)),
-        method=method,
-        rank=int(peft.get("r", 1)),
-        alpha=float(peft.get("lora_alpha", 1.0)),
-        dropout=float(peft.get("lora_dropout", 0.0)),
-        dropout_mode=own.get("dropout_mode", "whole_change"),
-        detach_norm=own.get("detach_norm", True),
-        rank_scaling="sqrt" if peft.get("use_rslora") else "linear",
-        also_train=parts,
-        also_keep=kept,
-    )
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy of the model's structure on the meta device; costs no memory worth naming."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter.data, device="meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
 
 
-def _check_fit(source: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    missing = [key for key in expected if key not in found]
-    unexpected = [key for key in found if key not in expected]
+def _refuse_not_finite(source: Path, tensors: Mapping[str, Tensor]) -> None:
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if broken:
+        raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; take an older one")
+
+
+def _check_fit(source: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    expected = _expected(model)
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
     if missing or unexpected:
         raise UserError(
             f"{source} does not fit this model: {len(missing)} missing {missing[:3]}, "
             f"{len(unexpected)} unexpected {unexpected[:3]}; is it the base that the adapter was trained on?"
         )
-    for key, tensor in expected.items():
+    for name, tensor in expected.items():
+        found = tuple(tensors[name].shape)
         # A sharded parameter shows no shape here; its copy checks it.
-        if tensor.numel() and found[key].numel() != tensor.numel():
-            raise UserError(f"{source}: {key} is {list(found[key].shape)}, this model needs {list(tensor.shape)}")
+        if tensor.numel() and found not in _shapes_in_file(model, name, tensor):
+            raise UserError(f"{source}: {name} is {list(found)}, this model needs {list(tensor.shape)}")
 
 
-# -- names ---------------------------------------------------------------------------------------------------
+def _shapes_in_file(model: nn.Module, name: str, tensor: Tensor) -> tuple[tuple[int, ...], ...]:
+    owner, _, leaf = name.rpartition(".")
+    layer, shape = model.get_submodule(owner), tuple(tensor.shape)
+    if not isinstance(layer, AdaptedLayer):
+        return (shape,)
+    if leaf == "magnitude":
+        return (shape, layer.magnitude_file_shape(), (*shape, 1))
+    if layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
+        axis = 0 if leaf == "lora_A" else 1
+        return (tuple(size * 2 if place == axis else size for place, size in enumerate(shape)),)
+    return (shape,)
 
 
 def _expected(model: nn.Module) -> dict[str, Tensor]:
     trained = {name: p for part in trained_parts(model) for name, p in part.parameters.items()}
     return {**trained, **kept_tensors(model)}
-
-
-def _peft_name(model: nn.Module, name: str) -> str:
-    owner, _, leaf = name.rpartition(".")
-    return f"{PEFT_PREFIX}{owner}.{LEAF_TO_PEFT.get(leaf, leaf)}" if owner else PEFT_PREFIX + leaf
-
-
-def own_name(key: str) -> str:
-    """The model's own name of a tensor in the adapter folder."""
-    name = key.removeprefix(PEFT_PREFIX)
-    for peft, leaf in PEFT_TO_LEAF.items():
-        if name.endswith(f".{peft}"):
-            return f"{name.removesuffix(peft)}{leaf}"
-    return name

@@ -16,37 +16,38 @@ from torch.nn import functional as F
 from dora_vl.core import functional
 
 if TYPE_CHECKING:
-    from dora_vl.core.linear import DoRALinear
+    from dora_vl.core.linear import ProductLayer
 
 
-def compiled_linear(layer: DoRALinear, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
+def compiled_linear(layer: ProductLayer, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
     """y = g (W x + s B A x) + b without Python state, so that no graph breaks."""
-    factors, bias = layer.factors(), layer.bias
+    factors, weight, bias = layer.factors(), layer.as_matrix(layer.weight), layer.bias
     dropping = layer.training and factors is not None
     dropped = F.dropout(input, layer.adapter.dropout) if dropping else input
-    product = F.linear(input, layer.weight)
+    product = F.linear(input, weight)
     output = product if bias is None else product + bias.to(product.dtype)
     low_rank = None
     if factors is not None:
         a, b = (factor.to(product.dtype) for factor in factors)
         low_rank = layer.scale() * F.linear(F.linear(dropped.to(product.dtype), a), b)
-    frozen = F.linear(dropped, layer.weight) if dropping and layer.adapter.dropout_mode == "whole_change" else product
+    whole_change = dropping and layer.adapter.dropout_mode == "whole_change"
+    frozen = F.linear(dropped, weight) if whole_change else product
     return functional.changed_output(output, frozen, low_rank, _gain(layer, factors))
 
 
-def _gain(layer: DoRALinear, factors: tuple[Tensor, Tensor] | None) -> Tensor | None:
+def _gain(layer: ProductLayer, factors: tuple[Tensor, Tensor] | None) -> Tensor | None:
     magnitude = layer.magnitude
     if magnitude is None:
         return None
-    squared = layer._norms_squared
+    weight, squared = layer.as_matrix(layer.weight).detach(), layer._norms_squared
     if squared is None:
-        squared = functional.row_norms_squared(layer.weight)
+        squared = functional.row_norms_squared(weight)
     if factors is None:
         return functional.gain(magnitude, functional.root(squared))
     with torch.autocast(layer.weight.device.type, enabled=False):
-        norms = safe_norms(layer.weight.detach(), squared, factors[0].detach(), factors[1].detach(), layer.scale())
+        norms = safe_norms(weight, squared, factors[0].detach(), factors[1].detach(), layer.scale())
         if not layer.adapter.detach_norm:
-            on_A = F.linear(factors[0].to(layer.weight.dtype), layer.weight)
+            on_A = F.linear(factors[0].to(weight.dtype), weight)
             live = functional.root(functional.factored_norms_squared(squared, *factors, on_A, layer.scale())[0])
             norms = norms + (live - live.detach())
     return functional.gain(magnitude, norms)

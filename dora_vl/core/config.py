@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Literal, TypeVar
 
 from dora_vl.errors import UserError
 
-Method = Literal["dora", "lora", "full", "magnitude"]
+Method = Literal["dora", "lora", "full", "magnitude", "dvora"]
 DropoutMode = Literal["low_rank", "whole_change"]
 RankScaling = Literal["linear", "sqrt"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa"]
+LayerKind = Literal["linear", "embedding", "conv"]
+
+Value = TypeVar("Value", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +26,8 @@ class DoRAConfig:
     targets: tuple[str, ...]
     """Full-name globs of the modules to adapt, e.g. `*language_model*.q_proj`; each must hit at least one."""
     method: Method = "dora"
-    """`dora`: A, B and magnitude; `lora`: A and B; `magnitude`: magnitude alone; `full`: the targets' own weights."""
+    """`dora`: A, B and magnitude; `lora`: A and B; `magnitude`: magnitude alone; `full`: the targets' own weights;
+    `dvora`: frozen random A and B shared by all layers, with trained vectors (VeRA) and magnitudes."""
     rank: int = 16
     """Rows of A; the change of a weight has at most this rank before normalisation."""
     alpha: float = 32.0
@@ -34,6 +40,21 @@ class DoRAConfig:
     """No gradient through the norm (paper section 4.3, 12-24 % less memory); False is the full equation."""
     rank_scaling: RankScaling = "linear"
     """`linear`: s = alpha / rank; `sqrt`: s = alpha / sqrt(rank) (rsLoRA)."""
+    kinds: tuple[LayerKind, ...] = ("linear",)
+    """What the globs of `targets` may hit; embeddings and convolutions only where they are asked for."""
+    magnitude_targets: tuple[str, ...] = ()
+    """Full-name globs of further layers that get a magnitude alone, beside the full ones (paper table 6)."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Full-name glob -> rank, for layers that differ; the first glob that matches counts."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Full-name glob -> alpha, likewise."""
+    init: Init = "kaiming"
+    """How A and B start: `kaiming` and `gaussian` with B = 0; `orthogonal` with B A = 0; `pissa` from the weight's
+    largest singular vectors, which leave the frozen weight. The model's output is unchanged at the start."""
+    random_seed: int = 0
+    """Seed of the random matrices that `dvora` shares."""
+    opaque_layers: tuple[str, ...] = ()
+    """Class paths of further linear layers to adapt through their own forward pass, e.g. `package.module.Class`."""
     also_train: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Further trained parts: name -> full-name globs of parameters, each hitting at least one."""
     also_keep: tuple[str, ...] = ()
@@ -47,13 +68,37 @@ class DoRAConfig:
                 (self.rank < 1, f"rank is {self.rank}; it must be 1 or more"),
                 (not math.isfinite(self.alpha) or self.alpha <= 0, f"alpha is {self.alpha}; it must be above 0"),
                 (not 0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1"),
+                (any(rank < 1 for rank in self.rank_pattern.values()), "rank_pattern holds a rank below 1"),
+                (any(alpha <= 0 for alpha in self.alpha_pattern.values()), "alpha_pattern holds an alpha of 0 or less"),
+                (self.init == "orthogonal" and self._some_rank_is_odd(), "init: orthogonal needs even ranks"),
+                (
+                    self.method == "dvora" and (self.init != "kaiming" or bool(self.rank_pattern)),
+                    "method: dvora shares one random A and B: no init and no rank_pattern",
+                ),
             )
             if wrong
         ]
         if problems:
             raise UserError("adapter: " + "; ".join(problems))
 
+    def _some_rank_is_odd(self) -> bool:
+        return any(rank % 2 for rank in (self.rank, *self.rank_pattern.values()))
+
+    def for_layer(self, name: str, *, magnitude_alone: bool = False) -> DoRAConfig:
+        """The settings of one layer, its patterns resolved."""
+        rank = first_match(self.rank_pattern, name, self.rank)
+        alpha = first_match(self.alpha_pattern, name, self.alpha)
+        method: Method = "magnitude" if magnitude_alone else self.method
+        if (rank, alpha, method) == (self.rank, self.alpha, self.method):
+            return self
+        return replace(self, rank=rank, alpha=alpha, method=method, rank_pattern={}, init=self.init)
+
     @property
     def scale(self) -> float:
         """s, the factor of B A."""
         return self.alpha / (self.rank if self.rank_scaling == "linear" else math.sqrt(self.rank))
+
+
+def first_match(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+    """The value of the first full-name glob that matches."""
+    return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), default)

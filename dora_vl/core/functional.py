@@ -244,13 +244,15 @@ def low_rank_gradients(
     factors: tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]],
     scale: float,
     dropped: Dropped | None,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Adds the low-rank path's share to dx in place; returns it with dA and dB in the factors' dtype."""
     lora_A, lora_B = factors
     # [rank, out] is the fast orientation: the transposed product is half as fast on CPU.
     dB = (hidden.t() @ dz).t().to(lora_B.dtype) * scale
     dh = (dz @ lora_B.to(dz.dtype)) * scale
-    dA = (dh.t() @ (rows if dropped is None else dropped.apply(rows))).to(lora_A.dtype)
+    dA = None
+    if lora_A.requires_grad:
+        dA = (dh.t() @ (rows if dropped is None else dropped.apply(rows))).to(lora_A.dtype)
     if dx is not None:
         a = lora_A.to(dz.dtype)
         dx = dx.addmm_(dh, a) if dropped is None else dx.add_(dropped.apply_(dh @ a))

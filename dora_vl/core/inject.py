@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 from torch import nn
 
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.linear import DoRALinear
+from dora_vl.core.dvora import SHARED_NAME, DVoRALinear, SharedRandom, share_random
+from dora_vl.core.initialise import OriginalWeight, start_loftq
+from dora_vl.core.kinds import adaptable
+from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.precision import Gather, no_gather
 from dora_vl.core.trainable import adapted_layers, choose_trained, is_adapted, matching
 from dora_vl.errors import UserError
@@ -21,35 +25,63 @@ def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gath
     magnitude is the norm of the whole weight.
 
     Raises:
-        UserError: a pattern matches nothing, or nothing adaptable, or the model is adapted already.
+        UserError: a pattern matches nothing, or nothing adaptable, or two patterns contradict each other, or the model
+            is adapted already.
     """
     if is_adapted(model):
         raise UserError("the model is adapted already; load it again before applying another adapter")
+    also_keep = config.also_keep
     if config.method == "full":
         names = matching((name for name, _ in model.named_modules()), config.targets, "targets")
-        full_modules = names
     else:
-        names, full_modules = adaptable_names(model, config.targets), []
-        for name in names:
-            _adapt(model, name, config, gather)
+        names, methods = _plan(model, config)
+        shared = _share_random(model, names, config)
+        for name, layer_config in methods.items():
+            _adapt(model, name, layer_config, shared, gather)
+        also_keep = (*also_keep, *_needed_tensors(model))
     choose_trained(
         model,
-        full_modules=full_modules,
+        full_modules=names if config.method == "full" else [],
         also_train=config.also_train,
-        also_keep=config.also_keep,
+        also_keep=also_keep,
         gather=gather,
     )
     return names
 
 
-def adaptable_names(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
-    """Full names of the linear layers that the globs match; each glob must match at least one.
+def adaptable_names(model: nn.Module, patterns: tuple[str, ...], config: DoRAConfig, what: str) -> list[str]:
+    """Full names of the layers that the globs match, of the kinds that `config` admits.
 
-    Only plain `nn.Linear`: a subclass may use its weight without calling itself (torch's attention does), and an
-    adapter there would be passed over in silence.
+    Raises:
+        UserError: a glob matches none.
     """
-    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    return matching(linear, patterns, "targets (linear layers)")
+    names = [name for name, module in model.named_modules() if adaptable(module, config) is not None]
+    return matching(names, patterns, f"{what} ({', '.join(config.kinds)} layers)")
+
+
+def loftq(model: nn.Module, original_weight: OriginalWeight) -> None:
+    """Starts every A and B from what quantisation took from its layer's weight, as LoftQ does (one iteration).
+
+    `original_weight` gives the full-precision weight [out, in] of a layer by its full name, one at a time.
+    """
+    for name, layer in adapted_layers(model):
+        start_loftq(layer, original_weight(name))
+
+
+def _plan(model: nn.Module, config: DoRAConfig) -> tuple[list[str], dict[str, DoRAConfig]]:
+    """The layers to adapt in the model's order, and the settings of each."""
+    full = adaptable_names(model, config.targets, config, "targets")
+    alone = adaptable_names(model, config.magnitude_targets, config, "magnitude_targets")
+    both = sorted(set(full) & set(alone))
+    if both:
+        raise UserError(f"{both[0]} (and {len(both) - 1} more) is in targets and in magnitude_targets; name it once")
+    if alone and config.method not in ("dora", "dvora"):
+        raise UserError(f"magnitude_targets stand beside method dora or dvora, not {config.method}")
+    matching(full, config.rank_pattern, "rank_pattern (adapted layers)")
+    matching(full, config.alpha_pattern, "alpha_pattern (adapted layers)")
+    chosen = set(alone)
+    names = [name for name, _ in model.named_modules() if name in chosen or name in set(full)]
+    return names, {name: config.for_layer(name, magnitude_alone=name in chosen) for name in names}
 
 
 def merge_dora(model: nn.Module, *, keep_base: bool = True) -> None:
@@ -58,7 +90,9 @@ def merge_dora(model: nn.Module, *, keep_base: bool = True) -> None:
     `keep_base` holds a copy of each base weight so that `unmerge_dora` restores it bit by bit; without it the
     merge needs no second copy of the model and cannot be undone.
     """
-    for _, layer in adapted_layers(model):
+    layers = dict(adapted_layers(model))
+    _refuse_merging_shared_weights(model, layers)
+    for layer in layers.values():
         layer.merge(keep_base=keep_base)
 
 
@@ -69,20 +103,55 @@ def unmerge_dora(model: nn.Module) -> None:
 
 
 def strip_adapters(model: nn.Module) -> None:
-    """Puts plain `nn.Linear` layers back, with the weights as they are (merged or not), ready to be saved."""
+    """Puts the layers of before back, with the weights as they are (merged or not), ready to be saved."""
     for name, layer in list(adapted_layers(model)):
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        plain.weight, plain.bias = layer.weight, layer.bias
-        _put(model, name, plain.train(layer.training))
+        _put(model, model.get_submodule(name), layer.plain())
+    if SHARED_NAME in dict(model.named_children()):
+        delattr(model, SHARED_NAME)
 
 
-def _adapt(model: nn.Module, name: str, config: DoRAConfig, gather: Gather) -> None:
+def _share_random(model: nn.Module, names: Iterable[str], config: DoRAConfig) -> SharedRandom | None:
+    if config.method != "dvora":
+        return None
+    layers = [model.get_submodule(name) for name in names]
+    other = [type(layer).__name__ for layer in layers if type(layer) is not nn.Linear]
+    if other:
+        raise UserError(f"method: dvora adapts nn.Linear alone, and targets hit a {other[0]}")
+    return share_random(model, cast("list[nn.Linear]", layers), config)
+
+
+def _adapt(model: nn.Module, name: str, config: DoRAConfig, shared: SharedRandom | None, gather: Gather) -> None:
     base = model.get_submodule(name)
-    assert isinstance(base, nn.Linear)
-    with gather([cast(nn.Parameter, base.weight)]):
-        _put(model, name, DoRALinear(base, config))
+    row = adaptable(base, config)
+    assert row is not None
+    parameters = list(base.parameters(recurse=False))
+    if config.init == "pissa" and any(parameter.numel() == 0 for parameter in parameters):
+        raise UserError(f"init: pissa rewrites {name}'s weight, which ZeRO-3 holds in shards; use ZeRO-2 or less")
+    with gather(parameters):
+        if shared is not None and config.method == "dvora":
+            _put(model, base, DVoRALinear(cast(nn.Linear, base), config, shared))
+        else:
+            _put(model, base, row.build(base, config))
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, module)
+def _needed_tensors(model: nn.Module) -> list[str]:
+    """Frozen tensors that the result depends on because of how the adapters work."""
+    return [name for name, _ in model.named_buffers() if name.startswith(f"{SHARED_NAME}.")]
+
+
+def _refuse_merging_shared_weights(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
+    """A weight that another module uses too (a tied output head) would change there as well."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        modules = {id(model.get_submodule(user.rpartition(".")[0])) for user in users.get(id(layer.weight), ())}
+        if len(modules) > 1:
+            raise UserError(f"{name} shares its weight with {users[id(layer.weight)]}; merging would change both")
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replaces a module under every name it has."""
+    places = [(owner, leaf) for owner in model.modules() for leaf, child in owner._modules.items() if child is old]
+    for owner, leaf in places:
+        setattr(owner, leaf, new)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.initialise import initialise
 from dora_vl.core.steps import OPTIMIZER_STEPS
 
 Self = TypeVar("Self", bound="AdaptedLayer")
@@ -30,11 +30,19 @@ class AdaptedLayer(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    FILE_LEAVES: ClassVar[Mapping[str, str]] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "magnitude": "lora_magnitude_vector",
+    }
+    """Name of each trained tensor here -> its name in the adapter file (PEFT's)."""
 
     def start_adapter(self, base: nn.Module, config: DoRAConfig) -> None:
         """Sets the adapter up; the layer's own weight and sizes must stand already."""
         OPTIMIZER_STEPS.watch()
         self.adapter = config
+        # In a tuple, so that torch does not see it: the layer that was here before, for `plain`.
+        self._replaced = (base,)
         self.merged = False
         self.training = base.training
         self._base_weight: Tensor | None = None
@@ -53,9 +61,17 @@ class AdaptedLayer(nn.Module):
             dtype, device = functional.accumulation_dtype(self.compute_dtype()), self.weight.device
             self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=device))
             self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=device))
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if self.adapter.method != "lora":
-            self.magnitude = nn.Parameter(functional.root(self.weight_norms_squared()).clone())
+            initialise(self)
+        self.create_magnitude()
+
+    def create_magnitude(self) -> None:
+        """m = ||V||, from the same arithmetic that will compute n, so that g is 1 to the last bit."""
+        if self.adapter.method == "lora":
+            return
+        with torch.no_grad():
+            changed = self.factors() is not None and self.adapter.init in ("pissa", "orthogonal")
+            norms = self.live_norms() if changed else functional.root(self.weight_norms_squared())
+        self.magnitude = nn.Parameter(norms.clone())
 
     # -- what a kind of layer says about itself --------------------------------------------------------------
 
@@ -102,6 +118,11 @@ class AdaptedLayer(nn.Module):
     def frozen_rows(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows in_"]:
         """Some rows of W."""
         return self.as_matrix(self._frozen_weight())[index]
+
+    def dense_weight(self) -> Float[Tensor, "out in_"]:
+        """All of W in float32; for starting values alone, never for a forward pass."""
+        weight = self.as_matrix(self._frozen_weight())
+        return weight.detach().to(functional.accumulation_dtype(weight.dtype))
 
     def frozen_norms_squared(self) -> Float[Tensor, " out"]:
         """||W_i||^2 of every row, computed."""
@@ -192,6 +213,12 @@ class AdaptedLayer(nn.Module):
         """
         if self.training and torch.is_grad_enabled():
             raise RuntimeError("the adapter is merged into the weight and would not train; unmerge_dora(model) first")
+
+    def plain(self) -> nn.Module:
+        """The layer that was here before, with the weights as they are now, merged or not."""
+        (base,) = self._replaced
+        base.weight, base.bias = self.weight, self.bias  # pyright: ignore[reportArgumentType]
+        return base.train(self.training)
 
     def _frozen_weight(self) -> Tensor:
         return self.weight if self._base_weight is None else self._base_weight

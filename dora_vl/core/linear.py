@@ -18,14 +18,11 @@ from dora_vl.core.layer import AdaptedLayer
 SHARED_DROPOUT = SharedDropout()
 
 
-class DoRALinear(AdaptedLayer, nn.Linear):
-    """An adapted `nn.Linear`; the hot path of training and decoding, hence its own autograd function and caches."""
+class ProductLayer(AdaptedLayer):
+    """A layer that multiplies by one dense weight: the hot path of training and decoding, hence its own caches."""
 
-    def __init__(self, base: nn.Linear, config: DoRAConfig) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        self.start_adapter(base, config)
+    in_features: int
+    out_features: int
 
     def matrix_shape(self) -> tuple[int, int]:
         """(out, in)."""
@@ -48,7 +45,7 @@ class DoRALinear(AdaptedLayer, nn.Linear):
         """y = g (W x + s B A x) + b; W x + b alone while merged."""
         if self.merged:
             self.refuse_training_while_merged()
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, self.as_matrix(self.weight), self.bias)
         if torch.compiler.is_compiling():
             return compiled_linear(self, input)
         x, weight, bias = self._in_compute_dtype(input)
@@ -68,7 +65,7 @@ class DoRALinear(AdaptedLayer, nn.Linear):
         return cast(Tensor, product)
 
     def _in_compute_dtype(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        weight, bias = self.weight, self.bias
+        weight, bias = self.as_matrix(self.weight), self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
@@ -123,3 +120,31 @@ class DoRALinear(AdaptedLayer, nn.Linear):
             self._factors = (a.detach().to(dtype), (b.detach().to(dtype) * self.scale()).t())
             self._gain_key = key
         return self._factors
+
+
+class DoRALinear(ProductLayer, nn.Linear):
+    """An adapted `nn.Linear`."""
+
+    def __init__(self, base: nn.Linear, config: DoRAConfig) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.start_adapter(base, config)
+
+
+class TransposedLinear(ProductLayer):
+    """An adapted linear layer that keeps its weight as [in, out]: transformers' `Conv1D` (GPT-2)."""
+
+    def __init__(self, base: nn.Module, config: DoRAConfig) -> None:
+        super().__init__()
+        self.weight, self.bias = cast(nn.Parameter, base.weight), cast("nn.Parameter | None", base.bias)
+        self.in_features, self.out_features = self.weight.shape
+        self.start_adapter(base, config)
+
+    def as_matrix(self, weight: Tensor) -> Float[Tensor, "out in_"]:
+        """[out, in]."""
+        return weight.t()
+
+    def from_matrix(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
+        """[in, out]."""
+        return matrix.t()

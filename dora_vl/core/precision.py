@@ -29,25 +29,44 @@ def no_gather(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]
 def train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) -> None:
     """Makes the named parameters float32; their modules compute in float32 and return the dtype of before.
 
-    A module computes in one dtype, so its frozen parameters follow; an adapted layer casts a trained bias itself,
-    and only that bias changes. Parameters are replaced, not converted: a sharded one cannot change its dtype.
+    A module computes in one dtype, so its frozen parameters follow, and so does whatever else holds a parameter tied
+    to a trained one; an adapted layer casts a trained bias itself, and only that bias changes. A module with modules
+    inside casts at its output alone: what is inside has its own doors. Parameters are replaced, not converted: a
+    sharded one cannot change its dtype.
     """
-    trained_by_owner: dict[str, list[str]] = {}
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        trained_by_owner.setdefault(owner, []).append(leaf)
-    for owner, leaves in trained_by_owner.items():
-        module = model.get_submodule(owner)
-        own_casts = isinstance(module, AdaptedLayer)
-        parameters = dict(module.named_parameters(recurse=False))
-        half = next(iter(parameters.values())).dtype
-        if half == accumulation_dtype(half):
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    affected, leaves = _affected(model, {id(parameters[name]) for name in names})
+    halves = {module: next(module.parameters(recurse=False)).dtype for module in affected}
+    for module in affected:
+        own = dict(module.named_parameters(recurse=False))
+        for leaf in leaves[module]:
+            if own[leaf].dtype != accumulation_dtype(own[leaf].dtype):
+                _replace(model, own[leaf], gather)
+    for module, half in halves.items():
+        if isinstance(module, AdaptedLayer) or half == accumulation_dtype(half):
             continue
-        for leaf in leaves if own_casts else parameters:
-            _replace(model, parameters[leaf], gather)
-        if not own_casts:
+        if _is_leaf(module):
             module.register_forward_pre_hook(_enter, with_kwargs=True)
-            module.register_forward_hook(partial(_leave, dtype=half))
+        module.register_forward_hook(partial(_leave, dtype=half))
+
+
+def _affected(model: nn.Module, wanted: set[int]) -> tuple[list[nn.Module], dict[nn.Module, list[str]]]:
+    """The modules that hold a wanted parameter, by sharing too, and which of their parameters turn float32."""
+    while True:
+        leaves: dict[nn.Module, list[str]] = {}
+        for module in model.modules():
+            own = dict(module.named_parameters(recurse=False))
+            if any(id(parameter) in wanted for parameter in own.values()):
+                follow = _is_leaf(module) and not isinstance(module, AdaptedLayer)
+                leaves[module] = [leaf for leaf, parameter in own.items() if follow or id(parameter) in wanted]
+        named = {id(module._parameters[leaf]) for module, own in leaves.items() for leaf in own}
+        if named <= wanted:
+            return list(leaves), leaves
+        wanted = wanted | named
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(True for _ in module.children())
 
 
 def _replace(model: nn.Module, old: nn.Parameter, gather: Gather) -> None:

@@ -1,0 +1,240 @@
+"""An adapter folder's two JSON files: what PEFT has fields for, and what only we know; written and read back.
+
+Where PEFT would compute something else from the same tensors (magnitudes alone, DVoRA, extras that are not whole
+modules), `peft_type` is one that PEFT does not know, so that it refuses instead of loading half an adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dora_vl.core.adapter_names import LEAVES
+from dora_vl.core.config import DoRAConfig
+from dora_vl.core.dvora import SHARED_NAME
+from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.trainable import adapted_layers, kept_tensors, trained_parts
+from dora_vl.errors import UserError
+
+OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
+OWN_TYPE = "DORA_VL"
+OWN_FIELDS = (
+    "method", "rank", "alpha", "dropout", "dropout_mode", "detach_norm", "rank_scaling", "init", "random_seed",
+    "kinds", "opaque_layers",
+)  # fmt: skip
+REFUSED_FIELDS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
+    "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+"""PEFT fields that mean another forward pass when they are set."""
+KNOWN_FIELDS = frozenset((
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", *REFUSED_FIELDS,
+))  # fmt: skip
+
+
+# -- writing -------------------------------------------------------------------------------------------------
+
+
+def peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
+    """The stable subset of PEFT 0.21's `adapter_config.json`, from the model as it is adapted now."""
+    layers = dict(adapted_layers(model))
+    parts = trained_parts(model)
+    extras = {name for part in parts if not part.name.startswith("dora.") for name in part.parameters}
+    common = {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(layers),
+        "task_type": None,
+    }
+    whole = whole_modules(model, extras)
+    common["modules_to_save"] = whole or None
+    common["fan_in_fan_out"] = any(_is_transposed(layer) for layer in layers.values())
+    if not layers:
+        return {"peft_type": OWN_TYPES["full"], **common}
+    ranks = {name: layer.adapter.rank * _copies(layer) for name, layer in layers.items()}
+    alphas = {name: _file_alpha(layer) for name, layer in layers.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    first = next(iter(layers.values())).adapter
+    return {
+        "peft_type": _peft_type(model, layers, extras, whole),
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "lora_dropout": first.dropout,
+        "use_dora": first.method == "dora",
+        "use_rslora": first.rank_scaling == "sqrt",
+        "init_lora_weights": True,
+        **common,
+    }
+
+
+def own_settings(model: nn.Module) -> dict[str, Any]:
+    """What `recipe.json` holds under `adapter`: what the tensors' names and PEFT's fields do not say."""
+    layers = dict(adapted_layers(model))
+    parts: dict[str, list[str]] = {}
+    for part in trained_parts(model):
+        if not part.name.startswith("dora."):
+            parts.setdefault(part.name, []).extend(part.parameters)
+    common = {"parts": parts, "kept": list(kept_tensors(model))}
+    if not layers:
+        return {"method": "full", **common}
+    main = next((layer for layer in layers.values() if layer.adapter.method != "magnitude"), None)
+    first = main or next(iter(layers.values()))
+    alone = [name for name, layer in layers.items() if layer.adapter.method == "magnitude"]
+    differing = {name: layer.adapter for name, layer in layers.items() if name not in alone}
+    return {
+        **{field: getattr(first.adapter, field) for field in OWN_FIELDS},
+        "rank_pattern": {name: a.rank for name, a in differing.items() if a.rank != first.adapter.rank},
+        "alpha_pattern": {name: a.alpha for name, a in differing.items() if a.alpha != first.adapter.alpha},
+        "magnitude_targets": alone if main is not None else [],
+        **common,
+    }
+
+
+def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
+    """The topmost modules all of whose parameters are named; what PEFT calls `modules_to_save`."""
+    chosen: list[str] = []
+    for name, module in model.named_modules():
+        own = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
+        inside = any(name.startswith(f"{outer}.") for outer in chosen)
+        if name and own and own <= parameters and not inside:
+            chosen.append(name)
+    return chosen
+
+
+def _peft_type(model: nn.Module, layers: Mapping[str, AdaptedLayer], extras: set[str], whole: list[str]) -> str:
+    methods = {layer.adapter.method for layer in layers.values()}
+    if methods == {"magnitude"}:
+        return OWN_TYPES["magnitude"]
+    loose = [name for name in extras if not any(name.startswith(f"{module}.") for module in whole)]
+    transposed = {_is_transposed(layer) for layer in layers.values()}
+    known = (
+        len(methods) == 1
+        and methods <= {"dora", "lora"}
+        and not loose
+        and not kept_tensors(model)
+        and len(transposed) == 1
+    )
+    return "LORA" if known else OWN_TYPE
+
+
+def _is_transposed(layer: AdaptedLayer) -> bool:
+    return type(layer).__name__ == "TransposedLinear"
+
+
+def _copies(layer: AdaptedLayer) -> int:
+    """2 where the file holds A and B beside their start (PiSSA): to others, a change of the whole weight."""
+    return 2 if "start_A" in layer._buffers else 1
+
+
+def _file_alpha(layer: AdaptedLayer) -> float:
+    """alpha that gives the same scale at the file's rank."""
+    copies, adapter = _copies(layer), layer.adapter
+    return adapter.alpha * (copies if adapter.rank_scaling == "linear" else copies**0.5)
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def read_config(
+    source: str, peft: Mapping[str, Any], own: Mapping[str, Any], named: Mapping[str, Tensor]
+) -> DoRAConfig:
+    """The configuration that a folder was written with; layers and parts are read from the tensors' names.
+
+    Raises:
+        UserError: the configuration asks for a computation that is not ours, or contradicts the tensors.
+    """
+    check_peft_fields(source, peft)
+    owners = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] in LEAVES}
+    extras = [name for name in named if name.rpartition(".")[2] not in LEAVES]
+    kept = tuple(own.get("kept", ()))
+    parts = {part: tuple(names) for part, names in own.get("parts", {}).items()}
+    unnamed = tuple(n for n in extras if n not in kept and all(n not in names for names in parts.values()))
+    if unnamed:
+        parts["extra"] = unnamed
+    full = tuple(parts.pop("full", ()))
+    method = own.get("method") or ("dora" if peft.get("use_dora") else "lora")
+    alone = tuple(own.get("magnitude_targets", ()))
+    targets = {name.rpartition(".")[0] for name in full} if method == "full" else owners - set(alone)
+    if not targets:
+        raise UserError(f"{source} holds no adapter tensor (lora_A, lora_B, lora_magnitude_vector)")
+    ranks, alphas = _patterns(source, peft, own, {n: t for n, t in named.items() if n.endswith(".lora_A")})
+    return DoRAConfig(
+        targets=tuple(sorted(targets)),
+        method=method,
+        rank=int(own.get("rank", peft.get("r", 1))),
+        alpha=float(own.get("alpha", peft.get("lora_alpha", 1.0))),
+        dropout=float(peft.get("lora_dropout", 0.0)),
+        dropout_mode=own.get("dropout_mode", "whole_change"),
+        detach_norm=own.get("detach_norm", True),
+        rank_scaling="sqrt" if peft.get("use_rslora") else "linear",
+        kinds=tuple(own.get("kinds", ("linear", "embedding", "conv"))),
+        magnitude_targets=alone,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        init=own.get("init", "kaiming"),
+        random_seed=own.get("random_seed", 0),
+        opaque_layers=tuple(own.get("opaque_layers", ())),
+        also_train=parts,
+        also_keep=tuple(name for name in kept if not name.startswith(f"{SHARED_NAME}.")),
+    )
+
+
+def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
+    """Refuses a configuration that this package would compute differently from PEFT.
+
+    Raises:
+        UserError: another method, a field that changes the forward pass, or an unknown field that is set.
+    """
+    kind = peft.get("peft_type", "LORA")
+    if kind not in ("LORA", OWN_TYPE, *OWN_TYPES.values()):
+        raise UserError(f"{source}: peft_type is {kind!r}; only LORA (with or without DoRA) is read")
+    changing = sorted(name for name in REFUSED_FIELDS if peft.get(name))
+    if changing:
+        raise UserError(f"{source}: {', '.join(changing)} is set, which changes the forward pass; not supported")
+    unknown = sorted(name for name, value in peft.items() if name not in KNOWN_FIELDS and value not in (None, False))
+    if unknown:
+        raise UserError(f"{source}: unknown field {', '.join(unknown)}; written by a newer PEFT? remove what is unused")
+
+
+def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
+    """A layer's value in PEFT's `rank_pattern` or `alpha_pattern`: a regular expression at the name's end."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default
+
+
+def _patterns(
+    source: str, peft: Mapping[str, Any], own: Mapping[str, Any], factors: Mapping[str, Tensor]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and alpha of the layers that differ, by full name; every rank must be its tensor's."""
+    if own:
+        return dict(own.get("rank_pattern", {})), dict(own.get("alpha_pattern", {}))
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, tensor in factors.items():
+        layer = name.rpartition(".")[0]
+        rank = int(by_peft_pattern(peft.get("rank_pattern"), layer, peft.get("r", 1)))
+        if rank != tensor.shape[0]:
+            raise UserError(f"{source}: {layer} has rank {rank} in the configuration, and {tensor.shape[0]} in {name}")
+        if rank != peft.get("r"):
+            ranks[layer] = rank
+        alpha = float(by_peft_pattern(peft.get("alpha_pattern"), layer, peft.get("lora_alpha", 1.0)))
+        if alpha != peft.get("lora_alpha"):
+            alphas[layer] = alpha
+    return ranks, alphas

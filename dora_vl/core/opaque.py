@@ -1,0 +1,152 @@
+"""Adapted linear layers whose weight cannot be read (quantised, or of a class unknown here), through their forward.
+
+The norm needs W only as W A^T and ||W||^2. Both come from the layer's own forward pass: on A's rows, and once on the
+rows of the identity, a block at a time. Nothing is dequantised for it and no dense copy of W ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dora_vl.core import functional
+from dora_vl.core.config import DoRAConfig
+from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.linear import SHARED_DROPOUT
+from dora_vl.errors import UserError
+
+IDENTITY_ROWS = 256
+"""Columns of W read at a time."""
+
+
+@dataclass(frozen=True)
+class OpaqueKind:
+    """What must be known of a class of opaque linear layer."""
+
+    probe_dtype: Callable[[Any], torch.dtype]
+    """The dtype of the rows that it is asked about."""
+    rounds_input: bool = False
+    """It quantises its input too (LLM.int8): only one-hot rows pass exactly, so A's rows go through the identity."""
+
+
+OPAQUE_KINDS: Mapping[str, OpaqueKind] = {
+    "bitsandbytes.nn.modules.Linear4bit": OpaqueKind(lambda layer: layer.weight.quant_state.dtype),
+    "bitsandbytes.nn.modules.LinearNF4": OpaqueKind(lambda layer: layer.weight.quant_state.dtype),
+    "bitsandbytes.nn.modules.LinearFP4": OpaqueKind(lambda layer: layer.weight.quant_state.dtype),
+    "bitsandbytes.nn.modules.Linear8bitLt": OpaqueKind(lambda layer: torch.float16, rounds_input=True),
+    "hqq.core.quantize.HQQLinear": OpaqueKind(lambda layer: layer.compute_dtype),
+}
+TENSOR_SUBCLASS = OpaqueKind(lambda layer: layer.weight.dtype)
+"""An `nn.Linear` whose weight is a tensor subclass (torchao)."""
+UNKNOWN_LINEAR = OpaqueKind(lambda layer: torch.float32)
+"""A class that the user named."""
+
+
+class OpaqueLinear(AdaptedLayer):
+    """An adapter around a linear layer that is only ever called; the layer stays whole, as the child `base`."""
+
+    def __init__(self, base: nn.Module, config: DoRAConfig, kind: OpaqueKind = UNKNOWN_LINEAR) -> None:
+        super().__init__()
+        self.base, self.kind = base, kind
+        self.in_features, self.out_features = cast(int, base.in_features), cast(int, base.out_features)
+        self.start_adapter(base, config)
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where the frozen weight is and of which version; its values are not read."""
+        return next(self.base.parameters())
+
+    @property
+    def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The layer's own bias."""
+        return cast("Tensor | None", self.base.bias)
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
+
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the rows that the layer is asked about."""
+        return self.kind.probe_dtype(self.base)
+
+    def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
+        """y = base(x) + (g - 1) (base(x) - b) + g s B A x."""
+        output, factors, gain = self.base(input), self.factors(), self.gain()
+        probability = self.adapter.dropout if self.training and factors is not None else 0.0
+        whole = bool(probability) and self.adapter.dropout_mode == "whole_change"
+        dropped = input
+        if whole:
+            dropped = F.dropout(input, probability)
+        elif probability:
+            dropped = SHARED_DROPOUT.draw(input, probability, id(self)).apply(input) / (1 - probability)
+        low_rank = None
+        if factors is not None:
+            a, b = factors
+            low_rank = self.scale() * F.linear(F.linear(dropped, a.to(input.dtype)), b.to(input.dtype))
+            low_rank = low_rank.to(output.dtype)
+        frozen = self._without_bias(self.base(dropped) if whole else output)
+        return functional.changed_output(output, frozen, low_rank, gain)
+
+    # -- the norm, through the layer's own forward -------------------------------------------------------------
+
+    def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "rows out"]:
+        """The frozen weight applied to rows, without the bias."""
+        if not self.kind.rounds_input:
+            return self._without_bias(self.base(rows.to(self.compute_dtype())))
+        product = torch.zeros(len(rows), self.out_features, device=rows.device)
+        for start, columns in self._columns():
+            product = product + rows[:, start : start + len(columns)].float() @ columns.float()
+        return product
+
+    def frozen_rows(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows in_"]:
+        """Some rows of W."""
+        return torch.cat([columns[:, index] for _, columns in self._columns()]).t()
+
+    def dense_weight(self) -> Float[Tensor, "out in_"]:
+        """All of W in float32, for starting values alone."""
+        return torch.cat([columns.float() for _, columns in self._columns()]).t().contiguous()
+
+    @torch.no_grad()
+    def frozen_norms_squared(self) -> Float[Tensor, " out"]:
+        """||W_i||^2 of every row, from W's columns."""
+        dtype = functional.accumulation_dtype(self.compute_dtype())
+        if self.weight.device.type == "meta":
+            return torch.empty(self.out_features, dtype=dtype, device="meta")
+        total = torch.zeros(self.out_features, dtype=dtype, device=self.weight.device)
+        for _, columns in self._columns():
+            total += columns.to(dtype).square().sum(dim=0)
+        return total
+
+    @torch.no_grad()
+    def _columns(self) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
+        """W's columns, `IDENTITY_ROWS` at a time, each block with the index of its first."""
+        dtype, device = self.compute_dtype(), self.weight.device
+        for start in range(0, self.in_features, IDENTITY_ROWS):
+            count = min(IDENTITY_ROWS, self.in_features - start)
+            rows = torch.zeros(count, self.in_features, dtype=dtype, device=device)
+            rows[torch.arange(count), start + torch.arange(count)] = 1
+            yield start, self._without_bias(self.base(rows))
+
+    def _without_bias(self, output: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
+        return output if self.bias is None else output - self.bias.to(output.dtype)
+
+    # -- not possible here -------------------------------------------------------------------------------------
+
+    def merge(self, *, keep_base: bool = True) -> None:
+        """Refused.
+
+        Raises:
+            UserError: always; a quantised weight cannot hold the merged values.
+        """
+        kind = type(self.base).__name__
+        raise UserError(f"a {kind} cannot hold merged weights; load the base without quantisation and merge there")
+
+    def plain(self) -> nn.Module:
+        """The layer that was here before."""
+        return self.base.train(self.training)
