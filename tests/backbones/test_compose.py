@@ -1,0 +1,182 @@
+"""A composed folder opens like a downloaded one, with plain transformers too, and answers the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+
+from dora_vl.backbones.compose import ComposeSpec, compose_llava
+from dora_vl.backbones.language_source import load_language_model, load_tokenizer
+from dora_vl.backbones.llava import load_llava
+from dora_vl.errors import UserError
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def language_folder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, new_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A tiny LLaMA whose tokenizer does not know `<image>`, and whose vocabulary is full."""
+    folder = tmp_path_factory.mktemp("language")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(_saved_without_image(new_tokenizer, folder))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=request.param == "tied",
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def _saved_without_image(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<image>"', '"<other>"'))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vision")
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_spec(language_folder: Path, vision_folder: Path) -> Callable[..., ComposeSpec]:
+    def make(**changes: object) -> ComposeSpec:
+        settings: dict[str, object] = {
+            "vision_library": "transformers",
+            "vision_name": str(vision_folder),
+            "image_mean": MEAN,
+            "image_std": STD,
+            "language_model": str(language_folder),
+        }
+        return ComposeSpec(**{**settings, **changes})  # pyright: ignore
+
+    return make
+
+
+def test_clip_and_llama_open_with_plain_transformers(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
+    compose_llava(make_spec(), tmp_path / "llava")
+    backbone = load_llava(str(tmp_path / "llava"))
+    image = backbone.config.image_token_id
+    ids = torch.tensor([[1, 300, image, image, image, image, 310]])
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    ours = backbone.generate(ids, torch.ones_like(ids), pixel_values=pixels, max_new_tokens=5).tolist()
+    torch.save((ids, pixels), tmp_path / "inputs.pt")
+    code = (
+        "import sys, torch; from transformers import LlavaForConditionalGeneration; "
+        f"model = LlavaForConditionalGeneration.from_pretrained({str(tmp_path / 'llava')!r}); "
+        f"ids, pixels = torch.load({str(tmp_path / 'inputs.pt')!r}); "
+        "print(model.generate(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), "
+        "max_new_tokens=5, do_sample=False)[:, ids.shape[1]:].tolist(), 'dora_vl' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == f"{ours} False", done.stderr
+
+
+def test_the_parts_are_the_given_ones(
+    make_spec: Callable[..., ComposeSpec], tmp_path: Path, language_folder: Path, vision_folder: Path
+) -> None:
+    compose_llava(make_spec(projector_seed=3), tmp_path / "llava")
+    model = load_llava(str(tmp_path / "llava")).model
+    language = LlamaForCausalLM.from_pretrained(language_folder)
+    vision = CLIPVisionModel.from_pretrained(vision_folder)
+    rows = language.config.vocab_size
+    embedding = model.model.language_model.embed_tokens.weight
+    assert len(embedding) % 64 == 0
+    assert model.config.image_token_id == len(load_tokenizer(str(language_folder)))
+    assert torch.equal(embedding[:rows], language.model.embed_tokens.weight)
+    torch.testing.assert_close(embedding[rows], language.model.embed_tokens.weight.mean(0))
+    assert torch.equal(model.lm_head.weight[:rows], language.lm_head.weight)
+    assert (model.lm_head.weight is embedding) == language.config.tie_word_embeddings
+    for name, value in vision.state_dict().items():
+        assert torch.equal(model.model.vision_tower.state_dict()[name], value)
+    torch.manual_seed(3)
+    assert torch.equal(model.model.multi_modal_projector.linear_1.weight, torch.nn.Linear(16, 32).weight)
+
+
+def test_a_grid_tower_and_the_processor(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
+    spec = make_spec(
+        vision_library="timm", vision_name="test_efficientnet", vision_weights="random", grid_pool=2, image_size=96
+    )
+    compose_llava(spec, tmp_path / "llava")
+    backbone = load_llava(str(tmp_path / "llava"), dtype=torch.bfloat16)
+    assert backbone.tokens_per_image == 4
+    assert (backbone.config.vision_feature_layer, backbone.config.vision_feature_select_strategy) == (-1, "full")
+    assert {weight.dtype for weight in backbone.model.parameters()} == {torch.bfloat16}
+    processor = AutoProcessor.from_pretrained(tmp_path / "llava", backend="pil")
+    inputs = processor(text="a <image> b", images=torch.zeros(3, 60, 40).numpy(), return_tensors="pt")
+    assert int((inputs["input_ids"] == backbone.config.image_token_id).sum()) == 4
+    assert inputs["pixel_values"].shape == (1, 3, 96, 96)
+    assert backbone.picture_features(inputs["pixel_values"]).shape == (1, *backbone.feature_shape)
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava")
+    assert torch.isfinite(loaded(**inputs).logits).all()
+
+
+def test_the_folder_says_nothing_about_this_machine(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
+    compose_llava(make_spec(), tmp_path / "llava")
+    for path in (tmp_path / "llava").glob("*.json"):
+        assert str(tmp_path.parent) not in path.read_text(), path.name
+    assert [path.name for path in tmp_path.iterdir()] == ["llava"]
+
+
+def test_dtype(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
+    compose_llava(make_spec(dtype="bfloat16"), tmp_path / "llava")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", dtype="auto")
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_refusals(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match=r"there exists already"):
+        compose_llava(make_spec(), tmp_path / "there")
+    with pytest.raises(UserError, match=r"no tokenizer could be read from"):
+        compose_llava(make_spec(language_model=str(tmp_path / "nothing")), tmp_path / "llava")
+    with pytest.raises(UserError, match=r"cannot be opened as a LLaVA"):
+        load_llava(str(tmp_path / "nothing"))
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_vocabulary_with_room_is_not_resized(language_folder: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(language_folder)
+    tokenizer = load_tokenizer(str(language_folder))
+    model.resize_token_embeddings(len(tokenizer) + 5)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    language = load_language_model(str(tmp_path))
+    assert language.config.vocab_size == len(tokenizer) + 5
+    assert language.image_token_id == len(tokenizer)
