@@ -106,7 +106,7 @@ def _in_file(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # -- loading -------------------------------------------------------------------------------------------------

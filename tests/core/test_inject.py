@@ -81,11 +81,14 @@ def test_trained_parts_are_named_and_vectors_do_not_decay():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": ("text.*.k_proj",)}, r"targets.*'text\.\*\.k_proj' matches none of 7 names, such as"),
+        ({"targets": ("text.*.k_proj",)}, r"targets.*'text\.\*\.k_proj' matches none of 8 names, such as"),
         ({"targets": ("text.*.norm",)}, "matches none"),
         ({"also_train": {"projector": ("projectr.*",)}}, r"also_train\.projector: pattern 'projectr\.\*' matches none"),
         ({"also_train": {"a": ("projector.0.*",), "b": ("projector.*",)}}, r"projector\.0\.weight would train twice"),
-        ({"also_train": {"a": ("text.0.q_proj.weight",)}}, r"is the frozen weight of adapted layer text\.0\.q_proj"),
+        (
+            {"also_train": {"a": ("text.0.q_proj.weight",)}},
+            r"is the frozen weight of the adapted layer text\.0\.q_proj",
+        ),
         ({"also_keep": ("nothing",)}, "also_keep: pattern 'nothing'"),
         ({"rank_pattern": {"text.7.*": 4}}, r"rank_pattern.*'text\.7\.\*' matches none"),
         ({"alpha_pattern": {"vision.*": 4.0}}, r"alpha_pattern.*'vision\.\*' matches none"),
@@ -198,7 +201,7 @@ def test_tied_extra_trains_once_in_float32_and_stays_tied():
 
 
 def test_training_what_is_tied_to_an_adapted_weight_is_refused():
-    with pytest.raises(UserError, match="frozen weight of adapted layer head"):
+    with pytest.raises(UserError, match="frozen weight of the adapted layer head"):
         apply_dora(Tied(), DoRAConfig(targets=("head",), rank=2, also_train={"table": ("table.weight",)}))
 
 
