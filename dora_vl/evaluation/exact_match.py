@@ -58,6 +58,11 @@ def normalised(answer: str) -> str:
     return " ".join(answer.lower().split()).rstrip(".").rstrip()
 
 
+def final_answer(text: str | None, after: str | None) -> str | None:
+    """What follows the last `after` in an answer that reasons first ("blue circle, so no"); all of it without one."""
+    return text if text is None or not after else text.rpartition(after)[2]
+
+
 def is_match(answer: Answered) -> bool:
     """Whether the model's answer is the true one, after normalisation of both."""
     return answer.prediction is not None and normalised(answer.prediction) == normalised(answer.truth)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.exact_match import Answered, is_match
+from dora_vl.evaluation.exact_match import Answered, final_answer, is_match
 from dora_vl.evaluation.predictions_file import Prediction
 
 if TYPE_CHECKING:
@@ -102,22 +102,28 @@ def _plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def chosen_for_sheet(
-    predictions: Sequence[Prediction], cells: int = SHEET_CELLS, seed: int = 0
+    predictions: Sequence[Prediction], cells: int = SHEET_CELLS, seed: int = 0, answer_after: str | None = None
 ) -> tuple[list[Prediction], list[Prediction]]:
     """A fair random sample for all rows but the last, and mistakes that fill the last (as far as there are any)."""
     shuffled = list(predictions)
     random.Random(seed).shuffle(shuffled)
     fair = shuffled[: cells - COLUMNS] if len(shuffled) > cells - COLUMNS else shuffled
-    mistakes = [prediction for prediction in shuffled[len(fair) :] if not _is_right(prediction)]
+    mistakes = [prediction for prediction in shuffled[len(fair) :] if not _is_right(prediction, answer_after)]
     return fair, mistakes[:COLUMNS]
 
 
-def _is_right(prediction: Prediction) -> bool:
-    return is_match(Answered(id=prediction.id, truth=prediction.truth, prediction=prediction.prediction))
+def _is_right(prediction: Prediction, answer_after: str | None) -> bool:
+    answer = final_answer(prediction.prediction, answer_after)
+    return is_match(Answered(id=prediction.id, truth=prediction.truth, prediction=answer))
 
 
 def write_contact_sheet(
-    predictions: Sequence[Prediction], open_picture: Callable[[str], Image.Image], to: Path, *, title: str
+    predictions: Sequence[Prediction],
+    open_picture: Callable[[str], Image.Image],
+    to: Path,
+    *,
+    title: str,
+    answer_after: str | None = None,
 ) -> None:
     """Draws pictures with their questions and the model's answers, green where right, red where wrong.
 
@@ -125,13 +131,14 @@ def write_contact_sheet(
         open_picture: the picture at a prediction's relative path; its first picture is drawn.
         to: the PNG file.
         title: the line on top.
+        answer_after: what stands before the scored part of an answer (`evaluation.answer_after`).
 
     Raises:
         UserError: there are no predictions.
     """
     if not predictions:
         raise UserError(f"no predictions, so there is no contact sheet for {to}")
-    fair, mistakes = chosen_for_sheet(predictions)
+    fair, mistakes = chosen_for_sheet(predictions, answer_after=answer_after)
     chosen = fair + mistakes
     title += "\nrandom questions, then a row of mistakes" if mistakes else "\nrandom questions"
     rows = -(-len(chosen) // COLUMNS)
@@ -145,7 +152,7 @@ def write_contact_sheet(
         side = CELL_WIDTH - MARGIN
         axes = figure.add_axes((left, top - side / height, side / width, side / height))
         _draw_picture(axes, prediction, open_picture)
-        _draw_answer(axes, prediction, inches=side)
+        _draw_answer(axes, prediction, inches=side, right=_is_right(prediction, answer_after))
     _save(figure, to)
 
 
@@ -165,9 +172,8 @@ def _draw_picture(axes: Axes, prediction: Prediction, open_picture: Callable[[st
     axes.imshow(picture, interpolation="nearest" if max(picture.size) < SMALL_PX else "antialiased")
 
 
-def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float) -> None:
+def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bool) -> None:
     """The question and the answer under a picture `inches` high."""
-    right = _is_right(prediction)
     color = RIGHT if right else WRONG
     axes.spines[:].set_color(color)
     axes.spines[:].set_linewidth(1.2 if right else 2.5)

@@ -17,7 +17,7 @@ from torch import nn
 from dora_vl.core.adapter_file import WEIGHTS_FILE
 from dora_vl.data.media import open_image
 from dora_vl.errors import UserError
-from dora_vl.evaluation.exact_match import Answered, ExactMatch, exact_match
+from dora_vl.evaluation.exact_match import Answered, ExactMatch, exact_match, final_answer
 from dora_vl.evaluation.predict import Answerer, Decoding, PictureReader, PromptEncoder, predict
 from dora_vl.evaluation.predictions_file import Prediction, PredictionsFile
 from dora_vl.evaluation.questions import Question, read_questions
@@ -67,22 +67,31 @@ def evaluate_run(
         failed |= predict(backbone, encoder, questions, pictures=pictures, file=file, decoding=decoding)
         done = [file.done[question.id] for question in questions if question.id in file.done]
     seconds = time.monotonic() - started
-    score = exact_match([*map(_answered, done), *(_unanswered(name, questions) for name in failed)])
+    answered = [_answered(prediction, evaluation.answer_after) for prediction in done]
+    score = exact_match([*answered, *(_unanswered(name, questions) for name in failed)])
     metrics = {
         **_score_entries(score),
         **(numbers or {}),
         "evaluation_seconds": round(seconds, 1),
         "answers_from_earlier_run": min(answered_before, len(done)),
         "evaluation_file": evaluation.file,
+        "answer_after": evaluation.answer_after,
         "failed_questions": failed,
     }
     write_json(run_folder / METRICS, metrics)
     _report(score, run_folder)
-    draw_run(done, score, run_folder=run_folder, image_folder=image_folder)
+    draw_run(done, score, run_folder=run_folder, image_folder=image_folder, answer_after=evaluation.answer_after)
     return metrics
 
 
-def draw_run(predictions: Sequence[Prediction], score: ExactMatch, *, run_folder: Path, image_folder: Path) -> None:
+def draw_run(
+    predictions: Sequence[Prediction],
+    score: ExactMatch,
+    *,
+    run_folder: Path,
+    image_folder: Path,
+    answer_after: str | None = None,
+) -> None:
     """Writes the loss curve and the contact sheet; without matplotlib it says so and leaves them out."""
     if importlib.util.find_spec("matplotlib") is None:
         log.warning("no loss curve and contact sheet: matplotlib is not installed (pip install 'dora-vl[demo]')")
@@ -95,7 +104,10 @@ def draw_run(predictions: Sequence[Prediction], score: ExactMatch, *, run_folder
     low, high = score.interval_95
     title = f"{score.accuracy:.1%} of {score.n:,} right (95 % interval {low:.1%} to {high:.1%})"
     if predictions:
-        write_contact_sheet(predictions, partial(open_image, image_folder), run_folder / CONTACT_SHEET, title=title)
+        sheet = run_folder / CONTACT_SHEET
+        write_contact_sheet(
+            predictions, partial(open_image, image_folder), sheet, title=title, answer_after=answer_after
+        )
 
 
 def _settings(evaluation: EvaluationConfig, run_folder: Path) -> dict[str, object]:
@@ -118,11 +130,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _answered(prediction: Prediction) -> Answered:
+def _answered(prediction: Prediction, answer_after: str | None) -> Answered:
     return Answered(
         id=prediction.id,
         truth=prediction.truth,
-        prediction=prediction.prediction,
+        prediction=final_answer(prediction.prediction, answer_after),
         kind=prediction.kind,
         group="\n".join(prediction.images),
     )

@@ -111,6 +111,8 @@ class EvaluationConfig:
     """Root of their pictures; null: data.image_folder."""
     metric: Literal["exact_match"] = "exact_match"
     """How an answer is scored."""
+    answer_after: str | None = None
+    """In answers that reason first, such as "blue circle, so no", what stands before the answer that is scored."""
     batch_size: int = 32
     """Questions answered at once."""
     max_new_tokens: int = 16

@@ -5,11 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data_prep.easy_vqa import DESCRIBE, PLACEHOLDER, Settings, balanced, convert, main
+from data_prep.easy_vqa import (
+    DESCRIBE,
+    PLACEHOLDER,
+    Settings,
+    balanced,
+    convert,
+    main,
+    reasoned,
+    seen_in_pictures,
+)
 from data_prep.easy_vqa_package import Question, kind_of, shows
 from dora_vl.errors import UserError
 
@@ -58,7 +68,7 @@ def pairs(record: dict) -> list[tuple[str, str, str]]:
 
 def test_every_question_appears_once_and_pictures_are_not_shared(package: Path, tmp_path: Path) -> None:
     convert(
-        package, tmp_path / "data", Settings(validation_pictures=2, rounds=3, descriptions=0, balanced=False, seed=5)
+        package, tmp_path / "data", Settings(validation_pictures=2, rounds=3, reasons=False, balanced=False, seed=5)
     )
     train, validation = read(tmp_path / "data", "train"), read(tmp_path / "data", "validation")
     assert {r["image"] for r in train}.isdisjoint({r["image"] for r in validation})
@@ -71,7 +81,7 @@ def test_every_question_appears_once_and_pictures_are_not_shared(package: Path, 
 
 def test_conversations_hold_at_most_the_rounds_asked_for_in_equal_parts(package: Path, tmp_path: Path) -> None:
     convert(
-        package, tmp_path / "data", Settings(validation_pictures=0, rounds=3, descriptions=0, balanced=False, seed=5)
+        package, tmp_path / "data", Settings(validation_pictures=0, rounds=3, reasons=False, balanced=False, seed=5)
     )
     train = read(tmp_path / "data", "train")
     assert Counter(len(pairs(record)) for record in train) == {3: 8, 2: 16}  # 7 rounds: 3 + 2 + 2
@@ -83,14 +93,14 @@ def test_conversations_hold_at_most_the_rounds_asked_for_in_equal_parts(package:
 
 def test_one_round_gives_one_question_a_sample(package: Path, tmp_path: Path) -> None:
     convert(
-        package, tmp_path / "data", Settings(validation_pictures=1, rounds=1, descriptions=0, balanced=False, seed=5)
+        package, tmp_path / "data", Settings(validation_pictures=1, rounds=1, reasons=False, balanced=False, seed=5)
     )
     assert [len(pairs(record)) for record in read(tmp_path / "data", "train")] == [1] * 49
 
 
 def test_the_test_split_is_the_packages_own_in_shuffled_order(package: Path, tmp_path: Path) -> None:
     convert(
-        package, tmp_path / "data", Settings(validation_pictures=2, rounds=3, descriptions=0, balanced=False, seed=5)
+        package, tmp_path / "data", Settings(validation_pictures=2, rounds=3, reasons=False, balanced=False, seed=5)
     )
     test = read(tmp_path / "data", "test")
     rows = json.loads((package / "test/questions.json").read_text())
@@ -138,7 +148,7 @@ def test_balance_leaves_out_absent_things_only() -> None:
 def test_descriptions_take_their_share_and_say_what_the_questions_of_that_picture_say(
     package: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(validation_pictures=2, train_pictures=5, descriptions=0.25, balanced=False)
+    settings = Settings(validation_pictures=2, train_pictures=5, descriptions=0.25, reasons=False, balanced=False)
     convert(package, tmp_path / "data", settings)
     train = read(tmp_path / "data", "train")
     described = [pairs(record)[0] for record in train if pairs(record)[0][1] == DESCRIBE]
@@ -195,3 +205,33 @@ def test_settings_out_of_range_end_with_status_2(
         main(["--from", str(package), "--to", str(tmp_path / "data"), setting, value])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {setting} is {value}")
+
+
+def test_reasons_name_what_the_picture_shows_and_the_test_keeps_the_published_answers(
+    package: Path, tmp_path: Path
+) -> None:
+    plain = Settings(validation_pictures=2, reasons=False, balanced=False)
+    manifest = convert(package, tmp_path / "plain", plain)
+    assert manifest["left_out_undescribed"] == 0
+    assert convert(package, tmp_path / "said", replace(plain, reasons=True))["left_out_undescribed"] == 0
+    for split in ("train", "validation"):
+        bare = {record["id"]: pairs(record)[0] for record in read(tmp_path / "plain", split)}
+        for record in read(tmp_path / "said", split):
+            image, question, answer = pairs(record)[0]
+            assert (image, question) == bare[record["id"]][:2]
+            color = COLORS[int(image.split("/")[-1][0]) % 3]
+            assert answer == f"{color} circle, so {bare[record['id']][2]}"
+    assert read(tmp_path / "plain", "test") == read(tmp_path / "said", "test")
+
+
+def test_questions_about_pictures_that_nobody_described_are_left_out_and_counted(tmp_path: Path) -> None:
+    asked = [
+        Question(index=0, text="what color is the shape?", answer="red", picture=0),
+        Question(index=1, text="what shape is present?", answer="circle", picture=0),
+        Question(index=2, text="is there a circle?", answer="no", picture=1),
+    ]
+    assert seen_in_pictures(asked) == {0: "red circle"}
+    assert [question.answer for question in reasoned(asked, seen_in_pictures(asked))] == [
+        "red circle, so red",
+        "red circle, so circle",
+    ]

@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dora_vl.evaluation.exact_match import Answered, KindScore, bootstrap_interval, exact_match, is_match
+from dora_vl.evaluation.exact_match import (
+    Answered,
+    KindScore,
+    bootstrap_interval,
+    exact_match,
+    final_answer,
+    is_match,
+)
 
 
 def answered(truth: str, prediction: str | None, kind: str | None = None, group: str = "") -> Answered:
@@ -71,3 +78,17 @@ def test_nothing_to_score_is_an_error() -> None:
 def test_scoring_needs_no_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import dora_vl.evaluation.exact_match"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    ("said", "after", "scored"),
+    [
+        ("blue circle, so no", ", so ", "no"),
+        ("no", ", so ", "no"),
+        ("a, so b, so c", ", so ", "c"),
+        ("blue circle, so no", None, "blue circle, so no"),
+        (None, ", so ", None),
+    ],
+)
+def test_only_what_follows_the_last_marker_is_scored(said: str | None, after: str | None, scored: str | None) -> None:
+    assert final_answer(said, after) == scored
