@@ -9,11 +9,10 @@ training.output_dir; `--resume last` goes on from the last checkpoint.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.errors import exit_on_user_error
 
 STATUS_OF_A_SIGNAL = 128  # as shells count it: 130 after Ctrl-C, 143 after SIGTERM
 
@@ -21,25 +20,20 @@ STATUS_OF_A_SIGNAL = 128  # as shells count it: 130 after Ctrl-C, 143 after SIGT
 @exit_on_user_error
 def main() -> None:
     """Reads the settings, trains, tests."""
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(
-        level=logging.INFO if first else logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
-    )
     from dora_vl.training.command_line import read_run
+    from dora_vl.training.launch import first_rank_speaks, log_to_stderr
 
-    try:
+    log_to_stderr()
+    with first_rank_speaks():
         config = read_run(sys.argv[1:], program="llava_instruct.py", description=__doc__ or "")
-    except UserError:
-        if first:
-            raise
-        sys.exit(2)  # every rank finds the same mistake; the first one says it
 
-    from dora_vl.training.run import run
+        from dora_vl.training.run import run  # seconds of imports, after mistakes in the settings were told
 
-    stopped_by = run(config, task="llava_instruct")
+        stopped_by = run(config, task="llava_instruct")
     if stopped_by is not None:
-        name = signal.Signals(stopped_by).name
-        logging.getLogger(__name__).warning("stopped by %s; --resume last goes on from there", name)
+        logging.getLogger(__name__).info(
+            "stopped by %s; --resume last goes on from there", signal.Signals(stopped_by).name
+        )
         sys.exit(STATUS_OF_A_SIGNAL + stopped_by)
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
+import time
+from collections.abc import Iterator
 
 import torch
 
+from dora_vl.errors import UserError
+
+SECONDS_FOR_THE_FIRST_RANK = 5.0
 SHARED_MEMORY_COLLECTIVES = "deepspeed_shm_comm"
 
 
@@ -51,6 +58,26 @@ def start_cpu_communication() -> None:
 
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVES] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def log_to_stderr() -> None:
+    """The first rank tells how the run goes, the others only what is wrong."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+
+@contextlib.contextmanager
+def first_rank_speaks() -> Iterator[None]:
+    """A mistake that all ranks find is told once: the others wait before they tell theirs.
+
+    The launcher ends them as soon as the first rank has; what a later rank alone has found is told after the wait.
+    """
+    try:
+        yield
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+        raise
 
 
 def is_first_rank() -> bool:

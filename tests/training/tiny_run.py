@@ -92,7 +92,7 @@ def write_tiny_data(folder: Path, *, samples: int = 48, text_only_blocks: int = 
             "id": f"sample-{index}",
             "conversations": [
                 {"from": "human", "value": question if text_only else f"<image>\n{question}"},
-                {"from": "gpt", "value": colour},
+                {"from": "gpt", "value": colour + " it" * (index % 3)},
             ],
         }
         if not text_only:

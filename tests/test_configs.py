@@ -1,0 +1,130 @@
+"""Every YAML under configs/ loads, and what it names is built on the meta device and adapted as it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+from transformers.models.llava.configuration_llava import LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+
+from dora_vl.core import trained_parts
+from dora_vl.training.arguments import check_training_section
+from dora_vl.training.assembly import adapt
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.deepspeed_checks import SHORT_NAMES, check_deepspeed, read_deepspeed
+from dora_vl.training.recipe import AdapterConfig, ModelConfig
+from dora_vl.vision.tower_sources import load_tower
+from dora_vl.vision.towers import register_towers
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+PUBLISHED = [path for path in CONFIGS if path.stem.startswith("llava15_")]
+CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+LLAMA_7B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+LLAMA_13B: dict[str, Any] = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+}
+SMOLLM2_135M: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+# The published shapes of what the files name, since a test has no network.
+LANGUAGE_SHAPES = {
+    "lmsys/vicuna-7b-v1.5": LLAMA_7B,
+    "lmsys/vicuna-13b-v1.5": LLAMA_13B,
+    "llava-hf/llava-1.5-13b-hf": LLAMA_13B,
+    "runs/demo/assets/smollm2": SMOLLM2_135M,
+}
+
+
+def vision_config(model: ModelConfig) -> Any:
+    compose = model.compose
+    if compose is None or compose.vision_name == "openai/clip-vit-large-patch14-336":
+        return CLIPVisionConfig(**CLIP_LARGE, image_size=336, patch_size=14)
+    tower = load_tower(dataclasses.replace(compose.tower(), weights="random", weights_in_order=False))
+    return tower.model.config
+
+
+def meta_model(model: ModelConfig) -> LlavaForConditionalGeneration:
+    register_towers()
+    language = model.base if model.compose is None else model.compose.language_model
+    text = LlamaConfig(**LANGUAGE_SHAPES[language])
+    config = LlavaConfig(
+        vision_config=vision_config(model), text_config=text, tie_word_embeddings=text.tie_word_embeddings
+    )
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(config)
+
+
+def trained_count(model: torch.nn.Module) -> int:
+    return sum(one.numel() for part in trained_parts(model) for one in part.parameters.values())
+
+
+def test_there_are_configs_in_every_folder() -> None:
+    assert len(CONFIGS) >= 10
+    assert {path.parent.name for path in CONFIGS} == {
+        path.name for path in (ROOT / "configs").iterdir() if path.is_dir() and path.name != "deepspeed"
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_loads_and_builds_on_the_meta_device(path: Path) -> None:
+    config = read_run_file(path)
+    check_training_section(config.training)
+    deepspeed = read_deepspeed(config.training["deepspeed"])
+    check_deepspeed(deepspeed, method=config.adapter.method, bf16=bool(config.training.get("bf16")))
+    model = meta_model(config.model)
+    adapt(model, _without_initial(config.adapter))
+    assert trained_count(model) > 0
+    assert not any(one.requires_grad for one in model.model.vision_tower.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("llava15_7b_lora", 340_795_392), ("llava15_7b_dora", 342_155_264), ("llava15_7b_pretrain", 20_979_712)],
+)
+def test_trains_the_published_number_of_parameters(name: str, expected: int) -> None:
+    config = read_run_file(ROOT / "configs" / "llava" / f"{name}.yaml")
+    model = meta_model(config.model)
+    adapt(model, _without_initial(config.adapter))
+    assert trained_count(model) == expected
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem.startswith("llava15_")], ids=lambda path: path.stem
+)
+def test_the_published_global_batch_on_eight_gpus(path: Path) -> None:
+    training = read_run_file(path).training
+    batch = 8 * training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    assert batch == (256 if path.stem.endswith("pretrain") else 128)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_table_names_it(path: Path) -> None:
+    assert f"`{path.relative_to(ROOT / 'configs')}`" in (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_deepspeed_json_has_a_short_name_and_is_safe() -> None:
+    files = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
+    assert [path.stem for path in files] == sorted(SHORT_NAMES)
+    for path in files:
+        check_deepspeed(json.loads(path.read_text(encoding="utf-8")), method="dora", bf16=False)
+
+
+def _without_initial(adapter: AdapterConfig) -> AdapterConfig:
+    """The folder that another run leaves is not there yet."""
+    return AdapterConfig(**{**vars(adapter), "initial": None})

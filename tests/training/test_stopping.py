@@ -1,0 +1,74 @@
+"""Ctrl-C under the launcher, two ranks with ZeRO-3: the step is finished and saved, and the run goes on from it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.checkpoints import complete_checkpoints
+from tests.training.test_two_ranks import ROOT, launch, losses
+from tests.training.tiny_run import write_run
+
+STEPS = 60
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ctrl_c_saves_and_the_run_goes_on_as_if_nothing_had_been(
+    tiny_llava: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        tiny_llava,
+        tiny_data,
+        adapter={"dropout": 0.2},
+        training={"max_steps": STEPS, "deepspeed": "zero3"},
+    )
+    whole = tmp_path / "whole"
+    assert launch(run_file, f"--training.output_dir={whole}", ranks=2, port=29621).returncode == 0
+
+    folder = tmp_path / "run"
+    stderr = stop_after_two_steps(run_file, folder)
+    assert "SIGINT: finishing the step and saving it first" in stderr
+    assert stderr.count("stopped by SIGINT; --resume last goes on from there") == 1
+    (checkpoint,) = complete_checkpoints(folder)
+    assert not (folder / "adapter").exists()  # nothing that looks like the result of a whole run
+    assert (checkpoint / "adapter" / "adapter_model.safetensors").is_file()
+    size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    assert size < 1_000_000  # three copies of 6,208 float32 trained numbers, not the base
+
+    result = launch(run_file, "--resume", "last", ranks=2, port=29623)
+    assert result.returncode == 0, result.stderr[-3000:]
+    torch.testing.assert_close(losses(folder), losses(whole), atol=1e-6, rtol=0)
+    ours, theirs = (load_file(one / "adapter" / "adapter_model.safetensors") for one in (folder, whole))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=0)
+
+
+def stop_after_two_steps(run_file: Path, folder: Path) -> str:
+    """Sends what a terminal's Ctrl-C sends: SIGINT to every process of the group; returns what was said."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29622"]
+    process = subprocess.Popen(
+        [*command, "tasks/llava_instruct.py", "--config", str(run_file)],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while len(read_log(folder / "log.jsonl")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=200)
+    return stderr
