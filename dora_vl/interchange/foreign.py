@@ -17,7 +17,7 @@ from torch import Tensor
 from dora_vl.core.adapter_file import PEFT_PREFIX
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import Adapter, refuse_not_finite
-from dora_vl.interchange.peft_config import new_config
+from dora_vl.interchange.peft_config import OWN_TYPE, new_config, own_recipe
 
 ScaleRule = Callable[[Mapping[str, Any], int], "float | None"]
 """From the tool's own `adapter_config.json` (empty where there is none) and a rank to s; None: not stated there."""
@@ -186,7 +186,11 @@ def to_adapter(
     )
     own.update({f"{PEFT_PREFIX}{name}": tensor for name, tensor in extras.items()})
     kept = sorted(name for name in extras if _matches(name, layout.kept))
-    recipe = {"adapter": {"parts": {"extra": sorted(set(extras) - set(kept))}, "kept": kept}} if extras else {}
+    recipe = own_recipe(new, sorted(set(extras) - set(kept)), kept) if extras else {}
+    whole = set(new["modules_to_save"] or ())
+    if kept or any(name.rpartition(".")[0] not in whole for name in extras):
+        # PEFT would load the adapter and leave these out; a type that it does not know makes it refuse.
+        new["peft_type"] = OWN_TYPE
     return Adapter(own, new, recipe, source, frozenset(input_axis))
 
 

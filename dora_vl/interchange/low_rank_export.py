@@ -19,7 +19,7 @@ from dora_vl.interchange.adapter import Adapter, split_key
 from dora_vl.interchange.base_weights import BaseWeights
 from dora_vl.interchange.factors import Factors
 from dora_vl.interchange.merge_folder import check_fit, factors_on
-from dora_vl.interchange.peft_config import new_config
+from dora_vl.interchange.peft_config import new_config, own_recipe
 
 EXACT_SVD_UP_TO = 1024
 """Shorter side of a change up to which the whole SVD is taken; beyond it a randomised one of the leading part."""
@@ -100,8 +100,10 @@ def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> A
         for field in ("base_model_name_or_path", "modules_to_save", "task_type", "revision", "fan_in_fan_out", "bias")
         if field in adapter.config
     }
-    extras = {"adapter": {**adapter.recipe.get("adapter", {}), "method": "lora"}} if adapter.recipe else {}
-    return Adapter(tensors, {**fresh, **carried}, {**adapter.recipe, **extras}, adapter.source)
+    config = {**fresh, **carried}
+    kept = sorted(adapter.recipe.get("adapter", {}).get("kept", ()))
+    own = own_recipe(config, sorted(set(adapter.extras) - set(kept)), kept) if adapter.recipe else {}
+    return Adapter(tensors, config, {**adapter.recipe, **own}, adapter.source)
 
 
 def _kernel(layer: dict[str, Tensor]) -> bool:

@@ -62,8 +62,9 @@ CHANGES_THE_EQUATION = frozenset(
 
 INITIALISATION_ONLY = frozenset({"corda_config", "eva_config", "lora_ga_config"})
 
-OWN_TYPES = frozenset({"DORA_VL_MAGNITUDE"})
-"""`peft_type` of our own folders that hold magnitudes without A and B, which PEFT does not know."""
+OWN_TYPE = "DORA_VL"
+OWN_TYPES = frozenset({OWN_TYPE, "DORA_VL_MAGNITUDE", "DORA_VL_FULL"})
+"""`peft_type` of our own folders that hold what PEFT does not know: magnitudes alone, biases, kept rows."""
 
 
 def check_config(config: Mapping[str, Any], source: str) -> None:
@@ -140,6 +141,13 @@ def new_config(
         "use_dora": use_dora,
         "use_rslora": False,
     }
+
+
+def own_recipe(config: Mapping[str, Any], parts: list[str], kept: list[str]) -> dict[str, Any]:
+    """The `recipe.json` of an adapter with other tensors beside it: which of them train, and what PEFT's fields say."""
+    own = {"method": "dora" if config["use_dora"] else "lora", "rank": config["r"], "alpha": config["lora_alpha"]}
+    patterns = {field: config[field] for field in ("rank_pattern", "alpha_pattern")}
+    return {"adapter": {**own, **patterns, "parts": {"extra": parts}, "kept": kept}}
 
 
 def _commonest(values: Iterable[Any]) -> Any:
