@@ -170,6 +170,7 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
         raise UserError(f"transformers could not load a vision model from {spec.name!r}: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{spec.name}: {len(missing)} vision weights are missing, first {missing[:3]}")
+    vision.name_or_path = network.config.name_or_path = ""  # a path of this machine, which no folder should carry
     options = {**vision.to_diff_dict(), "model_type": vision.model_type}
     return network, draft_config(
         spec,
