@@ -132,6 +132,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         weights = source / PICKLED_WEIGHTS_FILE
     tensors = read_tensors(weights)
     recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
+    shared = sorted(key for key in tensors if key.endswith((".vera_lambda_d", ".vera_lambda_b")))
+    if shared:
+        raise UserError(f"{weights} is a DVoRA adapter ({shared[0]}); load it with load_adapter, then merge_dora")
     adapter = Adapter(tensors, config, recipe, str(source))
     refuse_not_finite(tensors, str(weights))
     if not adapter.factors and not adapter.extras:

@@ -116,6 +116,9 @@ def test_vlbart_whole_checkpoint(tmp_path):
     torch.save(file, tmp_path / "LAST.pth")
     assert loaded(tmp_path / "LAST.pth", tmp_path / "ours", model) == ["layers.q_proj"]
     assert_layer(model, "layers.q_proj", dora(weight, a, b, m, 1.0), bias)
+    # PEFT would take A, B and m and leave the trained bias out.
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "DORA_VL"
     torch.testing.assert_close(model["layers"]["norm_layer_norm"].weight.detach(), norm)
 
 

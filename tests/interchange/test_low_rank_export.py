@@ -8,10 +8,12 @@ import pytest
 import torch
 from peft import PeftModel
 
+from dora_vl.core import DoRAConfig, apply_dora, load_adapter, save_adapter
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import read_adapter, write_adapter
 from dora_vl.interchange.base_weights import BaseWeights
 from dora_vl.interchange.low_rank_export import as_lora, export_layers, truncated
+from tests.core.dense_dora import move
 from tests.interchange.foreign_files import saved, tiny_llama
 from tests.interchange.peft_folders import moved_peft
 
@@ -65,3 +67,31 @@ def test_large_matrices_take_the_leading_part_without_touching_the_generator():
     a, b = truncated(change, 5)
     assert torch.equal(state, torch.get_rng_state())
     assert float((change - b @ a).norm()) == pytest.approx(float(torch.logspace(0, -4, 8)[5:].norm()), rel=0.02)
+
+
+def test_other_tensors_come_along(tmp_path):
+    """An adapter with trained norms, of layers whose ranks differ, exported and loaded again by the core."""
+    model = tiny_llama()
+    base = saved(model, tmp_path / "base")
+    apply_dora(model, DoRAConfig(targets=("*.q_proj",), rank=2, also_train={"norms": ("*.input_layernorm.weight",)}))
+    move(model)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.mul_(1.4)
+    save_adapter(model, tmp_path / "adapter", recipe={"task": "x"})
+    ids = torch.randint(32, (2, 7))
+    expected = model.eval()(ids).logits
+    with BaseWeights(base) as opened:
+        adapter = read_adapter(tmp_path / "adapter")
+        write_adapter(as_lora(adapter, list(export_layers(adapter, opened, 16)), 1e-5), tmp_path / "lora")
+    again = tiny_llama()
+    load_adapter(again, tmp_path / "lora")
+    torch.testing.assert_close(again.eval()(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert read_adapter(tmp_path / "lora").recipe["task"] == "x"
+
+
+def test_shared_factors_are_named(tmp_path):
+    model = tiny_llama()
+    apply_dora(model, DoRAConfig(targets=("*.q_proj",), rank=2, method="dvora"))
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(UserError, match="is a DVoRA adapter"):
+        read_adapter(tmp_path / "adapter")
