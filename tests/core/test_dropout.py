@@ -41,7 +41,7 @@ def test_number_of_dropped_elements_is_binomial():
 def test_output_is_unbiased(method, mode):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5)).double()
-    apply_dora(model, DoRAConfig(targets=("*",), rank=2, alpha=6, dropout=0.3, method=method, dropout_mode=mode))
+    apply_dora(model, DoRAConfig(targets=("*",), rank=2, alpha=6.0, dropout=0.3, method=method, dropout_mode=mode))
     with torch.no_grad():
         model[0].lora_B.normal_()
         if model[0].magnitude is not None:

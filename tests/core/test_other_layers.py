@@ -137,6 +137,9 @@ def test_injection_changes_no_bit(name, dtype, method):
 def test_gradient_through_the_norm(name):
     model = moved(name, detach_norm=False).train()
     layer, x = model.inner["layer"], input_of(name)
+    if name == "embedding":
+        # Id 0 is padding: torch gives its row no gradient at all, we (and PEFT) still give one to the gain.
+        x = x.clamp_min(1)
     y = model(x)
     upstream = torch.randn_like(y)
     y.backward(upstream)

@@ -1,0 +1,29 @@
+"""The core needs torch, safetensors, jaxtyping and the standard library, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ALLOWED = {"torch", "safetensors", "jaxtyping", "dora_vl"} | set(sys.stdlib_module_names)
+BLOCKED = ("transformers", "peft", "deepspeed", "accelerate", "datasets", "timm", "bitsandbytes")
+
+
+def test_core_loads_where_everything_else_is_missing():
+    blocks = "; ".join(f"sys.modules[{name!r}] = None" for name in BLOCKED)
+    subprocess.run([sys.executable, "-c", f"import sys; {blocks}; import dora_vl.core"], check=True, cwd=ROOT)
+
+
+def test_no_file_imports_anything_else():
+    for path in (ROOT / "dora_vl" / "core").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                assert name.split(".")[0] in ALLOWED, (path.name, name)
+                inside = not name.startswith("dora_vl") or name.startswith(("dora_vl.core", "dora_vl.errors"))
+                assert inside, (path.name, name)

@@ -1,0 +1,77 @@
+"""The same paths on CUDA: bfloat16 base, adapters in float32, each ZeRO stage, what it saves and goes on from."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.test_two_ranks import ROOT, losses
+from tests.training.tiny_run import write_run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.timeout(600),
+]
+
+
+def launch_on_gpu(run_file: Path, *overrides: str) -> None:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]
+    command += ["tasks/llava_instruct.py", "--config", str(run_file), *overrides]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+    training = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5, "gradient_checkpointing": True}
+    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, model={"dtype": "bfloat16"}, training=training)
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3", "zero3_offload"])
+def test_every_stage_trains_float32_adapters_over_a_bfloat16_base(run_file: Path, stage: str) -> None:
+    if stage == "zero3_offload" and importlib.util.find_spec("ninja") is None:
+        pytest.skip("DeepSpeed compiles its CPU Adam with ninja")
+    launch_on_gpu(run_file, f"--training.deepspeed={stage}")
+    found = losses(run_file.with_suffix(""))
+    assert len(found) == 10
+    assert found[-1] < found[0]
+    tensors = load_file(run_file.with_suffix("") / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_going_on_repeats_the_whole_run(run_file: Path, stage: str) -> None:
+    launch_on_gpu(run_file, f"--training.deepspeed={stage}")
+    folder = run_file.with_suffix("")
+    launch_on_gpu(
+        run_file,
+        f"--training.deepspeed={stage}",
+        f"--training.output_dir={run_file.parent / 'again'}",
+        f"--resume={folder / 'checkpoint-5'}",
+    )
+    torch.testing.assert_close(losses(run_file.parent / "again"), losses(folder)[5:], atol=2e-2, rtol=0)
+
+
+def test_cached_features_workers_and_full_fine_tuning(run_file: Path) -> None:
+    launch_on_gpu(run_file, "--training.deepspeed=zero2", "--data.cache_features=true", "--data.workers=2")
+    launch_on_gpu(
+        run_file,
+        "--training.deepspeed=zero3",
+        "--training.bf16=true",
+        "--adapter.method=full",
+        '--adapter.targets=["model.language_model*", "model.multi_modal_projector*"]',
+        "--optim.projector_learning_rate=null",
+        "--overwrite=true",
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn")
+def test_flash_attention(run_file: Path) -> None:
+    launch_on_gpu(run_file, "--model.attn_implementation=flash_attention_2", "--training.deepspeed=zero2")

@@ -1,0 +1,74 @@
+"""DeepSpeed casts nothing: a bfloat16 base stays bfloat16 under each ZeRO stage, and what trains stays float32."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.test_two_ranks import ROOT
+from tests.training.tiny_run import write_run
+
+# Trains in a process of its own (DeepSpeed keeps global state) and says what the numbers' types are afterwards.
+PROGRAM = """
+import json, sys
+import torch
+from dora_vl.training import run as run_module
+from dora_vl.training.command_line import read_run_file
+
+seen = {}
+def keep(config, arguments, backbone, **options):
+    seen["backbone"] = backbone
+    return build(config, arguments, backbone, **options)
+
+build, run_module.build_trainer = run_module.build_trainer, keep
+run_module.train(read_run_file(sys.argv[1], *sys.argv[2:]), task="llava_instruct")
+types = {True: set(), False: set()}
+for parameter in seen["backbone"].parameters():
+    held = getattr(parameter, "ds_tensor", parameter)
+    types[parameter.requires_grad].add(str(held.dtype))
+print("TYPES " + json.dumps({"trained": sorted(types[True]), "frozen": sorted(types[False])}))
+run_module.leave_process_group()
+"""
+
+
+def types_after_training(run_file: Path, *overrides: str) -> dict[str, list[str]]:
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(run_file), *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("TYPES ")]
+    return json.loads(line.removeprefix("TYPES "))
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+    return write_run(
+        tmp_path / "run.yaml", tiny_llava, tiny_data, model={"dtype": "bfloat16"}, training={"max_steps": 2}
+    )
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_adapters_are_float32_over_a_bfloat16_base(run_file: Path, stage: str) -> None:
+    types = types_after_training(run_file, f"--training.deepspeed={stage}")
+    assert types == {"trained": ["torch.float32"], "frozen": ["torch.bfloat16"]}
+
+
+def test_full_fine_tuning_is_bfloat16_with_masters(run_file: Path) -> None:
+    types = types_after_training(
+        run_file,
+        "--training.deepspeed=zero3",
+        "--training.bf16=true",
+        "--adapter.method=full",
+        '--adapter.targets=["model.language_model*", "lm_head", "model.multi_modal_projector*"]',
+        "--optim.projector_learning_rate=null",
+    )
+    assert types == {"trained": ["torch.bfloat16"], "frozen": ["torch.bfloat16"]}
