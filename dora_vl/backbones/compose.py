@@ -137,6 +137,14 @@ def fresh_projector(model: LlavaForConditionalGeneration, seed: int) -> dict[str
 
 def processor(tower: LoadedTower, language: LanguageModel) -> LlavaProcessor:
     """transformers' own processor of the folder, so that the folder serves without dora_vl as well."""
+    side = tower.preparation.image_size // tower.patch_size
+    if side**2 != tower.tokens:
+        log.warning(
+            "transformers' processor will count %d tokens a picture instead of %d, because no whole number of pixels "
+            "makes this grid; dora_vl is not affected, other tools need a grid_pool that divides the picture",
+            side**2,
+            tower.tokens,
+        )
     return LlavaProcessor(
         image_processor=image_processor(tower.preparation, aspect="pad"),
         tokenizer=language.tokenizer,

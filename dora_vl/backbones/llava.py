@@ -180,8 +180,14 @@ class LlavaBackbone(nn.Module):
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
-                **{"do_sample": False, **options},
+                **{"do_sample": False, "pad_token_id": self._pad_token_id(), **options},
             )
+
+    def _pad_token_id(self) -> int | None:
+        """What fills answers that end early; any id does, and transformers warns at every call without one."""
+        stated = self.model.generation_config
+        ends = stated.eos_token_id if isinstance(stated.eos_token_id, list) else [stated.eos_token_id]
+        return ends[0] if stated.pad_token_id is None else stated.pad_token_id
 
     def _features(self, pixel_values: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):
