@@ -43,9 +43,10 @@ def orthogonal_factors(
 ) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
     """Random A and B, neither of them zero, with B A = 0: A lives in odd rows of an orthogonal matrix, B in even."""
     out_features, in_features = shape
-    basis, _ = torch.linalg.qr(torch.randn(rank, rank))
-    a = basis[0::2].t() @ torch.randn(rank // 2, in_features) / 10
-    b = torch.randn(out_features, rank // 2) @ basis[1::2] / 10
+    # float64, so that B A is 0 to the last digits of whatever dtype the factors have.
+    basis, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64))
+    a = basis[0::2].t() @ torch.randn(rank // 2, in_features, dtype=torch.float64) / 10
+    b = torch.randn(out_features, rank // 2, dtype=torch.float64) @ basis[1::2] / 10
     return a, b
 
 
