@@ -149,23 +149,37 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
 
 
 MEASURE = """
-import resource, sys
+import sys, threading, time
 from pathlib import Path
 from dora_vl.interchange.adapter import read_adapter
-from dora_vl.interchange.merge_folder import merge_to_folder
 from dora_vl.interchange.base_weights import BaseWeights
+from dora_vl.interchange.merge_folder import merge_to_folder
+
+def anonymous() -> int:
+    # Not the resident size: pages of a memory-mapped file count there, and the system takes them back at will.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+def watch() -> None:
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+
 base, adapter, target = map(Path, sys.argv[1:])
 found = read_adapter(adapter)
 with BaseWeights(base) as opened:
     found.factors["l0"].merged(opened.read("l0.weight"))
+start = anonymous()
+peak = [start]
+threading.Thread(target=watch, daemon=True).start()
 merge_to_folder(found, base, target)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak[0] - start)
 """
 
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
-    """12 layers of 16 MB (192 MB in all): the whole merge peaks where one layer's merge does, within two layers."""
+    """12 layers of 16 MB, 192 MB in all, merged within the memory of a few."""
     side, layers = 2048, 12
     (tmp_path / "base").mkdir()
     weights = {f"l{i}.weight": torch.randn(side, side) * 0.02 for i in range(layers)}
@@ -180,19 +194,15 @@ def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    peaks = {}
-    for kind, source in (
-        ("one layer", MEASURE.replace("merge_to_folder(found", "0 and merge_to_folder(found")),
-        ("all", MEASURE),
-    ):
-        run = subprocess.run(
-            [sys.executable, "-c", source, *(str(tmp_path / n) for n in ("base", "adapter", "merged"))],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peaks[kind] = int(run.stdout.split()[-1])
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("base", "adapter", "merged"))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
     layer_bytes = side * side * 4
-    assert peaks["all"] - peaks["one layer"] < 2 * layer_bytes
+    # V, B A and V squared are in memory at once; the model would be 12 layers.
+    assert int(run.stdout.split()[-1]) < 5 * layer_bytes
     with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as file:
         assert len(file.keys()) == layers
