@@ -139,13 +139,22 @@ def reasoned(questions: Iterable[Question], seen: Mapping[int, str]) -> list[Que
     Three of four questions want yes or no, which says little about a picture: a model trained on bare answers learned
     colours and shapes, and still answered every yes/no question alike after 4,800 samples (62 % of a test set right;
     86 % where the training set was not balanced, since most things asked for are absent). Saying what it sees turns
-    such a question into one about words.
+    such a question into one about words. Half of them are negated ("is no circle present?"), so a yes/no answer says
+    in between whether the thing asked for is there: "blue circle, absent, so yes". Without that, two runs of the same
+    recipe ended at 99.7 % and at 63.6 %, since which answer follows is an exclusive or that gives no slope to begin on.
     """
     return [
-        replace(question, answer=f"{seen[question.picture]}{SO}{question.answer}")
+        replace(question, answer=f"{seen[question.picture]}{presence(question)}{SO}{question.answer}")
         for question in questions
         if question.picture in seen
     ]
+
+
+def presence(question: Question) -> str:
+    """Whether what a yes/no question asks for is there, as it is said in an answer; nothing for other questions."""
+    if question.answer not in YES_NO:
+        return ""
+    return ", present" if shows(question) else ", absent"
 
 
 def rounds_of(questions: Sequence[Question], *, most: int, order: random.Random) -> list[list[Question]]:

@@ -193,7 +193,9 @@ class AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - `once_differentiable` hides the names
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of x, b, A, B and m."""
         rows, weight, bias, lora_A, lora_B, hidden, y, fragile_z = ctx.saved_tensors
         gain, needs = ctx.gain, ctx.needs_input_grad

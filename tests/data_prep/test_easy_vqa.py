@@ -220,7 +220,8 @@ def test_reasons_name_what_the_picture_shows_and_the_test_keeps_the_published_an
             image, question, answer = pairs(record)[0]
             assert (image, question) == bare[record["id"]][:2]
             color = COLORS[int(image.split("/")[-1][0]) % 3]
-            assert answer == f"{color} circle, so {bare[record['id']][2]}"
+            said = answer.removeprefix(f"{color} circle").removesuffix(f", so {bare[record['id']][2]}")
+            assert said in ({", present", ", absent"} if bare[record["id"]][2] in {"yes", "no"} else {""})
     assert read(tmp_path / "plain", "test") == read(tmp_path / "said", "test")
 
 
@@ -235,3 +236,17 @@ def test_questions_about_pictures_that_nobody_described_are_left_out_and_counted
         "red circle, so red",
         "red circle, so circle",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "said"),
+    [
+        ("is there a circle?", "yes", "red circle, present, so yes"),
+        ("is there a teal shape?", "no", "red circle, absent, so no"),
+        ("is no circle present?", "no", "red circle, present, so no"),
+        ("does the image not contain a teal shape?", "yes", "red circle, absent, so yes"),
+    ],
+)
+def test_a_yes_no_answer_says_in_between_whether_the_thing_is_there(text: str, answer: str, said: str) -> None:
+    question = Question(index=0, text=text, answer=answer, picture=4)
+    assert [one.answer for one in reasoned([question], {4: "red circle"})] == [said]
