@@ -231,8 +231,9 @@ class LlavaBackbone(nn.Module):
         if not bool(attention_mask[:, 0].all()):
             mask = attention_mask
             positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
-        if self.training and self.model.is_gradient_checkpointing and not embeds.requires_grad:
-            embeds = embeds.detach().requires_grad_()  # else a checkpointed layer sees nothing to differentiate
+        if self.training and torch.is_grad_enabled() and not embeds.requires_grad:
+            # Reentrant checkpointing sees nothing to differentiate otherwise. Asked or not: it costs one layer's share.
+            embeds = embeds.detach().requires_grad_()
         return self.model.model.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
