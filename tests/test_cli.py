@@ -54,6 +54,14 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_merge_in_a_process_of_its_own(folders):
+    """As a person runs it: nothing of transformers or of ours is imported beforehand."""
+    words = ["merge", "--adapter", str(folders / "one"), "--to", str(folders / "merged")]
+    run = subprocess.run([sys.executable, "-m", "dora_vl.cli", *words], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "4 layers merged" in run.stdout
+
+
 def test_unknown_verb_is_one_line(capsys):
     assert "no command 'merg'; did you mean 'merge'?" in failed(capsys, "merg")
 

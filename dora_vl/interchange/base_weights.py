@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,11 @@ def model_names(config: Mapping[str, Any], keys: list[str]) -> tuple[dict[str, s
 
 def skeleton(config: Mapping[str, Any]) -> Any:
     """The folder's model class on the meta device, or None where transformers has no such class."""
+    # The auto tables first: `import dora_vl` registers our towers while transformers fills them, and importing the
+    # towers themselves before that would be a circle.
     import transformers
 
+    import_module("transformers.models.auto.modeling_auto")
     from dora_vl.vision.towers import register_towers
 
     architecture = (config.get("architectures") or [None])[0]
