@@ -29,14 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def compose_if_missing(model: ModelConfig, arguments: TrainingArguments) -> None:
-    """Writes the composed base where the run names one that is not there; the first rank does, the others wait."""
-    if model.compose is None:
+    """Writes the composed base where the run names one that is not there; for one rank alone."""
+    if model.compose is None or Path(model.base).exists():
         return
-    with arguments.main_process_first(local=False, desc="composing the base"):
-        if arguments.process_index == 0 and not Path(model.base).exists():
-            Path(model.base).parent.mkdir(parents=True, exist_ok=True)
-            with without_sharding(arguments):
-                compose_llava(model.compose, model.base)
+    Path(model.base).parent.mkdir(parents=True, exist_ok=True)
+    with without_sharding(arguments):
+        compose_llava(model.compose, model.base)
 
 
 def load_backbone(model: ModelConfig, *, cached_features: bool) -> LlavaBackbone:

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -96,6 +96,25 @@ def wait_for_everyone() -> None:
     """Goes on when every rank is here."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Does something on the first rank while the others wait; its mistake, if it finds one, is everybody's.
+
+    Raises:
+        UserError: on every rank, what `action` raised on the first.
+    """
+    rank, ranks = rank_and_ranks()
+    mistake: list[str | None] = [None]
+    if rank == 0:
+        try:
+            action()
+        except UserError as error:
+            mistake = [str(error)]
+    if ranks > 1:
+        torch.distributed.broadcast_object_list(mistake, src=0)
+    if mistake[0] is not None:
+        raise UserError(mistake[0])
 
 
 def leave_process_group() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from dora_vl.training.arguments import training_arguments
 from dora_vl.training.assembly import adapt, build_encoder, compose_if_missing, load_backbone
 from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.checkpoints import checkpoint_to_resume
-from dora_vl.training.launch import is_first_rank, leave_process_group, threads_of_this_rank
+from dora_vl.training.launch import is_first_rank, leave_process_group, on_first_rank, threads_of_this_rank
 from dora_vl.training.picture_reading import picture_reader
 from dora_vl.training.recipe import RunConfig
 from dora_vl.training.run_folder import ADAPTER, METRICS, SKIPPED, add_metrics, prepare_run_folder, run_folder_of
 from dora_vl.training.trainer import AdapterTrainer
+from dora_vl.training.zero import load_whole_models_again
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +50,8 @@ def train(config: RunConfig, *, task: str) -> RunResult:
         torch.set_num_threads(threads)
     run_folder = run_folder_of(config)
     checkpoint = checkpoint_to_resume(config.resume, run_folder)
-    with arguments.main_process_first(local=False, desc="preparing the run folder"):
-        if arguments.process_index == 0:
-            prepare_run_folder(run_folder, resume=checkpoint is not None, overwrite=config.overwrite)
-    compose_if_missing(config.model, arguments)
+    on_first_rank(partial(prepare_run_folder, run_folder, resume=checkpoint is not None, overwrite=config.overwrite))
+    on_first_rank(partial(compose_if_missing, config.model, arguments))
 
     backbone = load_backbone(config.model, cached_features=config.data.cache_features)
     torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
@@ -83,6 +83,7 @@ def run(config: RunConfig, *, task: str) -> int | None:
         first = is_first_rank()
     finally:
         leave_process_group()
+        load_whole_models_again()
     if result.stopped_by is None and config.evaluation.file is not None and first:
         evaluate(config, result.numbers)
     return result.stopped_by

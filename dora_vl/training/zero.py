@@ -65,3 +65,8 @@ def without_sharding(arguments: TrainingArguments) -> Iterator[None]:
     finally:
         if holder is not None:
             integration.set_hf_deepspeed_config(holder)
+
+
+def load_whole_models_again() -> None:
+    """After training, models load whole: transformers would go on sharding them under the run's ZeRO-3."""
+    integration.unset_hf_deepspeed_config()

@@ -8,6 +8,7 @@ The same for any run, such as the demo's, in float32:
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -79,3 +80,31 @@ def test_two_ranks_train_what_one_rank_trains(mixed_run: Path, one_rank: Path, s
         torch.testing.assert_close(
             tensor, theirs[name], atol=2e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
+    tiny_llava: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        tiny_llava,
+        tiny_data,
+        data={"cache_features": True},
+        training={"deepspeed": "zero3"},
+        evaluation={"file": str(tiny_data), "limit": 8},
+    )
+    result = launch(run_file, ranks=2, port=29614)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["n"] == 8
+    assert metrics["train_steps"] == 6
+
+    taken = launch(run_file, ranks=2, port=29615)
+    assert taken.returncode == 2
+    told = (
+        f"error: {tmp_path / 'run'} holds an earlier run's adapter; --resume last goes on with it, --overwrite true "
+        "removes it, --training.output_dir names another folder"
+    )
+    (told,) = [line for line in taken.stderr.splitlines() if "earlier run" in line]
+    assert told.startswith(f"error: {tmp_path / 'run'} holds an earlier run's adapter; --resume last goes on with it")
+    assert "Traceback" not in taken.stderr
