@@ -51,10 +51,15 @@ def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Qu
 
 
 def check_questions(folder: Path, split: str, questions: list[Question], answers: frozenset[str]) -> None:
-    """Refuses a split with an answer outside the package's list or with a picture missing."""
+    """Refuses a split with an answer outside the package's list or of another kind, or with a picture missing."""
     for question in questions:
         if question.answer not in answers:
             raise UserError(f"{split}: question {question.index}: answer {question.answer!r} is not in answers.txt")
+        if kind_of(question).startswith("yes/no") != (question.answer in YES_NO):
+            raise UserError(
+                f"{split}: question {question.index}: {question.text!r} does not ask for {question.answer!r}; the "
+                "package's questions changed"
+            )
     pictures = sorted({question.picture for question in questions})
     missing = [number for number in pictures if not (folder / picture_path(split, number)).is_file()]
     if missing:
@@ -68,11 +73,14 @@ def picture_path(split: str, number: int) -> str:
 
 
 def kind_of(question: Question) -> str:
-    """What is asked for: "color", "shape", "yes/no", or "yes/no negated" ("is no blue shape present?")."""
-    words = set(question.text.rstrip("?").split())
-    if question.answer in YES_NO:
-        return "yes/no negated" if words & NEGATIONS else "yes/no"
-    return "color" if "color" in words else "shape"
+    """What is asked for: "color", "shape", "yes/no", or "yes/no negated" ("is no blue shape present?").
+
+    Read from the question, not from the answer, which may say more than the package's own.
+    """
+    words = question.text.rstrip("?").split()
+    if words[:1] == ["what"]:
+        return "color" if "color" in words else "shape"
+    return "yes/no negated" if NEGATIONS & set(words) else "yes/no"
 
 
 def shows(question: Question) -> bool:

@@ -185,6 +185,9 @@ def test_broken_packages_are_named(package: Path, tmp_path: Path) -> None:
     (package / "train/questions.json").write_text(json.dumps([["is it?", "maybe", 0]]))
     with pytest.raises(UserError, match="question 0: answer 'maybe' is not in answers"):
         convert(package, tmp_path / "data", settings)
+    (package / "train/questions.json").write_text(json.dumps([["is it red?", "red", 0]]))
+    with pytest.raises(UserError, match=r"question 0: 'is it red\?' does not ask for 'red'"):
+        convert(package, tmp_path / "data", settings)
     (package / "train/questions.json").write_text("[1")
     with pytest.raises(UserError, match="not easy-VQA's list"):
         convert(package, tmp_path / "data", settings)
