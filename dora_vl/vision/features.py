@@ -68,7 +68,9 @@ class FeatureStore:
             with safe_open(shard, framework="pt") as opened:
                 rows = json.loads(opened.metadata()[INDEX])
             for row in rows:
-                self._entries[row["picture"]] = PictureEntry(**row, shard=shard.name)
+                # Shards are named by content, not by age: of two that hold a picture, the one that fits its file.
+                if row["picture"] not in self._entries or not self._is_current(row["picture"]):
+                    self._entries[row["picture"]] = PictureEntry(**row, shard=shard.name)
 
     def __len__(self) -> int:
         return len(self._entries)
