@@ -23,9 +23,9 @@ TRAIN, VALIDATION = "#2f6fde", "#e8590c"
 RIGHT, WRONG = "#2b8a3e", "#c92a2a"
 COLUMNS = 6
 SHEET_CELLS = 24
-CELL_WIDTH, CELL_HEIGHT, TITLE_HEIGHT, MARGIN = 1.75, 2.25, 0.75, 0.2  # inches
+CELL_WIDTH, CELL_HEIGHT, TITLE_HEIGHT, MARGIN = 1.75, 2.45, 0.75, 0.2  # inches
 TITLE_FONT: Mapping[str, Any] = {"fontsize": 12, "fontweight": "bold", "linespacing": 1.4}
-QUESTION_CHARACTERS, ANSWER_CHARACTERS = 25, 12  # of one line under a picture
+QUESTION_CHARACTERS, ANSWER_CHARACTERS = 25, 24  # of one line under a picture
 SMALL_PX = 160
 
 
@@ -178,16 +178,18 @@ def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bo
     axes.spines[:].set_color(color)
     axes.spines[:].set_linewidth(1.2 if right else 2.5)
     question = textwrap.wrap(prediction.question, QUESTION_CHARACTERS, max_lines=2, placeholder=" …")
-    answer = _short(prediction.prediction) or "(empty)"
-    line = f"✓ {answer}" if right else f"✗ {answer} (true: {_short(prediction.truth)})"
+    said = prediction.prediction.strip() or "(empty)"
+    line = _two_lines(f"✓ {said}" if right else f"✗ {said} (true: {prediction.truth})")
     place = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15}
     axes.text(0.5, -0.07 / inches, "\n".join(question), fontsize=8.5, color=INK, **place)
     below = -(0.12 + 0.145 * len(question)) / inches
-    axes.text(0.5, below, line, fontsize=9, fontweight="bold", color=color, **place)
+    axes.text(0.5, below, line, fontsize=8.5, fontweight="bold", color=color, **place)
 
 
-def _short(answer: str) -> str:
-    return textwrap.shorten(answer, ANSWER_CHARACTERS, placeholder="…")
+def _two_lines(answer: str) -> str:
+    """An answer in the room under a picture; the end is kept, where an answer that reasons first gives its result."""
+    lines = textwrap.wrap(answer, ANSWER_CHARACTERS)
+    return "\n".join(lines if len(lines) <= 2 else [f"{lines[0]} …", lines[-1]])
 
 
 def _figure(width: float, height: float) -> Figure:
