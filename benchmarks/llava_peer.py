@@ -105,7 +105,9 @@ def train(model: nn.Module, samples: LlavaDataset, config: RunConfig, steps: int
     collate = Collator(pad)
 
     def batch(items: list[Any]) -> dict[str, Any]:
-        return {name: value for name, value in collate(items).items() if name in MODEL_INPUTS}
+        inputs: dict[str, Any] = {name: value for name, value in collate(items).items() if name in MODEL_INPUTS}
+        inputs["pixel_values"] = inputs["pixel_values"].to(getattr(torch, config.model.dtype))
+        return inputs
 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
