@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal, no_type_check
 
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import AutoConfig
 
 VisionLibrary = Literal["timm", "open_clip", "transformers"]
 Layout = Literal["NCHW", "NHWC", "NLC"]
@@ -56,4 +55,7 @@ class GridTowerConfig(PreTrainedConfig):
 
 def register_config() -> None:
     """Makes transformers' `AutoConfig` know this config; calling it again changes nothing."""
+    # Not at the top: importing the table runs `lazy_registration`'s hook, which imports this module.
+    from transformers.models.auto.configuration_auto import AutoConfig
+
     AutoConfig.register(GridTowerConfig.model_type, GridTowerConfig, exist_ok=True)

@@ -13,8 +13,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.configuration_auto import AutoConfig
-from transformers.models.auto.modeling_auto import AutoModel
 
 from dora_vl.vision.tower_config import GridTowerConfig, register_config
 
@@ -28,6 +26,9 @@ def build_network(config: GridTowerConfig) -> nn.Module:
         return timm.create_model(config.architecture, pretrained=False, num_classes=0, **options)
     if config.library == "open_clip":
         return build_open_clip_visual(options)
+    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers.models.auto.modeling_auto import AutoModel
+
     network = AutoModel.from_config(AutoConfig.for_model(**options))
     if not isinstance(network, nn.Module):
         raise TypeError(f"AutoModel built a {type(network).__name__} for {config.architecture}")
@@ -143,5 +144,8 @@ def keep_all_buffers(network: nn.Module) -> None:
 
 def register_towers() -> None:
     """Makes transformers' `AutoConfig` and `AutoModel` know `GridTower`; calling it again changes nothing."""
+    # Not at the top: importing the table runs `lazy_registration`'s hook, which imports this module.
+    from transformers.models.auto.modeling_auto import AutoModel
+
     register_config()
     AutoModel.register(GridTowerConfig, GridTower, exist_ok=True)
