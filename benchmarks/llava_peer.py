@@ -57,8 +57,7 @@ def main() -> None:
             {
                 "samples_per_second": seen / seconds,
                 "tower_seconds_per_picture": tower_seconds,
-                "pictures_per_sample": sum(map(len, rows["images"])) / len(rows),
-                "passes_of_recipe": passes_of_recipe(config),
+                "pictures_a_sample_of_recipe": pictures_a_sample(config),
             }
         )
     )
@@ -82,12 +81,13 @@ def batch_size(config: RunConfig) -> int:
     return int(training["per_device_train_batch_size"]) * int(training.get("gradient_accumulation_steps", 1))
 
 
-def passes_of_recipe(config: RunConfig) -> float:
-    """How often the whole recipe reads each picture."""
-    steps = config.training.get("max_steps", -1)
-    if steps is not None and int(steps) > 0:
-        return int(steps) * batch_size(config) / len(read_rows(config.data.train, config.data.limit))
-    return float(config.training.get("num_train_epochs", 3))
+def pictures_a_sample(config: RunConfig) -> float:
+    """Different pictures of the training file for each sample that the whole recipe reads: each is computed once."""
+    rows = read_rows(config.data.train, config.data.limit)
+    pictures = {picture for one in rows["images"] for picture in one}
+    steps = int(config.training.get("max_steps", -1))
+    epochs = float(config.training.get("num_train_epochs", 3))
+    return len(pictures) / (steps * batch_size(config) if steps > 0 else epochs * len(rows))
 
 
 @torch.no_grad()

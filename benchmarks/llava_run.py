@@ -122,8 +122,7 @@ def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     rate = "samples_per_second"
     names = list(rounds[0])
     tower = median([one[peer]["tower_seconds_per_picture"] for one in rounds for peer in PEERS])
-    pictures_per_sample = median([one[peer]["pictures_per_sample"] for one in rounds for peer in PEERS])
-    passes = median([one[peer]["passes_of_recipe"] for one in rounds for peer in PEERS])
+    pictures = median([one[peer]["pictures_a_sample_of_recipe"] for one in rounds for peer in PEERS])
     ours = median([one[OURS][rate] for one in rounds])
     return {
         rate: {name: median([one[name][rate] for one in rounds]) for name in names},
@@ -131,7 +130,7 @@ def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
             peer: median([one[OURS][rate] / one[peer][rate] for one in rounds]) for peer in names if peer != OURS
         },
         "tower_seconds_per_picture": tower,
-        "ours_with_feature_pass": 1 / (1 / ours + tower * pictures_per_sample / passes),
+        "ours_with_feature_pass": 1 / (1 / ours + tower * pictures),
         "rounds": rounds,
     }
 

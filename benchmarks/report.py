@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dora_vl.training.launch import available_cores
+
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 
 
@@ -19,7 +20,7 @@ def machine() -> dict[str, Any]:
     """The kind of machine and the versions that a figure belongs to; no name, no path."""
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},

@@ -39,7 +39,6 @@ from dora_vl.errors import UserError, exit_on_user_error
 Record = dict[str, object]
 
 PLACEHOLDER = "<image>"
-DESCRIBE = "what is in the image?"
 SO = ", so "
 """What stands between what an answer sees and the answer itself; `evaluation.answer_after` of the demo's run."""
 
@@ -51,7 +50,6 @@ class Settings:
     Attributes:
         rounds: most questions in one training conversation.
         reasons: training answers name what the picture shows before they answer.
-        descriptions: share of further training samples that only describe a picture, at least 0 and below 1.
         balanced: train on as many yes/no questions about what a picture shows as about what it does not show.
         train_pictures: how many pictures to train on; None takes all that are not held out.
         validation_pictures: how many of the package's training pictures are held out.
@@ -60,7 +58,6 @@ class Settings:
 
     rounds: int = 1
     reasons: bool = True
-    descriptions: float = 0.0
     balanced: bool = True
     train_pictures: int | None = None
     validation_pictures: int = 25
@@ -69,8 +66,6 @@ class Settings:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise UserError(f"--rounds is {self.rounds}; a conversation needs at least 1 round")
-        if not 0 <= self.descriptions < 1:
-            raise UserError(f"--descriptions is {self.descriptions}; it is a share, at least 0 and below 1")
         if self.train_pictures is not None and self.train_pictures < 1:
             raise UserError(f"--train-pictures is {self.train_pictures}; at least 1 is needed")
 
@@ -169,8 +164,8 @@ def rounds_of(questions: Sequence[Question], *, most: int, order: random.Random)
     return [shuffled[start::groups] for start in range(groups)]
 
 
-def training_records(questions: Sequence[Question], settings: Settings, seen: Mapping[int, str]) -> list[Record]:
-    """Question conversations and descriptions in one shuffled list; each picture's order by (seed, picture)."""
+def training_records(questions: Sequence[Question], settings: Settings) -> list[Record]:
+    """Question conversations in one shuffled list; each picture's order by (seed, picture)."""
     by_picture: dict[int, list[Question]] = defaultdict(list)
     for question in questions:
         by_picture[question.picture].append(question)
@@ -181,28 +176,8 @@ def training_records(questions: Sequence[Question], settings: Settings, seen: Ma
             turns = conversation(question_rounds(group))
             name = f"easyvqa-train-{number:04d}-{part}"
             records.append({"id": name, "image": picture_path("train", number), "conversations": turns})
-    share = settings.descriptions
-    records += description_records(seen, count=round(len(records) * share / (1 - share)), seed=settings.seed)
     random.Random(f"{settings.seed}/train").shuffle(records)
     return records
-
-
-def description_records(seen: Mapping[int, str], *, count: int, seed: int) -> list[Record]:
-    """`count` descriptions such as "blue circle"; pictures in a shuffled order, again from the start at its end."""
-    described = list(seen.items())
-    random.Random(f"{seed}/descriptions").shuffle(described)
-    if count and not described:
-        raise UserError("no picture's colour and shape are both known, so none can be described: --descriptions 0")
-    return [
-        {
-            "id": f"easyvqa-description-{number:04d}-{turn}",
-            "image": picture_path("train", number),
-            "conversations": conversation([(DESCRIBE, sight)]),
-        }
-        for turn, (number, sight) in (
-            (index // len(described), described[index % len(described)]) for index in range(count)
-        )
-    ]
 
 
 def single_records(questions: Iterable[Question], *, name: str, split: str, seed: int) -> list[Record]:
@@ -255,12 +230,11 @@ def convert(source: Path, to: Path, settings: Settings) -> Record:
         before = len(train) + len(validation)
         train, validation = reasoned(train, seen), reasoned(validation, seen)
         left_out = before - len(train) - len(validation)
-    described = {number: sight for number, sight in seen.items() if number in {one.picture for one in train}}
     test = read_questions(source, "test", answers)
     to.mkdir(parents=True, exist_ok=True)
     held = single_records(validation, name="validation", split="train", seed=seed)
     splits = {
-        "train": write_split(to / "train.json", training_records(train, settings, described), train),
+        "train": write_split(to / "train.json", training_records(train, settings), train),
         "validation": write_split(to / "validation.json", held, validation),
         "test": write_split(to / "test.json", single_records(test, name="test", split="test", seed=seed), test),
     }
@@ -287,9 +261,6 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=usual.reasons,
         help="training answers say what they see first",
-    )
-    made.add_argument(
-        "--descriptions", type=float, default=usual.descriptions, help="share of training samples that only describe"
     )
     made.add_argument(
         "--balanced",

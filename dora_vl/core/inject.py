@@ -13,7 +13,7 @@ from dora_vl.core.initialise import OriginalWeight, start_loftq
 from dora_vl.core.kinds import adaptable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.precision import Gather, no_gather
-from dora_vl.core.trainable import adapted_layers, choose_trained, is_adapted, matching
+from dora_vl.core.trainable import adapted_layers, choose_trained, forget_trained, is_adapted, matching
 from dora_vl.errors import UserError
 
 
@@ -108,6 +108,7 @@ def strip_adapters(model: nn.Module) -> None:
         _put(model, model.get_submodule(name), layer.plain())
     if SHARED_NAME in dict(model.named_children()):
         delattr(model, SHARED_NAME)
+    forget_trained(model)
 
 
 def _share_random(model: nn.Module, names: Iterable[str], config: DoRAConfig) -> SharedRandom | None:

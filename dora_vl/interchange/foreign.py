@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from dora_vl.core.adapter_file import PEFT_PREFIX
+from dora_vl.core.adapter_settings import OWN_TYPE
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import Adapter, refuse_not_finite
-from dora_vl.interchange.peft_config import OWN_TYPE, new_config, own_recipe
+from dora_vl.interchange.peft_config import new_config, own_recipe
 
 ScaleRule = Callable[[Mapping[str, Any], int], "float | None"]
 """From the tool's own `adapter_config.json` (empty where there is none) and a rank to s; None: not stated there."""

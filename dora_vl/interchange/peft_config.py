@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from dora_vl.core.adapter_settings import OWN_TYPE, OWN_TYPES
 from dora_vl.errors import UserError
 
 READ_OR_CARRIED = frozenset(
@@ -62,8 +63,7 @@ CHANGES_THE_EQUATION = frozenset(
 
 INITIALISATION_ONLY = frozenset({"corda_config", "eva_config", "lora_ga_config"})
 
-OWN_TYPE = "DORA_VL"
-OWN_TYPES = frozenset({OWN_TYPE, "DORA_VL_MAGNITUDE", "DORA_VL_FULL"})
+OWN_PEFT_TYPES = frozenset({OWN_TYPE, *OWN_TYPES.values()})
 """`peft_type` of our own folders that hold what PEFT does not know: magnitudes alone, biases, kept rows."""
 
 
@@ -78,7 +78,7 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         if field not in known:
             nearest = get_close_matches(field, known, n=1, cutoff=0.0)[0]
             raise UserError(f"{source}: unknown field {field!r} (nearest known: {nearest!r}); remove or rename it")
-    if config.get("peft_type", "LORA") not in {"LORA", *OWN_TYPES}:
+    if config.get("peft_type", "LORA") not in {"LORA", *OWN_PEFT_TYPES}:
         raise UserError(f"{source}: peft_type is {config['peft_type']!r}; only LORA (with or without DoRA) is read")
     set_fields = sorted(field for field in CHANGES_THE_EQUATION if config.get(field))
     if set_fields:

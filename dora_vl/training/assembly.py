@@ -10,10 +10,11 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 
 from dora_vl.backbones.compose import compose_llava
 from dora_vl.backbones.encode import LlavaEncoder
+from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, load_llava
 from dora_vl.backbones.templates import get_template
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
@@ -105,7 +106,7 @@ def load_initial(model: nn.Module, folder: Path) -> None:
 
 def build_encoder(model: ModelConfig, backbone: LlavaBackbone, *, max_tokens: int) -> LlavaEncoder:
     """Tokens and labels for this base and template."""
-    tokenizer = AutoTokenizer.from_pretrained(model.base, revision=model.revision or "main")
+    tokenizer = load_tokenizer(model.base, revision=model.revision)
     return LlavaEncoder(
         tokenizer,
         get_template(model.template, tokenizer),

@@ -278,3 +278,13 @@ def test_strip_puts_plain_layers_back():
     assert type(model.text[0].q_proj) is nn.Linear
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
     assert set(model.state_dict()) == set(Small().state_dict())
+
+
+def test_a_model_whose_adapters_were_taken_out_can_be_adapted_again() -> None:
+    model = Small()
+    first = apply_dora(model, config())
+    merge_dora(model)
+    strip_adapters(model)
+    with pytest.raises(ValueError, match="no adapter"):
+        trained_parts(model)
+    assert apply_dora(model, config(rank=3)) == first

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from data_prep.easy_vqa import (
-    DESCRIBE,
     PLACEHOLDER,
     Settings,
     balanced,
@@ -145,24 +144,6 @@ def test_balance_leaves_out_absent_things_only() -> None:
     assert balanced(asked[:3], seed=1) == asked[:3]
 
 
-def test_descriptions_take_their_share_and_say_what_the_questions_of_that_picture_say(
-    package: Path, tmp_path: Path
-) -> None:
-    settings = Settings(validation_pictures=2, train_pictures=5, descriptions=0.25, reasons=False, balanced=False)
-    convert(package, tmp_path / "data", settings)
-    train = read(tmp_path / "data", "train")
-    described = [pairs(record)[0] for record in train if pairs(record)[0][1] == DESCRIBE]
-    assert (len(train), len(described)) == (35 + 12, 12)  # 12 / 47 is nearest to a quarter
-    for image, _, answer in described:
-        assert answer == f"{COLORS[int(image.split('/')[-1][0]) % 3]} circle"
-    assert len({record["image"] for record in train}) == 5
-    assert len({image for image, _, _ in described}) == 5
-    assert len({record["id"] for record in train}) == len(train)
-    first_half = [record["id"] for record in train[:24]]
-    assert any("description" in name for name in first_half)
-    assert any("train" in name for name in first_half)
-
-
 @pytest.mark.parametrize(
     ("text", "answer", "kind"),
     [
@@ -199,7 +180,7 @@ def test_broken_packages_are_named(package: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("--rounds", "0"), ("--validation-pictures", "8"), ("--descriptions", "1.0"), ("--train-pictures", "0")],
+    [("--rounds", "0"), ("--validation-pictures", "8"), ("--train-pictures", "0")],
 )
 def test_settings_out_of_range_end_with_status_2(
     package: Path, tmp_path: Path, capsys, setting: str, value: str
