@@ -19,6 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.base import Features
 from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.data.shared_prefix import visible
 from dora_vl.errors import UserError
 from dora_vl.vision.towers import register_towers
 
@@ -147,15 +148,17 @@ class LlavaBackbone(nn.Module):
         labels: Int[Tensor, "batch seq"] | None = None,
         pixel_values: Float[Tensor, "images 3 height width"] | None = None,
         image_features: Float[Tensor, "images tokens channels"] | None = None,
+        layout: Int[Tensor, "batch 3 seq"] | None = None,
     ) -> Features:
         """Hidden states and logits at the positions that predict a label.
 
-        `labels[b, t]` is the token at `t`, or -100; the shift by one happens here.
+        `labels[b, t]` is the token at `t`, or -100; the shift by one happens here. `layout` says what each token
+        sees where rows hold several samples (`data.shared_prefix`).
         """
         embeds = self.embed(input_ids, pixel_values=pixel_values, image_features=image_features)
         if pixel_values is None and image_features is None:
             embeds = embeds + self._nothing()
-        hidden = self._language(embeds, attention_mask)
+        hidden = self._language(embeds, attention_mask, layout)
         rows, places, targets = _labelled(labels, attention_mask)
         chosen = hidden[rows, places]
         return Features(chosen, self.model.lm_head(chosen), targets, rows)
@@ -224,11 +227,13 @@ class LlavaBackbone(nn.Module):
             features = torch.zeros(1, 1, self.feature_shape[1], device=model.device, dtype=model.dtype)
         return model.model.multi_modal_projector(features).sum() * 0
 
-    def _language(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
+    def _language(self, embeds: Tensor, attention_mask: Tensor, layout: Tensor | None) -> Tensor:
         """Last hidden states; padding on the right needs no mask, since attention is causal."""
         positions = None
         mask: Tensor | None = None
-        if not bool(attention_mask[:, 0].all()):
+        if layout is not None:
+            mask, positions = self._attention_of(layout), layout[:, 0]
+        elif not bool(attention_mask[:, 0].all()):
             mask = attention_mask
             positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
         if self.training and torch.is_grad_enabled() and not embeds.requires_grad:
@@ -237,6 +242,17 @@ class LlavaBackbone(nn.Module):
         return self.model.model.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
+
+    def _attention_of(self, layout: Tensor) -> Tensor:
+        """The layout's mask, in the form that the attention kernel takes."""
+        kernel = self.model.model.language_model.config._attn_implementation
+        if kernel not in ("sdpa", "eager"):
+            raise UserError(f"data.share_pictures needs model.attn_implementation sdpa or eager, not {kernel}")
+        mask = visible(layout)
+        if kernel == "sdpa":
+            return mask
+        smallest = torch.finfo(self.model.dtype).min
+        return torch.zeros(mask.shape, device=mask.device, dtype=self.model.dtype).masked_fill_(~mask, smallest)
 
 
 def _labelled(labels: Tensor | None, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import NotRequired
 
 from dora_vl.data.dataset import IGNORED_LABEL, Sample, Skipped
+from dora_vl.data.shared_prefix import shared_rows
 
 
 class Batch(TypedDict):
@@ -19,7 +20,8 @@ class Batch(TypedDict):
 
     Pictures of all rows stand one after another, in the order of their placeholders; at most one of
     `pixel_values` and `image_features` is there, neither when every row is text only. `samples` counts the
-    real rows, `padding_tokens` the positions that hold no token, `cut` what the length limit removed.
+    real samples, `padding_tokens` the positions that hold no token, `cut` what the length limit removed. With
+    `layout` (`shared_prefix`) a row holds several samples.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -27,6 +29,7 @@ class Batch(TypedDict):
     labels: Int[Tensor, "batch seq"]
     pixel_values: NotRequired[Float[Tensor, "images 3 height width"]]
     image_features: NotRequired[Float[Tensor, "images tokens width"]]
+    layout: NotRequired[Int[Tensor, "batch 3 seq"]]
     samples: int
     padding_tokens: int
     skipped: list[tuple[str, str]]
@@ -42,6 +45,8 @@ class Collator:
 
     pad_token_id: int
     pad_side: Literal["right", "left"] = "right"
+    share_pictures_by: int | None = None
+    """The picture token's id: samples of the same pictures then share their tokens (`shared_prefix`)."""
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> Batch:
         """One batch; when nothing in it is usable, one row of padding without labels keeps the ranks in step.
@@ -49,26 +54,38 @@ class Collator:
         That row's only position is attended to: a row masked as a whole gives NaN in some attention kernels.
         """
         samples = [item for item in items if isinstance(item, Sample)]
-        skipped = [(item.id, item.reason) for item in items if isinstance(item, Skipped)]
-        ids = [sample.input_ids for sample in samples] or [torch.tensor([self.pad_token_id])]
-        labels = [sample.labels for sample in samples] or [torch.tensor([IGNORED_LABEL])]
+        batch, illustrated = self._rows(samples)
+        batch["skipped"] = [(item.id, item.reason) for item in items if isinstance(item, Skipped)]
+        pixels = [picture for sample in illustrated for picture in sample.pictures]
+        if pixels:
+            batch["pixel_values"] = torch.stack(pixels)
+        features = [picture for sample in illustrated for picture in sample.features]
+        if features:
+            batch["image_features"] = torch.stack(features)
+        return batch
+
+    def _rows(self, samples: Sequence[Sample]) -> tuple[Batch, Sequence[Sample]]:
+        """The rows' tensors and counts, and the samples whose pictures stand in them."""
+        if self.share_pictures_by is None or not samples:
+            ids = [sample.input_ids for sample in samples] or [torch.tensor([self.pad_token_id])]
+            labels = [sample.labels for sample in samples] or [torch.tensor([IGNORED_LABEL])]
+            return self._padded(samples, ids, labels), samples
+        rows = shared_rows(samples, picture_token_id=self.share_pictures_by)
+        batch = self._padded(samples, [row.input_ids for row in rows], [row.labels for row in rows])
+        batch["layout"] = torch.stack([self._pad([row.layout[k] for row in rows], 0) for k in range(3)], dim=1)
+        return batch, [sample for row in rows for sample in row.pictures_of]
+
+    def _padded(self, samples: Sequence[Sample], ids: Sequence[Tensor], labels: Sequence[Tensor]) -> Batch:
         mask = self._pad([torch.ones_like(row) for row in ids], 0)
-        batch: Batch = {
+        return {
             "input_ids": self._pad(ids, self.pad_token_id),
             "attention_mask": mask,
             "labels": self._pad(labels, IGNORED_LABEL),
             "samples": len(samples),
-            "padding_tokens": mask.numel() - sum(len(sample.input_ids) for sample in samples),
-            "skipped": skipped,
+            "padding_tokens": mask.numel() - (sum(len(row) for row in ids) if samples else 0),
+            "skipped": [],
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
         }
-        pixels = [picture for sample in samples for picture in sample.pictures]
-        if pixels:
-            batch["pixel_values"] = torch.stack(pixels)
-        features = [picture for sample in samples for picture in sample.features]
-        if features:
-            batch["image_features"] = torch.stack(features)
-        return batch
 
     def _pad(self, rows: Sequence[Int[Tensor, " _"]], value: int) -> Int[Tensor, "batch longest"]:
         longest = max(len(row) for row in rows)

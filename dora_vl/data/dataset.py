@@ -34,7 +34,8 @@ class Encoded:
 class Sample:
     """One usable sample. Its pictures are pixels or a frozen tower's features, never both.
 
-    `pictures` holds `[3, height, width]` each, `features` `[tokens, width]`; both are empty for text only.
+    `pictures` holds `[3, height, width]` each, `features` `[tokens, width]`; both are empty for text only. `images`
+    says which pictures they are.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Sample:
     pictures: tuple[Tensor, ...] = ()
     features: tuple[Tensor, ...] = ()
     cut_tokens: int = 0
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class LlavaDataset(torch.utils.data.Dataset["Sample | Skipped"]):
             pictures=self._pixels(index, conversation),
             features=tuple(self._features(path) for path in conversation.images) if self._features else (),
             cut_tokens=encoded.cut_tokens,
+            images=conversation.images,
         )
 
     def _pixels(self, index: int, conversation: Conversation) -> tuple[Tensor, ...]:

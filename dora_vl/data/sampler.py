@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 
 class SamplingLengths(NamedTuple):
@@ -23,6 +24,8 @@ class SamplingLengths(NamedTuple):
 
     lengths: Int[Tensor, " samples"]
     is_multimodal: Bool[Tensor, " samples"]
+    pictures: Int[Tensor, " samples"]
+    """A number for each different list of pictures; samples with the same number can share their tokens."""
 
 
 def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int) -> SamplingLengths:
@@ -34,7 +37,14 @@ def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int) -> Sampli
     words, is_multimodal = (columns[name].to_numpy() for name in ("length", "is_multimodal"))
     images = columns["images"].combine_chunks().value_lengths().to_numpy()
     lengths = torch.tensor(words, dtype=torch.int64) + tokens_per_image * torch.tensor(images, dtype=torch.int64)
-    return SamplingLengths(lengths, torch.tensor(is_multimodal))
+    return SamplingLengths(lengths, torch.tensor(is_multimodal), _picture_numbers(columns["images"]))
+
+
+def _picture_numbers(images: pa.ChunkedArray) -> Int[Tensor, " samples"]:
+    from pyarrow import compute  # half a second, which readers of this module alone need not pay
+
+    joined = compute.binary_join(images.combine_chunks(), "\0")
+    return torch.tensor(joined.dictionary_encode().indices.to_numpy(), dtype=torch.int64)
 
 
 class ModalityLengthSampler(torch.utils.data.Sampler[int]):
@@ -45,6 +55,9 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
     the ranks of one micro-step get neighbours in length: little padding, little waiting. Samples are drawn
     into global batches at random, the batches are shuffled, and what fills no global batch of its modality comes
     last, pictures before text: only there can modalities meet, in at most one micro-batch.
+
+    With `pictures`, samples of the same pictures are drawn together instead of by length, for a collator that runs
+    what they share once; a global batch's border may part them.
     """
 
     def __init__(
@@ -52,6 +65,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         lengths: Int[Tensor, " samples"],
         is_multimodal: Bool[Tensor, " samples"],
         *,
+        pictures: Int[Tensor, " samples"] | None = None,
         batch_size: int,
         world_size: int,
         accumulation: int,
@@ -61,6 +75,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
             raise ValueError("batch_size, world_size and accumulation must be at least 1")
         self._lengths = lengths
         self._is_multimodal = is_multimodal
+        self._pictures = pictures
         self._global_batch = batch_size * world_size * accumulation
         self._seed = seed
         self._epoch = 0
@@ -77,7 +92,7 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         full, rest = [], []
         for modality in (self._is_multimodal, ~self._is_multimodal):
             members = modality.nonzero().flatten()
-            drawn = members[torch.randperm(len(members), generator=generator)]
+            drawn = self._together(members[torch.randperm(len(members), generator=generator)], generator)
             cut = len(drawn) - len(drawn) % self._global_batch
             full.append(self._long_to_short(drawn[:cut].view(-1, self._global_batch)))
             rest.append(self._long_to_short(drawn[cut:].unsqueeze(0)).flatten())
@@ -85,7 +100,16 @@ class ModalityLengthSampler(torch.utils.data.Sampler[int]):
         batches = batches[torch.randperm(len(batches), generator=generator)]
         return iter(torch.cat([batches.flatten(), *rest]).tolist())
 
+    def _together(self, drawn: Int[Tensor, " drawn"], generator: torch.Generator) -> Int[Tensor, " drawn"]:
+        """Samples of the same pictures one after another, the pictures in random order."""
+        if self._pictures is None:
+            return drawn
+        numbers, picture = self._pictures[drawn].unique(return_inverse=True)
+        return drawn[torch.randperm(len(numbers), generator=generator)[picture].argsort(stable=True)]
+
     def _long_to_short(self, batches: Int[Tensor, "batches batch"]) -> Int[Tensor, "batches batch"]:
+        if self._pictures is not None:
+            return batches
         order = self._lengths[batches].argsort(dim=1, descending=True, stable=True)
         return batches.gather(1, order)
 

@@ -128,11 +128,14 @@ def read_rows(file: str, limit: int | None) -> datasets.Dataset:
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def build_sampler(lengths: SamplingLengths, arguments: TrainingArguments) -> ModalityLengthSampler:
-    """LLaVA's grouping by modality and length for this run's global batch."""
+def build_sampler(
+    lengths: SamplingLengths, arguments: TrainingArguments, *, share_pictures: bool
+) -> ModalityLengthSampler:
+    """LLaVA's grouping by modality and length for this run's global batch, or by modality and picture."""
     return ModalityLengthSampler(
         lengths.lengths,
         lengths.is_multimodal,
+        pictures=lengths.pictures if share_pictures else None,
         batch_size=arguments.per_device_train_batch_size,
         world_size=arguments.world_size,
         accumulation=arguments.gradient_accumulation_steps,

@@ -52,7 +52,8 @@ def build_trainer(
     samples = partial(_samples, config=config, encoder=encoder, backbone=backbone, arguments=arguments)
     train_samples = samples(rows)
     lengths = sampling_lengths(rows, tokens_per_image=backbone.tokens_per_image)
-    sampler = build_sampler(lengths, arguments) if data.group_by_modality_length else None
+    grouped = data.group_by_modality_length or data.share_pictures
+    sampler = build_sampler(lengths, arguments, share_pictures=data.share_pictures) if grouped else None
     ledger = BadSampleLedger(max_bad_share=data.max_bad_share, total_samples=len(rows), source=data.train)
     statistics = BatchStatistics(ledger)
     stop = StopOnSignal()
@@ -63,7 +64,9 @@ def build_trainer(
         args=arguments,
         train_dataset=train_samples,
         eval_dataset=None if held_out is None else samples(held_out),
-        data_collator=Collator(pad_token_id(encoder)),
+        data_collator=Collator(
+            pad_token_id(encoder), share_pictures_by=encoder.image_token_id if data.share_pictures else None
+        ),
         callbacks=[
             EpochCallback(*epoch_listeners),
             LossLog(run_folder / LOSS_LOG, statistics),

@@ -80,6 +80,8 @@ class DataConfig:
     """Processes that read and prepare samples on each rank; 0 does it in the training process."""
     group_by_modality_length: bool = True
     """Batches hold samples of like length, and either all with pictures or all without."""
+    share_pictures: bool = False
+    """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
     limit: int | None = None
     """Uses only the first so many training samples."""
     validation_limit: int | None = None

@@ -44,6 +44,7 @@ class GenerationTask(nn.Module):
         labels: Int[Tensor, "batch seq"],
         pixel_values: Float[Tensor, "images 3 height width"] | None = None,
         image_features: Float[Tensor, "images tokens width"] | None = None,
+        layout: Int[Tensor, "batch 3 seq"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """`loss` to go backward from, and `labelled_tokens`, the number of labels it saw."""
@@ -53,6 +54,7 @@ class GenerationTask(nn.Module):
             labels=labels,
             pixel_values=pixel_values,
             image_features=image_features,
+            layout=layout,
         )
         result = generation_loss(features.logits, features.targets, divide_by=num_items_in_batch)
         return {"loss": result.loss, "labelled_tokens": result.labelled_tokens}

@@ -10,6 +10,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone
 from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.data.collate import Collator
+from dora_vl.data.dataset import IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
 
 IMAGE, PAD = 60, 0
@@ -260,3 +262,41 @@ def test_adapters_go_to_the_language_model_alone(backbone: LlavaBackbone) -> Non
     assert all(name.startswith("model.language_model.layers.") for name in names)
     assert not [name for name, weight in backbone.tower.named_parameters() if weight.requires_grad]
     assert not backbone.model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_sharing_a_picture_changes_neither_loss_nor_gradients(backbone: LlavaBackbone, kernel: str) -> None:
+    adapted(backbone).train()
+    backbone.model.set_attn_implementation(kernel)
+    features = torch.randn(2, *backbone.feature_shape, generator=torch.Generator().manual_seed(2))
+    texts = [("a", [8, 9, 10, 2], 3), ("b", [11, 12, 2], 1), ("a", [8, 21, 22, 23, 2], 2), ("a", [30, 31], 1)]
+    samples = []
+    for number, (picture, text, answered) in enumerate(texts):
+        ids = torch.tensor([1, 7, *PICTURE, *text])
+        labels = torch.where(torch.arange(len(ids)) >= len(ids) - answered, ids, IGNORED_LABEL)
+        of_picture = features[0 if picture == "a" else 1]
+        samples.append(Sample(number, str(number), ids, labels, features=(of_picture,), images=(picture,)))
+
+    def run(collate: Collator) -> tuple[int, Tensor, dict[str, Tensor]]:
+        batch = collate(samples)
+        inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        backbone.zero_grad()
+        got = backbone(**inputs)
+        loss = F.cross_entropy(got.logits, got.targets)
+        loss.backward()
+        gradients = {name: one.grad.clone() for name, one in backbone.named_parameters() if one.grad is not None}
+        return batch["input_ids"].numel(), loss.detach(), gradients
+
+    apart, shared = run(Collator(PAD)), run(Collator(PAD, share_pictures_by=IMAGE))
+    assert shared[0] < apart[0]
+    torch.testing.assert_close(shared[1], apart[1], rtol=1e-5, atol=1e-6)
+    assert len(apart[2]) > 10
+    for name, gradient in apart[2].items():
+        torch.testing.assert_close(shared[2][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_kernel_that_takes_no_mask_is_refused(backbone: LlavaBackbone) -> None:
+    backbone.model.model.language_model.config._attn_implementation = "flash_attention_2"
+    layout = torch.ones(1, 3, 4, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"share_pictures needs .* sdpa or eager"):
+        backbone(torch.ones(1, 4).long(), torch.ones(1, 4).long(), layout=layout)

@@ -134,13 +134,41 @@ def test_lengths_of_rows_count_the_pictures(tmp_path: Path) -> None:
     rows = [{"id": n, "image": images, "conversations": turns} for n, images in enumerate([None, "a.png", ["a", "b"]])]
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"id": 3}]))
     table = load_llava(tmp_path / "a.json", cache_folder=tmp_path / "cache")
-    lengths, is_multimodal = sampling_lengths(table, tokens_per_image=100)
+    lengths, is_multimodal, pictures = sampling_lengths(table, tokens_per_image=100)
     assert lengths.tolist() == [5, 105, 205, 0]
     assert is_multimodal.tolist() == [False, True, True, False]
-    lengths, is_multimodal = sampling_lengths(table.select([2, 0]), tokens_per_image=10)
+    assert pictures.unique().tolist() == [0, 1, 2]
+    assert pictures[0] == pictures[3]  # the two without a picture
+    lengths, is_multimodal, _ = sampling_lengths(table.select([2, 0]), tokens_per_image=10)
     assert (lengths.tolist(), is_multimodal.tolist()) == ([25, 5], [True, False])
 
 
 def test_sizes_must_be_positive() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         sampler([(1, True)], (1, 0, 1))
+
+
+def test_samples_of_one_picture_come_together_and_every_epoch_is_another_order() -> None:
+    pictures = torch.arange(60) % 12
+    multimodal = pictures < 11  # number 11 is no picture
+
+    def epoch(number: int) -> list[int]:
+        made = ModalityLengthSampler(
+            torch.ones(60, dtype=torch.int64),
+            multimodal,
+            pictures=pictures,
+            batch_size=5,
+            world_size=1,
+            accumulation=2,
+            seed=3,
+        )
+        made.set_epoch(number)
+        return list(made)
+
+    order = epoch(0)
+    assert sorted(order) == list(range(60))
+    assert order == epoch(0) != epoch(1)
+    for batch in chunks(order, 10)[:5]:
+        assert len({bool(multimodal[index]) for index in batch}) == 1
+        # Five samples a picture: ten hold at most two whole pictures and the parts of one that the border cut.
+        assert len(pictures[batch].unique()) <= 3
