@@ -63,7 +63,7 @@ def write_loss_curve(entries: Sequence[Mapping[str, object]], to: Path) -> None:
     steps, losses = series(entries, "loss")
     if not steps:
         raise UserError(f"the training log holds no loss at any step, so there is no curve for {to}")
-    figure = _figure(8.0, 4.5)
+    figure = new_figure(8.0, 4.5)
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
     axes.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=1)
@@ -72,12 +72,12 @@ def write_loss_curve(entries: Sequence[Mapping[str, object]], to: Path) -> None:
     if validation[0]:
         axes.plot(*validation, color=VALIDATION, marker="o", markersize=5, linewidth=2, label="validation loss")
     axes.set_yscale("log")
-    _plain_axes(axes, "step", "loss (nats per answer token)")
+    plain_axes(axes, "step", "loss (nats per answer token)")
     rates = series(entries, "learning_rate")
     if rates[0]:
         _draw_rates(axes, *rates)
     axes.legend(frameon=False, loc="upper right", labelcolor=INK)
-    _save(figure, to)
+    save_png(figure, to)
 
 
 def _draw_rates(axes: Axes, steps: list[float], rates: list[float]) -> None:
@@ -92,7 +92,8 @@ def _draw_rates(axes: Axes, steps: list[float], rates: list[float]) -> None:
     axes.patch.set_visible(False)
 
 
-def _plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
+def plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
+    """Labels, a faint grid, no frame."""
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
     axes.grid(color=GRID, linewidth=0.8)
@@ -143,7 +144,7 @@ def write_contact_sheet(
     title += "\nrandom questions, then a row of mistakes" if mistakes else "\nrandom questions"
     rows = -(-len(chosen) // COLUMNS)
     width, height = CELL_WIDTH * COLUMNS + MARGIN, CELL_HEIGHT * rows + TITLE_HEIGHT
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     figure.text(0.5, 1 - 0.5 * TITLE_HEIGHT / height, title, ha="center", va="center", color=INK, **TITLE_FONT)
     for number, prediction in enumerate(chosen):
         row, column = divmod(number, COLUMNS)
@@ -153,7 +154,7 @@ def write_contact_sheet(
         axes = figure.add_axes((left, top - side / height, side / width, side / height))
         _draw_picture(axes, prediction, open_picture)
         _draw_answer(axes, prediction, inches=side, right=_is_right(prediction, answer_after))
-    _save(figure, to)
+    save_png(figure, to)
 
 
 def _draw_picture(axes: Axes, prediction: Prediction, open_picture: Callable[[str], Image.Image]) -> None:
@@ -192,14 +193,16 @@ def _two_lines(answer: str) -> str:
     return "\n".join(lines if len(lines) <= 2 else [f"{lines[0]} …", lines[-1]])
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches."""
     # A Figure of its own, not pyplot's: nothing global is changed, and no display is looked for.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=130, facecolor="white")
 
 
-def _save(figure: Figure, to: Path) -> None:
+def save_png(figure: Figure, to: Path) -> None:
+    """Writes under a temporary name, then renames."""
     scratch = to.with_name(f".{to.name}.part")
     figure.savefig(scratch, format="png")
     scratch.replace(to)

@@ -1,0 +1,78 @@
+"""GQA as its eval.py gives it, on answers converted the way LLaVA does.
+
+Quirks kept: the conversion takes the periods off the end *before* lower-casing and strips no white space, so " yes" and
+"yes. " are wrong. A question whose structural type is "query" counts as open, every other as binary. Without the
+publisher's choices file validity and plausibility are 0 and are not listed here. Consistency is the mean over
+*rightly answered* questions that entail others (`extra["entailed"]`) of how many of those are right; an entailed
+question without an answer counts as wrong (the script stops). Distribution is chi-square between the histograms
+of true and given answers in each global group, weighted by the group's size, / 100: lower is better, and no percent.
+
+Reads `answers[0]`, and of `extra`: types {structural, semantic}, entailed, global_group, is_balanced (only
+balanced questions are scored; absent means balanced).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from dora_vl.data.examples import Example
+from dora_vl.evaluation.scored import ACCURACY, Formula, Ratio, Scored, Tally, by_kind, kind_columns, unit_of
+
+
+def converted(answer: str) -> str:
+    """A model's answer as the submission holds it."""
+    return answer.rstrip(".").lower()
+
+
+def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible."""
+    right = {example.id: is_right(example, answers) for example in examples}
+    tally, structural, semantic, entails = Tally(), [], [], False
+    balanced = [example for example in examples if example.extra.get("is_balanced", True)]
+    for example in balanced:
+        types = example.extra.get("types", {})
+        shape, meaning = types.get("structural"), types.get("semantic")
+        structural += [shape] if shape else []
+        semantic += [meaning] if meaning else []
+        kinds = [kind for kind in (shape, meaning) if kind]
+        if shape:
+            kinds.append("open" if shape == "query" else "binary")
+        hit = float(right[example.id])
+        columns = kind_columns(hit, *kinds)
+        entailed = [one for one in example.extra.get("entailed", ()) if one != example.id]
+        if entailed:
+            entails = True
+            share = sum(right.get(one, False) for one in entailed) / len(entailed)
+            columns |= {"consistent": hit * share, "entailing": hit}
+        tally.add(example.id, hit, columns, unit=unit_of(example), failed=example.id not in answers)
+    formulas: dict[str, Formula] = {"accuracy": ACCURACY}
+    if structural:
+        formulas |= by_kind("accuracy", ["open", "binary"])
+    formulas |= by_kind("structural", structural) | by_kind("semantic", semantic)
+    if entails:
+        formulas["consistency"] = Ratio("consistent", "entailing")
+    return tally.scored(formulas, fixed=_distribution(balanced, answers))
+
+
+def is_right(example: Example, answers: Mapping[str, str]) -> bool:
+    """Whether the converted answer is the true one, letter by letter."""
+    return example.id in answers and converted(answers[example.id]) == example.answers[0].text
+
+
+def _distribution(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, float]:
+    true: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    given: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for example in examples:
+        group = example.extra.get("global_group")
+        if group is not None:
+            true[group][example.answers[0].text] += 1
+            given[group][converted(answers.get(example.id, ""))] += 1
+    if not true:
+        return {}
+    weighted, everything = 0.0, 0
+    for group, expected in true.items():
+        distance = sum((given[group][answer] - count) ** 2 / count for answer, count in expected.items())
+        weighted += distance * expected.total()
+        everything += expected.total()
+    return {"distribution": weighted / everything / 100}
