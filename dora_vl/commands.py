@@ -18,6 +18,7 @@ class Command:
 
 
 COMMANDS = {
+    "analyze": Command("dora_vl.interchange.analyze_command", "what training changed: magnitudes and directions"),
     "convert": Command("dora_vl.interchange.convert_command", "adapters of other tools, in and out"),
     "merge": Command("dora_vl.interchange.merge_command", "base + adapters as a plain model folder"),
 }

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dora_vl.core.adapter_file import CONFIG_FILE, PEFT_PREFIX, RECIPE_FILE, WEIGHTS_FILE, read_json, replace_folder
+from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.errors import UserError
 from dora_vl.interchange.factors import Factors
 from dora_vl.interchange.peft_config import check_config, rank_of, scale_of
@@ -33,8 +34,13 @@ PEFT_LEAVES = {
     "lora_embedding_B": "embedding_B",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
+    "vera_lambda_d": "d",
+    "vera_lambda_b": "b",
 }
 """Ends of PEFT's keys -> what they are; the magnitude is written in either spelling by tools in use."""
+
+SHARED_A, SHARED_B = f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B"
+"""Names of the random matrices that all layers of a DVoRA adapter share."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,13 @@ class Adapter:
     @cached_property
     def extras(self) -> dict[str, Tensor]:
         """Every other tensor (projector, trained biases, kept rows) under the model's own name."""
-        return {own_extra_name(key): tensor for key, tensor in self.tensors.items() if split_key(key)[1] is None}
+        return {own_extra_name(key): tensor for key, tensor in self.tensors.items() if is_extra(key)}
+
+    @property
+    def method(self) -> str:
+        """`dora`, `lora`, `magnitude`, `dvora` or `full`."""
+        stated = self.recipe.get("adapter", {}).get("method")
+        return str(stated or ("dora" if self.config.get("use_dora") else "lora"))
 
     @cached_property
     def factors(self) -> dict[str, Factors]:
@@ -77,6 +89,8 @@ class Adapter:
         return {layer: self._factors(layer, found) for layer, found in self.layers.items()}
 
     def _factors(self, layer: str, found: Mapping[str, Tensor]) -> Factors:
+        if "d" in found or "b" in found:
+            return self._shared_factors(layer, found)
         embedding = "embedding_A" in found or "embedding_B" in found
         a, b = (found.get(f"embedding_{side}" if embedding else side) for side in "AB")
         magnitude = found.get("magnitude")
@@ -101,6 +115,23 @@ class Adapter:
             magnitude_axis="input" if layer in self.input_axis else "output",
         )
 
+    def _shared_factors(self, layer: str, found: Mapping[str, Tensor]) -> Factors:
+        """A DVoRA layer's: the shared A, still as wide as the widest layer, and B with both vectors folded in."""
+        shared = {name: self.tensors.get(f"{PEFT_PREFIX}{name}") for name in (SHARED_A, SHARED_B)}
+        a, b = shared.values()
+        d, rows, magnitude = (found.get(leaf) for leaf in ("d", "b", "magnitude"))
+        if a is None or b is None or d is None or rows is None or magnitude is None:
+            named = {**shared, **{f"{layer}.{leaf}": found.get(leaf) for leaf in ("d", "b", "magnitude")}}
+            missing = [name for name, tensor in named.items() if tensor is None]
+            raise UserError(f"{self.source}: a DVoRA adapter without {missing}; copy the file again")
+        if len(a) != len(d) or b.shape[1] != len(d) or len(b) < len(rows):
+            raise UserError(
+                f"{self.source}: {layer} has d [{len(d)}] and b [{len(rows)}], the shared A is {list(a.shape)} and B "
+                f"{list(b.shape)}; copy the file again"
+            )
+        folded = b[: len(rows)] * d * rows.unsqueeze(1)
+        return Factors(lora_A=a, lora_B=folded, magnitude=magnitude.flatten(), scale=1.0, shared_A=True)
+
 
 def split_key(key: str) -> tuple[str, str | None]:
     """A PEFT key as (full layer name, what it is), or (key, None) for a tensor that is no adapter's."""
@@ -109,6 +140,11 @@ def split_key(key: str) -> tuple[str, str | None]:
         if name.endswith(f".{ending}"):
             return name.removesuffix(f".{ending}"), leaf
     return key, None
+
+
+def is_extra(key: str) -> bool:
+    """Whether a tensor belongs to the model itself: neither to an adapted layer nor shared by all of them."""
+    return split_key(key)[1] is None and key.removeprefix(PEFT_PREFIX) not in {SHARED_A, SHARED_B}
 
 
 def own_extra_name(key: str) -> str:
@@ -132,9 +168,6 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         weights = source / PICKLED_WEIGHTS_FILE
     tensors = read_tensors(weights)
     recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
-    shared = sorted(key for key in tensors if key.endswith((".vera_lambda_d", ".vera_lambda_b")))
-    if shared:
-        raise UserError(f"{weights} is a DVoRA adapter ({shared[0]}); load it with load_adapter, then merge_dora")
     adapter = Adapter(tensors, config, recipe, str(source))
     refuse_not_finite(tensors, str(weights))
     if not adapter.factors and not adapter.extras:

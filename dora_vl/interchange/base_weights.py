@@ -56,7 +56,7 @@ class BaseWeights:
             for name in [rename.get(key, key)]
         }
         self.transposed_layers = transposed
-        """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`)."""
+        """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
 
     def __enter__(self) -> BaseWeights:
         return self
@@ -132,7 +132,7 @@ def model_names(config: Mapping[str, Any], keys: list[str]) -> tuple[dict[str, s
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     own = dict(model.state_dict())
     names = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, own)[0] for key in keys}
-    transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D))
+    transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D | nn.Embedding))
     return {key: name if name in own else key for key, name in names.items()}, transposed
 
 

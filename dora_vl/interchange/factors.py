@@ -6,7 +6,7 @@ transformers' `Conv1D` weight are linear weights transposed. So the equation in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -30,11 +30,21 @@ class Factors:
     """The layer stores its weight as [in, out]: an embedding's table, transformers' `Conv1D`."""
     magnitude_axis: MagnitudeAxis = "output"
     """`output`: one magnitude an output row, the paper's form; `input`: one an input column (early LyCORIS)."""
+    shared_A: bool = False
+    """A is DVoRA's, as wide as the widest layer: `on_weight` cuts it."""
 
     @property
     def rank(self) -> int:
         """Rows of A; 0 for a magnitude alone."""
         return 0 if self.lora_A is None else len(self.lora_A)
+
+    def on_weight(self, shape: tuple[int, ...], *, transposed: bool) -> Factors:
+        """These factors for a layer whose weight has this shape and whose class may store it as [in, out]."""
+        turned = replace(self, transposed=True) if transposed else self
+        if self.lora_A is None or not self.shared_A:
+            return turned
+        columns = turned.as_matrix(torch.empty(shape, device="meta")).shape[1]
+        return replace(turned, lora_A=self.lora_A[:, :columns], shared_A=False)
 
     def shape_fits(self, weight: Tensor) -> bool:
         """Whether A, B and the magnitude belong to a weight of this shape."""

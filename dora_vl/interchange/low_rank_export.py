@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_vl.core.adapter_file import PEFT_PREFIX
 from dora_vl.errors import UserError
-from dora_vl.interchange.adapter import Adapter, split_key
+from dora_vl.interchange.adapter import Adapter, is_extra
 from dora_vl.interchange.base_weights import BaseWeights
 from dora_vl.interchange.factors import Factors
 from dora_vl.interchange.merge_folder import check_fit, factors_on
@@ -88,7 +88,7 @@ def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> A
     special = [name for name, layer in adapter.layers.items() if "embedding_A" in layer or _kernel(layer)]
     if special:
         raise UserError(f"{adapter.source}: {special[0]} is no linear layer; only linears are exported")
-    tensors = {key: tensor for key, tensor in adapter.tensors.items() if split_key(key)[1] is None}
+    tensors = {key: tensor for key, tensor in adapter.tensors.items() if is_extra(key)}
     for export in exports:
         tensors[f"{PEFT_PREFIX}{export.layer}.lora_A.weight"] = export.lora_A
         tensors[f"{PEFT_PREFIX}{export.layer}.lora_B.weight"] = export.lora_B
@@ -101,7 +101,7 @@ def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> A
         if field in adapter.config
     }
     config = {**fresh, **carried}
-    kept = sorted(adapter.recipe.get("adapter", {}).get("kept", ()))
+    kept = sorted(set(adapter.recipe.get("adapter", {}).get("kept", ())) & set(adapter.extras))
     own = own_recipe(config, sorted(set(adapter.extras) - set(kept)), kept) if adapter.recipe else {}
     return Adapter(tensors, config, {**adapter.recipe, **own}, adapter.source)
 

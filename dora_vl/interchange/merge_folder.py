@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -70,10 +70,12 @@ def merge_to_folder(
 
 def factors_on(base: BaseWeights, adapter: Adapter) -> dict[str, Factors]:
     """The adapter's factors, turned the way that each layer's class stores its weight."""
-    return {
-        name: replace(factors, transposed=True) if name in base.transposed_layers else factors
-        for name, factors in adapter.factors.items()
-    }
+    found: dict[str, Factors] = {}
+    for name, factors in adapter.factors.items():
+        stored = base.tensors.get(f"{name}.weight")
+        transposed = name in base.transposed_layers
+        found[name] = factors if stored is None else factors.on_weight(stored.shape, transposed=transposed)
+    return found
 
 
 def check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors]) -> None:

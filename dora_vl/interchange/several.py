@@ -70,6 +70,10 @@ class AdapterSet:
         """
         self._refuse_taken(name)
         adapter = read_adapter(folder)
+        if adapter.method == "dvora":
+            raise UserError(
+                f"{folder} is a DVoRA adapter, one for a model: its layers share matrices; use load_adapter"
+            )
         self.switch(None)
         modules, tensors = dict(self.model.named_modules()), self._tensors()
         for layer in adapter.layers:

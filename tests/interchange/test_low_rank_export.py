@@ -87,11 +87,3 @@ def test_other_tensors_come_along(tmp_path):
     load_adapter(again, tmp_path / "lora")
     torch.testing.assert_close(again.eval()(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert read_adapter(tmp_path / "lora").recipe["task"] == "x"
-
-
-def test_shared_factors_are_named(tmp_path):
-    model = tiny_llama()
-    apply_dora(model, DoRAConfig(targets=("*.q_proj",), rank=2, method="dvora"))
-    save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(UserError, match="is a DVoRA adapter"):
-        read_adapter(tmp_path / "adapter")
