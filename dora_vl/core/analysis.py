@@ -10,8 +10,8 @@ Which vectors: the layer that the authors published, PEFT's and ours take the ro
 output (`axis="output"`). The paper writes W as [d, k] and says "column"; whoever reads that as the columns of
 [out, in], one vector for each input, as early LyCORIS did, wants `axis="input"`.
 
-Full fine-tuning was found to change magnitude and direction in opposition (slope below 0), LoRA in proportion (above
-0), DoRA as full fine-tuning does.
+The paper found magnitude and direction to change in opposition under full fine-tuning and DoRA (slope below 0), in
+proportion under LoRA (above 0): the query weights of VL-BART, all layers and four checkpoints.
 """
 
 from __future__ import annotations

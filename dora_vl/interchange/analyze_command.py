@@ -17,8 +17,8 @@ from dora_vl.interchange.tuned_weights import refuse_saved_on_another_base, save
 
 DESCRIPTION = """\
 Measures, for every layer and every checkpoint, the mean change of the weight's magnitudes (dM) and of its directions
-(dD, 1 - cosine), fits dM over dD, and draws the models side by side: section 3 of the DoRA paper. Full fine-tuning and
-DoRA are expected to have a slope below 0, LoRA above.
+(dD, 1 - cosine), fits dM over dD, and draws the models side by side: section 3 of the DoRA paper. There the query
+weights of VL-BART had a slope below 0 with full fine-tuning and with DoRA, above 0 with LoRA.
 
   dora-vl analyze llava-base/ runs/full runs/lora runs/dora --to decomposition
   dora-vl analyze llama/ llama-tuned/ adapter/ --label "full tuning" --label DoRA --layers '*.q_proj'

@@ -57,6 +57,7 @@ def _draw_panel(axes: Axes, panel: Panel, place: Mapping[str, int]) -> None:
         )
     plain_axes(axes, "direction change ΔD", "")
     axes.margins(0.06)
+    axes.set_axisbelow(True)
     axes.ticklabel_format(scilimits=(-3, 3))
     numbers = "no line: the points lie in one place"
     line = panel.line
