@@ -27,9 +27,12 @@ def main() -> None:
     with first_rank_speaks():
         config = read_run(sys.argv[1:], program="llava_instruct.py", description=__doc__ or "")
 
-        from dora_vl.training.run import run  # seconds of imports, after mistakes in the settings were told
+        from dora_vl.training.llava_task import (
+            LlavaTask,
+        )  # seconds of imports, after mistakes in the settings were told
+        from dora_vl.training.run import run
 
-        stopped_by = run(config, task="llava_instruct")
+        stopped_by = run(LlavaTask(config))
     if stopped_by is not None:
         logging.getLogger(__name__).info(
             "stopped by %s; --resume last goes on from there", signal.Signals(stopped_by).name

@@ -14,11 +14,12 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dora_vl.core import trained_parts
+from dora_vl.training.adapting import adapt
 from dora_vl.training.arguments import check_training_section
-from dora_vl.training.assembly import adapt
+from dora_vl.training.assembly import dora_config
 from dora_vl.training.command_line import read_run_file
 from dora_vl.training.deepspeed_checks import SHORT_NAMES, check_deepspeed, read_deepspeed
-from dora_vl.training.recipe import AdapterConfig, ModelConfig
+from dora_vl.training.recipe import ModelConfig
 from dora_vl.vision.tower_sources import load_tower
 from dora_vl.vision.towers import register_towers
 
@@ -88,7 +89,7 @@ def test_loads_and_builds_on_the_meta_device(path: Path) -> None:
     deepspeed = read_deepspeed(config.training["deepspeed"])
     check_deepspeed(deepspeed, method=config.adapter.method, bf16=bool(config.training.get("bf16")))
     model = meta_model(config.model)
-    adapt(model, _without_initial(config.adapter))
+    adapt(model, dora_config(config.adapter))
     assert trained_count(model) > 0
     assert not any(one.requires_grad for one in model.model.vision_tower.parameters())
 
@@ -100,7 +101,7 @@ def test_loads_and_builds_on_the_meta_device(path: Path) -> None:
 def test_trains_the_published_number_of_parameters(name: str, expected: int) -> None:
     config = read_run_file(ROOT / "configs" / "llava" / f"{name}.yaml")
     model = meta_model(config.model)
-    adapt(model, _without_initial(config.adapter))
+    adapt(model, dora_config(config.adapter))
     assert trained_count(model) == expected
 
 
@@ -123,8 +124,3 @@ def test_every_deepspeed_json_has_a_short_name_and_is_safe() -> None:
     assert [path.stem for path in files] == sorted(SHORT_NAMES)
     for path in files:
         check_deepspeed(json.loads(path.read_text(encoding="utf-8")), method="dora", bf16=False)
-
-
-def _without_initial(adapter: AdapterConfig) -> AdapterConfig:
-    """The folder that another run leaves is not there yet."""
-    return AdapterConfig(**{**vars(adapter), "initial": None})

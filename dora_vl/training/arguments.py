@@ -16,8 +16,8 @@ from transformers import TrainingArguments
 from dora_vl.errors import UserError
 from dora_vl.training.deepspeed_checks import check_deepspeed, read_deepspeed
 from dora_vl.training.launch import stand_alone_environment, start_cpu_communication
-from dora_vl.training.recipe import RunConfig
 from dora_vl.training.run_folder import run_folder_of
+from dora_vl.training.task import RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def _accepted_name(key: str, known: set[str]) -> str:
     return key
 
 
-def training_arguments(config: RunConfig) -> TrainingArguments:
+def training_arguments(config: RunSettings) -> TrainingArguments:
     """Makes the arguments, which also starts the process group and tells transformers about ZeRO-3.
 
     Must run before the model is loaded, or ZeRO-3 would hold a whole model on every rank.
@@ -130,7 +130,7 @@ def _choose_deepspeed_device(given: dict[str, Any]) -> None:
     given["use_cpu"] = not torch.cuda.is_available()
 
 
-def _check_precision(config: RunConfig, section: Mapping[str, Any]) -> None:
+def _check_precision(config: RunSettings, section: Mapping[str, Any]) -> None:
     method = config.adapter.method
     if method != "full" and (section.get("bf16") or section.get("fp16")):
         flag = "bf16" if section.get("bf16") else "fp16"
@@ -147,7 +147,7 @@ def _check_precision(config: RunConfig, section: Mapping[str, Any]) -> None:
         raise UserError("training.bf16 with adapter.method: full needs training.deepspeed, which keeps float32 masters")
 
 
-def _evaluation_defaults(config: RunConfig, section: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation_defaults(config: RunSettings, section: Mapping[str, Any]) -> dict[str, Any]:
     wanted = section.get("eval_strategy", "epoch" if config.data.validation else "no")
     if wanted != "no" and config.data.validation is None:
         raise UserError(f"training.eval_strategy is {wanted}, but data.validation names no file")

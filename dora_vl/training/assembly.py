@@ -1,15 +1,13 @@
-"""Builds a run's parts from its sections: model, adapter, encoder, data."""
+"""Builds the parts of a LLaVA run from its sections: model, adapter, encoder, data."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from torch import nn
 from transformers import TrainingArguments
 
 from dora_vl.backbones.compose import compose_llava
@@ -17,16 +15,13 @@ from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, load_llava
 from dora_vl.backbones.templates import get_template
-from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
-from dora_vl.core.adapter_file import own_name, read_weights
+from dora_vl.core import DoRAConfig
 from dora_vl.data.records import load_llava as load_records
 from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
 from dora_vl.errors import UserError
 from dora_vl.training.provenance import content_hash, local_folder, versions
 from dora_vl.training.recipe import AdapterConfig, ModelConfig, RunConfig
-from dora_vl.training.zero import gather_to_write, loading_in, without_sharding
-
-logger = logging.getLogger(__name__)
+from dora_vl.training.zero import loading_in, without_sharding
 
 
 def compose_if_missing(model: ModelConfig, arguments: TrainingArguments) -> None:
@@ -54,7 +49,16 @@ def load_backbone(model: ModelConfig, *, cached_features: bool) -> LlavaBackbone
 
 
 def dora_config(adapter: AdapterConfig) -> DoRAConfig:
-    """The core's config of a run's adapter section, with LLaVA's own targets and projector."""
+    """The core's config of a run's adapter section, with LLaVA's own targets and projector.
+
+    Raises:
+        UserError: full training without saying of what.
+    """
+    if adapter.method == "full" and adapter.targets is None:
+        raise UserError(
+            "adapter.method: full needs adapter.targets, the modules whose weights train, such as "
+            '["model.language_model*", "lm_head", "model.multi_modal_projector*"]'
+        )
     trains_projector = adapter.train_projector and adapter.method != "full"
     return DoRAConfig(
         method=adapter.method,
@@ -67,41 +71,6 @@ def dora_config(adapter: AdapterConfig) -> DoRAConfig:
         detach_norm=adapter.detach_norm,
         rank_scaling=adapter.rank_scaling,
     )
-
-
-def adapt(model: nn.Module, adapter: AdapterConfig) -> list[str]:
-    """Puts the adapter in, decides what trains, and loads `adapter.initial`; returns the adapted layers' names."""
-    if adapter.method == "full" and adapter.targets is None:
-        raise UserError(
-            "adapter.method: full needs adapter.targets, the modules whose weights train, such as "
-            '["model.language_model*", "lm_head", "model.multi_modal_projector*"]'
-        )
-    names = apply_dora(model, dora_config(adapter), gather=gather_to_write)
-    if adapter.initial is not None:
-        load_initial(model, Path(adapter.initial))
-    return names
-
-
-def load_initial(model: nn.Module, folder: Path) -> None:
-    """Starts from the weights of an adapter folder, which may hold fewer parts (stage 1's projector alone).
-
-    Raises:
-        UserError: the folder holds a tensor that this model does not have, or of another shape.
-    """
-    found = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
-    parameters = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
-    if unknown := sorted(set(found) - set(parameters)):
-        raise UserError(f"adapter.initial: {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}")
-    with torch.no_grad():
-        for name, tensor in found.items():
-            with gather_to_write([parameters[name]]):
-                if parameters[name].numel() != tensor.numel():
-                    shapes = f"{list(tensor.shape)}, here it is {list(parameters[name].shape)}"
-                    raise UserError(f"adapter.initial: {folder}: {name} is {shapes}")
-                parameters[name].copy_(tensor.view(parameters[name].shape))
-    for _, layer in adapted_layers(model):
-        layer.forget_norms()
-    logger.info("%s sets %d of %d trained tensors", folder, len(found), len(parameters))
 
 
 def build_encoder(model: ModelConfig, backbone: LlavaBackbone, *, max_tokens: int) -> LlavaEncoder:

@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
@@ -16,31 +17,40 @@ from dora_vl.errors import UserError
 from dora_vl.training.arguments import check_training_section, training_fields
 from dora_vl.training.recipe import RunConfig
 
+Settings = TypeVar("Settings")
 
-def run_parser(program: str, description: str) -> ArgumentParser:
-    """The parser of a training task; its help text comes from the fields of `recipe.py`."""
+
+def run_parser(program: str, description: str, settings: type[Any] = RunConfig) -> ArgumentParser:
+    """The parser of a training task; its help text comes from the fields of the settings' dataclasses."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with the run's settings")
     # The deepspeed launcher adds --local_rank=N to every command; the environment says it better.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_class_arguments(RunConfig, None)
+    parser.add_class_arguments(settings, None)
     return parser
 
 
 def read_run(arguments: Sequence[str], *, program: str = "run", description: str = "") -> RunConfig:
-    """Settings from command-line arguments; they win over the file's.
+    """A LLaVA run's settings from command-line arguments; see `read_settings`."""
+    return read_settings(arguments, RunConfig, program=program, description=description)
+
+
+def read_settings(
+    arguments: Sequence[str], settings: type[Settings], *, program: str = "run", description: str = ""
+) -> Settings:
+    """Settings of a run's dataclass from command-line arguments; they win over the file's.
 
     Raises:
         UserError: a key that is not a setting (with the nearest one), or a value of the wrong type.
     """
-    parser = run_parser(program, description)
+    parser = run_parser(program, description, settings)
     try:
-        settings = parser.parse_args(files_first(arguments))
-        config = _instantiate(parser, settings)
+        config = _instantiate(parser, parser.parse_args(files_first(arguments)), settings)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
-        raise UserError(explain(str(error), setting_names())) from error
-    return dataclasses.replace(config, training=check_training_section(config.training))
+        raise UserError(explain(str(error), setting_names(settings))) from error
+    checked: Any = config  # a dataclass with a `training` section, as every run's
+    return dataclasses.replace(checked, training=check_training_section(checked.training))
 
 
 def files_first(arguments: Sequence[str]) -> list[str]:
@@ -61,14 +71,14 @@ def read_run_file(path: str | Path, *overrides: str) -> RunConfig:
     return read_run([f"--config={path}", *overrides])
 
 
-def _instantiate(parser: ArgumentParser, settings: Namespace) -> RunConfig:
-    built = parser.instantiate(settings)
-    return RunConfig(**{one.name: getattr(built, one.name) for one in dataclasses.fields(RunConfig)})
+def _instantiate(parser: ArgumentParser, parsed: Namespace, settings: type[Settings]) -> Settings:
+    built, kind = parser.instantiate(parsed), cast(Any, settings)
+    return kind(**{one.name: getattr(built, one.name) for one in dataclasses.fields(kind)})
 
 
-def setting_names() -> list[str]:
+def setting_names(settings: type[Any] = RunConfig) -> list[str]:
     """Every dotted name a run understands, `training.*` included."""
-    parser = run_parser("run", "")
+    parser = run_parser("run", "", settings)
     skipped = {"help", "config", "print_config", "local_rank"}
     # Only leaf settings: a name such as "model" also stands for a whole section.
     named = [action.dest for action in parser._actions if action.dest not in skipped]

@@ -5,23 +5,18 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dora_vl.core import load_adapter
 from dora_vl.data.bad_samples import write_skipped
-from dora_vl.evaluation.questions import read_questions
-from dora_vl.evaluation.run import evaluate_run
+from dora_vl.training.adapting import adapt
 from dora_vl.training.arguments import training_arguments
-from dora_vl.training.assembly import adapt, build_encoder, compose_if_missing, load_backbone
 from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.checkpoints import checkpoint_to_resume
 from dora_vl.training.launch import is_first_rank, leave_process_group, on_first_rank, threads_of_this_rank
-from dora_vl.training.picture_reading import picture_reader
-from dora_vl.training.recipe import RunConfig
-from dora_vl.training.run_folder import ADAPTER, METRICS, SKIPPED, add_metrics, prepare_run_folder, run_folder_of
+from dora_vl.training.run_folder import METRICS, SKIPPED, add_metrics, prepare_run_folder, run_folder_of
+from dora_vl.training.task import Task
 from dora_vl.training.trainer import AdapterTrainer
 from dora_vl.training.zero import load_whole_models_again
 
@@ -39,24 +34,24 @@ class RunResult:
     """What training adds to `metrics.json`."""
 
 
-def train(config: RunConfig, *, task: str) -> RunResult:
-    """Trains as the settings say and leaves `adapter/`, checkpoints and `log.jsonl` in the run folder.
+def train(task: Task) -> RunResult:
+    """Trains as the task's settings say and leaves `adapter/`, checkpoints and `log.jsonl` in the run folder.
 
     Every rank of a launch calls it. Raises UserError for whatever in the settings or the data cannot be used.
     """
-    threads = threads_of_this_rank()
+    config, threads = task.config, threads_of_this_rank()
     arguments = training_arguments(config)
     if threads is not None:
         torch.set_num_threads(threads)
     run_folder = run_folder_of(config)
     checkpoint = checkpoint_to_resume(config.resume, run_folder)
     on_first_rank(partial(prepare_run_folder, run_folder, resume=checkpoint is not None, overwrite=config.overwrite))
-    on_first_rank(partial(compose_if_missing, config.model, arguments))
+    on_first_rank(partial(task.prepare, arguments))
 
-    backbone = load_backbone(config.model, cached_features=config.data.cache_features)
+    backbone = task.load()
     torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
-    adapt(backbone.model, config.adapter)
-    trainer, stop = build_trainer(config, arguments, backbone, task=task)
+    adapt(backbone.model, task.dora_config(), initial=config.adapter.initial)
+    trainer, stop = build_trainer(task, arguments, backbone)
     torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
     try:
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -73,19 +68,19 @@ def train(config: RunConfig, *, task: str) -> RunResult:
     return RunResult(output.global_step, stop.received, numbers)
 
 
-def run(config: RunConfig, *, task: str) -> int | None:
+def run(task: Task) -> int | None:
     """Trains, then tests where `evaluation.file` is set; returns the signal that stopped the run, or None.
 
     The process group is gone afterwards: ZeRO-3 on a CPU aborts at interpreter exit while it is there.
     """
     try:
-        result = train(config, task=task)
+        result = train(task)
         first = is_first_rank()
     finally:
         leave_process_group()
         load_whole_models_again()
-    if result.stopped_by is None and config.evaluation.file is not None and first:
-        evaluate(config, result.numbers)
+    if result.stopped_by is None and task.config.evaluation.file is not None and first:
+        task.test(result.numbers)
     return result.stopped_by
 
 
@@ -100,29 +95,3 @@ def training_numbers(trainer: AdapterTrainer, seconds: float) -> dict[str, Any]:
         "padding_share": round(counts.padding_share, 4),
         "skipped_samples": counts.skipped,
     }
-
-
-def evaluate(config: RunConfig, numbers: dict[str, Any]) -> dict[str, Any]:
-    """Answers `evaluation.file` with the saved adapter, in this process alone, and completes `metrics.json`.
-
-    The base is loaded again and the adapter folder put on it: what is tested is what was saved, whole, whatever
-    ZeRO stage it was trained under.
-    """
-    run_folder = run_folder_of(config)
-    backbone = load_backbone(config.model, cached_features=config.data.cache_features)
-    load_adapter(backbone.model, run_folder / ADAPTER)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone.to(device)
-    encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
-    questions, _ = read_questions(Path(str(config.evaluation.file)), config.evaluation.limit)
-    names = dict.fromkeys(path for question in questions for path in question.images)
-    image_folder = Path(config.evaluation.image_folder or config.data.image_folder)
-    return evaluate_run(
-        backbone,
-        encoder,
-        config.evaluation,
-        run_folder=run_folder,
-        pictures=picture_reader(config, backbone, names, folder=image_folder, device=device),
-        image_folder=image_folder,
-        numbers=numbers,
-    )

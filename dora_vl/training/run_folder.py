@@ -11,7 +11,7 @@ from typing import Any
 
 from dora_vl.errors import UserError
 from dora_vl.training.checkpoints import WRITING, complete_checkpoints
-from dora_vl.training.recipe import RunConfig
+from dora_vl.training.task import RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ SKIPPED = "skipped.jsonl"
 RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, "predictions.jsonl", "loss_curve.png", "contact_sheet.png")
 
 
-def run_folder_of(config: RunConfig) -> Path:
+def run_folder_of(config: RunSettings) -> Path:
     """Where a run writes: `training.output_dir`, which every run names."""
     if "output_dir" not in config.training:
         raise UserError("training.output_dir is missing: name the folder for checkpoints, adapter and logs")

@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Persistence:
-    """Where a run is kept, and how its adapter folder is written (every rank calls `save`) and read."""
+    """Where a run is kept, and how its adapter folder is written (every rank calls `save`) and read.
+
+    `load_kept` reads the frozen tensors in it alone: what DeepSpeed's own state does not hold.
+    """
 
     run_folder: Path
     save: Callable[[Path], None]
     load: Callable[[Path], object]
+    load_kept: Callable[[Path], object]
 
 
 class AdapterTrainer(Trainer):
@@ -44,6 +48,8 @@ class AdapterTrainer(Trainer):
         parts: what trains, as `core.trained_parts` lists it.
         persistence: writes the adapter folder at every checkpoint, and reads it back (resuming without DeepSpeed).
         statistics: counts of what the batches held.
+        labels_shift: whether a label at position 0 has nothing to be predicted from; the token count of a step must
+            leave it out then.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class AdapterTrainer(Trainer):
         parts: Sequence[TrainedPart],
         persistence: Persistence,
         statistics: BatchStatistics,
+        labels_shift: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -64,8 +71,7 @@ class AdapterTrainer(Trainer):
         self.statistics = statistics
         self._checkpoint_parent = persistence.run_folder
         self._saved_step: int | None = None
-        # A label at position 0 has nothing before it: the token count of a step must leave it out.
-        self._loss_shifts_labels = True
+        self._loss_shifts_labels = labels_shift
 
     # ---- what a step sees
 
@@ -163,6 +169,7 @@ class AdapterTrainer(Trainer):
         path, _ = self._engine.load_checkpoint(checkpoint, custom_load_fn=load_exactly)
         if path is None:
             raise UserError(f"resume: DeepSpeed finds no state in {checkpoint}; was it written without DeepSpeed?")
+        self.persistence.load_kept(Path(checkpoint) / ADAPTER)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:
@@ -175,7 +182,7 @@ class AdapterTrainer(Trainer):
 
 
 def load_exactly(src: Mapping[str, Tensor], dst: nn.Module) -> None:
-    """Loads what trains (`GenerationTask.state_dict` holds nothing else); DeepSpeed calls it with these names.
+    """Loads what trains (`TaskModel.state_dict` holds nothing else); DeepSpeed calls it with these names.
 
     Raises:
         UserError: the checkpoint holds other parameters than this run trains.

@@ -14,6 +14,7 @@ from PIL import Image
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.assistant import TextStreamer, open_assistants, open_picture
 from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_task import LlavaTask
 from dora_vl.training.run import run
 from tasks import image_qa
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
@@ -25,7 +26,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("asked")
     base, records = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data")
     path = write_run(folder / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 30})
-    run(read_run_file(path), task="llava_instruct")
+    run(LlavaTask(read_run_file(path)))
     return folder / "run" / "adapter"
 
 

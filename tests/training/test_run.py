@@ -15,6 +15,7 @@ from dora_vl.core import load_adapter
 from dora_vl.errors import UserError
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_task import LlavaTask
 from dora_vl.training.run import train
 from tests.training.tiny_run import write_run, write_tiny_data
 
@@ -39,7 +40,7 @@ def run_folder(run_file: Path) -> Path:
 def train_file(run_file: Path, *overrides: str) -> list[float]:
     """Trains and returns the logged losses."""
     config = read_run_file(run_file, *overrides)
-    train(config, task="llava_instruct")
+    train(LlavaTask(config))
     return [line["loss"] for line in read_log(Path(config.training["output_dir"]) / "log.jsonl") if "loss" in line]
 
 

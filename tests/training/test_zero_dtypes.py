@@ -18,14 +18,15 @@ import json, sys
 import torch
 from dora_vl.training import run as run_module
 from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_task import LlavaTask
 
 seen = {}
-def keep(config, arguments, backbone, **options):
+def keep(task, arguments, backbone):
     seen["backbone"] = backbone
-    return build(config, arguments, backbone, **options)
+    return build(task, arguments, backbone)
 
 build, run_module.build_trainer = run_module.build_trainer, keep
-run_module.train(read_run_file(sys.argv[1], *sys.argv[2:]), task="llava_instruct")
+run_module.train(LlavaTask(read_run_file(sys.argv[1], *sys.argv[2:])))
 types = {True: set(), False: set()}
 for parameter in seen["backbone"].parameters():
     held = getattr(parameter, "ds_tensor", parameter)

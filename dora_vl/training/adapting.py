@@ -1,0 +1,46 @@
+"""Puts a run's adapter into its model, and starts it from an earlier run's weights where that is asked for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
+from dora_vl.core.adapter_file import own_name, read_weights
+from dora_vl.errors import UserError
+from dora_vl.training.zero import gather_to_write
+
+logger = logging.getLogger(__name__)
+
+
+def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:
+    """Puts the adapter in, decides what trains, and loads the folder `initial`; returns the adapted layers' names."""
+    names = apply_dora(model, config, gather=gather_to_write)
+    if initial is not None:
+        load_initial(model, Path(initial))
+    return names
+
+
+def load_initial(model: nn.Module, folder: Path) -> None:
+    """Starts from the weights of an adapter folder, which may hold fewer parts (stage 1's projector alone).
+
+    Raises:
+        UserError: the folder holds a tensor that this model does not have, or of another shape.
+    """
+    found = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
+    parameters = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
+    if unknown := sorted(set(found) - set(parameters)):
+        raise UserError(f"adapter.initial: {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}")
+    with torch.no_grad():
+        for name, tensor in found.items():
+            with gather_to_write([parameters[name]]):
+                if parameters[name].numel() != tensor.numel():
+                    shapes = f"{list(tensor.shape)}, here it is {list(parameters[name].shape)}"
+                    raise UserError(f"adapter.initial: {folder}: {name} is {shapes}")
+                parameters[name].copy_(tensor.view(parameters[name].shape))
+    for _, layer in adapted_layers(model):
+        layer.forget_norms()
+    logger.info("%s sets %d of %d trained tensors", folder, len(found), len(parameters))

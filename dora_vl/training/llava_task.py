@@ -1,0 +1,152 @@
+"""Visual instructions for a LLaVA, as a task that training can run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import torch
+from transformers import TrainingArguments
+
+from dora_vl.backbones.encode import LlavaEncoder
+from dora_vl.backbones.llava import LlavaBackbone
+from dora_vl.backbones.module import Backbone
+from dora_vl.core import DoRAConfig, load_adapter
+from dora_vl.data.collate import Collator
+from dora_vl.data.dataset import LlavaDataset
+from dora_vl.data.sampler import sampling_lengths
+from dora_vl.evaluation.questions import read_questions
+from dora_vl.evaluation.run import evaluate_run
+from dora_vl.training.assembly import (
+    build_encoder,
+    build_sampler,
+    compose_if_missing,
+    dora_config,
+    load_backbone,
+    pad_token_id,
+    read_rows,
+    recipe_record,
+)
+from dora_vl.training.memory_estimate import Activations
+from dora_vl.training.picture_reading import picture_reader
+from dora_vl.training.recipe import RunConfig
+from dora_vl.training.run_folder import ADAPTER, run_folder_of
+from dora_vl.training.task import Task, TrainingData
+from dora_vl.training.task_model import GenerationTask
+
+
+class LlavaTask(Task):
+    """Conversations about pictures, in LLaVA's own format."""
+
+    def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
+        self._config = config
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """As `recipe.json` says it."""
+        return self._name
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return self._config
+
+    def prepare(self, arguments: TrainingArguments) -> None:
+        """Composes the base where it is not there yet."""
+        compose_if_missing(self.config.model, arguments)
+
+    def load(self) -> Backbone[Any]:
+        """The LLaVA."""
+        return load_backbone(self.config.model, cached_features=self.config.data.cache_features)
+
+    def dora_config(self) -> DoRAConfig:
+        """The language model's linears and the projector, unless the settings say otherwise."""
+        return dora_config(self.config.adapter)
+
+    def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
+        """The training file's conversations, grouped by modality and length."""
+        llava, data = cast(LlavaBackbone, backbone), self.config.data
+        encoder = build_encoder(self.config.model, llava, max_tokens=data.max_tokens)
+        rows = read_rows(data.train, data.limit)
+        held_out = None if data.validation is None else read_rows(data.validation, data.validation_limit)
+        samples = partial(_samples, config=self.config, encoder=encoder, backbone=llava, arguments=arguments)
+        train_samples = samples(rows)
+        lengths = sampling_lengths(rows, tokens_per_image=llava.tokens_per_image)
+        grouped = data.group_by_modality_length or data.share_pictures
+        sampler = build_sampler(lengths, arguments, share_pictures=data.share_pictures) if grouped else None
+        return TrainingData(
+            train=train_samples,
+            validation=None if held_out is None else samples(held_out),
+            collate=Collator(
+                pad_token_id(encoder), share_pictures_by=encoder.image_token_id if data.share_pictures else None
+            ),
+            sampler=sampler,
+            set_epoch=(train_samples.set_epoch, *(() if sampler is None else (sampler.set_epoch,))),
+            samples=len(rows),
+            source=data.train,
+            longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
+        )
+
+    def loss(self, backbone: Backbone[Any]) -> GenerationTask:
+        """Next-token loss."""
+        return GenerationTask(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
+
+    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
+        """The language model's."""
+        text: Any = cast(LlavaBackbone, backbone).config.text_config
+        return Activations(
+            tokens=arguments.per_device_train_batch_size * longest_tokens,
+            layers=text.num_hidden_layers,
+            hidden_width=text.hidden_size,
+            element_bytes=backbone.model.dtype.itemsize,
+            recomputed=bool(arguments.gradient_checkpointing),
+        )
+
+    def recipe(self) -> dict[str, Any]:
+        """Base, template and picture settings."""
+        return recipe_record(self.config, self.name)
+
+    def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """Answers `evaluation.file` with the saved adapter.
+
+        The base is loaded again and the adapter folder put on it: what is tested is what was saved, whole, whatever
+        ZeRO stage it was trained under.
+        """
+        config, run_folder = self.config, run_folder_of(self.config)
+        backbone = load_backbone(config.model, cached_features=config.data.cache_features)
+        load_adapter(backbone.model, run_folder / ADAPTER)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        backbone.to(device)
+        encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
+        questions, _ = read_questions(Path(str(config.evaluation.file)), config.evaluation.limit)
+        names = dict.fromkeys(path for question in questions for path in question.images)
+        image_folder = Path(config.evaluation.image_folder or config.data.image_folder)
+        return evaluate_run(
+            backbone,
+            encoder,
+            config.evaluation,
+            run_folder=run_folder,
+            pictures=picture_reader(config, backbone, names, folder=image_folder, device=device),
+            image_folder=image_folder,
+            numbers=numbers,
+        )
+
+
+def _samples(
+    rows: datasets.Dataset,
+    *,
+    config: RunConfig,
+    encoder: LlavaEncoder,
+    backbone: LlavaBackbone,
+    arguments: TrainingArguments,
+) -> LlavaDataset:
+    names = dict.fromkeys(path for paths in rows["images"] for path in paths)
+    folder = Path(config.data.image_folder)
+    pictures = picture_reader(config, backbone, names, folder=folder, device=arguments.device)
+    return LlavaDataset(
+        rows, encode=encoder.encode, picture=pictures.pixels, features=pictures.features, seed=arguments.seed
+    )

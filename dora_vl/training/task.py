@@ -1,0 +1,185 @@
+"""What a task gives a training run: its model, what is adapted in it, its data, its loss and its test.
+
+Training asks for these in the order in which they stand here, and knows nothing else of a backbone or a task.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import TrainingArguments
+
+from dora_vl.backbones.module import Backbone
+from dora_vl.core import DoRAConfig
+from dora_vl.training.memory_estimate import Activations
+from dora_vl.training.recipe import AdapterConfig, OptimConfig
+
+
+@runtime_checkable
+class ModelSection(Protocol):
+    """What training reads of a run's `model:` section."""
+
+    @property
+    def base(self) -> str:
+        """Folder or hub id of the model."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Number type of the frozen weights."""
+        ...
+
+
+@runtime_checkable
+class DataSection(Protocol):
+    """What training reads of a run's `data:` section."""
+
+    @property
+    def validation(self) -> str | None:
+        """What is measured while training."""
+        ...
+
+    @property
+    def max_bad_share(self) -> float:
+        """Largest share of unusable samples."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """Processes that prepare samples."""
+        ...
+
+
+@runtime_checkable
+class EvaluationSection(Protocol):
+    """What training reads of a run's `evaluation:` section."""
+
+    @property
+    def file(self) -> str | None:
+        """What the trained model is tested on; None: no test."""
+        ...
+
+
+@runtime_checkable
+class RunSettings(Protocol):
+    """The settings every run has, whatever its backbone; its sections may hold more."""
+
+    @property
+    def model(self) -> ModelSection:
+        """The model."""
+        ...
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """What trains, and how."""
+        ...
+
+    @property
+    def data(self) -> DataSection:
+        """Training and validation data."""
+        ...
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Learning rates by part."""
+        ...
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """Fields of transformers.TrainingArguments."""
+        ...
+
+    @property
+    def evaluation(self) -> EvaluationSection:
+        """The test after training."""
+        ...
+
+    @property
+    def resume(self) -> str | None:
+        """The checkpoint to go on from."""
+        ...
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether an earlier run's results go."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """A task's data as the Trainer takes it.
+
+    Attributes:
+        train: its items are what `collate` makes a batch of: samples, or whole micro-batches of a mixture.
+        validation: the same, for the loss while training.
+        collate: a batch from items: the loss's inputs by name (`input_ids` and `labels` among them) and bookkeeping
+            (`BatchStatistics`).
+        sampler: order of `train`; None leaves it to the Trainer.
+        set_epoch: each is told the epoch before its first batch.
+        samples: training samples in an epoch.
+        source: the training file, for messages.
+        longest_tokens: the longest sequence, for the memory estimate.
+    """
+
+    train: Dataset[Any]
+    validation: Dataset[Any] | None = None
+    collate: Callable[[list[Any]], Mapping[str, Any]]
+    sampler: Sampler[int] | None = None
+    set_epoch: tuple[Callable[[int], None], ...] = ()
+    samples: int
+    source: str
+    longest_tokens: int
+
+
+class Task(ABC):
+    """One task with the settings of one run."""
+
+    labels_shift = True
+    """Whether the loss predicts the label at t from what stands before t; a decoder with its own input does not."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What `recipe.json` calls it."""
+
+    @property
+    @abstractmethod
+    def config(self) -> RunSettings:
+        """The run's settings."""
+
+    @abstractmethod
+    def prepare(self, arguments: TrainingArguments) -> None:
+        """Refuses settings it cannot use and makes what the run names and does not find; for one rank alone."""
+
+    @abstractmethod
+    def load(self) -> Backbone[Any]:
+        """The base, in `model.dtype`, sharded while loading under ZeRO-3."""
+
+    @abstractmethod
+    def dora_config(self) -> DoRAConfig:
+        """What is adapted in it and what else trains."""
+
+    @abstractmethod
+    def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
+        """Training and validation data; every rank must call it."""
+
+    @abstractmethod
+    def loss(self, backbone: Backbone[Any]) -> nn.Module:
+        """The module that DeepSpeed wraps (see `task_model.TaskModel`): batch in, `loss` and `labelled_tokens` out."""
+
+    @abstractmethod
+    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
+        """What a step keeps in memory, for the estimate."""
+
+    @abstractmethod
+    def recipe(self) -> dict[str, Any]:
+        """What `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""
+
+    @abstractmethod
+    def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """Tests the saved adapter in this process alone and completes `metrics.json`, `numbers` included."""
