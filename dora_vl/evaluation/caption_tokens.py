@@ -48,7 +48,7 @@ _TOKEN = re.compile(
     r"(?:[a-z]\.){2,}"  # abbreviations: u.s.
     r"|\d+(?:[.,:/]\d+)+"  # 3.5, 1,000, 10:30, 1/2
     r"|n't|'(?:s|m|d|re|ve|ll)\b"
-    r"|[^\W_]+(?:[-'&_][^\W_]+)*"  # words, with hyphens inside
+    r"|[^\W_]+(?:[-'&_/][^\W_]+)*"  # words, with hyphens or strokes inside
     r"|[!?]{2,}|\.{3}|--+"
     r"|\S"
 )
@@ -82,7 +82,8 @@ def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> di
 def fallback_tokens(caption: str) -> list[str]:
     """The words of one caption by rules that follow the Penn Treebank's, without Java."""
     text = _CLITICS.sub(r" \1", one_line(caption).translate(_SYMBOLS).lower())
-    tokens = [_BRACKETS.get(token, token) for token in _TOKEN.findall(text)]
+    found = (match.group() for match in _TOKEN.finditer(text))
+    tokens = [_BRACKETS.get(token, token) for token in found]
     words = [word for token in tokens for word in _SPLIT_WORDS.get(token, token).split()]
     return [word for word in words if word not in DROPPED and word != '"']
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ Sums = Mapping[str, Numbers]
 PERCENT = 100.0
 
 
+@runtime_checkable
 class Formula(Protocol):
     """A metric as a function of column sums; a column without entries is not in them."""
 

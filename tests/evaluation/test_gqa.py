@@ -1,0 +1,65 @@
+"""GQA: the conversion's quirks and ten hand-worked rows with entailed questions and global groups."""
+
+from __future__ import annotations
+
+import pytest
+
+from dora_vl.data.examples import Answer, Example
+from dora_vl.evaluation import gqa
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("Yes.", "yes"), ("yes...", "yes"), ("yes. ", "yes. "), (" yes", " yes"), ("U.S.", "u.s"), ("", "")],
+)
+def test_conversion(answer: str, expected: str) -> None:
+    assert gqa.converted(answer) == expected
+
+
+ROWS = [  # truth, answer, structural, semantic, entailed, group
+    ("yes", "Yes.", "verify", "obj", ["1", "2"], None),
+    ("no", "no", "verify", "obj", [], None),
+    ("yes", "no", "logical", "obj", [], None),
+    ("red", "red", "query", "attr", ["3"], "color"),
+    ("blue", "red", "query", "attr", [], "color"),
+    ("red", "Red", "query", "attr", ["0", "1"], "color"),
+    ("dog", "dog ", "query", "cat", [], "animal"),
+    ("cat", "cat", "choose", "cat", ["6"], "animal"),
+    ("left", "right", "choose", "rel", ["7"], None),
+    ("table", "table", "query", "rel", [], None),
+]
+
+
+def ten() -> tuple[list[Example], dict[str, str]]:
+    examples = []
+    for n, (truth, _, structural, semantic, entailed, group) in enumerate(ROWS):
+        extra: dict[str, object] = {"types": {"structural": structural, "semantic": semantic}, "entailed": entailed}
+        if group:
+            extra["global_group"] = group
+        examples.append(Example(id=str(n), images=("1.jpg",), answers=(Answer(text=truth),), extra=extra))
+    return examples, {str(n): row[1] for n, row in enumerate(ROWS)}
+
+
+def test_ten_rows() -> None:
+    scored = gqa.score(*ten())
+    assert list(scored.per_item.values()) == [1, 1, 0, 1, 0, 1, 0, 1, 0, 1]
+    metrics = scored.metrics
+    assert metrics["accuracy"] == pytest.approx(60.0)
+    assert metrics["accuracy/open"] == pytest.approx(100 * 3 / 5)
+    assert metrics["accuracy/binary"] == pytest.approx(100 * 3 / 5)
+    assert metrics["structural/choose"] == pytest.approx(50.0)
+    assert metrics["semantic/attr"] == pytest.approx(200 / 3)
+    # right and entailing others: 0 (half of 1, 2), 5 (both of 0, 1), 7 (6 is wrong); 3 entails itself alone
+    assert metrics["consistency"] == pytest.approx(100 * (0.5 + 1 + 0) / 3)
+    # color: red 3 said of 2, blue 0 of 1; animal: "dog " is another word than dog: 0 of 1, cat 1 of 1
+    color, animal = (3 - 2) ** 2 / 2 + (0 - 1) ** 2 / 1, (0 - 1) ** 2 / 1
+    assert metrics["distribution"] == pytest.approx((color * 3 + animal * 2) / 5 / 100)
+
+
+def test_plain_questions_need_no_types_and_unbalanced_ones_are_left_out() -> None:
+    examples = [
+        Example(id="1", answers=(Answer(text="yes"),)),
+        Example(id="2", answers=(Answer(text="yes"),), extra={"is_balanced": False}),
+    ]
+    scored = gqa.score(examples, {"1": "yes"})
+    assert (scored.metrics, scored.n) == ({"accuracy": 100.0}, 1)
