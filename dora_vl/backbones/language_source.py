@@ -1,4 +1,4 @@
-"""Loads a causal language model from a folder, a hub id or a GGUF file, and gives its tokenizer the picture token."""
+"""Reads a causal language model from a folder, a hub id or a GGUF file; for a LLaVA, with the picture token."""
 
 from __future__ import annotations
 
@@ -25,14 +25,20 @@ VOCABULARY_MULTIPLE = 64  # rows of an embedding that has to grow; matrix produc
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModel:
-    """A language model's weights and what belongs to them, ready to become part of a LLaVA."""
+class PlainLanguageModel:
+    """A language model's weights and what belongs to them, ready to become part of something else."""
 
     config: PreTrainedConfig
     weights: dict[str, Tensor]
     """Names of the causal model: `model.…` and, where it is not tied to the embedding, `lm_head.weight`."""
     generation: GenerationConfig | None
     tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel(PlainLanguageModel):
+    """The same with `<image>` in its vocabulary, ready to become part of a LLaVA."""
+
     image_token_id: int
 
 
@@ -58,7 +64,29 @@ def load_tokenizer(
 def load_language_model(
     folder: str, *, gguf_file: str | None = None, dtype: torch.dtype | None = None
 ) -> LanguageModel:
-    """A causal language model with `<image>` in its vocabulary.
+    """A causal language model with `<image>` in its vocabulary; see `read_language_model`."""
+    plain = read_language_model(folder, gguf_file=gguf_file, dtype=dtype)
+    image_token_id = add_image_token(plain.tokenizer)
+    weights, config = dict(plain.weights), plain.config
+    rows = vocabulary_rows(config.vocab_size, len(plain.tokenizer))
+    if rows != config.vocab_size:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in weights:
+                weights[name] = with_mean_rows(weights[name], rows)
+        config.vocab_size = rows
+    return LanguageModel(
+        config=config,
+        weights=weights,
+        generation=plain.generation,
+        tokenizer=plain.tokenizer,
+        image_token_id=image_token_id,
+    )
+
+
+def read_language_model(
+    folder: str, *, gguf_file: str | None = None, dtype: torch.dtype | None = None
+) -> PlainLanguageModel:
+    """A causal language model as it is.
 
     Args:
         folder: a folder or hub id; with `gguf_file`, where that file lies.
@@ -82,23 +110,12 @@ def load_language_model(
     config = type(model.config).from_dict(
         {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     )
-    image_token_id = add_image_token(tokenizer)
     weights = {name: value.to(dtype or value.dtype) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    rows = vocabulary_rows(config.vocab_size, len(tokenizer))
-    if rows != config.vocab_size:
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            if name in weights:
-                weights[name] = with_mean_rows(weights[name], rows)
-        config.vocab_size = rows
     config.name_or_path = ""  # a path of this machine
-    return LanguageModel(
-        config=config,
-        weights=weights,
-        generation=copy.deepcopy(model.generation_config),
-        tokenizer=tokenizer,
-        image_token_id=image_token_id,
+    return PlainLanguageModel(
+        config=config, weights=weights, generation=copy.deepcopy(model.generation_config), tokenizer=tokenizer
     )
 
 

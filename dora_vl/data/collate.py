@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import NotRequired
 
 from dora_vl.data.dataset import IGNORED_LABEL, Sample, Skipped
-from dora_vl.data.shared_prefix import shared_rows
+from dora_vl.data.shared_prefix import packed_rows, shared_rows
 
 
 class Batch(TypedDict):
@@ -47,6 +47,8 @@ class Collator:
     pad_side: Literal["right", "left"] = "right"
     share_pictures_by: int | None = None
     """The picture token's id: samples of the same pictures then share their tokens (`shared_prefix`)."""
+    pack: bool = False
+    """Several samples stand in a row where they fit, each by itself: the same loss, hardly any padding."""
 
     def __call__(self, items: Sequence[Sample | Skipped]) -> Batch:
         """One batch; when nothing in it is usable, one row of padding without labels keeps the ranks in step.
@@ -66,11 +68,12 @@ class Collator:
 
     def _rows(self, samples: Sequence[Sample]) -> tuple[Batch, Sequence[Sample]]:
         """The rows' tensors and counts, and the samples whose pictures stand in them."""
-        if self.share_pictures_by is None or not samples:
+        if not samples or (self.share_pictures_by is None and not self.pack):
             ids = [sample.input_ids for sample in samples] or [torch.tensor([self.pad_token_id])]
             labels = [sample.labels for sample in samples] or [torch.tensor([IGNORED_LABEL])]
             return self._padded(samples, ids, labels), samples
-        rows = shared_rows(samples, picture_token_id=self.share_pictures_by)
+        shared = self.share_pictures_by
+        rows = packed_rows(samples) if shared is None else shared_rows(samples, picture_token_id=shared)
         batch = self._padded(samples, [row.input_ids for row in rows], [row.labels for row in rows])
         batch["layout"] = torch.stack([self._pad([row.layout[k] for row in rows], 0) for k in range(3)], dim=1)
         return batch, [sample for row in rows for sample in row.pictures_of]

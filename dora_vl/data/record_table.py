@@ -1,22 +1,17 @@
-"""LLaVA records in Arrow columns on disk: converted once, renamed when whole, memory-mapped by every process."""
+"""LLaVA records as Arrow columns (`arrow_cache` keeps them)."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import logging
-import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
-import datasets.config
 import pyarrow as pa
-from filelock import FileLock
 
+from dora_vl.data.arrow_cache import cached_table
 from dora_vl.data.records import stream_records
 from dora_vl.data.turns import raw_turns, read_paths
 from dora_vl.errors import BadSample, UserError
@@ -40,8 +35,6 @@ _SCHEMA = pa.schema(
     ]
 )
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class _Row:
@@ -61,49 +54,10 @@ def load_table(path: Path, cache_folder: Path | None) -> datasets.Dataset:
     """See `records.load_llava`."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the LLaVA JSON or JSONL file of the samples")
-    folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE) / "dora_vl"
-    table = folder / f"{path.stem}-{_fingerprint(path)}.arrow"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{table}.lock"):  # the ranks of a machine: one converts, the others wait for it
-            if not table.exists():
-                _convert(path, table)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot keep the converted {path.name} there ({error}); set HF_DATASETS_CACHE"
-        ) from error
-    return datasets.Dataset.from_file(str(table))
+    return cached_table(path, kind=f"llava {TABLE_VERSION}", write=_write, cache_folder=cache_folder)
 
 
-def _fingerprint(path: Path) -> str:
-    stat = path.stat()
-    key = f"{TABLE_VERSION}\0{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:24]
-
-
-def _convert(path: Path, table: Path) -> None:
-    """Writes under another name first: what a killed process leaves is never taken for whole."""
-    before, started = _fingerprint(path), time.perf_counter()
-    partial = table.with_suffix(".partial")  # the lock is held: a leftover of this name is nobody's, overwrite it
-    try:
-        with partial.open("wb") as file:
-            rows = _write(path, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if _fingerprint(path) != before:
-            raise UserError(f"{path}: changed while it was read; start again when it is complete")
-        partial.replace(table)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-    seconds = time.perf_counter() - started
-    _log.info(
-        "%s: %d records converted in %.1f s (%.0f a second), kept as %s", path, rows, seconds, rows / seconds, table
-    )
-
-
-def _write(path: Path, file: object) -> int:
+def _write(path: Path, file: BinaryIO) -> int:
     rows = 0
     usable = 0
     first_problem = ""

@@ -48,6 +48,11 @@ def shared_rows(samples: Sequence[Sample], *, picture_token_id: int) -> list[Sha
     return [_join(row) for row in _fill_rows(trees)]
 
 
+def packed_rows(samples: Sequence[Sample]) -> list[SharedRow]:
+    """A micro-batch's samples as few full rows, nothing shared: each sees itself alone, from position 0."""
+    return [_join(row) for row in _fill_rows([_tree([sample], len(sample.input_ids)) for sample in samples])]
+
+
 def _by_pictures(samples: Iterable[Sample]) -> list[list[Sample]]:
     groups: dict[tuple[object, ...], list[Sample]] = {}
     for sample in samples:

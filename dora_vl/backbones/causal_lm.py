@@ -1,0 +1,218 @@
+"""Any causal language model of transformers, with logits only where a label or a decode step needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from dora_vl.backbones.base import Features, labelled_positions, layout_attention
+from dora_vl.backbones.language_source import read_language_model
+from dora_vl.backbones.module import Backbone
+from dora_vl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LAYERS = "model.layers.*"
+PAPER_TARGETS = (
+    f"{LAYERS}.self_attn.q_proj",
+    f"{LAYERS}.self_attn.k_proj",
+    f"{LAYERS}.self_attn.v_proj",
+    f"{LAYERS}.mlp.up_proj",
+    f"{LAYERS}.mlp.down_proj",
+)
+"""The five of the paper's commonsense runs (table 8), in the names of LLaMA 1, 2, 3 and everything built like it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageSource:
+    """A causal language model that is written once as a plain Hugging Face folder: a GGUF file, or another dtype."""
+
+    folder: str
+    """Folder or hub id of the model; with `gguf_file`, the folder that file lies in."""
+    gguf_file: str | None = None
+    """A GGUF file in `folder`; it is dequantised."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the written weights; None keeps the folder's own (float32 for GGUF)."""
+
+
+class CausalLMBackbone(Backbone[PreTrainedModel]):
+    """Runs a causal language model from token ids to the positions that predict a label.
+
+    Args:
+        model: transformers' own, for example a `LlamaForCausalLM`.
+        generation: options of transformers' `generate` that every answer of this run uses, such as `num_beams`.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, generation: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.generation = dict(generation or {})
+        self.train(model.training)
+
+    @property
+    def config(self) -> Any:
+        """The model's config; transformers' Trainer and DeepSpeed read sizes from it."""
+        return self.model.config
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        labels: Int[Tensor, "batch seq"] | None = None,
+        layout: Int[Tensor, "batch 3 seq"] | None = None,
+    ) -> Features:
+        """Hidden states and logits at the positions that predict a label.
+
+        `labels[b, t]` is the token at `t`, or -100; the shift by one happens here. `layout` says what each token
+        sees where rows hold several samples (`data.shared_prefix`).
+        """
+        rows, places, targets = labelled_positions(labels, attention_mask)
+        embeds = self.model.get_input_embeddings()(input_ids)
+        if self.training and torch.is_grad_enabled() and not embeds.requires_grad:
+            # Reentrant checkpointing sees nothing to differentiate otherwise. Asked or not: it costs one layer's share.
+            embeds = embeds.detach().requires_grad_()
+        mask, positions = self._attention(attention_mask, layout)
+        with self._head_sees(rows, places) as seen:
+            logits = self.model(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+            ).logits
+        return Features(seen[0], logits.squeeze(0), targets, rows)
+
+    def generate(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        *,
+        pixel_values: None = None,
+        image_features: None = None,
+        max_new_tokens: int = 32,
+        streamer: BaseStreamer | None = None,
+        **options: Any,
+    ) -> Int[Tensor, "batch new"]:
+        """New token ids of left-padded prompts, greedy unless `options` or the run's `generation` say otherwise.
+
+        `pixel_values` and `image_features` are there for callers that ask any backbone; this one takes neither.
+        """
+        chosen = {"do_sample": False, "pad_token_id": self._pad_token_id(), **self.generation, **options}
+        with torch.no_grad():
+            model: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
+            whole = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                **chosen,
+            )
+        return whole[:, input_ids.shape[1] :]
+
+    def _attention(self, attention_mask: Tensor, layout: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Mask and positions; padding on the right needs no mask, since attention is causal."""
+        if layout is not None:
+            window = getattr(self.config, "sliding_window", None)
+            if window is not None and layout.shape[2] > window:
+                raise UserError(
+                    f"rows of {layout.shape[2]} tokens hold several samples, but this model sees {window} tokens back "
+                    "in some layers, which such rows' mask does not say; set data.packing: false"
+                )
+            kernel = str(self.config._attn_implementation)
+            return layout_attention(layout, kernel=kernel, dtype=self.model.dtype), layout[:, 0]
+        if bool(attention_mask[:, 0].all()):
+            return None, None
+        return attention_mask, (attention_mask.cumsum(1) - 1).clamp_min(0)
+
+    @contextlib.contextmanager
+    def _head_sees(self, rows: Tensor, places: Tensor) -> Iterator[list[Tensor]]:
+        """Meanwhile the output layer gets these positions alone, as one row; the list receives their hidden states.
+
+        From inside the model's own forward, so that what a model does to its logits (scales, soft caps) stays its own.
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
+        seen: list[Tensor] = []
+
+        def choose(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(inputs[0][rows, places])
+            return (seen[0].unsqueeze(0), *inputs[1:])
+
+        handle = cast(nn.Module, head).register_forward_pre_hook(choose)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    def _pad_token_id(self) -> int | None:
+        """What fills answers that end early; any id does, and transformers warns at every call without one."""
+        stated: Any = self.model.generation_config
+        ends = stated.eos_token_id if isinstance(stated.eos_token_id, list) else [stated.eos_token_id]
+        return ends[0] if stated.pad_token_id is None else stated.pad_token_id
+
+
+def load_causal_lm(
+    folder_or_id: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    revision: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> CausalLMBackbone:
+    """A causal language model's folder or hub id, every weight in `dtype`, in eval mode.
+
+    Raises: UserError if it is none or some of its weights are missing.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder_or_id,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision or "main",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.base {folder_or_id!r} cannot be opened as a causal language model: {error}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{folder_or_id}: {len(missing)} weights are missing, first {missing[:3]}; the folder is broken"
+        )
+    return CausalLMBackbone(model, generation=generation)
+
+
+def write_causal_lm(source: LanguageSource, folder: Path) -> None:
+    """Writes a plain Hugging Face folder, with its tokenizer; it appears under its name only when it is whole.
+
+    Raises: UserError if the folder exists, or the source cannot be read.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already; remove it or write to another place")
+    dtype = getattr(torch, source.dtype) if source.dtype else None
+    language = read_language_model(source.folder, gguf_file=source.gguf_file, dtype=dtype)
+    weights = dict(language.weights)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(language.config)
+    if language.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    model.config.dtype = next(iter(weights.values())).dtype
+    if language.generation is not None:
+        model.generation_config = language.generation
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    language.tokenizer.save_pretrained(unfinished)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.rename(folder)
+    log.info("wrote %s from %s", folder, source.gguf_file or source.folder)

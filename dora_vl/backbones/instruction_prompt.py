@@ -1,0 +1,151 @@
+"""Instructions as text and as tokens: the published prompts, to the last space, and the labels they are trained with.
+
+Sources: AGI-Edgerunners/LLM-Adapters, `finetune.py` and `commonsense_evaluate.py`; NVlabs/DoRA, the files of the same
+names in `commonsense_reasoning/`. Their training prompt is indented by 16 spaces, its blank lines hold 16 spaces too,
+and its first line ends in white space (in LLM-Adapters in a linter's comment); the test prompt ends its first line
+otherwise and has empty blank lines. Both are kept as they are: a model trained with the one is asked with the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dora_vl.backbones.encode import ControlTokenizer
+from dora_vl.data.dataset import IGNORED_LABEL, Encoded
+from dora_vl.data.instructions import Instruction
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample, UserError
+
+PromptName = Literal["nvlabs", "llm_adapters", "alpaca"]
+TrainOn = Literal["all", "answer"]
+
+PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+PAIRED = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionPrompt:
+    """What stands before an output, in training and in a test; `{instruction}` and `{input}` are filled in."""
+
+    train: str
+    train_with_input: str
+    test: str
+    test_with_input: str
+
+    def before_output(self, instruction: str, context: str, *, test: bool) -> str:
+        """The text up to where the output begins; `context` is the record's `input`."""
+        plain, paired = (self.test, self.test_with_input) if test else (self.train, self.train_with_input)
+        pieces = (paired if context else plain).split("{instruction}")
+        return instruction.join(piece.replace("{input}", context) for piece in pieces)
+
+
+def _laid_out(first_line: str, *, blank: str, indent: str, with_input: bool) -> str:
+    """Alpaca's sections, each line indented; `blank` is what stands on the lines between them."""
+    sections = ["### Instruction:\n{instruction}", *(["### Input:\n{input}"] if with_input else []), "### Response:\n"]
+    body = f"\n{blank}\n".join(f"{indent}{section}".replace("\n", f"\n{indent}") for section in sections)
+    return f"{first_line}\n\n{body}"
+
+
+def _published(*, train_ends: tuple[str, str], test_ends: tuple[str, str]) -> InstructionPrompt:
+    """The indented prompts; the pairs are how the first line ends, without and with an input."""
+    spaces = " " * 16
+    return InstructionPrompt(
+        train=_laid_out(PLAIN + train_ends[0], blank=spaces, indent=spaces, with_input=False),
+        train_with_input=_laid_out(PAIRED + train_ends[1], blank=spaces, indent=spaces, with_input=True),
+        test=_laid_out(PLAIN + test_ends[0], blank="", indent=spaces, with_input=False),
+        test_with_input=_laid_out(PAIRED + test_ends[1], blank="", indent=spaces, with_input=True),
+    )
+
+
+_ALPACA = (
+    _laid_out(PLAIN, blank="", indent="", with_input=False),
+    _laid_out(PAIRED, blank="", indent="", with_input=True),
+)
+PROMPTS: Mapping[str, InstructionPrompt] = {
+    "nvlabs": _published(train_ends=("  ", " "), test_ends=(" ", "")),
+    "llm_adapters": _published(train_ends=("  # noqa: E501", "  # noqa: E501"), test_ends=(" ", "")),
+    "alpaca": InstructionPrompt(
+        train=_ALPACA[0], train_with_input=_ALPACA[1], test=_ALPACA[0], test_with_input=_ALPACA[1]
+    ),
+}
+"""`nvlabs` is the DoRA paper's; `alpaca` is Stanford's own, the same in training and test."""
+
+
+class InstructionEncoder:
+    """Token ids of one tokenizer and prompt; holds no model and can be pickled.
+
+    As in the references: the whole text is cut after `max_tokens`, and the end token is added where there is room.
+
+    Args:
+        tokenizer: the language model's.
+        prompt: a name in `PROMPTS`.
+        train_on: `all` labels prompt and output, as the published runs do; `answer` the output and its end alone.
+        max_tokens: of prompt, output and end token together.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, prompt: PromptName, train_on: TrainOn, max_tokens: int
+    ) -> None:
+        end_id = tokenizer.eos_token_id
+        if not isinstance(end_id, int):
+            raise UserError(f"{tokenizer.name_or_path} names no end token (eos_token), which closes every output")
+        self.tokenizer = tokenizer
+        self.prompt = PROMPTS[prompt]
+        self.train_on: TrainOn = train_on
+        self.max_tokens = max_tokens
+        self._end_id = end_id
+        self._text = ControlTokenizer(tokenizer)  # "</s>" in a question stays characters
+
+    def encode(self, instruction: Instruction) -> Encoded:
+        """Ids and labels of prompt and output.
+
+        Raises: BadSample if the cut leaves nothing to train on.
+        """
+        before = self.prompt.before_output(instruction.instruction, instruction.input, test=False)
+        ids, first_of_output = self._split(before, instruction.output)
+        if len(ids) < self.max_tokens:
+            ids = [*ids, self._end_id]
+        cut = max(0, len(ids) - self.max_tokens)
+        ids = ids[: self.max_tokens]
+        first_label = 0 if self.train_on == "all" else first_of_output
+        if first_label >= len(ids):
+            raise BadSample(
+                instruction.id,
+                f"no output is left to train on after {cut} of {len(ids) + cut} tokens were cut; raise data.max_tokens",
+            )
+        labels = [IGNORED_LABEL] * first_label + ids[first_label:]
+        return Encoded(torch.tensor(ids), torch.tensor(labels), cut)
+
+    def encode_prompt(self, turns: Sequence[Turn]) -> Int[Tensor, " seq"]:
+        """Ids of the test prompt; the first turn is the instruction, a second one its input. Never cut."""
+        text = self.prompt.before_output(turns[0].text, turns[1].text if len(turns) > 1 else "", test=True)
+        return torch.tensor(self._ids(text))
+
+    def encode_choice(self, turns: Sequence[Turn], choice: str) -> tuple[Int[Tensor, " seq"], int]:
+        """Ids of the test prompt with this output after it, and the place where the output begins."""
+        text = self.prompt.before_output(turns[0].text, turns[1].text if len(turns) > 1 else "", test=True)
+        ids, first_of_output = self._split(text, choice)
+        return torch.tensor(ids), first_of_output
+
+    def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
+        """The text of an output, without special tokens."""
+        return str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+
+    def _ids(self, text: str) -> list[int]:
+        return self._text.start_ids + self._text.encode(text, ())[0]
+
+    def _split(self, before: str, output: str) -> tuple[list[int], int]:
+        """Ids of both, tokenised as one text, and the first token that holds any of the output."""
+        ids, offsets = self._text.encode(before + output, ())
+        first = next((place for place, (_, end) in enumerate(offsets) if end > len(before)), len(ids))
+        return self._text.start_ids + ids, len(self._text.start_ids) + first

@@ -1,0 +1,139 @@
+"""The published prompts to the last space, and the labels they are trained with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_vl.backbones.instruction_prompt import PROMPTS, InstructionEncoder
+from dora_vl.data.instructions import Instruction
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample
+from tests.backbones.tiny_language import byte_tokenizer
+
+TASK = Instruction(
+    id="0",
+    instruction="Please answer: is {input} </s> a question?\n\nAnswer format: true/false",
+    output="the correct answer is true",
+    answer="true",
+)
+WITH_INPUT = Instruction(id="1", instruction="Say it.", input="hello {instruction}", output="hello")
+
+
+def test_the_training_prompts_as_published() -> None:
+    """Written out from NVlabs/DoRA's and LLM-Adapters' `generate_prompt`."""
+    spaces = " " * 16
+    body = f"\n\n{spaces}### Instruction:\n{spaces}{TASK.instruction}\n{spaces}\n{spaces}### Response:\n{spaces}"
+    first = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    nvlabs = PROMPTS["nvlabs"].before_output(TASK.instruction, "", test=False)
+    assert nvlabs == f"{first}  {body}"
+    adapters = PROMPTS["llm_adapters"].before_output(TASK.instruction, "", test=False)
+    assert adapters == f"{first}  # noqa: E501{body}"
+
+
+def test_the_test_prompt_as_published() -> None:
+    spaces = " " * 16
+    first = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
+    expected = f"{first}\n\n{spaces}### Instruction:\n{spaces}{TASK.instruction}\n\n{spaces}### Response:\n{spaces}"
+    assert PROMPTS["nvlabs"].before_output(TASK.instruction, "", test=True) == expected
+    assert PROMPTS["llm_adapters"].before_output(TASK.instruction, "", test=True) == expected
+
+
+def test_with_an_input_as_published() -> None:
+    spaces = " " * 16
+    first = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request."
+    )
+    train = (
+        f"{first} \n\n{spaces}### Instruction:\n{spaces}Say it.\n{spaces}\n{spaces}### Input:\n"
+        f"{spaces}hello {{instruction}}\n{spaces}\n{spaces}### Response:\n{spaces}"
+    )
+    assert PROMPTS["nvlabs"].before_output("Say it.", WITH_INPUT.input, test=False) == train
+    test = train.replace("request. ", "request.").replace(f"\n{spaces}\n", "\n\n")
+    assert PROMPTS["nvlabs"].before_output("Say it.", WITH_INPUT.input, test=True) == test
+
+
+def test_alpacas_own_prompt_is_the_same_in_training_and_test() -> None:
+    expected = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSay it.\n\n### Response:\n"
+    )
+    for test in (False, True):
+        assert PROMPTS["alpaca"].before_output("Say it.", "", test=test) == expected
+
+
+def encoder(**changes: object) -> InstructionEncoder:
+    options: dict[str, object] = {"prompt": "nvlabs", "train_on": "answer", "max_tokens": 400}
+    return InstructionEncoder(byte_tokenizer(), **{**options, **changes})  # type: ignore[arg-type]
+
+
+def test_ids_are_the_tokenizers_own_and_the_answer_alone_is_labelled() -> None:
+    tokenizer = byte_tokenizer()
+    plain = Instruction(id="2", instruction="Is it so?", output="the correct answer is true")
+    text = PROMPTS["nvlabs"].before_output(plain.instruction, "", test=False) + plain.output
+    encoded = encoder().encode(plain)
+    assert encoded.input_ids.tolist() == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    assert encoded.input_ids[0] == tokenizer.bos_token_id
+    labelled = encoded.labels != -100
+    # " the" is one token, as in the reference: the space before it belongs to the first token of the output.
+    trained = encoded.labels[labelled].tolist()
+    assert tokenizer.convert_ids_to_tokens(trained)[0] == "Ġthe"
+    assert tokenizer.decode(trained) == "the correct answer is true</s>"
+    assert torch.equal(encoded.labels[labelled], encoded.input_ids[labelled])
+    assert bool(labelled[int(labelled.int().argmax()) :].all())
+    everything = encoder(train_on="all").encode(plain)
+    assert torch.equal(everything.labels, everything.input_ids)
+
+
+def test_an_end_token_in_a_question_stays_text() -> None:
+    ids = encoder().encode(TASK).input_ids.tolist()
+    assert ids.count(byte_tokenizer().eos_token_id) == 1
+    assert ids[-1] == byte_tokenizer().eos_token_id
+
+
+def test_a_cut_sample_loses_its_end_and_says_so() -> None:
+    whole = encoder(train_on="all").encode(TASK)
+    length = len(whole.input_ids)
+    cut = encoder(train_on="all", max_tokens=length - 6).encode(TASK)
+    assert cut.cut_tokens == 5  # the end token is not added to a text that was cut
+    assert torch.equal(cut.input_ids, whole.input_ids[: length - 6])
+    exactly = encoder(train_on="all", max_tokens=length - 1).encode(TASK)
+    assert exactly.cut_tokens == 0
+    assert exactly.input_ids[-1] != byte_tokenizer().eos_token_id  # as in the references: no room for it
+    with pytest.raises(BadSample, match=r"no output is left to train on .* raise data\.max_tokens"):
+        encoder(max_tokens=20).encode(TASK)
+
+
+@pytest.mark.parametrize("prompt", ["nvlabs", "alpaca"])
+def test_a_choice_is_tokenised_with_its_prompt(prompt: str) -> None:
+    asked = encoder(prompt=prompt)
+    turns = [Turn("user", "Is it so?")]
+    ids, start = asked.encode_choice(turns, "the correct answer is true")
+    text = PROMPTS[prompt].before_output("Is it so?", "", test=True)
+    assert ids.tolist() == byte_tokenizer()(text + "the correct answer is true").input_ids
+    assert asked.decode(ids[start:]).strip() == "the correct answer is true"
+    assert asked.encode_prompt(turns).tolist() == byte_tokenizer()(text).input_ids
+
+
+def test_published_records_as_prompts(tmp_path: Path) -> None:
+    """A row of LLM-Adapters' openbookqa: from the file's line to what the model reads."""
+    from dora_vl.data.instructions import load_instructions, read_instruction
+
+    row = {
+        "instruction": "Please choose the correct answer to the question: The sun is responsible for\n\nAnswer1: "
+        "puppies learning new tricks Answer2: children growing up and getting old Answer3: flowers wilting in a vase "
+        "Answer4: plants sprouting, blooming and wilting\n\nAnswer format: answer1/answer2/answer3/answer4",
+        "input": "",
+        "output": "the correct answer is answer4",
+        "answer": "answer4",
+    }
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps([row], indent=4))
+    read = read_instruction(load_instructions(path, cache_folder=tmp_path)[0])
+    encoded = encoder(max_tokens=600).encode(read)
+    text = str(byte_tokenizer().decode(encoded.input_ids.tolist()))
+    assert text.endswith(f"{' ' * 16}### Response:\n{' ' * 16}the correct answer is answer4</s>")
