@@ -11,7 +11,7 @@ output (`axis="output"`). The paper writes W as [d, k] and says "column"; whoeve
 [out, in], one vector for each input, as early LyCORIS did, wants `axis="input"`.
 
 The paper found magnitude and direction to change in opposition under full fine-tuning and DoRA (slope below 0), in
-proportion under LoRA (above 0): the query weights of VL-BART, all layers and four checkpoints.
+proportion under LoRA (above 0): the query weights of VL-BART.
 """
 
 from __future__ import annotations
