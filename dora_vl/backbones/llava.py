@@ -17,9 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.backbones.base import Features
-from dora_vl.data.dataset import IGNORED_LABEL
-from dora_vl.data.shared_prefix import visible
+from dora_vl.backbones.base import Features, labelled_positions, layout_attention
+from dora_vl.backbones.module import Backbone
 from dora_vl.errors import UserError
 from dora_vl.vision.towers import register_towers
 
@@ -40,7 +39,7 @@ ALSO_TRAIN = {"projector": ("model.multi_modal_projector.*",)}
 PictureSource = Literal["pixel_values", "image_features"]
 
 
-class LlavaBackbone(nn.Module):
+class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
     """Runs a LLaVA from token ids and pictures to the positions that predict a label.
 
     `picture_source` says what batches of this run bring. A micro-batch without pictures then takes the same
@@ -159,7 +158,7 @@ class LlavaBackbone(nn.Module):
         if pixel_values is None and image_features is None:
             embeds = embeds + self._nothing()
         hidden = self._language(embeds, attention_mask, layout)
-        rows, places, targets = _labelled(labels, attention_mask)
+        rows, places, targets = labelled_positions(labels, attention_mask)
         chosen = hidden[rows, places]
         return Features(chosen, self.model.lm_head(chosen), targets, rows)
 
@@ -232,7 +231,9 @@ class LlavaBackbone(nn.Module):
         positions = None
         mask: Tensor | None = None
         if layout is not None:
-            mask, positions = self._attention_of(layout), layout[:, 0]
+            kernel = str(self.model.model.language_model.config._attn_implementation)
+            mask = layout_attention(layout, kernel=kernel, dtype=self.model.dtype)
+            positions = layout[:, 0]
         elif not bool(attention_mask[:, 0].all()):
             mask = attention_mask
             positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
@@ -242,29 +243,6 @@ class LlavaBackbone(nn.Module):
         return self.model.model.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
-
-    def _attention_of(self, layout: Tensor) -> Tensor:
-        """The layout's mask, in the form that the attention kernel takes."""
-        kernel = self.model.model.language_model.config._attn_implementation
-        if kernel not in ("sdpa", "eager"):
-            raise UserError(f"data.share_pictures needs model.attn_implementation sdpa or eager, not {kernel}")
-        mask = visible(layout)
-        if kernel == "sdpa":
-            return mask
-        smallest = torch.finfo(self.model.dtype).min
-        return torch.zeros(mask.shape, device=mask.device, dtype=self.model.dtype).masked_fill_(~mask, smallest)
-
-
-def _labelled(labels: Tensor | None, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, places and targets of the positions that predict a label; without labels, each row's last token."""
-    if labels is None:
-        rows = torch.arange(len(attention_mask), device=attention_mask.device)
-        length = attention_mask.shape[1]
-        last = length - 1 - attention_mask.flip(1).argmax(1)
-        return rows, last, torch.full_like(rows, IGNORED_LABEL)
-    targets = labels[:, 1:]
-    rows, places = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
-    return rows, places, targets[rows, places]
 
 
 @contextlib.contextmanager
