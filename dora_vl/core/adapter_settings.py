@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from dora_vl.errors import UserError
 
 OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
 OWN_TYPE = "DORA_VL"
+READ_TYPES = frozenset({"LORA", OWN_TYPE, *OWN_TYPES.values()})
+"""Every `peft_type` that is read."""
 OWN_FIELDS = (
     "method", "rank", "alpha", "dropout", "dropout_mode", "detach_norm", "rank_scaling", "init", "random_seed",
     "kinds", "opaque_layers",
@@ -201,14 +204,17 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
         UserError: another method, a field that changes the forward pass, or an unknown field that is set.
     """
     kind = peft.get("peft_type", "LORA")
-    if kind not in ("LORA", OWN_TYPE, *OWN_TYPES.values()):
+    if kind not in READ_TYPES:
         raise UserError(f"{source}: peft_type is {kind!r}; only LORA (with or without DoRA) is read")
     changing = sorted(name for name in REFUSED_FIELDS if peft.get(name))
     if changing:
         raise UserError(f"{source}: {', '.join(changing)} is set, which changes the forward pass; not supported")
     unknown = sorted(name for name, value in peft.items() if name not in KNOWN_FIELDS and value not in (None, False))
     if unknown:
-        raise UserError(f"{source}: unknown field {', '.join(unknown)}; written by a newer PEFT? remove what is unused")
+        nearest = get_close_matches(unknown[0], KNOWN_FIELDS, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"{source}: unknown field {', '.join(map(repr, unknown))} (nearest known: {nearest!r}); rename or remove it"
+        )
 
 
 def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:

@@ -40,6 +40,10 @@ class SharedRandom(nn.Module):
             nn.init.kaiming_uniform_(matrix, generator=generator)
             self.register_buffer(name, matrix.to(like.device), persistent=False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The input: a root that calls its children in turn, `nn.Sequential`, calls this one too."""
+        return x
+
 
 class DVoRALinear(DoRALinear):
     """A linear layer that trains d [rank], b [out] and the magnitude over the shared A and B."""

@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dora_vl.core.adapter_file import CONFIG_FILE, PEFT_PREFIX, RECIPE_FILE, WEIGHTS_FILE, read_json, replace_folder
+from dora_vl.core.adapter_settings import check_peft_fields
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.errors import UserError
 from dora_vl.interchange.factors import Factors
-from dora_vl.interchange.peft_config import check_config, rank_of, scale_of
+from dora_vl.interchange.peft_config import rank_of, scale_of
 from dora_vl.interchange.tensor_files import read_tensors
 
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
@@ -162,7 +163,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """
     source = Path(folder)
     config = read_json(source / CONFIG_FILE)
-    check_config(config, str(source / CONFIG_FILE))
+    check_peft_fields(str(source / CONFIG_FILE), config)
     weights = source / WEIGHTS_FILE
     if not weights.is_file() and (source / PICKLED_WEIGHTS_FILE).is_file():
         weights = source / PICKLED_WEIGHTS_FILE

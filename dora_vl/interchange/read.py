@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dora_vl.core.adapter_file import CONFIG_FILE, WEIGHTS_FILE, read_json
+from dora_vl.core.adapter_settings import READ_TYPES
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import PICKLED_WEIGHTS_FILE, Adapter, read_adapter
 from dora_vl.interchange.base_weights import BaseWeights
@@ -57,7 +58,7 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
     """
     if options.format is not None and options.format not in FORMATS:
         raise UserError(f"no format {options.format!r}; there are {', '.join(FORMATS)}")
-    if options.format == "peft":
+    if options.format == "peft" or _is_own(source):
         return read_adapter(source)
     tensors = _tensors(source)
     name = options.format or known_format(tensors, str(source))
@@ -73,6 +74,11 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
         base_model=str(config.get("base_model_name_or_path") or options.base or ""),
         source=str(source),
     )
+
+
+def _is_own(source: Path) -> bool:
+    """Whether it is a folder of ours that holds what PEFT does not know, such as whole weights and no factors."""
+    return _config_beside(source).get("peft_type") in READ_TYPES - {"LORA"}
 
 
 def known_format(tensors: Mapping[str, Tensor], source: str) -> str:

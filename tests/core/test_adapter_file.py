@@ -198,7 +198,7 @@ def test_a_folder_that_does_not_fit_changes_nothing(change, message, adapted, tm
     [
         ("lora_bias", True, "lora_bias is set"),
         ("peft_type", "VERA", "peft_type is 'VERA'"),
-        ("use_lorentz", True, "unknown field use_lorentz"),
+        ("use_lorentz", True, "unknown field 'use_lorentz'"),
         ("r", 5, "rank 5 in the configuration"),
     ],
 )

@@ -62,6 +62,14 @@ def test_dvora_random_matrices_come_from_the_seed():
     assert not torch.equal(matrices[0], matrices[2])
 
 
+def test_a_root_that_calls_its_children_in_turn():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5)), torch.randn(4, 6)
+    before = model(x)
+    apply_dora(model, DoRAConfig(targets=("*",), rank=3, dropout=0.0, method="dvora"))
+    assert torch.equal(model(x), before)
+
+
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa"])
 @pytest.mark.parametrize("method", ["dora", "lora"])
 def test_every_start_leaves_the_output_as_it_was(init, method):

@@ -18,7 +18,8 @@ SCRIPT = Path(__file__).with_name("interpreted_triton.py")
 
 def run_checks(**environment: str) -> None:
     """In a process of its own: Triton decides when it is imported whether it interprets."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**os.environ, "PYTHONPATH": path, **environment}
     done = subprocess.run([sys.executable, str(SCRIPT)], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -24,6 +24,7 @@ from dora_vl.core import DoRAConfig, apply_dora, save_adapter
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import read_adapter
 from dora_vl.interchange.merge_folder import merge_to_folder
+from dora_vl.interchange.read import ReadOptions, read_any
 from tests.core.dense_dora import move
 from tests.interchange.foreign_files import saved, tiny_llama
 from tests.interchange.peft_folders import moved_peft
@@ -154,6 +155,7 @@ from pathlib import Path
 from dora_vl.interchange.adapter import read_adapter
 from dora_vl.interchange.base_weights import BaseWeights
 from dora_vl.interchange.merge_folder import merge_to_folder
+from dora_vl.interchange.read import ReadOptions, read_any
 
 def anonymous() -> int:
     # Not the resident size: pages of a memory-mapped file count there, and the system takes them back at will.
@@ -206,3 +208,18 @@ def test_memory_is_that_of_a_layer_not_of_the_model(tmp_path):
     assert int(run.stdout.split()[-1]) < 5 * layer_bytes
     with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as file:
         assert len(file.keys()) == layers
+
+
+def test_whole_weights_as_an_adapter(tmp_path):
+    """`method: full` keeps whole tensors and no factors; the folder says what it is."""
+    model = tiny_llama()
+    base = saved(model, tmp_path / "base")
+    apply_dora(model, DoRAConfig(targets=("*.q_proj",), method="full"))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(2)
+    save_adapter(model, tmp_path / "full")
+    merged = merge_to_folder(read_any(tmp_path / "full", ReadOptions()), base, tmp_path / "merged")
+    assert (merged.layers, merged.replaced) == (0, 2)
+    found, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", base))
+    key = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(found[key], 2 * before[key])
