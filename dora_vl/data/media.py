@@ -43,7 +43,7 @@ def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Imag
         BadSample: the path leaves `root`, nothing is there, or it cannot be decoded; its `sample_id` is the
             path, because a picture does not know its sample.
     """
-    path = _inside(root, relative, follow_links=follow_links)
+    path = path_inside(root, relative, follow_links=follow_links)
     try:
         with Image.open(path) as image:
             image.load()
@@ -55,21 +55,26 @@ def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Imag
     return _plain_rgb(image)
 
 
-def _inside(root: Path, relative: str, *, follow_links: bool) -> Path:
+def path_inside(root: Path, relative: str, *, follow_links: bool = False, kind: str = "picture") -> Path:
+    """Where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it.
+
+    Raises:
+        BadSample: the path leaves `root`, through dots or through a link that may not be followed.
+    """
     parts = PurePosixPath(relative)
     if not relative or "\0" in relative or parts.is_absolute() or Path(relative).is_absolute():
-        raise BadSample(relative, f"picture path {relative!r} must be relative to {root}")
+        raise BadSample(relative, f"{kind} path {relative!r} must be relative to {root}")
     if ".." in parts.parts or ".." in Path(relative).parts:
-        raise BadSample(relative, f"picture path {relative!r} must not leave {root}")
+        raise BadSample(relative, f"{kind} path {relative!r} must not leave {root}")
     path = root / relative
     if follow_links:
         return path
     try:
         real, real_root = path.resolve(), root.resolve()
     except (OSError, RuntimeError) as error:  # links in a circle, or a name too long
-        raise BadSample(relative, f"picture path {relative!r} cannot be followed: {_one_line(error)}") from None
+        raise BadSample(relative, f"{kind} path {relative!r} cannot be followed: {_one_line(error)}") from None
     if not real.is_relative_to(real_root):
-        raise BadSample(relative, f"picture {relative} is a link that leads out of {root}, to {real}")
+        raise BadSample(relative, f"{kind} {relative} is a link that leads out of {root}, to {real}")
     return path
 
 

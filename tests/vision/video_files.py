@@ -1,0 +1,57 @@
+"""Small video files of every kind that goes wrong, written with PyAV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+MILLISECOND = Fraction(1, 1000)
+STEADY = [number / 25 for number in range(50)]
+
+
+def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
+    """A frame that can be told from its neighbours: redder each time, with a green bar that moves on."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, :, 0] = number * 4 % 256
+    left = number * 3 % (width - 8)
+    pixels[: height // 2, left : left + 8, 1] = 255
+    return pixels
+
+
+def write_video(
+    path: Path, seconds: Sequence[float] = STEADY, *, sound: bool = False, options: dict | None = None
+) -> Path:
+    """An H.264 file whose frames begin at these times; without times, one without a picture."""
+    import av
+
+    with av.open(str(path), "w", options=options or {}) as container:
+        video = container.add_stream("libx264", rate=25, options={"g": "20"}) if seconds else None
+        audio = container.add_stream("aac", rate=16000) if sound else None
+        if video is not None:
+            video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+            video.codec_context.time_base = MILLISECOND
+            for number, begin in enumerate(seconds):
+                frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+                frame.pts, frame.time_base = round(begin * 1000), MILLISECOND
+                container.mux(video.encode(frame))
+            container.mux(video.encode())
+        if audio is not None:
+            for number in range(20):
+                samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                samples.sample_rate, samples.pts = 16000, number * 1024
+                container.mux(audio.encode(samples))
+            container.mux(audio.encode())
+    return path
+
+
+def turned(path: Path, to: Path) -> Path:
+    """The MP4 file with a header that says to show it turned by 90 degrees, as a phone held upright writes."""
+    data = bytearray(path.read_bytes())
+    matrix = data.find(b"tkhd") + 4 + 40
+    for place, value in enumerate((0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)):
+        data[matrix + 4 * place : matrix + 4 * place + 4] = value.to_bytes(4, "big", signed=True)
+    to.write_bytes(data)
+    return to
