@@ -1,0 +1,198 @@
+"""VL-BART as training and asking use it: batches in, labelled positions, answers or likelihoods out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from dora_vl.backbones.base import Features
+from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.vlbart_config import VlBartConfig
+from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration, joint_mask
+from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.errors import UserError
+
+DORA_TARGETS = (
+    "model.encoder.layers.*.self_attn.q_proj",
+    "model.encoder.layers.*.self_attn.v_proj",
+    "model.decoder.layers.*.self_attn.q_proj",
+    "model.decoder.layers.*.self_attn.v_proj",
+    "model.decoder.layers.*.encoder_attn.q_proj",
+    "model.decoder.layers.*.encoder_attn.v_proj",
+)
+"""Queries and values of every attention, 36 linears of bart-base. The paper's table 9 says queries and keys; its code
+adapts queries and values, and the published shares of parameters fit both."""
+VISUAL_EMBEDDING = (
+    "model.encoder.visual_embedding.feat_embedding.*",
+    "model.encoder.visual_embedding.absolute_vis_pos_embedding.*",
+    "model.encoder.visual_embedding.img_order_embedding.weight",
+)
+"""What trains of the visual embedding: everything but the order rows, which are the frozen token embedding's."""
+VISUAL_NORM = "model.encoder.visual_embedding.layer_norm.*"
+BIASES = ("model.*coder.layers.*.bias", "model.*coder.layernorm_embedding.bias")
+NORM_WEIGHTS = ("model.*coder.layers.*_layer_norm.weight", "model.*coder.layernorm_embedding.weight")
+ADDED_TOKENS = 200
+"""`<extra_id_99>` to `<extra_id_0>`, then `<vis_extra_id_99>` to `<vis_extra_id_0>`."""
+KEPT_ROWS = (f"model.shared.weight[-{ADDED_TOKENS}:]",)
+"""Frozen random rows of the token embedding that the result depends on: the picture tokens' orders."""
+
+
+def also_trained(config: VlBartConfig, *, biases: bool, norm_weights: bool) -> dict[str, tuple[str, ...]]:
+    """What trains beside the adapters, as the core takes it."""
+    visual = (*VISUAL_EMBEDDING, *((VISUAL_NORM,) if config.visual_norm == "sum" else ()))
+    parts: dict[str, tuple[str, ...]] = {"projector": visual}
+    if biases:
+        parts["biases"] = BIASES
+    if norm_weights:
+        parts["norms"] = NORM_WEIGHTS
+    return parts
+
+
+class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
+    """Runs a VL-BART from token ids and features to the positions that have a label."""
+
+    def __init__(self, model: VlBartForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    @property
+    def config(self) -> VlBartConfig:
+        """The model's config."""
+        return self.model.settings
+
+    def encode(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        features: Float[Tensor, "batch images tokens channels"],
+        boxes: Float[Tensor, "batch images pooled 4"] | None = None,
+    ) -> tuple[Float[Tensor, "batch total width"], Int[Tensor, "batch total"]]:
+        """The encoder's output and its mask, text first."""
+        hidden = self.model.model.encoder(input_ids, attention_mask, features, boxes).last_hidden_state
+        return hidden, joint_mask(attention_mask, hidden.shape[1])
+
+    def decode(
+        self,
+        decoder_input_ids: Int[Tensor, "batch answer"],
+        encoded: Float[Tensor, "batch total width"],
+        mask: Int[Tensor, "batch total"],
+    ) -> Float[Tensor, "batch answer width"]:
+        """The decoder's hidden states; padding behind an answer needs no mask, since attention is causal."""
+        return self.model.model.decoder(
+            input_ids=decoder_input_ids, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
+        ).last_hidden_state
+
+    def logits(self, hidden: Float[Tensor, "*places width"]) -> Float[Tensor, "*places vocab"]:
+        """Scores of the whole vocabulary."""
+        return self.model.lm_head(hidden) + self.model.final_logits_bias.to(hidden.dtype)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        labels: Int[Tensor, "batch answer"],
+        features: Float[Tensor, "batch images tokens channels"],
+        boxes: Float[Tensor, "batch images pooled 4"] | None = None,
+    ) -> Features:
+        """Hidden states and logits at the positions that have a label, -100 being none.
+
+        The decoder reads the labels one place later, so a label at t is predicted at t.
+        """
+        encoded, mask = self.encode(input_ids, attention_mask, features, boxes)
+        hidden = self.decode(self.shifted(labels), encoded, mask)
+        rows, places = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
+        if len(rows) == 0:  # a batch of nothing: one position keeps ranks in step, its loss is zero
+            chosen = hidden[:1, 0]
+            return Features(chosen, self.logits(chosen)[:0], labels.new_zeros(0), labels.new_zeros(0))
+        chosen = hidden[rows, places]
+        return Features(chosen, self.logits(chosen), labels[rows, places], rows)
+
+    def shifted(self, labels: Int[Tensor, "batch answer"]) -> Int[Tensor, "batch answer"]:
+        """The decoder's input for these labels: its start token, then all but the last of them."""
+        ids = torch.full_like(labels, int(self.config.pad_token_id or 0))
+        ids[:, 0] = int(self.config.decoder_start_token_id or 0)
+        ids[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED_LABEL, int(self.config.pad_token_id or 0))
+        return ids
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        features: Float[Tensor, "batch images tokens channels"],
+        boxes: Float[Tensor, "batch images pooled 4"] | None = None,
+        *,
+        max_length: int = 20,
+        num_beams: int = 1,
+        **options: Any,
+    ) -> Int[Tensor, "batch answer"]:
+        """Answers' token ids, the decoder's start token included, with at most `max_length` of them.
+
+        What bart-base's own file would add in silence (four beams, no repeated trigram, forced first and last
+        tokens) is off unless `options` of transformers' generate say so; beam search ends with the end token, as
+        in the original.
+        """
+        encoded, mask = self.encode(input_ids, attention_mask, features, boxes)
+        model: Any = self.model
+        settings = {
+            "do_sample": False,
+            "num_beams": num_beams,
+            "max_length": max_length,
+            "no_repeat_ngram_size": 0,
+            "early_stopping": num_beams > 1,
+            "forced_bos_token_id": None,
+            "forced_eos_token_id": self.config.eos_token_id if num_beams > 1 else None,
+            "min_length": 0,
+            "length_penalty": 1.0,
+        }
+        return model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+            attention_mask=mask,
+            **{**settings, **options},
+        )
+
+    @torch.no_grad()
+    def likelihoods(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        features: Float[Tensor, "batch images tokens channels"],
+        candidates: Int[Tensor, "choices answer"],
+        boxes: Float[Tensor, "batch images pooled 4"] | None = None,
+    ) -> Float[Tensor, "batch choices"]:
+        """Log-probability of each candidate answer, summed over its tokens (-100 is none); the encoder runs once."""
+        encoded, mask = self.encode(input_ids, attention_mask, features, boxes)
+        batch, choices = len(input_ids), len(candidates)
+        labels = candidates.to(input_ids.device).repeat(batch, 1)
+        hidden = self.decode(
+            self.shifted(labels), encoded.repeat_interleave(choices, 0), mask.repeat_interleave(choices, 0)
+        )
+        scores = self.logits(hidden).float().log_softmax(-1)
+        chosen = scores.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        return chosen.masked_fill(labels == IGNORED_LABEL, 0.0).sum(-1).view(batch, choices)
+
+
+def load_vlbart(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> VlBartBackbone:
+    """A VL-BART folder (`vlbart_compose` writes them), every weight in `dtype`, in eval mode.
+
+    Raises:
+        UserError: it cannot be opened, or some of its weights are missing.
+    """
+    try:
+        loaded: Any = VlBartForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base {str(folder)!r} cannot be opened as a VL-BART: {error}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{folder}: {len(missing)} weights are missing, first {missing[:3]}; is it a plain BART?")
+    return VlBartBackbone(model)
