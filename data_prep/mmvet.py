@@ -1,0 +1,51 @@
+"""MM-Vet (Yu et al., 2023): 218 open questions about 200 pictures, graded by a language model.
+
+Files, from github.com/yuweihao/MM-Vet (release `mm-vet.zip`): `mm-vet.json`, one object, "v1_0" -> question, and
+`images/v1_0.png` and so on. Licence: Apache-2.0.
+
+Quirks: an answer may hold several, all needed ("<AND>") or any ("<OR>"): it stays as it is, because the grader's
+prompt shows it so. The server takes {id: answer text}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from data_prep.fields import filled, kept, texts
+from data_prep.published import Progress, Raw, Split, some_present
+from dora_vl.data.examples import Answer, Example
+from dora_vl.data.records import stream_members
+
+FILE = "mm-vet.json"
+
+
+def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
+    """The one test split."""
+    file = some_present(folder, [FILE])[FILE]
+    yield Split(
+        task="mmvet",
+        name="test",
+        inputs=(file,),
+        rows=partial(_rows, file),
+        convert=convert,
+        published_rows=218,
+    )
+
+
+def _rows(file: Path, progress: Progress) -> Iterator[Raw]:
+    for sample_id, row in stream_members(file, progress=progress):
+        yield {"id": sample_id, **row}
+
+
+def convert(raw: Raw) -> Example:
+    """One question."""
+    sample_id = filled(raw, "id")
+    return Example(
+        id=sample_id,
+        images=(f"images/{filled(raw, 'imagename', sample_id)}",),
+        question=filled(raw, "question", sample_id),
+        answers=(Answer(text=filled(raw, "answer", sample_id)),),
+        extra={"capability": list(texts(raw, "capability", sample_id))} | kept(raw, "imagesource"),
+    )

@@ -1,0 +1,232 @@
+"""Short clips of moving coloured shapes, drawn and encoded here, with questions that only the frames can answer.
+
+Run it as `python -m data_prep.moving_shapes --to runs/demo-video/data`. A clip shows one to four shapes, each of
+another form and colour, that appear one after the other and move one way each. The same seed gives the same
+clips and questions. It writes
+
+- `clips/<split>-<number>.mp4`: H.264, 128 x 128, 10 frames a second, 3.2 s;
+- `records/moving_shapes/pretrain.jsonl`: what a small model learns first: what is there (`caption`, `color`, `shape`);
+- `records/moving_shapes/adapt.jsonl`: other clips, with all kinds: `direction`, `order`, `count` and `spoken` (a
+  subtitle says which shape is meant) come to those;
+- `records/moving_shapes/test.jsonl`: clips of their own, one question of each kind;
+- `manifest.json`: counts, settings and versions.
+
+Questions have four choices, captions none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+
+from data_prep.moving_shapes_drawing import CLIP_SECONDS, COLORS, DIRECTIONS, SHAPES, Mover, write_clip
+from dora_vl.data.examples import JSON, Answer, Clip, Example, Subtitle, iterate_examples, whole_file, write_examples
+from dora_vl.errors import UserError, exit_on_user_error
+
+TASK = "moving_shapes"
+CAPTION = "caption"
+LEARNED_FIRST = (CAPTION, "color", "shape")
+KINDS = ("color", "shape", "direction", "order", "count", "spoken")
+NUMBERS = ("one", "two", "three", "four")
+SPEAKERS = ("anna", "ben", "carla", "david")
+CLIPS_A_CHUNK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How many clips of each split, and the seed of all of them."""
+
+    pretrain: int = 900
+    adapt: int = 900
+    test: int = 150
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, count in self.sizes().items():
+            if count < 1:
+                raise UserError(f"--{name} is {count}; a split needs at least 1 clip")
+
+    def sizes(self) -> dict[str, int]:
+        """Clips by split."""
+        return {"pretrain": self.pretrain, "adapt": self.adapt, "test": self.test}
+
+
+def movers(order: random.Random) -> list[Mover]:
+    """One to four shapes in the order they appear, no form, colour or quarter of the picture twice."""
+    count = order.randint(1, 4)
+    parts = [order.sample(tuple(values), count) for values in (SHAPES, COLORS, range(4))]
+    return [
+        Mover(
+            shape=shape,
+            color=color,
+            direction=order.choice(tuple(DIRECTIONS)),
+            quarter=quarter,
+            place=place,
+            of=count,
+        )
+        for place, (shape, color, quarter) in enumerate(zip(*parts, strict=True))
+    ]
+
+
+def caption(shown: Sequence[Mover]) -> str:
+    """Such as "red circle left, then blue square up"."""
+    return ", then ".join(f"{mover.color} {mover.shape} {mover.direction}" for mover in shown)
+
+
+def question_of(
+    kind: str, shown: Sequence[Mover], subtitled: Mover, order: random.Random
+) -> tuple[str, str, Sequence[str]]:
+    """A question, its answer and all answers that could be given."""
+    mover = order.choice(shown)
+    if kind == "color":
+        return f"what color is the {mover.shape}?", mover.color, tuple(COLORS)
+    if kind == "shape":
+        return f"what shape is {mover.color}?", mover.shape, SHAPES
+    if kind == "direction":
+        return f"which way does the {mover.color} shape move?", mover.direction, tuple(DIRECTIONS)
+    if kind == "count":
+        return "how many shapes are there?", NUMBERS[len(shown) - 1], NUMBERS
+    if kind == "spoken":
+        return "what shape is the one they talk about?", subtitled.shape, SHAPES
+    first = order.random() < 0.5
+    return f"which color comes {'first' if first else 'last'}?", shown[0 if first else -1].color, tuple(COLORS)
+
+
+def four_choices(answer: str, possible: Sequence[str], shown: Sequence[Mover], order: random.Random) -> tuple[str, ...]:
+    """The answer among three others: those that the clip shows too come first, so that guessing does not help."""
+    seen = {value for mover in shown for value in (mover.shape, mover.color, mover.direction)}
+    others = [value for value in possible if value != answer]
+    order.shuffle(others)
+    others.sort(key=lambda value: value not in seen)
+    choices = [answer, *others[:3]]
+    order.shuffle(choices)
+    return tuple(choices)
+
+
+def said(subtitled: Mover, order: random.Random) -> Subtitle:
+    """Somebody talks about a shape by its colour, at some time of the clip."""
+    start = round(order.uniform(0.0, CLIP_SECONDS - 1.0), 2)
+    return Subtitle(f"{order.choice(SPEAKERS)}: look at the {subtitled.color} one.", start, round(start + 1.0, 2))
+
+
+def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[Example]]:
+    """What one clip shows and what is asked about it, the same whenever it is asked for."""
+    order = random.Random(f"{seed}/{split}/{number}")
+    shown = movers(order)
+    name = f"{split}-{number:05d}"
+    subtitled = order.choice(shown)
+    subtitles = (said(subtitled, order),)
+    clip = Clip(path=f"clips/{name}.mp4")
+    shared = {"video": clip, "subtitles": subtitles}
+    kinds = LEARNED_FIRST if split == "pretrain" else (CAPTION, *KINDS)
+    made: list[Example] = []
+    for kind in kinds:
+        about: dict[str, JSON] = {"kind": kind, "clip_id": name}
+        if kind == CAPTION:
+            made.append(Example(id=f"{name}-{kind}", answers=(Answer(text=caption(shown)),), extra=about, **shared))
+            continue
+        if kind == "order" and len(shown) == 1:
+            continue
+        question, answer, possible = question_of(kind, shown, subtitled, order)
+        choices = four_choices(answer, possible, shown, order)
+        about["correct"] = choices.index(answer)
+        made.append(
+            Example(
+                id=f"{name}-{kind}",
+                question=question,
+                answers=(Answer(text=answer),),
+                choices=choices,
+                extra=about,
+                **shared,
+            )
+        )
+    return shown, made
+
+
+def draw_clips(numbered: Sequence[tuple[str, int]], to: Path, seed: int) -> int:
+    """Draws these clips; the work of one call in a worker process."""
+    for split, number in numbered:
+        shown, made = examples_of(split, number, seed)
+        assert made[0].video is not None
+        write_clip(
+            to / made[0].video.path, shown, noise=random.Random(f"{seed}/{split}/{number}/noise").getrandbits(32)
+        )
+    return len(numbered)
+
+
+def split_examples(split: str, clips: int, seed: int) -> Iterator[Example]:
+    """All examples of a split; questions about one clip stand together, a training run shuffles them."""
+    return chain.from_iterable(examples_of(split, number, seed)[1] for number in range(clips))
+
+
+def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
+    """Draws all clips and writes all records; what an earlier call made with the same settings is kept.
+
+    Returns:
+        What the manifest holds.
+    """
+    manifest_path = to / "manifest.json"
+    if manifest_path.is_file():
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        if manifest.get("settings") == asdict(settings):
+            return manifest
+        manifest_path.unlink()
+    (to / "clips").mkdir(parents=True, exist_ok=True)
+    numbered = [(split, number) for split, count in settings.sizes().items() for number in range(count)]
+    chunks = [numbered[start : start + CLIPS_A_CHUNK] for start in range(0, len(numbered), CLIPS_A_CHUNK)]
+    started = time.monotonic()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        drawn = 0
+        for count in pool.map(partial(draw_clips, to=to, seed=settings.seed), chunks):
+            drawn += count
+            seconds = (time.monotonic() - started) / drawn * (len(numbered) - drawn)
+            print(f"\rdrew {drawn:,} of {len(numbered):,} clips, {seconds:.0f} s left ", end="", flush=True)
+    print()
+    splits: dict[str, JSON] = {}
+    for split, count in settings.sizes().items():
+        path = to / "records" / TASK / f"{split}.jsonl"
+        write_examples(path, split_examples(split, count, settings.seed))
+        kinds = Counter(str(example.extra["kind"]) for example in iterate_examples(path))
+        splits[split] = {"clips": count, "examples": sum(kinds.values()), "by_kind": dict(sorted(kinds.items()))}
+    manifest = {"settings": asdict(settings), "splits": splits}
+    with whole_file(manifest_path) as file:
+        json.dump(manifest, file, indent=1)
+    return manifest
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    from dora_vl.training.launch import available_cores
+
+    usual = Settings()
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--to", type=Path, default=Path("runs/demo-video/data"), help="folder that gets clips and records"
+    )
+    for split, count in usual.sizes().items():
+        made.add_argument(f"--{split}", type=int, default=count, help=f"clips of the {split} split")
+    made.add_argument("--seed", type=int, default=usual.seed, help="fixes every clip and every question")
+    made.add_argument("--workers", type=int, default=available_cores(), help="processes that draw")
+    return made
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    """Makes the clips and the records, and prints what each split holds."""
+    given = vars(parser().parse_args(arguments))
+    to, workers = given.pop("to"), given.pop("workers")
+    print(json.dumps(make(to, Settings(**given), workers=workers)["splits"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

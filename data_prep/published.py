@@ -1,0 +1,98 @@
+"""What a source tells about one published split: its files, how its rows are read and what a row becomes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dora_vl.data.examples import JSON, Example
+from dora_vl.data.records import stream_records
+from dora_vl.errors import UserError
+
+Raw = Mapping[str, JSON]
+"""One row as the publisher's file holds it."""
+
+Progress = Callable[[int], object]
+"""Told the number of bytes of the split's files, whenever some more are read."""
+
+Converted = Example | Iterable[Example] | Mapping[str, JSON]
+"""What a row becomes: one example, several, or a record of LLaVA's JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One file of records to be made, `<task>/<name>.jsonl`.
+
+    Attributes:
+        inputs: the files that it depends on; their sizes and hashes go into the manifest.
+        rows: yields the raw rows in the publisher's order.
+        convert: a function that can be pickled; raises `BadSample` for a row that cannot be used.
+        published_rows: how many rows the publisher states; another number is reported, not refused.
+        repeated_ids: what to do with an id that came before: refuse the file, or give it a number ("x#2").
+        settings: what the user chose; another choice makes the file anew.
+        notes: what else the manifest should say.
+    """
+
+    task: str
+    name: str
+    inputs: tuple[Path, ...]
+    rows: Callable[[Progress], Iterator[Raw]]
+    convert: Callable[[Raw], Converted]
+    published_rows: int | None = None
+    repeated_ids: Literal["refuse", "number"] = "refuse"
+    settings: Mapping[str, JSON] = field(default_factory=dict)
+    notes: Mapping[str, JSON] = field(default_factory=dict)
+
+
+def present(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Those of the files that are in `folder`, by the name they were asked for; a name may lead into a subfolder."""
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def some_present(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Like `present`, but there must be one.
+
+    Raises:
+        UserError: none is there; it names what was looked for.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --from takes the folder with {' or '.join(names[:4])}")
+    found = present(folder, names)
+    if not found:
+        raise UserError(f"{folder}: none of {', '.join(names)} is in it; --from takes the folder with the files")
+    return found
+
+
+def json_rows(path: Path, progress: Progress, key: str | None = None) -> Iterator[Raw]:
+    """The objects of a JSON list or of JSON lines, or of the list under `key`."""
+    return stream_records(path, key=key, progress=progress)
+
+
+def table_rows(path: Path, progress: Progress, *, delimiter: str, columns: Sequence[str] = ()) -> Iterator[Raw]:
+    """The rows of a CSV or TSV file, by column; all values are text.
+
+    Args:
+        columns: their names where the file has no line for them.
+
+    Raises:
+        UserError: not UTF-8, a row with more values than columns, or a cell of more than 64 MiB.
+    """
+    csv.field_size_limit(1 << 26)  # MMBench keeps a picture in a cell
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(_counted(file, progress), fieldnames=columns or None, delimiter=delimiter)
+        try:
+            for row in reader:
+                if None in row:
+                    raise UserError(f"{path}, line {reader.line_num}: more values than the {len(row) - 1} columns")
+                yield row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}, line {reader.line_num + 1}: not the table expected: {error}") from None
+
+
+def _counted(lines: Iterable[str], progress: Progress) -> Iterator[str]:
+    for line in lines:
+        progress(len(line))
+        yield line
