@@ -20,5 +20,9 @@ class Command:
 COMMANDS = {
     "analyze": Command("dora_vl.interchange.analyze_command", "what training changed: magnitudes and directions"),
     "convert": Command("dora_vl.interchange.convert_command", "adapters of other tools, in and out"),
+    "evaluate": Command(
+        "dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"
+    ),
     "merge": Command("dora_vl.interchange.merge_command", "base + adapters as a plain model folder"),
+    "prepare": Command("data_prep.prepare_command", "a publisher's files to records"),
 }
