@@ -53,4 +53,16 @@ SOURCES: dict[str, Source] = {
     "tvc": Source(module="data_prep.tvc", summary="TVC with subtitles"),
     "yc2c": Source(module="data_prep.yc2c", summary="YC2C with subtitles; VALUE's files or YouCook2's"),
     "commonsense": Source(module="data_prep.commonsense", summary="the eight commonsense sets and commonsense_170k"),
+    "hugging-face": Source(
+        module="data_prep.hugging_face",
+        summary="any data set of the hub, or parquet, arrow or webdataset shards",
+        options={
+            "hub": "OWNER/NAME on the hub; without it the shards in --from are read",
+            "config": "the set's configuration",
+            "revision": "commit or tag of the set",
+            "split": "which split; default train",
+            "columns": "what is what, such as question:query,answers:label,images:img,extra:a+b",
+            "task": "folder under records; default the set's name",
+        },
+    ),
 }
