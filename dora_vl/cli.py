@@ -19,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one verb; a problem in the input is one line on stderr and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0].startswith("--local_rank"):  # the deepspeed launcher's; LOCAL_RANK says the same
+        words = words[1:]
     if not words or words[0] in {"-h", "--help"}:
         print(overview())
         return

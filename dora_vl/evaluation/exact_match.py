@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from dora_vl.data.examples import Example
+from dora_vl.evaluation.scored import ACCURACY, Scored, Tally, by_kind, kind_columns, unit_of
 
 RESAMPLES = 2000
 
@@ -111,3 +114,21 @@ def bootstrap_interval(
         accuracies[index] = hits[drawn].sum() / sizes[drawn].sum()
     low, high = np.percentile(accuracies, [2.5, 97.5])
     return float(low), float(high)
+
+
+def score(examples: Sequence[Example], answers: Mapping[str, str], *, answer_after: str | None = None) -> Scored:
+    """The same rule over examples, in percent: all, and by `extra["kind"]`; an interval draws whole pictures.
+
+    Args:
+        answer_after: as `final_answer` takes it, for answers that reason first.
+    """
+    tally, kinds = Tally(), []
+    for example in examples:
+        prediction = final_answer(answers.get(example.id), answer_after)
+        truth = final_answer(example.answers[0].text, answer_after) or ""
+        right = float(is_match(Answered(id=example.id, truth=truth, prediction=prediction)))
+        kind = [str(example.extra["kind"])] if "kind" in example.extra else []
+        kinds += kind
+        tally.add(example.id, right, kind_columns(right, *kind), unit=unit_of(example), failed=prediction is None)
+    settings = {"answer_after": answer_after} if answer_after else {}
+    return tally.scored({"accuracy": ACCURACY, **by_kind("kind", kinds)}, settings=settings)

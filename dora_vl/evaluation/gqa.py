@@ -7,7 +7,10 @@ publisher's choices file validity and plausibility are 0 and are not listed here
 question without an answer counts as wrong (the script stops). Distribution is chi-square between the histograms
 of true and given answers in each global group, weighted by the group's size, / 100: lower is better, and no percent.
 
-Reads `answers[0]`, and of `extra`: types {structural, semantic}, entailed, global_group, is_balanced (only
+`vl_t5` (so the paper's VL-BART numbers) compares the generated text as it is, and gives an answer's weight where a
+question has several.
+
+Reads `answers`, and of `extra`: types {structural, semantic}, entailed, global_group, is_balanced (only
 balanced questions are scored; absent means balanced).
 """
 
@@ -15,9 +18,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from dora_vl.data.examples import Example
 from dora_vl.evaluation.scored import ACCURACY, Formula, Ratio, Scored, Tally, by_kind, kind_columns, unit_of
+
+Conversion = Literal["llava", "vl_t5"]
 
 
 def converted(answer: str) -> str:
@@ -25,9 +31,10 @@ def converted(answer: str) -> str:
     return answer.rstrip(".").lower()
 
 
-def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+def score(examples: Sequence[Example], answers: Mapping[str, str], *, conversion: Conversion = "llava") -> Scored:
     """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible."""
-    right = {example.id: is_right(example, answers) for example in examples}
+    said = {name: converted(answer) if conversion == "llava" else answer for name, answer in answers.items()}
+    right = {example.id: points(example, said) for example in examples}
     tally, structural, semantic, entails = Tally(), [], [], False
     balanced = [example for example in examples if example.extra.get("is_balanced", True)]
     for example in balanced:
@@ -38,12 +45,12 @@ def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
         kinds = [kind for kind in (shape, meaning) if kind]
         if shape:
             kinds.append("open" if shape == "query" else "binary")
-        hit = float(right[example.id])
+        hit = right[example.id]
         columns = kind_columns(hit, *kinds)
         entailed = [one for one in example.extra.get("entailed", ()) if one != example.id]
         if entailed:
             entails = True
-            share = sum(right.get(one, False) for one in entailed) / len(entailed)
+            share = sum(right.get(one, 0.0) for one in entailed) / len(entailed)
             columns |= {"consistent": hit * share, "entailing": hit}
         tally.add(example.id, hit, columns, unit=unit_of(example), failed=example.id not in answers)
     formulas: dict[str, Formula] = {"accuracy": ACCURACY}
@@ -52,22 +59,22 @@ def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
     formulas |= by_kind("structural", structural) | by_kind("semantic", semantic)
     if entails:
         formulas["consistency"] = Ratio("consistent", "entailing")
-    return tally.scored(formulas, fixed=_distribution(balanced, answers))
+    return tally.scored(formulas, settings={"conversion": conversion}, fixed=_distribution(balanced, said))
 
 
-def is_right(example: Example, answers: Mapping[str, str]) -> bool:
-    """Whether the converted answer is the true one, letter by letter."""
-    return example.id in answers and converted(answers[example.id]) == example.answers[0].text
+def points(example: Example, said: Mapping[str, str]) -> float:
+    """The weight of the true answer that was said, letter by letter; 1 where a question has one true answer."""
+    return {answer.text: answer.weight for answer in example.answers}.get(said.get(example.id, ""), 0.0)
 
 
-def _distribution(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, float]:
+def _distribution(examples: Sequence[Example], said: Mapping[str, str]) -> dict[str, float]:
     true: defaultdict[str, Counter[str]] = defaultdict(Counter)
     given: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for example in examples:
         group = example.extra.get("global_group")
         if group is not None:
             true[group][example.answers[0].text] += 1
-            given[group][converted(answers.get(example.id, ""))] += 1
+            given[group][said.get(example.id, "")] += 1
     if not true:
         return {}
     weighted, everything = 0.0, 0

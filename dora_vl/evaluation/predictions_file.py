@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,15 @@ def settings_file(path: Path) -> Path:
     return path.with_suffix(".settings.json")
 
 
+def file_sha256(path: Path) -> str:
+    """The hash of a file that answers depend on, such as an adapter's weights or the questions."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 class PredictionsFile:
     """Reads what an earlier run finished, then appends; use it as a context manager.
 
@@ -63,7 +73,7 @@ class PredictionsFile:
     def _take_over(self, settings: dict[str, object]) -> dict[str, Prediction]:
         """The earlier predictions, if they were made with the same settings; else starts the file anew."""
         beside = settings_file(self._path)
-        if self._path.exists() and beside.exists() and _read_settings(beside) == settings:
+        if self._path.exists() and same_settings(self._path, settings):
             cut_broken_tail(self._path)
             return read_predictions(self._path)
         if self._path.exists():
@@ -77,7 +87,7 @@ class PredictionsFile:
     def add(self, prediction: Prediction) -> None:
         """Appends one line; it is in the file when `flush` returns."""
         self.done[prediction.id] = prediction
-        self._stream.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+        self._stream.write(_line(prediction))
 
     def flush(self) -> None:
         """Hands everything to the operating system, so that a killed process loses nothing written before."""
@@ -92,11 +102,30 @@ class PredictionsFile:
         self._stream.close()
 
 
+def same_settings(path: Path, settings: Mapping[str, object]) -> bool:
+    """Whether a predictions file was made with these settings."""
+    beside = settings_file(path)
+    return beside.exists() and _read_settings(beside) == json.loads(json.dumps(dict(settings)))
+
+
+def _line(prediction: Prediction) -> str:
+    return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
+
+
 def _read_settings(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None  # unreadable settings equal no settings: the predictions are made again
+
+
+def write_in_order(path: Path, predictions: Mapping[str, Prediction], order: Sequence[str]) -> None:
+    """Writes the file anew: the predictions of `order` first and in it, then the others; whole or not at all."""
+    names = dict.fromkeys([*(name for name in order if name in predictions), *predictions])
+    scratch = path.with_name(f".{path.name}.part")
+    with scratch.open("w", encoding="utf-8") as stream:
+        stream.writelines(_line(predictions[name]) for name in names)
+    scratch.replace(path)
 
 
 def cut_broken_tail(path: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import time
@@ -19,7 +18,7 @@ from dora_vl.data.media import open_image
 from dora_vl.errors import UserError
 from dora_vl.evaluation.exact_match import Answered, ExactMatch, exact_match, final_answer
 from dora_vl.evaluation.predict import Answerer, Decoding, PictureReader, PromptEncoder, predict
-from dora_vl.evaluation.predictions_file import Prediction, PredictionsFile
+from dora_vl.evaluation.predictions_file import Prediction, PredictionsFile, file_sha256
 from dora_vl.evaluation.questions import Question, read_questions
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.recipe import EvaluationConfig
@@ -116,18 +115,10 @@ def _settings(evaluation: EvaluationConfig, run_folder: Path) -> dict[str, objec
     if not weights.is_file():
         raise UserError(f"{weights} is missing; the test needs the finished adapter")
     return {
-        "adapter_sha256": _sha256(weights),
-        "questions_sha256": _sha256(Path(str(evaluation.file))),
+        "adapter_sha256": file_sha256(weights),
+        "questions_sha256": file_sha256(Path(str(evaluation.file))),
         "max_new_tokens": evaluation.max_new_tokens,
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _answered(prediction: Prediction, answer_after: str | None) -> Answered:

@@ -63,3 +63,10 @@ def test_plain_questions_need_no_types_and_unbalanced_ones_are_left_out() -> Non
     ]
     scored = gqa.score(examples, {"1": "yes"})
     assert (scored.metrics, scored.n) == ({"accuracy": 100.0}, 1)
+
+
+def test_vl_t5_compares_the_text_as_it_is_and_weighs_answers() -> None:
+    several = Example(id="1", answers=(Answer(text="car", weight=0.6), Answer(text="taxi", weight=0.3)))
+    for said, llava, vl_t5 in (("car", 60.0, 60.0), ("Taxi.", 30.0, 0.0), ("taxi", 30.0, 30.0), ("bus", 0.0, 0.0)):
+        assert gqa.score([several], {"1": said}).metrics["accuracy"] == pytest.approx(llava)
+        assert gqa.score([several], {"1": said}, conversion="vl_t5").metrics["accuracy"] == pytest.approx(vl_t5)

@@ -1,0 +1,117 @@
+"""Questions put to a model by all processes of a launch, each a share, able to go on after a stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dora_vl.evaluation.predict import Answerer, Decoding, PictureReader, PromptEncoder, predict
+from dora_vl.evaluation.predictions_file import (
+    PredictionsFile,
+    cut_broken_tail,
+    read_predictions,
+    same_settings,
+    settings_file,
+    write_in_order,
+)
+from dora_vl.evaluation.questions import Question
+from dora_vl.training.launch import (
+    leave_process_group,
+    on_first_rank,
+    rank_and_ranks,
+    threads_of_this_rank,
+    wait_for_everyone,
+)
+
+PREDICTIONS = "predictions.jsonl"
+PART = "predictions.part-{}.jsonl"
+LONGEST_SHARE = timedelta(days=2)  # how long a process that is done waits for the others
+
+
+@contextlib.contextmanager
+def joined_launch() -> Iterator[None]:
+    """Joins the other processes of a `torchrun` or `deepspeed` launch, each with its GPU; alone it does little.
+
+    The processes only exchange text, so gloo serves with GPUs as well.
+    """
+    threads = threads_of_this_rank()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.distributed.init_process_group("gloo", timeout=LONGEST_SHARE)
+    try:
+        yield
+    finally:
+        leave_process_group()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The answers by id, and the reason for each question that could not be asked."""
+
+    answers: dict[str, str]
+    failed: dict[str, str]
+
+
+def ask(
+    backbone: Answerer,
+    encoder: PromptEncoder,
+    questions: Sequence[Question],
+    *,
+    pictures: PictureReader,
+    folder: Path,
+    decoding: Decoding,
+    settings: Mapping[str, object],
+) -> Asked:
+    """Answers every question; every process of a launch calls it and gets all answers.
+
+    Each process writes a part beside `predictions.jsonl`; the first joins them, also those of an earlier run that was
+    stopped, whatever its number of processes.
+
+    Args:
+        folder: receives `predictions.jsonl`, in the questions' order.
+        settings: what the answers depend on; earlier ones with other settings are not taken.
+    """
+    whole, order = folder / PREDICTIONS, [question.id for question in questions]
+    on_first_rank(partial(_join_parts, folder, settings, order))
+    done = read_predictions(whole)
+    rank, ranks = rank_and_ranks()
+    share = [question for question in questions if question.id not in done][rank::ranks]
+    with PredictionsFile(folder / PART.format(rank), settings) as part:
+        failed = predict(backbone, encoder, share, pictures=pictures, file=part, decoding=decoding)
+    failed = _from_all_ranks(failed, ranks)
+    on_first_rank(partial(_join_parts, folder, settings, order))
+    done = read_predictions(whole)
+    wait_for_everyone()
+    return Asked(answers={name: done[name].prediction for name in order if name in done}, failed=failed)
+
+
+def _join_parts(folder: Path, settings: Mapping[str, object], order: Sequence[str]) -> None:
+    """Moves every part's predictions into `predictions.jsonl`; parts made with other settings go."""
+    parts = sorted(folder.glob(PART.format("*")))
+    with PredictionsFile(folder / PREDICTIONS, settings) as whole:
+        for part in parts:
+            if same_settings(part, settings):
+                cut_broken_tail(part)
+                whole.done.update(read_predictions(part))
+    write_in_order(folder / PREDICTIONS, whole.done, order)
+    for part in parts:
+        part.unlink()
+        settings_file(part).unlink(missing_ok=True)
+
+
+def _from_all_ranks(failed: dict[str, str], ranks: int) -> dict[str, str]:
+    if ranks == 1:
+        return failed
+    parts: list[dict[str, str]] = [{} for _ in range(ranks)]
+    torch.distributed.all_gather_object(parts, failed)
+    return {name: reason for part in parts for name, reason in part.items()}

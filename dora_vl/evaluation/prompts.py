@@ -1,0 +1,82 @@
+"""What a LLaVA is asked for each benchmark: LLaVA-1.5's own wording, to the letter.
+
+An example that holds `turns` is asked with them as they are. LLaVA's question files hold the suffixes already; records
+hold the publisher's question, so they are added here. The wordings for captions and for NLVR are of this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from string import ascii_uppercase
+
+from dora_vl.data.examples import Example
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = "请直接回答选项字母。"
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+YES_OR_NO = "Please answer yes or no."
+
+Prompt = Callable[[Example], str]
+
+
+def as_is(example: Example) -> str:
+    """The question alone."""
+    return example.question
+
+
+def short(example: Example) -> str:
+    """VQAv2, GQA, POPE."""
+    return f"{example.question}\n{SHORT}"
+
+
+def short_mme(example: Example) -> str:
+    """MME: its own "Please answer yes or no." gives way to LLaVA's suffix."""
+    return f"{example.question.replace(YES_OR_NO, '').strip()}\n{SHORT}"
+
+
+def short_vizwiz(example: Example) -> str:
+    """VizWiz."""
+    return f"{example.question}\n{UNANSWERABLE}\n{SHORT}"
+
+
+def short_textvqa(example: Example) -> str:
+    """TextVQA: with LLaVA's line of OCR tokens where `extra["reference_ocr"]` holds them."""
+    tokens = example.extra.get("reference_ocr")
+    line = "" if tokens is None else f"Reference OCR token: {tokens}\n"
+    return f"{example.question}\n{line}{SHORT}"
+
+
+def letter(example: Example) -> str:
+    """ScienceQA, SEED, MMBench: hint, question, lettered choices."""
+    return f"{_lettered(example)}\n{LETTER}"
+
+
+def letter_cn(example: Example) -> str:
+    """MMBench-CN."""
+    return f"{_lettered(example)}\n{LETTER_CN}"
+
+
+def caption(_: Example) -> str:
+    """COCO captions."""
+    return "Provide a one-sentence caption for the provided image."
+
+
+def true_or_false(example: Example) -> str:
+    """NLVR and NLVR2."""
+    return f"{example.question}\nIs this true or false? {SHORT}"
+
+
+def turns_of(example: Example, prompt: Prompt) -> tuple[Turn, ...]:
+    """The prompt as turns up to and with the question, one placeholder for each picture first."""
+    if example.turns:
+        asked = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
+        return tuple(asked)
+    return (Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(example.images) + prompt(example)),)
+
+
+def _lettered(example: Example) -> str:
+    choices = [f"{name}. {text}" for name, text in zip(ascii_uppercase, example.choices, strict=False)]
+    hint = str(example.extra.get("hint") or "")
+    return "\n".join([*([hint] if hint else []), example.question, *choices])
