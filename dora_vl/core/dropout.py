@@ -10,25 +10,33 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Dropped:
     """The elements that one draw of dropout sets to zero.
 
     `positions` are indices into the flattened tensor (an index may come twice) on CPU, a bool mask elsewhere.
     """
 
-    probability: float
-    positions: Tensor
+    def __init__(self, probability: float, positions: Tensor) -> None:
+        self.probability = probability
+        self.positions = positions
+        self._shared: weakref.ReferenceType[Tensor] | None = None
 
     def apply(self, tensor: Tensor) -> Tensor:
         """A copy of `tensor` with the dropped elements zero; not rescaled."""
         return self.apply_(tensor.clone(memory_format=torch.contiguous_format))
+
+    def shared_copy(self, tensor: Tensor) -> Tensor:
+        """The same, made once for all layers that share this draw, in their dtype; it lives as long as they keep it."""
+        copy = None if self._shared is None else self._shared()
+        if copy is None or copy.dtype != tensor.dtype:
+            copy = self.apply(tensor)
+            self._shared = weakref.ref(copy)
+        return copy
 
     def apply_(self, tensor: Tensor) -> Tensor:
         """Sets the dropped elements of a contiguous `tensor` to zero in place."""

@@ -1,0 +1,118 @@
+"""Whom `dora_step.py` and `dora_memory.py` compare on one model: frozen, PEFT's LoRA and DoRA, and this project.
+
+PEFT runs with `autocast_adapter_dtype=False`, its faster setting. B and the magnitudes stand away from their
+starting values, so that nobody is timed on a change that is zero.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from dora_vl import DoRAConfig, apply_dora, merge_dora
+from dora_vl.interchange.peft_model import accelerate_peft
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+"""Times and bytes depend on shapes alone, so random weights of these shapes do where no folder is given."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table."""
+
+    rank: int
+    dropout: float
+    dtype: torch.dtype
+    method: str = "dora"
+
+    @property
+    def alpha(self) -> int:
+        """Twice the rank, the paper's choice."""
+        return 2 * self.rank
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The batch: token ids, the places that carry a label, and the labels."""
+
+    ids: Tensor
+    places: Tensor
+    targets: Tensor
+
+    @classmethod
+    def random(cls, vocabulary: int, *, batch: int, length: int, labels: int, device: str) -> Tokens:
+        """The last `labels` tokens of each row are predicted."""
+        ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+        places = torch.arange(length - labels - 1, length - 1, device=device)
+        return cls(ids, places, ids[:, places + 1].reshape(-1))
+
+
+def base_model(folder: str | None, dtype: torch.dtype, device: str) -> Any:
+    """A causal language model from a folder, or SmolLM2-135M's shapes with random weights."""
+    torch.manual_seed(0)
+    if folder is None:
+        return LlamaForCausalLM(SMOLLM2_135M).to(device, dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+
+
+def contender(name: str, base: Any, setting: Setting) -> Any:
+    """A copy of the base, adapted by one of the names in the tables."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(base)
+    if name == "frozen":
+        return model.requires_grad_(False)
+    if name.startswith("ours"):
+        targets = tuple(f"*.{projection}" for projection in PROJECTIONS)
+        config = DoRAConfig(rank=setting.rank, alpha=setting.alpha, dropout=setting.dropout, targets=targets)
+        apply_dora(model, config)
+    else:
+        model = _with_peft(model, setting, dora=name != "peft_lora")
+    _move_from_start(model)
+    if name == "ours_merged":
+        merge_dora(model, keep_base=False)
+    if name == "peft_dora_accelerated":
+        accelerate_peft(model)
+    return model
+
+
+def _with_peft(model: Any, setting: Setting, *, dora: bool) -> Any:
+    config = LoraConfig(
+        r=setting.rank,
+        lora_alpha=setting.alpha,
+        lora_dropout=setting.dropout,
+        target_modules=list(PROJECTIONS),
+        use_dora=dora,
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False).get_base_model()
+
+
+@torch.no_grad()
+def _move_from_start(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            scale = 1e-3 if parameter.ndim > 1 else 1e-2 * float(parameter.float().mean())
+            parameter.add_(torch.randn_like(parameter) * scale)
+
+
+def loss_of(model: Any, tokens: Tokens) -> Tensor:
+    """Cross-entropy at the labelled places; logits exist only there, for everybody."""
+    embeds = model.get_input_embeddings()(tokens.ids).detach().requires_grad_()
+    hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    chosen = hidden[:, tokens.places].flatten(0, 1)
+    return F.cross_entropy(model.lm_head(chosen).float(), tokens.targets)
