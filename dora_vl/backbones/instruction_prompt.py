@@ -132,10 +132,10 @@ class InstructionEncoder:
         return torch.tensor(self._ids(text))
 
     def encode_choice(self, turns: Sequence[Turn], choice: str) -> tuple[Int[Tensor, " seq"], int]:
-        """Ids of the test prompt with this output after it, and the place where the output begins."""
+        """Ids of the test prompt with this output and the end token after it, and the place where the output begins."""
         text = self.prompt.before_output(turns[0].text, turns[1].text if len(turns) > 1 else "", test=True)
         ids, first_of_output = self._split(text, choice)
-        return torch.tensor(ids), first_of_output
+        return torch.tensor([*ids, self._end_id]), first_of_output
 
     def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
         """The text of an output, without special tokens."""

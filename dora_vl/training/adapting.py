@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,9 +12,38 @@ from torch import nn
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.adapter_file import own_name, read_weights
 from dora_vl.errors import UserError
+from dora_vl.training.recipe import AdapterConfig
 from dora_vl.training.zero import gather_to_write
 
 logger = logging.getLogger(__name__)
+
+
+def core_config(
+    adapter: AdapterConfig,
+    *,
+    targets: tuple[str, ...],
+    magnitude_targets: tuple[str, ...] = (),
+    also_train: Mapping[str, tuple[str, ...]] | None = None,
+    also_keep: tuple[str, ...] = (),
+) -> DoRAConfig:
+    """The core's config of a run's adapter section; a backbone says what its own places are.
+
+    Args:
+        targets: the backbone's, unless the section names others.
+    """
+    return DoRAConfig(
+        method=adapter.method,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        targets=targets if adapter.targets is None else adapter.targets,
+        magnitude_targets=magnitude_targets,
+        also_train=also_train or {},
+        also_keep=also_keep,
+        dropout_mode=adapter.dropout_mode,
+        detach_norm=adapter.detach_norm,
+        rank_scaling=adapter.rank_scaling,
+    )
 
 
 def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:

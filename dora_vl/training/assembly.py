@@ -19,6 +19,7 @@ from dora_vl.core import DoRAConfig
 from dora_vl.data.records import load_llava as load_records
 from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
 from dora_vl.errors import UserError
+from dora_vl.training.adapting import core_config
 from dora_vl.training.provenance import content_hash, local_folder, versions
 from dora_vl.training.recipe import AdapterConfig, ModelConfig, RunConfig
 from dora_vl.training.zero import loading_in, without_sharding
@@ -60,17 +61,7 @@ def dora_config(adapter: AdapterConfig) -> DoRAConfig:
             '["model.language_model*", "lm_head", "model.multi_modal_projector*"]'
         )
     trains_projector = adapter.train_projector and adapter.method != "full"
-    return DoRAConfig(
-        method=adapter.method,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        targets=DORA_TARGETS if adapter.targets is None else adapter.targets,
-        also_train=ALSO_TRAIN if trains_projector else {},
-        dropout_mode=adapter.dropout_mode,
-        detach_norm=adapter.detach_norm,
-        rank_scaling=adapter.rank_scaling,
-    )
+    return core_config(adapter, targets=DORA_TARGETS, also_train=ALSO_TRAIN if trains_projector else {})
 
 
 def build_encoder(model: ModelConfig, backbone: LlavaBackbone, *, max_tokens: int) -> LlavaEncoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from dora_vl.backbones.module import Backbone
@@ -59,20 +59,14 @@ class GenerationTask(TaskModel):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"],
-        pixel_values: Float[Tensor, "images 3 height width"] | None = None,
-        image_features: Float[Tensor, "images tokens width"] | None = None,
-        layout: Int[Tensor, "batch 3 seq"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        **inputs: Tensor,
     ) -> dict[str, Tensor]:
-        """`loss` to go backward from, and `labelled_tokens`, the number of labels it saw."""
-        features = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            labels=labels,
-            pixel_values=pixel_values,
-            image_features=image_features,
-            layout=layout,
-        )
+        """`loss` to go backward from, and `labelled_tokens`, the number of labels it saw.
+
+        `inputs` are what else the backbone takes and the batch brings, such as pictures.
+        """
+        features = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
         result = generation_loss(features.logits, features.targets, divide_by=num_items_in_batch)
         return {"loss": result.loss, "labelled_tokens": result.labelled_tokens}
 

@@ -114,7 +114,8 @@ def test_a_choice_is_tokenised_with_its_prompt(prompt: str) -> None:
     turns = [Turn("user", "Is it so?")]
     ids, start = asked.encode_choice(turns, "the correct answer is true")
     text = PROMPTS[prompt].before_output("Is it so?", "", test=True)
-    assert ids.tolist() == byte_tokenizer()(text + "the correct answer is true").input_ids
+    tokenizer = byte_tokenizer()
+    assert ids.tolist() == [*tokenizer(text + "the correct answer is true").input_ids, tokenizer.eos_token_id]
     assert asked.decode(ids[start:]).strip() == "the correct answer is true"
     assert asked.encode_prompt(turns).tolist() == byte_tokenizer()(text).input_ids
 

@@ -1,0 +1,206 @@
+"""The test after training on instructions: each set asked by generation, by likelihood, or both, and scored."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dora_vl.backbones.instruction_prompt import InstructionEncoder
+from dora_vl.core.adapter_file import WEIGHTS_FILE
+from dora_vl.data.examples import Answer, Example
+from dora_vl.data.instructions import iterate_instructions
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.bootstrap import intervals
+from dora_vl.evaluation.commonsense import PATTERNS, extracted, score
+from dora_vl.evaluation.likelihood import choose
+from dora_vl.evaluation.predict import Decoding, PictureReader, predict
+from dora_vl.evaluation.predictions_file import PredictionsFile
+from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.scored import Scored
+from dora_vl.training.commonsense_recipe import CommonsenseEvaluationConfig
+from dora_vl.training.run_folder import ADAPTER, METRICS, write_json
+
+log = logging.getLogger(__name__)
+
+PREDICTIONS = {"generation": "predictions.jsonl", "likelihood": "predictions_likelihood.jsonl"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question of a set, what the scorer needs of it, and the answer that is looked for."""
+
+    question: Question
+    example: Example
+    answer: str
+
+
+def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[Asked], dict[str, str]]:
+    """The questions of every set, and the reason for each that cannot be read, by id (`openbookqa/17`).
+
+    Raises:
+        UserError: a set's name is not known, or its file is missing, malformed or empty.
+    """
+    if unknown := sorted(set(evaluation.files) - set(PATTERNS)):
+        raise UserError(f"evaluation.files: no commonsense set {unknown[0]!r}; there are {', '.join(PATTERNS)}")
+    asked: list[Asked] = []
+    unreadable: dict[str, str] = {}
+    for task, file in evaluation.files.items():
+        for record in iterate_instructions(Path(file), evaluation.limit):
+            if isinstance(record, BadSample):
+                unreadable[f"{task}/{record.sample_id}"] = record.reason
+                continue
+            answer = record.answer or extracted(record.output, task, evaluation.rule)
+            name = f"{task}/{record.id}"
+            turns = [Turn("user", text) for text in (record.instruction, record.input) if text]
+            question = Question(id=name, images=(), turns=tuple(turns), truth=record.output, kind=task)
+            example = Example(id=name, answers=(Answer(text=answer),), extra={"task": task})
+            asked.append(Asked(question, example, answer))
+    if not asked:
+        raise UserError(f"{evaluation.file}: no question can be asked; the first: {next(iter(unreadable.items()))}")
+    return asked, unreadable
+
+
+def evaluate_commonsense(
+    backbone: nn.Module,
+    encoder: InstructionEncoder,
+    evaluation: CommonsenseEvaluationConfig,
+    *,
+    run_folder: Path,
+    numbers: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """Asks every set in every way that `evaluation.scoring` names and completes `metrics.json`.
+
+    Goes on from predictions made with the same adapter file, questions and settings. One process does all of it.
+
+    Args:
+        run_folder: holds `adapter/`; receives predictions and metrics.
+        numbers: more entries for `metrics.json`, such as `train_seconds`.
+
+    Returns:
+        What `metrics.json` holds: under each way's name the average over the sets, each set, 95 % intervals, counts.
+    """
+    asked, unreadable = read_sets(evaluation)
+    backbone.eval()
+    metrics: dict[str, Any] = dict(numbers or {})
+    metrics["evaluation_files"] = dict(evaluation.files)
+    for scoring in evaluation.scoring:
+        started = time.monotonic()
+        settings = {**_settings(evaluation, encoder, run_folder), "scoring": scoring}
+        with PredictionsFile(run_folder / PREDICTIONS[scoring], settings) as file:
+            ask = _generate if scoring == "generation" else _choose
+            failed = unreadable | ask(backbone, encoder, asked, evaluation, file)
+            answers = {name: one.prediction for name, one in file.done.items()}
+        scored = score([one.example for one in asked], answers, rule=evaluation.rule)
+        metrics[scoring] = {
+            **_entries(scored),
+            "no_answer_found": _without_answer(asked, answers, evaluation),
+            "failed_questions": failed,
+            "settings": _described(scoring, evaluation, scored),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        _report(scoring, scored)
+        write_json(run_folder / METRICS, metrics)  # after each way, so that a stop loses none
+    return metrics
+
+
+def _generate(
+    backbone: Any,
+    encoder: InstructionEncoder,
+    asked: Sequence[Asked],
+    evaluation: CommonsenseEvaluationConfig,
+    file: PredictionsFile,
+) -> dict[str, str]:
+    return predict(
+        backbone,
+        encoder,
+        [one.question for one in asked],
+        pictures=PictureReader(pixels=_no_picture),
+        file=file,
+        decoding=Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
+    )
+
+
+def _choose(
+    backbone: nn.Module,
+    encoder: InstructionEncoder,
+    asked: Sequence[Asked],
+    evaluation: CommonsenseEvaluationConfig,
+    file: PredictionsFile,
+) -> dict[str, str]:
+    def encode(question: Question, output: str) -> tuple[Tensor, int]:
+        return encoder.encode_choice(question.turns, output)
+
+    questions = [(one.question, one.answer) for one in asked]
+    return choose(backbone, encode, questions, file=file, batch_size=evaluation.batch_size)
+
+
+def _no_picture(path: str) -> Tensor:
+    raise BadSample(path, "a plain language model reads no pictures")
+
+
+def _entries(scored: Scored) -> dict[str, Any]:
+    return {
+        "accuracy": scored.metrics,
+        "interval_95": {name: list(pair) for name, pair in intervals(scored).items()},
+        "n": scored.n,
+    }
+
+
+def _without_answer(asked: Sequence[Asked], answers: Mapping[str, str], evaluation: CommonsenseEvaluationConfig) -> int:
+    """Questions whose generated text holds nothing of the set's pattern; they count as wrong."""
+    return sum(
+        not extracted(answers[one.example.id], str(one.question.kind), evaluation.rule)
+        for one in asked
+        if one.example.id in answers
+    )
+
+
+def _described(scoring: str, evaluation: CommonsenseEvaluationConfig, scored: Scored) -> dict[str, object]:
+    """How the answers came about, in words that stand beside the numbers."""
+    if scoring == "likelihood":
+        return {"scoring": "likelihood of the whole output, among those of `Answer format`, not divided by its length"}
+    return {
+        "scoring": "generation",
+        **scored.settings,
+        "beams": evaluation.beams,
+        "max_new_tokens": evaluation.max_new_tokens,
+    }
+
+
+def _settings(
+    evaluation: CommonsenseEvaluationConfig, encoder: InstructionEncoder, run_folder: Path
+) -> dict[str, object]:
+    """What the answers depend on: the trained weights, the questions, the prompt, the search."""
+    weights = run_folder / ADAPTER / WEIGHTS_FILE
+    if not weights.is_file():
+        raise UserError(f"{weights} is missing; the test needs the finished adapter")
+    return {
+        "adapter_sha256": _sha256(weights),
+        "questions_sha256": {task: _sha256(Path(file)) for task, file in evaluation.files.items()},
+        "prompt": [encoder.prompt.test, encoder.prompt.test_with_input],
+        "beams": evaluation.beams,
+        "max_new_tokens": evaluation.max_new_tokens,
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _report(scoring: str, scored: Scored) -> None:
+    for name, value in scored.metrics.items():
+        log.info("%s: %-14s %.2f %%", scoring, name, value)
+    if scored.failed:
+        log.warning("%d questions have no answer and count as wrong", len(scored.failed))

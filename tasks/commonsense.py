@@ -1,0 +1,29 @@
+"""Trains a plain language model on instructions with DoRA, LoRA, magnitudes alone, or its full weights.
+
+deepspeed tasks/commonsense.py --config configs/commonsense/<run>.yaml [--section.key value ...]
+
+The paper's commonsense reasoning runs are in configs/commonsense; data of one's own is JSON or JSONL of instruction,
+input, output and answer. It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`,
+`metrics.json` and checkpoints to training.output_dir; `--resume last` goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dora_vl.training.commonsense_recipe import CommonsenseRunConfig
+from dora_vl.training.start import start
+
+if TYPE_CHECKING:
+    from dora_vl.training.commonsense_task import CommonsenseTask
+
+
+def task_of(config: CommonsenseRunConfig) -> CommonsenseTask:
+    """The task of these settings; its imports take seconds, so they wait until the settings are right."""
+    from dora_vl.training.commonsense_task import CommonsenseTask
+
+    return CommonsenseTask(config)
+
+
+if __name__ == "__main__":
+    start("commonsense.py", __doc__ or "", CommonsenseRunConfig, task_of)

@@ -1,0 +1,186 @@
+"""The commonsense task from start to scores, on generated questions and a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from data_prep import generated_commonsense
+from dora_vl.errors import UserError
+from dora_vl.training.command_line import read_settings
+from dora_vl.training.commonsense_recipe import CommonsenseRunConfig
+from tests.backbones.tiny_language import write_tiny_language
+from tests.training.test_run import one_thread
+
+__all__ = ["one_thread"]
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "configs" / "commonsense" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("commonsense")
+    write_tiny_language(made / "base")
+    generated_commonsense.main(["--to", str(made / "data")])
+    return made
+
+
+def arguments(folder: Path, output: str, *more: str) -> list[str]:
+    """The smoke configuration over the tiny model."""
+    return [
+        f"--config={SMOKE}",
+        "--model.base",
+        str(folder / "base"),
+        "--model.source",
+        "null",
+        "--model.dtype",
+        "float32",
+        "--adapter.rank",
+        "4",
+        "--data.train",
+        json.dumps([str(folder / "data" / "train.json")]),
+        "--data.max_tokens",
+        "512",
+        "--evaluation.files",
+        json.dumps({"openbookqa": str(folder / "data" / "test.json")}),
+        "--training.output_dir",
+        str(folder / output),
+        *more,
+    ]
+
+
+def settings(folder: Path, output: str, *more: str) -> CommonsenseRunConfig:
+    return read_settings(arguments(folder, output, *more), CommonsenseRunConfig)
+
+
+def losses(run_folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
+    """As a person starts it, in a process of its own: 40 generated rows, training, both ways of scoring."""
+    command = [sys.executable, "tasks/commonsense.py", *arguments(folder, "smoke", "--training.max_steps", "6")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = folder / "smoke"
+    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    assert metrics["train_samples"] == 48
+    for way in ("generation", "likelihood"):
+        found = metrics[way]
+        assert found["n"] == 40
+        assert set(found["accuracy"]) == {"average", "openbookqa"}
+        low, high = found["interval_95"]["openbookqa"]
+        assert low <= found["accuracy"]["openbookqa"] <= high
+        assert found["failed_questions"] == {}
+        assert way in found["settings"]["scoring"]
+    assert metrics["generation"]["settings"]["extraction"] == "nvlabs"
+    assert metrics["likelihood"]["no_answer_found"] == 0  # one of the four is always the likeliest
+    lines = (run / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 40
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert any(name.endswith("up_proj.lora_magnitude_vector") for name in weights)
+    assert not any(".o_proj." in name or ".gate_proj." in name for name in weights)
+    recipe = json.loads((run / "adapter" / "recipe.json").read_text())
+    assert recipe["task"] == "commonsense"
+    assert recipe["prompt"] == "alpaca"
+
+
+def test_packing_trains_the_same(folder: Path) -> None:
+    from dora_vl.training.commonsense_task import CommonsenseTask
+    from dora_vl.training.run import train
+
+    more = ("--training.max_steps", "4", "--training.use_cpu", "true", "--training.deepspeed", "null")
+    for packing in ("true", "false"):
+        train(CommonsenseTask(settings(folder, f"packing_{packing}", "--data.packing", packing, *more)))
+    packed, plain = (losses(folder / f"packing_{one}") for one in ("true", "false"))
+    assert packed == pytest.approx(plain, abs=1e-4)
+    padding = [
+        json.loads((folder / f"packing_{one}" / "metrics.json").read_text())["padding_share"]
+        for one in ("true", "false")
+    ]
+    assert padding[0] <= padding[1]
+
+
+def test_the_references_validation_split(folder: Path) -> None:
+    """The same 8 rows that `train_test_split(test_size=8, shuffle=True, seed=42)` takes out."""
+    import datasets
+
+    from dora_vl.training.commonsense_task import read_rows
+
+    config = settings(folder, "split")
+    rows, held_out = read_rows(config.data)
+    expected = datasets.load_dataset("json", data_files=config.data.train[0], cache_dir=str(folder / "cache"))
+    split = expected["train"].train_test_split(test_size=8, shuffle=True, seed=42)  # type: ignore[index,union-attr]
+    assert held_out is not None
+    assert held_out["instruction"][:] == split["test"]["instruction"][:]
+    assert rows["instruction"][:] == split["train"]["instruction"][:]
+
+
+def test_granular_magnitudes(folder: Path) -> None:
+    from dora_vl.core import apply_dora, trained_parts
+    from dora_vl.training.commonsense_task import CommonsenseTask
+
+    config = settings(
+        folder,
+        "granular",
+        "--adapter.targets",
+        json.dumps([f"model.layers.*.self_attn.{one}_proj" for one in "qkv"]),
+        "--adapter.magnitude_targets",
+        json.dumps(["model.layers.*.self_attn.o_proj", "model.layers.*.mlp.*_proj"]),
+    )
+    task = CommonsenseTask(config)
+    model = task.load().model
+    apply_dora(model, task.dora_config())
+    names = {part.name: set(part.parameters) for part in trained_parts(model)}
+    assert "model.layers.0.mlp.gate_proj.magnitude" in names["dora.magnitude"]
+    assert "model.layers.0.self_attn.o_proj.magnitude" in names["dora.magnitude"]
+    assert {name.split(".")[-2] for name in names["dora.A"]} == {"q_proj", "k_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--evaluation.files", '{"obqa": "x.json"}'], r"no commonsense set 'obqa'; there are boolq, piqa"),
+        (["--evaluation.files", '{"openbookqa": "x.json"}'], r"x\.json: no such file"),
+        (["--data.train", "[]"], r"data\.train names no file"),
+        (["--data.validation_size", "40"], r"validation_size 40 leaves none of 40 samples"),
+        (["--adapter.method", "full", "--training.deepspeed", "null"], r"adapter\.method: full needs adapter\.targets"),
+    ],
+)
+def test_mistakes_are_one_line(folder: Path, more: list[str], said: str) -> None:
+    from dora_vl.training.commonsense_task import CommonsenseTask
+    from dora_vl.training.run import train
+
+    with pytest.raises(UserError, match=said):
+        train(CommonsenseTask(settings(folder, "mistaken", "--overwrite", "true", *more)))
+
+
+def test_help_teaches_the_tasks_own_settings() -> None:
+    shown = subprocess.run(
+        [sys.executable, "tasks/commonsense.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    text = " ".join(shown.split())
+    assert "Samples of a micro-batch stand behind each other" in text
+    assert "Rows of A (columns of B)" in text  # an inherited setting explains itself too
+
+
+def test_the_questions_are_whole_and_right() -> None:
+    records = generated_commonsense.generate(40, seed=3)
+    assert records == generated_commonsense.generate(40, seed=3)
+    for record in records:
+        number = int(record["answer"].removeprefix("answer"))
+        quality = record["instruction"].split("Which of these is the ")[1].split("?")[0]
+        choices = record["instruction"].split("Answer1: ")[1].split("\n\n")[0]
+        for before in ("Answer2: ", "Answer3: ", "Answer4: "):
+            choices = choices.replace(f" {before}", "|")
+        things = choices.split("|")
+        ranked = generated_commonsense.RANKED[quality]
+        assert ranked.index(things[number - 1]) == max(ranked.index(thing) for thing in things)
+        assert record["output"] == f"the correct answer is {record['answer']}"
