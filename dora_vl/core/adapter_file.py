@@ -30,7 +30,7 @@ from dora_vl.core.initialise import take_from_weight
 from dora_vl.core.inject import apply_dora
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.precision import Gather, no_gather
-from dora_vl.core.trainable import adapted_layers, is_adapted, kept_tensors, trained_parts
+from dora_vl.core.trainable import adapted_layers, is_adapted, kept_rows, kept_tensors, trained_parts
 from dora_vl.errors import UserError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -78,7 +78,9 @@ def adapter_tensors(model: nn.Module, *, gather: Gather = no_gather, copy: bool 
         with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
             if copy:
                 # A clone: safetensors refuses tensors that share memory, and a sharded one is gone after the block.
-                tensors[file_name(model, name)] = _in_file(model, name, tensor.detach().to("cpu", copy=True))
+                tensors[file_name(model, name)] = _in_file(
+                    model, name, kept_rows(name, tensor.detach()).to("cpu", copy=True)
+                )
     return tensors
 
 
@@ -137,7 +139,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, gather: Ga
                 _move_start(source, name, layer, tensors)
         for name, tensor in _expected(model).items():
             with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
-                tensor.copy_(_own_part(model, name, tensors[name]).view(tensor.shape))
+                own = kept_rows(name, tensor)
+                own.copy_(_own_part(model, name, tensors[name]).view(own.shape))
     for _, layer in adapted_layers(model):
         layer.forget_norms()
     return [name for name, _ in adapted_layers(model)]
@@ -161,9 +164,10 @@ def load_kept(model: nn.Module, folder: str | os.PathLike[str], *, gather: Gathe
     with torch.no_grad():
         for name, tensor in kept.items():
             with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
-                if tensor.shape != tensors[name].shape:
-                    raise UserError(f"{source}: {name} is {list(tensors[name].shape)}, here it is {list(tensor.shape)}")
-                tensor.copy_(tensors[name])
+                own = kept_rows(name, tensor)
+                if own.shape != tensors[name].shape:
+                    raise UserError(f"{source}: {name} is {list(tensors[name].shape)}, here it is {list(own.shape)}")
+                own.copy_(tensors[name])
 
 
 def _adapt(model: nn.Module, config: DoRAConfig, gather: Gather) -> None:
@@ -253,8 +257,9 @@ def _check_fit(source: Path, model: nn.Module, tensors: Mapping[str, Tensor]) ->
     for name, tensor in expected.items():
         found = tuple(tensors[name].shape)
         # A sharded parameter shows no shape here; its copy checks it.
-        if tensor.numel() and found not in _shapes_in_file(model, name, tensor):
-            raise UserError(f"{source}: {name} is {list(found)}, this model needs {list(tensor.shape)}")
+        if tensor.numel() and found not in _shapes_in_file(model, name, kept_rows(name, tensor)):
+            needed = list(kept_rows(name, tensor).shape)
+            raise UserError(f"{source}: {name} is {list(found)}, this model needs {needed}")
 
 
 def _shapes_in_file(model: nn.Module, name: str, tensor: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -58,7 +58,8 @@ class DoRAConfig:
     also_train: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Further trained parts: name -> full-name globs of parameters, each hitting at least one."""
     also_keep: tuple[str, ...] = ()
-    """Full-name globs of frozen tensors that the result depends on, carried by the adapter folder as well."""
+    """Full-name globs of frozen tensors that the result depends on, carried by the adapter folder as well; with rows
+    at the end (`*.shared.weight[-200:]`) no others of the tensor are."""
 
     def __post_init__(self) -> None:
         problems = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from dora_vl.core.precision import Gather, train_in_float32
 from dora_vl.errors import UserError
 
 _ATTRIBUTE = "_dora_vl_trained"
+_ROWS = re.compile(r"(.+)\[(-?\d+)?:(-?\d+)?\]")
 FACTOR_PARTS = (
     ("dora.A", "lora_A"),
     ("dora.B", "lora_B"),
@@ -93,7 +95,7 @@ def choose_trained(
     _refuse_adapted_weights(model, by_part)
     extras = [name for part in also_train for name in by_part[part]]
     train_in_float32(model, extras, gather)
-    kept = tuple(matching(_tensor_names(model), also_keep, "also_keep"))
+    kept = _kept_names(_tensor_names(model), also_keep)
     setattr(model, _ATTRIBUTE, _TrainedList(tuple(_split_by_decay(model, by_part, gather)), kept))
     for part in trained_parts(model):
         for parameter in part.parameters.values():
@@ -114,9 +116,38 @@ def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
 
 
 def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Frozen tensors that the adapter folder carries as well."""
+    """Frozen tensors that the adapter folder carries as well; a name may end in rows, which `kept_rows` takes."""
     tensors = _tensors(model)
-    return {name: tensors[name] for name in _trained_list(model).also_keep}
+    return {name: tensors[split_rows(name)[0]] for name in _trained_list(model).also_keep}
+
+
+def split_rows(name: str) -> tuple[str, slice]:
+    """A kept tensor's own name, and which of its rows are kept: `shared.weight[-200:]`, or all."""
+    found = _ROWS.fullmatch(name)
+    if found is None:
+        return name, slice(None)
+    return found[1], slice(int(found[2]) if found[2] else None, int(found[3]) if found[3] else None)
+
+
+def kept_rows(name: str, tensor: Tensor) -> Tensor:
+    """The rows of a whole (gathered) tensor that its name in the list asks for, as a view."""
+    rows = split_rows(name)[1]
+    return tensor if rows == slice(None) else tensor[rows]
+
+
+def named_tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A trained or kept tensor, or the rows of it that are kept, by its name in the list."""
+    return kept_rows(name, tensors[split_rows(name)[0]])
+
+
+def _kept_names(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
+    """Full names for the globs of `also_keep`, each with its pattern's rows."""
+    names, kept = list(names), []
+    for pattern in patterns:
+        glob, rows = split_rows(pattern)
+        ending = pattern.removeprefix(glob) if rows != slice(None) else ""
+        kept += [f"{name}{ending}" for name in matching(names, (glob,), "also_keep")]
+    return tuple(dict.fromkeys(kept))
 
 
 def is_adapted(model: nn.Module) -> bool:

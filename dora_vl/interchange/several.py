@@ -19,6 +19,7 @@ from dora_vl.core.trainable import (
     forget_trained,
     is_adapted,
     kept_tensors,
+    named_tensor,
     trained_parts,
 )
 from dora_vl.errors import UserError
@@ -81,7 +82,7 @@ class AdapterSet:
                 self._base_layers.setdefault(layer, modules[layer])
         for extra in adapter.extras:
             if extra in tensors:
-                self._base_values.setdefault(extra, tensors[extra].detach().clone())
+                self._base_values.setdefault(extra, named_tensor(tensors, extra).detach().clone())
         try:
             names = load_adapter(self.model, folder)
         except UserError:
@@ -131,7 +132,7 @@ class AdapterSet:
         if self.active is not None:
             # It may have been trained since; its layers are its own, its other tensors are the model's.
             tensors, active = self._tensors(), self._loaded[self.active]
-            active.extras = {extra: tensors[extra].detach().clone() for extra in active.extras}
+            active.extras = {extra: named_tensor(tensors, extra).detach().clone() for extra in active.extras}
         self._to_base()
         if name is None:
             return
@@ -158,7 +159,7 @@ class AdapterSet:
                 parts[part.name] = (*parts.get(part.name, ()), *part.parameters)
         kept = tuple(kept_tensors(self.model))
         tensors = self._tensors()
-        extras = {extra: tensors[extra].detach().clone() for extra in (*sum(parts.values(), ()), *kept)}
+        extras = {extra: named_tensor(tensors, extra).detach().clone() for extra in (*sum(parts.values(), ()), *kept)}
         self._loaded[name] = _Loaded(dict(adapted_layers(self.model)), extras, parts, kept)
         self.active = name
 
@@ -174,7 +175,7 @@ class AdapterSet:
     def _set_values(self, values: Mapping[str, Tensor]) -> None:
         tensors = self._tensors()
         for name, value in values.items():
-            tensors[name].copy_(value)
+            named_tensor(tensors, name).copy_(value)
 
     def _put(self, layer: str, module: nn.Module) -> None:
         owner, _, leaf = layer.rpartition(".")
