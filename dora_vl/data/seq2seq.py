@@ -1,0 +1,271 @@
+"""Tasks for an encoder-decoder that reads text and stored features: what they ask, and their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from dora_vl.data.dataset import IGNORED_LABEL, Skipped, sample_random
+from dora_vl.data.example_file import ExampleFile
+from dora_vl.data.examples import Example
+from dora_vl.data.mixture import MixturePlan
+from dora_vl.errors import BadSample
+from dora_vl.evaluation.scored import Scored
+
+AnswerBy = Literal["text", "pair", "choice"]
+NormaliseBy = Literal["samples", "tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The encoder's text. `subtitles` may be cut at their end so that the whole fits; `text` follows them."""
+
+    subtitles_before: str = ""
+    subtitles: str = ""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the decoder is to say, and how much the sample counts."""
+
+    text: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How an answer is decoded: greedy with one beam. `max_length` counts the start token."""
+
+    beams: int = 1
+    max_length: int = 20
+    no_repeat_ngram: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subtask:
+    """One task as data: everything that differs between tasks of one model.
+
+    Attributes:
+        batch_share: its batch as a multiple of the run's base batch, rounded down.
+        prompt: the encoder's text of an example.
+        target: what is trained on, given which answer the item is about (None: any of them may be drawn).
+        each_answer: every answer is an item of its own.
+        input_tokens: longest encoder text; None does not cut.
+        target_tokens: longest label.
+        normalise_by: `samples`: mean over a sample's tokens, then over the batch; `tokens`: mean over all tokens.
+        answer_by: `text`: what is generated; `pair`: true or false by two logits; `choice`: the likeliest label.
+        score: the benchmark's scorer.
+        images: pictures of one input.
+    """
+
+    name: str
+    batch_share: float = 1.0
+    prompt: Callable[[Example], Prompt]
+    target: Callable[[Example, int | None, Random], Target]
+    each_answer: bool = False
+    input_tokens: int | None = None
+    target_tokens: int = 20
+    normalise_by: NormaliseBy = "samples"
+    answer_by: AnswerBy = "text"
+    search: Search = Search()
+    score: Callable[[Sequence[Example], Mapping[str, str]], Scored]
+    images: int = 1
+
+
+@runtime_checkable
+class FeatureReader(Protocol):
+    """Stored features of a picture or a video, by an example's path."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens and numbers of each token."""
+        ...
+
+    def read(self, path: str) -> Float[Tensor, "tokens channels"]:
+        """The features; raises `BadSample` where there are none."""
+        ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """The backbone's tokens of prompts and labels."""
+
+    pad_token_id: int
+
+    def encode(self, prompt: Prompt, *, max_tokens: int | None) -> tuple[Int[Tensor, " seq"], int]:
+        """Ids, and how many were cut."""
+        ...
+
+    def labels(self, text: str, *, max_tokens: int) -> Int[Tensor, " answer"]:
+        """Ids of a label with what opens and closes it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seq2SeqSample:
+    """One item in tensors; `features` is `[images, tokens, channels]`."""
+
+    id: str
+    input_ids: Int[Tensor, " seq"]
+    labels: Int[Tensor, " answer"]
+    features: Float[Tensor, "images tokens channels"]
+    weight: float
+    cut_tokens: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank does in one micro-batch."""
+
+    subtask: Subtask
+    items: list[Seq2SeqSample | Skipped]
+    step_items: int
+
+
+def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "images tokens channels"]:
+    """Features of an example's pictures, or of its video.
+
+    Raises:
+        BadSample: it has neither, or they are not there.
+    """
+    paths = example.images or (() if example.video is None else (example.video.path,))
+    if not paths:
+        raise BadSample(example.id, "it has neither pictures nor a video")
+    return torch.stack([fixed_length(reader.read(path), reader.shape[0]) for path in paths])
+
+
+def fixed_length(features: Float[Tensor, "frames channels"], length: int) -> Float[Tensor, "length channels"]:
+    """As many tokens as every input has: fewer are followed by zeros, more are max-pooled over time.
+
+    In float32, since pooling float16 fails on a CPU.
+    """
+    frames = features.float()
+    if len(frames) < length:
+        return functional.pad(frames, (0, 0, 0, length - len(frames)))
+    if len(frames) > length:
+        return functional.adaptive_max_pool1d(frames.t()[None], length)[0].t().contiguous()
+    return frames
+
+
+def make_sample(
+    example: Example,
+    subtask: Subtask,
+    *,
+    encoder: TextEncoder,
+    reader: FeatureReader,
+    target: Target | None,
+) -> Seq2SeqSample:
+    """An example in tensors; without a target, as it is asked.
+
+    Raises:
+        BadSample: its features are missing, or it has another number of pictures than the task.
+    """
+    ids, cut = encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
+    features = features_of(example, reader)
+    if len(features) != subtask.images:
+        raise BadSample(example.id, f"it has {len(features)} pictures; {subtask.name} takes {subtask.images}")
+    labels = torch.full((1,), IGNORED_LABEL)
+    if target is not None:
+        labels = encoder.labels(target.text, max_tokens=subtask.target_tokens)
+    return Seq2SeqSample(example.id, ids, labels, features, 1.0 if target is None else target.weight, cut)
+
+
+class MixtureDataset(Dataset[MicroBatch]):
+    """An epoch's micro-batches in their order, for a data loader with batches of one.
+
+    Args:
+        files: each source's examples, in the plan's order.
+        seed: the run's; an item's random choices are a function of (seed, epoch, task, item).
+    """
+
+    def __init__(
+        self,
+        plan: MixturePlan,
+        subtasks: Sequence[Subtask],
+        files: Sequence[ExampleFile],
+        *,
+        encoder: TextEncoder,
+        reader: FeatureReader,
+        seed: int,
+    ) -> None:
+        self._plan = plan
+        self._subtasks = tuple(subtasks)
+        self._files = tuple(files)
+        self._encoder = encoder
+        self._reader = reader
+        self._seed = seed
+        # Shared memory: persistent workers keep a copy of this object and would not see a plain attribute.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Moves the order and the random choices of every worker to this epoch."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, number: int) -> MicroBatch:
+        epoch = int(self._epoch)
+        part = self._plan.part(number, epoch=epoch)
+        items = [self._item(part.source, index, epoch) for index in part.indices]
+        return MicroBatch(self._subtasks[part.source], items, part.step_items)
+
+    def _item(self, source: int, index: int, epoch: int) -> Seq2SeqSample | Skipped:
+        subtask, file = self._subtasks[source], self._files[source]
+        name = f"{subtask.name}:{index}"
+        try:
+            example = file[index]
+            name = example.id
+            drawn = sample_random(self._seed, epoch, index)
+            target = subtask.target(example, file.answer_of(index), drawn)
+            return make_sample(example, subtask, encoder=self._encoder, reader=self._reader, target=target)
+        except BadSample as error:
+            return Skipped(index, name, error.reason)
+
+
+@dataclass(frozen=True)
+class Seq2SeqCollator:
+    """The one micro-batch of a loader's batch, as the loss takes it.
+
+    `sample_weights` add up, over all ranks and micro-batches of a step, to the mean weight of its samples: each is
+    the sample's weight over the number of samples of the whole step. A micro-batch without any usable sample becomes
+    one row of padding without labels, so that the ranks stay in step.
+    """
+
+    pad_token_id: int
+    feature_shape: tuple[int, int]
+
+    def __call__(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+        """Padded on the right; the features of all rows have the same number of pictures."""
+        (batch,) = batches
+        samples = [item for item in batch.items if isinstance(item, Seq2SeqSample)]
+        skipped = [(item.id, item.reason) for item in batch.items if isinstance(item, Skipped)]
+        ids = [sample.input_ids for sample in samples] or [torch.tensor([self.pad_token_id])]
+        labels = [sample.labels for sample in samples] or [torch.tensor([IGNORED_LABEL])]
+        features = [sample.features for sample in samples]
+        mask = _pad([torch.ones_like(row) for row in ids], 0)
+        return {
+            "input_ids": _pad(ids, self.pad_token_id),
+            "attention_mask": mask,
+            "labels": _pad(labels, IGNORED_LABEL),
+            "features": torch.stack(features or [torch.zeros(batch.subtask.images, *self.feature_shape)]),
+            "sample_weights": torch.tensor([one.weight / batch.step_items for one in samples] or [0.0]),
+            "normalise_by": batch.subtask.normalise_by,
+            "samples": len(samples),
+            "padding_tokens": mask.numel() - (sum(len(row) for row in ids) if samples else 0),
+            "skipped": skipped,
+            "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
+        }
+
+
+def _pad(rows: Sequence[Tensor], value: int) -> Int[Tensor, "batch longest"]:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

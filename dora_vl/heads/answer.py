@@ -1,0 +1,52 @@
+"""A closed list of answers, each scored on its own (VL-T5's classifier form; its published runs generate instead)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class AnswerHead(nn.Module):
+    """Scores of a fixed answer list from the decoder's first hidden state: two layers, GELU and a norm between.
+
+    Args:
+        width: of the hidden state.
+        answers: the list, whose order gives the scores' order.
+    """
+
+    def __init__(self, width: int, answers: Sequence[str]) -> None:
+        super().__init__()
+        self.answers = tuple(answers)
+        self.places = {answer: place for place, answer in enumerate(self.answers)}
+        if len(self.places) != len(self.answers):
+            raise ValueError("the answer list names an answer twice")
+        self.logit_fc = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, len(self.answers))
+        )
+
+    def forward(self, hidden: Float[Tensor, "batch width"]) -> Float[Tensor, "batch answers"]:
+        """A score for each answer; a sigmoid makes it a probability of its own."""
+        return self.logit_fc(hidden)
+
+    def targets(self, soft_scores: Sequence[Mapping[str, float]]) -> Float[Tensor, "batch answers"]:
+        """Soft scores as rows; answers outside the list are left out, so a row may be all zeros."""
+        rows = torch.zeros(len(soft_scores), len(self.answers))
+        for row, scores in zip(rows, soft_scores, strict=True):
+            for answer, score in scores.items():
+                if answer in self.places:
+                    row[self.places[answer]] = score
+        return rows
+
+    def chosen(self, scores: Float[Tensor, "batch answers"]) -> list[str]:
+        """The best answer of each row."""
+        best: Int[Tensor, " batch"] = scores.argmax(1)
+        return [self.answers[place] for place in best.tolist()]
+
+
+def answer_loss(scores: Float[Tensor, "batch answers"], targets: Float[Tensor, "batch answers"]) -> Float[Tensor, ""]:
+    """Binary cross-entropy against soft scores: summed over the answers, mean over the batch."""
+    return functional.binary_cross_entropy_with_logits(scores.float(), targets, reduction="sum") / len(scores)
