@@ -140,7 +140,11 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
     paths = example.images or (() if example.video is None else (example.video.path,))
     if not paths:
         raise BadSample(example.id, "it has neither pictures nor a video")
-    return torch.stack([fixed_length(reader.read(path), reader.shape[0]) for path in paths])
+    read = [reader.read(path) for path in paths]
+    if example.video is None and any(len(one) != reader.shape[0] for one in read):
+        found = {len(one) for one in read}
+        raise BadSample(example.id, f"its pictures have {found} tokens; data.feature_tokens is {reader.shape[0]}")
+    return torch.stack([fixed_length(one, reader.shape[0]) for one in read])
 
 
 def fixed_length(features: Float[Tensor, "frames channels"], length: int) -> Float[Tensor, "length channels"]:
@@ -183,7 +187,7 @@ class MixtureDataset(Dataset[MicroBatch]):
     """An epoch's micro-batches in their order, for a data loader with batches of one.
 
     Args:
-        files: each source's examples, in the plan's order.
+        files: each source's examples, in the plan's order; `readers` likewise.
         seed: the run's; an item's random choices are a function of (seed, epoch, task, item).
     """
 
@@ -194,14 +198,14 @@ class MixtureDataset(Dataset[MicroBatch]):
         files: Sequence[ExampleFile],
         *,
         encoder: TextEncoder,
-        reader: FeatureReader,
+        readers: Sequence[FeatureReader],
         seed: int,
     ) -> None:
         self._plan = plan
         self._subtasks = tuple(subtasks)
         self._files = tuple(files)
         self._encoder = encoder
-        self._reader = reader
+        self._readers = tuple(readers)
         self._seed = seed
         # Shared memory: persistent workers keep a copy of this object and would not see a plain attribute.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -227,9 +231,53 @@ class MixtureDataset(Dataset[MicroBatch]):
             name = example.id
             drawn = sample_random(self._seed, epoch, index)
             target = subtask.target(example, file.answer_of(index), drawn)
-            return make_sample(example, subtask, encoder=self._encoder, reader=self._reader, target=target)
+            reader = self._readers[source]
+            return make_sample(example, subtask, encoder=self._encoder, reader=reader, target=target)
         except BadSample as error:
             return Skipped(index, name, error.reason)
+
+
+class ValidationBatches(Dataset[MicroBatch]):
+    """Each task's samples in the file's order, with the first answer of each, in batches of one task.
+
+    Args:
+        ranks: how many share the work; the Trainer multiplies a loss by it that is normalised over a step.
+    """
+
+    def __init__(
+        self,
+        subtasks: Sequence[Subtask],
+        files: Sequence[ExampleFile],
+        *,
+        encoder: TextEncoder,
+        readers: Sequence[FeatureReader],
+        batch_size: int,
+        ranks: int,
+    ) -> None:
+        self._parts = [
+            (source, range(start, min(start + batch_size, len(file))))
+            for source, file in enumerate(files)
+            for start in range(0, len(file), batch_size)
+        ]
+        self._sources = tuple(zip(subtasks, files, readers, strict=True))
+        self._encoder = encoder
+        self._ranks = ranks
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, number: int) -> MicroBatch:
+        source, indices = self._parts[number]
+        subtask, file, reader = self._sources[source]
+        items: list[Seq2SeqSample | Skipped] = []
+        for index in indices:
+            try:
+                example = file[index]
+                target = subtask.target(example, file.answer_of(index) or 0, Random(index))
+                items.append(make_sample(example, subtask, encoder=self._encoder, reader=reader, target=target))
+            except BadSample as error:
+                items.append(Skipped(index, error.sample_id, error.reason))
+        return MicroBatch(subtask, items, len(items) * self._ranks)
 
 
 @dataclass(frozen=True)

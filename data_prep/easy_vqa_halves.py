@@ -1,0 +1,86 @@
+"""easy-VQA in two halves for a VL-BART that is pretrained here and then adapted to questions of other kinds.
+
+Run it as `python -m data_prep.easy_vqa_halves --from runs/demo/assets/easy_vqa --to runs/demo-vlbart/records`; it
+writes
+
+- `pretrain.jsonl`: yes/no questions about one half of the training pictures, balanced and with answers that say what
+  is seen first (`easy_vqa`: "blue circle, absent, so no");
+- `adapt.jsonl`: the other kinds, "what color" and "what shape", about the other half of the pictures;
+- `test.jsonl`: all of the package's test questions of those kinds;
+- `manifest.json`: counts and settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.easy_vqa import balanced, reasoned, seen_in_pictures
+from data_prep.easy_vqa_package import YES_NO, Question, kind_of, picture_path, read_answers, read_questions
+from dora_vl.data.examples import Answer, Example, whole_file, write_examples
+from dora_vl.errors import exit_on_user_error
+
+
+def examples(questions: Sequence[Question], *, split: str, seed: int) -> list[Example]:
+    """One example a question, in an order shuffled by the seed."""
+    made = [
+        Example(
+            id=f"easyvqa-{split}-{question.index:05d}",
+            images=(picture_path(split, question.picture),),
+            question=question.text,
+            answers=(Answer(text=question.answer),),
+            extra={"kind": kind_of(question)},
+        )
+        for question in questions
+    ]
+    random.Random(f"{seed}/{split}").shuffle(made)
+    return made
+
+
+def is_pretraining(question: Question) -> bool:
+    """Whether its kind belongs to the half that is learned first."""
+    return question.answer in YES_NO
+
+
+def convert(source: Path, to: Path, *, seed: int) -> dict[str, object]:
+    """Writes the three files and the manifest; returns the manifest."""
+    answers = read_answers(source)
+    asked = read_questions(source, "train", answers)
+    pictures = sorted({question.picture for question in asked})
+    random.Random(f"{seed}/halves").shuffle(pictures)
+    first = set(pictures[: len(pictures) // 2])
+    pretrain = [question for question in asked if question.picture in first and is_pretraining(question)]
+    adapt = [question for question in asked if question.picture not in first and not is_pretraining(question)]
+    test = [question for question in read_questions(source, "test", answers) if not is_pretraining(question)]
+    splits = {
+        "pretrain": (reasoned(balanced(pretrain, seed), seen_in_pictures(asked)), "train"),
+        "adapt": (adapt, "train"),
+        "test": (test, "test"),
+    }
+    manifest: dict[str, object] = {"source": "easy-vqa 1.0", "seed": seed}
+    for name, (questions, split) in splits.items():
+        write_examples(to / f"{name}.jsonl", examples(questions, split=split, seed=seed))
+        kinds = Counter(kind_of(question) for question in questions)
+        manifest[name] = {"questions": len(questions), "by_kind": dict(sorted(kinds.items()))}
+    with whole_file(to / "manifest.json") as file:
+        file.write(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    """Converts the unpacked package and prints what each file holds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", type=Path, default=Path("runs/demo/assets/easy_vqa"))
+    parser.add_argument("--to", type=Path, default=Path("runs/demo-vlbart/records"))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    print(json.dumps(convert(options.source, options.to, seed=options.seed), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""The test of an encoder-decoder's tasks: answers by search, by two logits or by likelihood, then each task's score."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.vlbart import VlBartBackbone
+from dora_vl.data.dataset import IGNORED_LABEL, Skipped
+from dora_vl.data.example_file import ExampleFile
+from dora_vl.data.examples import Example, whole_file
+from dora_vl.data.media import open_image
+from dora_vl.data.seq2seq import FeatureReader, MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
+from dora_vl.errors import BadSample
+from dora_vl.evaluation.bootstrap import intervals
+from dora_vl.evaluation.predictions_file import Prediction
+from dora_vl.heads.choice import likeliest
+from dora_vl.heads.pair import says_true
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.run_folder import LOSS_LOG, METRICS, write_json
+
+log = logging.getLogger(__name__)
+
+PREDICTIONS = "predictions"
+Tested = tuple[Subtask, ExampleFile, FeatureReader]
+TRUE, FALSE = "true", "false"
+
+
+@runtime_checkable
+class EvaluationSection(Protocol):
+    """What this reads of a run's `evaluation:` section."""
+
+    @property
+    def batch_size(self) -> int:
+        """Inputs at once."""
+        ...
+
+    @property
+    def image_folder(self) -> str | None:
+        """Root of the pictures, for a contact sheet."""
+        ...
+
+
+def evaluate_subtasks(
+    backbone: VlBartBackbone,
+    encoder: Seq2SeqEncoder,
+    tested: Sequence[Tested],
+    *,
+    run_folder: Path,
+    evaluation: EvaluationSection,
+    settings: Mapping[str, Any],
+    numbers: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Answers and scores each task; writes `predictions/<task>.jsonl`, `metrics.json` and pictures of the run.
+
+    With one task its headline stands at the top as `accuracy` (a share) and `n`, with `by_kind` where examples name
+    their kind.
+    """
+    backbone.eval()
+    started, tasks = time.monotonic(), {}
+    answered: list[tuple[Example, str | None]] = []
+    for subtask, file, reader in tested:
+        examples, answers, failed = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
+        _write(run_folder / PREDICTIONS / f"{subtask.name}.jsonl", answers)
+        tasks[subtask.name] = _scored(subtask, examples, answers, failed)
+        answered += [(example, answers.get(example.id)) for example in examples]
+        log.info("%s: %s", subtask.name, {k: round(v, 3) for k, v in tasks[subtask.name]["metrics"].items()})
+    metrics = {
+        **dict(numbers),
+        "tasks": tasks,
+        "settings": dict(settings),
+        "evaluation_seconds": round(time.monotonic() - started, 1),
+    }
+    if len(tasks) == 1:
+        metrics |= _headline(next(iter(tasks.values())), answered)
+    write_json(run_folder / METRICS, metrics)
+    draw(answered, run_folder=run_folder, image_folder=evaluation.image_folder)
+    return metrics
+
+
+def answer(
+    backbone: VlBartBackbone,
+    encoder: Seq2SeqEncoder,
+    subtask: Subtask,
+    file: ExampleFile,
+    reader: FeatureReader,
+    *,
+    batch_size: int,
+) -> tuple[list[Example], dict[str, str], dict[str, str]]:
+    """Examples, answers by id, and why the others have none."""
+    collate = Seq2SeqCollator(encoder.pad_token_id, reader.shape)
+    examples, answers, failed = [], {}, {}
+    device = next(backbone.parameters()).device
+    with torch.inference_mode(), tqdm(total=len(file), desc=subtask.name, unit="question") as progress:
+        for rows in _batches(file, batch_size):
+            examples += rows
+            items = [_asked(example, subtask, encoder, reader) for example in rows]
+            failed |= {one.id: one.reason for one in items if isinstance(one, Skipped)}
+            asked = [row for row, item in zip(rows, items, strict=True) if isinstance(item, Seq2SeqSample)]
+            if asked:
+                batch = collate([MicroBatch(subtask, items, len(items))])
+                inputs = [batch[name].to(device) for name in ("input_ids", "attention_mask", "features")]
+                said = answers_of(backbone, encoder, subtask, asked, inputs)
+                answers |= {example.id: text for example, text in zip(asked, said, strict=True)}
+            progress.update(len(rows))
+    return examples, answers, failed
+
+
+def answers_of(
+    backbone: VlBartBackbone,
+    encoder: Seq2SeqEncoder,
+    subtask: Subtask,
+    examples: Sequence[Example],
+    inputs: Sequence[Tensor],
+) -> list[str]:
+    """One batch's answers, in the way that the task has them."""
+    ids, mask, features = inputs
+    if subtask.answer_by == "pair":
+        return _pairs(backbone, encoder, ids, mask, features)
+    if subtask.answer_by == "choice":
+        labels = choice_labels(encoder, max(len(one.choices) for one in examples))
+        scores = backbone.likelihoods(ids, mask, features, labels)
+        for row, example in enumerate(examples):
+            scores[row, len(example.choices) :] = float("-inf")
+        return [f"a{index}" for index in likeliest(scores).tolist()]
+    search = subtask.search
+    new = backbone.generate(
+        ids,
+        mask,
+        features,
+        max_length=search.max_length,
+        num_beams=search.beams,
+        no_repeat_ngram_size=search.no_repeat_ngram,
+    )
+    return [encoder.decode(row) for row in new.cpu()]
+
+
+def choice_labels(encoder: Seq2SeqEncoder, choices: int) -> Int[Tensor, "choices answer"]:
+    """The labels `a0`, `a1`... as rows of ids, -100 behind the shorter ones."""
+    labels = [encoder.labels(f"a{index}", max_tokens=20) for index in range(choices)]
+    return pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
+
+
+def _pairs(backbone: VlBartBackbone, encoder: Seq2SeqEncoder, ids: Tensor, mask: Tensor, features: Tensor) -> list[str]:
+    """After the start and `<s>`, the logits of "true" and "false" at the next place."""
+    encoded, joint = backbone.encode(ids, mask, features)
+    config = backbone.config
+    begun = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]], device=ids.device)
+    hidden = backbone.decode(begun.expand(len(ids), -1), encoded, joint)
+    chosen = says_true(
+        backbone.logits(hidden[:, 1]),
+        true_token=encoder.first_token(TRUE),
+        false_token=encoder.first_token(FALSE),
+    )
+    return [TRUE if one else FALSE for one in chosen.tolist()]
+
+
+def _asked(
+    example: Example, subtask: Subtask, encoder: Seq2SeqEncoder, reader: FeatureReader
+) -> Seq2SeqSample | Skipped:
+    try:
+        return make_sample(example, subtask, encoder=encoder, reader=reader, target=None)
+    except BadSample as error:
+        return Skipped(0, example.id, error.reason)
+
+
+def _batches(file: ExampleFile, size: int) -> Iterator[list[Example]]:
+    for start in range(0, len(file), size):
+        yield [file[index] for index in range(start, min(start + size, len(file)))]
+
+
+def _scored(
+    subtask: Subtask, examples: Sequence[Example], answers: Mapping[str, str], failed: Mapping[str, str]
+) -> dict[str, Any]:
+    if not any(example.answers for example in examples):
+        return {"metrics": {}, "n": len(examples), "note": "the publisher keeps the answers of this file"}
+    scored = subtask.score(examples, answers)
+    return {
+        "metrics": scored.metrics,
+        "intervals_95": intervals(scored),
+        "n": scored.n,
+        "settings": {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings},
+        "failed": dict(failed),
+    }
+
+
+def _headline(task: Mapping[str, Any], answered: Sequence[tuple[Example, str | None]]) -> dict[str, Any]:
+    if "accuracy" not in task["metrics"]:
+        return {"n": task["n"]}
+    return {"accuracy": task["metrics"]["accuracy"] / 100, "n": task["n"], "by_kind": by_kind(answered)}
+
+
+def by_kind(answered: Sequence[tuple[Example, str | None]]) -> dict[str, dict[str, float | int]]:
+    """Share of right answers by `extra["kind"]`."""
+    hits: dict[str, list[bool]] = {}
+    for example, said in answered:
+        if "kind" in example.extra:
+            hits.setdefault(str(example.extra["kind"]), []).append(said == expected(example))
+    return {kind: {"accuracy": sum(right) / len(right), "n": len(right)} for kind, right in sorted(hits.items())}
+
+
+def expected(example: Example) -> str:
+    """The right answer as a model says it: a choice's label, or the first answer."""
+    if example.choices and "correct" in example.extra:
+        return f"a{example.extra['correct']}"
+    return example.answers[0].text if example.answers else ""
+
+
+def draw(answered: Sequence[tuple[Example, str | None]], *, run_folder: Path, image_folder: str | None) -> None:
+    """The loss curve and, where the pictures are known, the contact sheet."""
+    try:
+        from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
+
+        entries = read_log(run_folder / LOSS_LOG)
+        if any("loss" in entry for entry in entries):
+            write_loss_curve(entries, run_folder / "loss_curve.png")
+    except ImportError:
+        log.warning("no loss curve: matplotlib is not installed (pip install 'dora-vl[demo]')")
+        return
+    if image_folder is None:
+        return
+    shown = [_prediction(example, said) for example, said in answered if said is not None and example.images]
+    right = sum(one.prediction == one.truth for one in shown)
+    title = f"{right / max(1, len(shown)):.1%} of {len(shown):,} right"
+    write_contact_sheet(shown, partial(open_image, Path(image_folder)), run_folder / "contact_sheet.png", title=title)
+
+
+def _prediction(example: Example, said: str | None) -> Prediction:
+    kind = example.extra.get("kind")
+    return Prediction(
+        id=example.id,
+        images=list(example.images),
+        question=example.question,
+        truth=expected(example),
+        prediction=said or "",
+        kind=None if kind is None else str(kind),
+    )
+
+
+def _write(path: Path, answers: Mapping[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as stream:
+        for name, text in answers.items():
+            stream.write(json.dumps({"id": name, "answer": text}, ensure_ascii=False) + "\n")

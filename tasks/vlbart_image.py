@@ -1,0 +1,155 @@
+"""VL-BART on pictures: VQAv2, GQA, NLVR2 and COCO captions, one of them or mixed; NLVR; your own short answers.
+
+deepspeed tasks/vlbart_image.py --config configs/vlbart/image_dora.yaml [--section.key value ...]
+
+It also runs under torchrun and plain python. Which tasks are trained is what `data.train` names. Writes `adapter/`,
+`log.jsonl`, `metrics.json`, `predictions/` and checkpoints to training.output_dir; `--resume last` goes on.
+
+Prompts, labels, batch sizes and decoding are VL-Adapter's (arXiv 2112.06825), which the paper's runs take over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+from dora_vl.data.examples import Example
+from dora_vl.data.seq2seq import Prompt, Search, Subtask, Target
+from dora_vl.errors import BadSample
+from dora_vl.evaluation import caption, gqa, nlvr2, vqa
+
+if TYPE_CHECKING:
+    from dora_vl.training.task import Task
+    from dora_vl.training.vlbart_recipe import VlBartRunConfig
+
+QUESTION_TOKENS, ANSWER_TOKENS, CAPTION_TOKENS = 20, 10, 40
+NO_REPEAT = 3  # bart-base's own setting, which the published runs never changed
+
+
+def subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
+    """Every task of this file; without `task_prompt` the text does not say which one it is."""
+
+    def prefix(text: str) -> str:
+        return text if task_prompt else ""
+
+    greedy = Search(no_repeat_ngram=NO_REPEAT)
+    every = (
+        Subtask(
+            name="vqav2",
+            prompt=lambda example: Prompt(text=prefix("vqa: ") + example.question),
+            target=weighted_answer,
+            input_tokens=QUESTION_TOKENS,
+            target_tokens=ANSWER_TOKENS,
+            search=greedy,
+            score=score_vqa,
+        ),
+        Subtask(
+            name="gqa",
+            batch_share=100 / 60,
+            prompt=lambda example: Prompt(text=prefix("gpa: ") + example.question),  # so in all published runs
+            target=one_answer,
+            input_tokens=QUESTION_TOKENS,
+            target_tokens=ANSWER_TOKENS,
+            search=greedy,
+            score=gqa.score,
+        ),
+        Subtask(
+            name="nlvr2",
+            batch_share=20 / 60,
+            prompt=lambda example: Prompt(text=prefix("nlvr: ") + example.question),
+            target=truth,
+            answer_by="pair",
+            score=nlvr2.score,
+            images=2,
+        ),
+        Subtask(
+            name="coco_caption",
+            batch_share=50 / 60,
+            prompt=lambda example: Prompt(text=prefix("caption: ")),
+            target=own_caption,
+            each_answer=True,
+            input_tokens=CAPTION_TOKENS,
+            target_tokens=CAPTION_TOKENS,
+            normalise_by="tokens",
+            search=Search(beams=5, max_length=20, no_repeat_ngram=NO_REPEAT),
+            score=caption.score,
+        ),
+        Subtask(
+            name="nlvr",
+            prompt=lambda example: Prompt(text=prefix("nlvr: ") + example.question),
+            target=truth,
+            answer_by="pair",
+            score=nlvr2.score_nlvr,
+        ),
+        Subtask(
+            name="short_answer",
+            prompt=lambda example: Prompt(text=prefix("vqa: ") + example.question),
+            target=one_answer,
+            input_tokens=QUESTION_TOKENS * 2,
+            target_tokens=QUESTION_TOKENS,
+            score=gqa.score,
+        ),
+    )
+    return {one.name: one for one in every}
+
+
+def drawn_answer(example: Example, random: Random) -> Target:
+    """One of the answers, each as often as its soft score says, with that score.
+
+    Raises:
+        BadSample: no answer has a score above 0.
+    """
+    known = [answer for answer in example.answers if answer.weight > 0]
+    if not known:
+        raise BadSample(example.id, "it has no answer to train on")
+    (chosen,) = random.choices(known, weights=[answer.weight for answer in known])
+    return Target(text=chosen.text, weight=chosen.weight)
+
+
+def weighted_answer(example: Example, answer: int | None, random: Random) -> Target:
+    """VQAv2: the loss is multiplied by the drawn answer's soft score."""
+    return drawn_answer(example, random)
+
+
+def one_answer(example: Example, answer: int | None, random: Random) -> Target:
+    """GQA: the drawn answer counts like any other."""
+    return Target(text=drawn_answer(example, random).text)
+
+
+def truth(example: Example, answer: int | None, random: Random) -> Target:
+    """NLVR2's and NLVR's labels in lower case."""
+    if not example.answers:
+        raise BadSample(example.id, "it has no label to train on")
+    return Target(text=example.answers[0].text.lower())
+
+
+def own_caption(example: Example, answer: int | None, random: Random) -> Target:
+    """The caption that the item is about."""
+    if not example.answers:
+        raise BadSample(example.id, "it has no caption to train on")
+    return Target(text=example.answers[answer or 0].text)
+
+
+def score_vqa(examples: Sequence[Example], answers: Mapping[str, str]) -> vqa.Scored:
+    """As VL-T5's `evaluate_raw`, which the paper's numbers are made with: the script of before 2021."""
+    return vqa.score(examples, answers, version="before_2021")
+
+
+def task_of(config: VlBartRunConfig) -> Task:
+    """The run's task; imports what takes seconds."""
+    from dora_vl.training.vlbart_task import VlBartTask
+
+    return VlBartTask(config, subtasks(task_prompt=config.data.task_prompt), name="vlbart_image")
+
+
+def main() -> None:
+    """Reads the settings, trains, tests."""
+    from dora_vl.training.start import start
+    from dora_vl.training.vlbart_recipe import VlBartRunConfig
+
+    start("vlbart_image.py", __doc__ or "", VlBartRunConfig, task_of)
+
+
+if __name__ == "__main__":
+    main()

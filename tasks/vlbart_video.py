@@ -1,0 +1,126 @@
+"""VL-BART on videos: TVQA, How2QA, TVC and YC2C of VALUE, one of them or mixed; your own clips.
+
+deepspeed tasks/vlbart_video.py --config configs/vlbart/video_dora.yaml [--section.key value ...]
+
+It also runs under torchrun and plain python. Which tasks are trained is what `data.train` names. Writes `adapter/`,
+`log.jsonl`, `metrics.json`, `predictions/` and checkpoints to training.output_dir; `--resume last` goes on.
+
+Texts are VL-Adapter's. Two differences from the published runs are on by default, and `metrics.json` names them: a text
+beyond 600 tokens loses subtitles, not its question (data.subtitles_first), and a choice is the likeliest label, not
+generated text (evaluation.choice_by_likelihood). VALUE's test server is gone, so validation is what can be scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING
+
+from dora_vl.data.examples import Example
+from dora_vl.data.seq2seq import Prompt, Search, Subtask, Target
+from dora_vl.errors import BadSample
+from dora_vl.evaluation import caption, video_qa
+
+if TYPE_CHECKING:
+    from dora_vl.training.task import Task
+    from dora_vl.training.vlbart_recipe import VlBartRunConfig
+
+TEXT_TOKENS, LABEL_TOKENS = 600, 20
+PUBLISHED_SEARCH = Search(beams=5, max_length=20, no_repeat_ngram=3)
+
+
+def subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
+    """Every task of this file; without `task_prompt` the text does not say which one it is."""
+
+    def suffix(name: str) -> str:
+        return f"{name}: " if task_prompt else ""
+
+    def question(name: str, score: Callable[..., video_qa.Scored]) -> Subtask:
+        return Subtask(
+            name=name,
+            prompt=partial(question_prompt, suffix=suffix(name)),
+            target=right_label,
+            input_tokens=TEXT_TOKENS,
+            target_tokens=LABEL_TOKENS,
+            answer_by="choice",
+            search=PUBLISHED_SEARCH,
+            score=score,
+        )
+
+    def described(name: str, *, with_times: bool) -> Subtask:
+        return Subtask(
+            name=name,
+            prompt=partial(caption_prompt, suffix=suffix(name), with_times=with_times),
+            target=own_caption,
+            each_answer=True,
+            input_tokens=TEXT_TOKENS,
+            target_tokens=LABEL_TOKENS,
+            search=PUBLISHED_SEARCH,
+            score=caption.score_value,
+        )
+
+    every = (
+        question("tvqa", video_qa.score),
+        question("how2qa", video_qa.score_how2qa),
+        described("tvc", with_times=True),
+        described("yc2c", with_times=False),
+        question("video_choice", video_qa.score),
+        described("video_caption", with_times=False),
+    )
+    return {one.name: one for one in every}
+
+
+def subtitle_text(example: Example) -> str:
+    """All that is said, in one line; a space stands before it, as tokens of BART hold it."""
+    said = " ".join(subtitle.text for subtitle in example.subtitles)
+    return f" {said}" if said else ""
+
+
+def question_prompt(example: Example, *, suffix: str) -> Prompt:
+    """Subtitles, question, the span it is about and the choices; each choice ends in exactly one period."""
+    choices = " ".join(f"a{index}: {choice.strip(' .')}." for index, choice in enumerate(example.choices))
+    return Prompt(
+        subtitles_before="[Subs]",
+        subtitles=subtitle_text(example),
+        text=f" [Q] {example.question} [TS] ({example.extra.get('ts', '')}) [Choices] {choices} {suffix}",
+    )
+
+
+def caption_prompt(example: Example, *, suffix: str, with_times: bool) -> Prompt:
+    """Subtitles and, for TVC, the clip's times as Python writes a list of numbers."""
+    times = f" [TS] ({example.extra.get('ts', '')})" if with_times else ""
+    return Prompt(subtitles_before="[Subs]", subtitles=subtitle_text(example), text=f"{times} {suffix}")
+
+
+def right_label(example: Example, answer: int | None, random: Random) -> Target:
+    """The right choice's label, such as `a2`."""
+    if "correct" not in example.extra:
+        raise BadSample(example.id, "nothing says which of its choices is right, so it cannot be trained on")
+    return Target(text=f"a{example.extra['correct']}")
+
+
+def own_caption(example: Example, answer: int | None, random: Random) -> Target:
+    """The description that the item is about."""
+    if not example.answers:
+        raise BadSample(example.id, "it has no description to train on")
+    return Target(text=example.answers[answer or 0].text)
+
+
+def task_of(config: VlBartRunConfig) -> Task:
+    """The run's task; imports what takes seconds."""
+    from dora_vl.training.vlbart_task import VlBartTask
+
+    return VlBartTask(config, subtasks(task_prompt=config.data.task_prompt), name="vlbart_video")
+
+
+def main() -> None:
+    """Reads the settings, trains, tests."""
+    from dora_vl.training.start import start
+    from dora_vl.training.vlbart_recipe import VlBartRunConfig
+
+    start("vlbart_video.py", __doc__ or "", VlBartRunConfig, task_of)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""VL-BART: the published numbers of parameters, its picture tokens, its names, and what an adapter folder must hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from dora_vl.backbones.visual_embedding import grid_boxes, pool_grid
+from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
+from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, load_adapter, save_adapter, trained_parts
+from dora_vl.errors import UserError
+from tests.backbones.tiny_vlbart import batch, meta_bart_base, tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("width", "method", "norms", "trained", "total"),
+    [
+        (2048, "lora", False, 8_786_688, 148_234_752),
+        (2048, "dora", True, 8_838_912, 148_262_400),
+        (512, "lora", False, 7_607_040, 147_055_104),
+        (512, "dora", False, 7_634_688, 147_082_752),
+    ],
+)
+def test_the_published_numbers_of_parameters(width: int, method: str, norms: bool, trained: int, total: int) -> None:
+    model = meta_bart_base(feature_width=width)
+    extras = also_trained(model.settings, biases=True, norm_weights=norms)
+    config = DoRAConfig(method=method, rank=128, targets=DORA_TARGETS, also_train=extras, also_keep=KEPT_ROWS)
+    assert len(apply_dora(model, config)) == 36
+    assert sum(one.numel() for part in trained_parts(model) for one in part.parameters.values()) == trained
+    assert sum(one.numel() for one in model.parameters()) == total
+
+
+def test_a_pooled_cell_is_the_maximum_of_its_window() -> None:
+    features = torch.randn(2, 49, 5)
+    pooled = pool_grid(features, 6).view(2, 6, 6, 5)
+    grid = features.view(2, 7, 7, 5)
+    for row in range(6):
+        for column in range(6):
+            window = grid[:, row : row + 2, column : column + 2].flatten(1, 2).amax(1)
+            assert torch.equal(pooled[:, row, column], window)
+    with pytest.raises(UserError, match="50 picture tokens are no square grid"):
+        pool_grid(torch.zeros(1, 50, 5), 6)
+
+
+def test_grid_boxes_are_the_cells_edges_row_by_row() -> None:
+    boxes = grid_boxes(7, None)
+    torch.testing.assert_close(boxes[8], torch.tensor([1 / 7, 2 / 7, 1 / 7, 2 / 7]))
+    torch.testing.assert_close(boxes[1], torch.tensor([1 / 7, 2 / 7, 0.0, 1 / 7]))
+    pooled = grid_boxes(7, 6)
+    torch.testing.assert_close(pooled[5], torch.tensor([5 / 7, 1.0, 0.0, 2 / 7]))
+    torch.testing.assert_close(pooled[-1], torch.tensor([5 / 7, 1.0, 5 / 7, 1.0]))
+
+
+@pytest.mark.parametrize("norm", ["each", "sum", "none"])
+def test_picture_tokens_equal_the_sum_written_out(norm: str) -> None:
+    model = tiny(visual_norm=norm, pooled_side=None, boxes="grid")
+    visual = model.model.encoder.visual_embedding
+    features = torch.randn(2, 2, 4, 8)
+    found = model.model.encoder.visual_tokens(features)
+    boxes = grid_boxes(2, None)
+    area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
+    shared = model.model.shared.weight
+    for image in range(2):
+        for token in range(4):
+            seen = visual.feat_embedding[0](features[:, image, token])
+            place = visual.absolute_vis_pos_embedding[0](torch.cat([boxes[token], area[token : token + 1]]))
+            if norm == "each":
+                seen, place = visual.feat_embedding[1](seen), visual.absolute_vis_pos_embedding[1](place)
+            expected = seen + place + visual.img_order_embedding.weight[image] + shared[-1 - token]
+            expected = visual.layer_norm(expected) if norm == "sum" else expected
+            torch.testing.assert_close(found[:, image * 4 + token], expected)
+
+
+def test_swapping_two_pictures_swaps_nothing_but_their_numbers() -> None:
+    encoder = tiny().model.encoder
+    features = batch(images=2)["features"]
+    weight = encoder.visual_embedding.img_order_embedding.weight
+    before, after = encoder.visual_tokens(features), encoder.visual_tokens(features.flip(1))
+    first, second = before[:, :36], before[:, 36:]
+    torch.testing.assert_close(after[:, :36], second - weight[1] + weight[0])
+    torch.testing.assert_close(after[:, 36:], first - weight[0] + weight[1])
+    assert not torch.allclose(after, before.flip(1))
+
+
+def test_zero_boxes_are_the_published_default_and_real_ones_differ() -> None:
+    inputs = batch()
+    zeros, real = tiny(boxes="zeros"), tiny(boxes="grid")
+    explicit = torch.zeros(3, 1, 36, 4)
+    given = VlBartBackbone(zeros)(**inputs, boxes=explicit).logits
+    torch.testing.assert_close(VlBartBackbone(zeros)(**inputs).logits, given)
+    assert not torch.allclose(VlBartBackbone(real)(**inputs).logits, given)
+
+
+def test_labelled_positions_equal_the_whole_decoder() -> None:
+    backbone, inputs = VlBartBackbone(tiny()), batch()
+    found = backbone(**inputs)
+    labels = inputs["labels"]
+    encoded, mask = backbone.encode(inputs["input_ids"], inputs["attention_mask"], inputs["features"])
+    assert mask[0].tolist() == [1] * 4 + [0] * 2 + [1] * 36
+    whole = backbone.model(
+        encoder_outputs=(encoded,), attention_mask=mask, decoder_input_ids=backbone.shifted(labels)
+    ).logits
+    torch.testing.assert_close(found.logits, whole[labels != -100])
+    assert backbone.shifted(labels)[0].tolist() == [2, int(labels[0, 0]), int(labels[0, 1]), 1]
+    assert found.rows.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_padding_changes_nothing() -> None:
+    backbone, inputs = VlBartBackbone(tiny()), batch()
+    alone = {name: tensor[:1] for name, tensor in inputs.items()}
+    alone["input_ids"], alone["attention_mask"] = alone["input_ids"][:, :4], alone["attention_mask"][:, :4]
+    torch.testing.assert_close(backbone(**alone).logits, backbone(**inputs).logits[:2], atol=1e-5, rtol=1e-4)
+
+
+def test_likelihoods_are_sums_of_token_log_probabilities_and_beams_find_them() -> None:
+    backbone, inputs = VlBartBackbone(tiny()), batch()
+    labels = inputs.pop("labels")
+    found = backbone.likelihoods(**inputs, candidates=labels)
+    assert found.shape == (3, 3)
+    for row in range(3):
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        for choice in range(3):
+            scores = backbone(**one, labels=labels[choice : choice + 1])
+            expected = -functional.cross_entropy(scores.logits, scores.targets, reduction="sum")
+            torch.testing.assert_close(found[row, choice], expected, atol=1e-4, rtol=1e-4)
+    greedy = backbone.generate(**inputs, max_length=5)
+    assert greedy.shape[1] <= 5
+    first = backbone(**inputs, labels=greedy[:, 1:2]).logits.argmax(-1)
+    assert torch.equal(first, greedy[:, 1])
+    beams = backbone.generate(**inputs, max_length=5, num_beams=3)
+    by_beam = backbone.likelihoods(**inputs, candidates=beams[:, 1:].masked_fill(beams[:, 1:] == 1, -100)).diagonal()
+    assert bool(torch.isfinite(by_beam).all())
+
+
+def test_a_saved_folder_gives_the_same_and_holds_the_shared_rows_once(tmp_path: Path) -> None:
+    model, inputs = tiny(), batch()
+    before = VlBartBackbone(model)(**inputs).logits
+    model.save_pretrained(tmp_path / "base")
+    names = set(load_file(tmp_path / "base" / "model.safetensors"))
+    assert "model.shared.weight" in names
+    assert not any("obj_order_embedding" in name or "embed_tokens" in name or "lm_head" in name for name in names)
+    again = load_vlbart(tmp_path / "base")
+    assert torch.equal(again(**inputs).logits, before)
+    assert again.model.model.encoder.visual_embedding.obj_order_embedding.weight is again.model.model.shared.weight
+    with pytest.raises(UserError, match="cannot be opened as a VL-BART"):
+        load_vlbart(tmp_path / "nothing")
+
+
+def test_a_resized_vocabulary_moves_the_order_rows_along() -> None:
+    model = tiny()
+    model.resize_token_embeddings(330, mean_resizing=False)
+    visual = model.model.encoder.visual_embedding
+    assert visual.obj_order_embedding.weight is model.model.shared.weight
+    assert visual.obj_order_embedding.num_embeddings == 330
+    assert model.final_logits_bias.shape == (1, 330)
+
+
+PROGRAM = """
+import sys, torch
+from dora_vl.backbones.vlbart import VlBartBackbone
+from dora_vl.core import load_adapter
+from tests.backbones.tiny_vlbart import batch, tiny
+base = tiny(seed=0)
+with torch.no_grad():
+    base.model.shared.weight[-200:] = torch.randn(200, 16)  # another draw of the added tokens
+load_adapter(base, sys.argv[1])
+torch.save(VlBartBackbone(base.eval())(**batch()).logits, sys.argv[2])
+"""
+
+
+def test_an_adapter_folder_carries_the_random_rows_into_another_process(tmp_path: Path) -> None:
+    model = tiny(seed=0)
+    extras = also_trained(model.settings, biases=True, norm_weights=True)
+    config = DoRAConfig(rank=4, alpha=6.0, dropout=0.0, targets=DORA_TARGETS, also_train=extras, also_keep=KEPT_ROWS)
+    apply_dora(model, config)
+    with torch.no_grad():
+        for part in trained_parts(model):
+            for parameter in part.parameters.values():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    for _, layer in adapted_layers(model):
+        layer.forget_norms()
+    expected = VlBartBackbone(model.eval())(**batch()).logits
+    save_adapter(model, tmp_path / "adapter")
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert held["base_model.model.model.shared.weight[-200:]"].shape == (200, 16)
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "adapter"), str(tmp_path / "logits.pt")], cwd=ROOT, check=True
+    )
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+    other = tiny(seed=0, vocab_size=150)  # too few rows
+    with pytest.raises(UserError, match=r"shared\.weight\[-200:\]"):
+        load_adapter(other, tmp_path / "adapter")
