@@ -5,13 +5,14 @@ another form and colour, that appear one after the other and move one way each. 
 clips and questions. It writes
 
 - `clips/<split>-<number>.mp4`: H.264, 128 x 128, 10 frames a second, 3.2 s;
-- `records/moving_shapes/pretrain.jsonl`: what a small model learns first: what is there (`caption`, `color`, `shape`);
+- `records/moving_shapes/pretrain.jsonl`: questions on `color` and `shape`, which a small model learns first;
 - `records/moving_shapes/adapt.jsonl`: other clips, with all kinds: `direction`, `order`, `count` and `spoken` (a
   subtitle says which shape is meant) come to those;
 - `records/moving_shapes/test.jsonl`: clips of their own, one question of each kind;
-- `manifest.json`: counts, settings and versions.
+- `records/moving_shapes_caption/`: what the clips of each split show, in words;
+- `manifest.json`: counts and settings.
 
-Questions have four choices, captions none.
+Questions have four choices.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from data_prep.moving_shapes_drawing import CLIP_SECONDS, COLORS, DIRECTIONS, SH
 from dora_vl.data.examples import JSON, Answer, Clip, Example, Subtitle, iterate_examples, whole_file, write_examples
 from dora_vl.errors import UserError, exit_on_user_error
 
-TASK = "moving_shapes"
+QUESTIONS, CAPTIONS = "moving_shapes", "moving_shapes_caption"
 CAPTION = "caption"
-LEARNED_FIRST = (CAPTION, "color", "shape")
+LEARNED_FIRST = ("color", "shape")
 KINDS = ("color", "shape", "direction", "order", "count", "spoken")
 NUMBERS = ("one", "two", "three", "four")
 SPEAKERS = ("anna", "ben", "carla", "david")
@@ -128,18 +129,14 @@ def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[E
     subtitles = (said(subtitled, order),)
     clip = Clip(path=f"clips/{name}.mp4")
     shared = {"video": clip, "subtitles": subtitles}
-    kinds = LEARNED_FIRST if split == "pretrain" else (CAPTION, *KINDS)
-    made: list[Example] = []
-    for kind in kinds:
-        about: dict[str, JSON] = {"kind": kind, "clip_id": name}
-        if kind == CAPTION:
-            made.append(Example(id=f"{name}-{kind}", answers=(Answer(text=caption(shown)),), extra=about, **shared))
-            continue
+    told = Answer(text=caption(shown))
+    made = [Example(id=f"{name}-{CAPTION}", answers=(told,), extra={"kind": CAPTION, "clip_id": name}, **shared)]
+    for kind in LEARNED_FIRST if split == "pretrain" else KINDS:
         if kind == "order" and len(shown) == 1:
             continue
         question, answer, possible = question_of(kind, shown, subtitled, order)
         choices = four_choices(answer, possible, shown, order)
-        about["correct"] = choices.index(answer)
+        about: dict[str, JSON] = {"kind": kind, "clip_id": name, "correct": choices.index(answer)}
         made.append(
             Example(
                 id=f"{name}-{kind}",
@@ -164,9 +161,23 @@ def draw_clips(numbered: Sequence[tuple[str, int]], to: Path, seed: int) -> int:
     return len(numbered)
 
 
-def split_examples(split: str, clips: int, seed: int) -> Iterator[Example]:
-    """All examples of a split; questions about one clip stand together, a training run shuffles them."""
-    return chain.from_iterable(examples_of(split, number, seed)[1] for number in range(clips))
+def split_examples(task: str, split: str, clips: int, seed: int) -> Iterator[Example]:
+    """A split's questions or captions; questions about one clip stand together, a training run shuffles them."""
+    every = chain.from_iterable(examples_of(split, number, seed)[1] for number in range(clips))
+    return (example for example in every if bool(example.choices) == (task == QUESTIONS))
+
+
+def write_records(to: Path, settings: Settings) -> dict[str, JSON]:
+    """Writes every split of both tasks; returns what each holds."""
+    splits: dict[str, JSON] = {}
+    for split, count in settings.sizes().items():
+        kinds: Counter[str] = Counter()
+        for task in (QUESTIONS, CAPTIONS):
+            path = to / "records" / task / f"{split}.jsonl"
+            write_examples(path, split_examples(task, split, count, settings.seed))
+            kinds.update(str(example.extra["kind"]) for example in iterate_examples(path))
+        splits[split] = {"clips": count, "by_kind": dict(sorted(kinds.items()))}
+    return splits
 
 
 def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
@@ -192,13 +203,7 @@ def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
             seconds = (time.monotonic() - started) / drawn * (len(numbered) - drawn)
             print(f"\rdrew {drawn:,} of {len(numbered):,} clips, {seconds:.0f} s left ", end="", flush=True)
     print()
-    splits: dict[str, JSON] = {}
-    for split, count in settings.sizes().items():
-        path = to / "records" / TASK / f"{split}.jsonl"
-        write_examples(path, split_examples(split, count, settings.seed))
-        kinds = Counter(str(example.extra["kind"]) for example in iterate_examples(path))
-        splits[split] = {"clips": count, "examples": sum(kinds.values()), "by_kind": dict(sorted(kinds.items()))}
-    manifest = {"settings": asdict(settings), "splits": splits}
+    manifest = {"settings": asdict(settings), "splits": write_records(to, settings)}
     with whole_file(manifest_path) as file:
         json.dump(manifest, file, indent=1)
     return manifest

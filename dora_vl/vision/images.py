@@ -1,4 +1,4 @@
-"""Pictures as the tower's pixels: LLaVA-1.5's padding to a square, or CLIP's crop, bit for bit as published."""
+"""Pictures as the tower's pixels: padded to a square, cropped or squashed, bit for bit as each was published."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from dora_vl.errors import UserError
 
-Aspect = Literal["pad", "square"]
+Aspect = Literal["pad", "square", "squash"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def image_processor(preparation: Preparation, *, aspect: Aspect) -> LlavaImagePr
     side = preparation.image_size
     return LlavaImageProcessorPil(
         do_pad=aspect == "pad",
-        size={"shortest_edge": side},
+        size={"height": side, "width": side} if aspect == "squash" else {"shortest_edge": side},
         crop_size={"height": side, "width": side},
         resample=Resampling[preparation.interpolation.upper()],
         image_mean=list(preparation.mean),
@@ -46,10 +46,11 @@ def image_processor(preparation: Preparation, *, aspect: Aspect) -> LlavaImagePr
 
 
 class ImagePreparation:
-    """Turns a picture into pixels, in one of two published ways.
+    """Turns a picture into pixels, in one of three published ways.
 
     `pad` (every LLaVA-1.5 recipe): the picture is centred on a square of the colour int(mean * 255), then resized.
     `square` (CLIP's own): the shorter side is resized to the tower's size and the middle is cut out.
+    `squash` (VL-Adapter's grid features): both sides are resized to the tower's size.
     """
 
     def __init__(self, preparation: Preparation, *, aspect: Aspect) -> None:

@@ -124,7 +124,7 @@ def network_output(network: nn.Module, config: GridTowerConfig, pixel_values: Te
         return network.forward_features(pixel_values)  # pyright: ignore[reportCallIssue]
     if config.library == "timm":
         return network.forward_intermediates(  # pyright: ignore[reportCallIssue]
-            pixel_values, indices=[config.layer], intermediates_only=True, output_fmt="NCHW"
+            pixel_values, indices=[config.layer], intermediates_only=True, output_fmt="NCHW", stop_early=True
         )[0]
     if config.layer == -1:
         return network(pixel_values).last_hidden_state

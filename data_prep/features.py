@@ -1,0 +1,248 @@
+"""Computes features of pictures and videos with a frozen vision tower and writes them as sharded Parquet.
+
+What a VL-BART reads, for example VL-Adapter's picture features (CLIP RN101's 7x7 grid, pictures squashed to 224 x 224):
+
+  python -m data_prep.features --root coco/train2014 --to features/coco --library open_clip --name RN101 \\
+      --weights openai
+
+and VALUE's video features (CLIP ViT-B/32's embedding, one frame every 1.5 s, 512 numbers, not normalised):
+
+  python -m data_prep.features --root videos --records records/tvqa/train.jsonl --to features/tv --library open_clip \\
+      --name ViT-B-32-quickgelu --weights openai --kept pooled --aspect square --every-seconds 1.5
+
+Without --records all pictures and videos under --root are taken. A feature's id is its file's name without the suffix.
+Started again it goes on where it stopped. Several processes share the work when they are started with RANK and
+WORLD_SIZE set, as `deepspeed` and `torchrun` do, or with --part. Files that cannot be read are named in
+`skipped-<part>.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dora_vl.data.bad_samples import BadSampleLedger, write_skipped
+from dora_vl.data.examples import Clip, iterate_examples
+from dora_vl.data.media import open_image
+from dora_vl.errors import BadSample, UserError, exit_on_user_error
+from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
+from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter, written
+from dora_vl.vision.tower_sources import TowerSpec
+from dora_vl.vision.video import LIMIT_SECONDS, VideoReader
+
+PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
+VIDEOS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".flv"})
+PICTURE_BACKEND = "pillow"
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture's path or a clip, and the name of its features."""
+
+    name: str
+    path: str
+    clip: Clip | None = None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What came of one medium: prepared frames with where they are from, or why there are none."""
+
+    medium: Medium
+    pixels: Tensor | None = None
+    backend: str = ""
+    indices: tuple[int, ...] = ()
+    seconds: tuple[float, ...] = ()
+    problem: str = ""
+
+
+class _Media(Dataset[_Read]):
+    """Reads and prepares media; what cannot be read comes back named."""
+
+    def __init__(self, media: Sequence[Medium], root: Path, encoder: FeatureEncoder, reader: VideoReader) -> None:
+        self._media = media
+        self._root = root
+        self._preparation = encoder.preparation
+        self._sampling = encoder.settings.sampling
+        self._reader = reader
+
+    def __len__(self) -> int:
+        return len(self._media)
+
+    def __getitem__(self, index: int) -> _Read:
+        medium = self._media[index]
+        try:
+            if medium.clip is None:
+                picture = open_image(self._root, medium.path)
+                return _Read(medium, self._preparation.prepare(picture)[None], PICTURE_BACKEND)
+            frames = self._reader.read_prepared(self._root, medium.clip, self._sampling, self._preparation.prepare)
+        except BadSample as error:
+            return _Read(medium, problem=error.reason)
+        return _Read(medium, torch.stack(frames.pictures), frames.backend, frames.indices, frames.seconds)
+
+
+def media_in_records(files: Iterable[Path]) -> list[Medium]:
+    """Every picture and clip that the records name, each once.
+
+    Raises:
+        UserError: two files or clips have one name.
+    """
+    found: list[Medium] = []
+    for file in files:
+        for example in iterate_examples(file):
+            found += [Medium(Path(path).stem, path) for path in example.images]
+            if example.video is not None:
+                found.append(Medium(Path(example.video.path).stem, example.video.path, example.video))
+    return _unique(found)
+
+
+def media_under(root: Path) -> list[Medium]:
+    """Every picture and video in a folder and the folders in it.
+
+    Raises:
+        UserError: there is none, or two have one name.
+    """
+    found: list[Medium] = []
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        relative = path.relative_to(root).as_posix()
+        if path.suffix.lower() in PICTURES:
+            found.append(Medium(path.stem, relative))
+        elif path.suffix.lower() in VIDEOS:
+            found.append(Medium(path.stem, relative, Clip(path=relative)))
+    if not found:
+        raise UserError(f"{root} holds no picture and no video")
+    return _unique(found)
+
+
+def _unique(media: Iterable[Medium]) -> list[Medium]:
+    by_name: dict[str, Medium] = {}
+    for medium in media:
+        before = by_name.setdefault(medium.name, medium)
+        if before != medium:
+            places = f"{before.clip or before.path} and {medium.clip or medium.path}"
+            raise UserError(f"{places} would have one name, {medium.name!r}; compute their features in two folders")
+    return list(by_name.values())
+
+
+def compute(
+    media: Sequence[Medium],
+    encoder: FeatureEncoder,
+    to: Path,
+    *,
+    root: Path,
+    options: argparse.Namespace,
+) -> BadSampleLedger:
+    """Computes what is missing of this part's media; returns the account of what could not be read.
+
+    Raises:
+        UserError: too many files cannot be read.
+    """
+    part, parts = options.part
+    settings = {**encoder.settings.to_record(), "sha256": encoder.fingerprint()}
+    writer = FeatureWriter(to, settings)
+    done = written(to)
+    own = [medium for medium in media[part::parts] if medium.name not in done]
+    ledger = BadSampleLedger(max_bad_share=options.max_bad_share, total_samples=max(1, len(own)), source=str(root))
+    reader = VideoReader(limit_seconds=options.limit_seconds)
+    loader = DataLoader(
+        _Media(own, root, encoder, reader), batch_size=None, num_workers=options.workers, prefetch_factor=None
+    )
+    with tqdm(total=len(own), unit="file", desc="features", disable=part != 0) as progress:
+        for read in loader:
+            _take(read, encoder, writer, ledger, batch_size=options.batch_size)
+            progress.update(1)
+    reader.close()
+    writer.flush()
+    write_skipped(to / f"skipped-{part}.jsonl", ledger.reasons)
+    return ledger
+
+
+def _take(
+    read: _Read, encoder: FeatureEncoder, writer: FeatureWriter, ledger: BadSampleLedger, *, batch_size: int
+) -> None:
+    ledger.record(
+        samples=int(read.pixels is not None), skipped=[(read.medium.path, read.problem)] if read.problem else []
+    )
+    ledger.judge()
+    if read.pixels is None:
+        return
+    made = torch.cat([encoder.encode(pixels) for pixels in read.pixels.split(batch_size)]).flatten(0, 1)
+    writer.add(FeatureRow(read.medium.name, made, read.backend, read.indices, read.seconds))
+
+
+def feature_settings(options: argparse.Namespace) -> FeatureSettings:
+    """The settings that the command line names."""
+    names = ("library", "name", "weights", "weights_in_order", "layer", "grid_pool", "image_size")
+    given = {name: getattr(options, name) for name in names}
+    if Path(given["weights"]).is_file():
+        given["weights"] = str(Path(given["weights"]))
+    return FeatureSettings(
+        tower=TowerSpec(**given),
+        kept=options.kept,
+        aspect=options.aspect,
+        every_seconds=options.every_seconds,
+        frames=options.frames,
+    )
+
+
+def which_part(text: str) -> tuple[int, int]:
+    """`3/8` as the fourth of eight."""
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; 0/4 is the first of four")
+    return int(number), int(parts)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add: Any = made.add_argument
+    add("--root", type=Path, required=True, help="folder of the pictures and videos")
+    add("--records", type=Path, nargs="+", default=[], help="take what these files of records name")
+    add("--to", type=Path, required=True, help="folder that gets the shards")
+    add("--library", choices=("timm", "open_clip", "transformers"), required=True)
+    add("--name", required=True, help="the network's name in that library")
+    add("--weights", default="pretrained", help="pretrained, random, an open_clip tag, or a file")
+    add("--weights-in-order", action="store_true", help="match a weights file by position instead of by name")
+    add("--layer", type=int, help="hidden state, counted from the end")
+    add("--grid-pool", type=int, help="average the grid to so many rows and columns")
+    add("--image-size", type=int, help="pixels along a side")
+    add("--kept", choices=("grid", "flat", "pooled"), default="grid", help="what is kept of a picture or frame")
+    add("--aspect", choices=("squash", "square", "pad"), default="squash", help="how a picture becomes a square")
+    add("--every-seconds", type=float, help="time between a video's frames; 1.5 if nothing is said")
+    add("--frames", type=int, help="so many frames of a video, evenly")
+    add("--batch-size", type=int, default=64, help="pictures or frames a forward pass at most")
+    add("--workers", type=int, default=1, help="processes that read files")
+    add("--limit-seconds", type=float, default=LIMIT_SECONDS, help="longest time for one video")
+    add("--max-bad-share", type=float, default=0.05, help="more unreadable files than this share end the run")
+    environment = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
+    add("--part", type=which_part, default=environment, help="N/M: the N-th of M processes that share the work")
+    return made
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    """Finds the files, computes what is missing and says what was left out."""
+    options = parser().parse_args(arguments)
+    media = media_in_records(options.records) if options.records else media_under(options.root)
+    gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
+    device = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
+    encoder = FeatureEncoder(feature_settings(options), device=device)
+    ledger = compute(media, encoder, options.to, root=options.root, options=options)
+    counts = ledger.counts
+    print(f"{options.to}: features of {counts.seen - counts.bad:,} more files, {counts.bad:,} left out")
+    for name, reason in list(ledger.reasons.items())[:5]:
+        print(f"  {name}: {reason}")
+
+
+if __name__ == "__main__":
+    main()

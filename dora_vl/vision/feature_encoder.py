@@ -1,0 +1,138 @@
+"""Pictures and video frames as the features that a VL-BART reads: a frozen tower, its preparation, and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from dora_vl.data.examples import Clip
+from dora_vl.errors import UserError
+from dora_vl.vision.features import store_key
+from dora_vl.vision.frame_sampling import EverySeconds, Sampling, Uniform
+from dora_vl.vision.images import Aspect, ImagePreparation
+from dora_vl.vision.pooled import load_pooled
+from dora_vl.vision.tower_sources import TowerSpec, load_tower
+from dora_vl.vision.video import Frames, VideoReader
+
+Kept = Literal["grid", "flat", "pooled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSettings:
+    """Everything that decides the features of a picture or a video.
+
+    Attributes:
+        tower: the vision network.
+        kept: of each picture or frame: its `grid`, one token a cell; the grid as one `flat` token; or the network's
+            own `pooled` output (CLIP's projection), not normalised.
+        aspect: how a picture becomes a square.
+        every_seconds: a video's time between two frames; VALUE's features have 1.5.
+        frames: so many frames of a video instead, evenly.
+    """
+
+    tower: TowerSpec
+    kept: Kept = "grid"
+    aspect: Aspect = "squash"
+    every_seconds: float | None = None
+    frames: int | None = None
+
+    @property
+    def sampling(self) -> Sampling:
+        """Which frames of a video."""
+        if self.frames is not None and self.every_seconds is not None:
+            raise UserError(f"every {self.every_seconds} s and {self.frames} frames: give one of the two")
+        if self.frames is not None:
+            return Uniform(self.frames)
+        return EverySeconds() if self.every_seconds is None else EverySeconds(self.every_seconds)
+
+    def to_record(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> FeatureSettings:
+        """From what `to_record` gave.
+
+        Raises:
+            UserError: a setting is missing or unknown.
+        """
+        try:
+            tower = dict(record["tower"])
+            for name in ("image_mean", "image_std"):
+                tower[name] = None if tower[name] is None else tuple(tower[name])
+            return cls(**{**record, "tower": TowerSpec(**tower)})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"these are not the settings of features: {error}") from None
+
+
+class FeatureEncoder:
+    """A frozen tower that turns pictures and frames into features.
+
+    Args:
+        settings: what it makes.
+        device: where the tower runs.
+    """
+
+    def __init__(self, settings: FeatureSettings, *, device: torch.device | None = None) -> None:
+        self.settings = settings
+        if settings.kept == "pooled":
+            network, preparation = load_pooled(settings.tower)
+        else:
+            loaded = load_tower(settings.tower)
+            network, preparation = (
+                GridNetwork(loaded.model, layer=loaded.layer, prefix=loaded.prefix_tokens),
+                loaded.preparation,
+            )
+        self.device = device or torch.device("cpu")
+        self.network: nn.Module = network.eval().requires_grad_(False).to(self.device)
+        self.preparation = ImagePreparation(preparation, aspect=settings.aspect)
+
+    def fingerprint(self) -> str:
+        """A hash of the weights and of everything that changes the pixels."""
+        return store_key(self.network, {"preparation": self.preparation.fingerprint(), "kept": self.settings.kept})
+
+    @torch.no_grad()
+    def encode(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures tokens channels"]:
+        """Prepared pictures as features; `flat` and `pooled` are one token each."""
+        made = self.network(pixels.to(self.device)).float()
+        if self.settings.kept == "pooled":
+            return made.unsqueeze(1)
+        return made.flatten(1).unsqueeze(1) if self.settings.kept == "flat" else made
+
+    def pictures(self, pictures: Sequence[Image]) -> Float[Tensor, "pictures tokens channels"]:
+        """Pictures as features."""
+        return self.encode(torch.stack([self.preparation.prepare(picture) for picture in pictures]))
+
+    def video(
+        self, reader: VideoReader, root: Path, clip: Clip
+    ) -> tuple[Float[Tensor, "tokens channels"], Frames[Tensor]]:
+        """A clip's frames as features, one after the other, and which frames they are.
+
+        Raises:
+            BadSample: the clip cannot be read.
+        """
+        frames = reader.read_prepared(root, clip, self.settings.sampling, self.preparation.prepare)
+        return self.encode(torch.stack(frames.pictures)).flatten(0, 1), frames
+
+
+class GridNetwork(nn.Module):
+    """A tower whose output is its grid and nothing else, whichever class it is of."""
+
+    def __init__(self, model: nn.Module, *, layer: int, prefix: int) -> None:
+        super().__init__()
+        self.model = model
+        self._layer = layer
+        self._prefix = prefix
+
+    def forward(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures tokens channels"]:
+        """Grid tokens, row by row."""
+        if self._layer == -1:
+            return self.model(pixels).last_hidden_state[:, self._prefix :]
+        return self.model(pixels, output_hidden_states=True).hidden_states[self._layer][:, self._prefix :]

@@ -1,0 +1,236 @@
+"""Features that were computed before, by the name of their picture or video, whoever wrote them.
+
+Four forms: sharded Parquet of ours (`feature_shards`), VL-Adapter's re-hosted Parquet shards, its tree of one HDF5 file
+a picture, and VALUE's folder of one `.npz` a video. `open_features` tells them apart by what the folder holds.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dora_vl.errors import BadSample, UserError
+
+ID, FEATURES, SHAPE = "id", "features", "shape"
+CACHE_BYTES = 256 * 2**20
+
+
+@runtime_checkable
+class FeatureSource(Protocol):
+    """Features by name; can be sent to worker processes."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there are features of this picture or video."""
+        ...
+
+    def names(self) -> Iterator[str]:
+        """All that there are."""
+        ...
+
+    def read(self, name: str) -> Float[Tensor, "tokens width"]:
+        """One picture's or video's features, in the dtype they are stored in.
+
+        Raises:
+            BadSample: there are none, or they cannot be read.
+        """
+        ...
+
+
+def open_features(folder: Path) -> FeatureSource:
+    """The features in a folder.
+
+    Raises:
+        UserError: no such folder, or nothing in it that is known; it says what was looked for.
+    """
+    forms = {".parquet": ParquetFeatures, ".h5": Hdf5Features, ".npz": NpzFeatures}
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of features; python -m data_prep.features makes one")
+    for suffix, form in forms.items():
+        if next(folder.glob(f"*{suffix}"), None) is not None:
+            return form(folder)
+    raise UserError(f"{folder} holds no features: no {', '.join(f'*{suffix}' for suffix in forms)} in it")
+
+
+@dataclass(frozen=True)
+class _Place:
+    shard: int
+    group: int
+    row: int
+
+
+class ParquetFeatures:
+    """Parquet shards with the columns `id` and `features`.
+
+    Ours hold each row's numbers in one list, with their `shape` beside; VL-Adapter's hold nested lists of fixed sizes.
+    Groups of rows that were read last stay in memory, up to `cache_bytes`.
+    """
+
+    def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
+        import pyarrow.parquet as parquet
+
+        self._folder = folder
+        self._shards = sorted(folder.glob("*.parquet"))
+        self._cache_bytes = cache_bytes
+        self._groups: OrderedDict[tuple[int, int], _Group] = OrderedDict()
+        self._places: dict[str, _Place] = {}
+        for number, shard in enumerate(self._shards):
+            with parquet.ParquetFile(shard) as opened:
+                missing = {ID, FEATURES} - set(opened.schema_arrow.names)
+                if missing:
+                    raise UserError(f"{shard} has no column {sorted(missing)[0]!r}, so it holds no features")
+                for group in range(opened.num_row_groups):
+                    ids = opened.read_row_group(group, columns=[ID])[ID].to_pylist()
+                    self._places.update((str(name), _Place(number, group, row)) for row, name in enumerate(ids))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def names(self) -> Iterator[str]:
+        """See `FeatureSource`."""
+        return iter(self._places)
+
+    def read(self, name: str) -> Float[Tensor, "tokens width"]:
+        """See `FeatureSource`."""
+        place = self._places.get(name)
+        if place is None:
+            raise _absent(name, self._folder)
+        return self._group(place).row(place.row)
+
+    def _group(self, place: _Place) -> _Group:
+        key = (place.shard, place.group)
+        if key not in self._groups:
+            self._groups[key] = _read_group(self._shards[place.shard], place.group)
+            while len(self._groups) > 1 and sum(group.bytes for group in self._groups.values()) > self._cache_bytes:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_groups": OrderedDict()}
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows of one group: all numbers in one array, where each row begins, and its shape."""
+
+    numbers: np.ndarray
+    starts: np.ndarray
+    shapes: list[list[int]]
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers.nbytes
+
+    def row(self, number: int) -> Tensor:
+        shape = self.shapes[number]
+        start = int(self.starts[number])
+        values = self.numbers[start : start + int(np.prod(shape))]
+        return torch.from_numpy(values.copy()).view(-1, shape[-1])
+
+
+def _read_group(shard: Path, group: int) -> _Group:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(shard) as opened:
+        columns = [name for name in (FEATURES, SHAPE) if name in opened.schema_arrow.names]
+        table = opened.read_row_group(group, columns=columns)
+    column = table[FEATURES].combine_chunks()
+    rows, fixed = len(column), []
+    starts = column.offsets.to_numpy() if pa.types.is_list(column.type) else None
+    while pa.types.is_nested(column.type):
+        if pa.types.is_fixed_size_list(column.type):
+            fixed.append(column.type.list_size)
+        column = column.flatten()
+    numbers = column.to_numpy(zero_copy_only=False)
+    if SHAPE in columns and starts is not None:
+        return _Group(numbers, starts - starts[0], table[SHAPE].to_pylist())
+    if not fixed or np.prod(fixed) * rows != len(numbers):
+        raise UserError(f"{shard}: column {FEATURES!r} has rows of different lengths and no column {SHAPE!r}")
+    return _Group(numbers, np.arange(rows) * int(np.prod(fixed)), [fixed] * rows)
+
+
+class Hdf5Features:
+    """VL-Adapter's tree: `<name>.h5` for each picture, in it a group of that name with `features`. Needs h5py."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def names(self) -> Iterator[str]:
+        """See `FeatureSource`."""
+        return (path.stem for path in self._folder.glob("*.h5"))
+
+    def _path(self, name: str) -> Path:
+        return _inside(self._folder, name, ".h5")
+
+    def read(self, name: str) -> Float[Tensor, "tokens width"]:
+        """See `FeatureSource`."""
+        import h5py
+
+        path = self._path(name)
+        if not path.is_file():
+            raise _absent(name, self._folder)
+        try:
+            with h5py.File(path, "r") as opened:
+                stored: Any = opened[f"{name}/{FEATURES}"]
+                values = np.asarray(stored)
+        except (OSError, KeyError) as error:
+            raise BadSample(name, f"features {path.name} in {self._folder} cannot be read: {error}") from None
+        return _two_axes(torch.from_numpy(values), name)
+
+
+class NpzFeatures:
+    """VALUE's folder: `<name>.npz` for each video, in it an array `features`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def names(self) -> Iterator[str]:
+        """See `FeatureSource`."""
+        return (path.stem for path in self._folder.glob("*.npz"))
+
+    def _path(self, name: str) -> Path:
+        return _inside(self._folder, name, ".npz")
+
+    def read(self, name: str) -> Float[Tensor, "tokens width"]:
+        """See `FeatureSource`."""
+        path = self._path(name)
+        if not path.is_file():
+            raise _absent(name, self._folder)
+        try:
+            with np.load(path, allow_pickle=False) as opened:
+                values = opened[FEATURES]
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise BadSample(name, f"features {path.name} in {self._folder} cannot be read: {error}") from None
+        return _two_axes(torch.from_numpy(values), name)
+
+
+def _inside(folder: Path, name: str, suffix: str) -> Path:
+    if not name or "/" in name or "\\" in name or "\0" in name:
+        raise BadSample(name, f"{name!r} cannot be a file's name, so {folder} has no features of it")
+    return folder / f"{name}{suffix}"
+
+
+def _absent(name: str, folder: Path) -> BadSample:
+    return BadSample(name, f"{folder} holds no features of {name}; python -m data_prep.features computes them")
+
+
+def _two_axes(values: Tensor, name: str) -> Tensor:
+    if values.dim() < 2 or not values.dtype.is_floating_point:
+        raise BadSample(name, f"features of {name} are {values.dtype} of shape {tuple(values.shape)}, not a table")
+    return values.flatten(0, -2)

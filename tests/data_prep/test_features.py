@@ -1,0 +1,115 @@
+"""Features of pictures and videos from the command line: whole, shared between processes, and past what is broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_prep.features import main, media_in_records, media_under, which_part
+from dora_vl.data.examples import Clip, Example, write_examples
+from dora_vl.errors import UserError
+from dora_vl.vision.feature_files import open_features
+from dora_vl.vision.feature_shards import read_settings
+from tests.vision.video_files import write_video
+
+pytest.importorskip("av")
+TOWER = [
+    "--library",
+    "timm",
+    "--name",
+    "tf_efficientnet_lite0",
+    "--image-size",
+    "64",
+    "--layer",
+    "-3",
+    "--grid-pool",
+    "2",
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights of their own, the same in every call."""
+    import timm
+
+    path = tmp_path_factory.mktemp("weights") / "tower.pth"
+    torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "media"
+    (folder / "deep").mkdir(parents=True)
+    write_video(folder / "deep/one.mp4")
+    write_video(folder / "two.mp4", [0.0, 0.04])
+    (folder / "bad.mp4").write_bytes(b"no video at all")
+    Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(folder / "three.png")
+    return folder
+
+
+def run(root: Path, to: Path, weights: str, *more: str) -> None:
+    common = ["--workers", "0", "--kept", "flat", "--frames", "3", "--max-bad-share", "0.5"]
+    main(["--root", str(root), "--to", str(to), "--weights", weights, *TOWER, *common, *more])
+
+
+def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: str, capsys) -> None:
+    to = tmp_path / "features"
+    run(root, to, weights)
+    assert "features of 3 more files, 1 left out\n  bad.mp4: video bad.mp4 cannot be read" in capsys.readouterr().out
+    source = open_features(to)
+    shapes = {name: tuple(source.read(name).shape) for name in source.names()}
+    assert shapes == {"one": (3, 160), "two": (2, 160), "three": (1, 160)}
+    (skipped,) = [json.loads(line) for line in (to / "skipped-0.jsonl").read_text().splitlines()]
+    assert skipped["id"] == "bad.mp4"
+    settings = read_settings(to)
+    assert (settings["kept"], settings["frames"], settings["tower"]["layer"]) == ("flat", 3, -3)
+    run(root, to, weights)
+    assert "features of 0 more files, 1 left out" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(root, to, weights, "--aspect", "square")
+    assert "aspect 'squash', and 'square' is asked for" in capsys.readouterr().err
+
+
+def test_parts_share_the_work(root: Path, tmp_path: Path, weights: str) -> None:
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    (root / "bad.mp4").unlink()
+    run(root, alone, weights)
+    for number in range(2):
+        run(root, together, weights, "--part", f"{number}/2")
+        assert len(set(open_features(together).names())) == (2, 3)[number]
+    for name in ("one", "two", "three"):
+        assert torch.equal(open_features(together).read(name), open_features(alone).read(name))
+
+
+def test_too_many_broken_files_end_the_run(root: Path, tmp_path: Path, weights: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(root, tmp_path / "features", weights, "--max-bad-share", "0.1")
+    assert "cannot be used" in capsys.readouterr().err
+
+
+def test_records_name_what_is_read(tmp_path: Path) -> None:
+    clip = Clip(path="a/x.mp4", start_seconds=1.0)
+    examples = [Example(id="1", images=("p/y.jpg",)), Example(id="2", video=clip), Example(id="3", video=clip)]
+    write_examples(tmp_path / "r.jsonl", examples)
+    assert [(one.name, one.path) for one in media_in_records([tmp_path / "r.jsonl"])] == [
+        ("y", "p/y.jpg"),
+        ("x", "a/x.mp4"),
+    ]
+    write_examples(tmp_path / "s.jsonl", [Example(id="1", images=("p/y.jpg", "q/y.png"))])
+    with pytest.raises(UserError, match=r"p/y\.jpg and q/y\.png would have one name, 'y'"):
+        media_in_records([tmp_path / "s.jsonl"])
+    with pytest.raises(UserError, match="holds no picture and no video"):
+        media_under(tmp_path)
+
+
+def test_parts_are_read_from_text() -> None:
+    assert which_part("3/8") == (3, 8)
+    for wrong in ("8/8", "-1/2", "a/b", "1"):
+        with pytest.raises(Exception, match="is no part"):
+            which_part(wrong)

@@ -1,0 +1,86 @@
+"""The clips show what their questions ask for, and the same seed makes them again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.moving_shapes import KINDS, Settings, examples_of, main, make
+from data_prep.moving_shapes_drawing import COLORS, FRAMES, Mover, draw
+from dora_vl.data.examples import iterate_examples
+from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.vision.video import read_frames
+
+pytest.importorskip("av")
+SMALL = Settings(pretrain=3, adapt=3, test=2, seed=5)
+
+
+def colored(pixels: np.ndarray, color: str) -> np.ndarray:
+    """Where the picture has about this colour: y and x of its pixels."""
+    return np.argwhere(np.abs(pixels.astype(int) - COLORS[color]).sum(-1) < 120)
+
+
+def test_a_real_clip_shows_what_is_said_of_it(tmp_path: Path) -> None:
+    make(tmp_path, SMALL, workers=1)
+    for number in range(3):
+        shown, made = examples_of("adapt", number, SMALL.seed)
+        assert made[0].video is not None
+        frames = read_frames(tmp_path, made[0].video, Uniform(FRAMES), backends=("pyav",))
+        pictures = [np.asarray(picture) for picture in frames.pictures]
+        firsts = [next(time for time, one in enumerate(pictures) if len(colored(one, mover.color))) for mover in shown]
+        assert firsts == sorted(set(firsts))
+        for mover, first in zip(shown, firsts, strict=True):
+            y, x = colored(pictures[-1], mover.color).mean(0) - colored(pictures[first], mover.color).mean(0)
+            way = max({"right": x, "left": -x, "down": y, "up": -y}.items(), key=lambda item: item[1])
+            assert way[0] == mover.direction
+            assert way[1] > 20
+
+
+def test_questions_have_one_right_choice_and_cover_all_kinds() -> None:
+    for number in range(40):
+        shown, made = examples_of("test", number, 0)
+        assert len({mover.color for mover in shown}) == len({mover.shape for mover in shown}) == len(shown)
+        for example in made[1:]:
+            assert len(set(example.choices)) == 4
+            assert example.choices[example.extra["correct"]] == example.answers[0].text
+        spoken = next(example for example in made if example.extra["kind"] == "spoken")
+        meant = next(mover for mover in shown if mover.color in spoken.subtitles[0].text)
+        assert spoken.answers[0].text == meant.shape
+        expected = set(KINDS) - (set() if len(shown) > 1 else {"order"})
+        assert {example.extra["kind"] for example in made[1:]} == expected
+
+
+def test_no_place_among_the_choices_is_right_more_often() -> None:
+    places = Counter(one.extra["correct"] for n in range(300) for one in examples_of("adapt", n, 0)[1] if one.choices)
+    assert max(places.values()) < 1.15 * min(places.values())
+
+
+def test_a_seed_makes_the_same_files(tmp_path: Path, capsys) -> None:
+    def digest(folder: Path) -> dict[str, str]:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    for name, seed in (("one", 5), ("two", 5), ("three", 6)):
+        make(tmp_path / name, Settings(pretrain=1, adapt=1, test=1, seed=seed), workers=1)
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+    assert digest(tmp_path / "one")["clips/test-00000.mp4"] != digest(tmp_path / "three")["clips/test-00000.mp4"]
+    assert len(list(iterate_examples(tmp_path / "one/records/moving_shapes/pretrain.jsonl"))) == 2
+    assert len(list(iterate_examples(tmp_path / "one/records/moving_shapes_caption/test.jsonl"))) == 1
+    with pytest.raises(SystemExit):
+        main(["--to", str(tmp_path / "four"), "--test", "0"])
+    assert "--test is 0" in capsys.readouterr().err
+
+
+def test_shapes_differ() -> None:
+    still = np.zeros((128, 128))
+    movers = [
+        Mover(shape=shape, color="white", direction="up", quarter=0, place=0, of=1)
+        for shape in ("circle", "square", "triangle", "cross")
+    ]
+    areas = [int((draw([mover], 16, still)[..., 0] > 200).sum()) for mover in movers]
+    assert len(set(areas)) == 4
+    assert min(areas) > 200

@@ -1,0 +1,112 @@
+"""Towers of every library give the features that their library gives itself; settings travel whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from dora_vl.data.examples import Clip
+from dora_vl.errors import UserError
+from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
+from dora_vl.vision.frame_sampling import EverySeconds, Uniform
+from dora_vl.vision.images import ImagePreparation, Preparation
+from dora_vl.vision.tower_sources import TowerSpec
+from dora_vl.vision.video import VideoReader
+from tests.vision.video_files import write_video
+
+TIMM = TowerSpec(library="timm", name="tf_efficientnet_lite0", weights="random", image_size=64)
+
+
+def picture(width: int = 90, height: int = 60) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def test_squashing_equals_open_clips_own() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    values = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    transform = open_clip.transform.image_transform(
+        32, is_train=False, mean=values[0], std=values[1], resize_mode="squash", interpolation="bicubic"
+    )
+    ours = ImagePreparation(Preparation(image_size=32, mean=values[0], std=values[1]), aspect="squash")
+    torch.testing.assert_close(ours.prepare(picture()), transform(picture()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("kept", "shape"), [("grid", (2, 4, 112)), ("flat", (2, 1, 448)), ("pooled", (2, 1, 1280))])
+def test_a_timm_tower(kept, shape: tuple[int, ...]) -> None:
+    layer = None if kept == "pooled" else -2
+    spec = TowerSpec(**{**vars(TIMM), "layer": layer, "grid_pool": None if kept == "pooled" else 2})
+    encoder = FeatureEncoder(FeatureSettings(tower=spec, kept=kept))
+    features = encoder.pictures([picture(), picture(30, 50)])
+    assert features.shape == shape
+    if kept == "pooled":
+        pixels = torch.stack([encoder.preparation.prepare(picture())])
+        torch.testing.assert_close(features[:1, 0], encoder.network(pixels))
+
+
+def test_open_clips_projection_is_not_normalised() -> None:
+    pytest.importorskip("open_clip")
+    spec = TowerSpec(library="open_clip", name="ViT-S-32-alt", weights="random", image_size=64)
+    encoder = FeatureEncoder(FeatureSettings(tower=spec, kept="pooled", aspect="square"))
+    features = encoder.pictures([picture()])
+    assert features.shape == (1, 1, 256)
+    pixels = encoder.preparation.prepare(picture())[None]
+    torch.testing.assert_close(features[0], encoder.network(pixels))
+
+
+def test_transformers_projection(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        vision_config={**small, "image_size": 32, "patch_size": 16},
+        text_config={**small, "vocab_size": 30},
+        projection_dim=6,
+    )
+    model = CLIPModel(config).eval()
+    model.save_pretrained(tmp_path)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    spec = TowerSpec(library="transformers", name=str(tmp_path))
+    encoder = FeatureEncoder(FeatureSettings(tower=spec, kept="pooled", aspect="square"))
+    features = encoder.pictures([picture()])
+    with torch.no_grad():
+        hidden = model.vision_model(encoder.preparation.prepare(picture())[None]).pooler_output
+        torch.testing.assert_close(features[0], model.visual_projection(hidden))
+    grid = FeatureEncoder(FeatureSettings(tower=spec, aspect="square"))
+    with torch.no_grad():
+        states = model.vision_model(grid.preparation.prepare(picture())[None], output_hidden_states=True).hidden_states
+    torch.testing.assert_close(grid.pictures([picture()]), states[-2][:, 1:])
+
+
+def test_frames_of_a_clip(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    spec = TowerSpec(**{**vars(TIMM), "layer": -3, "grid_pool": 2})
+    encoder = FeatureEncoder(FeatureSettings(tower=spec, kept="flat", frames=3))
+    with VideoReader(backends=("decord", "pyav")) as reader:
+        features, frames = encoder.video(reader, tmp_path, Clip(path="a.mp4"))
+        pictures = reader.read(tmp_path, Clip(path="a.mp4"), Uniform(3))
+    assert features.shape == (3, 4 * 40)
+    assert frames.indices == (8, 25, 41)
+    torch.testing.assert_close(features, encoder.pictures(pictures.pictures)[:, 0])
+
+
+def test_settings_travel_as_json() -> None:
+    spec = TowerSpec(**{**vars(TIMM), "image_mean": (0.1, 0.2, 0.3), "image_std": (1.0, 1.0, 1.0)})
+    settings = FeatureSettings(tower=spec, kept="flat", every_seconds=0.4)
+    assert FeatureSettings.from_record(json.loads(json.dumps(settings.to_record()))) == settings
+    assert settings.sampling == EverySeconds(0.4)
+    assert FeatureSettings(tower=TIMM).sampling == EverySeconds(1.5)
+    with pytest.raises(UserError, match="not the settings of features"):
+        FeatureSettings.from_record({"kept": "flat"})
+    with pytest.raises(UserError, match="one of the two"):
+        _ = FeatureSettings(tower=TIMM, frames=2, every_seconds=1.0).sampling
+
+
+def test_other_weights_are_another_fingerprint() -> None:
+    one, other = (FeatureEncoder(FeatureSettings(tower=TIMM, kept="pooled")) for _ in range(2))
+    assert one.fingerprint() == one.fingerprint()
+    assert one.fingerprint() != other.fingerprint()  # random weights
