@@ -1,4 +1,4 @@
-"""The adapted linear layer as `torch.compile` should see it: plain operations and one opaque one for the norm.
+"""Adapted layers as `torch.compile` should see them: plain operations and one opaque one for the norm.
 
 The eager path keeps norms between calls and draws dropout by position, neither of which a graph can hold. Here the
 compiler fuses and chooses what to keep, and the norm is computed in every pass, so it is never stale.
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dora_vl.core import functional
 
 if TYPE_CHECKING:
+    from dora_vl.core.layer import AdaptedLayer
     from dora_vl.core.linear import ProductLayer
 
 
@@ -32,25 +33,39 @@ def compiled_linear(layer: ProductLayer, input: Float[Tensor, "*batch in_"]) -> 
         low_rank = layer.scale() * F.linear(F.linear(dropped.to(product.dtype), a), b)
     whole_change = dropping and layer.adapter.dropout_mode == "whole_change"
     frozen = F.linear(dropped, weight) if whole_change else product
-    return functional.changed_output(output, frozen, low_rank, _gain(layer, factors))
+    return functional.changed_output(output, frozen, low_rank, compiled_gain(layer))
 
 
-def _gain(layer: ProductLayer, factors: tuple[Tensor, Tensor] | None) -> Tensor | None:
-    magnitude = layer.magnitude
+def compiled_gain(layer: AdaptedLayer) -> Float[Tensor, " out"] | None:
+    """g of any adapted layer, its norm computed in the graph; None for LoRA."""
+    magnitude, factors = layer.magnitude, layer.factors()
     if magnitude is None:
         return None
-    weight, squared = layer.as_matrix(layer.weight).detach(), layer._norms_squared
+    squared = layer._norms_squared
     if squared is None:
-        squared = functional.row_norms_squared(weight)
+        squared = layer.frozen_norms_squared()
     if factors is None:
         return functional.gain(magnitude, functional.root(squared))
     with torch.autocast(layer.weight.device.type, enabled=False):
-        norms = safe_norms(weight, squared, factors[0].detach(), factors[1].detach(), layer.scale())
-        if not layer.adapter.detach_norm:
-            on_A = F.linear(factors[0].to(weight.dtype), weight)
-            live = functional.root(functional.factored_norms_squared(squared, *factors, on_A, layer.scale())[0])
-            norms = norms + (live - live.detach())
-    return functional.gain(magnitude, norms)
+        return functional.gain(magnitude, _norms(layer, squared, *factors))
+
+
+def _norms(layer: AdaptedLayer, squared: Tensor, a: Tensor, b: Tensor) -> Float[Tensor, " out"]:
+    """n, with its gradient where `detach_norm` is off; an opaque layer's rows that cancel are not taken dense here."""
+
+    def live() -> Tensor:
+        on_A = layer.frozen_on_rows(a)
+        return functional.root(functional.factored_norms_squared(squared, a, b, on_A, layer.scale()))
+
+    if not layer.weight_is_readable:
+        norms = live()
+        return norms.detach() if layer.adapter.detach_norm else norms
+    weight = layer.as_matrix(layer.weight).detach()
+    norms = safe_norms(weight, squared, a.detach(), b.detach(), layer.scale())
+    if layer.adapter.detach_norm:
+        return norms
+    differentiable = live()
+    return norms + (differentiable - differentiable.detach())
 
 
 @torch.library.custom_op(

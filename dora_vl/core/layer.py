@@ -8,9 +8,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dora_vl.core import functional
+from dora_vl.core.compiled import compiled_gain
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.initialise import initialise
 from dora_vl.core.steps import OPTIMIZER_STEPS
@@ -36,6 +36,8 @@ class AdaptedLayer(nn.Module):
         "magnitude": "lora_magnitude_vector",
     }
     """Name of each trained tensor here -> its name in the adapter file (PEFT's)."""
+    weight_is_readable: ClassVar[bool] = True
+    """Whether `weight` holds the values that multiply the input; not so where they are quantised."""
 
     def start_adapter(self, base: nn.Module, config: DoRAConfig) -> None:
         """Sets the adapter up; the layer's own weight and sizes must stand already."""
@@ -113,7 +115,7 @@ class AdaptedLayer(nn.Module):
     def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "rows out"]:
         """The frozen weight applied to rows, without the bias: all that the norm needs to know of W."""
         weight = self.as_matrix(self._frozen_weight())
-        return F.linear(rows.to(weight.dtype), weight)
+        return (weight @ rows.to(weight.dtype).t()).t()  # half the time of its transpose for few rows on CPU
 
     def frozen_rows(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows in_"]:
         """Some rows of W."""
@@ -170,6 +172,8 @@ class AdaptedLayer(nn.Module):
         """g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""
         if self.magnitude is None:
             return None
+        if torch.compiler.is_compiling():
+            return compiled_gain(self)
         return functional.gain(self.magnitude, self.norms() if self.adapter.detach_norm else self.live_norms())
 
     def state_key(self) -> tuple[object, ...]:

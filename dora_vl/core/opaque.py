@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -51,6 +51,8 @@ UNKNOWN_LINEAR = OpaqueKind(lambda layer: torch.float32)
 class OpaqueLinear(AdaptedLayer):
     """An adapter around a linear layer that is only ever called; the layer stays whole, as the child `base`."""
 
+    weight_is_readable: ClassVar[bool] = False
+
     def __init__(self, base: nn.Module, config: DoRAConfig, kind: OpaqueKind = UNKNOWN_LINEAR) -> None:
         super().__init__()
         self.base, self.kind = base, kind
@@ -81,7 +83,7 @@ class OpaqueLinear(AdaptedLayer):
         probability = self.adapter.dropout if self.training and factors is not None else 0.0
         whole = bool(probability) and self.adapter.dropout_mode == "whole_change"
         dropped = input
-        if whole:
+        if whole or (probability and torch.compiler.is_compiling()):
             dropped = F.dropout(input, probability)
         elif probability:
             dropped = SHARED_DROPOUT.draw(input, probability, id(self)).apply(input) / (1 - probability)

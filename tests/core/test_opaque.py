@@ -100,3 +100,67 @@ def test_torchao_int8():
     layer = adapted(holder[0])["q"]
     assert isinstance(layer, OpaqueLinear)
     assert_equals_dense(layer, weight, x, 1e-5)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_bitsandbytes_4bit_trains(quant_type):
+    """QDoRA: every gradient is that of the dequantised layer's dense DoRA, the input's too."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type=quant_type).to("cpu")
+    weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
+    assert_trains_as_dense(adapted(base)["q"], weight)
+
+
+def test_bitsandbytes_8bit():
+    """LLM.int8 rounds its input as well, so outputs are near; the norm, through one-hot rows, is exact."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = nn.Linear(128, 64)
+    base = bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False)
+    base.load_state_dict(plain.state_dict())
+    base = base.to("cpu")
+    x = torch.randn(3, 128, dtype=torch.float16)
+    before = base(x)
+    layer = adapted(base)["q"]
+    assert torch.equal(layer(x), before)
+    with torch.no_grad():
+        layer.lora_B.normal_(std=0.3)
+        layer.magnitude.mul_(1.2)
+    weight = layer.dense_weight()
+    torch.testing.assert_close(weight, plain.weight, rtol=0, atol=2e-3)
+    direction = weight + layer.scale() * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer.norms(), direction.norm(dim=1).detach(), rtol=1e-3, atol=0)
+    expected = x.float() @ ((layer.magnitude / direction.norm(dim=1)).unsqueeze(1) * direction).t() + plain.bias
+    torch.testing.assert_close(layer(x).float(), expected, rtol=5e-2, atol=5e-2)
+    layer(x).float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in (layer.lora_A, layer.lora_B, layer.magnitude))
+
+
+def test_hqq():
+    hqq = pytest.importorskip("hqq.core.quantize")
+    torch.manual_seed(0)
+    settings = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
+    base = hqq.HQQLinear(nn.Linear(128, 64), settings, compute_dtype=torch.float32, device="cpu")
+    x = torch.randn(3, 128)
+    before = base(x)
+    layer = adapted(base)["q"]
+    assert isinstance(layer, OpaqueLinear)
+    assert torch.equal(layer(x), before)
+    assert_equals_dense(layer, base.dequantize().float(), x, 1e-5)
+
+
+def assert_trains_as_dense(layer: OpaqueLinear, weight: torch.Tensor) -> None:
+    with torch.no_grad():
+        layer.lora_B.normal_(std=0.3)
+        layer.magnitude.mul_(1.2)
+    inputs = [torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    leaves = {n: getattr(layer, n).detach().clone().requires_grad_() for n in ("lora_A", "lora_B", "magnitude")}
+    direction = weight + layer.scale() * leaves["lora_B"] @ leaves["lora_A"]
+    gain = leaves["magnitude"] / direction.norm(dim=1).detach()
+    expected = inputs[1] @ (gain.unsqueeze(1) * direction).t() + layer.bias
+    layer(inputs[0]).square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-3)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(getattr(layer, name).grad, leaf.grad, rtol=1e-4, atol=1e-3, msg=name)
