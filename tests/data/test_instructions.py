@@ -67,7 +67,7 @@ def test_what_ends_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"two records have the id a"):
         iterate_instructions(write(tmp_path / "twice.json", [{**ROW, "id": "a"}, {**ROW, "id": "a"}]))
     (tmp_path / "broken.json").write_text('[{"instruction": "x", ')
-    with pytest.raises(UserError, match=r"broken.json:1"):
+    with pytest.raises(UserError, match=r"broken\.json, line 1: .* ends too early"):
         load_instructions(tmp_path / "broken.json", cache_folder=tmp_path)
 
 
