@@ -1,0 +1,313 @@
+"""`dora-vl evaluate`: any batch size and number of processes give the same score; mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dora_vl.cli import main
+from dora_vl.data.examples import Answer, Clip, Example, write_examples
+from dora_vl.data.turns import Turn
+from dora_vl.evaluation.ask_model import open_model
+from dora_vl.evaluation.assistant import open_picture
+from dora_vl.evaluation.predictions_file import read_predictions
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_task import LlavaTask
+from dora_vl.training.run import run
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+
+ROOT = Path(__file__).parents[2]
+ANSWER_TOKENS = 5
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny adapter, questions in LLaVA's format (one with a broken picture), and POPE records.
+
+    The adapter is moved until answers differ from question to question; half of the questions take the model's own
+    answer for the truth, so that the score is neither none nor all.
+    """
+    folder = tmp_path_factory.mktemp("evaluated")
+    base, questions = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data", samples=24)
+    path = write_run(folder / "run.yaml", base, questions, training={"use_cpu": True, "max_steps": 1})
+    run(LlavaTask(read_run_file(path)))
+    move(folder / "run" / "adapter" / "adapter_model.safetensors")
+    rows = json.loads(questions.read_text())
+    model = open_model(folder / "run" / "adapter").assistant
+    for number, row in enumerate(rows):
+        row["conversations"][0]["value"] += f" {chr(65 + number)} {number * 37}"
+    for row in rows[::2]:
+        picture = open_picture(folder / "data" / row["image"])
+        row["conversations"][1]["value"] = model.answer(
+            [Turn("user", row["conversations"][0]["value"])], [picture], max_new_tokens=ANSWER_TOKENS
+        ).strip()
+    (folder / "data" / "broken.png").write_bytes(b"no picture")
+    rows[5]["image"] = "broken.png"
+    for number, row in enumerate(rows):
+        row["kind"] = ("even", "odd")[number % 2]
+    (folder / "test.json").write_text(json.dumps(rows))
+    examples = [
+        Example(
+            id=f"random-{number}",
+            images=(row["image"],),
+            question="Is it red?",
+            answers=(Answer(text=("yes", "no")[number % 2]),),
+            extra={"category": "random"},
+        )
+        for number, row in enumerate(rows)
+        if number != 5
+    ]
+    write_examples(folder / "records" / "pope" / "test.jsonl", examples)
+    return folder
+
+
+def move(weights: Path) -> None:
+    random = torch.Generator().manual_seed(1)
+    tensors = load_file(weights)
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor += 0.5 * torch.randn(tensor.shape, generator=random)
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def evaluate(capsys: Any, *words: object) -> list[str]:
+    capsys.readouterr()
+    main(["evaluate", *map(str, words)])
+    return capsys.readouterr().out.splitlines()
+
+
+def on_test_file(trained: Path, to: Path, *more: object) -> list[object]:
+    adapter, questions = trained / "run" / "adapter", f"exact_match={trained / 'test.json'}"
+    common = ["--adapter", adapter, "--images", trained / "data", "--to", to]
+    common += ["--max-new-tokens", ANSWER_TOKENS]
+    return [*common, "--benchmarks", questions, *more]
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())["benchmarks"]
+
+
+@pytest.fixture(scope="module")
+def alone(trained: Path) -> Path:
+    """The test file answered one question at a time, in one process."""
+    main(["evaluate", *map(str, on_test_file(trained, trained / "alone", "--batch-size", 1))])
+    return trained / "alone"
+
+
+def test_metrics_agree_with_the_predictions_and_name_what_failed(alone: Path) -> None:
+    entry = metrics_of(alone)["exact_match"]
+    predictions = read_predictions(alone / "exact_match" / "predictions.jsonl")
+    right = sum(one.prediction == one.truth for one in predictions.values())
+    assert entry["n"] == 24
+    assert len(predictions) == 23
+    assert entry["metrics"]["accuracy"]["value"] == pytest.approx(100 * right / 24)
+    low, high = entry["metrics"]["accuracy"]["interval_95"]
+    assert low <= 100 * right / 24 <= high
+    assert {"kind/even", "kind/odd"} < set(entry["metrics"])
+    assert entry["without_answer"] == 1
+    assert "broken.png" in entry["failed"]["sample-5"]
+    scores = [json.loads(line) for line in (alone / "exact_match" / "scores.jsonl").read_text().splitlines()]
+    assert sum(one["score"] for one in scores) == right
+    assert right >= 12
+    assert right < 20
+    assert len({one.prediction for one in predictions.values()}) > 2  # equal answers would prove nothing below
+
+
+def test_another_batch_size_gives_the_same(trained: Path, alone: Path, tmp_path: Path, capsys: Any) -> None:
+    lines = evaluate(capsys, *on_test_file(trained, tmp_path, "--batch-size", 32))
+    assert metrics_of(tmp_path) == metrics_of(alone)
+    assert (tmp_path / "exact_match/predictions.jsonl").read_text() == (
+        alone / "exact_match/predictions.jsonl"
+    ).read_text()
+    assert lines[0].split() == ["benchmark", "metric", "value", "95", "%", "interval", "n", "no", "answer"]
+    assert lines[1].split()[:2] == ["exact_match", "accuracy"]
+    assert lines[1].split()[-2:] == ["24", "1"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path, launcher: str) -> None:
+    start = {
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29651", "-m"],
+        "deepspeed": ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29652", "--module"],
+    }[launcher]
+    command = [
+        sys.executable,
+        "-m",
+        *start,
+        "dora_vl.cli",
+        "evaluate",
+        *map(str, on_test_file(trained, tmp_path, "--batch-size", 4)),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=550
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics_of(tmp_path) == metrics_of(alone)
+    assert (tmp_path / "exact_match/predictions.jsonl").read_text() == (
+        alone / "exact_match/predictions.jsonl"
+    ).read_text()
+    assert not list((tmp_path / "exact_match").glob("*part*"))
+    assert done.stdout.count("exact_match  accuracy") == 1  # one process speaks
+
+
+def test_a_stopped_run_goes_on_with_what_each_process_had(
+    trained: Path, alone: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    folder = tmp_path / "exact_match"
+    folder.mkdir()
+    whole = alone / "exact_match"
+    lines = (whole / "predictions.jsonl").read_text().splitlines(keepends=True)
+    settings = (whole / "predictions.settings.json").read_text()
+    for part, content in ((0, "".join(lines[:9])), (3, "".join(lines[9:20]) + lines[20][:7])):  # the last line was cut
+        (folder / f"predictions.part-{part}.jsonl").write_text(content)
+        (folder / f"predictions.part-{part}.settings.json").write_text(settings)
+    from dora_vl.evaluation import ask as asking
+
+    asked: list[str] = []
+    predict = asking.predict
+
+    def counting(backbone: Any, encoder: Any, questions: Any, **options: Any) -> dict[str, str]:
+        asked.extend(question.id for question in questions)
+        return predict(backbone, encoder, questions, **options)
+
+    monkeypatch.setattr(asking, "predict", counting)
+    evaluate(capsys, *on_test_file(trained, tmp_path, "--batch-size", 8))
+    assert len(asked) == 4  # 24 less the 20 that were answered
+    assert metrics_of(tmp_path) == metrics_of(alone)
+
+
+def test_against_itself_nothing_differs_and_against_the_truth_much(
+    trained: Path, alone: Path, tmp_path: Path, capsys: Any
+) -> None:
+    truth = tmp_path / "truth.jsonl"
+    answered = read_predictions(alone / "exact_match" / "predictions.jsonl")
+    truth.write_text("".join(json.dumps({"id": one.id, "answer": one.truth}) + "\n" for one in answered.values()))
+    lines = evaluate(capsys, *on_test_file(trained, alone, "--against", truth))
+    assert "difference" in lines[0]
+    difference = metrics_of(alone)["exact_match"]["difference"]["accuracy"]
+    own = metrics_of(alone)["exact_match"]["metrics"]["accuracy"]["value"]
+    assert difference["value"] == pytest.approx(own - 100 * 23 / 24)
+    assert difference["low"] <= difference["value"] <= difference["high"]
+    evaluate(capsys, *on_test_file(trained, tmp_path / "again", "--against", trained / "run" / "adapter", "--limit", 6))
+    same = metrics_of(tmp_path / "again")["exact_match"]["difference"]["accuracy"]
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert (tmp_path / "again/against/exact_match/predictions.jsonl").is_file()
+
+
+def test_records_are_found_by_the_benchmarks_name_and_asked_with_llavas_words(
+    trained: Path, tmp_path: Path, capsys: Any
+) -> None:
+    options = ["--adapter", trained / "run" / "adapter", "--images", trained / "data", "--max-new-tokens", 2]
+    records = ["--records", trained / "records", "--to", tmp_path]
+    evaluate(capsys, *options, *records, "--benchmarks", "pope", "--limit", 7)
+    entry = metrics_of(tmp_path)["pope"]
+    assert (entry["n"], entry["headline"]) == (7, "f1")
+    assert entry["settings"]["labels"] == "7 random"
+    (first, *_) = read_predictions(tmp_path / "pope" / "predictions.jsonl").values()
+    assert first.question == "Is it red?\nAnswer the question using a single word or phrase."
+    evaluate(capsys, *options, *records, "--benchmarks", "pope")  # the rest; the first seven are not asked again
+    assert metrics_of(tmp_path)["pope"]["n"] == 23
+
+
+def predictions_file(path: Path, answers: dict[str, str], key: str = "answer") -> Path:
+    path.write_text("".join(json.dumps({"id": name, key: text}) + "\n" for name, text in answers.items()))
+    return path
+
+
+def test_a_file_of_predictions_is_scored_without_a_model(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    yes = predictions_file(tmp_path / "yes.jsonl", {f"random-{n}": "Yes" for n in range(24) if n != 5})
+    right = predictions_file(
+        tmp_path / "right.jsonl", {f"random-{n}": ("Yes", "No")[n % 2] for n in range(24) if n != 5}
+    )
+    options = ["--benchmarks", "pope", "--records", trained / "records", "--to", tmp_path / "scores"]
+    lines = evaluate(capsys, *options, "--predictions", right, "--against", yes, "--all-metrics")
+    entry = metrics_of(tmp_path / "scores")["pope"]
+    assert entry["metrics"]["f1"]["value"] == 100.0
+    assert entry["difference"]["random/accuracy"]["value"] == pytest.approx(100 * 11 / 23)
+    assert sum("random/" in line for line in lines) == 5
+    script = (
+        "import sys; [sys.modules.__setitem__(name, None) for name in ('torch', 'transformers')]; "
+        "from dora_vl.cli import main; main(sys.argv[1:])"
+    )
+    words = ["evaluate", *map(str, options), "--predictions", str(yes)]
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("benchmark")
+
+
+def test_a_split_without_answers_gives_a_submission_and_no_score(tmp_path: Path, capsys: Any) -> None:
+    examples = [Example(id=str(n), images=(f"{n}.jpg",), question="?") for n in range(3)]
+    write_examples(tmp_path / "records" / "vqav2" / "test.jsonl", examples)
+    answers = predictions_file(tmp_path / "answers.jsonl", {"0": "The  dogs", "2": "two"})
+    options = ["--benchmarks", "vqav2", "--records", tmp_path / "records", "--predictions", answers, "--to", tmp_path]
+    lines = evaluate(capsys, *options)
+    assert "no score here" in lines[-1]
+    assert json.loads((tmp_path / "vqav2" / "vqav2.json").read_text()) == [
+        {"question_id": 0, "answer": "dogs"},
+        {"question_id": 1, "answer": ""},
+        {"question_id": 2, "answer": "2"},
+    ]
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_version_can_be_chosen_and_is_written_down(tmp_path: Path, capsys: Any) -> None:
+    people = {"human_answers": ["No"] * 10}
+    write_examples(tmp_path / "vqa.jsonl", [Example(id="1", answers=(Answer(text="No"),), extra=people)])
+    answers = predictions_file(tmp_path / "answers.jsonl", {"1": "No"})
+    options = ["--benchmarks", f"vqav2={tmp_path / 'vqa.jsonl'}", "--predictions", answers, "--to", tmp_path]
+    for mode, score in (("after_2021", 100.0), ("before_2021", 0.0)):
+        evaluate(capsys, *options, "--mode", f"vqav2={mode}")
+        entry = metrics_of(tmp_path)["vqav2"]
+        assert entry["metrics"]["accuracy"]["value"] == score
+        assert entry["settings"]["vqa_version"] == mode
+
+
+def test_videos_are_not_asked_in_silence(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    choices = {"choices": ("a", "b", "c", "d"), "extra": {"correct": 0}}
+    clip = Example(id="q1", video=Clip(path="v.mp4"), question="?", answers=(Answer(text="a"),), **choices)
+    write_examples(tmp_path / "how2qa.jsonl", [clip])
+    options = ["--adapter", trained / "run" / "adapter", "--images", trained / "data", "--to", tmp_path]
+    evaluate(capsys, *options, "--benchmarks", f"how2qa={tmp_path / 'how2qa.jsonl'}")
+    entry = metrics_of(tmp_path)["how2qa"]
+    assert "has a video" in entry["failed"]["q1"]
+    assert entry["metrics"]["accuracy"]["value"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--benchmarks", "popee", "--predictions", "x"], "no benchmark 'popee'; did you mean 'pope'?"),
+        (["--benchmarks", "pope", "--predictions", "x"], "no test split of pope in records/pope: there is none"),
+        (["--benchmarks", "pope=none.jsonl", "--predictions", "x"], "none.jsonl: no such file"),
+        (["--benchmarks", "pope"], "give --adapter DIR to ask a model, or --predictions FILE"),
+        (["--benchmarks", "pope,gqa", "--predictions", "x"], "--predictions holds one benchmark's answers"),
+        (["--benchmarks", "pope,pope", "--predictions", "x"], "each once"),
+        (["--benchmarks", "pope", "--predictions", "x", "--mode", "gqa=llava"], "--mode names gqa"),
+        (["--benchmarks", "pope", "--predictions", "x", "--mode", "gqa"], "write it as NAME=VERSION"),
+        (["--benchmarks", "pope", "--predictions", "x", "--against", "gone"], "--against gone: no such"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as status:
+        main(["evaluate", *words])
+    error = capsys.readouterr().err
+    assert status.value.code == 2
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_other_questions_predictions_are_refused(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    strange = predictions_file(tmp_path / "strange.jsonl", {"a": "yes"})
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--benchmarks", f"pope={trained / 'records/pope/test.jsonl'}", "--predictions", str(strange)])
+    assert "have no id in common" in capsys.readouterr().err
