@@ -19,6 +19,7 @@ class Command:
 
 COMMANDS = {
     "analyze": Command("dora_vl.interchange.analyze_command", "what training changed: magnitudes and directions"),
+    "check-data": Command("data_prep.check_command", "what is wrong with data files, before a run finds it"),
     "convert": Command("dora_vl.interchange.convert_command", "adapters of other tools, in and out"),
     "evaluate": Command(
         "dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"

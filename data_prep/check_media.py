@@ -1,0 +1,138 @@
+"""Whether pictures and videos are there and whole; each file is looked at once, however many samples name it."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+VIDEO_ENDINGS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v"})
+ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
+"""How whole files of a kind end, within their last bytes: a quick look that needs no decoding."""
+
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    ZeroDivisionError,
+    AttributeError,
+    struct.error,
+)
+"""What Pillow's plugins raise on bytes that are no picture, or no longer one."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a file cannot be used; `kind` is the same for all files with that trouble."""
+
+    kind: str
+    detail: str
+
+
+class MediaCheck:
+    """Looks files up under a root.
+
+    Args:
+        root: what the paths of samples are relative to.
+        decode: pictures are decoded whole, which finds damage inside; else their size, beginning and end are
+            looked at.
+    """
+
+    def __init__(self, root: Path, *, decode: bool) -> None:
+        self._root = root
+        self._decode = decode
+        self._known: dict[str, Trouble | None] = {}
+
+    @property
+    def looked_at(self) -> int:
+        """How many files."""
+        return len(self._known)
+
+    def trouble(self, name: str) -> Trouble | None:
+        """What is wrong with a file; None where nothing is."""
+        if name not in self._known:
+            self._known[name] = self._look(name)
+        return self._known[name]
+
+    def _look(self, name: str) -> Trouble | None:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\0" in name or not name:
+            return Trouble("path leaves the folder", "paths must be relative to the media folder")
+        path = self._root / parts
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError as error:
+            return Trouble("missing media", str(error.strerror))
+        if size is None:
+            return Trouble("missing media", f"not in {self._root}")
+        if size == 0:
+            return Trouble("zero-byte media", "0 bytes")
+        if path.suffix.lower() in VIDEO_ENDINGS:
+            return video_trouble(path, size)
+        return decoding_trouble(path) if self._decode else quick_trouble(path, size)
+
+
+def quick_trouble(path: Path, size: int) -> Trouble | None:
+    """Looks at a picture's first and last bytes."""
+    with path.open("rb") as file:
+        beginning = file.read(16)
+        file.seek(max(0, size - 4096))
+        last = file.read()
+    for start, end in ENDS.items():
+        if beginning.startswith(start):
+            whole = last.rstrip(b"\0").endswith(end) or end in last[-64:]
+            return None if whole else Trouble("truncated media", f"{size:,} bytes, its end is missing")
+    if beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP":
+        stated = int.from_bytes(beginning[4:8], "little") + 8
+        return None if size >= stated else Trouble("truncated media", f"{size:,} of {stated:,} bytes")
+    if beginning.startswith((b"BM", b"II*\0", b"MM\0*")):
+        return None
+    return Trouble("broken media", f"begins with {beginning[:8]!r}, which is no known picture format")
+
+
+def decoding_trouble(path: Path) -> Trouble | None:
+    """Decodes a picture whole."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                image.load()
+    except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        kind = "truncated media" if "truncated" in reason else "broken media"
+        return Trouble(kind, reason)
+    return None
+
+
+def video_trouble(path: Path, size: int) -> Trouble | None:
+    """Walks an MP4's boxes, which say their sizes; other containers are looked at by their first bytes."""
+    with path.open("rb") as file:
+        beginning = file.read(16)
+        if beginning.startswith(b"\x1aE\xdf\xa3") or beginning.startswith(b"RIFF"):
+            return None
+        if beginning[4:8] not in {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"}:
+            return Trouble("broken media", f"begins with {beginning[:8]!r}, which is no known video format")
+        names, place = set[bytes](), 0
+        while place < size:
+            file.seek(place)
+            header = file.read(16)
+            if len(header) < 8:
+                return Trouble("truncated media", f"{size:,} bytes, the last box is cut")
+            length, name = struct.unpack(">I4s", header[:8])
+            if length == 1 and len(header) == 16:
+                length = struct.unpack(">Q", header[8:])[0]
+            elif length == 0:
+                length = size - place
+            if length < 8 or place + length > size:
+                return Trouble("truncated media", f"box {name!r} wants {length:,} bytes, {size - place:,} are left")
+            names.add(name)
+            place += length
+    return None if b"moov" in names else Trouble("truncated media", "it has no index (moov box)")
