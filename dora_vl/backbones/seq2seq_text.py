@@ -51,16 +51,10 @@ class Seq2SeqEncoder:
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
-    def first_token(self, text: str) -> int:
-        """The id that a one-token label has.
-
-        Raises:
-            UserError: the text is more than one token.
-        """
+    def first_token(self, text: str) -> int | None:
+        """The id of a text that is one token; None for a text of several."""
         ids = self._ids(text)
-        if len(ids) != 1:
-            raise UserError(f"{text!r} is {len(ids)} tokens in this vocabulary; answers by a pair need one each")
-        return ids[0]
+        return ids[0] if len(ids) == 1 else None
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []

@@ -6,12 +6,12 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -25,17 +25,20 @@ from dora_vl.data.media import open_image
 from dora_vl.data.seq2seq import FeatureReader, MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.bootstrap import intervals
+from dora_vl.evaluation.clip_picture import clip_picture
 from dora_vl.evaluation.predictions_file import Prediction
 from dora_vl.heads.choice import likeliest
 from dora_vl.heads.pair import says_true
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.run_folder import LOSS_LOG, METRICS, write_json
+from dora_vl.vision.video import VideoReader
 
 log = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions"
 Tested = tuple[Subtask, ExampleFile, FeatureReader]
 TRUE, FALSE = "true", "false"
+LONGEST_LABEL = 20
 
 
 @runtime_checkable
@@ -130,7 +133,7 @@ def answers_of(
     if subtask.answer_by == "pair":
         return _pairs(backbone, encoder, ids, mask, features)
     if subtask.answer_by == "choice":
-        labels = choice_labels(encoder, max(len(one.choices) for one in examples))
+        labels = padded_labels(encoder, [f"a{index}" for index in range(max(len(one.choices) for one in examples))])
         scores = backbone.likelihoods(ids, mask, features, labels)
         for row, example in enumerate(examples):
             scores[row, len(example.choices) :] = float("-inf")
@@ -147,23 +150,28 @@ def answers_of(
     return [encoder.decode(row) for row in new.cpu()]
 
 
-def choice_labels(encoder: Seq2SeqEncoder, choices: int) -> Int[Tensor, "choices answer"]:
-    """The labels `a0`, `a1`... as rows of ids, -100 behind the shorter ones."""
-    labels = [encoder.labels(f"a{index}", max_tokens=20) for index in range(choices)]
+def padded_labels(encoder: Seq2SeqEncoder, texts: Sequence[str]) -> Int[Tensor, "choices answer"]:
+    """Labels as rows of ids, -100 behind the shorter ones."""
+    labels = [encoder.labels(text, max_tokens=LONGEST_LABEL) for text in texts]
     return pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
 
 
 def _pairs(backbone: VlBartBackbone, encoder: Seq2SeqEncoder, ids: Tensor, mask: Tensor, features: Tensor) -> list[str]:
-    """After the start and `<s>`, the logits of "true" and "false" at the next place."""
+    """After the start and `<s>`, the logits of "true" and "false" at the next place.
+
+    Where a small vocabulary spells one of them in pieces, the likelier of the two whole labels.
+    """
+    true_token, false_token = encoder.first_token(TRUE), encoder.first_token(FALSE)
+    if true_token is None or false_token is None:
+        labels = padded_labels(encoder, (TRUE, FALSE))
+        return [
+            TRUE if one == 0 else FALSE for one in likeliest(backbone.likelihoods(ids, mask, features, labels)).tolist()
+        ]
     encoded, joint = backbone.encode(ids, mask, features)
     config = backbone.config
     begun = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]], device=ids.device)
     hidden = backbone.decode(begun.expand(len(ids), -1), encoded, joint)
-    chosen = says_true(
-        backbone.logits(hidden[:, 1]),
-        true_token=encoder.first_token(TRUE),
-        false_token=encoder.first_token(FALSE),
-    )
+    chosen = says_true(backbone.logits(hidden[:, 1]), true_token=true_token, false_token=false_token)
     return [TRUE if one else FALSE for one in chosen.tolist()]
 
 
@@ -231,20 +239,36 @@ def draw(answered: Sequence[tuple[Example, str | None]], *, run_folder: Path, im
         return
     if image_folder is None:
         return
-    shown = [_prediction(example, said) for example, said in answered if said is not None and example.images]
+    shown = [_prediction(example, said) for example, said in answered if said is not None and media_of(example)]
     right = sum(one.prediction == one.truth for one in shown)
     title = f"{right / max(1, len(shown)):.1%} of {len(shown):,} right"
-    write_contact_sheet(shown, partial(open_image, Path(image_folder)), run_folder / "contact_sheet.png", title=title)
+    clips = {example.video.path: example.video for example, _ in answered if example.video is not None}
+    with VideoReader() as reader:
+
+        def open_medium(path: str) -> Image.Image:
+            root = Path(image_folder)
+            return clip_picture(reader, root, clips[path]) if path in clips else open_image(root, path)
+
+        write_contact_sheet(shown, open_medium, run_folder / "contact_sheet.png", title=title)
+
+
+def media_of(example: Example) -> list[str]:
+    """Paths of an example's pictures, or of its video."""
+    return list(example.images) or ([] if example.video is None else [example.video.path])
 
 
 def _prediction(example: Example, said: str | None) -> Prediction:
+    """What the contact sheet shows; a choice in its words."""
+    chosen = [f"a{index}" for index in range(len(example.choices))]
+    words = dict(zip(chosen, example.choices, strict=True))
+    truth = expected(example)
     kind = example.extra.get("kind")
     return Prediction(
         id=example.id,
-        images=list(example.images),
+        images=media_of(example),
         question=example.question,
-        truth=expected(example),
-        prediction=said or "",
+        truth=words.get(truth, truth),
+        prediction=words.get(said or "", said or ""),
         kind=None if kind is None else str(kind),
     )
 

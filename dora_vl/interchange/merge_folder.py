@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.core.adapter_file import replace_folder
+from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import Adapter
 from dora_vl.interchange.base_weights import INDEX_FILE, SINGLE_FILE, BaseWeights, StoredTensor
@@ -81,7 +82,7 @@ def factors_on(base: BaseWeights, adapter: Adapter) -> dict[str, Factors]:
 def check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
     """Raises a `UserError` unless every layer and extra has its place in the base."""
     missing = [f"{name}.weight" for name in factors if f"{name}.weight" not in base.tensors]
-    missing += [name for name in adapter.extras if name not in base.tensors]
+    missing += [name for name in adapter.extras if split_rows(name)[0] not in base.tensors]
     if missing:
         raise UserError(
             f"{adapter.source} does not fit {base.folder}: {len(missing)} tensors are not in the base, first "
@@ -94,8 +95,11 @@ def check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors
             b = None if found.lora_B is None else list(found.lora_B.shape)
             raise UserError(f"{adapter.source}: {name} has A {a} and B {b}, the base's weight is {list(weight.shape)}")
     for name, tensor in adapter.extras.items():
-        if tuple(tensor.shape) != base.tensors[name].shape:
-            raise UserError(f"{adapter.source}: {name} is {list(tensor.shape)}, the base's {base.tensors[name].shape}")
+        whole, rows = split_rows(name)
+        shape = base.tensors[whole].shape
+        needed = (len(range(shape[0])[rows]), *shape[1:]) if rows != slice(None) else shape
+        if tuple(tensor.shape) != needed:
+            raise UserError(f"{adapter.source}: {name} is {list(tensor.shape)}, the base's {needed}")
 
 
 def _copy_other_files(base_folder: Path, staging: Path, dtype: torch.dtype | None) -> None:
@@ -158,10 +162,15 @@ def _write_shard(
 def _merged(
     entries: Entries, base: BaseWeights, factors: Mapping[str, Factors], extras: Mapping[str, Tensor]
 ) -> Iterator[Tensor]:
+    partial = {split_rows(name)[0]: name for name in extras if split_rows(name)[0] != name}
     for stored, _ in entries:
         layer = stored.name.removesuffix(".weight")
         if stored.name in extras:
             yield extras[stored.name]
+        elif stored.name in partial:
+            whole, name = base.read(stored.name).clone(), partial[stored.name]
+            whole[split_rows(name)[1]] = extras[name].to(whole.dtype)
+            yield whole
         elif stored.name.endswith(".weight") and layer in factors:
             yield factors[layer].merged(base.read(stored.name))
         else:

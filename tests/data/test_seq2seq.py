@@ -1,0 +1,156 @@
+"""Texts, targets, features and batches of an encoder-decoder's tasks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.vlbart_compose import small_tokenizer
+from dora_vl.data.dataset import Skipped
+from dora_vl.data.example_file import ExampleFile
+from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
+from dora_vl.data.mixture import MixturePlan, Source
+from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator, fixed_length
+from dora_vl.errors import BadSample, UserError
+from tasks import vlbart_image, vlbart_video
+
+WORDS = (
+    "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"
+)
+
+
+class Features:
+    shape = (4, 3)
+
+    def read(self, path: str) -> Tensor:
+        if "missing" in path:
+            raise BadSample(path, "no features")
+        return torch.full((4, 3), float(len(path)))
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Seq2SeqEncoder:
+    return Seq2SeqEncoder(small_tokenizer(iter([WORDS] * 4), vocabulary=420))
+
+
+def text(encoder: Seq2SeqEncoder, ids: Tensor) -> str:
+    return encoder.tokenizer.decode(ids.tolist())
+
+
+VIDEO = Example(
+    id="7",
+    video=Clip(path="clip.mp4"),
+    question="is it red?",
+    choices=("red ", "blue.", "green . ", "a dog", "none"),
+    subtitles=tuple(Subtitle(f"hello number {index}") for index in range(400)),
+    extra={"ts": "1.5-2.5", "correct": 2},
+)
+TAIL = " [Q] is it red? [TS] (1.5-2.5) [Choices] a0: red. a1: blue. a2: green. a3: a dog. a4: none. tvqa: </s>"
+
+
+def test_a_long_text_loses_subtitles_and_keeps_question_choices_and_prompt(encoder: Seq2SeqEncoder) -> None:
+    task = vlbart_video.subtasks()["tvqa"]
+    prompt = task.prompt(VIDEO)
+    ids, cut = encoder.encode(prompt, max_tokens=600)
+    assert len(ids) == 600
+    assert text(encoder, ids).endswith(TAIL)
+    assert text(encoder, ids).startswith("<s>[Subs] hello number 0 hello number 1")
+    whole, none = encoder.encode(prompt, max_tokens=None)
+    assert none == 0
+    assert len(whole) - cut == 600
+    plain = Seq2SeqEncoder(encoder.tokenizer, subtitles_first=False)
+    published, _ = plain.encode(prompt, max_tokens=600)
+    assert "[Q]" not in text(encoder, published)
+    assert torch.equal(plain.encode(prompt, max_tokens=None)[0], whole)  # the pieces' tokens are the whole text's
+    assert task.target(VIDEO, None, Random(0)).text == "a2"
+
+
+def test_the_published_texts(encoder: Seq2SeqEncoder) -> None:
+    images, videos = vlbart_image.subtasks(), vlbart_video.subtasks()
+    example = Example(id="1", images=("a.png",), question="is it red?", answers=(Answer(text="True"),))
+    said = {name: images[name].prompt(example).text for name in ("vqav2", "gqa", "nlvr2", "coco_caption")}
+    assert said == {
+        "vqav2": "vqa: is it red?",
+        "gqa": "gpa: is it red?",
+        "nlvr2": "nlvr: is it red?",
+        "coco_caption": "caption: ",
+    }
+    assert vlbart_image.subtasks(task_prompt=False)["vqav2"].prompt(example).text == "is it red?"
+    clip = Example(id="2", video=Clip(path="a.mp4"), subtitles=(Subtitle("hello"),), extra={"ts": [1.5, 2.0]})
+    for name, expected in (("tvc", "[Subs] hello [TS] ([1.5, 2.0]) tvc: "), ("yc2c", "[Subs] hello yc2c: ")):
+        prompt = videos[name].prompt(clip)
+        assert prompt.subtitles_before + prompt.subtitles + prompt.text == expected
+    assert [images[name].batch_share * 300 for name in ("vqav2", "gqa", "nlvr2", "coco_caption")] == pytest.approx(
+        [300, 500, 100, 250]
+    )
+    ids, cut = encoder.encode(images["vqav2"].prompt(Example(id="3", question="is it red? " * 20)), max_tokens=20)
+    assert len(ids) == 20
+    assert ids[0] == 0
+    assert ids[-1] == 2
+    assert cut > 0
+
+
+def test_an_answer_is_drawn_as_often_as_its_score_says_and_weighs_so() -> None:
+    answers = (Answer(text="red", weight=0.9), Answer(text="blue", weight=0.3), Answer(text="never", weight=0.0))
+    example = Example(id="1", images=("a.png",), answers=answers)
+    images = vlbart_image.subtasks()
+    drawn = [images["vqav2"].target(example, None, Random(number)) for number in range(4000)]
+    share = Counter(one.text for one in drawn)["red"] / 4000
+    assert abs(share - 0.75) < 0.03
+    assert {(one.text, one.weight) for one in drawn} == {("red", 0.9), ("blue", 0.3)}
+    assert {images["gqa"].target(example, None, Random(n)).weight for n in range(20)} == {1.0}
+    with pytest.raises(BadSample, match="no answer to train on"):
+        images["vqav2"].target(Example(id="2", images=("a.png",)), None, Random(0))
+
+
+def test_frames_are_filled_up_with_zeros_or_pooled_to_the_largest() -> None:
+    short = torch.arange(6.0).view(3, 2)
+    assert torch.equal(fixed_length(short, 5), torch.cat([short, torch.zeros(2, 2)]))
+    long = torch.randn(128, 2).half()
+    torch.testing.assert_close(fixed_length(long, 64), long.float().view(64, 2, 2).amax(1))
+    assert torch.equal(fixed_length(long[:64], 64), long[:64].float())
+
+
+def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Path) -> None:
+    examples = [
+        Example(id=str(number), images=("a.png",), answers=tuple(Answer(text=f"{number} {n}") for n in range(number)))
+        for number in (1, 3, 2)
+    ]
+    write_examples(tmp_path / "c.jsonl", examples)
+    captions = ExampleFile(tmp_path / "c.jsonl", each_answer=True)
+    task = vlbart_image.subtasks()["coco_caption"]
+    said = [task.target(captions[i], captions.answer_of(i), Random(0)).text for i in range(len(captions))]
+    assert said == ["1 0", "3 0", "3 1", "3 2", "2 0", "2 1"]
+    assert [example.id for example in ExampleFile(tmp_path / "c.jsonl")] == ["1", "3", "2"]
+    assert len(ExampleFile(tmp_path / "c.jsonl", each_answer=True, limit=4)) == 4
+    with pytest.raises(UserError, match="does not exist"):
+        ExampleFile(tmp_path / "none.jsonl")
+
+
+def test_a_batch_weighs_by_the_whole_step_and_names_what_it_skips(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
+    pictures = ("a.png", "missing.png", "bb.png", "ccc.png", "d.png")
+    examples = [
+        Example(id=str(n), images=(name,), question="is it red?", answers=(Answer(text="red", weight=0.5),))
+        for n, name in enumerate(pictures)
+    ]
+    write_examples(tmp_path / "v.jsonl", examples)
+    task, file = vlbart_image.subtasks()["vqav2"], ExampleFile(tmp_path / "v.jsonl")
+    plan = MixturePlan([Source(name="vqav2", items=5, batch_size=5)], parts=6, mixing="proportional", seed=0)
+    data = MixtureDataset(plan, [task], [file], encoder=encoder, readers=[Features()], seed=0)
+    collate = Seq2SeqCollator(encoder.pad_token_id, Features.shape)
+    batches = [collate([data[number]]) for number in range(len(data))]
+    assert sum(batch["samples"] for batch in batches) == 4
+    assert [name for batch in batches for name, _ in batch["skipped"]] == ["1"]
+    assert sum(float(batch["sample_weights"].sum()) for batch in batches) == pytest.approx(0.5 * 4 / 5)
+    nothing = [batch for batch in batches if batch["samples"] == 0]
+    assert len(nothing) == 2  # five items in six parts, one of them skipped
+    assert all(bool((batch["labels"] == -100).all()) for batch in nothing)
+    two = data._item(0, 0, 0)
+    assert not isinstance(two, Skipped)
+    assert torch.equal(two.labels, encoder.labels("red", max_tokens=10))

@@ -1,0 +1,74 @@
+"""A mixture of all eight tasks trains and is tested in this process, and says what it did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dora_vl.errors import UserError
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.command_line import read_settings
+from dora_vl.training.run import run
+from dora_vl.training.vlbart_recipe import VlBartRunConfig
+from dora_vl.training.vlbart_task import VlBartTask
+from tests.training.tiny_vlbart_run import ITEMS, all_subtasks, write_vlbart_data, write_vlbart_run
+
+TESTED = ("vqav2", "gqa", "nlvr2", "tvqa", "how2qa")
+
+
+def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
+    data = write_vlbart_data(tmp_path / "data")
+    tasks = ("vqav2", "gqa", "nlvr2", "coco_caption", "tvqa", "how2qa", "tvc", "yc2c")
+    files = {task: str(data / "records" / f"{task}.jsonl") for task in TESTED}
+    (data / "features" / "p5.npz").unlink()  # inputs 5 of 7 have no features now
+    file = write_vlbart_run(
+        tmp_path / "run.yaml",
+        data,
+        tasks,
+        data={"max_bad_share": 0.5, "validation_files": {"gqa": files["gqa"]}},
+        training={"use_cpu": True, "optim": "adamw_torch", "learning_rate": 1e-3},
+        evaluation={"files": files, "batch_size": 4},
+    )
+    config = read_settings([f"--config={file}"], VlBartRunConfig)
+    assert run(VlBartTask(config, all_subtasks(), name="vlbart_image")) is None
+    folder = tmp_path / "run"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics["tasks"]) == set(TESTED)
+    for task in TESTED:
+        assert metrics["tasks"][task]["n"] == ITEMS
+        assert f"{task}-5" in metrics["tasks"][task]["failed"]
+        assert 0 <= metrics["tasks"][task]["metrics"]["accuracy"] <= 100
+    assert metrics["tasks"]["tvqa"]["settings"]["answer_by"] == "choice"
+    assert metrics["settings"] == {
+        "task_prompt": True,
+        "subtitles_first": True,
+        "choice_by_likelihood": True,
+        "mixing": "proportional",
+        "batch_size": 21,
+    }
+    said = [json.loads(line) for line in (folder / "predictions" / "nlvr2.jsonl").read_text().splitlines()]
+    assert {one["answer"] for one in said} <= {"true", "false"}
+    assert metrics["train_steps"] == 8
+    assert metrics["skipped_samples"] > 0
+    assert any("eval_loss" in line for line in read_log(folder / "log.jsonl"))
+    recipe = json.loads((folder / "adapter" / "recipe.json").read_text())
+    assert recipe["backbone"] == "vlbart"
+    assert recipe["tasks"] == list(tasks)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "told"),
+    [
+        ("data", {"train": {"vqa": "x.jsonl"}}, "data.train: no task 'vqa' here; there are vqav2, gqa"),
+        ("data", {"features": {}}, "data.train names vqav2, but data.features has no folder for it"),
+        ("data", {"train": {}}, "data.train names no task"),
+        ("training", {"per_device_train_batch_size": 4}, "set data.batch_size, samples of a step"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, section: str, change: dict, told: str) -> None:
+    file = write_vlbart_run(tmp_path / "run.yaml", tmp_path, ("vqav2",), **{section: change})
+    config = read_settings([f"--config={file}"], VlBartRunConfig)
+    with pytest.raises(UserError, match=told):
+        VlBartTask(config, all_subtasks(), name="vlbart_image")

@@ -1,0 +1,61 @@
+"""Two ranks take the steps of one rank with the joined batch, for every task, whatever DeepSpeed splits.
+
+Plain SGD without clipping: what a weight has moved is the sum of its gradients, so equal weights after a step of each
+task are equal gradients; a rank that left the other's out, as the published trainer did, would be far off.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.test_two_ranks import losses
+from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
+
+ROOT = Path(__file__).parents[2]
+TASKS = ("vqav2", "gqa", "nlvr2", "coco_caption", "tvqa", "how2qa", "tvc", "yc2c")
+
+
+def launch(config: Path, *overrides: str, ranks: int, port: int) -> None:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    command += ["--master_port", str(port), "tests/training/tiny_vlbart_run.py", "--config", str(config), *overrides]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vlbart")
+    return write_vlbart_run(folder / "run.yaml", write_vlbart_data(folder / "data"), TASKS)
+
+
+@pytest.fixture(scope="module")
+def one_rank(run_file: Path) -> Path:
+    folder = run_file.parent / "one"
+    launch(run_file, f"--training.output_dir={folder}", "--training.deepspeed=zero0", ranks=1, port=29641)
+    return folder
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("stage", "port"), [("zero0", 29642), ("zero2", 29643), ("zero3", 29644)])
+def test_two_ranks_take_the_steps_of_one(run_file: Path, one_rank: Path, stage: str, port: int) -> None:
+    folder = run_file.parent / stage
+    launch(run_file, f"--training.output_dir={folder}", f"--training.deepspeed={stage}", ranks=2, port=port)
+    expected, found = losses(one_rank), losses(folder)
+    assert len(found) == len(TASKS)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    ours, theirs = (load_file(one / "adapter" / "adapter_model.safetensors") for one in (folder, one_rank))
+    assert ours.keys() == theirs.keys()
+    moved = [name for name in ours if name.endswith("lora_B.weight") and bool(ours[name].any())]
+    assert len(moved) == 6
+    for name, tensor in ours.items():
+        torch.testing.assert_close(
+            tensor, theirs[name], atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )

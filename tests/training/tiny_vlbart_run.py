@@ -1,0 +1,134 @@
+"""Records, features and settings of a VL-BART run with every task, small enough for a second a step.
+
+Run as a program it trains those settings: python tests/training/tiny_vlbart_run.py --config FILE
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
+from dora_vl.data.seq2seq import Subtask
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+FEATURE_WIDTH, FEATURE_TOKENS, FEATURES = 8, 4, 6
+ITEMS = 7  # odd, so that two ranks get parts of different sizes
+WORDS = ("red", "green", "blue", "a longer answer", "circle", "yes", "no")
+
+
+def all_subtasks() -> Mapping[str, Subtask]:
+    from tasks import vlbart_image, vlbart_video
+
+    return {**vlbart_image.subtasks(), **vlbart_video.subtasks()}
+
+
+def image_examples(task: str) -> list[Example]:
+    made = []
+    for index in range(ITEMS):
+        answers: tuple[Answer, ...] = (Answer(text=WORDS[index], weight=(0.3, 0.6, 1.0)[index % 3]),)
+        if task in ("nlvr2", "nlvr"):
+            answers = (Answer(text=("true", "false")[index % 2]),)
+        if task == "coco_caption":
+            answers = tuple(Answer(text=" ".join(WORDS[: index + 1 + extra])) for extra in range(1 + index % 2))
+        images = tuple(f"images/p{(index + shift) % FEATURES}.png" for shift in range(2 if task == "nlvr2" else 1))
+        question = "" if task == "coco_caption" else f"what is it {' very' * index}?"
+        made.append(Example(id=f"{task}-{index}", images=images, question=question, answers=answers))
+    return made
+
+
+def video_examples(task: str) -> list[Example]:
+    made = []
+    for index in range(ITEMS):
+        shared: dict[str, Any] = {
+            "id": f"{task}-{index}",
+            "video": Clip(path=f"p{index % FEATURES}.mp4"),
+            "subtitles": tuple(Subtitle(f"line {number}") for number in range(index)),
+        }
+        if task in ("tvqa", "how2qa", "video_choice"):
+            choices = tuple(f"{word} " for word in WORDS[: 5 if task == "tvqa" else 4])
+            extra = {"correct": index % len(choices), "ts": "1.5-2.5"}
+            made.append(Example(**shared, question="what is said?", choices=choices, extra=extra))
+        else:
+            answers = tuple(Answer(text=f"they say {word}") for word in WORDS[: 1 + index % 2])
+            made.append(Example(**shared, answers=answers, extra={"clip_id": index, "ts": [1.5, 2.5]}))
+    return made
+
+
+def write_vlbart_data(folder: Path) -> Path:
+    """Every task's records, and features of six pictures."""
+    images = ("vqav2", "gqa", "nlvr2", "coco_caption")
+    for task in (*images, "tvqa", "how2qa", "tvc", "yc2c"):
+        examples = image_examples(task) if task in images else video_examples(task)
+        write_examples(folder / "records" / f"{task}.jsonl", examples)
+    (folder / "features").mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for number in range(FEATURES):
+        values = random.normal(size=(FEATURE_TOKENS, FEATURE_WIDTH)).astype(np.float16)
+        np.savez(folder / "features" / f"p{number}.npz", features=values)
+    return folder
+
+
+def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], **changes: dict[str, Any]) -> Path:
+    """A run's YAML over the tiny data; `changes` are merged into its sections."""
+    records = {task: str(data / "records" / f"{task}.jsonl") for task in tasks}
+    sections: dict[str, dict[str, Any]] = {
+        "model": {
+            "base": str(data / "base"),
+            "compose": {
+                "small": {
+                    "texts": [str(file) for file in sorted((data / "records").glob("*.jsonl"))],
+                    "vocabulary": 300,
+                    "width": 16,
+                    "layers": 1,
+                    "heads": 2,
+                    "feedforward": 32,
+                },
+                "feature_width": FEATURE_WIDTH,
+                "pooled_side": None,
+                "dropout": 0.0,
+            },
+        },
+        "adapter": {"rank": 2, "alpha": 3.0, "dropout": 0.0, "train_norm_weights": True},
+        "data": {
+            "train": records,
+            "features": dict.fromkeys(tasks, str(data / "features")),
+            "feature_tokens": FEATURE_TOKENS,
+            "batch_size": 21,
+            "workers": 0,
+        },
+        "training": {
+            "output_dir": str(path.parent / path.stem),
+            "learning_rate": 0.05,
+            "optim": "sgd",
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "num_train_epochs": 1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "seed": 3,
+        },
+    }
+    for section, values in changes.items():
+        sections.setdefault(section, {}).update(values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def main() -> None:
+    from dora_vl.training.start import start
+    from dora_vl.training.vlbart_recipe import VlBartRunConfig
+    from dora_vl.training.vlbart_task import VlBartTask
+
+    start("tiny", "", VlBartRunConfig, lambda config: VlBartTask(config, all_subtasks(), name="tiny"))
+
+
+if __name__ == "__main__":
+    main()
