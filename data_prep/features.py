@@ -151,7 +151,9 @@ def compute(
     writer = FeatureWriter(to, settings)
     done = written(to)
     own = [medium for medium in media[part::parts] if medium.name not in done]
-    ledger = BadSampleLedger(max_bad_share=options.max_bad_share, total_samples=max(1, len(own)), source=str(root))
+    ledger = BadSampleLedger(
+        max_bad_share=options.max_bad_share, total_samples=max(1, len(media[part::parts])), source=str(root)
+    )
     reader = VideoReader(limit_seconds=options.limit_seconds)
     loader = DataLoader(
         _Media(own, root, encoder, reader), batch_size=None, num_workers=options.workers, prefetch_factor=None

@@ -4,25 +4,28 @@ python tasks/image_qa.py --adapter runs/demo/adapter --image cat.png --question 
 
 Every question is put to every picture, each on its own; `--together` puts all pictures into one prompt, and
 `--conversation` lets later questions see the earlier ones with their answers. Without --question it asks for
-questions until an empty line.
+questions until an empty line. The adapter is a LLaVA's or a VL-BART's; what a VL-BART reads of a picture is computed
+on the way.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError, exit_on_user_error
+from tasks.asking import add_options, answer_typed, open_model, print_answers, write_piece
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_vl.data.turns import Turn
-    from dora_vl.evaluation.assistant import Assistant, Assistants
+    from dora_vl.evaluation.assistant import Assistant
+    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
+    from tasks.asking import AnyAssistants
 
 PICTURE_COMMAND = ":image "
 
@@ -39,17 +42,12 @@ class Topic:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--adapter", type=Path, required=True, help="adapter folder of a run")
+    add_options(made)
     made.add_argument(
         "--image", type=Path, action="append", default=[], help="picture file; may be given several times"
     )
-    made.add_argument("--question", action="append", default=[], help="may be given several times")
     made.add_argument("--together", action="store_true", help="all pictures in one prompt")
     made.add_argument("--conversation", action="store_true", help="later questions see the earlier ones and answers")
-    made.add_argument("--compare-base", action="store_true", help="also shows the answer without the adapter")
-    made.add_argument("--base", help="where the base model is, if it moved since training")
-    made.add_argument("--any-base", action="store_true", help="accepts a base with other content than in training")
-    made.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
     return made
 
 
@@ -74,54 +72,33 @@ def prompt(topic: Topic, speaker: str, question: str) -> list[Turn]:
     return [*earlier, Turn("user", text)]
 
 
-def ask(assistants: Assistants, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
-    """Prints the answer while it is made, and the one without the adapter under it."""
+def ask(assistants: AnyAssistants, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
+    """Puts one question to one topic."""
     from dora_vl.data.turns import Turn
 
-    speakers: list[tuple[str, Assistant]] = [("with adapter", assistants.adapted)]
-    if assistants.base is not None:
-        speakers.append(("without adapter", assistants.base))
-    for speaker, assistant in speakers:
-        print(f"  {speaker + ':':17s}" if len(speakers) > 1 else "  ", end="", flush=True)
+    def answer(speaker: str, assistant: Assistant | VlBartAssistant) -> str:
         turns = prompt(topic, speaker, question)
-        answer = assistant.answer(turns, topic.pictures, max_new_tokens=max_new_tokens, write=write_piece)
-        print("" if answer else "(the model ended its answer at once)", flush=True)
-        if conversation and answer:
-            topic.said[speaker] = [*turns, Turn("assistant", answer)]
+        return assistant.answer(turns, topic.pictures, max_new_tokens=max_new_tokens, write=write_piece)
+
+    for speaker, said in print_answers(assistants, answer).items():
+        if conversation and said:
+            topic.said[speaker] = [*prompt(topic, speaker, question), Turn("assistant", said)]
 
 
-def write_piece(text: str) -> None:
-    """Shows the next piece of an answer at once."""
-    print(text, end="", flush=True)
+def talk(assistants: AnyAssistants, topics: list[Topic], options: argparse.Namespace) -> None:
+    """Answers typed questions, and opens the pictures that are typed between them."""
+
+    def answer(line: str) -> None:
+        if line.startswith(PICTURE_COMMAND):
+            topics[:] = read_topics([Path(line.removeprefix(PICTURE_COMMAND).strip())], together=False)
+        else:
+            ask_all(assistants, topics, line, options)
+
+    hint = f"Type a question, `{PICTURE_COMMAND}FILE` for another picture, or an empty line to leave."
+    answer_typed(answer, hint=hint)
 
 
-def typed_lines() -> Iterator[str]:
-    """Lines from the keyboard until an empty one or the end of input."""
-    while True:
-        try:
-            line = input("question> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not line:
-            return
-        yield line
-
-
-def talk(assistants: Assistants, topics: list[Topic], options: argparse.Namespace) -> None:
-    """Answers typed questions; a mistake in one is said and the talk goes on."""
-    print(f"Type a question, `{PICTURE_COMMAND}FILE` for another picture, or an empty line to leave.")
-    for line in typed_lines():
-        try:
-            if line.startswith(PICTURE_COMMAND):
-                topics = read_topics([Path(line.removeprefix(PICTURE_COMMAND).strip())], together=False)
-            else:
-                ask_all(assistants, topics, line, options)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-
-
-def ask_all(assistants: Assistants, topics: Sequence[Topic], question: str, options: argparse.Namespace) -> None:
+def ask_all(assistants: AnyAssistants, topics: Sequence[Topic], question: str, options: argparse.Namespace) -> None:
     """Puts one question to every topic."""
     for topic in topics:
         if len(topics) > 1 or options.question:
@@ -139,19 +116,8 @@ def ask_all(assistants: Assistants, topics: Sequence[Topic], question: str, opti
 def main(arguments: list[str] | None = None) -> None:
     """Opens the pictures and the model, then answers."""
     options = parser().parse_args(arguments)
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {options.max_new_tokens}; an answer needs at least 1")
     topics = read_topics(options.image, together=options.together)  # a wrong path shows before the model loads
-
-    from transformers.utils import logging as transformers_logging
-
-    from dora_vl.evaluation.assistant import open_assistants
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    assistants = open_assistants(
-        options.adapter, base=options.base, with_base=options.compare_base, any_base=options.any_base
-    )
+    assistants = open_model(options)
     if not options.question:
         talk(assistants, topics, options)
     for question in options.question:

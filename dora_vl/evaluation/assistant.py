@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from string import ascii_uppercase
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -16,10 +17,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone
+from dora_vl.backbones.module import Backbone
 from dora_vl.core import load_adapter
 from dora_vl.core.adapter_file import RECIPE_FILE, WEIGHTS_FILE, own_name, read_json, read_weights
+from dora_vl.data.examples import Example
 from dora_vl.data.media import open_image
-from dora_vl.data.turns import Turn
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.training.assembly import build_encoder, load_backbone
 from dora_vl.training.provenance import content_hash, local_folder
@@ -28,6 +31,9 @@ from dora_vl.vision.images import ImagePreparation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+LLAVA_ENTRIES = ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens")
+AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
+AnyAssistant = TypeVar("AnyAssistant", covariant=True)
 NOT_YET_A_CHARACTER = "\ufffd"  # what decoding gives for the first bytes of a character whose last are still to come
 
 
@@ -102,19 +108,41 @@ class Assistant:
         )
         return self.encoder.decode(new_ids[0])
 
+    def answer_example(
+        self,
+        example: Example,
+        pictures: Sequence[Image.Image],
+        *,
+        max_new_tokens: int = 64,
+        write: Callable[[str], object] | None = None,
+    ) -> str:
+        """The answer to an example's question about these pictures; see `answer`."""
+        turns = [Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + question_text(example))]
+        return self.answer(turns, pictures, max_new_tokens=max_new_tokens, write=write)
+
+
+def question_text(example: Example) -> str:
+    """What is said in the clip, the question and the choices, a line each."""
+    said = " ".join(subtitle.text for subtitle in example.subtitles)
+    choices = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, example.choices, strict=False)]
+    asked = [example.question, *choices]
+    if choices:
+        asked.append("Answer with the option's letter from the given choices directly.")
+    return "\n".join([*([f"Subtitles: {said}"] if said else []), *asked])
+
 
 @dataclass(frozen=True)
-class Assistants:
+class Assistants(Generic[AnyAssistant]):
     """The model with its adapter, and without where that was asked for."""
 
-    adapted: Assistant
-    base: Assistant | None
+    adapted: AnyAssistant
+    base: AnyAssistant | None
 
 
 def open_assistants(
     adapter: Path, *, base: str | None = None, with_base: bool = False, any_base: bool = False
-) -> Assistants:
-    """Builds the model that an adapter folder's `recipe.json` describes, on the GPU where there is one.
+) -> Assistants[Assistant]:
+    """Builds the LLaVA that an adapter folder's `recipe.json` describes, on the GPU where there is one.
 
     Args:
         adapter: the folder that training wrote.
@@ -125,10 +153,8 @@ def open_assistants(
     Raises:
         UserError: the folder is incomplete, the base is not there, or is another one.
     """
-    recipe = read_recipe(adapter)
-    place = find_base(base or recipe["base"], adapter)
-    if not any_base:
-        check_base(recipe, place, adapter)
+    recipe = read_recipe(adapter, needed=LLAVA_ENTRIES)
+    place = base_of(adapter, recipe, base=base, any_base=any_base)
     model = ModelConfig(
         base=place,
         revision=None if base else recipe["revision"],
@@ -136,19 +162,36 @@ def open_assistants(
         image_aspect=recipe["image_aspect"],
         dtype=recipe["dtype"],
     )
-    backbone = load_backbone(model, cached_features=False)
-    plain = without_adapter(backbone, adapter) if with_base else None
-    load_adapter(backbone.model, adapter)
-    encoder = build_encoder(model, backbone, max_tokens=recipe["max_tokens"])
+    adapted, plain = with_adapter(load_backbone(model, cached_features=False), adapter, with_base=with_base)
+    encoder = build_encoder(model, adapted, max_tokens=recipe["max_tokens"])
     preparation = ImagePreparation.from_folder(place, aspect=model.image_aspect, revision=model.revision)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Assistants(
-        adapted=Assistant(backbone.to(device).eval(), encoder, preparation),
-        base=None if plain is None else Assistant(plain.to(device).eval(), encoder, preparation),
+        adapted=Assistant(adapted, encoder, preparation),
+        base=None if plain is None else Assistant(plain, encoder, preparation),
     )
 
 
-def read_recipe(adapter: Path) -> Mapping[str, Any]:
+def with_adapter(backbone: AnyBackbone, adapter: Path, *, with_base: bool) -> tuple[AnyBackbone, AnyBackbone | None]:
+    """The backbone with the adapter loaded, and one without it where that is asked for, ready to answer."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain = without_adapter(backbone, adapter).to(device).eval() if with_base else None
+    load_adapter(backbone.model, adapter)
+    return backbone.to(device).eval(), plain
+
+
+def base_of(adapter: Path, recipe: Mapping[str, Any], *, base: str | None, any_base: bool) -> str:
+    """Where the adapter's base is, checked to be the one that it was trained on.
+
+    Raises:
+        UserError: it is not there, or is another one.
+    """
+    place = find_base(base or recipe["base"], adapter)
+    if not any_base:
+        check_base(recipe, place, adapter)
+    return place
+
+
+def read_recipe(adapter: Path, *, needed: Sequence[str] = ()) -> Mapping[str, Any]:
     """The adapter's recipe, with every entry that asking needs.
 
     Raises:
@@ -159,7 +202,6 @@ def read_recipe(adapter: Path) -> Mapping[str, Any]:
     if not (adapter / WEIGHTS_FILE).is_file():
         raise UserError(f"{adapter} has no {WEIGHTS_FILE}; the folder is incomplete, copy it again or train again")
     recipe = read_json(adapter / RECIPE_FILE)
-    needed = ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens")
     missing = [name for name in needed if name not in recipe]
     if missing:
         raise UserError(f"{adapter / RECIPE_FILE} lacks {', '.join(missing)}; it was not written by a training run")
@@ -191,7 +233,7 @@ def check_base(recipe: Mapping[str, Any], base: str, adapter: Path) -> None:
         UserError: it is another one; both hashes are named.
     """
     try:
-        found = content_hash(local_folder(base, recipe["revision"]))
+        found = content_hash(local_folder(base, recipe.get("revision")))
     except OSError:
         return  # a hub id that is not in the cache yet; loading it says what is wrong, or fetches that revision
     if found != recipe["base_sha256"]:
@@ -201,7 +243,7 @@ def check_base(recipe: Mapping[str, Any], base: str, adapter: Path) -> None:
         )
 
 
-def without_adapter(backbone: LlavaBackbone, adapter: Path) -> LlavaBackbone:
+def without_adapter(backbone: AnyBackbone, adapter: Path) -> AnyBackbone:
     """A second backbone that shares every weight but those the adapter folder replaces (such as the projector).
 
     Call it before the adapter is loaded.

@@ -1,0 +1,150 @@
+"""A trained VL-BART, ready to be asked about pictures and frames: their features are computed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dora_vl.backbones.language_source import load_tokenizer
+from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
+from dora_vl.data.examples import Example
+from dora_vl.data.seq2seq import Subtask, fixed_length
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+from dora_vl.errors import UserError
+from dora_vl.evaluation.assistant import Assistants, base_of, read_recipe, with_adapter
+from dora_vl.evaluation.seq2seq_run import answers_of
+from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
+from dora_vl.vision.frame_sampling import Sampling
+
+VLBART_ENTRIES = ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings")
+"""What `recipe.json` must say so that a VL-BART can be asked."""
+SubtasksOf = Callable[[str], Mapping[str, Subtask]]
+VIDEO_TASK = "vlbart_video"
+
+
+@dataclass(frozen=True)
+class VlBartAssistant:
+    """A VL-BART with what turns words and pictures into its inputs.
+
+    Attributes:
+        subtasks: those it was trained for, in the recipe's order.
+        feature_tokens: tokens of one picture, or of a whole video.
+        is_video: pictures are the frames of one video, not inputs of their own.
+    """
+
+    backbone: VlBartBackbone
+    encoder: Seq2SeqEncoder
+    features: FeatureEncoder
+    subtasks: tuple[Subtask, ...]
+    feature_tokens: int
+    is_video: bool
+
+    @property
+    def sampling(self) -> Sampling:
+        """Which frames of a video it was trained on."""
+        return self.features.settings.sampling
+
+    def answer(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Image.Image],
+        *,
+        max_new_tokens: int = 64,
+        write: Callable[[str], object] | None = None,
+    ) -> str:
+        """The answer to one question; `assistant.Assistant.answer` takes the same.
+
+        Raises:
+            UserError: there is more than one question, or no picture.
+        """
+        if len(turns) != 1:
+            raise UserError("a VL-BART reads one question at a time; ask without --conversation")
+        question = turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip()
+        return self.answer_example(
+            Example(id="question", question=question), pictures, max_new_tokens=max_new_tokens, write=write
+        )
+
+    @torch.inference_mode()
+    def answer_example(
+        self,
+        example: Example,
+        pictures: Sequence[Image.Image],
+        *,
+        max_new_tokens: int = 64,
+        write: Callable[[str], object] | None = None,
+    ) -> str:
+        """The answer to an example's question about these pictures; of its choices one, where it has some.
+
+        Raises:
+            UserError: it was not trained for such a question, or takes another number of pictures.
+        """
+        if not pictures:
+            raise UserError("a VL-BART answers about pictures; give one")
+        subtask = self._subtask(example)
+        device = next(self.backbone.parameters()).device
+        ids, _ = self.encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
+        features = self._inputs(pictures).to(device)
+        if features.shape[1] != subtask.images:
+            raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {features.shape[1]}")
+        inputs = [ids[None].to(device), torch.ones_like(ids)[None].to(device), features]
+        (said,) = answers_of(self.backbone, self.encoder, subtask, [example], inputs)
+        if subtask.answer_by == "choice":
+            said = example.choices[int(said.removeprefix("a"))]
+        if write is not None:
+            write(said)
+        return said
+
+    def _subtask(self, example: Example) -> Subtask:
+        """The trained task that such a question belongs to: one with choices, or one without."""
+        fitting = [one for one in self.subtasks if (one.answer_by == "choice") == bool(example.choices)]
+        if not fitting:
+            known = ", ".join(one.name for one in self.subtasks)
+            needed = "without choices" if example.choices else "that gives choices (--choice, several times)"
+            raise UserError(f"this model was trained for {known}; ask a question {needed}")
+        return fitting[0]
+
+    def _inputs(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        features = self.features.pictures(pictures)
+        inputs = [features.flatten(0, 1)] if self.is_video else list(features)
+        return torch.stack([fixed_length(one, self.feature_tokens) for one in inputs])[None]
+
+
+def open_vlbart_assistants(
+    adapter: Path, subtasks: SubtasksOf, *, base: str | None = None, with_base: bool = False, any_base: bool = False
+) -> Assistants[VlBartAssistant]:
+    """Builds the VL-BART that an adapter folder's `recipe.json` describes; see `assistant.open_assistants`.
+
+    Args:
+        subtasks: every task of a task file, by the file's name.
+
+    Raises:
+        UserError: the folder is incomplete, the base is not there or another one, or nothing says how the features
+            were computed.
+    """
+    recipe = read_recipe(adapter, needed=VLBART_ENTRIES)
+    place = base_of(adapter, recipe, base=base, any_base=any_base)
+    trained = list(recipe["tasks"])
+    stated = recipe["features"].get(trained[0])
+    if stated is None:
+        raise UserError(
+            f"{adapter} does not say how the features of {trained[0]} were computed (data_prep.features did not make "
+            "them), so it cannot be asked about raw pictures"
+        )
+    settings = FeatureSettings.from_record({name: value for name, value in stated.items() if name != "sha256"})
+    loaded = load_vlbart(place, dtype=getattr(torch, recipe["dtype"]))
+    adapted, plain = with_adapter(loaded, adapter, with_base=with_base)
+    known = subtasks(recipe["task"])
+    first = VlBartAssistant(
+        backbone=adapted,
+        encoder=Seq2SeqEncoder(load_tokenizer(place), subtitles_first=recipe["settings"]["subtitles_first"]),
+        features=FeatureEncoder(settings, device=next(adapted.parameters()).device),
+        subtasks=tuple(known[name] for name in trained),
+        feature_tokens=recipe["feature_tokens"],
+        is_video=recipe["task"] == VIDEO_TASK,
+    )
+    return Assistants(adapted=first, base=None if plain is None else replace(first, backbone=plain))

@@ -1,0 +1,133 @@
+"""Asking about a video of one's own: a LLaVA sees frames as pictures, a VL-BART their features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import features
+from data_prep.moving_shapes import Settings, make
+from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.training.llava_task import LlavaTask
+from dora_vl.training.run import run
+from dora_vl.training.vlbart_recipe import VlBartRunConfig
+from tasks import image_qa, video_qa, vlbart_video
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+
+pytest.importorskip("av")
+pytest.importorskip("decord")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("video")
+    make(folder / "data", Settings(pretrain=1, adapt=2, test=1, seed=1), workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(place: Path) -> str:
+    return str(place / "data/clips/test-00000.mp4")
+
+
+@pytest.fixture(scope="module")
+def llava(place: Path) -> Path:
+    base, records = write_tiny_llava(place / "llava"), write_tiny_data(place / "pictures")
+    path = write_run(place / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 1})
+    run(LlavaTask(read_run_file(path)))
+    return place / "run" / "adapter"
+
+
+@pytest.fixture(scope="module")
+def vlbart(place: Path) -> Path:
+    """A VL-BART adapter that was trained for one step on features of real clips."""
+    import timm
+    import torch
+
+    weights = place / "tower.pth"
+    torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), weights)
+    tower = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--weights", str(weights), "--image-size", "64"]
+    kept = ["--layer", "-3", "--grid-pool", "2", "--kept", "flat", "--frames", "3", "--workers", "0"]
+    features.main(["--root", str(place / "data"), "--to", str(place / "features"), *tower, *kept])
+    records = place / "data/records/moving_shapes/adapt.jsonl"
+    small = {"texts": [str(records)], "vocabulary": 300, "width": 16, "layers": 1, "heads": 2, "feedforward": 16}
+    compose = {"small": {**small, "max_positions": 256}, "feature_width": 160, "pooled_side": None, "dropout": 0.0}
+    settings = {
+        "model": {"base": str(place / "base"), "compose": compose},
+        "adapter": {"rank": 2},
+        "data": {
+            "train": {"video_choice": str(records)},
+            "features": {"video_choice": str(place / "features")},
+            "feature_tokens": 3,
+            "batch_size": 4,
+            "workers": 0,
+        },
+        "training": {"output_dir": str(place / "vlbart"), "use_cpu": True, "max_steps": 1, "report_to": "none"},
+        "evaluation": {
+            "files": {"video_choice": str(place / "data/records/moving_shapes/test.jsonl")},
+            "image_folder": str(place / "data"),
+        },
+    }
+    path = place / "vlbart.yaml"
+    path.write_text(json.dumps(settings))
+    config = read_settings([f"--config={path}"], VlBartRunConfig, program="vlbart_video.py", description="")
+    run(vlbart_video.task_of(config))
+    return place / "vlbart" / "adapter"
+
+
+def test_a_llava_sees_frames_as_pictures(llava: Path, clip: str, capsys: Any) -> None:
+    common = ["--adapter", str(llava), "--video", clip, "--question", "What moves?", "--max-new-tokens", "3"]
+    video_qa.main([*common, "--frames", "2", "--compare-base"])
+    heading, *answers = capsys.readouterr().out.splitlines()
+    assert heading == f"{clip} (2 frames, 0.8 to 2.4 s, decord)  What moves?"
+    assert [answer[:17].strip() for answer in answers] == ["with adapter:", "without adapter:"]
+    video_qa.main([*common, "--frames", "3", "--start", "1", "--end", "2", "--choice", "red", "--choice", "blue"])
+    assert "3 frames, 1.1 to 1.8 s" in capsys.readouterr().out
+
+
+def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: Any) -> None:
+    choices = [word for choice in ("red", "blue", "green", "white") for word in ("--choice", choice)]
+    common = ["--adapter", str(vlbart), "--video", clip, "--question", "which color comes first?"]
+    video_qa.main([*common, *choices, "--subtitle", "anna: look at the red one."])
+    heading, answer = capsys.readouterr().out.splitlines()
+    assert "(3 frames, 0.5 to 2.6 s, decord)" in heading
+    assert answer.strip() in {"red", "blue", "green", "white"}
+    with pytest.raises(SystemExit):
+        video_qa.main(common)
+    assert "this model was trained for video_choice; ask a question that gives choices" in capsys.readouterr().err
+
+
+def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) -> None:
+    import torch
+
+    from dora_vl.data.examples import Clip
+    from dora_vl.evaluation.vlbart_assistant import open_vlbart_assistants
+    from dora_vl.vision.feature_files import open_features
+    from dora_vl.vision.video import VideoReader
+    from tasks.asking import subtasks_of
+
+    assistant = open_vlbart_assistants(vlbart, subtasks_of).adapted
+    with VideoReader() as reader:
+        made, _ = assistant.features.video(reader, place / "data", Clip(path="clips/test-00000.mp4"))
+    torch.testing.assert_close(made.half(), open_features(place / "features").read("test-00000"), atol=2e-3, rtol=2e-3)
+
+
+def test_the_run_shows_its_clips(vlbart: Path) -> None:
+    metrics = json.loads((vlbart.parent / "metrics.json").read_text())
+    assert {"color", "shape", "direction", "count", "spoken"} <= set(metrics["by_kind"])
+    assert (vlbart.parent / "contact_sheet.png").stat().st_size > 10_000
+
+
+def test_mistakes_are_one_line(vlbart: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "bad.mp4").write_text("no video")
+    for video, reason in ((tmp_path / "none.mp4", "is missing"), (tmp_path / "bad.mp4", "cannot be read")):
+        with pytest.raises(SystemExit) as stopped:
+            video_qa.main(["--adapter", str(vlbart), "--video", str(video), "--question", "x", "--choice", "a"])
+        assert stopped.value.code == 2
+        assert reason in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        image_qa.main(["--adapter", str(vlbart), "--question", "what?"])
+    assert "a question that gives choices" in capsys.readouterr().err
