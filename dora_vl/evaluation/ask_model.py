@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from dora_vl.core.adapter_file import WEIGHTS_FILE
+from dora_vl.core.adapter_file import RECIPE_FILE, WEIGHTS_FILE, read_json
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Asked, ask
@@ -83,5 +83,11 @@ def open_model(adapter: Path, *, base: str | None = None, any_base: bool = False
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    recipe = read_json(adapter / RECIPE_FILE) if (adapter / RECIPE_FILE).is_file() else {}
+    if "task" in recipe and "template" not in recipe:
+        raise UserError(
+            f"{adapter} was trained as {recipe['task']}, which is no LLaVA: its run answers its own test sets; "
+            "score what they gave with --predictions FILE"
+        )
     assistant = open_assistants(adapter, base=base, any_base=any_base).adapted
     return Model(assistant=assistant, adapter_sha256=file_sha256(adapter / WEIGHTS_FILE))

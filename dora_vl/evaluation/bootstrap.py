@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.scored import Numbers, Scored
 
 RESAMPLES = 1000
+COUNTS_AT_ONCE = 4_000_000  # 32 MB
 PERCENTILES = (2.5, 97.5)
 
 
@@ -28,7 +30,7 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
     Units (pictures, sentences, clips) are drawn with replacement, each with all of its questions. What a metric
     takes from the whole set, such as CIDEr's document frequencies, stays that of the whole set.
     """
-    drawn = scored.table.metrics(draws(len(scored.table.units), seed, resamples))
+    (drawn,) = _drawn([scored], seed, resamples)
     return {name: _interval(values) for name, values in drawn.items()}
 
 
@@ -46,8 +48,7 @@ def paired_differences(
             f"a paired difference needs the same items: {len(ours.per_item)} against {len(theirs.per_item)}, "
             f"first in one alone: {alone[:3]}"
         )
-    counts = draws(len(ours.table.units), seed, resamples)
-    first, second = ours.table.metrics(counts), theirs.table.metrics(counts)
+    first, second = _drawn([ours, theirs], seed, resamples)
     differences = {}
     for name in first.keys() & second.keys():
         low, high = _interval(first[name] - second[name])
@@ -55,11 +56,23 @@ def paired_differences(
     return {name: differences[name] for name in ours.metrics if name in differences}
 
 
-def draws(units: int, seed: int, resamples: int) -> Numbers:
-    """How often each unit is in each draw, `[resamples, units]`."""
+def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
+    """How often each unit is in each draw, `[some draws, units]` at a time, so that memory stays bounded."""
     random = np.random.default_rng(seed)
-    counts = [np.bincount(random.integers(units, size=units), minlength=units) for _ in range(resamples)]
-    return np.array(counts, dtype=np.float64)
+    at_once = max(1, COUNTS_AT_ONCE // units)
+    for start in range(0, resamples, at_once):
+        several = range(min(at_once, resamples - start))
+        counts = [np.bincount(random.integers(units, size=units), minlength=units) for _ in several]
+        yield np.array(counts, dtype=np.float64)
+
+
+def _drawn(several: Sequence[Scored], seed: int, resamples: int) -> list[dict[str, Numbers]]:
+    """Each score's metrics on the same draws."""
+    parts: list[list[dict[str, Numbers]]] = [[] for _ in several]
+    for counts in draws(len(several[0].table.units), seed, resamples):
+        for part, scored in zip(parts, several, strict=True):
+            part.append(scored.table.metrics(counts))
+    return [{name: np.concatenate([one[name] for one in part]) for name in part[0]} for part in parts]
 
 
 def _interval(values: Numbers) -> tuple[float, float]:

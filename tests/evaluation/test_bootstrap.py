@@ -7,7 +7,7 @@ import pytest
 
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.evaluation import gqa, mme, pope
+from dora_vl.evaluation import bootstrap, gqa, mme, pope
 from dora_vl.evaluation.bootstrap import draws, intervals, paired_differences
 from dora_vl.evaluation.scored import Mean, Ratio, Scored, Tally, Total
 
@@ -39,7 +39,17 @@ def test_the_same_seed_gives_the_same_interval_and_another_one_another() -> None
 
 
 def test_every_draw_has_as_many_units() -> None:
-    assert (draws(17, 0, 50).sum(1) == 17).all()
+    (counts,) = draws(17, 0, 50)
+    assert counts.shape == (50, 17)
+    assert (counts.sum(1) == 17).all()
+
+
+def test_many_units_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = questions([1, 0, 0, 1, 1] * 20)
+    whole = intervals(scored)
+    monkeypatch.setattr(bootstrap, "COUNTS_AT_ONCE", 730)
+    assert [len(counts) for counts in draws(100, 0, 17)] == [7, 7, 3]
+    assert intervals(scored) == whole
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals() -> None:

@@ -306,6 +306,13 @@ def test_mistakes_are_one_line(words: list[str], message: str, tmp_path: Path, m
     assert message in error
 
 
+def test_an_adapter_that_is_no_llava_is_named(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "recipe.json").write_text('{"task": "vlbart_image", "base": "b"}')
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--benchmarks", f"exact_match={trained / 'test.json'}", "--adapter", str(tmp_path)])
+    assert "was trained as vlbart_image, which is no LLaVA" in capsys.readouterr().err
+
+
 def test_other_questions_predictions_are_refused(trained: Path, tmp_path: Path, capsys: Any) -> None:
     strange = predictions_file(tmp_path / "strange.jsonl", {"a": "yes"})
     with pytest.raises(SystemExit):
