@@ -59,3 +59,26 @@ def test_two_ranks_take_the_steps_of_one(run_file: Path, one_rank: Path, stage: 
         torch.testing.assert_close(
             tensor, theirs[name], atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.timeout(600)
+def test_a_resumed_run_has_the_checkpoints_random_rows(run_file: Path) -> None:
+    """DeepSpeed's state holds what trains; the frozen rows come from the adapter folder beside it."""
+    folder = run_file.parent / "resumed"
+    options = (f"--training.output_dir={folder}", "--training.deepspeed=zero3", "--training.save_strategy=steps")
+    launch(run_file, *options, "--training.save_steps=4", "--training.max_steps=4", ranks=1, port=29645)
+    kept = "base_model.model.model.shared.weight[-200:]"
+    weights = Path("adapter") / "adapter_model.safetensors"
+    before = load_file(folder / "checkpoint-4" / weights)[kept]
+    other = run_file.parent / "other-base"  # the same base, drawn anew
+    launch(
+        run_file,
+        *options,
+        f"--model.base={other}",
+        "--model.compose.seed=1",
+        "--resume=last",
+        "--training.max_steps=5",
+        ranks=1,
+        port=29646,
+    )
+    assert torch.equal(load_file(folder / weights)[kept], before)

@@ -74,7 +74,7 @@ def write_vlbart_data(folder: Path) -> Path:
     return folder
 
 
-def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], **changes: dict[str, Any]) -> Path:
+def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], /, **changes: dict[str, Any]) -> Path:
     """A run's YAML over the tiny data; `changes` are merged into its sections."""
     records = {task: str(data / "records" / f"{task}.jsonl") for task in tasks}
     sections: dict[str, dict[str, Any]] = {
