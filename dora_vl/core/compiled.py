@@ -75,7 +75,10 @@ def _norms(layer: AdaptedLayer, squared: Tensor, a: Tensor, b: Tensor) -> Float[
 )
 def safe_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """n of each row, rows that cancel taken dense; their number is known only at run time, which no graph can hold."""
-    norms, cancelled = functional.direction_norms(squared, a, b, F.linear(a.to(weight.dtype), weight), scale)
+    on_A = F.linear(a.to(weight.dtype), weight)
+    norms, cancelled = functional.direction_norms(
+        squared, functional.factored_norms_squared(squared, a, b, on_A, scale)
+    )
     if cancelled.numel():
         dense = functional.dense_direction(weight[cancelled], a, b[cancelled], scale)
         norms = norms.index_copy(0, cancelled, functional.root(dense.square().sum(dim=1)))

@@ -16,7 +16,7 @@ The paper writes W as [in, out] and says "column-wise"; with torch's [out, in] t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -46,20 +46,11 @@ def row_norms_squared(weight: Float[Tensor, "out in_"]) -> Float[Tensor, " out"]
 
 
 def direction_norms(
-    weight_norms_squared: Float[Tensor, " out"],
-    lora_A: Float[Tensor, "rank in_"],
-    lora_B: Float[Tensor, "out rank"],
-    weight_on_A: Float[Tensor, "rank out"],
-    scale: float,
+    weight_norms_squared: Float[Tensor, " out"], norms_squared: Float[Tensor, " out"]
 ) -> tuple[Float[Tensor, " out"], Int[Tensor, " cancelled"]]:
-    """n from its factors, and the rows where they cancel too far to be trusted.
-
-    n_i^2 = ||W_i||^2 + 2 s B_i.(W A^T)_i + s^2 B_i (A A^T) B_i^T; memory out*rank + rank^2, never out*in.
-    `weight_on_A` is the frozen layer applied to A's rows, A W^T, so no weight is read here: quantised and
-    sharded layers need nothing more. Differentiable in A and B.
-    """
-    squared = factored_norms_squared(weight_norms_squared, lora_A, lora_B, weight_on_A, scale)
-    return root(squared), (squared.detach() < CANCELLATION * weight_norms_squared).nonzero().flatten()
+    """n from n^2, and the rows where its terms cancel too far to be trusted."""
+    cancelled = (norms_squared.detach() <= CANCELLATION * weight_norms_squared).nonzero().flatten()
+    return root(norms_squared) if cancelled.numel() else norms_squared.sqrt(), cancelled
 
 
 def factored_norms_squared(
@@ -69,11 +60,18 @@ def factored_norms_squared(
     weight_on_A: Float[Tensor, "rank out"],
     scale: float,
 ) -> Float[Tensor, " out"]:
-    """n^2 of `direction_norms` as ||W_i||^2 + s B_i.(2 W A^T + s B A A^T)_i: one pass over [out, rank]."""
+    """n_i^2 = ||W_i||^2 + s B_i.(2 W A^T + s B A A^T)_i; memory out*rank + rank^2, never out*in.
+
+    `weight_on_A` is the frozen layer applied to A's rows, A W^T, so no weight is read here: quantised and
+    sharded layers need nothing more. Differentiable in A and B.
+
+    The products take A and B as the forward pass does, in the frozen layer's dtype, so n belongs to the direction that
+    is used; at rank 128 that is also four times as fast on CPU as in float32. Sums over rows are float32.
+    """
     dtype = weight_norms_squared.dtype
-    a, b = lora_A.to(dtype), lora_B.to(dtype)
-    change = torch.addmm(weight_on_A.t().to(dtype), b, a @ a.t(), beta=2, alpha=scale)
-    return weight_norms_squared + scale * torch.linalg.vecdot(b, change)
+    a, b = lora_A.to(weight_on_A.dtype), lora_B.to(weight_on_A.dtype)
+    change = torch.addmm(weight_on_A.t(), b, a @ a.t(), beta=2, alpha=scale).to(dtype)
+    return torch.add(weight_norms_squared, torch.linalg.vecdot(lora_B.to(dtype), change), alpha=scale)
 
 
 def root(squared: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -115,6 +113,13 @@ def merged_weight(
     return direction.to(weight.dtype)
 
 
+class Fragile(NamedTuple):
+    """Some output rows, and 1 / n of each."""
+
+    rows: Int[Tensor, " fragile"]
+    per_norm: Float[Tensor, " fragile"]
+
+
 @dataclass(frozen=True)
 class Gain:
     """g of one layer, valid until A, B or m change: once an optimizer step, not once a forward pass.
@@ -123,10 +128,10 @@ class Gain:
     nothing between 1 and 1.0078) while g - 1 keeps its digits; `z + (g - 1) z` then rounds once.
     """
 
-    norms: Float[Tensor, " out"]
     minus_one: Float[Tensor, " out"]
-    full: Float[Tensor, " out"]
-    fragile: Int[Tensor, " fragile"] | None
+    per_magnitude: Float[Tensor, " out"]
+    """1 / (g n), which is 1 / m, in float32: what turns the sum of dy (y - b) into m's gradient."""
+    fragile: Fragile | None = None
     """Rows whose g is so near 0 that z cannot be rebuilt from y in the backward pass."""
 
 
@@ -134,10 +139,30 @@ FRAGILE_GAIN = 0.05
 
 
 def make_gain(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"], dtype: torch.dtype) -> Gain:
-    """g = m / n in float32 and g - 1 in the dtype of the activations."""
+    """g = m / n in float32 and g - 1 in the dtype of the activations, whatever the rows hold."""
     full = gain(magnitude.detach(), norms)
-    fragile = (full.abs() < FRAGILE_GAIN).nonzero().flatten()
-    return Gain(norms, (full - 1).to(dtype), full, fragile if fragile.numel() else None)
+    per_norm = torch.where(norms > 0, norms.reciprocal(), 0.0)  # a row without a direction gives m no gradient
+    rows = (full.abs() < FRAGILE_GAIN).nonzero().flatten()
+    fragile = Fragile(rows, per_norm[rows]) if rows.numel() else None
+    return Gain((full - 1).to(dtype), per_norm / full, fragile)
+
+
+def quick_gain(
+    magnitude: Float[Tensor, " out"],
+    weight_norms_squared: Float[Tensor, " out"],
+    norms_squared: Float[Tensor, " out"],
+    dtype: torch.dtype,
+) -> Gain | None:
+    """`make_gain` in a third of its operations, or None if any row cancels, is zero or fragile: then it is not enough.
+
+    An adapted model has hundreds of layers, and on CPU an operation on a vector costs its dispatch. One number says
+    whether all rows are sound: the least of n^2 / ||W_i||^2 and, brought to the same bound, g.
+    """
+    full = magnitude.detach() / norms_squared.sqrt()
+    least = torch.minimum(norms_squared / weight_norms_squared, full.abs() * (CANCELLATION / FRAGILE_GAIN)).min()
+    if not bool(least > CANCELLATION):  # NaN included
+        return None
+    return Gain((full - 1).to(dtype), magnitude.detach().reciprocal())
 
 
 def apply_gain(
@@ -184,7 +209,7 @@ class AdaptedProduct(torch.autograd.Function):
         fragile_z = None
         if gain is not None:
             if gain.fragile is not None:
-                fragile_z = y[:, gain.fragile] - (0 if bias is None else bias[gain.fragile])
+                fragile_z = y[:, gain.fragile.rows] - (0 if bias is None else bias[gain.fragile.rows])
             y = apply_gain(y, bias, gain)
         output = y.view(*x.shape[:-1], y.shape[-1])
         kept = output if magnitude is not None and magnitude.requires_grad else None
@@ -202,10 +227,7 @@ class AdaptedProduct(torch.autograd.Function):
         gain, needs = ctx.gain, ctx.needs_input_grad
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         bias_sum = dy.sum(dim=0) if bias is not None and (needs[2] or y is not None) else None
-        dm = None
-        if y is not None:
-            dg = gain_gradient(dy, y.reshape(dy.shape), bias, bias_sum, gain, fragile_z)
-            dm = torch.where(gain.norms > 0, dg / gain.norms.clamp_min(torch.finfo(dg.dtype).tiny), 0.0)
+        dm = None if y is None else magnitude_gradient(dy, y.reshape(dy.shape), bias, bias_sum, gain, fragile_z)
         dz = dy if gain is None else torch.addcmul(dy, dy, gain.minus_one)
         dx = dz @ weight if needs[0] else None
         dA = dB = None
@@ -216,7 +238,7 @@ class AdaptedProduct(torch.autograd.Function):
         return dx, None, bias_sum if needs[2] else None, dA, dB, dm, None, None, None
 
 
-def gain_gradient(
+def magnitude_gradient(
     dy: Float[Tensor, "rows out"],
     y: Float[Tensor, "rows out"],
     bias: Float[Tensor, " out"] | None,
@@ -224,19 +246,20 @@ def gain_gradient(
     gain: Gain,
     fragile_z: Float[Tensor, "rows fragile"] | None,
 ) -> Float[Tensor, " out"]:
-    """dL/dg_i = sum over rows of dy_i z_i, with z = (y - b) / g.
+    """dL/dm_i = sum over rows of dy_i z_i / n_i, with z = (y - b) / g.
 
     The sum stays in the activations' dtype, whose reduction accumulates in float32: asking for a float32 sum of a
     half-precision tensor is thirty times slower on CPU.
     """
-    dtype = gain.full.dtype
-    dg = (dy * y).sum(dim=0).to(dtype)
+    summed = (dy * y).sum(dim=0)
     if bias is not None and bias_sum is not None:
-        dg -= bias.to(dtype) * bias_sum.to(dtype)
-    dg /= torch.where(gain.full == 0, 1.0, gain.full)
-    if fragile_z is not None:
-        dg[gain.fragile] = (dy[:, gain.fragile] * fragile_z).sum(dim=0).to(dtype)
-    return dg
+        dtype = gain.per_magnitude.dtype
+        summed = summed.to(dtype) - bias.to(dtype) * bias_sum.to(dtype)
+    dm = summed * gain.per_magnitude
+    if gain.fragile is not None and fragile_z is not None:
+        rows, per_norm = gain.fragile
+        dm[rows] = (dy[:, rows] * fragile_z).sum(dim=0) * per_norm
+    return dm
 
 
 def low_rank_gradients(

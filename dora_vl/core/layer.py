@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -154,19 +155,30 @@ class AdaptedLayer(nn.Module):
         return self._norms
 
     def live_norms(self) -> Float[Tensor, " out"]:
-        """n with its gradient in A and B; the rows that cancel are taken from the dense direction."""
+        """n with its gradient in A and B."""
+        return self.trusted_norms(self.norms_squared())
+
+    def trusted_norms(self, norms_squared: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        """n from `norms_squared`, the rows that cancel taken from the dense direction."""
+        norms, cancelled = functional.direction_norms(self.weight_norms_squared(), norms_squared)
         factors = self.factors()
-        if factors is None:
-            return functional.root(self.weight_norms_squared())
-        a, b = factors
-        with torch.autocast(self.weight.device.type, enabled=False):
-            norms, cancelled = functional.direction_norms(
-                self.weight_norms_squared(), a, b, self.frozen_on_rows(a), self.scale()
-            )
-            if cancelled.numel():
+        if factors is not None and cancelled.numel():
+            a, b = factors
+            with torch.autocast(self.weight.device.type, enabled=False):
                 dense = functional.dense_direction(self.frozen_rows(cancelled), a, b[cancelled], self.scale())
-                norms = norms.index_copy(0, cancelled, functional.root(dense.square().sum(dim=1)))
+            norms = norms.index_copy(0, cancelled, functional.root(dense.square().sum(dim=1)))
         return norms
+
+    def norms_squared(self) -> Float[Tensor, " out"]:
+        """n^2 from the factors alone, with its gradient: exact but for rows that cancel."""
+        a, b = self.factors() or (None, None)
+        if a is None or b is None:
+            return self.weight_norms_squared()
+        device = self.weight.device.type
+        leave_autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with leave_autocast:
+            on_A = self.frozen_on_rows(a)
+            return functional.factored_norms_squared(self.weight_norms_squared(), a, b, on_A, self.scale())
 
     def gain(self) -> Float[Tensor, " out"] | None:
         """g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""

@@ -49,13 +49,13 @@ class ProductLayer(AdaptedLayer):
         if torch.compiler.is_compiling():
             return compiled_linear(self, input)
         x, weight, bias = self._in_compute_dtype(input)
-        gain = self._current_gain(x.dtype) if self.magnitude is not None else None
         factors = self.factors()
         # Dropout before the question of a graph: reentrant checkpointing runs its first pass in training mode
         # without one, and must draw there what the recomputation draws again.
         probability = self.adapter.dropout if self.training and factors is not None else 0.0
-        if probability and self.adapter.dropout_mode == "whole_change" and gain is not None:
+        if probability and self.adapter.dropout_mode == "whole_change" and self.magnitude is not None:
             return self._whole_change(x, weight, bias, probability)
+        gain = None if self.magnitude is None else self._current_gain(x.dtype)
         if not probability and not torch.is_grad_enabled():
             return self._infer(x, weight, bias, gain)
         dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
@@ -104,11 +104,16 @@ class ProductLayer(AdaptedLayer):
     def _current_gain(self, dtype: torch.dtype) -> functional.Gain:
         key = (dtype, *self.state_key())
         if self._gain is None or self._gain_key != key:
-            assert self.magnitude is not None
             with torch.no_grad():
-                self._gain = functional.make_gain(self.magnitude, self.norms(), dtype)
+                self._gain = self._new_gain(dtype)
             self._gain_key, self._factors = key, None
         return self._gain
+
+    def _new_gain(self, dtype: torch.dtype) -> functional.Gain:
+        assert self.magnitude is not None
+        squared = self.norms_squared()
+        quick = functional.quick_gain(self.magnitude, self.weight_norms_squared(), squared, dtype)
+        return quick or functional.make_gain(self.magnitude, self.trusted_norms(squared), dtype)
 
     def _cast_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and s B^T in the activations' dtype; kept between calls in eval only."""

@@ -83,13 +83,13 @@ def test_data_assignment_is_seen_when_the_mode_changes():
 @pytest.fixture
 def norm_count(monkeypatch):
     calls: list[int] = []
-    computed = functional.direction_norms
+    computed = functional.factored_norms_squared
 
     def counted(*operands):
         calls.append(1)
         return computed(*operands)
 
-    monkeypatch.setattr(functional, "direction_norms", counted)
+    monkeypatch.setattr(functional, "factored_norms_squared", counted)
     return calls
 
 

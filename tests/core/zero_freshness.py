@@ -38,13 +38,13 @@ def main(stage: int) -> None:
     torch.manual_seed(0)
     model = Stack()
     apply_dora(model, DoRAConfig(targets=("*",), rank=2, alpha=6.0, dropout=0.0))
-    counted, computed = [0], functional.direction_norms
+    counted, computed = [0], functional.factored_norms_squared
 
     def count(*operands):
         counted[0] += 1
         return computed(*operands)
 
-    functional.direction_norms = count
+    functional.factored_norms_squared = count
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = {
         "train_micro_batch_size_per_gpu": 4,
