@@ -53,7 +53,7 @@ class Benchmark:
     modes: Mapping[str, Scorer]
     prompt: Prompt = prompts.as_is
     max_new_tokens: int = SHORT_ANSWER_TOKENS
-    splits: tuple[str, ...] = ("test", "validation", "val")
+    splits: tuple[str, ...] = ("test", "validation")
     submission: Submission | None = None
 
 
@@ -68,7 +68,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "vqav2": Benchmark(
         modes={version: partial(vqa.score, version=version) for version in ("after_2021", "before_2021")},
         prompt=prompts.short,
-        splits=("test-dev2015", "test-dev", "val", "validation", "test"),
+        splits=("test_dev", "test", "validation"),
         submission=submission.vqav2,
     ),
     "vqav2_karpathy": Benchmark(
@@ -78,57 +78,52 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "gqa": Benchmark(
         modes={style: partial(gqa.score, conversion=style) for style in ("llava", "vl_t5")},
         prompt=prompts.short,
-        splits=("testdev_balanced", "testdev", "val", "test"),
+        splits=("testdev", "test", "validation"),
         submission=submission.gqa_predictions,
     ),
     "vizwiz": Benchmark(
         modes=_one(vizwiz.score),
         prompt=prompts.short_vizwiz,
-        splits=("test", "val", "validation"),
         submission=submission.vizwiz,
     ),
-    "textvqa": Benchmark(modes=_one(textvqa.score), prompt=prompts.short_textvqa, splits=("val", "validation")),
+    "textvqa": Benchmark(modes=_one(textvqa.score), prompt=prompts.short_textvqa, splits=("validation",)),
     "scienceqa": Benchmark(modes=_one(scienceqa.score), prompt=prompts.letter, max_new_tokens=LONG_ANSWER_TOKENS),
     "pope": Benchmark(modes=_one(pope.score), prompt=prompts.short),
     "mmbench": Benchmark(
         modes={matcher: partial(mmbench.score, matcher=matcher) for matcher in ("2025", "2023-11")},
         prompt=prompts.letter,
         max_new_tokens=LONG_ANSWER_TOKENS,
-        splits=("dev", "test"),
+        splits=("validation", "test"),
         submission=submission.mmbench,
     ),
     "mmbench_cn": Benchmark(
         modes={matcher: partial(mmbench.score, matcher=matcher) for matcher in ("2025", "2023-11")},
         prompt=prompts.letter_cn,
         max_new_tokens=LONG_ANSWER_TOKENS,
-        splits=("dev", "test"),
+        splits=("validation", "test"),
         submission=submission.mmbench,
     ),
     "mme": Benchmark(modes=_one(mme.score), prompt=prompts.short_mme),
     "seed": Benchmark(modes=_one(seed.score), prompt=prompts.letter),
     "llava_bench": Benchmark(modes={}, max_new_tokens=LONG_ANSWER_TOKENS, submission=submission.llava_bench_requests),
     "mmvet": Benchmark(modes={}, max_new_tokens=LONG_ANSWER_TOKENS, submission=submission.mmvet_answers),
-    "nlvr": Benchmark(modes=_one(nlvr2.score_nlvr), prompt=prompts.true_or_false, splits=("dev", "test")),
-    "nlvr2": Benchmark(
-        modes=_one(nlvr2.score), prompt=prompts.true_or_false, splits=("test", "dev"), submission=submission.nlvr2
-    ),
+    "nlvr": Benchmark(modes=_one(nlvr2.score_nlvr), prompt=prompts.true_or_false),
+    "nlvr2": Benchmark(modes=_one(nlvr2.score), prompt=prompts.true_or_false, submission=submission.nlvr2),
     "coco_caption": Benchmark(
         modes={style: partial(caption.score, style=style) for style in ("coco", "value")},
         prompt=prompts.caption,
         submission=submission.coco_caption,
     ),
-    "tvqa": Benchmark(modes=_one(video_qa.score), splits=("val", "validation", "test"), submission=submission.tvqa),
-    "how2qa": Benchmark(
-        modes=_one(video_qa.score_how2qa), splits=("val", "validation", "test"), submission=submission.how2qa
-    ),
+    "tvqa": Benchmark(modes=_one(video_qa.score), splits=("validation", "test"), submission=submission.tvqa),
+    "how2qa": Benchmark(modes=_one(video_qa.score_how2qa), splits=("validation", "test"), submission=submission.how2qa),
     "tvc": Benchmark(
         modes={style: partial(caption.score, style=style) for style in ("value", "coco")},
-        splits=("val", "validation", "test"),
+        splits=("validation", "test"),
         submission=submission.tvc,
     ),
     "yc2c": Benchmark(
         modes={style: partial(caption.score, style=style) for style in ("value", "coco")},
-        splits=("val", "validation", "test"),
+        splits=("validation", "test"),
         submission=submission.yc2c,
     ),
     **{task: Benchmark(modes=_COMMONSENSE) for task in commonsense.PATTERNS},

@@ -67,23 +67,22 @@ def _is_yes(example: Example) -> bool:
 
 
 def _formulas(categories: Sequence[str]) -> dict[str, Formula]:
-    f1: dict[str, Formula] = {one: _f1(one) for one in categories}
-    formulas: dict[str, Formula] = {"f1": Mean(tuple(f1.values()))}
-    for one in categories:
-        formulas |= {
-            f"{one}/f1": f1[one],
-            f"{one}/accuracy": Ratio(f"right {one}", f"asked {one}"),
-            f"{one}/precision": Ratio(f"tp {one}", (f"tp {one}", f"fp {one}")),
-            f"{one}/recall": Ratio(f"tp {one}", (f"tp {one}", f"fn {one}")),
-            f"{one}/yes share": Ratio(f"yes {one}", f"asked {one}"),
-        }
-    return formulas
+    """Each number's mean over the categories, then each category's own."""
+    own = {one: _of_category(one) for one in categories}
+    names = _of_category("").keys()
+    means: dict[str, Formula] = {name: Mean(tuple(of_one[name] for of_one in own.values())) for name in names}
+    return means | {f"{one}/{name}": formula for one, of_one in own.items() for name, formula in of_one.items()}
 
 
-def _f1(category: str) -> Formula:
-    """2 tp / (2 tp + fp + fn), which is 2 P R / (P + R)."""
-    tp = f"tp {category}"
-    return Ratio(tp, (tp, tp, f"fp {category}", f"fn {category}"), scale=200.0)
+def _of_category(one: str) -> dict[str, Formula]:
+    tp, fp, fn = (f"{cell} {one}" for cell in ("tp", "fp", "fn"))
+    return {
+        "f1": Ratio(tp, (tp, tp, fp, fn), scale=200.0),  # 2 tp / (2 tp + fp + fn) is 2 P R / (P + R)
+        "accuracy": Ratio(f"right {one}", f"asked {one}"),
+        "precision": Ratio(tp, (tp, fp)),
+        "recall": Ratio(tp, (tp, fn)),
+        "yes share": Ratio(f"yes {one}", f"asked {one}"),
+    }
 
 
 def _version(categories: Sequence[str]) -> str:

@@ -59,6 +59,8 @@ def test_ten_rows() -> None:
     assert metrics["adversarial/precision"] == 0.0
     assert metrics["adversarial/yes share"] == pytest.approx(200 / 3)
     assert metrics["f1"] == pytest.approx((50 + 100 + 0) / 3)
+    assert metrics["accuracy"] == pytest.approx((50 + 100 + 0) / 3)
+    assert metrics["recall"] == pytest.approx((50 + 100 + 0) / 3)
     assert scored.settings["labels"] == "3 adversarial, 3 popular, 4 random"
 
 
