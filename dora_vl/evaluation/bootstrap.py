@@ -10,7 +10,7 @@ import numpy as np
 from dora_vl.errors import UserError
 from dora_vl.evaluation.scored import Numbers, Scored
 
-RESAMPLES = 1000
+RESAMPLES = 2000
 COUNTS_AT_ONCE = 4_000_000  # 32 MB
 PERCENTILES = (2.5, 97.5)
 

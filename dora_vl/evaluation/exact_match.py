@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from dora_vl.data.examples import Example
-from dora_vl.evaluation.scored import ACCURACY, Scored, Tally, by_kind, kind_columns, unit_of
+from dora_vl.evaluation.bootstrap import RESAMPLES, intervals
+from dora_vl.evaluation.scored import ACCURACY, Ratio, Scored, Tally, by_kind, kind_columns, unit_of
 
-RESAMPLES = 2000
+WHOLE = ""  # the metric over all kinds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,41 +78,20 @@ def exact_match(answers: Sequence[Answered], *, seed: int = 0, resamples: int = 
     """
     if not answers:
         raise ValueError("no answers to score")
-    correct = np.array([is_match(answer) for answer in answers])
-    by_kind: dict[str, list[bool]] = defaultdict(list)
-    for answer, right in zip(answers, correct, strict=True):
-        if answer.kind is not None:
-            by_kind[answer.kind].append(bool(right))
+    tally, asked = Tally(), Counter(answer.kind for answer in answers if answer.kind is not None)
+    for number, answer in enumerate(answers):
+        right, kinds = float(is_match(answer)), [answer.kind] if answer.kind is not None else []
+        tally.add(str(number), right, kind_columns(right, *kinds), unit=answer.group, failed=answer.prediction is None)
+    kinds = {kind: Ratio(f"right {kind}", f"asked {kind}", scale=1.0) for kind in sorted(asked)}
+    scored = tally.scored({WHOLE: Ratio("right", "asked", scale=1.0), **kinds})
     return ExactMatch(
-        accuracy=float(correct.mean()),
-        n=len(answers),
-        interval_95=bootstrap_interval(correct, [answer.group for answer in answers], seed, resamples),
-        by_kind={
-            kind: KindScore(accuracy=sum(hits) / len(hits), n=len(hits)) for kind, hits in sorted(by_kind.items())
-        },
-        unanswered=sum(answer.prediction is None for answer in answers),
+        accuracy=scored.metrics[WHOLE],
+        n=scored.n,
+        interval_95=intervals(scored, seed=seed, resamples=resamples)[WHOLE],
+        by_kind={kind: KindScore(accuracy=scored.metrics[kind], n=asked[kind]) for kind in kinds},
+        unanswered=len(scored.failed),
         empty=sum(answer.prediction is not None and not answer.prediction.strip() for answer in answers),
     )
-
-
-def bootstrap_interval(
-    correct: np.ndarray, groups: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """The percentile interval of the accuracy when whole groups are drawn with replacement.
-
-    Questions about one picture stand or fall together, so drawing them one by one gives an interval that is too
-    narrow. Questions of the group "" are each a group of their own.
-    """
-    names = [group or f"\0{index}" for index, group in enumerate(groups)]
-    _, member = np.unique(names, return_inverse=True)
-    hits, sizes = np.bincount(member, weights=correct), np.bincount(member)
-    random = np.random.default_rng(seed)
-    accuracies = np.empty(resamples)
-    for index in range(resamples):  # one resample at a time: memory stays that of one question set
-        drawn = random.integers(len(sizes), size=len(sizes))
-        accuracies[index] = hits[drawn].sum() / sizes[drawn].sum()
-    low, high = np.percentile(accuracies, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def score(examples: Sequence[Example], answers: Mapping[str, str], *, answer_after: str | None = None) -> Scored:

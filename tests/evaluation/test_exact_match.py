@@ -6,13 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dora_vl.evaluation.exact_match import (
     Answered,
     KindScore,
-    bootstrap_interval,
     exact_match,
     final_answer,
     is_match,
@@ -54,17 +52,19 @@ def test_by_kind_with_failed_and_empty_counted_as_wrong() -> None:
 
 
 def test_the_interval_of_single_questions_is_the_binomial_one() -> None:
-    correct = np.arange(1000) < 900
-    low, high = bootstrap_interval(correct, [""] * 1000)
+    questions = [answered("yes", "yes" if number < 900 else "no") for number in range(1000)]
+    low, high = exact_match(questions).interval_95
     spread = 1.96 * (0.9 * 0.1 / 1000) ** 0.5
     assert low == pytest.approx(0.9 - spread, abs=0.003)
     assert high == pytest.approx(0.9 + spread, abs=0.003)
-    assert bootstrap_interval(correct, [""] * 1000) == (low, high)  # the seed fixes it
+    assert exact_match(questions).interval_95 == (low, high)  # the seed fixes it
 
 
 def test_questions_of_one_picture_widen_the_interval() -> None:
-    correct = np.arange(1000) < 900
-    low, high = bootstrap_interval(correct, [f"picture {index // 10}" for index in range(1000)])
+    questions = [
+        answered("yes", "yes" if number < 900 else "no", group=f"picture {number // 10}") for number in range(1000)
+    ]
+    low, high = exact_match(questions).interval_95
     spread = 1.96 * (0.9 * 0.1 / 100) ** 0.5  # 100 pictures, each wholly right or wholly wrong
     assert low == pytest.approx(0.9 - spread, abs=0.01)
     assert high == pytest.approx(0.9 + spread, abs=0.01)
