@@ -16,6 +16,7 @@ that a bootstrap can add the counts up, and agrees with it to rounding. METEOR n
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.caption_tokens import Tokenizer, tokenized, tokenizer_here
 from dora_vl.evaluation.scored import PERCENT, Formula, Numbers, Ratio, Scored, Sums, Tally
+
+log = logging.getLogger(__name__)
 
 Style = Literal["coco", "value"]
 ORDERS = (1, 2, 3, 4)
@@ -83,7 +86,7 @@ def score(
 
     Args:
         tokenizer: None takes the official one where Java is, else the fallback.
-        with_meteor: None computes it where Java is.
+        with_meteor: None computes it where the official tokenizer is used.
 
     Raises:
         UserError: pycocoevalcap is missing, or a clip has no reference.
@@ -94,7 +97,9 @@ def score(
     references = tokenized({clip: [text(one) for one in it.references] for clip, it in clips.items()}, tokenizer)
     predictions = tokenized({clip: [text(it.prediction or "")] for clip, it in clips.items()}, tokenizer)
     cider, rouge = _cider_and_rouge(references, predictions)
-    meteor = _meteor(references, predictions) if with_meteor or (with_meteor is None and tokenizer == "ptb") else None
+    meteor = None
+    if with_meteor or (with_meteor is None and tokenizer == "ptb"):
+        meteor = _meteor(references, predictions)
     tally = Tally()
     for place, (clip, it) in enumerate(clips.items()):
         columns = {"clips": 1.0, "cider": cider[place], "rouge": rouge[place]}
@@ -177,13 +182,19 @@ def _cider_and_rouge(
     )
 
 
-def _meteor(references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]) -> tuple[float, list[float]]:
-    """The whole set's and each clip's; a Java process runs meanwhile."""
+def _meteor(
+    references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
+) -> tuple[float, list[float]] | None:
+    """The whole set's and each clip's; a Java process runs meanwhile. None, and a warning, where that fails."""
     from pycocoevalcap.meteor.meteor import Meteor as Official
 
     separator = "|||"  # of its protocol
     safe = {clip: [one.replace(separator, "") for one in several] for clip, several in references.items()}
-    whole, each = Official().compute_score(safe, predictions)
+    try:
+        whole, each = Official().compute_score(safe, predictions)
+    except (OSError, ValueError) as error:
+        log.warning("METEOR is left out: its Java program failed (%s); it needs 2 GB of memory", error)
+        return None
     return whole, each
 
 

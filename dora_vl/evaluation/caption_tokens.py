@@ -99,4 +99,13 @@ def _official(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     standing = {
         clip: [{"caption": caption.strip() or "."} for caption in several] for clip, several in captions.items()
     }
-    return PTBTokenizer().tokenize(standing)
+    try:
+        words = PTBTokenizer().tokenize(standing)  # it writes a file into its own folder
+    except OSError as error:
+        raise UserError(
+            f"the official caption tokenizer cannot run ({error}); the fallback tokenizer needs no Java"
+        ) from error
+    lost = [clip for clip, several in standing.items() if len(words.get(clip, ())) != len(several)]
+    if lost:
+        raise UserError(f"Java's tokenizer lost captions of {len(lost)} clips, first {lost[0]}; see what it said above")
+    return words

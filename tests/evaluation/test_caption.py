@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,6 +136,18 @@ def test_the_official_tokenizers_quirks_and_how_near_the_fallback_is() -> None:
     assert theirs[2].startswith("it costs # 5 or $ 6 ")
     assert theirs[3] == "he is n't here she 'll can not go ok"
     assert [ours[n] for n in (0, 1, 3, 4, 5, 6)] == [theirs[n] for n in (0, 1, 3, 4, 5, 6)]
+
+
+def test_a_java_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(UserError, match="Java's tokenizer lost captions of 1 clips, first clip"):
+        tokenized({"clip": ["a cat", "a dog"]}, "ptb")
+    examples, answers = ten()
+    scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=True)
+    assert "METEOR" not in scored.metrics
+    assert "METEOR is left out" in caplog.text
 
 
 @needs_java
