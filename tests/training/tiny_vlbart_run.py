@@ -38,7 +38,9 @@ def image_examples(task: str) -> list[Example]:
             answers = tuple(Answer(text=" ".join(WORDS[: index + 1 + extra])) for extra in range(1 + index % 2))
         images = tuple(f"images/p{(index + shift) % FEATURES}.png" for shift in range(2 if task == "nlvr2" else 1))
         question = "" if task == "coco_caption" else f"what is it {' very' * index}?"
-        made.append(Example(id=f"{task}-{index}", images=images, question=question, answers=answers))
+        name = f"dev-{index}-0-0" if task == "nlvr2" else f"{task}-{index}"  # NLVR2's ids name their sentence
+        extra = {"human_answers": [answers[0].text] * 10} if task == "vqav2" else {}
+        made.append(Example(id=name, images=images, question=question, answers=answers, extra=extra))
     return made
 
 

@@ -1,0 +1,103 @@
+"""Training speed of a VL-BART of bart-base's shape: full, LoRA and DoRA, on random inputs of the published lengths.
+
+    python benchmarks/vlbart_step.py --batch 16 --steps 5 --json benchmarks/results/vlbart_step.json
+
+A step is forward, backward and AdamW; the methods take turns, so that what else the machine does falls on all alike.
+Medians of the steps are printed as samples/s, and times relative to full fine-tuning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import median, table, write_json
+from dora_vl.backbones.vlbart import DORA_TARGETS, VlBartBackbone, also_trained
+from dora_vl.backbones.vlbart_compose import drawn
+from dora_vl.backbones.vlbart_config import VlBartConfig
+from dora_vl.core import DoRAConfig, apply_dora, trained_parts
+from dora_vl.training.seq2seq_loss import Seq2SeqTask
+
+Method = Literal["full", "lora", "dora"]
+METHODS: tuple[Method, ...] = ("full", "lora", "dora")
+QUESTION_TOKENS, ANSWER_TOKENS, GRID_TOKENS, WIDTH = 20, 5, 49, 2048
+
+
+def bart_base(layers: int) -> VlBartConfig:
+    """bart-base's shape with CLIP's grid; fewer layers for a quick look."""
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _side(layers).items()}
+    return VlBartConfig(vocab_size=50465, d_model=768, feature_width=WIDTH, pooled_side=6, **sides)
+
+
+def _side(layers: int) -> dict[str, int]:
+    return {"layers": layers, "attention_heads": 12, "ffn_dim": 3072}
+
+
+def inputs(batch: int) -> dict[str, Any]:
+    """Questions, answers and features at random, as VQAv2 has them."""
+    labels = torch.randint(4, 50000, (batch, ANSWER_TOKENS))
+    ids = torch.randint(4, 50000, (batch, QUESTION_TOKENS))
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels,
+        "features": torch.rand(batch, 1, GRID_TOKENS, WIDTH),
+        "sample_weights": torch.full((batch,), 1.0 / batch),
+    }
+
+
+def stepper(method: Method, *, layers: int, batch: dict[str, Any], device: str) -> Callable[[], None]:
+    """One whole training step of a method, with the published recipe's rank and extras."""
+    model = drawn(bart_base(layers), seed=0).to(device)
+    extras = also_trained(model.settings, biases=True, norm_weights=method == "dora")
+    config = DoRAConfig(method=method, rank=128, alpha=128.0, dropout=0.0, targets=DORA_TARGETS, also_train=extras)
+    apply_dora(model, DoRAConfig(method="full", targets=("*",)) if method == "full" else config)
+    task = Seq2SeqTask(VlBartBackbone(model)).train()
+    parameters = [one for part in trained_parts(model) for one in part.parameters.values()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def step() -> None:
+        loss: Tensor = task(**batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def main() -> None:
+    """Times the three methods in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=6, help="of the encoder, and of the decoder")
+    parser.add_argument("--json", help="also writes the figures there")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = {name: tensor.to(device) for name, tensor in inputs(options.batch).items()}
+    steppers = {one: stepper(one, layers=options.layers, batch=batch, device=device) for one in METHODS}
+    seconds: dict[Method, list[float]] = {method: [] for method in METHODS}
+    for turn in range(options.steps + 1):
+        for method, step in steppers.items():
+            started = time.perf_counter()
+            step()
+            if turn:  # the first makes the optimizer's state
+                seconds[method].append(time.perf_counter() - started)
+    medians = {method: median(values) for method, values in seconds.items()}
+    rows = [(one, options.batch / taken, taken, taken / medians["full"]) for one, taken in medians.items()]
+    print(table(("method", "samples/s", "seconds a step", "of full"), rows))
+    if options.json:
+        names = ("method", "samples_per_second", "seconds", "of_full")
+        figures = [dict(zip(names, row, strict=True)) for row in rows]
+        write_json(options.json, {"batch": options.batch, "layers": options.layers, "figures": figures})
+
+
+if __name__ == "__main__":
+    main()
