@@ -16,6 +16,7 @@ that a bootstrap can add the counts up, and agrees with it to rounding. METEOR n
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -190,9 +191,15 @@ def _meteor(
 
     separator = "|||"  # of its protocol
     safe = {clip: [one.replace(separator, "") for one in several] for clip, several in references.items()}
+    official = Official()
     try:
-        whole, each = Official().compute_score(safe, predictions)
+        whole, each = official.compute_score(safe, predictions)
     except (OSError, ValueError) as error:
+        official.lock.release()  # it holds its lock, and its end would wait for it
+        stdin = official.meteor_p.stdin
+        if stdin is not None:
+            with contextlib.suppress(OSError):
+                stdin.close()
         log.warning("METEOR is left out: its Java program failed (%s); it needs 2 GB of memory", error)
         return None
     return whole, each
