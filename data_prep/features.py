@@ -190,6 +190,7 @@ def feature_settings(options: argparse.Namespace) -> FeatureSettings:
     return FeatureSettings(
         tower=TowerSpec(**given),
         kept=options.kept,
+        merge=options.merge,
         aspect=options.aspect,
         every_seconds=options.every_seconds,
         frames=options.frames,
@@ -218,7 +219,8 @@ def parser() -> argparse.ArgumentParser:
     add("--layer", type=int, help="hidden state, counted from the end")
     add("--grid-pool", type=int, help="average the grid to so many rows and columns")
     add("--image-size", type=int, help="pixels along a side")
-    add("--kept", choices=("grid", "flat", "pooled"), default="grid", help="what is kept of a picture or frame")
+    add("--kept", choices=("grid", "pooled"), default="grid", help="what is kept of a picture or frame")
+    add("--merge", type=int, default=1, help="side of the blocks of cells that become one token each")
     add("--aspect", choices=("squash", "square", "pad"), default="squash", help="how a picture becomes a square")
     add("--every-seconds", type=float, help="time between a video's frames; 1.5 if nothing is said")
     add("--frames", type=int, help="so many frames of a video, evenly")

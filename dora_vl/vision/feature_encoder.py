@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from dora_vl.vision.pooled import load_pooled
 from dora_vl.vision.tower_sources import TowerSpec, load_tower
 from dora_vl.vision.video import Frames, VideoReader
 
-Kept = Literal["grid", "flat", "pooled"]
+Kept = Literal["grid", "pooled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,10 @@ class FeatureSettings:
 
     Attributes:
         tower: the vision network.
-        kept: of each picture or frame: its `grid`, one token a cell; the grid as one `flat` token; or the network's
-            own `pooled` output (CLIP's projection), not normalised.
+        kept: of each picture or frame: its `grid`, one token a cell; or the network's own `pooled` output (CLIP's
+            projection), not normalised.
+        merge: cells along a side of a block that becomes one token, their numbers side by side: nothing is averaged
+            away, and a frame is few tokens.
         aspect: how a picture becomes a square.
         every_seconds: a video's time between two frames; VALUE's features have 1.5.
         frames: so many frames of a video instead, evenly.
@@ -39,6 +42,7 @@ class FeatureSettings:
 
     tower: TowerSpec
     kept: Kept = "grid"
+    merge: int = 1
     aspect: Aspect = "squash"
     every_seconds: float | None = None
     frames: int | None = None
@@ -96,15 +100,13 @@ class FeatureEncoder:
 
     def fingerprint(self) -> str:
         """A hash of the weights and of everything that changes the pixels."""
-        return store_key(self.network, {"preparation": self.preparation.fingerprint(), "kept": self.settings.kept})
+        return store_key(self.network, {"preparation": self.preparation.fingerprint()})
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures tokens channels"]:
-        """Prepared pictures as features; `flat` and `pooled` are one token each."""
+        """Prepared pictures as features; `pooled` is one token each."""
         made = self.network(pixels.to(self.device)).float()
-        if self.settings.kept == "pooled":
-            return made.unsqueeze(1)
-        return made.flatten(1).unsqueeze(1) if self.settings.kept == "flat" else made
+        return made.unsqueeze(1) if self.settings.kept == "pooled" else merged(made, self.settings.merge)
 
     def pictures(self, pictures: Sequence[Image]) -> Float[Tensor, "pictures tokens channels"]:
         """Pictures as features."""
@@ -120,6 +122,24 @@ class FeatureEncoder:
         """
         frames = reader.read_prepared(root, clip, self.settings.sampling, self.preparation.prepare)
         return self.encode(torch.stack(frames.pictures)).flatten(0, 1), frames
+
+
+def merged(
+    grid: Float[Tensor, "pictures cells channels"], side: int
+) -> Float[Tensor, "pictures blocks block_channels"]:
+    """Blocks of `side` by `side` cells as one token each, row by row; what InternVL calls pixel unshuffling.
+
+    Raises:
+        UserError: the blocks do not fill the grid.
+    """
+    before = math.isqrt(grid.shape[1])
+    if before**2 != grid.shape[1] or before % side:
+        raise UserError(
+            f"a grid of {grid.shape[1]} cells cannot be cut into blocks of {side}x{side}; set merge or grid_pool"
+        )
+    after = before // side
+    blocks = grid.unflatten(1, (after, side, after, side)).transpose(2, 3)
+    return blocks.flatten(3, 5).flatten(1, 2)
 
 
 class GridNetwork(nn.Module):

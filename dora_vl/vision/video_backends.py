@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: |SingleStreamDecoder, \S+, ")  # where in its C++ a library gave up
+ROUNDING_SECONDS = 1e-4  # decord keeps times in single precision; the same frame must be found by all
 GROUP = 8  # frames decord decodes at a time, so that a long list is never in memory as a whole
 
 
@@ -97,7 +98,7 @@ class TorchcodecVideo:
     def locate(self, seconds: Sequence[float]) -> list[int]:
         """See `OpenVideo`."""
         places: list[int] = []
-        for moment in seconds:
+        for moment in (asked + ROUNDING_SECONDS for asked in seconds):
             guess = min(int(moment / self.duration * self._count), self._count - 1) if self.duration else 0
             begin, end = self._begin(guess), self._begin(guess + 1)
             if not begin <= moment < end:
@@ -261,7 +262,7 @@ def _end_of(begins: Sequence[float], *, stated: float) -> float:
 
 
 def _shown_at(begins: Sequence[float], seconds: Sequence[float]) -> list[int]:
-    return _without_repeats(max(0, bisect_right(begins, moment) - 1) for moment in seconds)
+    return _without_repeats(max(0, bisect_right(begins, moment + ROUNDING_SECONDS) - 1) for moment in seconds)
 
 
 def _without_repeats(indices: Iterator[int] | Sequence[int]) -> list[int]:

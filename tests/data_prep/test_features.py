@@ -54,7 +54,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def run(root: Path, to: Path, weights: str, *more: str) -> None:
-    common = ["--workers", "0", "--kept", "flat", "--frames", "3", "--max-bad-share", "0.5"]
+    common = ["--workers", "0", "--merge", "2", "--frames", "3", "--max-bad-share", "0.5"]
     main(["--root", str(root), "--to", str(to), "--weights", weights, *TOWER, *common, *more])
 
 
@@ -68,7 +68,7 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
     (skipped,) = [json.loads(line) for line in (to / "skipped-0.jsonl").read_text().splitlines()]
     assert skipped["id"] == "bad.mp4"
     settings = read_settings(to)
-    assert (settings["kept"], settings["frames"], settings["tower"]["layer"]) == ("flat", 3, -3)
+    assert (settings["merge"], settings["frames"], settings["tower"]["layer"]) == (2, 3, -3)
     run(root, to, weights)
     assert "features of 0 more files, 1 left out" in capsys.readouterr().out
     with pytest.raises(SystemExit):

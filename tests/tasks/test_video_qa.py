@@ -50,7 +50,7 @@ def vlbart(place: Path) -> Path:
     weights = place / "tower.pth"
     torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), weights)
     tower = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--weights", str(weights), "--image-size", "64"]
-    kept = ["--layer", "-3", "--grid-pool", "2", "--kept", "flat", "--frames", "3", "--workers", "0"]
+    kept = ["--layer", "-3", "--grid-pool", "2", "--merge", "2", "--frames", "3", "--workers", "0"]
     features.main(["--root", str(place / "data"), "--to", str(place / "features"), *tower, *kept])
     records = place / "data/records/moving_shapes/adapt.jsonl"
     small = {"texts": [str(records)], "vocabulary": 300, "width": 16, "layers": 1, "heads": 2, "feedforward": 16}
@@ -83,7 +83,7 @@ def test_a_llava_sees_frames_as_pictures(llava: Path, clip: str, capsys: Any) ->
     video_qa.main([*common, "--frames", "2", "--compare-base"])
     heading, *answers = capsys.readouterr().out.splitlines()
     assert heading == f"{clip} (2 frames, 0.8 to 2.4 s, decord)  What moves?"
-    assert [answer[:17].strip() for answer in answers] == ["with adapter:", "without adapter:"]
+    assert [answer[:19].strip() for answer in answers] == ["with adapter:", "without adapter:"]
     video_qa.main([*common, "--frames", "3", "--start", "1", "--end", "2", "--choice", "red", "--choice", "blue"])
     assert "3 frames, 1.1 to 1.8 s" in capsys.readouterr().out
 
@@ -130,4 +130,4 @@ def test_mistakes_are_one_line(vlbart: Path, tmp_path: Path, capsys: Any) -> Non
         assert reason in capsys.readouterr().err
     with pytest.raises(SystemExit):
         image_qa.main(["--adapter", str(vlbart), "--question", "what?"])
-    assert "a question that gives choices" in capsys.readouterr().err
+    assert "answers about pictures; give one" in capsys.readouterr().err

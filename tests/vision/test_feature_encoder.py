@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from dora_vl.data.examples import Clip
 from dora_vl.errors import UserError
-from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
+from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings, merged
 from dora_vl.vision.frame_sampling import EverySeconds, Uniform
 from dora_vl.vision.images import ImagePreparation, Preparation
 from dora_vl.vision.tower_sources import TowerSpec
@@ -37,16 +37,29 @@ def test_squashing_equals_open_clips_own() -> None:
     torch.testing.assert_close(ours.prepare(picture()), transform(picture()), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("kept", "shape"), [("grid", (2, 4, 112)), ("flat", (2, 1, 448)), ("pooled", (2, 1, 1280))])
-def test_a_timm_tower(kept, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("kept", "merge", "shape"),
+    [("grid", 1, (2, 4, 112)), ("grid", 2, (2, 1, 448)), ("pooled", 1, (2, 1, 1280))],
+)
+def test_a_timm_tower(kept, merge: int, shape: tuple[int, ...]) -> None:
     layer = None if kept == "pooled" else -2
     spec = TowerSpec(**{**vars(TIMM), "layer": layer, "grid_pool": None if kept == "pooled" else 2})
-    encoder = FeatureEncoder(FeatureSettings(tower=spec, kept=kept))
+    encoder = FeatureEncoder(FeatureSettings(tower=spec, kept=kept, merge=merge))
     features = encoder.pictures([picture(), picture(30, 50)])
     assert features.shape == shape
     if kept == "pooled":
         pixels = torch.stack([encoder.preparation.prepare(picture())])
         torch.testing.assert_close(features[:1, 0], encoder.network(pixels))
+
+
+def test_blocks_of_cells_side_by_side() -> None:
+    grid = torch.arange(2.0 * 16 * 3).view(2, 16, 3)
+    blocks = merged(grid, 2)
+    assert blocks.shape == (2, 4, 12)
+    assert torch.equal(blocks[0, 1], torch.cat([grid[0, cell] for cell in (2, 3, 6, 7)]))
+    assert torch.equal(merged(grid, 1), grid)
+    with pytest.raises(UserError, match="16 cells cannot be cut into blocks of 3x3"):
+        merged(grid, 3)
 
 
 def test_open_clips_projection_is_not_normalised() -> None:
@@ -85,7 +98,7 @@ def test_transformers_projection(tmp_path: Path) -> None:
 def test_frames_of_a_clip(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4")
     spec = TowerSpec(**{**vars(TIMM), "layer": -3, "grid_pool": 2})
-    encoder = FeatureEncoder(FeatureSettings(tower=spec, kept="flat", frames=3))
+    encoder = FeatureEncoder(FeatureSettings(tower=spec, merge=2, frames=3))
     with VideoReader(backends=("decord", "pyav")) as reader:
         features, frames = encoder.video(reader, tmp_path, Clip(path="a.mp4"))
         pictures = reader.read(tmp_path, Clip(path="a.mp4"), Uniform(3))
@@ -96,12 +109,12 @@ def test_frames_of_a_clip(tmp_path: Path) -> None:
 
 def test_settings_travel_as_json() -> None:
     spec = TowerSpec(**{**vars(TIMM), "image_mean": (0.1, 0.2, 0.3), "image_std": (1.0, 1.0, 1.0)})
-    settings = FeatureSettings(tower=spec, kept="flat", every_seconds=0.4)
+    settings = FeatureSettings(tower=spec, merge=4, every_seconds=0.4)
     assert FeatureSettings.from_record(json.loads(json.dumps(settings.to_record()))) == settings
     assert settings.sampling == EverySeconds(0.4)
     assert FeatureSettings(tower=TIMM).sampling == EverySeconds(1.5)
     with pytest.raises(UserError, match="not the settings of features"):
-        FeatureSettings.from_record({"kept": "flat"})
+        FeatureSettings.from_record({"kept": "grid"})
     with pytest.raises(UserError, match="one of the two"):
         _ = FeatureSettings(tower=TIMM, frames=2, every_seconds=1.0).sampling
 
