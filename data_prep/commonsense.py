@@ -1,8 +1,8 @@
 """Eight commonsense sets in LLM-Adapters' form (Hu et al., 2023), and their training mix commonsense_170k.
 
 Files, from github.com/AGI-Edgerunners/LLM-Adapters: `dataset/<set>/{train,test}.json` and
-`ft-training_set/commonsense_170k.json` (170,420 rows): lists of {instruction, input, output, answer}. Repository
-Apache-2.0, each set under its own licence. Sets: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy,
+`ft-training_set/commonsense_170k.json` (170,420 rows): lists of {instruction, input, output, answer}. Licence:
+Apache-2.0 for the repository, each set its own. Sets: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy,
 ARC-Challenge, openbookqa.
 
 A record's `question` is the instruction as it stands; its answer is what is scored ("answer4"), `extra["output"]`

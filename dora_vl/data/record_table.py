@@ -12,6 +12,7 @@ import datasets
 import pyarrow as pa
 
 from dora_vl.data.arrow_cache import cached_table
+from dora_vl.data.plain_lines import NotPlainError, plain_batches
 from dora_vl.data.records import stream_records
 from dora_vl.data.turns import raw_turns, read_paths
 from dora_vl.errors import BadSample, UserError
@@ -58,6 +59,11 @@ def load_table(path: Path, cache_folder: Path | None) -> datasets.Dataset:
 
 
 def _write(path: Path, file: BinaryIO) -> int:
+    try:
+        return _write_plain(path, file)
+    except NotPlainError:
+        file.seek(0)
+        file.truncate()
     rows = 0
     usable = 0
     first_problem = ""
@@ -71,6 +77,17 @@ def _write(path: Path, file: BinaryIO) -> int:
         raise UserError(f"{path}: holds no records")
     if not usable:
         raise UserError(f"{path}: none of its {rows} records is a LLaVA sample; the first one: {first_problem}")
+    return rows
+
+
+def _write_plain(path: Path, file: BinaryIO) -> int:
+    rows = 0
+    with pa.ipc.new_stream(file, _SCHEMA) as writer:
+        for batch in plain_batches(path, _SCHEMA):
+            writer.write_batch(batch)
+            rows += len(batch)
+    if not rows:
+        raise NotPlainError
     return rows
 
 

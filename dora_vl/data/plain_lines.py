@@ -1,0 +1,113 @@
+"""LLaVA records in their plainest form, JSON lines without a surprise, read by Arrow's own parser: six times as fast.
+
+Plain is what `dora-vl prepare` writes and most published files hold: each id is text, each record has at most one
+picture as text, and turns that hold text. A file with anything else is read by `record_table` record by record, so
+what a row means is decided there alone, and this module must give the same columns (a test holds it to that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pj
+
+BLOCK_BYTES = 8 << 20
+"""Read at once; a record longer than that makes a file not plain."""
+
+_TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
+_FORM = pa.schema(
+    [
+        ("id", pa.string()),
+        ("image", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("video", pa.string()),
+        ("conversations", pa.list_(_TURN)),
+    ]
+)
+_WHITESPACE = np.array([chr(code).isspace() for code in range(128)])
+
+
+class NotPlainError(Exception):
+    """The file holds something that has to be looked at record by record."""
+
+
+def plain_batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yields a plain file's rows in the columns of `record_table`.
+
+    Raises:
+        NotPlainError: at the first block that is not plain; what was yielded before must be thrown away.
+    """
+    with path.open("rb") as file:
+        if not file.read(3).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            raise NotPlainError
+    reading = pj.ReadOptions(block_size=BLOCK_BYTES)
+    parsing = pj.ParseOptions(explicit_schema=_FORM, unexpected_field_behavior="ignore")
+    try:
+        for block in pj.open_json(path, read_options=reading, parse_options=parsing):
+            yield _columns(block, schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError) as error:
+        raise NotPlainError from error
+
+
+def _columns(block: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    ids, images, conversations = (block.column(name) for name in ("id", "image", "conversations"))
+    turns = conversations.flatten()
+    texts, speakers = turns.field("value"), turns.field("from")
+    others = [block.column(name).null_count for name in ("images", "video")]
+    offsets = _offsets(conversations)
+    if (
+        ids.null_count
+        or conversations.null_count
+        or turns.null_count
+        or texts.null_count
+        or speakers.null_count
+        or others != [len(block)] * 2
+        or (np.diff(offsets) == 0).any()
+    ):
+        raise NotPlainError
+    given = np.array(pc.call_function("binary_length", [images]).fill_null(0)) > 0
+    listed = pa.ListArray.from_arrays(_lengths_to_offsets(given), images.filter(pa.array(given)))
+    none = pa.ListArray.from_arrays(_lengths_to_offsets(np.zeros(len(block), bool)), pa.array([], pa.string()))
+    columns = [
+        ids,
+        listed,
+        none,
+        pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays([speakers, texts], fields=list(_TURN))),
+        pa.array(np.add.reduceat(word_counts(texts), offsets[:-1]), pa.int32()),
+        pa.array(given),
+        pa.nulls(len(block), pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _offsets(lists: pa.ListArray) -> np.ndarray:
+    found = np.array(lists.offsets)
+    return found - found[0]
+
+
+def _lengths_to_offsets(lengths: np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+
+
+def word_counts(texts: pa.StringArray) -> np.ndarray:
+    """How many words `str.split` finds in each text, counted in the bytes where they are ASCII."""
+    _, ends_buffer, data_buffer = texts.buffers()
+    if not len(texts) or data_buffer is None:
+        return np.zeros(len(texts), np.int64)
+    ends = np.frombuffer(ends_buffer, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    data = np.frombuffer(data_buffer, np.uint8)[ends[0] : ends[-1]]
+    ends -= ends[0]
+    begins_word = ~_WHITESPACE[np.minimum(data, 127)]
+    previous = np.concatenate([[False], begins_word[:-1]])
+    inside = ends[:-1][ends[:-1] < len(data)]
+    previous[inside] = False  # a text's first byte has nothing before it
+    before = np.concatenate([[0], np.cumsum(begins_word & ~previous)])
+    counts = before[ends[1:]] - before[ends[:-1]]
+    other = np.concatenate([[0], np.cumsum(data >= 128)])
+    for place in np.flatnonzero(other[ends[1:]] > other[ends[:-1]]):
+        counts[place] = len(texts[place].as_py().split())
+    return counts
