@@ -30,7 +30,9 @@ QUESTION_TOKENS, ANSWER_TOKENS, GRID_TOKENS, WIDTH = 20, 5, 49, 2048
 
 def bart_base(layers: int) -> VlBartConfig:
     """bart-base's shape with CLIP's grid; fewer layers for a quick look."""
-    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _side(layers).items()}
+    sides: dict[str, Any] = {
+        f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _side(layers).items()
+    }
     return VlBartConfig(vocab_size=50465, d_model=768, feature_width=WIDTH, pooled_side=6, **sides)
 
 
@@ -53,7 +55,7 @@ def inputs(batch: int) -> dict[str, Any]:
 
 def stepper(method: Method, *, layers: int, batch: dict[str, Any], device: str) -> Callable[[], None]:
     """One whole training step of a method, with the published recipe's rank and extras."""
-    model = drawn(bart_base(layers), seed=0).to(device)
+    model: Any = drawn(bart_base(layers), seed=0).to(torch.device(device))
     extras = also_trained(model.settings, biases=True, norm_weights=method == "dora")
     config = DoRAConfig(method=method, rank=128, alpha=128.0, dropout=0.0, targets=DORA_TARGETS, also_train=extras)
     apply_dora(model, DoRAConfig(method="full", targets=("*",)) if method == "full" else config)
@@ -90,7 +92,7 @@ def main() -> None:
             step()
             if turn:  # the first makes the optimizer's state
                 seconds[method].append(time.perf_counter() - started)
-    medians = {method: median(values) for method, values in seconds.items()}
+    medians: dict[str, float] = {method: median(values) for method, values in seconds.items()}
     rows = [(one, options.batch / taken, taken, taken / medians["full"]) for one, taken in medians.items()]
     print(table(("method", "samples/s", "seconds a step", "of full"), rows))
     if options.json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -17,7 +17,7 @@ class ExampleFile:
     """The examples of `records/<task>/<split>.jsonl`, or one for each of their answers. Worker processes may have it.
 
     Args:
-        path: the file.
+        paths: the file, or several that are read as one.
         each_answer: an example with several answers counts as several, as captions are trained on.
         limit: only the first so many.
 
@@ -25,23 +25,15 @@ class ExampleFile:
         UserError: the file is missing or empty, or a line is no record.
     """
 
-    def __init__(self, path: Path, *, each_answer: bool = False, limit: int | None = None) -> None:
-        self.path = path
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; `dora-vl prepare` writes records from a publisher's files")
-        places, answers = [], []
-        with path.open("rb") as stream:
-            for place, line in _lines(stream):
-                count = self._answers(line, len(places) + 1) if each_answer else 1
-                places += [place] * count
-                answers += range(count)
-                if limit is not None and len(places) >= limit:
-                    break
-        if not places:
-            raise UserError(f"{path} holds no example")
-        self._places = np.array(places[:limit], dtype=np.int64)
-        self._answer = np.array(answers[:limit], dtype=np.int32) if each_answer else None
-        self._stream: IO[bytes] | None = None
+    def __init__(self, paths: Path | Sequence[Path], *, each_answer: bool = False, limit: int | None = None) -> None:
+        self.paths = (paths,) if isinstance(paths, Path) else tuple(paths)
+        found: list[tuple[int, int, int]] = []
+        for number, path in enumerate(self.paths):
+            found += _items(path, number, each_answer=each_answer)
+        items = np.array(found[:limit], dtype=np.int64)
+        self._file, self._places = items[:, 0].astype(np.int16), items[:, 1]
+        self._answer = items[:, 2].astype(np.int32) if each_answer else None
+        self._streams: dict[int, IO[bytes]] = {}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -52,10 +44,12 @@ class ExampleFile:
         Raises:
             BadSample: the record's fields are wrong.
         """
-        if self._stream is None:
-            self._stream = self.path.open("rb")
-        self._stream.seek(int(self._places[index]))
-        return from_record(json.loads(self._stream.readline()))
+        number = int(self._file[index])
+        if number not in self._streams:
+            self._streams[number] = self.paths[number].open("rb")
+        stream = self._streams[number]
+        stream.seek(int(self._places[index]))
+        return from_record(json.loads(stream.readline()))
 
     def answer_of(self, index: int) -> int | None:
         """The answer that this item is about; None where it is about all of them."""
@@ -64,14 +58,29 @@ class ExampleFile:
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
-    def _answers(self, line: bytes, number: int) -> int:
-        try:
-            return max(1, len(json.loads(line).get("answers", ())))
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{self.path}: record {number} is not a JSON object ({error})") from error
-
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_stream": None}  # an open file does not travel; a worker opens its own
+        return {**self.__dict__, "_streams": {}}  # an open file does not travel; a worker opens its own
+
+
+def _items(path: Path, number: int, *, each_answer: bool) -> Iterator[tuple[int, int, int]]:
+    """File, place and answer of each item."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; `dora-vl prepare` writes records from a publisher's files")
+    empty = True
+    with path.open("rb") as stream:
+        for row, (place, line) in enumerate(_lines(stream), start=1):
+            empty = False
+            for answer in range(_answers(path, line, row) if each_answer else 1):
+                yield number, place, answer
+    if empty:
+        raise UserError(f"{path} holds no example")
+
+
+def _answers(path: Path, line: bytes, row: int) -> int:
+    try:
+        return max(1, len(json.loads(line).get("answers", ())))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: record {row} is not a JSON object ({error})") from error
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:

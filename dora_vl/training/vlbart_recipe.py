@@ -42,8 +42,8 @@ class VlBartAdapterConfig(AdapterConfig):
 class VlBartDataConfig:
     """Training and validation data: records files by task."""
 
-    train: Mapping[str, str]
-    """Records file of each task to train on; one task, or several mixed."""
+    train: Mapping[str, str | tuple[str, ...]]
+    """Records file of each task to train on, or several files; one task, or several mixed."""
     validation_files: Mapping[str, str] = field(default_factory=dict)
     """Records file of each task whose loss is measured while training."""
     features: Mapping[str, str]

@@ -113,7 +113,7 @@ class VlBartTask(Task):
             sampler=SequentialSampler(train),
             set_epoch=(train.set_epoch,),
             samples=sum(source.items for source in sources),
-            source=", ".join(data.train.values()),
+            source=", ".join(str(path) for file in data.train.values() for path in paths_of(file)),
             longest_tokens=max(one.input_tokens or 64 for one in subtasks) + data.feature_tokens,
         )
 
@@ -187,9 +187,9 @@ class VlBartTask(Task):
             ranks=ranks,
         )
 
-    def _files(self, files: Mapping[str, str], *, limit: int | None) -> list[ExampleFile]:
+    def _files(self, files: Mapping[str, str | tuple[str, ...]], *, limit: int | None) -> list[ExampleFile]:
         return [
-            ExampleFile(Path(file), each_answer=self._subtasks[name].each_answer, limit=limit)
+            ExampleFile(paths_of(file), each_answer=self._subtasks[name].each_answer, limit=limit)
             for name, file in files.items()
         ]
 
@@ -198,6 +198,11 @@ class VlBartTask(Task):
 
     def _reader(self, folder: str, width: int) -> NamedFeatures:
         return NamedFeatures(Path(folder), tokens=self.config.data.feature_tokens, width=width)
+
+
+def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
+    """A task's records file or files."""
+    return (Path(files),) if isinstance(files, str) else tuple(Path(file) for file in files)
 
 
 def vlbart_dora_config(run: VlBartRunConfig, config: VlBartConfig) -> DoRAConfig:

@@ -129,6 +129,8 @@ def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Pa
     assert said == ["1 0", "3 0", "3 1", "3 2", "2 0", "2 1"]
     assert [example.id for example in ExampleFile(tmp_path / "c.jsonl")] == ["1", "3", "2"]
     assert len(ExampleFile(tmp_path / "c.jsonl", each_answer=True, limit=4)) == 4
+    twice = ExampleFile((tmp_path / "c.jsonl", tmp_path / "c.jsonl"), each_answer=True)
+    assert [twice[place].id for place in (5, 6, 7)] == ["2", "1", "3"]
     with pytest.raises(UserError, match="does not exist"):
         ExampleFile(tmp_path / "none.jsonl")
 
