@@ -13,7 +13,14 @@ from dora_vl.core.initialise import OriginalWeight, start_loftq
 from dora_vl.core.kinds import adaptable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.precision import Gather, no_gather
-from dora_vl.core.trainable import adapted_layers, choose_trained, forget_trained, is_adapted, matching
+from dora_vl.core.trainable import (
+    adapted_layers,
+    choose_trained,
+    forget_trained,
+    is_adapted,
+    matching,
+    refuse_unmatched,
+)
 from dora_vl.errors import UserError
 
 
@@ -26,10 +33,23 @@ def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gath
 
     Raises:
         UserError: a pattern matches nothing, or nothing adaptable, or two patterns contradict each other, or the model
-            is adapted already.
+            is adapted already. The model is then as it was.
     """
     if is_adapted(model):
         raise UserError("the model is adapted already; load it again before applying another adapter")
+    refuse_unmatched(model, config.also_train, config.also_keep)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        return _apply(model, config, gather)
+    except UserError:
+        strip_adapters(model)
+        model.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
+
+
+def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
     also_keep = config.also_keep
     if config.method == "full":
         names = matching((name for name, _ in model.named_modules()), config.targets, "targets")

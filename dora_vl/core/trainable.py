@@ -93,13 +93,20 @@ def choose_trained(
         by_part[part] = matching(candidates, patterns, f"also_train.{part}")
     _refuse_overlap(by_part)
     _refuse_adapted_weights(model, by_part)
+    kept = _kept_names(_tensor_names(model), also_keep)
     extras = [name for part in also_train for name in by_part[part]]
     train_in_float32(model, extras, gather)
-    kept = _kept_names(_tensor_names(model), also_keep)
     setattr(model, _ATTRIBUTE, _TrainedList(tuple(_split_by_decay(model, by_part, gather)), kept))
     for part in trained_parts(model):
         for parameter in part.parameters.values():
             parameter.requires_grad_(True)
+
+
+def refuse_unmatched(model: nn.Module, also_train: Mapping[str, tuple[str, ...]], also_keep: tuple[str, ...]) -> None:
+    """Raises a `UserError` where a pattern would match nothing, while the model is still as it was."""
+    for part, patterns in also_train.items():
+        matching((name for name, _ in model.named_parameters()), patterns, f"also_train.{part}")
+    _kept_names(_tensor_names(model), also_keep)
 
 
 def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:

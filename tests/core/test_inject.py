@@ -98,9 +98,19 @@ def test_trained_parts_are_named_and_vectors_do_not_decay():
         ({"method": "full", "targets": ("projector.1",)}, "hold no parameters"),
     ],
 )
-def test_contradictions_are_refused_by_name(changes, message):
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_contradictions_are_refused_by_name_and_change_nothing(changes, message, init):
+    model = Small()
+    model.vision.requires_grad_(False)
+    modules, flags = list(model.named_modules()), [parameter.requires_grad for parameter in model.parameters()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match=message):
-        apply_dora(Small(), config(**changes))
+        apply_dora(model, config(**{"init": init, **changes}))
+    assert list(model.named_modules()) == modules
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert before.keys() == model.state_dict().keys()
+    assert init == "pissa" or all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    apply_dora(model, config())
 
 
 @pytest.mark.parametrize(
