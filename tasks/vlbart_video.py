@@ -66,6 +66,15 @@ def subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
         described("tvc", with_times=True),
         described("yc2c", with_times=False),
         question("video_choice", video_qa.score),
+        Subtask(
+            name="video_words",
+            prompt=partial(open_prompt, suffix=suffix("video_words")),
+            target=right_words,
+            input_tokens=TEXT_TOKENS,
+            target_tokens=LABEL_TOKENS,
+            answer_by="words",
+            score=video_qa.score,
+        ),
         described("video_caption", with_times=False),
     )
     return {one.name: one for one in every}
@@ -87,6 +96,12 @@ def question_prompt(example: Example, *, suffix: str) -> Prompt:
     )
 
 
+def open_prompt(example: Example, *, suffix: str) -> Prompt:
+    """Subtitles and question without the choices: what answers in words need not learn to look them up."""
+    text = f" [Q] {example.question} {suffix}"
+    return Prompt(subtitles_before="[Subs]", subtitles=subtitle_text(example), text=text)
+
+
 def caption_prompt(example: Example, *, suffix: str, with_times: bool) -> Prompt:
     """Subtitles and, for TVC, the clip's times as Python writes a list of numbers."""
     times = f" [TS] ({example.extra.get('ts', '')})" if with_times else ""
@@ -98,6 +113,13 @@ def right_label(example: Example, answer: int | None, random: Random) -> Target:
     if "correct" not in example.extra:
         raise BadSample(example.id, "nothing says which of its choices is right, so it cannot be trained on")
     return Target(text=f"a{example.extra['correct']}")
+
+
+def right_words(example: Example, answer: int | None, random: Random) -> Target:
+    """The right choice itself."""
+    if "correct" not in example.extra:
+        raise BadSample(example.id, "nothing says which of its choices is right, so it cannot be trained on")
+    return Target(text=example.choices[example.extra["correct"]])
 
 
 def own_caption(example: Example, answer: int | None, random: Random) -> Target:

@@ -20,7 +20,7 @@ from dora_vl.data.mixture import MixturePlan
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.scored import Scored
 
-AnswerBy = Literal["text", "pair", "choice"]
+AnswerBy = Literal["text", "pair", "choice", "words"]
 NormaliseBy = Literal["samples", "tokens"]
 
 
@@ -62,7 +62,8 @@ class Subtask:
         input_tokens: longest encoder text; None does not cut.
         target_tokens: longest label.
         normalise_by: `samples`: mean over a sample's tokens, then over the batch; `tokens`: mean over all tokens.
-        answer_by: `text`: what is generated; `pair`: true or false by two logits; `choice`: the likeliest label.
+        answer_by: `text`: what is generated; `pair`: true or false by two logits; `choice`: the likeliest label;
+            `words`: the likeliest of the example's choices, in their own words.
         score: the benchmark's scorer.
         images: pictures of one input.
     """

@@ -138,6 +138,11 @@ def answers_of(
         for row, example in enumerate(examples):
             scores[row, len(example.choices) :] = float("-inf")
         return [f"a{index}" for index in likeliest(scores).tolist()]
+    if subtask.answer_by == "words":
+        return [
+            _likeliest_words(backbone, encoder, example, [part[row : row + 1] for part in inputs])
+            for row, example in enumerate(examples)
+        ]
     search = subtask.search
     new = backbone.generate(
         ids,
@@ -148,6 +153,14 @@ def answers_of(
         no_repeat_ngram_size=search.no_repeat_ngram,
     )
     return [encoder.decode(row) for row in new.cpu()]
+
+
+def _likeliest_words(
+    backbone: VlBartBackbone, encoder: Seq2SeqEncoder, example: Example, inputs: Sequence[Tensor]
+) -> str:
+    """The label of the choice whose own words are likeliest; each example has choices of its own."""
+    ids, mask, features = inputs
+    return f"a{int(likeliest(backbone.likelihoods(ids, mask, features, padded_labels(encoder, example.choices))))}"
 
 
 def padded_labels(encoder: Seq2SeqEncoder, texts: Sequence[str]) -> Int[Tensor, "choices answer"]:

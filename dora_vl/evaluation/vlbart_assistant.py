@@ -25,6 +25,7 @@ VLBART_ENTRIES = ("task", "tasks", "base", "base_sha256", "dtype", "feature_toke
 """What `recipe.json` must say so that a VL-BART can be asked."""
 SubtasksOf = Callable[[str], Mapping[str, Subtask]]
 VIDEO_TASK = "vlbart_video"
+CHOOSING = frozenset({"choice", "words"})
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class VlBartAssistant:
             raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {features.shape[1]}")
         inputs = [ids[None].to(device), torch.ones_like(ids)[None].to(device), features]
         (said,) = answers_of(self.backbone, self.encoder, subtask, [example], inputs)
-        if subtask.answer_by == "choice":
+        if subtask.answer_by in CHOOSING:
             said = example.choices[int(said.removeprefix("a"))]
         if write is not None:
             write(said)
@@ -101,7 +102,7 @@ class VlBartAssistant:
 
     def _subtask(self, example: Example) -> Subtask:
         """The trained task that such a question belongs to: one with choices, or one without."""
-        fitting = [one for one in self.subtasks if (one.answer_by == "choice") == bool(example.choices)]
+        fitting = [one for one in self.subtasks if (one.answer_by in CHOOSING) == bool(example.choices)]
         if not fitting:
             known = ", ".join(one.name for one in self.subtasks)
             needed = "without choices" if example.choices else "that gives choices (--choice, several times)"

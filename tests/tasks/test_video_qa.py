@@ -59,15 +59,15 @@ def vlbart(place: Path) -> Path:
         "model": {"base": str(place / "base"), "compose": compose},
         "adapter": {"rank": 2},
         "data": {
-            "train": {"video_choice": str(records)},
-            "features": {"video_choice": str(place / "features")},
+            "train": {"video_words": str(records)},
+            "features": {"video_words": str(place / "features")},
             "feature_tokens": 3,
             "batch_size": 4,
             "workers": 0,
         },
         "training": {"output_dir": str(place / "vlbart"), "use_cpu": True, "max_steps": 1, "report_to": "none"},
         "evaluation": {
-            "files": {"video_choice": str(place / "data/records/moving_shapes/test.jsonl")},
+            "files": {"video_words": str(place / "data/records/moving_shapes/test.jsonl")},
             "image_folder": str(place / "data"),
         },
     }
@@ -97,7 +97,7 @@ def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: A
     assert answer.strip() in {"red", "blue", "green", "white"}
     with pytest.raises(SystemExit):
         video_qa.main(common)
-    assert "this model was trained for video_choice; ask a question that gives choices" in capsys.readouterr().err
+    assert "this model was trained for video_words; ask a question that gives choices" in capsys.readouterr().err
 
 
 def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) -> None:
