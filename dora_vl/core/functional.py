@@ -16,6 +16,7 @@ The paper writes W as [in, out] and says "column-wise"; with torch's [out, in] t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dora_vl.core.dropout import Dropped
+from dora_vl.core.fused import fused_kernels
 
 CANCELLATION = 0.15
 """Where n^2 falls below this share of ||W_i||^2, the factored form has lost too many digits."""
@@ -205,9 +207,12 @@ class AdaptedProduct(torch.autograd.Function):
             if dropped is not None:
                 rows, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
             hidden = F.linear(rows, lora_A.to(x.dtype)).mul_(scale)
+        fragile_z, fused = None, _fused(y, gain)
+        if fused is not None and gain is not None:
+            fused.adapted_output_(y, hidden, lora_B, bias, gain.minus_one)
+        elif hidden is not None and lora_B is not None:
             y.addmm_(hidden, lora_B.to(x.dtype).t())
-        fragile_z = None
-        if gain is not None:
+        if fused is None and gain is not None:
             if gain.fragile is not None:
                 fragile_z = y[:, gain.fragile.rows] - (0 if bias is None else bias[gain.fragile.rows])
             y = apply_gain(y, bias, gain)
@@ -226,32 +231,57 @@ class AdaptedProduct(torch.autograd.Function):
         rows, weight, bias, lora_A, lora_B, hidden, y, fragile_z = ctx.saved_tensors
         gain, needs = ctx.gain, ctx.needs_input_grad
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        bias_sum = dy.sum(dim=0) if bias is not None and (needs[2] or y is not None) else None
-        dm = None if y is None else magnitude_gradient(dy, y.reshape(dy.shape), bias, bias_sum, gain, fragile_z)
-        dz = dy if gain is None else torch.addcmul(dy, dy, gain.minus_one)
+        y = None if y is None else y.reshape(dy.shape)
+        with_bias = bias is not None and (needs[2] or y is not None)
+        fused = _fused(dy, gain)
+        if fused is None:
+            dz, dh, dy_y, bias_sum = backward_pass(dy, y, lora_B, gain, ctx.scale, with_bias=with_bias)
+        else:
+            dz, dh, dy_y, bias_sum = fused.backward_pass(dy, y, lora_B, gain.minus_one, ctx.scale, with_bias=with_bias)
+        dm = None if dy_y is None else magnitude_gradient(dy_y, dy, bias, bias_sum, gain, fragile_z)
         dx = dz @ weight if needs[0] else None
         dA = dB = None
-        if hidden is not None:
-            dx, dA, dB = low_rank_gradients(dx, dz, rows, hidden, (lora_A, lora_B), ctx.scale, ctx.dropped)
+        if hidden is not None and dh is not None:
+            dx, dA, dB = low_rank_gradients(dx, dz, dh, rows, hidden, (lora_A, lora_B), ctx.dropped)
         if dx is not None:
             dx = dx.view(ctx.input_shape)
         return dx, None, bias_sum if needs[2] else None, dA, dB, dm, None, None, None
 
 
-def magnitude_gradient(
+def _fused(activations: Tensor, gain: Gain | None) -> ModuleType | None:
+    """The CUDA kernels for this pass; none without a gain, which they are there to fuse, nor for fragile rows."""
+    return None if gain is None or gain.fragile is not None else fused_kernels(activations)
+
+
+def backward_pass(
     dy: Float[Tensor, "rows out"],
-    y: Float[Tensor, "rows out"],
+    y: Float[Tensor, "rows out"] | None,
+    lora_B: Float[Tensor, "out rank"] | None,
+    gain: Gain | None,
+    scale: float,
+    *,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dz = g dy, dh = s dz B, the sum of dy y over rows, and that of dy.
+
+    The sums stay in the activations' dtype, whose reduction accumulates in float32: asking for a float32 sum of a
+    half-precision tensor is thirty times slower on CPU.
+    """
+    dy_y = None if y is None else (dy * y).sum(dim=0)
+    dz = dy if gain is None else torch.addcmul(dy, dy, gain.minus_one)
+    dh = None if lora_B is None else (dz @ lora_B.to(dz.dtype)).mul_(scale)
+    return dz, dh, dy_y, dy.sum(dim=0) if with_bias else None
+
+
+def magnitude_gradient(
+    summed: Float[Tensor, " out"],
+    dy: Float[Tensor, "rows out"],
     bias: Float[Tensor, " out"] | None,
     bias_sum: Float[Tensor, " out"] | None,
     gain: Gain,
     fragile_z: Float[Tensor, "rows fragile"] | None,
 ) -> Float[Tensor, " out"]:
-    """dL/dm_i = sum over rows of dy_i z_i / n_i, with z = (y - b) / g.
-
-    The sum stays in the activations' dtype, whose reduction accumulates in float32: asking for a float32 sum of a
-    half-precision tensor is thirty times slower on CPU.
-    """
-    summed = (dy * y).sum(dim=0)
+    """dL/dm_i = sum over rows of dy_i z_i / n_i, with z = (y - b) / g; `summed` is the sum of dy y over rows."""
     if bias is not None and bias_sum is not None:
         dtype = gain.per_magnitude.dtype
         summed = summed.to(dtype) - bias.to(dtype) * bias_sum.to(dtype)
@@ -265,10 +295,10 @@ def magnitude_gradient(
 def low_rank_gradients(
     dx: Float[Tensor, "rows in_"] | None,
     dz: Float[Tensor, "rows out"],
+    dh: Float[Tensor, "rows rank"],
     rows: Float[Tensor, "rows in_"],
     hidden: Float[Tensor, "rows rank"],
     factors: tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]],
-    scale: float,
     dropped: Dropped | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Adds the low-rank path's share to dx in place; returns it with dA and dB in the factors' dtype.
@@ -277,7 +307,6 @@ def low_rank_gradients(
     """
     lora_A, lora_B = factors
     dB = factor_gradient(dz, hidden).to(lora_B.dtype)
-    dh = (dz @ lora_B.to(dz.dtype)).mul_(scale)
     dA = (dh.t() @ rows).to(lora_A.dtype) if lora_A.requires_grad else None
     if dx is not None:
         a = lora_A.to(dz.dtype)

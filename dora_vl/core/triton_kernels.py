@@ -5,7 +5,7 @@
 Letters as in `functional.py`. Both functions equal what `functional.AdaptedProduct` does in torch, with one rounding to
 the activations' dtype at the end instead of one an operation:
 
-    forward    y = g (z + b - b + s h B^T) + b        reads W x + b and h = A x, writes y, once
+    forward    y = g (W x + h B^T) + b        reads W x + b and h = s A x, writes y, once
     backward   dz = g dy, (dy * y).sum(0), dy.sum(0), dh = s dz B       reads dy and y, writes dz, once
 
 What they leave to the vendor's matrix products are the large ones: W x, dz W, h^T dz. On CPU the kernels run under
@@ -31,7 +31,7 @@ LARGEST_RANK = 256
 @triton.jit
 @no_type_check
 def _output_kernel(  # noqa: PLR0913 - Triton takes values one by one
-    product, hidden, factor, bias, minus_one, rows, out, rank, scale,
+    product, hidden, factor, bias, minus_one, rows, out, rank,
     HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr, WIDE_DOT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def _output_kernel(  # noqa: PLR0913 - Triton takes values one by one
             if WIDE_DOT:
                 h, b = h.to(tl.float32), b.to(tl.float32)
             change += tl.dot(h, tl.trans(b), input_precision="ieee")
-        value += scale * change
+        value += change
     away = tl.load(minus_one + column, mask=in_out, other=0.0).to(tl.float32)[None, :]
     result = value + away * value
     if HAS_BIAS:
@@ -110,13 +110,12 @@ def adapted_output_(
     lora_B: Float[Tensor, "out rank"] | None,
     bias: Float[Tensor, " out"] | None,
     minus_one: Float[Tensor, " out"],
-    scale: float,
 ) -> Float[Tensor, "rows out"]:
-    """Turns W x + b into g (W x + s h B^T) + b in place; bitwise nothing where g = 1 and B = 0.
+    """Turns W x + b into g (W x + h B^T) + b in place; bitwise nothing where g = 1 and B = 0.
 
     Args:
         product: W x + b, contiguous.
-        hidden: A x in the same dtype; None together with `lora_B` for a magnitude alone.
+        hidden: s A x in the same dtype; None together with `lora_B` for a magnitude alone.
         lora_B: In any dtype; rounded to that of `hidden` for the product, as the eager path does it.
         minus_one: g - 1.
     """
@@ -134,7 +133,6 @@ def adapted_output_(
         rows,
         out,
         rank,
-        scale,
         HAS_BIAS=bias is not None,
         HAS_LOW_RANK=low_rank,
         WIDE_DOT=not product.is_cuda,

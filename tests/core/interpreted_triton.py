@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core.fused import fused_kernels
 
 # Odd sizes, one row as in decoding, several blocks and splits; ranks that are no power of two, below and above a block.
@@ -40,8 +43,8 @@ def check(rows: int, out: int, rank: int, dtype: torch.dtype, *, with_bias: bool
     minus_one = (torch.rand(out) - 0.5).to(dtype)
     hidden = torch.randn(rows, rank, dtype=dtype) if with_low_rank else None
     b = torch.randn(out, rank) if with_low_rank else None
-    expected = reference_output(product, hidden, b, bias, minus_one, 0.7)
-    y = kernels.adapted_output_(product.clone(), hidden, b, bias, minus_one, 0.7)
+    expected = reference_output(product, hidden, b, bias, minus_one, 1.0)
+    y = kernels.adapted_output_(product.clone(), hidden, b, bias, minus_one)
     case = f"{rows}x{out} rank {rank} bias {with_bias} low rank {with_low_rank}"
     assert y.dtype == dtype
     close(y, expected, dtype, f"y {case}")
@@ -65,9 +68,7 @@ def check_no_op() -> None:
         assert kernels is not None
         product = torch.randn(9, 33, dtype=dtype)
         hidden, bias = torch.randn(9, 3, dtype=dtype), torch.randn(33, dtype=dtype)
-        y = kernels.adapted_output_(
-            product.clone(), hidden, torch.zeros(33, 3), bias, torch.zeros(33, dtype=dtype), 2.0
-        )
+        y = kernels.adapted_output_(product.clone(), hidden, torch.zeros(33, 3), bias, torch.zeros(33, dtype=dtype))
         assert torch.equal(y, product), dtype
 
 
@@ -82,6 +83,33 @@ def check_large_rank_and_strided() -> None:
     assert found.dy_y is None
 
 
+def check_layer(*, method: Literal["dora", "magnitude"], bias: bool, dropout: float) -> None:
+    """A whole layer, forward and backward: through the kernels in float32, and eagerly in float64."""
+    torch.manual_seed(0)
+    config = DoRAConfig(targets=("*",), method=method, rank=5, alpha=7.0, dropout=dropout)
+    narrow = DoRALinear(nn.Linear(33, 70, bias=bias), config)
+    narrow.weight.requires_grad_(False)
+    with torch.no_grad():
+        if narrow.lora_B is not None:
+            narrow.lora_B.normal_(std=0.3)
+        if narrow.magnitude is not None:
+            narrow.magnitude.mul_(torch.linspace(0.5, 1.7, 70))
+    wide, x, upstream = copy.deepcopy(narrow).double(), torch.randn(2, 9, 33), torch.randn(2, 9, 70)
+    results: list[dict[str, Tensor]] = []
+    for layer, dtype in ((narrow, torch.float32), (wide, torch.float64)):
+        inputs = x.detach().to(dtype).requires_grad_()
+        torch.manual_seed(5)
+        y = layer(inputs)
+        y.backward(upstream.to(dtype))
+        gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+        results.append({"y": y.detach(), "x": inputs.grad, **gradients})
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[1].items():
+        close(results[0][name], expected, torch.float32, f"{name} of a {method} layer, bias {bias}, {dropout}")
+    with torch.no_grad():
+        close(narrow.eval()(x), wide.eval()(x.double()), torch.float32, f"{method} layer in eval")
+
+
 if __name__ == "__main__":
     torch.set_default_device(os.environ.get("CHECKED_DEVICE", "cpu"))
     for (rows, out, rank), dtype, with_bias, with_low_rank in itertools.product(
@@ -90,3 +118,6 @@ if __name__ == "__main__":
         check(rows, out, rank, dtype, with_bias=with_bias, with_low_rank=with_low_rank)
     check_no_op()
     check_large_rank_and_strided()
+    for bias, dropout in itertools.product((True, False), (0.0, 0.4)):
+        check_layer(method="dora", bias=bias, dropout=dropout)
+    check_layer(method="magnitude", bias=True, dropout=0.0)
