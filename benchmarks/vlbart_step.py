@@ -55,7 +55,8 @@ def inputs(batch: int) -> dict[str, Any]:
 
 def stepper(method: Method, *, layers: int, batch: dict[str, Any], device: str) -> Callable[[], None]:
     """One whole training step of a method, with the published recipe's rank and extras."""
-    model: Any = drawn(bart_base(layers), seed=0).to(torch.device(device))
+    model: Any = drawn(bart_base(layers), seed=0)
+    model.to(device)
     extras = also_trained(model.settings, biases=True, norm_weights=method == "dora")
     config = DoRAConfig(method=method, rank=128, alpha=128.0, dropout=0.0, targets=DORA_TARGETS, also_train=extras)
     apply_dora(model, DoRAConfig(method="full", targets=("*",)) if method == "full" else config)
@@ -84,7 +85,9 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = {name: tensor.to(device) for name, tensor in inputs(options.batch).items()}
-    steppers = {one: stepper(one, layers=options.layers, batch=batch, device=device) for one in METHODS}
+    steppers: dict[Method, Callable[[], None]] = {
+        one: stepper(one, layers=options.layers, batch=batch, device=device) for one in METHODS
+    }
     seconds: dict[Method, list[float]] = {method: [] for method in METHODS}
     for turn in range(options.steps + 1):
         for method, step in steppers.items():
@@ -92,7 +95,7 @@ def main() -> None:
             step()
             if turn:  # the first makes the optimizer's state
                 seconds[method].append(time.perf_counter() - started)
-    medians: dict[str, float] = {method: median(values) for method, values in seconds.items()}
+    medians: dict[str, float] = {str(method): median(values) for method, values in seconds.items()}
     rows = [(one, options.batch / taken, taken, taken / medians["full"]) for one, taken in medians.items()]
     print(table(("method", "samples/s", "seconds a step", "of full"), rows))
     if options.json:
