@@ -41,7 +41,11 @@ def main() -> None:
     options, settings = parser.parse_known_args()
     config = read_run(["--config", options.config, *settings])
     register_towers()
-    model = LlavaForConditionalGeneration.from_pretrained(config.model.base, dtype=getattr(torch, config.model.dtype))
+    model = LlavaForConditionalGeneration.from_pretrained(
+        config.model.base,
+        dtype=getattr(torch, config.model.dtype),
+        attn_implementation=config.model.attn_implementation,
+    )
     backbone = LlavaBackbone(model)
     encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
     rows = read_rows(config.data.train, options.limit)
