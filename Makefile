@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo demo-vlbart demo-video test test-all lint clean
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,38 @@ demo: $(INSTALLED)
 	@echo "$(DEMO)/loss_curve.png and $(DEMO)/contact_sheet.png. Ask about a picture of your own, a coloured shape:"
 	@echo
 	@echo "  $(BIN)/python tasks/image_qa.py --adapter $(DEMO)/adapter --image FILE --question \"what color is the shape?\""
+
+VLDEMO := runs/demo-vlbart
+LITE0 := --library timm --name tf_efficientnet_lite0 --weights-in-order --grid-pool 2 --workers 0 \
+	--weights $(DEMO)/assets/efficientnet_lite0/efficientnet-lite0-57934424.pth
+
+demo-vlbart: $(INSTALLED)
+	$(BIN)/python -m data_prep.demo_assets --to $(DEMO)/assets
+	$(BIN)/python -m data_prep.easy_vqa_halves --from $(DEMO)/assets/easy_vqa --to $(VLDEMO)/records
+	rm -rf $(VLDEMO)/features $(VLDEMO)/start $(VLDEMO)/base
+	$(BIN)/python -m data_prep.features --root $(DEMO)/assets/easy_vqa --to $(VLDEMO)/features/train $(LITE0) \
+		--records $(VLDEMO)/records/pretrain.jsonl $(VLDEMO)/records/adapt.jsonl
+	$(BIN)/python -m data_prep.features --root $(DEMO)/assets/easy_vqa --to $(VLDEMO)/features/test $(LITE0) \
+		--records $(VLDEMO)/records/test.jsonl
+	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_image.py --config configs/vlbart/demo_pretrain.yaml --overwrite true
+	$(BIN)/dora-vl merge --adapter $(VLDEMO)/pretrain/adapter --to $(VLDEMO)/base
+	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_image.py --config configs/vlbart/demo_adapt.yaml --overwrite true
+
+VIDEO := runs/demo-video
+
+demo-video: $(INSTALLED)
+	$(BIN)/python -m data_prep.demo_assets --to $(DEMO)/assets
+	$(BIN)/python -m data_prep.moving_shapes --to $(VIDEO)/data
+	$(BIN)/python -m data_prep.features --root $(VIDEO)/data --to $(VIDEO)/features --library timm \
+		--name tf_efficientnet_lite0 --weights-in-order \
+		--weights $(DEMO)/assets/efficientnet_lite0/efficientnet-lite0-57934424.pth \
+		--layer -3 --grid-pool 8 --merge 4 --image-size 128 --frames 6
+	rm -rf $(VIDEO)/start $(VIDEO)/base
+	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_video.py --config configs/vlbart/demo_video_pretrain.yaml \
+		--overwrite true
+	$(BIN)/dora-vl merge --adapter $(VIDEO)/pretrain/adapter --to $(VIDEO)/base
+	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_video.py --config configs/vlbart/demo_video_adapt.yaml \
+		--overwrite true
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
