@@ -67,8 +67,10 @@ def base_model(folder: str | None, dtype: torch.dtype, device: str) -> Any:
     """A causal language model from a folder, or SmolLM2-135M's shapes with random weights."""
     torch.manual_seed(0)
     if folder is None:
-        return LlamaForCausalLM(SMOLLM2_135M).to(device, dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+        model: Any = LlamaForCausalLM(SMOLLM2_135M)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    return model.to(device, dtype)
 
 
 def contender(name: str, base: Any, setting: Setting) -> Any:

@@ -43,7 +43,7 @@ def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int) -> Sampli
 def _picture_numbers(images: pa.ChunkedArray) -> Int[Tensor, " samples"]:
     from pyarrow import compute  # half a second, which readers of this module alone need not pay
 
-    joined = compute.binary_join(images.combine_chunks(), "\0")
+    joined = compute.call_function("binary_join", [images.combine_chunks(), "\0"])
     return torch.tensor(joined.dictionary_encode().indices.to_numpy(), dtype=torch.int64)
 
 
