@@ -74,17 +74,16 @@ def encoder(**changes: object) -> InstructionEncoder:
 def test_ids_are_the_tokenizers_own_and_the_answer_alone_is_labelled() -> None:
     tokenizer = byte_tokenizer()
     plain = Instruction(id="2", instruction="Is it so?", output="the correct answer is true")
-    text = PROMPTS["nvlabs"].before_output(plain.instruction, "", test=False) + plain.output
+    prompt = PROMPTS["nvlabs"].before_output(plain.instruction, "", test=False)
+    whole = tokenizer(prompt + plain.output, return_offsets_mapping=True)
     encoded = encoder().encode(plain)
-    assert encoded.input_ids.tolist() == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    assert encoded.input_ids.tolist() == [*whole.input_ids, tokenizer.eos_token_id]
     assert encoded.input_ids[0] == tokenizer.bos_token_id
     labelled = encoded.labels != -100
-    # " the" is one token, as in the reference: the space before it belongs to the first token of the output.
-    trained = encoded.labels[labelled].tolist()
-    assert tokenizer.convert_ids_to_tokens(trained)[0] == "Ġthe"
-    assert tokenizer.decode(trained) == "the correct answer is true</s>"
+    # A token that begins in the prompt's last space and ends in the output is the output's, as in the reference.
+    assert labelled.tolist() == [*(end > len(prompt) for _, end in whole.offset_mapping), True]
+    assert tokenizer.decode(encoded.labels[labelled]).strip() == "the correct answer is true</s>"
     assert torch.equal(encoded.labels[labelled], encoded.input_ids[labelled])
-    assert bool(labelled[int(labelled.int().argmax()) :].all())
     everything = encoder(train_on="all").encode(plain)
     assert torch.equal(everything.labels, everything.input_ids)
 
