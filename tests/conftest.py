@@ -1,0 +1,26 @@
+"""What every test leaves behind it: no process group, and the environment of a launch as it found it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+AT_START = {name: os.environ.get(name) for name in LAUNCH}
+
+
+@pytest.fixture(autouse=True)
+def no_launch_left_behind() -> Iterator[None]:
+    """A test that trains in this process opens a port; a later test's subprocess would inherit its number, taken."""
+    yield
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name, value in AT_START.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
