@@ -80,7 +80,8 @@ def contender(name: str, base: Any, setting: Setting) -> Any:
     if name == "frozen":
         return model.requires_grad_(False)
     if name.startswith("ours"):
-        targets = tuple(f"*.{projection}" for projection in PROJECTIONS)
+        there = {name.rpartition(".")[2] for name, _ in model.named_modules()}  # a single layer has but one of them
+        targets = tuple(f"*.{projection}" for projection in PROJECTIONS if projection in there)
         config = DoRAConfig(rank=setting.rank, alpha=setting.alpha, dropout=setting.dropout, targets=targets)
         apply_dora(model, config)
     else:

@@ -33,7 +33,6 @@ def layer_of_shape(shape: str, dtype: torch.dtype, device: str) -> SingleLayer:
 
 def single_layer_loss(model: Any, *, tokens: int) -> Tensor:
     """The output's sum over a fixed random input that wants its gradient too."""
-    weight = next(one for one in model.parameters() if one.ndim == 2)
-    width = next(module for module in model.modules() if hasattr(module, "in_features")).in_features
-    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    weight = next(one for one in model.parameters() if one.ndim == 2)  # the layer's own comes first
+    x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     return model(x.requires_grad_()).float().square().mean()

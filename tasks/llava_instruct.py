@@ -8,36 +8,25 @@ training.output_dir; `--resume last` goes on from the last checkpoint.
 
 from __future__ import annotations
 
-import logging
-import signal
-import sys
+from typing import TYPE_CHECKING
 
-from dora_vl.errors import exit_on_user_error
+from dora_vl.training.recipe import RunConfig
+from dora_vl.training.start import start
 
-STATUS_OF_A_SIGNAL = 128  # as shells count it: 130 after Ctrl-C, 143 after SIGTERM
+if TYPE_CHECKING:
+    from dora_vl.training.llava_task import LlavaTask
 
 
-@exit_on_user_error
+def llava(config: RunConfig) -> LlavaTask:
+    """The task; its imports take seconds, so they come after mistakes in the settings were told."""
+    from dora_vl.training.llava_task import LlavaTask
+
+    return LlavaTask(config)
+
+
 def main() -> None:
     """Reads the settings, trains, tests."""
-    from dora_vl.training.command_line import read_run
-    from dora_vl.training.launch import first_rank_speaks, log_to_stderr
-
-    log_to_stderr()
-    with first_rank_speaks():
-        config = read_run(sys.argv[1:], program="llava_instruct.py", description=__doc__ or "")
-
-        from dora_vl.training.llava_task import (
-            LlavaTask,
-        )  # seconds of imports, after mistakes in the settings were told
-        from dora_vl.training.run import run
-
-        stopped_by = run(LlavaTask(config))
-    if stopped_by is not None:
-        logging.getLogger(__name__).info(
-            "stopped by %s; --resume last goes on from there", signal.Signals(stopped_by).name
-        )
-        sys.exit(STATUS_OF_A_SIGNAL + stopped_by)
+    start("llava_instruct.py", __doc__ or "", RunConfig, llava)
 
 
 if __name__ == "__main__":
