@@ -1,11 +1,13 @@
-"""Whom `dora_step.py` and `dora_memory.py` compare on one model: frozen, PEFT's LoRA and DoRA, and this project.
+"""Whom `dora_step.py` and `dora_memory.py` compare on one model, and the options they have in common.
 
-PEFT runs with `autocast_adapter_dtype=False`, its faster setting. B and the magnitudes stand away from their
-starting values, so that nobody is timed on a change that is zero.
+There are the frozen model, PEFT's LoRA and DoRA, and this project. PEFT runs with `autocast_adapter_dtype=False`, its
+faster setting. B and the magnitudes stand away from their starting values, so that nobody is timed on a change that is
+zero.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dora_vl import DoRAConfig, apply_dora, merge_dora
 from dora_vl.interchange.peft_model import accelerate_peft
 
+TRAINED = ("frozen", "peft_lora", "peft_dora", "peft_dora_accelerated", "ours")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SMOLLM2_135M = LlamaConfig(
     vocab_size=49152,
@@ -63,6 +66,31 @@ class Tokens:
         return cls(ids, places, ids[:, places + 1].reshape(-1))
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Model, settings and batch; `settings_of` and `tokens_of` read them."""
+    parser.add_argument(
+        "--model", default=None, help="folder of a causal language model; default: shapes of SmolLM2-135M"
+    )
+    parser.add_argument("--rank", type=int, nargs="+", default=[16, 128])
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--batch", type=int, default=8, help="rows")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens a row")
+    parser.add_argument("--labels", type=int, default=6, help="labelled tokens a row")
+    parser.add_argument("--json", default=None, help="file for the figures")
+
+
+def settings_of(options: argparse.Namespace) -> list[Setting]:
+    """Every rank with every dropout."""
+    dtype = getattr(torch, options.dtype)
+    return [Setting(rank, dropout, dtype) for rank in options.rank for dropout in options.dropout]
+
+
+def tokens_of(options: argparse.Namespace, vocabulary: int, device: str) -> Tokens:
+    """The batch."""
+    return Tokens.random(vocabulary, batch=options.batch, length=options.tokens, labels=options.labels, device=device)
+
+
 def base_model(folder: str | None, dtype: torch.dtype, device: str) -> Any:
     """A causal language model from a folder, or SmolLM2-135M's shapes with random weights."""
     torch.manual_seed(0)
@@ -82,7 +110,7 @@ def contender(name: str, base: Any, setting: Setting) -> Any:
     if name.startswith("ours"):
         there = {name.rpartition(".")[2] for name, _ in model.named_modules()}  # a single layer has but one of them
         targets = tuple(f"*.{projection}" for projection in PROJECTIONS if projection in there)
-        config = DoRAConfig(rank=setting.rank, alpha=setting.alpha, dropout=setting.dropout, targets=targets)
+        config = DoRAConfig(rank=setting.rank, alpha=float(setting.alpha), dropout=setting.dropout, targets=targets)
         apply_dora(model, config)
     else:
         model = _with_peft(model, setting, dora=name != "peft_lora")

@@ -18,12 +18,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from contenders import Setting, Tokens, base_model, contender, loss_of
-from report import median, table, write_json
-from single_layer import layer_of_shape, single_layer_loss
 from transformers import DynamicCache
 
-TRAINED = ("frozen", "peft_lora", "peft_dora", "peft_dora_accelerated", "ours")
+from benchmarks.contenders import (
+    TRAINED,
+    Setting,
+    add_options,
+    base_model,
+    contender,
+    loss_of,
+    settings_of,
+    tokens_of,
+)
+from benchmarks.report import median, table, write_json
+from benchmarks.single_layer import layer_of_shape, single_layer_loss
+
 DECODED = ("frozen", "peft_lora", "peft_dora", "ours", "ours_merged")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,10 +40,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def main() -> None:
     """Times every setting, prints the tables and writes the JSON."""
     options = read_options()
-    settings = [
-        Setting(rank, dropout, getattr(torch, options.dtype)) for rank in options.rank for dropout in options.dropout
-    ]
-    figures = [time_setting(setting, options) for setting in settings]
+    figures = [time_setting(setting, options) for setting in settings_of(options)]
     if options.json is not None:
         shown = {name: value for name, value in vars(options).items() if name != "json"}
         write_json(options.json, {"options": shown, "settings": figures})
@@ -43,20 +49,11 @@ def main() -> None:
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=None, help="folder of a causal language model; default: shapes of SmolLM2-135M"
-    )
+    add_options(parser)
     parser.add_argument("--layer", default=None, help="INxOUT: one linear layer instead of a model")
-    parser.add_argument("--rank", type=int, nargs="+", default=[16, 128])
-    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--batch", type=int, default=8, help="rows")
-    parser.add_argument("--tokens", type=int, default=96, help="tokens a row")
-    parser.add_argument("--labels", type=int, default=6, help="labelled tokens a row")
     parser.add_argument("--rounds", type=int, default=5, help="how often everybody takes a turn")
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn; its time is their median")
     parser.add_argument("--peak-tflops", type=float, default=None, help="the card's dense peak, for the share used")
-    parser.add_argument("--json", default=None, help="file for the figures")
     return parser.parse_args()
 
 
@@ -67,8 +64,7 @@ def time_setting(setting: Setting, options: argparse.Namespace) -> dict[str, Any
         loss = partial(single_layer_loss, tokens=options.batch * options.tokens)
     else:
         base = base_model(options.model, setting.dtype, DEVICE)
-        sizes = {"batch": options.batch, "length": options.tokens, "labels": options.labels}
-        loss = partial(loss_of, tokens=Tokens.random(base.config.vocab_size, **sizes, device=DEVICE))
+        loss = partial(loss_of, tokens=tokens_of(options, base.config.vocab_size, DEVICE))
     training = take_turns({name: train_step(contender(name, base, setting), loss) for name in TRAINED}, options)
     row = {"rank": setting.rank, "dropout": setting.dropout, "train_ms": training.milliseconds, **ratios(training)}
     print(f"\nrank {setting.rank}, dropout {setting.dropout}, training step, {options.dtype}")

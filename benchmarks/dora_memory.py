@@ -1,0 +1,182 @@
+"""Memory of a training step: frozen model, PEFT LoRA, PEFT DoRA and this project.
+
+    python benchmarks/dora_memory.py --rank 16 128 --dropout 0 0.05 --json benchmarks/results/dora_memory.json
+
+Model and step are those of `dora_step.py`. Three measurements of every contender, in bytes (`live_bytes.py` says how):
+
+- saved: what the graph keeps for the backward pass, each storage once, the model's own tensors not counted. What
+  autograd's hooks do not see is followed too: attributes of nodes written in Python, such as this project's gains and
+  dropped positions.
+- alive: all that the forward pass made and that is still there when it ends. Without gradient checkpointing this is
+  `saved` and a few tensors that nobody saves, found independently. With checkpointing, whose closures no hook can see,
+  it is the figure; both kinds of checkpointing, as `gradient_checkpointing_enable` switches them on.
+- peak: the most there is within forward, backward and AdamW beyond what stands between steps (weights, the
+  optimizer's state). Gradients are in it, and this project's are float32 over a half-precision model.
+
+On a CUDA machine the allocator's own peak is added.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import (
+    TRAINED,
+    Setting,
+    Tokens,
+    add_options,
+    base_model,
+    contender,
+    loss_of,
+    settings_of,
+    tokens_of,
+)
+from benchmarks.live_bytes import LiveBytes, Saved, saved_for_backward
+from benchmarks.report import table, write_json
+
+CHECKPOINTING: dict[str, bool | None] = {"stored": None, "non_reentrant": False, "reentrant": True}
+"""Name of a way to keep activations -> `use_reentrant` of its checkpoints; None is without."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes of one training step beyond what stands between steps."""
+
+    alive: int
+    peak: int
+    cuda_peak: int | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One contender: what its graph saves, and its step with each way to keep activations."""
+
+    saved: Saved
+    steps: dict[str, Step]
+
+
+def main() -> None:
+    """Measures every setting, prints the tables and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    options = parser.parse_args()
+    base = base_model(options.model, getattr(torch, options.dtype), DEVICE)
+    tokens = tokens_of(options, base.config.vocab_size, DEVICE)
+    rows = []
+    for setting in settings_of(options):
+        measured = {name: memory_of(contender(name, base, setting), tokens) for name in TRAINED}
+        print(f"\nrank {setting.rank}, dropout {setting.dropout}, {options.dtype}, MiB\n{shown(measured)}")
+        rows.append(figures(setting, measured))
+    if options.json is not None:
+        given = {name: value for name, value in vars(options).items() if name != "json"}
+        write_json(options.json, {"options": given, "settings": rows})
+
+
+def memory_of(model: Any, tokens: Tokens) -> Memory:
+    """Everything about one contender; its checkpointing is left switched on."""
+    model.train()
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True) if trained else None
+    forward = partial(loss_of, model, tokens)
+    loss, saved = saved_for_backward(forward, model)
+    finish(loss, optimizer)
+    steps = {}
+    for name, reentrant in CHECKPOINTING.items():
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        steps[name] = step_of(forward, optimizer)
+    return Memory(saved, steps)
+
+
+def step_of(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None) -> Step:
+    """The second of two steps: the first makes caches and the optimizer's state."""
+    with LiveBytes() as live:
+        finish(forward(), optimizer)
+        between = live.restart_peak()
+        loss = forward()
+        alive = live.now - between
+        finish(loss, optimizer)
+        return Step(alive, live.peak - between, cuda_peak(forward, optimizer))
+
+
+def finish(loss: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    """Backward and AdamW."""
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def cuda_peak(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None) -> int | None:
+    """The CUDA allocator's peak within a step, weights and optimizer's state included."""
+    if DEVICE != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    finish(forward(), optimizer)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def figures(setting: Setting, measured: dict[str, Memory]) -> dict[str, Any]:
+    """One row of the JSON; the worse of the two checkpointings is the ratio's."""
+
+    def ratio(read: Callable[[Memory], int], to: str) -> float:
+        return round(read(measured["ours"]) / read(measured[to]), 4)
+
+    def checkpointed(read: Callable[[Step], int]) -> float:
+        ways = [way for way, reentrant in CHECKPOINTING.items() if reentrant is not None]
+        return max(ratio(lambda one, way=way: read(one.steps[way]), "peft_lora") for way in ways)
+
+    return {
+        "rank": setting.rank,
+        "dropout": setting.dropout,
+        "saved_bytes_vs_peft_lora": ratio(lambda one: one.saved.total, "peft_lora"),
+        "saved_bytes_vs_peft_dora": ratio(lambda one: one.saved.total, "peft_dora"),
+        "saved_bytes_vs_peft_lora_checkpointed": checkpointed(lambda step: step.alive),
+        "peak_bytes_vs_peft_lora": ratio(lambda one: one.steps["stored"].peak, "peft_lora"),
+        "peak_bytes_vs_peft_dora": ratio(lambda one: one.steps["stored"].peak, "peft_dora"),
+        "peak_bytes_vs_peft_lora_checkpointed": checkpointed(lambda step: step.peak),
+        "bytes": {name: asdict(memory) for name, memory in measured.items()},
+    }
+
+
+def shown(measured: dict[str, Memory]) -> str:
+    """The table of one setting."""
+    lora = measured["peft_lora"]
+    heads = ["contender", "saved", "x peft_lora", "outside hooks"]
+    for way in CHECKPOINTING:
+        heads += [f"alive {way}", "x peft_lora", f"peak {way}", "x peft_lora"]
+    if DEVICE == "cuda":
+        heads += [f"CUDA peak {way}" for way in CHECKPOINTING]
+    return table(heads, [cells(name, memory, lora) for name, memory in measured.items()])
+
+
+def cells(name: str, memory: Memory, lora: Memory) -> list[object]:
+    """One row of the table."""
+    row: list[object] = [name, *beside(memory.saved.total, lora.saved.total), mebibytes(memory.saved.outside_hooks)]
+    for way, step in memory.steps.items():
+        row += [*beside(step.alive, lora.steps[way].alive), *beside(step.peak, lora.steps[way].peak)]
+    return row + [mebibytes(step.cuda_peak) for step in memory.steps.values() if step.cuda_peak is not None]
+
+
+def beside(size: int, reference: int) -> tuple[str, str]:
+    """MiB, and how many times the reference's."""
+    return mebibytes(size), f"{size / reference:.3f}"
+
+
+def mebibytes(size: int) -> str:
+    """With one decimal."""
+    return f"{size / 2**20:.1f}"
+
+
+if __name__ == "__main__":
+    main()
