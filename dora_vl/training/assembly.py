@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from transformers import TrainingArguments
 
 from dora_vl.backbones.compose import compose_llava
@@ -20,9 +19,10 @@ from dora_vl.data.records import load_llava as load_records
 from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
 from dora_vl.errors import UserError
 from dora_vl.training.adapting import core_config
+from dora_vl.training.base_loading import load_base
 from dora_vl.training.provenance import content_hash, local_folder, versions
 from dora_vl.training.recipe import AdapterConfig, ModelConfig, RunConfig
-from dora_vl.training.zero import loading_in, without_sharding
+from dora_vl.training.zero import without_sharding
 
 
 def compose_if_missing(model: ModelConfig, arguments: TrainingArguments) -> None:
@@ -35,18 +35,8 @@ def compose_if_missing(model: ModelConfig, arguments: TrainingArguments) -> None
 
 
 def load_backbone(model: ModelConfig, *, cached_features: bool) -> LlavaBackbone:
-    """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3."""
-    if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
-        raise UserError("model.attn_implementation: flash_attention_2 needs CUDA; sdpa runs everywhere")
-    dtype = getattr(torch, model.dtype)
-    with loading_in(dtype):
-        return load_llava(
-            model.base,
-            dtype=dtype,
-            attn_implementation=model.attn_implementation,
-            revision=model.revision,
-            picture_source="image_features" if cached_features else "pixel_values",
-        )
+    """The base, with pictures put in as pixels or as the tower's stored output."""
+    return load_base(load_llava, model, picture_source="image_features" if cached_features else "pixel_values")
 
 
 def dora_config(adapter: AdapterConfig) -> DoRAConfig:

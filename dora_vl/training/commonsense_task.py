@@ -22,13 +22,14 @@ from dora_vl.data.instructions import load_instructions
 from dora_vl.errors import UserError
 from dora_vl.evaluation.commonsense_run import evaluate_commonsense, read_sets
 from dora_vl.training.adapting import core_config
+from dora_vl.training.base_loading import load_base
 from dora_vl.training.commonsense_recipe import CommonsenseRunConfig, InstructionDataConfig, LanguageModelConfig
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.provenance import content_hash, local_folder, versions
 from dora_vl.training.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.task_model import GenerationTask
-from dora_vl.training.zero import loading_in, without_sharding
+from dora_vl.training.zero import without_sharding
 
 REFERENCE_SPLIT_SEED = 42  # of LLM-Adapters' and NVlabs' `train_test_split`
 
@@ -141,18 +142,8 @@ class CommonsenseTask(Task):
 
 
 def load_backbone(model: LanguageModelConfig, *, beams: int) -> CausalLMBackbone:
-    """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3."""
-    if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
-        raise UserError("model.attn_implementation: flash_attention_2 needs CUDA; sdpa runs everywhere")
-    dtype = getattr(torch, model.dtype)
-    with loading_in(dtype):
-        return load_causal_lm(
-            model.base,
-            dtype=dtype,
-            attn_implementation=model.attn_implementation,
-            revision=model.revision,
-            generation={"num_beams": beams},
-        )
+    """The base, which will search its answers with so many beams."""
+    return load_base(load_causal_lm, model, generation={"num_beams": beams})
 
 
 def build_encoder(config: CommonsenseRunConfig) -> InstructionEncoder:

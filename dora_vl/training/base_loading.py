@@ -1,0 +1,62 @@
+"""Loads the base that a run adapts, as its model section says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+
+from dora_vl.errors import UserError
+from dora_vl.training.zero import loading_in
+
+Backbone = TypeVar("Backbone")
+
+
+@runtime_checkable
+class BaseSettings(Protocol):
+    """What every model section says of a base that is loaded through transformers."""
+
+    @property
+    def base(self) -> str:
+        """Folder or Hugging Face id."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """Git revision of a Hugging Face id."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Number type of the frozen weights."""
+        ...
+
+    @property
+    def attn_implementation(self) -> str:
+        """Attention kernel."""
+        ...
+
+
+def load_base(load: Callable[..., Backbone], model: BaseSettings, **more: Any) -> Backbone:
+    """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3.
+
+    Args:
+        load: the backbone's own loader.
+        model: the run's model section.
+        more: what that loader takes besides.
+
+    Raises:
+        UserError: the attention kernel does not run on this machine.
+    """
+    if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
+        raise UserError("model.attn_implementation: flash_attention_2 needs CUDA; sdpa runs everywhere")
+    dtype = getattr(torch, model.dtype)
+    with loading_in(dtype):
+        return load(
+            model.base,
+            dtype=dtype,
+            attn_implementation=model.attn_implementation,
+            revision=model.revision,
+            **more,
+        )
