@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from dora_vl.backbones.causal_lm import LanguageSource
 from dora_vl.backbones.instruction_prompt import PromptName, TrainOn
 from dora_vl.evaluation.commonsense import Rule
-from dora_vl.training.recipe import AdapterConfig, OptimConfig
+from dora_vl.training.recipe import AdapterConfig, OptimConfig, ResumableRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +97,11 @@ class CommonsenseEvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommonsenseRunConfig:
+class CommonsenseRunConfig(ResumableRun):
     """One run: what its YAML file holds."""
 
     model: LanguageModelConfig
     adapter: LanguageAdapterConfig = field(default_factory=LanguageAdapterConfig)
     data: InstructionDataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
-    file, or zero0, zero2, zero3, zero3_offload of configs/deepspeed."""
     evaluation: CommonsenseEvaluationConfig = field(default_factory=CommonsenseEvaluationConfig)
-    resume: str | None = None
-    """`last` goes on from the run folder's last complete checkpoint; or a checkpoint folder."""
-    overwrite: bool = False
-    """Removes what an earlier run left in training.output_dir; otherwise that is refused."""

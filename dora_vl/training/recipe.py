@@ -124,18 +124,24 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class ResumableRun:
+    """What every run has besides its own sections."""
+
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
+    file, or zero0, zero2, zero3, zero3_offload of configs/deepspeed."""
+    resume: str | None = None
+    """`last` goes on from the run folder's last complete checkpoint; or a checkpoint folder."""
+    overwrite: bool = False
+    """Removes what an earlier run left in training.output_dir; otherwise that is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ResumableRun):
     """One run: what its YAML file holds."""
 
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
-    file, or zero0, zero2, zero3, zero3_offload of configs/deepspeed."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    resume: str | None = None
-    """`last` goes on from the run folder's last complete checkpoint; or a checkpoint folder."""
-    overwrite: bool = False
-    """Removes what an earlier run left in training.output_dir; otherwise that is refused."""
