@@ -7,24 +7,11 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from dora_vl.errors import DECODING_ERRORS
+
 VIDEO_ENDINGS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v"})
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
 """How whole files of a kind end, within their last bytes: a quick look that needs no decoding."""
-
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    ZeroDivisionError,
-    AttributeError,
-    struct.error,
-)
-"""What Pillow's plugins raise on bytes that are no picture, or no longer one."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +92,7 @@ def decoding_trouble(path: Path) -> Trouble | None:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 image.load()
-    except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
+    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         kind = "truncated media" if "truncated" in reason else "broken media"
         return Trouble(kind, reason)

@@ -1,8 +1,9 @@
-"""The errors a person can act on, and the one place that turns them into a line and an exit status."""
+"""The errors a person can act on, the one place that turns them into a line and an exit status, and Pillow's own."""
 
 from __future__ import annotations
 
 import functools
+import struct
 import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -11,6 +12,22 @@ Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
 
 USER_ERROR_STATUS = 2
+
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    ZeroDivisionError,
+    AttributeError,
+    struct.error,
+)
+"""What Pillow's decoders raise on bytes that are no picture, or no longer one, beside its `DecompressionBombError`:
+mutated files of ten formats raised OSError, ValueError and that; its plugins hold code for the rest."""
 
 
 class UserError(Exception):

@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from dora_vl.errors import BadSample
-
-# What Pillow's decoders raise on bytes that are no picture, or no longer one: mutated files of ten formats
-# raised OSError, ValueError and the decompression bomb; its plugins hold code for the rest.
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    ZeroDivisionError,
-    AttributeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+from dora_vl.errors import DECODING_ERRORS, BadSample
 
 
 def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Image.Image:
@@ -49,7 +31,7 @@ def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Imag
             image.load()
     except FileNotFoundError:
         raise BadSample(relative, f"picture {relative} is missing in {root}") from None
-    except _DECODING_ERRORS as error:
+    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         reason = f"picture {relative} in {root} cannot be decoded: {_one_line(error)}"
         raise BadSample(relative, reason) from None
     return _plain_rgb(image)
