@@ -10,11 +10,10 @@ prompt shows it so. The server takes {id: answer text}.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 from data_prep.fields import filled, kept, texts
-from data_prep.published import Progress, Raw, Split, some_present
+from data_prep.published import Progress, Raw, Split, only_test_split, some_present
 from dora_vl.data.examples import Answer, Example
 from dora_vl.data.records import stream_members
 
@@ -24,14 +23,7 @@ FILE = "mm-vet.json"
 def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
     """The one test split."""
     file = some_present(folder, [FILE])[FILE]
-    yield Split(
-        task="mmvet",
-        name="test",
-        inputs=(file,),
-        rows=partial(_rows, file),
-        convert=convert,
-        published_rows=218,
-    )
+    yield only_test_split(file, task="mmvet", rows=_rows, convert=convert, published_rows=218)
 
 
 def _rows(file: Path, progress: Progress) -> Iterator[Raw]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +65,25 @@ def some_present(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     if not found:
         raise UserError(f"{folder}: none of {', '.join(names)} is in it; --from takes the folder with the files")
     return found
+
+
+def only_test_split(
+    file: Path,
+    *,
+    task: str,
+    rows: Callable[[Path, Progress], Iterator[Raw]],
+    convert: Callable[[Raw], Converted],
+    published_rows: int,
+) -> Split:
+    """The split of a benchmark that is one file; `rows` reads it."""
+    return Split(
+        task=task,
+        name="test",
+        inputs=(file,),
+        rows=partial(rows, file),
+        convert=convert,
+        published_rows=published_rows,
+    )
 
 
 def json_rows(path: Path, progress: Progress, key: str | None = None) -> Iterator[Raw]:

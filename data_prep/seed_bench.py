@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 from data_prep.fields import filled, identifier, items, number
-from data_prep.published import Progress, Raw, Split, json_rows, some_present
+from data_prep.published import Progress, Raw, Split, json_rows, only_test_split, some_present
 from dora_vl.data.examples import Answer, Clip, Example
 from dora_vl.errors import BadSample, UserError
 
@@ -28,14 +27,7 @@ LETTERS = "ABCD"
 def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
     """The one test split."""
     file = some_present(folder, [FILE])[FILE]
-    yield Split(
-        task="seed",
-        name="test",
-        inputs=(file,),
-        rows=partial(_rows, file),
-        convert=convert,
-        published_rows=19_242,
-    )
+    yield only_test_split(file, task="seed", rows=_rows, convert=convert, published_rows=19_242)
 
 
 def _rows(file: Path, progress: Progress) -> Iterator[Raw]:
