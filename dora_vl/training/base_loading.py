@@ -8,28 +8,19 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 
 from dora_vl.errors import UserError
+from dora_vl.training.task import ModelSection
 from dora_vl.training.zero import loading_in
 
 Backbone = TypeVar("Backbone")
 
 
 @runtime_checkable
-class BaseSettings(Protocol):
-    """What every model section says of a base that is loaded through transformers."""
-
-    @property
-    def base(self) -> str:
-        """Folder or Hugging Face id."""
-        ...
+class LoadedModelSection(ModelSection, Protocol):
+    """What the `model:` section also says where transformers loads the base."""
 
     @property
     def revision(self) -> str | None:
         """Git revision of a Hugging Face id."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Number type of the frozen weights."""
         ...
 
     @property
@@ -38,7 +29,7 @@ class BaseSettings(Protocol):
         ...
 
 
-def load_base(load: Callable[..., Backbone], model: BaseSettings, **more: Any) -> Backbone:
+def load_base(load: Callable[..., Backbone], model: LoadedModelSection, **more: Any) -> Backbone:
     """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3.
 
     Args:
