@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -51,7 +51,11 @@ def open_features(folder: Path) -> FeatureSource:
     Raises:
         UserError: no such folder, or nothing in it that is known; it says what was looked for.
     """
-    forms = {".parquet": ParquetFeatures, ".h5": Hdf5Features, ".npz": NpzFeatures}
+    forms: dict[str, Callable[[Path], FeatureSource]] = {
+        ".parquet": ParquetFeatures,
+        ".h5": hdf5_features,
+        ".npz": npz_features,
+    }
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of features; python -m data_prep.features makes one")
     for suffix, form in forms.items():
@@ -159,71 +163,64 @@ def _read_group(shard: Path, group: int) -> _Group:
     return _Group(numbers, np.arange(rows) * int(np.prod(fixed)), [fixed] * rows)
 
 
-class Hdf5Features:
-    """VL-Adapter's tree: `<name>.h5` for each picture, in it a group of that name with `features`. Needs h5py."""
+@dataclass(frozen=True)
+class FilePerName:
+    """A folder with one file for each picture or video, under its name.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Attributes:
+        suffix: of those files.
+        load: what a file holds for a name; it may raise OSError, KeyError, ValueError and BadZipFile.
+    """
 
-    def __contains__(self, name: str) -> bool:
-        return self._path(name).is_file()
-
-    def names(self) -> Iterator[str]:
-        """See `FeatureSource`."""
-        return (path.stem for path in self._folder.glob("*.h5"))
-
-    def _path(self, name: str) -> Path:
-        return _inside(self._folder, name, ".h5")
-
-    def read(self, name: str) -> Float[Tensor, "tokens width"]:
-        """See `FeatureSource`."""
-        import h5py
-
-        path = self._path(name)
-        if not path.is_file():
-            raise _absent(name, self._folder)
-        try:
-            with h5py.File(path, "r") as opened:
-                stored: Any = opened[f"{name}/{FEATURES}"]
-                values = np.asarray(stored)
-        except (OSError, KeyError) as error:
-            raise BadSample(name, f"features {path.name} in {self._folder} cannot be read: {error}") from None
-        return _two_axes(torch.from_numpy(values), name)
-
-
-class NpzFeatures:
-    """VALUE's folder: `<name>.npz` for each video, in it an array `features`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    folder: Path
+    suffix: str
+    load: Callable[[Path, str], np.ndarray]
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).is_file()
 
     def names(self) -> Iterator[str]:
         """See `FeatureSource`."""
-        return (path.stem for path in self._folder.glob("*.npz"))
-
-    def _path(self, name: str) -> Path:
-        return _inside(self._folder, name, ".npz")
+        return (path.stem for path in self.folder.glob(f"*{self.suffix}"))
 
     def read(self, name: str) -> Float[Tensor, "tokens width"]:
         """See `FeatureSource`."""
         path = self._path(name)
         if not path.is_file():
-            raise _absent(name, self._folder)
+            raise _absent(name, self.folder)
         try:
-            with np.load(path, allow_pickle=False) as opened:
-                values = opened[FEATURES]
+            values = self.load(path, name)
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise BadSample(name, f"features {path.name} in {self._folder} cannot be read: {error}") from None
+            raise BadSample(name, f"features {path.name} in {self.folder} cannot be read: {error}") from None
         return _two_axes(torch.from_numpy(values), name)
 
+    def _path(self, name: str) -> Path:
+        if not name or "/" in name or "\\" in name or "\0" in name:
+            raise BadSample(name, f"{name!r} cannot be a file's name, so {self.folder} has no features of it")
+        return self.folder / f"{name}{self.suffix}"
 
-def _inside(folder: Path, name: str, suffix: str) -> Path:
-    if not name or "/" in name or "\\" in name or "\0" in name:
-        raise BadSample(name, f"{name!r} cannot be a file's name, so {folder} has no features of it")
-    return folder / f"{name}{suffix}"
+
+def hdf5_features(folder: Path) -> FilePerName:
+    """VL-Adapter's tree: `<name>.h5` for each picture, in it a group of that name with `features`. Needs h5py."""
+    return FilePerName(folder, ".h5", _load_hdf5)
+
+
+def npz_features(folder: Path) -> FilePerName:
+    """VALUE's folder: `<name>.npz` for each video, in it an array `features`."""
+    return FilePerName(folder, ".npz", _load_npz)
+
+
+def _load_hdf5(path: Path, name: str) -> np.ndarray:
+    import h5py
+
+    with h5py.File(path, "r") as opened:
+        stored: Any = opened[f"{name}/{FEATURES}"]
+        return np.asarray(stored)
+
+
+def _load_npz(path: Path, name: str) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as opened:
+        return opened[FEATURES]
 
 
 def _absent(name: str, folder: Path) -> BadSample:
