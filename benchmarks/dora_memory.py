@@ -11,7 +11,8 @@ Model and step are those of `dora_step.py`. Three measurements of every contende
   `saved` and a few tensors that nobody saves, found independently. With checkpointing, whose closures no hook can see,
   it is the figure; both kinds of checkpointing, as `gradient_checkpointing_enable` switches them on.
 - peak: the most there is within forward, backward and AdamW beyond what stands between steps (weights, the
-  optimizer's state). Gradients are in it, and this project's are float32 over a half-precision model.
+  optimizer's state). Gradients are in it: this project trains in float32 over a half-precision model, PEFT, as it
+  runs here, in half precision.
 
 On a CUDA machine the allocator's own peak is added.
 """
@@ -60,6 +61,8 @@ class Memory:
     """One contender: what its graph saves, and its step with each way to keep activations."""
 
     saved: Saved
+    gradients: int
+    """Of what trains, in the dtype it trains in; in the peak where activations do not outweigh them."""
     steps: dict[str, Step]
 
 
@@ -93,7 +96,7 @@ def memory_of(model: Any, tokens: Tokens) -> Memory:
         if reentrant is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         steps[name] = step_of(forward, optimizer)
-    return Memory(saved, steps)
+    return Memory(saved, sum(one.nbytes for one in trained), steps)
 
 
 def step_of(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None) -> Step:
@@ -152,7 +155,7 @@ def figures(setting: Setting, measured: dict[str, Memory]) -> dict[str, Any]:
 def shown(measured: dict[str, Memory]) -> str:
     """The table of one setting."""
     lora = measured["peft_lora"]
-    heads = ["contender", "saved", "x peft_lora", "outside hooks"]
+    heads = ["contender", "saved", "x peft_lora", "outside hooks", "gradients"]
     for way in CHECKPOINTING:
         heads += [f"alive {way}", "x peft_lora", f"peak {way}", "x peft_lora"]
     if DEVICE == "cuda":
@@ -162,7 +165,8 @@ def shown(measured: dict[str, Memory]) -> str:
 
 def cells(name: str, memory: Memory, lora: Memory) -> list[object]:
     """One row of the table."""
-    row: list[object] = [name, *beside(memory.saved.total, lora.saved.total), mebibytes(memory.saved.outside_hooks)]
+    row: list[object] = [name, *beside(memory.saved.total, lora.saved.total)]
+    row += [mebibytes(memory.saved.outside_hooks), mebibytes(memory.gradients)]
     for way, step in memory.steps.items():
         row += [*beside(step.alive, lora.steps[way].alive), *beside(step.peak, lora.steps[way].peak)]
     return row + [mebibytes(step.cuda_peak) for step in memory.steps.values() if step.cuda_peak is not None]

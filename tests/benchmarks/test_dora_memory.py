@@ -15,6 +15,7 @@ from benchmarks.dora_memory import Memory, Step, figures, memory_of
 from benchmarks.live_bytes import LiveBytes, Saved, saved_for_backward
 
 ROWS, WIDTH = 30, 10
+BATCH, LENGTH, LAYERS, HIDDEN, MIDDLE = 6, 40, 4, 32, 48
 
 
 @dataclass
@@ -25,11 +26,11 @@ class Aside:
 
 
 class Doubled(torch.autograd.Function):
-    """Saves its input for the backward pass and keeps two more tensors as attributes, one of them the input again."""
+    """Saves its input and five integers, and keeps two tensors as attributes, one of them the input again."""
 
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, torch.zeros(5, dtype=torch.int64))
         ctx.kept = [Aside(torch.zeros(7, dtype=torch.int64)), {"again": x}]
         return 2 * x
 
@@ -57,7 +58,7 @@ def test_live_bytes_follows_what_is_made_until_it_dies():
 def test_attributes_of_python_nodes_are_counted_and_each_storage_once():
     x = torch.ones(ROWS, WIDTH, requires_grad=True)
     loss, saved = saved_for_backward(lambda: Doubled.apply(x)[1:].sum(), nn.Identity())
-    assert saved == Saved(total=ROWS * WIDTH * 4 + 7 * 8, outside_hooks=7 * 8)
+    assert saved == Saved(total=ROWS * WIDTH * 4 + 5 * 8 + 7 * 8, outside_hooks=7 * 8)
     loss.backward()
 
 
@@ -83,14 +84,14 @@ def measured() -> dict[str, Memory]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=60,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
+        hidden_size=HIDDEN,
+        intermediate_size=MIDDLE,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
     )
     base = LlamaForCausalLM(config)
-    tokens = Tokens.random(60, batch=6, length=40, labels=3, device="cpu")
+    tokens = Tokens.random(60, batch=BATCH, length=LENGTH, labels=3, device="cpu")
     setting = Setting(rank=4, dropout=0.4, dtype=torch.float32)
     names = ("frozen", "peft_lora", "peft_dora", "ours")
     return {name: memory_of(contender(name, base, setting), tokens) for name in names}
@@ -100,13 +101,13 @@ def measured() -> dict[str, Memory]:
 def test_the_two_counts_agree(measured, name):
     """Within what one alone sees: the input, the loss; gains and the last mask, which stand between steps."""
     saved, alive = measured[name].saved.total, measured[name].steps["stored"].alive
-    assert saved == pytest.approx(alive, rel=0.05)
+    assert saved == pytest.approx(alive, rel=0.025)
 
 
-def test_what_ours_keeps_outside_the_hooks_matters_in_this_setting(measured):
-    """Else the test above could not tell whether it is counted."""
-    saved = measured["ours"].saved
-    assert saved.outside_hooks > 0.15 * saved.total
+def test_what_dropout_keeps_is_more_than_the_two_counts_may_differ_by(measured):
+    """Else the test above could not tell whether it is counted. A byte for each element is the least there is."""
+    elements = BATCH * LENGTH * LAYERS * (3 * HIDDEN + MIDDLE)
+    assert elements > 0.04 * measured["ours"].saved.total
 
 
 def test_checkpointing_keeps_less_and_the_step_holds_more_than_its_forward_pass(measured):
@@ -119,7 +120,7 @@ def test_checkpointing_keeps_less_and_the_step_holds_more_than_its_forward_pass(
 def test_ratios_are_ours_over_theirs_and_the_worse_of_two_checkpointings():
     def memory(saved: int, *alive: int) -> Memory:
         steps = (Step(one, 10 * one, None) for one in alive)
-        return Memory(Saved(saved, 1), dict(zip(("stored", "non_reentrant", "reentrant"), steps, strict=True)))
+        return Memory(Saved(saved, 1), 5, dict(zip(("stored", "non_reentrant", "reentrant"), steps, strict=True)))
 
     row = figures(
         Setting(16, 0.0, torch.float32),
