@@ -13,7 +13,8 @@ from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
 from dora_vl.data.examples import Example
-from dora_vl.data.seq2seq import Subtask, fixed_length
+from dora_vl.data.feature_input import fixed_length
+from dora_vl.data.seq2seq import Subtask
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import Assistants, base_of, read_recipe, with_adapter

@@ -15,8 +15,9 @@ from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
+from dora_vl.data.feature_input import fixed_length
 from dora_vl.data.mixture import MixturePlan, Source
-from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator, fixed_length
+from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator
 from dora_vl.errors import BadSample, UserError
 from tasks import vlbart_image, vlbart_video
 

@@ -1,0 +1,56 @@
+"""Stored features of an example's pictures or video, as many tokens for each as the model reads."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from dora_vl.data.examples import Example
+from dora_vl.errors import BadSample
+
+
+@runtime_checkable
+class FeatureReader(Protocol):
+    """Stored features of a picture or a video, by an example's path."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens and numbers of each token."""
+        ...
+
+    def read(self, path: str) -> Float[Tensor, "tokens channels"]:
+        """The features; raises `BadSample` where there are none."""
+        ...
+
+
+def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "images tokens channels"]:
+    """Features of an example's pictures, or of its video.
+
+    Raises:
+        BadSample: it has neither, or they are not there.
+    """
+    paths = example.images or (() if example.video is None else (example.video.path,))
+    if not paths:
+        raise BadSample(example.id, "it has neither pictures nor a video")
+    read = [reader.read(path) for path in paths]
+    if example.video is None and any(len(one) != reader.shape[0] for one in read):
+        found = {len(one) for one in read}
+        raise BadSample(example.id, f"its pictures have {found} tokens; data.feature_tokens is {reader.shape[0]}")
+    return torch.stack([fixed_length(one, reader.shape[0]) for one in read])
+
+
+def fixed_length(features: Float[Tensor, "frames channels"], length: int) -> Float[Tensor, "length channels"]:
+    """As many tokens as every input has: fewer are followed by zeros, more are max-pooled over time.
+
+    In float32, since pooling float16 fails on a CPU.
+    """
+    frames = features.float()
+    if len(frames) < length:
+        return functional.pad(frames, (0, 0, 0, length - len(frames)))
+    if len(frames) > length:
+        return functional.adaptive_max_pool1d(frames.t()[None], length)[0].t().contiguous()
+    return frames
