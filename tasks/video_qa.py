@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from dora_vl.evaluation.assistant import Assistant
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-    from dora_vl.vision.video import Frames
+    from dora_vl.vision.video_decoding import Frames
     from tasks.asking import AnyAssistants
 
 DEFAULT_FRAMES = 8

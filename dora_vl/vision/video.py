@@ -12,68 +12,33 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from dora_vl.data.examples import Clip
-from dora_vl.data.media import path_inside
 from dora_vl.errors import BadSample, UserError
-from dora_vl.vision.frame_sampling import Sampling, clip_span, moments
-from dora_vl.vision.video_backends import BACKENDS, BackendMissing, Unreadable, open_video
+from dora_vl.vision.frame_sampling import Sampling
+from dora_vl.vision.video_backends import BACKENDS, BackendMissing, Unreadable
+from dora_vl.vision.video_decoding import (
+    READY,
+    Decoded,
+    Frames,
+    Kept,
+    Request,
+    clip_path,
+    decode,
+    gathered,
+    no_backend_reads,
+)
 
 log = logging.getLogger(__name__)
 
 LIMIT_SECONDS = 60.0
 START_SECONDS = 300.0  # for the process and its library: torch alone takes a minute on a busy machine
-READY = "ready"
-MP4_BRANDS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
-Kept = TypeVar("Kept")
-
-
-@dataclass(frozen=True)
-class Frames(Generic[Kept]):
-    """Frames in the order they are shown.
-
-    Attributes:
-        pictures: RGB pictures, or what was made of each.
-        indices: each one's place among all frames of the file.
-        seconds: when each begins, from the file's first frame.
-        backend: which library decoded them.
-        duration: of the file, in seconds.
-    """
-
-    pictures: tuple[Kept, ...]
-    indices: tuple[int, ...]
-    seconds: tuple[float, ...]
-    backend: str
-    duration: float
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """One frame on its way from a decoder."""
-
-    backend: str
-    index: int
-    seconds: float
-    pixels: UInt8[np.ndarray, "height width 3"]
-    duration: float
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is wanted of one file."""
-
-    path: str
-    clip: Clip
-    sampling: Sampling
 
 
 def read_frames(
@@ -89,69 +54,10 @@ def read_frames(
     reasons: dict[str, Exception] = {}
     for backend in backends:
         try:
-            return _gathered(decode(request, backend), lambda picture: picture)
+            return gathered(decode(request, backend), lambda picture: picture)
         except (BackendMissing, Unreadable) as error:
             reasons[backend] = error
-    raise _no_backend_reads(clip, reasons)
-
-
-def clip_path(root: Path, clip: Clip) -> Path:
-    """The clip's file, inside `root`, there and not cut off.
-
-    Raises:
-        BadSample: it is none of these.
-    """
-    path = path_inside(root, clip.path, kind="video")
-    if not path.is_file():
-        raise BadSample(clip.path, f"video {clip.path} is missing in {root}")
-    if not path.stat().st_size:
-        raise BadSample(clip.path, f"video {clip.path} is empty; copy it again")
-    check_not_cut(path, clip)
-    return path
-
-
-def check_not_cut(path: Path, clip: Clip) -> None:
-    """Refuses an MP4 file that is shorter than its own boxes say; a decoder would show what there is of it.
-
-    Raises:
-        BadSample: the file ends early; it names both lengths.
-    """
-    size = path.stat().st_size
-    position = 0
-    with path.open("rb") as file:
-        while head := file.read(16):
-            if len(head) < 8 or (position == 0 and head[4:8] not in MP4_BRANDS):
-                return
-            length = int.from_bytes(head[:4], "big")
-            if length == 1 and len(head) == 16:
-                length = int.from_bytes(head[8:], "big")
-            if length < 8:  # 0 says "to the end of the file"; less than a head is no box
-                return
-            position += length
-            if position > size:
-                raise BadSample(
-                    clip.path, f"video {clip.path} is cut off: it has {size:,} of {position:,} bytes; copy it again"
-                )
-            file.seek(position)
-
-
-def decode(request: Request, backend: str) -> Iterator[Decoded]:
-    """The wanted frames of one file, one at a time.
-
-    Raises:
-        BackendMissing, Unreadable: the backend cannot; another one might.
-        BadSample: the file has no such part, whoever reads it.
-    """
-    clip = request.clip
-    with open_video(backend, request.path) as video:
-        start, end = clip_span(clip.path, clip.start_seconds, clip.end_seconds, duration=video.duration)
-        try:
-            wanted = moments(request.sampling, start=start, end=end)
-        except ValueError as error:
-            raise BadSample(clip.path, f"video {clip.path}: {error}") from None
-        indices = video.locate(wanted)
-        for index, (seconds, pixels) in zip(indices, video.frames(indices), strict=True):
-            yield Decoded(backend, index, seconds, pixels, video.duration)
+    raise no_backend_reads(clip, reasons)
 
 
 class VideoReader:
@@ -199,7 +105,7 @@ class VideoReader:
             if backend in self._missing:
                 continue
             try:
-                return _gathered(self._ask(request, backend), prepare)
+                return gathered(self._ask(request, backend), prepare)
             except BackendMissing as error:
                 log.info("videos are read without %s: %s", backend, error)
                 reasons[backend] = self._missing[backend] = error
@@ -209,7 +115,7 @@ class VideoReader:
                 raise BadSample(
                     clip.path, f"video {clip.path} was not read within {self._limit:g} s ({backend}); it is left out"
                 ) from None
-        raise _no_backend_reads(clip, reasons)
+        raise no_backend_reads(clip, reasons)
 
     def _ask(self, request: Request, backend: str) -> Iterator[Decoded]:
         """The frames as they come; the clock starts when the process has the backend's library."""
@@ -285,29 +191,3 @@ class VideoReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_process": None, "_connection": None}
-
-
-def _no_backend_reads(clip: Clip, reasons: Mapping[str, Exception]) -> UserError:
-    told = "; ".join(f"{backend}: {error}" for backend, error in reasons.items())
-    if all(isinstance(error, BackendMissing) for error in reasons.values()):
-        return UserError(
-            f"no library that decodes videos can be used: {told}. Install one: pip install 'dora-vl[video]'"
-        )
-    return BadSample(clip.path, f"video {clip.path} cannot be read: {told}")
-
-
-def _gathered(frames: Iterable[Decoded], prepare: Callable[[Image.Image], Kept]) -> Frames[Kept]:
-    kept: list[Kept] = []
-    taken: list[tuple[int, float]] = []
-    backend, duration = "", 0.0
-    for frame in frames:
-        kept.append(prepare(Image.fromarray(frame.pixels)))
-        taken.append((frame.index, frame.seconds))
-        backend, duration = frame.backend, frame.duration
-    return Frames(
-        pictures=tuple(kept),
-        indices=tuple(index for index, _ in taken),
-        seconds=tuple(seconds for _, seconds in taken),
-        backend=backend,
-        duration=duration,
-    )

@@ -11,8 +11,8 @@ import sys
 from multiprocessing.connection import Connection
 
 from dora_vl.errors import BadSample
-from dora_vl.vision.video import READY, decode
 from dora_vl.vision.video_backends import BackendMissing, Unreadable, import_backend
+from dora_vl.vision.video_decoding import READY, decode
 
 SPARE_SECONDS = 5.0  # the parent's own clock comes first
 

@@ -1,0 +1,149 @@
+"""What is wanted of a video file, and its frames as they come from a decoder, in whatever process that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from dora_vl.data.examples import Clip
+from dora_vl.data.media import path_inside
+from dora_vl.errors import BadSample, UserError
+from dora_vl.vision.frame_sampling import Sampling, clip_span, moments
+from dora_vl.vision.video_backends import BackendMissing, open_video
+
+MP4_BRANDS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+READY = "ready"
+"""What a decoding process answers when it has its library, before the first frame."""
+Kept = TypeVar("Kept")
+
+
+@dataclass(frozen=True)
+class Frames(Generic[Kept]):
+    """Frames in the order they are shown.
+
+    Attributes:
+        pictures: RGB pictures, or what was made of each.
+        indices: each one's place among all frames of the file.
+        seconds: when each begins, from the file's first frame.
+        backend: which library decoded them.
+        duration: of the file, in seconds.
+    """
+
+    pictures: tuple[Kept, ...]
+    indices: tuple[int, ...]
+    seconds: tuple[float, ...]
+    backend: str
+    duration: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One frame on its way from a decoder."""
+
+    backend: str
+    index: int
+    seconds: float
+    pixels: UInt8[np.ndarray, "height width 3"]
+    duration: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of one file."""
+
+    path: str
+    clip: Clip
+    sampling: Sampling
+
+
+def clip_path(root: Path, clip: Clip) -> Path:
+    """The clip's file, inside `root`, there and not cut off.
+
+    Raises:
+        BadSample: it is none of these.
+    """
+    path = path_inside(root, clip.path, kind="video")
+    if not path.is_file():
+        raise BadSample(clip.path, f"video {clip.path} is missing in {root}")
+    if not path.stat().st_size:
+        raise BadSample(clip.path, f"video {clip.path} is empty; copy it again")
+    check_not_cut(path, clip)
+    return path
+
+
+def check_not_cut(path: Path, clip: Clip) -> None:
+    """Refuses an MP4 file that is shorter than its own boxes say; a decoder would show what there is of it.
+
+    Raises:
+        BadSample: the file ends early; it names both lengths.
+    """
+    size = path.stat().st_size
+    position = 0
+    with path.open("rb") as file:
+        while head := file.read(16):
+            if len(head) < 8 or (position == 0 and head[4:8] not in MP4_BRANDS):
+                return
+            length = int.from_bytes(head[:4], "big")
+            if length == 1 and len(head) == 16:
+                length = int.from_bytes(head[8:], "big")
+            if length < 8:  # 0 says "to the end of the file"; less than a head is no box
+                return
+            position += length
+            if position > size:
+                raise BadSample(
+                    clip.path, f"video {clip.path} is cut off: it has {size:,} of {position:,} bytes; copy it again"
+                )
+            file.seek(position)
+
+
+def decode(request: Request, backend: str) -> Iterator[Decoded]:
+    """The wanted frames of one file, one at a time.
+
+    Raises:
+        BackendMissing, Unreadable: the backend cannot; another one might.
+        BadSample: the file has no such part, whoever reads it.
+    """
+    clip = request.clip
+    with open_video(backend, request.path) as video:
+        start, end = clip_span(clip.path, clip.start_seconds, clip.end_seconds, duration=video.duration)
+        try:
+            wanted = moments(request.sampling, start=start, end=end)
+        except ValueError as error:
+            raise BadSample(clip.path, f"video {clip.path}: {error}") from None
+        indices = video.locate(wanted)
+        for index, (seconds, pixels) in zip(indices, video.frames(indices), strict=True):
+            yield Decoded(backend, index, seconds, pixels, video.duration)
+
+
+def no_backend_reads(clip: Clip, reasons: Mapping[str, Exception]) -> UserError:
+    """What to raise when every backend has given its reason: the file's fault, or that none is installed."""
+    told = "; ".join(f"{backend}: {error}" for backend, error in reasons.items())
+    if all(isinstance(error, BackendMissing) for error in reasons.values()):
+        return UserError(
+            f"no library that decodes videos can be used: {told}. Install one: pip install 'dora-vl[video]'"
+        )
+    return BadSample(clip.path, f"video {clip.path} cannot be read: {told}")
+
+
+def gathered(frames: Iterable[Decoded], prepare: Callable[[Image.Image], Kept]) -> Frames[Kept]:
+    """The frames together, each turned into what is kept of it as it comes."""
+    kept: list[Kept] = []
+    taken: list[tuple[int, float]] = []
+    backend, duration = "", 0.0
+    for frame in frames:
+        kept.append(prepare(Image.fromarray(frame.pixels)))
+        taken.append((frame.index, frame.seconds))
+        backend, duration = frame.backend, frame.duration
+    return Frames(
+        pictures=tuple(kept),
+        indices=tuple(index for index, _ in taken),
+        seconds=tuple(seconds for _, seconds in taken),
+        backend=backend,
+        duration=duration,
+    )
