@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,33 +54,60 @@ def evaluate_run(
     Raises:
         UserError: `evaluation.file` is not set, missing, or holds no question.
     """
-    if evaluation.file is None:
-        raise UserError("evaluation.file is not set; give a LLaVA JSON file of questions with answers")
-    questions, failed = read_questions(Path(evaluation.file), evaluation.limit)
-    decoding = Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens)
-    started = time.monotonic()
-    if isinstance(backbone, nn.Module):
-        backbone.eval()
+    questions, failed = _questions(evaluation)
     with PredictionsFile(run_folder / PREDICTIONS, _settings(evaluation, run_folder)) as file:
-        answered_before = len(file.done)
-        failed |= predict(backbone, encoder, questions, pictures=pictures, file=file, decoding=decoding)
-        done = [file.done[question.id] for question in questions if question.id in file.done]
-    seconds = time.monotonic() - started
-    answered = [_answered(prediction, evaluation.answer_after) for prediction in done]
+        asked = _ask(backbone, encoder, questions, evaluation, pictures=pictures, file=file)
+    failed |= asked.failed
+    answered = [_answered(prediction, evaluation.answer_after) for prediction in asked.done]
     score = exact_match([*answered, *(_unanswered(name, questions) for name in failed)])
     metrics = {
         **_score_entries(score),
         **(numbers or {}),
-        "evaluation_seconds": round(seconds, 1),
-        "answers_from_earlier_run": min(answered_before, len(done)),
+        "evaluation_seconds": round(asked.seconds, 1),
+        "answers_from_earlier_run": asked.answered_before,
         "evaluation_file": evaluation.file,
         "answer_after": evaluation.answer_after,
         "failed_questions": failed,
     }
     write_json(run_folder / METRICS, metrics)
     _report(score, run_folder)
-    draw_run(done, score, run_folder=run_folder, image_folder=image_folder, answer_after=evaluation.answer_after)
+    draw_run(asked.done, score, run_folder=run_folder, image_folder=image_folder, answer_after=evaluation.answer_after)
     return metrics
+
+
+def _questions(evaluation: EvaluationConfig) -> tuple[list[Question], dict[str, str]]:
+    if evaluation.file is None:
+        raise UserError("evaluation.file is not set; give a LLaVA JSON file of questions with answers")
+    return read_questions(Path(evaluation.file), evaluation.limit)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Answers in the questions' order, why some have none, how many an earlier run gave, and how long it took."""
+
+    done: list[Prediction]
+    failed: dict[str, str]
+    answered_before: int
+    seconds: float
+
+
+def _ask(
+    backbone: Answerer,
+    encoder: PromptEncoder,
+    questions: Sequence[Question],
+    evaluation: EvaluationConfig,
+    *,
+    pictures: PictureReader,
+    file: PredictionsFile,
+) -> _Asked:
+    decoding = Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens)
+    started = time.monotonic()
+    if isinstance(backbone, nn.Module):
+        backbone.eval()
+    answered_before = len(file.done)
+    failed = predict(backbone, encoder, questions, pictures=pictures, file=file, decoding=decoding)
+    done = [file.done[question.id] for question in questions if question.id in file.done]
+    return _Asked(done, failed, min(answered_before, len(done)), time.monotonic() - started)
 
 
 def draw_run(
