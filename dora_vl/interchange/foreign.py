@@ -7,7 +7,7 @@ Sources of the layouts: NVlabs/DoRA (`peft/tuners/dora.py`, `VL-T5/src/trainer_b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -166,15 +166,7 @@ def to_adapter(
     if not layers:
         raise UserError(f"{source}: no key ends in {', '.join(layout.lora_A)}; is it another format (--from)?")
     _check_layers(layers, source)
-    own: dict[str, Tensor] = {}
-    scales: dict[str, float] = {}
-    input_axis: set[str] = set()
-    for name, layer in layers.items():
-        converted, axis = _own_tensors(layer, layout, f"{source}: {name}")
-        own.update({f"{PEFT_PREFIX}{name}.{leaf}": tensor for leaf, tensor in converted.items()})
-        input_axis.update({name} if axis == "input" else ())
-        if "A" in layer:
-            scales[name] = _scale(layer, len(converted["lora_A.weight"]), layout, config, alpha, source)
+    own, scales, input_axis = _convert_layers(layers, layout, config=config, alpha=alpha, source=source)
     ranks = {name: len(own[f"{PEFT_PREFIX}{name}.lora_A.weight"]) for name in scales}
     extras = _trained_extras(others, layout, renames, source)
     new = new_config(
@@ -188,11 +180,37 @@ def to_adapter(
     own.update({f"{PEFT_PREFIX}{name}": tensor for name, tensor in extras.items()})
     kept = sorted(name for name in extras if _matches(name, layout.kept))
     recipe = own_recipe(new, sorted(set(extras) - set(kept)), kept) if extras else {}
-    whole = set(new["modules_to_save"] or ())
-    if kept or any(name.rpartition(".")[0] not in whole for name in extras):
-        # PEFT would load the adapter and leave these out; a type that it does not know makes it refuse.
-        new["peft_type"] = OWN_TYPE
-    return Adapter(own, new, recipe, source, frozenset(input_axis))
+    return Adapter(own, _of_a_type_that_loads_all(new, extras, kept), recipe, source, input_axis)
+
+
+def _convert_layers(
+    layers: Mapping[str, Mapping[str, Tensor]],
+    layout: Layout,
+    *,
+    config: Mapping[str, Any],
+    alpha: float | None,
+    source: str,
+) -> tuple[dict[str, Tensor], dict[str, float], frozenset[str]]:
+    """All layers' tensors under PEFT's keys, each low-rank pair's scale, and where the norm was an input's."""
+    own: dict[str, Tensor] = {}
+    scales: dict[str, float] = {}
+    input_axis: set[str] = set()
+    for name, layer in layers.items():
+        converted, axis = _own_tensors(layer, layout, f"{source}: {name}")
+        own.update({f"{PEFT_PREFIX}{name}.{leaf}": tensor for leaf, tensor in converted.items()})
+        input_axis.update({name} if axis == "input" else ())
+        if "A" in layer:
+            scales[name] = _scale(layer, len(converted["lora_A.weight"]), layout, config, alpha, source)
+    return own, scales, frozenset(input_axis)
+
+
+def _of_a_type_that_loads_all(
+    config: dict[str, Any], extras: Mapping[str, Tensor], kept: Sequence[str]
+) -> dict[str, Any]:
+    """The configuration, of a type that PEFT refuses where it would leave some of the other tensors out."""
+    whole = set(config["modules_to_save"] or ())
+    left_out = kept or any(name.rpartition(".")[0] not in whole for name in extras)
+    return config | {"peft_type": OWN_TYPE} if left_out else config
 
 
 def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
