@@ -4,7 +4,8 @@
     python benchmarks/dora_step.py --layer 4096x11008 --rank 64 --tokens 512      # one layer by itself
 
 The model is SmolLM2-135M's shapes with all seven projections adapted, unless `--model FOLDER` names another. A step
-is forward, backward and AdamW, logits at the labelled places alone. Contenders take turns in one process; quoted are
+is forward, backward and AdamW, logits at the labelled places alone. The allocator keeps a step's memory for the next,
+for everybody, as training here does. Contenders take turns in one process; quoted are
 medians over rounds of the ratios inside one round. On a CUDA machine the table adds kernel times, the share of the
 card's peak (`--peak-tflops`) and peak memory.
 """
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+
+from dora_vl.training.launch import keep_freed_memory
 
 from benchmarks.contenders import (
     TRAINED,

@@ -15,9 +15,8 @@ The paper writes W as [in, out] and says "column-wise"; with torch's [out, in] t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -27,9 +26,7 @@ from torch.nn import functional as F
 
 from dora_vl.core.dropout import Dropped
 from dora_vl.core.fused import fused_kernels
-
-CANCELLATION = 0.15
-"""Where n^2 falls below this share of ||W_i||^2, the factored form has lost too many digits."""
+from dora_vl.core.gain import CANCELLATION, Gain, apply_gain
 
 NORM_CHUNK_ROWS = 1024
 """Rows of W turned to float32 at a time, so that a norm never needs a second copy of the weight."""
@@ -70,10 +67,30 @@ def factored_norms_squared(
     The products take A and B as the forward pass does, in the frozen layer's dtype, so n belongs to the direction that
     is used; at rank 128 that is also four times as fast on CPU as in float32. Sums over rows are float32.
     """
-    dtype = weight_norms_squared.dtype
     a, b = lora_A.to(weight_on_A.dtype), lora_B.to(weight_on_A.dtype)
-    change = torch.addmm(weight_on_A.t(), b, a @ a.t(), beta=2, alpha=scale).to(dtype)
-    return torch.add(weight_norms_squared, torch.linalg.vecdot(lora_B.to(dtype), change), alpha=scale)
+    return with_growth(weight_norms_squared, lora_B, growth(weight_on_A.t(), a, b, scale), scale)
+
+
+def growth(
+    weight_on_A: Float[Tensor, "out rank"],
+    lora_A: Float[Tensor, "rank in_"],
+    lora_B: Float[Tensor, "out rank"],
+    scale: float,
+    out: Float[Tensor, "out rank"] | None = None,
+) -> Float[Tensor, "out rank"]:
+    """2 W A^T + s B A A^T, what B meets in n^2; all operands in one dtype, written to `out` where given."""
+    return torch.addmm(weight_on_A, lora_B, lora_A @ lora_A.t(), beta=2, alpha=scale, out=out)
+
+
+def with_growth(
+    weight_norms_squared: Float[Tensor, "*layers out"],
+    lora_B: Float[Tensor, "*layers out rank"],
+    growth: Float[Tensor, "*layers out rank"],
+    scale: float,
+) -> Float[Tensor, "*layers out"]:
+    """n^2 from its parts, for one layer or for several of one shape, with the same rounding."""
+    dtype = weight_norms_squared.dtype
+    return torch.add(weight_norms_squared, torch.linalg.vecdot(lora_B.to(dtype), growth.to(dtype)), alpha=scale)
 
 
 def root(squared: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -113,68 +130,6 @@ def merged_weight(
     if magnitude is not None:
         direction = gain(magnitude, root(row_norms_squared(direction))).unsqueeze(1) * direction
     return direction.to(weight.dtype)
-
-
-class Fragile(NamedTuple):
-    """Some output rows, and 1 / n of each."""
-
-    rows: Int[Tensor, " fragile"]
-    per_norm: Float[Tensor, " fragile"]
-
-
-@dataclass(frozen=True)
-class Gain:
-    """g of one layer, valid until A, B or m change: once an optimizer step, not once a forward pass.
-
-    g - 1 is kept instead of g, because half-precision g rounds small changes of magnitude away (bfloat16 has
-    nothing between 1 and 1.0078) while g - 1 keeps its digits; `z + (g - 1) z` then rounds once.
-    """
-
-    minus_one: Float[Tensor, " out"]
-    per_magnitude: Float[Tensor, " out"]
-    """1 / (g n), which is 1 / m, in float32: what turns the sum of dy (y - b) into m's gradient."""
-    fragile: Fragile | None = None
-    """Rows whose g is so near 0 that z cannot be rebuilt from y in the backward pass."""
-
-
-FRAGILE_GAIN = 0.05
-
-
-def make_gain(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"], dtype: torch.dtype) -> Gain:
-    """g = m / n in float32 and g - 1 in the dtype of the activations, whatever the rows hold."""
-    full = gain(magnitude.detach(), norms)
-    per_norm = torch.where(norms > 0, norms.reciprocal(), 0.0)  # a row without a direction gives m no gradient
-    rows = (full.abs() < FRAGILE_GAIN).nonzero().flatten()
-    fragile = Fragile(rows, per_norm[rows]) if rows.numel() else None
-    return Gain((full - 1).to(dtype), per_norm / full, fragile)
-
-
-def quick_gain(
-    magnitude: Float[Tensor, " out"],
-    weight_norms_squared: Float[Tensor, " out"],
-    norms_squared: Float[Tensor, " out"],
-    dtype: torch.dtype,
-) -> Gain | None:
-    """`make_gain` in a third of its operations, or None if any row cancels, is zero or fragile: then it is not enough.
-
-    An adapted model has hundreds of layers, and on CPU an operation on a vector costs its dispatch. One number says
-    whether all rows are sound: the least of n^2 / ||W_i||^2 and, brought to the same bound, g.
-    """
-    full = magnitude.detach() / norms_squared.sqrt()
-    least = torch.minimum(norms_squared / weight_norms_squared, full.abs() * (CANCELLATION / FRAGILE_GAIN)).min()
-    if not bool(least > CANCELLATION):  # NaN included
-        return None
-    return Gain((full - 1).to(dtype), magnitude.detach().reciprocal())
-
-
-def apply_gain(
-    product: Float[Tensor, "rows out"], bias: Float[Tensor, " out"] | None, gain: Gain
-) -> Float[Tensor, "rows out"]:
-    """Turns z + b into g z + b in place; bitwise nothing where g = 1."""
-    product.addcmul_(product, gain.minus_one)
-    if bias is not None:
-        product.sub_(gain.minus_one * bias)
-    return product
 
 
 class AdaptedProduct(torch.autograd.Function):
@@ -264,13 +219,33 @@ def backward_pass(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dz = g dy, dh = s dz B, the sum of dy y over rows, and that of dy.
 
-    The sums stay in the activations' dtype, whose reduction accumulates in float32: asking for a float32 sum of a
-    half-precision tensor is thirty times slower on CPU.
+    Sums taken outside the fused pass stay in the activations' dtype, whose reduction accumulates in float32: asking
+    for a float32 sum of a half-precision tensor is thirty times slower on CPU.
     """
-    dy_y = None if y is None else (dy * y).sum(dim=0)
-    dz = dy if gain is None else torch.addcmul(dy, dy, gain.minus_one)
+    if gain is not None and y is not None and dy.device.type == "cpu" and dy.numel():
+        dz, dy_y, dy_sum = scaled_with_sums(dy, y, gain.full)
+    else:
+        dz = dy if gain is None else torch.addcmul(dy, dy, gain.minus_one)
+        dy_y = None if y is None else (dy * y).sum(dim=0)
+        dy_sum = dy.sum(dim=0) if with_bias else None
     dh = None if lora_B is None else (dz @ lora_B.to(dz.dtype)).mul_(scale)
-    return dz, dh, dy_y, dy.sum(dim=0) if with_bias else None
+    return dz, dh, dy_y, dy_sum
+
+
+def scaled_with_sums(
+    dy: Float[Tensor, "rows out"], y: Float[Tensor, "rows out"], full_gain: Float[Tensor, " out"]
+) -> tuple[Float[Tensor, "rows out"], Float[Tensor, " out"], Float[Tensor, " out"]]:
+    """g dy, and the sums of dy y and dy over rows in float32, in two passes over memory instead of five.
+
+    They are what batch normalisation in evaluation mode gives backward for mean 0 and variance 1, and torch's CPU
+    kernel for it takes half-precision activations with float32 gains. It is fast for channels that lie side by side.
+    """
+    mean, variance = torch.zeros_like(full_gain), torch.ones_like(full_gain)
+    images = [rows.contiguous().view(1, len(rows), 1, -1).permute(0, 3, 1, 2) for rows in (dy, y)]
+    dz, dy_y, dy_sum = torch.ops.aten.native_batch_norm_backward(
+        *images, full_gain, mean, variance, None, None, False, 0.0, (True, True, True)
+    )
+    return dz.permute(0, 2, 3, 1).reshape(dy.shape), dy_y, dy_sum
 
 
 def magnitude_gradient(
@@ -306,7 +281,8 @@ def low_rank_gradients(
     `rows` is x as A read it, `hidden` is s A x.
     """
     lora_A, lora_B = factors
-    dB = factor_gradient(dz, hidden).to(lora_B.dtype)
+    # Contiguous in the same copy: a gradient laid out unlike its parameter would be copied once more.
+    dB = factor_gradient(dz, hidden).to(lora_B.dtype, memory_format=torch.contiguous_format)
     dA = (dh.t() @ rows).to(lora_A.dtype) if lora_A.requires_grad else None
     if dx is not None:
         a = lora_A.to(dz.dtype)

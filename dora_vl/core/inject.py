@@ -9,6 +9,7 @@ from torch import nn
 
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.dvora import SHARED_NAME, DVoRALinear, SharedRandom, share_random
+from dora_vl.core.gain_family import found_families
 from dora_vl.core.initialise import OriginalWeight, start_loftq
 from dora_vl.core.kinds import adaptable
 from dora_vl.core.layer import AdaptedLayer
@@ -58,6 +59,7 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
         shared = _share_random(model, names, config)
         for name, layer_config in methods.items():
             _adapt(model, name, layer_config, shared, gather)
+        found_families(layer for _, layer in adapted_layers(model))
         also_keep = (*also_keep, *_needed_tensors(model))
     choose_trained(
         model,

@@ -13,6 +13,8 @@ from dora_vl.core import functional
 from dora_vl.core.compiled import compiled_linear
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.dropout import SharedDropout
+from dora_vl.core.gain import Gain, apply_gain, careful_gain, quick_gains
+from dora_vl.core.gain_family import GainFamily
 from dora_vl.core.layer import AdaptedLayer
 
 SHARED_DROPOUT = SharedDropout()
@@ -23,6 +25,8 @@ class ProductLayer(AdaptedLayer):
 
     in_features: int
     out_features: int
+    family: GainFamily | None = None
+    """The layers of this shape in the model, with which the gain is computed in one go."""
 
     def matrix_shape(self) -> tuple[int, int]:
         """(out, in)."""
@@ -31,7 +35,7 @@ class ProductLayer(AdaptedLayer):
     def forget_norms(self) -> None:
         """Drops what was computed from the parameters; call it after changing them where no optimizer steps."""
         super().forget_norms()
-        self._gain: functional.Gain | None = None
+        self._gain: Gain | None = None
         self._gain_key: tuple[object, ...] = ()
         self._factors: tuple[Tensor, Tensor] | None = None
 
@@ -71,9 +75,7 @@ class ProductLayer(AdaptedLayer):
             x, weight = x.to(dtype), weight.to(dtype)
         return x, weight, None if bias is None else bias.to(weight.dtype)
 
-    def _infer(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: functional.Gain | None
-    ) -> Float[Tensor, "*batch out"]:
+    def _infer(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Gain | None) -> Float[Tensor, "*batch out"]:
         """The forward pass without a graph; in eval the cast factors are kept, so that decoding casts nothing."""
         rows = x.reshape(-1, x.shape[-1])
         y = F.linear(rows, weight, bias)
@@ -81,7 +83,7 @@ class ProductLayer(AdaptedLayer):
             a, b_transposed = self._cast_factors(x.dtype)
             y.addmm_(F.linear(rows, a), b_transposed)
         if gain is not None:
-            y = functional.apply_gain(y, bias, gain)
+            y = apply_gain(y, bias, gain)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _whole_change(self, x: Tensor, weight: Tensor, bias: Tensor | None, probability: float) -> Tensor:
@@ -101,19 +103,33 @@ class ProductLayer(AdaptedLayer):
         live = self.live_norms()
         return self.magnitude * torch.where(live > 0, live.detach() / torch.where(live > 0, live, 1.0), 1.0)
 
-    def _current_gain(self, dtype: torch.dtype) -> functional.Gain:
-        key = (dtype, *self.state_key())
-        if self._gain is None or self._gain_key != key:
+    def _current_gain(self, dtype: torch.dtype) -> Gain:
+        if self._gain is None or self._gain_key != (dtype, *self.state_key()):
             with torch.no_grad():
-                self._gain = self._new_gain(dtype)
-            self._gain_key, self._factors = key, None
+                if self.family is None or not self.family.refresh(self, dtype):
+                    self.keep_gain(self._own_gain(dtype), dtype)
+        assert self._gain is not None
         return self._gain
 
-    def _new_gain(self, dtype: torch.dtype) -> functional.Gain:
+    def gain_is_out_of_date(self) -> bool:
+        """Whether the gain must be computed before the next forward pass, for whatever dtype."""
+        return self._gain is None or self._gain_key[1:] != self.state_key()
+
+    def keep_gain(self, gain: Gain, dtype: torch.dtype) -> None:
+        """Keeps a gain that was computed from the present parameters."""
+        self._gain, self._gain_key, self._factors = gain, (dtype, *self.state_key()), None
+
+    def careful_gain(self, norms_squared: Float[Tensor, " out"], dtype: torch.dtype) -> Gain:
+        """The gain where some row of the direction cancels, is zero or has a gain near 0."""
+        assert self.magnitude is not None
+        norms = self.trusted_norms(norms_squared)
+        return careful_gain(functional.gain(self.magnitude.detach(), norms), norms, dtype)
+
+    def _own_gain(self, dtype: torch.dtype) -> Gain:
         assert self.magnitude is not None
         squared = self.norms_squared()
-        quick = functional.quick_gain(self.magnitude, self.weight_norms_squared(), squared, dtype)
-        return quick or functional.make_gain(self.magnitude, self.trusted_norms(squared), dtype)
+        (quick,) = quick_gains(self.magnitude.detach()[None], self.weight_norms_squared()[None], squared[None], dtype)
+        return quick or self.careful_gain(squared, dtype)
 
     def _cast_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and s B^T in the activations' dtype; kept between calls in eval only."""

@@ -13,7 +13,7 @@ Both are the same in expectation, and the same without dropout and in eval; `"wh
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core.config import DropoutMode
+from dora_vl.core.gain_family import GainFamily
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class _CoreState:
     """This core's layer over PEFT's parameters; no module, so that PEFT's layer has no new child."""
 
     dropout_mode: DropoutMode
+    family: GainFamily
     key: tuple[object, ...] = ()
     layer: DoRALinear | None = None
 
@@ -77,6 +79,7 @@ def accelerate_peft(model: nn.Module, *, dropout_mode: DropoutMode = "low_rank")
     """
     done: list[str] = []
     left: dict[str, str] = {}
+    families: defaultdict[torch.Size, GainFamily] = defaultdict(GainFamily)
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -86,7 +89,8 @@ def accelerate_peft(model: nn.Module, *, dropout_mode: DropoutMode = "low_rank")
             continue
         assert isinstance(layer, PeftLinear)
         layer.__class__ = AcceleratedLinear
-        vars(layer)[_STATE] = _CoreState(dropout_mode)
+        weight: Any = layer.get_base_layer().weight
+        vars(layer)[_STATE] = _CoreState(dropout_mode, families[weight.shape])
         _core_layer(layer, vars(layer)[_STATE])
         done.append(name)
     if not done and not left:
@@ -189,6 +193,8 @@ def _core_layer(layer: PeftLinear, state: _CoreState) -> DoRALinear:
     key = operands.key()
     if state.layer is None or state.key != key:
         state.layer, state.key = _over(operands, state.dropout_mode), key
+        state.layer.family = state.family
+        state.family.join(state.layer)
     if state.layer.training != layer.training:
         state.layer.train(layer.training)
     return state.layer

@@ -14,7 +14,13 @@ from dora_vl.training.adapting import adapt
 from dora_vl.training.arguments import training_arguments
 from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.checkpoints import checkpoint_to_resume
-from dora_vl.training.launch import is_first_rank, leave_process_group, on_first_rank, threads_of_this_rank
+from dora_vl.training.launch import (
+    is_first_rank,
+    keep_freed_memory,
+    leave_process_group,
+    on_first_rank,
+    threads_of_this_rank,
+)
 from dora_vl.training.run_folder import METRICS, SKIPPED, add_metrics, prepare_run_folder, run_folder_of
 from dora_vl.training.task import Task
 from dora_vl.training.trainer import AdapterTrainer
@@ -52,6 +58,7 @@ def train(task: Task) -> RunResult:
     torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
     adapt(backbone.model, task.dora_config(), initial=config.adapter.initial)
     trainer, stop = build_trainer(task, arguments, backbone)
+    keep_freed_memory()
     torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
     try:
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -82,14 +82,15 @@ def test_data_assignment_is_seen_when_the_mode_changes():
 
 @pytest.fixture
 def norm_count(monkeypatch):
+    """A list with an entry for each layer whose norms were computed, alone or with its family."""
     calls: list[int] = []
-    computed = functional.factored_norms_squared
+    computed = functional.with_growth
 
-    def counted(*operands):
-        calls.append(1)
-        return computed(*operands)
+    def counted(frozen, *operands):
+        calls.extend([1] * (frozen.numel() // frozen.shape[-1]))
+        return computed(frozen, *operands)
 
-    monkeypatch.setattr(functional, "factored_norms_squared", counted)
+    monkeypatch.setattr(functional, "with_growth", counted)
     return calls
 
 
