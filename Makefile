@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 	@echo "  $(BIN)/python tasks/image_qa.py --adapter $(DEMO)/adapter --image FILE --question \"what color is the shape?\""
 
 VLDEMO := runs/demo-vlbart
-LITE0 := --library timm --name tf_efficientnet_lite0 --weights-in-order --grid-pool 2 --workers 0 \
+LITE0 := --library timm --name tf_efficientnet_lite0 --weights-in-order --image-size 128 --grid-pool 2 --workers 0 \
 	--weights $(DEMO)/assets/efficientnet_lite0/efficientnet-lite0-57934424.pth
 
 demo-vlbart: $(INSTALLED)

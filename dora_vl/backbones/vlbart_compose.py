@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.bart.modeling_bart import BartForConditionalGeneration
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from dora_vl.backbones.feature_spread import measured, standardise
 from dora_vl.backbones.vlbart_config import Boxes, VisualNorm, VlBartConfig
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
 from dora_vl.backbones.vlbart_names import load_original, original_state
@@ -39,6 +41,9 @@ class SmallBart:
 
     texts: tuple[str, ...]
     """Records files whose texts its vocabulary is made from."""
+    words: tuple[str, ...] = ()
+    """More texts for the vocabulary: what the task writes around a question, which is spelled letter by letter
+    otherwise."""
     vocabulary: int = 1000
     """Tokens before the added ones, at most."""
     width: int = 256
@@ -73,6 +78,9 @@ class VlBartSpec:
     """Pictures that one input may have."""
     dropout: float = 0.1
     """All of BART's dropouts; the published runs set all three to this."""
+    standardise: str | None = None
+    """Folder of features: the fresh visual embedding begins as if each of their numbers had mean 0 and spread 1.
+    Deep features of simple pictures have much in common, which a model from nothing first has to learn to look past."""
     seed: int = 9595
     """Draws the visual embedding and the new tokens' rows."""
 
@@ -105,6 +113,8 @@ def compose_vlbart(spec: VlBartSpec, folder: Path | str) -> None:
         take_bart(model, weights)
     if original is not None:
         load_original(model, original)
+    elif spec.standardise is not None:
+        standardise(model.model.encoder.visual_embedding.feat_embedding[0], *measured(Path(spec.standardise)))
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
@@ -142,7 +152,8 @@ def _language(spec: VlBartSpec) -> tuple[PreTrainedTokenizerBase, dict[str, Any]
     """Tokenizer, config fields and weights (none for a small one) of the language part."""
     if spec.small is not None:
         small = spec.small
-        tokenizer = small_tokenizer(_texts(small.texts), vocabulary=small.vocabulary)
+        texts = chain(_texts(small.texts), small.words)
+        tokenizer = small_tokenizer(texts, vocabulary=small.vocabulary, leading_space=True)
         shape = {
             "d_model": small.width,
             "max_position_embeddings": small.max_positions,
@@ -163,13 +174,18 @@ def _language(spec: VlBartSpec) -> tuple[PreTrainedTokenizerBase, dict[str, Any]
     return loaded, shape, dict(bart.state_dict())
 
 
-def small_tokenizer(texts: Iterator[str], *, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of these texts with BART's special tokens at BART's ids: no text is unknown to it."""
+def small_tokenizer(texts: Iterator[str], *, vocabulary: int, leading_space: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of these texts with BART's special tokens at BART's ids: no text is unknown to it.
+
+    Args:
+        leading_space: a text begins with a space, so that an answer's first word is the token that it is inside a
+            question; BART's own does not.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     made = Tokenizer(models.BPE(unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=leading_space)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
