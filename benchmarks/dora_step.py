@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from dora_vl.training.launch import keep_freed_memory
-
 from benchmarks.contenders import (
     TRAINED,
     Setting,
@@ -35,6 +33,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.report import median, table, write_json
 from benchmarks.single_layer import layer_of_shape, single_layer_loss
+from dora_vl.training.launch import keep_freed_memory
 
 DECODED = ("frozen", "peft_lora", "peft_dora", "ours", "ours_merged")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,6 +42,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def main() -> None:
     """Times every setting, prints the tables and writes the JSON."""
     options = read_options()
+    keep_freed_memory()
     figures = [time_setting(setting, options) for setting in settings_of(options)]
     if options.json is not None:
         shown = {name: value for name, value in vars(options).items() if name != "json"}

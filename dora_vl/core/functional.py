@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from dora_vl.core.dropout import Dropped
 from dora_vl.core.fused import fused_kernels
-from dora_vl.core.gain import CANCELLATION, Gain, apply_gain
+from dora_vl.core.gain import CANCELLATION, Gain, apply_gain, scaled_with_sums
 
 NORM_CHUNK_ROWS = 1024
 """Rows of W turned to float32 at a time, so that a norm never needs a second copy of the weight."""
@@ -173,8 +173,10 @@ class AdaptedProduct(torch.autograd.Function):
             y = apply_gain(y, bias, gain)
         output = y.view(*x.shape[:-1], y.shape[-1])
         kept = output if magnitude is not None and magnitude.requires_grad else None
-        ctx.save_for_backward(rows, weight, bias, lora_A, lora_B, hidden, kept, fragile_z)
-        ctx.gain, ctx.scale, ctx.dropped, ctx.input_shape = gain, scale, dropped, x.shape
+        # The dropped positions too are saved, not kept as an attribute: a checkpoint lets go of saved tensors alone.
+        ctx.probability, positions = (None, None) if dropped is None else (dropped.probability, dropped.positions)
+        ctx.save_for_backward(rows, weight, bias, lora_A, lora_B, hidden, kept, fragile_z, positions)
+        ctx.gain, ctx.scale, ctx.input_shape = gain, scale, x.shape
         return output
 
     @staticmethod
@@ -183,7 +185,8 @@ class AdaptedProduct(torch.autograd.Function):
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor | None, ...]:
         """Gradients of x, b, A, B and m."""
-        rows, weight, bias, lora_A, lora_B, hidden, y, fragile_z = ctx.saved_tensors
+        rows, weight, bias, lora_A, lora_B, hidden, y, fragile_z, positions = ctx.saved_tensors
+        dropped = None if positions is None else Dropped(ctx.probability, positions)
         gain, needs = ctx.gain, ctx.needs_input_grad
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         y = None if y is None else y.reshape(dy.shape)
@@ -197,7 +200,7 @@ class AdaptedProduct(torch.autograd.Function):
         dx = dz @ weight if needs[0] else None
         dA = dB = None
         if hidden is not None and dh is not None:
-            dx, dA, dB = low_rank_gradients(dx, dz, dh, rows, hidden, (lora_A, lora_B), ctx.dropped)
+            dx, dA, dB = low_rank_gradients(dx, dz, dh, rows, hidden, (lora_A, lora_B), dropped)
         if dx is not None:
             dx = dx.view(ctx.input_shape)
         return dx, None, bias_sum if needs[2] else None, dA, dB, dm, None, None, None
@@ -223,29 +226,13 @@ def backward_pass(
     for a float32 sum of a half-precision tensor is thirty times slower on CPU.
     """
     if gain is not None and y is not None and dy.device.type == "cpu" and dy.numel():
-        dz, dy_y, dy_sum = scaled_with_sums(dy, y, gain.full)
+        dz, dy_y, dy_sum = scaled_with_sums(dy, y, gain)
     else:
         dz = dy if gain is None else torch.addcmul(dy, dy, gain.minus_one)
         dy_y = None if y is None else (dy * y).sum(dim=0)
         dy_sum = dy.sum(dim=0) if with_bias else None
     dh = None if lora_B is None else (dz @ lora_B.to(dz.dtype)).mul_(scale)
     return dz, dh, dy_y, dy_sum
-
-
-def scaled_with_sums(
-    dy: Float[Tensor, "rows out"], y: Float[Tensor, "rows out"], full_gain: Float[Tensor, " out"]
-) -> tuple[Float[Tensor, "rows out"], Float[Tensor, " out"], Float[Tensor, " out"]]:
-    """g dy, and the sums of dy y and dy over rows in float32, in two passes over memory instead of five.
-
-    They are what batch normalisation in evaluation mode gives backward for mean 0 and variance 1, and torch's CPU
-    kernel for it takes half-precision activations with float32 gains. It is fast for channels that lie side by side.
-    """
-    mean, variance = torch.zeros_like(full_gain), torch.ones_like(full_gain)
-    images = [rows.contiguous().view(1, len(rows), 1, -1).permute(0, 3, 1, 2) for rows in (dy, y)]
-    dz, dy_y, dy_sum = torch.ops.aten.native_batch_norm_backward(
-        *images, full_gain, mean, variance, None, None, False, 0.0, (True, True, True)
-    )
-    return dz.permute(0, 2, 3, 1).reshape(dy.shape), dy_y, dy_sum
 
 
 def magnitude_gradient(
