@@ -8,7 +8,7 @@ clips and questions. It writes
 - `records/moving_shapes/pretrain.jsonl`: questions on `color` and `shape`, which a small model learns first;
 - `records/moving_shapes/adapt.jsonl`: other clips, with all kinds: `direction`, `order`, `count` and `spoken` (a
   subtitle says which shape is meant) come to those;
-- `records/moving_shapes/test.jsonl`: clips of their own, one question of each kind;
+- `records/moving_shapes/test.jsonl`: clips of their own, one question of each kind; the others ask about every shape;
 - `records/moving_shapes_caption/`: what the clips of each split show, in words;
 - `manifest.json`: counts and settings.
 
@@ -47,8 +47,8 @@ CLIPS_A_CHUNK = 16
 class Settings:
     """How many clips of each split, and the seed of all of them."""
 
-    pretrain: int = 900
-    adapt: int = 900
+    pretrain: int = 800
+    adapt: int = 800
     test: int = 150
     seed: int = 0
 
@@ -60,6 +60,16 @@ class Settings:
     def sizes(self) -> dict[str, int]:
         """Clips by split."""
         return {"pretrain": self.pretrain, "adapt": self.adapt, "test": self.test}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, its answer, all answers that could be given, and the shape that it is about."""
+
+    question: str
+    answer: str
+    possible: Sequence[str]
+    about: Mover | None = None
 
 
 def movers(order: random.Random) -> list[Mover]:
@@ -84,23 +94,24 @@ def caption(shown: Sequence[Mover]) -> str:
     return ", then ".join(f"{mover.color} {mover.shape} {mover.direction}" for mover in shown)
 
 
-def question_of(
-    kind: str, shown: Sequence[Mover], subtitled: Mover, order: random.Random
-) -> tuple[str, str, Sequence[str]]:
-    """A question, its answer and all answers that could be given."""
-    mover = order.choice(shown)
+def questions_of(kind: str, shown: Sequence[Mover]) -> list[Asked]:
+    """Every question of a kind that a clip has an answer to."""
     if kind == "color":
-        return f"what color is the {mover.shape}?", mover.color, tuple(COLORS)
+        return [Asked(f"what color is the {one.shape}?", one.color, tuple(COLORS), one) for one in shown]
     if kind == "shape":
-        return f"what shape is {mover.color}?", mover.shape, SHAPES
+        return [Asked(f"what shape is {one.color}?", one.shape, SHAPES, one) for one in shown]
     if kind == "direction":
-        return f"which way does the {mover.color} shape move?", mover.direction, tuple(DIRECTIONS)
+        return [
+            Asked(f"which way does the {one.color} shape move?", one.direction, tuple(DIRECTIONS), one) for one in shown
+        ]
     if kind == "count":
-        return "how many shapes are there?", NUMBERS[len(shown) - 1], NUMBERS
+        return [Asked("how many shapes are there?", NUMBERS[len(shown) - 1], NUMBERS)]
     if kind == "spoken":
-        return "what shape is the one they talk about?", subtitled.shape, SHAPES
-    first = order.random() < 0.5
-    return f"which color comes {'first' if first else 'last'}?", shown[0 if first else -1].color, tuple(COLORS)
+        return [Asked("what shape is the one they talk about?", one.shape, SHAPES, one) for one in shown]
+    if len(shown) == 1:
+        return []
+    ends = (("first", shown[0]), ("last", shown[-1]))
+    return [Asked(f"which color comes {place}?", one.color, tuple(COLORS), one) for place, one in ends]
 
 
 def four_choices(answer: str, possible: Sequence[str], shown: Sequence[Mover], order: random.Random) -> tuple[str, ...]:
@@ -121,32 +132,38 @@ def said(subtitled: Mover, order: random.Random) -> Subtitle:
 
 
 def examples_of(split: str, number: int, seed: int) -> tuple[list[Mover], list[Example]]:
-    """What one clip shows and what is asked about it, the same whenever it is asked for."""
+    """What one clip shows and what is asked about it, the same whenever it is asked for.
+
+    Training asks about every shape, a test one question of each kind.
+    """
     order = random.Random(f"{seed}/{split}/{number}")
     shown = movers(order)
     name = f"{split}-{number:05d}"
-    subtitled = order.choice(shown)
-    subtitles = (said(subtitled, order),)
     clip = Clip(path=f"clips/{name}.mp4")
-    shared = {"video": clip, "subtitles": subtitles}
-    told = Answer(text=caption(shown))
-    made = [Example(id=f"{name}-{CAPTION}", answers=(told,), extra={"kind": CAPTION, "clip_id": name}, **shared)]
+    told = Example(
+        id=f"{name}-{CAPTION}",
+        video=clip,
+        subtitles=(said(order.choice(shown), order),),
+        answers=(Answer(text=caption(shown)),),
+        extra={"kind": CAPTION, "clip_id": name},
+    )
+    made = [told]
     for kind in LEARNED_FIRST if split == "pretrain" else KINDS:
-        if kind == "order" and len(shown) == 1:
-            continue
-        question, answer, possible = question_of(kind, shown, subtitled, order)
-        choices = four_choices(answer, possible, shown, order)
-        about: dict[str, JSON] = {"kind": kind, "clip_id": name, "correct": choices.index(answer)}
-        made.append(
-            Example(
-                id=f"{name}-{kind}",
-                question=question,
-                answers=(Answer(text=answer),),
-                choices=choices,
-                extra=about,
-                **shared,
+        asked = questions_of(kind, shown)
+        for place, one in enumerate(order.sample(asked, min(1, len(asked))) if split == "test" else asked):
+            choices = four_choices(one.answer, one.possible, shown, order)
+            talked_about = one.about if kind == "spoken" and one.about is not None else order.choice(shown)
+            made.append(
+                Example(
+                    id=f"{name}-{kind}-{place}",
+                    video=clip,
+                    subtitles=(said(talked_about, order),),
+                    question=one.question,
+                    answers=(Answer(text=one.answer),),
+                    choices=choices,
+                    extra={"kind": kind, "clip_id": name, "correct": choices.index(one.answer)},
+                )
             )
-        )
     return shown, made
 
 

@@ -80,3 +80,17 @@ def grid_boxes(before: int, after: int | None) -> Float[Tensor, "cells 4"]:
     low, high = starts / before, ends / before
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return torch.stack([low[columns], high[columns], low[rows], high[rows]], dim=-1).flatten(0, 1)
+
+
+def strip_boxes(tokens: int, side: int) -> Float[Tensor, "tokens 4"]:
+    """Boxes (x1, x2, y1, y2) of a video's tokens on a strip of its frames, each with `side` rows and columns.
+
+    Raises:
+        UserError: the tokens are no whole number of frames.
+    """
+    frames, rest = divmod(tokens, side**2)
+    if rest:
+        raise UserError(f"{tokens} picture tokens are no whole number of frames of {side}x{side}; set frame_side")
+    within = grid_boxes(side, None).repeat(frames, 1)
+    when = torch.arange(frames).repeat_interleave(side**2).unsqueeze(-1)
+    return torch.cat([(within[:, :2] + when) / frames, within[:, 2:]], dim=-1)

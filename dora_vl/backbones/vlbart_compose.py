@@ -73,7 +73,10 @@ class VlBartSpec:
     pooled_side: int | None = 6
     """Max-pools each picture's grid to so many rows and columns; null keeps its tokens (video)."""
     boxes: Boxes = "zeros"
-    """A picture token's place: zeros as published for grids, or its cell's real box."""
+    """A picture token's place: zeros as published for grids and videos; its cell's real box; or its box on a strip of
+    a video's frames, which says when."""
+    frame_side: int = 1
+    """Rows and columns of one frame's tokens, for boxes: strip."""
     max_images: int = 2
     """Pictures that one input may have."""
     dropout: float = 0.1
@@ -107,6 +110,7 @@ def compose_vlbart(spec: VlBartSpec, folder: Path | str) -> None:
         visual_norm=norm,
         boxes=spec.boxes,
         max_images=spec.max_images,
+        frame_side=spec.frame_side,
     )
     model = drawn(config, seed=spec.seed)
     if weights:
@@ -114,7 +118,8 @@ def compose_vlbart(spec: VlBartSpec, folder: Path | str) -> None:
     if original is not None:
         load_original(model, original)
     elif spec.standardise is not None:
-        standardise(model.model.encoder.visual_embedding.feat_embedding[0], *measured(Path(spec.standardise)))
+        first: Any = model.model.encoder.visual_embedding.feat_embedding[0]
+        standardise(first, *measured(Path(spec.standardise)))
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)

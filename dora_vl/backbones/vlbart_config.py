@@ -7,7 +7,7 @@ from typing import Any, Literal
 from transformers.models.bart.configuration_bart import BartConfig
 
 VisualNorm = Literal["each", "sum", "none"]
-Boxes = Literal["zeros", "grid"]
+Boxes = Literal["zeros", "grid", "strip"]
 PUBLISHED_DROPOUT = 0.1
 FEATURE_WIDTHS = {"clip_rn101": 2048, "clip_rn50": 2048, "clip_rn50x4": 2560, "clip_vit_b32": 512, "faster_rcnn": 2048}
 
@@ -21,7 +21,9 @@ class VlBartConfig(BartConfig):
         visual_norm: layer norms of the feature and the position branch (`each`, the published runs), one after the
             sum (`sum`, VL-T5's pretrained files), or `none`.
         boxes: what stands for a token's place where none is given: `zeros` as in the published grid runs, or the
-            `grid` cell's real box.
+            `grid` cell's real box, or its box on a film `strip`, a video's frames side by side from left to right, so
+            that it says when.
+        frame_side: rows and columns of one frame's tokens on a strip.
         max_images: how many pictures an input may have; each has its own embedding.
     """
 
@@ -34,6 +36,7 @@ class VlBartConfig(BartConfig):
         visual_norm: VisualNorm = "each",
         boxes: Boxes = "zeros",
         max_images: int = 2,
+        frame_side: int = 1,
         **bart: Any,
     ) -> None:
         for name in ("dropout", "attention_dropout", "activation_dropout"):
@@ -44,3 +47,4 @@ class VlBartConfig(BartConfig):
         self.visual_norm: VisualNorm = visual_norm
         self.boxes: Boxes = boxes
         self.max_images = max_images
+        self.frame_side = frame_side

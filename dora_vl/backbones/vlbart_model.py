@@ -23,7 +23,7 @@ from transformers.models.bart.modeling_bart import (
     BartScaledWordEmbedding,
 )
 
-from dora_vl.backbones.visual_embedding import VisualEmbedding, grid_boxes, pool_grid
+from dora_vl.backbones.visual_embedding import VisualEmbedding, grid_boxes, pool_grid, strip_boxes
 from dora_vl.backbones.vlbart_config import VlBartConfig
 from dora_vl.errors import UserError
 
@@ -92,6 +92,8 @@ class VlBartEncoder(BartEncoder):
         side = self.settings.pooled_side
         if self.settings.boxes == "zeros":
             return torch.zeros(tokens if side is None else side**2, 4)
+        if self.settings.boxes == "strip":
+            return strip_boxes(tokens if side is None else side**2, self.settings.frame_side)
         before = math.isqrt(tokens)
         if before**2 != tokens:
             raise UserError(f"{tokens} picture tokens are no square grid, so they have no grid boxes; set boxes: zeros")

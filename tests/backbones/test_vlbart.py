@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from dora_vl.backbones.visual_embedding import grid_boxes, pool_grid
+from dora_vl.backbones.visual_embedding import grid_boxes, pool_grid, strip_boxes
 from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, load_adapter, save_adapter, trained_parts
 from dora_vl.errors import UserError
@@ -57,6 +57,25 @@ def test_grid_boxes_are_the_cells_edges_row_by_row() -> None:
     pooled = grid_boxes(7, 6)
     torch.testing.assert_close(pooled[5], torch.tensor([5 / 7, 1.0, 0.0, 2 / 7]))
     torch.testing.assert_close(pooled[-1], torch.tensor([5 / 7, 1.0, 5 / 7, 1.0]))
+
+
+def test_strip_boxes_are_the_frames_side_by_side() -> None:
+    boxes = strip_boxes(24, 2)
+    torch.testing.assert_close(boxes[0], torch.tensor([0.0, 1 / 12, 0.0, 1 / 2]))
+    torch.testing.assert_close(boxes[3], torch.tensor([1 / 12, 2 / 12, 1 / 2, 1.0]))
+    torch.testing.assert_close(boxes[4:8], boxes[:4] + torch.tensor([1 / 6, 1 / 6, 0.0, 0.0]))
+    torch.testing.assert_close(boxes[23], torch.tensor([11 / 12, 1.0, 1 / 2, 1.0]))
+    torch.testing.assert_close(strip_boxes(5, 1)[:, 0], torch.arange(5) / 5)
+    with pytest.raises(UserError, match="23 picture tokens are no whole number of frames of 2x2"):
+        strip_boxes(23, 2)
+
+
+def test_a_video_model_reads_its_frames_as_a_strip() -> None:
+    inputs = batch(tokens=24)
+    model = VlBartBackbone(tiny(boxes="strip", frame_side=2, pooled_side=None))
+    explicit = strip_boxes(24, 2).expand(3, 1, 24, 4)
+    torch.testing.assert_close(model(**inputs).logits, model(**inputs, boxes=explicit).logits)
+    assert not torch.allclose(model(**inputs).logits, model(**inputs, boxes=torch.zeros(3, 1, 24, 4)).logits)
 
 
 @pytest.mark.parametrize("norm", ["each", "sum", "none"])

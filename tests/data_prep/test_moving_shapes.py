@@ -54,6 +54,21 @@ def test_questions_have_one_right_choice_and_cover_all_kinds() -> None:
         assert {example.extra["kind"] for example in made[1:]} == expected
 
 
+def test_training_asks_about_every_shape_and_a_test_once_of_each_kind() -> None:
+    for number in range(20):
+        shown, made = examples_of("adapt", number, 0)
+        asked = Counter(str(one.extra["kind"]) for one in made[1:])
+        each = dict.fromkeys(("color", "shape", "direction", "spoken"), len(shown))
+        assert asked == {**each, "count": 1, **({"order": 2} if len(shown) > 1 else {})}
+        spoken = [one for one in made if one.extra["kind"] == "spoken"]
+        said = [one.subtitles[0].text.split()[-2] for one in spoken]
+        assert said == [mover.color for mover in shown]
+        assert [one.answers[0].text for one in spoken] == [mover.shape for mover in shown]
+        tested = Counter(str(one.extra["kind"]) for one in examples_of("test", number, 0)[1])
+        assert max(tested.values()) == 1
+        assert len({one.id for one in made}) == len(made)
+
+
 def test_no_place_among_the_choices_is_right_more_often() -> None:
     places = Counter(one.extra["correct"] for n in range(300) for one in examples_of("adapt", n, 0)[1] if one.choices)
     assert max(places.values()) < 1.15 * min(places.values())
@@ -68,7 +83,8 @@ def test_a_seed_makes_the_same_files(tmp_path: Path, capsys) -> None:
         make(tmp_path / name, Settings(pretrain=1, adapt=1, test=1, seed=seed), workers=1)
     assert digest(tmp_path / "one") == digest(tmp_path / "two")
     assert digest(tmp_path / "one")["clips/test-00000.mp4"] != digest(tmp_path / "three")["clips/test-00000.mp4"]
-    assert len(list(iterate_examples(tmp_path / "one/records/moving_shapes/pretrain.jsonl"))) == 2
+    shown, _ = examples_of("pretrain", 0, 5)
+    assert len(list(iterate_examples(tmp_path / "one/records/moving_shapes/pretrain.jsonl"))) == 2 * len(shown)
     assert len(list(iterate_examples(tmp_path / "one/records/moving_shapes_caption/test.jsonl"))) == 1
     with pytest.raises(SystemExit):
         main(["--to", str(tmp_path / "four"), "--test", "0"])
