@@ -22,7 +22,7 @@ from dora_vl.core.gain import Gain, quick_gains
 if TYPE_CHECKING:
     from dora_vl.core.linear import ProductLayer
 
-LARGEST_BATCH_BYTES = 2**27
+LARGEST_BATCH_BYTES = 2**24
 """Of the stacked factors of one batch; a family of wide layers is taken in several."""
 
 
