@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -65,14 +65,12 @@ class GainFamily:
         return True
 
 
-def found_families(layers: Iterable[nn.Module]) -> None:
-    """Gives layers of one shape and rank one family; only products by one dense weight have a use for it."""
+def found_families(layers: Iterable[ProductLayer]) -> None:
+    """Gives layers of one shape and rank one family."""
     families: defaultdict[tuple[object, ...], GainFamily] = defaultdict(GainFamily)
     for layer in layers:
-        if hasattr(layer, "family"):
-            product = cast("ProductLayer", layer)
-            product.family = families[product.matrix_shape(), product.adapter.rank]
-            product.family.join(product)
+        layer.family = families[layer.matrix_shape(), layer.adapter.rank]
+        layer.family.join(layer)
 
 
 def _is_due(layer: ProductLayer, caller: ProductLayer) -> bool:

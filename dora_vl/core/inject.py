@@ -13,6 +13,7 @@ from dora_vl.core.gain_family import found_families
 from dora_vl.core.initialise import OriginalWeight, start_loftq
 from dora_vl.core.kinds import adaptable
 from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.linear import ProductLayer
 from dora_vl.core.precision import Gather, no_gather
 from dora_vl.core.trainable import (
     adapted_layers,
@@ -59,7 +60,7 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
         shared = _share_random(model, names, config)
         for name, layer_config in methods.items():
             _adapt(model, name, layer_config, shared, gather)
-        found_families(layer for _, layer in adapted_layers(model))
+        found_families(layer for _, layer in adapted_layers(model) if isinstance(layer, ProductLayer))
         also_keep = (*also_keep, *_needed_tensors(model))
     choose_trained(
         model,
