@@ -10,7 +10,9 @@ Prompts, labels, batch sizes and decoding are VL-Adapter's (arXiv 2112.06825), w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -30,68 +32,64 @@ NO_REPEAT = 3  # bart-base's own setting, which the published runs never changed
 def subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
     """Every task of this file; without `task_prompt` the text does not say which one it is."""
 
-    def prefix(text: str) -> str:
-        return text if task_prompt else ""
+    def asked(name: str) -> Callable[[Example], Prompt]:
+        return partial(question_prompt, prefix=f"{name}: " if task_prompt else "")
 
-    greedy = Search(no_repeat_ngram=NO_REPEAT)
-    every = (
-        Subtask(
-            name="vqav2",
-            prompt=lambda example: Prompt(text=prefix("vqa: ") + example.question),
-            target=weighted_answer,
-            input_tokens=QUESTION_TOKENS,
-            target_tokens=ANSWER_TOKENS,
-            search=greedy,
-            score=score_vqa,
-        ),
-        Subtask(
-            name="gqa",
-            batch_share=100 / 60,
-            prompt=lambda example: Prompt(text=prefix("gpa: ") + example.question),  # so in all published runs
-            target=one_answer,
-            input_tokens=QUESTION_TOKENS,
-            target_tokens=ANSWER_TOKENS,
-            search=greedy,
-            score=gqa.score,
-        ),
-        Subtask(
-            name="nlvr2",
-            batch_share=20 / 60,
-            prompt=lambda example: Prompt(text=prefix("nlvr: ") + example.question),
-            target=truth,
-            answer_by="pair",
-            score=nlvr2.score,
-            images=2,
-        ),
-        Subtask(
-            name="coco_caption",
-            batch_share=50 / 60,
-            prompt=lambda example: Prompt(text=prefix("caption: ")),
-            target=own_caption,
-            each_answer=True,
-            input_tokens=CAPTION_TOKENS,
-            target_tokens=CAPTION_TOKENS,
-            normalise_by="tokens",
-            search=Search(beams=5, max_length=20, no_repeat_ngram=NO_REPEAT),
-            score=caption.score,
-        ),
-        Subtask(
-            name="nlvr",
-            prompt=lambda example: Prompt(text=prefix("nlvr: ") + example.question),
-            target=truth,
-            answer_by="pair",
-            score=nlvr2.score_nlvr,
-        ),
+    every = (*question_tasks(asked), *statement_tasks(asked), caption_task(prefix="caption: " if task_prompt else ""))
+    return {one.name: one for one in every}
+
+
+def question_tasks(asked: Callable[[str], Callable[[Example], Prompt]]) -> Sequence[Subtask]:
+    """Questions answered in words: VQAv2, GQA and those of one's own data."""
+    words = Subtask(
+        name="vqav2",
+        prompt=asked("vqa"),
+        target=weighted_answer,
+        input_tokens=QUESTION_TOKENS,
+        target_tokens=ANSWER_TOKENS,
+        search=Search(no_repeat_ngram=NO_REPEAT),
+        score=score_vqa,
+    )
+    return (
+        words,
+        # The prompt reads "gpa" in all published runs.
+        replace(words, name="gqa", batch_share=100 / 60, prompt=asked("gpa"), target=one_answer, score=gqa.score),
         Subtask(
             name="short_answer",
-            prompt=lambda example: Prompt(text=prefix("vqa: ") + example.question),
+            prompt=asked("vqa"),
             target=one_answer,
             input_tokens=QUESTION_TOKENS * 2,
             target_tokens=QUESTION_TOKENS,
             score=gqa.score,
         ),
     )
-    return {one.name: one for one in every}
+
+
+def statement_tasks(asked: Callable[[str], Callable[[Example], Prompt]]) -> Sequence[Subtask]:
+    """Sentences that are true or false of a picture (NLVR) or of two (NLVR2)."""
+    nlvr = Subtask(name="nlvr", prompt=asked("nlvr"), target=truth, answer_by="pair", score=nlvr2.score_nlvr)
+    return replace(nlvr, name="nlvr2", batch_share=20 / 60, score=nlvr2.score, images=2), nlvr
+
+
+def caption_task(*, prefix: str) -> Subtask:
+    """COCO captions: each of a picture's captions is an item of its own."""
+    return Subtask(
+        name="coco_caption",
+        batch_share=50 / 60,
+        prompt=lambda example: Prompt(text=prefix),
+        target=own_caption,
+        each_answer=True,
+        input_tokens=CAPTION_TOKENS,
+        target_tokens=CAPTION_TOKENS,
+        normalise_by="tokens",
+        search=Search(beams=5, max_length=20, no_repeat_ngram=NO_REPEAT),
+        score=caption.score,
+    )
+
+
+def question_prompt(example: Example, *, prefix: str) -> Prompt:
+    """The task's name and the question or sentence."""
+    return Prompt(text=prefix + example.question)
 
 
 def drawn_answer(example: Example, random: Random) -> Target:

@@ -36,48 +36,57 @@ def subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
     def suffix(name: str) -> str:
         return f"{name}: " if task_prompt else ""
 
-    def question(name: str, score: Callable[..., video_qa.Scored]) -> Subtask:
-        return Subtask(
-            name=name,
-            prompt=partial(question_prompt, suffix=suffix(name)),
-            target=right_label,
-            input_tokens=TEXT_TOKENS,
-            target_tokens=LABEL_TOKENS,
-            answer_by="choice",
-            search=PUBLISHED_SEARCH,
-            score=score,
-        )
-
-    def described(name: str, *, with_times: bool) -> Subtask:
-        return Subtask(
-            name=name,
-            prompt=partial(caption_prompt, suffix=suffix(name), with_times=with_times),
-            target=own_caption,
-            each_answer=True,
-            input_tokens=TEXT_TOKENS,
-            target_tokens=LABEL_TOKENS,
-            search=PUBLISHED_SEARCH,
-            score=caption.score_value,
-        )
-
     every = (
-        question("tvqa", video_qa.score),
-        question("how2qa", video_qa.score_how2qa),
-        described("tvc", with_times=True),
-        described("yc2c", with_times=False),
-        question("video_choice", video_qa.score),
-        Subtask(
-            name="video_words",
-            prompt=partial(open_prompt, suffix=suffix("video_words")),
-            target=right_words,
-            input_tokens=TEXT_TOKENS,
-            target_tokens=LABEL_TOKENS,
-            answer_by="words",
-            score=video_qa.score,
-        ),
-        described("video_caption", with_times=False),
+        choice_task("tvqa", video_qa.score, suffix("tvqa")),
+        choice_task("how2qa", video_qa.score_how2qa, suffix("how2qa")),
+        choice_task("video_choice", video_qa.score, suffix("video_choice")),
+        words_task("video_words", suffix("video_words")),
+        caption_task("tvc", suffix("tvc"), with_times=True),
+        caption_task("yc2c", suffix("yc2c")),
+        caption_task("video_caption", suffix("video_caption")),
     )
     return {one.name: one for one in every}
+
+
+def choice_task(name: str, score: Callable[..., video_qa.Scored], suffix: str) -> Subtask:
+    """A question with its choices; the answer is the right choice's label."""
+    return Subtask(
+        name=name,
+        prompt=partial(question_prompt, suffix=suffix),
+        target=right_label,
+        input_tokens=TEXT_TOKENS,
+        target_tokens=LABEL_TOKENS,
+        answer_by="choice",
+        search=PUBLISHED_SEARCH,
+        score=score,
+    )
+
+
+def words_task(name: str, suffix: str) -> Subtask:
+    """A question without its choices; the answer is the right choice in words."""
+    return Subtask(
+        name=name,
+        prompt=partial(open_prompt, suffix=suffix),
+        target=right_words,
+        input_tokens=TEXT_TOKENS,
+        target_tokens=LABEL_TOKENS,
+        answer_by="words",
+        score=video_qa.score,
+    )
+
+
+def caption_task(name: str, suffix: str, *, with_times: bool = False) -> Subtask:
+    """A description of the clip; each of its descriptions is an item of its own."""
+    return Subtask(
+        name=name,
+        prompt=partial(caption_prompt, suffix=suffix, with_times=with_times),
+        target=own_caption,
+        each_answer=True,
+        input_tokens=TEXT_TOKENS,
+        target_tokens=LABEL_TOKENS,
+        search=PUBLISHED_SEARCH,
+        score=caption.score_value,
+    )
 
 
 def subtitle_text(example: Example) -> str:
