@@ -44,12 +44,12 @@ VIDEO := runs/demo-video
 
 demo-video: $(INSTALLED)
 	$(BIN)/python -m data_prep.demo_assets --to $(DEMO)/assets
-	$(BIN)/python -m data_prep.moving_shapes --to $(VIDEO)/data
+	$(BIN)/python -m data_prep.moving_shapes --to $(VIDEO)/data --seed 1
 	rm -rf $(VIDEO)/features $(VIDEO)/start $(VIDEO)/base
 	$(BIN)/python -m data_prep.features --root $(VIDEO)/data --to $(VIDEO)/features --library timm \
 		--name tf_efficientnet_lite0 --weights-in-order \
 		--weights $(DEMO)/assets/efficientnet_lite0/efficientnet-lite0-57934424.pth \
-		--layer -2 --grid-pool 4 --merge 2 --image-size 128 --frames 6 --workers 0
+		--layer -2 --grid-pool 4 --merge 2 --changes --image-size 128 --frames 6 --workers 0
 	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_video.py --config configs/vlbart/demo_video_pretrain.yaml \
 		--overwrite true
 	$(BIN)/dora-vl merge --adapter $(VIDEO)/pretrain/adapter --to $(VIDEO)/base

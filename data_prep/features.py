@@ -177,8 +177,8 @@ def _take(
     ledger.judge()
     if read.pixels is None:
         return
-    made = torch.cat([encoder.encode(pixels) for pixels in read.pixels.split(batch_size)]).flatten(0, 1)
-    writer.add(FeatureRow(read.medium.name, made, read.backend, read.indices, read.seconds))
+    frames = torch.cat([encoder.encode(pixels) for pixels in read.pixels.split(batch_size)])
+    writer.add(FeatureRow(read.medium.name, encoder.sequence(frames), read.backend, read.indices, read.seconds))
 
 
 def feature_settings(options: argparse.Namespace) -> FeatureSettings:
@@ -191,6 +191,7 @@ def feature_settings(options: argparse.Namespace) -> FeatureSettings:
         tower=TowerSpec(**given),
         kept=options.kept,
         merge=options.merge,
+        changes=options.changes,
         aspect=options.aspect,
         every_seconds=options.every_seconds,
         frames=options.frames,
@@ -221,6 +222,7 @@ def parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, help="pixels along a side")
     add("--kept", choices=("grid", "pooled"), default="grid", help="what is kept of a picture or frame")
     add("--merge", type=int, default=1, help="side of the blocks of cells that become one token each")
+    add("--changes", action="store_true", help="each token also holds its change since the frame before")
     add("--aspect", choices=("squash", "square", "pad"), default="squash", help="how a picture becomes a square")
     add("--every-seconds", type=float, help="time between a video's frames; 1.5 if nothing is said")
     add("--frames", type=int, help="so many frames of a video, evenly")

@@ -6,6 +6,7 @@ import random
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -26,6 +27,7 @@ SHEET_CELLS = 24
 CELL_WIDTH, CELL_HEIGHT, TITLE_HEIGHT, MARGIN = 1.75, 2.45, 0.75, 0.2  # inches
 TITLE_FONT: Mapping[str, Any] = {"fontsize": 12, "fontweight": "bold", "linespacing": 1.4}
 QUESTION_CHARACTERS, ANSWER_CHARACTERS = 25, 24  # of one line under a picture
+SUBTITLE_CHARACTERS = 34
 SMALL_PX = 160
 
 
@@ -125,6 +127,7 @@ def write_contact_sheet(
     *,
     title: str,
     answer_after: str | None = None,
+    subtitles: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Draws pictures with their questions and the model's answers, green where right, red where wrong.
 
@@ -133,6 +136,7 @@ def write_contact_sheet(
         to: the PNG file.
         title: the line on top.
         answer_after: what stands before the scored part of an answer (`evaluation.answer_after`).
+        subtitles: what is said in a video, by the prediction's id; drawn over its picture's lower edge.
 
     Raises:
         UserError: there are no predictions.
@@ -153,6 +157,7 @@ def write_contact_sheet(
         side = CELL_WIDTH - MARGIN
         axes = figure.add_axes((left, top - side / height, side / width, side / height))
         _draw_picture(axes, prediction, open_picture)
+        _draw_subtitles(axes, subtitles.get(prediction.id, ""))
         _draw_answer(axes, prediction, inches=side, right=_is_right(prediction, answer_after))
     save_png(figure, to)
 
@@ -171,6 +176,13 @@ def _draw_picture(axes: Axes, prediction: Prediction, open_picture: Callable[[st
         return
     # Pixels stay squares where a picture is smaller than its place on the sheet.
     axes.imshow(picture, interpolation="nearest" if max(picture.size) < SMALL_PX else "antialiased")
+
+
+def _draw_subtitles(axes: Axes, said: str) -> None:
+    lines = textwrap.wrap(said, SUBTITLE_CHARACTERS, max_lines=2, placeholder=" …")
+    look = {"fontsize": 6, "color": "white", "bbox": {"facecolor": INK, "alpha": 0.75, "linewidth": 0, "pad": 1.5}}
+    if lines:
+        axes.text(0.5, 0.03, "\n".join(lines), ha="center", va="bottom", transform=axes.transAxes, **look)
 
 
 def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bool) -> None:

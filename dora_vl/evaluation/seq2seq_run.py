@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions"
 Tested = tuple[Subtask, ExampleFile, FeatureReader]
+Answered = tuple[Example, str | None]
+"""An example and what the model says to it; None where it could not be asked."""
 TRUE, FALSE = "true", "false"
 LONGEST_LABEL = 20
 
@@ -68,17 +71,17 @@ def evaluate_subtasks(
 ) -> dict[str, Any]:
     """Answers and scores each task; writes `predictions/<task>.jsonl`, `metrics.json` and pictures of the run.
 
-    With one task its headline stands at the top as `accuracy` (a share) and `n`, with `by_kind` where examples name
-    their kind.
+    Where one task alone is scored by accuracy, its headline stands at the top as `accuracy` (a share) and `n`, with
+    `by_kind` where examples name their kind, and the contact sheet shows that task; else the sheet shows all.
     """
     backbone.eval()
     started, tasks = time.monotonic(), {}
-    answered: list[tuple[Example, str | None]] = []
+    answered: dict[str, list[Answered]] = {}
     for subtask, file, reader in tested:
         examples, answers, failed = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
         _write(run_folder / PREDICTIONS / f"{subtask.name}.jsonl", answers)
         tasks[subtask.name] = _scored(subtask, examples, answers, failed)
-        answered += [(example, answers.get(example.id)) for example in examples]
+        answered[subtask.name] = [(example, answers.get(example.id)) for example in examples]
         log.info("%s: %s", subtask.name, {k: round(v, 3) for k, v in tasks[subtask.name]["metrics"].items()})
     metrics = {
         **dict(numbers),
@@ -86,10 +89,15 @@ def evaluate_subtasks(
         "settings": dict(settings),
         "evaluation_seconds": round(time.monotonic() - started, 1),
     }
-    if len(tasks) == 1:
-        metrics |= _headline(next(iter(tasks.values())), answered)
+    accurate = [name for name, task in tasks.items() if "accuracy" in task["metrics"]]
+    shown = list(chain.from_iterable(answered.values()))
+    if len(accurate) == 1:
+        shown = answered[accurate[0]]
+        metrics |= _headline(tasks[accurate[0]], shown)
+    elif len(tasks) == 1:
+        metrics |= {"n": next(iter(tasks.values()))["n"]}
     write_json(run_folder / METRICS, metrics)
-    draw(answered, run_folder=run_folder, image_folder=evaluation.image_folder)
+    draw(shown, run_folder=run_folder, image_folder=evaluation.image_folder)
     return metrics
 
 
@@ -218,13 +226,11 @@ def _scored(
     }
 
 
-def _headline(task: Mapping[str, Any], answered: Sequence[tuple[Example, str | None]]) -> dict[str, Any]:
-    if "accuracy" not in task["metrics"]:
-        return {"n": task["n"]}
+def _headline(task: Mapping[str, Any], answered: Sequence[Answered]) -> dict[str, Any]:
     return {"accuracy": task["metrics"]["accuracy"] / 100, "n": task["n"], "by_kind": by_kind(answered)}
 
 
-def by_kind(answered: Sequence[tuple[Example, str | None]]) -> dict[str, dict[str, float | int]]:
+def by_kind(answered: Sequence[Answered]) -> dict[str, dict[str, float | int]]:
     """Share of right answers by `extra["kind"]`."""
     hits: dict[str, list[bool]] = {}
     for example, said in answered:
@@ -240,7 +246,7 @@ def expected(example: Example) -> str:
     return example.answers[0].text if example.answers else ""
 
 
-def draw(answered: Sequence[tuple[Example, str | None]], *, run_folder: Path, image_folder: str | None) -> None:
+def draw(answered: Sequence[Answered], *, run_folder: Path, image_folder: str | None) -> None:
     """The loss curve and, where the pictures are known, the contact sheet."""
     try:
         from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
@@ -257,13 +263,14 @@ def draw(answered: Sequence[tuple[Example, str | None]], *, run_folder: Path, im
     right = sum(one.prediction == one.truth for one in shown)
     title = f"{right / max(1, len(shown)):.1%} of {len(shown):,} right"
     clips = {example.video.path: example.video for example, _ in answered if example.video is not None}
+    heard = {example.id: " ".join(line.text for line in example.subtitles) for example, _ in answered}
     with VideoReader() as reader:
 
         def open_medium(path: str) -> Image.Image:
             root = Path(image_folder)
             return clip_picture(reader, root, clips[path]) if path in clips else open_image(root, path)
 
-        write_contact_sheet(shown, open_medium, run_folder / "contact_sheet.png", title=title)
+        write_contact_sheet(shown, open_medium, run_folder / "contact_sheet.png", title=title, subtitles=heard)
 
 
 def media_of(example: Example) -> list[str]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
@@ -90,7 +92,7 @@ class VlBartAssistant:
         subtask = self._subtask(example)
         device = next(self.backbone.parameters()).device
         ids, _ = self.encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
-        features = self._inputs(pictures).to(device)
+        features = self.inputs(pictures).to(device)
         if features.shape[1] != subtask.images:
             raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {features.shape[1]}")
         inputs = [ids[None].to(device), torch.ones_like(ids)[None].to(device), features]
@@ -110,9 +112,9 @@ class VlBartAssistant:
             raise UserError(f"this model was trained for {known}; ask a question {needed}")
         return fitting[0]
 
-    def _inputs(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        features = self.features.pictures(pictures)
-        inputs = [features.flatten(0, 1)] if self.is_video else list(features)
+    def inputs(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "one pictures tokens channels"]:
+        """What the model reads of the pictures; the frames of a video are one."""
+        inputs = [self.features.frames(pictures)] if self.is_video else list(self.features.pictures(pictures))
         return torch.stack([fixed_length(one, self.feature_tokens) for one in inputs])[None]
 
 

@@ -35,6 +35,8 @@ class FeatureSettings:
             projection), not normalised.
         merge: cells along a side of a block that becomes one token, their numbers side by side: nothing is averaged
             away, and a frame is few tokens.
+        changes: beside its numbers each token holds how they differ from the frame before (0 in the first, and in
+            pictures), so that one token says which way something moves.
         aspect: how a picture becomes a square.
         every_seconds: a video's time between two frames; VALUE's features have 1.5.
         frames: so many frames of a video instead, evenly.
@@ -43,6 +45,7 @@ class FeatureSettings:
     tower: TowerSpec
     kept: Kept = "grid"
     merge: int = 1
+    changes: bool = False
     aspect: Aspect = "squash"
     every_seconds: float | None = None
     frames: int | None = None
@@ -104,13 +107,21 @@ class FeatureEncoder:
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures tokens channels"]:
-        """Prepared pictures as features; `pooled` is one token each."""
+        """Prepared pictures as features, without changes; `pooled` is one token each."""
         made = self.network(pixels.to(self.device)).float()
         return made.unsqueeze(1) if self.settings.kept == "pooled" else merged(made, self.settings.merge)
 
     def pictures(self, pictures: Sequence[Image]) -> Float[Tensor, "pictures tokens channels"]:
-        """Pictures as features."""
-        return self.encode(torch.stack([self.preparation.prepare(picture) for picture in pictures]))
+        """Pictures as features, each by itself."""
+        return torch.stack([self.frames([picture]) for picture in pictures])
+
+    def frames(self, pictures: Sequence[Image]) -> Float[Tensor, "tokens channels"]:
+        """Frames of one clip, in order, as its features."""
+        return self.sequence(self.encode(torch.stack([self.preparation.prepare(picture) for picture in pictures])))
+
+    def sequence(self, frames: Float[Tensor, "frames tokens channels"]) -> Float[Tensor, "all_tokens all_channels"]:
+        """The features of a clip from what `encode` made of its frames in order: one frame after the other."""
+        return (with_changes(frames) if self.settings.changes else frames).flatten(0, 1)
 
     def video(
         self, reader: VideoReader, root: Path, clip: Clip
@@ -121,7 +132,7 @@ class FeatureEncoder:
             BadSample: the clip cannot be read.
         """
         frames = reader.read_prepared(root, clip, self.settings.sampling, self.preparation.prepare)
-        return self.encode(torch.stack(frames.pictures)).flatten(0, 1), frames
+        return self.sequence(self.encode(torch.stack(frames.pictures))), frames
 
 
 def merged(
@@ -140,6 +151,14 @@ def merged(
     after = before // side
     blocks = grid.unflatten(1, (after, side, after, side)).transpose(2, 3)
     return blocks.flatten(3, 5).flatten(1, 2)
+
+
+def with_changes(
+    frames: Float[Tensor, "frames tokens channels"],
+) -> Float[Tensor, "frames tokens twice_the_channels"]:
+    """Each token's numbers, then how they differ from the same place's in the frame before; 0 in the first frame."""
+    before = torch.cat([frames[:1], frames[:-1]])
+    return torch.cat([frames, frames - before], dim=-1)
 
 
 class GridNetwork(nn.Module):

@@ -76,3 +76,17 @@ def test_the_sheet_survives_broken_pictures_and_long_or_empty_text(tmp_path: Pat
         assert sheet.width > sheet.height / 3
     with pytest.raises(UserError, match="no predictions"):
         write_contact_sheet([], picture, tmp_path / "sheet.png", title="one")
+
+
+def test_what_is_said_stands_on_the_picture(tmp_path: Path) -> None:
+    def drawn(name: str, said: dict[str, str]) -> bytes:
+        rows = [prediction(number) for number in range(3)]
+        write_contact_sheet(
+            rows, lambda _: Image.new("RGB", (64, 64), "white"), tmp_path / name, title="one", subtitles=said
+        )
+        with Image.open(tmp_path / name) as sheet:
+            return sheet.tobytes()
+
+    known = prediction(1).id
+    assert drawn("a.png", {}) == drawn("b.png", {"somebody else": "no"})
+    assert drawn("a.png", {}) != drawn("b.png", {known: "anna: look at the red one. " * 9})

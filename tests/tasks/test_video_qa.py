@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +51,28 @@ def vlbart(place: Path) -> Path:
     weights = place / "tower.pth"
     torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), weights)
     tower = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--weights", str(weights), "--image-size", "64"]
-    kept = ["--layer", "-3", "--grid-pool", "2", "--merge", "2", "--frames", "3", "--workers", "0"]
+    kept = ["--layer", "-3", "--grid-pool", "2", "--merge", "2", "--changes", "--frames", "3", "--workers", "0"]
     features.main(["--root", str(place / "data"), "--to", str(place / "features"), *tower, *kept])
     records = place / "data/records/moving_shapes/adapt.jsonl"
+    captions = place / "data/records/moving_shapes_caption"
     small = {"texts": [str(records)], "vocabulary": 300, "width": 16, "layers": 1, "heads": 2, "feedforward": 16}
-    compose = {"small": {**small, "max_positions": 256}, "feature_width": 160, "pooled_side": None, "dropout": 0.0}
+    compose = {"small": {**small, "max_positions": 256}, "feature_width": 320, "pooled_side": None, "dropout": 0.0}
     settings = {
         "model": {"base": str(place / "base"), "compose": compose},
         "adapter": {"rank": 2},
         "data": {
-            "train": {"video_words": str(records)},
-            "features": {"video_words": str(place / "features")},
+            "train": {"video_words": str(records), "video_caption": str(captions / "adapt.jsonl")},
+            "features": dict.fromkeys(("video_words", "video_caption"), str(place / "features")),
             "feature_tokens": 3,
             "batch_size": 4,
             "workers": 0,
         },
         "training": {"output_dir": str(place / "vlbart"), "use_cpu": True, "max_steps": 1, "report_to": "none"},
         "evaluation": {
-            "files": {"video_words": str(place / "data/records/moving_shapes/test.jsonl")},
+            "files": {
+                "video_caption": str(captions / "test.jsonl"),
+                "video_words": str(place / "data/records/moving_shapes/test.jsonl"),
+            },
             "image_folder": str(place / "data"),
         },
     }
@@ -95,15 +100,15 @@ def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: A
     heading, answer = capsys.readouterr().out.splitlines()
     assert "(3 frames, 0.5 to 2.6 s, decord)" in heading
     assert answer.strip() in {"red", "blue", "green", "white"}
-    with pytest.raises(SystemExit):
-        video_qa.main(common)
-    assert "this model was trained for video_words; ask a question that gives choices" in capsys.readouterr().err
+    video_qa.main(common)  # without choices it says what it sees
+    assert "(3 frames, 0.5 to 2.6 s, decord)" in capsys.readouterr().out
 
 
 def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) -> None:
     import torch
 
-    from dora_vl.data.examples import Clip
+    from dora_vl.data.examples import Clip, Example
+    from dora_vl.errors import UserError
     from dora_vl.evaluation.vlbart_assistant import open_vlbart_assistants
     from dora_vl.vision.feature_files import open_features
     from dora_vl.vision.video import VideoReader
@@ -111,13 +116,23 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
 
     assistant = open_vlbart_assistants(vlbart, subtasks_of).adapted
     with VideoReader() as reader:
-        made, _ = assistant.features.video(reader, place / "data", Clip(path="clips/test-00000.mp4"))
+        clip = Clip(path="clips/test-00000.mp4")
+        made, _ = assistant.features.video(reader, place / "data", clip)
+        frames = reader.read(place / "data", clip, assistant.sampling).pictures
     torch.testing.assert_close(made.half(), open_features(place / "features").read("test-00000"), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(assistant.inputs(frames)[0, 0], made)  # what a question typed in gets
+    words_alone = replace(assistant, subtasks=(assistant.subtasks[0],))
+    with pytest.raises(UserError, match="trained for video_words; ask a question that gives choices"):
+        words_alone.answer_example(Example(id="1", question="which?"), frames)
 
 
 def test_the_run_shows_its_clips(vlbart: Path) -> None:
     metrics = json.loads((vlbart.parent / "metrics.json").read_text())
     assert {"color", "shape", "direction", "count", "spoken"} <= set(metrics["by_kind"])
+    words = metrics["tasks"]["video_words"]  # the one task with an accuracy; captions have CIDEr
+    assert metrics["n"] == words["n"] == sum(kind["n"] for kind in metrics["by_kind"].values())
+    assert metrics["accuracy"] == pytest.approx(words["metrics"]["accuracy"] / 100, abs=1e-6)
+    assert "CIDEr" in metrics["tasks"]["video_caption"]["metrics"]
     assert (vlbart.parent / "contact_sheet.png").stat().st_size > 10_000
 
 

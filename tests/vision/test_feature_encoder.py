@@ -107,9 +107,26 @@ def test_frames_of_a_clip(tmp_path: Path) -> None:
     torch.testing.assert_close(features, encoder.pictures(pictures.pictures)[:, 0])
 
 
+def test_changes_stand_beside_each_token(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    spec = TowerSpec(**{**vars(TIMM), "layer": -3, "grid_pool": 2})
+    torch.manual_seed(0)
+    encoder = FeatureEncoder(FeatureSettings(tower=spec, frames=3, changes=True))
+    with VideoReader(backends=("decord", "pyav")) as reader:
+        features, _ = encoder.video(reader, tmp_path, Clip(path="a.mp4"))
+        pictures = reader.read(tmp_path, Clip(path="a.mp4"), Uniform(3)).pictures
+    numbers, changes = features.unflatten(0, (3, 4)).chunk(2, dim=-1)
+    alone = encoder.pictures(pictures)  # the same frames as pictures: nothing came before them
+    torch.testing.assert_close(numbers, alone[..., :40])
+    assert not alone[..., 40:].any()
+    torch.testing.assert_close(changes[1:], alone[1:, :, :40] - alone[:-1, :, :40])
+    assert not changes[0].any()
+    assert changes[1:].abs().max() > 1e-3
+
+
 def test_settings_travel_as_json() -> None:
     spec = TowerSpec(**{**vars(TIMM), "image_mean": (0.1, 0.2, 0.3), "image_std": (1.0, 1.0, 1.0)})
-    settings = FeatureSettings(tower=spec, merge=4, every_seconds=0.4)
+    settings = FeatureSettings(tower=spec, merge=4, changes=True, every_seconds=0.4)
     assert FeatureSettings.from_record(json.loads(json.dumps(settings.to_record()))) == settings
     assert settings.sampling == EverySeconds(0.4)
     assert FeatureSettings(tower=TIMM).sampling == EverySeconds(1.5)

@@ -1,0 +1,100 @@
+"""Records to LLaVA's training JSON: each is asked as `dora-vl evaluate` asks it, and its first answer is the reply.
+
+    dora-vl prepare nlvr --from downloads/nlvr --to records --set shares=train:0.8,validation:0.1,test:0.1
+    python -m data_prep.llava_conversations --records records/nlvr/train.jsonl --benchmark nlvr --to nlvr_train.jsonl
+
+So a LLaVA can be trained on any set that `dora-vl prepare` knows, with the benchmark's own wording. The order is
+shuffled by the seed, because publishers' files hold a picture's items side by side. Records that carry no answer, or a
+video, are counted and named at the end, not written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from dora_vl.data.examples import JSON, Example, iterate_examples, whole_file
+from dora_vl.errors import BadSample, UserError, exit_on_user_error
+from dora_vl.evaluation.benchmarks import BENCHMARKS
+from dora_vl.evaluation.prompts import Prompt, turns_of
+
+SPEAKERS = {"user": "human", "assistant": "gpt"}
+NAMED = 5
+"""How many of the records that were left out are named in the summary."""
+
+
+def conversation_of(example: Example, prompt: Prompt) -> dict[str, JSON]:
+    """One record in LLaVA's form.
+
+    Raises:
+        BadSample: it has no answer, or is about a video.
+    """
+    if example.video is not None:
+        raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
+    turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in turns_of(example, prompt)]
+    answer = {"from": SPEAKERS["assistant"], "value": reply_of(example)}
+    record: dict[str, JSON] = {"id": example.id, "conversations": [*turns, answer]}
+    if pictures := list(example.images):
+        record["image"] = pictures if len(pictures) > 1 else pictures[0]
+    return record
+
+
+def reply_of(example: Example) -> str:
+    """The last turn of a conversation, or the first answer to a question.
+
+    Raises:
+        BadSample: nobody answers.
+    """
+    replies = [turn.text for turn in example.turns[-1:] if turn.role == "assistant"]
+    known = replies if example.turns else [answer.text for answer in example.answers]
+    if not known or not known[0].strip():
+        raise BadSample(example.id, "it has no answer to train on")
+    return known[0]
+
+
+def conversations(
+    examples: Iterable[Example], prompt: Prompt, *, seed: int, dropped: Callable[[BadSample], object]
+) -> list[dict[str, JSON]]:
+    """Every record that can be trained on, in an order shuffled by the seed; the others go to `dropped`."""
+    made: list[dict[str, JSON]] = []
+    for example in examples:
+        try:
+            made.append(conversation_of(example, prompt))
+        except BadSample as problem:
+            dropped(problem)
+    random.Random(seed).shuffle(made)
+    return made
+
+
+@exit_on_user_error
+def main() -> None:
+    """Reads the options, writes the file and says what was left out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, required=True, metavar="FILE", help="what `dora-vl prepare` wrote")
+    parser.add_argument("--benchmark", choices=sorted(BENCHMARKS), required=True, help="whose wording is used")
+    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help="LLaVA's JSON lines")
+    parser.add_argument("--seed", type=int, default=0, help="of the order")
+    options = parser.parse_args()
+    if not options.records.is_file():
+        raise UserError(f"{options.records}: no such file; `dora-vl prepare` writes records")
+    dropped: list[BadSample] = []
+    made = conversations(
+        iterate_examples(options.records),
+        BENCHMARKS[options.benchmark].prompt,
+        seed=options.seed,
+        dropped=dropped.append,
+    )
+    if not made:
+        raise UserError(f"{options.records}: none of its {len(dropped)} records can be trained on; {dropped[0]}")
+    with whole_file(options.to) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in made)
+    print(f"{options.to}: {len(made):,} conversations, {len(dropped):,} records left out")
+    for problem in dropped[:NAMED]:
+        print(f"  left out: {problem}")
+
+
+if __name__ == "__main__":
+    main()
