@@ -192,7 +192,7 @@ def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bo
     axes.spines[:].set_linewidth(1.2 if right else 2.5)
     question = textwrap.wrap(prediction.question, QUESTION_CHARACTERS, max_lines=2, placeholder=" …")
     said = prediction.prediction.strip() or "(empty)"
-    line = _two_lines(f"✓ {said}" if right else f"✗ {said} (true: {prediction.truth})")
+    line = _two_lines(f"✓ {said}") if right else f"✗ {_ending(said)}\ntrue: {_ending(prediction.truth)}"
     place = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15}
     axes.text(0.5, -0.07 / inches, "\n".join(question), fontsize=8.5, color=INK, **place)
     below = -(0.12 + 0.145 * len(question)) / inches
@@ -203,6 +203,15 @@ def _two_lines(answer: str) -> str:
     """An answer in the room under a picture; the end is kept, where an answer that reasons first gives its result."""
     lines = textwrap.wrap(answer, ANSWER_CHARACTERS)
     return "\n".join(lines if len(lines) <= 2 else [f"{lines[0]} …", lines[-1]])
+
+
+def _ending(answer: str) -> str:
+    """An answer in one line behind a word of its own; its last words where it has no room."""
+    room = ANSWER_CHARACTERS - len("true: ")
+    if len(answer) <= room:
+        return answer
+    last = answer[-(room - len("… ")) :]
+    return "… " + (last.partition(" ")[2] or last)
 
 
 def new_figure(width: float, height: float) -> Figure:

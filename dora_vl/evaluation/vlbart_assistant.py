@@ -20,7 +20,7 @@ from dora_vl.data.seq2seq import Subtask
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import Assistants, base_of, read_recipe, with_adapter
-from dora_vl.evaluation.seq2seq_run import answers_of
+from dora_vl.evaluation.seq2seq_answers import answers_of
 from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
 from dora_vl.vision.frame_sampling import Sampling
 
@@ -29,6 +29,10 @@ VLBART_ENTRIES = ("task", "tasks", "base", "base_sha256", "dtype", "feature_toke
 SubtasksOf = Callable[[str], Mapping[str, Subtask]]
 VIDEO_TASK = "vlbart_video"
 CHOOSING = frozenset({"choice", "words"})
+WITH_CHOICES = "a question with its choices (--choice, several times)"
+FREE = "a question without choices"
+CAPTION = 'for a caption (--question "")'
+MARK = "this question?"
 
 
 @dataclass(frozen=True)
@@ -104,18 +108,26 @@ class VlBartAssistant:
         return said
 
     def _subtask(self, example: Example) -> Subtask:
-        """The trained task that such a question belongs to: one with choices, or one without."""
-        fitting = [one for one in self.subtasks if (one.answer_by in CHOOSING) == bool(example.choices)]
-        if not fitting:
-            known = ", ".join(one.name for one in self.subtasks)
-            needed = "without choices" if example.choices else "that gives choices (--choice, several times)"
-            raise UserError(f"this model was trained for {known}; ask a question {needed}")
-        return fitting[0]
+        """The trained task that such a question belongs to; one that learnt words, not labels, needs no choices."""
+        wanted = CAPTION if not example.question.strip() else WITH_CHOICES if example.choices else FREE
+        for one in self.subtasks:
+            if wanted in _ways_to_ask(one):
+                return replace(one, answer_by="text") if wanted == FREE and one.answer_by == "words" else one
+        known = ", ".join(one.name for one in self.subtasks)
+        possible = dict.fromkeys(way for one in self.subtasks for way in _ways_to_ask(one))
+        raise UserError(f"this model was trained for {known}; ask {' or '.join(possible)}")
 
     def inputs(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "one pictures tokens channels"]:
         """What the model reads of the pictures; the frames of a video are one."""
         inputs = [self.features.frames(pictures)] if self.is_video else list(self.features.pictures(pictures))
         return torch.stack([fixed_length(one, self.feature_tokens) for one in inputs])[None]
+
+
+def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:
+    """What a person may type for this task; one whose prompt leaves the question out makes captions."""
+    if MARK not in subtask.prompt(Example(id="question", question=MARK)).text:
+        return (CAPTION,)
+    return {"choice": (WITH_CHOICES,), "words": (WITH_CHOICES, FREE)}.get(subtask.answer_by, (FREE,))
 
 
 def open_vlbart_assistants(

@@ -39,14 +39,19 @@ def available_cores() -> int:
 
 
 def stand_alone_environment() -> None:
-    """Names this process the only rank, where no launcher did: DeepSpeed would look for MPI otherwise."""
-    if "WORLD_SIZE" in os.environ:
+    """Gives a process that is the only rank a free port, and its names where no launcher gave any.
+
+    Without names DeepSpeed would look for MPI; with the launcher's port, the same for every launch, a second run on
+    the machine would end because the first has it.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(alone)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({**alone, **{name: os.environ[name] for name in alone if name in os.environ}})
+    os.environ["MASTER_PORT"] = str(port)
 
 
 def start_cpu_communication() -> None:

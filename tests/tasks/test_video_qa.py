@@ -100,8 +100,9 @@ def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: A
     heading, answer = capsys.readouterr().out.splitlines()
     assert "(3 frames, 0.5 to 2.6 s, decord)" in heading
     assert answer.strip() in {"red", "blue", "green", "white"}
-    video_qa.main(common)  # without choices it says what it sees
-    assert "(3 frames, 0.5 to 2.6 s, decord)" in capsys.readouterr().out
+    for question in (common, [*common[:-1], ""]):  # its own words without choices; no question asks for a caption
+        video_qa.main(question)
+        assert "(3 frames, 0.5 to 2.6 s, decord)" in capsys.readouterr().out
 
 
 def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) -> None:
@@ -121,9 +122,13 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
         frames = reader.read(place / "data", clip, assistant.sampling).pictures
     torch.testing.assert_close(made.half(), open_features(place / "features").read("test-00000"), atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(assistant.inputs(frames)[0, 0], made)  # what a question typed in gets
-    words_alone = replace(assistant, subtasks=(assistant.subtasks[0],))
-    with pytest.raises(UserError, match="trained for video_words; ask a question that gives choices"):
-        words_alone.answer_example(Example(id="1", question="which?"), frames)
+    labels_alone = replace(assistant, subtasks=(vlbart_video.subtasks()["tvqa"],))
+    with pytest.raises(UserError, match="trained for tvqa; ask a question with its choices"):
+        labels_alone.answer_example(Example(id="1", question="which?"), frames)
+    with pytest.raises(UserError, match="ask a question with its choices .* or for a caption"):
+        replace(labels_alone, subtasks=(*labels_alone.subtasks, vlbart_video.subtasks()["tvc"])).answer_example(
+            Example(id="1", question="which?"), frames
+        )
 
 
 def test_the_run_shows_its_clips(vlbart: Path) -> None:

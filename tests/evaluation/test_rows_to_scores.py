@@ -1,0 +1,94 @@
+"""One row of each source all the way: the publisher's row, the prompt made of it, its target, the score of an answer.
+
+`rows_to_scores.jsonl` is written out by hand from the fixtures of `tests/data_prep` and the official scripts. A line
+names a row of a split and holds some of: `asked`, what a LLaVA is asked by `dora-vl evaluate`; `vlbart`, the task of a
+VL-BART with its text and target; `trained`, a template and what it makes of the row with the part that is trained on;
+`instruction`, a plain language model's prompt and output; `scores`, answers with the row's share of the
+headline (of captions 100 times CIDEr, worked out with pycocoevalcap).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from data_prep import prepare_command
+from data_prep.sources import SOURCES
+from dora_vl.backbones.instruction_prompt import PROMPTS
+from dora_vl.backbones.templates import TEMPLATES
+from dora_vl.data.examples import Example
+from dora_vl.data.seq2seq import Subtask
+from dora_vl.data.turns import read_llava
+from dora_vl.evaluation import prompts
+from dora_vl.evaluation.benchmarks import BENCHMARKS
+from dora_vl.evaluation.commonsense import PATTERNS
+from dora_vl.evaluation.evaluation_set import read_set
+from tasks import vlbart_image, vlbart_video
+
+FIXTURES = Path(__file__).parents[1] / "data_prep" / "fixtures"
+ROWS: list[dict[str, Any]] = [
+    json.loads(line) for line in Path(__file__).with_name("rows_to_scores.jsonl").read_text("utf-8").splitlines()
+]
+SUBTASKS: Mapping[str, Subtask] = {**vlbart_image.subtasks(), **vlbart_video.subtasks()}
+OF_ONES_OWN = {"hugging-face", "llava-json"}  # no publisher's form; test_hugging_face, test_prepare_split
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['fixture']}-{row['split']}")
+def test_a_row_becomes_prompt_target_and_score(row: dict[str, Any], tmp_path: Path) -> None:
+    file = prepared(row, tmp_path)
+    assert {"asked", "vlbart", "trained", "instruction"} & set(row), "nothing is expected of the prompt"
+    benchmark = row.get("benchmark", row["split"].partition("/")[0])
+    questions = read_set(f"{benchmark}={file}", tmp_path, mode=None, limit=None)
+    (example,) = (one for one in questions.examples if one.id == row["id"])
+    if "asked" in row:
+        (turn,) = prompts.turns_of(example, questions.benchmark.prompt)
+        assert turn.text == row["asked"]
+    if "vlbart" in row:
+        assert seq2seq_text(SUBTASKS[row["vlbart"]["task"]], example) == (row["vlbart"]["text"], row["vlbart"]["target"])
+    if "trained" in row:
+        assert trained_text(row["trained"]["template"], file, row["id"]) == (
+            row["trained"]["text"],
+            row["trained"]["answers"],
+        )
+    if "instruction" in row:
+        asked = PROMPTS["nvlabs"].before_output(example.question, "", test=True)
+        assert (asked, example.extra["output"]) == (row["instruction"]["text"], row["instruction"]["target"])
+    assert bool(row["scores"]) == (questions.scorer is not None)  # a judge scores the others
+    for said, share in row["scores"].items():
+        assert questions.scorer is not None
+        scored = questions.scorer(questions.examples, {example.id: said})
+        assert scored.per_item[example.id] == pytest.approx(share, rel=1e-9), said
+
+
+def test_every_source_is_followed_to_its_score() -> None:
+    assert {row["source"] for row in ROWS} | OF_ONES_OWN == set(SOURCES)
+    assert {row.get("benchmark", row["split"].partition("/")[0]) for row in ROWS} >= set(BENCHMARKS) - set(PATTERNS)
+
+
+def prepared(row: Mapping[str, Any], to: Path) -> Path:
+    """The split's file, as `dora-vl prepare` writes it."""
+    parser = argparse.ArgumentParser()
+    prepare_command.add_arguments(parser)
+    words = [row["source"], "--from", str(FIXTURES / row["fixture"]), "--to", str(to), "--workers", "0"]
+    list(prepare_command.run(parser.parse_args(words)))
+    return to / f"{row['split']}.jsonl"
+
+
+def seq2seq_text(subtask: Subtask, example: Example) -> tuple[str, str]:
+    """The encoder's text and the decoder's."""
+    prompt = subtask.prompt(example)
+    return prompt.subtitles_before + prompt.subtitles + prompt.text, subtask.target(example, 0, Random(0)).text
+
+
+def trained_text(template: str, file: Path, name: str) -> tuple[str, list[str]]:
+    """A conversation under a template, and the parts of it that carry labels."""
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    (record,) = (one for one in rows if one["id"] == name)
+    rendered = TEMPLATES[template].render(read_llava(record).turns)
+    return rendered.text, [rendered.text[start:end] for start, end in rendered.answer_spans]
