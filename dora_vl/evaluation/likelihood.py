@@ -82,7 +82,9 @@ def log_likelihoods(
 ) -> list[Float[Tensor, " outputs"]]:
     """For each question, the log-likelihood of each output behind the prompt, up to what they have in common."""
     ids, labels, layout = (
-        pad_sequence([getattr(one, name).T for one in questions], batch_first=True, padding_value=fill).to(device)
+        pad_sequence([getattr(one, name).movedim(-1, 0) for one in questions], batch_first=True, padding_value=fill).to(
+            device
+        )
         for name, fill in (("input_ids", 0), ("labels", IGNORED_LABEL), ("layout", 0))
     )
     layout = layout.transpose(1, 2)

@@ -40,7 +40,10 @@ OF_ONES_OWN = {"hugging-face", "llava-json"}  # no publisher's form; test_huggin
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['fixture']}-{row['split']}")
-def test_a_row_becomes_prompt_target_and_score(row: dict[str, Any], tmp_path: Path) -> None:
+def test_a_row_becomes_prompt_target_and_score(
+    row: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # without Java, which takes eight seconds for each score of a caption
     file = prepared(row, tmp_path)
     assert {"asked", "vlbart", "trained", "instruction"} & set(row), "nothing is expected of the prompt"
     benchmark = row.get("benchmark", row["split"].partition("/")[0])
@@ -50,7 +53,10 @@ def test_a_row_becomes_prompt_target_and_score(row: dict[str, Any], tmp_path: Pa
         (turn,) = prompts.turns_of(example, questions.benchmark.prompt)
         assert turn.text == row["asked"]
     if "vlbart" in row:
-        assert seq2seq_text(SUBTASKS[row["vlbart"]["task"]], example) == (row["vlbart"]["text"], row["vlbart"]["target"])
+        assert seq2seq_text(SUBTASKS[row["vlbart"]["task"]], example) == (
+            row["vlbart"]["text"],
+            row["vlbart"]["target"],
+        )
     if "trained" in row:
         assert trained_text(row["trained"]["template"], file, row["id"]) == (
             row["trained"]["text"],

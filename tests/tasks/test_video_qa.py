@@ -125,7 +125,7 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     labels_alone = replace(assistant, subtasks=(vlbart_video.subtasks()["tvqa"],))
     with pytest.raises(UserError, match="trained for tvqa; ask a question with its choices"):
         labels_alone.answer_example(Example(id="1", question="which?"), frames)
-    with pytest.raises(UserError, match="ask a question with its choices .* or for a caption"):
+    with pytest.raises(UserError, match=r"ask a question with its choices .* or for a caption"):
         replace(labels_alone, subtasks=(*labels_alone.subtasks, vlbart_video.subtasks()["tvc"])).answer_example(
             Example(id="1", question="which?"), frames
         )
