@@ -10,7 +10,8 @@ and VALUE's video features (CLIP ViT-B/32's embedding, one frame every 1.5 s, 51
   python -m data_prep.features --root videos --records records/tvqa/train.jsonl --to features/tv --library open_clip \\
       --name ViT-B-32-quickgelu --weights openai --kept pooled --aspect square --every-seconds 1.5
 
-Without --records all pictures and videos under --root are taken. A feature's id is its file's name without the suffix.
+Without --records all pictures and videos under --root are taken. A feature's id is its file's name without the suffix,
+or the name that a record gives to its part of a file.
 Started again it goes on where it stopped. Several processes share the work when they are started with RANK and
 WORLD_SIZE set, as `deepspeed` and `torchrun` do, or with --part. Files that cannot be read are named in
 `skipped-<part>.jsonl`.
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from dora_vl.data.bad_samples import BadSampleLedger, write_skipped
 from dora_vl.data.examples import Clip, iterate_examples
+from dora_vl.data.feature_input import clip_of_features
 from dora_vl.data.media import open_image
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
@@ -100,8 +102,8 @@ def media_in_records(files: Iterable[Path]) -> list[Medium]:
     for file in files:
         for example in iterate_examples(file):
             found += [Medium(Path(path).stem, path) for path in example.images]
-            if example.video is not None:
-                found.append(Medium(Path(example.video.path).stem, example.video.path, example.video))
+            if (clip := clip_of_features(example)) is not None:
+                found.append(Medium(Path(clip[0]).stem, clip[1].path, clip[1]))
     return _unique(found)
 
 
@@ -231,6 +233,7 @@ def parser() -> argparse.ArgumentParser:
     add("--limit-seconds", type=float, default=LIMIT_SECONDS, help="longest time for one video")
     add("--max-bad-share", type=float, default=0.05, help="more unreadable files than this share end the run")
     environment = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's; LOCAL_RANK says the same
     add("--part", type=which_part, default=environment, help="N/M: the N-th of M processes that share the work")
     return made
 

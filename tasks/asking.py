@@ -49,11 +49,11 @@ def open_model(options: argparse.Namespace) -> AnyAssistants:
     return open_assistants(adapter, with_base=options.compare_base, **where)
 
 
-def subtasks_of(task: str) -> Mapping[str, Subtask]:
-    """Every task of a VL-BART task file, by the file's name."""
+def subtasks_of(task: str, *, task_prompt: bool) -> Mapping[str, Subtask]:
+    """Every task of a VL-BART task file, by the file's name; `task_prompt` as in training."""
     if task not in VLBART_TASKS:
         raise UserError(f"the adapter was trained by {task!r}; there are {', '.join(VLBART_TASKS)}")
-    return import_module(VLBART_TASKS[task]).subtasks()
+    return import_module(VLBART_TASKS[task]).subtasks(task_prompt=task_prompt)
 
 
 def print_answers(assistants: Assistants, answer: Callable[[str, Assistant | VlBartAssistant], str]) -> dict[str, str]:

@@ -53,14 +53,14 @@ def question_tasks(asked: Callable[[str], Callable[[Example], Prompt]]) -> Seque
     return (
         words,
         # The prompt reads "gpa" in all published runs.
-        replace(words, name="gqa", batch_share=100 / 60, prompt=asked("gpa"), target=one_answer, score=gqa.score),
+        replace(words, name="gqa", batch_share=100 / 60, prompt=asked("gpa"), target=one_answer, score=score_gqa),
         Subtask(
             name="short_answer",
             prompt=asked("vqa"),
             target=one_answer,
             input_tokens=QUESTION_TOKENS * 2,
             target_tokens=QUESTION_TOKENS,
-            score=gqa.score,
+            score=score_gqa,
         ),
     )
 
@@ -132,6 +132,11 @@ def own_caption(example: Example, answer: int | None, random: Random) -> Target:
 def score_vqa(examples: Sequence[Example], answers: Mapping[str, str]) -> vqa.Scored:
     """As VL-T5's `evaluate_raw`, which the paper's numbers are made with: the script of before 2021."""
     return vqa.score(examples, answers, version="before_2021")
+
+
+def score_gqa(examples: Sequence[Example], answers: Mapping[str, str]) -> gqa.Scored:
+    """As VL-T5's `evaluate`, which the paper's numbers are made with: the generated text as it is."""
+    return gqa.score(examples, answers, conversion="vl_t5")
 
 
 def task_of(config: VlBartRunConfig) -> Task:

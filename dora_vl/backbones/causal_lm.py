@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from dora_vl.backbones.base import Features, labelled_positions, layout_attention
-from dora_vl.backbones.language_source import read_language_model
+from dora_vl.backbones.language_source import PlainLanguageModel, read_language_model
 from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.written_base import written_base
 from dora_vl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -195,13 +195,19 @@ def write_causal_lm(source: LanguageSource, folder: Path) -> None:
 
     Raises: UserError if the folder exists, or the source cannot be read.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists already; remove it or write to another place")
-    dtype = getattr(torch, source.dtype) if source.dtype else None
-    language = read_language_model(source.folder, gguf_file=source.gguf_file, dtype=dtype)
+    with written_base(folder, source) as unfinished:
+        dtype = getattr(torch, source.dtype) if source.dtype else None
+        language = read_language_model(source.folder, gguf_file=source.gguf_file, dtype=dtype)
+        _whole(language).save_pretrained(unfinished)
+        language.tokenizer.save_pretrained(unfinished)
+    log.info("wrote %s from %s", folder, source.gguf_file or source.folder)
+
+
+def _whole(language: PlainLanguageModel) -> PreTrainedModel:
+    """The parts as one model, nothing copied."""
     weights = dict(language.weights)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(language.config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(language.config)
     if language.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, strict=True, assign=True)
@@ -209,10 +215,4 @@ def write_causal_lm(source: LanguageSource, folder: Path) -> None:
     model.config.dtype = next(iter(weights.values())).dtype
     if language.generation is not None:
         model.generation_config = language.generation
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    language.tokenizer.save_pretrained(unfinished)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.rename(folder)
-    log.info("wrote %s from %s", folder, source.gguf_file or source.folder)
+    return model

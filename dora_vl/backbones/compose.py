@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from transformers.models.llava.processing_llava import LlavaProcessor
 
 from dora_vl.backbones.language_source import LanguageModel, load_language_model
-from dora_vl.errors import UserError
+from dora_vl.backbones.written_base import written_base
 from dora_vl.vision.images import image_processor
 from dora_vl.vision.tower_config import VisionLibrary
 from dora_vl.vision.tower_sources import LoadedTower, TowerSpec, load_tower
@@ -78,19 +77,14 @@ def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
 
     Raises: UserError if the folder exists, or a part cannot be loaded.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already; remove it or compose to another place")
-    register_towers()
-    tower = load_tower(spec.tower())
-    dtype = getattr(torch, spec.dtype) if spec.dtype else None
-    language = load_language_model(spec.language_model, gguf_file=spec.gguf_file, dtype=dtype)
-    model = join(tower, language, seed=spec.projector_seed)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    processor(tower, language).save_pretrained(unfinished)
-    unfinished.rename(folder)
+    with written_base(Path(folder), spec) as unfinished:
+        register_towers()
+        tower = load_tower(spec.tower())
+        dtype = getattr(torch, spec.dtype) if spec.dtype else None
+        language = load_language_model(spec.language_model, gguf_file=spec.gguf_file, dtype=dtype)
+        model = join(tower, language, seed=spec.projector_seed)
+        model.save_pretrained(unfinished)
+        processor(tower, language).save_pretrained(unfinished)
     log.info("composed %s: %s + %s, %d tokens a picture", folder, spec.vision_name, spec.language_model, tower.tokens)
 
 

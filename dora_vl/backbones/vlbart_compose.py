@@ -7,7 +7,6 @@ visual embedding drawn at random.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -24,6 +23,7 @@ from dora_vl.backbones.feature_spread import measured, standardise
 from dora_vl.backbones.vlbart_config import Boxes, VisualNorm, VlBartConfig
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
 from dora_vl.backbones.vlbart_names import load_original, original_state
+from dora_vl.backbones.written_base import written_base
 from dora_vl.data.examples import Example, iterate_examples
 from dora_vl.errors import UserError
 
@@ -94,9 +94,14 @@ def compose_vlbart(spec: VlBartSpec, folder: Path | str) -> None:
     Raises:
         UserError: the folder exists, or a part cannot be read or does not fit.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already; remove it or compose to another place")
+    with written_base(Path(folder), spec) as unfinished:
+        model, tokenizer = _composed(spec)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    log.info("composed %s: %d parameters", folder, sum(one.numel() for one in model.parameters()))
+
+
+def _composed(spec: VlBartSpec) -> tuple[VlBartForConditionalGeneration, PreTrainedTokenizerBase]:
     tokenizer, shape, weights = _language(spec)
     add_picture_tokens(tokenizer)
     original = None if spec.checkpoint is None else original_state(Path(spec.checkpoint))
@@ -120,12 +125,7 @@ def compose_vlbart(spec: VlBartSpec, folder: Path | str) -> None:
     elif spec.standardise is not None:
         first: Any = model.model.encoder.visual_embedding.feat_embedding[0]
         standardise(first, *measured(Path(spec.standardise)))
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
-    log.info("composed %s: %d parameters", folder, sum(one.numel() for one in model.parameters()))
+    return model, tokenizer
 
 
 def drawn(config: VlBartConfig, *, seed: int) -> VlBartForConditionalGeneration:

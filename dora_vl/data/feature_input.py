@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from dora_vl.data.examples import Example
+from dora_vl.data.examples import Clip, Example
 from dora_vl.errors import BadSample
 
 
@@ -33,7 +34,8 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
     Raises:
         BadSample: it has neither, or they are not there.
     """
-    paths = example.images or (() if example.video is None else (example.video.path,))
+    clip = clip_of_features(example)
+    paths = example.images or (() if clip is None else (clip[0],))
     if not paths:
         raise BadSample(example.id, "it has neither pictures nor a video")
     read = [reader.read(path) for path in paths]
@@ -41,6 +43,21 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
         found = {len(one) for one in read}
         raise BadSample(example.id, f"its pictures have {found} tokens; data.feature_tokens is {reader.shape[0]}")
     return torch.stack([fixed_length(one, reader.shape[0]) for one in read])
+
+
+def clip_of_features(example: Example) -> tuple[str, Clip] | None:
+    """The name of a video's features, as a path whose stem counts, and the part of the file that they are of.
+
+    A span that the prompt states (`extra["ts"]`: TVQA, How2QA, TVC) leaves the features those of the whole file, as
+    VALUE's are; any other span is all that the features see. `extra["vid_name"]` is the name of such a part, where
+    one file has several (YouCook2's segments).
+    """
+    video = example.video
+    if video is None:
+        return None
+    path = PurePosixPath(video.path)
+    name = str(path.with_stem(str(example.extra.get("vid_name", path.stem))))
+    return name, Clip(path=video.path) if "ts" in example.extra else video
 
 
 def fixed_length(features: Float[Tensor, "frames channels"], length: int) -> Float[Tensor, "length channels"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -80,6 +80,11 @@ class Subtask:
     search: Search = Search()
     score: Callable[[Sequence[Example], Mapping[str, str]], Scored]
     images: int = 1
+
+
+def with_input_tokens(subtask: Subtask, tokens: int | None) -> Subtask:
+    """The task with another longest encoder text; None keeps its own."""
+    return subtask if tokens is None else replace(subtask, input_tokens=tokens)
 
 
 @runtime_checkable

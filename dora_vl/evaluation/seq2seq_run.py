@@ -25,6 +25,7 @@ from dora_vl.errors import BadSample
 from dora_vl.evaluation.bootstrap import intervals
 from dora_vl.evaluation.clip_picture import clip_picture
 from dora_vl.evaluation.predictions_file import Prediction
+from dora_vl.evaluation.scored import Scored
 from dora_vl.evaluation.seq2seq_answers import answers_of
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.run_folder import LOSS_LOG, METRICS, write_json
@@ -71,10 +72,14 @@ def evaluate_subtasks(
     backbone.eval()
     started, tasks = time.monotonic(), {}
     answered: dict[str, list[Answered]] = {}
+    headlines: dict[str, dict[str, Any]] = {}
     for subtask, file, reader in tested:
         examples, answers, failed = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
         _write(run_folder / PREDICTIONS / f"{subtask.name}.jsonl", answers)
-        tasks[subtask.name] = _scored(subtask, examples, answers, failed)
+        scored = _score(subtask, examples, answers)
+        tasks[subtask.name] = _entries(subtask, scored, len(examples), failed)
+        if scored is not None and "accuracy" in scored.metrics:
+            headlines[subtask.name] = _headline(scored, examples)
         answered[subtask.name] = [(example, answers.get(example.id)) for example in examples]
         log.info("%s: %s", subtask.name, {k: round(v, 3) for k, v in tasks[subtask.name]["metrics"].items()})
     metrics = {
@@ -83,11 +88,11 @@ def evaluate_subtasks(
         "settings": dict(settings),
         "evaluation_seconds": round(time.monotonic() - started, 1),
     }
-    accurate = [name for name, task in tasks.items() if "accuracy" in task["metrics"]]
     shown = list(chain.from_iterable(answered.values()))
-    if len(accurate) == 1:
-        shown = answered[accurate[0]]
-        metrics |= _headline(tasks[accurate[0]], shown)
+    if len(headlines) == 1:
+        name, headline = next(iter(headlines.items()))
+        shown = answered[name]
+        metrics |= headline
     elif len(tasks) == 1:
         metrics |= {"n": next(iter(tasks.values()))["n"]}
     write_json(run_folder / METRICS, metrics)
@@ -137,13 +142,18 @@ def _batches(file: ExampleFile, size: int) -> Iterator[list[Example]]:
         yield [file[index] for index in range(start, min(start + size, len(file)))]
 
 
-def _scored(
-    subtask: Subtask, examples: Sequence[Example], answers: Mapping[str, str], failed: Mapping[str, str]
-) -> dict[str, Any]:
+def _score(subtask: Subtask, examples: Sequence[Example], answers: Mapping[str, str]) -> Scored | None:
+    """The task's score; None where the publisher keeps the answers."""
     if not any(example.answers or "correct" in example.extra for example in examples):
+        return None
+    return subtask.score(examples, answers)
+
+
+def _entries(subtask: Subtask, scored: Scored | None, asked: int, failed: Mapping[str, str]) -> dict[str, Any]:
+    """What `metrics.json` says of a task."""
+    if scored is None:
         note = "the publisher keeps the answers of this file"
-        return {"metrics": {}, "n": len(examples), "failed": dict(failed), "note": note}
-    scored = subtask.score(examples, answers)
+        return {"metrics": {}, "n": asked, "failed": dict(failed), "note": note}
     return {
         "metrics": scored.metrics,
         "intervals_95": intervals(scored),
@@ -153,17 +163,21 @@ def _scored(
     }
 
 
-def _headline(task: Mapping[str, Any], answered: Sequence[Answered]) -> dict[str, Any]:
-    return {"accuracy": task["metrics"]["accuracy"] / 100, "n": task["n"], "by_kind": by_kind(answered)}
+def _headline(scored: Scored, examples: Sequence[Example]) -> dict[str, Any]:
+    return {
+        "accuracy": scored.metrics["accuracy"] / 100,
+        "n": scored.n,
+        "by_kind": by_kind(examples, scored.per_item),
+    }
 
 
-def by_kind(answered: Sequence[Answered]) -> dict[str, dict[str, float | int]]:
-    """Share of right answers by `extra["kind"]`."""
-    hits: dict[str, list[bool]] = {}
-    for example, said in answered:
-        if "kind" in example.extra:
-            hits.setdefault(str(example.extra["kind"]), []).append(said == expected(example))
-    return {kind: {"accuracy": sum(right) / len(right), "n": len(right)} for kind, right in sorted(hits.items())}
+def by_kind(examples: Sequence[Example], shares: Mapping[str, float]) -> dict[str, dict[str, float | int]]:
+    """The mean of the examples' shares of the headline, by `extra["kind"]`."""
+    kinds: dict[str, list[float]] = {}
+    for example in examples:
+        if "kind" in example.extra and example.id in shares:
+            kinds.setdefault(str(example.extra["kind"]), []).append(shares[example.id])
+    return {kind: {"accuracy": sum(right) / len(right), "n": len(right)} for kind, right in sorted(kinds.items())}
 
 
 def expected(example: Example) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
 from dora_vl.data.examples import Example
 from dora_vl.data.feature_input import fixed_length
-from dora_vl.data.seq2seq import Subtask
+from dora_vl.data.seq2seq import Subtask, with_input_tokens
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import Assistants, base_of, read_recipe, with_adapter
@@ -26,7 +27,17 @@ from dora_vl.vision.frame_sampling import Sampling
 
 VLBART_ENTRIES = ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings")
 """What `recipe.json` must say so that a VL-BART can be asked."""
-SubtasksOf = Callable[[str], Mapping[str, Subtask]]
+
+
+@runtime_checkable
+class SubtasksOf(Protocol):
+    """Gives every task of a task file, by the file's name, with prompts as in training."""
+
+    def __call__(self, task: str, *, task_prompt: bool) -> Mapping[str, Subtask]:
+        """The tasks by name."""
+        ...
+
+
 VIDEO_TASK = "vlbart_video"
 CHOOSING = frozenset({"choice", "words"})
 WITH_CHOICES = "a question with its choices (--choice, several times)"
@@ -154,12 +165,14 @@ def open_vlbart_assistants(
     settings = FeatureSettings.from_record({name: value for name, value in stated.items() if name != "sha256"})
     loaded = load_vlbart(place, dtype=getattr(torch, recipe["dtype"]))
     adapted, plain = with_adapter(loaded, adapter, with_base=with_base)
-    known = subtasks(recipe["task"])
+    trained_with = recipe["settings"]
+    known = subtasks(recipe["task"], task_prompt=trained_with["task_prompt"])
+    own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in trained]
     first = VlBartAssistant(
         backbone=adapted,
-        encoder=Seq2SeqEncoder(load_tokenizer(place), subtitles_first=recipe["settings"]["subtitles_first"]),
+        encoder=Seq2SeqEncoder(load_tokenizer(place), subtitles_first=trained_with["subtitles_first"]),
         features=FeatureEncoder(settings, device=next(adapted.parameters()).device),
-        subtasks=tuple(known[name] for name in trained),
+        subtasks=tuple(own),
         feature_tokens=recipe["feature_tokens"],
         is_video=recipe["task"] == VIDEO_TASK,
     )

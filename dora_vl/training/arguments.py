@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 
 from dora_vl.errors import UserError
-from dora_vl.training.deepspeed_checks import check_deepspeed, read_deepspeed
+from dora_vl.training.deepspeed_checks import check_agreement, check_deepspeed, read_deepspeed
 from dora_vl.training.launch import stand_alone_environment, start_cpu_communication
 from dora_vl.training.run_folder import run_folder_of
 from dora_vl.training.task import RunSettings
@@ -115,9 +115,17 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
     run_folder_of(config)
     given.update(remove_unused_columns=False, dataloader_num_workers=config.data.workers)
     try:
-        return TrainingArguments(**given)
+        made = TrainingArguments(**given)
     except ValueError as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
+    if given.get("deepspeed") is not None:
+        check_agreement(given["deepspeed"], made)
+    if made.n_gpu > 1:  # one process that sees several GPUs: torch's DataParallel would take them all
+        made._n_gpu = 1
+        logger.warning(
+            "this one process trains on one GPU of %d; start it with `deepspeed` to use all", torch.cuda.device_count()
+        )
+    return made
 
 
 def _choose_deepspeed_device(given: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 from transformers import TrainingArguments
 
-from dora_vl.backbones.compose import compose_llava
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, load_llava
@@ -22,16 +21,6 @@ from dora_vl.training.adapting import core_config
 from dora_vl.training.base_loading import load_base
 from dora_vl.training.provenance import content_hash, local_folder, versions
 from dora_vl.training.recipe import AdapterConfig, ModelConfig, RunConfig
-from dora_vl.training.zero import without_sharding
-
-
-def compose_if_missing(model: ModelConfig, arguments: TrainingArguments) -> None:
-    """Writes the composed base where the run names one that is not there; for one rank alone."""
-    if model.compose is None or Path(model.base).exists():
-        return
-    Path(model.base).parent.mkdir(parents=True, exist_ok=True)
-    with without_sharding(arguments):
-        compose_llava(model.compose, model.base)
 
 
 def load_backbone(model: ModelConfig, *, cached_features: bool) -> LlavaBackbone:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+from transformers import TrainingArguments
 
+from dora_vl.backbones.written_base import check_made_from
 from dora_vl.errors import UserError
 from dora_vl.training.task import ModelSection
-from dora_vl.training.zero import loading_in
+from dora_vl.training.zero import loading_in, without_sharding
 
 Backbone = TypeVar("Backbone")
 
@@ -27,6 +30,27 @@ class LoadedModelSection(ModelSection, Protocol):
     def attn_implementation(self) -> str:
         """Attention kernel."""
         ...
+
+
+def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments: TrainingArguments) -> None:
+    """Writes the base that a run's `model.compose` or `model.source` describes, where it is not there yet.
+
+    For one rank alone.
+
+    Args:
+        make: writes a folder by such settings.
+        spec: the settings; None is a run whose base is there.
+
+    Raises:
+        UserError: the base is there and says that it was made with other settings.
+    """
+    if spec is None:
+        return
+    if Path(base).exists():
+        check_made_from(Path(base), spec)
+        return
+    with without_sharding(arguments):
+        make(spec, Path(base))
 
 
 def load_base(load: Callable[..., Backbone], model: LoadedModelSection, **more: Any) -> Backbone:

@@ -63,7 +63,10 @@ class LossLog(TrainerCallback):
         **_: Any,
     ) -> None:
         """One line; every rank takes part in the sums."""
-        if logs is None or "train_runtime" in logs:
+        if logs is None:
+            return
+        if "train_runtime" in logs:  # the end: what came after the last logged loss counts as well
+            self._statistics.judge(self._statistics.over_ranks(args.device))
             return
         if "loss" in logs:
             logs.update(self._speed(args.device))

@@ -32,9 +32,6 @@ class LanguageModelConfig:
 class LanguageAdapterConfig(AdapterConfig):
     """What trains, and how. Without `targets`: q, k, v, up and down, the paper's five, as LLaMA names them."""
 
-    magnitude_targets: tuple[str, ...] = ()
-    """Full-name patterns of further linears that get a magnitude alone (paper's table 6), beside method dora."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionDataConfig:

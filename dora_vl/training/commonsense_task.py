@@ -22,14 +22,13 @@ from dora_vl.data.instructions import load_instructions
 from dora_vl.errors import UserError
 from dora_vl.evaluation.commonsense_run import evaluate_commonsense, read_sets
 from dora_vl.training.adapting import core_config
-from dora_vl.training.base_loading import load_base
+from dora_vl.training.base_loading import load_base, make_base
 from dora_vl.training.commonsense_recipe import CommonsenseRunConfig, InstructionDataConfig, LanguageModelConfig
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.provenance import content_hash, local_folder, versions
 from dora_vl.training.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.task_model import GenerationTask
-from dora_vl.training.zero import without_sharding
 
 REFERENCE_SPLIT_SEED = 42  # of LLM-Adapters' and NVlabs' `train_test_split`
 
@@ -58,9 +57,7 @@ class CommonsenseTask(Task):
         if self.config.evaluation.files:
             read_sets(self.config.evaluation)
         model = self.config.model
-        if model.source is not None and not Path(model.base).exists():
-            with without_sharding(arguments):
-                write_causal_lm(model.source, Path(model.base))
+        make_base(write_causal_lm, model.source, model.base, arguments)
 
     def load(self) -> Backbone[Any]:
         """The language model."""
@@ -78,7 +75,7 @@ class CommonsenseTask(Task):
                 "adapter.method: full needs adapter.targets, the modules whose weights train, such as "
                 '["model*", "lm_head"]'
             )
-        return core_config(adapter, targets=PAPER_TARGETS, magnitude_targets=adapter.magnitude_targets)
+        return core_config(adapter, targets=PAPER_TARGETS)
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training files' instructions, in the Trainer's random order."""

@@ -10,6 +10,12 @@ from typing import Any
 from dora_vl.errors import UserError
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "deepspeed"
+SAID_TWICE = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+}
+"""DeepSpeed's name -> the field of the `training:` section that says the same."""
 SHORT_NAMES = ("zero0", "zero2", "zero3", "zero3_offload")
 
 
@@ -45,7 +51,7 @@ def check_deepspeed(config: Mapping[str, Any], *, method: str, bf16: bool) -> No
 
     Raises:
         UserError: `optimizer` or `scheduler` (per-part learning rates and the schedule would be dropped without
-            a word), half precision of the trained float32 parameters, or accumulation that disagrees.
+            a word), or half precision of the trained float32 parameters.
     """
     if "optimizer" in config:
         raise UserError(
@@ -68,3 +74,21 @@ def check_deepspeed(config: Mapping[str, Any], *, method: str, bf16: bool) -> No
         raise UserError('DeepSpeed config: remove "torch_autocast"; adapters set their own number types')
     if method == "full" and bf16 and config.get("bf16", {}).get("enabled") is False:
         raise UserError('DeepSpeed config: "bf16": enabled is false, but training.bf16 is true; write "auto"')
+
+
+def check_agreement(config: Mapping[str, Any], section: Any) -> None:
+    """Refuses a number that the `training:` section says otherwise; "auto" takes the section's.
+
+    Args:
+        section: transformers' TrainingArguments.
+
+    Raises:
+        UserError: they differ; transformers says so only when training starts, in a traceback.
+    """
+    for name, field in SAID_TWICE.items():
+        stated, ours = config.get(name, "auto"), getattr(section, field)
+        if stated not in ("auto", ours):
+            raise UserError(
+                f'DeepSpeed config: "{name}" is {stated!r}, but training.{field} is {ours!r}; write "auto" and set '
+                f"training.{field}"
+            )

@@ -11,6 +11,7 @@ import datasets
 import torch
 from transformers import TrainingArguments
 
+from dora_vl.backbones.compose import compose_llava
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.backbones.module import Backbone
@@ -23,13 +24,13 @@ from dora_vl.evaluation.run import evaluate_run
 from dora_vl.training.assembly import (
     build_encoder,
     build_sampler,
-    compose_if_missing,
     dora_config,
     load_backbone,
     pad_token_id,
     read_rows,
     recipe_record,
 )
+from dora_vl.training.base_loading import make_base
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.picture_reading import picture_reader
 from dora_vl.training.recipe import RunConfig
@@ -57,7 +58,7 @@ class LlavaTask(Task):
 
     def prepare(self, arguments: TrainingArguments) -> None:
         """Composes the base where it is not there yet."""
-        compose_if_missing(self.config.model, arguments)
+        make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
 
     def load(self) -> Backbone[Any]:
         """The LLaVA."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dora_vl.backbones.compose import ComposeSpec
+from dora_vl.core.config import Init, Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,9 @@ class ModelConfig:
 class AdapterConfig:
     """What trains, and how."""
 
-    method: Literal["dora", "lora", "full", "magnitude"] = "dora"
-    """dora: A, B and magnitudes; lora: A and B; magnitude: magnitudes alone; full: the targets' own weights."""
+    method: Method = "dora"
+    """dora: A, B and magnitudes; lora: A and B; magnitude: magnitudes alone; full: the targets' own weights; dvora:
+    one frozen random A and B for all layers, with trained vectors and magnitudes."""
     rank: int = 16
     """Rows of A (columns of B)."""
     alpha: float = 32.0
@@ -46,6 +48,15 @@ class AdapterConfig:
     """Dropout on the low-rank path's input."""
     targets: tuple[str, ...] | None = None
     """Full-name patterns of the adapted modules, each must hit; null: all linears of the language model."""
+    magnitude_targets: tuple[str, ...] = ()
+    """Full-name patterns of further linears that get a magnitude alone, beside the targets (paper's table 6)."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Full-name pattern -> rank, for layers that differ; the first pattern that matches counts."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Full-name pattern -> alpha, likewise."""
+    init: Init = "kaiming"
+    """How A and B start: kaiming or gaussian with B = 0; orthogonal with B A = 0; pissa from the weight's largest
+    singular vectors, which leave the frozen weight."""
     train_projector: bool = True
     """Trains the projector between vision and language too, in float32, and keeps it in the adapter folder."""
     dropout_mode: Literal["low_rank", "whole_change"] = "low_rank"

@@ -19,7 +19,8 @@ ADAPTER = "adapter"
 LOSS_LOG = "log.jsonl"
 METRICS = "metrics.json"
 SKIPPED = "skipped.jsonl"
-RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, "predictions.jsonl", "loss_curve.png", "contact_sheet.png")
+PREDICTED = ("predictions", "predictions.jsonl", "predictions_likelihood.jsonl")
+RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, *PREDICTED, "loss_curve.png", "contact_sheet.png")
 
 
 def run_folder_of(config: RunSettings) -> Path:

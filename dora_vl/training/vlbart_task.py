@@ -20,17 +20,18 @@ from dora_vl.backbones.vlbart_config import VlBartConfig
 from dora_vl.core import DoRAConfig, load_adapter
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.mixture import MixturePlan, Source
-from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator, Subtask, ValidationBatches
+from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator, Subtask, ValidationBatches, with_input_tokens
 from dora_vl.errors import UserError
 from dora_vl.evaluation.seq2seq_run import evaluate_subtasks
 from dora_vl.training.adapting import core_config
+from dora_vl.training.base_loading import make_base
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.provenance import content_hash, versions
 from dora_vl.training.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.seq2seq_loss import Seq2SeqTask
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.vlbart_recipe import VlBartRunConfig
-from dora_vl.training.zero import loading_in, without_sharding
+from dora_vl.training.zero import loading_in
 from dora_vl.vision.named_features import NamedFeatures
 
 ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
@@ -73,11 +74,7 @@ class VlBartTask(Task):
 
     def prepare(self, arguments: TrainingArguments) -> None:
         """Composes the base where it is not there yet."""
-        model = self.config.model
-        if model.compose is not None and not Path(model.base).exists():
-            Path(model.base).parent.mkdir(parents=True, exist_ok=True)
-            with without_sharding(arguments):
-                compose_vlbart(model.compose, model.base)
+        make_base(compose_vlbart, self.config.model.compose, self.config.model.base, arguments)
 
     def load(self) -> VlBartBackbone:
         """The VL-BART."""
@@ -221,6 +218,7 @@ def named_settings(config: VlBartRunConfig) -> dict[str, Any]:
     return {
         "task_prompt": config.data.task_prompt,
         "subtitles_first": config.data.subtitles_first,
+        "input_tokens": config.data.input_tokens,
         "choice_by_likelihood": config.evaluation.choice_by_likelihood,
         "mixing": config.data.mixing,
         "batch_size": config.data.batch_size,
@@ -238,8 +236,7 @@ def _with_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:
     answer_by = subtask.answer_by
     if answer_by == "choice" and not config.evaluation.choice_by_likelihood:
         answer_by = "text"
-    tokens = config.data.input_tokens or subtask.input_tokens
-    return dataclasses.replace(subtask, answer_by=answer_by, input_tokens=tokens)
+    return dataclasses.replace(with_input_tokens(subtask, config.data.input_tokens), answer_by=answer_by)
 
 
 def _check_names(config: VlBartRunConfig, subtasks: Mapping[str, Subtask]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.features import main, media_in_records, media_under, which_part
+from data_prep.features import Medium, main, media_in_records, media_under, which_part
 from dora_vl.data.examples import Clip, Example, write_examples
 from dora_vl.errors import UserError
 from dora_vl.vision.feature_files import open_features
@@ -100,6 +101,19 @@ def test_records_name_what_is_read(tmp_path: Path) -> None:
     assert [(one.name, one.path) for one in media_in_records([tmp_path / "r.jsonl"])] == [
         ("y", "p/y.jpg"),
         ("x", "a/x.mp4"),
+    ]
+    asked = [
+        Example(id=str(n), video=replace(clip, start_seconds=float(n)), extra={"ts": f"{n}-9", "vid_name": "x"})
+        for n in (1, 2)
+    ]
+    write_examples(tmp_path / "tvqa.jsonl", asked)  # spans in the prompt: the features are of the whole file
+    assert media_in_records([tmp_path / "tvqa.jsonl"]) == [Medium("x", "a/x.mp4", Clip(path="a/x.mp4"))]
+    parts = [
+        Example(id=str(n), video=replace(clip, start_seconds=float(n)), extra={"vid_name": f"x_{n}"}) for n in (1, 2)
+    ]
+    write_examples(tmp_path / "yc2c.jsonl", parts)  # parts with names of their own
+    assert media_in_records([tmp_path / "yc2c.jsonl"]) == [
+        Medium(f"x_{n}", "a/x.mp4", replace(clip, start_seconds=float(n))) for n in (1, 2)
     ]
     write_examples(tmp_path / "s.jsonl", [Example(id="1", images=("p/y.jpg", "q/y.png"))])
     with pytest.raises(UserError, match=r"p/y\.jpg and q/y\.png would have one name, 'y'"):

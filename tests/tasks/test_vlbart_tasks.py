@@ -44,6 +44,7 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
     assert metrics["settings"] == {
         "task_prompt": True,
         "subtitles_first": True,
+        "input_tokens": None,
         "choice_by_likelihood": True,
         "mixing": "proportional",
         "batch_size": 21,

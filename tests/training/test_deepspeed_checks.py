@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from dora_vl.errors import UserError
 from dora_vl.training.arguments import training_arguments
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.deepspeed_checks import check_deepspeed, read_deepspeed, zero_stage
+from dora_vl.training.deepspeed_checks import check_agreement, check_deepspeed, read_deepspeed, zero_stage
 from tests.training.tiny_run import write_run
 
 
@@ -30,6 +31,16 @@ def test_unsafe_blocks_are_refused(block: dict[str, Any], said: str) -> None:
     config = {**read_deepspeed("zero2"), **block}
     with pytest.raises(UserError, match=said):
         check_deepspeed(config, method="dora", bf16=False)
+
+
+def test_a_number_that_is_said_twice_must_agree() -> None:
+    section = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=1.0)
+    check_agreement(read_deepspeed("zero2"), section)
+    check_agreement({"gradient_accumulation_steps": 2, "gradient_clipping": 1.0}, section)
+    with pytest.raises(
+        UserError, match=r'"gradient_accumulation_steps" is 8, but training.gradient_accumulation_steps is 2'
+    ):
+        check_agreement({"gradient_accumulation_steps": 8}, section)
 
 
 def test_full_fine_tuning_may_use_bf16_with_masters() -> None:

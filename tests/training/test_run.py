@@ -92,8 +92,20 @@ def test_same_seed_same_losses_whatever_the_workers(run_file: Path) -> None:
     assert alone != other_seed
 
 
-def test_going_on_gives_the_losses_of_the_whole_run(run_file: Path) -> None:
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        (),
+        ("--adapter.method=dvora",),
+        ("--adapter.init=pissa",),
+        ('--adapter.rank_pattern={"*.q_proj": 3}', '--adapter.alpha_pattern={"*.k_proj": 5.0}'),
+        ('--adapter.targets=["*language_model*.q_proj"]', '--adapter.magnitude_targets=["*language_model*.up_proj"]'),
+    ],
+    ids=["dora", "dvora", "pissa", "patterns", "magnitudes beside"],
+)
+def test_going_on_gives_the_losses_of_the_whole_run(run_file: Path, adapter: tuple[str, ...]) -> None:
     settings = [
+        *adapter,
         "--adapter.dropout=0.2",
         "--training.max_steps=16",
         "--training.save_strategy=steps",
@@ -161,6 +173,8 @@ def test_too_many_bad_samples_end_the_run_with_an_example(run_file: Path, tmp_pa
     overrides = [f"--data.train={data}", f"--data.image_folder={data.parent}"]
     with pytest.raises(UserError, match=r"sample-0: picture red-0.png is missing"):
         train_file(run_file, *overrides)
+    with pytest.raises(UserError, match=r"sample-0: picture red-0.png is missing"):  # also where no loss is logged
+        train_file(run_file, *overrides, "--training.logging_strategy=no", "--overwrite=true")
     train_file(run_file, *overrides, "--data.max_bad_share=0.05", "--overwrite=true")
     (line,) = (run_folder(run_file) / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == "sample-0"
