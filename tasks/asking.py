@@ -24,7 +24,9 @@ VLBART_TASKS = {"vlbart_image": "tasks.vlbart_image", "vlbart_video": "tasks.vlb
 def add_options(to: argparse.ArgumentParser) -> None:
     """The options that every asking script has."""
     to.add_argument("--adapter", type=Path, required=True, help="adapter folder of a run")
-    to.add_argument("--question", action="append", default=[], help="may be given several times")
+    to.add_argument(
+        "--question", action="append", default=[], help='may be given several times; "" asks a VL-BART for a caption'
+    )
     to.add_argument("--compare-base", action="store_true", help="also shows the answer without the adapter")
     to.add_argument("--base", help="where the base model is, if it moved since training")
     to.add_argument("--any-base", action="store_true", help="accepts a base with other content than in training")

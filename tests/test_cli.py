@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from dora_vl.cli import main
 from dora_vl.commands import COMMANDS
+from dora_vl.core import DoRAConfig, apply_dora, save_adapter
 from tests.interchange.foreign_files import saved, tiny_llama
 from tests.interchange.peft_folders import moved_peft
 
@@ -80,6 +81,39 @@ def test_convert_keeps_and_exports(folders, capsys):
     assert len(lines) == 5
     assert all("model.layers." in line for line in lines[:-1])
     assert "largest relative error" in lines[-1]
+
+
+def test_convert_takes_the_file_of_tensors_for_its_folder(folders, capsys):
+    main(["convert", str(folders / "one" / "adapter_model.safetensors"), "--to", str(folders / "same")])
+    assert "4 layers, 0 other tensors" in capsys.readouterr().out
+    same, one = (load_file(folders / name / "adapter_model.safetensors") for name in ("same", "one"))
+    assert {key: tensor.tolist() for key, tensor in same.items()} == {k: t.tolist() for k, t in one.items()}
+    (folders / "one" / "adapter_model.safetensors").rename(folders / "renamed.safetensors")
+    message = failed(capsys, "convert", folders / "renamed.safetensors", "--to", folders / "x")
+    assert "states its scale in adapter_config.json" in message
+
+
+def test_whole_weights_are_no_lora(folders, capsys):
+    model = tiny_llama()
+    apply_dora(model, DoRAConfig(targets=("*.q_proj",), method="full"))
+    save_adapter(model, folders / "full")
+    words = ["convert", folders / "full", "--as", "lora", "--base", folders / "base", "--rank", 4, "--max-error", 1]
+    assert "(method: full) holds whole tensors and no adapted layer" in failed(capsys, *words, "--to", folders / "x")
+    assert not (folders / "x").exists()
+
+
+@pytest.mark.parametrize("verb", ["convert", "merge"])
+def test_a_folder_of_something_else_is_never_replaced(folders, capsys, verb):
+    thesis = folders / "work" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    words = ["convert", folders / "one"] if verb == "convert" else ["merge", "--adapter", folders / "one"]
+    assert "work is there already and holds thesis.tex" in failed(capsys, *words, "--to", thesis.parent)
+    assert thesis.read_text() == "years of work"
+    message = failed(capsys, *words, "--to", folders / ("one" if verb == "convert" else "base"))
+    assert ("is where the adapter is read from" if verb == "convert" else "is the base itself") in message
+    for _ in range(2):
+        main([str(word) for word in (*words, "--to", folders / "result")])
 
 
 def test_merge_finds_its_base_and_weighs(folders, capsys):

@@ -21,13 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dora_vl.core.adapter_agreement import refuse_other_settings, whole_change
 from dora_vl.core.adapter_names import PEFT_PREFIX as PEFT_PREFIX
 from dora_vl.core.adapter_names import file_name
 from dora_vl.core.adapter_names import own_name as own_name
 from dora_vl.core.adapter_settings import own_settings, peft_config, read_config
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.folder_replacing import refuse_to_replace
+from dora_vl.core.folder_replacing import replace_folder as replace_folder
 from dora_vl.core.initialise import take_from_weight
-from dora_vl.core.inject import apply_dora
+from dora_vl.core.inject import apply_dora, refuse_unwritable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.precision import Gather, no_gather
 from dora_vl.core.trainable import adapted_layers, is_adapted, kept_rows, kept_tensors, trained_parts
@@ -36,6 +39,7 @@ from dora_vl.errors import UserError
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 RECIPE_FILE = "recipe.json"
+FILES = (WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE)
 
 
 # -- saving --------------------------------------------------------------------------------------------------
@@ -50,15 +54,19 @@ def save_adapter(
     gather: Gather = no_gather,
     write: bool = True,
 ) -> None:
-    """Writes the adapter folder under a temporary name and renames it, replacing an older one.
+    """Writes the adapter folder under a temporary name and renames it, replacing an older adapter folder.
 
     With ZeRO-3 every rank calls this, with the `gather` that makes parameters whole; only the rank with `write`
     touches the disk.
+
+    Raises:
+        UserError: `folder` is there already and holds something else than an adapter. Nothing is written then.
     """
     tensors = adapter_tensors(model, gather=gather, copy=write)
     if not write:
         return
     target = Path(folder)
+    refuse_to_replace_adapter(target)
     staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -69,6 +77,11 @@ def save_adapter(
         replace_folder(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_to_replace_adapter(target: Path) -> None:
+    """Raises a `UserError` where a folder has the name already and is no adapter folder, or holds more than that."""
+    refuse_to_replace(target, FILES if (target / CONFIG_FILE).is_file() else ())
 
 
 def adapter_tensors(model: nn.Module, *, gather: Gather = no_gather, copy: bool = True) -> dict[str, Tensor]:
@@ -82,17 +95,6 @@ def adapter_tensors(model: nn.Module, *, gather: Gather = no_gather, copy: bool 
                     model, name, kept_rows(name, tensor.detach()).to("cpu", copy=True)
                 )
     return tensors
-
-
-def replace_folder(staging: Path, target: Path) -> None:
-    """Renames a finished folder into place; an older one steps aside first and is removed last."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    previous = target.with_name(f".{target.name}.previous-{os.getpid()}")
-    target.rename(previous)
-    staging.rename(target)
-    shutil.rmtree(previous)
 
 
 def _in_file(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -114,36 +116,57 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 # -- loading -------------------------------------------------------------------------------------------------
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, gather: Gather = no_gather) -> list[str]:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, gather: Gather = no_gather, change_base: bool = True
+) -> list[str]:
     """Loads an adapter folder, adapting the model first where it is not; returns the adapted layers' names.
 
+    A PiSSA adapter takes its start out of the frozen weights, as in training, so that the outputs are the same bit by
+    bit. Without `change_base` it becomes the change of the original weights that its file holds, at twice the rank:
+    the same outputs up to rounding, and no frozen weight changes. A model that is adapted already must be adapted as
+    the folder says; its dropout stays its own.
+
     Raises:
-        UserError: a file is missing or broken, a tensor is missing, unexpected, of another shape or not finite, or
-            the configuration is not one of ours. Nothing is changed in the model then.
+        UserError: a file is missing or broken, a tensor is missing, unexpected, of another shape or not finite, the
+            configuration is not one of ours, or not the one that the model is adapted with. Nothing is changed in the
+            model then.
     """
     source = Path(folder)
     tensors = {own_name(key): tensor for key, tensor in read_weights(source).items()}
     _refuse_not_finite(source, tensors)
-    if not is_adapted(model):
-        recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
-        config = read_config(str(source), read_json(source / CONFIG_FILE), recipe.get("adapter", {}), tensors)
-        # Tried on a copy without values first, so that a folder that does not fit leaves the model as it was.
-        twin = _without_values(model)
-        _adapt(twin, config, no_gather)
-        _check_fit(source, twin, tensors)
-        _adapt(model, config, gather)
+    recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
+    own = recipe.get("adapter", {})
+    config = read_config(str(source), read_json(source / CONFIG_FILE), own, tensors)
+    if is_adapted(model):
+        refuse_other_settings(str(source), model, config, dropout_mode_is_stated="dropout_mode" in own)
+    else:
+        _adapt_to_fit(source, model, config if change_base else whole_change(config), tensors, gather)
     _check_fit(source, model, tensors)
-    with torch.no_grad():
-        for name, layer in adapted_layers(model):
-            if layer.adapter.init == "pissa":
-                _move_start(source, name, layer, tensors)
-        for name, tensor in _expected(model).items():
-            with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
-                own = kept_rows(name, tensor)
-                own.copy_(_own_part(model, name, tensors[name]).view(own.shape))
+    _copy_values(source, model, tensors, gather)
     for _, layer in adapted_layers(model):
         layer.forget_norms()
     return [name for name, _ in adapted_layers(model)]
+
+
+def _adapt_to_fit(
+    source: Path, model: nn.Module, config: DoRAConfig, tensors: Mapping[str, Tensor], gather: Gather
+) -> None:
+    """Adapts the model; tried on a copy without values first, so that a folder that does not fit leaves it alone."""
+    twin = _without_values(model)
+    _adapt(twin, config, no_gather)
+    _check_fit(source, twin, tensors)
+    _adapt(model, config, gather)
+
+
+@torch.no_grad()
+def _copy_values(source: Path, model: nn.Module, tensors: Mapping[str, Tensor], gather: Gather) -> None:
+    for name, layer in adapted_layers(model):
+        if layer.adapter.init == "pissa" and layer.lora_A is not None:
+            _move_start(source, name, layer, tensors)
+    for name, tensor in _expected(model).items():
+        with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
+            own = kept_rows(name, tensor)
+            own.copy_(_own_part(model, name, tensors[name]).view(own.shape))
 
 
 def load_kept(model: nn.Module, folder: str | os.PathLike[str], *, gather: Gather = no_gather) -> None:
@@ -172,6 +195,7 @@ def load_kept(model: nn.Module, folder: str | os.PathLike[str], *, gather: Gathe
 
 def _adapt(model: nn.Module, config: DoRAConfig, gather: Gather) -> None:
     """Adapts the model without computing a start that the folder's tensors replace."""
+    refuse_unwritable(model, config)
     apply_dora(model, replace(config, init="kaiming"), gather=gather)
     for _, layer in adapted_layers(model):
         layer.adapter = replace(layer.adapter, init=config.init)

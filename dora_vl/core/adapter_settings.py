@@ -34,6 +34,8 @@ REFUSED_FIELDS = (
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 """PEFT fields that mean another forward pass when they are set."""
+BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""How PEFT's values of `init_lora_weights` begin that change the base; eva, gaussian, orthogonal and mica do not."""
 KNOWN_FIELDS = frozenset((
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -66,7 +68,7 @@ def peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
     ranks = {name: layer.adapter.rank * _copies(layer) for name, layer in layers.items()}
     alphas = {name: _file_alpha(layer) for name, layer in layers.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-    first = next(iter(layers.values())).adapter
+    first = _main_layer(layers).adapter
     return {
         "peft_type": _peft_type(model, layers, extras, whole),
         "r": rank,
@@ -91,17 +93,22 @@ def own_settings(model: nn.Module) -> dict[str, Any]:
     common = {"parts": parts, "kept": list(kept_tensors(model))}
     if not layers:
         return {"method": "full", **common}
-    main = next((layer for layer in layers.values() if layer.adapter.method != "magnitude"), None)
-    first = main or next(iter(layers.values()))
+    first = _main_layer(layers)
     alone = [name for name, layer in layers.items() if layer.adapter.method == "magnitude"]
     differing = {name: layer.adapter for name, layer in layers.items() if name not in alone}
     return {
         **{field: getattr(first.adapter, field) for field in OWN_FIELDS},
         "rank_pattern": {name: a.rank for name, a in differing.items() if a.rank != first.adapter.rank},
         "alpha_pattern": {name: a.alpha for name, a in differing.items() if a.alpha != first.adapter.alpha},
-        "magnitude_targets": alone if main is not None else [],
+        "magnitude_targets": alone if first.adapter.method != "magnitude" else [],
         **common,
     }
+
+
+def _main_layer(layers: Mapping[str, AdaptedLayer]) -> AdaptedLayer:
+    """The first layer that has more than a magnitude, whose settings are the folder's; else the first."""
+    found = (layer for layer in layers.values() if layer.adapter.method != "magnitude")
+    return next(found, next(iter(layers.values())))
 
 
 def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
@@ -206,6 +213,7 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
     kind = peft.get("peft_type", "LORA")
     if kind not in READ_TYPES:
         raise UserError(f"{source}: peft_type is {kind!r}; only LORA (with or without DoRA) is read")
+    _refuse_changed_base(source, peft)
     changing = sorted(name for name in REFUSED_FIELDS if peft.get(name))
     if changing:
         raise UserError(f"{source}: {', '.join(changing)} is set, which changes the forward pass; not supported")
@@ -215,6 +223,25 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
         raise UserError(
             f"{source}: unknown field {', '.join(map(repr, unknown))} (nearest known: {nearest!r}); rename or remove it"
         )
+
+
+def _refuse_changed_base(source: str, peft: Mapping[str, Any]) -> None:
+    """A start that PEFT took out of the base's weights: over the original base the tensors mean something else.
+
+    Our own PiSSA folders hold the change of the original weight and say `true`, as PEFT's conversion does.
+    """
+    start = peft.get("init_lora_weights")
+    if not str(start).lower().startswith(BASE_CHANGING_STARTS):
+        return
+    # PEFT's conversion writes A and B alone, and LoftQ's quantised base is no sum with its start.
+    convertible = start != "loftq" and not peft.get("use_dora") and not peft.get("modules_to_save")
+    way = (
+        "save it as a change of the original base, in PEFT: save_pretrained(folder, "
+        "path_initial_model_for_weight_conversion=folder_saved_before_training)"
+        if convertible
+        else "merge it in PEFT (merge_and_unload), whose conversion would lose a part of this one"
+    )
+    raise UserError(f"{source}: init_lora_weights is {start!r}, which changed the weights of the base; {way}")
 
 
 def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:

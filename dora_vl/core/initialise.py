@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def initialise(layer: AdaptedLayer) -> None:
-    """Fills A and B as `layer.adapter.init` says; `pissa` takes its share out of the frozen weight as well."""
+    """Fills A and B as `layer.adapter.init` says; with `pissa` A is zero until `fill_from_weights`."""
     a, b = layer.lora_A, layer.lora_B
     assert a is not None
     assert b is not None
@@ -35,7 +35,7 @@ def initialise(layer: AdaptedLayer) -> None:
             a.copy_(start_A.view_as(a))
             b.copy_(start_B.view_as(b))
         case "pissa":
-            _start_from_weight(layer, a, b)
+            nn.init.zeros_(a)
 
 
 def orthogonal_factors(
@@ -67,14 +67,42 @@ def take_from_weight(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
     layer.register_buffer("start_B", b.detach().clone(), persistent=False)
 
 
-def _start_from_weight(layer: AdaptedLayer, a: nn.Parameter, b: nn.Parameter) -> None:
-    rank = layer.adapter.rank
-    if rank > min(layer.matrix_shape()):
-        raise UserError(f"init: pissa: rank {rank} is above the smaller side of a weight {layer.matrix_shape()}")
-    start_A, start_B = principal_factors(layer.dense_weight(), rank, layer.scale())
-    a.copy_(start_A.view_as(a))
-    b.copy_(start_B.view_as(b))
-    take_from_weight(layer, a, b)
+@torch.no_grad()
+def fill_from_weights(layers: Mapping[str, AdaptedLayer]) -> None:
+    """Gives A and B of the `pissa` layers (by name) their start; no frozen weight changes.
+
+    Raises:
+        UserError: a rank above a weight's smaller side, or a weight that has no singular vectors.
+    """
+    for name, layer in layers.items():
+        a, b = layer.lora_A, layer.lora_B
+        if layer.adapter.init != "pissa" or a is None or b is None or a.device.type == "meta":
+            continue
+        if layer.adapter.rank > min(layer.matrix_shape()):
+            shape = list(layer.matrix_shape())
+            raise UserError(
+                f"init: pissa: {name} has rank {layer.adapter.rank}, above the smaller side of its weight {shape}"
+            )
+        try:
+            start_A, start_B = principal_factors(layer.dense_weight(), layer.adapter.rank, layer.scale())
+        except torch.linalg.LinAlgError as error:
+            raise UserError(
+                f"init: pissa: {name}'s weight has no singular vectors ({error}); is it damaged?"
+            ) from error
+        a.copy_(start_A.view_as(a))
+        b.copy_(start_B.view_as(b))
+
+
+@torch.no_grad()
+def take_starts(layers: Mapping[str, AdaptedLayer]) -> None:
+    """Takes the start of each `pissa` layer out of its frozen weight; the magnitude is then the norm of both."""
+    for layer in layers.values():
+        a, b = layer.lora_A, layer.lora_B
+        if layer.adapter.init != "pissa" or a is None or b is None or a.device.type == "meta":
+            continue
+        take_from_weight(layer, a, b)
+        if layer.magnitude is not None:
+            layer.magnitude.copy_(layer.live_norms())
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 from torch import nn
@@ -10,11 +10,10 @@ from torch import nn
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.dvora import SHARED_NAME, DVoRALinear, SharedRandom, share_random
 from dora_vl.core.gain_family import found_families
-from dora_vl.core.initialise import OriginalWeight, start_loftq
+from dora_vl.core.initialise import OriginalWeight, fill_from_weights, start_loftq, take_starts
 from dora_vl.core.kinds import adaptable
-from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import ProductLayer
-from dora_vl.core.precision import Gather, no_gather
+from dora_vl.core.precision import Gather, no_gather, train_in_own_dtype
 from dora_vl.core.trainable import (
     adapted_layers,
     choose_trained,
@@ -34,8 +33,9 @@ def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gath
     magnitude is the norm of the whole weight.
 
     Raises:
-        UserError: a pattern matches nothing, or nothing adaptable, or two patterns contradict each other, or the model
-            is adapted already. The model is then as it was.
+        UserError: a pattern matches nothing, or nothing adaptable, or two patterns contradict each other, or `pissa`
+            would write to a weight that cannot be written, or the model is adapted already. The model is then as it
+            was, its weights bit by bit.
     """
     if is_adapted(model):
         raise UserError("the model is adapted already; load it again before applying another adapter")
@@ -43,8 +43,8 @@ def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gath
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         return _apply(model, config, gather)
-    except UserError:
-        strip_adapters(model)
+    except Exception:
+        _put_plain_layers_back(model)
         model.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -57,9 +57,11 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
         names = matching((name for name, _ in model.named_modules()), config.targets, "targets")
     else:
         names, methods = _plan(model, config)
+        refuse_unwritable(model, config)
         shared = _share_random(model, names, config)
         for name, layer_config in methods.items():
             _adapt(model, name, layer_config, shared, gather)
+        fill_from_weights(dict(adapted_layers(model)))
         found_families(layer for _, layer in adapted_layers(model) if isinstance(layer, ProductLayer))
         also_keep = (*also_keep, *_needed_tensors(model))
     choose_trained(
@@ -69,6 +71,7 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
         also_keep=also_keep,
         gather=gather,
     )
+    take_starts(dict(adapted_layers(model)))  # last, because what it takes out of the weights is not put back
     return names
 
 
@@ -80,6 +83,23 @@ def adaptable_names(model: nn.Module, patterns: tuple[str, ...], config: DoRACon
     """
     names = [name for name, module in model.named_modules() if adaptable(module, config) is not None]
     return matching(names, patterns, f"{what} ({', '.join(config.kinds)} layers)")
+
+
+def refuse_unwritable(model: nn.Module, config: DoRAConfig) -> None:
+    """Raises a `UserError` where `init="pissa"` would write to a weight that is quantised, sharded or shared."""
+    if config.init != "pissa" or config.method not in ("dora", "lora"):
+        return
+    layers = {name: model.get_submodule(name) for name in adaptable_names(model, config.targets, config, "targets")}
+    for name, layer in layers.items():
+        row = adaptable(layer, config)
+        if row is not None and not row.weight_is_readable:
+            raise UserError(
+                f"init: pissa rewrites {name}'s weight, and a {type(layer).__name__} has none that can be written; use "
+                "kaiming, or dora_vl.core.inject.loftq after apply_dora"
+            )
+        if any(parameter.numel() == 0 for parameter in layer.parameters(recurse=False)):
+            raise UserError(f"init: pissa rewrites {name}'s weight, which ZeRO-3 holds in shards; use ZeRO-2 or less")
+    _refuse_shared_weights(model, layers, "init: pissa would change both")
 
 
 def loftq(model: nn.Module, original_weight: OriginalWeight) -> None:
@@ -112,9 +132,15 @@ def merge_dora(model: nn.Module, *, keep_base: bool = True) -> None:
 
     `keep_base` holds a copy of each base weight so that `unmerge_dora` restores it bit by bit; without it the
     merge needs no second copy of the model and cannot be undone.
+
+    Raises:
+        UserError: a weight that another module uses too, or one that cannot hold merged values (quantised). No layer
+            is merged then.
     """
     layers = dict(adapted_layers(model))
-    _refuse_merging_shared_weights(model, layers)
+    for name, layer in layers.items():
+        layer.refuse_merging(name)
+    _refuse_shared_weights(model, layers, "merging would change both")
     for layer in layers.values():
         layer.merge(keep_base=keep_base)
 
@@ -126,7 +152,25 @@ def unmerge_dora(model: nn.Module) -> None:
 
 
 def strip_adapters(model: nn.Module) -> None:
-    """Puts the layers of before back, with the weights as they are (merged or not), ready to be saved."""
+    """Puts the layers of before back, with the weights as they are (merged or not), ready to be saved.
+
+    What trains in float32 over a half-precision base gets its module's dtype back, rounded as a merge rounds.
+
+    Raises:
+        UserError: a layer that `pissa` started is not merged, so that its weight is only what is left of the base's.
+            Nothing is changed then.
+    """
+    residual = [name for name, layer in adapted_layers(model) if "start_A" in layer._buffers and not layer.merged]
+    if residual:
+        raise UserError(
+            f"{len(residual)} layers, first {residual[0]}, hold what init: pissa left of their weights, which is no "
+            "base; merge_dora(model) first, or load the base model again"
+        )
+    _put_plain_layers_back(model)
+
+
+def _put_plain_layers_back(model: nn.Module) -> None:
+    train_in_own_dtype(model)  # while the layers that hold trained biases know of what dtype those were
     for name, layer in list(adapted_layers(model)):
         _put(model, model.get_submodule(name), layer.plain())
     if SHARED_NAME in dict(model.named_children()):
@@ -148,10 +192,7 @@ def _adapt(model: nn.Module, name: str, config: DoRAConfig, shared: SharedRandom
     base = model.get_submodule(name)
     row = adaptable(base, config)
     assert row is not None
-    parameters = list(base.parameters(recurse=False))
-    if config.init == "pissa" and any(parameter.numel() == 0 for parameter in parameters):
-        raise UserError(f"init: pissa rewrites {name}'s weight, which ZeRO-3 holds in shards; use ZeRO-2 or less")
-    with gather(parameters):
+    with gather(list(base.parameters(recurse=False))):
         if shared is not None and config.method == "dvora":
             _put(model, base, DVoRALinear(cast(nn.Linear, base), config, shared))
         else:
@@ -163,15 +204,16 @@ def _needed_tensors(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_buffers() if name.startswith(f"{SHARED_NAME}.")]
 
 
-def _refuse_merging_shared_weights(model: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
+def _refuse_shared_weights(model: nn.Module, layers: Mapping[str, nn.Module], reason: str) -> None:
     """A weight that another module uses too (a tied output head) would change there as well."""
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
-        modules = {id(model.get_submodule(user.rpartition(".")[0])) for user in users.get(id(layer.weight), ())}
+        found = users.get(id(layer.weight), ())
+        modules = {id(model.get_submodule(user.rpartition(".")[0])) for user in found}
         if len(modules) > 1:
-            raise UserError(f"{name} shares its weight with {users[id(layer.weight)]}; merging would change both")
+            raise UserError(f"{name} shares its weight with {found}; {reason}")
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -23,6 +23,8 @@ class Adaptable:
 
     kind: LayerKind
     build: Callable[[Any, DoRAConfig], AdaptedLayer]
+    weight_is_readable: bool = True
+    """Whether the layer's weight can be read, and written for `init="pissa"`; not so where it is only called."""
 
 
 ADAPTABLE: Mapping[str, Adaptable] = {
@@ -36,11 +38,16 @@ ADAPTABLE: Mapping[str, Adaptable] = {
 
 
 def adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
-    """How a module is adapted; None if it is not.
+    """How a module is adapted; None if it is not, or not of `config.kinds`.
 
     By exact class: a subclass may use its weight without calling itself (torch's attention does), and an adapter
     there would be passed over in silence.
     """
+    row = _row(module, config)
+    return row if row is not None and row.kind in config.kinds else None
+
+
+def _row(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
     path = f"{type(module).__module__}.{type(module).__qualname__}"
     if path in OPAQUE_KINDS:
         return _opaque(OPAQUE_KINDS[path])
@@ -49,8 +56,8 @@ def adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
     row = ADAPTABLE.get(path)
     if isinstance(module, nn.Linear) and row is not None and is_traceable_wrapper_subclass(module.weight.data):
         return _opaque(TENSOR_SUBCLASS)
-    return row if row is not None and row.kind in config.kinds else None
+    return row
 
 
 def _opaque(kind: OpaqueKind) -> Adaptable:
-    return Adaptable("linear", lambda module, config: OpaqueLinear(module, config, kind))
+    return Adaptable("linear", lambda module, config: OpaqueLinear(module, config, kind), weight_is_readable=False)

@@ -72,7 +72,7 @@ class AdaptedLayer(nn.Module):
         if self.adapter.method == "lora":
             return
         with torch.no_grad():
-            changed = self.factors() is not None and self.adapter.init in ("pissa", "orthogonal")
+            changed = self.factors() is not None and self.adapter.init == "orthogonal"
             norms = self.live_norms() if changed else functional.root(self.weight_norms_squared())
         self.magnitude = nn.Parameter(norms.clone())
 
@@ -135,16 +135,26 @@ class AdaptedLayer(nn.Module):
 
     def weight_norms_squared(self) -> Float[Tensor, " out"]:
         """||W_i||^2 in float32; computed once, since W is frozen, and again after an edit in place."""
-        weight = self._frozen_weight()
-        key = (weight.device, weight._version)
+        key = self.frozen_key()
         if self._norms_squared is None or self._norms_squared_key != key:
             self._norms_squared, self._norms_squared_key = self.frozen_norms_squared(), key
         return self._norms_squared
 
-    def forget_norms(self) -> None:
-        """Drops what was computed from the parameters; call it after changing them where no optimizer steps."""
+    def frozen_key(self) -> tuple[object, ...]:
+        """Changes when the frozen weight is edited in place or moved."""
+        weight = self._frozen_weight()
+        return weight.device, weight._version
+
+    def forget_norms(self, *, frozen: bool = False) -> None:
+        """Drops what was computed from A, B and the magnitude; for changes that torch does not count.
+
+        Call it where something else than an optimizer or an edit in place changed them (`.data`, a kernel). It is
+        cheap enough for every step, because ||W_i||^2 stays: say `frozen` where W itself was changed in such a way.
+        """
         self._norms: Tensor | None = None
         self._norms_key: tuple[object, ...] = ()
+        if frozen:
+            self._norms_squared = None
 
     def norms(self) -> Float[Tensor, " out"]:
         """n without a gradient, computed once per optimizer step."""
@@ -206,6 +216,9 @@ class AdaptedLayer(nn.Module):
         self.weight.copy_(self.from_matrix(merged))
         self.merged = True
 
+    def refuse_merging(self, name: str) -> None:
+        """Raises a `UserError` that names the layer where `weight` cannot hold merged values."""
+
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts the base weight back.
@@ -252,15 +265,13 @@ class AdaptedLayer(nn.Module):
         return self
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.forget_norms()
-        self._norms_squared = None
+        self.forget_norms(frozen=True)
         super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
-        self.forget_norms()
-        self._norms_squared = None
+        self.forget_norms(frozen=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickled layer may wake in a process where no layer was built, so that nothing counts steps yet.

@@ -32,9 +32,9 @@ class ProductLayer(AdaptedLayer):
         """(out, in)."""
         return self.out_features, self.in_features
 
-    def forget_norms(self) -> None:
-        """Drops what was computed from the parameters; call it after changing them where no optimizer steps."""
-        super().forget_norms()
+    def forget_norms(self, *, frozen: bool = False) -> None:
+        """Drops what was computed from A, B and the magnitude, and with `frozen` from the frozen weight too."""
+        super().forget_norms(frozen=frozen)
         self._gain: Gain | None = None
         self._gain_key: tuple[object, ...] = ()
         self._factors: tuple[Tensor, Tensor] | None = None

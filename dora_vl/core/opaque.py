@@ -95,6 +95,21 @@ class OpaqueLinear(AdaptedLayer):
         frozen = self._without_bias(self.base(dropped) if whole else output)
         return functional.changed_output(output, frozen, low_rank, gain)
 
+    def frozen_key(self) -> tuple[object, ...]:
+        """Versions of all of the layer's tensors but its bias, which may train: which of them hold W is not known."""
+        bias = self.bias
+        versions = [
+            tensor._version
+            for module in self.base.modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None and tensor is not bias
+        ]
+        return self.weight.device, *versions
+
+    def state_key(self) -> tuple[object, ...]:
+        """Changes with every optimizer step and in-place edit, of the layer inside too, and with a new scale."""
+        return *super().state_key(), *self.frozen_key()
+
     # -- the norm, through the layer's own forward -------------------------------------------------------------
 
     def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "rows out"]:
@@ -146,8 +161,14 @@ class OpaqueLinear(AdaptedLayer):
         Raises:
             UserError: always; a quantised weight cannot hold the merged values.
         """
+        self.refuse_merging("this layer")
+
+    def refuse_merging(self, name: str) -> None:
+        """Raises the `UserError` that names the layer."""
         kind = type(self.base).__name__
-        raise UserError(f"a {kind} cannot hold merged weights; load the base without quantisation and merge there")
+        raise UserError(
+            f"{name}: a {kind} cannot hold merged weights; load the base without quantisation and merge there"
+        )
 
     def plain(self) -> nn.Module:
         """The layer that was here before."""

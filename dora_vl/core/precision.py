@@ -19,6 +19,8 @@ from dora_vl.core.layer import AdaptedLayer
 
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 """Makes sharded parameters whole inside a `with` block; ZeRO-3 passes `deepspeed.zero.GatheredParameters`."""
+_OWN_DTYPES = "_dora_vl_own_dtypes"
+"""Attribute of a module: the dtypes that its parameters had before, by their names in it."""
 
 
 def no_gather(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
@@ -40,14 +42,33 @@ def train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) -> 
     for module in affected:
         own = dict(module.named_parameters(recurse=False))
         for leaf in leaves[module]:
-            if own[leaf].dtype != accumulation_dtype(own[leaf].dtype):
-                _replace(model, own[leaf], gather)
+            half, wide = own[leaf].dtype, accumulation_dtype(own[leaf].dtype)
+            if half != wide:
+                _replace(model, own[leaf], wide, gather)
+                vars(module).setdefault(_OWN_DTYPES, {})[leaf] = half
     for module, half in halves.items():
         if isinstance(module, AdaptedLayer) or half == accumulation_dtype(half):
             continue
         if _is_leaf(module):
             module.register_forward_pre_hook(_enter, with_kwargs=True)
         module.register_forward_hook(partial(_leave, dtype=half))
+
+
+def train_in_own_dtype(model: nn.Module) -> None:
+    """Undoes `train_in_float32`: its parameters are rounded to the dtypes of before, and nothing casts any more.
+
+    Shards of ZeRO-3 have no values here to round; modules that hold some stay as they are.
+    """
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if any(parameter.numel() == 0 for parameter in own.values()):
+            continue
+        for leaf, half in vars(module).pop(_OWN_DTYPES, {}).items():
+            _replace(model, own[leaf], half, no_gather)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook is _enter or getattr(hook, "func", None) is _leave]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _affected(model: nn.Module, wanted: set[int]) -> tuple[list[nn.Module], dict[nn.Module, list[str]]]:
@@ -69,9 +90,9 @@ def _is_leaf(module: nn.Module) -> bool:
     return not any(True for _ in module.children())
 
 
-def _replace(model: nn.Module, old: nn.Parameter, gather: Gather) -> None:
+def _replace(model: nn.Module, old: nn.Parameter, dtype: torch.dtype, gather: Gather) -> None:
     with gather([old]):
-        new = nn.Parameter(old.detach().to(accumulation_dtype(old.dtype)).clone(), old.requires_grad)
+        new = nn.Parameter(old.detach().to(dtype).clone(), old.requires_grad)
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter is old:

@@ -18,9 +18,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dora_vl.core.adapter_file import CONFIG_FILE, PEFT_PREFIX, RECIPE_FILE, WEIGHTS_FILE, read_json, replace_folder
+from dora_vl.core.adapter_file import (
+    CONFIG_FILE,
+    PEFT_PREFIX,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+    read_json,
+    refuse_to_replace_adapter,
+)
 from dora_vl.core.adapter_settings import check_peft_fields
 from dora_vl.core.dvora import SHARED_NAME
+from dora_vl.core.folder_replacing import replace_folder
 from dora_vl.errors import UserError
 from dora_vl.interchange.factors import Factors
 from dora_vl.interchange.peft_config import rank_of, scale_of
@@ -156,12 +164,19 @@ def own_extra_name(key: str) -> str:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
-    """Reads a PEFT folder (ours included) and checks it.
+    """Reads a PEFT folder (ours included), named by itself or by its file of tensors, and checks it.
 
     Raises:
         UserError: a file is missing or broken, a field unknown, a value not finite, a tensor missing.
     """
     source = Path(folder)
+    if source.is_file():
+        if not names_adapter(source):
+            raise UserError(
+                f"{source} is of PEFT's format, which states its scale in {CONFIG_FILE}: lay the two into a folder, "
+                f"this one as {WEIGHTS_FILE}, and give the folder"
+            )
+        source = source.parent
     config = read_json(source / CONFIG_FILE)
     check_peft_fields(str(source / CONFIG_FILE), config)
     weights = source / WEIGHTS_FILE
@@ -176,6 +191,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     return adapter
 
 
+def names_adapter(path: Path) -> bool:
+    """Whether a path is a folder, or a file of tensors that stands for the PEFT folder it lies in."""
+    return path.is_dir() or path.name in {WEIGHTS_FILE, PICKLED_WEIGHTS_FILE}
+
+
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raises a `UserError` that names the first tensors holding NaN or infinity."""
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
@@ -187,7 +207,8 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     """Writes the folder under a temporary name and renames it; tensors and fields stay exactly as they are.
 
     Raises:
-        UserError: the adapter has magnitudes that PEFT's format cannot hold.
+        UserError: the adapter has magnitudes that PEFT's format cannot hold, or `folder` is there already and is no
+            adapter folder. Nothing is written then.
     """
     if adapter.input_axis:
         raise UserError(
@@ -196,6 +217,7 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
             "base (dora-vl merge) or export a LoRA with its error stated (--as lora --rank R --max-error X)"
         )
     target = Path(folder)
+    refuse_to_replace_adapter(target)
     staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from dora_vl.core.adapter_file import read_json
 from dora_vl.errors import UserError
 
-INDEX_FILE = "model.safetensors.index.json"
+STEMS = ("model", "diffusion_pytorch_model")
+"""How the weight files of a folder begin: transformers' and diffusers' names."""
 SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
@@ -40,6 +41,22 @@ class StoredTensor:
     """safetensors' word for it, e.g. BF16."""
 
 
+def single_file(stem: str) -> str:
+    """The one weight file of a folder."""
+    return f"{stem}.safetensors"
+
+
+def index_file(stem: str) -> str:
+    """What says which of several weight files holds what."""
+    return f"{stem}.safetensors.index.json"
+
+
+def stem_in(folder: Path) -> str | None:
+    """The one of `STEMS` whose files a folder holds; None: it is no model folder in safetensors."""
+    found = (stem for stem in STEMS for name in (index_file(stem), single_file(stem)) if (folder / name).is_file())
+    return next(found, None)
+
+
 class BaseWeights:
     """Opens a folder's safetensors files and hands out tensors; nothing is held in memory between two reads."""
 
@@ -48,6 +65,8 @@ class BaseWeights:
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self.config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+        self.stem = self._stem()
+        """How its weight files begin."""
         self.stored = tuple(self._list())
         rename, transposed = model_names(self.config, [entry[0] for entry in self.stored])
         self.tensors = {
@@ -72,15 +91,19 @@ class BaseWeights:
                 yield key, file, tuple(part.get_shape()), part.get_dtype()
 
     def _file_names(self) -> list[str]:
-        if (self.folder / INDEX_FILE).is_file():
-            weight_map = read_json(self.folder / INDEX_FILE).get("weight_map", {})
+        if (self.folder / index_file(self.stem)).is_file():
+            weight_map = read_json(self.folder / index_file(self.stem)).get("weight_map", {})
             return sorted(set(weight_map.values()))
-        if (self.folder / SINGLE_FILE).is_file():
-            return [SINGLE_FILE]
+        return [single_file(self.stem)]
+
+    def _stem(self) -> str:
+        found = stem_in(self.folder)
+        if found is not None:
+            return found
         there = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else "no such folder"
         raise UserError(
-            f"{self.folder} holds neither {SINGLE_FILE} nor {INDEX_FILE} ({there}); give a model folder in "
-            "safetensors (load an older one with transformers and save_pretrained it once)"
+            f"{self.folder} holds neither {' nor '.join(map(single_file, STEMS))}, whole or in shards with an index "
+            f"({there}); give a model folder in safetensors (load an older one and save_pretrained it once)"
         )
 
     def _open(self, file: str) -> Any:

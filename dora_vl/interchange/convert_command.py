@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from dora_vl.core.adapter_file import refuse_to_replace_adapter
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import Adapter, write_adapter
 from dora_vl.interchange.base_weights import BaseWeights
@@ -32,7 +33,9 @@ change. Its relative error is printed layer by layer, and nothing is written abo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl convert`."""
     parser.add_argument("source", type=Path, metavar="FROM", help="a folder or file that holds an adapter")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the adapter folder to write")
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="FOLDER", help="adapter folder to write; replaced if it is one"
+    )
     parser.add_argument("--as", dest="kind", choices=("peft", "lora"), default="peft", help="default: peft")
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="the base model's folder (torchtune, kohya, lora)")
     add_reading_arguments(parser)
@@ -66,6 +69,7 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Converts; yields the lines to print."""
+    _refuse_target(arguments.source, arguments.to)
     adapter = read_any(arguments.source, reading_options(arguments))
     if arguments.kind == "lora":
         yield from _export(adapter, arguments)
@@ -74,6 +78,13 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError("--rank and --max-error belong to --as lora")
     write_adapter(adapter, arguments.to)
     yield f"{arguments.to}: {len(adapter.layers)} layers, {len(adapter.extras)} other tensors"
+
+
+def _refuse_target(source: Path, target: Path) -> None:
+    """Raises a `UserError` before any work where the result may not take the folder's place."""
+    if target.resolve() in (source.resolve(), source.resolve().parent):
+        raise UserError(f"--to {target} is where the adapter is read from; name another folder")
+    refuse_to_replace_adapter(target)
 
 
 def _export(adapter: Adapter, arguments: argparse.Namespace) -> Iterator[str]:

@@ -37,7 +37,16 @@ class LayerExport:
 
 
 def export_layers(adapter: Adapter, base: BaseWeights, rank: int) -> Iterator[LayerExport]:
-    """Each layer's nearest LoRA of rank `rank`, one layer in memory at a time."""
+    """Each layer's nearest LoRA of rank `rank`, one layer in memory at a time.
+
+    Raises:
+        UserError: the adapter changes no layer, only whole tensors, or does not fit the base.
+    """
+    if not adapter.layers:
+        raise UserError(
+            f"{adapter.source} (method: {adapter.method}) holds whole tensors and no adapted layer, so there is "
+            "nothing to write as a LoRA; dora-vl merge writes it with its base as a model"
+        )
     factors = factors_on(base, adapter)
     check_fit(base, adapter, factors)
     for layer, found in factors.items():

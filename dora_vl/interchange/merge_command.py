@@ -14,7 +14,7 @@ from dora_vl.interchange.adapter import Adapter
 from dora_vl.interchange.base_weights import BaseWeights
 from dora_vl.interchange.combine import combine
 from dora_vl.interchange.convert_command import add_reading_arguments, reading_options
-from dora_vl.interchange.merge_folder import SHARD_BYTES, merge_to_folder
+from dora_vl.interchange.merge_folder import SHARD_BYTES, merge_to_folder, refuse_target
 from dora_vl.interchange.read import read_any
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl merge`."""
     parser.add_argument("--adapter", type=Path, action="append", required=True, metavar="DIR", help="may come often")
     parser.add_argument("--weight", type=float, action="append", metavar="W", help="one for each --adapter; default 1")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="the model folder to write")
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="FOLDER", help="model folder to write; an earlier merge is replaced"
+    )
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; default: each tensor's own")
     parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="largest output file")
@@ -49,6 +51,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     options = reading_options(arguments)
     adapters = [read_any(source, options) for source in arguments.adapter]
     base = arguments.base or base_of(adapters[0])
+    refuse_target(arguments.to, base)
     if not arguments.any_base:
         for adapter in adapters:
             refuse_other_base(adapter.recipe, base, adapter.source)

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_vl.core.adapter_file import replace_folder
+from dora_vl.core.adapter_file import read_json
+from dora_vl.core.folder_replacing import refuse_to_replace, replace_folder
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import Adapter
-from dora_vl.interchange.base_weights import INDEX_FILE, SINGLE_FILE, BaseWeights, StoredTensor
+from dora_vl.interchange.base_weights import STEMS, BaseWeights, StoredTensor, index_file, single_file
 from dora_vl.interchange.factors import Factors
 from dora_vl.interchange.safetensors_stream import DTYPES, SafetensorsStream, byte_size
 
@@ -24,7 +25,9 @@ SHARD_BYTES = 5_000_000_000
 """Of one output file; transformers' own default."""
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"})
-WEIGHT_INDEXES = frozenset({INDEX_FILE, "pytorch_model.bin.index.json"})
+MANIFEST = "dora_vl_merge.json"
+"""Names what a merge wrote, so that a later one knows that it may replace the folder."""
+NOT_COPIED = frozenset({"pytorch_model.bin.index.json", MANIFEST, *map(index_file, STEMS)})
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,10 @@ def merge_to_folder(
     and processor files are copied. The folder appears under its name when it is whole.
 
     Raises:
-        UserError: a layer or an extra that the base lacks, a shape that does not fit, or a quantised base.
+        UserError: a layer or an extra that the base lacks, a shape that does not fit, a quantised base, or a target
+            that is there already and was not written by a merge. Nothing is written then.
     """
+    refuse_target(target, base_folder)
     with BaseWeights(base_folder) as base:
         factors = factors_on(base, adapter)
         check_fit(base, adapter, factors)
@@ -64,9 +69,23 @@ def merge_to_folder(
         shards = _plan(base, dtype, shard_bytes)
         for file, entries in shards.items():
             _write_shard(staging / file, entries, base, factors, adapter.extras)
-        total = _write_index(staging, shards)
+        total = _write_index(staging, shards, base.stem)
+    _write_manifest(staging)
     replace_folder(staging, target)
     return Merged(len(factors), len(adapter.extras), len(shards), total)
+
+
+def refuse_target(target: Path, base_folder: Path) -> None:
+    """Raises a `UserError` where something is there already that is no earlier merge's result, or that is the base."""
+    if target.resolve() == base_folder.resolve():
+        raise UserError(f"{target} is the base itself; name another folder for the result")
+    manifest = target / MANIFEST
+    refuse_to_replace(target, [MANIFEST, *read_json(manifest).get("files", ())] if manifest.is_file() else ())
+
+
+def _write_manifest(staging: Path) -> None:
+    content = {"written_by": "dora-vl merge", "files": sorted(path.name for path in staging.iterdir())}
+    (staging / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def factors_on(base: BaseWeights, adapter: Adapter) -> dict[str, Factors]:
@@ -104,7 +123,7 @@ def check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors
 
 def _copy_other_files(base_folder: Path, staging: Path, dtype: torch.dtype | None) -> None:
     for path in sorted(base_folder.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in WEIGHT_INDEXES:
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in NOT_COPIED:
             shutil.copyfile(path, staging / path.name)
     config = staging / "config.json"
     if dtype is not None and config.is_file():
@@ -139,8 +158,8 @@ def _plan(base: BaseWeights, dtype: torch.dtype | None, shard_bytes: int) -> dic
         groups[-1].append((stored, out))
         filled += size
     if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+        return {single_file(base.stem): groups[0]}
+    return {f"{base.stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
 def _output_dtype(stored: StoredTensor, dtype: torch.dtype | None, folder: Path) -> torch.dtype:
@@ -177,10 +196,10 @@ def _merged(
             yield base.read(stored.name)
 
 
-def _write_index(staging: Path, shards: Mapping[str, Entries]) -> int:
+def _write_index(staging: Path, shards: Mapping[str, Entries], stem: str) -> int:
     total = sum(byte_size(stored.shape, dtype) for entries in shards.values() for stored, dtype in entries)
-    if list(shards) != [SINGLE_FILE]:
+    if list(shards) != [single_file(stem)]:
         weight_map = {stored.key: file for file, entries in shards.items() for stored, _ in entries}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (staging / index_file(stem)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total

@@ -12,7 +12,7 @@ from torch import Tensor
 from dora_vl.core.adapter_file import CONFIG_FILE, WEIGHTS_FILE, read_json
 from dora_vl.core.adapter_settings import READ_TYPES
 from dora_vl.errors import UserError
-from dora_vl.interchange.adapter import PICKLED_WEIGHTS_FILE, Adapter, read_adapter
+from dora_vl.interchange.adapter import PICKLED_WEIGHTS_FILE, Adapter, names_adapter, read_adapter
 from dora_vl.interchange.base_weights import BaseWeights
 from dora_vl.interchange.foreign import LAYOUTS, to_adapter
 from dora_vl.interchange.foreign_names import from_kohya, from_torchtune, from_vl_adapter
@@ -78,7 +78,7 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
 
 def _is_own(source: Path) -> bool:
     """Whether it is a folder of ours that holds what PEFT does not know, such as whole weights and no factors."""
-    return _config_beside(source).get("peft_type") in READ_TYPES - {"LORA"}
+    return names_adapter(source) and _config_beside(source).get("peft_type") in READ_TYPES - {"LORA"}
 
 
 def known_format(tensors: Mapping[str, Tensor], source: str) -> str:

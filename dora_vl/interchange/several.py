@@ -43,7 +43,9 @@ class AdapterSet:
     """Adapters of one model by name; at most one is in the model at a time, the others wait beside it.
 
     Adapted layers share the base's weight, so an adapter costs its own tensors and switching costs none of the
-    model's. With no adapter active the model is the base, bit by bit.
+    model's. With no adapter active the weights are the base's, bit by bit; what some adapter trains beside its layers
+    stays float32 over a half-precision base. A PiSSA adapter comes in as the change of the original weight, at twice
+    the rank, equal up to rounding.
 
     Raises:
         UserError: the model is adapted already.
@@ -84,7 +86,7 @@ class AdapterSet:
             if extra in tensors:
                 self._base_values.setdefault(extra, named_tensor(tensors, extra).detach().clone())
         try:
-            names = load_adapter(self.model, folder)
+            names = load_adapter(self.model, folder, change_base=False)
         except UserError:
             self._to_base()
             raise
@@ -97,25 +99,30 @@ class AdapterSet:
         Its rank is the sum of the ranks; `merge_dora` folds it into the weights, `save_adapter` writes it.
 
         Raises:
-            UserError: the name is taken, an adapter is unknown, or one adapts other layers than linear ones.
+            UserError: the name is taken, an adapter is unknown, or one adapts other layers than linear ones. The
+                active adapter is then what it was.
         """
         self._refuse_taken(name)
         unknown = sorted(set(shares) - set(self._loaded))
         if unknown or not any(shares.values()):
             raise UserError(f"cannot combine {dict(shares)}: there are {list(self.names)}, and one must not be 0")
-        self.switch(None)
         loaded = {key: self._loaded[key] for key, share in shares.items() if share != 0}
-        for layer in sorted({layer for one in loaded.values() for layer in one.layers}):
-            parts = [
+        # Before anything is put into the model, because one of the layers may be refused.
+        found = {
+            layer: [
                 (shares[key], _factors(one.layers[layer], layer)) for key, one in loaded.items() if layer in one.layers
             ]
+            for layer in sorted({layer for one in loaded.values() for layer in one.layers})
+        }
+        self.switch(None)
+        for layer, parts in found.items():
             base = self._base_layers[layer]
             assert isinstance(base, nn.Linear)
             self._put(layer, _layer_of(combine_factors(base.weight.detach(), parts), base))
         values = self._combined_values(loaded, shares)
-        parts = _union(one.parts for one in loaded.values())
+        trained = _union(one.parts for one in loaded.values())
         kept = tuple(dict.fromkeys(name for one in loaded.values() for name in one.kept))
-        choose_trained(self.model, full_modules=(), also_train=parts, also_keep=kept, gather=no_gather)
+        choose_trained(self.model, full_modules=(), also_train=trained, also_keep=kept, gather=no_gather)
         self._set_values(values)
         self._keep(name)
 

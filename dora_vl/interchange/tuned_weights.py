@@ -17,7 +17,7 @@ from dora_vl.core import functional
 from dora_vl.core.adapter_file import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import read_adapter
-from dora_vl.interchange.base_weights import INDEX_FILE, SINGLE_FILE, BaseWeights
+from dora_vl.interchange.base_weights import SINGLE_FILE, BaseWeights, stem_in
 from dora_vl.interchange.factors import Factors
 from dora_vl.interchange.merge_command import refuse_other_base
 from dora_vl.interchange.merge_folder import check_fit, factors_on
@@ -59,7 +59,7 @@ def _weights_folder(folder: Path) -> Path:
     for candidate in (folder, folder / ADAPTER):
         if (candidate / ADAPTER_CONFIG_FILE).is_file():
             return candidate
-    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+    if stem_in(folder) is not None:
         return folder
     there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
     raise UserError(

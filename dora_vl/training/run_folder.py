@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_vl.core.adapter_file import refuse_to_replace_adapter
 from dora_vl.errors import UserError
 from dora_vl.training.checkpoints import WRITING, complete_checkpoints
 from dora_vl.training.task import RunSettings
@@ -39,7 +40,8 @@ def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Makes the folder; half-written checkpoints of a crash go, results of an earlier run only on request.
 
     Raises:
-        UserError: results are there and neither `resume` nor `overwrite` is asked for; or both are.
+        UserError: results are there and neither `resume` nor `overwrite` is asked for; or both are; or the adapter
+            folder holds somebody else's files.
     """
     if resume and overwrite:
         raise UserError("resume and overwrite exclude each other: one goes on, the other starts anew")
@@ -49,6 +51,7 @@ def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"{folder} holds an earlier run's {earlier[0].name}; --resume last goes on with it, --overwrite true "
             "removes it, --training.output_dir names another folder"
         )
+    refuse_to_replace_adapter(folder / ADAPTER)  # not at the end, after hours of training
     folder.mkdir(parents=True, exist_ok=True)
     for path in [*(earlier if overwrite else ()), folder / WRITING]:
         if path.is_dir():

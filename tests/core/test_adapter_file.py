@@ -200,6 +200,8 @@ def test_a_folder_that_does_not_fit_changes_nothing(change, message, adapted, tm
         ("peft_type", "VERA", "peft_type is 'VERA'"),
         ("use_lorentz", True, "unknown field 'use_lorentz'"),
         ("r", 5, "rank 5 in the configuration"),
+        ("init_lora_weights", "pissa_niter_4", "init_lora_weights is 'pissa_niter_4'.*merge_and_unload"),
+        ("init_lora_weights", "loftq", "init_lora_weights is 'loftq', which changed the weights of the base"),
     ],
 )
 def test_a_configuration_that_is_not_ours(field, value, message, tmp_path):
@@ -254,6 +256,34 @@ def test_saving_replaces_whole_and_leaves_nothing_behind(tmp_path, monkeypatch):
     fresh = Small()
     load_adapter(fresh, tmp_path / "a")
     assert torch.equal(fresh.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("inside", ["adapter", "other"])
+def test_what_is_no_adapter_is_never_replaced(inside, tmp_path):
+    model, target = trained_small("dora"), tmp_path / "a"
+    if inside == "adapter":
+        save_adapter(model, target)
+    target.mkdir(exist_ok=True)
+    (target / "thesis.tex").write_text("years of work")
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(UserError, match=r"a is there already and holds thesis\.tex .*move it away"):
+        save_adapter(model, target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    (target / "thesis.tex").unlink()
+    save_adapter(model, target)
+
+
+def test_neither_a_file_nor_what_a_link_points_to_is_removed(tmp_path):
+    model = trained_small("dora")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is there already and is no folder"):
+        save_adapter(model, tmp_path / "file")
+    save_adapter(model, tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    save_adapter(model, tmp_path / "link")
+    assert (tmp_path / "a" / WEIGHTS_FILE).is_file()
+    assert not (tmp_path / "link").is_symlink()
 
 
 def test_ranks_that_only_take_part_write_nothing(tmp_path):

@@ -80,6 +80,20 @@ def test_data_assignment_is_seen_when_the_mode_changes():
     assert_fresh(layer)
 
 
+def test_an_edit_of_the_weights_data_is_seen_when_it_is_said():
+    """The call without `frozen` costs no pass over W, since hand-written optimizers make it at every step."""
+    layer = moved_layer(config()).eval()
+    assert_fresh(layer)
+    kept = layer.weight_norms_squared()
+    layer.lora_B.data = layer.lora_B.data * 2
+    layer.forget_norms()
+    assert_fresh(layer)
+    assert layer.weight_norms_squared() is kept
+    layer.weight.data.mul_(1.5)
+    layer.forget_norms(frozen=True)
+    assert_fresh(layer)
+
+
 @pytest.fixture
 def norm_count(monkeypatch):
     """A list with an entry for each layer whose norms were computed, alone or with its family."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_vl.core import DoRAConfig, apply_dora, merge_dora
+from dora_vl.core import DoRAConfig, apply_dora, load_adapter, merge_dora, save_adapter
 from dora_vl.core.inject import loftq
 from dora_vl.core.opaque import OpaqueLinear
 from dora_vl.errors import UserError
@@ -67,12 +67,71 @@ def test_merging_is_refused():
         merge_dora(adapted(Sealed()))
 
 
+def test_a_mix_is_refused_before_anything_is_merged():
+    plain = nn.Linear(300, 7)
+    model = nn.ModuleDict({"plain": plain, "sealed": Sealed()})
+    apply_dora(model, DoRAConfig(targets=("*",), rank=2, dropout=0.0, opaque_layers=(PATH,)))
+    before = plain.weight.detach().clone()
+    with pytest.raises(UserError, match="sealed: a Sealed cannot hold merged weights"):
+        merge_dora(model)
+    assert torch.equal(plain.weight, before)
+    assert not model["plain"].merged
+
+
+def test_kinds_hold_for_opaque_layers_too():
+    with pytest.raises(UserError, match=r"targets \(conv layers\): pattern 'q' matches none"):
+        adapted(Sealed(), kinds=("conv",))
+
+
+def test_pissa_is_refused_before_anything_changes():
+    model = nn.ModuleDict({"q": Sealed(), "plain": nn.Linear(6, 6)})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = {"targets": ("*",), "rank": 2, "init": "pissa", "opaque_layers": (PATH,)}
+    with pytest.raises(UserError, match="init: pissa rewrites q's weight, and a Sealed has none that can be written"):
+        apply_dora(model, DoRAConfig(**settings))
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_pissa_folder_is_refused_over_an_opaque_layer(tmp_path):
+    source = nn.ModuleDict({"q": nn.Linear(300, 7)})
+    apply_dora(source, DoRAConfig(targets=("q",), rank=2, init="pissa", opaque_layers=(PATH,)))
+    save_adapter(source, tmp_path / "a")
+    model = nn.ModuleDict({"q": Sealed()})
+    with pytest.raises(UserError, match="init: pissa rewrites q's weight"):
+        load_adapter(model, tmp_path / "a")
+    assert type(model["q"]) is Sealed
+
+
+def test_an_edit_of_the_layer_inside_is_seen():
+    sealed = Sealed()
+    layer = adapted(sealed)["q"].eval()
+    with torch.no_grad():
+        layer.lora_B.normal_(std=0.3)
+        layer.norms()
+        sealed.secret.mul_(2)
+    expected = (sealed.secret + layer.scale() * layer.lora_B @ layer.lora_A).norm(dim=1)
+    torch.testing.assert_close(layer.norms(), expected.detach(), rtol=1e-5, atol=0)
+
+
+def test_a_bias_that_trains_costs_no_pass_over_the_weight(monkeypatch):
+    model = adapted(Sealed(), also_train={"bias": ("q*bias",)})
+    passes, columns = [], OpaqueLinear._columns
+    monkeypatch.setattr(OpaqueLinear, "_columns", lambda layer: passes.append(1) or columns(layer))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model["q"](torch.randn(2, 300)).square().mean().backward()
+        optimizer.step()
+    assert model["q"].base.bias.grad is not None
+    assert not passes
+
+
 def test_loftq_brings_the_layer_nearer_to_the_original():
-    original = torch.randn(7, 300)
+    original = torch.randn(7, 300, generator=torch.Generator().manual_seed(1))
     sealed = Sealed()
     with torch.no_grad():
         sealed.secret.copy_((original * 2).round() / 2)
-    model, x = adapted(sealed), torch.randn(4, 300)
+    model, x = adapted(sealed), torch.randn(400, 300)
     target = x @ original.t() + sealed.bias
     before = (model["q"](x) - target).norm()
     loftq(model, lambda name: original)
@@ -89,6 +148,15 @@ def test_bitsandbytes_4bit():
     layer = adapted(base)["q"]
     assert torch.equal(layer(x), before)
     assert_equals_dense(layer, weight, x, 1e-5)
+
+
+def test_bitsandbytes_4bit_refuses_pissa():
+    bnb = pytest.importorskip("bitsandbytes")
+    base = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    before = base.weight.data.clone()
+    with pytest.raises(UserError, match="a Linear4bit has none that can be written"):
+        adapted(base, init="pissa")
+    assert torch.equal(base.weight.data, before)
 
 
 def test_torchao_int8():

@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from dora_vl.core import load_adapter, save_adapter
+from dora_vl.core import DoRAConfig, apply_dora, load_adapter, save_adapter
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import read_adapter, write_adapter
+from dora_vl.interchange.several import AdapterSet
+from tests.core.dense_dora import move
 from tests.interchange.foreign_files import tiny_llama
 from tests.interchange.peft_folders import moved_peft
 
@@ -80,6 +82,69 @@ def test_wrong_fields_are_named(tmp_path, fields, message):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | fields))
     with pytest.raises(UserError, match=message):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_a_start_that_changed_the_base_is_refused_everywhere(tmp_path, start):
+    wrapped = moved_peft(tiny_llama(), init_lora_weights=start, use_dora=False)
+    wrapped.save_pretrained(tmp_path / "peft")
+    message = rf"init_lora_weights is '{start}'.*path_initial_model_for_weight_conversion"
+    with pytest.raises(UserError, match=message):
+        read_adapter(tmp_path / "peft")
+    model = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        load_adapter(model, tmp_path / "peft")
+    with pytest.raises(UserError, match=message):
+        AdapterSet(model).load("x", tmp_path / "peft")
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_way_that_the_refusal_names_works(tmp_path):
+    """Saved before training and again after it with the conversion, PEFT's PiSSA loads over the original base."""
+    wrapped = get_peft_model(
+        tiny_llama(), LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], init_lora_weights="pissa")
+    )
+    wrapped.save_pretrained(tmp_path / "before")
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1)
+        expected = wrapped.eval()(ids()).logits
+    wrapped.save_pretrained(tmp_path / "after", path_initial_model_for_weight_conversion=str(tmp_path / "before"))
+    model = tiny_llama()
+    load_adapter(model, tmp_path / "after")
+    torch.testing.assert_close(model.eval()(ids()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_starts_that_left_the_base_alone_are_read(tmp_path):
+    for start in ("gaussian", "orthogonal"):
+        moved_peft(tiny_llama(), r=2, init_lora_weights=start).save_pretrained(tmp_path / start)
+        assert read_adapter(tmp_path / start).factors
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_our_folders_are_read_whatever_stands_first(tmp_path, init):
+    """The model's first layer has a magnitude alone; the folder's method is that of the others."""
+    model = tiny_llama()
+    settings = {"targets": ("*.down_proj",), "magnitude_targets": ("*.q_proj",), "rank": 2, "init": init}
+    names = apply_dora(model, DoRAConfig(**settings))
+    assert names[0].endswith("q_proj")
+    move(model)
+    save_adapter(model, tmp_path / "a")
+    adapter = read_adapter(tmp_path / "a")
+    assert (adapter.config["use_dora"], adapter.config["lora_dropout"], adapter.method) == (True, 0.05, "dora")
+    assert {name: found.rank > 0 for name, found in adapter.factors.items()} == {n: "down" in n for n in names}
+    fresh = tiny_llama()
+    load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(fresh.eval()(ids()).logits, model.eval()(ids()).logits)
+    write_adapter(adapter, tmp_path / "back")
+    write_adapter(adapter, tmp_path / "back")
+    (tmp_path / "back" / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"back is there already and holds notes\.txt"):
+        write_adapter(adapter, tmp_path / "back")
+    assert (tmp_path / "back" / "notes.txt").is_file()
 
 
 def test_lost_magnitude_and_broken_values_are_named(tmp_path):

@@ -23,6 +23,7 @@ from transformers import (
 from dora_vl.core import DoRAConfig, apply_dora, save_adapter
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import read_adapter
+from dora_vl.interchange.base_weights import BaseWeights
 from dora_vl.interchange.merge_folder import merge_to_folder
 from dora_vl.interchange.read import ReadOptions, read_any
 from tests.core.dense_dora import move
@@ -147,6 +148,50 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(UserError, match=r"holds neither model\.safetensors nor"):
         merge_to_folder(found, tmp_path, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_only_an_earlier_merge_is_replaced(tmp_path):
+    base, adapter, _, _ = adapted_llava(tmp_path)
+    found, target = read_adapter(adapter), tmp_path / "merged"
+    merge_to_folder(found, base, target, shard_bytes=10_000)
+    merge_to_folder(found, base, target)
+    assert sorted(p.name for p in target.glob("*.safetensors")) == ["model.safetensors"]
+    (target / "notes.txt").write_text("x")
+    for folder, first in ((target, r"notes\.txt"), (base, "the base itself"), (adapter, r"adapter_config\.json")):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(UserError, match=first):
+            merge_to_folder(found, base, folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (target / "notes.txt").unlink()
+    again = saved(tiny_llama(), tmp_path / "again")
+    with pytest.raises(UserError, match=r"again is there already and holds config\.json"):
+        merge_to_folder(found, target, again)
+    merge_to_folder(found, target, tmp_path / "twice")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "again", "base", "merged", "twice"]
+
+
+@pytest.mark.parametrize("shard_bytes", [1_000, 5_000_000_000])
+def test_a_diffusers_folder_keeps_its_names(tmp_path, shard_bytes):
+    base = tmp_path / "unet"
+    base.mkdir()
+    (base / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    weights = {f"down_blocks.{i}.to_q.weight": torch.randn(6, 8) for i in range(8)}
+    save_file(weights, base / "diffusion_pytorch_model.safetensors")
+    a, b = torch.randn(2, 8), torch.randn(6, 2)
+    keys = {"lora_down.weight": a, "lora_up.weight": b}
+    save_file({f"lora_unet_down_blocks_3_to_q.{k}": v for k, v in keys.items()}, tmp_path / "style.safetensors")
+    for folder in (base, tmp_path / "merged"):
+        adapter = read_any(tmp_path / "style.safetensors", ReadOptions(base=folder))
+        merged = merge_to_folder(adapter, folder, tmp_path / f"{folder.name}-merged", shard_bytes=shard_bytes)
+        merge_to_folder(adapter, base, tmp_path / "merged", shard_bytes=shard_bytes)
+        names = {p.name for p in (tmp_path / f"{folder.name}-merged").glob("diffusion_pytorch_model*")}
+        assert len(names) == merged.files + (merged.files > 1)
+    (tmp_path / "wrong").mkdir()
+    with pytest.raises(UserError, match=r"holds neither model\.safetensors nor diffusion_pytorch_model\.safetensors"):
+        merge_to_folder(adapter, tmp_path / "wrong", tmp_path / "x")
+    with BaseWeights(tmp_path / "unet-merged") as found:
+        expected = weights["down_blocks.3.to_q.weight"] + b @ a
+        torch.testing.assert_close(found.read("down_blocks.3.to_q.weight"), expected)
 
 
 MEASURE = """

@@ -120,3 +120,44 @@ def test_names_are_checked(folders):
     apply_dora(model := tiny_llama(), DoRAConfig(targets=("*.q_proj",)))
     with pytest.raises(UserError, match="adapted already"):
         AdapterSet(model)
+
+
+def test_a_pissa_adapter_leaves_the_base_as_it_was(folders):
+    folder, answers = folders
+    source = tiny_llama()
+    apply_dora(source, DoRAConfig(targets=("*.q_proj",), rank=2, alpha=5.0, dropout=0.0, init="pissa"))
+    with torch.no_grad():
+        for layer in source.model.layers:
+            layer.self_attn.q_proj.lora_B.add_(0.1)
+    expected = logits(source)
+    save_adapter(source, folder / "pissa")
+    adapters, base = loaded(folder)
+    adapters.load("pissa", folder / "pissa")
+    torch.testing.assert_close(logits(adapters.model), expected, rtol=1e-4, atol=1e-5)
+    for name in (None, "attention"):
+        adapters.switch(name)
+        assert torch.equal(logits(adapters.model), base if name is None else answers[name])
+    adapters.combine("half", {"pissa": 0.5})
+    merge_dora(adapters.model)
+    fresh = tiny_llama()
+    half = fresh.get_parameter(f"{Q}.weight") / 2
+    merge_dora(source)
+    half = half + source.get_parameter(f"{Q}.weight") / 2
+    torch.testing.assert_close(adapters.model.get_parameter(f"{Q}.weight"), half, rtol=1e-4, atol=1e-5)
+
+
+def test_a_combination_that_is_refused_changes_nothing(folders):
+    folder, answers = folders
+    source = tiny_llama()
+    targets = ("*.q_proj", "*.embed_tokens")
+    apply_dora(source, DoRAConfig(targets=targets, rank=2, dropout=0.0, kinds=("linear", "embedding")))
+    save_adapter(source, folder / "words")
+    adapters, _ = loaded(folder)
+    adapters.load("words", folder / "words")
+    adapters.switch("attention")
+    modules = dict(adapters.model.named_modules())
+    with pytest.raises(UserError, match=r"model\.embed_tokens is no linear layer"):
+        adapters.combine("both", {"attention": 0.5, "words": 0.5})
+    assert adapters.active == "attention"
+    assert dict(adapters.model.named_modules()) == modules
+    assert torch.equal(logits(adapters.model), answers["attention"])

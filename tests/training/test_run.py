@@ -152,6 +152,14 @@ def test_a_half_written_checkpoint_is_not_taken(run_file: Path) -> None:
     assert len(whole) == 8  # lines 1 to 6 are kept, 7 and 8 are new: it went on from checkpoint-6
 
 
+def test_somebody_elses_file_beside_the_adapter_is_not_removed(run_file: Path) -> None:
+    train_file(run_file)
+    (run_folder(run_file) / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"adapter is there already and holds notes\.txt"):
+        train_file(run_file, "--overwrite=true")
+    assert (run_folder(run_file) / "metrics.json").is_file()
+
+
 def test_a_folder_with_results_is_not_written_over(run_file: Path) -> None:
     train_file(run_file)
     with pytest.raises(UserError, match=r"holds an earlier run's adapter; --resume last"):

@@ -1,0 +1,50 @@
+"""An adapter folder's settings beside a model's: whether its tensors mean the same there, or can be made to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from dora_vl.core.config import DoRAConfig
+from dora_vl.core.trainable import adapted_layers
+from dora_vl.errors import UserError
+
+_ADVICE = "; load it into a fresh base model, or adapt the model as the folder says"
+
+
+def whole_change(config: DoRAConfig) -> DoRAConfig:
+    """A PiSSA folder's configuration as PEFT reads it: the change of the original weight, at twice the rank."""
+    if config.init != "pissa":
+        return config
+    factor = 2 if config.rank_scaling == "linear" else 2**0.5
+    return replace(
+        config,
+        init="kaiming",
+        rank=2 * config.rank,
+        alpha=factor * config.alpha,
+        rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
+        alpha_pattern={name: factor * alpha for name, alpha in config.alpha_pattern.items()},
+    )
+
+
+def refuse_other_settings(source: str, model: nn.Module, config: DoRAConfig, *, dropout_mode_is_stated: bool) -> None:
+    """Raises a `UserError` where a folder's tensors would mean something else with a model's own settings.
+
+    The probability of dropout is the model's own; where both drop, they must drop from the same path.
+    """
+    layers = dict(adapted_layers(model))
+    if (config.method == "full") != (not layers):
+        raise UserError(f"{source}: method is {config.method!r}, this model has {len(layers)} adapted layers{_ADVICE}")
+    for name, layer in layers.items():
+        stated, own = config.for_layer(name, magnitude_alone=name in config.magnitude_targets), layer.adapter
+        fields = ["method"]
+        if own.method in ("dora", "lora"):
+            fields += ["init"] if "pissa" in (stated.init, own.init) else []
+            fields += ["rank", "alpha", "rank_scaling"]
+            if dropout_mode_is_stated and stated.dropout and own.dropout:
+                fields.append("dropout_mode")
+        for field in fields:
+            theirs, ours = getattr(stated, field), getattr(own, field)
+            if theirs != ours:
+                raise UserError(f"{source}: {name} has {field} {theirs!r} there, and {ours!r} in this model{_ADVICE}")
