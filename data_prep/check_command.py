@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; else not looked at"
     )
-    parser.add_argument("--decode", action="store_true", help="decode each picture whole: slower, finds damage inside")
+    parser.add_argument(
+        "--decode", action="store_true", help="decode each picture whole too: slower, finds damage inside"
+    )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.json; else words count"
     )
@@ -103,9 +105,8 @@ def table(found: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
     for path, finding in sorted(found, key=lambda pair: (str(pair[0]), -pair[1].count)):
         more = ", ..." if finding.count > len(finding.ids) else ""
         ids = ", ".join(finding.ids) + more
-        rows.append(
-            (f"{path.parent.name}/{path.name}", finding.problem, f"{finding.count:,}", ids, finding.example[:100])
-        )
+        shown = str(Path(path.parent.name, path.name))  # its name alone in the current folder
+        rows.append((shown, finding.problem, f"{finding.count:,}", ids, finding.example[:100]))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]

@@ -12,6 +12,7 @@ from dora_vl.errors import DECODING_ERRORS
 VIDEO_ENDINGS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v"})
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
 """How whole files of a kind end, within their last bytes: a quick look that needs no decoding."""
+TRUNCATED, BROKEN = "truncated media", "broken media"
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class MediaCheck:
 
     Args:
         root: what the paths of samples are relative to.
-        decode: pictures are decoded whole, which finds damage inside; else their size, beginning and end are
-            looked at.
+        decode: pictures are decoded whole too, which finds damage inside; their size, beginning and end are looked
+            at in any case.
     """
 
     def __init__(self, root: Path, *, decode: bool) -> None:
@@ -62,7 +63,10 @@ class MediaCheck:
             return Trouble("zero-byte media", "0 bytes")
         if path.suffix.lower() in VIDEO_ENDINGS:
             return video_trouble(path, size)
-        return decoding_trouble(path) if self._decode else quick_trouble(path, size)
+        quick = quick_trouble(path, size)
+        if self._decode and (quick is None or quick.kind == BROKEN):  # a format unknown here may be one to Pillow
+            return decoding_trouble(path)
+        return quick
 
 
 def quick_trouble(path: Path, size: int) -> Trouble | None:
@@ -74,13 +78,13 @@ def quick_trouble(path: Path, size: int) -> Trouble | None:
     for start, end in ENDS.items():
         if beginning.startswith(start):
             whole = last.rstrip(b"\0").endswith(end) or end in last[-64:]
-            return None if whole else Trouble("truncated media", f"{size:,} bytes, its end is missing")
+            return None if whole else Trouble(TRUNCATED, f"{size:,} bytes, its end is missing")
     if beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP":
         stated = int.from_bytes(beginning[4:8], "little") + 8
-        return None if size >= stated else Trouble("truncated media", f"{size:,} of {stated:,} bytes")
+        return None if size >= stated else Trouble(TRUNCATED, f"{size:,} of {stated:,} bytes")
     if beginning.startswith((b"BM", b"II*\0", b"MM\0*")):
         return None
-    return Trouble("broken media", f"begins with {beginning[:8]!r}, which is no known picture format")
+    return Trouble(BROKEN, f"begins with {beginning[:8]!r}, which is no known picture format")
 
 
 def decoding_trouble(path: Path) -> Trouble | None:
@@ -94,7 +98,7 @@ def decoding_trouble(path: Path) -> Trouble | None:
                 image.load()
     except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        kind = "truncated media" if "truncated" in reason else "broken media"
+        kind = TRUNCATED if "truncated" in reason else BROKEN
         return Trouble(kind, reason)
     return None
 
@@ -106,20 +110,20 @@ def video_trouble(path: Path, size: int) -> Trouble | None:
         if beginning.startswith(b"\x1aE\xdf\xa3") or beginning.startswith(b"RIFF"):
             return None
         if beginning[4:8] not in {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"}:
-            return Trouble("broken media", f"begins with {beginning[:8]!r}, which is no known video format")
+            return Trouble(BROKEN, f"begins with {beginning[:8]!r}, which is no known video format")
         names, place = set[bytes](), 0
         while place < size:
             file.seek(place)
             header = file.read(16)
             if len(header) < 8:
-                return Trouble("truncated media", f"{size:,} bytes, the last box is cut")
+                return Trouble(TRUNCATED, f"{size:,} bytes, the last box is cut")
             length, name = struct.unpack(">I4s", header[:8])
             if length == 1 and len(header) == 16:
                 length = struct.unpack(">Q", header[8:])[0]
             elif length == 0:
                 length = size - place
             if length < 8 or place + length > size:
-                return Trouble("truncated media", f"box {name!r} wants {length:,} bytes, {size - place:,} are left")
+                return Trouble(TRUNCATED, f"box {name!r} wants {length:,} bytes, {size - place:,} are left")
             names.add(name)
             place += length
-    return None if b"moov" in names else Trouble("truncated media", "it has no index (moov box)")
+    return None if b"moov" in names else Trouble(TRUNCATED, "it has no index (moov box)")

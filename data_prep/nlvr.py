@@ -39,12 +39,12 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
     files = {part: path for part, (_, path) in found.items()}
     if "shares" not in options:
         for part, path in files.items():
-            rows = partial(_rows, {part: path}, nested, lambda _: True)
+            rows = partial(_rows, {part: path}, nested)
             yield _split(SPLITS[part], {part: path}, rows, published_rows=SIZES[part])
         return
     shares, seed = read_shares(options["shares"]), options.get("seed", "0")
     for name in shares:
-        rows = partial(_rows, files, nested, partial(_falls_to, name, shares, seed))
+        rows = partial(_shared_rows, files, nested, name, shares, seed)
         yield _split(name, files, rows, settings={"shares": dict(shares), "seed": seed})
 
 
@@ -90,8 +90,7 @@ def read_shares(text: str) -> dict[str, float]:
 
 def share_of(sentence: str, shares: Mapping[str, float], seed: str) -> str:
     """The share that a sentence falls to: by its words alone, so wherever it stands again it falls to the same."""
-    words = " ".join(sentence.lower().split())
-    place = int.from_bytes(hashlib.sha256(f"{seed}\0{words}".encode()).digest()[:8], "big") / 2**64
+    place = int.from_bytes(hashlib.sha256(f"{seed}\0{words_of(sentence)}".encode()).digest()[:8], "big") / 2**64
     names = list(shares)
     for name in names[:-1]:
         place -= shares[name]
@@ -100,18 +99,39 @@ def share_of(sentence: str, shares: Mapping[str, float], seed: str) -> str:
     return names[-1]
 
 
-def _falls_to(name: str, shares: Mapping[str, float], seed: str, row: Raw) -> bool:
-    sentence = row.get("sentence")
-    return not isinstance(sentence, str) or share_of(sentence, shares, seed) == name
+def words_of(sentence: str) -> str:
+    """What makes two sentences the same: letter case and white space do not count."""
+    return " ".join(sentence.lower().split())
 
 
-def _rows(
-    files: Mapping[str, Path], nested: Mapping[str, bool], wanted: Callable[[Raw], bool], progress: Progress
+def _shared_rows(
+    files: Mapping[str, Path],
+    nested: Mapping[str, bool],
+    name: str,
+    shares: Mapping[str, float],
+    seed: str,
+    progress: Progress,
 ) -> Iterator[Raw]:
+    """The rows of one share; one without a sentence is in each, to be named there as unusable."""
+    sentences, caught = set[str](), False
+    for row in _rows(files, nested, progress):
+        sentence = row.get("sentence")
+        if isinstance(sentence, str):
+            sentences.add(words_of(sentence))
+        if not isinstance(sentence, str) or share_of(sentence, shares, seed) == name:
+            caught = True
+            yield row
+    if sentences and not caught:
+        raise UserError(
+            f"--set shares: the share {name} ({shares[name]:g}) catches none of the {len(sentences)} sentences of "
+            f"{', '.join(map(str, files.values()))}; make it larger, or take another --set seed=... than {seed}"
+        )
+
+
+def _rows(files: Mapping[str, Path], nested: Mapping[str, bool], progress: Progress) -> Iterator[Raw]:
     for part, path in files.items():
         for row in json_rows(path, progress):
-            if wanted(row):
-                yield {**row, "part": part, "pictures": f"{part}/images" if nested[part] else "images"}
+            yield {**row, "part": part, "pictures": f"{part}/images" if nested[part] else "images"}
 
 
 def convert(raw: Raw) -> list[Example]:

@@ -13,6 +13,7 @@ from dora_vl.evaluation.scored import Numbers, Scored
 RESAMPLES = 2000
 COUNTS_AT_ONCE = 4_000_000  # 32 MB
 PERCENTILES = (2.5, 97.5)
+LEAST_SHARE = 0.1  # of the draws; percentiles of fewer would say nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +30,19 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
 
     Units (pictures, sentences, clips) are drawn with replacement, each with all of its questions. What a metric
     takes from the whole set, such as CIDEr's document frequencies, stays that of the whole set.
+
+    A draw without any item of a kind says nothing about that kind and is left out of its percentiles. A metric that
+    fewer than a tenth of the draws have (the mean over several kinds of one item each) gets no interval.
     """
     (drawn,) = _drawn([scored], seed, resamples)
-    return {name: _interval(values) for name, values in drawn.items()}
+    found = {name: _interval(values) for name, values in drawn.items()}
+    return {name: limits for name, limits in found.items() if limits is not None}
 
 
 def paired_differences(
     ours: Scored, theirs: Scored, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Difference]:
-    """The difference of each metric, both scored on the same draws of units.
+    """The difference of each metric that has an interval, both scored on the same draws of units.
 
     Raises:
         UserError: the two were not scored on the same items.
@@ -51,8 +56,10 @@ def paired_differences(
     first, second = _drawn([ours, theirs], seed, resamples)
     differences = {}
     for name in first.keys() & second.keys():
-        low, high = _interval(first[name] - second[name])
-        differences[name] = Difference(value=ours.metrics[name] - theirs.metrics[name], low=low, high=high)
+        limits = _interval(first[name] - second[name])
+        if limits is not None:
+            value = ours.metrics[name] - theirs.metrics[name]
+            differences[name] = Difference(value=value, low=limits[0], high=limits[1])
     return {name: differences[name] for name in ours.metrics if name in differences}
 
 
@@ -71,10 +78,14 @@ def _drawn(several: Sequence[Scored], seed: int, resamples: int) -> list[dict[st
     parts: list[list[dict[str, Numbers]]] = [[] for _ in several]
     for counts in draws(len(several[0].table.units), seed, resamples):
         for part, scored in zip(parts, several, strict=True):
-            part.append(scored.table.metrics(counts))
+            part.append(scored.table.drawn(counts))
     return [{name: np.concatenate([one[name] for one in part]) for name in part[0]} for part in parts]
 
 
-def _interval(values: Numbers) -> tuple[float, float]:
-    low, high = np.percentile(values, PERCENTILES)
+def _interval(values: Numbers) -> tuple[float, float] | None:
+    """Percentiles of the draws that are a number; None where too few are."""
+    numbers = values[~np.isnan(values)]
+    if len(numbers) < max(1, LEAST_SHARE * len(values)):
+        return None
+    low, high = np.percentile(numbers, PERCENTILES)
     return float(low), float(high)

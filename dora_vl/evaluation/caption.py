@@ -45,8 +45,8 @@ class Bleu:
     order: int
     decimals: int | None = None
 
-    def __call__(self, sums: Sums) -> Numbers:
-        """The score of each draw."""
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        """The score of each draw; every draw has clips."""
         product = np.ones_like(sums["words"])
         for order in ORDERS[: self.order]:
             product = product * (sums[f"matched {order}"] + _ALMOST_ZERO) / (sums[f"said {order}"] + _SMALL)
@@ -63,8 +63,8 @@ class Meteor:
     mean: float
     decimals: int | None = None
 
-    def __call__(self, sums: Sums) -> Numbers:
-        """The score of each draw."""
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        """The score of each draw; every draw has clips."""
         moved = sums["meteor"] / sums["clips"] / self.mean if self.mean else np.ones_like(sums["clips"])
         return _rounded(PERCENT * self.whole * moved, self.decimals)
 

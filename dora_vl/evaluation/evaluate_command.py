@@ -16,6 +16,8 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.answers_file import read_answers
 from dora_vl.evaluation.evaluation_set import EvaluationSet, read_set
 from dora_vl.evaluation.exact_match import score as exact_match
+from dora_vl.evaluation.metrics_file import METRICS, Origin, refuse_anothers, write_metrics
+from dora_vl.evaluation.predictions_file import file_sha256
 from dora_vl.evaluation.report import Result, result, table
 from dora_vl.evaluation.scored import Scored
 
@@ -34,17 +36,26 @@ Scores a trained adapter on published benchmarks, as their official scripts do, 
 
 A benchmark is NAME (its records are looked for in records/NAME/), NAME:SPLIT or NAME=FILE. The file is records that
 `dora-vl prepare` writes, or questions in LLaVA's JSON. Predictions are JSON lines with an id and an answer each. A run
-that was stopped goes on where it stopped. metrics.json holds every number, also those that the table leaves out.
+that was stopped goes on where it stopped. metrics.json holds every number, also those that the table leaves out; those
+of other benchmarks stay in it while they are true.
 """
-METRICS, SCORES = "metrics.json", "scores.jsonl"
+SCORES = "scores.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """One model's answers to one benchmark."""
+    """One model's answers to one benchmark.
+
+    Attributes:
+        failed: the reason for each question that could not be asked or read, by id.
+        sha256: of what gave the answers: adapter and base, or predictions.
+        asked_with: the options that they were made with; empty for a predictions file.
+    """
 
     answers: Mapping[str, str]
-    failed: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, str]
+    sha256: Mapping[str, str]
+    asked_with: Mapping[str, object] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,8 +90,9 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     sets = _sets(options)
     if options.against is not None and options.against.is_dir():
         raise UserError("--predictions is compared with another predictions file; --against names a folder")
-    answered = {sets[0].name: _from_file(options.predictions, sets[0], options.limit)}
     to = options.to or options.predictions.parent / "evaluation"
+    refuse_anothers(to / METRICS)
+    answered = {sets[0].name: _from_file(options.predictions, sets[0], options.limit)}
     yield from _finish(sets, answered, _other_file(sets, options), options, to)
 
 
@@ -92,6 +104,7 @@ def _ask_and_score(options: argparse.Namespace) -> Iterator[str]:
     with first_rank_speaks(), joined_launch():
         sets = _sets(options)
         to = options.to or options.adapter.parent / "evaluation"
+        refuse_anothers(to / METRICS)
         answered = _asked(sets, options.adapter, options, to)
         other = _other_file(sets, options)
         if other is None and options.against is not None:
@@ -128,13 +141,15 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _from_file(path: Path, one: EvaluationSet, limit: int | None) -> Answers:
+    """A file's answers; one to a record that cannot be read is none, as nothing says what would be right."""
     answers = read_answers(path)
     asked = {example.id for example in one.examples}
     if not asked & answers.keys():
         raise UserError(f"{path} and {one.file} have no id in common; were they made from the same questions?")
     if limit is not None:  # answers to the questions left out are no mistake
         answers = {name: answer for name, answer in answers.items() if name in asked}
-    return Answers(answers=answers)
+    answers = {name: answer for name, answer in answers.items() if name not in one.unreadable}
+    return Answers(answers=answers, failed=one.unreadable, sha256={"predictions": file_sha256(path)})
 
 
 def _other_file(sets: Sequence[EvaluationSet], options: argparse.Namespace) -> dict[str, Answers] | None:
@@ -163,7 +178,17 @@ def _ask(model: Model, one: EvaluationSet, options: argparse.Namespace, to: Path
         max_new_tokens=options.max_new_tokens or one.benchmark.max_new_tokens,
         workers=options.workers,
     )
-    return Answers(answers=asked.answers, failed=asked.failed)
+    return Answers(
+        answers=asked.answers,
+        failed=asked.failed,
+        sha256={"adapter": model.adapter_sha256, "base": model.base_sha256},
+        asked_with={
+            "images": str(options.images),
+            "max_new_tokens": options.max_new_tokens or one.benchmark.max_new_tokens,
+            "batch_size": options.batch_size,
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        },
+    )
 
 
 def _finish(
@@ -180,16 +205,35 @@ def _finish(
         if one.benchmark.submission is not None:
             yield f"{_write_submission(one, mine, folder)}: for {one.name}'s server or judge"
         if one.scorer is None:
+            (folder / SCORES).unlink(missing_ok=True)  # of another split, asked before
             yield f"{one.name}: {one.file} holds no answers, or a judge scores it; no score here"
             continue
         scored = _score(one, mine, options)
         against = None if other is None else _score(one, other[one.name], options)
-        results.append(result(scored, name=one.name, file=str(one.file), failed=mine.failed, against=against))
+        results.append(result(scored, name=one.name, file=one.file, failed=mine.failed, against=against))
         _write_scores(scored, folder / SCORES)
     if results:
-        _write_metrics(results, options, to / METRICS)
         yield from table(results, details=options.all_metrics)
-        yield f"{to / METRICS}: all numbers"
+    yield from write_metrics(
+        to / METRICS,
+        _origin(sets[0].name, answered, other, options),
+        {one.name: one.entry() for one in results},
+        asked=[one.name for one in sets],
+        asked_with={name: dict(mine.asked_with) for name, mine in answered.items() if mine.asked_with},
+    )
+
+
+def _origin(
+    name: str, answered: Mapping[str, Answers], other: Mapping[str, Answers] | None, options: argparse.Namespace
+) -> Origin:
+    """What the numbers are of: all benchmarks of a command have the same two models."""
+    return Origin(
+        answers_of=str(options.adapter or options.predictions),
+        answers_sha256=answered[name].sha256,
+        against=None if options.against is None else str(options.against),
+        against_sha256=None if other is None else other[name].sha256,
+        limit=options.limit,
+    )
 
 
 def _score(one: EvaluationSet, mine: Answers, options: argparse.Namespace) -> Scored:
@@ -217,19 +261,6 @@ def _write_scores(scored: Scored, path: Path) -> None:
     with whole_file(path) as stream:
         for name, share in scored.per_item.items():
             stream.write(json.dumps({"id": name, "score": share}, ensure_ascii=False) + "\n")
-
-
-def _write_metrics(results: Sequence[Result], options: argparse.Namespace, path: Path) -> None:
-    content = {
-        "answers_of": str(options.adapter or options.predictions),
-        "against": None if options.against is None else str(options.against),
-        "limit": options.limit,
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "batch_size": options.batch_size if options.adapter else None,
-        "benchmarks": {one.name: one.entry() for one in results},
-    }
-    with whole_file(path) as stream:
-        stream.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _positive(text: str) -> int:

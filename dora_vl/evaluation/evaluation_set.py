@@ -107,15 +107,15 @@ def _example(question: Question) -> Example:
 def _split_file(name: str, benchmark: Benchmark, split: str, records: Path) -> Path:
     folder = records / name
     found = sorted(path.stem for path in folder.glob("*.jsonl"))
-    if split:
-        wanted = [split] if split in found else []
-    else:
-        wanted = [one for one in benchmark.splits if one in found] or (found if len(found) == 1 else [])
+    looked_for = (split,) if split else benchmark.splits
+    wanted = [one for one in looked_for if one in found]
+    if not wanted and not split and len(found) == 1:
+        wanted = found
     if not wanted:
         there = f"there are {', '.join(found)}; name one as {name}:SPLIT" if found else "there is none"
         raise UserError(
-            f"no {split or 'test'} split of {name} in {folder}: {there} (`dora-vl prepare` writes it; --records names "
-            f"the folder of records, {name}=FILE any file)"
+            f"no {' or '.join(looked_for)} split of {name} in {folder}: {there} (`dora-vl prepare` writes it; "
+            f"--records names the folder of records, {name}=FILE any file)"
         )
     return folder / f"{wanted[0]}.jsonl"
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from dora_vl.evaluation.bootstrap import RESAMPLES, Difference, intervals, paired_differences
+from dora_vl.evaluation.predictions_file import file_sha256
 from dora_vl.evaluation.scored import Scored
 
 DETAIL = "/"  # metrics of parts of a set have it in their name: they are in the file, not in the table
@@ -20,7 +22,7 @@ class Result:
     """
 
     name: str
-    file: str
+    file: Path
     scored: Scored
     failed: Mapping[str, str]
     ranges: Mapping[str, tuple[float, float]]
@@ -31,7 +33,8 @@ class Result:
         scored = self.scored
         headline = next(iter(scored.metrics))
         return {
-            "file": self.file,
+            "file": str(self.file),
+            "file_sha256": file_sha256(self.file),
             "headline": headline,
             "n": scored.n,
             "metrics": {
@@ -50,7 +53,9 @@ class Result:
         }
 
 
-def result(scored: Scored, *, name: str, file: str, failed: Mapping[str, str], against: Scored | None = None) -> Result:
+def result(
+    scored: Scored, *, name: str, file: Path, failed: Mapping[str, str], against: Scored | None = None
+) -> Result:
     """A score with its intervals; `failed` may lack the reason for some of the ids that have no answer."""
     return Result(
         name=name,

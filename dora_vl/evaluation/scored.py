@@ -27,14 +27,22 @@ PERCENT = 100.0
 class Formula(Protocol):
     """A metric as a function of column sums; a column without entries is not in them."""
 
-    def __call__(self, sums: Sums) -> Numbers:
-        """The metric of each draw."""
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        """The metric of each draw.
+
+        Args:
+            whole: the sums of the whole set; a draw that lacks what the set has (such as every item of a rare kind)
+                is then NaN, which is no number of it. Without `whole`, 0.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """`scale` times one sum over another, or over several added up; 0 where there is nothing to divide by."""
+    """`scale` times one sum over another, or over several added up.
+
+    Where there is nothing to divide by: 0, as the official scripts have it; NaN for a draw of a set that has something.
+    """
 
     top: str
     bottom: str | tuple[str, ...]
@@ -42,34 +50,39 @@ class Ratio:
     decimals: int | None = None
     """Rounded to so many decimals, where the official script does."""
 
-    def __call__(self, sums: Sums) -> Numbers:
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
         """The ratio of each draw."""
-        below = (self.bottom,) if isinstance(self.bottom, str) else self.bottom
-        bottom = np.sum([_column(sums, name) for name in below], axis=0)
-        value = self.scale * np.divide(_column(sums, self.top), bottom, out=np.zeros_like(bottom), where=bottom != 0)
+        bottom = self._bottom(sums)
+        of_nothing = 0.0 if whole is None or not self._bottom(whole).any() else np.nan
+        empty = np.full_like(bottom, of_nothing)
+        value = self.scale * np.divide(_column(sums, self.top), bottom, out=empty, where=bottom != 0)
         return value if self.decimals is None else np.round(value, self.decimals)
+
+    def _bottom(self, sums: Sums) -> Numbers:
+        below = (self.bottom,) if isinstance(self.bottom, str) else self.bottom
+        return np.sum([_column(sums, name) for name in below], axis=0)
 
 
 @dataclass(frozen=True)
 class Total:
-    """The sum of other metrics."""
+    """The sum of other metrics; NaN for a draw where one of them is."""
 
     parts: tuple[Formula, ...]
 
-    def __call__(self, sums: Sums) -> Numbers:
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
         """The sum of each draw."""
-        return np.sum([part(sums) for part in self.parts], axis=0)
+        return np.sum([part(sums, whole) for part in self.parts], axis=0)
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The unweighted mean of other metrics."""
+    """The unweighted mean of other metrics; NaN for a draw where one of them is."""
 
     parts: tuple[Formula, ...]
 
-    def __call__(self, sums: Sums) -> Numbers:
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
         """The mean of each draw."""
-        return np.mean([part(sums) for part in self.parts], axis=0)
+        return np.mean([part(sums, whole) for part in self.parts], axis=0)
 
 
 def _column(sums: Sums, name: str) -> Numbers:
@@ -89,10 +102,22 @@ class Table:
     columns: Numbers
     formulas: Mapping[str, Formula]
 
-    def metrics(self, counts: Numbers) -> dict[str, Numbers]:
-        """Every metric of each draw; `counts[draw, unit]` says how often a unit was drawn."""
-        sums = dict(zip(self.names, (counts @ self.columns).T, strict=True))
-        return {name: formula(sums) for name, formula in self.formulas.items()}
+    def values(self) -> dict[str, float]:
+        """Every metric of the whole set."""
+        whole = self._sums(np.ones((1, len(self.units))))
+        return {name: float(formula(whole)[0]) for name, formula in self.formulas.items()}
+
+    def drawn(self, counts: Numbers) -> dict[str, Numbers]:
+        """Every metric of each draw, NaN where the draw has none of its items.
+
+        Args:
+            counts: `[draws, units]`, how often a unit was drawn.
+        """
+        sums, whole = self._sums(counts), self._sums(np.ones((1, len(self.units))))
+        return {name: formula(sums, whole) for name, formula in self.formulas.items()}
+
+    def _sums(self, counts: Numbers) -> Sums:
+        return dict(zip(self.names, (counts @ self.columns).T, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +187,8 @@ class Tally:
         names = tuple(dict.fromkeys(name for sums in self._columns.values() for name in sums))
         columns = np.array([[sums.get(name, 0.0) for name in names] for sums in self._columns.values()])
         table = Table(units=tuple(self._columns), names=names, columns=columns, formulas=dict(formulas))
-        whole = table.metrics(np.ones((1, len(table.units))))
         return Scored(
-            metrics={**{name: float(value[0]) for name, value in whole.items()}, **(fixed or {})},
+            metrics={**table.values(), **(fixed or {})},
             per_item=dict(self._items),
             n=len(self._items),
             settings=dict(settings or {}),

@@ -100,6 +100,21 @@ def test_damage_inside_a_picture_needs_decoding(media: Path) -> None:
     assert [MediaCheck(media, decode=True).trouble(name) for name in whole] == [None] * len(whole)
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_decoding_adds_to_the_quick_look(media: Path, decode: bool) -> None:
+    (media / "no_end.png").write_bytes(encoded("PNG")[:-20])  # Pillow decodes it, other readers do not
+    (media / "whole.ppm").write_bytes(encoded("PPM"))
+    check = MediaCheck(media, decode=decode)
+    assert {name: trouble.kind for name in EXPECTED if (trouble := check.trouble(name))} == {
+        name: kind for name, kind in EXPECTED.items() if kind
+    }
+    trouble = check.trouble("no_end.png")
+    assert trouble is not None
+    assert trouble.kind == "truncated media"
+    unknown = check.trouble("whole.ppm")
+    assert (unknown is None) == decode  # a format that is unknown here is decoding's to judge
+
+
 @settings(max_examples=60)
 @given(st.binary(max_size=64), st.sampled_from(["a.png", "a.mp4", "a.jpg"]), st.booleans())
 def test_any_bytes_are_judged_without_a_crash(tmp_path: Path, content: bytes, name: str, decode: bool) -> None:
@@ -146,6 +161,15 @@ def test_every_kind_of_problem_of_a_llava_file_is_named(tmp_path: Path, media: P
     for kind, sample_id in kinds.items():
         assert sample_id in found[kind]
     assert lines[-1] == "1 files, 9 samples, 3 media files: 7 problems"
+
+
+def test_a_file_of_the_current_folder_has_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("inner").mkdir()
+    for path in (Path("my.json"), Path("inner/my.json")):
+        path.write_text(json.dumps([llava("a", "What?", " ")]))
+    lines, _ = check("my.json", "inner/my.json")
+    assert sorted(line.split()[0] for line in lines[1:-1]) == ["inner/my.json", "my.json"]
 
 
 def test_overlap_of_train_and_test_is_by_question_and_media(tmp_path: Path) -> None:

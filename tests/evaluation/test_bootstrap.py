@@ -7,7 +7,7 @@ import pytest
 
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.evaluation import bootstrap, gqa, mme, pope
+from dora_vl.evaluation import bootstrap, exact_match, gqa, mme, pope
 from dora_vl.evaluation.bootstrap import draws, intervals, paired_differences
 from dora_vl.evaluation.scored import Mean, Ratio, Scored, Tally, Total
 
@@ -80,6 +80,53 @@ def test_formulas_over_sums() -> None:
     parts = (Ratio("a", "b"), Ratio("c", "b", scale=1.0))
     assert Total(parts)(sums).tolist() == [25.0, 0.0]
     assert Mean(parts)(sums).tolist() == [12.5, 0.0]
+
+
+def of_kinds(kinds: list[str], right: set[int]) -> Scored:
+    answers = {str(n): "yes" if n in right else "no" for n in range(len(kinds))}
+    yes = (Answer(text="yes"),)
+    return exact_match.score(
+        [Example(id=str(n), answers=yes, extra={"kind": kind}) for n, kind in enumerate(kinds)], answers
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_draws_without_a_rare_kind_are_left_out_of_its_interval_and_of_its_difference() -> None:
+    kinds = ["usual"] * 39 + ["rare"]
+    ours, theirs = of_kinds(kinds, {*range(20), 39}), of_kinds(kinds, set(range(20)))
+    assert intervals(ours)["kind/rare"] == (100.0, 100.0)
+    assert intervals(theirs)["kind/rare"] == (0.0, 0.0)
+    difference = paired_differences(ours, theirs)["kind/rare"]
+    assert (difference.value, difference.low, difference.high) == (100.0, 100.0, 100.0)
+    low, high = intervals(ours)["accuracy"]
+    assert low < 100 * 21 / 40 < high  # every draw counts where every draw has items
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_draw_without_one_part_is_no_draw_of_a_mean_or_a_sum() -> None:
+    sums = {"right a": np.array([1.0, 0.0]), "asked a": np.array([2.0, 0.0]), "right b": np.array([1.0, 2.0])}
+    sums["asked b"] = np.array([2.0, 2.0])
+    whole = {name: column.sum(keepdims=True) for name, column in sums.items()}
+    parts = tuple(Ratio(f"right {one}", f"asked {one}") for one in "ab")
+    for formula, first in ((parts[0], 50.0), (Mean(parts), 50.0), (Total(parts), 100.0)):
+        value = formula(sums, whole)
+        assert value[0] == first
+        assert np.isnan(value[1])
+    asked_nothing = Ratio("right c", "asked c")
+    assert asked_nothing(sums, whole).tolist() == [0.0, 0.0]  # as the official scripts: the whole set has none
+    assert Mean((*parts, asked_nothing))(sums, whole)[0] == pytest.approx(100 / 3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_metric_that_hardly_any_draw_has_gets_no_interval() -> None:
+    tally, kinds = Tally(), "abcdefgh"
+    for kind in kinds:
+        tally.add(kind, 1.0, {f"right {kind}": 1.0, f"asked {kind}": 1.0})
+    parts = {kind: Ratio(f"right {kind}", f"asked {kind}") for kind in kinds}
+    scored = tally.scored({"average": Mean(tuple(parts.values())), **parts})
+    assert scored.metrics["average"] == 100.0
+    assert set(intervals(scored)) == set(kinds)  # a draw of eight has all eight in 0.24 % of the cases
+    assert set(paired_differences(scored, scored)) == set(kinds)
 
 
 def test_nothing_to_score_is_an_error() -> None:

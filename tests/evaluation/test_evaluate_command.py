@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,9 @@ def test_metrics_agree_with_the_predictions_and_name_what_failed(alone: Path) ->
     assert {"kind/even", "kind/odd"} < set(entry["metrics"])
     assert entry["without_answer"] == 1
     assert "broken.png" in entry["failed"]["sample-5"]
+    assert {one.id: one.kind for one in predictions.values()} == {
+        f"sample-{number}": ("even", "odd")[number % 2] for number in range(24) if number != 5
+    }
     scores = [json.loads(line) for line in (alone / "exact_match" / "scores.jsonl").read_text().splitlines()]
     assert sum(one["score"] for one in scores) == right
     assert right >= 12
@@ -159,8 +163,24 @@ def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path,
     assert done.stdout.count("exact_match  accuracy") == 1  # one process speaks
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of all questions that are put to a model."""
+    from dora_vl.evaluation import ask as asking
+
+    ids: list[str] = []
+    predict = asking.predict
+
+    def counting(backbone: Any, encoder: Any, questions: Any, **options: Any) -> dict[str, str]:
+        ids.extend(question.id for question in questions)
+        return predict(backbone, encoder, questions, **options)
+
+    monkeypatch.setattr(asking, "predict", counting)
+    return ids
+
+
 def test_a_stopped_run_goes_on_with_what_each_process_had(
-    trained: Path, alone: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+    trained: Path, alone: Path, tmp_path: Path, capsys: Any, asked: list[str]
 ) -> None:
     folder = tmp_path / "exact_match"
     folder.mkdir()
@@ -170,19 +190,32 @@ def test_a_stopped_run_goes_on_with_what_each_process_had(
     for part, content in ((0, "".join(lines[:9])), (3, "".join(lines[9:20]) + lines[20][:7])):  # the last line was cut
         (folder / f"predictions.part-{part}.jsonl").write_text(content)
         (folder / f"predictions.part-{part}.settings.json").write_text(settings)
-    from dora_vl.evaluation import ask as asking
-
-    asked: list[str] = []
-    predict = asking.predict
-
-    def counting(backbone: Any, encoder: Any, questions: Any, **options: Any) -> dict[str, str]:
-        asked.extend(question.id for question in questions)
-        return predict(backbone, encoder, questions, **options)
-
-    monkeypatch.setattr(asking, "predict", counting)
     evaluate(capsys, *on_test_file(trained, tmp_path, "--batch-size", 8))
     assert len(asked) == 4  # 24 less the 20 that were answered
     assert metrics_of(tmp_path) == metrics_of(alone)
+
+
+def test_answers_of_another_base_or_of_other_pictures_are_not_taken_over(
+    trained: Path, tmp_path: Path, capsys: Any, asked: list[str]
+) -> None:
+    def count(*more: object) -> int:
+        asked.clear()
+        evaluate(capsys, *on_test_file(trained, tmp_path / "to", "--limit", 4, *more))
+        return len(asked)
+
+    shutil.copytree(trained / "llava", tmp_path / "moved")
+    shutil.copytree(trained / "llava", tmp_path / "other")
+    shutil.copytree(trained / "data", tmp_path / "pictures")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, tmp_path / "other" / "model.safetensors")
+    assert count() == 4
+    assert count("--base", tmp_path / "moved") == 0  # the same content at another place
+    assert count("--any-base") == 0
+    assert count("--base", tmp_path / "other", "--any-base") == 4
+    assert count("--base", tmp_path / "other", "--any-base") == 0
+    assert count() == 4
+    assert count("--images", tmp_path / "pictures") == 4
+    assert count("--images", tmp_path / "pictures" / ".." / "pictures") == 0
 
 
 def test_against_itself_nothing_differs_and_against_the_truth_much(
@@ -218,59 +251,6 @@ def test_records_are_found_by_the_benchmarks_name_and_asked_with_llavas_words(
     assert metrics_of(tmp_path)["pope"]["n"] == 23
 
 
-def predictions_file(path: Path, answers: dict[str, str], key: str = "answer") -> Path:
-    path.write_text("".join(json.dumps({"id": name, key: text}) + "\n" for name, text in answers.items()))
-    return path
-
-
-def test_a_file_of_predictions_is_scored_without_a_model(trained: Path, tmp_path: Path, capsys: Any) -> None:
-    yes = predictions_file(tmp_path / "yes.jsonl", {f"random-{n}": "Yes" for n in range(24) if n != 5})
-    right = predictions_file(
-        tmp_path / "right.jsonl", {f"random-{n}": ("Yes", "No")[n % 2] for n in range(24) if n != 5}
-    )
-    options = ["--benchmarks", "pope", "--records", trained / "records", "--to", tmp_path / "scores"]
-    lines = evaluate(capsys, *options, "--predictions", right, "--against", yes, "--all-metrics")
-    entry = metrics_of(tmp_path / "scores")["pope"]
-    assert entry["metrics"]["f1"]["value"] == 100.0
-    assert entry["difference"]["random/accuracy"]["value"] == pytest.approx(100 * 11 / 23)
-    assert sum("random/" in line for line in lines) == 5
-    script = (
-        "import sys; [sys.modules.__setitem__(name, None) for name in ('torch', 'transformers')]; "
-        "from dora_vl.cli import main; main(sys.argv[1:])"
-    )
-    words = ["evaluate", *map(str, options), "--predictions", str(yes)]
-    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("benchmark")
-
-
-def test_a_split_without_answers_gives_a_submission_and_no_score(tmp_path: Path, capsys: Any) -> None:
-    examples = [Example(id=str(n), images=(f"{n}.jpg",), question="?") for n in range(3)]
-    write_examples(tmp_path / "records" / "vqav2" / "test.jsonl", examples)
-    answers = predictions_file(tmp_path / "answers.jsonl", {"0": "The  dogs", "2": "two"})
-    options = ["--benchmarks", "vqav2", "--records", tmp_path / "records", "--predictions", answers, "--to", tmp_path]
-    lines = evaluate(capsys, *options)
-    assert "no score here" in lines[-1]
-    assert json.loads((tmp_path / "vqav2" / "vqav2.json").read_text()) == [
-        {"question_id": 0, "answer": "dogs"},
-        {"question_id": 1, "answer": ""},
-        {"question_id": 2, "answer": "2"},
-    ]
-    assert not (tmp_path / "metrics.json").exists()
-
-
-def test_a_version_can_be_chosen_and_is_written_down(tmp_path: Path, capsys: Any) -> None:
-    people = {"human_answers": ["No"] * 10}
-    write_examples(tmp_path / "vqa.jsonl", [Example(id="1", answers=(Answer(text="No"),), extra=people)])
-    answers = predictions_file(tmp_path / "answers.jsonl", {"1": "No"})
-    options = ["--benchmarks", f"vqav2={tmp_path / 'vqa.jsonl'}", "--predictions", answers, "--to", tmp_path]
-    for mode, score in (("after_2021", 100.0), ("before_2021", 0.0)):
-        evaluate(capsys, *options, "--mode", f"vqav2={mode}")
-        entry = metrics_of(tmp_path)["vqav2"]
-        assert entry["metrics"]["accuracy"]["value"] == score
-        assert entry["settings"]["vqa_version"] == mode
-
-
 def test_videos_are_not_asked_in_silence(trained: Path, tmp_path: Path, capsys: Any) -> None:
     choices = {"choices": ("a", "b", "c", "d"), "extra": {"correct": 0}}
     clip = Example(id="q1", video=Clip(path="v.mp4"), question="?", answers=(Answer(text="a"),), **choices)
@@ -282,39 +262,38 @@ def test_videos_are_not_asked_in_silence(trained: Path, tmp_path: Path, capsys: 
     assert entry["metrics"]["accuracy"]["value"] == 0.0
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--benchmarks", "popee", "--predictions", "x"], "no benchmark 'popee'; did you mean 'pope'?"),
-        (["--benchmarks", "pope", "--predictions", "x"], "no test split of pope in records/pope: there is none"),
-        (["--benchmarks", "pope=none.jsonl", "--predictions", "x"], "none.jsonl: no such file"),
-        (["--benchmarks", "pope"], "give --adapter DIR to ask a model, or --predictions FILE"),
-        (["--benchmarks", "pope,gqa", "--predictions", "x"], "--predictions holds one benchmark's answers"),
-        (["--benchmarks", "pope,pope", "--predictions", "x"], "each once"),
-        (["--benchmarks", "pope", "--predictions", "x", "--mode", "gqa=llava"], "--mode names gqa"),
-        (["--benchmarks", "pope", "--predictions", "x", "--mode", "gqa"], "write it as NAME=VERSION"),
-        (["--benchmarks", "pope", "--predictions", "x", "--against", "gone"], "--against gone: no such"),
-    ],
-)
-def test_mistakes_are_one_line(words: list[str], message: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as status:
-        main(["evaluate", *words])
-    error = capsys.readouterr().err
-    assert status.value.code == 2
-    assert error.count("\n") == 1
-    assert message in error
+def test_seeds_videos_are_asked_by_their_middle_frame(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    def example(name: str, frame: str) -> Example:
+        extra = {"correct": 0, "data_type": "video", "middle_frame": frame}
+        clip, choices = Clip(path="v.mp4"), ("a", "b", "c", "d")
+        return Example(id=name, video=clip, question="?", answers=(Answer(text="a"),), choices=choices, extra=extra)
+
+    picture = json.loads((trained / "test.json").read_text())[0]["image"]
+    examples = [example("there", picture), example("gone", "SEED-Bench-video-image/9_1.png")]
+    write_examples(tmp_path / "seed.jsonl", examples)
+    options = ["--adapter", trained / "run" / "adapter", "--images", trained / "data", "--to", tmp_path]
+    evaluate(capsys, *options, "--benchmarks", f"seed={tmp_path / 'seed.jsonl'}", "--max-new-tokens", 2)
+    (answered,) = read_predictions(tmp_path / "seed" / "predictions.jsonl").values()
+    assert (answered.id, answered.images) == ("there", [picture])
+    entry = metrics_of(tmp_path)["seed"]
+    assert entry["failed"].keys() == {"gone"}
+    assert "9_1.png" in entry["failed"]["gone"]
+    assert entry["bootstrap"]["units"] == 1  # two questions about one video
 
 
-def test_an_adapter_that_is_no_llava_is_named(trained: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "recipe.json").write_text('{"task": "vlbart_image", "base": "b"}')
-    with pytest.raises(SystemExit):
-        main(["evaluate", "--benchmarks", f"exact_match={trained / 'test.json'}", "--adapter", str(tmp_path)])
-    assert "was trained as vlbart_image, which is no LLaVA" in capsys.readouterr().err
-
-
-def test_other_questions_predictions_are_refused(trained: Path, tmp_path: Path, capsys: Any) -> None:
-    strange = predictions_file(tmp_path / "strange.jsonl", {"a": "yes"})
-    with pytest.raises(SystemExit):
-        main(["evaluate", "--benchmarks", f"pope={trained / 'records/pope/test.jsonl'}", "--predictions", str(strange)])
-    assert "have no id in common" in capsys.readouterr().err
+def test_metrics_of_another_benchmark_stay_while_the_model_is_the_same(
+    trained: Path, tmp_path: Path, capsys: Any
+) -> None:
+    options = ["--adapter", trained / "run" / "adapter", "--images", trained / "data", "--to", tmp_path]
+    options += ["--max-new-tokens", 2, "--limit", 4]
+    pope = ["--benchmarks", "pope", "--records", trained / "records", "--batch-size", 3]
+    evaluate(capsys, *options, *pope)
+    before = metrics_of(tmp_path)["pope"]
+    lines = evaluate(capsys, *options, "--benchmarks", f"exact_match={trained / 'test.json'}")
+    assert metrics_of(tmp_path).keys() == {"pope", "exact_match"}
+    assert metrics_of(tmp_path)["pope"] == before
+    assert lines[-1] == f"{tmp_path / 'metrics.json'}: all numbers, those of pope from before"
+    asked_with = json.loads((tmp_path / "metrics.json").read_text())["asked_with"]
+    assert {name: one["batch_size"] for name, one in asked_with.items()} == {"pope": 3, "exact_match": 32}
+    evaluate(capsys, *options, "--benchmarks", f"exact_match={trained / 'test.json'}", "--limit", 5)
+    assert metrics_of(tmp_path).keys() == {"exact_match"}
