@@ -92,8 +92,10 @@ def run(task: Task) -> int | None:
 
 
 def training_numbers(trainer: AdapterTrainer, seconds: float) -> dict[str, Any]:
-    """What training adds to `metrics.json`; every rank takes part in the sums."""
+    """What training adds to `metrics.json`, nothing where no step was left; every rank takes part in the sums."""
     counts = trainer.statistics.over_ranks(trainer.args.device)
+    if counts.samples == 0:
+        return {}
     return {
         "train_seconds": round(seconds, 1),
         "samples_per_second": round(counts.samples / seconds, 3),

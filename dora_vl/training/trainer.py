@@ -73,6 +73,13 @@ class AdapterTrainer(Trainer):
         self._saved_step: int | None = None
         self._loss_shifts_labels = labels_shift
 
+    def _run_epoch(self, **options: Any) -> None:
+        # The Trainer asks whether it is done after a step only: a whole run that is resumed would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**options)
+
     # ---- what a step sees
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:

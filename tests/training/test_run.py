@@ -124,6 +124,18 @@ def test_going_on_gives_the_losses_of_the_whole_run(run_file: Path, adapter: tup
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_whole_run_that_is_resumed_takes_no_further_step(run_file: Path) -> None:
+    settings = ["--training.max_steps=2", "--training.save_strategy=steps", "--training.save_steps=1"]
+    losses = train_file(run_file, *settings)
+    folder = run_folder(run_file)
+    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    metrics = (folder / "metrics.json").read_text()
+    assert train_file(run_file, *settings, "--resume=last") == losses
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert (folder / "metrics.json").read_text() == metrics
+    assert not (folder / "checkpoint-3").exists()
+
+
 def test_checkpoints_hold_the_adapter_and_nothing_of_the_base(run_file: Path) -> None:
     train_file(run_file, "--training.save_strategy=steps", "--training.save_steps=2", "--training.save_total_limit=2")
     folder = run_folder(run_file)
