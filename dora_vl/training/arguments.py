@@ -113,6 +113,8 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
         stand_alone_environment()
         start_cpu_communication()
     run_folder_of(config)
+    # Ranks draw different dropout, from the seed that they set; the order of samples must be one for all of them.
+    given.setdefault("data_seed", given.get("seed", TrainingArguments.seed))
     given.update(remove_unused_columns=False, dataloader_num_workers=config.data.workers)
     try:
         made = TrainingArguments(**given)
