@@ -175,7 +175,7 @@ def with_adapter(backbone: AnyBackbone, adapter: Path, *, with_base: bool) -> tu
     """The backbone with the adapter loaded, and one without it where that is asked for, ready to answer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plain = without_adapter(backbone, adapter).to(device).eval() if with_base else None
-    load_adapter(backbone.model, adapter)
+    load_adapter(backbone.model, adapter, change_base=not with_base)  # the two share the frozen weights
     return backbone.to(device).eval(), plain
 
 

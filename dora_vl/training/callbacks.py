@@ -169,6 +169,8 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
+        """The signal that all ranks stop for; one that comes after the last step stops nothing, the end is written."""
+        self._heard: int | None = None
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
@@ -179,12 +181,17 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Asks all ranks whether one of them was told to stop."""
-        heard = torch.tensor(self.received or 0, device=args.device)
+        heard = torch.tensor(self._heard or 0, device=args.device)
         if args.world_size > 1:
             torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
         if told := int(heard):
             self.received = told
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A run that stops within an epoch does not begin a validation that a whole run would not have there."""
+        if self.received is not None:
+            control.should_evaluate = False
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Gives the signals back."""
@@ -196,10 +203,10 @@ class StopOnSignal(TrainerCallback):
             signal.signal(*self._before.popitem())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        again = self.received is not None
+        again = self._heard is not None
         if again and number == signal.SIGINT and time.monotonic() - self._since > ECHO_SECONDS:
             raise KeyboardInterrupt
         if not again:
             name = signal.Signals(number).name
             logger.warning("%s: finishing the step and saving it first; Ctrl-C again stops at once", name)
-            self.received, self._since = number, time.monotonic()
+            self._heard, self._since = number, time.monotonic()

@@ -73,12 +73,12 @@ class AdapterTrainer(Trainer):
         self._saved_step: int | None = None
         self._loss_shifts_labels = labels_shift
 
-    def _run_epoch(self, **options: Any) -> None:
+    def _run_epoch(self, *options: Any, **named: Any) -> None:
         # The Trainer asks whether it is done after a step only: a whole run that is resumed would take one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(**options)
+        super()._run_epoch(*options, **named)
 
     # ---- what a step sees
 
@@ -123,8 +123,10 @@ class AdapterTrainer(Trainer):
         finally:
             self._checkpoint_parent = run_folder
         self.accelerator.wait_for_everyone()
+        self._name_best(run_folder, name)
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self._name_best(run_folder, name)
+            self.state.save_to_json(str(run_folder / WRITING / name / STATE_FILE))
             replace_folder(run_folder / WRITING / name, run_folder / name)
             (run_folder / WRITING).rmdir()
             best = self.state.best_model_checkpoint
@@ -133,13 +135,12 @@ class AdapterTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _name_best(self, run_folder: Path, name: str) -> None:
-        """The best checkpoint is recorded by the name it gets, not the one it is written under."""
+        """Every rank records the best checkpoint by the name it gets, not the one it is written under."""
         step = self.state.best_global_step
         if step:
             best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
             written = best if best.name != name else run_folder / WRITING / name
             self.state.best_model_checkpoint = str(best) if written.is_dir() else None
-            self.state.save_to_json(str(run_folder / WRITING / name / STATE_FILE))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter folder, `<output_dir>/adapter`; the frozen base is never written."""

@@ -108,3 +108,30 @@ def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
     (told,) = [line for line in taken.stderr.splitlines() if "earlier run" in line]
     assert told.startswith(f"error: {tmp_path / 'run'} holds an earlier run's adapter; --resume last goes on with it")
     assert "Traceback" not in taken.stderr
+
+
+def test_ranks_share_one_random_order_and_load_the_best_checkpoint(
+    tiny_llava: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        tiny_llava,
+        tiny_data,
+        adapter={"dropout": 0.0},
+        data={"group_by_modality_length": False, "validation": str(tiny_data)},
+        training={"max_steps": 6, "per_device_train_batch_size": 2, "load_best_model_at_end": True, **often},
+    )
+    for ranks, settings in ((1, ("zero0", 2)), (2, ("zero2", 1))):
+        stage, accumulated = settings
+        result = launch(
+            run_file,
+            f"--training.output_dir={tmp_path / stage}",
+            f"--training.deepspeed={stage}",
+            f"--training.gradient_accumulation_steps={accumulated}",
+            ranks=ranks,
+            port=29615 + ranks,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert (tmp_path / stage / "adapter" / "adapter_model.safetensors").is_file()
+    torch.testing.assert_close(losses(tmp_path / "zero2"), losses(tmp_path / "zero0"), atol=1e-4, rtol=0)
