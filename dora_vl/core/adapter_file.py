@@ -27,8 +27,7 @@ from dora_vl.core.adapter_names import file_name
 from dora_vl.core.adapter_names import own_name as own_name
 from dora_vl.core.adapter_settings import own_settings, peft_config, read_config
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.folder_replacing import refuse_to_replace
-from dora_vl.core.folder_replacing import replace_folder as replace_folder
+from dora_vl.core.folder_replacing import refuse_to_replace, replace_folder
 from dora_vl.core.initialise import take_from_weight
 from dora_vl.core.inject import apply_dora, refuse_unwritable
 from dora_vl.core.layer import AdaptedLayer

@@ -34,8 +34,8 @@ REFUSED_FIELDS = (
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 """PEFT fields that mean another forward pass when they are set."""
-BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""How PEFT's values of `init_lora_weights` begin that change the base; eva, gaussian, orthogonal and mica do not."""
+STARTS_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""PEFT's values of `init_lora_weights` that leave the base alone; pissa, olora, corda, lora_ga and loftq do not."""
 KNOWN_FIELDS = frozenset((
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -231,7 +231,7 @@ def _refuse_changed_base(source: str, peft: Mapping[str, Any]) -> None:
     Our own PiSSA folders hold the change of the original weight and say `true`, as PEFT's conversion does.
     """
     start = peft.get("init_lora_weights")
-    if not str(start).lower().startswith(BASE_CHANGING_STARTS):
+    if start in STARTS_BESIDE_THE_BASE:
         return
     # PEFT's conversion writes A and B alone, and LoftQ's quantised base is no sum with its start.
     convertible = start != "loftq" and not peft.get("use_dora") and not peft.get("modules_to_save")
@@ -241,7 +241,7 @@ def _refuse_changed_base(source: str, peft: Mapping[str, Any]) -> None:
         if convertible
         else "merge it in PEFT (merge_and_unload), whose conversion would lose a part of this one"
     )
-    raise UserError(f"{source}: init_lora_weights is {start!r}, which changed the weights of the base; {way}")
+    raise UserError(f"{source}: init_lora_weights is {start!r}, a start that is taken out of the base's weights; {way}")
 
 
 def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:

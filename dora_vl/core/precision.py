@@ -8,19 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dora_vl.core.functional import accumulation_dtype
 from dora_vl.core.layer import AdaptedLayer
 
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[Any]]
 """Makes sharded parameters whole inside a `with` block; ZeRO-3 passes `deepspeed.zero.GatheredParameters`."""
-_OWN_DTYPES = "_dora_vl_own_dtypes"
-"""Attribute of a module: the dtypes that its parameters had before, by their names in it."""
+_BEFORE = "_dora_vl_before_float32"
+"""Attribute of a module that `train_in_float32` changed: its `_Before`."""
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What undoing takes: the dtypes that a module's parameters had, by their names in it, and the hooks that cast."""
+
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 def no_gather(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
@@ -45,13 +55,14 @@ def train_in_float32(model: nn.Module, names: Iterable[str], gather: Gather) -> 
             half, wide = own[leaf].dtype, accumulation_dtype(own[leaf].dtype)
             if half != wide:
                 _replace(model, own[leaf], wide, gather)
-                vars(module).setdefault(_OWN_DTYPES, {})[leaf] = half
+                _before(module).dtypes[leaf] = half
     for module, half in halves.items():
         if isinstance(module, AdaptedLayer) or half == accumulation_dtype(half):
             continue
+        hooks = _before(module).hooks
         if _is_leaf(module):
-            module.register_forward_pre_hook(_enter, with_kwargs=True)
-        module.register_forward_hook(partial(_leave, dtype=half))
+            hooks.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
+        hooks.append(module.register_forward_hook(partial(_leave, dtype=half)))
 
 
 def train_in_own_dtype(model: nn.Module) -> None:
@@ -63,12 +74,15 @@ def train_in_own_dtype(model: nn.Module) -> None:
         own = dict(module.named_parameters(recurse=False))
         if any(parameter.numel() == 0 for parameter in own.values()):
             continue
-        for leaf, half in vars(module).pop(_OWN_DTYPES, {}).items():
+        before: _Before = vars(module).pop(_BEFORE, _Before())
+        for leaf, half in before.dtypes.items():
             _replace(model, own[leaf], half, no_gather)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook is _enter or getattr(hook, "func", None) is _leave]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for hook in before.hooks:
+            hook.remove()
+
+
+def _before(module: nn.Module) -> _Before:
+    return vars(module).setdefault(_BEFORE, _Before())
 
 
 def _affected(model: nn.Module, wanted: set[int]) -> tuple[list[nn.Module], dict[nn.Module, list[str]]]:

@@ -66,6 +66,7 @@ class Subtask:
             `words`: the likeliest of the example's choices, in their own words.
         score: the benchmark's scorer.
         images: pictures of one input.
+        reads_question: the prompt holds the example's question; not so where pictures are described.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Subtask:
     search: Search = Search()
     score: Callable[[Sequence[Example], Mapping[str, str]], Scored]
     images: int = 1
+    reads_question: bool = True
 
 
 def with_input_tokens(subtask: Subtask, tokens: int | None) -> Subtask:

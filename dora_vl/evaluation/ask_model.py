@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -117,13 +119,12 @@ def open_model(adapter: Path, *, base: str | None = None, any_base: bool = False
     return Model(
         assistant=assistant,
         adapter_sha256=file_sha256(adapter / WEIGHTS_FILE),
-        base_sha256=_base_sha256(adapter, base) if any_base else str(recipe["base_sha256"]),
+        base_sha256=_base_sha256(adapter, recipe, base) if any_base else str(recipe["base_sha256"]),
     )
 
 
-def _base_sha256(adapter: Path, base: str | None) -> str:
+def _base_sha256(adapter: Path, recipe: Mapping[str, Any], base: str | None) -> str:
     """The hash of a base that was not compared with the recipe's; by now it is on this disk."""
-    recipe = read_json(adapter / RECIPE_FILE)
     place = find_base(base or recipe["base"], adapter)
     return content_hash(local_folder(place, None if base else recipe["revision"]))
 

@@ -43,7 +43,6 @@ CHOOSING = frozenset({"choice", "words"})
 WITH_CHOICES = "a question with its choices (--choice, several times)"
 FREE = "a question without choices"
 CAPTION = 'for a caption (--question "")'
-MARK = "this question?"
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,8 @@ class VlBartAssistant:
 
 
 def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:
-    """What a person may type for this task; one whose prompt leaves the question out makes captions."""
-    if MARK not in subtask.prompt(Example(id="question", question=MARK)).text:
+    """What a person may type for this task."""
+    if not subtask.reads_question:
         return (CAPTION,)
     return {"choice": (WITH_CHOICES,), "words": (WITH_CHOICES, FREE)}.get(subtask.answer_by, (FREE,))
 

@@ -130,6 +130,11 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
     return made
 
 
+def order_seed(arguments: TrainingArguments) -> int:
+    """The seed of the samples' order, one for all ranks."""
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
+
+
 def _choose_deepspeed_device(given: dict[str, Any]) -> None:
     """On a machine without CUDA accelerate counts DeepSpeed's ranks rightly only where it is told to use the CPU."""
     if given.get("use_cpu") and torch.cuda.is_available():

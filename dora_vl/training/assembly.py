@@ -18,6 +18,7 @@ from dora_vl.data.records import load_llava as load_records
 from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
 from dora_vl.errors import UserError
 from dora_vl.training.adapting import core_config
+from dora_vl.training.arguments import order_seed
 from dora_vl.training.base_loading import load_base
 from dora_vl.training.provenance import content_hash, local_folder, versions
 from dora_vl.training.recipe import AdapterConfig, ModelConfig, RunConfig
@@ -78,7 +79,7 @@ def build_sampler(
         batch_size=arguments.per_device_train_batch_size,
         world_size=arguments.world_size,
         accumulation=arguments.gradient_accumulation_steps,
-        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+        seed=order_seed(arguments),
     )
 
 

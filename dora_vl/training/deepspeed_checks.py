@@ -85,6 +85,13 @@ def check_agreement(config: Mapping[str, Any], section: Any) -> None:
     Raises:
         UserError: they differ; transformers says so only when training starts, in a traceback.
     """
+    parts = section.gradient_accumulation_steps * section.world_size
+    whole = section.per_device_train_batch_size * parts
+    if config.get("train_batch_size", "auto") not in ("auto", whole):
+        raise UserError(
+            f'DeepSpeed config: "train_batch_size" is {config["train_batch_size"]!r}, but training says {whole} '
+            '(per_device_train_batch_size x gradient_accumulation_steps x ranks); write "auto"'
+        )
     for name, field in SAID_TWICE.items():
         stated, ours = config.get(name, "auto"), getattr(section, field)
         if stated not in ("auto", ours):

@@ -15,7 +15,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dora_vl.core import TrainedPart
-from dora_vl.core.adapter_file import replace_folder
+from dora_vl.core.folder_replacing import replace_folder
 from dora_vl.errors import UserError
 from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.checkpoints import STATE_FILE, WRITING, drop_old_checkpoints

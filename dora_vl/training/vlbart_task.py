@@ -24,6 +24,7 @@ from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator, Subtask, Valid
 from dora_vl.errors import UserError
 from dora_vl.evaluation.seq2seq_run import evaluate_subtasks
 from dora_vl.training.adapting import core_config
+from dora_vl.training.arguments import order_seed
 from dora_vl.training.base_loading import make_base
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.provenance import content_hash, versions
@@ -98,8 +99,7 @@ class VlBartTask(Task):
             for one, file in zip(subtasks, files, strict=True)
         ]
         encoder, width = self.encoder(), cast(VlBartBackbone, backbone).config.feature_width
-        seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-        plan = MixturePlan(sources, parts=parts, mixing=data.mixing, seed=seed)
+        plan = MixturePlan(sources, parts=parts, mixing=data.mixing, seed=order_seed(arguments))
         train = MixtureDataset(
             plan, subtasks, files, encoder=encoder, readers=self._readers(names, width), seed=arguments.seed
         )

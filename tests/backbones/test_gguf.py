@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dora_vl.backbones.language_source import load_language_model, read_language_model
 from dora_vl.errors import UserError
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="pip install 'dora-vl[demo]'")
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(code) for code in range(33, 126)), "Ġ", "Ċ", "th", "he"]
 LAYER_NAMES = {

@@ -201,7 +201,7 @@ def test_a_folder_that_does_not_fit_changes_nothing(change, message, adapted, tm
         ("use_lorentz", True, "unknown field 'use_lorentz'"),
         ("r", 5, "rank 5 in the configuration"),
         ("init_lora_weights", "pissa_niter_4", "init_lora_weights is 'pissa_niter_4'.*merge_and_unload"),
-        ("init_lora_weights", "loftq", "init_lora_weights is 'loftq', which changed the weights of the base"),
+        ("init_lora_weights", "loftq", "init_lora_weights is 'loftq', a start that is taken out of the base's weights"),
     ],
 )
 def test_a_configuration_that_is_not_ours(field, value, message, tmp_path):

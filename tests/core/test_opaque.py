@@ -139,7 +139,7 @@ def test_loftq_brings_the_layer_nearer_to_the_original():
 
 
 def test_bitsandbytes_4bit():
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="optional quantisation: pip install bitsandbytes")
     torch.manual_seed(0)
     base = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
     x = torch.randn(3, 128)
@@ -151,7 +151,7 @@ def test_bitsandbytes_4bit():
 
 
 def test_bitsandbytes_4bit_refuses_pissa():
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="optional quantisation: pip install bitsandbytes")
     base = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
     before = base.weight.data.clone()
     with pytest.raises(UserError, match="a Linear4bit has none that can be written"):
@@ -160,7 +160,7 @@ def test_bitsandbytes_4bit_refuses_pissa():
 
 
 def test_torchao_int8():
-    torchao = pytest.importorskip("torchao.quantization")
+    torchao = pytest.importorskip("torchao.quantization", reason="optional quantisation: pip install torchao")
     torch.manual_seed(0)
     holder = nn.Sequential(nn.Linear(128, 64))
     torchao.quantize_(holder, torchao.Int8WeightOnlyConfig())
@@ -173,7 +173,7 @@ def test_torchao_int8():
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_bitsandbytes_4bit_trains(quant_type):
     """QDoRA: every gradient is that of the dequantised layer's dense DoRA, the input's too."""
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="optional quantisation: pip install bitsandbytes")
     torch.manual_seed(0)
     base = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type=quant_type).to("cpu")
     weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
@@ -182,7 +182,7 @@ def test_bitsandbytes_4bit_trains(quant_type):
 
 def test_bitsandbytes_8bit():
     """LLM.int8 rounds its input as well, so outputs are near; the norm, through one-hot rows, is exact."""
-    bnb = pytest.importorskip("bitsandbytes")
+    bnb = pytest.importorskip("bitsandbytes", reason="optional quantisation: pip install bitsandbytes")
     torch.manual_seed(0)
     plain = nn.Linear(128, 64)
     base = bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False)
@@ -206,7 +206,7 @@ def test_bitsandbytes_8bit():
 
 
 def test_hqq():
-    hqq = pytest.importorskip("hqq.core.quantize")
+    hqq = pytest.importorskip("hqq.core.quantize", reason="optional quantisation: pip install hqq")
     torch.manual_seed(0)
     settings = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
     base = hqq.HQQLinear(nn.Linear(128, 64), settings, compute_dtype=torch.float32, device="cpu")

@@ -25,7 +25,7 @@ def run_checks(**environment: str) -> None:
 
 
 def test_kernels_equal_torch_in_the_interpreter():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="torch's CPU builds bring no Triton: pip install triton")
     run_checks(TRITON_INTERPRET="1")
 
 
@@ -36,7 +36,7 @@ def test_cpu_without_the_interpreter_is_eager(monkeypatch):
 
 @pytest.mark.gpu
 def test_kernels_on_a_gpu(monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="torch's CPU builds bring no Triton: pip install triton")
     monkeypatch.delenv(SWITCH, raising=False)
     kernels = fused_kernels(torch.empty(1, device="cuda"))
     assert kernels is not None

@@ -18,7 +18,7 @@ from dora_vl.vision.feature_files import open_features
 from dora_vl.vision.feature_shards import read_settings
 from tests.vision.video_files import write_video
 
-pytest.importorskip("av")
+pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
 TOWER = [
     "--library",
     "timm",

@@ -15,7 +15,7 @@ from dora_vl.data.examples import iterate_examples
 from dora_vl.vision.frame_sampling import Uniform
 from dora_vl.vision.video import read_frames
 
-pytest.importorskip("av")
+pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
 SMALL = Settings(pretrain=3, adapt=3, test=2, seed=5)
 
 

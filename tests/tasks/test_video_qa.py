@@ -18,8 +18,8 @@ from dora_vl.training.vlbart_recipe import VlBartRunConfig
 from tasks import image_qa, video_qa, vlbart_video
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
-pytest.importorskip("av")
-pytest.importorskip("decord")
+pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+pytest.importorskip("decord", reason="pip install 'dora-vl[video]'")
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,13 @@ def test_unsafe_blocks_are_refused(block: dict[str, Any], said: str) -> None:
 
 
 def test_a_number_that_is_said_twice_must_agree() -> None:
-    section = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=1.0)
+    section = SimpleNamespace(
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=1.0, world_size=3
+    )
     check_agreement(read_deepspeed("zero2"), section)
-    check_agreement({"gradient_accumulation_steps": 2, "gradient_clipping": 1.0}, section)
+    check_agreement({"gradient_accumulation_steps": 2, "gradient_clipping": 1.0, "train_batch_size": 24}, section)
+    with pytest.raises(UserError, match='"train_batch_size" is 8, but training says 24'):
+        check_agreement({"train_batch_size": 8}, section)
     with pytest.raises(
         UserError, match=r'"gradient_accumulation_steps" is 8, but training.gradient_accumulation_steps is 2'
     ):

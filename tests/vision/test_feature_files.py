@@ -6,15 +6,14 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import torch
 
 from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.feature_files import ParquetFeatures, open_features
 from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter, written
-
-pa = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
 
 
 def made(seed: int, *shape: int) -> torch.Tensor:
@@ -109,7 +108,7 @@ def test_the_re_hosted_shards(tmp_path: Path) -> None:
 
 
 def test_the_tree_of_hdf5_files(tmp_path: Path) -> None:
-    h5py = pytest.importorskip("h5py")
+    h5py = pytest.importorskip("h5py", reason="pip install 'dora-vl[video]'")
     values = made(1, 49, 8).half()
     with h5py.File(tmp_path / "COCO_9.h5", "w") as file:
         file.create_group("COCO_9").create_dataset("features", data=values.numpy())

@@ -19,8 +19,8 @@ from dora_vl.vision.frame_sampling import AtSeconds, EverySeconds, Uniform
 from dora_vl.vision.video import VideoReader, read_frames
 from tests.vision.video_files import STEADY, turned, write_video
 
-pytest.importorskip("av")
-pytest.importorskip("decord")
+pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+pytest.importorskip("decord", reason="pip install 'dora-vl[video]'")
 pytestmark = pytest.mark.timeout(240)
 
 BACKENDS = ("decord", "pyav")
