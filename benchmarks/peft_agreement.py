@@ -18,7 +18,8 @@ from report import table, write_json
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from dora_vl.core import merge_dora
+from dora_vl.backbones.llava import load_llava
+from dora_vl.core import load_adapter, merge_dora
 from dora_vl.core.adapter_file import RECIPE_FILE, read_json
 from dora_vl.data.media import open_image
 from dora_vl.errors import exit_on_user_error
@@ -47,10 +48,11 @@ def main() -> None:
 
 def compare(adapter: Path, questions: Sequence[Question], images: Path) -> dict[str, dict[str, float]]:
     """Both comparisons, each absolute and relative."""
-    assistant = open_assistants(adapter).adapted
-    ours = assistant.backbone.model.float()
+    assistant, place = open_assistants(adapter).adapted, read_json(adapter / RECIPE_FILE)["base"]
     inputs = [inputs_of(assistant, question, images) for question in questions]
-    base = LlavaForConditionalGeneration.from_pretrained(read_json(adapter / RECIPE_FILE)["base"], dtype=torch.float32)
+    ours = load_llava(place, dtype=torch.float32).model  # the assistant's is of the recipe's dtype
+    load_adapter(ours, adapter)
+    base = LlavaForConditionalGeneration.from_pretrained(place, dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, str(adapter)).eval()
     here, there = logits_of(ours, inputs), logits_of(theirs, inputs)
     merge_dora(ours)
