@@ -22,8 +22,8 @@ from dora_vl.core.gain import Gain, quick_gains
 if TYPE_CHECKING:
     from dora_vl.core.linear import ProductLayer
 
-LARGEST_BATCH_BYTES = 2**24
-"""Of the stacked factors of one batch; a family of wide layers is taken in several."""
+LARGEST_BATCH_BYTES = 2**26
+"""Of one batch's factors in float32; a family of wide layers is taken in several."""
 
 
 class GainFamily:
@@ -112,11 +112,13 @@ def _norms_squared(layers: list[ProductLayer], frozen: Float[Tensor, "layers out
     """The squared norms of layers of one shape.
 
     Matrix products are taken one by one, so that every sum is the one that the layer alone would take, to the bit.
+    One copy stacks and casts at once; at rank 128 a stack first and a cast after it took a tenth longer.
     """
-    a, b = (torch.stack(factors) for factors in zip(*(layer.factors() or () for layer in layers), strict=True))
-    weights, scale = [layer.as_matrix(layer.weight) for layer in layers], layers[0].scale()
-    half_a, half_b = a.to(weights[0].dtype), b.to(weights[0].dtype)
-    growths = torch.empty_like(half_b)
-    for weight, one_a, one_b, place in zip(weights, half_a, half_b, growths, strict=True):
-        functional.growth(weight @ one_a.t(), one_a, one_b, scale, out=place)
+    scale, first = layers[0].scale(), layers[0].weight
+    a, b = (first.new_empty(len(layers), *factor.shape) for factor in layers[0].factors() or ())
+    growths = torch.empty_like(b)
+    for layer, own_a, own_b, place in zip(layers, a, b, growths, strict=True):
+        for own, factor in zip((own_a, own_b), layer.factors() or (), strict=True):
+            own.copy_(factor)
+        functional.growth(layer.as_matrix(layer.weight) @ own_a.t(), own_a, own_b, scale, out=place)
     return functional.with_growth(frozen, b, growths, scale)
