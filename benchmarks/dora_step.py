@@ -13,6 +13,7 @@ card's peak (`--peak-tflops`) and peak memory.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -78,7 +79,7 @@ def time_setting(setting: Setting, options: argparse.Namespace) -> dict[str, Any
         print(f"\nrank {setting.rank}, one-token decode")
         print(decoding.shown("peft_lora"))
     if DEVICE == "cuda":
-        row |= cuda_figures({name: train_step(contender(name, base, setting), loss) for name in TRAINED}, base, options)
+        row |= cuda_figures(lambda name: train_step(contender(name, base, setting), loss), base, options)
     return row
 
 
@@ -174,13 +175,17 @@ def decode_step(model: Any, *, past: int = 96) -> Callable[[], None]:
 
 
 def cuda_figures(
-    steps: dict[str, Callable[[], None]], base: Any, options: argparse.Namespace
+    step_of: Callable[[str], Callable[[], None]], base: Any, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Kernel milliseconds, peak memory and, with the card's peak, the share of it that the step uses."""
+    """Kernel milliseconds, peak memory and, with the card's peak, the share of it that the step uses.
+
+    One contender at a time is on the card, so that its peak is its own; the base they are copied from is in all.
+    """
     kernels, peaks, shares = {}, {}, {}
     weights = sum(one.numel() for one in base.parameters())
     operations = 4 * weights * options.batch * options.tokens  # a frozen weight: forward, and the input's gradient
-    for name, step in steps.items():
+    for name in TRAINED:
+        step = step_of(name)
         step()
         torch.cuda.reset_peak_memory_stats()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -189,7 +194,9 @@ def cuda_figures(
         peaks[name] = torch.cuda.max_memory_allocated() / 2**20
         if options.peak_tflops is not None:
             shares[name] = operations / took / (options.peak_tflops * 1e12)
-    print(table(("contender", "kernels ms", "peak MiB"), [(name, kernels[name], peaks[name]) for name in steps]))
+        del step
+        gc.collect()
+    print(table(("contender", "kernels ms", "peak MiB"), [(name, kernels[name], peaks[name]) for name in TRAINED]))
     return {"kernel_ms": kernels, "peak_mib": peaks, "mfu": shares}
 
 
