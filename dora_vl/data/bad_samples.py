@@ -96,9 +96,10 @@ class BadSampleLedger:
         )
 
 
-def write_skipped(path: Path, reasons: Mapping[str, str]) -> None:
-    """One JSON line with id and reason for each bad sample; whole or not at all."""
+def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping[str, str] | None = None) -> None:
+    """One JSON line with id and reason for each bad sample; whole or not at all. Validation's say so (`of`)."""
+    lines = [{"id": key, "reason": reason} for key, reason in reasons.items()]
+    lines += [{"id": key, "reason": reason, "of": "validation"} for key, reason in (validation or {}).items()]
     partial = path.with_name(f"{path.name}.partial")
-    lines = (json.dumps({"id": key, "reason": reason}, ensure_ascii=False) for key, reason in reasons.items())
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    partial.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
     partial.replace(path)

@@ -74,9 +74,13 @@ class BatchStatistics:
         torch.distributed.all_reduce(mine)
         return Counts(*mine.tolist())
 
+    def skipped_here(self) -> dict[str, str]:
+        """Reason of every sample that this rank skipped, by id."""
+        return {} if self.ledger is None else dict(self.ledger.reasons)
+
     def skipped_on_all_ranks(self) -> dict[str, str]:
         """Reason of every skipped sample, by id; every rank must call it."""
-        mine = {} if self.ledger is None else dict(self.ledger.reasons)
+        mine = self.skipped_here()
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return mine
         everyone: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]

@@ -18,12 +18,14 @@ from dora_vl.core.adapter_file import load_kept
 from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, StopOnSignal
+from dora_vl.training.launch import on_first_rank
 from dora_vl.training.memory_estimate import Activations, describe_plan
 from dora_vl.training.optim import LearningRates, learning_rates
 from dora_vl.training.recipe import OptimConfig
 from dora_vl.training.run_folder import LOSS_LOG, run_folder_of
-from dora_vl.training.task import Task
+from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.trainer import AdapterTrainer, Persistence
+from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 from dora_vl.training.zero import gather_to_read, gather_to_write
 
 logger = logging.getLogger(__name__)
@@ -37,13 +39,14 @@ def build_trainer(
     data = task.data(backbone, arguments)
     ledger = BadSampleLedger(max_bad_share=config.data.max_bad_share, total_samples=data.samples, source=data.source)
     statistics = BatchStatistics(ledger)
+    held_out, validation = _validation(data, arguments, source=str(config.data.validation))
     stop = StopOnSignal()
     log_plan(backbone, task.activations(backbone, arguments, longest_tokens=data.longest_tokens), arguments)
     trainer = AdapterTrainer(
         model=task.loss(backbone),
         args=arguments,
         train_dataset=data.train,
-        eval_dataset=data.validation,
+        eval_dataset=held_out,
         data_collator=data.collate,
         callbacks=[
             EpochCallback(*data.set_epoch),
@@ -55,6 +58,7 @@ def build_trainer(
         sampler=data.sampler,
         persistence=_persistence(task, backbone.model, run_folder, writes=arguments.process_index == 0),
         statistics=statistics,
+        validation=validation,
         labels_shift=task.labels_shift,
     )
     trainer.remove_callback(PrinterCallback)
@@ -71,6 +75,18 @@ def log_plan(backbone: Backbone[Any], activations: Activations, arguments: Train
         backbone, trained_parts(backbone.model), activations, zero=zero, world_size=arguments.world_size
     )
     logger.info("what trains, and what it takes:\n%s", plan)
+
+
+def _validation(
+    data: TrainingData, arguments: TrainingArguments, *, source: str
+) -> tuple[WholeSteps | None, ValidationLoss | None]:
+    """The validation data and the account of its loss, where there are any; every rank must call it."""
+    if data.validation is None:
+        return None, None
+    on_first_rank(partial(check_validation, data.validation, data.collate, source=source))
+    step_samples = arguments.per_device_eval_batch_size * arguments.world_size
+    held_out = WholeSteps(data.validation, step_samples=step_samples)
+    return held_out, ValidationLoss(source=source, samples=len(held_out))
 
 
 def _rates(optim: OptimConfig, arguments: TrainingArguments) -> LearningRates:

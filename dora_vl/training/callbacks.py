@@ -148,7 +148,8 @@ class ProgressLine(TrainerCallback):
             shown = f"loss {logs['loss']:.4f}, {speed:.1f} samples/s, padding {padding:.0%}"
             self._bar.set_postfix_str(f"{shown}, skipped {logs.get('skipped', 0)}")
         elif "eval_loss" in logs:
-            self._bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
+            told = f"validation loss {logs['eval_loss']:.4f}, skipped {logs.get('eval_skipped', 0)}"
+            self._bar.write(f"step {state.global_step}: {told}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Closes the bar."""

@@ -67,10 +67,11 @@ def train(task: Task) -> RunResult:
 
     numbers = training_numbers(trainer, float(output.metrics["train_runtime"]))
     skipped = trainer.statistics.skipped_on_all_ranks()
+    held_out = {} if trainer.validation is None else trainer.validation.statistics.skipped_on_all_ranks()
     if stop.received is None:
         trainer.save_model()
         if arguments.process_index == 0:
-            write_skipped(run_folder / SKIPPED, skipped)
+            write_skipped(run_folder / SKIPPED, skipped, validation=held_out)
             add_metrics(run_folder / METRICS, numbers)
     return RunResult(output.global_step, stop.received, numbers)
 
