@@ -65,6 +65,7 @@ class Subtask:
         answer_by: `text`: what is generated; `pair`: true or false by two logits; `choice`: the likeliest label;
             `words`: the likeliest of the example's choices, in their own words.
         score: the benchmark's scorer.
+        check_scoring: tells before training what `score` would miss; None tries `score` itself without answers.
         images: pictures of one input.
         reads_question: the prompt holds the example's question; not so where pictures are described.
     """
@@ -80,6 +81,7 @@ class Subtask:
     answer_by: AnswerBy = "text"
     search: Search = Search()
     score: Callable[[Sequence[Example], Mapping[str, str]], Scored]
+    check_scoring: Callable[[Sequence[Example]], None] | None = None
     images: int = 1
     reads_question: bool = True
 
