@@ -60,6 +60,10 @@ class BadSampleLedger:
         """Why each bad sample this rank met cannot be used, by id."""
         return self._reasons
 
+    def carry_over(self, reasons: Mapping[str, str]) -> None:
+        """Bad samples that the run named before it was resumed."""
+        self._reasons = {**reasons, **self._reasons}
+
     def record(self, *, samples: int, skipped: Iterable[tuple[str, str]]) -> None:
         """Takes note of one batch: how many samples were usable, and (id, reason) of the others."""
         bad = list(skipped)

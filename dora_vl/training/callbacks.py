@@ -49,7 +49,7 @@ class LossLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the clock, and cuts lines that a resumed run will write again."""
-        self._since = time.monotonic()
+        self._since, self._before = time.monotonic(), self._statistics.earlier
         if state.is_world_process_zero:
             kept = [line for line in read_log(self._path) if line["step"] <= state.global_step]
             write_log(self._path, kept)

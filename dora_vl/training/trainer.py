@@ -20,6 +20,7 @@ from dora_vl.errors import UserError
 from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.checkpoints import STATE_FILE, WRITING, drop_old_checkpoints
 from dora_vl.training.optim import LearningRates, parameter_groups
+from dora_vl.training.progress import Progress
 from dora_vl.training.run_folder import ADAPTER
 from dora_vl.training.validation import ValidationLoss
 
@@ -73,6 +74,7 @@ class AdapterTrainer(Trainer):
         self.persistence = persistence
         self.statistics = statistics
         self.validation = validation
+        self.progress = Progress(statistics, None if validation is None else validation.statistics)
         self._checkpoint_parent = persistence.run_folder
         self._saved_step: int | None = None
         self._loss_shifts_labels = labels_shift
@@ -141,6 +143,7 @@ class AdapterTrainer(Trainer):
         finally:
             self._checkpoint_parent = run_folder
         self.accelerator.wait_for_everyone()
+        self.progress.write(run_folder / WRITING / name, self.args.device, writes=self.args.should_save)
         self._name_best(run_folder, name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
