@@ -34,18 +34,23 @@ class BadSampleLedger:
     a big set ends nothing; with a share of 0 the first one does.
     """
 
-    def __init__(self, *, max_bad_share: float, total_samples: int, source: str) -> None:
+    def __init__(
+        self, *, max_bad_share: float, total_samples: int, source: str, read_in_a_pass: int | None = None
+    ) -> None:
         """Starts empty.
 
         Args:
             max_bad_share: in 0..1, `data.max_bad_share`.
             total_samples: in the whole set, over all ranks.
             source: what the messages call the set: its file.
+            read_in_a_pass: samples that all ranks together read before the next pass begins, where they repeat some to
+                have equally many; None: `total_samples`.
         """
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share must be between 0 and 1, got {max_bad_share}")
         self._max_bad_share = max_bad_share
         self._total_samples = total_samples
+        self._read_in_a_pass = max(1, read_in_a_pass or total_samples)
         self._source = source
         self._counts = BadSampleCounts()
         self._reasons: dict[str, str] = {}
@@ -84,7 +89,7 @@ class BadSampleLedger:
             raise UserError(self._message(seen, bad))
 
     def _allowed(self, seen: int) -> float:
-        passes = math.ceil(seen / max(self._total_samples, 1))
+        passes = math.ceil(seen / self._read_in_a_pass)
         return self._max_bad_share * self._total_samples * passes
 
     def _clearly_broken(self, seen: int, bad: int) -> bool:

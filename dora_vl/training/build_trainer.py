@@ -37,7 +37,12 @@ def build_trainer(
     """The Trainer of an adapted backbone, with its data; and what tells whether a signal stopped it."""
     config, run_folder = task.config, run_folder_of(task.config)
     data = task.data(backbone, arguments)
-    ledger = BadSampleLedger(max_bad_share=config.data.max_bad_share, total_samples=data.samples, source=data.source)
+    ledger = BadSampleLedger(
+        max_bad_share=config.data.max_bad_share,
+        total_samples=data.samples,
+        source=data.source,
+        read_in_a_pass=data.read_in_a_pass or _read_in_a_pass(data.samples, arguments),
+    )
     statistics = BatchStatistics(ledger)
     held_out, validation = _validation(data, arguments, source=str(config.data.validation))
     stop = StopOnSignal()
@@ -87,6 +92,15 @@ def _validation(
     step_samples = arguments.per_device_eval_batch_size * arguments.world_size
     held_out = WholeSteps(data.validation, step_samples=step_samples)
     return held_out, ValidationLoss(source=source, samples=len(held_out))
+
+
+def _read_in_a_pass(samples: int, arguments: TrainingArguments) -> int:
+    """Samples that the ranks read in an epoch: accelerate repeats some until all have equally many whole batches."""
+    if arguments.world_size == 1:
+        return samples
+    together = arguments.per_device_train_batch_size * arguments.world_size
+    whole = samples - samples % together
+    return whole if arguments.dataloader_drop_last or whole == samples else whole + together
 
 
 def _rates(optim: OptimConfig, arguments: TrainingArguments) -> LearningRates:

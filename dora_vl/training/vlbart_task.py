@@ -114,6 +114,7 @@ class VlBartTask(Task):
             sampler=SequentialSampler(train),
             set_epoch=(train.set_epoch,),
             samples=sum(source.items for source in sources),
+            read_in_a_pass=plan.items,
             source=", ".join(str(path) for file in data.train.values() for path in paths_of(file)),
             longest_tokens=max(one.input_tokens or 64 for one in subtasks) + data.feature_tokens,
         )

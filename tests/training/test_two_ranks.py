@@ -135,3 +135,20 @@ def test_ranks_share_one_random_order_and_load_the_best_checkpoint(
         assert result.returncode == 0, result.stderr[-3000:]
         assert (tmp_path / stage / "adapter" / "adapter_model.safetensors").is_file()
     torch.testing.assert_close(losses(tmp_path / "zero2"), losses(tmp_path / "zero0"), atol=1e-4, rtol=0)
+
+
+def test_two_ranks_end_where_one_does_though_they_read_some_samples_twice(tiny_llava: Path, tmp_path: Path) -> None:
+    """Ten samples, two bad, one allowed: two ranks read twelve in an epoch, which is no second pass."""
+    data = write_tiny_data(tmp_path / "data", samples=10)
+    for name in ("green-5.png", "blue-6.png"):
+        (data.parent / name).unlink()
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        tiny_llava,
+        data,
+        data={"group_by_modality_length": False, "max_bad_share": 0.1},
+        training={"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 50, "deepspeed": "zero2"},
+    )
+    result = launch(run_file, "--training.train_sampling_strategy=sequential", ranks=2, port=29675)
+    assert "2 of the 12 samples read so far" in result.stderr
+    assert result.returncode != 0
