@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from dora_vl.errors import UserError
 from dora_vl.training.deepspeed_checks import check_agreement, check_deepspeed, read_deepspeed
-from dora_vl.training.launch import stand_alone_environment, start_cpu_communication
+from dora_vl.training.launch import several_ranks, stand_alone_environment, start_cpu_communication
 from dora_vl.training.run_folder import run_folder_of
 from dora_vl.training.task import RunSettings
 
@@ -112,6 +112,8 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
         _choose_deepspeed_device(given)
         stand_alone_environment()
         start_cpu_communication()
+    elif several_ranks() and not torch.cuda.is_available():
+        given["use_cpu"] = True  # or accelerate would not see that the ranks belong together
     run_folder_of(config)
     # Ranks draw different dropout, from the seed that they set; the order of samples must be one for all of them.
     given.setdefault("data_seed", given.get("seed", TrainingArguments.seed))
