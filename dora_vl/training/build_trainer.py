@@ -17,7 +17,7 @@ from dora_vl.core import load_adapter, save_adapter, trained_parts
 from dora_vl.core.adapter_file import load_kept
 from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.training.batch_statistics import BatchStatistics
-from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, StopOnSignal
+from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
 from dora_vl.training.launch import on_first_rank
 from dora_vl.training.memory_estimate import Activations, describe_plan
 from dora_vl.training.optim import LearningRates, learning_rates
@@ -57,6 +57,7 @@ def build_trainer(
             EpochCallback(*data.set_epoch),
             LossLog(run_folder / LOSS_LOG, statistics),
             stop,
+            SaveAfterValidation(),
         ],
         rates=_rates(config.optim, arguments),
         parts=trained_parts(backbone.model),

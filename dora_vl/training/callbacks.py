@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.training.batch_statistics import BatchStatistics, Counts
 
@@ -156,6 +157,30 @@ class ProgressLine(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class SaveAfterValidation(TrainerCallback):
+    """Where validation follows an epoch, the checkpoint of its last step is written after it.
+
+    The Trainer saves at the step and validates afterwards: a run that goes on from there would never hear of this
+    validation, neither in its log nor when it chooses the best checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Puts the checkpoint off where the epoch ends with this step."""
+        ends = float(state.epoch or 0).is_integer() or control.should_training_stop
+        self._waiting = control.should_save and ends and args.eval_strategy == IntervalStrategy.EPOCH
+        if self._waiting:
+            control.should_save = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Asks for it again."""
+        if self._waiting:
+            self._waiting = False
+            control.should_save = True
 
 
 class StopOnSignal(TrainerCallback):

@@ -22,7 +22,7 @@ from dora_vl.training.checkpoints import STATE_FILE, WRITING, drop_old_checkpoin
 from dora_vl.training.optim import LearningRates, parameter_groups
 from dora_vl.training.progress import Progress
 from dora_vl.training.run_folder import ADAPTER
-from dora_vl.training.validation import ValidationLoss
+from dora_vl.training.validation import ValidationLoss, random_state_kept
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -112,7 +112,8 @@ class AdapterTrainer(Trainer):
 
     def evaluation_loop(self, *options: Any, **named: Any) -> Any:
         """The validation data's loss as the mean over usable samples; the Trainer's is one over batches."""
-        output: Any = super().evaluation_loop(*options, **named)
+        with random_state_kept(self.args.device):  # a stop that leaves a validation out shall change no later dropout
+            output: Any = super().evaluation_loop(*options, **named)
         output.metrics.update(cast(ValidationLoss, self.validation).finish(self.args.device))
         return output
 

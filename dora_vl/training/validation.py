@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -76,6 +79,18 @@ class ValidationLoss:
         if not samples:
             raise UserError(nothing_usable(self._source, next(iter(self.statistics.skipped_here().items()), None)))
         return {"eval_loss": loss / samples, "eval_samples": int(samples), "eval_skipped": int(skipped)}
+
+
+@contextlib.contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, the generators of Python, numpy and torch go on as if it had not been."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
 
 
 def check_validation(samples: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, source: str) -> None:
