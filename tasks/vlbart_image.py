@@ -84,6 +84,7 @@ def caption_task(*, prefix: str) -> Subtask:
         normalise_by="tokens",
         search=Search(beams=5, max_length=20, no_repeat_ngram=NO_REPEAT),
         score=caption.score,
+        check_scoring=caption.check_scoring,
         reads_question=False,
     )
 

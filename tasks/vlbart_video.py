@@ -86,6 +86,7 @@ def caption_task(name: str, suffix: str, *, with_times: bool = False) -> Subtask
         target_tokens=LABEL_TOKENS,
         search=PUBLISHED_SEARCH,
         score=caption.score_value,
+        check_scoring=caption.check_scoring,
         reads_question=False,
     )
 

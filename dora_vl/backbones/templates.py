@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
@@ -21,6 +22,7 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+PROBE = (("user", "Which colour is it?"), ("assistant", "It is purple."))
 BREAK = "\ufdd0"  # a Unicode noncharacter: no text may hold it, so it can mark one that must not become a token
 
 
@@ -194,7 +196,8 @@ class ChatTemplate:
 
     An answer's span runs from the generation prompt before it to the last special token of the text that it
     adds. That is only right where earlier turns read the same with and without later ones; a template that
-    rewrites them (reasoning models drop old thoughts) is refused with the sample.
+    rewrites them (reasoning models drop old thoughts) is refused with the sample. Templates of models that take
+    pictures want a message as a list of parts and leave a plain string out; which one it is, is tried.
     """
 
     name = "tokenizer"
@@ -209,12 +212,31 @@ class ChatTemplate:
         tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         tokens.discard(IMAGE_PLACEHOLDER)
         self._special = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+        self._as_parts = self._wants_parts()
+
+    def _wants_parts(self) -> bool:
+        """Whether a message is a list of parts to this template. Raises: UserError where it takes neither form."""
+        said = [{"role": role, "content": text} for role, text in PROBE]
+        for as_parts in (False, True):
+            self._as_parts = as_parts
+            try:
+                text = self._apply(said, generation_prompt=False)
+            except (TemplateError, TypeError):  # it takes no string, or no list
+                continue
+            if all(one["content"] in text for one in said):
+                return as_parts
+        raise UserError(
+            f"the chat template of {self._tokenizer.name_or_path} leaves out what is said, as text and as a list of "
+            f"parts; set model.template to one of {', '.join(TEMPLATES)}"
+        )
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Rendered:
         """See `Template.render`."""
         check_order(turns, generation_prompt=generation_prompt)
         messages = [{"role": turn.role, "content": self._broken(turn.text)} for turn in turns]
         whole = self._apply(messages, generation_prompt=generation_prompt)
+        if lost := [number for number, one in enumerate(messages) if one["content"].strip() not in whole]:
+            raise ValueError(f"the chat template leaves out or changes the text of turn {lost[0]}")
         spans = [self._answer_span(messages[:end], whole) for end in range(2, len(messages) + 1, 2)]
         controls = [match.span() for match in self._special.finditer(whole)]
         breaks = [match.start() for match in re.finditer(BREAK, whole)]
@@ -243,7 +265,10 @@ class ChatTemplate:
         return self._special.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
 
     def _apply(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        said: list[dict[str, Any]] = [*messages]
+        if self._as_parts:
+            said = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+        text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=generation_prompt)
         if not isinstance(text, str):
             raise TypeError(f"the chat template gave {type(text).__name__}, not text")
         return text

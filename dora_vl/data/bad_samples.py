@@ -34,18 +34,23 @@ class BadSampleLedger:
     a big set ends nothing; with a share of 0 the first one does.
     """
 
-    def __init__(self, *, max_bad_share: float, total_samples: int, source: str) -> None:
+    def __init__(
+        self, *, max_bad_share: float, total_samples: int, source: str, read_in_a_pass: int | None = None
+    ) -> None:
         """Starts empty.
 
         Args:
             max_bad_share: in 0..1, `data.max_bad_share`.
             total_samples: in the whole set, over all ranks.
             source: what the messages call the set: its file.
+            read_in_a_pass: samples that all ranks together read before the next pass begins, where they repeat some to
+                have equally many; None: `total_samples`.
         """
         if not 0 <= max_bad_share <= 1:
             raise UserError(f"data.max_bad_share must be between 0 and 1, got {max_bad_share}")
         self._max_bad_share = max_bad_share
         self._total_samples = total_samples
+        self._read_in_a_pass = max(1, read_in_a_pass or total_samples)
         self._source = source
         self._counts = BadSampleCounts()
         self._reasons: dict[str, str] = {}
@@ -59,6 +64,10 @@ class BadSampleLedger:
     def reasons(self) -> Mapping[str, str]:
         """Why each bad sample this rank met cannot be used, by id."""
         return self._reasons
+
+    def carry_over(self, reasons: Mapping[str, str]) -> None:
+        """Bad samples that the run named before it was resumed."""
+        self._reasons = {**reasons, **self._reasons}
 
     def record(self, *, samples: int, skipped: Iterable[tuple[str, str]]) -> None:
         """Takes note of one batch: how many samples were usable, and (id, reason) of the others."""
@@ -80,7 +89,7 @@ class BadSampleLedger:
             raise UserError(self._message(seen, bad))
 
     def _allowed(self, seen: int) -> float:
-        passes = math.ceil(seen / max(self._total_samples, 1))
+        passes = math.ceil(seen / self._read_in_a_pass)
         return self._max_bad_share * self._total_samples * passes
 
     def _clearly_broken(self, seen: int, bad: int) -> bool:
@@ -96,9 +105,10 @@ class BadSampleLedger:
         )
 
 
-def write_skipped(path: Path, reasons: Mapping[str, str]) -> None:
-    """One JSON line with id and reason for each bad sample; whole or not at all."""
+def write_skipped(path: Path, reasons: Mapping[str, str], *, validation: Mapping[str, str] | None = None) -> None:
+    """One JSON line with id and reason for each bad sample; whole or not at all. Validation's say so (`of`)."""
+    lines = [{"id": key, "reason": reason} for key, reason in reasons.items()]
+    lines += [{"id": key, "reason": reason, "of": "validation"} for key, reason in (validation or {}).items()]
     partial = path.with_name(f"{path.name}.partial")
-    lines = (json.dumps({"id": key, "reason": reason}, ensure_ascii=False) for key, reason in reasons.items())
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    partial.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
     partial.replace(path)

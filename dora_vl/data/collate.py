@@ -50,8 +50,8 @@ class Collator:
     pack: bool = False
     """Several samples stand in a row where they fit, each by itself: the same loss, hardly any padding."""
 
-    def __call__(self, items: Sequence[Sample | Skipped]) -> Batch:
-        """One batch; when nothing in it is usable, one row of padding without labels keeps the ranks in step.
+    def __call__(self, items: Sequence[Sample | Skipped | None]) -> Batch:
+        """One batch; None is left out. Without a usable sample, one row of padding without labels keeps ranks in step.
 
         That row's only position is attended to: a row masked as a whole gives NaN in some attention kernels.
         """

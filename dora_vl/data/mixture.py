@@ -80,6 +80,11 @@ class MixturePlan:
     def __len__(self) -> int:
         return sum(self._steps_of) * self.parts
 
+    @property
+    def items(self) -> int:
+        """Items that an epoch reads, those of a small task that come several times included."""
+        return sum(_items_in(source, steps) for source, steps in zip(self.sources, self._steps_of, strict=True))
+
     def part(self, number: int, *, epoch: int) -> Part:
         """Micro-batch `number` of an epoch."""
         self._plan(epoch)
@@ -118,3 +123,8 @@ class MixturePlan:
             self._orders = {key_: order for key_, order in self._orders.items() if key_[0] != task}
             self._orders[key] = generator.permutation(source.items)
         return self._orders[key]
+
+
+def _items_in(source: Source, steps: int) -> int:
+    rounds, rest = divmod(steps, source.steps)
+    return rounds * source.items + min(rest * source.batch_size, source.items)

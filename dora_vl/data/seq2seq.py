@@ -65,6 +65,7 @@ class Subtask:
         answer_by: `text`: what is generated; `pair`: true or false by two logits; `choice`: the likeliest label;
             `words`: the likeliest of the example's choices, in their own words.
         score: the benchmark's scorer.
+        check_scoring: tells before training what `score` would miss; None tries `score` itself without answers.
         images: pictures of one input.
         reads_question: the prompt holds the example's question; not so where pictures are described.
     """
@@ -80,6 +81,7 @@ class Subtask:
     answer_by: AnswerBy = "text"
     search: Search = Search()
     score: Callable[[Sequence[Example], Mapping[str, str]], Scored]
+    check_scoring: Callable[[Sequence[Example]], None] | None = None
     images: int = 1
     reads_question: bool = True
 
@@ -205,8 +207,10 @@ class MixtureDataset(Dataset[MicroBatch]):
 class ValidationBatches(Dataset[MicroBatch]):
     """Each task's samples in the file's order, with the first answer of each, in batches of one task.
 
+    A batch's loss is the mean over its usable samples.
+
     Args:
-        ranks: how many share the work; the Trainer multiplies a loss by it that is normalised over a step.
+        ranks: how many share the work; batches without items follow until all have equally many.
     """
 
     def __init__(
@@ -224,9 +228,9 @@ class ValidationBatches(Dataset[MicroBatch]):
             for source, file in enumerate(files)
             for start in range(0, len(file), batch_size)
         ]
+        self._parts += [(0, range(0))] * (-len(self._parts) % ranks)
         self._sources = tuple(zip(subtasks, files, readers, strict=True))
         self._encoder = encoder
-        self._ranks = ranks
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -236,13 +240,15 @@ class ValidationBatches(Dataset[MicroBatch]):
         subtask, file, reader = self._sources[source]
         items: list[Seq2SeqSample | Skipped] = []
         for index in indices:
+            name = f"{subtask.name}:{index}"
             try:
                 example = file[index]
+                name = example.id
                 target = subtask.target(example, file.answer_of(index) or 0, Random(index))
                 items.append(make_sample(example, subtask, encoder=self._encoder, reader=reader, target=target))
             except BadSample as error:
-                items.append(Skipped(index, error.sample_id, error.reason))
-        return MicroBatch(subtask, items, len(items) * self._ranks)
+                items.append(Skipped(index, name, error.reason))
+        return MicroBatch(subtask, items, max(1, sum(isinstance(item, Seq2SeqSample) for item in items)))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -127,6 +127,16 @@ def score_value(examples: Sequence[Example], answers: Mapping[str, str]) -> Scor
     return score(examples, answers, style="value")
 
 
+def check_scoring(examples: Sequence[Example]) -> None:
+    """Tells what `score` would miss, without starting its Java programs.
+
+    Raises:
+        UserError: as `score`.
+    """
+    _clips(examples, {})
+    _scorers()
+
+
 def clip_of(example: Example) -> str:
     """What an example's captions belong to."""
     return str(example.extra.get("clip_id", example.extra.get("image_id", example.id)))
@@ -169,17 +179,23 @@ def _ascii(caption: str) -> str:
     return "".join(character if character.isascii() else " " for character in caption)
 
 
-def _cider_and_rouge(
-    references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
-) -> tuple[list[float], list[float]]:
+def _scorers() -> tuple[Any, Any]:
+    """CIDEr and ROUGE-L of pycocoevalcap."""
     try:
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ModuleNotFoundError as error:
         raise UserError("caption metrics need pycocoevalcap: pip install 'dora-vl[caption]'") from error
+    return Cider(), Rouge()
+
+
+def _cider_and_rouge(
+    references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
+) -> tuple[list[float], list[float]]:
+    cider, rouge = _scorers()
     return (
-        list(Cider().compute_score(references, predictions)[1]),
-        list(Rouge().compute_score(references, predictions)[1]),
+        list(cider.compute_score(references, predictions)[1]),
+        list(rouge.compute_score(references, predictions)[1]),
     )
 
 

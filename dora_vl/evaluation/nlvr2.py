@@ -42,7 +42,13 @@ def score(
     *,
     sentence_of: Callable[[str], str] = sentence_of_nlvr2,
 ) -> Scored:
-    """Accuracy and consistency in percent; an interval draws sentences."""
+    """Accuracy and consistency in percent; an interval draws sentences.
+
+    Raises:
+        UserError: an example has no label.
+    """
+    if without := [one.id for one in examples if not one.answers]:
+        raise UserError(f"{len(without)} examples have no label, first {without[0]}; they cannot be scored")
     right = {one.id: answers.get(one.id, "").lower() == one.answers[0].text.lower() for one in examples}
     of_sentence = Counter(sentence_of(one.id) for one in examples)
     wrong = {sentence_of(one.id) for one in examples if not right[one.id]}

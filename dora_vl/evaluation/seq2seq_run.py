@@ -34,6 +34,7 @@ from dora_vl.vision.video import VideoReader
 log = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions"
+FAILED_SHOWN = 10
 Tested = tuple[Subtask, ExampleFile, FeatureReader]
 Answered = tuple[Example, str | None]
 """An example and what the model says to it; None where it could not be asked."""
@@ -66,6 +67,8 @@ def evaluate_subtasks(
 ) -> dict[str, Any]:
     """Answers and scores each task; writes `predictions/<task>.jsonl`, `metrics.json` and pictures of the run.
 
+    `metrics.json` is written after each task.
+
     Where one task alone is scored by accuracy, its headline stands at the top as `accuracy` (a share) and `n`, with
     `by_kind` where examples name their kind, and the contact sheet shows that task; else the sheet shows all.
     """
@@ -73,29 +76,27 @@ def evaluate_subtasks(
     started, tasks = time.monotonic(), {}
     answered: dict[str, list[Answered]] = {}
     headlines: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, Any] = {}
     for subtask, file, reader in tested:
         examples, answers, failed = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
         _write(run_folder / PREDICTIONS / f"{subtask.name}.jsonl", answers)
+        _tell_failed(subtask, failed, run_folder / METRICS)
         scored = _score(subtask, examples, answers)
         tasks[subtask.name] = _entries(subtask, scored, len(examples), failed)
         if scored is not None and "accuracy" in scored.metrics:
             headlines[subtask.name] = _headline(scored, examples)
         answered[subtask.name] = [(example, answers.get(example.id)) for example in examples]
         log.info("%s: %s", subtask.name, {k: round(v, 3) for k, v in tasks[subtask.name]["metrics"].items()})
-    metrics = {
-        **dict(numbers),
-        "tasks": tasks,
-        "settings": dict(settings),
-        "evaluation_seconds": round(time.monotonic() - started, 1),
-    }
-    shown = list(chain.from_iterable(answered.values()))
-    if len(headlines) == 1:
-        name, headline = next(iter(headlines.items()))
-        shown = answered[name]
-        metrics |= headline
-    elif len(tasks) == 1:
-        metrics |= {"n": next(iter(tasks.values()))["n"]}
-    write_json(run_folder / METRICS, metrics)
+        metrics = {
+            **dict(numbers),
+            "tasks": tasks,
+            "settings": dict(settings),
+            "evaluation_seconds": round(time.monotonic() - started, 1),
+            **_at_the_top(tasks, headlines),
+        }
+        write_json(run_folder / METRICS, metrics)  # now: an error in a later task shall not cost this one's score
+    alone = next(iter(headlines)) if len(headlines) == 1 else None
+    shown = list(chain.from_iterable(answered.values())) if alone is None else answered[alone]
     draw(shown, run_folder=run_folder, image_folder=evaluation.image_folder)
     return metrics
 
@@ -116,21 +117,22 @@ def answer(
     with torch.inference_mode(), tqdm(total=len(file), desc=subtask.name, unit="question") as progress:
         for rows in _batches(file, batch_size):
             examples += rows
-            items = [_asked(example, subtask, encoder, reader) for example in rows]
+            items = [asked(example, subtask, encoder, reader) for example in rows]
             failed |= {one.id: one.reason for one in items if isinstance(one, Skipped)}
-            asked = [row for row, item in zip(rows, items, strict=True) if isinstance(item, Seq2SeqSample)]
-            if asked:
+            usable = [row for row, item in zip(rows, items, strict=True) if isinstance(item, Seq2SeqSample)]
+            if usable:
                 batch = collate([MicroBatch(subtask, items, len(items))])
                 inputs = [batch[name].to(device) for name in ("input_ids", "attention_mask", "features")]
-                said = answers_of(backbone, encoder, subtask, asked, inputs)
-                answers |= {example.id: text for example, text in zip(asked, said, strict=True)}
+                said = answers_of(backbone, encoder, subtask, usable, inputs)
+                answers |= {example.id: text for example, text in zip(usable, said, strict=True)}
             progress.update(len(rows))
     return examples, answers, failed
 
 
-def _asked(
+def asked(
     example: Example, subtask: Subtask, encoder: Seq2SeqEncoder, reader: FeatureReader
 ) -> Seq2SeqSample | Skipped:
+    """An example as it is put to the model, or why it cannot be."""
     try:
         return make_sample(example, subtask, encoder=encoder, reader=reader, target=None)
     except BadSample as error:
@@ -144,9 +146,20 @@ def _batches(file: ExampleFile, size: int) -> Iterator[list[Example]]:
 
 def _score(subtask: Subtask, examples: Sequence[Example], answers: Mapping[str, str]) -> Scored | None:
     """The task's score; None where the publisher keeps the answers."""
-    if not any(example.answers or "correct" in example.extra for example in examples):
-        return None
-    return subtask.score(examples, answers)
+    return subtask.score(examples, answers) if has_answers(examples) else None
+
+
+def has_answers(examples: Sequence[Example]) -> bool:
+    """Whether a file says what is right."""
+    return any(example.answers or "correct" in example.extra for example in examples)
+
+
+def _tell_failed(subtask: Subtask, failed: Mapping[str, str], metrics_file: Path) -> None:
+    """Names what could not be asked; it counts as wrong."""
+    for name, reason in list(failed.items())[:FAILED_SHOWN]:
+        log.warning("%s: %s could not be asked: %s", subtask.name, name, reason)
+    if len(failed) > FAILED_SHOWN:
+        log.warning("%s: %d could not be asked; %s names all", subtask.name, len(failed), metrics_file)
 
 
 def _entries(subtask: Subtask, scored: Scored | None, asked: int, failed: Mapping[str, str]) -> dict[str, Any]:
@@ -161,6 +174,13 @@ def _entries(subtask: Subtask, scored: Scored | None, asked: int, failed: Mappin
         "settings": {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings},
         "failed": dict(failed),
     }
+
+
+def _at_the_top(tasks: Mapping[str, Any], headlines: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The headline of the one task that has an accuracy."""
+    if len(headlines) == 1:
+        return next(iter(headlines.values()))
+    return {"n": next(iter(tasks.values()))["n"]} if len(tasks) == 1 else {}
 
 
 def _headline(scored: Scored, examples: Sequence[Example]) -> dict[str, Any]:

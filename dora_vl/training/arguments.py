@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from dora_vl.errors import UserError
 from dora_vl.training.deepspeed_checks import check_agreement, check_deepspeed, read_deepspeed
-from dora_vl.training.launch import stand_alone_environment, start_cpu_communication
+from dora_vl.training.launch import several_ranks, stand_alone_environment, start_cpu_communication
 from dora_vl.training.run_folder import run_folder_of
 from dora_vl.training.task import RunSettings
 
@@ -47,8 +47,11 @@ OWNED = {
     "push_to_hub": "upload training.output_dir/adapter with `hf upload` afterwards",
     "fsdp": "sharding is DeepSpeed's here; set training.deepspeed",
     "local_rank": "the launcher sets it",
+    "neftune_noise_alpha": "the Trainer adds its noise to plain language models only; raise adapter.dropout",
 }
 STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
+LENGTH_STRATEGIES = ("group_by_length", "batch_rebalance")
+MEASURED = ("loss", "eval_loss")  # all that validation gives a run to choose a checkpoint by
 # Defaults that differ from the library's: a log line that can be drawn, a loss that shows when it is not a number.
 OURS: dict[str, Any] = {
     "logging_steps": 10,
@@ -79,7 +82,23 @@ def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
         parsed = parser.parse_object({"training": section}).training
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split()).replace("Parser key ", "")) from error
-    return {key: getattr(parsed, key) for key in section}
+    values = {key: getattr(parsed, key) for key in section}
+    _check_values(values)
+    return values
+
+
+def _check_values(section: Mapping[str, Any]) -> None:
+    """Refuses what would end in the library's own error, some of it only at the first validation."""
+    if (strategy := section.get("train_sampling_strategy")) in LENGTH_STRATEGIES:
+        raise UserError(
+            f"training.train_sampling_strategy: {strategy} cannot read the lengths of these samples; set "
+            "data.group_by_modality_length: true (LLaVA) or data.packing: true (commonsense) instead"
+        )
+    if (metric := section.get("metric_for_best_model")) not in (None, *MEASURED):
+        raise UserError(
+            f"training.metric_for_best_model is {metric}, but validation measures the loss alone; write loss, or "
+            "compare checkpoints' adapters by another metric afterwards"
+        )
 
 
 def _accepted_name(key: str, known: set[str]) -> str:
@@ -112,6 +131,8 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
         _choose_deepspeed_device(given)
         stand_alone_environment()
         start_cpu_communication()
+    elif several_ranks() and not torch.cuda.is_available():
+        given["use_cpu"] = True  # or accelerate would not see that the ranks belong together
     run_folder_of(config)
     # Ranks draw different dropout, from the seed that they set; the order of samples must be one for all of them.
     given.setdefault("data_seed", given.get("seed", TrainingArguments.seed))

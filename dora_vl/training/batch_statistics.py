@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ class Counts:
     def __sub__(self, earlier: Counts) -> Counts:
         return Counts(*(getattr(self, one.name) - getattr(earlier, one.name) for one in fields(self)))
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
     @property
     def padding_share(self) -> float:
         """Share of all positions that held padding."""
@@ -41,6 +45,15 @@ class BatchStatistics:
 
     ledger: BadSampleLedger | None = None
     counts: Counts = field(default_factory=Counts)
+    """This rank's, since the start of the process."""
+    earlier: Counts = field(default_factory=Counts)
+    """All ranks', before the process: of the run that is resumed."""
+
+    def carry_over(self, skipped: Mapping[str, str], counts: Counts | None = None) -> None:
+        """Goes on from the sums over all ranks of the run that is resumed."""
+        self.earlier = counts or Counts()
+        if self.ledger is not None:
+            self.ledger.carry_over(skipped)
 
     def take(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch's tensors; its counts are added to `counts`."""
@@ -67,16 +80,20 @@ class BatchStatistics:
             self.ledger.judge(BadSampleCounts(seen=counts.samples + counts.skipped, bad=counts.skipped))
 
     def over_ranks(self, device: torch.device) -> Counts:
-        """The sums over all ranks; every rank must call it."""
+        """The sums over all ranks, with those before a resume; every rank must call it."""
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return replace(self.counts)
+            return self.earlier + self.counts
         mine = torch.tensor([getattr(self.counts, one.name) for one in fields(Counts)], device=device)
         torch.distributed.all_reduce(mine)
-        return Counts(*mine.tolist())
+        return self.earlier + Counts(*mine.tolist())
+
+    def skipped_here(self) -> dict[str, str]:
+        """Reason of every sample that this rank skipped, by id."""
+        return {} if self.ledger is None else dict(self.ledger.reasons)
 
     def skipped_on_all_ranks(self) -> dict[str, str]:
         """Reason of every skipped sample, by id; every rank must call it."""
-        mine = {} if self.ledger is None else dict(self.ledger.reasons)
+        mine = self.skipped_here()
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return mine
         everyone: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]

@@ -17,13 +17,15 @@ from dora_vl.core import load_adapter, save_adapter, trained_parts
 from dora_vl.core.adapter_file import load_kept
 from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.training.batch_statistics import BatchStatistics
-from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, StopOnSignal
+from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
+from dora_vl.training.launch import on_first_rank
 from dora_vl.training.memory_estimate import Activations, describe_plan
 from dora_vl.training.optim import LearningRates, learning_rates
 from dora_vl.training.recipe import OptimConfig
 from dora_vl.training.run_folder import LOSS_LOG, run_folder_of
-from dora_vl.training.task import Task
+from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.trainer import AdapterTrainer, Persistence
+from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 from dora_vl.training.zero import gather_to_read, gather_to_write
 
 logger = logging.getLogger(__name__)
@@ -35,26 +37,34 @@ def build_trainer(
     """The Trainer of an adapted backbone, with its data; and what tells whether a signal stopped it."""
     config, run_folder = task.config, run_folder_of(task.config)
     data = task.data(backbone, arguments)
-    ledger = BadSampleLedger(max_bad_share=config.data.max_bad_share, total_samples=data.samples, source=data.source)
+    ledger = BadSampleLedger(
+        max_bad_share=config.data.max_bad_share,
+        total_samples=data.samples,
+        source=data.source,
+        read_in_a_pass=data.read_in_a_pass or _read_in_a_pass(data.samples, arguments),
+    )
     statistics = BatchStatistics(ledger)
+    held_out, validation = _validation(data, arguments, source=str(config.data.validation))
     stop = StopOnSignal()
     log_plan(backbone, task.activations(backbone, arguments, longest_tokens=data.longest_tokens), arguments)
     trainer = AdapterTrainer(
         model=task.loss(backbone),
         args=arguments,
         train_dataset=data.train,
-        eval_dataset=data.validation,
+        eval_dataset=held_out,
         data_collator=data.collate,
         callbacks=[
             EpochCallback(*data.set_epoch),
             LossLog(run_folder / LOSS_LOG, statistics),
             stop,
+            SaveAfterValidation(),
         ],
         rates=_rates(config.optim, arguments),
         parts=trained_parts(backbone.model),
         sampler=data.sampler,
         persistence=_persistence(task, backbone.model, run_folder, writes=arguments.process_index == 0),
         statistics=statistics,
+        validation=validation,
         labels_shift=task.labels_shift,
     )
     trainer.remove_callback(PrinterCallback)
@@ -71,6 +81,27 @@ def log_plan(backbone: Backbone[Any], activations: Activations, arguments: Train
         backbone, trained_parts(backbone.model), activations, zero=zero, world_size=arguments.world_size
     )
     logger.info("what trains, and what it takes:\n%s", plan)
+
+
+def _validation(
+    data: TrainingData, arguments: TrainingArguments, *, source: str
+) -> tuple[WholeSteps | None, ValidationLoss | None]:
+    """The validation data and the account of its loss, where there are any; every rank must call it."""
+    if data.validation is None:
+        return None, None
+    on_first_rank(partial(check_validation, data.validation, data.collate, source=source))
+    step_samples = arguments.per_device_eval_batch_size * arguments.world_size
+    held_out = WholeSteps(data.validation, step_samples=step_samples)
+    return held_out, ValidationLoss(source=source, samples=len(held_out))
+
+
+def _read_in_a_pass(samples: int, arguments: TrainingArguments) -> int:
+    """Samples that the ranks read in an epoch: accelerate repeats some until all have equally many whole batches."""
+    if arguments.world_size == 1:
+        return samples
+    together = arguments.per_device_train_batch_size * arguments.world_size
+    whole = samples - samples % together
+    return whole if arguments.dataloader_drop_last or whole == samples else whole + together
 
 
 def _rates(optim: OptimConfig, arguments: TrainingArguments) -> LearningRates:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.training.batch_statistics import BatchStatistics, Counts
 
@@ -49,7 +50,7 @@ class LossLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the clock, and cuts lines that a resumed run will write again."""
-        self._since = time.monotonic()
+        self._since, self._before = time.monotonic(), self._statistics.earlier
         if state.is_world_process_zero:
             kept = [line for line in read_log(self._path) if line["step"] <= state.global_step]
             write_log(self._path, kept)
@@ -148,13 +149,38 @@ class ProgressLine(TrainerCallback):
             shown = f"loss {logs['loss']:.4f}, {speed:.1f} samples/s, padding {padding:.0%}"
             self._bar.set_postfix_str(f"{shown}, skipped {logs.get('skipped', 0)}")
         elif "eval_loss" in logs:
-            self._bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
+            told = f"validation loss {logs['eval_loss']:.4f}, skipped {logs.get('eval_skipped', 0)}"
+            self._bar.write(f"step {state.global_step}: {told}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class SaveAfterValidation(TrainerCallback):
+    """Where validation follows an epoch, the checkpoint of its last step is written after it.
+
+    The Trainer saves at the step and validates afterwards: a run that goes on from there would never hear of this
+    validation, neither in its log nor when it chooses the best checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Puts the checkpoint off where the epoch ends with this step."""
+        ends = float(state.epoch or 0).is_integer() or control.should_training_stop
+        self._waiting = control.should_save and ends and args.eval_strategy == IntervalStrategy.EPOCH
+        if self._waiting:
+            control.should_save = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Asks for it again."""
+        if self._waiting:
+            self._waiting = False
+            control.should_save = True
 
 
 class StopOnSignal(TrainerCallback):

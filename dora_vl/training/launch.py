@@ -44,7 +44,7 @@ def stand_alone_environment() -> None:
     Without names DeepSpeed would look for MPI; with the launcher's port, the same for every launch, a second run on
     the machine would end because the first has it.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if several_ranks():
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -52,6 +52,11 @@ def stand_alone_environment() -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({**alone, **{name: os.environ[name] for name in alone if name in os.environ}})
     os.environ["MASTER_PORT"] = str(port)
+
+
+def several_ranks() -> bool:
+    """Whether a launcher started more processes than this one."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def start_cpu_communication() -> None:

@@ -57,7 +57,12 @@ class LlavaTask(Task):
         return self._config
 
     def prepare(self, arguments: TrainingArguments) -> None:
-        """Composes the base where it is not there yet."""
+        """Composes the base where it is not there yet.
+
+        The test's questions are read first: what is wrong with them shows now, not after hours of training.
+        """
+        if self.config.evaluation.file is not None:
+            read_questions(Path(self.config.evaluation.file), self.config.evaluation.limit)
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
 
     def load(self) -> Backbone[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ import torch
 from dora_vl.data.bad_samples import write_skipped
 from dora_vl.training.adapting import adapt
 from dora_vl.training.arguments import training_arguments
+from dora_vl.training.batch_statistics import Counts
 from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.checkpoints import checkpoint_to_resume
 from dora_vl.training.launch import (
@@ -25,6 +28,8 @@ from dora_vl.training.run_folder import METRICS, SKIPPED, add_metrics, prepare_r
 from dora_vl.training.task import Task
 from dora_vl.training.trainer import AdapterTrainer
 from dora_vl.training.zero import load_whole_models_again
+
+NUMBERS = ("train_seconds", "samples_per_second", "train_samples", "train_steps", "padding_share", "skipped_samples")
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +63,8 @@ def train(task: Task) -> RunResult:
     torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
     adapt(backbone.model, task.dora_config(), initial=config.adapter.initial)
     trainer, stop = build_trainer(task, arguments, backbone)
+    if checkpoint is not None:
+        trainer.progress.go_on_from(checkpoint)
     keep_freed_memory()
     torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
     try:
@@ -65,12 +72,15 @@ def train(task: Task) -> RunResult:
     finally:
         stop.restore()
 
-    numbers = training_numbers(trainer, float(output.metrics["train_runtime"]))
+    counts = trainer.statistics.over_ranks(arguments.device)
     skipped = trainer.statistics.skipped_on_all_ranks()
+    held_out = {} if trainer.validation is None else trainer.validation.statistics.skipped_on_all_ranks()
+    earlier = numbers_of_whole_run(run_folder, trainer.state.global_step) if took_no_step(trainer, counts) else None
+    numbers = training_numbers(trainer, counts) if earlier is None else earlier
     if stop.received is None:
         trainer.save_model()
-        if arguments.process_index == 0:
-            write_skipped(run_folder / SKIPPED, skipped)
+        if arguments.process_index == 0 and earlier is None:
+            write_skipped(run_folder / SKIPPED, skipped, validation=held_out)
             add_metrics(run_folder / METRICS, numbers)
     return RunResult(output.global_step, stop.received, numbers)
 
@@ -91,11 +101,9 @@ def run(task: Task) -> int | None:
     return result.stopped_by
 
 
-def training_numbers(trainer: AdapterTrainer, seconds: float) -> dict[str, Any]:
-    """What training adds to `metrics.json`, nothing where no step was left; every rank takes part in the sums."""
-    counts = trainer.statistics.over_ranks(trainer.args.device)
-    if counts.samples == 0:
-        return {}
+def training_numbers(trainer: AdapterTrainer, counts: Counts) -> dict[str, Any]:
+    """What training adds to `metrics.json`; of a resumed run, with the part before."""
+    seconds = trainer.progress.seconds
     return {
         "train_seconds": round(seconds, 1),
         "samples_per_second": round(counts.samples / seconds, 3),
@@ -104,3 +112,15 @@ def training_numbers(trainer: AdapterTrainer, seconds: float) -> dict[str, Any]:
         "padding_share": round(counts.padding_share, 4),
         "skipped_samples": counts.skipped,
     }
+
+
+def took_no_step(trainer: AdapterTrainer, counts: Counts) -> bool:
+    """Whether a whole run was resumed."""
+    return counts == trainer.statistics.earlier
+
+
+def numbers_of_whole_run(run_folder: Path, step: int) -> dict[str, Any] | None:
+    """What a run that took so many steps has written to `metrics.json`; None where it was stopped before that."""
+    path = run_folder / METRICS
+    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: there[key] for key in NUMBERS if key in there} if there.get("train_steps") == step else None

@@ -122,6 +122,7 @@ class TrainingData:
         sampler: order of `train`; None leaves it to the Trainer.
         set_epoch: each is told the epoch before its first batch.
         samples: training samples in an epoch.
+        read_in_a_pass: how many an epoch reads over all ranks; None: `samples`, and what accelerate repeats of them.
         source: the training file, for messages.
         longest_tokens: the longest sequence, for the memory estimate.
     """
@@ -134,6 +135,7 @@ class TrainingData:
     samples: int
     source: str
     longest_tokens: int
+    read_in_a_pass: int | None = None
 
 
 class Task(ABC):

@@ -20,7 +20,9 @@ from dora_vl.errors import UserError
 from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.checkpoints import STATE_FILE, WRITING, drop_old_checkpoints
 from dora_vl.training.optim import LearningRates, parameter_groups
+from dora_vl.training.progress import Progress
 from dora_vl.training.run_folder import ADAPTER
+from dora_vl.training.validation import ValidationLoss, random_state_kept
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -48,6 +50,7 @@ class AdapterTrainer(Trainer):
         parts: what trains, as `core.trained_parts` lists it.
         persistence: writes the adapter folder at every checkpoint, and reads it back (resuming without DeepSpeed).
         statistics: counts of what the batches held.
+        validation: the same of validation batches, and their loss; None without validation data.
         labels_shift: whether a label at position 0 has nothing to be predicted from; the token count of a step must
             leave it out then.
     """
@@ -60,6 +63,7 @@ class AdapterTrainer(Trainer):
         parts: Sequence[TrainedPart],
         persistence: Persistence,
         statistics: BatchStatistics,
+        validation: ValidationLoss | None = None,
         labels_shift: bool = True,
         **options: Any,
     ) -> None:
@@ -69,6 +73,8 @@ class AdapterTrainer(Trainer):
         self.parts = parts
         self.persistence = persistence
         self.statistics = statistics
+        self.validation = validation
+        self.progress = Progress(statistics, None if validation is None else validation.statistics)
         self._checkpoint_parent = persistence.run_folder
         self._saved_step: int | None = None
         self._loss_shifts_labels = labels_shift
@@ -92,9 +98,24 @@ class AdapterTrainer(Trainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         return [self.statistics.take(batch) for batch in batches], items
 
+    # ---- validation
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
-        """One validation batch, without its bookkeeping."""
-        return super().prediction_step(model, BatchStatistics().take(inputs), *options, **named)
+        """One validation batch: its mean loss, with its bookkeeping taken out and counted."""
+        validation = cast(ValidationLoss, self.validation)
+        taken, samples = validation.take(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            # No number of items: the loss is this batch's own mean, and the Trainer multiplies it by nothing.
+            loss = cast(Tensor, self.compute_loss(model, self._prepare_inputs(taken))).detach()
+        validation.add(loss, samples)
+        return loss, None, None
+
+    def evaluation_loop(self, *options: Any, **named: Any) -> Any:
+        """The validation data's loss as the mean over usable samples; the Trainer's is one over batches."""
+        with random_state_kept(self.args.device):  # a stop that leaves a validation out shall change no later dropout
+            output: Any = super().evaluation_loop(*options, **named)
+        output.metrics.update(cast(ValidationLoss, self.validation).finish(self.args.device))
+        return output
 
     # ---- the optimizer
 
@@ -123,6 +144,7 @@ class AdapterTrainer(Trainer):
         finally:
             self._checkpoint_parent = run_folder
         self.accelerator.wait_for_everyone()
+        self.progress.write(run_folder / WRITING / name, self.args.device, writes=self.args.should_save)
         self._name_best(run_folder, name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -22,7 +22,8 @@ from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator, Subtask, ValidationBatches, with_input_tokens
 from dora_vl.errors import UserError
-from dora_vl.evaluation.seq2seq_run import evaluate_subtasks
+from dora_vl.evaluation.seq2seq_check import check_tests
+from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
 from dora_vl.training.adapting import core_config
 from dora_vl.training.arguments import order_seed
 from dora_vl.training.base_loading import make_base
@@ -74,8 +75,11 @@ class VlBartTask(Task):
         return self._config
 
     def prepare(self, arguments: TrainingArguments) -> None:
-        """Composes the base where it is not there yet."""
+        """Composes the base where it is not there yet, and tries what the test will need."""
         make_base(compose_vlbart, self.config.model.compose, self.config.model.base, arguments)
+        if self.config.evaluation.files:
+            width = VlBartConfig.from_pretrained(self.config.model.base).feature_width
+            check_tests(self._tested(width), self.encoder())
 
     def load(self) -> VlBartBackbone:
         """The VL-BART."""
@@ -110,6 +114,7 @@ class VlBartTask(Task):
             sampler=SequentialSampler(train),
             set_epoch=(train.set_epoch,),
             samples=sum(source.items for source in sources),
+            read_in_a_pass=plan.items,
             source=", ".join(str(path) for file in data.train.values() for path in paths_of(file)),
             longest_tokens=max(one.input_tokens or 64 for one in subtasks) + data.feature_tokens,
         )
@@ -154,13 +159,10 @@ class VlBartTask(Task):
         backbone = self.load()
         load_adapter(backbone.model, run_folder / ADAPTER)
         backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        names, places = list(config.evaluation.files), {**config.data.features, **config.evaluation.features}
-        files = [ExampleFile(Path(file), limit=config.evaluation.limit) for file in config.evaluation.files.values()]
-        readers = [self._reader(places[name], backbone.config.feature_width) for name in names]
         return evaluate_subtasks(
             backbone,
             self.encoder(),
-            [(self._subtasks[name], file, reader) for name, file, reader in zip(names, files, readers, strict=True)],
+            self._tested(backbone.config.feature_width),
             run_folder=run_folder,
             evaluation=config.evaluation,
             settings=named_settings(config),
@@ -170,6 +172,14 @@ class VlBartTask(Task):
     def encoder(self) -> Seq2SeqEncoder:
         """Tokens of prompts and labels."""
         return Seq2SeqEncoder(load_tokenizer(self.config.model.base), subtitles_first=self.config.data.subtitles_first)
+
+    def _tested(self, width: int) -> list[Tested]:
+        evaluation = self.config.evaluation
+        places = {**self.config.data.features, **evaluation.features}
+        return [
+            (self._subtasks[name], ExampleFile(Path(file), limit=evaluation.limit), self._reader(places[name], width))
+            for name, file in evaluation.files.items()
+        ]
 
     def _validation(self, encoder: Seq2SeqEncoder, width: int, ranks: int) -> ValidationBatches | None:
         files = self.config.data.validation_files

@@ -24,6 +24,11 @@ class TestChatTemplate:
         )
         return own
 
+    @staticmethod
+    def write_content(own: PreTrainedTokenizerFast, content: str) -> None:
+        """Another way for the template to write what a message says."""
+        own.chat_template = str(own.chat_template).replace("{{ m.content }}", content)
+
     def test_equals_chatml_but_for_the_last_newline(
         self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder
     ) -> None:
@@ -59,6 +64,34 @@ class TestChatTemplate:
         )
         with pytest.raises(BadSample, match="writes earlier turns differently"):
             make_encoder(own, "tokenizer").encode(talk("Why?", "It is", "How?", "So"))
+
+    def test_a_template_of_parts_says_the_same(self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
+        """Templates of models with pictures pick the parts of type text; a string has none, and all was lost."""
+        sample = talk("<image>\nIs it </s> red?", "Yes <|im_end|> no", "Why?", "It is", images=1)
+        expected = make_encoder(own, "tokenizer").encode(sample)
+        self.write_content(
+            own, "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
+        )
+        found = make_encoder(own, "tokenizer").encode(sample)
+        assert found.input_ids.tolist() == expected.input_ids.tolist()
+        assert found.labels.tolist() == expected.labels.tolist()
+
+    @pytest.mark.parametrize("content", ["", "{{ m.content | reverse }}", "{{ raise_exception('not so') }}"])
+    def test_refuses_a_template_that_says_something_else(
+        self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder, content: str
+    ) -> None:
+        self.write_content(own, content)
+        with pytest.raises(UserError, match=r"leaves out what is said.*set model\.template to one of vicuna_v1"):
+            make_encoder(own, "tokenizer")
+
+    def test_refuses_a_sample_whose_text_the_template_changes(
+        self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder
+    ) -> None:
+        self.write_content(own, "{{ m.content.split('</think>')[-1] }}")
+        encoder = make_encoder(own, "tokenizer")
+        encoder.encode(talk("Why?", " It is "))
+        with pytest.raises(BadSample, match="leaves out or changes the text of turn 1"):
+            encoder.encode(talk("Why?", "so</think>It is"))
 
     def test_needs_one(self, new_tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
         with pytest.raises(UserError, match=r"no chat template; set model\.template"):

@@ -75,6 +75,15 @@ def test_the_message_has_the_file_the_numbers_an_example_and_the_next_step() -> 
     )
 
 
+def test_samples_that_ranks_repeat_are_of_the_same_pass() -> None:
+    """Of ten samples four ranks read twelve; the two more do not begin a pass with an allowance of its own."""
+    account = BadSampleLedger(max_bad_share=0.1, total_samples=10, source="train.json", read_in_a_pass=12)
+    account.judge(BadSampleCounts(seen=12, bad=1))
+    with pytest.raises(UserError, match="2 of the 12 samples read so far"):
+        account.judge(BadSampleCounts(seen=12, bad=2))
+    account.judge(BadSampleCounts(seen=13, bad=2))
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 200), st.integers(0, 30)), min_size=1, max_size=8),
     st.sampled_from([0.0, 0.01, 0.4]),

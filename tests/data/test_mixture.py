@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from dora_vl.data.mixture import MixturePlan, Source
+from dora_vl.data.mixture import Mixing, MixturePlan, Source
 
 SOURCES = (
     Source(name="vqav2", items=23, batch_size=6),
@@ -64,3 +64,9 @@ def test_balanced_gives_every_task_as_many_steps() -> None:
     items = [index for step in steps(plan, 0) for source, indices in step if source == 2 for index in indices]
     assert len(items) == 5 + 2  # three steps are the whole set, the fourth begins it anew
     assert sorted(items[:5]) == list(range(5))
+
+
+@pytest.mark.parametrize("mixing", ["proportional", "balanced"])
+def test_a_plan_says_how_many_items_an_epoch_reads(mixing: Mixing) -> None:
+    plan = MixturePlan(SOURCES, parts=3, mixing=mixing, seed=0)
+    assert plan.items == sum(len(plan.part(number, epoch=0).indices) for number in range(len(plan)))

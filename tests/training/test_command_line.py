@@ -52,6 +52,10 @@ def test_a_number_is_a_number_and_a_yaml_no_is_no(run_file: Path) -> None:
         (["--training.warmup_ratio", "0.03"], "use training.warmup_steps as a number below 1, such as 0.03"),
         (["--training.evaluation_strategy", "steps"], "use training.eval_strategy"),
         (["--training.push_to_hub", "true"], "training.push_to_hub cannot be set"),
+        (["--training.neftune_noise_alpha", "5"], "training.neftune_noise_alpha cannot be set: "),
+        (["--training.train_sampling_strategy", "group_by_length"], "set data.group_by_modality_length: true (LLaVA)"),
+        (["--training.train_sampling_strategy", "batch_rebalance"], "batch_rebalance cannot read the lengths"),
+        (["--training.metric_for_best_model", "accuracy"], "is accuracy, but validation measures the loss alone"),
         (["--training.max_steps", "four"], "training.max_steps"),
         (["--adapter.rank", "four"], "\"adapter.rank\": Expected a <class 'int'>. Got value: four"),
         (["--xyzzy", "1"], "xyzzy is not a setting; --help lists the settings"),
@@ -62,6 +66,12 @@ def test_a_wrong_key_is_told_the_nearest(run_file: Path, arguments: list[str], s
         read_run([f"--config={run_file}", *arguments])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_loss"])
+def test_what_validation_measures_can_choose_the_best(run_file: Path, metric: str) -> None:
+    training = read_run([f"--config={run_file}", f"--training.metric_for_best_model={metric}"]).training
+    assert training["metric_for_best_model"] == metric
 
 
 def test_a_wrong_key_in_the_file_is_told_the_nearest(run_file: Path) -> None:

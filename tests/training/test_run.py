@@ -221,3 +221,38 @@ def test_starts_from_a_projector_alone(run_file: Path, tmp_path: Path) -> None:
     second = load_file(run_folder(run_file) / "adapter" / "adapter_model.safetensors")
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("evaluates", ["epoch", "steps"])
+def test_going_on_at_an_epochs_end_gives_the_whole_run(run_file: Path, evaluates: str) -> None:
+    """Validation stands between the epoch's last step and the next epoch; dropout is drawn after it."""
+    records = str(read_run_file(run_file).data.train)
+    settings = [
+        "--adapter.dropout=0.2",
+        f"--data.validation={records}",
+        "--data.validation_limit=5",
+        f"--training.eval_strategy={evaluates}",
+        "--training.eval_steps=12",
+        "--training.max_steps=18",
+        "--training.save_strategy=steps",
+        "--training.save_steps=6",
+        "--training.load_best_model_at_end=false",
+    ]
+    whole_folder = run_file.parent / "whole"
+    whole = train_file(run_file, *settings, "--training.save_total_limit=5", f"--training.output_dir={whole_folder}")
+    again = train_file(run_file, *settings, f"--resume={whole_folder / 'checkpoint-12'}")  # twelve steps an epoch
+    assert again == whole[12:]
+    found, expected = (read_log(folder / "log.jsonl") for folder in (run_folder(run_file), whole_folder))
+    assert [line["step"] for line in expected if "eval_loss" in line] == [12, 18]
+    evaluated = json.loads((whole_folder / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in evaluated if "eval_loss" in line] == [12]
+    last = [line["eval_loss"] for line in found if "eval_loss" in line]
+    assert last == [line["eval_loss"] for line in expected if "eval_loss" in line and line["step"] > 12]
+
+
+def test_validation_changes_no_dropout(run_file: Path) -> None:
+    settings = ["--adapter.dropout=0.2", "--training.max_steps=5"]
+    alone = train_file(run_file, *settings)
+    records = str(read_run_file(run_file).data.train)
+    often = [f"--data.validation={records}", "--training.eval_strategy=steps", "--training.eval_steps=2"]
+    assert train_file(run_file, *settings, *often, "--overwrite=true") == alone

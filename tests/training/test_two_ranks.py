@@ -135,3 +135,56 @@ def test_ranks_share_one_random_order_and_load_the_best_checkpoint(
         assert result.returncode == 0, result.stderr[-3000:]
         assert (tmp_path / stage / "adapter" / "adapter_model.safetensors").is_file()
     torch.testing.assert_close(losses(tmp_path / "zero2"), losses(tmp_path / "zero0"), atol=1e-4, rtol=0)
+
+
+def test_two_ranks_end_where_one_does_though_they_read_some_samples_twice(tiny_llava: Path, tmp_path: Path) -> None:
+    """Ten samples, two bad, one allowed: two ranks read twelve in an epoch, which is no second pass."""
+    data = write_tiny_data(tmp_path / "data", samples=10)
+    for name in ("green-5.png", "blue-6.png"):
+        (data.parent / name).unlink()
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        tiny_llava,
+        data,
+        data={"group_by_modality_length": False, "max_bad_share": 0.1},
+        training={"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 50, "deepspeed": "zero2"},
+    )
+    result = launch(run_file, "--training.train_sampling_strategy=sequential", ranks=2, port=29675)
+    assert "2 of the 12 samples read so far" in result.stderr
+    assert result.returncode != 0
+
+
+def torchrun(config: Path, *overrides: str, port: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command += ["tasks/llava_instruct.py", "--config", str(config), *overrides]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_ranks_without_deepspeeds_engine_are_one_run(
+    mixed_run: Path, one_rank: Path, launcher: str, tmp_path: Path
+) -> None:
+    """On a CPU they would otherwise be two runs that write to one folder."""
+    options = (f"--training.output_dir={tmp_path}/run", "--training.save_strategy=steps", "--training.save_steps=10")
+    if launcher == "torchrun":
+        result = torchrun(mixed_run, *options, port=29681)
+    else:
+        result = launch(mixed_run, *options, ranks=2, port=29682)
+    assert result.returncode == 0, result.stderr[-3000:]
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(one_rank), atol=1e-4, rtol=0)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_samples"] == STEPS * 4
+    weights = Path("adapter") / "adapter_model.safetensors"
+    found, expected = load_file(tmp_path / "run" / weights), load_file(one_rank / weights)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=2e-3, rtol=0)
+    checkpoint = tmp_path / "run" / "checkpoint-10"
+    states = sorted(path.name for path in checkpoint.glob("rng_state*"))
+    assert states == ["rng_state_0.pth", "rng_state_1.pth"]
+    again = (f"--training.output_dir={tmp_path}/again", f"--resume={checkpoint}")
+    result = torchrun(mixed_run, *again, port=29683)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert torch.equal(losses(tmp_path / "again"), losses(tmp_path / "run")[10:])
+    resumed = load_file(tmp_path / "again" / weights)
+    assert all(torch.equal(resumed[name], found[name]) for name in found)

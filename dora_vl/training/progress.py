@@ -1,0 +1,61 @@
+"""What a run has read and skipped so far, kept in its checkpoints: a resumed run ends with a whole run's sums."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from dora_vl.training.batch_statistics import BatchStatistics, Counts
+
+logger = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"
+
+
+class Progress:
+    """Counts, skipped samples and seconds of a run, those before a resume included.
+
+    Args:
+        statistics: of training batches.
+        validation: of validation batches, where there are any.
+    """
+
+    def __init__(self, statistics: BatchStatistics, validation: BatchStatistics | None) -> None:
+        self._statistics = statistics
+        self._validation = validation
+        self._earlier_seconds = 0.0
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has trained."""
+        return self._earlier_seconds + time.monotonic() - self._started
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Takes over what stands in a checkpoint."""
+        path = checkpoint / PROGRESS
+        if not path.is_file():
+            logger.warning("%s is missing: metrics.json and skipped.jsonl will cover the steps from here on", path)
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        self._earlier_seconds = float(found["seconds"])
+        self._statistics.carry_over(found["skipped"], Counts(**found["counts"]))
+        if self._validation is not None:
+            self._validation.carry_over(found["validation_skipped"])
+
+    def write(self, checkpoint: Path, device: torch.device, *, writes: bool) -> None:
+        """Adds the sums over all ranks to a checkpoint; every rank must call it, one `writes`."""
+        held_out = {} if self._validation is None else self._validation.skipped_on_all_ranks()
+        content = {
+            "seconds": self.seconds,
+            "counts": asdict(self._statistics.over_ranks(device)),
+            "skipped": self._statistics.skipped_on_all_ranks(),
+            "validation_skipped": held_out,
+        }
+        if writes:
+            (checkpoint / PROGRESS).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")

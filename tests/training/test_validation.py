@@ -1,0 +1,175 @@
+"""The validation loss is the mean over usable samples, whatever is skipped and however ranks share the work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dora_vl.errors import UserError
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.training.llava_task import LlavaTask
+from dora_vl.training.run import train
+from dora_vl.training.validation import ValidationLoss, WholeSteps
+from dora_vl.training.vlbart_recipe import VlBartRunConfig
+from dora_vl.training.vlbart_task import VlBartTask
+from tests.training.test_two_ranks import launch
+from tests.training.tiny_run import write_run, write_tiny_data
+from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in read_log(folder / "log.jsonl") if "eval_loss" in line]
+
+
+def skipped(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+
+
+def without(records: Path, name: str) -> Path:
+    """A copy of LLaVA records without one of them."""
+    kept = [one for one in json.loads(records.read_text()) if one["id"] != name]
+    path = records.with_name(f"without-{name}.json")
+    path.write_text(json.dumps(kept))
+    return path
+
+
+def batch(samples: int, skipped: list[tuple[str, str]]) -> dict[str, Any]:
+    return {"input_ids": torch.ones(2, 3), "labels": torch.ones(2, 3), "samples": samples, "skipped": skipped}
+
+
+def test_a_batch_counts_by_its_usable_samples() -> None:
+    account = ValidationLoss(source="v.json", samples=8)
+    for loss, held in ((2.0, batch(3, [])), (7.0, batch(1, [("a", "broken")])), (0.0, batch(0, [("b", "broken")]))):
+        inputs, samples = account.take(held)
+        assert set(inputs) == {"input_ids", "labels"}
+        account.add(torch.tensor(loss), samples)
+    found = account.finish(torch.device("cpu"))
+    assert found == {"eval_loss": pytest.approx(13 / 4), "eval_samples": 4, "eval_skipped": 2}
+    account.add(torch.tensor(0.0), account.take(batch(0, [("b", "broken")]))[1])
+    with pytest.raises(UserError, match=r"v\.json: not one sample can be used; for example a: broken"):
+        account.finish(torch.device("cpu"))
+
+
+def test_whole_steps_repeat_nothing() -> None:
+    assert list(WholeSteps([1, 2, 3], step_samples=2)[place] for place in range(4)) == [1, 2, 3, None]
+    assert len(WholeSteps([1, 2, 3, 4], step_samples=2)) == 4
+
+
+@pytest.fixture
+def vlbart_run(tmp_path: Path) -> Path:
+    data = write_vlbart_data(tmp_path / "data")
+    (data / "features" / "p5.npz").unlink()
+    (data / "empty").mkdir()
+    (data / "empty" / "other.npz").write_bytes((data / "features" / "p0.npz").read_bytes())
+    lines = (data / "records" / "gqa.jsonl").read_text().splitlines()
+    whole = [line for line in lines if '"gqa-5"' not in line]
+    assert len(whole) == len(lines) - 1
+    (data / "whole.jsonl").write_text("\n".join(whole) + "\n")
+    return write_vlbart_run(
+        tmp_path / "run.yaml",
+        data,
+        ("vqav2",),
+        data={
+            "validation_files": {"gqa": str(data / "records" / "gqa.jsonl")},
+            "features": dict.fromkeys(("vqav2", "gqa"), str(data / "features")),
+            "max_bad_share": 0.5,
+        },
+        training={"use_cpu": True},
+        evaluation={"batch_size": 3},
+    )
+
+
+def train_vlbart(run_file: Path, *overrides: str) -> None:
+    config = read_settings([f"--config={run_file}", *overrides], VlBartRunConfig)
+    train(VlBartTask(config, all_subtasks(), name="tiny"))
+
+
+def test_a_vlbart_sample_without_features_is_named_and_not_in_the_mean(vlbart_run: Path) -> None:
+    folder, data = vlbart_run.parent, vlbart_run.parent / "data"
+    train_vlbart(vlbart_run)
+    train_vlbart(
+        vlbart_run,
+        f"--training.output_dir={folder / 'whole'}",
+        f"--data.validation_files.gqa={data / 'whole.jsonl'}",
+    )
+    (found,), (expected,) = evaluations(folder / "run"), evaluations(folder / "whole")
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
+    assert (found["eval_samples"], found["eval_skipped"]) == (6, 1)
+    assert expected["eval_skipped"] == 0
+    (line,) = [one for one in skipped(folder / "run") if one.get("of") == "validation"]
+    assert line["id"] == "gqa-5"
+    assert "p5" in line["reason"]
+
+
+def test_a_wrong_features_folder_stops_before_training(vlbart_run: Path) -> None:
+    empty = vlbart_run.parent / "data" / "empty"
+    with pytest.raises(UserError, match=r"gqa\.jsonl: not one sample can be used; for example gqa-0: .*p0"):
+        train_vlbart(vlbart_run, f"--data.features.gqa={empty}")
+    assert not (vlbart_run.parent / "run" / "log.jsonl").exists()
+
+
+@pytest.fixture
+def llava_run(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+    """Seven validation samples in batches of two; the first two have no picture."""
+    held_out = write_tiny_data(tmp_path / "held", samples=7)
+    for name in ("red-0.png", "green-1.png"):
+        (held_out.parent / name).unlink()
+    for source in tiny_data.parent.glob("*.png"):
+        (held_out.parent / "of" / source.name).parent.mkdir(exist_ok=True)
+        (held_out.parent / "of" / source.name).write_bytes(source.read_bytes())
+    records = json.loads(tiny_data.read_text())
+    for one in records:
+        one["image"] = f"of/{one['image']}"
+    (held_out.parent / "records.json").write_text(json.dumps(records))
+    return write_run(
+        tmp_path / "run.yaml",
+        tiny_llava,
+        held_out.parent / "records.json",
+        data={"validation": str(held_out), "group_by_modality_length": False},
+        training={"per_device_eval_batch_size": 2, "max_steps": 2},
+    )
+
+
+def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path) -> None:
+    folder = llava_run.parent
+    whole = without(without(folder / "held" / "train.json", "sample-0"), "sample-1")
+    for name, overrides in (("run", ()), ("whole", (f"--data.validation={whole}",))):
+        config = read_run_file(
+            llava_run, "--training.use_cpu=true", f"--training.output_dir={folder / name}", *overrides
+        )
+        train(LlavaTask(config))
+    (found,), (expected,) = evaluations(folder / "run"), evaluations(folder / "whole")
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=2e-2)  # batches differ: means of token means
+    assert (found["eval_samples"], found["eval_skipped"]) == (5, 2)
+    assert [one["id"] for one in skipped(folder / "run")] == ["sample-0", "sample-1"]
+    for picture in (folder / "held").glob("*.png"):
+        picture.unlink()
+    with pytest.raises(UserError, match=r"train\.json: not one sample can be used; for example sample-0"):
+        train(LlavaTask(read_run_file(llava_run, "--training.use_cpu=true", "--overwrite=true")))
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_find_the_loss_of_one(llava_run: Path) -> None:
+    """Seven samples are no whole number of steps of two ranks; none may count twice."""
+    found = []
+    for ranks, accumulated in ((1, 2), (2, 1)):
+        folder = llava_run.parent / f"ranks-{ranks}"
+        result = launch(
+            llava_run,
+            f"--training.output_dir={folder}",
+            "--training.deepspeed=zero2",
+            f"--training.gradient_accumulation_steps={accumulated}",
+            ranks=ranks,
+            port=29660 + ranks,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert {one["id"] for one in skipped(folder)} == {"sample-0", "sample-1"}
+        found += evaluations(folder)
+    one, two = found
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-5)
+    assert (two["eval_samples"], two["eval_skipped"]) == (5, 2)
