@@ -88,7 +88,16 @@ def scaled_with_sums(
     """
     mean, variance = _standard(len(gain.full), gain.full.dtype)
     return torch.ops.aten.native_batch_norm_backward(
-        gradient.contiguous(), output.contiguous(), gain.full, mean, variance, None, None, False, 0.0, (True, True, True)
+        gradient.contiguous(),
+        output.contiguous(),
+        gain.full,
+        mean,
+        variance,
+        None,
+        None,
+        False,
+        0.0,
+        (True, True, True),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator, Subtask, ValidationBatches, with_input_tokens
 from dora_vl.errors import UserError
+from dora_vl.evaluation.choices import check_choices
 from dora_vl.evaluation.seq2seq_run import evaluate_subtasks
 from dora_vl.training.adapting import core_config
 from dora_vl.training.arguments import order_seed
@@ -74,7 +76,8 @@ class VlBartTask(Task):
         return self._config
 
     def prepare(self, arguments: TrainingArguments) -> None:
-        """Composes the base where it is not there yet."""
+        """Reads the test's files, and composes the base where it is not there yet."""
+        self._test_files()
         make_base(compose_vlbart, self.config.model.compose, self.config.model.base, arguments)
 
     def load(self) -> VlBartBackbone:
@@ -151,11 +154,11 @@ class VlBartTask(Task):
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Answers every file of `evaluation.files` with the saved adapter on the base loaded again."""
         config, run_folder = self.config, run_folder_of(self.config)
+        files = self._test_files()
         backbone = self.load()
         load_adapter(backbone.model, run_folder / ADAPTER)
         backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         names, places = list(config.evaluation.files), {**config.data.features, **config.evaluation.features}
-        files = [ExampleFile(Path(file), limit=config.evaluation.limit) for file in config.evaluation.files.values()]
         readers = [self._reader(places[name], backbone.config.feature_width) for name in names]
         return evaluate_subtasks(
             backbone,
@@ -183,6 +186,18 @@ class VlBartTask(Task):
             batch_size=self.config.evaluation.batch_size,
             ranks=ranks,
         )
+
+    def _test_files(self) -> list[ExampleFile]:
+        """The test's examples; each is read once, so that a long run does not end at one that cannot be scored."""
+        files = []
+        for name, path in self.config.evaluation.files.items():
+            file = ExampleFile(Path(path), limit=self.config.evaluation.limit)
+            if self._subtasks[name].chooses:
+                check_choices(file, Path(path), most=None)
+            else:
+                collections.deque(file, maxlen=0)
+            files.append(file)
+        return files
 
     def _files(self, files: Mapping[str, str | tuple[str, ...]], *, limit: int | None) -> list[ExampleFile]:
         return [
