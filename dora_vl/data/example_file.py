@@ -24,11 +24,13 @@ class ExampleFile:
     A line that is no record is an item as well; asked for, it is a `BadSample` that names file and line.
 
     Raises:
-        UserError: the file is missing or empty.
+        UserError: the file is missing or empty, or the limit leaves nothing.
     """
 
     def __init__(self, paths: Path | Sequence[Path], *, each_answer: bool = False, limit: int | None = None) -> None:
         self.paths = (paths,) if isinstance(paths, Path) else tuple(paths)
+        if limit is not None and limit < 1:
+            raise UserError(f"{self.paths[0]}: a limit of {limit} leaves no example; at least 1 is needed")
         found: list[tuple[int, int, int]] = []
         for number, path in enumerate(self.paths):
             found += _items(path, number, each_answer=each_answer)

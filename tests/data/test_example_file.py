@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, UserError
 
 GOOD = b'{"id":"a","answers":[{"text":"red"},{"text":"blue"}]}\n'
 
@@ -62,3 +62,12 @@ def test_any_bytes_are_examples_or_bad_samples(tmp_path: Path, inserted: bytes, 
     for index in range(len(file)):
         if isinstance(found := read(file, index), BadSample):
             assert f"{path}, line " in found.reason
+
+
+@pytest.mark.parametrize("limit", [0, -2])
+def test_a_limit_that_leaves_nothing_is_refused(tmp_path: Path, limit: int) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD * 3)
+    with pytest.raises(UserError, match=rf"a\.jsonl: a limit of {limit} leaves no example; at least 1"):
+        ExampleFile(path, limit=limit)
+    assert len(ExampleFile(path, limit=1)) == 1
