@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from dora_vl.backbones.base import Features
+from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.vlbart_config import VlBartConfig
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration, joint_mask
@@ -143,7 +143,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         settings = {
             "do_sample": False,
             "num_beams": num_beams,
-            "max_length": max_length,
+            "max_length": min(max_length, max_positions(self.config) or max_length),
             "no_repeat_ngram_size": 0,
             "early_stopping": num_beams > 1,
             "forced_bos_token_id": None,

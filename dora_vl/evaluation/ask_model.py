@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from dora_vl.backbones.base import max_positions
 from dora_vl.core.adapter_file import RECIPE_FILE, WEIGHTS_FILE, read_json
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
@@ -70,7 +71,12 @@ class Model:
                 pixels=partial(read_pixels, folder=pictures, preparation=self.assistant.preparation)
             ),
             folder=folder,
-            decoding=Decoding(batch_size=batch_size, max_new_tokens=max_new_tokens, workers=workers),
+            decoding=Decoding(
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                workers=workers,
+                max_positions=max_positions(self.assistant.backbone.config),
+            ),
             settings={
                 "adapter_sha256": self.adapter_sha256,
                 "base_sha256": self.base_sha256,

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -37,6 +38,16 @@ PREDICTIONS = "predictions"
 Tested = tuple[Subtask, ExampleFile, FeatureReader]
 Answered = tuple[Example, str | None]
 """An example and what the model says to it; None where it could not be asked."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task's examples, the answers by id, why the others have none, and the tokens that each cut text lost."""
+
+    examples: list[Example]
+    answers: dict[str, str]
+    failed: dict[str, str]
+    cut: dict[str, int]
 
 
 @runtime_checkable
@@ -74,10 +85,11 @@ def evaluate_subtasks(
     answered: dict[str, list[Answered]] = {}
     headlines: dict[str, dict[str, Any]] = {}
     for subtask, file, reader in tested:
-        examples, answers, failed = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
+        asked = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
+        examples, answers = asked.examples, asked.answers
         _write(run_folder / PREDICTIONS / f"{subtask.name}.jsonl", answers)
         scored = _score(subtask, examples, answers)
-        tasks[subtask.name] = _entries(subtask, scored, len(examples), failed)
+        tasks[subtask.name] = _entries(subtask, scored, asked)
         if scored is not None and "accuracy" in scored.metrics:
             headlines[subtask.name] = _headline(scored, examples)
         answered[subtask.name] = [(example, answers.get(example.id)) for example in examples]
@@ -108,24 +120,28 @@ def answer(
     reader: FeatureReader,
     *,
     batch_size: int,
-) -> tuple[list[Example], dict[str, str], dict[str, str]]:
-    """Examples, answers by id, and why the others have none."""
+) -> Asked:
+    """Answers every example that can be asked."""
     collate = Seq2SeqCollator(encoder.pad_token_id, reader.shape)
-    examples, answers, failed = [], {}, {}
+    done = Asked([], {}, {}, {})
     device = next(backbone.parameters()).device
     with torch.inference_mode(), tqdm(total=len(file), desc=subtask.name, unit="question") as progress:
         for rows in _batches(file, batch_size):
-            examples += rows
+            done.examples.extend(rows)
             items = [_asked(example, subtask, encoder, reader) for example in rows]
-            failed |= {one.id: one.reason for one in items if isinstance(one, Skipped)}
+            done.failed.update({one.id: one.reason for one in items if isinstance(one, Skipped)})
             asked = [row for row, item in zip(rows, items, strict=True) if isinstance(item, Seq2SeqSample)]
             if asked:
                 batch = collate([MicroBatch(subtask, items, len(items))])
                 inputs = [batch[name].to(device) for name in ("input_ids", "attention_mask", "features")]
                 said = answers_of(backbone, encoder, subtask, asked, inputs)
-                answers |= {example.id: text for example, text in zip(asked, said, strict=True)}
+                done.answers.update({example.id: text for example, text in zip(asked, said, strict=True)})
+                done.cut.update(batch["cut"])
             progress.update(len(rows))
-    return examples, answers, failed
+    if done.cut:
+        name, tokens = next(iter(done.cut.items()))
+        log.warning("%s: %d texts were cut, such as that of %s by %d tokens", subtask.name, len(done.cut), name, tokens)
+    return done
 
 
 def _asked(
@@ -149,17 +165,18 @@ def _score(subtask: Subtask, examples: Sequence[Example], answers: Mapping[str, 
     return subtask.score(examples, answers)
 
 
-def _entries(subtask: Subtask, scored: Scored | None, asked: int, failed: Mapping[str, str]) -> dict[str, Any]:
+def _entries(subtask: Subtask, scored: Scored | None, asked: Asked) -> dict[str, Any]:
     """What `metrics.json` says of a task."""
+    losses = {"failed": asked.failed, "cut_texts": len(asked.cut)}
     if scored is None:
         note = "the publisher keeps the answers of this file"
-        return {"metrics": {}, "n": asked, "failed": dict(failed), "note": note}
+        return {"metrics": {}, "n": len(asked.examples), **losses, "note": note}
     return {
         "metrics": scored.metrics,
         "intervals_95": intervals(scored),
         "n": scored.n,
         "settings": {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings},
-        "failed": dict(failed),
+        **losses,
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
+from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
@@ -172,7 +173,12 @@ class VlBartTask(Task):
 
     def encoder(self) -> Seq2SeqEncoder:
         """Tokens of prompts and labels."""
-        return Seq2SeqEncoder(load_tokenizer(self.config.model.base), subtitles_first=self.config.data.subtitles_first)
+        base = self.config.model.base
+        return Seq2SeqEncoder(
+            load_tokenizer(base),
+            subtitles_first=self.config.data.subtitles_first,
+            max_positions=max_positions(VlBartConfig.from_pretrained(base)),
+        )
 
     def _validation(self, encoder: Seq2SeqEncoder, width: int, ranks: int) -> ValidationBatches | None:
         files = self.config.data.validation_files
