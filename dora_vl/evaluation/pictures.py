@@ -29,6 +29,8 @@ TITLE_FONT: Mapping[str, Any] = {"fontsize": 12, "fontweight": "bold", "linespac
 QUESTION_CHARACTERS, ANSWER_CHARACTERS = 25, 24  # of one line under a picture
 SUBTITLE_CHARACTERS = 34
 SMALL_PX = 160
+AS_IT_STANDS: Mapping[str, Any] = {"parse_math": False}
+"""For text that somebody else wrote: two dollars in it are no formula, which could not even be drawn."""
 
 
 def series(entries: Sequence[Mapping[str, object]], key: str) -> tuple[list[float], list[float]]:
@@ -149,7 +151,8 @@ def write_contact_sheet(
     rows = -(-len(chosen) // COLUMNS)
     width, height = CELL_WIDTH * COLUMNS + MARGIN, CELL_HEIGHT * rows + TITLE_HEIGHT
     figure = new_figure(width, height)
-    figure.text(0.5, 1 - 0.5 * TITLE_HEIGHT / height, title, ha="center", va="center", color=INK, **TITLE_FONT)
+    middle = 1 - 0.5 * TITLE_HEIGHT / height
+    figure.text(0.5, middle, plain_text(title), ha="center", va="center", color=INK, **TITLE_FONT, **AS_IT_STANDS)
     for number, prediction in enumerate(chosen):
         row, column = divmod(number, COLUMNS)
         left = (MARGIN + column * CELL_WIDTH) / width
@@ -172,7 +175,8 @@ def _draw_picture(axes: Axes, prediction: Prediction, open_picture: Callable[[st
         picture = open_picture(prediction.images[0])
     except BadSample as error:
         reason = textwrap.fill(error.reason, QUESTION_CHARACTERS)
-        axes.text(0.5, 0.5, reason, ha="center", va="center", fontsize=6, color=WRONG, transform=axes.transAxes)
+        look = {"ha": "center", "va": "center", "fontsize": 6, "color": WRONG}
+        axes.text(0.5, 0.5, plain_text(reason), transform=axes.transAxes, **look, **AS_IT_STANDS)
         return
     # Pixels stay squares where a picture is smaller than its place on the sheet.
     axes.imshow(picture, interpolation="nearest" if max(picture.size) < SMALL_PX else "antialiased")
@@ -182,7 +186,8 @@ def _draw_subtitles(axes: Axes, said: str) -> None:
     lines = textwrap.wrap(said, SUBTITLE_CHARACTERS, max_lines=2, placeholder=" …")
     look = {"fontsize": 6, "color": "white", "bbox": {"facecolor": INK, "alpha": 0.75, "linewidth": 0, "pad": 1.5}}
     if lines:
-        axes.text(0.5, 0.03, "\n".join(lines), ha="center", va="bottom", transform=axes.transAxes, **look)
+        place = {"ha": "center", "va": "bottom", "transform": axes.transAxes, **AS_IT_STANDS}
+        axes.text(0.5, 0.03, plain_text("\n".join(lines)), **place, **look)
 
 
 def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bool) -> None:
@@ -193,10 +198,10 @@ def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bo
     question = textwrap.wrap(prediction.question, QUESTION_CHARACTERS, max_lines=2, placeholder=" …")
     said = prediction.prediction.strip() or "(empty)"
     line = _two_lines(f"✓ {said}") if right else f"✗ {_ending(said)}\ntrue: {_ending(prediction.truth)}"
-    place = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15}
-    axes.text(0.5, -0.07 / inches, "\n".join(question), fontsize=8.5, color=INK, **place)
+    place = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15, **AS_IT_STANDS}
+    axes.text(0.5, -0.07 / inches, plain_text("\n".join(question)), fontsize=8.5, color=INK, **place)
     below = -(0.12 + 0.145 * len(question)) / inches
-    axes.text(0.5, below, line, fontsize=8.5, fontweight="bold", color=color, **place)
+    axes.text(0.5, below, plain_text(line), fontsize=8.5, fontweight="bold", color=color, **place)
 
 
 def _two_lines(answer: str) -> str:
@@ -212,6 +217,11 @@ def _ending(answer: str) -> str:
         return answer
     last = answer[-(room - len("… ")) :]
     return "… " + (last.partition(" ")[2] or last)
+
+
+def plain_text(text: str) -> str:
+    """Text that matplotlib draws: half a surrogate pair, which ends its renderer, becomes the sign for the unknown."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def new_figure(width: float, height: float) -> Figure:
