@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ TITLE_FONT: Mapping[str, Any] = {"fontsize": 12, "fontweight": "bold", "linespac
 QUESTION_CHARACTERS, ANSWER_CHARACTERS = 25, 24  # of one line under a picture
 SUBTITLE_CHARACTERS = 34
 SMALL_PX = 160
+RIGHT_SHARE = 0.5
 AS_IT_STANDS: Mapping[str, Any] = {"parse_math": False}
 """For text that somebody else wrote: two dollars in it are no formula, which could not even be drawn."""
 
@@ -107,19 +109,27 @@ def plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def chosen_for_sheet(
-    predictions: Sequence[Prediction], cells: int = SHEET_CELLS, seed: int = 0, answer_after: str | None = None
+    predictions: Sequence[Prediction],
+    cells: int = SHEET_CELLS,
+    seed: int = 0,
+    is_right: Callable[[Prediction], bool | None] | None = None,
 ) -> tuple[list[Prediction], list[Prediction]]:
     """A fair random sample for all rows but the last, and mistakes that fill the last (as far as there are any)."""
     shuffled = list(predictions)
     random.Random(seed).shuffle(shuffled)
     fair = shuffled[: cells - COLUMNS] if len(shuffled) > cells - COLUMNS else shuffled
-    mistakes = [prediction for prediction in shuffled[len(fair) :] if not _is_right(prediction, answer_after)]
+    mistakes = [prediction for prediction in shuffled[len(fair) :] if (is_right or _matches)(prediction) is False]
     return fair, mistakes[:COLUMNS]
 
 
-def _is_right(prediction: Prediction, answer_after: str | None) -> bool:
+def _matches(prediction: Prediction, answer_after: str | None = None) -> bool:
     answer = final_answer(prediction.prediction, answer_after)
     return is_match(Answered(id=prediction.id, truth=prediction.truth, prediction=answer))
+
+
+def _by_share(prediction: Prediction, shares: Mapping[str, float]) -> bool | None:
+    share = shares.get(prediction.id)
+    return None if share is None else share >= RIGHT_SHARE
 
 
 def write_contact_sheet(
@@ -130,6 +140,7 @@ def write_contact_sheet(
     title: str,
     answer_after: str | None = None,
     subtitles: Mapping[str, str] = MappingProxyType({}),
+    shares: Mapping[str, float] | None = None,
 ) -> None:
     """Draws pictures with their questions and the model's answers, green where right, red where wrong.
 
@@ -139,13 +150,16 @@ def write_contact_sheet(
         title: the line on top.
         answer_after: what stands before the scored part of an answer (`evaluation.answer_after`).
         subtitles: what is said in a video, by the prediction's id; drawn over its picture's lower edge.
+        shares: how right each answer is, from 0 to 1, by the prediction's id, as the task's score has it; half is
+            right, and one that is not in it has neither colour. None: an answer is right where it is the true one.
 
     Raises:
         UserError: there are no predictions.
     """
     if not predictions:
         raise UserError(f"no predictions, so there is no contact sheet for {to}")
-    fair, mistakes = chosen_for_sheet(predictions, answer_after=answer_after)
+    is_right = partial(_matches, answer_after=answer_after) if shares is None else partial(_by_share, shares=shares)
+    fair, mistakes = chosen_for_sheet(predictions, is_right=is_right)
     chosen = fair + mistakes
     title += "\nrandom questions, then a row of mistakes" if mistakes else "\nrandom questions"
     rows = -(-len(chosen) // COLUMNS)
@@ -161,7 +175,7 @@ def write_contact_sheet(
         axes = figure.add_axes((left, top - side / height, side / width, side / height))
         _draw_picture(axes, prediction, open_picture)
         _draw_subtitles(axes, subtitles.get(prediction.id, ""))
-        _draw_answer(axes, prediction, inches=side, right=_is_right(prediction, answer_after))
+        _draw_answer(axes, prediction, inches=side, right=is_right(prediction))
     save_png(figure, to)
 
 
@@ -190,14 +204,16 @@ def _draw_subtitles(axes: Axes, said: str) -> None:
         axes.text(0.5, 0.03, plain_text("\n".join(lines)), **place, **look)
 
 
-def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bool) -> None:
-    """The question and the answer under a picture `inches` high."""
-    color = RIGHT if right else WRONG
+def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bool | None) -> None:
+    """The question and the answer under a picture `inches` high; None is neither right nor wrong."""
+    color = INK if right is None else RIGHT if right else WRONG
     axes.spines[:].set_color(color)
-    axes.spines[:].set_linewidth(1.2 if right else 2.5)
+    axes.spines[:].set_linewidth(2.5 if right is False else 1.2)
     question = textwrap.wrap(prediction.question, QUESTION_CHARACTERS, max_lines=2, placeholder=" …")
     said = prediction.prediction.strip() or "(empty)"
-    line = _two_lines(f"✓ {said}") if right else f"✗ {_ending(said)}\ntrue: {_ending(prediction.truth)}"
+    line = _two_lines(f"✓ {said}" if right else said)
+    if right is False:
+        line = f"✗ {_ending(said)}\ntrue: {_ending(prediction.truth)}"
     place = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15, **AS_IT_STANDS}
     axes.text(0.5, -0.07 / inches, plain_text("\n".join(question)), fontsize=8.5, color=INK, **place)
     below = -(0.12 + 0.145 * len(question)) / inches

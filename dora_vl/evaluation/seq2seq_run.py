@@ -7,12 +7,10 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
@@ -20,24 +18,18 @@ from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example, whole_file
-from dora_vl.data.media import open_image
 from dora_vl.data.seq2seq import FeatureReader, MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.bootstrap import intervals
-from dora_vl.evaluation.clip_picture import clip_picture
-from dora_vl.evaluation.predictions_file import Prediction
 from dora_vl.evaluation.scored import Scored
 from dora_vl.evaluation.seq2seq_answers import answers_of
-from dora_vl.training.callbacks import read_log
-from dora_vl.training.run_folder import LOSS_LOG, METRICS, write_json
-from dora_vl.vision.video import VideoReader
+from dora_vl.evaluation.seq2seq_pictures import Shown, draw
+from dora_vl.training.run_folder import METRICS, write_json
 
 log = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions"
 Tested = tuple[Subtask, ExampleFile, FeatureReader]
-Answered = tuple[Example, str | None]
-"""An example and what the model says to it; None where it could not be asked."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,7 @@ def evaluate_subtasks(
     """
     backbone.eval()
     started, tasks = time.monotonic(), {}
-    answered: dict[str, list[Answered]] = {}
+    shown: list[Shown] = []
     headlines: dict[str, dict[str, Any]] = {}
     for subtask, file, reader in tested:
         asked = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
@@ -92,7 +84,7 @@ def evaluate_subtasks(
         tasks[subtask.name] = _entries(subtask, scored, asked)
         if scored is not None and "accuracy" in scored.metrics:
             headlines[subtask.name] = _headline(scored, examples)
-        answered[subtask.name] = [(example, answers.get(example.id)) for example in examples]
+        shown.append(Shown(subtask.name, examples, answers, scored))
         log.info("%s: %s", subtask.name, {k: round(v, 3) for k, v in tasks[subtask.name]["metrics"].items()})
     metrics = {
         **dict(numbers),
@@ -100,10 +92,9 @@ def evaluate_subtasks(
         "settings": dict(settings),
         "evaluation_seconds": round(time.monotonic() - started, 1),
     }
-    shown = list(chain.from_iterable(answered.values()))
     if len(headlines) == 1:
         name, headline = next(iter(headlines.items()))
-        shown = answered[name]
+        shown = [one for one in shown if one.task == name]
         metrics |= headline
     elif len(tasks) == 1:
         metrics |= {"n": next(iter(tasks.values()))["n"]}
@@ -195,61 +186,6 @@ def by_kind(examples: Sequence[Example], shares: Mapping[str, float]) -> dict[st
         if "kind" in example.extra and example.id in shares:
             kinds.setdefault(str(example.extra["kind"]), []).append(shares[example.id])
     return {kind: {"accuracy": sum(right) / len(right), "n": len(right)} for kind, right in sorted(kinds.items())}
-
-
-def expected(example: Example) -> str:
-    """The right answer as a model says it: a choice's label, or the first answer."""
-    if example.choices and "correct" in example.extra:
-        return f"a{example.extra['correct']}"
-    return example.answers[0].text if example.answers else ""
-
-
-def draw(answered: Sequence[Answered], *, run_folder: Path, image_folder: str | None) -> None:
-    """The loss curve and, where the pictures are known, the contact sheet."""
-    try:
-        from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
-
-        entries = read_log(run_folder / LOSS_LOG)
-        if any("loss" in entry for entry in entries):
-            write_loss_curve(entries, run_folder / "loss_curve.png")
-    except ImportError:
-        log.warning("no loss curve: matplotlib is not installed (pip install 'dora-vl[demo]')")
-        return
-    if image_folder is None:
-        return
-    shown = [_prediction(example, said) for example, said in answered if said is not None and media_of(example)]
-    right = sum(one.prediction == one.truth for one in shown)
-    title = f"{right / max(1, len(shown)):.1%} of {len(shown):,} right"
-    clips = {example.video.path: example.video for example, _ in answered if example.video is not None}
-    heard = {example.id: " ".join(line.text for line in example.subtitles) for example, _ in answered}
-    with VideoReader() as reader:
-
-        def open_medium(path: str) -> Image.Image:
-            root = Path(image_folder)
-            return clip_picture(reader, root, clips[path]) if path in clips else open_image(root, path)
-
-        write_contact_sheet(shown, open_medium, run_folder / "contact_sheet.png", title=title, subtitles=heard)
-
-
-def media_of(example: Example) -> list[str]:
-    """Paths of an example's pictures, or of its video."""
-    return list(example.images) or ([] if example.video is None else [example.video.path])
-
-
-def _prediction(example: Example, said: str | None) -> Prediction:
-    """What the contact sheet shows; a choice in its words."""
-    chosen = [f"a{index}" for index in range(len(example.choices))]
-    words = dict(zip(chosen, example.choices, strict=True))
-    truth = expected(example)
-    kind = example.extra.get("kind")
-    return Prediction(
-        id=example.id,
-        images=media_of(example),
-        question=example.question,
-        truth=words.get(truth, truth),
-        prediction=words.get(said or "", said or ""),
-        kind=None if kind is None else str(kind),
-    )
 
 
 def _write(path: Path, answers: Mapping[str, str]) -> None:
