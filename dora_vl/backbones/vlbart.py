@@ -16,6 +16,7 @@ from dora_vl.backbones.vlbart_config import VlBartConfig
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration, joint_mask
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import UserError
+from dora_vl.model_files import check_model_folder
 
 DORA_TARGETS = (
     "model.encoder.layers.*.self_attn.q_proj",
@@ -186,6 +187,7 @@ def load_vlbart(
     Raises:
         UserError: it cannot be opened, or some of its weights are missing.
     """
+    check_model_folder(folder)
     try:
         loaded: Any = VlBartForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
