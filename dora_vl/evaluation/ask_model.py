@@ -143,6 +143,6 @@ def _no_llava(adapter: Path, task: str) -> str:
     else:
         instead = f"score {run / 'predictions'}/TASK.jsonl, its run's answers to its test records, with --predictions"
     return (
-        f"{adapter} was trained as {task}, which is no LLaVA: {instead}; to run that test again, call "
-        f"task_of(settings).test({{}}) of tasks/{task}.py (docs/evaluation.md)"
+        f"{adapter} was trained as {task}, which is no LLaVA: {instead}; to run that test again, with RUN.yaml the "
+        f"run's settings: python tasks/{task}.py --config RUN.yaml --training.output_dir {run} --test_only true"
     )
