@@ -67,5 +67,6 @@ test: $(INSTALLED) lint
 test-all: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q
 
+# The demos' output and the tools' caches alone: other folders in runs/ are somebody's training.
 clean:
-	rm -rf runs build dist .pytest_cache .ruff_cache
+	rm -rf $(DEMO) $(VLDEMO) $(VIDEO) build dist .pytest_cache .ruff_cache

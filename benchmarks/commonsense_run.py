@@ -30,6 +30,7 @@ from dora_vl.evaluation.predictions_file import read_predictions
 from dora_vl.evaluation.scored import Mean, Ratio, Scored, Tally
 from dora_vl.training.command_line import read_settings
 from dora_vl.training.commonsense_recipe import CommonsenseRunConfig
+from dora_vl.whole_numbers import positive
 
 CONFIG = "configs/commonsense/smollm2_135m_dora.yaml"
 SETS = ("openbookqa", "ARC-Easy", "ARC-Challenge")
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/commonsense_benchmark"), help="where runs stay")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
-    parser.add_argument("--test-limit", type=int, default=400, help="questions of each test set")
+    parser.add_argument("--test-limit", type=positive, default=400, help="questions of each test set")
     parser.add_argument("--json", default=None, help="file for the figures")
     options, settings = parser.parse_known_args()
     runs = [

@@ -26,6 +26,7 @@ from dora_vl.training.command_line import read_run
 from dora_vl.training.picture_reading import image_preparation, read_pixels
 from dora_vl.training.recipe import RunConfig
 from dora_vl.vision.towers import register_towers
+from dora_vl.whole_numbers import positive
 
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values")
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--peer", choices=("peft_dora", "peft_lora"), required=True)
     parser.add_argument("--config", required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--limit", type=int, required=True)
+    parser.add_argument("--limit", type=positive, required=True)
     options, settings = parser.parse_known_args()
     config = read_run(["--config", options.config, *settings])
     register_towers()

@@ -27,6 +27,7 @@ from dora_vl.data.media import open_image
 from dora_vl.errors import exit_on_user_error
 from dora_vl.evaluation.assistant import Assistant, open_assistants
 from dora_vl.evaluation.questions import Question, read_questions
+from dora_vl.whole_numbers import positive
 
 Inputs = tuple[Tensor, Tensor]
 """Ids and pixels of one question, each with a batch of one in front."""
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder of a LLaVA run")
     parser.add_argument("--questions", type=Path, required=True, help="questions in LLaVA's format")
     parser.add_argument("--images", type=Path, required=True, help="root of their pictures")
-    parser.add_argument("--limit", type=int, default=16, help="the first so many questions")
+    parser.add_argument("--limit", type=positive, default=16, help="the first so many questions")
     parser.add_argument("--json", default=None, help="file for the figures")
     options = parser.parse_args()
     figures = compare(options.adapter, read_questions(options.questions, options.limit)[0], options.images)

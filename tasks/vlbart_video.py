@@ -18,6 +18,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from dora_vl.data.examples import Example
+from dora_vl.data.right_choice import right_choice
 from dora_vl.data.seq2seq import Prompt, Search, Subtask, Target
 from dora_vl.errors import BadSample
 from dora_vl.evaluation import caption, video_qa
@@ -59,6 +60,7 @@ def choice_task(name: str, score: Callable[..., video_qa.Scored], suffix: str) -
         answer_by="choice",
         search=PUBLISHED_SEARCH,
         score=score,
+        chooses=True,
     )
 
 
@@ -72,6 +74,7 @@ def words_task(name: str, suffix: str) -> Subtask:
         target_tokens=LABEL_TOKENS,
         answer_by="words",
         score=video_qa.score,
+        chooses=True,
     )
 
 
@@ -121,16 +124,18 @@ def caption_prompt(example: Example, *, suffix: str, with_times: bool) -> Prompt
 
 def right_label(example: Example, answer: int | None, random: Random) -> Target:
     """The right choice's label, such as `a2`."""
-    if "correct" not in example.extra:
-        raise BadSample(example.id, "nothing says which of its choices is right, so it cannot be trained on")
-    return Target(text=f"a{example.extra['correct']}")
+    return Target(text=f"a{_right_index(example)}")
 
 
 def right_words(example: Example, answer: int | None, random: Random) -> Target:
     """The right choice itself."""
+    return Target(text=example.choices[_right_index(example)])
+
+
+def _right_index(example: Example) -> int:
     if "correct" not in example.extra:
         raise BadSample(example.id, "nothing says which of its choices is right, so it cannot be trained on")
-    return Target(text=example.choices[example.extra["correct"]])
+    return right_choice(example.extra["correct"], example.choices, example.id)
 
 
 def own_caption(example: Example, answer: int | None, random: Random) -> Target:

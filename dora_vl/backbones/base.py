@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,15 @@ class Features(NamedTuple):
     logits: Float[Tensor, "labelled vocab"]
     targets: Int[Tensor, " labelled"]
     rows: Int[Tensor, " labelled"]
+
+
+def max_positions(config: Any) -> int | None:
+    """How many tokens of text, pictures among them, a model of this config takes; None where it states no number.
+
+    Learnt positions end in an index error there; rotary ones go on, far from anything that was trained.
+    """
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
 
 
 def labelled_positions(

@@ -21,6 +21,7 @@ from dora_vl.backbones.language_source import PlainLanguageModel, read_language_
 from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.written_base import written_base
 from dora_vl.errors import UserError
+from dora_vl.model_files import check_model_folder
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +173,7 @@ def load_causal_lm(
 
     Raises: UserError if it is none or some of its weights are missing.
     """
+    check_model_folder(folder_or_id)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder_or_id,

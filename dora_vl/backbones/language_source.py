@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
+from dora_vl.model_files import check_model_folder
 
 VOCABULARY_MULTIPLE = 64  # rows of an embedding that has to grow; matrix products like it
 
@@ -96,6 +97,8 @@ def read_language_model(
     Raises: UserError if the folder cannot be read.
     """
     tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
+    if gguf_file is None:
+        check_model_folder(folder)
     try:
         if gguf_file is not None:
             # float32: what dequantising computes in. The caller's dtype follows below, rounded once.

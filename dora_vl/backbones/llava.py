@@ -20,6 +20,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from dora_vl.backbones.base import Features, labelled_positions, layout_attention
 from dora_vl.backbones.module import Backbone
 from dora_vl.errors import UserError
+from dora_vl.model_files import check_model_folder
 from dora_vl.vision.towers import register_towers
 
 LANGUAGE_LAYERS = "model.language_model.layers.*"
@@ -267,6 +268,7 @@ def load_llava(
     Raises: UserError if it is no LLaVA or some of its weights are missing.
     """
     register_towers()
+    check_model_folder(folder_or_id)
     with _user_errors(folder_or_id):
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder_or_id,

@@ -22,17 +22,23 @@ class Seq2SeqEncoder:
         tokenizer: the base's, with the picture tokens in its vocabulary.
         subtitles_first: cuts subtitles at their end until the rest fits; otherwise the end of the whole text is cut,
             the question and its choices with it, as in the published video runs.
+        max_positions: of the model's encoder and decoder, neither of which reads a longer text; it is cut likewise.
+            None: no end.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, subtitles_first: bool = True) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, subtitles_first: bool = True, max_positions: int | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.subtitles_first = subtitles_first
+        self.max_positions = max_positions
         self.pad_token_id = _id(tokenizer.pad_token_id, "pad_token")
         self._begin = _id(tokenizer.bos_token_id, "bos_token")
         self._end = _id(tokenizer.eos_token_id, "eos_token")
 
     def encode(self, prompt: Prompt, *, max_tokens: int | None) -> tuple[Int[Tensor, " seq"], int]:
         """Ids with their ends, and how many tokens were cut."""
+        max_tokens = self._longest(max_tokens)
         if not self.subtitles_first or not prompt.subtitles:
             whole = self._ids(prompt.subtitles_before + prompt.subtitles + prompt.text)
             return self._closed(whole, max_tokens)
@@ -44,7 +50,7 @@ class Seq2SeqEncoder:
 
     def labels(self, text: str, *, max_tokens: int) -> Int[Tensor, " answer"]:
         """Ids with their ends; a longer text loses its end, never the end token."""
-        return self._closed(self._ids(text), max_tokens)[0]
+        return self._closed(self._ids(text), self._longest(max_tokens))[0]
 
     def decode(self, ids: Int[Tensor, " answer"]) -> str:
         """The text of generated ids, without special tokens."""
@@ -55,6 +61,9 @@ class Seq2SeqEncoder:
         """The id of a text that is one token; None for a text of several."""
         ids = self._ids(text)
         return ids[0] if len(ids) == 1 else None
+
+    def _longest(self, max_tokens: int | None) -> int | None:
+        return min((one for one in (max_tokens, self.max_positions) if one is not None), default=None)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []

@@ -10,12 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from dora_vl.backbones.base import Features
+from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.vlbart_config import VlBartConfig
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration, joint_mask
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import UserError
+from dora_vl.model_files import check_model_folder
 
 DORA_TARGETS = (
     "model.encoder.layers.*.self_attn.q_proj",
@@ -143,7 +144,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         settings = {
             "do_sample": False,
             "num_beams": num_beams,
-            "max_length": max_length,
+            "max_length": min(max_length, max_positions(self.config) or max_length),
             "no_repeat_ngram_size": 0,
             "early_stopping": num_beams > 1,
             "forced_bos_token_id": None,
@@ -186,6 +187,7 @@ def load_vlbart(
     Raises:
         UserError: it cannot be opened, or some of its weights are missing.
     """
+    check_model_folder(folder)
     try:
         loaded: Any = VlBartForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True

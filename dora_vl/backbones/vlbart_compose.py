@@ -26,6 +26,7 @@ from dora_vl.backbones.vlbart_names import load_original, original_state
 from dora_vl.backbones.written_base import written_base
 from dora_vl.data.examples import Example, iterate_examples
 from dora_vl.errors import UserError
+from dora_vl.model_files import check_model_folder
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,7 @@ def _language(spec: VlBartSpec) -> tuple[PreTrainedTokenizerBase, dict[str, Any]
             **{f"{side}_ffn_dim": small.feedforward for side in ("encoder", "decoder")},
         }
         return tokenizer, shape, {}
+    check_model_folder(spec.bart)
     try:
         loaded: Any = AutoTokenizer.from_pretrained(spec.bart)
         bart = BartForConditionalGeneration.from_pretrained(spec.bart, dtype=torch.float32)

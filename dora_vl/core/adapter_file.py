@@ -33,6 +33,7 @@ from dora_vl.core.inject import apply_dora, refuse_unwritable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.precision import Gather, no_gather
 from dora_vl.core.trainable import adapted_layers, is_adapted, kept_rows, kept_tensors, trained_parts
+from dora_vl.core.weight_file import check_whole
 from dora_vl.errors import UserError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -229,6 +230,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise UserError(f"{path} does not exist ({there}); give the folder that save_adapter or PEFT wrote")
+    check_whole(path)
     try:
         return load_file(path)
     except SafetensorError as error:

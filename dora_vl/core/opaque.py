@@ -33,6 +33,17 @@ class OpaqueKind:
     """The dtype of the rows that it is asked about."""
     rounds_input: bool = False
     """It quantises its input too (LLM.int8): only one-hot rows pass exactly, so A's rows go through the identity."""
+    loose_tensors: Callable[[Any], Iterator[Tensor]] = lambda layer: iter(())
+    """Tensors that W is made of and that are neither parameters nor buffers."""
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors of a dictionary, and of those in it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from tensors_in(one)
 
 
 OPAQUE_KINDS: Mapping[str, OpaqueKind] = {
@@ -40,7 +51,9 @@ OPAQUE_KINDS: Mapping[str, OpaqueKind] = {
     "bitsandbytes.nn.modules.LinearNF4": OpaqueKind(lambda layer: layer.weight.quant_state.dtype),
     "bitsandbytes.nn.modules.LinearFP4": OpaqueKind(lambda layer: layer.weight.quant_state.dtype),
     "bitsandbytes.nn.modules.Linear8bitLt": OpaqueKind(lambda layer: torch.float16, rounds_input=True),
-    "hqq.core.quantize.HQQLinear": OpaqueKind(lambda layer: layer.compute_dtype),
+    "hqq.core.quantize.HQQLinear": OpaqueKind(
+        lambda layer: layer.compute_dtype, loose_tensors=lambda layer: tensors_in(layer.meta)
+    ),  # scales and zeros, which may be quantised themselves
 }
 TENSOR_SUBCLASS = OpaqueKind(lambda layer: layer.weight.dtype)
 """An `nn.Linear` whose weight is a tensor subclass (torchao)."""
@@ -96,7 +109,11 @@ class OpaqueLinear(AdaptedLayer):
         return functional.changed_output(output, frozen, low_rank, gain)
 
     def frozen_key(self) -> tuple[object, ...]:
-        """Versions of all of the layer's tensors but its bias, which may train: which of them hold W is not known."""
+        """Versions of all of the layer's tensors but its bias, which may train: which of them hold W is not known.
+
+        A loose tensor may also be replaced by another one of the same version. One made in inference mode, as HQQ
+        makes its scales, has no version; nothing but inference mode can edit it in place, and that is not seen.
+        """
         bias = self.bias
         versions = [
             tensor._version
@@ -104,7 +121,11 @@ class OpaqueLinear(AdaptedLayer):
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None and tensor is not bias
         ]
-        return self.weight.device, *versions
+        loose = [
+            (id(tensor), None if tensor.is_inference() else tensor._version)
+            for tensor in self.kind.loose_tensors(self.base)
+        ]
+        return self.weight.device, *versions, *loose
 
     def state_key(self) -> tuple[object, ...]:
         """Changes with every optimizer step and in-place edit, of the layer inside too, and with a new scale."""

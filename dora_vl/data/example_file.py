@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from dora_vl.data.examples import Example, from_record
-from dora_vl.errors import UserError
+from dora_vl.data.examples import JSON, Example, from_record
+from dora_vl.errors import BadSample, UserError
 
 
 class ExampleFile:
@@ -21,12 +21,16 @@ class ExampleFile:
         each_answer: an example with several answers counts as several, as captions are trained on.
         limit: only the first so many.
 
+    A line that is no record is an item as well; asked for, it is a `BadSample` that names file and line.
+
     Raises:
-        UserError: the file is missing or empty, or a line is no record.
+        UserError: the file is missing or empty, or the limit leaves nothing.
     """
 
     def __init__(self, paths: Path | Sequence[Path], *, each_answer: bool = False, limit: int | None = None) -> None:
         self.paths = (paths,) if isinstance(paths, Path) else tuple(paths)
+        if limit is not None and limit < 1:
+            raise UserError(f"{self.paths[0]}: a limit of {limit} leaves no example; at least 1 is needed")
         found: list[tuple[int, int, int]] = []
         for number, path in enumerate(self.paths):
             found += _items(path, number, each_answer=each_answer)
@@ -42,14 +46,18 @@ class ExampleFile:
         """The example at this place; with `each_answer` see `answer_of` for which of its answers is meant.
 
         Raises:
-            BadSample: the record's fields are wrong.
+            BadSample: the line is no JSON object, or its fields are wrong; the reason begins with file and line.
         """
-        number = int(self._file[index])
+        number, place = int(self._file[index]), int(self._places[index])
         if number not in self._streams:
             self._streams[number] = self.paths[number].open("rb")
         stream = self._streams[number]
-        stream.seek(int(self._places[index]))
-        return from_record(json.loads(stream.readline()))
+        stream.seek(place)
+        try:
+            return from_record(_json_object(stream.readline()))
+        except BadSample as error:
+            where = f"{self.paths[number]}, line {_line_number(stream, place)}"
+            raise BadSample(error.sample_id, f"{where}: {error.reason}") from None
 
     def answer_of(self, index: int) -> int | None:
         """The answer that this item is about; None where it is about all of them."""
@@ -68,19 +76,45 @@ def _items(path: Path, number: int, *, each_answer: bool) -> Iterator[tuple[int,
         raise UserError(f"{path} does not exist; `dora-vl prepare` writes records from a publisher's files")
     empty = True
     with path.open("rb") as stream:
-        for row, (place, line) in enumerate(_lines(stream), start=1):
+        for place, line in _lines(stream):
             empty = False
-            for answer in range(_answers(path, line, row) if each_answer else 1):
+            for answer in range(_answers(line) if each_answer else 1):
                 yield number, place, answer
     if empty:
         raise UserError(f"{path} holds no example")
 
 
-def _answers(path: Path, line: bytes, row: int) -> int:
+def _answers(line: bytes) -> int:
+    """How many items the line is; a broken one is a single item, whose reading says what is wrong."""
     try:
-        return max(1, len(json.loads(line).get("answers", ())))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: record {row} is not a JSON object ({error})") from error
+        answers = _json_object(line).get("answers", ())
+    except BadSample:
+        return 1
+    return max(1, len(answers)) if isinstance(answers, list) else 1
+
+
+def _json_object(line: bytes) -> Mapping[str, JSON]:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise BadSample("(no id)", f"not UTF-8 ({error.reason}); write the file again") from None
+    except (ValueError, RecursionError) as error:
+        raise BadSample("(no id)", f"not whole JSON ({error}); write the file again") from None
+    if not isinstance(record, dict):
+        raise BadSample("(no id)", f"a line must hold an object, found {type(record).__name__}")
+    return record
+
+
+def _line_number(stream: IO[bytes], place: int) -> int:
+    """The line that begins at this place, from 1; reads all before it, which only a broken line is worth."""
+    stream.seek(0)
+    return 1 + sum(part.count(b"\n") for part in _parts(stream, place))
+
+
+def _parts(stream: IO[bytes], size: int) -> Iterator[bytes]:
+    while size > 0 and (part := stream.read(min(size, 1 << 20))):
+        size -= len(part)
+        yield part
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:

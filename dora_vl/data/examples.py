@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar
 
+from dora_vl.data.right_choice import right_choice
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 
@@ -97,7 +98,7 @@ def from_record(record: Mapping[str, JSON]) -> Example:
     """The example of a JSON object that `to_record` made.
 
     Raises:
-        BadSample: a field is unknown or holds something else than it should.
+        BadSample: a field is unknown or holds something else than it should, or `extra["correct"]` is no choice.
     """
     sample_id = record.get("id")
     if not isinstance(sample_id, str) or not sample_id:
@@ -106,6 +107,10 @@ def from_record(record: Mapping[str, JSON]) -> Example:
     if unknown:
         raise BadSample(sample_id, f"unknown field {unknown[0]!r}; an example has {', '.join(sorted(_FIELDS))}")
     fields = _Fields(record, sample_id)
+    choices = fields.parts("choices", _text)
+    extra = _object(record.get("extra", {}), "extra", sample_id)
+    if choices and "correct" in extra:
+        right_choice(extra["correct"], choices, sample_id)
     return Example(
         id=sample_id,
         images=fields.parts("images", _text),
@@ -113,9 +118,9 @@ def from_record(record: Mapping[str, JSON]) -> Example:
         question=_text(record.get("question", ""), "question", sample_id),
         turns=fields.parts("turns", _turn),
         answers=fields.parts("answers", _answer),
-        choices=fields.parts("choices", _text),
+        choices=choices,
         subtitles=fields.parts("subtitles", _subtitle),
-        extra=_object(record.get("extra", {}), "extra", sample_id),
+        extra=extra,
     )
 
 

@@ -68,6 +68,7 @@ class Subtask:
         check_scoring: tells before training what `score` would miss; None tries `score` itself without answers.
         images: pictures of one input.
         reads_question: the prompt holds the example's question; not so where pictures are described.
+        chooses: every example has choices, and which of them is right is what is scored.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Subtask:
     check_scoring: Callable[[Sequence[Example]], None] | None = None
     images: int = 1
     reads_question: bool = True
+    chooses: bool = False
 
 
 def with_input_tokens(subtask: Subtask, tokens: int | None) -> Subtask:
@@ -138,8 +140,11 @@ def make_sample(
     """An example in tensors; without a target, as it is asked.
 
     Raises:
-        BadSample: its features are missing, or it has another number of pictures than the task.
+        BadSample: its features are missing, or it has another number of pictures than the task, or no choices where
+            the task asks for one.
     """
+    if subtask.chooses and not example.choices:
+        raise BadSample(example.id, f"it has no choices; {subtask.name} asks which one is right")
     ids, cut = encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
     features = features_of(example, reader)
     if len(features) != subtask.images:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from dora_vl.backbones.base import max_positions
 from dora_vl.core.adapter_file import RECIPE_FILE, WEIGHTS_FILE, read_json
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
@@ -70,7 +71,12 @@ class Model:
                 pixels=partial(read_pixels, folder=pictures, preparation=self.assistant.preparation)
             ),
             folder=folder,
-            decoding=Decoding(batch_size=batch_size, max_new_tokens=max_new_tokens, workers=workers),
+            decoding=Decoding(
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                workers=workers,
+                max_positions=max_positions(self.assistant.backbone.config),
+            ),
             settings={
                 "adapter_sha256": self.adapter_sha256,
                 "base_sha256": self.base_sha256,
@@ -137,6 +143,6 @@ def _no_llava(adapter: Path, task: str) -> str:
     else:
         instead = f"score {run / 'predictions'}/TASK.jsonl, its run's answers to its test records, with --predictions"
     return (
-        f"{adapter} was trained as {task}, which is no LLaVA: {instead}; to run that test again, call "
-        f"task_of(settings).test({{}}) of tasks/{task}.py (docs/evaluation.md)"
+        f"{adapter} was trained as {task}, which is no LLaVA: {instead}; to run that test again, with RUN.yaml the "
+        f"run's settings: python tasks/{task}.py --config RUN.yaml --training.output_dir {run} --test_only true"
     )

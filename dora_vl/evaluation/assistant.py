@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.backbones.module import Backbone
@@ -24,6 +25,7 @@ from dora_vl.data.examples import Example
 from dora_vl.data.media import open_image
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.predict import Decoding
 from dora_vl.training.assembly import build_encoder, load_backbone
 from dora_vl.training.provenance import content_hash, local_folder
 from dora_vl.training.recipe import ModelConfig
@@ -92,6 +94,8 @@ class Assistant:
         """
         try:
             ids = self.encoder.encode_prompt(turns)[None].to(self.backbone.model.device)
+            room = Decoding(max_new_tokens=max_new_tokens, max_positions=max_positions(self.backbone.config))
+            room.check_room(ids.shape[1], "question")
         except BadSample as error:
             raise UserError(f"the question cannot be put to this model: {error.reason}") from error
         pixels = None

@@ -48,6 +48,7 @@ class Benchmark:
         max_new_tokens: longest answer.
         splits: names of the split to look for in `records/<task>/`, the first that is there.
         submission: the server's file.
+        chooses: every question has choices, and `extra["correct"]` is what is scored.
     """
 
     modes: Mapping[str, Scorer]
@@ -55,6 +56,7 @@ class Benchmark:
     max_new_tokens: int = SHORT_ANSWER_TOKENS
     splits: tuple[str, ...] = ("test", "validation")
     submission: Submission | None = None
+    chooses: bool = False
 
 
 def _one(scorer: Scorer) -> Mapping[str, Scorer]:
@@ -87,7 +89,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         submission=submission.vizwiz,
     ),
     "textvqa": Benchmark(modes=_one(textvqa.score), prompt=prompts.short_textvqa, splits=("validation",)),
-    "scienceqa": Benchmark(modes=_one(scienceqa.score), prompt=prompts.letter, max_new_tokens=LONG_ANSWER_TOKENS),
+    "scienceqa": Benchmark(
+        modes=_one(scienceqa.score), prompt=prompts.letter, max_new_tokens=LONG_ANSWER_TOKENS, chooses=True
+    ),
     "pope": Benchmark(modes=_one(pope.score), prompt=prompts.short),
     "mmbench": Benchmark(
         modes={matcher: partial(mmbench.score, matcher=matcher) for matcher in ("2025", "2023-11")},
@@ -95,6 +99,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         max_new_tokens=LONG_ANSWER_TOKENS,
         splits=("validation", "test"),
         submission=submission.mmbench,
+        chooses=True,
     ),
     "mmbench_cn": Benchmark(
         modes={matcher: partial(mmbench.score, matcher=matcher) for matcher in ("2025", "2023-11")},
@@ -102,9 +107,10 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         max_new_tokens=LONG_ANSWER_TOKENS,
         splits=("validation", "test"),
         submission=submission.mmbench,
+        chooses=True,
     ),
     "mme": Benchmark(modes=_one(mme.score), prompt=prompts.short_mme),
-    "seed": Benchmark(modes=_one(seed.score), prompt=prompts.letter),
+    "seed": Benchmark(modes=_one(seed.score), prompt=prompts.letter, chooses=True),
     "llava_bench": Benchmark(modes={}, max_new_tokens=LONG_ANSWER_TOKENS, submission=submission.llava_bench_requests),
     "mmvet": Benchmark(modes={}, max_new_tokens=LONG_ANSWER_TOKENS, submission=submission.mmvet_answers),
     "nlvr": Benchmark(modes=_one(nlvr2.score_nlvr), prompt=prompts.true_or_false),
@@ -114,8 +120,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         prompt=prompts.caption,
         submission=submission.coco_caption,
     ),
-    "tvqa": Benchmark(modes=_one(video_qa.score), splits=("validation", "test"), submission=submission.tvqa),
-    "how2qa": Benchmark(modes=_one(video_qa.score_how2qa), splits=("validation", "test"), submission=submission.how2qa),
+    "tvqa": Benchmark(
+        modes=_one(video_qa.score), splits=("validation", "test"), submission=submission.tvqa, chooses=True
+    ),
+    "how2qa": Benchmark(
+        modes=_one(video_qa.score_how2qa), splits=("validation", "test"), submission=submission.how2qa, chooses=True
+    ),
     "tvc": Benchmark(
         modes={style: partial(caption.score, style=style) for style in ("value", "coco")},
         splits=("validation", "test"),

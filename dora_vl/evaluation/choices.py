@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from string import ascii_uppercase
 
 from dora_vl.data.examples import Example
@@ -20,9 +22,36 @@ def correct_index(example: Example) -> int:
         UserError: the example does not say, or says one that is not there.
     """
     index = example.extra.get("correct")
-    if not isinstance(index, int) or not 0 <= index < len(example.choices):
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(example.choices):
         raise UserError(
             f"example {example.id} has {len(example.choices)} choices and extra.correct {index!r}; "
             "a split whose answers the publisher keeps cannot be scored here, write its submission instead"
         )
     return index
+
+
+def check_choices(examples: Iterable[Example], file: Path, *, most: int | None = len(ascii_uppercase)) -> None:
+    """Sees, before a model is asked, that every question of a file can be answered and scored.
+
+    A file that gives no right answer at all is one whose answers the publisher keeps.
+
+    Args:
+        most: choices that a question may have; the letters end with Z.
+
+    Raises:
+        UserError: a question has no choices or too many, or some questions say which is right and others do not.
+    """
+    count, known = 0, False
+    bare, crowded, unsaid = [], [], []
+    for example in examples:
+        count += 1
+        known = known or bool(example.answers) or "correct" in example.extra
+        bare += [] if example.choices else [example.id]
+        crowded += [] if most is None or len(example.choices) <= most else [example.id]
+        unsaid += [] if "correct" in example.extra else [example.id]
+    wrong = {"no choices": bare, f"more than {most} choices": crowded}
+    if known:
+        wrong["no extra.correct, the right choice's index"] = unsaid
+    for what, ids in wrong.items():
+        if ids:
+            raise UserError(f"{file}: {len(ids)} of {count} questions have {what}, first {ids[0]!r}; repair the file")

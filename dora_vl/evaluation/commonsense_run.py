@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.core.adapter_file import WEIGHTS_FILE
 from dora_vl.data.examples import Answer, Example
@@ -124,19 +125,29 @@ def _generate(
         [one.question for one in asked],
         pictures=PictureReader(pixels=_no_picture),
         file=file,
-        decoding=Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
+        decoding=Decoding(
+            batch_size=evaluation.batch_size,
+            max_new_tokens=evaluation.max_new_tokens,
+            max_positions=max_positions(backbone.config),
+        ),
     )
 
 
 def _choose(
-    backbone: nn.Module,
+    backbone: Any,
     encoder: InstructionEncoder,
     asked: Sequence[Asked],
     evaluation: CommonsenseEvaluationConfig,
     file: PredictionsFile,
 ) -> dict[str, str]:
+    longest = max_positions(backbone.config)
+
     def encode(question: Question, output: str) -> tuple[Tensor, int]:
-        return encoder.encode_choice(question.turns, output)
+        ids, start = encoder.encode_choice(question.turns, output)
+        if longest is not None and len(ids) > longest:
+            reason = f"with its output {output!r:.60} it takes {len(ids)} tokens; the model has {longest} positions"
+            raise BadSample(question.id, reason)
+        return ids, start
 
     questions = [(one.question, one.answer) for one in asked]
     return choose(backbone, encode, questions, file=file, batch_size=evaluation.batch_size)

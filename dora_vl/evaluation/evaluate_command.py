@@ -20,6 +20,7 @@ from dora_vl.evaluation.metrics_file import METRICS, Origin, refuse_anothers, wr
 from dora_vl.evaluation.predictions_file import file_sha256
 from dora_vl.evaluation.report import Result, result, table
 from dora_vl.evaluation.scored import Scored
+from dora_vl.whole_numbers import positive
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.ask_model import Model
@@ -68,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, default=Path(), help="root of the pictures (default: here)")
     parser.add_argument("--to", type=Path, help="results (default: `evaluation` beside the adapter or predictions)")
     parser.add_argument("--mode", action="append", default=[], help="NAME=VERSION, such as vqav2=before_2021")
-    parser.add_argument("--limit", type=_positive, help="only the first so many examples of each benchmark")
-    parser.add_argument("--batch-size", type=_positive, default=32, help="questions at once (default: 32)")
-    parser.add_argument("--max-new-tokens", type=_positive, help="longest answer (default: the benchmark's own)")
+    parser.add_argument("--limit", type=positive, help="only the first so many examples of each benchmark")
+    parser.add_argument("--batch-size", type=positive, default=32, help="questions at once (default: 32)")
+    parser.add_argument("--max-new-tokens", type=positive, help="longest answer (default: the benchmark's own)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead (default: 0)")
     parser.add_argument("--answer-after", help="exact_match: scores what follows the last of this text in an answer")
     parser.add_argument("--base", help="where the base model is, if it moved since training")
@@ -261,10 +262,3 @@ def _write_scores(scored: Scored, path: Path) -> None:
     with whole_file(path) as stream:
         for name, share in scored.per_item.items():
             stream.write(json.dumps({"id": name, "score": share}, ensure_ascii=False) + "\n")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number

@@ -12,6 +12,7 @@ from pathlib import Path
 from dora_vl.data.examples import Answer, Example, iterate_examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS, Benchmark, Scorer
+from dora_vl.evaluation.choices import check_choices
 from dora_vl.evaluation.questions import Question, read_questions
 
 LLAVA_KEY = "conversations"
@@ -43,7 +44,8 @@ def read_set(request: str, records: Path, *, mode: str | None, limit: int | None
     """What `NAME`, `NAME:SPLIT` or `NAME=FILE` stands for.
 
     Raises:
-        UserError: no such benchmark, version, split or file, or the file is broken; it names what there is.
+        UserError: no such benchmark, version, split or file, or the file is broken; it names what there is. A question
+            of a multiple-choice benchmark has no choices, or does not say which is right.
     """
     name, _, file = request.partition("=")
     name, _, split = name.partition(":")
@@ -53,6 +55,8 @@ def read_set(request: str, records: Path, *, mode: str | None, limit: int | None
     benchmark = BENCHMARKS[name]
     path = Path(file) if file else _split_file(name, benchmark, split, records)
     examples, unreadable = read_file(path, limit)
+    if benchmark.chooses:
+        check_choices(examples, path)
     return EvaluationSet(
         name=name,
         benchmark=benchmark,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ TITLE_FONT: Mapping[str, Any] = {"fontsize": 12, "fontweight": "bold", "linespac
 QUESTION_CHARACTERS, ANSWER_CHARACTERS = 25, 24  # of one line under a picture
 SUBTITLE_CHARACTERS = 34
 SMALL_PX = 160
+RIGHT_SHARE = 0.5
+AS_IT_STANDS: Mapping[str, Any] = {"parse_math": False}
+"""For text that somebody else wrote: two dollars in it are no formula, which could not even be drawn."""
 
 
 def series(entries: Sequence[Mapping[str, object]], key: str) -> tuple[list[float], list[float]]:
@@ -105,19 +109,27 @@ def plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def chosen_for_sheet(
-    predictions: Sequence[Prediction], cells: int = SHEET_CELLS, seed: int = 0, answer_after: str | None = None
+    predictions: Sequence[Prediction],
+    cells: int = SHEET_CELLS,
+    seed: int = 0,
+    is_right: Callable[[Prediction], bool | None] | None = None,
 ) -> tuple[list[Prediction], list[Prediction]]:
     """A fair random sample for all rows but the last, and mistakes that fill the last (as far as there are any)."""
     shuffled = list(predictions)
     random.Random(seed).shuffle(shuffled)
     fair = shuffled[: cells - COLUMNS] if len(shuffled) > cells - COLUMNS else shuffled
-    mistakes = [prediction for prediction in shuffled[len(fair) :] if not _is_right(prediction, answer_after)]
+    mistakes = [prediction for prediction in shuffled[len(fair) :] if (is_right or _matches)(prediction) is False]
     return fair, mistakes[:COLUMNS]
 
 
-def _is_right(prediction: Prediction, answer_after: str | None) -> bool:
+def _matches(prediction: Prediction, answer_after: str | None = None) -> bool:
     answer = final_answer(prediction.prediction, answer_after)
     return is_match(Answered(id=prediction.id, truth=prediction.truth, prediction=answer))
+
+
+def _by_share(prediction: Prediction, shares: Mapping[str, float]) -> bool | None:
+    share = shares.get(prediction.id)
+    return None if share is None else share >= RIGHT_SHARE
 
 
 def write_contact_sheet(
@@ -128,6 +140,7 @@ def write_contact_sheet(
     title: str,
     answer_after: str | None = None,
     subtitles: Mapping[str, str] = MappingProxyType({}),
+    shares: Mapping[str, float] | None = None,
 ) -> None:
     """Draws pictures with their questions and the model's answers, green where right, red where wrong.
 
@@ -137,19 +150,23 @@ def write_contact_sheet(
         title: the line on top.
         answer_after: what stands before the scored part of an answer (`evaluation.answer_after`).
         subtitles: what is said in a video, by the prediction's id; drawn over its picture's lower edge.
+        shares: how right each answer is, from 0 to 1, by the prediction's id, as the task's score has it; half is
+            right, and one that is not in it has neither colour. None: an answer is right where it is the true one.
 
     Raises:
         UserError: there are no predictions.
     """
     if not predictions:
         raise UserError(f"no predictions, so there is no contact sheet for {to}")
-    fair, mistakes = chosen_for_sheet(predictions, answer_after=answer_after)
+    is_right = partial(_matches, answer_after=answer_after) if shares is None else partial(_by_share, shares=shares)
+    fair, mistakes = chosen_for_sheet(predictions, is_right=is_right)
     chosen = fair + mistakes
     title += "\nrandom questions, then a row of mistakes" if mistakes else "\nrandom questions"
     rows = -(-len(chosen) // COLUMNS)
     width, height = CELL_WIDTH * COLUMNS + MARGIN, CELL_HEIGHT * rows + TITLE_HEIGHT
     figure = new_figure(width, height)
-    figure.text(0.5, 1 - 0.5 * TITLE_HEIGHT / height, title, ha="center", va="center", color=INK, **TITLE_FONT)
+    middle = 1 - 0.5 * TITLE_HEIGHT / height
+    figure.text(0.5, middle, plain_text(title), ha="center", va="center", color=INK, **TITLE_FONT, **AS_IT_STANDS)
     for number, prediction in enumerate(chosen):
         row, column = divmod(number, COLUMNS)
         left = (MARGIN + column * CELL_WIDTH) / width
@@ -158,7 +175,7 @@ def write_contact_sheet(
         axes = figure.add_axes((left, top - side / height, side / width, side / height))
         _draw_picture(axes, prediction, open_picture)
         _draw_subtitles(axes, subtitles.get(prediction.id, ""))
-        _draw_answer(axes, prediction, inches=side, right=_is_right(prediction, answer_after))
+        _draw_answer(axes, prediction, inches=side, right=is_right(prediction))
     save_png(figure, to)
 
 
@@ -172,7 +189,8 @@ def _draw_picture(axes: Axes, prediction: Prediction, open_picture: Callable[[st
         picture = open_picture(prediction.images[0])
     except BadSample as error:
         reason = textwrap.fill(error.reason, QUESTION_CHARACTERS)
-        axes.text(0.5, 0.5, reason, ha="center", va="center", fontsize=6, color=WRONG, transform=axes.transAxes)
+        look = {"ha": "center", "va": "center", "fontsize": 6, "color": WRONG}
+        axes.text(0.5, 0.5, plain_text(reason), transform=axes.transAxes, **look, **AS_IT_STANDS)
         return
     # Pixels stay squares where a picture is smaller than its place on the sheet.
     axes.imshow(picture, interpolation="nearest" if max(picture.size) < SMALL_PX else "antialiased")
@@ -182,21 +200,24 @@ def _draw_subtitles(axes: Axes, said: str) -> None:
     lines = textwrap.wrap(said, SUBTITLE_CHARACTERS, max_lines=2, placeholder=" …")
     look = {"fontsize": 6, "color": "white", "bbox": {"facecolor": INK, "alpha": 0.75, "linewidth": 0, "pad": 1.5}}
     if lines:
-        axes.text(0.5, 0.03, "\n".join(lines), ha="center", va="bottom", transform=axes.transAxes, **look)
+        place = {"ha": "center", "va": "bottom", "transform": axes.transAxes, **AS_IT_STANDS}
+        axes.text(0.5, 0.03, plain_text("\n".join(lines)), **place, **look)
 
 
-def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bool) -> None:
-    """The question and the answer under a picture `inches` high."""
-    color = RIGHT if right else WRONG
+def _draw_answer(axes: Axes, prediction: Prediction, *, inches: float, right: bool | None) -> None:
+    """The question and the answer under a picture `inches` high; None is neither right nor wrong."""
+    color = INK if right is None else RIGHT if right else WRONG
     axes.spines[:].set_color(color)
-    axes.spines[:].set_linewidth(1.2 if right else 2.5)
+    axes.spines[:].set_linewidth(2.5 if right is False else 1.2)
     question = textwrap.wrap(prediction.question, QUESTION_CHARACTERS, max_lines=2, placeholder=" …")
     said = prediction.prediction.strip() or "(empty)"
-    line = _two_lines(f"✓ {said}") if right else f"✗ {_ending(said)}\ntrue: {_ending(prediction.truth)}"
-    place = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15}
-    axes.text(0.5, -0.07 / inches, "\n".join(question), fontsize=8.5, color=INK, **place)
+    line = _two_lines(f"✓ {said}" if right else said)
+    if right is False:
+        line = f"✗ {_ending(said)}\ntrue: {_ending(prediction.truth)}"
+    place = {"ha": "center", "va": "top", "transform": axes.transAxes, "linespacing": 1.15, **AS_IT_STANDS}
+    axes.text(0.5, -0.07 / inches, plain_text("\n".join(question)), fontsize=8.5, color=INK, **place)
     below = -(0.12 + 0.145 * len(question)) / inches
-    axes.text(0.5, below, line, fontsize=8.5, fontweight="bold", color=color, **place)
+    axes.text(0.5, below, plain_text(line), fontsize=8.5, fontweight="bold", color=color, **place)
 
 
 def _two_lines(answer: str) -> str:
@@ -212,6 +233,11 @@ def _ending(answer: str) -> str:
         return answer
     last = answer[-(room - len("… ")) :]
     return "… " + (last.partition(" ")[2] or last)
+
+
+def plain_text(text: str) -> str:
+    """Text that matplotlib draws: half a surrogate pair, which ends its renderer, becomes the sign for the unknown."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -79,18 +79,37 @@ class Decoding:
         batch_size: questions at once.
         max_new_tokens: longest answer.
         workers: processes that read pictures ahead; 0 reads them in this one.
+        max_positions: what the model takes of a prompt and its answer together; None: no end.
     """
 
     batch_size: int = 32
     max_new_tokens: int = 16
     workers: int = 0
+    max_positions: int | None = None
+
+    def check_room(self, prompt_tokens: int, sample_id: str) -> None:
+        """Sees that a prompt leaves room for the longest answer.
+
+        Raises:
+            BadSample: it does not; both numbers are named.
+        """
+        needed = prompt_tokens + self.max_new_tokens
+        if self.max_positions is not None and needed > self.max_positions:
+            raise BadSample(
+                sample_id,
+                f"its prompt takes {prompt_tokens} tokens and its answer up to {self.max_new_tokens}, but the model "
+                f"has {self.max_positions} positions; shorten it, or allow a shorter answer",
+            )
 
 
 class Prompts(Dataset["Sample | Skipped"]):
-    """Questions as samples without labels; one whose picture is broken comes back as `Skipped`."""
+    """Questions as samples without labels; what cannot be asked comes back as `Skipped`."""
 
-    def __init__(self, questions: Sequence[Question], encoder: PromptEncoder, pictures: PictureReader) -> None:
+    def __init__(
+        self, questions: Sequence[Question], encoder: PromptEncoder, pictures: PictureReader, decoding: Decoding
+    ) -> None:
         self._questions = questions
+        self._decoding = decoding
         self._encoder = encoder
         self._pictures = pictures
 
@@ -101,6 +120,7 @@ class Prompts(Dataset["Sample | Skipped"]):
         question = self._questions[index]
         try:
             ids = self._encoder.encode_prompt(question.turns)
+            self._decoding.check_room(len(ids), question.id)
             return Sample(
                 index=index,
                 id=question.id,
@@ -161,7 +181,7 @@ def predict(
         log.info("%d of %d questions were answered by an earlier run", len(questions) - len(todo), len(questions))
     todo.sort(key=lambda question: (len(question.images), sum(len(turn.text) for turn in question.turns)), reverse=True)
     loader = DataLoader(
-        Prompts(todo, encoder, pictures),
+        Prompts(todo, encoder, pictures, decoding),
         batch_size=decoding.batch_size,
         collate_fn=_NamingCollator(Collator(pad_token_id=PADDING_ID, pad_side="left")),
         num_workers=decoding.workers,

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.module import Backbone
 from dora_vl.core.adapter_file import WEIGHTS_FILE
 from dora_vl.data.media import open_image
 from dora_vl.errors import UserError
@@ -100,7 +102,11 @@ def _ask(
     pictures: PictureReader,
     file: PredictionsFile,
 ) -> _Asked:
-    decoding = Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens)
+    decoding = Decoding(
+        batch_size=evaluation.batch_size,
+        max_new_tokens=evaluation.max_new_tokens,
+        max_positions=max_positions(backbone.model.config) if isinstance(backbone, Backbone) else None,
+    )
     started = time.monotonic()
     if isinstance(backbone, nn.Module):
         backbone.eval()

@@ -6,12 +6,11 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
@@ -19,25 +18,29 @@ from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example, whole_file
-from dora_vl.data.media import open_image
 from dora_vl.data.seq2seq import FeatureReader, MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.bootstrap import intervals
-from dora_vl.evaluation.clip_picture import clip_picture
-from dora_vl.evaluation.predictions_file import Prediction
 from dora_vl.evaluation.scored import Scored
 from dora_vl.evaluation.seq2seq_answers import answers_of
-from dora_vl.training.callbacks import read_log
-from dora_vl.training.run_folder import LOSS_LOG, METRICS, write_json
-from dora_vl.vision.video import VideoReader
+from dora_vl.evaluation.seq2seq_pictures import Shown, draw
+from dora_vl.training.run_folder import METRICS, write_json
 
 log = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions"
 FAILED_SHOWN = 10
 Tested = tuple[Subtask, ExampleFile, FeatureReader]
-Answered = tuple[Example, str | None]
-"""An example and what the model says to it; None where it could not be asked."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task's examples, the answers by id, why the others have none, and the tokens that each cut text lost."""
+
+    examples: list[Example]
+    answers: dict[str, str]
+    failed: dict[str, str]
+    cut: dict[str, int]
 
 
 @runtime_checkable
@@ -74,18 +77,19 @@ def evaluate_subtasks(
     """
     backbone.eval()
     started, tasks = time.monotonic(), {}
-    answered: dict[str, list[Answered]] = {}
+    shown: list[Shown] = []
     headlines: dict[str, dict[str, Any]] = {}
     metrics: dict[str, Any] = {}
     for subtask, file, reader in tested:
-        examples, answers, failed = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
+        done = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
+        examples, answers = done.examples, done.answers
         _write(run_folder / PREDICTIONS / f"{subtask.name}.jsonl", answers)
-        _tell_failed(subtask, failed, run_folder / METRICS)
+        _tell_failed(subtask, done.failed, run_folder / METRICS)
         scored = _score(subtask, examples, answers)
-        tasks[subtask.name] = _entries(subtask, scored, len(examples), failed)
+        tasks[subtask.name] = _entries(subtask, scored, done)
         if scored is not None and "accuracy" in scored.metrics:
             headlines[subtask.name] = _headline(scored, examples)
-        answered[subtask.name] = [(example, answers.get(example.id)) for example in examples]
+        shown.append(Shown(subtask.name, examples, answers, scored))
         log.info("%s: %s", subtask.name, {k: round(v, 3) for k, v in tasks[subtask.name]["metrics"].items()})
         metrics = {
             **dict(numbers),
@@ -95,8 +99,8 @@ def evaluate_subtasks(
             **_at_the_top(tasks, headlines),
         }
         write_json(run_folder / METRICS, metrics)  # now: an error in a later task shall not cost this one's score
-    alone = next(iter(headlines)) if len(headlines) == 1 else None
-    shown = list(chain.from_iterable(answered.values())) if alone is None else answered[alone]
+    if len(headlines) == 1:
+        shown = [one for one in shown if one.task in headlines]
     draw(shown, run_folder=run_folder, image_folder=evaluation.image_folder)
     return metrics
 
@@ -109,24 +113,28 @@ def answer(
     reader: FeatureReader,
     *,
     batch_size: int,
-) -> tuple[list[Example], dict[str, str], dict[str, str]]:
-    """Examples, answers by id, and why the others have none."""
+) -> Asked:
+    """Answers every example that can be asked."""
     collate = Seq2SeqCollator(encoder.pad_token_id, reader.shape)
-    examples, answers, failed = [], {}, {}
+    done = Asked([], {}, {}, {})
     device = next(backbone.parameters()).device
     with torch.inference_mode(), tqdm(total=len(file), desc=subtask.name, unit="question") as progress:
         for rows in _batches(file, batch_size):
-            examples += rows
+            done.examples.extend(rows)
             items = [asked(example, subtask, encoder, reader) for example in rows]
-            failed |= {one.id: one.reason for one in items if isinstance(one, Skipped)}
+            done.failed.update({one.id: one.reason for one in items if isinstance(one, Skipped)})
             usable = [row for row, item in zip(rows, items, strict=True) if isinstance(item, Seq2SeqSample)]
             if usable:
                 batch = collate([MicroBatch(subtask, items, len(items))])
                 inputs = [batch[name].to(device) for name in ("input_ids", "attention_mask", "features")]
                 said = answers_of(backbone, encoder, subtask, usable, inputs)
-                answers |= {example.id: text for example, text in zip(usable, said, strict=True)}
+                done.answers.update({example.id: text for example, text in zip(usable, said, strict=True)})
+                done.cut.update(batch["cut"])
             progress.update(len(rows))
-    return examples, answers, failed
+    if done.cut:
+        name, tokens = next(iter(done.cut.items()))
+        log.warning("%s: %d texts were cut, such as that of %s by %d tokens", subtask.name, len(done.cut), name, tokens)
+    return done
 
 
 def asked(
@@ -162,17 +170,18 @@ def _tell_failed(subtask: Subtask, failed: Mapping[str, str], metrics_file: Path
         log.warning("%s: %d could not be asked; %s names all", subtask.name, len(failed), metrics_file)
 
 
-def _entries(subtask: Subtask, scored: Scored | None, asked: int, failed: Mapping[str, str]) -> dict[str, Any]:
+def _entries(subtask: Subtask, scored: Scored | None, done: Asked) -> dict[str, Any]:
     """What `metrics.json` says of a task."""
+    losses = {"failed": done.failed, "cut_texts": len(done.cut)}
     if scored is None:
         note = "the publisher keeps the answers of this file"
-        return {"metrics": {}, "n": asked, "failed": dict(failed), "note": note}
+        return {"metrics": {}, "n": len(done.examples), **losses, "note": note}
     return {
         "metrics": scored.metrics,
         "intervals_95": intervals(scored),
         "n": scored.n,
         "settings": {"answer_by": subtask.answer_by, "beams": str(subtask.search.beams), **scored.settings},
-        "failed": dict(failed),
+        **losses,
     }
 
 
@@ -198,61 +207,6 @@ def by_kind(examples: Sequence[Example], shares: Mapping[str, float]) -> dict[st
         if "kind" in example.extra and example.id in shares:
             kinds.setdefault(str(example.extra["kind"]), []).append(shares[example.id])
     return {kind: {"accuracy": sum(right) / len(right), "n": len(right)} for kind, right in sorted(kinds.items())}
-
-
-def expected(example: Example) -> str:
-    """The right answer as a model says it: a choice's label, or the first answer."""
-    if example.choices and "correct" in example.extra:
-        return f"a{example.extra['correct']}"
-    return example.answers[0].text if example.answers else ""
-
-
-def draw(answered: Sequence[Answered], *, run_folder: Path, image_folder: str | None) -> None:
-    """The loss curve and, where the pictures are known, the contact sheet."""
-    try:
-        from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
-
-        entries = read_log(run_folder / LOSS_LOG)
-        if any("loss" in entry for entry in entries):
-            write_loss_curve(entries, run_folder / "loss_curve.png")
-    except ImportError:
-        log.warning("no loss curve: matplotlib is not installed (pip install 'dora-vl[demo]')")
-        return
-    if image_folder is None:
-        return
-    shown = [_prediction(example, said) for example, said in answered if said is not None and media_of(example)]
-    right = sum(one.prediction == one.truth for one in shown)
-    title = f"{right / max(1, len(shown)):.1%} of {len(shown):,} right"
-    clips = {example.video.path: example.video for example, _ in answered if example.video is not None}
-    heard = {example.id: " ".join(line.text for line in example.subtitles) for example, _ in answered}
-    with VideoReader() as reader:
-
-        def open_medium(path: str) -> Image.Image:
-            root = Path(image_folder)
-            return clip_picture(reader, root, clips[path]) if path in clips else open_image(root, path)
-
-        write_contact_sheet(shown, open_medium, run_folder / "contact_sheet.png", title=title, subtitles=heard)
-
-
-def media_of(example: Example) -> list[str]:
-    """Paths of an example's pictures, or of its video."""
-    return list(example.images) or ([] if example.video is None else [example.video.path])
-
-
-def _prediction(example: Example, said: str | None) -> Prediction:
-    """What the contact sheet shows; a choice in its words."""
-    chosen = [f"a{index}" for index in range(len(example.choices))]
-    words = dict(zip(chosen, example.choices, strict=True))
-    truth = expected(example)
-    kind = example.extra.get("kind")
-    return Prediction(
-        id=example.id,
-        images=media_of(example),
-        question=example.question,
-        truth=words.get(truth, truth),
-        prediction=words.get(said or "", said or ""),
-        kind=None if kind is None else str(kind),
-    )
 
 
 def _write(path: Path, answers: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
@@ -24,6 +26,8 @@ from dora_vl.evaluation.assistant import Assistants, base_of, read_recipe, with_
 from dora_vl.evaluation.seq2seq_answers import answers_of
 from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
 from dora_vl.vision.frame_sampling import Sampling
+
+log = logging.getLogger(__name__)
 
 VLBART_ENTRIES = ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings")
 """What `recipe.json` must say so that a VL-BART can be asked."""
@@ -105,7 +109,9 @@ class VlBartAssistant:
             raise UserError("a VL-BART answers about pictures; give one")
         subtask = self._subtask(example)
         device = next(self.backbone.parameters()).device
-        ids, _ = self.encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
+        ids, cut = self.encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
+        if cut:
+            log.warning("the text is %d tokens too long for this model; the answer is about what was left", cut)
         features = self.inputs(pictures).to(device)
         if features.shape[1] != subtask.images:
             raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {features.shape[1]}")
@@ -169,7 +175,11 @@ def open_vlbart_assistants(
     own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in trained]
     first = VlBartAssistant(
         backbone=adapted,
-        encoder=Seq2SeqEncoder(load_tokenizer(place), subtitles_first=trained_with["subtitles_first"]),
+        encoder=Seq2SeqEncoder(
+            load_tokenizer(place),
+            subtitles_first=trained_with["subtitles_first"],
+            max_positions=max_positions(adapted.config),
+        ),
         features=FeatureEncoder(settings, device=next(adapted.parameters()).device),
         subtasks=tuple(own),
         feature_tokens=recipe["feature_tokens"],

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dora_vl.core.adapter_file import read_json
+from dora_vl.core.weight_file import check_whole
 from dora_vl.errors import UserError
 
 STEMS = ("model", "diffusion_pytorch_model")
@@ -108,6 +109,8 @@ class BaseWeights:
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
+            if (self.folder / file).is_file():
+                check_whole(self.folder / file)
             try:
                 self._files[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
             except (SafetensorError, OSError) as error:

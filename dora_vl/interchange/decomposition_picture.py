@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_vl.evaluation.pictures import INK, VALIDATION, new_figure, plain_axes, save_png
+from dora_vl.evaluation.pictures import AS_IT_STANDS, INK, VALIDATION, new_figure, plain_axes, plain_text, save_png
 from dora_vl.interchange.decomposition import Panel
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def _draw_panel(axes: Axes, panel: Panel, place: Mapping[str, int]) -> None:
         heights = [line.intercept + line.slope * end for end in ends]
         axes.plot(ends, heights, color=VALIDATION, linewidth=2)
         numbers = f"slope {line.slope:.3g}, correlation {line.correlation:.2f}"
-    axes.set_title(f"{panel.label}\n{numbers}", color=INK, fontsize=11, linespacing=1.4)
+    title = plain_text(f"{panel.label}\n{numbers}")
+    axes.set_title(title, color=INK, fontsize=11, linespacing=1.4, **AS_IT_STANDS)
     if len(panel.steps) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, title="step", title_fontsize=8)
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dora_vl.core.weight_file import check_whole
 from dora_vl.errors import UserError
 
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -27,6 +28,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else "no such folder"
         raise UserError(f"{path} does not exist ({there}); give the folder or file that holds the adapter")
+    if path.suffix in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
+        check_whole(path)
     if path.suffix == SAFETENSORS_SUFFIX:
         return _read_safetensors(path)
     if path.suffix in PICKLE_SUFFIXES:

@@ -7,15 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
-from dora_vl.core.adapter_file import own_name, read_weights
+from dora_vl.core.adapter_file import CONFIG_FILE, RECIPE_FILE, own_name, read_json, read_weights
+from dora_vl.core.adapter_names import LEAVES
+from dora_vl.core.adapter_settings import read_config
 from dora_vl.errors import UserError
 from dora_vl.training.recipe import AdapterConfig
 from dora_vl.training.zero import gather_to_write
 
 logger = logging.getLogger(__name__)
+
+FACTORS = LEAVES - {"magnitude"}
+"""Tensors of a layer whose effect depends on its scale."""
 
 
 def core_config(
@@ -60,12 +65,14 @@ def load_initial(model: nn.Module, folder: Path) -> None:
     """Starts from the weights of an adapter folder, which may hold fewer parts (stage 1's projector alone).
 
     Raises:
-        UserError: the folder holds a tensor that this model does not have, or of another shape.
+        UserError: the folder holds a tensor that this model does not have, or of another shape, or A and B that another
+            rank, alpha or start than this run's gives another meaning.
     """
     found = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
     parameters = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
     if unknown := sorted(set(found) - set(parameters)):
         raise UserError(f"adapter.initial: {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}")
+    _refuse_another_scale(model, folder, found)
     with torch.no_grad():
         for name, tensor in found.items():
             with gather_to_write([parameters[name]]):
@@ -76,3 +83,24 @@ def load_initial(model: nn.Module, folder: Path) -> None:
     for _, layer in adapted_layers(model):
         layer.forget_norms()
     logger.info("%s sets %d of %d trained tensors", folder, len(found), len(parameters))
+
+
+def _refuse_another_scale(model: nn.Module, folder: Path, found: Mapping[str, Tensor]) -> None:
+    """A and B stand for s B A with the folder's s; with another one they would start the run somewhere else."""
+    owners = {name.rpartition(".")[0] for name in found if name.rpartition(".")[2] in FACTORS}
+    if not owners:
+        return
+    recipe = read_json(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else {}
+    config = read_config(str(folder), read_json(folder / CONFIG_FILE), recipe.get("adapter", {}), found)
+    for name, layer in adapted_layers(model):
+        if name not in owners:
+            continue
+        theirs, ours = config.for_layer(name), layer.adapter
+        fields = ("rank", "alpha", "rank_scaling", *(("init",) if "pissa" in (theirs.init, ours.init) else ()))
+        for field in fields:
+            there, here = getattr(theirs, field), getattr(ours, field)
+            if there != here:
+                raise UserError(
+                    f"adapter.initial: {folder}: {name} has {field} {there!r} there (scale {theirs.scale:g}), and "
+                    f"{here!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's"
+                )

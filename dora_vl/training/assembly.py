@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 from transformers import TrainingArguments
 
+from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, load_llava
@@ -45,14 +46,14 @@ def dora_config(adapter: AdapterConfig) -> DoRAConfig:
 
 
 def build_encoder(model: ModelConfig, backbone: LlavaBackbone, *, max_tokens: int) -> LlavaEncoder:
-    """Tokens and labels for this base and template."""
+    """Tokens and labels for this base and template; what the model has no positions for is cut as by `max_tokens`."""
     tokenizer = load_tokenizer(model.base, revision=model.revision)
     return LlavaEncoder(
         tokenizer,
         get_template(model.template, tokenizer),
         tokens_per_image=backbone.tokens_per_image,
         image_token_id=backbone.config.image_token_id,
-        max_tokens=max_tokens,
+        max_tokens=min(max_tokens, max_positions(backbone.config) or max_tokens),
     )
 
 

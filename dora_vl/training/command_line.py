@@ -19,6 +19,9 @@ from dora_vl.training.recipe import RunConfig
 
 Settings = TypeVar("Settings")
 
+COUNTS = ("limit", "validation_limit", "batch_size", "max_new_tokens")
+"""Settings of any section that count what is read or asked."""
+
 
 def run_parser(program: str, description: str, settings: type[Any] = RunConfig) -> ArgumentParser:
     """The parser of a training task; its help text comes from the fields of the settings' dataclasses."""
@@ -42,15 +45,27 @@ def read_settings(
     """Settings of a run's dataclass from command-line arguments; they win over the file's.
 
     Raises:
-        UserError: a key that is not a setting (with the nearest one), or a value of the wrong type.
+        UserError: a key that is not a setting (with the nearest one), a value of the wrong type, or a count below 1.
     """
     parser = run_parser(program, description, settings)
     try:
         config = _instantiate(parser, parser.parse_args(files_first(arguments)), settings)
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(explain(str(error), setting_names(settings))) from error
+    _check_counts(config)
     checked: Any = config  # a dataclass with a `training` section, as every run's
     return dataclasses.replace(checked, training=check_training_section(checked.training))
+
+
+def _check_counts(config: object) -> None:
+    """A limit of 0 would be an empty test that looks like a whole one."""
+    for section in dataclasses.fields(cast(Any, config)):
+        value = getattr(config, section.name)
+        for name in COUNTS if dataclasses.is_dataclass(value) else ():
+            number = getattr(value, name, None)
+            if number is not None and number < 1:
+                hint = ", or null for all of them" if name.endswith("limit") else ""
+                raise UserError(f"{section.name}.{name} is {number}; at least 1 is needed{hint}")
 
 
 def files_first(arguments: Sequence[str]) -> list[str]:

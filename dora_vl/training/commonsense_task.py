@@ -11,6 +11,7 @@ import datasets
 import torch
 from transformers import TrainingArguments
 
+from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.causal_lm import PAPER_TARGETS, CausalLMBackbone, load_causal_lm, write_causal_lm
 from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.backbones.language_source import load_tokenizer
@@ -80,7 +81,7 @@ class CommonsenseTask(Task):
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training files' instructions, in the Trainer's random order."""
         data = self.config.data
-        encoder = build_encoder(self.config)
+        encoder = build_encoder(self.config, backbone)
         rows, held_out = read_rows(data)
         return TrainingData(
             train=InstructionDataset(rows, encode=encoder.encode),
@@ -134,7 +135,7 @@ class CommonsenseTask(Task):
         load_adapter(backbone.model, run_folder / ADAPTER)
         backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return evaluate_commonsense(
-            backbone, build_encoder(config), config.evaluation, run_folder=run_folder, numbers=numbers
+            backbone, build_encoder(config, backbone), config.evaluation, run_folder=run_folder, numbers=numbers
         )
 
 
@@ -143,13 +144,14 @@ def load_backbone(model: LanguageModelConfig, *, beams: int) -> CausalLMBackbone
     return load_base(load_causal_lm, model, generation={"num_beams": beams})
 
 
-def build_encoder(config: CommonsenseRunConfig) -> InstructionEncoder:
-    """Tokens and labels for this base and prompt."""
+def build_encoder(config: CommonsenseRunConfig, backbone: Backbone[Any]) -> InstructionEncoder:
+    """Tokens and labels for this base and prompt; what the model has no positions for is cut as by `max_tokens`."""
+    most = max_positions(backbone.model.config) or config.data.max_tokens
     return InstructionEncoder(
         load_tokenizer(config.model.base, revision=config.model.revision),
         prompt=config.data.prompt,
         train_on=config.data.train_on,
-        max_tokens=config.data.max_tokens,
+        max_tokens=min(config.data.max_tokens, most),
     )
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
+from dora_vl.model_files import weight_files
+
 PACKAGES = ("dora-vl", "torch", "transformers", "deepspeed", "accelerate", "timm", "open_clip_torch")
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
+CONFIG_FILE = "config.json"
 _SHA256_HEX = 64
 
 
@@ -23,15 +25,18 @@ def local_folder(folder_or_id: str, revision: str | None = None) -> Path:
 
 
 def content_hash(folder: Path) -> str:
-    """SHA-256 over a model folder's config and weight files, in the order of their names.
+    """SHA-256 over a model folder's config and the weights files that are loaded, in the order of their names.
 
     A file in the hub's cache is a link to a blob named by its SHA-256; that name is taken instead of reading
     gigabytes again.
+
+    Raises:
+        UserError: a list of shards names one that is not there.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.name == "config.json" or path.suffix in WEIGHT_SUFFIXES:
-            digest.update(f"{path.name} {_file_hash(path)}\n".encode())
+    config = [folder / CONFIG_FILE] if (folder / CONFIG_FILE).is_file() else []
+    for path in sorted([*config, *weight_files(folder)]):
+        digest.update(f"{path.name} {_file_hash(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import torch
 
+from dora_vl.core.adapter_file import WEIGHTS_FILE, read_json
 from dora_vl.data.bad_samples import write_skipped
+from dora_vl.errors import UserError
 from dora_vl.training.adapting import adapt
 from dora_vl.training.arguments import training_arguments
 from dora_vl.training.batch_statistics import Counts
@@ -24,14 +27,22 @@ from dora_vl.training.launch import (
     on_first_rank,
     threads_of_this_rank,
 )
-from dora_vl.training.run_folder import METRICS, SKIPPED, add_metrics, prepare_run_folder, run_folder_of
+from dora_vl.training.run_folder import ADAPTER, METRICS, SKIPPED, add_metrics, prepare_run_folder, run_folder_of
 from dora_vl.training.task import Task
 from dora_vl.training.trainer import AdapterTrainer
 from dora_vl.training.zero import load_whole_models_again
 
-NUMBERS = ("train_seconds", "samples_per_second", "train_samples", "train_steps", "padding_share", "skipped_samples")
-
 logger = logging.getLogger(__name__)
+
+TRAINING_NUMBERS = (
+    "train_seconds",
+    "samples_per_second",
+    "train_samples",
+    "train_steps",
+    "padding_share",
+    "skipped_samples",
+)
+"""What `metrics.json` says of the training."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +99,12 @@ def train(task: Task) -> RunResult:
 def run(task: Task) -> int | None:
     """Trains, then tests where `evaluation.file` is set; returns the signal that stopped the run, or None.
 
-    The process group is gone afterwards: ZeRO-3 on a CPU aborts at interpreter exit while it is there.
+    With `test_only` it tests what an earlier run left, and nothing else. The process group is gone afterwards: ZeRO-3
+    on a CPU aborts at interpreter exit while it is there.
     """
+    if task.config.test_only:
+        test_again(task)
+        return None
     try:
         result = train(task)
         first = is_first_rank()
@@ -99,6 +114,25 @@ def run(task: Task) -> int | None:
     if result.stopped_by is None and task.config.evaluation.file is not None and first:
         task.test(result.numbers)
     return result.stopped_by
+
+
+def test_again(task: Task) -> None:
+    """Tests the adapter in the run folder; what `metrics.json` says of its training stays.
+
+    Raises:
+        UserError: no adapter is there, nothing says what to test on, or the settings ask for training too.
+    """
+    config, folder = task.config, run_folder_of(task.config)
+    weights, metrics = folder / ADAPTER / WEIGHTS_FILE, folder / METRICS
+    if config.resume is not None or config.overwrite:
+        raise UserError("test_only trains nothing; leave resume and overwrite out, which are about training")
+    if config.evaluation.file is None:
+        raise UserError("test_only: the settings' evaluation section names no file to test on")
+    if not weights.is_file():
+        raise UserError(f"test_only: {weights} does not exist; train first, or name the run's training.output_dir")
+    if int(os.environ.get("RANK", "0")) == 0:  # a launcher may have started several
+        there = read_json(metrics) if metrics.is_file() else {}
+        task.test({name: there[name] for name in TRAINING_NUMBERS if name in there})
 
 
 def training_numbers(trainer: AdapterTrainer, counts: Counts) -> dict[str, Any]:
@@ -123,4 +157,4 @@ def numbers_of_whole_run(run_folder: Path, step: int) -> dict[str, Any] | None:
     """What a run that took so many steps has written to `metrics.json`; None where it was stopped before that."""
     path = run_folder / METRICS
     there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: there[key] for key in NUMBERS if key in there} if there.get("train_steps") == step else None
+    return {key: there[key] for key in TRAINING_NUMBERS if key in there} if there.get("train_steps") == step else None

@@ -109,6 +109,11 @@ class RunSettings(Protocol):
         """Whether an earlier run's results go."""
         ...
 
+    @property
+    def test_only(self) -> bool:
+        """Whether the adapter that is there is tested and nothing trained."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:

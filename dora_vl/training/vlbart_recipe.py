@@ -116,3 +116,5 @@ class VlBartRunConfig:
     """`last` goes on from the run folder's last complete checkpoint; or a checkpoint folder."""
     overwrite: bool = False
     """Removes what an earlier run left in training.output_dir; otherwise that is refused."""
+    test_only: bool = False
+    """Trains nothing: tests the adapter in training.output_dir again, or goes on with a test that was stopped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
+from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
@@ -22,6 +24,7 @@ from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator, Subtask, ValidationBatches, with_input_tokens
 from dora_vl.errors import UserError
+from dora_vl.evaluation.choices import check_choices
 from dora_vl.evaluation.seq2seq_check import check_tests
 from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
 from dora_vl.training.adapting import core_config
@@ -75,7 +78,8 @@ class VlBartTask(Task):
         return self._config
 
     def prepare(self, arguments: TrainingArguments) -> None:
-        """Composes the base where it is not there yet, and tries what the test will need."""
+        """Reads the test's files, composes the base where it is not there yet, and tries what the test will need."""
+        self._test_files()
         make_base(compose_vlbart, self.config.model.compose, self.config.model.base, arguments)
         if self.config.evaluation.files:
             width = VlBartConfig.from_pretrained(self.config.model.base).feature_width
@@ -156,6 +160,7 @@ class VlBartTask(Task):
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Answers every file of `evaluation.files` with the saved adapter on the base loaded again."""
         config, run_folder = self.config, run_folder_of(self.config)
+        files = self._test_files()
         backbone = self.load()
         load_adapter(backbone.model, run_folder / ADAPTER)
         backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -171,14 +176,19 @@ class VlBartTask(Task):
 
     def encoder(self) -> Seq2SeqEncoder:
         """Tokens of prompts and labels."""
-        return Seq2SeqEncoder(load_tokenizer(self.config.model.base), subtitles_first=self.config.data.subtitles_first)
+        base = self.config.model.base
+        return Seq2SeqEncoder(
+            load_tokenizer(base),
+            subtitles_first=self.config.data.subtitles_first,
+            max_positions=max_positions(VlBartConfig.from_pretrained(base)),
+        )
 
     def _tested(self, width: int) -> list[Tested]:
         evaluation = self.config.evaluation
         places = {**self.config.data.features, **evaluation.features}
         return [
-            (self._subtasks[name], ExampleFile(Path(file), limit=evaluation.limit), self._reader(places[name], width))
-            for name, file in evaluation.files.items()
+            (self._subtasks[name], file, self._reader(places[name], width))
+            for name, file in zip(evaluation.files, self._test_files(), strict=True)
         ]
 
     def _validation(self, encoder: Seq2SeqEncoder, width: int, ranks: int) -> ValidationBatches | None:
@@ -193,6 +203,18 @@ class VlBartTask(Task):
             batch_size=self.config.evaluation.batch_size,
             ranks=ranks,
         )
+
+    def _test_files(self) -> list[ExampleFile]:
+        """The test's examples; each is read once, so that a long run does not end at one that cannot be scored."""
+        files = []
+        for name, path in self.config.evaluation.files.items():
+            file = ExampleFile(Path(path), limit=self.config.evaluation.limit)
+            if self._subtasks[name].chooses:
+                check_choices(file, Path(path), most=None)
+            else:
+                collections.deque(file, maxlen=0)
+            files.append(file)
+        return files
 
     def _files(self, files: Mapping[str, str | tuple[str, ...]], *, limit: int | None) -> list[ExampleFile]:
         return [

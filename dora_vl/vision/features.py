@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dora_vl.core.weight_file import check_whole
 from dora_vl.errors import BadSample
 
 SHARD_SUFFIX = ".safetensors"
@@ -65,6 +66,7 @@ class FeatureStore:
         """Reads which pictures the folder holds by now; other processes may have added some."""
         self._entries = {}
         for shard in sorted(self.folder.glob(f"*{SHARD_SUFFIX}")):
+            check_whole(shard)
             with safe_open(shard, framework="pt") as opened:
                 rows = json.loads(opened.metadata()[INDEX])
             for row in rows:

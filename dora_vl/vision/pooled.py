@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModel
 
 from dora_vl.errors import UserError
+from dora_vl.model_files import check_model_folder
 from dora_vl.vision.images import Preparation
 from dora_vl.vision.tower_sources import TowerSpec, load_open_clip, load_timm, transformers_preparation
 
@@ -53,6 +54,7 @@ def _transformers_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
         config = AutoConfig.from_pretrained(spec.name)
         if "vision_config" not in config.sub_configs:
             raise UserError(f"{spec.name} is no two-tower model, so it has no picture embedding; keep its grid instead")
+        check_model_folder(spec.name)
         model: Any = AutoModel.from_pretrained(spec.name)
     except (OSError, ValueError) as error:
         raise UserError(f"transformers could not load {spec.name!r}: {error}") from error

@@ -17,6 +17,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dora_vl.errors import UserError
+from dora_vl.model_files import check_model_folder
 from dora_vl.vision.images import Preparation
 from dora_vl.vision.tower_config import GridTowerConfig, Layout, VisionLibrary
 from dora_vl.vision.towers import GridTower, keep_all_buffers, network_output
@@ -161,6 +162,7 @@ def load_open_clip(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
 
 def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     """A transformers vision model, cut out of a two-tower model where the folder holds one."""
+    check_model_folder(spec.name)
     try:
         whole = AutoConfig.from_pretrained(spec.name)
         vision: PreTrainedConfig = whole.vision_config if "vision_config" in whole.sub_configs else whole

@@ -7,25 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dora_vl.core.weight_file import check_whole
 from dora_vl.errors import UserError
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of one `.safetensors` or `.pth` file; never unpickles code.
 
-    Raises: UserError if there is no such file or it holds anything but tensors.
+    Raises: UserError if there is no such file, it is cut, or it holds anything but tensors.
     """
     if not path.is_file():
         raise UserError(f"there is no weights file {path}; give an existing .pth or .safetensors file")
-    if path.suffix == ".safetensors":
-        return load_file(path)
+    check_whole(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]}") from error
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} ({path.stat().st_size:,} bytes) cannot be read as tensors alone: {reason}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

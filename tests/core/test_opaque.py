@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from dora_vl.core import DoRAConfig, apply_dora, load_adapter, merge_dora, save_adapter
 from dora_vl.core.inject import loftq
-from dora_vl.core.opaque import OpaqueLinear
+from dora_vl.core.opaque import OPAQUE_KINDS, OpaqueLinear
 from dora_vl.errors import UserError
 
 
@@ -216,6 +218,65 @@ def test_hqq():
     assert isinstance(layer, OpaqueLinear)
     assert torch.equal(layer(x), before)
     assert_equals_dense(layer, base.dequantize().float(), x, 1e-5)
+
+
+class Scaled(nn.Module):
+    """Keeps its scales as HQQ does: in a dictionary, one of them quantised itself, beside parameters and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.in_features, self.out_features, self.compute_dtype = 30, 7, torch.float32
+        self.bias = None
+        self.W_q = nn.Parameter((torch.randn(7, 30) * 4).round(), requires_grad=False)
+        self.meta = {"scale": torch.rand(7, 1) + 0.5, "nbits": 4, "meta_zero": {"scale": torch.rand(7, 1)}}
+
+    def weight(self) -> torch.Tensor:
+        return (self.W_q - self.meta["meta_zero"]["scale"]) * self.meta["scale"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight())
+
+
+def edit_scale(base: Scaled) -> None:
+    base.meta["scale"].mul_(1.7)
+
+
+def edit_inner_scale(base: Scaled) -> None:
+    base.meta["meta_zero"]["scale"].add_(0.9)
+
+
+def replace_scale(base: Scaled) -> None:
+    base.meta["scale"] = base.meta["scale"] * 0.6
+
+
+@pytest.mark.parametrize("edit", [edit_scale, edit_inner_scale, replace_scale])
+def test_an_edit_of_the_quantisers_scales_is_noticed(edit: Callable[[Scaled], None]) -> None:
+    base, x = Scaled(), torch.randn(4, 30)
+    config = DoRAConfig(targets=("q",), rank=3, alpha=6.0, dropout=0.0)
+    layer = OpaqueLinear(base, config, OPAQUE_KINDS["hqq.core.quantize.HQQLinear"])
+    with torch.no_grad():
+        layer.lora_B.normal_(std=0.3)
+        layer.magnitude.mul_(1.2)
+    for _ in range(2):
+        direction = (base.weight() + layer.scale() * layer.lora_B @ layer.lora_A).detach()
+        norm = direction.norm(dim=1)
+        expected = x @ ((layer.magnitude / norm).unsqueeze(1) * direction).t()
+        torch.testing.assert_close(layer.norms(), norm, rtol=1e-5, atol=0)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        assert layer.frozen_key() == layer.frozen_key()
+        edit(base)
+
+
+def test_new_scales_of_an_hqq_layer_are_noticed() -> None:
+    hqq = pytest.importorskip("hqq.core.quantize", reason="optional quantisation: pip install hqq")
+    torch.manual_seed(0)
+    settings = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
+    base = hqq.HQQLinear(nn.Linear(128, 64), settings, compute_dtype=torch.float32, device="cpu")
+    layer = adapted(base)["q"]
+    before = layer.norms().clone()
+    base.meta["scale"] = base.meta["scale"] * 2  # made in inference mode, so it cannot be edited in place here
+    torch.testing.assert_close(layer.norms(), before * 2, rtol=1e-4, atol=0)
 
 
 def assert_trains_as_dense(layer: OpaqueLinear, weight: torch.Tensor) -> None:

@@ -157,6 +157,8 @@ def test_an_adapter_that_is_no_llava_is_named(pope: Path, tmp_path: Path, capsys
         main(["evaluate", "--benchmarks", f"pope={pope}", "--adapter", str(adapter)])
     error = capsys.readouterr().err
     assert f"was trained as {task}, which is no LLaVA: {instead.format(run=tmp_path)}" in error
+    command = f"python tasks/{task}.py --config RUN.yaml --training.output_dir {tmp_path} --test_only true"
+    assert error.endswith(f"{command}\n")
     assert error.count("\n") == 1
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from dora_vl.errors import BadSample, UserError
@@ -21,6 +23,8 @@ from dora_vl.evaluation.pictures import (
     write_loss_curve,
 )
 from dora_vl.evaluation.predictions_file import Prediction
+from dora_vl.interchange.decomposition import Panel
+from dora_vl.interchange.decomposition_picture import draw_panels
 
 
 def prediction(number: int, answer: str = "red") -> Prediction:
@@ -90,3 +94,41 @@ def test_what_is_said_stands_on_the_picture(tmp_path: Path) -> None:
     known = prediction(1).id
     assert drawn("a.png", {}) == drawn("b.png", {"somebody else": "no"})
     assert drawn("a.png", {}) != drawn("b.png", {known: "anna: look at the red one. " * 9})
+
+
+def white(_: str) -> Image.Image:
+    return Image.new("RGB", (64, 64), "white")
+
+
+@pytest.mark.parametrize("text", ["$x^$", r"$\nosuch$ 5", "$5 or $6_", "a\ud83d", "nul \0", "\u200f\u202e"])
+def test_text_is_drawn_as_it_stands_and_not_as_mathematics(tmp_path: Path, text: str) -> None:
+    rows = [
+        Prediction(id="1", images=["1.png"], question=text, truth=text, prediction=text),
+        Prediction(id="2", images=["2.png"], question="what is it?", truth=text, prediction="red"),
+    ]
+    write_contact_sheet(rows, white, tmp_path / "a.png", title=text, subtitles={"1": text})
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_dollars_are_dollars_on_the_sheet(tmp_path: Path) -> None:
+    def drawn(name: str, question: str) -> bytes:
+        row = Prediction(id="1", images=["1.png"], question=question, truth="red", prediction="red")
+        write_contact_sheet([row], white, tmp_path / name, title="one")
+        with Image.open(tmp_path / name) as sheet:
+            return sheet.tobytes()
+
+    assert drawn("a.png", "is $a$ or b?") != drawn("b.png", "is $a $ or b?")  # mathematics draws both alike
+    escaped = r"is \$a\$ or b?"  # and drops a backslash in front of a dollar
+    assert drawn("a.png", escaped) != drawn("b.png", escaped.replace("\\", ""))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.text(max_size=40), st.text("$\\{}^_ab \n\0\ud800", max_size=20))
+def test_any_text_can_be_drawn(tmp_path: Path, text: str, marks: str) -> None:
+    row = Prediction(id="1", images=["1.png"], question=text, truth=marks, prediction=marks + text)
+    write_contact_sheet([row], white, tmp_path / "a.png", title=marks, subtitles={"1": text + marks})
+
+
+def test_any_label_can_be_drawn_over_a_decomposition(tmp_path: Path) -> None:
+    panel = Panel(label=r"runs/$x^$ \ud83d", source="", method="dora", points=(), unchanged=0)
+    draw_panels([panel], ["a"], tmp_path / "a.png")

@@ -130,3 +130,19 @@ def test_pictures_come_one_way() -> None:
         PictureReader()
     with pytest.raises(ValueError, match="exactly one"):
         PictureReader(pixels=pixels, features=pixels)
+
+
+def test_a_prompt_longer_than_the_model_is_named_and_the_others_are_asked(tmp_path: Path) -> None:
+    questions = [question(1, "fits"), question(2, "x" * 18), question(3, "also")]
+    with PredictionsFile(tmp_path / "predictions.jsonl", {}) as file:
+        failed = predict(
+            LastWordModel(),
+            LetterEncoder(),
+            questions,
+            pictures=PictureReader(pixels=pixels),
+            file=file,
+            decoding=Decoding(batch_size=4, max_new_tokens=3, max_positions=20),
+        )
+    assert failed.keys() == {"q2"}
+    assert failed["q2"].startswith("its prompt takes 18 tokens and its answer up to 3, but the model has 20 positions")
+    assert {name: one.prediction for name, one in file.done.items()} == {"q1": "s1", "q3": "o3"}

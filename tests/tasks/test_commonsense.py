@@ -12,9 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 from data_prep import generated_commonsense
+from dora_vl.core import apply_dora, save_adapter
 from dora_vl.errors import UserError
 from dora_vl.training.command_line import read_settings
 from dora_vl.training.commonsense_recipe import CommonsenseRunConfig
+from dora_vl.training.start import start
+from tasks import commonsense
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.test_run import one_thread
 
@@ -90,6 +93,36 @@ def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
     recipe = json.loads((run / "adapter" / "recipe.json").read_text())
     assert recipe["task"] == "commonsense"
     assert recipe["prompt"] == "alpaca"
+
+
+def test_the_smoke_run_is_tested_again_without_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def again(output: str, *more: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["commonsense.py", *arguments(folder, output, "--test_only", "true", *more)])
+        start("commonsense.py", "", CommonsenseRunConfig, commonsense.task_of)
+
+    with pytest.raises(SystemExit):
+        again("nothing_here")
+    assert "adapter_model.safetensors does not exist; train first" in capsys.readouterr().err
+    assert not (folder / "nothing_here").exists()
+    run = folder / "tested"
+    (run / "adapter").mkdir(parents=True)
+    task = commonsense.task_of(settings(folder, "tested"))
+    backbone = task.load()
+    apply_dora(backbone.model, task.dora_config())
+    save_adapter(backbone.model, run / "adapter")
+    weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    (run / "metrics.json").write_text(json.dumps({"train_steps": 7, "generation": {"n": 1}}))
+    again("tested", "--evaluation.limit", "5")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["train_steps"], metrics["generation"]["n"], metrics["likelihood"]["n"]) == (7, 5, 5)
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    assert not (run / "log.jsonl").exists()
+    with pytest.raises(SystemExit):
+        again("tested", "--overwrite", "true")
+    assert "test_only trains nothing; leave resume and overwrite out" in capsys.readouterr().err
+    assert (run / "metrics.json").exists()
 
 
 def test_packing_trains_the_same(folder: Path) -> None:

@@ -73,3 +73,32 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, section: str, cha
     config = read_settings([f"--config={file}"], VlBartRunConfig)
     with pytest.raises(UserError, match=told):
         VlBartTask(config, all_subtasks(), name="vlbart_image")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"choices": [], "extra": {}}, r"tvqa\.jsonl: 1 of 7 questions have no choices, first 'tvqa-3'"),
+        ({"extra": {"correct": 5}}, r"sample tvqa-3: .*tvqa\.jsonl, line 4: extra.correct is 5; its 5 choices"),
+    ],
+)
+def test_a_test_file_that_cannot_be_scored_stops_the_run_before_it_trains(
+    tmp_path: Path, wrong: dict, told: str
+) -> None:
+    data = write_vlbart_data(tmp_path / "data")
+    records = data / "records" / "tvqa.jsonl"
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    lines[3] |= wrong
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = write_vlbart_run(
+        tmp_path / "run.yaml",
+        data,
+        ("vqav2",),
+        data={"features": dict.fromkeys(("vqav2", "tvqa"), str(data / "features"))},
+        training={"use_cpu": True},
+        evaluation={"files": {"tvqa": str(records)}},
+    )
+    config = read_settings([f"--config={file}"], VlBartRunConfig)
+    with pytest.raises(UserError, match=told):
+        run(VlBartTask(config, all_subtasks(), name="vlbart_image"))
+    assert not (tmp_path / "run" / "adapter").exists()

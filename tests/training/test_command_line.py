@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.training.command_line import read_run, read_run_file
+from dora_vl.training.command_line import read_run, read_run_file, read_settings
+from dora_vl.training.commonsense_recipe import CommonsenseRunConfig
+from dora_vl.training.vlbart_recipe import VlBartRunConfig
 from tests.training.tiny_run import write_run
+from tests.training.tiny_vlbart_run import write_vlbart_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,3 +109,24 @@ def test_bad_input_is_one_line_and_status_two(run_file: Path) -> None:
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == "error: rank is not a setting; did you mean adapter.rank?"
+
+
+@pytest.mark.parametrize("count", [0, -3])
+@pytest.mark.parametrize(
+    "name",
+    ["data.limit", "data.validation_limit", "evaluation.limit", "evaluation.batch_size", "evaluation.max_new_tokens"],
+)
+def test_a_count_below_one_is_refused_and_not_an_empty_run(run_file: Path, name: str, count: int) -> None:
+    with pytest.raises(UserError, match=rf"^{name} is {count}; at least 1 is needed"):
+        read_run([f"--config={run_file}", f"--{name}={count}"])
+    section, _, field = name.partition(".")
+    assert getattr(getattr(read_run([f"--config={run_file}", f"--{name}=1"]), section), field) == 1
+
+
+def test_the_limit_of_a_vlbart_and_a_commonsense_run_too(tmp_path: Path) -> None:
+    file = write_vlbart_run(tmp_path / "vlbart.yaml", tmp_path, ("vqav2",))
+    with pytest.raises(UserError, match=r"^evaluation\.limit is 0; at least 1 is needed, or null for all of them"):
+        read_settings([f"--config={file}", "--evaluation.limit=0"], VlBartRunConfig)
+    smoke = ROOT / "configs/commonsense/smoke.yaml"
+    with pytest.raises(UserError, match=r"^evaluation\.limit is -1; "):
+        read_settings([f"--config={smoke}", "--evaluation.limit=-1"], CommonsenseRunConfig)

@@ -1,0 +1,95 @@
+"""A run starts from an adapter folder only where A and B mean the same in it: rank, alpha and scaling agree."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dora_vl.core import DoRAConfig, save_adapter
+from dora_vl.core.trainable import adapted_layers
+from dora_vl.errors import UserError
+from dora_vl.training.adapting import adapt
+
+CONFIG = DoRAConfig(rank=4, alpha=6.0, targets=("first", "second"), alpha_pattern={"second": 10.0})
+
+
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.ModuleDict({"first": nn.Linear(8, 6), "second": nn.Linear(6, 5)}).eval()
+
+
+def outputs(adapted: nn.Module, rows: Tensor) -> Tensor:
+    parts: Any = adapted
+    return parts["second"](torch.tanh(parts["first"](rows)))
+
+
+def moved(config: DoRAConfig = CONFIG) -> nn.Module:
+    """An adapted model whose every trained tensor is away from its start."""
+    adapted = model()
+    adapt(adapted, config)
+    with torch.no_grad():
+        for _, layer in adapted_layers(adapted):
+            for parameter in layer._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+            layer.forget_norms()
+    return adapted
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_adapter(moved(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_the_run_starts_where_the_folder_ended(folder: Path) -> None:
+    started, rows = model(), torch.randn(7, 8)
+    adapt(started, CONFIG, initial=str(folder))
+    torch.testing.assert_close(outputs(started, rows), outputs(moved(), rows))
+
+
+@pytest.mark.parametrize("with_recipe", [True, False])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"alpha": 8.0},
+            r"first has alpha 6\.0 there \(scale 1\.5\), and 8\.0 in this run \(scale 2\); set adapter\.alpha",
+        ),
+        ({"alpha_pattern": {}}, r"second has alpha 10\.0 there \(scale 2\.5\), and 6\.0 in this run \(scale 1\.5\)"),
+        ({"rank": 3}, r"first has rank 4 there .*, and 3 in this run"),
+        (
+            {"rank_scaling": "sqrt"},
+            r"first has rank_scaling 'linear' there \(scale 1\.5\), and 'sqrt' in this run \(scale 3\)",
+        ),
+        ({"init": "pissa"}, r"first has init 'kaiming' there .*, and 'pissa' in this run"),
+    ],
+)
+def test_another_scale_is_refused_with_both_numbers(
+    folder: Path, change: dict[str, Any], said: str, with_recipe: bool
+) -> None:
+    if not with_recipe:  # as PEFT writes it
+        (folder / "recipe.json").unlink()
+    with pytest.raises(UserError, match=f"^adapter.initial: {folder}: {said}"):
+        adapt(model(), replace(CONFIG, **change), initial=str(folder))
+
+
+def test_other_dropout_is_the_runs_own(folder: Path) -> None:
+    adapt(model(), replace(CONFIG, dropout=0.2), initial=str(folder))
+
+
+def test_a_folder_without_factors_needs_no_configuration(tmp_path: Path) -> None:
+    whole = DoRAConfig(method="full", targets=("second",))
+    save_adapter(moved(whole), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "recipe.json").read_text())["adapter"]["method"] == "full"
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    config = replace(CONFIG, targets=("first",), alpha_pattern={}, also_train={"head": ("second.*",)})
+    started, ended = model(), moved(whole)
+    adapt(started, config, initial=str(tmp_path / "adapter"))
+    assert torch.equal(started.get_parameter("second.weight"), ended.get_parameter("second.weight"))
