@@ -160,7 +160,6 @@ class VlBartTask(Task):
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Answers every file of `evaluation.files` with the saved adapter on the base loaded again."""
         config, run_folder = self.config, run_folder_of(self.config)
-        files = self._test_files()
         backbone = self.load()
         load_adapter(backbone.model, run_folder / ADAPTER)
         backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
