@@ -29,7 +29,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} ({path.stat().st_size:,} bytes) cannot be read as tensors alone: {reason}") from error
+        raise UserError(f"{path} cannot be read as tensors alone ({path.stat().st_size:,} bytes): {reason}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
