@@ -87,7 +87,7 @@ def test_a_llava_sees_frames_as_pictures(llava: Path, clip: str, capsys: Any) ->
     common = ["--adapter", str(llava), "--video", clip, "--question", "What moves?", "--max-new-tokens", "3"]
     video_qa.main([*common, "--frames", "2", "--compare-base"])
     heading, *answers = capsys.readouterr().out.splitlines()
-    assert heading == f"{clip} (2 frames, 0.8 to 2.4 s, decord)  What moves?"
+    assert heading == f"{clip} (2 frames, 0.8 to 2.4 s, pyav)  What moves?"
     assert [answer[:19].strip() for answer in answers] == ["with adapter:", "without adapter:"]
     video_qa.main([*common, "--frames", "3", "--start", "1", "--end", "2", "--choice", "red", "--choice", "blue"])
     assert "3 frames, 1.1 to 1.8 s" in capsys.readouterr().out
@@ -98,11 +98,11 @@ def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: A
     common = ["--adapter", str(vlbart), "--video", clip, "--question", "which color comes first?"]
     video_qa.main([*common, *choices, "--subtitle", "anna: look at the red one."])
     heading, answer = capsys.readouterr().out.splitlines()
-    assert "(3 frames, 0.5 to 2.6 s, decord)" in heading
+    assert "(3 frames, 0.5 to 2.6 s, pyav)" in heading
     assert answer.strip() in {"red", "blue", "green", "white"}
     for question in (common, [*common[:-1], ""]):  # its own words without choices; no question asks for a caption
         video_qa.main(question)
-        assert "(3 frames, 0.5 to 2.6 s, decord)" in capsys.readouterr().out
+        assert "(3 frames, 0.5 to 2.6 s, pyav)" in capsys.readouterr().out
 
 
 def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) -> None:
