@@ -22,7 +22,8 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import Assistants, base_of, read_recipe, with_adapter
 from dora_vl.evaluation.seq2seq_answers import answers_of
-from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
+from dora_vl.evaluation.trained_features import open_encoders
+from dora_vl.vision.feature_encoder import FeatureEncoder
 from dora_vl.vision.frame_sampling import Sampling
 
 VLBART_ENTRIES = ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings")
@@ -50,6 +51,7 @@ class VlBartAssistant:
     """A VL-BART with what turns words and pictures into its inputs.
 
     Attributes:
+        features: what computes each task's features, by its name; tasks whose features nobody can compute are left out.
         subtasks: those it was trained for, in the recipe's order.
         feature_tokens: tokens of one picture, or of a whole video.
         is_video: pictures are the frames of one video, not inputs of their own.
@@ -57,15 +59,18 @@ class VlBartAssistant:
 
     backbone: VlBartBackbone
     encoder: Seq2SeqEncoder
-    features: FeatureEncoder
+    features: Mapping[str, FeatureEncoder]
     subtasks: tuple[Subtask, ...]
     feature_tokens: int
     is_video: bool
 
-    @property
-    def sampling(self) -> Sampling:
-        """Which frames of a video it was trained on."""
-        return self.features.settings.sampling
+    def sampling(self, example: Example) -> Sampling:
+        """Which frames of a video the task was trained on that such a question belongs to.
+
+        Raises:
+            UserError: no task fits, or nothing says how its features were computed.
+        """
+        return self._features_of(self._subtask(example)).settings.sampling
 
     def answer(
         self,
@@ -106,7 +111,7 @@ class VlBartAssistant:
         subtask = self._subtask(example)
         device = next(self.backbone.parameters()).device
         ids, _ = self.encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
-        features = self.inputs(pictures).to(device)
+        features = self.inputs(pictures, subtask).to(device)
         if features.shape[1] != subtask.images:
             raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {features.shape[1]}")
         inputs = [ids[None].to(device), torch.ones_like(ids)[None].to(device), features]
@@ -127,9 +132,20 @@ class VlBartAssistant:
         possible = dict.fromkeys(way for one in self.subtasks for way in _ways_to_ask(one))
         raise UserError(f"this model was trained for {known}; ask {' or '.join(possible)}")
 
-    def inputs(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "one pictures tokens channels"]:
-        """What the model reads of the pictures; the frames of a video are one."""
-        inputs = [self.features.frames(pictures)] if self.is_video else list(self.features.pictures(pictures))
+    def _features_of(self, subtask: Subtask) -> FeatureEncoder:
+        if subtask.name not in self.features:
+            raise UserError(
+                f"nothing says how the features of {subtask.name} were computed (data_prep.features did not make "
+                f"them), so it cannot be asked about raw pictures; {', '.join(self.features)} can"
+            )
+        return self.features[subtask.name]
+
+    def inputs(
+        self, pictures: Sequence[Image.Image], subtask: Subtask
+    ) -> Float[Tensor, "one pictures tokens channels"]:
+        """What the model reads of the pictures for a task; the frames of a video are one."""
+        encoder = self._features_of(subtask)
+        inputs = [encoder.frames(pictures)] if self.is_video else list(encoder.pictures(pictures))
         return torch.stack([fixed_length(one, self.feature_tokens) for one in inputs])[None]
 
 
@@ -154,23 +170,16 @@ def open_vlbart_assistants(
     """
     recipe = read_recipe(adapter, needed=VLBART_ENTRIES)
     place = base_of(adapter, recipe, base=base, any_base=any_base)
-    trained = list(recipe["tasks"])
-    stated = recipe["features"].get(trained[0])
-    if stated is None:
-        raise UserError(
-            f"{adapter} does not say how the features of {trained[0]} were computed (data_prep.features did not make "
-            "them), so it cannot be asked about raw pictures"
-        )
-    settings = FeatureSettings.from_record({name: value for name, value in stated.items() if name != "sha256"})
     loaded = load_vlbart(place, dtype=getattr(torch, recipe["dtype"]))
     adapted, plain = with_adapter(loaded, adapter, with_base=with_base)
     trained_with = recipe["settings"]
+    encoders = open_encoders(adapter, recipe, device=next(adapted.parameters()).device)
     known = subtasks(recipe["task"], task_prompt=trained_with["task_prompt"])
-    own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in trained]
+    own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
     first = VlBartAssistant(
         backbone=adapted,
         encoder=Seq2SeqEncoder(load_tokenizer(place), subtitles_first=trained_with["subtitles_first"]),
-        features=FeatureEncoder(settings, device=next(adapted.parameters()).device),
+        features=encoders,
         subtasks=tuple(own),
         feature_tokens=recipe["feature_tokens"],
         is_video=recipe["task"] == VIDEO_TASK,

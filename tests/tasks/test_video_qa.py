@@ -53,6 +53,8 @@ def vlbart(place: Path) -> Path:
     tower = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--weights", str(weights), "--image-size", "64"]
     kept = ["--layer", "-3", "--grid-pool", "2", "--merge", "2", "--changes", "--frames", "3", "--workers", "0"]
     features.main(["--root", str(place / "data"), "--to", str(place / "features"), *tower, *kept])
+    kept[kept.index("3")] = "2"
+    features.main(["--root", str(place / "data"), "--to", str(place / "caption_features"), *tower, *kept])
     records = place / "data/records/moving_shapes/adapt.jsonl"
     captions = place / "data/records/moving_shapes_caption"
     small = {"texts": [str(records)], "vocabulary": 300, "width": 16, "layers": 1, "heads": 2, "feedforward": 16}
@@ -62,7 +64,7 @@ def vlbart(place: Path) -> Path:
         "adapter": {"rank": 2},
         "data": {
             "train": {"video_words": str(records), "video_caption": str(captions / "adapt.jsonl")},
-            "features": dict.fromkeys(("video_words", "video_caption"), str(place / "features")),
+            "features": {"video_words": str(place / "features"), "video_caption": str(place / "caption_features")},
             "feature_tokens": 3,
             "batch_size": 4,
             "workers": 0,
@@ -100,9 +102,10 @@ def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: A
     heading, answer = capsys.readouterr().out.splitlines()
     assert "(3 frames, 0.5 to 2.6 s, pyav)" in heading
     assert answer.strip() in {"red", "blue", "green", "white"}
-    for question in (common, [*common[:-1], ""]):  # its own words without choices; no question asks for a caption
-        video_qa.main(question)
-        assert "(3 frames, 0.5 to 2.6 s, pyav)" in capsys.readouterr().out
+    video_qa.main([*common, "--question", ""])  # its own words without choices; no question asks for a caption
+    words, _, caption, _ = capsys.readouterr().out.splitlines()
+    assert "(3 frames, 0.5 to 2.6 s, pyav)" in words
+    assert "(2 frames, 0.8 to 2.4 s, pyav)" in caption  # captions were trained on features of their own
 
 
 def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) -> None:
@@ -116,15 +119,24 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     from tasks.asking import subtasks_of
 
     assistant = open_vlbart_assistants(vlbart, subtasks_of).adapted
+    words = assistant.subtasks[0]
     with VideoReader() as reader:
         clip = Clip(path="clips/test-00000.mp4")
-        made, _ = assistant.features.video(reader, place / "data", clip)
-        frames = reader.read(place / "data", clip, assistant.sampling).pictures
+        made, _ = assistant.features[words.name].video(reader, place / "data", clip)
+        frames = reader.read(place / "data", clip, assistant.sampling(Example(id="1", question="which?"))).pictures
+        caption_frames = reader.read(place / "data", clip, assistant.sampling(Example(id="1", question=""))).pictures
     torch.testing.assert_close(made.half(), open_features(place / "features").read("test-00000"), atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(assistant.inputs(frames)[0, 0], made)  # what a question typed in gets
+    captions = assistant.inputs(caption_frames, assistant.subtasks[1])[0, 0]
+    stored = open_features(place / "caption_features").read("test-00000")  # of two frames, by settings of their own
+    torch.testing.assert_close(captions[:2].half(), stored, atol=2e-3, rtol=2e-3)
+    assert not captions[2].any()
+    torch.testing.assert_close(assistant.inputs(frames, words)[0, 0], made)  # what a question typed in gets
     labels_alone = replace(assistant, subtasks=(vlbart_video.subtasks()["tvqa"],))
     with pytest.raises(UserError, match="trained for tvqa; ask a question with its choices"):
         labels_alone.answer_example(Example(id="1", question="which?"), frames)
+    without = replace(assistant, features={"video_caption": assistant.features["video_caption"]})
+    with pytest.raises(UserError, match=r"nothing says how the features of video_words .*; video_caption can"):
+        without.answer_example(Example(id="1", question="which?"), frames)
     with pytest.raises(UserError, match=r"ask a question with its choices .* or for a caption"):
         replace(labels_alone, subtasks=(*labels_alone.subtasks, vlbart_video.subtasks()["tvc"])).answer_example(
             Example(id="1", question="which?"), frames
