@@ -4,7 +4,8 @@ python tasks/video_qa.py --adapter runs/demo-video/adapter --video clip.mp4 --qu
     --choice red --choice blue
 
 A LLaVA sees `--frames` frames as so many pictures; a VL-BART sees the frames that it was trained to see, as features
-that are computed on the way. `--start` and `--end` name a part of the video, `--subtitle` says what is said in it.
+that are computed on the way. `--start` and `--end` name a part of the video, `--subtitle` says what is said in it. A
+model of TVQA, How2QA or TVC needs a part: it sees the whole video and reads in its text which part is meant.
 Without --question it asks for questions until an empty line.
 """
 
@@ -75,6 +76,7 @@ def ask_all(assistants: AnyAssistants, clips: ClipReader, question: str, options
 def ask(assistants: AnyAssistants, clips: ClipReader, path: Path, question: str, options: argparse.Namespace) -> None:
     """Puts one question to one video."""
     from dora_vl.data.examples import Clip, Example, Subtitle
+    from dora_vl.data.feature_input import clip_of_features
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
     from dora_vl.vision.frame_sampling import Uniform
 
@@ -84,8 +86,12 @@ def ask(assistants: AnyAssistants, clips: ClipReader, path: Path, question: str,
         question=question,
         choices=tuple(options.choice),
         subtitles=tuple(Subtitle(text) for text in options.subtitle),
+        video=clip,
     )
-    sampling = model.sampling(example) if isinstance(model, VlBartAssistant) else Uniform(options.frames)
+    sampling: Sampling = Uniform(options.frames)
+    if isinstance(model, VlBartAssistant):
+        example, sampling = model.with_span(example), model.sampling(example)
+        _, clip = clip_of_features(example) or ("", clip)
     frames = clips.frames(path, clip, sampling)
     times = f"{len(frames.seconds)} frames, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
     print(f"{path} ({times}, {frames.backend})  {question}")

@@ -67,6 +67,8 @@ class Subtask:
         score: the benchmark's scorer.
         images: pictures of one input.
         reads_question: the prompt holds the example's question; not so where pictures are described.
+        state_span: where the prompt states which part of the video it is about (and the features are of the whole),
+            `extra["ts"]` for a part from so many seconds to so many; None where it states none.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Subtask:
     score: Callable[[Sequence[Example], Mapping[str, str]], Scored]
     images: int = 1
     reads_question: bool = True
+    state_span: Callable[[float, float], object] | None = None
 
 
 def with_input_tokens(subtask: Subtask, tokens: int | None) -> Subtask:

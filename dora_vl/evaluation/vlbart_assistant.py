@@ -64,6 +64,22 @@ class VlBartAssistant:
     feature_tokens: int
     is_video: bool
 
+    def with_span(self, example: Example) -> Example:
+        """A question about a video as its task's records have it: where the prompt states the part, that is in it.
+
+        `clip_of_features` then gives the part that the features are of, the whole file.
+
+        Raises:
+            UserError: no task fits, or the prompt needs a part and the example's video names none.
+        """
+        subtask, video = self._subtask(example), example.video
+        if subtask.state_span is None or video is None or "ts" in example.extra:
+            return example
+        if video.start_seconds is None or video.end_seconds is None:
+            raise _no_span(subtask)
+        stated = subtask.state_span(video.start_seconds, video.end_seconds)
+        return replace(example, extra={**example.extra, "ts": stated})
+
     def sampling(self, example: Example) -> Sampling:
         """Which frames of a video the task was trained on that such a question belongs to.
 
@@ -104,11 +120,13 @@ class VlBartAssistant:
         """The answer to an example's question about these pictures; of its choices one, where it has some.
 
         Raises:
-            UserError: it was not trained for such a question, or takes another number of pictures.
+            UserError: it was not trained for such a question, takes another number of pictures, or needs `extra["ts"]`.
         """
         if not pictures:
             raise UserError("a VL-BART answers about pictures; give one")
         subtask = self._subtask(example)
+        if subtask.state_span is not None and "ts" not in example.extra:
+            raise _no_span(subtask)
         device = next(self.backbone.parameters()).device
         ids, _ = self.encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
         features = self.inputs(pictures, subtask).to(device)
@@ -147,6 +165,13 @@ class VlBartAssistant:
         encoder = self._features_of(subtask)
         inputs = [encoder.frames(pictures)] if self.is_video else list(encoder.pictures(pictures))
         return torch.stack([fixed_length(one, self.feature_tokens) for one in inputs])[None]
+
+
+def _no_span(subtask: Subtask) -> UserError:
+    return UserError(
+        f"{subtask.name} was trained with the part of the video that is meant in its text; name it with --start and "
+        "--end, in seconds (tasks/video_qa.py)"
+    )
 
 
 def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:

@@ -143,6 +143,47 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
         )
 
 
+@pytest.mark.parametrize(
+    ("task", "asked", "stated"),
+    [
+        ("tvqa", ["--question", "what moves?", "--choice", "a", "--choice", "b"], "[TS] (0.5-2)"),
+        ("how2qa", ["--question", "what moves?", "--choice", "a", "--choice", "b"], "[TS] (0.5-2.0)"),
+        ("tvc", ["--question", ""], "[TS] ([0.5, 2.0])"),
+        ("video_choice", ["--question", "what moves?", "--choice", "a", "--choice", "b"], "[TS] ()"),
+    ],
+)
+def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
+    vlbart: Path, clip: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, task: str, asked: list[str], stated: str
+) -> None:
+    from dora_vl.evaluation.assistant import Assistants
+    from dora_vl.evaluation.vlbart_assistant import open_vlbart_assistants
+    from tasks.asking import subtasks_of
+
+    trained = open_vlbart_assistants(vlbart, subtasks_of).adapted
+    texts: list[str] = []
+    encode = trained.encoder.encode
+    monkeypatch.setattr(
+        trained.encoder, "encode", lambda prompt, **limits: (texts.append(prompt.text), encode(prompt, **limits))[1]
+    )
+    one = replace(
+        trained,
+        subtasks=(vlbart_video.subtasks()[task],),
+        features={task: trained.features["video_words"]},
+    )
+    monkeypatch.setattr(video_qa, "open_model", lambda options: Assistants(adapted=one, base=None))
+    common = ["--adapter", str(vlbart), "--video", clip, *asked]
+    video_qa.main([*common, "--start", "0.5", "--end", "2"])
+    assert stated in texts[-1]
+    seen = "0.7 to 1.7 s" if task == "video_choice" else "0.5 to 2.6 s"  # the part, or the whole
+    assert f"(3 frames, {seen}, pyav)" in capsys.readouterr().out
+    if task == "video_choice":
+        return
+    with pytest.raises(SystemExit) as stopped:
+        video_qa.main([*common, "--start", "0.5"])
+    assert stopped.value.code == 2
+    assert f"{task} was trained with the part of the video that is meant" in capsys.readouterr().err
+
+
 def test_the_run_shows_its_clips(vlbart: Path) -> None:
     metrics = json.loads((vlbart.parent / "metrics.json").read_text())
     assert {"color", "shape", "direction", "count", "spoken"} <= set(metrics["by_kind"])
