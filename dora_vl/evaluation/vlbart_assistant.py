@@ -190,15 +190,16 @@ def open_vlbart_assistants(
         subtasks: every task of a task file, by the file's name.
 
     Raises:
-        UserError: the folder is incomplete, the base is not there or another one, or nothing says how the features
-            were computed.
+        UserError: the folder is incomplete, the base or a vision tower is not there or another one, or nothing says
+            how the features were computed.
     """
     recipe = read_recipe(adapter, needed=VLBART_ENTRIES)
     place = base_of(adapter, recipe, base=base, any_base=any_base)
     loaded = load_vlbart(place, dtype=getattr(torch, recipe["dtype"]))
     adapted, plain = with_adapter(loaded, adapter, with_base=with_base)
     trained_with = recipe["settings"]
-    encoders = open_encoders(adapter, recipe, device=next(adapted.parameters()).device)
+    device = next(adapted.parameters()).device
+    encoders = open_encoders(adapter, recipe, device=device, any_tower=any_base)
     known = subtasks(recipe["task"], task_prompt=trained_with["task_prompt"])
     own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
     first = VlBartAssistant(

@@ -125,13 +125,16 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             json.dump(plain, file, indent=1)
         return
     before = read_settings(folder)
-    differing = sorted(name for name in {*plain, *before} if plain.get(name) != before.get(name))
-    if differing:
-        name = differing[0]
+    if (name := first_difference(plain, before)) is not None:
         raise UserError(
             f"{folder} holds features with {name} {before.get(name)!r}, and {plain.get(name)!r} is asked for; "
             "name another folder, or delete this one"
         )
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first name, in their order, whose values differ; None where all are equal."""
+    return min((name for name in {*one, *other} if one.get(name) != other.get(name)), default=None)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

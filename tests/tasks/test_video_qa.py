@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,24 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
         video_qa.main([*common, "--start", "0.5"])
     assert stopped.value.code == 2
     assert f"{task} was trained with the part of the video that is meant" in capsys.readouterr().err
+
+
+def test_another_tower_is_refused(vlbart: Path, clip: str, tmp_path: Path, capsys: Any) -> None:
+    adapter = shutil.copytree(vlbart, tmp_path / "adapter")
+    recipe = json.loads((adapter / "recipe.json").read_text())
+    computed = recipe["features"]["video_caption"]["sha256"]
+    recipe["features"]["video_caption"]["sha256"] = "0123456789abcdef" * 4
+    (adapter / "recipe.json").write_text(json.dumps(recipe))
+    asked = ["--adapter", str(adapter), "--video", clip, "--question", "", "--question", "what moves?"]
+    with pytest.raises(SystemExit) as stopped:
+        video_qa.main(asked)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "video_caption was trained on features of a vision tower with sha256 0123456789ab…" in said
+    assert f"has {computed[:12]}… here" in said
+    assert len(said.splitlines()) == 1
+    video_qa.main([*asked, "--any-base"])
+    assert "(2 frames" in capsys.readouterr().out
 
 
 def test_the_run_shows_its_clips(vlbart: Path) -> None:
