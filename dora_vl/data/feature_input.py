@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dora_vl.data.examples import Clip, Example
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, UserError
 
 
 @runtime_checkable
@@ -25,6 +25,10 @@ class FeatureReader(Protocol):
 
     def read(self, path: str) -> Float[Tensor, "tokens channels"]:
         """The features; raises `BadSample` where there are none."""
+        ...
+
+    def frames(self, path: str) -> int:
+        """How many frames those features are of, each of so many tokens; likewise raises `BadSample`."""
         ...
 
 
@@ -42,7 +46,16 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
     if example.video is None and any(len(one) != reader.shape[0] for one in read):
         found = {len(one) for one in read}
         raise BadSample(example.id, f"its pictures have {found} tokens; data.feature_tokens is {reader.shape[0]}")
-    return torch.stack([fixed_length(one, reader.shape[0]) for one in read])
+    try:
+        return torch.stack([_fitted(one, path, reader) for one, path in zip(read, paths, strict=True)])
+    except UserError as error:
+        raise BadSample(example.id, str(error)) from None
+
+
+def _fitted(features: Tensor, path: str, reader: FeatureReader) -> Float[Tensor, "tokens channels"]:
+    length = reader.shape[0]
+    frames = reader.frames(path) if len(features) > length else 1  # it may have to look into the file again
+    return fixed_length(features, length, frames=frames)
 
 
 def clip_of_features(example: Example) -> tuple[str, Clip] | None:
@@ -60,14 +73,29 @@ def clip_of_features(example: Example) -> tuple[str, Clip] | None:
     return name, Clip(path=video.path) if "ts" in example.extra else video
 
 
-def fixed_length(features: Float[Tensor, "frames channels"], length: int) -> Float[Tensor, "length channels"]:
+def fixed_length(
+    features: Float[Tensor, "frame_tokens channels"], length: int, *, frames: int
+) -> Float[Tensor, "length channels"]:
     """As many tokens as every input has: fewer are followed by zeros, more are max-pooled over time.
 
-    In float32, since pooling float16 fails on a CPU.
+    Each place in a frame is pooled by itself, so that a grid stays a grid. In float32, since pooling float16 fails on
+    a CPU.
+
+    Args:
+        features: the tokens of one frame after the other's.
+        frames: how many frames those are.
+
+    Raises:
+        UserError: `length` holds no whole number of frames, where there are too many.
     """
-    frames = features.float()
-    if len(frames) < length:
-        return functional.pad(frames, (0, 0, 0, length - len(frames)))
-    if len(frames) > length:
-        return functional.adaptive_max_pool1d(frames.t()[None], length)[0].t().contiguous()
-    return frames
+    tokens = features.float()
+    if len(tokens) <= length:
+        return functional.pad(tokens, (0, 0, 0, length - len(tokens)))
+    places = len(tokens) // frames  # of a frame
+    if length % places:
+        raise UserError(
+            f"{frames} frames of {places} tokens have to become {length} tokens (data.feature_tokens), which is no "
+            f"multiple of {places}"
+        )
+    by_time = tokens.view(frames, -1).t()[None]  # [1, places x channels, frames]
+    return functional.adaptive_max_pool1d(by_time, length // places)[0].t().reshape(length, -1)

@@ -163,8 +163,10 @@ class VlBartAssistant:
     ) -> Float[Tensor, "one pictures tokens channels"]:
         """What the model reads of the pictures for a task; the frames of a video are one."""
         encoder = self._features_of(subtask)
-        inputs = [encoder.frames(pictures)] if self.is_video else list(encoder.pictures(pictures))
-        return torch.stack([fixed_length(one, self.feature_tokens) for one in inputs])[None]
+        if not self.is_video:
+            inputs = [fixed_length(one, self.feature_tokens, frames=1) for one in encoder.pictures(pictures)]
+            return torch.stack(inputs)[None]
+        return fixed_length(encoder.frames(pictures), self.feature_tokens, frames=len(pictures))[None, None]
 
 
 def _no_span(subtask: Subtask) -> UserError:

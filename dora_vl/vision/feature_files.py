@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dora_vl.errors import BadSample, UserError
 
-ID, FEATURES, SHAPE = "id", "features", "shape"
+ID, FEATURES, SHAPE, INDICES = "id", "features", "shape", "frame_indices"
 CACHE_BYTES = 256 * 2**20
 
 
@@ -41,6 +41,14 @@ class FeatureSource(Protocol):
 
         Raises:
             BadSample: there are none, or they cannot be read.
+        """
+        ...
+
+    def frames(self, name: str) -> int:
+        """How many frames these features are of; where nothing says it, each token is one.
+
+        Raises:
+            BadSample: as in `read`.
         """
         ...
 
@@ -109,6 +117,13 @@ class ParquetFeatures:
             raise _absent(name, self._folder)
         return self._group(place).row(place.row)
 
+    def frames(self, name: str) -> int:
+        """See `FeatureSource`; ours say which frames they are of, and none for a picture."""
+        tokens = len(self.read(name))
+        place = self._places[name]
+        counts = self._group(place).frames
+        return tokens if counts is None else max(1, counts[place.row])
+
     def _group(self, place: _Place) -> _Group:
         key = (place.shard, place.group)
         if key not in self._groups:
@@ -124,11 +139,12 @@ class ParquetFeatures:
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows of one group: all numbers in one array, where each row begins, and its shape."""
+    """Rows of one group: all numbers in one array, where each row begins, its shape, and its frames if that is said."""
 
     numbers: np.ndarray
     starts: np.ndarray
     shapes: list[list[int]]
+    frames: list[int] | None = None
 
     @property
     def bytes(self) -> int:
@@ -146,7 +162,7 @@ def _read_group(shard: Path, group: int) -> _Group:
     import pyarrow.parquet as parquet
 
     with parquet.ParquetFile(shard) as opened:
-        columns = [name for name in (FEATURES, SHAPE) if name in opened.schema_arrow.names]
+        columns = [name for name in (FEATURES, SHAPE, INDICES) if name in opened.schema_arrow.names]
         table = opened.read_row_group(group, columns=columns)
     column = table[FEATURES].combine_chunks()
     rows, fixed = len(column), []
@@ -157,7 +173,8 @@ def _read_group(shard: Path, group: int) -> _Group:
         column = column.flatten()
     numbers = column.to_numpy(zero_copy_only=False)
     if SHAPE in columns and starts is not None:
-        return _Group(numbers, starts - starts[0], table[SHAPE].to_pylist())
+        frames = [len(indices) for indices in table[INDICES].to_pylist()] if INDICES in columns else None
+        return _Group(numbers, starts - starts[0], table[SHAPE].to_pylist(), frames)
     if not fixed or np.prod(fixed) * rows != len(numbers):
         raise UserError(f"{shard}: column {FEATURES!r} has rows of different lengths and no column {SHAPE!r}")
     return _Group(numbers, np.arange(rows) * int(np.prod(fixed)), [fixed] * rows)
@@ -193,6 +210,10 @@ class FilePerName:
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise BadSample(name, f"features {path.name} in {self.folder} cannot be read: {error}") from None
         return _two_axes(torch.from_numpy(values), name)
+
+    def frames(self, name: str) -> int:
+        """See `FeatureSource`."""
+        return len(self.read(name))
 
     def _path(self, name: str) -> Path:
         if not name or "/" in name or "\\" in name or "\0" in name:

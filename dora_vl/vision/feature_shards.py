@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dora_vl.data.examples import whole_file
 from dora_vl.errors import UserError
-from dora_vl.vision.feature_files import FEATURES, ID, SHAPE, ParquetFeatures
+from dora_vl.vision.feature_files import FEATURES, ID, INDICES, SHAPE, ParquetFeatures
 
-BACKEND, INDICES, TIMES = "backend", "frame_indices", "timestamps"
+BACKEND, TIMES = "backend", "timestamps"
 SETTINGS_FILE = "settings.json"
 SHARD_BYTES = 128 * 2**20
 GROUP_BYTES = 4 * 2**20  # what is decompressed to read one row

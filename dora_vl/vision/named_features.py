@@ -36,3 +36,11 @@ class NamedFeatures:
             reason = f"its features in {self.folder} have {features.shape[1]} numbers a token; the model takes "
             raise BadSample(path, f"{reason}{self.shape[1]}")
         return features
+
+    def frames(self, path: str) -> int:
+        """How many frames a file's features are of; 1 for a picture.
+
+        Raises:
+            BadSample: there are none.
+        """
+        return self._source.frames(Path(path).stem)

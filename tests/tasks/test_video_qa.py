@@ -132,6 +132,8 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     torch.testing.assert_close(captions[:2].half(), stored, atol=2e-3, rtol=2e-3)
     assert not captions[2].any()
     torch.testing.assert_close(assistant.inputs(frames, words)[0, 0], made)  # what a question typed in gets
+    halves = replace(assistant, feature_tokens=2).inputs(frames, words)[0, 0]
+    torch.testing.assert_close(halves, torch.stack([made[:2].amax(0), made[1:].amax(0)]))  # pooled over time
     labels_alone = replace(assistant, subtasks=(vlbart_video.subtasks()["tvqa"],))
     with pytest.raises(UserError, match="trained for tvqa; ask a question with its choices"):
         labels_alone.answer_example(Example(id="1", question="which?"), frames)

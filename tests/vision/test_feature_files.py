@@ -35,6 +35,7 @@ def test_rows_of_different_lengths_come_back(tmp_path: Path) -> None:
         read = source.read(row.name)
         assert read.dtype == torch.float16
         torch.testing.assert_close(read, row.features.half(), rtol=0, atol=0)
+        assert source.frames(row.name) == len(row.indices)
     assert len(list(tmp_path.glob("*.parquet"))) > 1
     again = pickle.loads(pickle.dumps(source))
     assert torch.equal(again.read("v3"), source.read("v3"))
@@ -128,6 +129,7 @@ def test_values_npz(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes((tmp_path / "clip_1.npz").read_bytes()[:200])
     source = open_features(tmp_path)
     assert torch.equal(source.read("clip_1"), values)
+    assert source.frames("clip_1") == 13
     for name, reason in (("wrong", "cannot be read"), ("cut", "cannot be read"), ("flat", "not a table")):
         with pytest.raises(BadSample, match=reason):
             source.read(name)
