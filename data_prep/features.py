@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from dora_vl.data.bad_samples import BadSampleLedger, write_skipped
 from dora_vl.data.examples import Clip, iterate_examples
-from dora_vl.data.feature_input import clip_of_features
+from dora_vl.data.feature_input import Part, clip_of_features, in_words, part_of
 from dora_vl.data.media import open_image
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
@@ -53,6 +53,11 @@ class Medium:
     name: str
     path: str
     clip: Clip | None = None
+
+    @property
+    def part(self) -> Part:
+        """Of the video; a picture is whole."""
+        return (0.0, None) if self.clip is None else part_of(self.clip)
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,23 @@ def _unique(media: Iterable[Medium]) -> list[Medium]:
     return list(by_name.values())
 
 
+def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
+    """Those whose features the folder does not hold yet.
+
+    Raises:
+        UserError: it holds those of another part of a video under the same name.
+    """
+    done = written(to)
+    for medium in media:
+        stored = done.get(medium.name)
+        if stored is not None and stored != medium.part:
+            raise UserError(
+                f"{to} holds features of {in_words(stored)} of {medium.path} as {medium.name!r}, and those of "
+                f"{in_words(medium.part)} are asked for; name another folder"
+            )
+    return [medium for medium in media if medium.name not in done]
+
+
 def compute(
     media: Sequence[Medium],
     encoder: FeatureEncoder,
@@ -146,13 +168,12 @@ def compute(
     """Computes what is missing of this part's media; returns the account of what could not be read.
 
     Raises:
-        UserError: too many files cannot be read.
+        UserError: too many files cannot be read, or the folder holds other features of their names.
     """
     part, parts = options.part
     settings = {**encoder.settings.to_record(), "sha256": encoder.fingerprint()}
     writer = FeatureWriter(to, settings)
-    done = written(to)
-    own = [medium for medium in media[part::parts] if medium.name not in done]
+    own = missing(media[part::parts], to)
     ledger = BadSampleLedger(
         max_bad_share=options.max_bad_share, total_samples=max(1, len(media[part::parts])), source=str(root)
     )
@@ -180,7 +201,8 @@ def _take(
     if read.pixels is None:
         return
     frames = torch.cat([encoder.encode(pixels) for pixels in read.pixels.split(batch_size)])
-    writer.add(FeatureRow(read.medium.name, encoder.sequence(frames), read.backend, read.indices, read.seconds))
+    medium, features = read.medium, encoder.sequence(frames)
+    writer.add(FeatureRow(medium.name, features, read.backend, read.indices, read.seconds, medium.part))
 
 
 def feature_settings(options: argparse.Namespace) -> FeatureSettings:

@@ -13,6 +13,9 @@ from torch.nn import functional
 from dora_vl.data.examples import Clip, Example
 from dora_vl.errors import BadSample, UserError
 
+Part = tuple[float, float | None]
+"""From so many seconds to so many; None is the video's end."""
+
 
 @runtime_checkable
 class FeatureReader(Protocol):
@@ -31,6 +34,10 @@ class FeatureReader(Protocol):
         """How many frames those features are of, each of so many tokens; likewise raises `BadSample`."""
         ...
 
+    def part(self, path: str) -> Part | None:
+        """The part of a video that they are of; None where nothing says it."""
+        ...
+
 
 def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "images tokens channels"]:
     """Features of an example's pictures, or of its video.
@@ -43,6 +50,8 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
     if not paths:
         raise BadSample(example.id, "it has neither pictures nor a video")
     read = [reader.read(path) for path in paths]
+    if not example.images and clip is not None:
+        _check_part(example, clip, reader)
     if example.video is None and any(len(one) != reader.shape[0] for one in read):
         found = {len(one) for one in read}
         raise BadSample(example.id, f"its pictures have {found} tokens; data.feature_tokens is {reader.shape[0]}")
@@ -50,6 +59,30 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
         return torch.stack([_fitted(one, path, reader) for one, path in zip(read, paths, strict=True)])
     except UserError as error:
         raise BadSample(example.id, str(error)) from None
+
+
+def part_of(clip: Clip) -> Part:
+    """Where a clip begins and ends."""
+    return clip.start_seconds or 0.0, clip.end_seconds
+
+
+def _check_part(example: Example, clip: tuple[str, Clip], reader: FeatureReader) -> None:
+    """Refuses features of another part of the video than the example means: they were found by their name alone."""
+    stored, meant = reader.part(clip[0]), part_of(clip[1])
+    if stored is not None and stored != meant:
+        raise BadSample(
+            example.id,
+            f"it is about {in_words(meant)} of {clip[1].path}, and its features are of {in_words(stored)}; compute "
+            "them with python -m data_prep.features --records, in a folder of their own",
+        )
+
+
+def in_words(part: Part) -> str:
+    """As a message says it."""
+    start, end = part
+    if end is None:
+        return f"all from {start:g} s on" if start else "the whole"
+    return f"{start:g} to {end:g} s"
 
 
 def _fitted(features: Tensor, path: str, reader: FeatureReader) -> Float[Tensor, "tokens channels"]:

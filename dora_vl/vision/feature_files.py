@@ -18,9 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dora_vl.data.feature_input import Part
 from dora_vl.errors import BadSample, UserError
 
 ID, FEATURES, SHAPE, INDICES = "id", "features", "shape", "frame_indices"
+START, END = "start_seconds", "end_seconds"
 CACHE_BYTES = 256 * 2**20
 
 
@@ -52,6 +54,10 @@ class FeatureSource(Protocol):
         """
         ...
 
+    def part(self, name: str) -> Part | None:
+        """The part of a video that they are of; None where nothing says it, or there are none."""
+        ...
+
 
 def open_features(folder: Path) -> FeatureSource:
     """The features in a folder.
@@ -77,6 +83,7 @@ class _Place:
     shard: int
     group: int
     row: int
+    part: Part | None = None
 
 
 class ParquetFeatures:
@@ -100,8 +107,7 @@ class ParquetFeatures:
                 if missing:
                     raise UserError(f"{shard} has no column {sorted(missing)[0]!r}, so it holds no features")
                 for group in range(opened.num_row_groups):
-                    ids = opened.read_row_group(group, columns=[ID])[ID].to_pylist()
-                    self._places.update((str(name), _Place(number, group, row)) for row, name in enumerate(ids))
+                    self._places.update(_places(opened, number, group))
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -124,6 +130,11 @@ class ParquetFeatures:
         counts = self._group(place).frames
         return tokens if counts is None else max(1, counts[place.row])
 
+    def part(self, name: str) -> Part | None:
+        """See `FeatureSource`."""
+        place = self._places.get(name)
+        return None if place is None else place.part
+
     def _group(self, place: _Place) -> _Group:
         key = (place.shard, place.group)
         if key not in self._groups:
@@ -135,6 +146,13 @@ class ParquetFeatures:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_groups": OrderedDict()}
+
+
+def _places(shard: Any, number: int, group: int) -> Iterator[tuple[str, _Place]]:
+    """Names in a group of an open shard and where each is; shards made before parts were kept do not say them."""
+    columns = [name for name in (ID, START, END) if name in shard.schema_arrow.names]
+    for row, entry in enumerate(shard.read_row_group(group, columns=columns).to_pylist()):
+        yield str(entry[ID]), _Place(number, group, row, (entry[START], entry[END]) if START in entry else None)
 
 
 @dataclass(frozen=True)
@@ -214,6 +232,10 @@ class FilePerName:
     def frames(self, name: str) -> int:
         """See `FeatureSource`."""
         return len(self.read(name))
+
+    def part(self, name: str) -> Part | None:
+        """See `FeatureSource`."""
+        return None
 
     def _path(self, name: str) -> Path:
         if not name or "/" in name or "\\" in name or "\0" in name:

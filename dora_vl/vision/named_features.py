@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from dora_vl.data.feature_input import Part
 from dora_vl.errors import BadSample
 from dora_vl.vision.feature_files import open_features
 
@@ -44,3 +45,7 @@ class NamedFeatures:
             BadSample: there are none.
         """
         return self._source.frames(Path(path).stem)
+
+    def part(self, path: str) -> Part | None:
+        """The part of a video that a file's features are of; None where nothing says it."""
+        return self._source.part(Path(path).stem)

@@ -39,6 +39,9 @@ class Features:
     def frames(self, path: str) -> int:
         return 1
 
+    def part(self, path: str) -> None:
+        return None
+
 
 @pytest.fixture(scope="module")
 def encoder() -> Seq2SeqEncoder:
@@ -140,6 +143,28 @@ def test_stored_grids_are_pooled_frame_by_frame_too(tmp_path: Path) -> None:
     assert torch.equal(made[0], grids.float().view(3, 2, 4, 3).amax(1).flatten(0, 1))
     with pytest.raises(BadSample, match="sample 1: 6 frames of 4 tokens have to become 10"):
         features_of(Example(id="1", video=Clip(path="a.mp4")), NamedFeatures(tmp_path, tokens=10, width=3))
+
+
+def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> None:
+    writer = FeatureWriter(tmp_path, {})
+    for name, part in (("whole", (0.0, None)), ("some", (1.5, 4.0))):
+        writer.add(FeatureRow(name, torch.randn(2, 3), "pyav", (0, 9), (0.0, 0.9), part))
+    writer.flush()
+    reader = NamedFeatures(tmp_path, tokens=2, width=3)
+    part = {"start_seconds": 1.5, "end_seconds": 4.0}
+    for clip in (Clip(path="whole.mp4"), Clip(path="whole.mp4", start_seconds=0.0), Clip(path="some.mp4", **part)):
+        assert features_of(Example(id="1", video=clip), reader).shape == (1, 2, 3)
+    stated = Example(id="1", video=Clip(path="whole.mp4", **part), extra={"ts": "1.5-4"})
+    assert features_of(stated, reader).shape == (1, 2, 3)  # the text says which part is meant
+    for clip, told in (
+        (
+            Clip(path="whole.mp4", **part),
+            r"sample 1: it is about 1\.5 to 4 s of whole\.mp4, .* features are of the whole;",
+        ),
+        (Clip(path="some.mp4", start_seconds=2.0), r"about all from 2 s on of some\.mp4, .* are of 1\.5 to 4 s;"),
+    ):
+        with pytest.raises(BadSample, match=told):
+            features_of(Example(id="1", video=clip), reader)
 
 
 def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Path) -> None:

@@ -88,6 +88,16 @@ def test_parts_share_the_work(root: Path, tmp_path: Path, weights: str) -> None:
         assert torch.equal(open_features(together).read(name), open_features(alone).read(name))
 
 
+def test_parts_do_not_pass_for_the_whole(root: Path, tmp_path: Path, weights: str, capsys) -> None:
+    to, records = tmp_path / "features", tmp_path / "r.jsonl"
+    write_examples(records, [Example(id="1", video=Clip(path="deep/one.mp4", start_seconds=0.4, end_seconds=1.0))])
+    run(root, to, weights, "--records", str(records))
+    assert open_features(to).part("one") == (0.4, 1.0)
+    with pytest.raises(SystemExit):
+        run(root, to, weights)
+    assert "holds features of 0.4 to 1 s of deep/one.mp4 as 'one', and those of the whole" in capsys.readouterr().err
+
+
 def test_too_many_broken_files_end_the_run(root: Path, tmp_path: Path, weights: str, capsys) -> None:
     with pytest.raises(SystemExit):
         run(root, tmp_path / "features", weights, "--max-bad-share", "0.1")
