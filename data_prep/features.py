@@ -12,16 +12,19 @@ and VALUE's video features (CLIP ViT-B/32's embedding, one frame every 1.5 s, 51
 
 Without --records all pictures and videos under --root are taken. A feature's id is its file's name without the suffix,
 or the name that a record gives to its part of a file.
-Started again it goes on where it stopped. Several processes share the work when they are started with RANK and
-WORLD_SIZE set, as `deepspeed` and `torchrun` do, or with --part. Files that cannot be read are named in
-`skipped-<part>.jsonl`.
+Started again it goes on where it stopped; what was computed is written also when it is interrupted (Ctrl-C, SIGTERM).
+Several processes share the work when they are started with RANK and WORLD_SIZE set, as `deepspeed` and `torchrun` do,
+or with --part. Files that cannot be read are named in `skipped-<part>.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,14 +184,30 @@ def compute(
     loader = DataLoader(
         _Media(own, root, encoder, reader), batch_size=None, num_workers=options.workers, prefetch_factor=None
     )
-    with tqdm(total=len(own), unit="file", desc="features", disable=part != 0) as progress:
-        for read in loader:
-            _take(read, encoder, writer, ledger, batch_size=options.batch_size)
-            progress.update(1)
-    reader.close()
-    writer.flush()
-    write_skipped(to / f"skipped-{part}.jsonl", ledger.reasons)
+    try:
+        with tqdm(total=len(own), unit="file", desc="features", disable=part != 0) as progress:
+            for read in loader:
+                _take(read, encoder, writer, ledger, batch_size=options.batch_size)
+                progress.update(1)
+    finally:  # also when it is interrupted: what is computed need not be computed again
+        reader.close()
+        writer.flush()
+        write_skipped(to / f"skipped-{part}.jsonl", ledger.reasons)
     return ledger
+
+
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM, with which launchers and queues end a process, unwinds it as Ctrl-C does; the status stays 128 + 15."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _take(
@@ -268,7 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
     gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
     device = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
     encoder = FeatureEncoder(feature_settings(options), device=device)
-    ledger = compute(media, encoder, options.to, root=options.root, options=options)
+    with ended_in_order():
+        ledger = compute(media, encoder, options.to, root=options.root, options=options)
     counts = ledger.counts
     print(f"{options.to}: features of {counts.seen - counts.bad:,} more files, {counts.bad:,} left out")
     for name, reason in list(ledger.reasons.items())[:5]:
