@@ -24,6 +24,7 @@ from dora_vl.errors import BadSample, UserError
 ID, FEATURES, SHAPE, INDICES = "id", "features", "shape", "frame_indices"
 START, END = "start_seconds", "end_seconds"
 CACHE_BYTES = 256 * 2**20
+OPEN_SHARDS = 64  # each keeps its list of groups, about a megabyte
 
 
 @runtime_checkable
@@ -90,7 +91,7 @@ class ParquetFeatures:
     """Parquet shards with the columns `id` and `features`.
 
     Ours hold each row's numbers in one list, with their `shape` beside; VL-Adapter's hold nested lists of fixed sizes.
-    Groups of rows that were read last stay in memory, up to `cache_bytes`.
+    Groups of rows that were read last stay in memory, up to `cache_bytes`, and the shards used last stay open.
     """
 
     def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
@@ -100,6 +101,7 @@ class ParquetFeatures:
         self._shards = sorted(folder.glob("*.parquet"))
         self._cache_bytes = cache_bytes
         self._groups: OrderedDict[tuple[int, int], _Group] = OrderedDict()
+        self._open: OrderedDict[int, Any] = OrderedDict()
         self._places: dict[str, _Place] = {}
         for number, shard in enumerate(self._shards):
             with parquet.ParquetFile(shard) as opened:
@@ -138,14 +140,24 @@ class ParquetFeatures:
     def _group(self, place: _Place) -> _Group:
         key = (place.shard, place.group)
         if key not in self._groups:
-            self._groups[key] = _read_group(self._shards[place.shard], place.group)
+            self._groups[key] = _read_group(self._opened(place.shard), place.group, self._shards[place.shard])
             while len(self._groups) > 1 and sum(group.bytes for group in self._groups.values()) > self._cache_bytes:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
 
+    def _opened(self, shard: int) -> Any:
+        import pyarrow.parquet as parquet
+
+        if shard not in self._open:
+            self._open[shard] = parquet.ParquetFile(self._shards[shard])
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_groups": OrderedDict()}
+        return {**self.__dict__, "_groups": OrderedDict(), "_open": OrderedDict()}
 
 
 def _places(shard: Any, number: int, group: int) -> Iterator[tuple[str, _Place]]:
@@ -175,13 +187,11 @@ class _Group:
         return torch.from_numpy(values.copy()).view(-1, shape[-1])
 
 
-def _read_group(shard: Path, group: int) -> _Group:
+def _read_group(opened: Any, group: int, shard: Path) -> _Group:
     import pyarrow as pa
-    import pyarrow.parquet as parquet
 
-    with parquet.ParquetFile(shard) as opened:
-        columns = [name for name in (FEATURES, SHAPE, INDICES) if name in opened.schema_arrow.names]
-        table = opened.read_row_group(group, columns=columns)
+    columns = [name for name in (FEATURES, SHAPE, INDICES) if name in opened.schema_arrow.names]
+    table = opened.read_row_group(group, columns=columns)
     column = table[FEATURES].combine_chunks()
     rows, fixed = len(column), []
     starts = column.offsets.to_numpy() if pa.types.is_list(column.type) else None

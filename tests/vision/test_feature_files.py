@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dora_vl.errors import BadSample, UserError
+from dora_vl.vision import feature_files
 from dora_vl.vision.feature_files import ParquetFeatures, open_features
 from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter, written
 
@@ -96,6 +97,29 @@ def test_only_so_many_groups_stay_in_memory(tmp_path: Path) -> None:
     for row in rows(6):
         source.read(row.name)
         assert sum(group.bytes for group in source._groups.values()) <= 50 or len(source._groups) == 1
+
+
+def test_one_picture_costs_no_more_than_a_small_group(tmp_path: Path) -> None:
+    writer = FeatureWriter(tmp_path, {})
+    for number in range(40):  # VL-Adapter's grids, 200 kB each
+        writer.add(FeatureRow(f"p{number}", made(number, 49, 2048), "pillow"))
+    writer.flush()
+    source = ParquetFeatures(tmp_path)
+    source.read("p17")
+    assert sum(group.bytes for group in source._groups.values()) <= 2**19
+
+
+def test_only_so_many_shards_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = FeatureWriter(tmp_path, {}, shard_bytes=16)
+    for row in rows(6):
+        writer.add(row)
+    writer.flush()
+    monkeypatch.setattr(feature_files, "OPEN_SHARDS", 2)
+    source = ParquetFeatures(tmp_path, cache_bytes=1)
+    for row in [*rows(6), *rows(6)]:
+        assert torch.equal(source.read(row.name), row.features.half())
+        assert len(source._open) <= 2
+    assert torch.equal(pickle.loads(pickle.dumps(source)).read("v1"), source.read("v1"))
 
 
 def test_the_re_hosted_shards(tmp_path: Path) -> None:
