@@ -12,16 +12,19 @@ and VALUE's video features (CLIP ViT-B/32's embedding, one frame every 1.5 s, 51
 
 Without --records all pictures and videos under --root are taken. A feature's id is its file's name without the suffix,
 or the name that a record gives to its part of a file.
-Started again it goes on where it stopped. Several processes share the work when they are started with RANK and
-WORLD_SIZE set, as `deepspeed` and `torchrun` do, or with --part. Files that cannot be read are named in
-`skipped-<part>.jsonl`.
+Started again it goes on where it stopped; what was computed is written also when it is interrupted (Ctrl-C, SIGTERM).
+Several processes share the work when they are started with RANK and WORLD_SIZE set, as `deepspeed` and `torchrun` do,
+or with --part. Files that cannot be read are named in `skipped-<part>.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from tqdm import tqdm
 
 from dora_vl.data.bad_samples import BadSampleLedger, write_skipped
 from dora_vl.data.examples import Clip, iterate_examples
-from dora_vl.data.feature_input import clip_of_features
+from dora_vl.data.feature_input import Part, clip_of_features, in_words, part_of
 from dora_vl.data.media import open_image
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
@@ -53,6 +56,11 @@ class Medium:
     name: str
     path: str
     clip: Clip | None = None
+
+    @property
+    def part(self) -> Part:
+        """Of the video; a picture is whole."""
+        return (0.0, None) if self.clip is None else part_of(self.clip)
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,23 @@ def _unique(media: Iterable[Medium]) -> list[Medium]:
     return list(by_name.values())
 
 
+def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
+    """Those whose features the folder does not hold yet.
+
+    Raises:
+        UserError: it holds those of another part of a video under the same name.
+    """
+    done = written(to)
+    for medium in media:
+        stored = done.get(medium.name)
+        if stored is not None and stored != medium.part:
+            raise UserError(
+                f"{to} holds features of {in_words(stored)} of {medium.path} as {medium.name!r}, and those of "
+                f"{in_words(medium.part)} are asked for; name another folder"
+            )
+    return [medium for medium in media if medium.name not in done]
+
+
 def compute(
     media: Sequence[Medium],
     encoder: FeatureEncoder,
@@ -146,13 +171,12 @@ def compute(
     """Computes what is missing of this part's media; returns the account of what could not be read.
 
     Raises:
-        UserError: too many files cannot be read.
+        UserError: too many files cannot be read, or the folder holds other features of their names.
     """
     part, parts = options.part
     settings = {**encoder.settings.to_record(), "sha256": encoder.fingerprint()}
     writer = FeatureWriter(to, settings)
-    done = written(to)
-    own = [medium for medium in media[part::parts] if medium.name not in done]
+    own = missing(media[part::parts], to)
     ledger = BadSampleLedger(
         max_bad_share=options.max_bad_share, total_samples=max(1, len(media[part::parts])), source=str(root)
     )
@@ -160,14 +184,30 @@ def compute(
     loader = DataLoader(
         _Media(own, root, encoder, reader), batch_size=None, num_workers=options.workers, prefetch_factor=None
     )
-    with tqdm(total=len(own), unit="file", desc="features", disable=part != 0) as progress:
-        for read in loader:
-            _take(read, encoder, writer, ledger, batch_size=options.batch_size)
-            progress.update(1)
-    reader.close()
-    writer.flush()
-    write_skipped(to / f"skipped-{part}.jsonl", ledger.reasons)
+    try:
+        with tqdm(total=len(own), unit="file", desc="features", disable=part != 0) as progress:
+            for read in loader:
+                _take(read, encoder, writer, ledger, batch_size=options.batch_size)
+                progress.update(1)
+    finally:  # also when it is interrupted: what is computed need not be computed again
+        reader.close()
+        writer.flush()
+        write_skipped(to / f"skipped-{part}.jsonl", ledger.reasons)
     return ledger
+
+
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM, with which launchers and queues end a process, unwinds it as Ctrl-C does; the status stays 128 + 15."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _take(
@@ -180,7 +220,8 @@ def _take(
     if read.pixels is None:
         return
     frames = torch.cat([encoder.encode(pixels) for pixels in read.pixels.split(batch_size)])
-    writer.add(FeatureRow(read.medium.name, encoder.sequence(frames), read.backend, read.indices, read.seconds))
+    medium, features = read.medium, encoder.sequence(frames)
+    writer.add(FeatureRow(medium.name, features, read.backend, read.indices, read.seconds, medium.part))
 
 
 def feature_settings(options: argparse.Namespace) -> FeatureSettings:
@@ -246,7 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
     gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
     device = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
     encoder = FeatureEncoder(feature_settings(options), device=device)
-    ledger = compute(media, encoder, options.to, root=options.root, options=options)
+    with ended_in_order():
+        ledger = compute(media, encoder, options.to, root=options.root, options=options)
     counts = ledger.counts
     print(f"{options.to}: features of {counts.seen - counts.bad:,} more files, {counts.bad:,} left out")
     for name, reason in list(ledger.reasons.items())[:5]:

@@ -29,7 +29,7 @@ def add_options(to: argparse.ArgumentParser) -> None:
     )
     to.add_argument("--compare-base", action="store_true", help="also shows the answer without the adapter")
     to.add_argument("--base", help="where the base model is, if it moved since training")
-    to.add_argument("--any-base", action="store_true", help="accepts a base with other content than in training")
+    to.add_argument("--any-base", action="store_true", help="accepts another base or vision tower than in training")
     to.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
 
 

@@ -4,14 +4,15 @@ python tasks/video_qa.py --adapter runs/demo-video/adapter --video clip.mp4 --qu
     --choice red --choice blue
 
 A LLaVA sees `--frames` frames as so many pictures; a VL-BART sees the frames that it was trained to see, as features
-that are computed on the way. `--start` and `--end` name a part of the video, `--subtitle` says what is said in it.
+that are computed on the way. `--start` and `--end` name a part of the video, `--subtitle` says what is said in it. A
+model of TVQA, How2QA or TVC needs a part: it sees the whole video and reads in its text which part is meant.
 Without --question it asks for questions until an empty line.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,11 @@ from tasks.asking import add_options, answer_typed, open_model, print_answers, w
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dora_vl.data.examples import Clip
     from dora_vl.evaluation.assistant import Assistant
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
+    from dora_vl.vision.frame_sampling import Sampling
+    from dora_vl.vision.video import VideoReader
     from dora_vl.vision.video_decoding import Frames
     from tasks.asking import AnyAssistants
 
@@ -44,51 +48,60 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def read_clips(options: argparse.Namespace, assistants: AnyAssistants) -> list[tuple[Path, Frames[Image]]]:
-    """The frames of each video that the model is to see.
+@dataclass
+class ClipReader:
+    """The frames of videos, each read once for every part and way of picking that is asked for."""
 
-    Raises:
-        UserError: a video cannot be read.
-    """
-    from dora_vl.data.examples import Clip
+    reader: VideoReader
+    _read: dict[tuple[Path, Clip, Sampling], Frames[Image]] = field(default_factory=dict)
+
+    def frames(self, path: Path, clip: Clip, sampling: Sampling) -> Frames[Image]:
+        """The frames of a part of a file.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        wanted = path, clip, sampling
+        if wanted not in self._read:
+            self._read[wanted] = self.reader.read(path.parent, clip, sampling)
+        return self._read[wanted]
+
+
+def ask_all(assistants: AnyAssistants, clips: ClipReader, question: str, options: argparse.Namespace) -> None:
+    """Puts one question to every video."""
+    for path in options.video:
+        ask(assistants, clips, path, question, options)
+
+
+def ask(assistants: AnyAssistants, clips: ClipReader, path: Path, question: str, options: argparse.Namespace) -> None:
+    """Puts one question to one video."""
+    from dora_vl.data.examples import Clip, Example, Subtitle
+    from dora_vl.data.feature_input import clip_of_features
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
     from dora_vl.vision.frame_sampling import Uniform
-    from dora_vl.vision.video import VideoReader
 
-    model = assistants.adapted
-    sampling = model.sampling if isinstance(model, VlBartAssistant) else Uniform(options.frames)
-    with VideoReader() as reader:
-        return [
-            (
-                path,
-                reader.read(
-                    path.parent, Clip(path=path.name, start_seconds=options.start, end_seconds=options.end), sampling
-                ),
-            )
-            for path in options.video
-        ]
-
-
-def ask_all(
-    assistants: AnyAssistants, clips: Sequence[tuple[Path, Frames[Image]]], question: str, options: argparse.Namespace
-) -> None:
-    """Puts one question to every video."""
-    from dora_vl.data.examples import Example, Subtitle
-
+    model, clip = assistants.adapted, Clip(path=path.name, start_seconds=options.start, end_seconds=options.end)
     example = Example(
         id="question",
         question=question,
         choices=tuple(options.choice),
         subtitles=tuple(Subtitle(text) for text in options.subtitle),
+        video=clip,
     )
-    for path, frames in clips:
-        times = f"{len(frames.seconds)} frames, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
-        print(f"{path} ({times}, {frames.backend})  {question}")
+    sampling: Sampling = Uniform(options.frames)
+    if isinstance(model, VlBartAssistant):
+        example, sampling = model.with_span(example), model.sampling(example)
+        _, clip = clip_of_features(example) or ("", clip)
+    frames = clips.frames(path, clip, sampling)
+    times = f"{len(frames.seconds)} frames, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
+    print(f"{path} ({times}, {frames.backend})  {question}")
 
-        def answer(_: str, assistant: Assistant | VlBartAssistant, seen: Sequence[Image] = frames.pictures) -> str:
-            return assistant.answer_example(example, seen, max_new_tokens=options.max_new_tokens, write=write_piece)
+    def answer(_: str, assistant: Assistant | VlBartAssistant) -> str:
+        return assistant.answer_example(
+            example, frames.pictures, max_new_tokens=options.max_new_tokens, write=write_piece
+        )
 
-        print_answers(assistants, answer)
+    print_answers(assistants, answer)
 
 
 @exit_on_user_error
@@ -98,14 +111,18 @@ def main(arguments: list[str] | None = None) -> None:
     for path in options.video:
         if not path.is_file():  # shows before the model loads
             raise UserError(f"video {path} is missing")
+    from dora_vl.vision.video import VideoReader
+
     assistants = open_model(options)
-    clips = read_clips(options, assistants)
-    for question in options.question:
-        ask_all(assistants, clips, question, options)
-    if not options.question:
-        answer_typed(
-            lambda line: ask_all(assistants, clips, line, options), hint="Type a question, or an empty line to leave."
-        )
+    with VideoReader() as reader:
+        clips = ClipReader(reader)
+        for question in options.question:
+            ask_all(assistants, clips, question, options)
+        if not options.question:
+            answer_typed(
+                lambda line: ask_all(assistants, clips, line, options),
+                hint="Type a question, or an empty line to leave.",
+            )
 
 
 if __name__ == "__main__":

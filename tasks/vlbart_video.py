@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from dora_vl.data.examples import Example
 from dora_vl.data.right_choice import right_choice
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dora_vl.training.vlbart_recipe import VlBartRunConfig
 
 TEXT_TOKENS, LABEL_TOKENS = 600, 20
+SpanText: TypeAlias = Callable[[float, float], object]
 PUBLISHED_SEARCH = Search(beams=5, max_length=20, no_repeat_ngram=3)
 
 
@@ -38,8 +39,8 @@ def subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
         return f"{name}: " if task_prompt else ""
 
     every = (
-        choice_task("tvqa", video_qa.score, suffix("tvqa")),
-        choice_task("how2qa", video_qa.score_how2qa, suffix("how2qa")),
+        choice_task("tvqa", video_qa.score, suffix("tvqa"), state_span=tvqa_span),
+        choice_task("how2qa", video_qa.score_how2qa, suffix("how2qa"), state_span=how2qa_span),
         choice_task("video_choice", video_qa.score, suffix("video_choice")),
         words_task("video_words", suffix("video_words")),
         caption_task("tvc", suffix("tvc"), with_times=True),
@@ -49,7 +50,9 @@ def subtasks(*, task_prompt: bool = True) -> Mapping[str, Subtask]:
     return {one.name: one for one in every}
 
 
-def choice_task(name: str, score: Callable[..., video_qa.Scored], suffix: str) -> Subtask:
+def choice_task(
+    name: str, score: Callable[..., video_qa.Scored], suffix: str, state_span: SpanText | None = None
+) -> Subtask:
     """A question with its choices; the answer is the right choice's label."""
     return Subtask(
         name=name,
@@ -61,6 +64,7 @@ def choice_task(name: str, score: Callable[..., video_qa.Scored], suffix: str) -
         search=PUBLISHED_SEARCH,
         score=score,
         chooses=True,
+        state_span=state_span,
     )
 
 
@@ -91,7 +95,23 @@ def caption_task(name: str, suffix: str, *, with_times: bool = False) -> Subtask
         score=caption.score_value,
         check_scoring=caption.check_scoring,
         reads_question=False,
+        state_span=tvc_span if with_times else None,
     )
+
+
+def tvqa_span(start: float, end: float) -> str:
+    """`ts` as TVQA's files have it: 32.5-40."""
+    return f"{start:.10g}-{end:.10g}"
+
+
+def how2qa_span(start: float, end: float) -> str:
+    """`ts` as `data_prep.how2qa` writes it: 32.5-40.0."""
+    return f"{float(start)}-{float(end)}"
+
+
+def tvc_span(start: float, end: float) -> list[float]:
+    """`ts` as TVC's files have it: [32.5, 40.0]."""
+    return [float(start), float(end)]
 
 
 def subtitle_text(example: Example) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar
+from uuid import uuid4
 
 from dora_vl.data.right_choice import right_choice
 from dora_vl.data.turns import Turn
@@ -179,10 +180,12 @@ def json_line(record: Mapping[str, JSON], where: str) -> str:
 def whole_file(path: Path) -> Iterator[IO[str]]:
     """A file for text that gets its name only when all of it is on disk; nothing is left of one that failed.
 
+    Several processes may write one file at a time: each has a scratch file of its own, and the last one's stays.
+
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8", newline="\n", buffering=1 << 20) as file:

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from dora_vl.data.examples import Clip, Example
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, UserError
+
+Part = tuple[float, float | None]
+"""From so many seconds to so many; None is the video's end."""
 
 
 @runtime_checkable
@@ -27,6 +30,14 @@ class FeatureReader(Protocol):
         """The features; raises `BadSample` where there are none."""
         ...
 
+    def frames(self, path: str) -> int:
+        """How many frames those features are of, each of so many tokens; likewise raises `BadSample`."""
+        ...
+
+    def part(self, path: str) -> Part | None:
+        """The part of a video that they are of; None where nothing says it."""
+        ...
+
 
 def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "images tokens channels"]:
     """Features of an example's pictures, or of its video.
@@ -39,10 +50,45 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
     if not paths:
         raise BadSample(example.id, "it has neither pictures nor a video")
     read = [reader.read(path) for path in paths]
+    if not example.images and clip is not None:
+        _check_part(example, clip, reader)
     if example.video is None and any(len(one) != reader.shape[0] for one in read):
         found = {len(one) for one in read}
         raise BadSample(example.id, f"its pictures have {found} tokens; data.feature_tokens is {reader.shape[0]}")
-    return torch.stack([fixed_length(one, reader.shape[0]) for one in read])
+    try:
+        return torch.stack([_fitted(one, path, reader) for one, path in zip(read, paths, strict=True)])
+    except UserError as error:
+        raise BadSample(example.id, str(error)) from None
+
+
+def part_of(clip: Clip) -> Part:
+    """Where a clip begins and ends."""
+    return clip.start_seconds or 0.0, clip.end_seconds
+
+
+def _check_part(example: Example, clip: tuple[str, Clip], reader: FeatureReader) -> None:
+    """Refuses features of another part of the video than the example means: they were found by their name alone."""
+    stored, meant = reader.part(clip[0]), part_of(clip[1])
+    if stored is not None and stored != meant:
+        raise BadSample(
+            example.id,
+            f"it is about {in_words(meant)} of {clip[1].path}, and its features are of {in_words(stored)}; compute "
+            "them with python -m data_prep.features --records, in a folder of their own",
+        )
+
+
+def in_words(part: Part) -> str:
+    """As a message says it."""
+    start, end = part
+    if end is None:
+        return f"all from {start:g} s on" if start else "the whole"
+    return f"{start:g} to {end:g} s"
+
+
+def _fitted(features: Tensor, path: str, reader: FeatureReader) -> Float[Tensor, "tokens channels"]:
+    length = reader.shape[0]
+    frames = reader.frames(path) if len(features) > length else 1  # it may have to look into the file again
+    return fixed_length(features, length, frames=frames)
 
 
 def clip_of_features(example: Example) -> tuple[str, Clip] | None:
@@ -60,14 +106,29 @@ def clip_of_features(example: Example) -> tuple[str, Clip] | None:
     return name, Clip(path=video.path) if "ts" in example.extra else video
 
 
-def fixed_length(features: Float[Tensor, "frames channels"], length: int) -> Float[Tensor, "length channels"]:
+def fixed_length(
+    features: Float[Tensor, "frame_tokens channels"], length: int, *, frames: int
+) -> Float[Tensor, "length channels"]:
     """As many tokens as every input has: fewer are followed by zeros, more are max-pooled over time.
 
-    In float32, since pooling float16 fails on a CPU.
+    Each place in a frame is pooled by itself, so that a grid stays a grid. In float32, since pooling float16 fails on
+    a CPU.
+
+    Args:
+        features: the tokens of one frame after the other's.
+        frames: how many frames those are.
+
+    Raises:
+        UserError: `length` holds no whole number of frames, where there are too many.
     """
-    frames = features.float()
-    if len(frames) < length:
-        return functional.pad(frames, (0, 0, 0, length - len(frames)))
-    if len(frames) > length:
-        return functional.adaptive_max_pool1d(frames.t()[None], length)[0].t().contiguous()
-    return frames
+    tokens = features.float()
+    if len(tokens) <= length:
+        return functional.pad(tokens, (0, 0, 0, length - len(tokens)))
+    places = len(tokens) // frames  # of a frame
+    if length % places:
+        raise UserError(
+            f"{frames} frames of {places} tokens have to become {length} tokens (data.feature_tokens), which is no "
+            f"multiple of {places}"
+        )
+    by_time = tokens.view(frames, -1).t()[None]  # [1, places x channels, frames]
+    return functional.adaptive_max_pool1d(by_time, length // places)[0].t().reshape(length, -1)

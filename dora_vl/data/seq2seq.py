@@ -69,6 +69,8 @@ class Subtask:
         images: pictures of one input.
         reads_question: the prompt holds the example's question; not so where pictures are described.
         chooses: every example has choices, and which of them is right is what is scored.
+        state_span: where the prompt states which part of the video it is about (and the features are of the whole),
+            `extra["ts"]` for a part from so many seconds to so many; None where it states none.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Subtask:
     images: int = 1
     reads_question: bool = True
     chooses: bool = False
+    state_span: Callable[[float, float], object] | None = None
 
 
 def with_input_tokens(subtask: Subtask, tokens: int | None) -> Subtask:

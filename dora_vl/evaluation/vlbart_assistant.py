@@ -24,7 +24,8 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import Assistants, base_of, read_recipe, with_adapter
 from dora_vl.evaluation.seq2seq_answers import answers_of
-from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
+from dora_vl.evaluation.trained_features import open_encoders
+from dora_vl.vision.feature_encoder import FeatureEncoder
 from dora_vl.vision.frame_sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class VlBartAssistant:
     """A VL-BART with what turns words and pictures into its inputs.
 
     Attributes:
+        features: what computes each task's features, by its name; tasks whose features nobody can compute are left out.
         subtasks: those it was trained for, in the recipe's order.
         feature_tokens: tokens of one picture, or of a whole video.
         is_video: pictures are the frames of one video, not inputs of their own.
@@ -61,15 +63,34 @@ class VlBartAssistant:
 
     backbone: VlBartBackbone
     encoder: Seq2SeqEncoder
-    features: FeatureEncoder
+    features: Mapping[str, FeatureEncoder]
     subtasks: tuple[Subtask, ...]
     feature_tokens: int
     is_video: bool
 
-    @property
-    def sampling(self) -> Sampling:
-        """Which frames of a video it was trained on."""
-        return self.features.settings.sampling
+    def with_span(self, example: Example) -> Example:
+        """A question about a video as its task's records have it: where the prompt states the part, that is in it.
+
+        `clip_of_features` then gives the part that the features are of, the whole file.
+
+        Raises:
+            UserError: no task fits, or the prompt needs a part and the example's video names none.
+        """
+        subtask, video = self._subtask(example), example.video
+        if subtask.state_span is None or video is None or "ts" in example.extra:
+            return example
+        if video.start_seconds is None or video.end_seconds is None:
+            raise _no_span(subtask)
+        stated = subtask.state_span(video.start_seconds, video.end_seconds)
+        return replace(example, extra={**example.extra, "ts": stated})
+
+    def sampling(self, example: Example) -> Sampling:
+        """Which frames of a video the task was trained on that such a question belongs to.
+
+        Raises:
+            UserError: no task fits, or nothing says how its features were computed.
+        """
+        return self._features_of(self._subtask(example)).settings.sampling
 
     def answer(
         self,
@@ -103,16 +124,18 @@ class VlBartAssistant:
         """The answer to an example's question about these pictures; of its choices one, where it has some.
 
         Raises:
-            UserError: it was not trained for such a question, or takes another number of pictures.
+            UserError: it was not trained for such a question, takes another number of pictures, or needs `extra["ts"]`.
         """
         if not pictures:
             raise UserError("a VL-BART answers about pictures; give one")
         subtask = self._subtask(example)
+        if subtask.state_span is not None and "ts" not in example.extra:
+            raise _no_span(subtask)
         device = next(self.backbone.parameters()).device
         ids, cut = self.encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
         if cut:
             log.warning("the text is %d tokens too long for this model; the answer is about what was left", cut)
-        features = self.inputs(pictures).to(device)
+        features = self.inputs(pictures, subtask).to(device)
         if features.shape[1] != subtask.images:
             raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {features.shape[1]}")
         inputs = [ids[None].to(device), torch.ones_like(ids)[None].to(device), features]
@@ -133,10 +156,30 @@ class VlBartAssistant:
         possible = dict.fromkeys(way for one in self.subtasks for way in _ways_to_ask(one))
         raise UserError(f"this model was trained for {known}; ask {' or '.join(possible)}")
 
-    def inputs(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "one pictures tokens channels"]:
-        """What the model reads of the pictures; the frames of a video are one."""
-        inputs = [self.features.frames(pictures)] if self.is_video else list(self.features.pictures(pictures))
-        return torch.stack([fixed_length(one, self.feature_tokens) for one in inputs])[None]
+    def _features_of(self, subtask: Subtask) -> FeatureEncoder:
+        if subtask.name not in self.features:
+            raise UserError(
+                f"nothing says how the features of {subtask.name} were computed (data_prep.features did not make "
+                f"them), so it cannot be asked about raw pictures; {', '.join(self.features)} can"
+            )
+        return self.features[subtask.name]
+
+    def inputs(
+        self, pictures: Sequence[Image.Image], subtask: Subtask
+    ) -> Float[Tensor, "one pictures tokens channels"]:
+        """What the model reads of the pictures for a task; the frames of a video are one."""
+        encoder = self._features_of(subtask)
+        if not self.is_video:
+            inputs = [fixed_length(one, self.feature_tokens, frames=1) for one in encoder.pictures(pictures)]
+            return torch.stack(inputs)[None]
+        return fixed_length(encoder.frames(pictures), self.feature_tokens, frames=len(pictures))[None, None]
+
+
+def _no_span(subtask: Subtask) -> UserError:
+    return UserError(
+        f"{subtask.name} was trained with the part of the video that is meant in its text; name it with --start and "
+        "--end, in seconds (tasks/video_qa.py)"
+    )
 
 
 def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:
@@ -155,24 +198,18 @@ def open_vlbart_assistants(
         subtasks: every task of a task file, by the file's name.
 
     Raises:
-        UserError: the folder is incomplete, the base is not there or another one, or nothing says how the features
-            were computed.
+        UserError: the folder is incomplete, the base or a vision tower is not there or another one, or nothing says
+            how the features were computed.
     """
     recipe = read_recipe(adapter, needed=VLBART_ENTRIES)
     place = base_of(adapter, recipe, base=base, any_base=any_base)
-    trained = list(recipe["tasks"])
-    stated = recipe["features"].get(trained[0])
-    if stated is None:
-        raise UserError(
-            f"{adapter} does not say how the features of {trained[0]} were computed (data_prep.features did not make "
-            "them), so it cannot be asked about raw pictures"
-        )
-    settings = FeatureSettings.from_record({name: value for name, value in stated.items() if name != "sha256"})
     loaded = load_vlbart(place, dtype=getattr(torch, recipe["dtype"]))
     adapted, plain = with_adapter(loaded, adapter, with_base=with_base)
     trained_with = recipe["settings"]
+    device = next(adapted.parameters()).device
+    encoders = open_encoders(adapter, recipe, device=device, any_tower=any_base)
     known = subtasks(recipe["task"], task_prompt=trained_with["task_prompt"])
-    own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in trained]
+    own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
     first = VlBartAssistant(
         backbone=adapted,
         encoder=Seq2SeqEncoder(
@@ -180,7 +217,7 @@ def open_vlbart_assistants(
             subtitles_first=trained_with["subtitles_first"],
             max_positions=max_positions(adapted.config),
         ),
-        features=FeatureEncoder(settings, device=next(adapted.parameters()).device),
+        features=encoders,
         subtasks=tuple(own),
         feature_tokens=recipe["feature_tokens"],
         is_video=recipe["task"] == VIDEO_TASK,

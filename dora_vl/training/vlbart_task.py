@@ -59,6 +59,7 @@ class VlBartTask(Task):
 
     def __init__(self, config: VlBartRunConfig, subtasks: Mapping[str, Subtask], *, name: str) -> None:
         _check_names(config, subtasks)
+        check_same_features(config.data.features, config.evaluation.features)
         if set_elsewhere := [one for one in ONE_AT_A_TIME if config.training.get(one, 1) != 1]:
             raise UserError(f"training.{set_elsewhere[0]} is not used here: set data.batch_size, samples of a step")
         # A loader's item is a whole micro-batch here.
@@ -261,6 +262,28 @@ def feature_settings(folder: Path) -> dict[str, Any] | None:
     from dora_vl.vision.feature_shards import SETTINGS_FILE, read_settings
 
     return read_settings(folder) if (folder / SETTINGS_FILE).is_file() else None
+
+
+def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -> None:
+    """Refuses test features that were computed in another way than those of training, where both say how.
+
+    Args:
+        trained: each task's folder, as `data.features` names it; `tested`: as `evaluation.features` does.
+
+    Raises:
+        UserError: a setting differs; both folders and values are named.
+    """
+    from dora_vl.vision.feature_shards import first_difference
+
+    for task, folder in tested.items():
+        before = feature_settings(Path(trained[task])) if task in trained else None
+        now = feature_settings(Path(folder))
+        if before is None or now is None or (name := first_difference(before, now)) is None:
+            continue
+        raise UserError(
+            f"evaluation.features: {task} is to be tested on {folder}, whose {name} is {now.get(name)!r}, and is "
+            f"trained on {trained[task]}, with {before.get(name)!r}; compute both with the same settings"
+        )
 
 
 def _with_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:

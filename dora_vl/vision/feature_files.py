@@ -18,10 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dora_vl.data.feature_input import Part
 from dora_vl.errors import BadSample, UserError
 
-ID, FEATURES, SHAPE = "id", "features", "shape"
+ID, FEATURES, SHAPE, INDICES = "id", "features", "shape", "frame_indices"
+START, END = "start_seconds", "end_seconds"
 CACHE_BYTES = 256 * 2**20
+OPEN_SHARDS = 64  # each keeps its list of groups, about a megabyte
 
 
 @runtime_checkable
@@ -42,6 +45,18 @@ class FeatureSource(Protocol):
         Raises:
             BadSample: there are none, or they cannot be read.
         """
+        ...
+
+    def frames(self, name: str) -> int:
+        """How many frames these features are of; where nothing says it, each token is one.
+
+        Raises:
+            BadSample: as in `read`.
+        """
+        ...
+
+    def part(self, name: str) -> Part | None:
+        """The part of a video that they are of; None where nothing says it, or there are none."""
         ...
 
 
@@ -69,13 +84,14 @@ class _Place:
     shard: int
     group: int
     row: int
+    part: Part | None = None
 
 
 class ParquetFeatures:
     """Parquet shards with the columns `id` and `features`.
 
     Ours hold each row's numbers in one list, with their `shape` beside; VL-Adapter's hold nested lists of fixed sizes.
-    Groups of rows that were read last stay in memory, up to `cache_bytes`.
+    Groups of rows that were read last stay in memory, up to `cache_bytes`, and the shards used last stay open.
     """
 
     def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
@@ -85,6 +101,7 @@ class ParquetFeatures:
         self._shards = sorted(folder.glob("*.parquet"))
         self._cache_bytes = cache_bytes
         self._groups: OrderedDict[tuple[int, int], _Group] = OrderedDict()
+        self._open: OrderedDict[int, Any] = OrderedDict()
         self._places: dict[str, _Place] = {}
         for number, shard in enumerate(self._shards):
             with parquet.ParquetFile(shard) as opened:
@@ -92,8 +109,7 @@ class ParquetFeatures:
                 if missing:
                     raise UserError(f"{shard} has no column {sorted(missing)[0]!r}, so it holds no features")
                 for group in range(opened.num_row_groups):
-                    ids = opened.read_row_group(group, columns=[ID])[ID].to_pylist()
-                    self._places.update((str(name), _Place(number, group, row)) for row, name in enumerate(ids))
+                    self._places.update(_places(opened, number, group))
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -109,26 +125,56 @@ class ParquetFeatures:
             raise _absent(name, self._folder)
         return self._group(place).row(place.row)
 
+    def frames(self, name: str) -> int:
+        """See `FeatureSource`; ours say which frames they are of, and none for a picture."""
+        tokens = len(self.read(name))
+        place = self._places[name]
+        counts = self._group(place).frames
+        return tokens if counts is None else max(1, counts[place.row])
+
+    def part(self, name: str) -> Part | None:
+        """See `FeatureSource`."""
+        place = self._places.get(name)
+        return None if place is None else place.part
+
     def _group(self, place: _Place) -> _Group:
         key = (place.shard, place.group)
         if key not in self._groups:
-            self._groups[key] = _read_group(self._shards[place.shard], place.group)
+            self._groups[key] = _read_group(self._opened(place.shard), place.group, self._shards[place.shard])
             while len(self._groups) > 1 and sum(group.bytes for group in self._groups.values()) > self._cache_bytes:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
 
+    def _opened(self, shard: int) -> Any:
+        import pyarrow.parquet as parquet
+
+        if shard not in self._open:
+            self._open[shard] = parquet.ParquetFile(self._shards[shard])
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_groups": OrderedDict()}
+        return {**self.__dict__, "_groups": OrderedDict(), "_open": OrderedDict()}
+
+
+def _places(shard: Any, number: int, group: int) -> Iterator[tuple[str, _Place]]:
+    """Names in a group of an open shard and where each is; shards made before parts were kept do not say them."""
+    columns = [name for name in (ID, START, END) if name in shard.schema_arrow.names]
+    for row, entry in enumerate(shard.read_row_group(group, columns=columns).to_pylist()):
+        yield str(entry[ID]), _Place(number, group, row, (entry[START], entry[END]) if START in entry else None)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows of one group: all numbers in one array, where each row begins, and its shape."""
+    """Rows of one group: all numbers in one array, where each row begins, its shape, and its frames if that is said."""
 
     numbers: np.ndarray
     starts: np.ndarray
     shapes: list[list[int]]
+    frames: list[int] | None = None
 
     @property
     def bytes(self) -> int:
@@ -141,13 +187,11 @@ class _Group:
         return torch.from_numpy(values.copy()).view(-1, shape[-1])
 
 
-def _read_group(shard: Path, group: int) -> _Group:
+def _read_group(opened: Any, group: int, shard: Path) -> _Group:
     import pyarrow as pa
-    import pyarrow.parquet as parquet
 
-    with parquet.ParquetFile(shard) as opened:
-        columns = [name for name in (FEATURES, SHAPE) if name in opened.schema_arrow.names]
-        table = opened.read_row_group(group, columns=columns)
+    columns = [name for name in (FEATURES, SHAPE, INDICES) if name in opened.schema_arrow.names]
+    table = opened.read_row_group(group, columns=columns)
     column = table[FEATURES].combine_chunks()
     rows, fixed = len(column), []
     starts = column.offsets.to_numpy() if pa.types.is_list(column.type) else None
@@ -157,7 +201,8 @@ def _read_group(shard: Path, group: int) -> _Group:
         column = column.flatten()
     numbers = column.to_numpy(zero_copy_only=False)
     if SHAPE in columns and starts is not None:
-        return _Group(numbers, starts - starts[0], table[SHAPE].to_pylist())
+        frames = [len(indices) for indices in table[INDICES].to_pylist()] if INDICES in columns else None
+        return _Group(numbers, starts - starts[0], table[SHAPE].to_pylist(), frames)
     if not fixed or np.prod(fixed) * rows != len(numbers):
         raise UserError(f"{shard}: column {FEATURES!r} has rows of different lengths and no column {SHAPE!r}")
     return _Group(numbers, np.arange(rows) * int(np.prod(fixed)), [fixed] * rows)
@@ -193,6 +238,14 @@ class FilePerName:
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise BadSample(name, f"features {path.name} in {self.folder} cannot be read: {error}") from None
         return _two_axes(torch.from_numpy(values), name)
+
+    def frames(self, name: str) -> int:
+        """See `FeatureSource`."""
+        return len(self.read(name))
+
+    def part(self, name: str) -> Part | None:
+        """See `FeatureSource`."""
+        return None
 
     def _path(self, name: str) -> Path:
         if not name or "/" in name or "\\" in name or "\0" in name:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from dora_vl.data.examples import whole_file
+from dora_vl.data.feature_input import Part
 from dora_vl.errors import UserError
-from dora_vl.vision.feature_files import FEATURES, ID, SHAPE, ParquetFeatures
+from dora_vl.vision.feature_files import END, FEATURES, ID, INDICES, SHAPE, START, ParquetFeatures
 
-BACKEND, INDICES, TIMES = "backend", "frame_indices", "timestamps"
+BACKEND, TIMES = "backend", "timestamps"
 SETTINGS_FILE = "settings.json"
 SHARD_BYTES = 128 * 2**20
-GROUP_BYTES = 4 * 2**20  # what is decompressed to read one row
+GROUP_BYTES = 2**19  # what is decompressed to read one row; smaller ones make a shard's list of groups slow to open
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class FeatureRow:
         backend: the library that decoded it.
         indices: the frames, by their place in the video; empty for a picture.
         seconds: when they begin.
+        part: of the video; all of it, or the picture, if nothing else is said.
     """
 
     name: str
@@ -41,6 +43,7 @@ class FeatureRow:
     backend: str
     indices: tuple[int, ...] = ()
     seconds: tuple[float, ...] = ()
+    part: Part = (0.0, None)
 
 
 class FeatureWriter:
@@ -73,7 +76,7 @@ class FeatureWriter:
         if not bool(torch.isfinite(half).all()):
             largest = float(row.features.detach().abs().max())
             raise UserError(f"features of {row.name} do not fit into float16: the largest is {largest:.4g}")
-        self._rows.append(FeatureRow(row.name, half, row.backend, row.indices, row.seconds))
+        self._rows.append(replace(row, features=half))
         self._bytes += half.numel() * half.element_size()
         if self._bytes >= self._shard_bytes:
             self.flush()
@@ -105,15 +108,22 @@ def write_rows(path: Path, rows: Sequence[FeatureRow]) -> None:
             BACKEND: pa.array([row.backend for row in rows], pa.string()),
             INDICES: pa.array([row.indices for row in rows], pa.list_(pa.int32())),
             TIMES: pa.array([row.seconds for row in rows], pa.list_(pa.float64())),
+            START: pa.array([row.part[0] for row in rows], pa.float64()),
+            END: pa.array([row.part[1] for row in rows], pa.float64()),
         }
     )
     group_rows = max(1, GROUP_BYTES * len(rows) // max(1, 2 * int(ends[-1])))
-    parquet.write_table(table, path, compression="zstd", row_group_size=group_rows, use_dictionary=False)
+    parquet.write_table(
+        table, path, compression="zstd", row_group_size=group_rows, use_dictionary=False, write_statistics=False
+    )
 
 
-def written(folder: Path) -> set[str]:
-    """The names whose features are in the folder's shards."""
-    return set(ParquetFeatures(folder).names()) if next(folder.glob("*.parquet"), None) else set()
+def written(folder: Path) -> dict[str, Part | None]:
+    """The names whose features are in the folder's shards, and the part of a video that each is of, if that is said."""
+    if next(folder.glob("*.parquet"), None) is None:
+        return {}
+    source = ParquetFeatures(folder)
+    return {name: source.part(name) for name in source.names()}
 
 
 def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -125,13 +135,16 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             json.dump(plain, file, indent=1)
         return
     before = read_settings(folder)
-    differing = sorted(name for name in {*plain, *before} if plain.get(name) != before.get(name))
-    if differing:
-        name = differing[0]
+    if (name := first_difference(plain, before)) is not None:
         raise UserError(
             f"{folder} holds features with {name} {before.get(name)!r}, and {plain.get(name)!r} is asked for; "
             "name another folder, or delete this one"
         )
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first name, in their order, whose values differ; None where all are equal."""
+    return min((name for name in {*one, *other} if one.get(name) != other.get(name)), default=None)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from dora_vl.data.feature_input import Part
 from dora_vl.errors import BadSample
 from dora_vl.vision.feature_files import open_features
 
@@ -36,3 +37,15 @@ class NamedFeatures:
             reason = f"its features in {self.folder} have {features.shape[1]} numbers a token; the model takes "
             raise BadSample(path, f"{reason}{self.shape[1]}")
         return features
+
+    def frames(self, path: str) -> int:
+        """How many frames a file's features are of; 1 for a picture.
+
+        Raises:
+            BadSample: there are none.
+        """
+        return self._source.frames(Path(path).stem)
+
+    def part(self, path: str) -> Part | None:
+        """The part of a video that a file's features are of; None where nothing says it."""
+        return self._source.part(Path(path).stem)

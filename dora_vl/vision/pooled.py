@@ -12,7 +12,14 @@ from transformers.models.auto.modeling_auto import AutoModel
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
 from dora_vl.vision.images import Preparation
-from dora_vl.vision.tower_sources import TowerSpec, load_open_clip, load_timm, transformers_preparation
+from dora_vl.vision.tower_sources import (
+    PRETRAINED,
+    TowerSpec,
+    load_from_file,
+    load_open_clip,
+    load_timm,
+    transformers_preparation,
+)
 
 
 def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
@@ -54,8 +61,11 @@ def _transformers_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
         config = AutoConfig.from_pretrained(spec.name)
         if "vision_config" not in config.sub_configs:
             raise UserError(f"{spec.name} is no two-tower model, so it has no picture embedding; keep its grid instead")
-        check_model_folder(spec.name)
-        model: Any = AutoModel.from_pretrained(spec.name)
+        own = spec.weights == PRETRAINED
+        if own:
+            check_model_folder(spec.name)
+        model: Any = AutoModel.from_pretrained(spec.name) if own else AutoModel.from_config(config)
     except (OSError, ValueError) as error:
         raise UserError(f"transformers could not load {spec.name!r}: {error}") from error
+    load_from_file(model, spec)
     return PictureEmbedding(model), transformers_preparation(spec, config.vision_config)

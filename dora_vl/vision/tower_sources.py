@@ -25,6 +25,7 @@ from dora_vl.vision.weights import load_weights, read_weights
 
 FeatureSelect = Literal["default", "full"]
 LLAVA_LAYER = -2
+PRETRAINED, RANDOM = "pretrained", "random"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,9 @@ class TowerSpec:
     library: VisionLibrary
     name: str
     """timm's or open_clip's model name; for transformers a folder or hub id (a whole CLIP or its vision part)."""
-    weights: str = "pretrained"
-    """`pretrained` (the library's own download), `random`, an open_clip tag, or a `.pth` / `.safetensors` file."""
+    weights: str = PRETRAINED
+    """`pretrained` (the library's own download, transformers' folder), `random`, an open_clip tag, or a `.pth` /
+    `.safetensors` file."""
     weights_in_order: bool = False
     """Matches a weights file to the network by position instead of by name; every shape must fit."""
     layer: int | None = None
@@ -112,12 +114,10 @@ def load_timm(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     if spec.image_size is not None and published.fixed_input_size:
         options["img_size"] = spec.image_size
     try:
-        network: Any = timm.create_model(spec.name, pretrained=spec.weights == "pretrained", **options)
+        network: Any = timm.create_model(spec.name, pretrained=spec.weights == PRETRAINED, **options)
     except (OSError, RuntimeError) as error:
         raise UserError(f"timm could not load {spec.name!r}, weights {spec.weights!r}: {error}") from error
-    if spec.weights not in {"pretrained", "random"}:
-        state = read_weights(Path(spec.weights))
-        load_weights(network, state, in_order=spec.weights_in_order, source=spec.weights)
+    load_from_file(network, spec)
     network.reset_classifier(0)
     preparation = Preparation(
         image_size=published.input_size[-1],
@@ -136,7 +136,7 @@ def load_open_clip(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     config = open_clip.get_model_config(spec.name)
     if config is None:
         raise UserError(f"open_clip has no model {spec.name!r}; open_clip.list_models() names them")
-    tag = None if spec.weights == "random" else spec.weights
+    tag = None if spec.weights == RANDOM else spec.weights
     try:
         model: Any = open_clip.create_model(
             spec.name, pretrained=tag, load_weights=tag is not None, force_image_size=spec.image_size
@@ -167,11 +167,15 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
         whole = AutoConfig.from_pretrained(spec.name)
         vision: PreTrainedConfig = whole.vision_config if "vision_config" in whole.sub_configs else whole
         network_class: Any = MODEL_MAPPING[type(vision)]
-        network, report = network_class.from_pretrained(spec.name, config=vision, output_loading_info=True)
+        if spec.weights == PRETRAINED:
+            network, report = network_class.from_pretrained(spec.name, config=vision, output_loading_info=True)
+        else:
+            network, report = network_class(vision), {"missing_keys": []}
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"transformers could not load a vision model from {spec.name!r}: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{spec.name}: {len(missing)} vision weights are missing, first {missing[:3]}")
+    load_from_file(network, spec)
     vision.name_or_path = network.config.name_or_path = ""  # a path of this machine, which no folder should carry
     options = {**vision.to_diff_dict(), "model_type": vision.model_type}
     return network, draft_config(
@@ -180,6 +184,16 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
         options=options,
         published=transformers_preparation(spec, vision),
     )
+
+
+def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
+    """Fills the network from the file that `weights` names, if it names one; every tensor has to fit.
+
+    Raises: UserError if there is no such file, or it does not fit.
+    """
+    if spec.weights not in {PRETRAINED, RANDOM}:
+        state = read_weights(Path(spec.weights))
+        load_weights(network, state, in_order=spec.weights_in_order, source=spec.weights)
 
 
 def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Preparation:

@@ -1,4 +1,4 @@
-"""Three libraries that decode videos, behind one small protocol: decord2, torchcodec and PyAV.
+"""Three libraries that decode videos, behind one small protocol: PyAV, torchcodec and decord2.
 
 Nothing of them is imported before it is used, and each can be missing or broken (torchcodec needs FFmpeg's shared
 libraries and a build that fits torch); that is said and the next one is tried.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from jaxtyping import UInt8
 
 SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: |SingleStreamDecoder, \S+, ")  # where in its C++ a library gave up
 ROUNDING_SECONDS = 1e-4  # decord keeps times in single precision; the same frame must be found by all
-GROUP = 8  # frames decord decodes at a time, so that a long list is never in memory as a whole
+WHOLE_FROM_ITS_START = {4: b"ftyp", 0: b"\x1a\x45\xdf\xa3"}  # where MP4 and MOV, Matroska and WebM have their marks
 
 
 class BackendMissing(Exception):
@@ -52,16 +53,28 @@ class OpenVideo(Protocol):
 
 
 class DecordVideo:
-    """decord2, the maintained build of decord."""
+    """decord2, the maintained build of decord, read from the first frame on.
+
+    It never seeks: decord takes a key frame's place in the file for its place in the order of showing, so that in
+    H.264 with open GOPs it gives other frames than those asked for. Of a transport stream it loses the first ones.
+    """
 
     def __init__(self, path: str) -> None:
-        decord = _imported(LIBRARIES["decord"])
-        self._errors = (decord.DECORDError, RuntimeError, AssertionError, IndexError)
+        self._decord = _imported(LIBRARIES["decord"])
+        self._errors = (self._decord.DECORDError, RuntimeError, AssertionError, IndexError, StopIteration)
+        self._path = path
+        if not _is_whole_from_its_start(path):
+            raise Unreadable("it is no MP4, MOV, Matroska or WebM, in which alone decord finds the first frame")
+        self._open()
         with _named(*self._errors):
-            self._reader = decord.VideoReader(path, num_threads=1)
             times = self._reader.get_frame_timestamp(list(range(len(self._reader))))
         self._begins = [float(begin) for begin in times[:, 0] - times[0, 0]]
         self.duration = _end_of(self._begins, stated=float(times[-1, 1] - times[0, 0]))
+
+    def _open(self) -> None:
+        with _named(*self._errors):
+            self._reader = self._decord.VideoReader(self._path, num_threads=1)
+        self._position = 0  # of the frame that comes next
 
     def locate(self, seconds: Sequence[float]) -> list[int]:
         """See `OpenVideo`."""
@@ -69,11 +82,14 @@ class DecordVideo:
 
     def frames(self, indices: Sequence[int]) -> Iterator[tuple[float, UInt8[np.ndarray, "height width 3"]]]:
         """See `OpenVideo`."""
-        for start in range(0, len(indices), GROUP):
-            group = list(indices[start : start + GROUP])
-            with _named(*self._errors):
-                pixels = self._reader.get_batch(group).asnumpy()
-            yield from zip([self._begins[index] for index in group], pixels, strict=True)
+        for index in indices:
+            if index < self._position:
+                self._open()
+            while self._position <= index:
+                with _named(*self._errors):
+                    frame = self._reader.next()
+                self._position += 1
+            yield self._begins[index], frame.asnumpy()
 
     def close(self) -> None:
         """See `OpenVideo`."""
@@ -199,13 +215,13 @@ class PyavVideo:
 
 
 BACKENDS: dict[str, Callable[[str], OpenVideo]] = {
-    "decord": DecordVideo,
-    "torchcodec": TorchcodecVideo,
     "pyav": PyavVideo,
+    "torchcodec": TorchcodecVideo,
+    "decord": DecordVideo,
 }
-"""In the order in which they are tried."""
+"""In the order in which they are tried: those that seek to the right frame before the one that must not seek."""
 
-LIBRARIES = {"decord": "decord", "torchcodec": "torchcodec.decoders", "pyav": "av"}
+LIBRARIES = {"pyav": "av", "torchcodec": "torchcodec.decoders", "decord": "decord"}
 """The module to import for each."""
 
 
@@ -231,6 +247,12 @@ def open_video(backend: str, path: str) -> Iterator[OpenVideo]:
         yield video
     finally:
         video.close()
+
+
+def _is_whole_from_its_start(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        head = file.read(8)
+    return any(head[place:].startswith(mark) for place, mark in WHOLE_FROM_ITS_START.items())
 
 
 def _imported(name: str) -> Any:

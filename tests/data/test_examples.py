@@ -201,3 +201,14 @@ def test_it_needs_the_standard_library_only() -> None:
         import dora_vl.data.examples
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    with whole_file(path) as first:
+        first.write("one")
+        with whole_file(path) as second:
+            second.write("two")
+        assert path.read_text() == "two"
+    assert path.read_text() == "one"
+    assert [one.name for one in tmp_path.iterdir()] == ["settings.json"]

@@ -15,10 +15,12 @@ from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
-from dora_vl.data.feature_input import fixed_length
+from dora_vl.data.feature_input import features_of, fixed_length
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator
 from dora_vl.errors import BadSample, UserError
+from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter
+from dora_vl.vision.named_features import NamedFeatures
 from tasks import vlbart_image, vlbart_video
 
 WORDS = (
@@ -33,6 +35,12 @@ class Features:
         if "missing" in path:
             raise BadSample(path, "no features")
         return torch.full((4, 3), float(len(path)))
+
+    def frames(self, path: str) -> int:
+        return 1
+
+    def part(self, path: str) -> None:
+        return None
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +120,51 @@ def test_an_answer_is_drawn_as_often_as_its_score_says_and_weighs_so() -> None:
 
 def test_frames_are_filled_up_with_zeros_or_pooled_to_the_largest() -> None:
     short = torch.arange(6.0).view(3, 2)
-    assert torch.equal(fixed_length(short, 5), torch.cat([short, torch.zeros(2, 2)]))
+    assert torch.equal(fixed_length(short, 5, frames=3), torch.cat([short, torch.zeros(2, 2)]))
     long = torch.randn(128, 2).half()
-    torch.testing.assert_close(fixed_length(long, 64), long.float().view(64, 2, 2).amax(1))
-    assert torch.equal(fixed_length(long[:64], 64), long[:64].float())
+    torch.testing.assert_close(fixed_length(long, 64, frames=128), long.float().view(64, 2, 2).amax(1))
+    assert torch.equal(fixed_length(long[:64], 64, frames=64), long[:64].float())
+
+
+def test_each_place_of_a_grid_is_pooled_over_time_by_itself() -> None:
+    grids = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))  # six frames of 2 x 2 tokens
+    pooled = fixed_length(grids.flatten(0, 1), 12, frames=6)
+    assert torch.equal(pooled, grids.view(3, 2, 4, 3).amax(1).flatten(0, 1))
+    with pytest.raises(UserError, match=r"6 frames of 4 tokens have to become 10 .* no multiple of 4"):
+        fixed_length(grids.flatten(0, 1), 10, frames=6)
+
+
+def test_stored_grids_are_pooled_frame_by_frame_too(tmp_path: Path) -> None:
+    grids = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1)).half()
+    writer = FeatureWriter(tmp_path, {})
+    writer.add(FeatureRow("a", grids.flatten(0, 1), "pyav", tuple(range(6)), tuple(map(float, range(6)))))
+    writer.flush()
+    made = features_of(Example(id="1", video=Clip(path="a.mp4")), NamedFeatures(tmp_path, tokens=12, width=3))
+    assert torch.equal(made[0], grids.float().view(3, 2, 4, 3).amax(1).flatten(0, 1))
+    with pytest.raises(BadSample, match="sample 1: 6 frames of 4 tokens have to become 10"):
+        features_of(Example(id="1", video=Clip(path="a.mp4")), NamedFeatures(tmp_path, tokens=10, width=3))
+
+
+def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> None:
+    writer = FeatureWriter(tmp_path, {})
+    for name, part in (("whole", (0.0, None)), ("some", (1.5, 4.0))):
+        writer.add(FeatureRow(name, torch.randn(2, 3), "pyav", (0, 9), (0.0, 0.9), part))
+    writer.flush()
+    reader = NamedFeatures(tmp_path, tokens=2, width=3)
+    part = {"start_seconds": 1.5, "end_seconds": 4.0}
+    for clip in (Clip(path="whole.mp4"), Clip(path="whole.mp4", start_seconds=0.0), Clip(path="some.mp4", **part)):
+        assert features_of(Example(id="1", video=clip), reader).shape == (1, 2, 3)
+    stated = Example(id="1", video=Clip(path="whole.mp4", **part), extra={"ts": "1.5-4"})
+    assert features_of(stated, reader).shape == (1, 2, 3)  # the text says which part is meant
+    for clip, told in (
+        (
+            Clip(path="whole.mp4", **part),
+            r"sample 1: it is about 1\.5 to 4 s of whole\.mp4, .* features are of the whole;",
+        ),
+        (Clip(path="some.mp4", start_seconds=2.0), r"about all from 2 s on of some\.mp4, .* are of 1\.5 to 4 s;"),
+    ):
+        with pytest.raises(BadSample, match=told):
+            features_of(Example(id="1", video=clip), reader)
 
 
 def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Path) -> None:

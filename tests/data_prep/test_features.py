@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from PIL import Image
 from data_prep.features import Medium, main, media_in_records, media_under, which_part
 from dora_vl.data.examples import Clip, Example, write_examples
 from dora_vl.errors import UserError
+from dora_vl.vision.feature_encoder import FeatureEncoder
 from dora_vl.vision.feature_files import open_features
 from dora_vl.vision.feature_shards import read_settings
 from tests.vision.video_files import write_video
@@ -77,6 +80,32 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
     assert "aspect 'squash', and 'square' is asked for" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, None])
+def test_an_interruption_loses_no_features(
+    root: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys, how: signal.Signals | None
+) -> None:
+    to, encode, seen = tmp_path / "features", FeatureEncoder.encode, []
+
+    def interrupted(self: FeatureEncoder, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        if len(seen) == 3:
+            if how is None:
+                raise RuntimeError("out of memory")
+            os.kill(os.getpid(), how)
+        return encode(self, pixels)
+
+    monkeypatch.setattr(FeatureEncoder, "encode", interrupted)
+    with pytest.raises({signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit, None: RuntimeError}[how]):
+        run(root, to, weights)
+    assert set(open_features(to).names()) == {"one", "three"}
+    assert json.loads((to / "skipped-0.jsonl").read_text())["id"] == "bad.mp4"
+    monkeypatch.undo()
+    run(root, to, weights)
+    assert "features of 1 more files" in capsys.readouterr().out
+    assert set(open_features(to).names()) == {"one", "three", "two"}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_parts_share_the_work(root: Path, tmp_path: Path, weights: str) -> None:
     together, alone = tmp_path / "together", tmp_path / "alone"
     (root / "bad.mp4").unlink()
@@ -86,6 +115,16 @@ def test_parts_share_the_work(root: Path, tmp_path: Path, weights: str) -> None:
         assert len(set(open_features(together).names())) == (2, 3)[number]
     for name in ("one", "two", "three"):
         assert torch.equal(open_features(together).read(name), open_features(alone).read(name))
+
+
+def test_parts_do_not_pass_for_the_whole(root: Path, tmp_path: Path, weights: str, capsys) -> None:
+    to, records = tmp_path / "features", tmp_path / "r.jsonl"
+    write_examples(records, [Example(id="1", video=Clip(path="deep/one.mp4", start_seconds=0.4, end_seconds=1.0))])
+    run(root, to, weights, "--records", str(records))
+    assert open_features(to).part("one") == (0.4, 1.0)
+    with pytest.raises(SystemExit):
+        run(root, to, weights)
+    assert "holds features of 0.4 to 1 s of deep/one.mp4 as 'one', and those of the whole" in capsys.readouterr().err
 
 
 def test_too_many_broken_files_end_the_run(root: Path, tmp_path: Path, weights: str, capsys) -> None:

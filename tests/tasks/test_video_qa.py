@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def vlbart(place: Path) -> Path:
     tower = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--weights", str(weights), "--image-size", "64"]
     kept = ["--layer", "-3", "--grid-pool", "2", "--merge", "2", "--changes", "--frames", "3", "--workers", "0"]
     features.main(["--root", str(place / "data"), "--to", str(place / "features"), *tower, *kept])
+    kept[kept.index("3")] = "2"
+    features.main(["--root", str(place / "data"), "--to", str(place / "caption_features"), *tower, *kept])
     records = place / "data/records/moving_shapes/adapt.jsonl"
     captions = place / "data/records/moving_shapes_caption"
     small = {"texts": [str(records)], "vocabulary": 300, "width": 16, "layers": 1, "heads": 2, "feedforward": 16}
@@ -62,7 +65,7 @@ def vlbart(place: Path) -> Path:
         "adapter": {"rank": 2},
         "data": {
             "train": {"video_words": str(records), "video_caption": str(captions / "adapt.jsonl")},
-            "features": dict.fromkeys(("video_words", "video_caption"), str(place / "features")),
+            "features": {"video_words": str(place / "features"), "video_caption": str(place / "caption_features")},
             "feature_tokens": 3,
             "batch_size": 4,
             "workers": 0,
@@ -87,7 +90,7 @@ def test_a_llava_sees_frames_as_pictures(llava: Path, clip: str, capsys: Any) ->
     common = ["--adapter", str(llava), "--video", clip, "--question", "What moves?", "--max-new-tokens", "3"]
     video_qa.main([*common, "--frames", "2", "--compare-base"])
     heading, *answers = capsys.readouterr().out.splitlines()
-    assert heading == f"{clip} (2 frames, 0.8 to 2.4 s, decord)  What moves?"
+    assert heading == f"{clip} (2 frames, 0.8 to 2.4 s, pyav)  What moves?"
     assert [answer[:19].strip() for answer in answers] == ["with adapter:", "without adapter:"]
     video_qa.main([*common, "--frames", "3", "--start", "1", "--end", "2", "--choice", "red", "--choice", "blue"])
     assert "3 frames, 1.1 to 1.8 s" in capsys.readouterr().out
@@ -98,11 +101,12 @@ def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: A
     common = ["--adapter", str(vlbart), "--video", clip, "--question", "which color comes first?"]
     video_qa.main([*common, *choices, "--subtitle", "anna: look at the red one."])
     heading, answer = capsys.readouterr().out.splitlines()
-    assert "(3 frames, 0.5 to 2.6 s, decord)" in heading
+    assert "(3 frames, 0.5 to 2.6 s, pyav)" in heading
     assert answer.strip() in {"red", "blue", "green", "white"}
-    for question in (common, [*common[:-1], ""]):  # its own words without choices; no question asks for a caption
-        video_qa.main(question)
-        assert "(3 frames, 0.5 to 2.6 s, decord)" in capsys.readouterr().out
+    video_qa.main([*common, "--question", ""])  # its own words without choices; no question asks for a caption
+    words, _, caption, _ = capsys.readouterr().out.splitlines()
+    assert "(3 frames, 0.5 to 2.6 s, pyav)" in words
+    assert "(2 frames, 0.8 to 2.4 s, pyav)" in caption  # captions were trained on features of their own
 
 
 def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) -> None:
@@ -116,19 +120,89 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     from tasks.asking import subtasks_of
 
     assistant = open_vlbart_assistants(vlbart, subtasks_of).adapted
+    words = assistant.subtasks[0]
     with VideoReader() as reader:
         clip = Clip(path="clips/test-00000.mp4")
-        made, _ = assistant.features.video(reader, place / "data", clip)
-        frames = reader.read(place / "data", clip, assistant.sampling).pictures
+        made, _ = assistant.features[words.name].video(reader, place / "data", clip)
+        frames = reader.read(place / "data", clip, assistant.sampling(Example(id="1", question="which?"))).pictures
+        caption_frames = reader.read(place / "data", clip, assistant.sampling(Example(id="1", question=""))).pictures
     torch.testing.assert_close(made.half(), open_features(place / "features").read("test-00000"), atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(assistant.inputs(frames)[0, 0], made)  # what a question typed in gets
+    captions = assistant.inputs(caption_frames, assistant.subtasks[1])[0, 0]
+    stored = open_features(place / "caption_features").read("test-00000")  # of two frames, by settings of their own
+    torch.testing.assert_close(captions[:2].half(), stored, atol=2e-3, rtol=2e-3)
+    assert not captions[2].any()
+    torch.testing.assert_close(assistant.inputs(frames, words)[0, 0], made)  # what a question typed in gets
+    halves = replace(assistant, feature_tokens=2).inputs(frames, words)[0, 0]
+    torch.testing.assert_close(halves, torch.stack([made[:2].amax(0), made[1:].amax(0)]))  # pooled over time
     labels_alone = replace(assistant, subtasks=(vlbart_video.subtasks()["tvqa"],))
     with pytest.raises(UserError, match="trained for tvqa; ask a question with its choices"):
         labels_alone.answer_example(Example(id="1", question="which?"), frames)
+    without = replace(assistant, features={"video_caption": assistant.features["video_caption"]})
+    with pytest.raises(UserError, match=r"nothing says how the features of video_words .*; video_caption can"):
+        without.answer_example(Example(id="1", question="which?"), frames)
     with pytest.raises(UserError, match=r"ask a question with its choices .* or for a caption"):
         replace(labels_alone, subtasks=(*labels_alone.subtasks, vlbart_video.subtasks()["tvc"])).answer_example(
             Example(id="1", question="which?"), frames
         )
+
+
+@pytest.mark.parametrize(
+    ("task", "asked", "stated"),
+    [
+        ("tvqa", ["--question", "what moves?", "--choice", "a", "--choice", "b"], "[TS] (0.5-2)"),
+        ("how2qa", ["--question", "what moves?", "--choice", "a", "--choice", "b"], "[TS] (0.5-2.0)"),
+        ("tvc", ["--question", ""], "[TS] ([0.5, 2.0])"),
+        ("video_choice", ["--question", "what moves?", "--choice", "a", "--choice", "b"], "[TS] ()"),
+    ],
+)
+def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
+    vlbart: Path, clip: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, task: str, asked: list[str], stated: str
+) -> None:
+    from dora_vl.evaluation.assistant import Assistants
+    from dora_vl.evaluation.vlbart_assistant import open_vlbart_assistants
+    from tasks.asking import subtasks_of
+
+    trained = open_vlbart_assistants(vlbart, subtasks_of).adapted
+    texts: list[str] = []
+    encode = trained.encoder.encode
+    monkeypatch.setattr(
+        trained.encoder, "encode", lambda prompt, **limits: (texts.append(prompt.text), encode(prompt, **limits))[1]
+    )
+    one = replace(
+        trained,
+        subtasks=(vlbart_video.subtasks()[task],),
+        features={task: trained.features["video_words"]},
+    )
+    monkeypatch.setattr(video_qa, "open_model", lambda options: Assistants(adapted=one, base=None))
+    common = ["--adapter", str(vlbart), "--video", clip, *asked]
+    video_qa.main([*common, "--start", "0.5", "--end", "2"])
+    assert stated in texts[-1]
+    seen = "0.7 to 1.7 s" if task == "video_choice" else "0.5 to 2.6 s"  # the part, or the whole
+    assert f"(3 frames, {seen}, pyav)" in capsys.readouterr().out
+    if task == "video_choice":
+        return
+    with pytest.raises(SystemExit) as stopped:
+        video_qa.main([*common, "--start", "0.5"])
+    assert stopped.value.code == 2
+    assert f"{task} was trained with the part of the video that is meant" in capsys.readouterr().err
+
+
+def test_another_tower_is_refused(vlbart: Path, clip: str, tmp_path: Path, capsys: Any) -> None:
+    adapter = shutil.copytree(vlbart, tmp_path / "adapter")
+    recipe = json.loads((adapter / "recipe.json").read_text())
+    computed = recipe["features"]["video_caption"]["sha256"]
+    recipe["features"]["video_caption"]["sha256"] = "0123456789abcdef" * 4
+    (adapter / "recipe.json").write_text(json.dumps(recipe))
+    asked = ["--adapter", str(adapter), "--video", clip, "--question", "", "--question", "what moves?"]
+    with pytest.raises(SystemExit) as stopped:
+        video_qa.main(asked)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "video_caption was trained on features of a vision tower with sha256 0123456789ab…" in said
+    assert f"has {computed[:12]}… here" in said
+    assert len(said.splitlines()) == 1
+    video_qa.main([*asked, "--any-base"])
+    assert "(2 frames" in capsys.readouterr().out
 
 
 def test_the_run_shows_its_clips(vlbart: Path) -> None:

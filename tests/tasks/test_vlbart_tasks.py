@@ -102,3 +102,24 @@ def test_a_test_file_that_cannot_be_scored_stops_the_run_before_it_trains(
     with pytest.raises(UserError, match=told):
         run(VlBartTask(config, all_subtasks(), name="vlbart_image"))
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_tests_on_features_computed_in_another_way_are_refused(tmp_path: Path) -> None:
+    for folder, side in (("trained", 2), ("tested", 4), ("same", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "settings.json").write_text(json.dumps({"kept": "grid", "merge": side}))
+    told = r"vqav2 is to be tested on .*tested, whose merge is 4, and is trained on .*trained, with 2"
+    for folder in ("tested", "same", "nowhere"):  # a folder that does not say how it was made cannot be compared
+        file = write_vlbart_run(
+            tmp_path / "run.yaml",
+            tmp_path,
+            ("vqav2",),
+            data={"features": {"vqav2": str(tmp_path / "trained")}},
+            evaluation={"files": {"vqav2": "x.jsonl"}, "features": {"vqav2": str(tmp_path / folder)}},
+        )
+        config = read_settings([f"--config={file}"], VlBartRunConfig)
+        if folder == "tested":
+            with pytest.raises(UserError, match=told):
+                VlBartTask(config, all_subtasks(), name="vlbart_image")
+        else:
+            VlBartTask(config, all_subtasks(), name="vlbart_image")

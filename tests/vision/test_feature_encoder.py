@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
 
 from dora_vl.data.examples import Clip
 from dora_vl.errors import UserError
@@ -72,17 +72,25 @@ def test_open_clips_projection_is_not_normalised() -> None:
     torch.testing.assert_close(features[0], encoder.network(pixels))
 
 
-def test_transformers_projection(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+def small_clip(seed: int) -> CLIPModel:
+    torch.manual_seed(seed)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPConfig(
         vision_config={**small, "image_size": 32, "patch_size": 16},
         text_config={**small, "vocab_size": 30},
         projection_dim=6,
     )
-    model = CLIPModel(config).eval()
-    model.save_pretrained(tmp_path)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    return CLIPModel(config).eval()
+
+
+def save_clip(model: CLIPModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def test_transformers_projection(tmp_path: Path) -> None:
+    model = small_clip(0)
+    save_clip(model, tmp_path)
     spec = TowerSpec(library="transformers", name=str(tmp_path))
     encoder = FeatureEncoder(FeatureSettings(tower=spec, kept="pooled", aspect="square"))
     features = encoder.pictures([picture()])
@@ -93,6 +101,26 @@ def test_transformers_projection(tmp_path: Path) -> None:
     with torch.no_grad():
         states = model.vision_model(grid.preparation.prepare(picture())[None], output_hidden_states=True).hidden_states
     torch.testing.assert_close(grid.pictures([picture()]), states[-2][:, 1:])
+
+
+@pytest.mark.parametrize("kept", ["pooled", "grid"])
+def test_a_transformers_tower_takes_the_weights_it_is_given(tmp_path: Path, kept) -> None:
+    save_clip(small_clip(0), tmp_path / "clip")
+    other = small_clip(1)
+    save_clip(other, tmp_path / "other")
+    network = other if kept == "pooled" else CLIPVisionModel.from_pretrained(tmp_path / "other")
+    torch.save(network.state_dict(), tmp_path / "other.pth")
+
+    def made(folder: str, weights: str) -> torch.Tensor:
+        spec = TowerSpec(library="transformers", name=str(tmp_path / folder), weights=weights)
+        return FeatureEncoder(FeatureSettings(tower=spec, kept=kept)).pictures([picture()])
+
+    folders_own, given = made("clip", "pretrained"), made("clip", str(tmp_path / "other.pth"))
+    torch.testing.assert_close(given, made("other", "pretrained"))
+    assert not torch.allclose(given, folders_own, atol=1e-2)
+    assert not torch.allclose(made("clip", "random"), folders_own, atol=1e-2)
+    with pytest.raises(UserError, match="there is no weights file openai"):
+        made("clip", "openai")
 
 
 def test_frames_of_a_clip(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dora_vl.errors import BadSample, UserError
+from dora_vl.vision import feature_files
 from dora_vl.vision.feature_files import ParquetFeatures, open_features
 from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter, written
 
@@ -35,6 +36,7 @@ def test_rows_of_different_lengths_come_back(tmp_path: Path) -> None:
         read = source.read(row.name)
         assert read.dtype == torch.float16
         torch.testing.assert_close(read, row.features.half(), rtol=0, atol=0)
+        assert source.frames(row.name) == len(row.indices)
     assert len(list(tmp_path.glob("*.parquet"))) > 1
     again = pickle.loads(pickle.dumps(source))
     assert torch.equal(again.read("v3"), source.read("v3"))
@@ -54,6 +56,8 @@ def test_what_they_were_made_from_is_beside_them(tmp_path: Path) -> None:
         "backend": ["pyav"],
         "frame_indices": [[0, 1]],
         "timestamps": [[0.5, 1.25]],
+        "start_seconds": [0.0],
+        "end_seconds": [None],
     }
 
 
@@ -69,7 +73,7 @@ def test_a_stopped_run_goes_on_and_nothing_half_written_is_read(tmp_path: Path) 
         if row.name not in done:
             writer.add(row)
     writer.flush()
-    assert written(tmp_path) == {"v0", "v1", "v2", "v3"}
+    assert set(written(tmp_path)) == {"v0", "v1", "v2", "v3"}
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
@@ -93,6 +97,29 @@ def test_only_so_many_groups_stay_in_memory(tmp_path: Path) -> None:
     for row in rows(6):
         source.read(row.name)
         assert sum(group.bytes for group in source._groups.values()) <= 50 or len(source._groups) == 1
+
+
+def test_one_picture_costs_no_more_than_a_small_group(tmp_path: Path) -> None:
+    writer = FeatureWriter(tmp_path, {})
+    for number in range(40):  # VL-Adapter's grids, 200 kB each
+        writer.add(FeatureRow(f"p{number}", made(number, 49, 2048), "pillow"))
+    writer.flush()
+    source = ParquetFeatures(tmp_path)
+    source.read("p17")
+    assert sum(group.bytes for group in source._groups.values()) <= 2**19
+
+
+def test_only_so_many_shards_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = FeatureWriter(tmp_path, {}, shard_bytes=16)
+    for row in rows(6):
+        writer.add(row)
+    writer.flush()
+    monkeypatch.setattr(feature_files, "OPEN_SHARDS", 2)
+    source = ParquetFeatures(tmp_path, cache_bytes=1)
+    for row in [*rows(6), *rows(6)]:
+        assert torch.equal(source.read(row.name), row.features.half())
+        assert len(source._open) <= 2
+    assert torch.equal(pickle.loads(pickle.dumps(source)).read("v1"), source.read("v1"))
 
 
 def test_the_re_hosted_shards(tmp_path: Path) -> None:
@@ -128,6 +155,7 @@ def test_values_npz(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes((tmp_path / "clip_1.npz").read_bytes()[:200])
     source = open_features(tmp_path)
     assert torch.equal(source.read("clip_1"), values)
+    assert source.frames("clip_1") == 13
     for name, reason in (("wrong", "cannot be read"), ("cut", "cannot be read"), ("flat", "not a table")):
         with pytest.raises(BadSample, match=reason):
             source.read(name)

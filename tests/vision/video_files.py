@@ -10,6 +10,8 @@ import numpy as np
 
 MILLISECOND = Fraction(1, 1000)
 STEADY = [number / 25 for number in range(50)]
+OPEN_GOPS = "open-gop=1:keyint=8:min-keyint=8:scenecut=0:bframes=3:b-adapt=0"
+"""x264: key frames in whose wake come frames that are shown before them and need the GOP before."""
 
 
 def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
@@ -22,13 +24,18 @@ def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
 
 
 def write_video(
-    path: Path, seconds: Sequence[float] = STEADY, *, sound: bool = False, options: dict | None = None
+    path: Path,
+    seconds: Sequence[float] = STEADY,
+    *,
+    sound: bool = False,
+    options: dict | None = None,
+    x264: str = "keyint=20",
 ) -> Path:
     """An H.264 file whose frames begin at these times; without times, one without a picture."""
     import av
 
     with av.open(str(path), "w", options=options or {}) as container:
-        video = container.add_stream("libx264", rate=25, options={"g": "20"}) if seconds else None
+        video = container.add_stream("libx264", rate=25, options={"x264-params": x264}) if seconds else None
         audio = container.add_stream("aac", rate=16000) if sound else None
         if video is not None:
             video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
