@@ -85,11 +85,15 @@ class DecordVideo:
         for index in indices:
             if index < self._position:
                 self._open()
-            while self._position <= index:
-                with _named(*self._errors):
-                    frame = self._reader.next()
-                self._position += 1
-            yield self._begins[index], frame.asnumpy()
+            while self._position < index:
+                self._next()
+            yield self._begins[index], self._next().asnumpy()
+
+    def _next(self) -> Any:
+        with _named(*self._errors):
+            frame = self._reader.next()
+        self._position += 1
+        return frame
 
     def close(self) -> None:
         """See `OpenVideo`."""
