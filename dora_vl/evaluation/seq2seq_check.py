@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.data.dataset import Skipped
@@ -10,7 +12,23 @@ from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example
 from dora_vl.data.seq2seq import Subtask
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.choices import check_choices
 from dora_vl.evaluation.seq2seq_run import Tested, asked, has_answers
+
+
+def open_test(subtask: Subtask, path: Path, *, limit: int | None) -> ExampleFile:
+    """A task's test file, each example read once, so that a long run does not end at one that cannot be scored.
+
+    Raises:
+        UserError: a question of a task that chooses has no choices, or does not say which is right.
+        BadSample: a record is misshapen.
+    """
+    file = ExampleFile(path, limit=limit)
+    if subtask.chooses:
+        check_choices(file, path, most=None)
+    else:
+        deque(file, maxlen=0)
+    return file
 
 
 def check_tests(tested: Sequence[Tested], encoder: Seq2SeqEncoder) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +23,7 @@ from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator, Subtask, ValidationBatches, with_input_tokens
 from dora_vl.errors import UserError
-from dora_vl.evaluation.choices import check_choices
-from dora_vl.evaluation.seq2seq_check import check_tests
+from dora_vl.evaluation.seq2seq_check import check_tests, open_test
 from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
 from dora_vl.training.adapting import core_config
 from dora_vl.training.arguments import order_seed
@@ -80,11 +78,11 @@ class VlBartTask(Task):
 
     def prepare(self, arguments: TrainingArguments) -> None:
         """Reads the test's files, composes the base where it is not there yet, and tries what the test will need."""
-        self._test_files()
+        files = self._test_files()
         make_base(compose_vlbart, self.config.model.compose, self.config.model.base, arguments)
         if self.config.evaluation.files:
             width = VlBartConfig.from_pretrained(self.config.model.base).feature_width
-            check_tests(self._tested(width), self.encoder())
+            check_tests(self._tested(files, width), self.encoder())
 
     def load(self) -> VlBartBackbone:
         """The VL-BART."""
@@ -161,13 +159,14 @@ class VlBartTask(Task):
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Answers every file of `evaluation.files` with the saved adapter on the base loaded again."""
         config, run_folder = self.config, run_folder_of(self.config)
+        files = self._test_files()
         backbone = self.load()
         load_adapter(backbone.model, run_folder / ADAPTER)
         backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return evaluate_subtasks(
             backbone,
             self.encoder(),
-            self._tested(backbone.config.feature_width),
+            self._tested(files, backbone.config.feature_width),
             run_folder=run_folder,
             evaluation=config.evaluation,
             settings=named_settings(config),
@@ -183,12 +182,12 @@ class VlBartTask(Task):
             max_positions=max_positions(VlBartConfig.from_pretrained(base)),
         )
 
-    def _tested(self, width: int) -> list[Tested]:
+    def _tested(self, files: Sequence[ExampleFile], width: int) -> list[Tested]:
         evaluation = self.config.evaluation
         places = {**self.config.data.features, **evaluation.features}
         return [
             (self._subtasks[name], file, self._reader(places[name], width))
-            for name, file in zip(evaluation.files, self._test_files(), strict=True)
+            for name, file in zip(evaluation.files, files, strict=True)
         ]
 
     def _validation(self, encoder: Seq2SeqEncoder, width: int, ranks: int) -> ValidationBatches | None:
@@ -205,16 +204,11 @@ class VlBartTask(Task):
         )
 
     def _test_files(self) -> list[ExampleFile]:
-        """The test's examples; each is read once, so that a long run does not end at one that cannot be scored."""
-        files = []
-        for name, path in self.config.evaluation.files.items():
-            file = ExampleFile(Path(path), limit=self.config.evaluation.limit)
-            if self._subtasks[name].chooses:
-                check_choices(file, Path(path), most=None)
-            else:
-                collections.deque(file, maxlen=0)
-            files.append(file)
-        return files
+        evaluation = self.config.evaluation
+        return [
+            open_test(self._subtasks[name], Path(path), limit=evaluation.limit)
+            for name, path in evaluation.files.items()
+        ]
 
     def _files(self, files: Mapping[str, str | tuple[str, ...]], *, limit: int | None) -> list[ExampleFile]:
         return [
