@@ -11,7 +11,7 @@ from dora_vl.data.dataset import Skipped
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example
 from dora_vl.data.seq2seq import Subtask
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import UserError
 from dora_vl.evaluation.choices import check_choices
 from dora_vl.evaluation.seq2seq_run import Tested, asked, has_answers
 
@@ -32,13 +32,14 @@ def open_test(subtask: Subtask, path: Path, *, limit: int | None) -> ExampleFile
 
 
 def check_tests(tested: Sequence[Tested], encoder: Seq2SeqEncoder) -> None:
-    """Reads every test file, looks for features, and tries the scorers.
+    """Looks for features and tries the scorers.
 
     Raises:
-        UserError: a record is misshapen, no example of a file can be asked, or a file cannot be scored here.
+        BadSample: a record is misshapen.
+        UserError: no example of a file can be asked, or a file cannot be scored here.
     """
     for subtask, file, reader in tested:
-        examples = _examples(file)
+        examples = list(file)
         check_scoring(subtask, examples)
         first: Skipped | None = None
         for example in examples:
@@ -66,13 +67,6 @@ def check_scoring(subtask: Subtask, examples: Sequence[Example]) -> None:
         subtask.score(examples, {})
     else:
         subtask.check_scoring(examples)
-
-
-def _examples(file: ExampleFile) -> list[Example]:
-    try:
-        return list(file)
-    except BadSample as error:
-        raise UserError(f"{_name(file)}: {error}; repair this record or take it out") from error
 
 
 def _name(file: ExampleFile) -> str:

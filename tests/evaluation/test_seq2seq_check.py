@@ -67,7 +67,7 @@ def other_features(data: Path) -> None:
             no_record,
             "gqa",
             ("--evaluation.files.gqa={data}/odd.jsonl",),
-            r"odd\.jsonl: sample odd: .*repair this record",
+            r"sample odd: .*odd\.jsonl, line 8: 'images' must be a list",
         ),
         (unlabelled, "nlvr2", (), r"1 examples have no label, first dev-4-0-0"),
         (other_features, "gqa", ("--evaluation.features.gqa={data}/other",), r"gqa\.jsonl: not one .* gqa-0: .*p0"),
