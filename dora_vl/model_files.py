@@ -17,7 +17,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """The weights files that are loaded, by name; where no known name is there, all of one kind.
 
     Raises:
-        UserError: the list of shards is broken, or names one that is not there.
+        UserError: the list of shards is broken, or names one that is not there or outside the folder.
     """
     for name in PREFERRED:
         if (folder / name).is_file():
@@ -45,6 +45,8 @@ def _shards(index: Path) -> tuple[Path, ...]:
         shards = tuple(index.parent / name for name in names)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{index} is no list of shards ({error}); copy or fetch it again") from None
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise UserError(f"{index} names {outside[0]!r}, which is outside its folder; no such file is read")
     if lost := [path.name for path in shards if not path.is_file()]:
         raise UserError(
             f"{index} names {len(shards)} shards, {len(lost)} are not there, first {lost[0]}; copy or fetch them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -28,6 +29,17 @@ def whole_change(config: DoRAConfig) -> DoRAConfig:
     )
 
 
+def fields_of_the_change(stated: DoRAConfig, own: DoRAConfig) -> list[str]:
+    """The settings of a layer that say what its A and B mean."""
+    return [*(["init"] if "pissa" in (stated.init, own.init) else []), "rank", "alpha", "rank_scaling"]
+
+
+def first_difference(stated: DoRAConfig, own: DoRAConfig, fields: Sequence[str]) -> tuple[str, object, object] | None:
+    """The first field in which two layers' settings differ, with both values."""
+    pairs = ((field, getattr(stated, field), getattr(own, field)) for field in fields)
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
+
+
 def refuse_other_settings(source: str, model: nn.Module, config: DoRAConfig, *, dropout_mode_is_stated: bool) -> None:
     """Raises a `UserError` where a folder's tensors would mean something else with a model's own settings.
 
@@ -40,11 +52,9 @@ def refuse_other_settings(source: str, model: nn.Module, config: DoRAConfig, *, 
         stated, own = config.for_layer(name, magnitude_alone=name in config.magnitude_targets), layer.adapter
         fields = ["method"]
         if own.method in ("dora", "lora"):
-            fields += ["init"] if "pissa" in (stated.init, own.init) else []
-            fields += ["rank", "alpha", "rank_scaling"]
+            fields += fields_of_the_change(stated, own)
             if dropout_mode_is_stated and stated.dropout and own.dropout:
                 fields.append("dropout_mode")
-        for field in fields:
-            theirs, ours = getattr(stated, field), getattr(own, field)
-            if theirs != ours:
-                raise UserError(f"{source}: {name} has {field} {theirs!r} there, and {ours!r} in this model{_ADVICE}")
+        if (difference := first_difference(stated, own, fields)) is not None:
+            field, theirs, ours = difference
+            raise UserError(f"{source}: {name} has {field} {theirs!r} there, and {ours!r} in this model{_ADVICE}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -86,21 +85,7 @@ def scaled_with_sums(
     They are what batch normalisation in evaluation mode gives backward for mean 0 and variance 1: two passes over
     memory instead of five, and torch's CPU kernel takes half-precision activations with float32 gains.
     """
-    mean, variance = _standard(len(gain.full), gain.full.dtype)
-    return torch.ops.aten.native_batch_norm_backward(
-        gradient.contiguous(),
-        output.contiguous(),
-        gain.full,
-        mean,
-        variance,
-        None,
-        None,
-        False,
-        0.0,
-        (True, True, True),
-    )
-
-
-@cache
-def _standard(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)
+    mean, variance = torch.zeros_like(gain.full), torch.ones_like(gain.full)
+    rows = gradient.contiguous(), output.contiguous()
+    fused = torch.ops.aten.native_batch_norm_backward
+    return fused(*rows, gain.full, mean, variance, None, None, False, 0.0, (True, True, True))

@@ -7,6 +7,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from dora_vl.data.examples import Example
+from dora_vl.data.right_choice import right_choice
 from dora_vl.errors import UserError
 
 
@@ -21,13 +22,12 @@ def correct_index(example: Example) -> int:
     Raises:
         UserError: the example does not say, or says one that is not there.
     """
-    index = example.extra.get("correct")
-    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(example.choices):
+    if "correct" not in example.extra:
         raise UserError(
-            f"example {example.id} has {len(example.choices)} choices and extra.correct {index!r}; "
+            f"example {example.id} does not say which of its {len(example.choices)} choices is right (extra.correct); "
             "a split whose answers the publisher keeps cannot be scored here, write its submission instead"
         )
-    return index
+    return right_choice(example.extra["correct"], example.choices, example.id)
 
 
 def check_choices(examples: Iterable[Example], file: Path, *, most: int | None = len(ascii_uppercase)) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
+from dora_vl.core.adapter_agreement import fields_of_the_change, first_difference
 from dora_vl.core.adapter_file import CONFIG_FILE, RECIPE_FILE, own_name, read_json, read_weights
 from dora_vl.core.adapter_names import LEAVES
 from dora_vl.core.adapter_settings import read_config
@@ -96,11 +97,10 @@ def _refuse_another_scale(model: nn.Module, folder: Path, found: Mapping[str, Te
         if name not in owners:
             continue
         theirs, ours = config.for_layer(name), layer.adapter
-        fields = ("rank", "alpha", "rank_scaling", *(("init",) if "pissa" in (theirs.init, ours.init) else ()))
-        for field in fields:
-            there, here = getattr(theirs, field), getattr(ours, field)
-            if there != here:
-                raise UserError(
-                    f"adapter.initial: {folder}: {name} has {field} {there!r} there (scale {theirs.scale:g}), and "
-                    f"{here!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's"
-                )
+        difference = first_difference(theirs, ours, fields_of_the_change(theirs, ours))
+        if difference is not None:
+            field, there, here = difference
+            raise UserError(
+                f"adapter.initial: {folder}: {name} has {field} {there!r} there (scale {theirs.scale:g}), and "
+                f"{here!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's"
+            )

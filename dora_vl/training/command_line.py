@@ -19,8 +19,9 @@ from dora_vl.training.recipe import RunConfig
 
 Settings = TypeVar("Settings")
 
-COUNTS = ("limit", "validation_limit", "batch_size", "max_new_tokens")
-"""Settings of any section that count what is read or asked."""
+FOR_ALL = ", or null for all of them"
+COUNTS = {"limit": FOR_ALL, "validation_limit": FOR_ALL, "batch_size": "", "max_new_tokens": ""}
+"""Settings of any section that count what is read or asked -> what else they take than numbers."""
 
 
 def run_parser(program: str, description: str, settings: type[Any] = RunConfig) -> ArgumentParser:
@@ -61,10 +62,9 @@ def _check_counts(config: object) -> None:
     """A limit of 0 would be an empty test that looks like a whole one."""
     for section in dataclasses.fields(cast(Any, config)):
         value = getattr(config, section.name)
-        for name in COUNTS if dataclasses.is_dataclass(value) else ():
+        for name, hint in COUNTS.items() if dataclasses.is_dataclass(value) else ():
             number = getattr(value, name, None)
             if number is not None and number < 1:
-                hint = ", or null for all of them" if name.endswith("limit") else ""
                 raise UserError(f"{section.name}.{name} is {number}; at least 1 is needed{hint}")
 
 

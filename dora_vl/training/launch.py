@@ -89,9 +89,14 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_TRIM_THRESHOLD, NEVER) and mallopt(M_MMAP_THRESHOLD, LARGEST_INT))
 
 
+def launched_first() -> bool:
+    """Whether the launcher made this process the first rank, or none did; before there is a process group to ask."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def log_to_stderr() -> None:
     """The first rank tells how the run goes, the others only what is wrong."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    level = logging.INFO if launched_first() else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
@@ -104,7 +109,7 @@ def first_rank_speaks() -> Iterator[None]:
     try:
         yield
     except UserError:
-        if os.environ.get("RANK", "0") != "0":
+        if not launched_first():
             time.sleep(SECONDS_FOR_THE_FIRST_RANK)
         raise
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from dora_vl.training.checkpoints import checkpoint_to_resume
 from dora_vl.training.launch import (
     is_first_rank,
     keep_freed_memory,
+    launched_first,
     leave_process_group,
     on_first_rank,
     threads_of_this_rank,
@@ -130,7 +129,7 @@ def test_again(task: Task) -> None:
         raise UserError("test_only: the settings' evaluation section names no file to test on")
     if not weights.is_file():
         raise UserError(f"test_only: {weights} does not exist; train first, or name the run's training.output_dir")
-    if int(os.environ.get("RANK", "0")) == 0:  # a launcher may have started several
+    if launched_first():
         there = read_json(metrics) if metrics.is_file() else {}
         task.test({name: there[name] for name in TRAINING_NUMBERS if name in there})
 
@@ -156,5 +155,5 @@ def took_no_step(trainer: AdapterTrainer, counts: Counts) -> bool:
 def numbers_of_whole_run(run_folder: Path, step: int) -> dict[str, Any] | None:
     """What a run that took so many steps has written to `metrics.json`; None where it was stopped before that."""
     path = run_folder / METRICS
-    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    there = read_json(path) if path.is_file() else {}
     return {key: there[key] for key in TRAINING_NUMBERS if key in there} if there.get("train_steps") == step else None

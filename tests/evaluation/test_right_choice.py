@@ -78,5 +78,5 @@ def test_a_file_whose_answers_the_publisher_keeps_is_no_mistake(tmp_path: Path) 
     kept = [Example(id=name, choices=("red", "blue")) for name in "ab"]
     check_choices(kept, tmp_path / "test.jsonl")
     check_choices([Example(id="a", choices=("x",) * 30)], tmp_path / "test.jsonl", most=None)
-    with pytest.raises(UserError, match=r"extra\.correct True"):
+    with pytest.raises(UserError, match=r"sample a: extra\.correct must be .* index, from 0, got True"):
         correct_index(Example(id="a", choices=("red", "blue"), extra={"correct": True}))

@@ -60,3 +60,7 @@ def test_a_broken_list_of_shards_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     with pytest.raises(UserError, match=r"index\.json is no list of shards"):
         content_hash(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
+    (tmp_path.parent / "other.safetensors").write_bytes(b"of somebody else")
+    with pytest.raises(UserError, match=r"names '\.\./other\.safetensors', which is outside its folder"):
+        content_hash(tmp_path)
