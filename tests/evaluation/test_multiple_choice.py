@@ -150,7 +150,7 @@ def test_extra_answers_are_ignored_by_tvqa_and_refused_by_how2qa() -> None:
 
 
 def test_where_the_answer_is_kept_by_the_publisher_it_says_so() -> None:
-    with pytest.raises(UserError, match=r"example 1 has 4 choices and extra\.correct None"):
+    with pytest.raises(UserError, match=r"example 1 does not say which of its 4 choices is right \(extra\.correct\)"):
         seed.score([Example(id="1", choices=FOUR)], {"1": "A"})
 
 
