@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from dora_vl.core.dropout import Dropped
 from dora_vl.core.fused import fused_kernels
 from dora_vl.core.gain import CANCELLATION, Gain, apply_gain, scaled_with_sums
+from dora_vl.core.row_halves import ROW_HALVES
 
 NORM_CHUNK_ROWS = 1024
 """Rows of W turned to float32 at a time, so that a norm never needs a second copy of the weight."""
@@ -61,7 +61,7 @@ def factored_norms_squared(
     weight_on_A: Float[Tensor, "rank out"],
     scale: float,
 ) -> Float[Tensor, " out"]:
-    """n_i^2 = ||W_i||^2 + s B_i.(2 W A^T + s B A A^T)_i; memory out*rank + rank^2, never out*in.
+    """n_i^2 = ||W_i||^2 + 2 s B_i.(W A^T + s/2 B A A^T)_i; memory out*rank + rank^2, never out*in.
 
     `weight_on_A` is the frozen layer applied to A's rows, A W^T, so no weight is read here: quantised and
     sharded layers need nothing more. Differentiable in A and B.
@@ -70,31 +70,23 @@ def factored_norms_squared(
     is used; at rank 128 that is also four times as fast on CPU as in float32. Sums over rows are float32.
     """
     a, b = lora_A.to(weight_on_A.dtype), lora_B.to(weight_on_A.dtype)
-    return with_growth(weight_norms_squared, b, growth(weight_on_A.t(), a, b, scale), scale)
-
-
-def growth(
-    weight_on_A: Float[Tensor, "out rank"],
-    lora_A: Float[Tensor, "rank in_"],
-    lora_B: Float[Tensor, "out rank"],
-    scale: float,
-    out: Float[Tensor, "out rank"] | None = None,
-) -> Float[Tensor, "out rank"]:
-    """2 W A^T + s B A A^T, what B meets in n^2; all operands in one dtype, written to `out` where given."""
-    return torch.addmm(weight_on_A, lora_B, lora_A @ lora_A.t(), beta=2, alpha=scale, out=out)
+    (squared,) = with_growth(weight_norms_squared[None], b[None], weight_on_A.t()[None], (a @ a.t())[None], scale)
+    return squared
 
 
 def with_growth(
-    weight_norms_squared: Float[Tensor, "*layers out"],
-    lora_B: Float[Tensor, "*layers out rank"],
-    growth: Float[Tensor, "*layers out rank"],
+    weight_norms_squared: Float[Tensor, "layers out"],
+    lora_B: Float[Tensor, "layers out rank"],
+    weight_on_A: Float[Tensor, "layers out rank"],
+    gram: Float[Tensor, "layers rank rank"],
     scale: float,
-) -> Float[Tensor, "*layers out"]:
-    """n^2 from its parts, for one layer or for several of one shape, with the same rounding."""
-    dtype = weight_norms_squared.dtype
-    blocks = [one.flatten(end_dim=-2).split(max(1, NORM_CHUNK_NUMBERS // one.shape[-1])) for one in (lora_B, growth)]
-    change = torch.cat([torch.linalg.vecdot(b.to(dtype), grown.to(dtype)) for b, grown in zip(*blocks, strict=True)])
-    return torch.add(weight_norms_squared, change.view_as(weight_norms_squared), alpha=scale)
+) -> Float[Tensor, "layers out"]:
+    """n^2 of layers of one shape from W A^T, which is overwritten, and A A^T; all but ||W_i||^2 in one dtype."""
+    half = weight_on_A.baddbmm_(lora_B, gram * (scale / 2))
+    dtype, rows = weight_norms_squared.dtype, max(1, NORM_CHUNK_NUMBERS // half.shape[-1])
+    blocks = zip(*(one.flatten(end_dim=1).split(rows) for one in (lora_B, half)), strict=True)
+    change = torch.cat([torch.linalg.vecdot(b.to(dtype), grown.to(dtype)) for b, grown in blocks])
+    return torch.add(weight_norms_squared, change.view_as(weight_norms_squared), alpha=2 * scale)
 
 
 def root(squared: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -160,12 +152,12 @@ class AdaptedProduct(torch.autograd.Function):
     ) -> Float[Tensor, "*batch out"]:
         """Runs the layer; every operand but A, B and m in the dtype of x."""
         rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, weight, bias)
+        y = ROW_HALVES.product(rows, weight.t(), bias)
         hidden = None
         if lora_A is not None and lora_B is not None:
             if dropped is not None:
                 rows, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
-            hidden = F.linear(rows, lora_A.to(x.dtype)).mul_(scale)
+            hidden = scaled_product(rows, lora_A.to(x.dtype).t(), scale)
         fragile_z, fused = None, _fused(y, gain)
         if fused is not None and gain is not None:
             fused.adapted_output_(y, hidden, lora_B, bias, gain.minus_one)
@@ -201,7 +193,7 @@ class AdaptedProduct(torch.autograd.Function):
         else:
             dz, dh, dy_y, bias_sum = fused.backward_pass(dy, y, lora_B, gain.minus_one, ctx.scale, with_bias=with_bias)
         dm = None if dy_y is None else magnitude_gradient(dy_y, dy, bias, bias_sum, gain, fragile_z)
-        dx = dz @ weight if needs[0] else None
+        dx = ROW_HALVES.product(dz, weight) if needs[0] else None
         dA = dB = None
         if hidden is not None and dh is not None:
             dx, dA, dB = low_rank_gradients(dx, dz, dh, rows, hidden, (lora_A, lora_B), dropped)
@@ -235,8 +227,15 @@ def backward_pass(
         dz = dy if gain is None else torch.addcmul(dy, dy, gain.minus_one)
         dy_y = None if y is None else (dy * y).sum(dim=0)
         dy_sum = dy.sum(dim=0) if with_bias else None
-    dh = None if lora_B is None else (dz @ lora_B.to(dz.dtype)).mul_(scale)
+    dh = None if lora_B is None else scaled_product(dz, lora_B.to(dz.dtype), scale)
     return dz, dh, dy_y, dy_sum
+
+
+def scaled_product(
+    rows: Float[Tensor, "rows inner"], matrix: Float[Tensor, "inner columns"], scale: float
+) -> Float[Tensor, "rows columns"]:
+    """`scale * rows @ matrix`, scaled and rounded inside the product, where it costs no pass over memory."""
+    return torch.addmm(rows.new_empty(()), rows, matrix, beta=0, alpha=scale)
 
 
 def magnitude_gradient(

@@ -16,6 +16,7 @@ from dora_vl.core.dropout import SharedDropout
 from dora_vl.core.gain import Gain, apply_gain, careful_gain, quick_gains
 from dora_vl.core.gain_family import GainFamily
 from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.row_halves import ROW_HALVES
 
 SHARED_DROPOUT = SharedDropout()
 
@@ -78,7 +79,7 @@ class ProductLayer(AdaptedLayer):
     def _infer(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Gain | None) -> Float[Tensor, "*batch out"]:
         """The forward pass without a graph; in eval the cast factors are kept, so that decoding casts nothing."""
         rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, weight, bias)
+        y = ROW_HALVES.product(rows, weight.t(), bias)
         if self.adapter.method != "magnitude":
             a, b_transposed = self._cast_factors(x.dtype)
             y.addmm_(F.linear(rows, a), b_transposed)
