@@ -111,8 +111,8 @@ def _gains(layers: list[ProductLayer], dtype: torch.dtype) -> tuple[list[Gain | 
 def _norms_squared(layers: list[ProductLayer], frozen: Float[Tensor, "layers out"]) -> Float[Tensor, "layers out"]:
     """The squared norms of layers of one shape: those that each would compute alone, on CPU to the bit.
 
-    B A A^T is one product for all, at rank 128 four times as fast as one for each. A W^T and A A^T are taken layer by
-    layer: W would have to be copied, and the sums of A A^T would be divided among the cores by the number of layers.
+    B A A^T is one product for all, at rank 128 four times as fast as one for each. W A^T and A A^T are taken layer by
+    layer: W would have to be copied, and how the cores divide the sums of A A^T depends on the number of layers.
     """
     weights = [layer.as_matrix(layer.weight) for layer in layers]
     factors = zip(*(layer.factors() or () for layer in layers), strict=True)

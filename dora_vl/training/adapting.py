@@ -67,7 +67,7 @@ def load_initial(model: nn.Module, folder: Path) -> None:
 
     Raises:
         UserError: the folder holds a tensor that this model does not have, or of another shape, or A and B that another
-            rank, alpha or start than this run's gives another meaning.
+            method, rank, alpha or start than this run's gives another meaning.
     """
     found = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
     parameters = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
@@ -97,7 +97,7 @@ def _refuse_another_scale(model: nn.Module, folder: Path, found: Mapping[str, Te
         if name not in owners:
             continue
         theirs, ours = config.for_layer(name), layer.adapter
-        difference = first_difference(theirs, ours, fields_of_the_change(theirs, ours))
+        difference = first_difference(theirs, ours, ["method", *fields_of_the_change(theirs, ours)])
         if difference is not None:
             field, there, here = difference
             raise UserError(

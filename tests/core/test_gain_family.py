@@ -14,11 +14,11 @@ from dora_vl.core.gain import Gain, scaled_with_sums
 from dora_vl.core.linear import DoRALinear
 
 
-def stack_of(count: int = 4, *, dtype: torch.dtype = torch.float32, rank: int = 3) -> nn.Sequential:
+def stack_of(count: int = 4, *, dtype: torch.dtype = torch.float32, rank: int = 3, width: int = 7) -> nn.Sequential:
     """Layers of one shape and one of another, everything moved away from its start."""
     torch.manual_seed(0)
-    layers = [nn.Linear(7, 7) for _ in range(count)]
-    model = nn.Sequential(*layers, nn.Linear(7, 5)).to(dtype)
+    layers = [nn.Linear(width, width) for _ in range(count)]
+    model = nn.Sequential(*layers, nn.Linear(width, 5)).to(dtype)
     apply_dora(model, DoRAConfig(targets=("*",), rank=rank, alpha=5.0, dropout=0.0))
     with torch.no_grad():
         for layer in model:
@@ -47,6 +47,15 @@ def test_one_call_brings_everybody_up_to_date_with_their_own_gains(dtype):
         assert not layer.gain_is_out_of_date()
         assert_same(layer._gain, alone(layer, dtype))
     assert model[4].gain_is_out_of_date()  # of another shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [16, 128])
+def test_layers_so_wide_that_cores_share_a_product_have_their_own_gains_too(dtype, rank):
+    model = stack_of(5, dtype=dtype, rank=rank, width=576)
+    model[0](torch.randn(2, 576, dtype=dtype))
+    for layer in model[:5]:
+        assert_same(layer._gain, alone(layer, dtype))
 
 
 def test_a_layer_with_a_zero_row_or_a_tiny_gain_is_computed_with_care_beside_its_kin():

@@ -80,6 +80,13 @@ def test_another_scale_is_refused_with_both_numbers(
         adapt(model(), replace(CONFIG, **change), initial=str(folder))
 
 
+def test_lora_is_no_start_for_dora(tmp_path: Path) -> None:
+    save_adapter(moved(replace(CONFIG, method="lora")), tmp_path / "adapter")
+    said = r"first has method 'lora' there \(scale 1\.5\), and 'dora' in this run \(scale 1\.5\); set adapter\.method"
+    with pytest.raises(UserError, match=said):
+        adapt(model(), CONFIG, initial=str(tmp_path / "adapter"))
+
+
 def test_other_dropout_is_the_runs_own(folder: Path) -> None:
     adapt(model(), replace(CONFIG, dropout=0.2), initial=str(folder))
 

@@ -76,6 +76,12 @@ def test_timm_inner_layer_and_pooling(tmp_path: Path) -> None:
     torch.testing.assert_close(tower.model(pixels).last_hidden_state, torch.cat(rows, 1), rtol=1e-5, atol=1e-5)
 
 
+def test_open_clip_takes_no_weights_by_position() -> None:
+    spec = TowerSpec(library="open_clip", name="ViT-S-32-alt", weights="random", weights_in_order=True)
+    with pytest.raises(UserError, match=r"^vision_weights_in_order: open_clip reads its files itself"):
+        load_tower(spec)
+
+
 def test_open_clip(tmp_path: Path) -> None:
     tiny = {
         "embed_dim": 8,
