@@ -70,7 +70,8 @@ def factored_norms_squared(
     is used; at rank 128 that is also four times as fast on CPU as in float32. Sums over rows are float32.
     """
     a, b = lora_A.to(weight_on_A.dtype), lora_B.to(weight_on_A.dtype)
-    (squared,) = with_growth(weight_norms_squared[None], b[None], weight_on_A.t()[None], (a @ a.t())[None], scale)
+    on_A = weight_on_A.t().clone()  # it is the caller's, and would be overwritten
+    (squared,) = with_growth(weight_norms_squared[None], b[None], on_A[None], (a @ a.t())[None], scale)
     return squared
 
 

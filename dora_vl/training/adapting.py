@@ -73,7 +73,7 @@ def load_initial(model: nn.Module, folder: Path) -> None:
     parameters = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
     if unknown := sorted(set(found) - set(parameters)):
         raise UserError(f"adapter.initial: {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}")
-    _refuse_another_scale(model, folder, found)
+    _refuse_another_meaning(model, folder, found)
     with torch.no_grad():
         for name, tensor in found.items():
             with gather_to_write([parameters[name]]):
@@ -86,8 +86,8 @@ def load_initial(model: nn.Module, folder: Path) -> None:
     logger.info("%s sets %d of %d trained tensors", folder, len(found), len(parameters))
 
 
-def _refuse_another_scale(model: nn.Module, folder: Path, found: Mapping[str, Tensor]) -> None:
-    """A and B stand for s B A with the folder's s; with another one they would start the run somewhere else."""
+def _refuse_another_meaning(model: nn.Module, folder: Path, found: Mapping[str, Tensor]) -> None:
+    """A and B mean what the folder's settings say; under others they would start the run somewhere else."""
     owners = {name.rpartition(".")[0] for name in found if name.rpartition(".")[2] in FACTORS}
     if not owners:
         return

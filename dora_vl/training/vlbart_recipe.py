@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dora_vl.backbones.vlbart_compose import VlBartSpec
 from dora_vl.data.mixture import Mixing
-from dora_vl.training.recipe import AdapterConfig, OptimConfig
+from dora_vl.training.recipe import AdapterConfig, OptimConfig, ResumableRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class VlBartEvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VlBartRunConfig:
+class VlBartRunConfig(ResumableRun):
     """One run: what its YAML file holds."""
 
     model: VlBartModelConfig
@@ -112,9 +112,3 @@ class VlBartRunConfig:
     """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
     file, or zero0, zero2, zero3, zero3_offload of configs/deepspeed. Batches are data.batch_size."""
     evaluation: VlBartEvaluationConfig = field(default_factory=VlBartEvaluationConfig)
-    resume: str | None = None
-    """`last` goes on from the run folder's last complete checkpoint; or a checkpoint folder."""
-    overwrite: bool = False
-    """Removes what an earlier run left in training.output_dir; otherwise that is refused."""
-    test_only: bool = False
-    """Trains nothing: tests the adapter in training.output_dir again, or goes on with a test that was stopped."""

@@ -35,6 +35,7 @@ def test_cpu_without_the_interpreter_is_eager(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_kernels_on_a_gpu(monkeypatch):
     pytest.importorskip("triton", reason="torch's CPU builds bring no Triton: pip install triton")
     monkeypatch.delenv(SWITCH, raising=False)

@@ -20,7 +20,7 @@ from tests.shared_data import shared
 
 pytest.importorskip("pycocoevalcap", reason="pip install 'dora-vl[caption]'")
 
-needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java")
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="the official PTB tokenizer and METEOR need Java")
 
 ROWS = [  # references, prediction
     (["a cat sits on the mat", "the cat is on the mat"], "the cat sits on a mat"),

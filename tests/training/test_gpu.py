@@ -37,7 +37,7 @@ def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3", "zero3_offload"])
 def test_every_stage_trains_float32_adapters_over_a_bfloat16_base(run_file: Path, stage: str) -> None:
     if stage == "zero3_offload" and importlib.util.find_spec("ninja") is None:
-        pytest.skip("DeepSpeed compiles its CPU Adam with ninja")
+        pytest.skip("DeepSpeed compiles its CPU Adam with ninja: pip install ninja")
     launch_on_gpu(run_file, f"--training.deepspeed={stage}")
     found = losses(run_file.with_suffix(""))
     assert len(found) == 10
@@ -72,6 +72,6 @@ def test_cached_features_workers_and_full_fine_tuning(run_file: Path) -> None:
     )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn")
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="pip install flash-attn")
 def test_flash_attention(run_file: Path) -> None:
     launch_on_gpu(run_file, "--model.attn_implementation=flash_attention_2", "--training.deepspeed=zero2")
