@@ -17,8 +17,6 @@ from torch import Tensor
 
 FEWEST_ROWS, MOST_ROWS = 256, 4096
 """Fewer rows are not worth a second call; more keep all cores busy, and are not worth asking for either."""
-ROWS_ALIKE = 128
-"""Counts of rows that are answered together: batches of text come in hundreds of lengths."""
 SMALLEST_WEIGHT = 2**17
 """Numbers of a weight below which the second call costs what it saves."""
 WORTH = 0.93
@@ -42,8 +40,8 @@ class RowHalves:
         """`rows @ matrix + bias`, with the bits of the whole product in either way; without a graph of its own."""
         if not _is_worth_asking(rows, matrix):
             return whole_product(rows, matrix, bias)
-        alike = len(rows) // ROWS_ALIKE, matrix.shape, matrix.stride(), rows.dtype, bias is None
-        key = (*alike, torch.get_num_threads())
+        alike = len(rows), matrix.shape, matrix.stride(), rows.dtype, bias is None
+        key = (*alike, torch.get_num_threads())  # the very number of rows: bits of another may differ
         if key not in self._halved:
             self._halved[key] = halves_are_faster(rows, matrix, bias)
         return halved_product(rows, matrix, bias) if self._halved[key] else whole_product(rows, matrix, bias)

@@ -73,12 +73,12 @@ def test_a_layer_gives_the_same_with_halves_and_without(monkeypatch):
         torch.testing.assert_close(halves, whole, rtol=2**-7, atol=2**-7 * whole.detach().abs().max().item())
 
 
-def test_lengths_alike_are_asked_about_once_and_other_products_again(monkeypatch):
+def test_a_shape_is_asked_about_once_and_other_products_again(monkeypatch):
     shapes = asked(monkeypatch, True)
     products = RowHalves()
     x, matrix, bias = operands(639)
-    for rows in (639, 515, 600):
-        products.product(x[:rows], matrix, bias)
+    for _ in range(3):
+        products.product(x, matrix, bias)
     assert shapes == [(639, 391)]
     products.product(x[:300], matrix, bias)
     products.product(x, matrix)
