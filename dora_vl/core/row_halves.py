@@ -91,12 +91,13 @@ def halves_are_faster(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> bool
 def halves_have_the_bits(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
     """Whether halves sum in the order of the whole product, for all numbers of such shapes and strides.
 
-    The terms of each sum cancel, so that its rounding is all that is left, in another order another one. The
+    The terms of each sum cancel in pairs, so that its rounding is all that is left, in another order another one.
+    The pairs lie scattered: at like places of two parts they would leave zero in any order within the parts. The
     operands at hand would not do: a gradient's rows may be zero, and large sums round their last bits away.
     """
     draw, pairs = torch.Generator().manual_seed(0), rows.shape[1] // 2
-    one, other = torch.randperm(rows.shape[1], generator=draw)[: 2 * pairs].chunk(2)  # no pair beside its like:
-    terms = rows.new_empty(len(rows), pairs).normal_(generator=draw)  # neighbours would cancel before they round
+    one, other = torch.randperm(rows.shape[1], generator=draw)[: 2 * pairs].chunk(2)
+    terms = rows.new_empty(len(rows), pairs).normal_(generator=draw)
     rows, matrix = torch.zeros_like(rows), torch.empty_like(matrix).normal_(generator=draw)
     rows[:, one], rows[:, other] = terms, -terms
     matrix[one] = matrix[other]
