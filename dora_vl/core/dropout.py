@@ -14,6 +14,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from dora_vl.core.freshness import version_of
+
 
 class Dropped:
     """The elements that one draw of dropout sets to zero.
@@ -25,6 +27,7 @@ class Dropped:
         self.probability = probability
         self.positions = positions
         self._shared: weakref.ReferenceType[Tensor] | None = None
+        self._taken: weakref.ReferenceType[Tensor] | None = None
 
     def apply(self, tensor: Tensor) -> Tensor:
         """A copy of `tensor` with the dropped elements zero; not rescaled."""
@@ -37,6 +40,21 @@ class Dropped:
             copy = self.apply(tensor)
             self._shared = weakref.ref(copy)
         return copy
+
+    def shared_taken(self, tensor: Tensor) -> Tensor:
+        """What `restored` needs to undo the draw: the dropped elements; made once for all layers that share it."""
+        taken = None if self._taken is None else self._taken()
+        if taken is None or taken.dtype != tensor.dtype:
+            by_mask = self.positions.dtype == torch.bool
+            taken = tensor if by_mask else tensor.reshape(-1).index_select(0, self.positions)
+            self._taken = weakref.ref(taken)
+        return taken
+
+    def restored(self, masked: Tensor, taken: Tensor) -> Tensor:
+        """The tensor that `shared_copy` masked."""
+        if self.positions.dtype == torch.bool:
+            return taken
+        return masked.clone().view(-1).index_copy_(0, self.positions, taken).view_as(masked)
 
     def apply_(self, tensor: Tensor) -> Tensor:
         """Sets the dropped elements of a contiguous `tensor` to zero in place."""
@@ -77,15 +95,10 @@ class SharedDropout:
         if last is not None and last.probability == probability and self._shares(tensor, user):
             self._users.add(user)
             return last
-        self._source, self._version = weakref.ref(tensor), _version_of(tensor)
+        self._source, self._version = weakref.ref(tensor), version_of(tensor)
         self._dropped, self._users = draw_dropped(tensor, probability), {user}
         return self._dropped
 
     def _shares(self, tensor: Tensor, user: int) -> bool:
-        same = self._source is not None and self._source() is tensor and self._version == _version_of(tensor)
+        same = self._source is not None and self._source() is tensor and self._version == version_of(tensor)
         return same and user not in self._users
-
-
-def _version_of(tensor: Tensor) -> int:
-    """The count of in-place changes, which tensors made under `torch.inference_mode` do not keep."""
-    return -1 if tensor.is_inference() else tensor._version

@@ -108,28 +108,25 @@ class OpaqueLinear(AdaptedLayer):
         frozen = self._without_bias(self.base(dropped) if whole else output)
         return functional.changed_output(output, frozen, low_rank, gain)
 
-    def frozen_key(self) -> tuple[object, ...]:
-        """Versions of all of the layer's tensors but its bias, which may train: which of them hold W is not known.
+    def frozen_tensors(self) -> list[Tensor | None]:
+        """All of the layer's tensors but its bias, which may train: which of them hold W is not known.
 
-        A loose tensor may also be replaced by another one of the same version. One made in inference mode, as HQQ
-        makes its scales, has no version; nothing but inference mode can edit it in place, and that is not seen.
+        A loose one made in inference mode, as HQQ makes its scales, has no version; nothing but inference mode can edit
+        it in place, and that is not seen.
         """
         bias = self.bias
-        versions = [
-            tensor._version
+        inside = [
+            tensor
             for module in self.base.modules()
             for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None and tensor is not bias
+            if tensor is not bias
         ]
-        loose = [
-            (id(tensor), None if tensor.is_inference() else tensor._version)
-            for tensor in self.kind.loose_tensors(self.base)
-        ]
-        return self.weight.device, *versions, *loose
+        return [*inside, *self.kind.loose_tensors(self.base)]
 
-    def state_key(self) -> tuple[object, ...]:
-        """Changes with every optimizer step and in-place edit, of the layer inside too, and with a new scale."""
-        return *super().state_key(), *self.frozen_key()
+    def tensors(self) -> list[Tensor | None]:
+        """The adapter's own, and those of the layer inside."""
+        own = [getattr(self, name) for name in self.FILE_LEAVES]
+        return [*own, self.bias, *self._shards.values(), *self.frozen_tensors()]
 
     # -- the norm, through the layer's own forward -------------------------------------------------------------
 
