@@ -10,15 +10,16 @@ import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_vl.backbones.templates import VICUNA_SYSTEM
+from dora_vl.backbones.template_table import VICUNA_SYSTEM
 
 LESSONS = [
     VICUNA_SYSTEM,
-    "USER: What is in the picture? ASSISTANT: A red circle on a blue square",
-    "USER: Is it red? ASSISTANT: Yes, it is. No, it is not. ASSISTANT USER",
+    "/USER: What is in the picture? ASSISTANT: A red circle on a blue square",
+    "/USER: Is it red? ASSISTANT: Yes, it is. No, it is not. ASSISTANT",
     "[INST] What is it? [/INST] <<SYS>> <</SYS>> ### Human: ### Assistant: system user assistant",
     "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ .,:;?!'-<>/|_[]#",
     "a  b   c",
+    "/USER:/USER:/USER:",  # as in LLaMA's, "USER" is a piece and "▁USER" is two
 ]
 CONTROL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
