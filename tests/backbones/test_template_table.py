@@ -39,9 +39,9 @@ MMTAG_SYSTEM = (
 LLAMA_SYSTEM = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
     "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-    "Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make any "
-    "sense, or is not factually coherent, explain why instead of answering something not correct. If you don't know "
-    "the answer to a question, please don't share false information."
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make "
+    "any sense, or is not factually coherent, explain why instead of answering something not correct. If you don't "
+    "know the answer to a question, please don't share false information."
 )
 LLAVA_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
