@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from string import ascii_uppercase
 
 from PIL import Image
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from dora_vl.data.media import open_image
 from dora_vl.data.seq2seq import Subtask
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.answer_joins import LABELLED
 from dora_vl.evaluation.ask import Asked, Asking, ask
 from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.predict import note_failures, prediction_of
@@ -102,7 +104,7 @@ class VlBartModel:
         return failed
 
     def _said(self, example: Example, task: str, root: Path, videos: VideoReader) -> str:
-        """What the task's score takes: of a choice its label."""
+        """What the benchmark's score takes: of a choice its letter, or its label where the score takes that."""
         assistant = self.assistant
         if example.video is None:
             pictures: Sequence[Image.Image] = [open_image(root, path) for path in example.images]
@@ -110,4 +112,6 @@ class VlBartModel:
             video, example = example.video, assistant.with_span(example, task)
             _, clip = clip_of_features(example) or ("", video)
             pictures = videos.read(root, clip, assistant.sampling(example, task)).pictures
-        return assistant.said(example, pictures, task)
+        said = assistant.said(example, pictures, task)
+        by_letter = task not in LABELLED and assistant.answers_by_label(example, task)
+        return ascii_uppercase[int(said.removeprefix("a"))] if by_letter else said

@@ -6,6 +6,7 @@ A benchmark is scored before anything of it is written, and one that cannot be s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,8 +112,25 @@ def _outcome(one: EvaluationSet, mine: Answers, others: Answers | None, options:
         found = result(
             scored, name=one.name, file=one.file, failed=mine.failed, against=against, not_scored=one.not_scored
         )
-    submission = one.benchmark.submission
-    return _Outcome(one=one, result=found, submission=submission and submission(one.examples, mine.answers))
+    with _named_failures(one):
+        submission = one.benchmark.submission and one.benchmark.submission(one.examples, mine.answers)
+    return _Outcome(one=one, result=found, submission=submission)
+
+
+@contextlib.contextmanager
+def _named_failures(one: EvaluationSet) -> Iterator[None]:
+    """What a scorer trips over in a record becomes a line; of an installed package's scorer as well.
+
+    Raises:
+        UserError: a record holds what the benchmark's code cannot read.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{one.file}: a record holds something that the scorer of {one.name} cannot read "
+            f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"
+        ) from error
 
 
 def _write(outcome: _Outcome, mine: Answers, folder: Path) -> Iterator[str]:
@@ -161,13 +179,8 @@ def _score(one: EvaluationSet, mine: Answers, options: argparse.Namespace) -> Sc
     if scorer is None:
         raise ValueError(f"{one.name} has no scorer")
     answers = {name: answer for name, answer in mine.answers.items() if name not in one.not_scored}
-    try:
+    with _named_failures(one):
         scored = scorer(one.scored, answers)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{one.file}: a record holds something that {one.name}'s scorer cannot read "
-            f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"
-        ) from error
     if one.mode:
         scored.settings.setdefault("mode", one.mode)
     if mine.joined_by:

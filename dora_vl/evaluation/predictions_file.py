@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from dora_vl.errors import UserError
+from dora_vl.data.text_file import json_lines
+from dora_vl.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def _line(prediction: Prediction) -> str:
 def _read_settings(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # unreadable settings equal no settings: the predictions are made again
 
 
@@ -155,13 +156,16 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
         UserError: a line is not a prediction; it names the line.
     """
     predictions: dict[str, Prediction] = {}
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                prediction = Prediction(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{path}:{number}: not a prediction ({error}); delete the file to start anew"
-                ) from error
-            predictions[prediction.id] = prediction
+    for number, record in json_lines(path, "predictions"):
+        try:
+            prediction = Prediction(**record)  # pyright: ignore[reportArgumentType] -- looked at below
+        except TypeError as error:
+            raise _no_prediction(path, number, one_line(str(error), 100)) from None
+        if not isinstance(prediction.id, str) or not isinstance(prediction.prediction, str):
+            raise _no_prediction(path, number, "id and prediction must be text")
+        predictions[prediction.id] = prediction
     return predictions
+
+
+def _no_prediction(path: Path, line: int, why: str) -> UserError:
+    return UserError(f"{path}, line {line}: not a prediction ({why}); delete the file to start anew")

@@ -126,7 +126,7 @@ class VlBartAssistant:
             UserError: as `said`.
         """
         said = self.said(example, pictures)
-        if self._subtask(example).answer_by in CHOOSING:
+        if self.answers_by_label(example):
             said = example.choices[int(said.removeprefix("a"))]
         if write is not None:
             write(said)
@@ -157,6 +157,10 @@ class VlBartAssistant:
         inputs = [ids[None].to(device), torch.ones_like(ids)[None].to(device), features]
         (answer,) = answers_of(self.backbone, self.encoder, subtask, [example], inputs)
         return answer
+
+    def answers_by_label(self, example: Example, task: str = "") -> bool:
+        """Whether `said` gives the label of a choice."""
+        return self._subtask(example, task).answer_by in CHOOSING
 
     def _subtask(self, example: Example, task: str = "") -> Subtask:
         """The trained task that such a question belongs to; one that learnt words, not labels, needs no choices."""
