@@ -212,3 +212,10 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> No
         assert path.read_text() == "two"
     assert path.read_text() == "one"
     assert [one.name for one in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_two_records_of_one_id_are_refused_with_both_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "a"}\n\n{"id": "b"}\n{"id": "a", "question": "?"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl: id 'a' in lines 1 and 4; ids must be unique"):
+        list(iterate_examples(path))
