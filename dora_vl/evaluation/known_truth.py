@@ -45,8 +45,8 @@ def not_scored(
         shared: one answer serves all of a group (captions of a clip); else each example needs its own.
     """
     bare = {one.id for one in examples if one.id not in unreadable and not known(one)}
-    if together is None or not bare:
-        return dict.fromkeys(bare, NO_ANSWER) if together is None else {}
+    if together is None or not bare or len(bare) == len(examples):
+        return {one.id: NO_ANSWER for one in examples if one.id in bare}
     groups: defaultdict[Hashable, list[str]] = defaultdict(list)
     for one in examples:
         groups[together(one)].append(one.id)

@@ -33,7 +33,10 @@ def vqav2(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str,
 def vizwiz(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
     """EvalAI: normalised answers by picture."""
     rows = [
-        {"image": example.images[0].rsplit("/", 1)[-1], "answer": normalise(answers.get(example.id, ""))}
+        {
+            "image": (example.images or (example.id,))[0].rsplit("/", 1)[-1],
+            "answer": normalise(answers.get(example.id, "")),
+        }
         for example in examples
     ]
     return "vizwiz.json", json.dumps(rows, ensure_ascii=False)
