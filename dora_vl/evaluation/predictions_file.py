@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from dora_vl.data.text_file import json_lines
 from dora_vl.errors import UserError, one_line
@@ -156,16 +157,20 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
         UserError: a line is not a prediction; it names the line.
     """
     predictions: dict[str, Prediction] = {}
-    for number, record in json_lines(path, "predictions"):
-        try:
-            prediction = Prediction(**record)  # pyright: ignore[reportArgumentType] -- looked at below
-        except TypeError as error:
-            raise _no_prediction(path, number, one_line(str(error), 100)) from None
-        if not isinstance(prediction.id, str) or not isinstance(prediction.prediction, str):
-            raise _no_prediction(path, number, "id and prediction must be text")
-        predictions[prediction.id] = prediction
+    try:
+        for number, record in json_lines(path, "predictions"):
+            prediction = _prediction(record, f"{path}, line {number}")
+            predictions[prediction.id] = prediction
+    except UserError as error:
+        raise UserError(f"{error}; delete the file to start anew") from None
     return predictions
 
 
-def _no_prediction(path: Path, line: int, why: str) -> UserError:
-    return UserError(f"{path}, line {line}: not a prediction ({why}); delete the file to start anew")
+def _prediction(record: Mapping[str, Any], where: str) -> Prediction:
+    try:
+        prediction = Prediction(**record)
+    except TypeError as error:
+        raise UserError(f"{where}: not a prediction ({one_line(str(error), 100)})") from None
+    if not isinstance(prediction.id, str) or not isinstance(prediction.prediction, str):
+        raise UserError(f"{where}: not a prediction (id and prediction must be text)")
+    return prediction

@@ -34,11 +34,13 @@ def test_any_bytes_give_rows_or_one_line(tmp_path: Path, content: bytes) -> None
         lambda: list(stream_values(path, "values")),
     )
     for read in readers:
+        said = ""
         try:
             read()
         except UserError as error:
-            assert str(path) in str(error)
-            assert len(str(error)) <= LONGEST_MESSAGE
+            said = str(error)
+        assert not said or str(path) in said
+        assert len(said) <= LONGEST_MESSAGE
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path: Path) -> None:
@@ -85,4 +87,5 @@ def test_values_of_a_list_and_of_lines_have_their_lines(tmp_path: Path) -> None:
 def test_lines_are_right_beyond_the_first_piece_that_is_read(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text("".join(f'{{"number": {number}, "text": "{"x" * 1000}"}}\n' for number in range(1, 3000)))
-    assert all(value == {**value, "number": line} for line, value in stream_values(path, "values"))
+    found = [(line, value["number"]) for line, value in stream_values(path, "values") if isinstance(value, dict)]
+    assert found == [(number, number) for number in range(1, 3000)]

@@ -43,12 +43,9 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=5,
 )
-FIELDS = st.sampled_from(
-    (
-        "id question_id answer text prediction images image extra choices answers turns conversations video question "
-        "truth descs prompt kind subtitles problem"
-    ).split()
-)
+EVALUATION_FIELDS = ["id", "question_id", "answer", "text", "prediction", "prompt", "descs", "kind", "truth", "problem"]
+DATA_FIELDS = ["image", "images", "video", "question", "turns", "conversations", "answers", "choices", "extra"]
+FIELDS = st.sampled_from([*EVALUATION_FIELDS, *DATA_FIELDS, "subtitles"])
 RECORDS = st.dictionaries(FIELDS, JSON_VALUES, max_size=5)
 
 
