@@ -105,3 +105,11 @@ def test_answers_to_questions_give_the_servers_file(tmp_path: Path, capsys: Any)
     upload = json.loads((tmp_path / "vqav2" / "vqav2.json").read_text())
     assert upload == [{"question_id": 7, "answer": ""}, {"question_id": 8, "answer": "dogs"}]
     assert "no score here" in capsys.readouterr().out
+
+
+def test_mmvets_grader_gets_its_own_ids(tmp_path: Path) -> None:
+    questions = lines(tmp_path / "q.jsonl", [{"question_id": n, "image": f"v1_{n}.png", "text": "?"} for n in (0, 1)])
+    lines(tmp_path / "p.jsonl", [{"question_id": 1, "prompt": "?", "text": "8"}])
+    options = ["--predictions", str(tmp_path / "p.jsonl"), "--to", str(tmp_path)]
+    main(["evaluate", "--benchmarks", f"mmvet={questions}", *options])
+    assert json.loads((tmp_path / "mmvet" / "mmvet.json").read_text()) == {"v1_0": "", "v1_1": "8"}
