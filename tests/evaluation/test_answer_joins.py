@@ -30,9 +30,8 @@ def joined(name: str, examples: Sequence[Example], content: object, tmp_path: Pa
 
 
 def llava(question_id: object, prompt: str, text: str) -> dict[str, object]:
-    return {"question_id": question_id, "prompt": prompt, "text": text, "answer_id": "x", "model_id": "m"} | {
-        "metadata": {}
-    }
+    about: dict[str, object] = {"answer_id": "x", "model_id": "m", "metadata": {}}
+    return {"question_id": question_id, "prompt": prompt, "text": text, **about}
 
 
 def test_textvqa_by_picture_and_question(tmp_path: Path) -> None:
