@@ -27,7 +27,7 @@ def read_answers(folder: Path) -> frozenset[str]:
     path = folder / "answers.txt"
     if not path.is_file():
         raise UserError(f"{path} is missing; fetch the package: python -m data_prep.demo_assets --to {folder.parent}")
-    return frozenset(path.read_text(encoding="utf-8").split())
+    return frozenset(path.read_text(encoding="utf-8-sig").split())
 
 
 def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Question]:
@@ -39,7 +39,7 @@ def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Qu
     """
     path = folder / split / "questions.json"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
         questions = [
             Question(index=index, text=text, answer=answer, picture=picture)
             for index, (text, answer, picture) in enumerate(rows)
