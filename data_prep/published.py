@@ -149,8 +149,10 @@ def table_rows(
                 return  # an empty file
             _check_columns(path, heads, required)
             for values in filter(None, reader):
-                if values == [_END]:
-                    return
+                if values[-1].endswith(_END):
+                    if values == [_END]:
+                        return
+                    break
                 if len(values) != len(heads):
                     raise UserError(
                         f"{path}, line {reader.line_num}: {len(values)} values for {len(heads)} columns; "
