@@ -21,6 +21,7 @@ without the time left.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,7 @@ def _shards(folder: Path) -> list[Path]:
 def _rows(hub: Mapping[str, Any] | None, shards: Sequence[Path], progress: Progress) -> Iterator[Raw]:
     import datasets
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs comes as an exception too, and is said once
     try:
         if hub is not None:
             stream = datasets.load_dataset(**hub, streaming=True)
