@@ -24,7 +24,7 @@ from dora_vl.errors import UserError
 
 LONGEST_LINE = 500
 MOST_MEMORY_MB = 256.0
-MOST_SECONDS = 30
+MOST_SECONDS = 120
 OUR_OWN = {".prepare.lock"}
 MANIFEST = "manifest.json"
 

@@ -10,7 +10,7 @@ one to three ways (`file_mutations`) and runs the command's own function in this
 - the exit status is neither 0 nor 2, or an exception passes through, or an error is not one line;
 - a line that is printed has more than 500 characters;
 - a hidden or half-written file is left, a record cannot be read back, or a finished file is in no manifest;
-- the process takes 256 MiB more than before, or half a minute.
+- the process takes 256 MiB more than before, or two minutes.
 """
 
 from __future__ import annotations

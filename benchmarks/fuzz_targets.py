@@ -23,6 +23,8 @@ OTHER_NAMES |= {"how2qa-csv": "how2qa", "yc2c-youcook2": "yc2c"}
 """Fixtures of a source's second form."""
 SHARDS, SHARD_WEIGHT = "hugging-face", 0.1
 """Opening a shard takes `datasets` ten times as long as reading any other file."""
+CAPTIONS, CAPTION_WEIGHT = frozenset({"coco_caption", "tvc", "yc2c"}), 0.02
+"""Captions are scored by Java programs, seconds for ten of them."""
 ANSWERS, RECORDS = "predictions.jsonl", "records.jsonl"
 
 
@@ -99,7 +101,8 @@ def prediction_targets(scratch: Path) -> list[Target]:
         written = "".join(json.dumps(answer) + "\n" for answer in answers)
         words = ("evaluate", "--benchmarks", f"{name}={{files}}/{RECORDS}", "--predictions", f"{{files}}/{ANSWERS}")
         files = {ANSWERS: written.encode(), RECORDS: path.read_bytes()}
-        made.append(Target(kind=PREDICTIONS, name=name, files=files, words=(*words, "--to", "{out}")))
+        weight = CAPTION_WEIGHT if name in CAPTIONS else 1.0
+        made.append(Target(kind=PREDICTIONS, name=name, files=files, words=(*words, "--to", "{out}"), weight=weight))
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -14,12 +15,18 @@ from benchmarks import fuzz_case
 from benchmarks.file_mutations import mutate
 from benchmarks.fuzz_case import Run, judged, left_behind, run_case
 from benchmarks.fuzz_files import lines_of, main, summary
-from benchmarks.fuzz_targets import PUBLISHERS, Target, prediction_targets, publisher_targets
+from benchmarks.fuzz_targets import CAPTIONS, PREDICTIONS, PUBLISHERS, Target, prediction_targets, publisher_targets
 from data_prep.sources import SOURCES
 from dora_vl.cli import main as dora_vl
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 
 POPE = "pope"
+
+
+@pytest.fixture(autouse=True)
+def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole files are waited for on disk, which takes longer than all else here."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def pope(tmp_path: Path) -> list[Target]:
@@ -38,8 +45,10 @@ def test_no_damage_to_a_publishers_file_passes_through(capsys: pytest.CaptureFix
 def test_what_is_damaged_is_read_whole_without_the_damage(tmp_path: Path) -> None:
     targets = [*publisher_targets(tmp_path), *prediction_targets(tmp_path)]
     assert {target.words[1] for target in targets if target.kind == PUBLISHERS} == set(SOURCES)
-    assert {target.name for target in targets if target.kind != PUBLISHERS} == set(BENCHMARKS)
+    assert {target.name for target in targets if target.kind == PREDICTIONS} == set(BENCHMARKS)
     for number, target in enumerate(targets):
+        if target.name in CAPTIONS:
+            continue  # Java takes half a minute; the scorers' own tests run it
         folder = tmp_path / str(number)
         for name, content in target.files.items():
             (folder / "files" / name).parent.mkdir(parents=True, exist_ok=True)

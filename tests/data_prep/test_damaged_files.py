@@ -10,6 +10,7 @@ import argparse
 import ast
 import base64
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from importlib import import_module
@@ -72,6 +73,12 @@ IDS = {
     "ts",
     "vid_name",
 }
+
+
+@pytest.fixture(autouse=True)
+def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole files are waited for on disk, which takes longer than all else here."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def prepare(source: str, folder: Path, to: Path, *options: str) -> list[str]:
