@@ -63,10 +63,8 @@ def check_questions(folder: Path, split: str, questions: list[Question], answers
                 f"{split}: question {question.index}: answer {short(question.answer)} is not in answers.txt"
             )
         if kind_of(question).startswith("yes/no") != (question.answer in YES_NO):
-            raise UserError(
-                f"{split}: question {question.index}: {short(question.text)} does not ask for {short(question.answer)}; "
-                "the package's questions changed"
-            )
+            asked = f"{short(question.text)} does not ask for {short(question.answer)}"
+            raise UserError(f"{split}: question {question.index}: {asked}; the package's questions changed")
     pictures = sorted({question.picture for question in questions})
     missing = [number for number in pictures if not (folder / picture_path(split, number)).is_file()]
     if missing:
