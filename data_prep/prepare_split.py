@@ -85,7 +85,8 @@ def prepare_split(
     """
     path = folder / f"{split.name}.jsonl"
     known = read_manifest(folder)["splits"].get(split.name, {})
-    inputs = fingerprints(split.inputs, known.get("inputs", []), progress)
+    with reading(_names(split)):
+        inputs = fingerprints(split.inputs, known.get("inputs", []), progress)
     settings = {**split.settings, "limit": limit, "source": source, "format": FORMAT}
     if known.get("settings") == settings and content(known["inputs"]) == content(inputs) and _is_whole(path, known):
         return Prepared(path=path, entry=known, already_there=True)

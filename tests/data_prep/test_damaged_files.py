@@ -372,6 +372,16 @@ def test_a_negative_number_of_workers_is_one_line(tmp_path: Path) -> None:
         prepare("pope", FIXTURES / "pope", tmp_path, "--workers", "-1")
 
 
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "dev.json")
+
+    monkeypatch.setattr("data_prep.manifest.file_sha256", unreadable)
+    with pytest.raises(UserError, match=r"dev\.json: cannot be read \(Permission denied\)"):
+        prepare("nlvr2", FIXTURES / "nlvr2", tmp_path)
+    assert [path.name for path in tmp_path.rglob(".*") if path.name != ".prepare.lock"] == []
+
+
 def test_an_error_of_the_program_itself_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(raw: object, **_: object) -> None:
         raise TypeError("unhashable type: 'list'")
