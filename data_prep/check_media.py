@@ -6,6 +6,7 @@ import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from dora_vl.errors import DECODING_ERRORS
 
@@ -75,6 +76,11 @@ def quick_trouble(path: Path, size: int) -> Trouble | None:
         beginning = file.read(16)
         file.seek(max(0, size - 4096))
         last = file.read()
+    return ends_trouble(beginning, last, size)
+
+
+def ends_trouble(beginning: bytes, last: bytes, size: int) -> Trouble | None:
+    """What a picture's first 16 and last 4,096 bytes say; `size` is all of it."""
     for start, end in ENDS.items():
         if beginning.startswith(start):
             whole = last.rstrip(b"\0").endswith(end) or end in last[-64:]
@@ -87,8 +93,8 @@ def quick_trouble(path: Path, size: int) -> Trouble | None:
     return Trouble(BROKEN, f"begins with {beginning[:8]!r}, which is no known picture format")
 
 
-def decoding_trouble(path: Path) -> Trouble | None:
-    """Decodes a picture whole."""
+def decoding_trouble(path: Path | BinaryIO) -> Trouble | None:
+    """Decodes a picture whole, from a file or from memory."""
     from PIL import Image
 
     try:

@@ -21,8 +21,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, text
+from data_prep.fields import filled, integer, optional, text
 from data_prep.published import Progress, Raw, Split, json_rows
+from data_prep.quoted import cut, short
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import BadSample, UserError
 
@@ -69,33 +70,33 @@ def _split(task: str, name: str, path: Path, size: int | None, *, sample: bool =
         rows=partial(_rows, path),
         convert=partial(convert, task=task, split=name),
         published_rows=size,
+        ids_by_place=True,
         notes={"sample": True} if sample else {},
     )
 
 
 def _rows(path: Path, progress: Progress) -> Iterator[Raw]:
     for number, row in enumerate(json_rows(path, progress), start=1):
-        yield {"row": number, **row}
+        yield {**row, "row": number}
 
 
 def convert(raw: Raw, *, task: str, split: str) -> Example:
     """One question."""
-    sample_id = f"{task}-{split}-{raw['row']}"
+    sample_id = f"{task}-{split}-{integer(raw, 'row')}"
     instruction = filled(raw, "instruction", sample_id)
     answer, output = filled(raw, "answer", sample_id), filled(raw, "output", sample_id)
     labels = labels_of(instruction)
     if labels and answer not in labels:
-        raise BadSample(sample_id, f"its answer is {answer!r}, but its format allows {'/'.join(labels)}")
+        raise BadSample(sample_id, f"its answer is {short(answer)}, but its format allows {cut('/'.join(labels), 100)}")
     choices = options_of(instruction, labels) or labels
+    added = optional(raw, "input", text, sample_id)
     extra = {"task": task, "output": output, "labels": list(labels)}
     return Example(
         id=sample_id,
         question=instruction,
         answers=(Answer(text=answer),),
         choices=choices,
-        extra=extra
-        | ({"correct": labels.index(answer)} if labels else {})
-        | ({"input": raw["input"]} if text({"input": "", **raw}, "input", sample_id) else {}),
+        extra=extra | ({"correct": labels.index(answer)} if labels else {}) | ({"input": added} if added else {}),
     )
 
 

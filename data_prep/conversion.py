@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import cast
 
+from data_prep.fields import UNKNOWN_ID
 from data_prep.published import Converted, Raw
+from data_prep.quoted import cut
 from dora_vl.data.examples import JSON, Example, json_line, to_record
 from dora_vl.errors import BadSample, UserError
 
@@ -19,13 +21,17 @@ ROWS_A_CHUNK = 512
 CHUNKS_AHEAD = 3
 """For each worker; what is read but not yet written stays bounded, however slow the disk."""
 
+LONGEST_SHOWN_ID, LONGEST_REASON = 80, 200
+"""Characters that the manifest and messages hold of a dropped row; with the file's name they stay on a short line."""
+
 
 @dataclass(frozen=True)
 class Line:
-    """One record of the output: its JSON in UTF-8, with the newline."""
+    """One record of the output: its JSON in UTF-8, with the newline, and whether it holds an answer."""
 
     id: str
     encoded: bytes
+    answered: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ def converted_rows(
             yield pending.popleft().result()
     except BrokenProcessPool:
         raise UserError("a worker process died, perhaps of too little memory; try again with --workers 0") from None
+    except RecursionError:
+        raise UserError("a row is nested too deeply for a worker process; try again with --workers 0") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -78,7 +86,11 @@ def _converted(convert: Callable[[Raw], Converted], number: int, row: Raw) -> Co
     try:
         return ConvertedRow(number, tuple(_line(result) for result in _each(convert(row))))
     except BadSample as error:
-        return ConvertedRow(number, id=error.sample_id, problem=error.reason)
+        return ConvertedRow(
+            number, id=cut(error.sample_id, LONGEST_SHOWN_ID), problem=cut(error.reason, LONGEST_REASON)
+        )
+    except RecursionError:
+        return ConvertedRow(number, id=UNKNOWN_ID, problem="its values are nested too deeply")
 
 
 def _each(result: Converted) -> Iterable[Example | Mapping[str, JSON]]:
@@ -90,11 +102,11 @@ def _each(result: Converted) -> Iterable[Example | Mapping[str, JSON]]:
 def _line(result: Example | Mapping[str, JSON]) -> Line:
     record = to_record(result) if isinstance(result, Example) else result
     sample_id = str(record["id"])
+    answered = bool(result.answers or result.turns) if isinstance(result, Example) else True
     try:
-        return Line(sample_id, json_line(record, sample_id).encode())
+        return Line(sample_id, json_line(record, sample_id).encode(), answered)
     except UserError as error:
-        shown = sample_id.encode("utf-8", "backslashreplace").decode()
-        raise BadSample(shown, str(error).removeprefix(f"{sample_id}: ").encode(errors="replace").decode()) from None
+        raise BadSample(sample_id, str(error).removeprefix(f"{sample_id}: ")) from None
 
 
 def _chunks(rows: Iterable[Raw], first_number: int) -> Iterator[list[tuple[int, Raw]]]:

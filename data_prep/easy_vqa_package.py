@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.quoted import cut, short
 from dora_vl.errors import UserError
 
 YES_NO = frozenset({"yes", "no"})
@@ -27,7 +28,7 @@ def read_answers(folder: Path) -> frozenset[str]:
     path = folder / "answers.txt"
     if not path.is_file():
         raise UserError(f"{path} is missing; fetch the package: python -m data_prep.demo_assets --to {folder.parent}")
-    return frozenset(path.read_text(encoding="utf-8").split())
+    return frozenset(path.read_text(encoding="utf-8-sig").split())
 
 
 def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Question]:
@@ -39,27 +40,31 @@ def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Qu
     """
     path = folder / split / "questions.json"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        questions = [
-            Question(index=index, text=text, answer=answer, picture=picture)
-            for index, (text, answer, picture) in enumerate(rows)
-        ]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not easy-VQA's list of [question, answer, picture number] ({error})") from error
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        questions = [_question(index, text, answer, picture) for index, (text, answer, picture) in enumerate(rows)]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = cut(str(error), 200)
+        raise UserError(f"{path}: not easy-VQA's list of [question, answer, picture number] ({reason})") from error
     check_questions(folder, split, questions, answers)
     return questions
+
+
+def _question(index: int, text: object, answer: object, picture: object) -> Question:
+    if not isinstance(text, str) or not isinstance(answer, str) or type(picture) is not int:
+        raise TypeError(f"question {index} is {short([text, answer, picture])}")
+    return Question(index=index, text=text, answer=answer, picture=picture)
 
 
 def check_questions(folder: Path, split: str, questions: list[Question], answers: frozenset[str]) -> None:
     """Refuses a split with an answer outside the package's list or of another kind, or with a picture missing."""
     for question in questions:
         if question.answer not in answers:
-            raise UserError(f"{split}: question {question.index}: answer {question.answer!r} is not in answers.txt")
-        if kind_of(question).startswith("yes/no") != (question.answer in YES_NO):
             raise UserError(
-                f"{split}: question {question.index}: {question.text!r} does not ask for {question.answer!r}; the "
-                "package's questions changed"
+                f"{split}: question {question.index}: answer {short(question.answer)} is not in answers.txt"
             )
+        if kind_of(question).startswith("yes/no") != (question.answer in YES_NO):
+            asked = f"{short(question.text)} does not ask for {short(question.answer)}"
+            raise UserError(f"{split}: question {question.index}: {asked}; the package's questions changed")
     pictures = sorted({question.picture for question in questions})
     missing = [number for number in pictures if not (folder / picture_path(split, number)).is_file()]
     if missing:

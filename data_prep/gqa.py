@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, identifier, kept, number, optional, short, text
+from data_prep.fields import filled, given, identifier, kept, mapping, optional, scalar, text, texts, weights
 from data_prep.published import Progress, Raw, Split, json_rows, present, some_present
 from dora_vl.data.examples import Answer, Example
 from dora_vl.data.records import stream_members
@@ -77,7 +77,7 @@ def _split(name: str, paths: list[Path], size: int) -> Split:
 def _rows(paths: list[Path], progress: Progress) -> Iterator[Raw]:
     for path in paths:
         for question_id, row in stream_members(path, progress=progress):
-            yield {"question_id": question_id, **row}
+            yield {**row, "question_id": question_id}
 
 
 def convert(raw: Raw, *, answered: bool = True) -> Example:
@@ -88,34 +88,44 @@ def convert(raw: Raw, *, answered: bool = True) -> Example:
     """
     sample_id = identifier(raw, "question_id")
     answer = filled(raw, "answer", sample_id) if answered else optional(raw, "answer", filled, sample_id)
-    entailed, groups = raw.get("entailed"), raw.get("groups")
+    groups = optional(raw, "groups", mapping, sample_id) or {}
     extra = {
-        **kept(raw, "types"),
-        "is_balanced": raw.get("isBalanced"),
-        "entailed": list(entailed) if isinstance(entailed, (list, dict)) else None,
-        "global_group": groups.get("global") if isinstance(groups, Mapping) else None,
-        "full_answer": raw.get("fullAnswer"),
+        **kept(raw, "types", sample_id=sample_id, take=_types),
+        "is_balanced": optional(raw, "isBalanced", scalar, sample_id),
+        "entailed": optional(raw, "entailed", _entailed, sample_id),
+        "global_group": optional(groups, "global", text, sample_id),
+        "full_answer": optional(raw, "fullAnswer", text, sample_id),
     }
     return Example(
         id=sample_id,
-        images=(f"images/{identifier(raw, 'imageId')}.jpg",),
+        images=(f"images/{identifier(raw, 'imageId', sample_id)}.jpg",),
         question=filled(raw, "question", sample_id),
         answers=(Answer(text=answer),) if answer else (),
         extra={name: value for name, value in extra.items() if value is not None},
     )
 
 
+def _types(raw: Raw, column: str, sample_id: str) -> dict[str, object]:
+    found = mapping(raw, column, sample_id)
+    return kept(found, *found, sample_id=sample_id)
+
+
+def _entailed(raw: Raw, column: str, sample_id: str) -> list[str]:
+    """Ids of questions: a list, or the names of an object."""
+    if isinstance(given(raw, column), Mapping):
+        return list(mapping(raw, column, sample_id))
+    return list(texts(raw, column, sample_id))
+
+
 def convert_vlt5(raw: Raw) -> Example:
     """One question of VL-T5's files."""
     sample_id = identifier(raw, "question_id")
-    label = raw.get("label") or {}
-    if not isinstance(label, Mapping) or not label:
-        raise BadSample(sample_id, f"column 'label' must map answers to weights, got {short(label)}")
+    label = weights(raw, "label", sample_id)
+    if not label:
+        raise BadSample(sample_id, "it has no answer: 'label' holds none")
     return Example(
         id=sample_id,
-        images=(f"images/{text(raw, 'img_id', sample_id)}.jpg",),
+        images=(f"images/{filled(raw, 'img_id', sample_id)}.jpg",),
         question=filled(raw, "sent", sample_id),
-        answers=tuple(
-            Answer(text=answer, weight=number(weight, "label", sample_id)) for answer, weight in label.items()
-        ),
+        answers=tuple(Answer(text=answer, weight=weight) for answer, weight in label.items()),
     )

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled
+from data_prep.fields import filled, integer, optional, text
 from data_prep.published import Progress, Raw, Split, present, some_present, table_rows
 from data_prep.subtitles import Subtitles, span, subtitles_of
 from data_prep.video_questions import convert_question, question_rows
@@ -66,23 +66,24 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
                 inputs=(path, *subtitles.inputs),
                 rows=partial(_csv_rows, path, subtitles),
                 convert=partial(convert_csv, split=CSV_FILES[file]),
+                ids_by_place=True,
                 notes={**notes, "form": "the authors' CSV"},
             )
 
 
 def _csv_rows(path: Path, subtitles: Subtitles, progress: Progress) -> Iterator[Raw]:
     rows = table_rows(path, progress, delimiter=",", columns=COLUMNS)
-    return subtitles.joined(({"row": number, **row} for number, row in enumerate(rows, start=1)), progress)
+    return subtitles.joined(({**row, "row": number} for number, row in enumerate(rows, start=1)), progress)
 
 
 def convert_csv(raw: Raw, *, split: str) -> Example:
     """One row of the authors' table."""
-    sample_id = f"{split}-{raw['row']}"
+    sample_id = f"{split}-{integer(raw, 'row')}"
     right = filled(raw, "right", sample_id)
     choices = [*(filled(raw, f"wrong{number}", sample_id) for number in range(CHOICES - 1)), right]
     places = list(range(CHOICES))
-    random.Random("\0".join([raw["vid_name"], raw["question"], *choices])).shuffle(places)
-    start, end = span((raw.get("ts") or "").strip("[]").replace(":", "-"))
+    random.Random("\0".join([text(raw, "vid_name"), text(raw, "question"), *choices])).shuffle(places)
+    start, end = span((optional(raw, "ts", text, sample_id) or "").strip("[]").replace(":", "-"), sample_id)
     name = filled(raw, "vid_name", sample_id)
     return Example(
         id=sample_id,

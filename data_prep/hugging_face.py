@@ -21,14 +21,16 @@ without the time left.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.fields import UNKNOWN_ID, index_of, kept, short
+from data_prep.fields import UNKNOWN_ID, given, identifier, index_of, integer
 from data_prep.media_files import save_picture
 from data_prep.published import Progress, Raw, Split
+from data_prep.quoted import cut, names, short
 from data_prep.soft_answers import soft_answers
 from dora_vl.data.examples import JSON, Answer, Example
 from dora_vl.data.turns import Turn, read_llava
@@ -67,21 +69,24 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
         rows=partial(_rows, source if hub else None, shards),
         convert=partial(convert, columns=columns, task_folder=records / task),
         settings={"hub": hub, **{option: options.get(option) for option in ("config", "revision", "columns")}},
+        ids_by_place=True,
         notes={"pictures": "paths are relative to this folder"},
     )
 
 
-def read_columns(text: str) -> dict[str, str]:
+def read_columns(wanted: str) -> dict[str, str]:
     """`question:query,answers:label` as a map.
 
     Raises:
         UserError: not of that form, or a field that an example has not.
     """
     columns: dict[str, str] = {}
-    for part in filter(None, text.split(",")):
+    for part in filter(None, wanted.split(",")):
         field, colon, column = part.partition(":")
         if not colon or not column or field not in {*NAMES, "extra"}:
-            raise UserError(f"--set columns={text}: must be FIELD:COLUMN,... with the fields {', '.join(NAMES)}, extra")
+            raise UserError(
+                f"--set columns={cut(wanted, 100)}: must be FIELD:COLUMN,... with the fields {', '.join(NAMES)}, extra"
+            )
         columns[field] = column
     return columns
 
@@ -99,6 +104,7 @@ def _shards(folder: Path) -> list[Path]:
 def _rows(hub: Mapping[str, Any] | None, shards: Sequence[Path], progress: Progress) -> Iterator[Raw]:
     import datasets
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs comes as an exception too, and is said once
     try:
         if hub is not None:
             stream = datasets.load_dataset(**hub, streaming=True)
@@ -107,7 +113,7 @@ def _rows(hub: Mapping[str, Any] | None, shards: Sequence[Path], progress: Progr
             stream = datasets.load_dataset(BUILDERS[shards[0].suffix], data_files=files, split="train", streaming=True)
         for number, row in enumerate(_undecoded(stream), start=1):
             progress(_size(row))
-            yield {"row number": number, **row}
+            yield {**row, "row number": number}
     except (UserError, BadSample):
         raise
     except Exception as error:
@@ -139,18 +145,18 @@ def _size(row: Mapping[str, object]) -> int:
 def convert(raw: Raw, *, columns: Mapping[str, str], task_folder: Path) -> Example:
     """One row; writes its pictures."""
     found = {field: _column(raw, field, columns) for field in NAMES}
-    sample_id = str(raw["row number"] if found["id"] is None else found["id"])
+    sample_id = str(integer(raw, "row number")) if found["id"] is None else identifier({"id": found["id"]}, "id")
     images = tuple(_picture(value, task_folder, sample_id) for value in _listed(found["images"]))
-    extra = kept(raw, *columns["extra"].split("+")) if "extra" in columns else {}
+    extra = {name: value for name in _extras(columns) if (value := given(raw, name)) is not None}
     if found["turns"] is not None:
         return Example(id=sample_id, images=images, turns=_turns(found["turns"], images, sample_id), extra=extra)
-    choices = tuple(map(str, _listed(found["choices"])))
+    choices = tuple(_said(choice, "choice", sample_id) for choice in _listed(found["choices"]))
     answers, correct = _answers(found, choices, sample_id)
     question = found["question"]
     if question is not None and not isinstance(question, str):
         raise BadSample(sample_id, f"its question must be text, got {short(question)}")
     if not answers and not question:
-        raise BadSample(sample_id, f"it has neither question nor answer; its columns are {', '.join(list(raw)[1:12])}")
+        raise BadSample(sample_id, f"it has neither question nor answer; its columns are {_names(raw)}")
     return Example(
         id=sample_id,
         images=images,
@@ -161,20 +167,36 @@ def convert(raw: Raw, *, columns: Mapping[str, str], task_folder: Path) -> Examp
     )
 
 
+def _extras(columns: Mapping[str, str]) -> Sequence[str]:
+    return columns["extra"].split("+") if "extra" in columns else ()
+
+
+def _said(value: JSON, what: str, sample_id: str) -> str:
+    """Text, or a number as text."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise BadSample(sample_id, f"its {what} must be text, got {short(value)}")
+    return str(value)
+
+
 def _column(raw: Raw, field: str, columns: Mapping[str, str]) -> JSON:
     if field in columns:
         value = _inside(raw, columns[field])
         if value is None and columns[field].partition(".")[0] not in raw:
-            raise BadSample(UNKNOWN_ID, f"no column {columns[field]!r}; the row has {', '.join(list(raw)[1:12])}")
+            raise BadSample(UNKNOWN_ID, f"no column {columns[field]!r}; the row has {_names(raw)}")
         return value
     return next((value for name in NAMES[field] if (value := _inside(raw, name)) is not None), None)
 
 
+def _names(raw: Raw) -> str:
+    return names(name for name in raw if name != "row number")
+
+
 def _inside(raw: Raw, name: str) -> JSON:
     if name in raw:
-        return raw[name]
+        return given(raw, name)
     outer, dot, inner = name.partition(".")
-    return _inside(raw[outer], inner) if dot and isinstance(raw.get(outer), Mapping) else None
+    around = given(raw, outer) if dot else None
+    return _inside(around, inner) if isinstance(around, Mapping) else None
 
 
 def _listed(value: JSON) -> Sequence[JSON]:
@@ -206,10 +228,8 @@ def _answers(
     if isinstance(value, int) and not isinstance(value, bool) and choices:
         correct = index_of(value, choices, "answer", sample_id)
         return (Answer(text=choices[correct]),), correct
-    texts = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in _listed(value)]
-    if not all(isinstance(text, (str, int, float)) for text in texts):
-        raise BadSample(sample_id, f"its answer must be text, got {short(value)}")
-    answers = [str(text) for text in texts]
+    entries = [given(entry, "answer") if isinstance(entry, Mapping) else entry for entry in _listed(value)]
+    answers = [_said(entry, "answer", sample_id) for entry in entries]
     if len(answers) > 1:
         return soft_answers(answers) if len(set(answers)) < len(answers) else tuple(
             Answer(text=a) for a in answers if a

@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.fields import filled, identifier, if_text
+from data_prep.joins import numbered, refusing
 from data_prep.published import Progress, Raw, json_rows
+from data_prep.quoted import short
+from dora_vl.errors import UserError
 
 FILE = "dataset_coco.json"
 SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
@@ -20,10 +24,22 @@ SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": "te
 def karpathy_rows(file: Path, split: str, progress: Progress) -> Iterator[Raw]:
     """The pictures of one of our splits; one of no known part counts as one of each, to be dropped with its reason."""
     for row in json_rows(file, progress, "images"):
-        if SPLITS.get(str(row.get("split")), split) == split:
+        part = if_text(row, "split")
+        if part is None or SPLITS.get(part, split) == split:
             yield row
 
 
-def pictures_of_split(file: Path, split: str, progress: Progress) -> set[int]:
-    """COCO's numbers of the pictures in one of our splits."""
-    return {row["cocoid"] for row in karpathy_rows(file, split, progress) if "cocoid" in row}
+def split_of_pictures(file: Path, progress: Progress) -> dict[str, str]:
+    """COCO's numbers of the pictures, as text -> our split.
+
+    Raises:
+        UserError: a picture without a number or of no known part; it names the row.
+    """
+    found: dict[str, str] = {}
+    for where, row in numbered(file, json_rows(file, progress, "images")):
+        with refusing(where):
+            picture, part = identifier(row, "cocoid"), filled(row, "split")
+        if part not in SPLITS:
+            raise UserError(f"{where}: its part is {short(part)}, which is not one of {', '.join(SPLITS)}")
+        found[picture] = SPLITS[part]
+    return found

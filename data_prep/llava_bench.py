@@ -10,15 +10,18 @@ Quirks: the judge's prompt needs the context and GPT-4's answer; both go into th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, identifier, kept
+from data_prep.fields import filled, identifier, kept, key, optional, text
+from data_prep.joins import column_by_id
 from data_prep.published import Progress, Raw, Split, json_rows, present, some_present
 from dora_vl.data.examples import Answer, Example
 
 QUESTIONS, CONTEXT, REFERENCES = "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"
+ADDED = {"context": (CONTEXT, "image", "caption"), "reference": (REFERENCES, "question_id", "text")}
+"""What other files add to a question: file, what it is joined by, what is taken."""
 
 
 def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
@@ -29,32 +32,33 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
         name="test",
         inputs=tuple(files.values()),
         rows=partial(_rows, files),
-        convert=convert,
+        convert=partial(convert, needed=[name for name, (file, *_) in ADDED.items() if file in files]),
         published_rows=60,
         notes={"files": sorted(files)},
     )
 
 
 def _rows(files: Mapping[str, Path], progress: Progress) -> Iterator[Raw]:
-    contexts: dict[object, object] = {}
-    references: dict[object, object] = {}
-    if CONTEXT in files:
-        contexts = {row.get("image"): row.get("caption") for row in json_rows(files[CONTEXT], progress)}
-    if REFERENCES in files:
-        references = {row.get("question_id"): row.get("text") for row in json_rows(files[REFERENCES], progress)}
+    known = {
+        name: (join, column_by_id(files[file], json_rows(files[file], progress), join, column))
+        for name, (file, join, column) in ADDED.items()
+        if file in files
+    }
     for row in json_rows(files[QUESTIONS], progress):
-        reference = references.get(row.get("question_id"))
-        yield {**row, "context": contexts.get(row.get("image")), "reference": reference}
+        found = {name: values.get(key(row, join) or "") for name, (join, values) in known.items()}
+        yield {**row, "context": None, "reference": None, **found}
 
 
-def convert(raw: Raw) -> Example:
-    """One question."""
+def convert(raw: Raw, *, needed: Collection[str]) -> Example:
+    """One question; `needed` are those of "context" and "reference" whose files are there."""
     sample_id = identifier(raw, "question_id")
-    reference = raw.get("reference")
+    for column in needed:
+        filled(raw, column, sample_id)
+    reference = optional(raw, "reference", text, sample_id)
     return Example(
         id=sample_id,
         images=(f"images/{filled(raw, 'image', sample_id)}",),
         question=filled(raw, "text", sample_id),
-        answers=(Answer(text=reference),) if isinstance(reference, str) and reference.strip() else (),
-        extra={"category": filled(raw, "category", sample_id)} | kept(raw, "context"),
+        answers=(Answer(text=reference),) if reference else (),
+        extra={"category": filled(raw, "category", sample_id)} | kept(raw, "context", sample_id=sample_id),
     )

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from data_prep.fields import UNKNOWN_ID, identifier, optional
 from data_prep.published import Raw, Split, json_rows
 from dora_vl.data.examples import JSON
 from dora_vl.data.turns import read_llava
@@ -49,7 +50,8 @@ def convert(raw: Raw) -> dict[str, JSON]:
     """The record itself, its id as text, if it can be trained on.
 
     Raises:
-        BadSample: see `turns.read_llava`.
+        BadSample: see `turns.read_llava`; or its id is neither text nor a number.
     """
-    conversation = read_llava(raw)
+    sample_id = optional(raw, "id", identifier, UNKNOWN_ID)
+    conversation = read_llava({**raw, "id": sample_id})
     return {"id": conversation.id, **{name: value for name, value in raw.items() if name != "id"}}

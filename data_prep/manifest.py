@@ -13,7 +13,7 @@ from dora_vl.data.examples import JSON, whole_file
 from dora_vl.errors import UserError
 
 FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 """Raised when records change their meaning, so that files of an earlier form are made again."""
 
 MEBIBYTE = 1 << 20
@@ -32,7 +32,7 @@ def read_manifest(folder: Path) -> dict[str, JSON]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(manifest["splits"], dict):
             raise TypeError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not a manifest of `dora-vl prepare`; move it away and run again") from None
     return manifest
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from pathlib import Path
 
+from data_prep.check_media import decoding_trouble, ends_trouble
 from dora_vl.errors import BadSample, UserError
 
 FOLDER = "media"
@@ -25,8 +27,11 @@ _BEGINNINGS = {
 def save_picture(data: bytes, task_folder: Path, sample_id: str) -> str:
     """Writes an encoded picture, unless it is there, and returns its path relative to the task's folder.
 
+    It is decoded whole first: a table that was cut inside a picture holds one that begins well, and one that is damaged
+    in its middle ends well too. That takes 4 ms for a photograph of 500 x 375, once for each distinct picture.
+
     Raises:
-        BadSample: the bytes do not begin as a picture does.
+        BadSample: the bytes do not begin as a picture does, or are not all of one.
         UserError: the disk is full, or the folder cannot be written.
     """
     ending = picture_ending(data)
@@ -36,14 +41,19 @@ def save_picture(data: bytes, task_folder: Path, sample_id: str) -> str:
     target = task_folder / relative
     if target.is_file() and target.stat().st_size == len(data):
         return relative
+    trouble = ends_trouble(data[:16], data[-4096:], len(data)) or decoding_trouble(io.BytesIO(data))
+    if trouble is not None:
+        raise BadSample(sample_id, f"its picture is {trouble.kind.removesuffix(' media')}: {trouble.detail}")
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
         partial.replace(target)
-    except OSError as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{target}: cannot be written ({error.strerror or error}); free some space") from error
+        if isinstance(error, OSError):
+            raise UserError(f"{target}: cannot be written ({error.strerror or error}); free some space") from error
+        raise
     return relative
 
 

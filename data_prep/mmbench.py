@@ -19,14 +19,14 @@ Quirks:
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, integer
+from data_prep.fields import UNKNOWN_ID, filled, integer, kept, optional, text
 from data_prep.media_files import save_picture
 from data_prep.published import Progress, Raw, Split, present, table_rows
+from data_prep.quoted import short
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import BadSample, UserError
 
@@ -43,6 +43,7 @@ FILES = {
     "MMBench_TEST_CN.tsv": ("mmbench_cn", "test", 6_666),
 }
 LETTERS = "ABCDE"
+NEEDED = ("index", "question", "A", "B", "image")
 MISSING = frozenset({"", "nan", "none"})
 REFERENCE_CHARACTERS = 64
 """A shorter `image` is another row's index, as VLMEvalKit decides it."""
@@ -63,42 +64,40 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
             task=task,
             name=name,
             inputs=(path,),
-            rows=partial(_rows, path),
-            convert=partial(convert, task_folder=records / task),
+            rows=partial(_rows, path, NEEDED if name == "test" else (*NEEDED, "answer")),
+            convert=partial(convert, task_folder=records / task, answered=name != "test"),
             published_rows=size,
             notes={"pictures": "paths are relative to this folder"},
         )
 
 
-def _rows(path: Path, progress: Progress) -> Iterator[Raw]:
+def _rows(path: Path, needed: Sequence[str], progress: Progress) -> Iterator[Raw]:
     """The rows; for an `image` that names an earlier row, that row's picture."""
     references = path.name.startswith("MMBench_")  # VLMEvalKit's; the others need no memory of pictures
     pictures: dict[str, str] = {}
-    for row in table_rows(path, progress, delimiter="\t"):
-        image = row.get("image") or ""
+    for row in table_rows(path, progress, delimiter="\t", required=needed):
+        image = text(row, "image")
         if len(image) >= REFERENCE_CHARACTERS:
             if references:
-                pictures[str(row.get("index"))] = image
+                pictures[text(row, "index")] = image
             yield row
         else:
             yield {**row, "image": pictures.get(image, image)}
 
 
-def convert(raw: Raw, *, task_folder: Path) -> Example:
-    """One rotation of one question; writes its picture."""
+def convert(raw: Raw, *, task_folder: Path, answered: bool) -> Example:
+    """One rotation of one question; writes its picture. `answered` says that its answer must be there."""
     index = integer(raw, "index")
     sample_id = str(index)
     choices = _choices(raw, sample_id)
-    answer = (raw.get("answer") or "").strip()
-    correct = LETTERS.find(answer) if answer else None
-    if correct is not None and not 0 <= correct < len(choices):
-        raise BadSample(sample_id, f"its answer is {answer!r}, but its choices are A to {LETTERS[len(choices) - 1]}")
+    answer = filled(raw, "answer", sample_id) if answered else optional(raw, "answer", text, sample_id) or ""
+    correct = _index(answer.strip(), len(choices), sample_id) if answer.strip() else None
     extra = {
         "index": index,
         "correct": correct,
-        "category": raw.get("category"),
-        "l2_category": raw.get("l2-category"),
-        "source": raw.get("source"),
+        **kept(raw, "category", sample_id=sample_id),
+        "l2_category": optional(raw, "l2-category", text, sample_id),
+        **kept(raw, "source", sample_id=sample_id),
         "hint": _value(raw, "hint"),
     }
     return Example(
@@ -109,6 +108,12 @@ def convert(raw: Raw, *, task_folder: Path) -> Example:
         choices=choices,
         extra={name: value for name, value in extra.items() if value is not None},
     )
+
+
+def _index(answer: str, choices: int, sample_id: str) -> int:
+    if len(answer) != 1 or answer not in LETTERS[:choices]:
+        raise BadSample(sample_id, f"its answer is {short(answer)}, but its choices are A to {LETTERS[choices - 1]}")
+    return LETTERS.index(answer)
 
 
 def _choices(raw: Raw, sample_id: str) -> tuple[str, ...]:
@@ -124,12 +129,12 @@ def _choices(raw: Raw, sample_id: str) -> tuple[str, ...]:
 
 
 def _value(raw: Raw, column: str) -> str | None:
-    value = raw.get(column)
+    value = optional(raw, column, text, UNKNOWN_ID)
     return None if value is None or value.lower() in MISSING else value
 
 
 def _decoded(raw: Raw, sample_id: str) -> bytes:
     try:
         return base64.b64decode(filled(raw, "image", sample_id), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # also for characters beyond ASCII
         raise BadSample(sample_id, f"its picture is no base64: {error}") from None

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import text
-from data_prep.published import Progress, Raw, Split
+from data_prep.fields import filled, given, text
+from data_prep.published import Progress, Raw, Split, open_text
+from data_prep.quoted import short
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import BadSample, UserError
 
@@ -72,40 +73,47 @@ def _rows(root: Path, progress: Progress) -> Iterator[Raw]:
             "category": (path.parent.parent if apart else path.parent).name,
             "name": path.stem,
             "image": None if picture is None else picture.relative_to(root).as_posix(),
-            "text": path.read_text(encoding="utf-8", errors="strict") if _is_utf8(path) else None,
+            "text": _content(path),
         }
 
 
-def _is_utf8(path: Path) -> bool:
+def _content(path: Path) -> str | None:
+    """The text, None where it is not UTF-8."""
     try:
-        path.read_text(encoding="utf-8")
+        with open_text(path) as file:
+            return file.read()
     except UnicodeDecodeError:
-        return False
-    return True
+        return None
 
 
 def convert(raw: Raw) -> list[Example]:
     """The two questions of one picture."""
     category = text(raw, "category")
     name = f"{category}/{text(raw, 'name')}"
-    if raw.get("image") is None:
+    if given(raw, "image") is None:
         raise BadSample(name, "its picture is missing")
+    if given(raw, "text") is None:
+        raise BadSample(name, "its text is not UTF-8")
     lines = [line for line in text(raw, "text", name).splitlines() if line.strip()]
     pairs = [line.rsplit("\t", 1) for line in lines]
     if len(pairs) != 2 or any(len(pair) != 2 for pair in pairs):
         raise BadSample(name, f"it must have two lines of question, tab, answer; it has {len(lines)} lines")
     return [
-        _example(raw, name, category, number, question, answer) for number, (question, answer) in enumerate(pairs, 1)
+        _example(filled(raw, "image"), category, number, question.strip(), answer.strip())
+        for number, (question, answer) in enumerate(pairs, 1)
     ]
 
 
-def _example(raw: Raw, name: str, category: str, number: int, question: str, answer: str) -> Example:
-    if answer.strip() not in {"Yes", "No"}:
-        raise BadSample(name, f"question {number}'s answer is {answer!r}, which is neither Yes nor No")
+def _example(image: str, category: str, number: int, question: str, answer: str) -> Example:
+    sample_id = f"{image}#{number}"
+    if answer not in {"Yes", "No"}:
+        raise BadSample(sample_id, f"question {number}'s answer is {short(answer)}, which is neither Yes nor No")
+    if not question:
+        raise BadSample(sample_id, f"question {number} is empty")
     return Example(
-        id=f"{raw['image']}#{number}",
-        images=(raw["image"],),
-        question=question.strip(),
-        answers=(Answer(text=answer.strip()),),
+        id=sample_id,
+        images=(image,),
+        question=question,
+        answers=(Answer(text=answer),),
         extra={"category": category},
     )

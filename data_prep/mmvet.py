@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_prep.fields import filled, kept, texts
+from data_prep.fields import filled, identifier, kept, texts
 from data_prep.published import Progress, Raw, Split, only_test_split, some_present
 from dora_vl.data.examples import Answer, Example
 from dora_vl.data.records import stream_members
@@ -28,16 +28,16 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 
 def _rows(file: Path, progress: Progress) -> Iterator[Raw]:
     for sample_id, row in stream_members(file, progress=progress):
-        yield {"id": sample_id, **row}
+        yield {**row, "id": sample_id}
 
 
 def convert(raw: Raw) -> Example:
     """One question."""
-    sample_id = filled(raw, "id")
+    sample_id = identifier(raw, "id")
     return Example(
         id=sample_id,
         images=(f"images/{filled(raw, 'imagename', sample_id)}",),
         question=filled(raw, "question", sample_id),
         answers=(Answer(text=filled(raw, "answer", sample_id)),),
-        extra={"capability": list(texts(raw, "capability", sample_id))} | kept(raw, "imagesource"),
+        extra={"capability": list(texts(raw, "capability", sample_id))} | kept(raw, "imagesource", sample_id=sample_id),
     )

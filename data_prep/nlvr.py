@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, identifier
+from data_prep.fields import filled, identifier, if_text, text
 from data_prep.published import Progress, Raw, Split, json_rows, some_present
+from data_prep.quoted import cut, short
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import BadSample, UserError
 
@@ -68,23 +69,23 @@ def _split(
     )
 
 
-def read_shares(text: str) -> dict[str, float]:
+def read_shares(wanted: str) -> dict[str, float]:
     """`train:0.8,test:0.2` as numbers that make 1.
 
     Raises:
         UserError: not of that form, or they do not make 1.
     """
     shares: dict[str, float] = {}
-    for part in text.split(","):
+    for part in wanted.split(","):
         name, _, value = part.partition(":")
         try:
             shares[name] = float(value)
         except ValueError:
             shares[name] = math.nan
     if not all(name.isidentifier() and 0 < share <= 1 for name, share in shares.items()):
-        raise UserError(f"--set shares={text}: must be like train:0.8,validation:0.1,test:0.1")
+        raise UserError(f"--set shares={cut(wanted, 100)}: must be like train:0.8,validation:0.1,test:0.1")
     if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
-        raise UserError(f"--set shares={text}: the shares make {sum(shares.values()):g}, not 1")
+        raise UserError(f"--set shares={cut(wanted, 100)}: the shares make {sum(shares.values()):g}, not 1")
     return shares
 
 
@@ -115,10 +116,10 @@ def _shared_rows(
     """The rows of one share; one without a sentence is in each, to be named there as unusable."""
     sentences, caught = set[str](), False
     for row in _rows(files, nested, progress):
-        sentence = row.get("sentence")
-        if isinstance(sentence, str):
+        sentence = if_text(row, "sentence")
+        if sentence is not None:
             sentences.add(words_of(sentence))
-        if not isinstance(sentence, str) or share_of(sentence, shares, seed) == name:
+        if sentence is None or share_of(sentence, shares, seed) == name:
             caught = True
             yield row
     if sentences and not caught:
@@ -139,15 +140,16 @@ def convert(raw: Raw) -> list[Example]:
     name = identifier(raw, "identifier")
     label = filled(raw, "label", name)
     if label not in {"true", "false"}:
-        raise BadSample(name, f"its label is {label!r}, which is neither 'true' nor 'false'")
-    sentence, directory = filled(raw, "sentence", name), identifier(raw, "directory")
+        raise BadSample(name, f"its label is {short(label)}, which is neither 'true' nor 'false'")
+    sentence, directory = filled(raw, "sentence", name), identifier(raw, "directory", name)
+    part, pictures = text(raw, "part", name), text(raw, "pictures", name)
     return [
         Example(
             id=f"{name}-{order}",
-            images=(f"{raw['pictures']}/{directory}/{raw['part']}-{name}-{order}.png",),
+            images=(f"{pictures}/{directory}/{part}-{name}-{order}.png",),
             question=sentence,
             answers=(Answer(text=label),),
-            extra={"identifier": name, "order": order, "part": raw["part"]},
+            extra={"identifier": name, "order": order, "part": part},
         )
         for order in range(ORDERS)
     ]

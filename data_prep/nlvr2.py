@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, identifier, kept
+from data_prep.fields import filled, given, identifier, integer, kept, optional, scalar
 from data_prep.published import Raw, Split, json_rows, present, some_present
+from data_prep.quoted import short
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import BadSample
 
@@ -52,18 +53,19 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 def convert(raw: Raw) -> Example:
     """One sentence and its two photographs, in either form."""
     sample_id = identifier(raw, "identifier")
-    vlt5 = "img0" in raw
-    label = str(raw.get("label")) if not vlt5 else {0: "False", 1: "True"}.get(raw.get("label", -1), "")
+    vlt5 = given(raw, "img0") is not None
+    label = {0: "False", 1: "True"}.get(integer(raw, "label", sample_id), "") if vlt5 else str(scalar(raw, "label"))
     if label not in {"True", "False"}:
-        raise BadSample(sample_id, f"its label is {raw.get('label')!r}, which is neither True nor False")
+        raise BadSample(sample_id, f"its label is {short(given(raw, 'label'))}, which is neither True nor False")
     pair = sample_id.rsplit("-", 1)[0]
-    names = [str(raw["img0"]), str(raw.get("img1"))] if vlt5 else [f"{pair}-img0", f"{pair}-img1"]
+    names = [identifier(raw, "img0"), identifier(raw, "img1")] if vlt5 else [f"{pair}-img0", f"{pair}-img1"]
     part = sample_id.split("-", 1)[0]
-    inner = f"{raw['directory']}/" if raw.get("directory") is not None else ""
+    directory = optional(raw, "directory", identifier, sample_id)
+    inner = "" if directory is None else f"{directory}/"
     return Example(
         id=sample_id,
         images=tuple(f"images/{part}/{inner}{name}.png" for name in names),
         question=filled(raw, "sent" if vlt5 else "sentence", sample_id),
         answers=(Answer(text=label),),
-        extra=kept(raw, "synset", "writer", "uid"),
+        extra=kept(raw, "synset", "writer", "uid", sample_id=sample_id),
     )

@@ -21,8 +21,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, identifier
+from data_prep.fields import filled, identifier, scalar
 from data_prep.published import Progress, Raw, Split, json_rows, present, some_present
+from data_prep.quoted import short
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import BadSample
 
@@ -71,11 +72,11 @@ def convert(raw: Raw, *, pictures: str, label_version: str) -> Example:
     sample_id = f"{category}-{identifier(raw, 'question_id')}"
     label = filled(raw, "label", sample_id)
     if label not in {"yes", "no"}:
-        raise BadSample(sample_id, f"its label is {label!r}, which is neither 'yes' nor 'no'")
+        raise BadSample(sample_id, f"its label is {short(label)}, which is neither 'yes' nor 'no'")
     return Example(
         id=sample_id,
         images=(f"{pictures}/{filled(raw, 'image', sample_id)}",),
         question=filled(raw, "text", sample_id),
         answers=(Answer(text=label),),
-        extra={"category": category, "question_id": raw["question_id"], "label_version": label_version},
+        extra={"category": category, "question_id": scalar(raw, "question_id"), "label_version": label_version},
     )

@@ -13,8 +13,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from data_prep.prepare_split import Prepared, prepare_split
+from data_prep.prepare_split import Prepared, prepare_split, reading
 from data_prep.published import Progress, Split
+from data_prep.quoted import cut, short
 from data_prep.sources import SOURCES
 from dora_vl.errors import UserError
 
@@ -52,7 +53,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Prepares each split; yields the lines to print."""
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit is {arguments.limit}; at least 1 row is needed")
-    for split in chosen_splits(arguments):
+    if arguments.workers is not None and arguments.workers < 0:
+        raise UserError(f"--workers is {arguments.workers}; 0 converts in this process, N in N others")
+    with reading(str(arguments.folder)):
+        chosen = chosen_splits(arguments)
+    for split in chosen:
         folder = arguments.to / split.task
         workers = arguments.workers if arguments.workers is not None else default_workers(split)
         with _alone_in(folder), _progress_bar(split) as progress:
@@ -70,7 +75,9 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
     """
     if arguments.source not in SOURCES:
         nearest = get_close_matches(arguments.source, SOURCES, n=1, cutoff=0.0)[0]
-        raise UserError(f"no source {arguments.source!r}; did you mean {nearest!r}? dora-vl prepare --help lists all")
+        raise UserError(
+            f"no source {short(arguments.source)}; did you mean {nearest!r}? dora-vl prepare --help lists all"
+        )
     if not arguments.folder.exists():
         raise UserError(f"{arguments.folder}: no such folder; --from takes the folder with the published files")
     source = SOURCES[arguments.source]
@@ -83,7 +90,7 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
     unknown = [name for name in wanted if name not in {split.name for split in splits}]
     if unknown:
         found = ", ".join(sorted({split.name for split in splits}))
-        raise UserError(f"--splits {unknown[0]}: {arguments.folder} has files for {found}")
+        raise UserError(f"--splits {cut(unknown[0], 60)}: {arguments.folder} has files for {found}")
     return [split for split in splits if split.name in wanted]
 
 
@@ -103,6 +110,10 @@ def summary(prepared: Prepared) -> Iterator[str]:
     yield f"{prepared.path}: {entry['written']:,} records of {entry['rows']:,} rows, {state}"
     if entry["renamed_ids"]:
         yield f"  {entry['renamed_ids']:,} repeated ids were numbered"
+    if entry["repeated_records"]:
+        yield f"  {entry['repeated_records']:,} records repeat an earlier one under another id; is the file doubled?"
+    if 0 < entry["without_answer"] < entry["written"]:
+        yield f"  {entry['without_answer']:,} records hold no answer"
     for reason, count in list(entry["reasons"].items())[:5]:
         yield f"  {count:,} dropped: {reason}"
     if len(entry["reasons"]) > 5:
@@ -118,7 +129,7 @@ def _options(settings: list[str], known: list[str], source: str) -> dict[str, st
         name, equals, value = setting.partition("=")
         if not equals or name not in known:
             has = f"has the options {', '.join(known)}" if known else "has no options"
-            raise UserError(f"--set {setting}: must be NAME=VALUE; {source} {has}")
+            raise UserError(f"--set {cut(setting, 100)}: must be NAME=VALUE; {source} {has}")
         options[name] = value
     return options
 

@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 from data_prep.conversion import ConvertedRow, Line, converted_rows
 from data_prep.manifest import FORMAT, MEBIBYTE, add_to_manifest, content, file_sha256, fingerprints, read_manifest
-from data_prep.published import Progress, Split
+from data_prep.published import Progress, Raw, Split
+from data_prep.quoted import cut, short
 from dora_vl.data.examples import JSON, json_line, whole_file
 from dora_vl.errors import UserError
 
@@ -29,11 +30,19 @@ SECONDS_BETWEEN_NOTES = 5.0
 
 @dataclass(kw_only=True)
 class Counts:
-    """How many rows were read and records written, and which rows were not used."""
+    """How many rows were read and records written, and which rows were not used.
+
+    Attributes:
+        renamed: records whose id came before and got a number.
+        without_answer: records that hold none, of a test set or because the source allows it.
+        repeated: records that are an earlier one under another id, where ids say the place.
+    """
 
     rows: int = 0
     written: int = 0
     renamed: int = 0
+    without_answer: int = 0
+    repeated: int = 0
     dropped: list[dict[str, JSON]] = field(default_factory=list)
 
     def drop(self, row: ConvertedRow, where: Path) -> None:
@@ -76,12 +85,13 @@ def prepare_split(
     """
     path = folder / f"{split.name}.jsonl"
     known = read_manifest(folder)["splits"].get(split.name, {})
-    inputs = fingerprints(split.inputs, known.get("inputs", []), progress)
+    with reading(_names(split)):
+        inputs = fingerprints(split.inputs, known.get("inputs", []), progress)
     settings = {**split.settings, "limit": limit, "source": source, "format": FORMAT}
     if known.get("settings") == settings and content(known["inputs"]) == content(inputs) and _is_whole(path, known):
         return Prepared(path=path, entry=known, already_there=True)
     started = time.monotonic()
-    with Partial(path, key=[content(inputs), settings]) as partial:
+    with Partial(path, key=[content(inputs), settings], find_repeated=split.ids_by_place) as partial:
         resumed_after = partial.counts.rows
         _write_rows(split, partial, workers=workers, limit=limit, progress=progress)
         counts, sha256, size = partial.finish()
@@ -103,6 +113,8 @@ def _entry(split: Split, path: Path, counts: Counts) -> dict[str, JSON]:
         "published_rows": split.published_rows,
         "written": counts.written,
         "renamed_ids": counts.renamed,
+        "without_answer": counts.without_answer,
+        "repeated_records": counts.repeated,
         "dropped": len(counts.dropped),
         "reasons": dict(reasons.most_common()),
         "dropped_rows": counts.dropped,
@@ -112,7 +124,7 @@ def _entry(split: Split, path: Path, counts: Counts) -> dict[str, JSON]:
 
 def _write_rows(split: Split, partial: Partial, *, workers: int, limit: int | None, progress: Progress) -> None:
     done = partial.counts.rows
-    rows = islice(split.rows(progress), done, limit)
+    rows = islice(_readable(split.rows(progress), split), done, limit)
     for chunk in converted_rows(rows, split.convert, first_number=done + 1, workers=workers):
         for row in chunk:
             partial.add(row, number_repeated=split.repeated_ids == "number")
@@ -124,8 +136,26 @@ def _write_rows(split: Split, partial: Partial, *, workers: int, limit: int | No
         raise UserError(f"{_names(split)}: none of its {counts.rows:,} rows can be used; {counts.first_reason()}")
 
 
+def _readable(rows: Iterator[Raw], split: Split) -> Iterator[Raw]:
+    with reading(_names(split)):
+        yield from rows
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """A file that cannot be read is an error in one line.
+
+    Raises:
+        UserError: begins with the file's name, or with `where` if the system gives none.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or where}: cannot be read ({error.strerror or error})") from error
+
+
 def _names(split: Split) -> str:
-    return ", ".join(map(str, split.inputs[:3])) or f"{split.task}/{split.name}"
+    return ", ".join(cut(str(path), 120) for path in split.inputs[:2]) or f"{split.task}/{split.name}"
 
 
 class Partial:
@@ -134,14 +164,16 @@ class Partial:
     Args:
         path: the name that it gets when it is finished.
         key: what it is made of; a partial file of anything else is started anew.
+        find_repeated: counts records that are an earlier one under another id.
     """
 
-    def __init__(self, path: Path, key: JSON) -> None:
+    def __init__(self, path: Path, key: JSON, *, find_repeated: bool = False) -> None:
         self._path = path
         self._key = json.loads(json.dumps(key))
         self._partial = path.with_name(f".{path.name}.partial")
         self._note = path.with_name(f".{path.name}.progress")
         self._lines: dict[str, int] = {}  # of each id
+        self._contents: set[bytes] | None = set() if find_repeated else None
         self._waiting: list[bytes] = []
         self._digest = hashlib.sha256()
         self._bytes = 0
@@ -156,10 +188,14 @@ class Partial:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """What was noted as whole stays for the next time, unless the input is at fault."""
+        """What was noted as whole stays for the next time, unless the input is at fault, or this program.
+
+        A full disk or a stop by hand is neither; but what no note says to be whole would never be taken up.
+        """
         with contextlib.suppress(OSError):
             self._file.close()
-        if isinstance(error, UserError) and not self._cannot_write:
+        at_fault = isinstance(error, Exception) and not self._cannot_write
+        if at_fault or not self._note.is_file():
             for left in (self._partial, self._note):
                 with contextlib.suppress(OSError):
                     left.unlink(missing_ok=True)
@@ -172,6 +208,8 @@ class Partial:
         for line in row.lines:
             unique = self._unique(line, number_repeated)
             self.counts.written += 1
+            self.counts.without_answer += not line.answered
+            self.counts.repeated += self._stood_before(unique.encoded)
             self._lines[unique.id] = self.counts.written
             self._waiting.append(unique.encoded)
 
@@ -196,12 +234,24 @@ class Partial:
             self._note.unlink(missing_ok=True)
         return self.counts, self._digest.hexdigest(), self._bytes
 
+    def _stood_before(self, encoded: bytes) -> bool:
+        """Whether an earlier record says the same under another id, which stands first in a line."""
+        if self._contents is None:
+            return False
+        _, end = json.JSONDecoder().raw_decode(start := encoded.decode(), len('{"id":'))
+        digest = hashlib.blake2b(start[end:].encode(), digest_size=12).digest()
+        before = digest in self._contents
+        self._contents.add(digest)
+        return before
+
     def _unique(self, line: Line, number_repeated: bool) -> Line:
         if line.id not in self._lines:
             return line
         if not number_repeated:
             lines = f"lines {self._lines[line.id]} and {self.counts.written + 1}"
-            raise UserError(f"{self._path}: id {line.id!r} would be in {lines}; the publisher's ids must be unique")
+            raise UserError(
+                f"{self._path}: id {short(line.id)} would be in {lines}; the publisher's ids must be unique"
+            )
         number = 2
         while (numbered := f"{line.id}#{number}") in self._lines:
             number += 1
@@ -229,6 +279,7 @@ class Partial:
         for number, line in enumerate(file, start=1):
             self._digest.update(line)
             self._lines[json.loads(line)["id"]] = number
+            self._stood_before(line)
         self._bytes = note["bytes"]
         self.counts = Counts(**note["counts"])
         return file

@@ -11,13 +11,13 @@ with lecture or solution differ from paper to paper, so both stay in `extra`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, index_of, integer, kept, texts
-from data_prep.published import Progress, Raw, Split, some_present
+from data_prep.fields import filled, identifier, index_of, integer, kept, optional, text, texts
+from data_prep.joins import refusing
+from data_prep.published import Progress, Raw, Split, json_object, some_present
 from dora_vl.data.examples import Answer, Example
 from dora_vl.data.records import stream_members
 from dora_vl.errors import UserError
@@ -39,37 +39,42 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
             task="scienceqa",
             name=name,
             inputs=(found[PROBLEMS], found[PARTS]),
-            rows=partial(_rows, found[PROBLEMS], frozenset(members.get(part, []))),
+            rows=partial(_rows, found[PROBLEMS], frozenset(members[part])),
             convert=partial(convert, part=part),
             published_rows=size,
         )
 
 
-def _members(path: Path) -> Mapping[str, list[str]]:
-    try:
-        members = json.loads(path.read_text(encoding="utf-8"))
-        return {name: [str(problem) for problem in problems] for name, problems in members.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not the map of splits to ids expected ({error}); fetch it again") from None
+def _members(path: Path) -> Mapping[str, tuple[str, ...]]:
+    members = json_object(path)
+    with refusing(f"{path}: not the map of splits to ids expected"):
+        return {part: texts(members, part) for part in SPLITS}
 
 
 def _rows(problems: Path, wanted: frozenset[str], progress: Progress) -> Iterator[Raw]:
+    """The problems of one split; one that the split names but nobody has comes last, to be dropped with that reason."""
+    found: set[str] = set()
     for problem_id, row in stream_members(problems, progress=progress):
         if problem_id in wanted:
-            yield {"pid": problem_id, **row}
+            found.add(problem_id)
+            yield {**row, "pid": problem_id}
+    for problem_id in sorted(wanted - found):
+        yield {"pid": problem_id}
 
 
 def convert(raw: Raw, *, part: str) -> Example:
     """One question; `part` is the folder of its picture."""
-    sample_id = filled(raw, "pid")
+    sample_id = identifier(raw, "pid")
     choices = texts(raw, "choices", sample_id)
     correct = index_of(integer(raw, "answer", sample_id), choices, "answer", sample_id)
+    image = optional(raw, "image", text, sample_id)
     columns = ("hint", "lecture", "solution", "subject", "topic", "category", "skill", "grade", "task")
     return Example(
         id=sample_id,
-        images=(f"images/{part}/{sample_id}/{raw['image']}",) if raw.get("image") else (),
+        images=(f"images/{part}/{sample_id}/{image}",) if image else (),
         question=filled(raw, "question", sample_id),
         answers=(Answer(text=choices[correct]),),
         choices=choices,
-        extra={"correct": correct, "split": part} | {name: text for name, text in kept(raw, *columns).items() if text},
+        extra={"correct": correct, "split": part}
+        | {name: said for name, said in kept(raw, *columns, sample_id=sample_id).items() if said},
     )

@@ -11,14 +11,15 @@ or, in the first dimension's additions, text such as "v1".
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_prep.fields import filled, identifier, items, number
-from data_prep.published import Progress, Raw, Split, json_rows, only_test_split, some_present
+from data_prep.fields import filled, given, identifier, integer, key, mapping, optional, seconds, text
+from data_prep.joins import refusing
+from data_prep.published import Progress, Raw, Split, json_object, json_rows, only_test_split, some_present
+from data_prep.quoted import short
 from dora_vl.data.examples import Answer, Clip, Example
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample
 
 FILE = "SEED-Bench.json"
 LETTERS = "ABCD"
@@ -31,30 +32,29 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 
 
 def _rows(file: Path, progress: Progress) -> Iterator[Raw]:
-    names = {number: name for name, number in _question_types(file).items()}
+    names = _question_types(file)
     for row in json_rows(file, progress, "questions"):
-        yield {**row, "question_type": names.get(row.get("question_type_id"))}
+        yield {**row, "question_type": names.get(key(row, "question_type_id") or "")}
 
 
-def _question_types(file: Path) -> Mapping[str, object]:
-    try:
-        types = json.loads(file.read_text(encoding="utf-8"))["question_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not the object with 'questions' and 'question_type' expected ({error!r})") from None
-    return types if isinstance(types, Mapping) else {}
+def _question_types(file: Path) -> dict[str, str]:
+    """Number, as text -> name."""
+    with refusing(file):
+        types = mapping(json_object(file), "question_type")
+        return {str(integer(types, name)): name for name in types}
 
 
 def convert(raw: Raw) -> Example:
     """One question."""
     sample_id = identifier(raw, "question_id")
-    choices = tuple(str(filled(raw, f"choice_{letter.lower()}", sample_id)) for letter in LETTERS)
+    choices = tuple(filled(raw, f"choice_{letter.lower()}", sample_id) for letter in LETTERS)
     answer = filled(raw, "answer", sample_id)
     if answer not in LETTERS or len(answer) != 1:
-        raise BadSample(sample_id, f"its answer is {answer!r}, which is not one of {LETTERS}")
+        raise BadSample(sample_id, f"its answer is {short(answer)}, which is not one of {LETTERS}")
     kind = filled(raw, "data_type", sample_id)
     if kind not in {"image", "video"}:
-        raise BadSample(sample_id, f"its data_type is {kind!r}, which is neither 'image' nor 'video'")
-    data_id, type_id = identifier(raw, "data_id"), raw.get("question_type_id")
+        raise BadSample(sample_id, f"its data_type is {short(kind)}, which is neither 'image' nor 'video'")
+    data_id, type_id = identifier(raw, "data_id", sample_id), integer(raw, "question_type_id", sample_id)
     correct = LETTERS.index(answer)
     frame = {"middle_frame": f"SEED-Bench-video-image/{type_id}_{sample_id}.png"} if kind == "video" else {}
     return Example(
@@ -65,16 +65,14 @@ def convert(raw: Raw) -> Example:
         answers=(Answer(text=choices[correct]),),
         choices=choices,
         extra={"correct": correct, "data_type": kind, "question_type_id": type_id}
-        | {"question_type": raw.get("question_type") or str(type_id)}
+        | {"question_type": optional(raw, "question_type", text, sample_id) or str(type_id)}
         | frame,
     )
 
 
 def _clip(raw: Raw, path: str, sample_id: str) -> Clip:
-    if raw.get("segment") is None:
+    segment = given(raw, "segment")
+    if segment is None:
         return Clip(path=path)
-    segment = items(raw, "segment", sample_id)
-    if len(segment) != 2:
-        raise BadSample(sample_id, f"'segment' must hold start and end, got {len(segment)} numbers")
-    start, end = (number(value, "segment", sample_id) for value in segment)
+    start, end = seconds(segment, "segment", sample_id)
     return Clip(path=path, start_seconds=start, end_seconds=end)

@@ -12,12 +12,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data_prep.fields import UNKNOWN_ID, filled, number, optional, rows, text
-from data_prep.published import Progress, Raw, json_rows
-from dora_vl.data.examples import Subtitle
-from dora_vl.errors import BadSample, UserError
+from data_prep.fields import UNKNOWN_ID, given, identifier, key, number, optional, rows, seconds, text
+from data_prep.joins import column_by_id
+from data_prep.published import Progress, Raw, json_rows, open_text
+from dora_vl.data.examples import JSON, Subtitle
+from dora_vl.errors import UserError
 
-_TIMES = re.compile(r"\s*(\d+):(\d+):(\d+)[,.](\d+)\s*-->\s*(\d+):(\d+):(\d+)[,.](\d+)")
+NO_SPAN = frozenset({"", "nan", "nan-nan"})
+
+_TIMES = re.compile(r"\s*{0}\s*-->\s*{0}".format(r"([0-9]{1,3}):([0-9]{1,2}):([0-9]{1,2})[,.]([0-9]{1,9})"))
 
 
 class Subtitles:
@@ -30,7 +33,7 @@ class Subtitles:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.path = next((folder / name for name in names if (folder / name).exists()), None)
-        self._known: dict[str, list[Raw]] | None = None
+        self._known: dict[str, JSON] | None = None
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -40,29 +43,32 @@ class Subtitles:
     def joined(self, annotations: Iterable[Raw], progress: Progress) -> Iterator[Raw]:
         """Each row with its video's subtitles under `sub`; without subtitles the rows as they are."""
         for row in annotations:
-            yield row if self.path is None else {**row, "sub": self._of(str(row.get("vid_name")), progress)}
+            yield row if self.path is None else {**row, "sub": self._of(key(row, "vid_name"), progress)}
 
-    def _of(self, video: str, progress: Progress) -> object:
+    def _of(self, video: str | None, progress: Progress) -> JSON:
         assert self.path is not None
+        if video is None:
+            return []
         if self.path.is_dir():
             file = self.path / f"{video}.srt"
             return read_srt(file) if file.is_file() else []
         if self._known is None:
-            self._known = {str(row.get("vid_name")): row.get("sub", []) for row in json_rows(self.path, progress)}
+            self._known = column_by_id(self.path, json_rows(self.path, progress), "vid_name", "sub")
         return self._known.get(video, [])
 
 
 def subtitles_of(raw: Raw, sample_id: str) -> tuple[Subtitle, ...]:
     """The subtitles that `Subtitles.joined` added, in order; empty ones are left out."""
     found = optional(raw, "sub", rows, sample_id) or ()
-    return tuple(_subtitle(entry, sample_id) for entry in found if str(entry.get("text") or "").strip())
+    read = (_subtitle(entry, sample_id) for entry in found)
+    return tuple(subtitle for subtitle in read if subtitle.text)
 
 
 def _subtitle(entry: Raw, sample_id: str) -> Subtitle:
     start, end = (
-        None if entry.get(name) is None else number(entry[name], name, sample_id) for name in ("start", "end")
+        None if given(entry, name) is None else number(given(entry, name), name, sample_id) for name in ("start", "end")
     )
-    return Subtitle(text(entry, "text", sample_id).strip(), start, end)
+    return Subtitle((optional(entry, "text", text, sample_id) or "").strip(), start, end)
 
 
 def read_srt(path: Path) -> list[dict[str, object]]:
@@ -72,7 +78,8 @@ def read_srt(path: Path) -> list[dict[str, object]]:
         UserError: the file is not text.
     """
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        with open_text(path) as file:
+            content = file.read()
     except UnicodeDecodeError:
         content = path.read_text(encoding="latin-1")  # some of TVQA's are
     except OSError as error:
@@ -100,25 +107,22 @@ def _seconds(parts: Sequence[str]) -> float:
     return round(int(hours) * 3600 + int(minutes) * 60 + int(seconds) + float(f"0.{fraction}"), 3)
 
 
-def span(value: object) -> tuple[float | None, float | None]:
-    """Start and end of "20.16-25.12" or of [20.16, 25.12]; None where they are "nan" or anything else."""
-    parts = value.split("-") if isinstance(value, str) else value
-    if not isinstance(parts, Sequence) or len(parts) != 2:
+def span(value: JSON, sample_id: str = UNKNOWN_ID) -> tuple[float, float] | tuple[None, None]:
+    """Start and end of "20.16-25.12" or of [20.16, 25.12]; None where there is none, or it is "nan-nan".
+
+    Raises:
+        BadSample: anything else; without a span the question would be about the whole video.
+    """
+    if value is None or (isinstance(value, str) and value.strip().lower() in NO_SPAN):
         return None, None
-    try:
-        start, end = (number(part, "ts") for part in parts)
-    except BadSample:
-        return None, None
-    return start, end
+    return seconds(value.split("-") if isinstance(value, str) else value, "ts", sample_id)
 
 
-def video_name(raw: Raw) -> str:
+def video_name(raw: Raw, sample_id: str) -> str:
     """The video's name, which is text even where it is a number."""
-    if isinstance(raw.get("vid_name"), int):
-        return str(raw["vid_name"])
-    return filled(raw, "vid_name", UNKNOWN_ID)
+    return identifier(raw, "vid_name", sample_id)
 
 
-def kept_span(raw: Raw) -> Mapping[str, object]:
-    """`ts` as published, which is part of VL-BART's prompt."""
-    return {} if raw.get("ts") is None else {"ts": raw["ts"]}
+def kept_span(raw: Raw, sample_id: str) -> Mapping[str, object]:
+    """`ts` as published, which is part of VL-BART's prompt; `span` has read it."""
+    return {} if given(raw, "ts", sample_id) is None else {"ts": given(raw, "ts", sample_id)}

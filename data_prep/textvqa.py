@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, integer, kept, texts
+from data_prep.fields import filled, identifier, if_text, integer, kept, key, text, texts
+from data_prep.joins import column_by_id, numbered, refusing
 from data_prep.published import Progress, Raw, Split, json_rows, present, some_present
-from data_prep.soft_answers import soft_answers
+from data_prep.soft_answers import soft_answers, somebody_answered
 from dora_vl.data.examples import Example
 
 SPLITS = {"train": ("train", 34_602), "val": ("validation", 5_000), "test": ("test", 5_734)}
@@ -53,32 +54,39 @@ def _rows(questions: Path, ocr: Mapping[str, Path], progress: Progress) -> Itera
         if name == LLAVA_FILE:
             references = dict(_references(path, progress))
         else:
-            rosetta = {str(row.get("image_id")): row.get("ocr_tokens") for row in json_rows(path, progress, "data")}
+            rosetta = column_by_id(path, json_rows(path, progress, "data"), "image_id", "ocr_tokens")
     for row in json_rows(questions, progress, "data"):
-        image = str(row.get("image_id"))
-        reference = references.get((image, str(row.get("question")).lower()))
+        image = key(row, "image_id") or ""
+        reference = references.get((image, (if_text(row, "question") or "").lower()))
         yield {**row, "ocr_tokens": rosetta.get(image), "reference_ocr": reference}
 
 
 def _references(path: Path, progress: Progress) -> Iterator[tuple[tuple[str, str], str]]:
-    for row in json_rows(path, progress):
-        question, *lines = str(row.get("text")).split("\n")
+    for where, row in numbered(path, json_rows(path, progress)):
+        with refusing(where):
+            image, (question, *lines) = identifier(row, "question_id"), text(row, "text").split("\n")
         for line in lines:
             if line.startswith(REFERENCE):
-                yield (str(row.get("question_id")), question.lower()), line.removeprefix(REFERENCE).strip()
+                yield (image, question.lower()), line.removeprefix(REFERENCE).strip()
 
 
 def convert(raw: Raw, *, answered: bool) -> Example:
     """One question; `answered` says that its answers must be there."""
     question_id = integer(raw, "question_id")
     sample_id = str(question_id)
-    image = filled(raw, "image_id", sample_id)
-    answers = list(texts(raw, "answers", sample_id)) if answered else []
+    image = identifier(raw, "image_id", sample_id)
+    answers = somebody_answered(texts(raw, "answers", sample_id), sample_id) if answered else []
     extra = {"image_id": image, "question_id": question_id} | ({"human_answers": answers} if answers else {})
     return Example(
         id=sample_id,
         images=(f"{'train_images' if answered else 'test_images'}/{image}.jpg",),
         question=filled(raw, "question", sample_id),
         answers=soft_answers(answers),
-        extra=extra | kept(raw, "ocr_tokens", "reference_ocr", "image_classes"),
+        extra=extra
+        | kept(raw, "ocr_tokens", "image_classes", sample_id=sample_id, take=_list)
+        | kept(raw, "reference_ocr", sample_id=sample_id),
     )
+
+
+def _list(raw: Raw, column: str, sample_id: str) -> list[str]:
+    return list(texts(raw, column, sample_id))

@@ -14,15 +14,15 @@ index}}}), where present, fills in the answers of a validation file that lacks t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.published import Split, present, some_present
+from data_prep.fields import integer, mapping
+from data_prep.joins import refusing
+from data_prep.published import Split, json_object, present, some_present
 from data_prep.subtitles import Subtitles
 from data_prep.video_questions import convert_question, question_rows
-from dora_vl.errors import UserError
 
 FILES = {
     "tvqa_train.jsonl": ("train", 122_039),
@@ -60,8 +60,11 @@ def read_solution(path: Path) -> dict[str, int]:
     Raises:
         UserError: it has another form.
     """
-    try:
-        series = json.loads(path.read_text(encoding="utf-8"))["solution"].values()
-        return {qid: int(index) for answers in series for qid, index in answers.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not {{'solution': {{series: {{qid: index}}}}}} ({error!r}); fetch it again") from None
+    with refusing(f"{path}: not {{'solution': {{series: {{qid: index}}}}}}"):
+        all_series = mapping(json_object(path), "solution")
+        return {
+            qid: integer(answers, qid)
+            for series in all_series
+            for answers in [mapping(all_series, series)]
+            for qid in answers
+        }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import integer, kept, optional, rows, text
+from data_prep.fields import given, integer, kept, optional, rows, text
 from data_prep.published import Progress, Raw, Split, json_rows
 from data_prep.subtitles import Subtitles, kept_span, span, subtitles_of, video_name
 from dora_vl.data.examples import Answer, Clip, Example
@@ -42,18 +42,24 @@ def convert_clip(raw: Raw, *, answered: bool) -> Example:
     descriptions = [" ".join(text(entry, "desc", sample_id).split()) for entry in found]
     if answered and not any(descriptions):
         raise BadSample(sample_id, "it has no description")
-    name = video_name(raw)
-    start, end = span(raw.get("ts"))
+    name = video_name(raw, sample_id)
+    start, end = span(given(raw, "ts"), sample_id)
     return Example(
         id=sample_id,
         video=Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),
         answers=tuple(Answer(text=description) for description in descriptions if description),
         subtitles=subtitles_of(raw, sample_id),
-        extra={"clip_id": clip_id, "vid_name": name, **kept_span(raw), **kept(raw, "duration"), **_kinds(found)},
+        extra={
+            "clip_id": clip_id,
+            "vid_name": name,
+            **kept_span(raw, sample_id),
+            **kept(raw, "duration", sample_id=sample_id),
+            **_kinds(found, sample_id),
+        },
     )
 
 
-def _kinds(found: object) -> Mapping[str, object]:
+def _kinds(found: Iterable[Raw], sample_id: str) -> Mapping[str, object]:
     """Whether each description was written from video, text or both, where the set says it."""
-    kinds = [entry["type"] for entry in found if entry.get("type")] if isinstance(found, list) else []
+    kinds = [kind for entry in found if (kind := optional(entry, "type", text, sample_id))]
     return {"description_types": kinds} if kinds else {}

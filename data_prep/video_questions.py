@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_prep.fields import filled, identifier, index_of, integer, kept
+from data_prep.fields import filled, given, identifier, index_of, integer, kept, key
 from data_prep.published import Progress, Raw, json_rows
 from data_prep.subtitles import Subtitles, kept_span, span, subtitles_of, video_name
 from dora_vl.data.examples import Answer, Clip, Example
-from dora_vl.errors import BadSample
 
 
 def question_rows(
@@ -18,8 +17,13 @@ def question_rows(
     """The rows with their subtitles, and the right choice from `solution` where the row keeps it back."""
     rows = json_rows(file, progress)
     if solution is not None:
-        rows = ({"answer_idx": solution.get(str(row.get("qid"))), **row} for row in rows)
+        rows = (_solved(row, solution) for row in rows)
     return subtitles.joined(rows, progress)
+
+
+def _solved(row: Raw, solution: Mapping[str, int]) -> Raw:
+    known = given(row, "answer_idx")
+    return {**row, "answer_idx": solution.get(key(row, "qid") or "")} if known is None else row
 
 
 def convert_question(raw: Raw, *, choices: int, answered: bool) -> Example:
@@ -32,12 +36,10 @@ def convert_question(raw: Raw, *, choices: int, answered: bool) -> Example:
     sample_id = identifier(raw, "qid")
     texts = tuple(filled(raw, f"a{number}", sample_id) for number in range(choices))
     correct: int | None = None
-    if answered or raw.get("answer_idx") is not None:
+    if answered or given(raw, "answer_idx") is not None:
         correct = index_of(integer(raw, "answer_idx", sample_id), texts, "answer_idx", sample_id)
-    name = video_name(raw)
-    start, end = span(raw.get("ts"))
-    if start is not None and end is not None and end < start:
-        raise BadSample(sample_id, f"its span {raw['ts']!r} ends before it begins")
+    name = video_name(raw, sample_id)
+    start, end = span(given(raw, "ts"), sample_id)
     return Example(
         id=sample_id,
         video=Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),
@@ -45,6 +47,6 @@ def convert_question(raw: Raw, *, choices: int, answered: bool) -> Example:
         answers=() if correct is None else (Answer(text=texts[correct]),),
         choices=texts,
         subtitles=subtitles_of(raw, sample_id),
-        extra={"vid_name": name, **kept_span(raw), **kept(raw, "show_name")}
+        extra={"vid_name": name, **kept_span(raw, sample_id), **kept(raw, "show_name", sample_id=sample_id)}
         | ({} if correct is None else {"correct": correct}),
     )

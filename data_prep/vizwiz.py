@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, kept, rows, text
+from data_prep.fields import filled, identifier, kept
 from data_prep.published import Raw, Split, json_rows, present, some_present
-from data_prep.soft_answers import soft_answers
+from data_prep.soft_answers import people_answers, soft_answers
 from dora_vl.data.examples import Example
 
 FILES = {"train": ("train.json", 20_523), "validation": ("val.json", 4_319), "test": ("test.json", 8_000)}
@@ -42,12 +42,12 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 
 def convert(raw: Raw, *, pictures: str, answered: bool) -> Example:
     """One question; `pictures` is the folder of its picture, `answered` that its answers must be there."""
-    image = filled(raw, "image")
-    answers = [text(answer, "answer", image) for answer in rows(raw, "answers", image)] if answered else []
+    image = identifier(raw, "image")
+    answers = people_answers(raw, "answers", image) if answered else []
     return Example(
         id=image,
         images=(f"{pictures}/{image}",),
         question=filled(raw, "question", image),
         answers=soft_answers(answers),
-        extra=({"human_answers": answers} if answers else {}) | kept(raw, "answer_type", "answerable"),
+        extra=({"human_answers": answers} if answers else {}) | kept(raw, "answer_type", "answerable", sample_id=image),
     )

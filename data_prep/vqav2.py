@@ -19,10 +19,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, integer, kept, rows, text
+from data_prep.fields import filled, given, identifier, integer, kept, key
+from data_prep.joins import numbered, refusing
 from data_prep.published import Progress, Raw, Split, json_rows, some_present
-from data_prep.soft_answers import soft_answers
-from dora_vl.data.examples import Example
+from data_prep.quoted import short
+from data_prep.soft_answers import people_answers, soft_answers
+from dora_vl.data.examples import JSON, Example
 from dora_vl.errors import UserError
 
 SIZES = {"train2014": 443_757, "val2014": 214_354, "test2015": 447_793, "test-dev2015": 107_394}
@@ -41,7 +43,9 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
                 name=NAMES[part],
                 inputs=(found[name],) if annotations is None else (found[name], annotations),
                 rows=partial(joined_rows, found[name], annotations),
-                convert=partial(convert, pictures="test2015" if part.startswith("test") else part),
+                convert=partial(
+                    convert, pictures="test2015" if part.startswith("test") else part, answered=annotations is not None
+                ),
                 published_rows=SIZES[part],
             )
 
@@ -63,34 +67,58 @@ def annotation_file(folder: Path, part: str) -> Path | None:
 def joined_rows(questions: Path, annotations: Path | None, progress: Progress) -> Iterator[Raw]:
     """Each annotation with its question's text, or the questions alone.
 
+    A question without an annotation comes last, without answers, to be dropped with that reason.
+
     Raises:
-        UserError: an annotation of a question that is not in the questions' file.
+        UserError: an annotation of a question that is not in the questions' file, or a question twice or without an id.
     """
     if annotations is None:
         yield from json_rows(questions, progress, "questions")
         return
-    known = {row.get("question_id"): row.get("question") for row in json_rows(questions, progress, "questions")}
-    for row in json_rows(annotations, progress, "annotations"):
-        if row.get("question_id") not in known:
-            raise UserError(f"{annotations}: question_id {row.get('question_id')} is not in {questions.name}")
-        yield {**row, "question": known[row["question_id"]]}
+    known = _questions(questions, progress)
+    answered: set[str] = set()
+    for where, row in numbered(annotations, json_rows(annotations, progress, "annotations")):
+        name = key(row, "question_id")
+        if name is None:
+            yield row  # its conversion says what is wrong with the id
+            continue
+        if name not in known:
+            raise UserError(f"{where}: question_id {short(name)} is not in {questions.name}; fetch both again")
+        answered.add(name)
+        yield {**row, "question": known[name][0]}
+    for name in known:
+        if name not in answered:
+            yield {"question_id": name, "question": known[name][0], "image_id": known[name][1]}
 
 
-def convert(raw: Raw, *, pictures: str) -> Example:
+def _questions(file: Path, progress: Progress) -> dict[str, tuple[JSON, JSON]]:
+    """Question and picture by question id; conversion checks both."""
+    known: dict[str, tuple[JSON, JSON]] = {}
+    for where, row in numbered(file, json_rows(file, progress, "questions")):
+        with refusing(where):
+            name = identifier(row, "question_id")
+        if name in known:
+            raise UserError(f"{where}: question_id {short(name)} stands in an earlier row too; fetch the file again")
+        known[name] = given(row, "question"), given(row, "image_id")
+    return known
+
+
+def convert(raw: Raw, *, pictures: str, answered: bool) -> Example:
     """One question.
 
     Args:
         pictures: the folder of its picture, which is part of the picture's name.
+        answered: its answers must be there.
     """
     question_id = integer(raw, "question_id")
     sample_id = str(question_id)
     image_id = integer(raw, "image_id", sample_id)
-    extra = {"question_id": question_id, "image_id": image_id}
-    answers: tuple[str, ...] = ()
-    if "answers" in raw:
-        answers = tuple(text(answer, "answer", sample_id) for answer in rows(raw, "answers", sample_id))
-        extra |= {"human_answers": list(answers)}
-        extra |= kept(raw, "question_type", "answer_type", "multiple_choice_answer")
+    extra: dict[str, object] = {"question_id": question_id, "image_id": image_id}
+    answers: list[str] = []
+    if answered:
+        answers = people_answers(raw, "answers", sample_id)
+        extra |= {"human_answers": answers}
+        extra |= kept(raw, "question_type", "answer_type", "multiple_choice_answer", sample_id=sample_id)
     return Example(
         id=sample_id,
         images=(f"{pictures}/COCO_{pictures}_{image_id:012d}.jpg",),

@@ -16,17 +16,16 @@ Quirks: VL-T5's questions are cut at 20 tokens later, not here; `img_id` is the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from data_prep import vqav2
-from data_prep.fields import filled, identifier, kept, number, optional, rows, short, text
-from data_prep.karpathy import FILE, pictures_of_split
-from data_prep.published import Progress, Raw, Split, json_rows, present
-from data_prep.soft_answers import soft_answers
+from data_prep.fields import filled, given, identifier, kept, key, optional, scalar, text, weights
+from data_prep.karpathy import FILE, split_of_pictures
+from data_prep.published import Progress, Raw, Split, json_object, json_rows, present
+from data_prep.soft_answers import people_answers, soft_answers
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import BadSample, UserError
 
@@ -39,7 +38,7 @@ PARTS = ("train2014", "val2014")
 def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
     """The splits of VL-T5's files where they are there, else those made of the official ones."""
     known = present(folder, [ANSWERS_FILE])
-    allowed = frozenset(_known_answers(known[ANSWERS_FILE])) if known else None
+    allowed = frozenset(json_object(known[ANSWERS_FILE])) if known else None
     own = present(folder, VLT5_FILES.values())
     official = () if own else _official_files(folder)
     for name, file in VLT5_FILES.items():
@@ -72,28 +71,22 @@ def _official_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def _known_answers(path: Path) -> Iterator[str]:
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); fetch it again") from None
-    if not isinstance(known, dict):
-        raise UserError(f"{path}: must map answers to numbers, found {type(known).__name__}")
-    yield from known
-
-
 def _official_rows(folder: Path, split: str, progress: Progress) -> Iterator[Raw]:
-    wanted = pictures_of_split(folder / FILE, split, progress)
+    """The questions about the split's pictures; one about no picture of the file is in each, to be dropped there."""
+    split_of = split_of_pictures(folder / FILE, progress)
     for part in PARTS:
         questions = folder / f"v2_OpenEnded_mscoco_{part}_questions.json"
         for row in vqav2.joined_rows(questions, vqav2.annotation_file(folder, part), progress):
-            if row.get("image_id") in wanted:
-                yield {**row, "part": part}
+            known = split_of.get(key(row, "image_id") or "")
+            if known in {split, None}:
+                yield {**row, "part": part, "split": known}
 
 
 def convert_official(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
     """One question of the official files."""
-    example = vqav2.convert(raw, pictures=text(raw, "part"))
+    example = vqav2.convert(raw, pictures=text(raw, "part"), answered=True)
+    if given(raw, "split") is None:
+        raise BadSample(example.id, f"its picture {example.images[0]} is not in {FILE}")
     return replace(example, answers=_allowed(example.answers, allowed, example.id))
 
 
@@ -101,23 +94,25 @@ def convert_vlt5(raw: Raw, *, allowed: frozenset[str] | None) -> Example:
     """One question of VL-T5's files."""
     sample_id = identifier(raw, "question_id")
     picture = filled(raw, "img_id", sample_id)
-    human = optional(raw, "answers", rows, sample_id) or ()
-    label = raw.get("label") or {}
-    if not isinstance(label, Mapping):
-        raise BadSample(sample_id, f"column 'label' must map answers to weights, got {short(label)}")
-    answers = tuple(
-        Answer(text=answer, weight=number(weight, "label", sample_id)) for answer, weight in label.items() if answer
-    )
-    human_answers = [text(answer, "answer", sample_id) for answer in human]
+    human_answers = optional(raw, "answers", people_answers, sample_id) or []
+    label = optional(raw, "label", weights, sample_id) or {}
+    answers = tuple(Answer(text=answer, weight=weight) for answer, weight in label.items())
+    if not answers and not human_answers:
+        raise BadSample(sample_id, "it has no answer: neither 'label' nor 'answers' holds one")
     return Example(
         id=sample_id,
         images=(f"{picture.split('_')[1] if picture.count('_') == 2 else '.'}/{picture}.jpg",),
         question=filled(raw, "sent", sample_id),
         answers=_allowed(answers or soft_answers(human_answers), allowed, sample_id),
-        extra={"question_id": int(sample_id) if sample_id.isdigit() else sample_id, "image_name": picture}
+        extra={"question_id": _as_number(scalar(raw, "question_id")), "image_name": picture}
         | ({"human_answers": human_answers} if human_answers else {})
-        | kept(raw, "question_type", "answer_type", "is_topk_optimal"),
+        | kept(raw, "question_type", "answer_type", "is_topk_optimal", sample_id=sample_id),
     )
+
+
+def _as_number(question_id: object) -> object:
+    """The server wants a number, which some of VL-T5's files write as text."""
+    return int(question_id) if isinstance(question_id, str) and question_id.isdecimal() else question_id
 
 
 def _allowed(answers: tuple[Answer, ...], allowed: frozenset[str] | None, sample_id: str) -> tuple[Answer, ...]:

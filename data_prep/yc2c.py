@@ -14,17 +14,17 @@ YouCook2's file the record points into the whole video instead, and its id is th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from data_prep.fields import filled, integer, items, number
-from data_prep.published import Progress, Raw, Split, present, some_present
+from data_prep.fields import filled, given, integer, mapping, optional, rows, seconds, text
+from data_prep.joins import refusing
+from data_prep.published import Progress, Raw, Split, json_object, present, some_present
+from data_prep.quoted import short
 from data_prep.subtitles import Subtitles
 from data_prep.video_captions import caption_split
 from dora_vl.data.examples import Answer, Clip, Example
-from dora_vl.errors import BadSample, UserError
 
 FILES = {
     "yc2c_train_release.jsonl": ("train", 10_337),
@@ -56,28 +56,25 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 
 
 def _youcook2_rows(path: Path, subset: str, progress: Progress) -> Iterator[Raw]:
-    try:
-        videos = json.loads(path.read_text(encoding="utf-8"))["database"]
+    with refusing(f"{path}: not YouCook2's {{'database': {{video: ...}}}}"):
+        videos = mapping(json_object(path), "database")
         progress(path.stat().st_size)
-        for video, entry in videos.items():
-            if entry["subset"] == subset:
-                for step in entry["annotations"]:
-                    yield {"video": video, "recipe_type": entry.get("recipe_type"), **step}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not YouCook2's {{'database': {{video: ...}}}} ({error!r}); fetch it again") from None
+    for video in videos:
+        with refusing(f"{path}, video {short(video)}"):
+            entry = mapping(videos, video)
+            steps = rows(entry, "annotations") if filled(entry, "subset") == subset else ()
+        for step in steps:
+            yield {**step, "video": video, "recipe_type": given(entry, "recipe_type")}
 
 
 def convert_youcook2(raw: Raw) -> Example:
     """One step of a recipe."""
     video = filled(raw, "video")
     name = f"{video}_{integer(raw, 'id', video)}"
-    segment = items(raw, "segment", name)
-    if len(segment) != 2:
-        raise BadSample(name, f"'segment' must hold start and end, got {len(segment)} numbers")
-    start, end = (number(value, "segment", name) for value in segment)
+    start, end = seconds(given(raw, "segment"), "segment", name)
     return Example(
         id=name,
         video=Clip(path=f"{video}.mp4", start_seconds=start, end_seconds=end),
         answers=(Answer(text=" ".join(filled(raw, "sentence", name).split())),),
-        extra={"clip_id": name, "vid_name": name, "recipe_type": raw.get("recipe_type")},
+        extra={"clip_id": name, "vid_name": name, "recipe_type": optional(raw, "recipe_type", text, name)},
     )

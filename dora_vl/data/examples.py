@@ -230,7 +230,11 @@ def _object(value: JSON, name: str, sample_id: str) -> Mapping[str, JSON]:
 
 
 def _number(value: JSON, name: str, sample_id: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        finite = False
+    if not finite:
         raise BadSample(sample_id, f"{name!r} must hold a finite number, got {shown(value)}")
     return float(value)
 

@@ -152,6 +152,10 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
             '{"id": "b", "video": {"path": "v", "start_seconds": "1"}}',
             "'video start_seconds' must hold a finite number",
         ),
+        (
+            f'{{"id": "b", "video": {{"path": "v", "start_seconds": {"9" * 400}}}}}',
+            "'video start_seconds' must hold a finite number",
+        ),
         ('{"id": "b", "answers": ["x"]}', "'answers' must hold an object, got 'x'"),
         (
             '{"id": "b", "answers": [{"text": "x", "weight": NaN}]}',

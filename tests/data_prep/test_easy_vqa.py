@@ -223,6 +223,17 @@ def test_questions_about_pictures_that_nobody_described_are_left_out_and_counted
 
 
 @pytest.mark.parametrize(
+    "row",
+    [["what shape is it?", ["circle"], 0], [{"a": 1}, "circle", 0], ["q" * 9000, "x" * 9000, 0], ["q", "circle", []]],
+)
+def test_a_question_of_another_kind_is_named_in_a_short_line(package: Path, tmp_path: Path, row: list) -> None:
+    (package / "train" / "questions.json").write_text(json.dumps([row]))
+    with pytest.raises(UserError, match="question 0") as caught:
+        convert(package, tmp_path / "data", Settings(validation_pictures=1, rounds=1, seed=0))
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
     ("text", "answer", "said"),
     [
         ("is there a circle?", "yes", "red circle, present, so yes"),
