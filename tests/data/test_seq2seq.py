@@ -17,7 +17,7 @@ from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
 from dora_vl.data.feature_input import features_of, fixed_length
 from dora_vl.data.mixture import MixturePlan, Source
-from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator
+from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator, over_step
 from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter
 from dora_vl.vision.named_features import NamedFeatures
@@ -49,7 +49,7 @@ def encoder() -> Seq2SeqEncoder:
 
 
 def text(encoder: Seq2SeqEncoder, ids: Tensor) -> str:
-    return encoder.tokenizer.decode(ids.tolist())
+    return str(encoder.tokenizer.decode(ids.tolist()))
 
 
 VIDEO = Example(
@@ -185,7 +185,7 @@ def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Pa
         ExampleFile(tmp_path / "none.jsonl")
 
 
-def test_a_batch_weighs_by_the_whole_step_and_names_what_it_skips(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
+def test_a_batch_counts_what_is_usable_and_names_what_it_skips(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
     pictures = ("a.png", "missing.png", "bb.png", "ccc.png", "d.png")
     examples = [
         Example(id=str(n), images=(name,), question="is it red?", answers=(Answer(text="red", weight=0.5),))
@@ -199,7 +199,11 @@ def test_a_batch_weighs_by_the_whole_step_and_names_what_it_skips(encoder: Seq2S
     batches = [collate([data[number]]) for number in range(len(data))]
     assert sum(batch["samples"] for batch in batches) == 4
     assert [name for batch in batches for name, _ in batch["skipped"]] == ["1"]
-    assert sum(float(batch["sample_weights"].sum()) for batch in batches) == pytest.approx(0.5 * 4 / 5)
+    assert {float(batch["sample_weights"].sum()) for batch in batches if batch["samples"]} == {0.5}
+    shared = over_step(batches, torch.device("cpu"))
+    assert [float(batch["sample_weights"].sum()) for batch in shared] == pytest.approx(
+        [0.5 * batch["samples"] / 4 for batch in batches]
+    )
     nothing = [batch for batch in batches if batch["samples"] == 0]
     assert len(nothing) == 2  # five items in six parts, one of them skipped
     assert all(bool((batch["labels"] == -100).all()) for batch in nothing)
