@@ -248,6 +248,7 @@ def named_settings(config: VlBartRunConfig) -> dict[str, Any]:
         "choice_by_likelihood": config.evaluation.choice_by_likelihood,
         "mixing": config.data.mixing,
         "batch_size": config.data.batch_size,
+        "weight_decay_on": config.optim.weight_decay_on,
     }
 
 
