@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from dora_vl.data.dataset import IGNORED_LABEL, Skipped, sample_random
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example
-from dora_vl.data.feature_input import FeatureReader, features_of
+from dora_vl.data.feature_input import FeatureReader, check_features, feature_paths, features_of
 from dora_vl.data.mixture import MixturePlan
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.scored import Scored
@@ -147,16 +147,32 @@ def make_sample(
         BadSample: its features are missing, or it has another number of pictures than the task, or no choices where
             the task asks for one.
     """
-    if subtask.chooses and not example.choices:
-        raise BadSample(example.id, f"it has no choices; {subtask.name} asks which one is right")
+    _check_kind(example, subtask)
     ids, cut = encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
     features = features_of(example, reader)
-    if len(features) != subtask.images:
-        raise BadSample(example.id, f"it has {len(features)} pictures; {subtask.name} takes {subtask.images}")
     labels = torch.full((1,), IGNORED_LABEL)
     if target is not None:
         labels = encoder.labels(target.text, max_tokens=subtask.target_tokens)
     return Seq2SeqSample(example.id, ids, labels, features, 1.0 if target is None else target.weight, cut)
+
+
+def check_sample(example: Example, subtask: Subtask, reader: FeatureReader) -> None:
+    """Refuses what `make_sample` would, as far as it can be known without reading features.
+
+    Raises:
+        BadSample: as there.
+    """
+    _check_kind(example, subtask)
+    check_features(example, reader)
+
+
+def _check_kind(example: Example, subtask: Subtask) -> None:
+    """Refuses an example of another kind than the task asks about."""
+    if subtask.chooses and not example.choices:
+        raise BadSample(example.id, f"it has no choices; {subtask.name} asks which one is right")
+    inputs = len(feature_paths(example))
+    if inputs != subtask.images:
+        raise BadSample(example.id, f"it has {inputs} pictures; {subtask.name} takes {subtask.images}")
 
 
 class MixtureDataset(Dataset[MicroBatch]):

@@ -16,7 +16,7 @@ from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
-from dora_vl.data.feature_input import features_of, fixed_length
+from dora_vl.data.feature_input import Stored, features_of, fixed_length
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.data.seq2seq import MixtureDataset, Prompt, Seq2SeqCollator, over_step
 from dora_vl.errors import BadSample, UserError
@@ -37,8 +37,8 @@ class Features:
             raise BadSample(path, "no features")
         return torch.full((4, 3), float(len(path)))
 
-    def frames(self, path: str) -> int:
-        return 1
+    def stored(self, path: str) -> Stored:
+        return Stored(4, 3, 1)
 
     def part(self, path: str) -> None:
         return None
