@@ -111,7 +111,7 @@ def not_finite(data: Path) -> None:
             with_other_tokens,
             "nlvr2",
             (),
-            r"2 of 7 .* \(dev-4-0-0, dev-5-0-0\); the first: its pictures have 4 and 9 tokens; data\.feature_tokens is 4",
+            r"2 of 7 .* \(dev-4-0-0, dev-5-0-0\); the first: its pictures have 4 and 9 tokens; data\.feature_tok",
         ),
         (with_other_width, "gqa", (), r"1 of 7 .*\(gqa-5\); .* have 9 numbers a token; the model takes 8"),
         (not_finite, "gqa", (), r"gqa\.jsonl: 1 of 7 whose features were read cannot be asked \(gqa-5\); .* hold NaN"),
