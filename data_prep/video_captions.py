@@ -39,7 +39,7 @@ def convert_clip(raw: Raw, *, answered: bool) -> Example:
     clip_id = integer(raw, "clip_id")
     sample_id = str(clip_id)
     found = optional(raw, "descs", rows, sample_id) or ()
-    descriptions = [" ".join(text(entry, "desc", sample_id).split()) for entry in found]
+    descriptions = [told for entry in found if (told := text(entry, "desc", sample_id)).strip()]
     if answered and not any(descriptions):
         raise BadSample(sample_id, "it has no description")
     name = video_name(raw, sample_id)

@@ -115,9 +115,8 @@ def tvc_span(start: float, end: float) -> list[float]:
 
 
 def subtitle_text(example: Example) -> str:
-    """All that is said, in one line; a space stands before it, as tokens of BART hold it."""
-    said = " ".join(subtitle.text for subtitle in example.subtitles)
-    return f" {said}" if said else ""
+    """All that is said, in one line; a space stands before it, also where nothing is said, as published."""
+    return " " + " ".join(subtitle.text.strip() for subtitle in example.subtitles)
 
 
 def question_prompt(example: Example, *, suffix: str) -> Prompt:
@@ -126,13 +125,13 @@ def question_prompt(example: Example, *, suffix: str) -> Prompt:
     return Prompt(
         subtitles_before="[Subs]",
         subtitles=subtitle_text(example),
-        text=f" [Q] {example.question} [TS] ({example.extra.get('ts', '')}) [Choices] {choices} {suffix}",
+        text=f" [Q] {example.question.strip()} [TS] ({example.extra.get('ts', '')}) [Choices] {choices} {suffix}",
     )
 
 
 def open_prompt(example: Example, *, suffix: str) -> Prompt:
     """Subtitles and question without the choices: what answers in words need not learn to look them up."""
-    text = f" [Q] {example.question} {suffix}"
+    text = f" [Q] {example.question.strip()} {suffix}"
     return Prompt(subtitles_before="[Subs]", subtitles=subtitle_text(example), text=text)
 
 

@@ -201,6 +201,13 @@ def test_trains_the_published_number_of_vlbart_parameters(name: str, trained: in
     assert sum(one.numel() for one in model.parameters()) == total
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "vlbart").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_published_vlbart_runs_decay_all_but_biases(path: Path) -> None:
+    published = {f"{medium}_{method}" for medium in ("image", "video") for method in ("dora", "lora", "full")}
+    expected = "all_but_biases" if path.stem in published else "matrices"
+    assert read(path).optim.weight_decay_on == expected
+
+
 def test_a_fair_pair_differs_in_the_method_alone() -> None:
     dora, lora = (read(ROOT / "configs" / "vlbart" / f"image_{method}_fair.yaml") for method in ("dora", "lora"))
     assert (dora.adapter.method, lora.adapter.method) == ("dora", "lora")

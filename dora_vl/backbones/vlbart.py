@@ -14,6 +14,7 @@ from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.vlbart_config import VlBartConfig
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration, joint_mask
+from dora_vl.backbones.vlbart_tensors import ADDED_ROWS
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
@@ -37,10 +38,7 @@ VISUAL_EMBEDDING = (
 VISUAL_NORM = "model.encoder.visual_embedding.layer_norm.*"
 BIASES = ("model.*coder.layers.*.bias", "model.*coder.layernorm_embedding.bias")
 NORM_WEIGHTS = ("model.*coder.layers.*_layer_norm.weight", "model.*coder.layernorm_embedding.weight")
-ADDED_TOKENS = 200
-"""`<extra_id_99>` to `<extra_id_0>`, then `<vis_extra_id_99>` to `<vis_extra_id_0>`."""
-KEPT_ROWS = (f"model.shared.weight[-{ADDED_TOKENS}:]",)
-"""Frozen random rows of the token embedding that the result depends on: the picture tokens' orders."""
+KEPT_ROWS = (ADDED_ROWS,)
 
 
 def also_trained(config: VlBartConfig, *, biases: bool, norm_weights: bool) -> dict[str, tuple[str, ...]]:

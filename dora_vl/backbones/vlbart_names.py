@@ -14,19 +14,10 @@ from torch import Tensor
 
 from dora_vl.backbones.vlbart_config import VisualNorm
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
+from dora_vl.backbones.vlbart_tensors import ALIASES, EMBEDDING
 from dora_vl.errors import UserError
 from dora_vl.interchange.tensor_files import read_tensors
 
-EMBEDDING = "model.encoder.visual_embedding"
-TOKENS = "model.shared.weight"
-ALIASES = (
-    TOKENS,
-    "model.encoder.embed_tokens.weight",
-    "model.decoder.embed_tokens.weight",
-    f"{EMBEDDING}.obj_order_embedding.weight",
-    "lm_head.weight",
-)
-"""One tensor under five names."""
 RAW_WEIGHT = ".weight_v"  # NVlabs' DoRA keeps the frozen weight under this name
 ADAPTER_LEAVES = (".weight_m", ".lora_A", ".lora_B")
 TASK_ADAPTER_PARTS = (".lora_As.", ".lora_Bs.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +19,17 @@ Part = tuple[float, float | None]
 """From so many seconds to so many; None is the video's end."""
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What a picture's or a video's stored features are."""
+
+    tokens: int
+    width: int
+    """Numbers of a token."""
+    frames: int
+    """How many frames they are of, each of equally many tokens."""
+
+
 @runtime_checkable
 class FeatureReader(Protocol):
     """Stored features of a picture or a video, by an example's path."""
@@ -30,8 +43,8 @@ class FeatureReader(Protocol):
         """The features; raises `BadSample` where there are none."""
         ...
 
-    def frames(self, path: str) -> int:
-        """How many frames those features are of, each of so many tokens; likewise raises `BadSample`."""
+    def stored(self, path: str) -> Stored:
+        """What those features are, without reading them; likewise raises `BadSample`."""
         ...
 
     def part(self, path: str) -> Part | None:
@@ -45,20 +58,51 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
     Raises:
         BadSample: it has neither, or they are not there.
     """
-    clip = clip_of_features(example)
-    paths = example.images or (() if clip is None else (clip[0],))
-    if not paths:
-        raise BadSample(example.id, "it has neither pictures nor a video")
+    paths = feature_paths(example)
     read = [reader.read(path) for path in paths]
-    if not example.images and clip is not None:
-        _check_part(example, clip, reader)
-    if example.video is None and any(len(one) != reader.shape[0] for one in read):
-        found = {len(one) for one in read}
-        raise BadSample(example.id, f"its pictures have {found} tokens; data.feature_tokens is {reader.shape[0]}")
+    _check_part(example, reader)
+    _check_pictures(example, [len(one) for one in read], reader)
     try:
         return torch.stack([_fitted(one, path, reader) for one, path in zip(read, paths, strict=True)])
     except UserError as error:
         raise BadSample(example.id, str(error)) from None
+
+
+def check_features(example: Example, reader: FeatureReader) -> None:
+    """Refuses what `features_of` would, as far as it can be known without reading features.
+
+    Raises:
+        BadSample: as there.
+    """
+    found = [reader.stored(path) for path in feature_paths(example)]
+    _check_part(example, reader)
+    _check_pictures(example, [one.tokens for one in found], reader)
+    try:
+        for one in found:
+            pooled_frames(one.tokens, reader.shape[0], frames=one.frames)
+    except UserError as error:
+        raise BadSample(example.id, str(error)) from None
+
+
+def feature_paths(example: Example) -> tuple[str, ...]:
+    """The paths by which a reader knows the features of an example's pictures, or of its video.
+
+    Raises:
+        BadSample: it has neither.
+    """
+    clip = clip_of_features(example)
+    paths = example.images or (() if clip is None else (clip[0],))
+    if not paths:
+        raise BadSample(example.id, "it has neither pictures nor a video")
+    return tuple(paths)
+
+
+def _check_pictures(example: Example, tokens: Sequence[int], reader: FeatureReader) -> None:
+    """A picture must have exactly as many tokens as every input gets."""
+    if example.video is None and any(one != reader.shape[0] for one in tokens):
+        have = "its picture has" if len(tokens) == 1 else "its pictures have"
+        counts = " and ".join(str(one) for one in dict.fromkeys(tokens))
+        raise BadSample(example.id, f"{have} {counts} tokens; data.feature_tokens is {reader.shape[0]}")
 
 
 def part_of(clip: Clip) -> Part:
@@ -66,8 +110,11 @@ def part_of(clip: Clip) -> Part:
     return clip.start_seconds or 0.0, clip.end_seconds
 
 
-def _check_part(example: Example, clip: tuple[str, Clip], reader: FeatureReader) -> None:
+def _check_part(example: Example, reader: FeatureReader) -> None:
     """Refuses features of another part of the video than the example means: they were found by their name alone."""
+    clip = clip_of_features(example)
+    if example.images or clip is None:
+        return
     stored, meant = reader.part(clip[0]), part_of(clip[1])
     if stored is not None and stored != meant:
         raise BadSample(
@@ -87,7 +134,7 @@ def in_words(part: Part) -> str:
 
 def _fitted(features: Tensor, path: str, reader: FeatureReader) -> Float[Tensor, "tokens channels"]:
     length = reader.shape[0]
-    frames = reader.frames(path) if len(features) > length else 1  # it may have to look into the file again
+    frames = reader.stored(path).frames if len(features) > length else 1  # it may have to look into the file again
     return fixed_length(features, length, frames=frames)
 
 
@@ -124,11 +171,23 @@ def fixed_length(
     tokens = features.float()
     if len(tokens) <= length:
         return functional.pad(tokens, (0, 0, 0, length - len(tokens)))
-    places = len(tokens) // frames  # of a frame
+    by_time = tokens.view(frames, -1).t()[None]  # [1, places x channels, frames]
+    pooled = functional.adaptive_max_pool1d(by_time, pooled_frames(len(tokens), length, frames=frames))
+    return pooled[0].t().reshape(length, -1)
+
+
+def pooled_frames(tokens: int, length: int, *, frames: int) -> int:
+    """How many frames are left where so many tokens of so many frames have to become `length`, at most all of them.
+
+    Raises:
+        UserError: `length` holds no whole number of frames, where there are too many.
+    """
+    places = tokens // frames  # of a frame
+    if tokens <= length:
+        return frames
     if length % places:
         raise UserError(
             f"{frames} frames of {places} tokens have to become {length} tokens (data.feature_tokens), which is no "
             f"multiple of {places}"
         )
-    by_time = tokens.view(frames, -1).t()[None]  # [1, places x channels, frames]
-    return functional.adaptive_max_pool1d(by_time, length // places)[0].t().reshape(length, -1)
+    return length // places

@@ -48,8 +48,6 @@ class Part:
 
     source: int
     indices: tuple[int, ...]
-    step_items: int
-    """Items of the whole step."""
 
 
 class MixturePlan:
@@ -95,7 +93,7 @@ class MixturePlan:
         order = self._order(epoch, task, round_)
         items = order[turn * source.batch_size : (turn + 1) * source.batch_size]
         first, last = (len(items) * edge // self.parts for edge in (part, part + 1))
-        return Part(task, tuple(items[first:last].tolist()), len(items))
+        return Part(task, tuple(items[first:last].tolist()))
 
     def task_of_step(self, step: int, *, epoch: int) -> str:
         """The task that a step is about."""

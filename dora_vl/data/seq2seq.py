@@ -15,13 +15,15 @@ from torch.utils.data import Dataset
 from dora_vl.data.dataset import IGNORED_LABEL, Skipped, sample_random
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example
-from dora_vl.data.feature_input import FeatureReader, features_of
+from dora_vl.data.feature_input import FeatureReader, check_features, feature_paths, features_of
 from dora_vl.data.mixture import MixturePlan
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.scored import Scored
 
 AnswerBy = Literal["text", "pair", "choice", "words"]
 NormaliseBy = Literal["samples", "tokens"]
+SAMPLES, WEIGHTS = "samples", "sample_weights"
+"""Names in a batch: how many usable samples it holds, and what each counts in a mean over them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,6 @@ class MicroBatch:
 
     subtask: Subtask
     items: list[Seq2SeqSample | Skipped]
-    step_items: int
 
 
 def make_sample(
@@ -146,16 +147,32 @@ def make_sample(
         BadSample: its features are missing, or it has another number of pictures than the task, or no choices where
             the task asks for one.
     """
-    if subtask.chooses and not example.choices:
-        raise BadSample(example.id, f"it has no choices; {subtask.name} asks which one is right")
+    _check_kind(example, subtask)
     ids, cut = encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
     features = features_of(example, reader)
-    if len(features) != subtask.images:
-        raise BadSample(example.id, f"it has {len(features)} pictures; {subtask.name} takes {subtask.images}")
     labels = torch.full((1,), IGNORED_LABEL)
     if target is not None:
         labels = encoder.labels(target.text, max_tokens=subtask.target_tokens)
     return Seq2SeqSample(example.id, ids, labels, features, 1.0 if target is None else target.weight, cut)
+
+
+def check_sample(example: Example, subtask: Subtask, reader: FeatureReader) -> None:
+    """Refuses what `make_sample` would, as far as it can be known without reading features.
+
+    Raises:
+        BadSample: as there.
+    """
+    _check_kind(example, subtask)
+    check_features(example, reader)
+
+
+def _check_kind(example: Example, subtask: Subtask) -> None:
+    """Refuses an example of another kind than the task asks about."""
+    if subtask.chooses and not example.choices:
+        raise BadSample(example.id, f"it has no choices; {subtask.name} asks which one is right")
+    inputs = len(feature_paths(example))
+    if inputs != subtask.images:
+        raise BadSample(example.id, f"it has {inputs} pictures; {subtask.name} takes {subtask.images}")
 
 
 class MixtureDataset(Dataset[MicroBatch]):
@@ -196,7 +213,7 @@ class MixtureDataset(Dataset[MicroBatch]):
         epoch = int(self._epoch)
         part = self._plan.part(number, epoch=epoch)
         items = [self._item(part.source, index, epoch) for index in part.indices]
-        return MicroBatch(self._subtasks[part.source], items, part.step_items)
+        return MicroBatch(self._subtasks[part.source], items)
 
     def _item(self, source: int, index: int, epoch: int) -> Seq2SeqSample | Skipped:
         subtask, file = self._subtasks[source], self._files[source]
@@ -214,8 +231,6 @@ class MixtureDataset(Dataset[MicroBatch]):
 
 class ValidationBatches(Dataset[MicroBatch]):
     """Each task's samples in the file's order, with the first answer of each, in batches of one task.
-
-    A batch's loss is the mean over its usable samples.
 
     Args:
         ranks: how many share the work; batches without items follow until all have equally many.
@@ -256,16 +271,16 @@ class ValidationBatches(Dataset[MicroBatch]):
                 items.append(make_sample(example, subtask, encoder=self._encoder, reader=reader, target=target))
             except BadSample as error:
                 items.append(Skipped(index, name, error.reason))
-        return MicroBatch(subtask, items, max(1, sum(isinstance(item, Seq2SeqSample) for item in items)))
+        return MicroBatch(subtask, items)
 
 
 @dataclass(frozen=True)
 class Seq2SeqCollator:
     """The one micro-batch of a loader's batch, as the loss takes it.
 
-    `sample_weights` add up, over all ranks and micro-batches of a step, to the mean weight of its samples: each is
-    the sample's weight over the number of samples of the whole step. A micro-batch without any usable sample becomes
-    one row of padding without labels, so that the ranks stay in step.
+    `sample_weights` add up to the mean weight of its usable samples; who has read all micro-batches of all ranks turns
+    them into shares of the whole step (`over_step`). A micro-batch without any usable sample becomes one row of padding
+    without labels, so that the ranks stay in step.
     """
 
     pad_token_id: int
@@ -285,13 +300,28 @@ class Seq2SeqCollator:
             "attention_mask": mask,
             "labels": _pad(labels, IGNORED_LABEL),
             "features": torch.stack(features or [torch.zeros(batch.subtask.images, *self.feature_shape)]),
-            "sample_weights": torch.tensor([one.weight / batch.step_items for one in samples] or [0.0]),
+            WEIGHTS: torch.tensor([one.weight / len(samples) for one in samples] or [0.0]),
             "normalise_by": batch.subtask.normalise_by,
-            "samples": len(samples),
+            SAMPLES: len(samples),
             "padding_tokens": mask.numel() - (sum(len(row) for row in ids) if samples else 0),
             "skipped": skipped,
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
         }
+
+
+def over_step(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """A rank's micro-batches of one step with weights for a mean over the step's usable samples, of all ranks.
+
+    How many those are is known only now that the data has been read: a mean over the samples that were asked for would
+    count the missing ones as samples of loss 0. Every rank must call it; batches without weights stay as they are.
+    """
+    if not batches or WEIGHTS not in batches[0]:
+        return [dict(batch) for batch in batches]
+    total = torch.tensor(sum(batch[SAMPLES] for batch in batches), device=device)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(total)
+    samples = max(1, int(total))
+    return [{**batch, WEIGHTS: batch[WEIGHTS] * (batch[SAMPLES] / samples)} for batch in batches]
 
 
 def _pad(rows: Sequence[Tensor], value: int) -> Int[Tensor, "batch longest"]:

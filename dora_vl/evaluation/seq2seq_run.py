@@ -125,7 +125,7 @@ def answer(
             done.failed.update({one.id: one.reason for one in items if isinstance(one, Skipped)})
             usable = [row for row, item in zip(rows, items, strict=True) if isinstance(item, Seq2SeqSample)]
             if usable:
-                batch = collate([MicroBatch(subtask, items, len(items))])
+                batch = collate([MicroBatch(subtask, items)])
                 inputs = [batch[name].to(device) for name in ("input_ids", "attention_mask", "features")]
                 said = answers_of(backbone, encoder, subtask, usable, inputs)
                 done.answers.update({example.id: text for example, text in zip(usable, said, strict=True)})

@@ -1,9 +1,10 @@
-"""`dora-vl convert`: an adapter from any tool's files into an adapter folder that PEFT and this package read."""
+"""`dora-vl convert`: an adapter from any tool's files into the folder that PEFT and this package read; or back."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dora_vl.core.adapter_file import refuse_to_replace_adapter
@@ -12,6 +13,13 @@ from dora_vl.interchange.adapter import Adapter, write_adapter
 from dora_vl.interchange.base_weights import BaseWeights
 from dora_vl.interchange.low_rank_export import LayerExport, as_lora, export_layers
 from dora_vl.interchange.read import FORMATS, ReadOptions, read_any
+from dora_vl.interchange.stated_base import base_of, refuse_other_base
+from dora_vl.interchange.vlbart_original import (
+    ORIGINAL_FORMS,
+    original_dictionary,
+    refuse_to_overwrite,
+    write_original,
+)
 
 DESCRIPTION = """\
 Reads an adapter of another tool and writes an adapter folder (adapter_model.safetensors, adapter_config.json): what
@@ -27,6 +35,12 @@ With --as lora the result is a plain LoRA for tools that cannot serve magnitudes
 change. Its relative error is printed layer by layer, and nothing is written above --max-error.
 
   dora-vl convert adapter --as lora --base BASE --rank 64 --max-error 0.1 --to adapter-lora
+
+With --as nvlabs-vlbart (a DoRA) or vl-adapter (a LoRA) a VL-BART's adapter becomes the whole dictionary that the
+original saves, the base's weights included.
+
+  dora-vl convert adapter --as nvlabs-vlbart --base BASE --to LAST.pth
+  dora-vl convert adapter --as vl-adapter --task vqa,gqa,nlvr,caption --base BASE --to LAST.pth
 """
 
 
@@ -34,10 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl convert`."""
     parser.add_argument("source", type=Path, metavar="FROM", help="a folder or file that holds an adapter")
     parser.add_argument(
-        "--to", type=Path, required=True, metavar="FOLDER", help="adapter folder to write; replaced if it is one"
+        "--to",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="adapter folder to write, replaced if it is one; of an original dictionary a new file",
     )
-    parser.add_argument("--as", dest="kind", choices=("peft", "lora"), default="peft", help="default: peft")
-    parser.add_argument("--base", type=Path, metavar="FOLDER", help="the base model's folder (torchtune, kohya, lora)")
+    kinds = ("peft", "lora", *ORIGINAL_FORMS)
+    parser.add_argument("--as", dest="kind", choices=kinds, default="peft", help="default: peft")
+    parser.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="the base model's folder (torchtune, kohya; --as lora, VL-BART)"
+    )
+    parser.add_argument("--any-base", action="store_true", help="VL-BART: accept a base whose content hash differs")
     add_reading_arguments(parser)
     parser.add_argument("--rank", type=int, metavar="R", help="--as lora: rank of the result")
     parser.add_argument("--max-error", type=float, metavar="X", help="--as lora: largest relative error of any layer")
@@ -47,7 +69,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """What the files of some formats do not say; shared by the commands that read adapters."""
     parser.add_argument("--from", dest="format", choices=FORMATS, help="the format; default: known by the keys")
     parser.add_argument("--alpha", type=float, help="numerator of the scale, where no file states it")
-    parser.add_argument("--task", help="which of VL-Adapter's tasks")
+    parser.add_argument("--task", help="which of VL-Adapter's tasks; with --as vl-adapter all of them, by commas")
     parser.add_argument(
         "--rename", action="append", default=[], metavar="OLD=NEW", help="beginnings of layer names; may come often"
     )
@@ -69,13 +91,16 @@ def reading_options(arguments: argparse.Namespace) -> ReadOptions:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Converts; yields the lines to print."""
+    if arguments.kind != "lora" and (arguments.rank is not None or arguments.max_error is not None):
+        raise UserError("--rank and --max-error belong to --as lora")
+    if arguments.kind in ORIGINAL_FORMS:
+        yield _to_original(arguments)
+        return
     _refuse_target(arguments.source, arguments.to)
     adapter = read_any(arguments.source, reading_options(arguments))
     if arguments.kind == "lora":
         yield from _export(adapter, arguments)
         return
-    if arguments.rank is not None or arguments.max_error is not None:
-        raise UserError("--rank and --max-error belong to --as lora")
     write_adapter(adapter, arguments.to)
     yield f"{arguments.to}: {len(adapter.layers)} layers, {len(adapter.extras)} other tensors"
 
@@ -85,6 +110,20 @@ def _refuse_target(source: Path, target: Path) -> None:
     if target.resolve() in (source.resolve(), source.resolve().parent):
         raise UserError(f"--to {target} is where the adapter is read from; name another folder")
     refuse_to_replace_adapter(target)
+
+
+def _to_original(arguments: argparse.Namespace) -> str:
+    refuse_to_overwrite(arguments.to)
+    adapter = read_any(arguments.source, replace(reading_options(arguments), task=None))
+    base_folder = arguments.base or base_of(adapter)
+    if not arguments.any_base:
+        refuse_other_base(adapter.recipe, base_folder, adapter.source)
+    tasks = tuple((arguments.task or "").split(",")) if arguments.kind == "vl-adapter" else ()
+    with BaseWeights(base_folder) as base:
+        found = original_dictionary(adapter, base, arguments.kind, tasks=tasks, alpha=arguments.alpha)
+        write_original(found, arguments.to)
+    stated = f", lora_alpha {found.alpha:g} (the file does not say it)" if tasks else ""
+    return f"{arguments.to}: {len(adapter.layers)} layers of rank {found.rank}, {len(found.tensors)} tensors{stated}"
 
 
 def _export(adapter: Adapter, arguments: argparse.Namespace) -> Iterator[str]:

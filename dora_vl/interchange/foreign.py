@@ -1,117 +1,21 @@
-"""Adapters of other tools, read into ours: a table of where each tool puts A, B and the magnitude.
-
-Sources of the layouts: NVlabs/DoRA (`peft/tuners/dora.py`, `VL-T5/src/trainer_base.py`), ylsung/VL_adapter
-(`lora/layers.py`), pytorch/torchtune (`modules/peft/dora.py`), ml-explore/mlx-lm (`tuner/dora.py`), LyCORIS
-(`modules/locon.py`) and kohya-ss/sd-scripts (`networks/lora.py`).
-"""
+"""Adapters of other tools, read into ours by the table of their layouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dora_vl.core.adapter_file import PEFT_PREFIX
 from dora_vl.core.adapter_settings import OWN_TYPE
+from dora_vl.core.trainable import kept_rows
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import Adapter, refuse_not_finite
+from dora_vl.interchange.foreign_layouts import KeptRows, Layout
 from dora_vl.interchange.peft_config import new_config, own_recipe
-
-ScaleRule = Callable[[Mapping[str, Any], int], "float | None"]
-"""From the tool's own `adapter_config.json` (empty where there is none) and a rank to s; None: not stated there."""
-
-
-def alpha_over_rank(config: Mapping[str, Any], rank: int) -> float | None:
-    """s = lora_alpha / r, by a configuration with PEFT's field names."""
-    return None if "lora_alpha" not in config else float(config["lora_alpha"]) / rank
-
-
-def mlx_scale(config: Mapping[str, Any], rank: int) -> float | None:
-    """mlx-lm states s itself."""
-    stated = config.get("lora_parameters", {}).get("scale")
-    return None if stated is None else float(stated)
-
-
-def always_one(config: Mapping[str, Any], rank: int) -> float:
-    """VL-BART's DoRA multiplies B A by one, whatever alpha its options name."""
-    return 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Where one tool puts the tensors of a layer: endings after the layer's name, alternatives in order."""
-
-    lora_A: tuple[str, ...]
-    lora_B: tuple[str, ...]
-    magnitude: tuple[str, ...]
-    alpha: tuple[str, ...] = ()
-    """A scalar tensor beside A and B; missing there, alpha is the rank."""
-    transposed: bool = False
-    """A is [in, rank] and B [rank, out]."""
-    scale: ScaleRule = alpha_over_rank
-    extras: tuple[str, ...] = ("*",)
-    """Full-name globs of the other tensors that were trained."""
-    kept: tuple[str, ...] = ()
-    """Full-name globs of frozen tensors that the result depends on."""
-    whole_model: bool = False
-    """The file holds the base as well; elsewhere a tensor that is neither adapter nor extra is refused."""
-    renames: tuple[tuple[str, str], ...] = ()
-    """Beginnings of names, the tool's and transformers'."""
-
-
-NVLABS = Layout(
-    lora_A=("lora_A.weight", "lora_A.default.weight"),
-    lora_B=("lora_B.weight", "lora_B.default.weight"),
-    magnitude=("weight_m_wdecomp.weight", "weight_m_wdecomp.default.weight"),
-)
-
-LLAVA_RENAMES = (
-    ("model.layers.", "model.language_model.layers."),
-    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
-    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
-)
-"""LLaVA's own class -> transformers' `LlavaForConditionalGeneration`."""
-
-VLBART_TRAINED = ("*.bias", "*layer_norm.*", "*layernorm_embedding.*", "*.visual_embedding.*")
-VLBART_KEPT = ("*.visual_embedding.obj_order_embedding.*",)
-"""An alias of the token embedding whose last, random rows stand for picture regions."""
-
-LAYOUTS = {
-    "nvlabs": NVLABS,
-    "nvlabs-llava": Layout(
-        lora_A=NVLABS.lora_A, lora_B=NVLABS.lora_B, magnitude=NVLABS.magnitude, renames=LLAVA_RENAMES
-    ),
-    "nvlabs-vlbart": Layout(
-        lora_A=("lora_A",),
-        lora_B=("lora_B",),
-        magnitude=("weight_m",),
-        scale=always_one,
-        extras=VLBART_TRAINED,
-        kept=VLBART_KEPT,
-        whole_model=True,
-    ),
-    "vl-adapter": Layout(
-        lora_A=("lora_A",),
-        lora_B=("lora_B",),
-        magnitude=(),
-        extras=VLBART_TRAINED,
-        kept=VLBART_KEPT,
-        whole_model=True,
-    ),
-    "torchtune": Layout(lora_A=("lora_a.weight",), lora_B=("lora_b.weight",), magnitude=("magnitude",)),
-    "mlx": Layout(lora_A=("lora_a",), lora_B=("lora_b",), magnitude=("m",), transposed=True, scale=mlx_scale),
-    "kohya": Layout(
-        lora_A=("lora_down.weight",),
-        lora_B=("lora_up.weight",),
-        magnitude=("dora_scale",),
-        alpha=("alpha",),
-        extras=(),
-    ),
-}
-"""By the name that `dora-vl convert --from` takes."""
 
 
 def split_layers(
@@ -178,7 +82,7 @@ def to_adapter(
         dropout=float(config.get("lora_dropout", 0.0)),
     )
     own.update({f"{PEFT_PREFIX}{name}": tensor for name, tensor in extras.items()})
-    kept = sorted(name for name in extras if _matches(name, layout.kept))
+    kept = [layout.kept.own] if layout.kept is not None and layout.kept.own in extras else []
     recipe = own_recipe(new, sorted(set(extras) - set(kept)), kept) if extras else {}
     return Adapter(own, _of_a_type_that_loads_all(new, extras, kept), recipe, source, input_axis)
 
@@ -284,14 +188,33 @@ def _scale(
 def _trained_extras(
     others: Mapping[str, Tensor], layout: Layout, renames: tuple[tuple[str, str], ...], source: str
 ) -> dict[str, Tensor]:
-    extras = {name: tensor for name, tensor in others.items() if _matches(name, layout.extras)}
+    aliases = () if layout.kept is None else layout.kept.names
+    extras = {name: one for name, one in others.items() if _matches(name, layout.extras) and name not in aliases}
     strangers = sorted(set(others) - set(extras))
     if strangers and not layout.whole_model:
         raise UserError(
             f"{source}: {len(strangers)} tensors are no LoRA or DoRA factor, first {strangers[:3]}; this converter "
             "would lose them (LoHa, LoKr, Tucker factors and trained norms are not read)"
         )
-    return {_renamed(name, (*layout.renames, *renames)): tensor for name, tensor in extras.items()}
+    trained = {_renamed(name, (*layout.renames, *renames)): tensor for name, tensor in extras.items()}
+    return {**trained, **_rows_kept(others, trained, layout.kept, source)}
+
+
+def _rows_kept(
+    others: Mapping[str, Tensor], trained: Mapping[str, Tensor], kept: KeptRows | None, source: str
+) -> dict[str, Tensor]:
+    """The rows of a layout that keeps some, as tensors of their own: the whole one is the base's, and large."""
+    if kept is None:
+        return {}
+    found = {name: kept_rows(kept.own, others[name]).clone() for name in kept.names if name in others}
+    if not found and any(fnmatchcase(name, kept.needed_by) for name in trained):
+        raise UserError(
+            f"{source}: none of {', '.join(kept.names)} is there, whose last rows the pictures' tokens need"
+        )
+    first = next(iter(found), "")
+    if other := next((name for name, rows in found.items() if not torch.equal(rows, found[first])), None):
+        raise UserError(f"{source}: the last rows of {first} and of {other} differ; they are one tensor in a VL-BART")
+    return {kept.own: found[first]} if found else {}
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

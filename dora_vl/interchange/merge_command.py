@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from dora_vl.interchange.combine import combine
 from dora_vl.interchange.convert_command import add_reading_arguments, reading_options
 from dora_vl.interchange.merge_folder import SHARD_BYTES, merge_to_folder, refuse_target
 from dora_vl.interchange.read import read_any
+from dora_vl.interchange.stated_base import base_of, refuse_other_base
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,35 +73,3 @@ def _one(adapters: list[Adapter], weights: list[float], base: Path) -> Adapter:
     shares = {str(index): weight for index, weight in enumerate(weights)}
     with BaseWeights(base) as opened:
         return combine(by_name, shares, opened).adapter
-
-
-def base_of(adapter: Adapter) -> Path:
-    """The base's folder that an adapter states: a folder, or a hub id's snapshot in the local cache.
-
-    Raises:
-        UserError: it states none, or it is not on this machine.
-    """
-    stated = str(adapter.config.get("base_model_name_or_path") or "")
-    if not stated:
-        raise UserError(f"{adapter.source} does not say which base it was trained on; add --base FOLDER")
-    from dora_vl.training.provenance import local_folder
-
-    try:
-        return local_folder(stated, adapter.config.get("revision"))
-    except OSError as error:
-        raise UserError(f"base {stated!r} of {adapter.source} is not on this machine; add --base FOLDER") from error
-
-
-def refuse_other_base(recipe: Mapping[str, Any], base: Path, source: str) -> None:
-    """Raises a `UserError` where the recipe holds the base's content hash and this folder's is another."""
-    stated = recipe.get("base_sha256")
-    if stated is None:
-        return
-    from dora_vl.training.provenance import content_hash
-
-    found = content_hash(base)
-    if found != stated:
-        raise UserError(
-            f"{source} was trained on another base than {base} (content hash {stated[:12]}, this one {found[:12]}); "
-            "give the right --base, or --any-base if you know that its weights are the same"
-        )

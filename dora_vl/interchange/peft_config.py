@@ -38,7 +38,7 @@ def new_config(
     The commonest rank and alpha are the defaults; layers that differ go into the patterns, so that
     alpha / rank gives each layer its scale.
     """
-    alphas = {layer: scales[layer] * rank for layer, rank in ranks.items()}
+    alphas = {layer: _alpha(scales[layer], rank) for layer, rank in ranks.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
         "alpha_pattern": {layer: value for layer, value in alphas.items() if value != alpha},
@@ -65,6 +65,12 @@ def own_recipe(config: Mapping[str, Any], parts: list[str], kept: list[str]) -> 
     own = {"method": "dora" if config["use_dora"] else "lora", "rank": config["r"], "alpha": config["lora_alpha"]}
     patterns = {field: config[field] for field in ("rank_pattern", "alpha_pattern")}
     return {"adapter": {**own, **patterns, "parts": {"extra": parts}, "kept": kept}}
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """The alpha that a scale came from: 32, not the 32.000000000000004 that 32 / 98 * 98 is."""
+    plain = round(scale * rank, 9)
+    return plain if plain / rank == scale else scale * rank
 
 
 def _commonest(values: Iterable[Any]) -> Any:

@@ -14,7 +14,8 @@ from dora_vl.core.adapter_settings import READ_TYPES
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import PICKLED_WEIGHTS_FILE, Adapter, names_adapter, read_adapter
 from dora_vl.interchange.base_weights import BaseWeights
-from dora_vl.interchange.foreign import LAYOUTS, to_adapter
+from dora_vl.interchange.foreign import to_adapter
+from dora_vl.interchange.foreign_layouts import LAYOUTS
 from dora_vl.interchange.foreign_names import from_kohya, from_torchtune, from_vl_adapter
 from dora_vl.interchange.tensor_files import read_tensors
 

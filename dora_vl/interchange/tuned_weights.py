@@ -19,8 +19,8 @@ from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import read_adapter
 from dora_vl.interchange.base_weights import SINGLE_FILE, BaseWeights, stem_in
 from dora_vl.interchange.factors import Factors
-from dora_vl.interchange.merge_command import refuse_other_base
 from dora_vl.interchange.merge_folder import check_fit, factors_on
+from dora_vl.interchange.stated_base import refuse_other_base
 from dora_vl.training.checkpoints import complete_checkpoints, step_of
 
 ADAPTER = "adapter"

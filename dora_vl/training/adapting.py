@@ -14,9 +14,10 @@ from dora_vl.core.adapter_agreement import fields_of_the_change, first_differenc
 from dora_vl.core.adapter_file import CONFIG_FILE, RECIPE_FILE, own_name, read_json, read_weights
 from dora_vl.core.adapter_names import LEAVES
 from dora_vl.core.adapter_settings import read_config
+from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
 from dora_vl.errors import UserError
 from dora_vl.training.recipe import AdapterConfig
-from dora_vl.training.zero import gather_to_write
+from dora_vl.training.zero import gather_to_read, gather_to_write
 
 logger = logging.getLogger(__name__)
 
@@ -65,25 +66,54 @@ def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -
 def load_initial(model: nn.Module, folder: Path) -> None:
     """Starts from the weights of an adapter folder, which may hold fewer parts (stage 1's projector alone).
 
+    Frozen rows that the folder carries and this run's own folder will carry too (a VL-BART's picture tokens) are taken
+    over as well. Other frozen tensors of the folder must be the base's.
+
     Raises:
-        UserError: the folder holds a tensor that this model does not have, or of another shape, or A and B that another
-            method, rank, alpha or start than this run's gives another meaning.
+        UserError: the folder holds a tensor that this model does not have, or of another shape, or one that is frozen
+            here and has other values, or A and B that another method, rank, alpha or start than this run's gives
+            another meaning.
     """
     found = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
-    parameters = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
-    if unknown := sorted(set(found) - set(parameters)):
-        raise UserError(f"adapter.initial: {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}")
+    trained = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
+    taken = {**trained, **kept_tensors(model)}
+    taken |= {name: trained[whole] for name in found if (whole := split_rows(name)[0]) in trained}
+    _refuse_lost_values(model, folder, {name: tensor for name, tensor in found.items() if name not in taken})
     _refuse_another_meaning(model, folder, found)
     with torch.no_grad():
-        for name, tensor in found.items():
-            with gather_to_write([parameters[name]]):
-                if parameters[name].numel() != tensor.numel():
-                    shapes = f"{list(tensor.shape)}, here it is {list(parameters[name].shape)}"
-                    raise UserError(f"adapter.initial: {folder}: {name} is {shapes}")
-                parameters[name].copy_(tensor.view(parameters[name].shape))
+        for name in [name for name in found if name in taken]:
+            _take_over(folder, name, taken[name], found[name])
     for _, layer in adapted_layers(model):
         layer.forget_norms()
-    logger.info("%s sets %d of %d trained tensors", folder, len(found), len(parameters))
+    logger.info("%s sets %d of %d trained tensors", folder, len(set(found) & set(trained)), len(trained))
+
+
+def _take_over(folder: Path, name: str, place: Tensor, tensor: Tensor) -> None:
+    """Writes a folder's tensor to its place in the model, or to those rows of it that the name says."""
+    with gather_to_write([place] if isinstance(place, nn.Parameter) else []):
+        own = kept_rows(name, place)
+        if own.numel() != tensor.numel():
+            raise UserError(f"adapter.initial: {folder}: {name} is {list(tensor.shape)}, here it is {list(own.shape)}")
+        own.copy_(tensor.view(own.shape))
+
+
+def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Tensor]) -> None:
+    """What does not train here may be in the folder only where it is the base's: this run would not write it again."""
+    here = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    if unknown := sorted(name for name in frozen if split_rows(name)[0] not in here):
+        raise UserError(f"adapter.initial: {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}")
+    other = []
+    for name, tensor in frozen.items():
+        place = here[split_rows(name)[0]]
+        with gather_to_read([place] if isinstance(place, nn.Parameter) else []):
+            own = kept_rows(name, place.detach())
+            if own.shape != tensor.shape or not torch.equal(tensor.to(own), own):
+                other.append(name)
+    if other:
+        raise UserError(
+            f"adapter.initial: {folder} holds {len(other)} tensors that are frozen in this run and differ from the "
+            f"base's: {sorted(other)[:3]}; train them as well, or merge the folder into its base (dora-vl merge)"
+        )
 
 
 def _refuse_another_meaning(model: nn.Module, folder: Path, found: Mapping[str, Tensor]) -> None:

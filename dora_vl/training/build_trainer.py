@@ -20,7 +20,7 @@ from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
 from dora_vl.training.launch import on_first_rank
 from dora_vl.training.memory_estimate import Activations, describe_plan
-from dora_vl.training.optim import LearningRates, learning_rates
+from dora_vl.training.optim import LearningRates, learning_rates, with_decay
 from dora_vl.training.recipe import OptimConfig
 from dora_vl.training.run_folder import LOSS_LOG, run_folder_of
 from dora_vl.training.task import Task, TrainingData
@@ -60,7 +60,7 @@ def build_trainer(
             SaveAfterValidation(),
         ],
         rates=_rates(config.optim, arguments),
-        parts=trained_parts(backbone.model),
+        parts=with_decay(trained_parts(backbone.model), config.optim.weight_decay_on),
         sampler=data.sampler,
         persistence=_persistence(task, backbone.model, run_folder, writes=arguments.process_index == 0),
         statistics=statistics,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
+
+Decayed = Literal["matrices", "all_but_biases"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,31 @@ def learning_rates(
     return LearningRates(default, {part: rate for part, rate in chosen.items() if rate is not None})
 
 
+def with_decay(parts: Sequence[TrainedPart], decayed: Decayed) -> tuple[TrainedPart, ...]:
+    """What trains, with the tensors that decay chosen anew.
+
+    Args:
+        decayed: `matrices`: as the list says. `all_but_biases`: every tensor that is not called bias, as VL-T5's
+            optimizer leaves out names with "bias" or "LayerNorm.weight", the second of which BART's names never have.
+    """
+    if decayed == "matrices":
+        return tuple(parts)
+    return tuple(
+        TrainedPart(part.name, chosen, weight_decay=not biases)
+        for part in parts
+        for biases in (False, True)
+        if (chosen := {name: one for name, one in part.parameters.items() if _is_bias(name) == biases})
+    )
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] == "bias"
+
+
 def parameter_groups(
     parts: Sequence[TrainedPart], rates: LearningRates, *, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer. Vectors (magnitudes, norms, biases) never decay, whatever `weight_decay` is.
+    """Groups for a torch optimizer. Vectors (magnitudes, norms, biases) do not decay, unless `with_decay` says so.
 
     Raises:
         UserError: a learning rate for a part that this run does not train.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from dora_vl.backbones.compose import ComposeSpec
 from dora_vl.backbones.template_table import TemplateName
 from dora_vl.core.config import Init, Method
+from dora_vl.training.optim import Decayed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,9 @@ class OptimConfig:
     loss_normalisation: Literal["micro_batch", "step_tokens"] = "micro_batch"
     """micro_batch: mean over a micro-batch's labelled tokens, then over accumulation and ranks (as LLaVA);
     step_tokens: one mean over all labelled tokens of the step."""
+    weight_decay_on: Decayed = "matrices"
+    """What training.weight_decay shrinks. matrices: vectors (magnitudes, norms, biases) never; all_but_biases:
+    magnitudes and norm weights too, as the published VL-BART runs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ class Seq2SeqTask(TaskModel):
         """`loss` and `labelled_tokens`.
 
         Args:
-            sample_weights: each sample's weight over the number of samples of the step (`samples`).
+            sample_weights: each sample's weight over the number of usable samples of the step (`samples`).
             normalise_by: `samples`: a sample's mean over its tokens times its weight, added up; `tokens`: all tokens
                 alike, over `num_items_in_batch`, the labelled tokens of the step.
         """

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dora_vl.core import TrainedPart
 from dora_vl.core.folder_replacing import replace_folder
+from dora_vl.data.seq2seq import over_step
 from dora_vl.errors import UserError
 from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.checkpoints import STATE_FILE, WRITING, drop_old_checkpoints
@@ -96,7 +97,7 @@ class AdapterTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         """The step's micro-batches, with their bookkeeping taken out and counted."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return [self.statistics.take(batch) for batch in batches], items
+        return [self.statistics.take(batch) for batch in over_step(batches, device)], items
 
     # ---- validation
 

@@ -65,7 +65,8 @@ class VlBartDataConfig:
     """Takes what does not fit from the subtitles; false cuts the end of the text, question and choices with it, as
     the published video runs do."""
     max_bad_share: float = 0.001
-    """Largest share of unusable samples (missing features, no answer...) that is skipped; above it the run stops."""
+    """Largest share of unusable samples (missing features, no answer...) that is skipped; above it the run stops. A
+    test that has more of them does not begin."""
     workers: int = 4
     """Processes that read and prepare samples on each rank; 0 does it in the training process."""
     limit: int | None = None

@@ -82,7 +82,7 @@ class VlBartTask(Task):
         make_base(compose_vlbart, self.config.model.compose, self.config.model.base, arguments)
         if self.config.evaluation.files:
             width = VlBartConfig.from_pretrained(self.config.model.base).feature_width
-            check_tests(self._tested(files, width), self.encoder())
+            check_tests(self._tested(files, width), self.encoder(), max_bad_share=self.config.data.max_bad_share)
 
     def load(self) -> VlBartBackbone:
         """The VL-BART."""
@@ -248,6 +248,7 @@ def named_settings(config: VlBartRunConfig) -> dict[str, Any]:
         "choice_by_likelihood": config.evaluation.choice_by_likelihood,
         "mixing": config.data.mixing,
         "batch_size": config.data.batch_size,
+        "weight_decay_on": config.optim.weight_decay_on,
     }
 
 

@@ -6,25 +6,26 @@ a picture, and VALUE's folder of one `.npz` a video. `open_features` tells them 
 
 from __future__ import annotations
 
+import math
 import zipfile
-from collections import OrderedDict
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dora_vl.data.feature_input import Part
+from dora_vl.data.feature_input import Part, Stored
 from dora_vl.errors import BadSample, UserError
+from dora_vl.vision.feature_parquet import FEATURES, ParquetFeatures, absent
 
-ID, FEATURES, SHAPE, INDICES = "id", "features", "shape", "frame_indices"
-START, END = "start_seconds", "end_seconds"
-CACHE_BYTES = 256 * 2**20
-OPEN_SHARDS = 64  # each keeps its list of groups, about a megabyte
+_DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+"""What numpy and h5py raise on files that are damaged or hold something else."""
+Taken = TypeVar("Taken")
 
 
 @runtime_checkable
@@ -47,11 +48,11 @@ class FeatureSource(Protocol):
         """
         ...
 
-    def frames(self, name: str) -> int:
-        """How many frames these features are of; where nothing says it, each token is one.
+    def stored(self, name: str) -> Stored:
+        """What these features are, without reading them; where nothing says it, each token is one frame.
 
         Raises:
-            BadSample: as in `read`.
+            BadSample: there are none, or what says it cannot be read.
         """
         ...
 
@@ -80,146 +81,19 @@ def open_features(folder: Path) -> FeatureSource:
 
 
 @dataclass(frozen=True)
-class _Place:
-    shard: int
-    group: int
-    row: int
-    part: Part | None = None
-
-
-class ParquetFeatures:
-    """Parquet shards with the columns `id` and `features`.
-
-    Ours hold each row's numbers in one list, with their `shape` beside; VL-Adapter's hold nested lists of fixed sizes.
-    Groups of rows that were read last stay in memory, up to `cache_bytes`, and the shards used last stay open.
-    """
-
-    def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
-        import pyarrow.parquet as parquet
-
-        self._folder = folder
-        self._shards = sorted(folder.glob("*.parquet"))
-        self._cache_bytes = cache_bytes
-        self._groups: OrderedDict[tuple[int, int], _Group] = OrderedDict()
-        self._open: OrderedDict[int, Any] = OrderedDict()
-        self._places: dict[str, _Place] = {}
-        for number, shard in enumerate(self._shards):
-            with parquet.ParquetFile(shard) as opened:
-                missing = {ID, FEATURES} - set(opened.schema_arrow.names)
-                if missing:
-                    raise UserError(f"{shard} has no column {sorted(missing)[0]!r}, so it holds no features")
-                for group in range(opened.num_row_groups):
-                    self._places.update(_places(opened, number, group))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-    def names(self) -> Iterator[str]:
-        """See `FeatureSource`."""
-        return iter(self._places)
-
-    def read(self, name: str) -> Float[Tensor, "tokens width"]:
-        """See `FeatureSource`."""
-        place = self._places.get(name)
-        if place is None:
-            raise _absent(name, self._folder)
-        return self._group(place).row(place.row)
-
-    def frames(self, name: str) -> int:
-        """See `FeatureSource`; ours say which frames they are of, and none for a picture."""
-        tokens = len(self.read(name))
-        place = self._places[name]
-        counts = self._group(place).frames
-        return tokens if counts is None else max(1, counts[place.row])
-
-    def part(self, name: str) -> Part | None:
-        """See `FeatureSource`."""
-        place = self._places.get(name)
-        return None if place is None else place.part
-
-    def _group(self, place: _Place) -> _Group:
-        key = (place.shard, place.group)
-        if key not in self._groups:
-            self._groups[key] = _read_group(self._opened(place.shard), place.group, self._shards[place.shard])
-            while len(self._groups) > 1 and sum(group.bytes for group in self._groups.values()) > self._cache_bytes:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key]
-
-    def _opened(self, shard: int) -> Any:
-        import pyarrow.parquet as parquet
-
-        if shard not in self._open:
-            self._open[shard] = parquet.ParquetFile(self._shards[shard])
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(shard)
-        return self._open[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_groups": OrderedDict(), "_open": OrderedDict()}
-
-
-def _places(shard: Any, number: int, group: int) -> Iterator[tuple[str, _Place]]:
-    """Names in a group of an open shard and where each is; shards made before parts were kept do not say them."""
-    columns = [name for name in (ID, START, END) if name in shard.schema_arrow.names]
-    for row, entry in enumerate(shard.read_row_group(group, columns=columns).to_pylist()):
-        yield str(entry[ID]), _Place(number, group, row, (entry[START], entry[END]) if START in entry else None)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Rows of one group: all numbers in one array, where each row begins, its shape, and its frames if that is said."""
-
-    numbers: np.ndarray
-    starts: np.ndarray
-    shapes: list[list[int]]
-    frames: list[int] | None = None
-
-    @property
-    def bytes(self) -> int:
-        return self.numbers.nbytes
-
-    def row(self, number: int) -> Tensor:
-        shape = self.shapes[number]
-        start = int(self.starts[number])
-        values = self.numbers[start : start + int(np.prod(shape))]
-        return torch.from_numpy(values.copy()).view(-1, shape[-1])
-
-
-def _read_group(opened: Any, group: int, shard: Path) -> _Group:
-    import pyarrow as pa
-
-    columns = [name for name in (FEATURES, SHAPE, INDICES) if name in opened.schema_arrow.names]
-    table = opened.read_row_group(group, columns=columns)
-    column = table[FEATURES].combine_chunks()
-    rows, fixed = len(column), []
-    starts = column.offsets.to_numpy() if pa.types.is_list(column.type) else None
-    while pa.types.is_nested(column.type):
-        if pa.types.is_fixed_size_list(column.type):
-            fixed.append(column.type.list_size)
-        column = column.flatten()
-    numbers = column.to_numpy(zero_copy_only=False)
-    if SHAPE in columns and starts is not None:
-        frames = [len(indices) for indices in table[INDICES].to_pylist()] if INDICES in columns else None
-        return _Group(numbers, starts - starts[0], table[SHAPE].to_pylist(), frames)
-    if not fixed or np.prod(fixed) * rows != len(numbers):
-        raise UserError(f"{shard}: column {FEATURES!r} has rows of different lengths and no column {SHAPE!r}")
-    return _Group(numbers, np.arange(rows) * int(np.prod(fixed)), [fixed] * rows)
-
-
-@dataclass(frozen=True)
 class FilePerName:
     """A folder with one file for each picture or video, under its name.
 
     Attributes:
         suffix: of those files.
-        load: what a file holds for a name; it may raise OSError, KeyError, ValueError and BadZipFile.
+        load: what a file holds for a name; it may raise what `_DAMAGE` names.
+        shape_of: its shape and dtype, from the file's header alone; likewise.
     """
 
     folder: Path
     suffix: str
     load: Callable[[Path, str], np.ndarray]
+    shape_of: Callable[[Path, str], tuple[tuple[int, ...], np.dtype]]
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).is_file()
@@ -230,22 +104,29 @@ class FilePerName:
 
     def read(self, name: str) -> Float[Tensor, "tokens width"]:
         """See `FeatureSource`."""
-        path = self._path(name)
-        if not path.is_file():
-            raise _absent(name, self.folder)
-        try:
-            values = self.load(path, name)
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise BadSample(name, f"features {path.name} in {self.folder} cannot be read: {error}") from None
-        return _two_axes(torch.from_numpy(values), name)
+        values = self._of(name, self.load)
+        _refuse_no_table(values.shape, values.dtype, name)
+        return torch.from_numpy(values).flatten(0, -2)
 
-    def frames(self, name: str) -> int:
+    def stored(self, name: str) -> Stored:
         """See `FeatureSource`."""
-        return len(self.read(name))
+        shape, dtype = self._of(name, self.shape_of)
+        _refuse_no_table(shape, dtype, name)
+        tokens = math.prod(shape[:-1])
+        return Stored(tokens, shape[-1], tokens)
 
     def part(self, name: str) -> Part | None:
         """See `FeatureSource`."""
         return None
+
+    def _of(self, name: str, take: Callable[[Path, str], Taken]) -> Taken:
+        path = self._path(name)
+        if not path.is_file():
+            raise absent(name, self.folder)
+        try:
+            return take(path, name)
+        except _DAMAGE as error:
+            raise BadSample(name, f"features {path.name} in {self.folder} cannot be read: {error}") from None
 
     def _path(self, name: str) -> Path:
         if not name or "/" in name or "\\" in name or "\0" in name:
@@ -255,12 +136,12 @@ class FilePerName:
 
 def hdf5_features(folder: Path) -> FilePerName:
     """VL-Adapter's tree: `<name>.h5` for each picture, in it a group of that name with `features`. Needs h5py."""
-    return FilePerName(folder, ".h5", _load_hdf5)
+    return FilePerName(folder, ".h5", _load_hdf5, _shape_in_hdf5)
 
 
 def npz_features(folder: Path) -> FilePerName:
     """VALUE's folder: `<name>.npz` for each video, in it an array `features`."""
-    return FilePerName(folder, ".npz", _load_npz)
+    return FilePerName(folder, ".npz", _load_npz, _shape_in_npz)
 
 
 def _load_hdf5(path: Path, name: str) -> np.ndarray:
@@ -271,16 +152,27 @@ def _load_hdf5(path: Path, name: str) -> np.ndarray:
         return np.asarray(stored)
 
 
+def _shape_in_hdf5(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    import h5py
+
+    with h5py.File(path, "r") as opened:
+        stored: Any = opened[f"{name}/{FEATURES}"]
+        return tuple(stored.shape), stored.dtype
+
+
 def _load_npz(path: Path, name: str) -> np.ndarray:
     with np.load(path, allow_pickle=False) as opened:
         return opened[FEATURES]
 
 
-def _absent(name: str, folder: Path) -> BadSample:
-    return BadSample(name, f"{folder} holds no features of {name}; python -m data_prep.features computes them")
+def _shape_in_npz(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    with zipfile.ZipFile(path) as archive, archive.open(f"{FEATURES}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(member)
+        return shape, dtype
 
 
-def _two_axes(values: Tensor, name: str) -> Tensor:
-    if values.dim() < 2 or not values.dtype.is_floating_point:
-        raise BadSample(name, f"features of {name} are {values.dtype} of shape {tuple(values.shape)}, not a table")
-    return values.flatten(0, -2)
+def _refuse_no_table(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
+    if len(shape) < 2 or not np.issubdtype(dtype, np.floating):
+        raise BadSample(name, f"features of {name} are {dtype} of shape {tuple(shape)}, not a table of numbers")

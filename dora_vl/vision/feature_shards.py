@@ -17,7 +17,7 @@ from torch import Tensor
 from dora_vl.data.examples import whole_file
 from dora_vl.data.feature_input import Part
 from dora_vl.errors import UserError
-from dora_vl.vision.feature_files import END, FEATURES, ID, INDICES, SHAPE, START, ParquetFeatures
+from dora_vl.vision.feature_parquet import END, FEATURES, ID, INDICES, SHAPE, START, ParquetFeatures
 
 BACKEND, TIMES = "backend", "timestamps"
 SETTINGS_FILE = "settings.json"

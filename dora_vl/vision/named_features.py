@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dora_vl.data.feature_input import Part
+from dora_vl.data.feature_input import Part, Stored
 from dora_vl.errors import BadSample
 from dora_vl.vision.feature_files import open_features
 
@@ -30,21 +31,28 @@ class NamedFeatures:
         """The features of one file, in float32.
 
         Raises:
-            BadSample: there are none, or of another width.
+            BadSample: there are none, or of another width, or they are no numbers.
         """
         features = self._source.read(Path(path).stem).float()
-        if features.shape[1] != self.shape[1]:
-            reason = f"its features in {self.folder} have {features.shape[1]} numbers a token; the model takes "
-            raise BadSample(path, f"{reason}{self.shape[1]}")
+        self._refuse_other_width(path, features.shape[1])
+        if not bool(torch.isfinite(features).all()):
+            raise BadSample(path, f"its features in {self.folder} hold NaN or infinity; compute them again")
         return features
 
-    def frames(self, path: str) -> int:
-        """How many frames a file's features are of; 1 for a picture.
+    def stored(self, path: str) -> Stored:
+        """What a file's features are, without reading them; a picture's are of one frame.
 
         Raises:
-            BadSample: there are none.
+            BadSample: there are none, or of another width.
         """
-        return self._source.frames(Path(path).stem)
+        found = self._source.stored(Path(path).stem)
+        self._refuse_other_width(path, found.width)
+        return found
+
+    def _refuse_other_width(self, path: str, width: int) -> None:
+        if width != self.shape[1]:
+            reason = f"its features in {self.folder} have {width} numbers a token; the model takes {self.shape[1]}"
+            raise BadSample(path, reason)
 
     def part(self, path: str) -> Part | None:
         """The part of a video that a file's features are of; None where nothing says it."""

@@ -15,7 +15,8 @@ from dora_vl.backbones.vlbart_names import as_original, load_original, original_
 from dora_vl.core import load_adapter
 from dora_vl.errors import UserError
 from dora_vl.interchange.adapter import write_adapter
-from dora_vl.interchange.foreign import LAYOUTS, to_adapter
+from dora_vl.interchange.foreign import to_adapter
+from dora_vl.interchange.foreign_layouts import LAYOUTS
 from tests.backbones.tiny_vlbart import batch, tiny
 
 

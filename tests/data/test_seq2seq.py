@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_prep.video_captions import convert_clip
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
-from dora_vl.data.feature_input import features_of, fixed_length
+from dora_vl.data.feature_input import Stored, features_of, fixed_length
 from dora_vl.data.mixture import MixturePlan, Source
-from dora_vl.data.seq2seq import MixtureDataset, Seq2SeqCollator
+from dora_vl.data.seq2seq import MixtureDataset, Prompt, Seq2SeqCollator, over_step
 from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter
 from dora_vl.vision.named_features import NamedFeatures
@@ -36,8 +37,8 @@ class Features:
             raise BadSample(path, "no features")
         return torch.full((4, 3), float(len(path)))
 
-    def frames(self, path: str) -> int:
-        return 1
+    def stored(self, path: str) -> Stored:
+        return Stored(4, 3, 1)
 
     def part(self, path: str) -> None:
         return None
@@ -49,7 +50,7 @@ def encoder() -> Seq2SeqEncoder:
 
 
 def text(encoder: Seq2SeqEncoder, ids: Tensor) -> str:
-    return encoder.tokenizer.decode(ids.tolist())
+    return str(encoder.tokenizer.decode(ids.tolist()))
 
 
 VIDEO = Example(
@@ -103,6 +104,49 @@ def test_the_published_texts(encoder: Seq2SeqEncoder) -> None:
     assert ids[0] == 0
     assert ids[-1] == 2
     assert cut > 0
+
+
+def said_by(prompt: Prompt) -> str:
+    return prompt.subtitles_before + prompt.subtitles + prompt.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "heard"),
+    [((), "[Subs] "), (("hello", " you there "), "[Subs] hello you there"), (("hello", ""), "[Subs] hello ")],
+    ids=["nothing is said", "two lines", "an empty line"],
+)
+def test_video_texts_are_the_published_ones_to_the_last_space(
+    encoder: Seq2SeqEncoder, lines: tuple[str, ...], heard: str
+) -> None:
+    """VL-Adapter joins `[Subs] `, the stripped lines, the stripped question, the times and the choices by spaces."""
+    shared = {"id": "1", "video": Clip(path="a.mp4"), "subtitles": tuple(Subtitle(line) for line in lines)}
+    question = Example(
+        **shared, question=" who comes in?\n", choices=(" ann. ", "ben"), extra={"ts": "1.5-2.5", "correct": 0}
+    )
+    clip = Example(**shared, extra={"ts": [1.5, 2.5]})
+    tail = "[Q] who comes in? [TS] (1.5-2.5) [Choices] a0: ann. a1: ben."
+    tasks = vlbart_video.subtasks()
+    for name, example, expected in (
+        ("tvqa", question, f"{heard} {tail} tvqa: "),
+        ("how2qa", question, f"{heard} {tail} how2qa: "),
+        ("tvc", clip, f"{heard} [TS] ([1.5, 2.5]) tvc: "),
+        ("yc2c", clip, f"{heard} yc2c: "),
+    ):
+        prompt = tasks[name].prompt(example)
+        assert said_by(prompt) == expected
+        whole = encoder.tokenizer(expected).input_ids
+        assert encoder.encode(prompt, max_tokens=600)[0].tolist() == whole  # in pieces as at once
+
+
+def test_a_descriptions_leading_space_is_in_its_first_token(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
+    """TVC's descriptions as its files have them, some with a space before them."""
+    row = {"clip_id": 7, "vid_name": "a", "descs": [{"desc": " hello is it"}, {"desc": "hello"}, {"desc": " "}]}
+    write_examples(tmp_path / "tvc.jsonl", [convert_clip(row, answered=True)])
+    file, task = ExampleFile(tmp_path / "tvc.jsonl", each_answer=True), vlbart_video.subtasks()["tvc"]
+    said = [task.target(file[place], file.answer_of(place), Random(0)).text for place in range(len(file))]
+    assert said == [" hello is it", "hello"]
+    first = encoder.tokenizer.convert_ids_to_tokens(encoder.labels(said[0], max_tokens=20).tolist())[1]
+    assert first == "\u0120hello"
 
 
 def test_an_answer_is_drawn_as_often_as_its_score_says_and_weighs_so() -> None:
@@ -185,7 +229,7 @@ def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Pa
         ExampleFile(tmp_path / "none.jsonl")
 
 
-def test_a_batch_weighs_by_the_whole_step_and_names_what_it_skips(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
+def test_a_batch_counts_what_is_usable_and_names_what_it_skips(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
     pictures = ("a.png", "missing.png", "bb.png", "ccc.png", "d.png")
     examples = [
         Example(id=str(n), images=(name,), question="is it red?", answers=(Answer(text="red", weight=0.5),))
@@ -199,7 +243,11 @@ def test_a_batch_weighs_by_the_whole_step_and_names_what_it_skips(encoder: Seq2S
     batches = [collate([data[number]]) for number in range(len(data))]
     assert sum(batch["samples"] for batch in batches) == 4
     assert [name for batch in batches for name, _ in batch["skipped"]] == ["1"]
-    assert sum(float(batch["sample_weights"].sum()) for batch in batches) == pytest.approx(0.5 * 4 / 5)
+    assert {float(batch["sample_weights"].sum()) for batch in batches if batch["samples"]} == {0.5}
+    shared = over_step(batches, torch.device("cpu"))
+    assert [float(batch["sample_weights"].sum()) for batch in shared] == pytest.approx(
+        [0.5 * batch["samples"] / 4 for batch in batches]
+    )
     nothing = [batch for batch in batches if batch["samples"] == 0]
     assert len(nothing) == 2  # five items in six parts, one of them skipped
     assert all(bool((batch["labels"] == -100).all()) for batch in nothing)

@@ -8,9 +8,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from dora_vl.errors import UserError
+from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.vlbart_compose import small_tokenizer
+from dora_vl.data.example_file import ExampleFile
+from dora_vl.data.examples import Answer, Example, write_examples
+from dora_vl.data.feature_input import Stored
+from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.seq2seq_check import check_tests
 from dora_vl.training.command_line import read_settings
 from dora_vl.training.run import run
 from dora_vl.training.vlbart_recipe import VlBartRunConfig
@@ -59,6 +67,27 @@ def other_features(data: Path) -> None:
     (data / "other" / "x.npz").write_bytes((data / "features" / "p0.npz").read_bytes())
 
 
+def gone(data: Path) -> None:
+    (data / "features" / "p5.npz").unlink()
+
+
+def cut_short(data: Path) -> None:
+    path = data / "features" / "p5.npz"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def with_other_tokens(data: Path) -> None:
+    np.savez(data / "features" / "p5.npz", features=np.zeros((9, 8), np.float16))
+
+
+def with_other_width(data: Path) -> None:
+    np.savez(data / "features" / "p5.npz", features=np.zeros((4, 9), np.float16))
+
+
+def not_finite(data: Path) -> None:
+    np.savez(data / "features" / "p5.npz", features=np.full((4, 8), np.nan, np.float16))
+
+
 @pytest.mark.parametrize(
     ("spoil", "tested", "overrides", "told"),
     [
@@ -70,9 +99,24 @@ def other_features(data: Path) -> None:
             r"sample odd: .*odd\.jsonl, line 8: 'images' must be a list",
         ),
         (unlabelled, "nlvr2", (), r"1 examples have no label, first dev-4-0-0"),
-        (other_features, "gqa", ("--evaluation.features.gqa={data}/other",), r"gqa\.jsonl: not one .* gqa-0: .*p0"),
+        (
+            other_features,
+            "gqa",
+            ("--evaluation.features.gqa={data}/other",),
+            r"gqa\.jsonl: not one of 7 examples can be asked \(gqa-0, gqa-1, gqa-2, \.\.\.\); the first: .*p0",
+        ),
+        (gone, "gqa", (), r"gqa\.jsonl: 1 of 7 examples cannot be asked \(gqa-5\); the first: .* no features of p5"),
+        (cut_short, "tvqa", (), r"tvqa\.jsonl: 1 of 7 examples cannot be asked \(tvqa-5\); .*p5\.npz in .*be read"),
+        (
+            with_other_tokens,
+            "nlvr2",
+            (),
+            r"2 of 7 .* \(dev-4-0-0, dev-5-0-0\); the first: its pictures have 4 and 9 tokens; data\.feature_tok",
+        ),
+        (with_other_width, "gqa", (), r"1 of 7 .*\(gqa-5\); .* have 9 numbers a token; the model takes 8"),
+        (not_finite, "gqa", (), r"gqa\.jsonl: 1 of 7 whose features were read cannot be asked \(gqa-5\); .* hold NaN"),
     ],
-    ids=["file", "record", "label", "features"],
+    ids=["file", "record", "label", "all features", "missing", "cut short", "tokens", "width", "content"],
 )
 def test_what_the_test_lacks_is_told_before_training(
     data: Path, spoil: Callable[[Path], None], tested: str, overrides: tuple[str, ...], told: str
@@ -81,6 +125,57 @@ def test_what_the_test_lacks_is_told_before_training(
     with pytest.raises(UserError, match=told):
         run(task(data, (tested,), *(one.format(data=data) for one in overrides)))
     assert not (data.parent / "run" / "log.jsonl").exists()
+
+
+class Index:
+    """A folder's index that knows every picture; reading is counted, and one file is damaged."""
+
+    shape = (4, 8)
+
+    def __init__(self, damaged: str = "") -> None:
+        self.damaged = damaged
+        self.looked_up: list[str] = []
+        self.opened: list[str] = []
+
+    def stored(self, path: str) -> Stored:
+        self.looked_up.append(path)
+        return Stored(4, 8, 4)
+
+    def read(self, path: str) -> torch.Tensor:
+        self.opened.append(path)
+        if path == self.damaged:
+            raise BadSample(path, "damaged " + "x" * 900)
+        return torch.zeros(4, 8)
+
+    def part(self, path: str) -> None:
+        return None
+
+
+def test_all_are_looked_up_and_some_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """1,000 records: the index is asked for each, the features of at most 64 are read, from first to last."""
+    name = "n" * 90
+    examples = [
+        Example(id=f"{name}{n}", images=(f"p{n}.png",), question="what?", answers=(Answer(text="red"),))
+        for n in range(1000)
+    ]
+    write_examples(tmp_path / f"{name}.jsonl", examples)
+    gqa, file = all_subtasks()["gqa"], ExampleFile(tmp_path / f"{name}.jsonl")
+    encoder, index = Seq2SeqEncoder(small_tokenizer(iter(["what? red"] * 4), vocabulary=300)), Index()
+    check_tests([(gqa, file, index)], encoder, max_bad_share=0.0)
+    assert index.looked_up == [f"p{n}.png" for n in range(1000)]
+    assert 50 <= len(index.opened) <= 64
+    numbers = [int(path.strip("p.ng")) for path in index.opened]
+    assert numbers == sorted(numbers)
+    assert numbers[0] < 20
+    assert numbers[-1] > 980
+    damaged = Index(damaged=index.opened[7])
+    with pytest.raises(
+        UserError, match=r"1 of \d\d whose features were read cannot be asked .* data.max_bad_share"
+    ) as told:
+        check_tests([(gqa, file, damaged)], encoder, max_bad_share=0.001)
+    assert len(str(told.value)) <= 500
+    check_tests([(gqa, file, damaged)], encoder, max_bad_share=0.1)
+    assert "they will count as wrong" in caplog.text
 
 
 @pytest.mark.parametrize("tested", ["coco_caption", "tvc"])

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dora_vl.errors import UserError
 from dora_vl.training.callbacks import read_log
@@ -48,6 +50,7 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
         "choice_by_likelihood": True,
         "mixing": "proportional",
         "batch_size": 21,
+        "weight_decay_on": "matrices",
     }
     said = [json.loads(line) for line in (folder / "predictions" / "nlvr2.jsonl").read_text().splitlines()]
     assert {one["answer"] for one in said} <= {"true", "false"}
@@ -57,6 +60,32 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
     recipe = json.loads((folder / "adapter" / "recipe.json").read_text())
     assert recipe["backbone"] == "vlbart"
     assert sorted(recipe["tasks"]) == sorted(tasks)
+
+
+def test_magnitudes_and_norms_decay_where_the_settings_say_so(tmp_path: Path) -> None:
+    """One step of plain SGD: what decays has moved by the rate times the decay times itself more."""
+    data, found = write_vlbart_data(tmp_path / "data"), {}
+    for decayed in ("matrices", "all_but_biases"):
+        file = write_vlbart_run(
+            tmp_path / f"{decayed}.yaml",
+            data,
+            ("vqav2",),
+            optim={"weight_decay_on": decayed},
+            training={"use_cpu": True, "weight_decay": 0.5},
+        )
+        config = read_settings([f"--config={file}"], VlBartRunConfig)
+        assert run(VlBartTask(config, all_subtasks(), name="tiny")) is None
+        found[decayed] = load_file(tmp_path / decayed / "adapter" / "adapter_model.safetensors")
+    base = load_file(data / "base" / "model.safetensors")
+    layer = "model.encoder.layers.0.self_attn"
+    for name, before in {
+        f"{layer}.q_proj.lora_magnitude_vector": base[f"{layer}.q_proj.weight"].norm(dim=1),
+        f"{layer}_layer_norm.weight": base[f"{layer}_layer_norm.weight"],
+        f"{layer}_layer_norm.bias": torch.zeros(16),
+        f"{layer}.v_proj.lora_B.weight": torch.zeros(16, 2),
+    }.items():
+        plain, decayed = (one[f"base_model.model.{name}"] for one in found.values())
+        torch.testing.assert_close(plain - decayed, 0.05 * 0.5 * before.view(plain.shape), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -100,3 +100,49 @@ def test_a_folder_without_factors_needs_no_configuration(tmp_path: Path) -> None
     started, ended = model(), moved(whole)
     adapt(started, config, initial=str(tmp_path / "adapter"))
     assert torch.equal(started.get_parameter("second.weight"), ended.get_parameter("second.weight"))
+
+
+KEPT = replace(CONFIG, targets=("first",), alpha_pattern={}, also_keep=("table.weight[-3:]",))
+
+
+def with_table(seed: int) -> nn.Module:
+    made = model()
+    torch.manual_seed(seed)
+    made.add_module("table", nn.Embedding(7, 4))
+    return made
+
+
+def test_rows_that_a_folder_carries_are_taken_over(tmp_path: Path) -> None:
+    """As a VL-BART's picture tokens: random, frozen, and other ones in every base."""
+    ended, started = with_table(1), with_table(2)
+    adapt(ended, KEPT)
+    save_adapter(ended, tmp_path / "adapter")
+    own = started.get_parameter("table.weight").detach().clone()
+    adapt(started, KEPT, initial=str(tmp_path / "adapter"))
+    expected = torch.cat([own[:-3], ended.get_parameter("table.weight")[-3:]])
+    assert torch.equal(started.get_parameter("table.weight"), expected)
+
+
+def test_rows_that_a_folder_carries_go_into_a_table_that_trains(tmp_path: Path) -> None:
+    ended, started = with_table(1), with_table(2)
+    adapt(ended, KEPT)
+    save_adapter(ended, tmp_path / "adapter")
+    adapt(
+        started, replace(KEPT, also_keep=(), also_train={"table": ("table.weight",)}), initial=str(tmp_path / "adapter")
+    )
+    assert torch.equal(started.get_parameter("table.weight")[-3:], ended.get_parameter("table.weight")[-3:])
+
+
+def test_frozen_tensors_of_a_folder_must_be_the_bases(tmp_path: Path) -> None:
+    """They would not be in the run's own folder: the base alone can hold them."""
+    ended = model()
+    adapt(ended, replace(CONFIG, targets=("first",), alpha_pattern={}, also_train={"head": ("second.bias",)}))
+    save_adapter(ended, tmp_path / "adapter")
+    without = replace(CONFIG, targets=("first",), alpha_pattern={})
+    adapt(model(), without, initial=str(tmp_path / "adapter"))  # untrained: as in the base
+    with torch.no_grad():
+        ended.get_parameter("second.bias")[2] += 0.5
+    save_adapter(ended, tmp_path / "adapter")
+    told = r"holds 1 tensors that are frozen in this run and differ from the base's: \['second.bias'\]; train them"
+    with pytest.raises(UserError, match=told):
+        adapt(model(), without, initial=str(tmp_path / "adapter"))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, also_trained
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.errors import UserError
-from dora_vl.training.optim import learning_rates, parameter_groups
+from dora_vl.training.optim import Decayed, learning_rates, parameter_groups, with_decay
+from tests.backbones.tiny_vlbart import tiny
 
 
 def adapted() -> nn.Module:
@@ -48,3 +50,43 @@ def test_a_rate_for_a_part_that_does_not_train_is_refused() -> None:
     apply_dora(model, DoRAConfig(targets=("0",), rank=2))
     with pytest.raises(UserError, match="a learning rate is set for projector"):
         parameter_groups(trained_parts(model), learning_rates(1e-3, projector=1e-5), weight_decay=0.0)
+
+
+DECODER = ("self_attn", "encoder_attn")
+ATTENTIONS = (
+    *((f"model.encoder.layers.{n}", "self_attn") for n in (0, 1)),
+    *((f"model.decoder.layers.{n}", attention) for n in (0, 1) for attention in DECODER),
+)
+VISION = "model.encoder.visual_embedding"
+MATRICES = {
+    *(f"{layer}.{attention}.{p}_proj.lora_{f}" for layer, attention in ATTENTIONS for p in "qv" for f in "AB"),
+    f"{VISION}.feat_embedding.0.weight",
+    f"{VISION}.absolute_vis_pos_embedding.0.weight",
+    f"{VISION}.img_order_embedding.weight",
+}
+VECTORS = {
+    *(f"{layer}.{attention}.{p}_proj.magnitude" for layer, attention in ATTENTIONS for p in "qv"),
+    *(f"{layer}.{attention}_layer_norm.weight" for layer, attention in ATTENTIONS),
+    *(f"model.{side}.layers.{n}.final_layer_norm.weight" for side in ("encoder", "decoder") for n in (0, 1)),
+    *(f"model.{side}.layernorm_embedding.weight" for side in ("encoder", "decoder")),
+    f"{VISION}.feat_embedding.1.weight",
+    f"{VISION}.absolute_vis_pos_embedding.1.weight",
+}
+"""What decays in VL-T5's optimizer beside the matrices: all whose name has neither "bias" nor "LayerNorm.weight"."""
+
+
+@pytest.mark.parametrize(("decayed", "expected"), [("matrices", MATRICES), ("all_but_biases", MATRICES | VECTORS)])
+def test_what_decays_in_a_vlbart_as_in_the_published_image_run(decayed: Decayed, expected: set[str]) -> None:
+    model = tiny()
+    trained = also_trained(model.settings, biases=True, norm_weights=True)
+    apply_dora(model, DoRAConfig(targets=DORA_TARGETS, rank=2, also_train=trained, also_keep=KEPT_ROWS))
+    names = {id(one): name for name, one in model.named_parameters()}
+    parts = with_decay(trained_parts(model), decayed)
+    groups = parameter_groups(parts, learning_rates(1e-3, magnitude=5e-4), weight_decay=0.01)
+    found = {names[id(one)]: group["weight_decay"] for group in groups for one in group["params"]}
+    assert len(VECTORS) == 26
+    assert len(found) == 101 == sum(len(group["params"]) for group in groups)
+    assert {name for name, decay in found.items() if decay == 0.01} == expected
+    assert {decay for name, decay in found.items() if name not in expected} == {0.0}
+    rates = {names[id(one)]: group["lr"] for group in groups for one in group["params"]}
+    assert {name for name, rate in rates.items() if rate == 5e-4} == {n for n in VECTORS if n.endswith("magnitude")}

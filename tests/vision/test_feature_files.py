@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dora_vl.errors import BadSample, UserError
-from dora_vl.vision import feature_files
+from dora_vl.vision import feature_parquet
 from dora_vl.vision.feature_files import ParquetFeatures, open_features
 from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter, written
 
@@ -36,7 +36,7 @@ def test_rows_of_different_lengths_come_back(tmp_path: Path) -> None:
         read = source.read(row.name)
         assert read.dtype == torch.float16
         torch.testing.assert_close(read, row.features.half(), rtol=0, atol=0)
-        assert source.frames(row.name) == len(row.indices)
+        assert source.stored(row.name).frames == len(row.indices)
     assert len(list(tmp_path.glob("*.parquet"))) > 1
     again = pickle.loads(pickle.dumps(source))
     assert torch.equal(again.read("v3"), source.read("v3"))
@@ -114,7 +114,7 @@ def test_only_so_many_shards_stay_open(tmp_path: Path, monkeypatch: pytest.Monke
     for row in rows(6):
         writer.add(row)
     writer.flush()
-    monkeypatch.setattr(feature_files, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(feature_parquet, "OPEN_SHARDS", 2)
     source = ParquetFeatures(tmp_path, cache_bytes=1)
     for row in [*rows(6), *rows(6)]:
         assert torch.equal(source.read(row.name), row.features.half())
@@ -155,7 +155,7 @@ def test_values_npz(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes((tmp_path / "clip_1.npz").read_bytes()[:200])
     source = open_features(tmp_path)
     assert torch.equal(source.read("clip_1"), values)
-    assert source.frames("clip_1") == 13
+    assert source.stored("clip_1").frames == 13
     for name, reason in (("wrong", "cannot be read"), ("cut", "cannot be read"), ("flat", "not a table")):
         with pytest.raises(BadSample, match=reason):
             source.read(name)
@@ -182,3 +182,50 @@ def test_a_folder_without_features_is_refused(tmp_path: Path) -> None:
         open_features(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         open_features(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("form", ["ours", "fixed", "npz", "h5"])
+def test_what_is_stored_is_known_without_reading_it(tmp_path: Path, form: str) -> None:
+    values = made(3, 6, 4, 5).half()  # six frames of four tokens
+    if form == "ours":
+        writer = FeatureWriter(tmp_path, {})
+        writer.add(FeatureRow("other", made(1, 2, 5), "pyav"))
+        writer.add(FeatureRow("v", values, "pyav", tuple(range(6)), tuple(map(float, range(6)))))
+        writer.flush()
+    elif form == "fixed":
+        flat = pa.array(np.concatenate([values.flatten(), values.flatten()]))
+        nested = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(flat, 5), 24)
+        parquet.write_table(pa.table({"id": ["other", "v"], "features": nested}), tmp_path / "a.parquet")
+    elif form == "npz":
+        np.savez_compressed(tmp_path / "v.npz", features=values.numpy())
+    else:
+        with pytest.importorskip("h5py").File(tmp_path / "v.h5", "w") as file:
+            file["v/features"] = values.numpy()
+    source = open_features(tmp_path)
+    stored = source.stored("v")
+    assert (stored.tokens, stored.width) == tuple(source.read("v").shape) == (24, 5)
+    assert stored.frames == (6 if form == "ours" else 24)
+    with pytest.raises(BadSample, match="holds no features of absent"):
+        source.stored("absent")
+
+
+def test_damaged_pages_of_a_shard_are_a_bad_sample(tmp_path: Path) -> None:
+    """Its index at the end is whole: what it stores is known, and reading it says which shard."""
+    writer = FeatureWriter(tmp_path, {})
+    for row in rows(3):
+        writer.add(row)
+    writer.flush()
+    (shard,) = tmp_path.glob("*.parquet")
+    first = parquet.ParquetFile(shard).metadata.row_group(0)
+    column = next(c for c in (first.column(n) for n in range(first.num_columns)) if c.path_in_schema.startswith("feat"))
+    content = bytearray(shard.read_bytes())
+    start = column.data_page_offset
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    shard.write_bytes(bytes(content))
+    source = open_features(tmp_path)
+    assert source.stored("v1").width == 5
+    with pytest.raises(BadSample, match=rf"features of v1 in .*{shard.name} cannot be read: "):
+        source.read("v1")
+    shard.write_bytes(bytes(content[:-20]))
+    with pytest.raises(UserError, match=rf"{shard.name} cannot be read .*; copy it again"):
+        open_features(tmp_path)
