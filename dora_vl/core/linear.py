@@ -13,6 +13,7 @@ from dora_vl.core import functional
 from dora_vl.core.compiled import compiled_linear
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.dropout import SharedDropout
+from dora_vl.core.fast.cpu_step import compiled_pass
 from dora_vl.core.freshness import Snapshot
 from dora_vl.core.gain import Gain, careful_gain, quick_gains
 from dora_vl.core.gain_family import GainFamily
@@ -39,6 +40,7 @@ class ProductLayer(AdaptedLayer):
         super().forget_norms(frozen=frozen)
         self._gain: tuple[Gain, torch.dtype, Snapshot] | None = None
         self._factors: tuple[Tensor, Tensor, torch.dtype, Snapshot] | None = None
+        self.compiled_gain: tuple[list[Tensor] | None, Snapshot] | None = None
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A and B, with their gradients; None for a magnitude alone."""
@@ -60,6 +62,10 @@ class ProductLayer(AdaptedLayer):
         probability = self.adapter.dropout if self.training and factors is not None else 0.0
         if probability and self.adapter.dropout_mode == "whole_change" and self.magnitude is not None:
             return self._whole_change(x, weight, bias, probability)
+        if not probability and torch.is_grad_enabled():
+            output = compiled_pass(self, x, weight, bias)
+            if output is not None:
+                return output
         gain = None if self.magnitude is None else self._current_gain(x.dtype)
         if not probability and not torch.is_grad_enabled():
             return self._infer(x, weight, bias, gain)
@@ -135,8 +141,9 @@ class ProductLayer(AdaptedLayer):
 
     def _cast_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A and s B in the activations' dtype; kept between calls in eval only."""
-        kept = self._factors
-        if kept is None or self.training or kept[2] != dtype or not self.still_holds(kept[3]):
+        kept = self._factors  # dropped with the gain, where there is one, so that is not asked twice
+        fresh = kept is not None and kept[2] == dtype and (self._gain is not None or self.still_holds(kept[3]))
+        if kept is None or self.training or not fresh:
             factors = self.factors()
             assert factors is not None
             a, b = factors

@@ -49,25 +49,27 @@ class RowHalves:
         bias: Float[Tensor, " columns"] | None = None,
     ) -> Float[Tensor, "rows columns"]:
         """`rows @ matrix + bias`, with the bits of the whole product in either way; without a graph of its own."""
-        if not _is_worth_asking(rows, matrix):
-            return whole_product(rows, matrix, bias)
-        alike = len(rows), matrix.shape, matrix.stride(), rows.dtype, bias is None
+        halved = rows.is_contiguous() and self.halves(len(rows), matrix, bias)
+        return halved_product(rows, matrix, bias) if halved else whole_product(rows, matrix, bias)
+
+    def halves(
+        self, count: int, matrix: Float[Tensor, "inner columns"], bias: Float[Tensor, " columns"] | None
+    ) -> bool:
+        """Whether products of `count` contiguous rows with such a matrix are taken in halves."""
+        if not _is_worth_asking(count, matrix):
+            return False
+        alike = count, matrix.shape, matrix.stride(), matrix.dtype, bias is None
         key = (*alike, torch.get_num_threads())  # the very number of rows: the next may be summed in another order
         answer = self._halved.get(key, 0)
         if answer is not True and answer is not False:
-            answer = self._answer(key, answer + 1, rows, matrix, bias)
-        return halved_product(rows, matrix, bias) if answer is True else whole_product(rows, matrix, bias)
-
-    def _answer(
-        self, key: tuple[object, ...], sightings: int, rows: Tensor, matrix: Tensor, bias: Tensor | None
-    ) -> bool | int:
-        answer: bool | int = sightings
-        if sightings == SIGHTINGS:
-            answer = halves_are_faster(rows, matrix, bias) and halves_have_the_bits(rows, matrix, bias)
-        if key not in self._halved and len(self._halved) == MOST_SHAPES:
-            del self._halved[next(iter(self._halved))]
-        self._halved[key] = answer
-        return answer
+            answer = answer + 1
+            if answer == SIGHTINGS:
+                rows = matrix.new_empty(count, len(matrix)).normal_(generator=torch.Generator().manual_seed(0))
+                answer = halves_are_faster(rows, matrix, bias) and halves_have_the_bits(rows, matrix, bias)
+            if key not in self._halved and len(self._halved) == MOST_SHAPES:
+                del self._halved[next(iter(self._halved))]
+            self._halved[key] = answer
+        return answer is True
 
 
 ROW_HALVES = RowHalves()
@@ -89,14 +91,13 @@ def factor_gradient(dz: Float[Tensor, "rows out"], hidden: Float[Tensor, "rows r
     return dz.t() @ hidden if hidden.shape[1] >= NARROW else (hidden.t() @ dz).t()
 
 
-def _is_worth_asking(rows: Tensor, matrix: Tensor) -> bool:
+def _is_worth_asking(count: int, matrix: Tensor) -> bool:
     return (
-        rows.device.type == "cpu"
-        and rows.element_size() == 2
-        and FEWEST_ROWS <= len(rows) <= MOST_ROWS
+        matrix.device.type == "cpu"
+        and matrix.element_size() == 2
+        and FEWEST_ROWS <= count <= MOST_ROWS
         and matrix.numel() >= SMALLEST_WEIGHT
         and torch.get_num_threads() > 1
-        and rows.is_contiguous()
         and (matrix.is_contiguous() or matrix.t().is_contiguous())
     )
 

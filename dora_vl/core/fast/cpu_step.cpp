@@ -1,0 +1,282 @@
+// One adapted linear layer on a CPU, as an operation of torch: the same passes as functional.AdaptedProduct, which says
+// what they are, without Python between them and with each elementwise pass over [rows, out] taken once.
+//
+//     forward    y = g (W x + s B A x) + b       the gain, when it is due, right after W x, while W is in the cache
+//     backward   dz = g dy, the sums of dy y and dy over rows in one pass; dx = dz W + dh A, dA, dB, dm, db
+//
+// Built by cpu_step.py; held to functional.py by tests. The sums of a column run over the rows in their order, whatever
+// the number of threads, so a result does not depend on it.
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <tuple>
+
+using at::BFloat16;
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+constexpr int64_t TILE = 256;           // columns whose sums one thread keeps at a time
+constexpr int64_t GRAIN = 32768;        // numbers below which a pass is not worth a second thread
+constexpr float CANCELLATION = 0.15f;   // the three bounds of gain.py
+constexpr float FRAGILE_GAIN = 0.05f;
+constexpr float LARGE_BIAS = 8.0f;
+
+int64_t grain(int64_t numbers_each) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(numbers_each, 1)); }
+
+inline float wide(float value) { return value; }
+inline float wide(BFloat16 value) {
+  uint32_t bits = static_cast<uint32_t>(value.x) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+template <typename T> inline T narrow(float value);
+template <> inline float narrow<float>(float value) { return value; }
+template <> inline BFloat16 narrow<BFloat16>(float value) {  // to nearest even; branchless, so that it vectorises
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  uint32_t result = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+  return BFloat16(static_cast<uint16_t>(result), BFloat16::from_bits());
+}
+
+Tensor float_or_none(const std::optional<Tensor>& bias) { return bias ? bias->detach().to(at::kFloat) : Tensor(); }
+
+template <typename T>
+void scale_rows(T* y, const float* away, const float* bias, int64_t rows, int64_t out) {
+  at::parallel_for(0, rows, grain(out), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T* line = y + row * out;
+      if (bias == nullptr) {
+#pragma GCC ivdep
+        for (int64_t o = 0; o < out; ++o) {
+          float value = wide(line[o]);
+          line[o] = narrow<T>(value + away[o] * value);
+        }
+      } else {
+#pragma GCC ivdep
+        for (int64_t o = 0; o < out; ++o) {
+          float value = wide(line[o]);
+          line[o] = narrow<T>(value + away[o] * (value - bias[o]));
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void scale_and_sum(const T* dy, const T* y, const float* away, T* dz, float* dy_y, float* dy_sum, int64_t rows,
+                   int64_t out) {
+  at::parallel_for(0, (out + TILE - 1) / TILE, grain(TILE * rows), [&](int64_t begin, int64_t end) {
+    for (int64_t start = begin * TILE; start < std::min(end * TILE, out); start += TILE) {
+      const int64_t width = std::min(TILE, out - start);
+      float products[TILE] = {0}, sums[TILE] = {0}, gains[TILE];
+      std::copy(away + start, away + start + width, gains);
+      for (int64_t row = 0; row < rows; ++row) {
+        const T *upstream = dy + row * out + start, *output = y + row * out + start;
+        T* scaled = dz + row * out + start;
+#pragma GCC ivdep
+        for (int64_t i = 0; i < width; ++i) {
+          const float value = wide(upstream[i]);
+          products[i] += value * wide(output[i]);
+          sums[i] += value;
+          scaled[i] = narrow<T>(value + gains[i] * value);
+        }
+      }
+      std::copy(products, products + width, dy_y + start);
+      std::copy(sums, sums + width, dy_sum + start);
+    }
+  });
+}
+
+// n^2 = ||W||^2 + 2 s B.(W A^T + s/2 B A A^T), g = m / n; false where a row needs gain.py's care.
+template <typename T>
+bool gains(const T* b, const T* half, const float* frozen, const float* magnitude, const float* bias, float* full,
+           float* away, float* per_magnitude, int64_t out, int64_t rank, float scale) {
+  std::atomic<bool> sound{true};
+  at::parallel_for(0, out, grain(rank), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T *factor = b + row * rank, *grown = half + row * rank;
+      float lanes[16] = {0};
+      int64_t k = 0;
+      for (; k + 16 <= rank; k += 16) {
+#pragma GCC ivdep
+        for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += wide(factor[k + lane]) * wide(grown[k + lane]);
+      }
+      float sum = 0;
+      for (; k < rank; ++k) sum += wide(factor[k]) * wide(grown[k]);
+      for (float lane : lanes) sum += lane;
+      const float squared = frozen[row] + 2 * scale * sum, gain = magnitude[row] / std::sqrt(squared);
+      full[row] = gain;
+      away[row] = gain - 1;
+      per_magnitude[row] = 1 / magnitude[row];
+      const bool hidden = bias != nullptr && !(LARGE_BIAS * std::abs(magnitude[row]) > std::abs(bias[row]));
+      if (!(squared > CANCELLATION * frozen[row]) || !(std::abs(gain) > FRAGILE_GAIN) || hidden) sound = false;
+    }
+  });
+  return sound;
+}
+
+// rows matrix + bias, whole or in two halves of the rows (products.py chooses: the bits are the same).
+Tensor product(const Tensor& rows, const Tensor& matrix, const Tensor& bias, bool halved) {
+  if (!halved) return bias.defined() ? at::addmm(bias, rows, matrix) : at::mm(rows, matrix);
+  Tensor result = at::empty({rows.size(0), matrix.size(1)}, rows.options());
+  const int64_t half = (rows.size(0) + 1) / 2;
+  for (int64_t start : {int64_t{0}, half}) {
+    Tensor part = rows.slice(0, start, start + half), place = result.slice(0, start, start + half);
+    if (bias.defined()) at::addmm_out(place, bias, part, matrix);
+    else at::mm_out(place, part, matrix);
+  }
+  return result;
+}
+
+Tensor scaled_product(const Tensor& rows, const Tensor& matrix, double scale) {
+  return at::addmm(at::empty({}, rows.options()), rows, matrix, 0, scale);
+}
+
+void apply_gain(Tensor& y, const Tensor& away, const Tensor& bias) {
+  const float* shift = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  if (y.scalar_type() == at::kBFloat16)
+    scale_rows(y.mutable_data_ptr<BFloat16>(), away.const_data_ptr<float>(), shift, y.size(0), y.size(1));
+  else
+    scale_rows(y.mutable_data_ptr<float>(), away.const_data_ptr<float>(), shift, y.size(0), y.size(1));
+}
+
+// What one pass works on beside the operands that autograd knows of.
+struct Pass {
+  Tensor y, a, b, full, away, per_magnitude;  // y holds W x + b at the start; a and b are A and B in its dtype
+  double scale;
+  bool halved_backward;
+};
+
+class AdaptedProduct : public torch::autograd::Function<AdaptedProduct> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, const Pass& pass) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor rows = x.reshape({-1, x.size(-1)}), y = pass.y;
+    Tensor hidden = scaled_product(rows, pass.a.t(), pass.scale);
+    y.addmm_(hidden, pass.b.t());
+    apply_gain(y, pass.away, float_or_none(bias));
+    std::vector<int64_t> shape = x.sizes().vec();
+    shape.back() = y.size(1);
+    Tensor output = at::_unsafe_view(y, shape);  // not a view of y: it may be edited in place
+    ctx->save_for_backward({x, weight, bias.value_or(Tensor()), lora_A, lora_B, hidden, y});
+    ctx->saved_data["gain"] = std::vector<Tensor>{pass.full, pass.away, pass.per_magnitude};
+    ctx->saved_data["scale"] = pass.scale;
+    ctx->saved_data["halved"] = pass.halved_backward;
+    // Shares the output's count of edits, without its memory: freshness.py's EditsInPlace.
+    Tensor probe = at::empty({0}, y.options());
+    probe.unsafeGetTensorImpl()->set_version_counter(output.unsafeGetTensorImpl()->version_counter());
+    ctx->saved_data["probe"] = probe;
+    ctx->saved_data["version"] = static_cast<int64_t>(output._version());
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream);
+};
+
+struct Backward {
+  Tensor dz, dm, db;
+};
+
+// dz, dm and db from one pass over dy and y, or from z where y was edited.
+Backward start_backward(const Tensor& dy, const Tensor& y, const Tensor& z, const Tensor& bias,
+                        const std::vector<Tensor>& gain) {
+  Backward result{at::empty_like(dy), at::empty_like(gain[1]), at::empty_like(gain[1])};
+  const Tensor& other = z.defined() ? z : y;
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    scale_and_sum(dy.const_data_ptr<T>(), other.const_data_ptr<T>(), gain[1].const_data_ptr<float>(),
+                  result.dz.mutable_data_ptr<T>(), result.dm.mutable_data_ptr<float>(),
+                  result.db.mutable_data_ptr<float>(), dy.size(0), dy.size(1));
+  };
+  if (dy.scalar_type() == at::kBFloat16) run(BFloat16());
+  else run(float());
+  if (z.defined()) result.dm.mul_(gain[0]);
+  else if (bias.defined()) result.dm.sub_(bias.to(at::kFloat) * result.db);
+  result.dm.mul_(gain[2]);
+  return result;
+}
+
+variable_list AdaptedProduct::backward(AutogradContext* ctx, const variable_list& upstream) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const variable_list saved = ctx->get_saved_variables();
+  const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &lora_A = saved[3], &lora_B = saved[4];
+  const Tensor &hidden = saved[5], &y = saved[6];
+  const std::vector<Tensor> gain = ctx->saved_data["gain"].toTensorVector();
+  const double scale = ctx->saved_data["scale"].toDouble();
+  const bool edited = ctx->saved_data["probe"].toTensor()._version() != ctx->saved_data["version"].toInt();
+  Tensor rows = x.reshape({-1, x.size(-1)}), z, dx, dA, dB;
+  Tensor dy = upstream[0].reshape({-1, upstream[0].size(-1)}).contiguous();
+  const int64_t first = bias.defined() ? 3 : 2;  // of A's place among the tensors that were given
+  Tensor a = lora_A.to(dy.scalar_type()), b = lora_B.to(dy.scalar_type());
+  if (edited) z = at::mm(rows, weight.t()).addmm_(hidden, b.t());
+  auto [dz, dm, db] = start_backward(dy, y, z, bias, gain);
+  Tensor dh = scaled_product(dz, b, scale);
+  if (ctx->needs_input_grad(0)) {
+    dx = product(dz, weight, Tensor(), ctx->saved_data["halved"].toBool());
+    dx = dx.addmm_(dh, a).view(x.sizes());
+  }
+  if (ctx->needs_input_grad(first)) dA = dh.t().mm(rows).to(lora_A.scalar_type());
+  if (ctx->needs_input_grad(first + 1)) {
+    dB = hidden.size(1) < 64 ? hidden.t().mm(dz).t() : dz.t().mm(hidden);  // products.py's NARROW
+    dB = dB.to(lora_B.scalar_type(), false, false, at::MemoryFormat::Contiguous);
+  }
+  db = bias.defined() && ctx->needs_input_grad(2) ? db.to(bias.scalar_type()) : Tensor();
+  return {dx, Tensor(), db, dA, dB, ctx->needs_input_grad(first + 2) ? dm : Tensor(), Tensor()};
+}
+
+// y, and whether the gain could be computed here; `gain` is full, g - 1 and 1 / m, filled where it is due.
+std::tuple<Tensor, bool> adapted_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                         const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
+                                         const Tensor& frozen_norms_squared, std::vector<Tensor> gain, bool due,
+                                         double scale, bool halved, bool halved_backward) {
+  Pass pass;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto dtype = weight.scalar_type();
+    pass.y = product(x.reshape({-1, x.size(-1)}), weight.t(), bias.value_or(Tensor()), halved);
+    pass.a = lora_A.to(dtype);
+    pass.b = lora_B.to(dtype);
+    if (due) {
+      Tensor half = at::mm(weight, pass.a.t()).addmm_(pass.b, at::mm(pass.a, pass.a.t()), 1, scale / 2);
+      Tensor shift = float_or_none(bias);
+      auto run = [&](auto zero) {
+        using T = decltype(zero);
+        return gains(pass.b.const_data_ptr<T>(), half.const_data_ptr<T>(),
+                     frozen_norms_squared.const_data_ptr<float>(), magnitude.const_data_ptr<float>(),
+                     shift.defined() ? shift.const_data_ptr<float>() : nullptr, gain[0].mutable_data_ptr<float>(),
+                     gain[1].mutable_data_ptr<float>(), gain[2].mutable_data_ptr<float>(), lora_B.size(0),
+                     lora_B.size(1), static_cast<float>(scale));
+      };
+      if (!(dtype == at::kBFloat16 ? run(BFloat16()) : run(float()))) return {Tensor(), false};
+    }
+  }
+  pass.full = gain[0];
+  pass.away = gain[1];
+  pass.per_magnitude = gain[2];
+  pass.scale = scale;
+  pass.halved_backward = halved_backward;
+  return {AdaptedProduct::apply(x, weight, bias, lora_A, lora_B, magnitude, pass), true};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(dora_vl_cpu, m) { m.def("adapted_product", adapted_product); }

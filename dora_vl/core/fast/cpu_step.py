@@ -1,0 +1,131 @@
+"""The training pass of a linear layer on a CPU as one compiled operation, `cpu_step.cpp`, where a compiler is there.
+
+Between the matrix products a DoRA layer does little, but in Python that little is some forty operations a layer and
+step, a twentieth of the step of a 135M-parameter model; and the gain is applied in three passes over memory where one
+would do. Compiled, a layer is one operation each way, and its norm is taken while the frozen weight is in the cache.
+
+The source is compiled at the first pass that is large enough to gain by it, once for a machine (about 20 seconds), by
+torch's own extension builder, into its cache. Without a compiler, or with DORA_VL_CPU_STEP=0, `functional.py` runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dora_vl.core.freshness import SHARD_MARKS, is_plain_parameter
+from dora_vl.core.products import ROW_HALVES
+
+if TYPE_CHECKING:
+    from dora_vl.core.linear import ProductLayer
+
+log = logging.getLogger(__name__)
+
+SWITCH = "DORA_VL_CPU_STEP"
+"""Set to 0 in the environment before the first pass, nothing is compiled and `functional.py` runs everywhere."""
+SMALLEST_OUTPUT = 2**16
+"""Numbers of an output below which nothing is compiled: a toy would wait for what it cannot gain."""
+DTYPES = frozenset({torch.float32, torch.bfloat16})
+SOURCE = Path(__file__).with_name("cpu_step.cpp")
+# No fast-math: a NaN stays one. Without traps and errno, loops with a comparison or a root run in vector registers.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+
+
+def compiled_pass(
+    layer: ProductLayer, x: Float[Tensor, "*batch in_"], weight: Float[Tensor, "out in_"], bias: Tensor | None
+) -> Float[Tensor, "*batch out"] | None:
+    """The layer's output with its graph; None where `functional.py` must run, since this pass does not know the case.
+
+    It knows float32 and bfloat16 on a CPU, whole plain parameters, no dropout, a detached norm, no rows that need care.
+    """
+    if not _is_worth_it(layer, x, weight):
+        return None
+    operation = compiled_operation()
+    if operation is None:
+        return None
+    assert layer.magnitude is not None
+    kept = layer.compiled_gain
+    due = kept is None or not layer.still_holds(kept[1])
+    if due or kept is None:
+        kept = layer.compiled_gain = [torch.empty_like(layer.magnitude.detach()) for _ in range(3)], layer.snapshot()
+    gain, _ = kept
+    if gain is None:  # found unsound since the last change
+        return None
+    rows = x.numel() // x.shape[-1]
+    whole = x.is_contiguous()
+    halves = whole and ROW_HALVES.halves(rows, weight.t(), bias), ROW_HALVES.halves(rows, weight, None)
+    parameters = (layer.lora_A, layer.lora_B, layer.magnitude)
+    frozen = layer.weight_norms_squared()
+    output, sound = operation(x, weight, bias, *parameters, frozen, gain, due, layer.scale(), *halves)
+    if not sound:
+        layer.compiled_gain = None, kept[1]
+        return None
+    return cast(Tensor, output)
+
+
+def _is_worth_it(layer: ProductLayer, x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and x.dtype == weight.dtype
+        and x.numel() // max(x.shape[-1], 1) * len(weight) >= SMALLEST_OUTPUT
+        and layer.adapter.detach_norm
+        and not torch.is_autocast_enabled("cpu")
+        and all(
+            is_plain_parameter(one) and SHARD_MARKS.isdisjoint(vars(one))
+            for one in (layer.weight, layer.lora_A, layer.lora_B, layer.magnitude)
+        )
+    )
+
+
+@cache
+def compiled_operation() -> Callable[..., Any] | None:
+    """`torch.ops.dora_vl_cpu.adapted_product`, compiled if it never was; None where it cannot be, said once."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    if shutil.which(os.environ.get("CXX", "c++")) is None or importlib.util.find_spec("ninja") is None:
+        log.info("no C++ compiler or no ninja: the DoRA step runs in Python, a few per cent slower")
+        return None
+    try:
+        _compile()
+    except (RuntimeError, OSError, ImportError) as failure:  # what the builder raises, and the loader
+        log.warning("the compiled DoRA step could not be built, Python runs, a few per cent slower: %.300s", failure)
+        return None
+    return torch.ops.dora_vl_cpu.adapted_product
+
+
+def _compile() -> None:
+    from torch.utils.cpp_extension import load
+
+    name = f"dora_vl_cpu_{_identity()}"
+    log.info("compiling the DoRA step for this machine, once (about 20 seconds; %s=0 turns it off)", SWITCH)
+    path = os.environ.get("PATH", "")
+    # The builder looks for ninja on the path, where it is only in an activated environment.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
+    try:
+        load(name, [str(SOURCE)], extra_cflags=list(FLAGS), is_python_module=False, verbose=False)
+    finally:
+        os.environ["PATH"] = path
+
+
+def _identity() -> str:
+    """Names the build by all that it depends on: a home folder may be shared by machines of several kinds."""
+    processor = platform.processor() or platform.machine()
+    flags = Path("/proc/cpuinfo")
+    if flags.exists():
+        processor += next((line for line in flags.read_text().splitlines() if line.startswith("flags")), "")
+    parts = (SOURCE.read_text(), *FLAGS, torch.__version__, processor)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
