@@ -38,7 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets the recorder up, and accelerates before any test module takes its functions from PEFT."""
-    recorder = Recorder(config.getoption("--records"), config.getoption("--minutes"))
+    options: Any = config.option
+    recorder = Recorder(options.records, options.minutes)
     config.pluginmanager.register(recorder)
     if config.getoption("--accelerate"):
         accelerate_everything(recorder)
@@ -59,7 +60,8 @@ class Recorder:
         kept = [item for item in items if is_about_lora(item) and item.nodeid not in done]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
-        for module in {item.module for item in kept if isinstance(item, pytest.Function)}:
+        modules: set[Any] = {item.module for item in kept if isinstance(item, pytest.Function)}
+        for module in modules:
             if "hub_online_once" in vars(module):  # waits half a minute for each model where there is no network
                 module.hub_online_once = lambda *_: nullcontext()
 

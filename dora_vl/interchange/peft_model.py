@@ -72,6 +72,9 @@ class AcceleratedLinear(PeftLinear):
         core = _kept_layer(self) if torch.compiler.is_compiling() else _core_layer(self, _active_adapter(self))
         return super().forward(x) if core is None else core(x)
 
+    def _get_name(self) -> str:
+        return "Linear[dora_vl]"  # PEFT prints lora.Linear
+
     def train(self, mode: bool = True) -> AcceleratedLinear:
         """Switches this core's layers too, which a compiled graph cannot do."""
         super().train(mode)
