@@ -5,9 +5,9 @@
         --json benchmarks/results/peft_suite.json
 
 The second run's failures must be the first one's. Call it again until it says that every file is complete: each
-test's outcome is kept in `--records`, and a test that has one is not run again. PEFT's tests need `diffusers`,
-`parameterized` and `scipy` besides this package's `dev` extra. Tests that load models from the hub fail in both runs
-where there is no network.
+test's outcome is kept in `--records`, and neither a test that has one nor a file that is complete is run again.
+PEFT's tests need `diffusers`, `parameterized` and `scipy` besides this package's `dev` extra. Tests that load models
+from the hub fail in both runs where there is no network.
 
 Selected (see `peft_suite_plugin.py`) are tests of the files below whose id or text names LoRA or DoRA, not another
 method such as AdaLoRA. Dropout is PEFT's (`whole_change`), so that a test that draws one mask twice sees it twice.
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -70,18 +70,40 @@ def main() -> None:
 
 def ran(peft: Path, file: str, run: str, records: Path, end: float) -> bool:
     """Runs what is left of one file's tests; whether they came to their end in time."""
-    minutes = (end - time.monotonic()) / 60
+    minutes, complete = (end - time.monotonic()) / 60, records / f"{run}.complete"
+    if complete.exists() and file in complete.read_text().split():
+        return True
     if minutes <= 0:
         return False
     here = Path(__file__).resolve().parent
-    words = ["-q", "--no-header", "--tb=line", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "peft_suite_plugin"]
-    own = ["--records", str((records / f"{run}.jsonl").resolve()), "--minutes", str(minutes), *RUNS[run]]
+    words = ("--minutes", str(minutes), *RUNS[run])
+    command = pytest_command(f"tests/{file}", (records / f"{run}.jsonl").resolve(), words)
+    here = Path(__file__).resolve().parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
     with (records / f"{run}-{file}.log").open("a") as log:
-        command = [sys.executable, "-m", "pytest", *words, *own, f"tests/{file}"]
         status = subprocess.run(command, cwd=peft, env=environment, stdout=log, stderr=log, check=False).returncode
     print(f"{file}, {run}: pytest ended with {status}", flush=True)
+    if status in COMPLETE:
+        with complete.open("a") as done:
+            done.write(f"{file}\n")
     return status in COMPLETE
+
+
+def pytest_command(file: str, records: Path, words: Sequence[str]) -> list[str]:
+    """Runs one file's tests under the plugin, PEFT's own pytest options left out."""
+    options = ["-q", "--no-header", "--tb=line", "--rootdir=.", "-o", "addopts=", "-p", "no:cacheprovider"]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        *options,
+        "-p",
+        "peft_suite_plugin",
+        "--records",
+        str(records),
+        *words,
+        file,
+    ]
 
 
 def read_records(file: Path) -> Records:

@@ -69,7 +69,11 @@ class AcceleratedLinear(PeftLinear):
         """This core's y for the active adapter; PEFT's own forward pass for whatever this core does not do."""
         if args or kwargs or reason_to_leave(self) is not None:
             return super().forward(x, *args, **kwargs)
-        core = _kept_layer(self) if torch.compiler.is_compiling() else _core_layer(self, _active_adapter(self))
+        if torch.compiler.is_compiling():
+            core = _kept_layer(self)
+        else:
+            # This core's own backward pass is closed to the transforms of torch.func, as the same question is there.
+            core = None if torch._C._are_functorch_transforms_active() else _core_layer(self, _active_adapter(self))
         return super().forward(x) if core is None else core(x)
 
     def _get_name(self) -> str:
@@ -156,6 +160,10 @@ def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
         return f"its dropout is a {type(layer.lora_dropout[active]).__name__}"
     if layer.scaling[active] <= 0:
         return f"its scale is {layer.scaling[active]}"
+    operands = _operands(layer, active)
+    tensors = (operands.lora_A, operands.lora_B, operands.magnitude)
+    if not all(tensor is None or type(tensor) is nn.Parameter for tensor in tensors):
+        return "its adapter's tensors are no parameters, as in torch.func.functional_call"
     return None
 
 
@@ -175,13 +183,13 @@ def _is_dora(variant: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Operands:
-    """What PEFT's layer computes with at the moment."""
+    """What PEFT's layer computes with at the moment; parameters, but for the tensors of `functional_call`."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    magnitude: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor | None
     scale: float
     dropout: float
 
@@ -256,7 +264,7 @@ def _over(operands: _Operands, dropout_mode: DropoutMode) -> DoRALinear:
     # Built without memory and without drawing a number, then given PEFT's tensors.
     empty = nn.Linear(columns, len(operands.weight), bias=operands.bias is not None, device="meta")
     core = DoRALinear(empty, config)
-    core.weight, core.bias = operands.weight, operands.bias
-    core.lora_A, core.lora_B, core.magnitude = operands.lora_A, operands.lora_B, operands.magnitude
+    for leaf in ("weight", "bias", "lora_A", "lora_B", "magnitude"):
+        setattr(core, leaf, getattr(operands, leaf))
     core.forget_norms(frozen=True)
     return core
