@@ -1,7 +1,7 @@
 """PEFT's own tests about LoRA and DoRA, run as they are and once more with `accelerate_peft` on every model they make.
 
     git clone https://github.com/huggingface/peft && git -C peft checkout 5d602fdbf
-    HF_HUB_OFFLINE=1 python benchmarks/peft_suite.py peft --records runs/peft_suite --minutes 9 \\
+    HF_HUB_OFFLINE=1 python -m benchmarks.peft_suite peft --records runs/peft_suite --minutes 9 \\
         --json benchmarks/results/peft_suite.json
 
 The second run's failures must be the first one's. Call it again until it says that every file is complete: each
@@ -27,7 +27,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from report import table, write_json
+from benchmarks.report import table, write_json
 
 FILES = (
     "test_lora_variants.py", "test_low_level_api.py", "test_lora_conversion.py", "test_lora_intruders.py",

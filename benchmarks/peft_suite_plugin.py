@@ -74,7 +74,8 @@ class Recorder:
         if report.passed or self.outcome != "passed":
             return
         self.outcome = "error" if report.failed and report.when != "call" else report.outcome
-        self.message = report.longreprtext.strip().rpartition("\n")[2] if report.failed else ""
+        said = [line[1:].strip() for line in report.longreprtext.splitlines() if line.startswith("E ")]
+        self.message = said[0] if said else report.longreprtext.strip().rpartition("\n")[2]
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """A test is over."""

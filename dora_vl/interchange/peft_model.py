@@ -77,7 +77,11 @@ class AcceleratedLinear(PeftLinear):
         return super().forward(x) if core is None else core(x)
 
     def _get_name(self) -> str:
-        return "Linear[dora_vl]"  # PEFT prints lora.Linear
+        return PeftLinear.__name__  # get_layer_status reads the layer's type out of what is printed
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows beside PEFT's own."""
+        return "accelerated by dora_vl"
 
     def train(self, mode: bool = True) -> AcceleratedLinear:
         """Switches this core's layers too, which a compiled graph cannot do."""

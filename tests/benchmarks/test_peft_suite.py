@@ -84,9 +84,8 @@ def lines(file: Path) -> dict[str, dict]:
 
 
 def suite(peft: Path, *words: str) -> str:
-    command = [sys.executable, str(ROOT / "benchmarks" / "peft_suite.py"), str(peft), "--only", "*variants*", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.peft_suite", str(peft), "--only", "*variants*", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -115,7 +114,7 @@ def ran_file(peft: Path, records: Path, *words: str) -> int:
 def test_both_runs_are_counted_and_compared_and_one_that_was_cut_off_goes_on(peft, tmp_path):
     records, figures = tmp_path / "records", tmp_path / "figures.json"
     assert "not complete" in suite(peft, "--records", str(records), "--minutes", "0.001")
-    assert len(lines(records / "plain.jsonl")) == 1
+    assert 0 < len(lines(records / "plain.jsonl")) < len(OUTCOMES)
     assert "every file is complete" in suite(peft, "--records", str(records), "--json", str(figures))
     for run, place in (("plain", 0), ("accelerated", 1)):
         found = {test: (line["outcome"], line["layers"]) for test, line in lines(records / f"{run}.jsonl").items()}

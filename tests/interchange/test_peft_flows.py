@@ -298,10 +298,13 @@ def test_what_cannot_be_is_refused_as_in_peft():
             logits(model, adapter_names=["default"] * 4)
 
 
-def test_layers_are_known_as_linear_ones_that_this_package_runs():
-    _, fast = twins(DORA)
-    assert type(layer_of(fast)) is AcceleratedLinear
-    assert repr(layer_of(fast)).startswith("lora.Linear[dora_vl](")
+def test_the_status_is_pefts_and_what_is_printed_says_who_runs_it():
+    plain, fast = twins(DORA)
+    assert fast.get_layer_status() == plain.get_layer_status()
+    assert fast.get_model_status() == plain.get_model_status()
+    layer = layer_of(fast)
+    assert type(layer) is AcceleratedLinear
+    assert repr(layer).startswith("lora.Linear(\n  accelerated by dora_vl\n")
 
 
 def test_a_second_derivative_is_refused_in_words():
