@@ -33,10 +33,14 @@ FILES = (
     "test_lora_variants.py", "test_low_level_api.py", "test_lora_conversion.py", "test_lora_intruders.py",
     "test_lorafa.py", "test_loraplus.py", "test_mixed.py", "test_other.py", "test_tuners_utils.py",
     "test_torch_compile.py", "test_trainable_tokens.py", "test_target_parameters.py", "test_initialization.py",
-    "test_custom_models.py", "test_decoder_models.py", "test_encoder_decoder_models.py",
-    "test_feature_extraction_models.py", "test_seq_classifier.py",
+    "test_custom_models.py",
 )  # fmt: skip
 """Test files that make LoRA or DoRA models and need no GPU, the quick ones first."""
+HUB_FILES = (
+    "test_decoder_models.py", "test_encoder_decoder_models.py", "test_feature_extraction_models.py",
+    "test_seq_classifier.py",
+)  # fmt: skip
+"""Files in which every test loads a model from the hub."""
 RUNS: Mapping[str, tuple[str, ...]] = {"plain": (), "accelerated": ("--accelerate",)}
 COMPLETE = (0, 1, 5)
 """pytest's exit statuses when it came to its end: all passed, some failed, none selected."""
@@ -51,12 +55,14 @@ def main() -> None:
     parser.add_argument("peft", type=Path, help="checkout of PEFT's repository")
     parser.add_argument("--records", type=Path, required=True, help="folder for the outcomes; continued")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="test files to run, such as '*variants*'")
+    parser.add_argument("--hub", action="store_true", help="also the files in which every test loads a hub's model")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long")
     parser.add_argument("--json", default=None, help="file for the figures")
     options = parser.parse_args()
     options.records.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
-    files = [file for file in FILES if fnmatch(file, options.only)]
+    chosen = FILES + HUB_FILES if options.hub else FILES
+    files = [file for file in chosen if fnmatch(file, options.only)]
     left = [
         f"{file} ({run})" for file in files for run in RUNS if not ran(options.peft, file, run, options.records, end)
     ]
