@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.trainable import adapted_layers
 from dora_vl.errors import UserError
 
@@ -58,3 +60,27 @@ def refuse_other_settings(source: str, model: nn.Module, config: DoRAConfig, *, 
         if (difference := first_difference(stated, own, fields)) is not None:
             field, theirs, ours = difference
             raise UserError(f"{source}: {name} has {field} {theirs!r} there, and {ours!r} in this model{_ADVICE}")
+
+
+def layers_beyond_peft(layers: Mapping[str, AdaptedLayer]) -> dict[str, str]:
+    """Layers that have a setting which PEFT's low-rank path leaves out -> the setting."""
+    settings = {name: layer.setting_beyond_peft() for name, layer in layers.items() if layer.lora_A is not None}
+    return {name: setting for name, setting in settings.items() if setting is not None}
+
+
+def refuse_pefts_other_result(source: str, model: nn.Module, peft: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises a `UserError` where PEFT trained A and B of a layer under another geometry than its weight's.
+
+    `peft` is the folder's `adapter_config.json`. With `own` settings beside it the folder is this package's, whose A
+    and B go through the layer's own geometry, whatever version wrote it.
+    """
+    if own or peft.get("peft_type", "LORA") != "LORA":
+        return
+    beyond = layers_beyond_peft(dict(adapted_layers(model)))
+    if beyond:
+        name, setting = next(iter(beyond.items()))
+        raise UserError(
+            f"{source}: {name} has {setting}, which PEFT leaves out of its low-rank path ({len(beyond)} such layers), "
+            "so that its A and B mean another change there; train without these layers in target_modules, or train "
+            "them here"
+        )

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dora_vl.core.adapter_agreement import refuse_other_settings, whole_change
+from dora_vl.core.adapter_agreement import refuse_other_settings, refuse_pefts_other_result, whole_change
 from dora_vl.core.adapter_names import PEFT_PREFIX as PEFT_PREFIX
 from dora_vl.core.adapter_names import file_name
 from dora_vl.core.adapter_names import own_name as own_name
@@ -136,11 +136,16 @@ def load_adapter(
     _refuse_not_finite(source, tensors)
     recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
     own = recipe.get("adapter", {})
-    config = read_config(str(source), read_json(source / CONFIG_FILE), own, tensors)
+    peft = read_json(source / CONFIG_FILE)
+    config = read_config(str(source), peft, own, tensors)
     if is_adapted(model):
         refuse_other_settings(str(source), model, config, dropout_mode_is_stated="dropout_mode" in own)
+        refuse_pefts_other_result(str(source), model, peft, own)
     else:
-        _adapt_to_fit(source, model, config if change_base else whole_change(config), tensors, gather)
+        config = config if change_base else whole_change(config)
+        twin = _adapted_twin(source, model, config, tensors)
+        refuse_pefts_other_result(str(source), twin, peft, own)
+        _adapt(model, config, gather)
     _check_fit(source, model, tensors)
     _copy_values(source, model, tensors, gather)
     for _, layer in adapted_layers(model):
@@ -148,14 +153,12 @@ def load_adapter(
     return [name for name, _ in adapted_layers(model)]
 
 
-def _adapt_to_fit(
-    source: Path, model: nn.Module, config: DoRAConfig, tensors: Mapping[str, Tensor], gather: Gather
-) -> None:
-    """Adapts the model; tried on a copy without values first, so that a folder that does not fit leaves it alone."""
+def _adapted_twin(source: Path, model: nn.Module, config: DoRAConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """An adapted copy without values, tried first so that a folder that does not fit leaves the model alone."""
     twin = _without_values(model)
     _adapt(twin, config, no_gather)
     _check_fit(source, twin, tensors)
-    _adapt(model, config, gather)
+    return twin
 
 
 @torch.no_grad()

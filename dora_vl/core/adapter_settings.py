@@ -1,11 +1,12 @@
 """An adapter folder's two JSON files: what PEFT has fields for, and what only we know; written and read back.
 
 Where PEFT would compute something else from the same tensors (magnitudes alone, DVoRA, extras that are not whole
-modules), `peft_type` is one that PEFT does not know, so that it refuses instead of loading half an adapter.
+modules, dilated convolutions), `peft_type` is one that PEFT does not know, so that it refuses instead.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,12 +15,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dora_vl.core.adapter_agreement import layers_beyond_peft
 from dora_vl.core.adapter_names import LEAVES
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.trainable import adapted_layers, kept_tensors, trained_parts
 from dora_vl.errors import UserError
+
+log = logging.getLogger(__name__)
 
 OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
 OWN_TYPE = "DORA_VL"
@@ -134,8 +138,21 @@ def _peft_type(model: nn.Module, layers: Mapping[str, AdaptedLayer], extras: set
         and not loose
         and not kept_tensors(model)
         and len(transposed) == 1
+        and not _named_as_beyond_peft(layers)
     )
     return "LORA" if known else OWN_TYPE
+
+
+def _named_as_beyond_peft(layers: Mapping[str, AdaptedLayer]) -> bool:
+    beyond = layers_beyond_peft(layers)
+    if beyond:
+        name, setting = next(iter(beyond.items()))
+        log.warning(
+            "%s has %s (%d such layers), which PEFT leaves out of its low-rank path: peft_type is %s, which "
+            "load_adapter reads and PEFT refuses. For PEFT, take such layers out of targets or merge the adapter.",
+            *(name, setting, len(beyond), OWN_TYPE),
+        )
+    return bool(beyond)
 
 
 def _is_transposed(layer: AdaptedLayer) -> bool:

@@ -53,6 +53,19 @@ class ConvLayer(AdaptedLayer):
         """[1, out, 1, ...]."""
         return (1, self.out_channels, *(1 for _ in cast(tuple[int, ...], vars(self)["kernel_size"])))
 
+    def setting_beyond_peft(self) -> str | None:
+        """A dilation, or a padding mode other than zeros, where it matters: PEFT 0.21 builds its A without both.
+
+        PEFT's A has this layer's kernel, stride and padding alone. A dilation changes nothing along an axis of width
+        1, and a padding mode nothing where nothing is padded.
+        """
+        own = vars(self)
+        if any(step > 1 and width > 1 for step, width in zip(own["dilation"], own["kernel_size"], strict=True)):
+            return f"dilation={own['dilation']}"
+        if own["padding_mode"] != "zeros" and any(own["_reversed_padding_repeated_twice"]):
+            return f"padding_mode={own['padding_mode']!r}"
+        return None
+
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution with this layer's stride, padding and dilation."""
         return self._conv_forward(x, weight, bias)  # pyright: ignore[reportCallIssue] - torch's, of either dimension

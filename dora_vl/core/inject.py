@@ -196,7 +196,11 @@ def _adapt(model: nn.Module, name: str, config: DoRAConfig, shared: SharedRandom
         if shared is not None and config.method == "dvora":
             _put(model, base, DVoRALinear(cast(nn.Linear, base), config, shared))
         else:
-            _put(model, base, row.build(base, config))
+            try:
+                adapted = row.build(base, config)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+            _put(model, base, adapted)
 
 
 def _needed_tensors(model: nn.Module) -> list[str]:

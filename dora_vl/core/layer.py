@@ -100,6 +100,10 @@ class AdaptedLayer(nn.Module):
         """Shape of the magnitude in the adapter file (PEFT's); [out] in memory."""
         return (self.matrix_shape()[0],)
 
+    def setting_beyond_peft(self) -> str | None:
+        """A setting of the layer that PEFT's low-rank path leaves out, so that it would compute another result."""
+        return None
+
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the frozen weight multiplies in."""
         return self.weight.dtype

@@ -13,8 +13,8 @@ Both are the same in expectation, and the same without dropout and in eval; `"wh
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,13 +43,23 @@ class Acceleration:
 
 
 @dataclass
+class _Core:
+    """This core's layer over one adapter's parameters."""
+
+    layer: DoRALinear
+    operands: _Operands
+    key: tuple[object, ...]
+
+
+@dataclass
 class _CoreState:
-    """This core's layer over PEFT's parameters; no module, so that PEFT's layer has no new child."""
+    """This core's layers over PEFT's parameters; no module, so that PEFT's layer has no new child."""
 
     dropout_mode: DropoutMode
-    family: GainFamily
-    key: tuple[object, ...] = ()
-    layer: DoRALinear | None = None
+    families: dict[object, GainFamily]
+    """Of all layers; an adapter's layers of one shape compute their gains together."""
+    cores: dict[str, _Core] = field(default_factory=dict)
+    """Adapter's name -> the layer over it, built when it first runs."""
 
 
 class AcceleratedLinear(PeftLinear):
@@ -57,10 +67,28 @@ class AcceleratedLinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """This core's y for the active adapter; PEFT's own forward pass for whatever this core does not do."""
-        state: _CoreState = vars(self)[_STATE]
         if args or kwargs or reason_to_leave(self) is not None:
             return super().forward(x, *args, **kwargs)
-        return _core_layer(self, state)(x)
+        if torch.compiler.is_compiling():
+            core = _kept_layer(self)
+        else:
+            # This core's own backward pass is closed to the transforms of torch.func, as the same question is there.
+            core = None if torch._C._are_functorch_transforms_active() else _core_layer(self, _active_adapter(self))
+        return super().forward(x) if core is None else core(x)
+
+    def _get_name(self) -> str:
+        return PeftLinear.__name__  # get_layer_status reads the layer's type out of what is printed
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows beside PEFT's own."""
+        return "accelerated by dora_vl"
+
+    def train(self, mode: bool = True) -> AcceleratedLinear:
+        """Switches this core's layers too, which a compiled graph cannot do."""
+        super().train(mode)
+        for core in _state(self).cores.values():
+            core.layer.train(mode)
+        return self
 
 
 def accelerate_peft(model: nn.Module, *, dropout_mode: DropoutMode = "low_rank") -> Acceleration:
@@ -79,7 +107,7 @@ def accelerate_peft(model: nn.Module, *, dropout_mode: DropoutMode = "low_rank")
     """
     done: list[str] = []
     left: dict[str, str] = {}
-    families: defaultdict[torch.Size, GainFamily] = defaultdict(GainFamily)
+    families: dict[object, GainFamily] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -89,9 +117,10 @@ def accelerate_peft(model: nn.Module, *, dropout_mode: DropoutMode = "low_rank")
             continue
         assert isinstance(layer, PeftLinear)
         layer.__class__ = AcceleratedLinear
-        weight: Any = layer.get_base_layer().weight
-        vars(layer)[_STATE] = _CoreState(dropout_mode, families[weight.shape])
-        _core_layer(layer, vars(layer)[_STATE])
+        vars(layer)[_STATE] = _CoreState(dropout_mode, families)
+        for adapter in layer.lora_A:
+            if _reason_in_adapter(layer, adapter) is None:
+                _core_layer(layer, adapter)
         done.append(name)
     if not done and not left:
         raise ValueError("the model has no PEFT LoRA layer; call get_peft_model(model, LoraConfig(...)) first")
@@ -135,6 +164,10 @@ def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
         return f"its dropout is a {type(layer.lora_dropout[active]).__name__}"
     if layer.scaling[active] <= 0:
         return f"its scale is {layer.scaling[active]}"
+    operands = _operands(layer, active)
+    tensors = (operands.lora_A, operands.lora_B, operands.magnitude)
+    if not all(tensor is None or type(tensor) is nn.Parameter for tensor in tensors):
+        return "its adapter's tensors are no parameters, as in torch.func.functional_call"
     return None
 
 
@@ -154,50 +187,72 @@ def _is_dora(variant: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Operands:
-    """What PEFT's layer computes with at the moment."""
+    """What PEFT's layer computes with at the moment; parameters, but for the tensors of `functional_call`."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    magnitude: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor | None
     scale: float
     dropout: float
 
     def key(self) -> tuple[object, ...]:
         """Changes when PEFT puts other tensors, another scale or another dropout in their place."""
-        where = 0 if torch.compiler.is_compiling() else self.weight.data_ptr()
         parameters = (self.weight, self.lora_A, self.lora_B, self.magnitude)
-        return (*map(id, parameters), self.scale, self.dropout, where)
+        return (*map(id, parameters), self.scale, self.dropout, self.weight.data_ptr())
+
+    def are(self, other: _Operands) -> bool:
+        """Whether both are the same tensors, scale and dropout; a question that a graph can guard."""
+        same_weights = self.weight is other.weight and self.bias is other.bias
+        same_adapter = self.lora_A is other.lora_A and self.lora_B is other.lora_B and self.magnitude is other.magnitude
+        return same_weights and same_adapter and (self.scale, self.dropout) == (other.scale, other.dropout)
 
 
-def _operands(layer: PeftLinear) -> _Operands:
-    active = next(name for name in layer.active_adapters if name in layer.lora_A)
+def _operands(layer: PeftLinear, adapter: str) -> _Operands:
     base: Any = layer.get_base_layer()
-    parts: tuple[Any, Any, Any] = layer.lora_A[active], layer.lora_B[active], layer.lora_dropout[active]
+    parts: tuple[Any, Any, Any] = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
     magnitudes: Any = layer.lora_magnitude_vector
     return _Operands(
         weight=base.weight,
         bias=base.bias,
         lora_A=parts[0].weight,
         lora_B=parts[1].weight,
-        magnitude=magnitudes[active].weight if active in magnitudes else None,
-        scale=layer.scaling[active],
+        magnitude=magnitudes[adapter].weight if adapter in magnitudes else None,
+        scale=layer.scaling[adapter],
         dropout=float(parts[2].p) if isinstance(parts[2], nn.Dropout) else 0.0,
     )
 
 
-def _core_layer(layer: PeftLinear, state: _CoreState) -> DoRALinear:
-    """The layer over PEFT's parameters, built again when PEFT has put others in their place."""
-    operands = _operands(layer)
-    key = operands.key()
-    if state.layer is None or state.key != key:
-        state.layer, state.key = _over(operands, state.dropout_mode), key
-        state.layer.family = state.family
-        state.family.join(state.layer)
-    if state.layer.training != layer.training:
-        state.layer.train(layer.training)
-    return state.layer
+def _state(layer: PeftLinear) -> _CoreState:
+    return vars(layer)[_STATE]
+
+
+def _active_adapter(layer: PeftLinear) -> str:
+    return next(name for name in layer.active_adapters if name in layer.lora_A)
+
+
+def _core_layer(layer: PeftLinear, adapter: str) -> DoRALinear:
+    """The layer over an adapter's parameters, built again when PEFT has put others in their place."""
+    state, operands = _state(layer), _operands(layer, adapter)
+    core, key = state.cores.get(adapter), operands.key()
+    if core is None or core.key != key:
+        core = _Core(_over(operands, state.dropout_mode), operands, key)
+        state.cores = {name: kept for name, kept in state.cores.items() if name in layer.lora_A} | {adapter: core}
+        core.layer.family = state.families.setdefault((operands.weight.shape, adapter), GainFamily())
+        core.layer.family.join(core.layer)
+    if core.layer.training != layer.training:
+        core.layer.train(layer.training)
+    return core.layer
+
+
+def _kept_layer(layer: PeftLinear) -> DoRALinear | None:
+    """The layer over the active adapter as far as it stands; None where it must be built, which no graph can hold."""
+    adapter = _active_adapter(layer)
+    core = _state(layer).cores.get(adapter)
+    if core is None or core.layer.training != layer.training:
+        return None
+    return core.layer if core.operands.are(_operands(layer, adapter)) else None
 
 
 def _over(operands: _Operands, dropout_mode: DropoutMode) -> DoRALinear:
@@ -213,7 +268,7 @@ def _over(operands: _Operands, dropout_mode: DropoutMode) -> DoRALinear:
     # Built without memory and without drawing a number, then given PEFT's tensors.
     empty = nn.Linear(columns, len(operands.weight), bias=operands.bias is not None, device="meta")
     core = DoRALinear(empty, config)
-    core.weight, core.bias = operands.weight, operands.bias
-    core.lora_A, core.lora_B, core.magnitude = operands.lora_A, operands.lora_B, operands.magnitude
-    core.forget_norms()
+    for leaf in ("weight", "bias", "lora_A", "lora_B", "magnitude"):
+        setattr(core, leaf, getattr(operands, leaf))
+    core.forget_norms(frozen=True)
     return core

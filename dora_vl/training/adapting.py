@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
-from dora_vl.core.adapter_agreement import fields_of_the_change, first_difference
+from dora_vl.core.adapter_agreement import fields_of_the_change, first_difference, refuse_pefts_other_result
 from dora_vl.core.adapter_file import CONFIG_FILE, RECIPE_FILE, own_name, read_json, read_weights
 from dora_vl.core.adapter_names import LEAVES
 from dora_vl.core.adapter_settings import read_config
@@ -122,7 +122,9 @@ def _refuse_another_meaning(model: nn.Module, folder: Path, found: Mapping[str, 
     if not owners:
         return
     recipe = read_json(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else {}
-    config = read_config(str(folder), read_json(folder / CONFIG_FILE), recipe.get("adapter", {}), found)
+    peft, own = read_json(folder / CONFIG_FILE), recipe.get("adapter", {})
+    config = read_config(str(folder), peft, own, found)
+    refuse_pefts_other_result(f"adapter.initial: {folder}", model, peft, own)
     for name, layer in adapted_layers(model):
         if name not in owners:
             continue
