@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core.config import DropoutMode
+from dora_vl.core.freshness import is_plain_parameter, unwatch
 from dora_vl.core.gain_family import GainFamily
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,6 @@ class _Core:
 
     layer: DoRALinear
     operands: _Operands
-    key: tuple[object, ...]
 
 
 @dataclass
@@ -82,6 +82,11 @@ class AcceleratedLinear(PeftLinear):
     def extra_repr(self) -> str:
         """What `print(model)` shows beside PEFT's own."""
         return "accelerated by dora_vl"
+
+    def forget_norms(self, *, frozen: bool = False) -> None:
+        """Drops what this core keeps, after a change that leaves no trace in torch: a kernel that writes by address."""
+        for core in _state(self).cores.values():
+            core.layer.forget_norms(frozen=frozen)
 
     def train(self, mode: bool = True) -> AcceleratedLinear:
         """Switches this core's layers too, which a compiled graph cannot do."""
@@ -133,6 +138,8 @@ def restore_peft(model: nn.Module) -> int:
     """Undoes `accelerate_peft`; returns how many layers are PEFT's own again."""
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, AcceleratedLinear)]
     for layer in layers:
+        for parameter in layer.parameters():
+            unwatch(parameter)
         del vars(layer)[_STATE]
         layer.__class__ = PeftLinear
     return len(layers)
@@ -166,7 +173,7 @@ def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
         return f"its scale is {layer.scaling[active]}"
     operands = _operands(layer, active)
     tensors = (operands.lora_A, operands.lora_B, operands.magnitude)
-    if not all(tensor is None or type(tensor) is nn.Parameter for tensor in tensors):
+    if not all(tensor is None or is_plain_parameter(tensor) for tensor in tensors):
         return "its adapter's tensors are no parameters, as in torch.func.functional_call"
     return None
 
@@ -174,7 +181,7 @@ def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
 def _reason_in_base(base: nn.Linear) -> str | None:
     if base.weight.requires_grad:
         return "its base weight trains"
-    if base.weight.numel() == 0 or type(base.weight) is not nn.Parameter or base.weight.device.type == "meta":
+    if base.weight.numel() == 0 or not is_plain_parameter(base.weight) or base.weight.device.type == "meta":
         return "its base weight is sharded or offloaded"
     if "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks:
         return "its base layer has hooks of its own"
@@ -196,11 +203,6 @@ class _Operands:
     magnitude: Tensor | None
     scale: float
     dropout: float
-
-    def key(self) -> tuple[object, ...]:
-        """Changes when PEFT puts other tensors, another scale or another dropout in their place."""
-        parameters = (self.weight, self.lora_A, self.lora_B, self.magnitude)
-        return (*map(id, parameters), self.scale, self.dropout, self.weight.data_ptr())
 
     def are(self, other: _Operands) -> bool:
         """Whether both are the same tensors, scale and dropout; a question that a graph can guard."""
@@ -235,9 +237,9 @@ def _active_adapter(layer: PeftLinear) -> str:
 def _core_layer(layer: PeftLinear, adapter: str) -> DoRALinear:
     """The layer over an adapter's parameters, built again when PEFT has put others in their place."""
     state, operands = _state(layer), _operands(layer, adapter)
-    core, key = state.cores.get(adapter), operands.key()
-    if core is None or core.key != key:
-        core = _Core(_over(operands, state.dropout_mode), operands, key)
+    core = state.cores.get(adapter)
+    if core is None or not core.operands.are(operands):
+        core = _Core(_over(operands, state.dropout_mode), operands)
         state.cores = {name: kept for name, kept in state.cores.items() if name in layer.lora_A} | {adapter: core}
         core.layer.family = state.families.setdefault((operands.weight.shape, adapter), GainFamily())
         core.layer.family.join(core.layer)

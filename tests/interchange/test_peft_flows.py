@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dora_vl.interchange.peft_model import AcceleratedLinear, accelerate_peft
+from dora_vl.interchange.peft_model import AcceleratedLinear, accelerate_peft, restore_peft
 from tests.interchange.foreign_files import tiny_llama
 from tests.interchange.peft_folders import moved_peft
 
@@ -324,3 +325,32 @@ def test_deleted_adapters_are_let_go():
     fast.set_adapter("third")
     logits(fast)
     assert set(vars(layer_of(fast))["_dora_vl_core"].cores) == {"default", "third"}
+
+
+# -- values that change behind torch's counters -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_averages_swapped_in_and_vectors_written_back_are_followed(training):
+    """PEFT computes its norm at every pass, so that whatever writes through `.data` is right there; here too."""
+    plain, model = twins(DORA)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    for factor in (0.7, 1.3):
+        for one in (plain, model):
+            one.train(training)
+            logits(one)
+            for parameter in one.parameters():
+                if parameter.requires_grad:
+                    parameter.data.copy_(factor * parameter.data + 0.01)
+        torch.testing.assert_close(logits(model), logits(plain), **close)
+        for one in (plain, model):
+            trained = [parameter for parameter in one.parameters() if parameter.requires_grad]
+            vector_to_parameters(parameters_to_vector(trained).detach() * factor, trained)
+        torch.testing.assert_close(logits(model), logits(plain), **close)
+        for one in (plain, model):
+            for name, parameter in one.named_parameters():
+                if "base_layer.weight" in name:
+                    parameter.data.mul_(1.1)
+        torch.testing.assert_close(logits(model), logits(plain), **close)
+    restore_peft(model)
+    assert {type(parameter) for parameter in model.parameters()} == {nn.Parameter}

@@ -12,13 +12,17 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/reciprocal.h>
+#include <ATen/ops/sub.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -105,11 +109,10 @@ void scale_and_sum(const T* dy, const T* y, const float* away, T* dz, float* dy_
   });
 }
 
-// n^2 = ||W||^2 + 2 s B.(W A^T + s/2 B A A^T), g = m / n; false where a row needs gain.py's care.
+// n^2 = ||W||^2 + 2 s B.(W A^T + s/2 B A A^T)
 template <typename T>
-bool gains(const T* b, const T* half, const float* frozen, const float* magnitude, const float* bias, float* full,
-           float* away, float* per_magnitude, int64_t out, int64_t rank, float scale) {
-  std::atomic<bool> sound{true};
+void norms_squared(const T* b, const T* half, const float* frozen, float* squared, int64_t out, int64_t rank,
+                   float scale) {
   at::parallel_for(0, out, grain(rank), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T *factor = b + row * rank, *grown = half + row * rank;
@@ -122,14 +125,26 @@ bool gains(const T* b, const T* half, const float* frozen, const float* magnitud
       float sum = 0;
       for (; k < rank; ++k) sum += wide(factor[k]) * wide(grown[k]);
       for (float lane : lanes) sum += lane;
-      const float squared = frozen[row] + 2 * scale * sum, gain = magnitude[row] / std::sqrt(squared);
-      full[row] = gain;
-      away[row] = gain - 1;
-      per_magnitude[row] = 1 / magnitude[row];
-      const bool hidden = bias != nullptr && !(LARGE_BIAS * std::abs(magnitude[row]) > std::abs(bias[row]));
-      if (!(squared > CANCELLATION * frozen[row]) || !(std::abs(gain) > FRAGILE_GAIN) || hidden) sound = false;
+      squared[row] = frozen[row] + 2 * scale * sum;
     }
   });
+}
+
+// g = m / n, g - 1 and 1 / m from n^2 in `gain[0]`; false where a row needs gain.py's care. The root is torch's, which
+// gave m its start: another library's may differ in the last bit, and g would not be 1 there.
+bool gains(std::vector<Tensor>& gain, const Tensor& frozen, const Tensor& magnitude, const Tensor& bias) {
+  Tensor squared = gain[0].clone();
+  at::div_out(gain[0], magnitude, gain[0].sqrt_());
+  at::sub_out(gain[1], gain[0], at::ones({}, gain[0].options()));
+  at::reciprocal_out(gain[2], magnitude);
+  const float *n2 = squared.const_data_ptr<float>(), *w2 = frozen.const_data_ptr<float>();
+  const float *g = gain[0].const_data_ptr<float>(), *m = magnitude.const_data_ptr<float>();
+  const float* b = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  bool sound = true;
+  for (int64_t row = 0; row < squared.numel(); ++row) {  // written so that a NaN is not sound
+    sound &= n2[row] > CANCELLATION * w2[row] && std::abs(g[row]) > FRAGILE_GAIN;
+    if (b != nullptr) sound &= LARGE_BIAS * std::abs(m[row]) > std::abs(b[row]);
+  }
   return sound;
 }
 
@@ -215,9 +230,22 @@ Backward start_backward(const Tensor& dy, const Tensor& y, const Tensor& z, cons
   return result;
 }
 
+// What torch's once_differentiable does in Python: a second derivative is an error and not a zero.
+variable_list differentiable_once(variable_list gradients) {
+  for (Tensor& gradient : gradients) {
+    if (!gradient.defined()) continue;
+    gradient = gradient.detach().requires_grad_();
+    auto error = std::make_shared<torch::autograd::DelayedError>(
+        "trying to differentiate twice a function that was marked with @once_differentiable", 1);
+    gradient = (*error)({gradient})[0];
+  }
+  return gradients;
+}
+
 variable_list AdaptedProduct::backward(AutogradContext* ctx, const variable_list& upstream) {
+  const variable_list saved = ctx->get_saved_variables();  // before the guard: a checkpoint recomputes here
+  const bool twice = at::GradMode::is_enabled();
   at::AutoDispatchBelowADInplaceOrView guard;
-  const variable_list saved = ctx->get_saved_variables();
   const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &lora_A = saved[3], &lora_B = saved[4];
   const Tensor &hidden = saved[5], &y = saved[6];
   const std::vector<Tensor> gain = ctx->saved_data["gain"].toTensorVector();
@@ -240,7 +268,8 @@ variable_list AdaptedProduct::backward(AutogradContext* ctx, const variable_list
     dB = dB.to(lora_B.scalar_type(), false, false, at::MemoryFormat::Contiguous);
   }
   db = bias.defined() && ctx->needs_input_grad(2) ? db.to(bias.scalar_type()) : Tensor();
-  return {dx, Tensor(), db, dA, dB, ctx->needs_input_grad(first + 2) ? dm : Tensor(), Tensor()};
+  variable_list gradients{dx, Tensor(), db, dA, dB, ctx->needs_input_grad(first + 2) ? dm : Tensor(), Tensor()};
+  return twice ? differentiable_once(std::move(gradients)) : gradients;
 }
 
 // y, and whether the gain could be computed here; `gain` is full, g - 1 and 1 / m, filled where it is due.
@@ -257,16 +286,15 @@ std::tuple<Tensor, bool> adapted_product(const Tensor& x, const Tensor& weight, 
     pass.b = lora_B.to(dtype);
     if (due) {
       Tensor half = at::mm(weight, pass.a.t()).addmm_(pass.b, at::mm(pass.a, pass.a.t()), 1, scale / 2);
-      Tensor shift = float_or_none(bias);
       auto run = [&](auto zero) {
         using T = decltype(zero);
-        return gains(pass.b.const_data_ptr<T>(), half.const_data_ptr<T>(),
-                     frozen_norms_squared.const_data_ptr<float>(), magnitude.const_data_ptr<float>(),
-                     shift.defined() ? shift.const_data_ptr<float>() : nullptr, gain[0].mutable_data_ptr<float>(),
-                     gain[1].mutable_data_ptr<float>(), gain[2].mutable_data_ptr<float>(), lora_B.size(0),
-                     lora_B.size(1), static_cast<float>(scale));
+        norms_squared(pass.b.const_data_ptr<T>(), half.const_data_ptr<T>(),
+                      frozen_norms_squared.const_data_ptr<float>(), gain[0].mutable_data_ptr<float>(), lora_B.size(0),
+                      lora_B.size(1), static_cast<float>(scale));
       };
-      if (!(dtype == at::kBFloat16 ? run(BFloat16()) : run(float()))) return {Tensor(), false};
+      if (dtype == at::kBFloat16) run(BFloat16());
+      else run(float());
+      if (!gains(gain, frozen_norms_squared, magnitude.detach(), float_or_none(bias))) return {Tensor(), false};
     }
   }
   pass.full = gain[0];
