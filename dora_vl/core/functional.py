@@ -191,9 +191,9 @@ class AdaptedProduct(torch.autograd.Function):
         fused = _fused(dy, gain)
         if fused is None:
             dz, dh, dy_y, bias_sum = backward_pass(dy, y, lora_B, gain, ctx.scale, with_bias=with_bias)
+            dm = None if dy_y is None else magnitude_gradient(dy_y, dy, bias, bias_sum, gain, fragile_z)
         else:
-            dz, dh, dy_y, bias_sum = fused.backward_pass(dy, y, lora_B, gain.minus_one, ctx.scale, with_bias=with_bias)
-        dm = None if dy_y is None else magnitude_gradient(dy_y, dy, bias, bias_sum, gain, fragile_z)
+            dz, dh, dm, bias_sum = fused.backward_pass(dy, y, lora_B, bias, gain, ctx.scale, with_bias_sum=needs[2])
         dx = ROW_HALVES.product(dz, weight) if needs[0] else None
         dA = dB = None
         if hidden is not None and dh is not None:

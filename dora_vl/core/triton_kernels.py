@@ -2,11 +2,11 @@
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 """The passes over [rows, out] around the frozen product, fused for CUDA with Triton; see `fused.py` for when.
 
-Letters as in `functional.py`. Both functions equal what `functional.AdaptedProduct` does in torch, with one rounding to
-the activations' dtype at the end instead of one an operation:
+Letters as in `functional.py`. Each equals what `functional.AdaptedProduct` does in torch, with one rounding to the
+activations' dtype at the end instead of one an operation:
 
     forward    y = g (W x + h B^T) + b        reads W x + b and h = s A x, writes y, once
-    backward   dz = g dy, (dy * y).sum(0), dy.sum(0), dh = s dz B       reads dy and y, writes dz, once
+    backward   dz = g dy, dh = s dz B, dm, db      reads dy and y, writes dz, once; a second, small kernel adds up
 
 What they leave to the vendor's matrix products are the large ones: W x, dz W, h^T dz. On CPU the kernels run under
 Triton's interpreter alone (TRITON_INTERPRET=1), whose dot product does not know bfloat16: `WIDE_DOT` widens there.
@@ -14,7 +14,9 @@ Triton's interpreter alone (TRITON_INTERPRET=1), whose dot product does not know
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
@@ -22,18 +24,31 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-BLOCK_OUT = 64
+from dora_vl.core.gain import Gain
+from dora_vl.core.triton_tiles import (
+    ACCUMULATORS,
+    Config,
+    Operands,
+    TiledKernel,
+    dot_precision,
+    on_device,
+    padded,
+    programs_wanted,
+    shared_bytes,
+)
+
 LARGEST_RANK = 256
 """Above it a program's share of dh no longer fits into registers, and dh is left to the vendor's product."""
+RANK_BLOCK = 64
+"""Columns of B that the forward kernel multiplies at a time."""
 
 
 @triton.jit
 @no_type_check
 def _output_kernel(  # noqa: PLR0913 - Triton takes values one by one
-    product, hidden, factor, bias, minus_one, rows, out, rank,
-    HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr, WIDE_DOT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    product, y, hidden, factor, bias, minus_one, rows, out, rank,
+    HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr, WIDE_DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -51,26 +66,27 @@ def _output_kernel(  # noqa: PLR0913 - Triton takes values one by one
             b = tl.load(
                 factor + column[:, None] * rank + k[None, :], mask=in_out[:, None] & in_rank[None, :], other=0.0
             )
-            b = b.to(h.dtype)
             if WIDE_DOT:
                 h, b = h.to(tl.float32), b.to(tl.float32)
-            change += tl.dot(h, tl.trans(b), input_precision="ieee")
+            change += tl.dot(h, tl.trans(b), input_precision=PRECISION)
         value += change
     away = tl.load(minus_one + column, mask=in_out, other=0.0).to(tl.float32)[None, :]
     result = value + away * value
     if HAS_BIAS:
         result -= away * tl.load(bias + column, mask=in_out, other=0.0).to(tl.float32)[None, :]
-    tl.store(product + place, result.to(product.dtype.element_ty), mask=inside)
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 @no_type_check
 def _backward_kernel(  # noqa: PLR0913
-    dy, y, factor, minus_one, dz, dh, dy_y, dy_sum, rows, out, rank, scale, blocks_a_split,
-    HAS_Y: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr, WIDE_DOT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    dy, kept, bias, factor, minus_one, dz, dh, magnitude_parts, bias_parts, rows, out, rank, scale,
+    HAS_KEPT: tl.constexpr, HAS_BIAS: tl.constexpr, SUM_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr,
+    WIDE_DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     part, split = tl.program_id(0), tl.program_id(1)
+    blocks_a_split = tl.cdiv(tl.cdiv(out, BLOCK_OUT), tl.num_programs(1))
     row = part * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     k = tl.arange(0, BLOCK_RANK)
     in_rows, in_rank = row < rows, k < rank
@@ -86,22 +102,96 @@ def _backward_kernel(  # noqa: PLR0913
         scaled = (upstream + away * upstream).to(dz.dtype.element_ty)
         tl.store(dz + place, scaled, mask=inside)
         sums = part.to(tl.int64) * out + column
-        if HAS_Y:
-            output = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dy_y + sums, tl.sum(upstream * output, axis=0), mask=in_out)
-        if HAS_BIAS:
-            tl.store(dy_sum + sums, tl.sum(upstream, axis=0), mask=in_out)
+        if HAS_KEPT:
+            output = tl.load(kept + place, mask=inside, other=0.0).to(tl.float32)
+            if HAS_BIAS:  # before the sum: afterwards a large bias would leave it no digits
+                output -= tl.load(bias + column, mask=in_out, other=0.0).to(tl.float32)[None, :]
+            tl.store(magnitude_parts + sums, tl.sum(upstream * output, axis=0), mask=in_out)
+        if SUM_BIAS:
+            tl.store(bias_parts + sums, tl.sum(upstream, axis=0), mask=in_out)
         if HAS_LOW_RANK:
             b = tl.load(
                 factor + column[:, None] * rank + k[None, :], mask=in_out[:, None] & in_rank[None, :], other=0.0
             )
-            b = b.to(scaled.dtype)
             if WIDE_DOT:
                 scaled, b = scaled.to(tl.float32), b.to(tl.float32)
-            hidden += tl.dot(scaled, b, input_precision="ieee")
+            hidden += tl.dot(scaled, b, input_precision=PRECISION)
     if HAS_LOW_RANK:
         wide_part = (split.to(tl.int64) * rows + row)[:, None] * rank + k[None, :]
-        tl.store(dh + wide_part, scale * hidden, mask=in_rows[:, None] & in_rank[None, :])
+        tl.store(dh + wide_part, (scale * hidden).to(dh.dtype.element_ty), mask=in_rows[:, None] & in_rank[None, :])
+
+
+@triton.jit
+@no_type_check
+def _sums_kernel(  # noqa: PLR0913
+    magnitude_parts, bias_parts, per_magnitude, dm, db, parts, out,
+    HAS_KEPT: tl.constexpr, SUM_BIAS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    in_out = column < out
+    of_magnitude = tl.zeros((BLOCK_PARTS, BLOCK_OUT), dtype=tl.float32)
+    of_bias = tl.zeros((BLOCK_PARTS, BLOCK_OUT), dtype=tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        place = part.to(tl.int64)[:, None] * out + column[None, :]
+        inside = (part < parts)[:, None] & in_out[None, :]
+        if HAS_KEPT:
+            of_magnitude += tl.load(magnitude_parts + place, mask=inside, other=0.0)
+        if SUM_BIAS:
+            of_bias += tl.load(bias_parts + place, mask=inside, other=0.0)
+    if HAS_KEPT:
+        per = tl.load(per_magnitude + column, mask=in_out, other=0.0).to(tl.float32)
+        tl.store(dm + column, per * tl.sum(of_magnitude, axis=0), mask=in_out)
+    if SUM_BIAS:
+        tl.store(db + column, tl.sum(of_bias, axis=0), mask=in_out)
+
+
+def _tiles(*shapes: tuple[int, int, int, int]) -> list[Config]:
+    return [
+        Config({"BLOCK_ROWS": rows, "BLOCK_OUT": out}, num_warps=warps, num_stages=stages)
+        for rows, out, warps, stages in shapes
+    ]
+
+
+def _operands_fit(config: Config, named: Mapping[str, Any], operand_bytes: int, accumulator: int) -> bool:
+    """By shared memory and registers, and no more rows than there are: decoding has one."""
+    rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
+    exchanged = 4 * rows * out  # a tile changes its layout through shared memory
+    few = rows > max(16, triton.next_power_of_2(named["rows"]))
+    threads = 32 * config.num_warps
+    return (
+        not few
+        and accumulator + rows * out <= ACCUMULATORS * threads
+        and config.num_stages * operand_bytes + exchanged <= shared_bytes(named["minus_one"].device)
+    )
+
+
+def _output_fits(config: Config, named: Mapping[str, Any]) -> bool:
+    rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
+    return _operands_fit(config, named, (rows + out) * named["BLOCK_RANK"] * named["factor"].element_size(), rows * out)
+
+
+def _backward_fits(config: Config, named: Mapping[str, Any]) -> bool:
+    rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
+    size, rank = named["dy"].element_size(), named["BLOCK_RANK"]
+    return _operands_fit(config, named, (2 * rows * out + out * rank) * size, rows * rank)
+
+
+# BLOCK_ROWS, BLOCK_OUT, warps, stages. The few-row ones stand last: they are taken where nothing larger fits.
+OUTPUT = TiledKernel(
+    _output_kernel,
+    _tiles((64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 4, 2), (128, 128, 8, 3), (32, 128, 4, 3), (16, 128, 4, 2),
+           (16, 256, 4, 2), (16, 64, 4, 2)),
+    _output_fits,
+    ("rows", "out", "rank", "HAS_BIAS", "HAS_LOW_RANK"),
+)  # fmt: skip
+BACKWARD = TiledKernel(
+    _backward_kernel,
+    _tiles((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2), (32, 64, 4, 3), (32, 128, 4, 2),
+           (16, 128, 4, 2), (16, 64, 8, 2), (16, 64, 4, 2)),
+    _backward_fits,
+    ("rows", "out", "rank", "HAS_KEPT", "HAS_BIAS", "SUM_BIAS", "HAS_LOW_RANK"),
+)  # fmt: skip
 
 
 def adapted_output_(
@@ -114,33 +204,65 @@ def adapted_output_(
     """Turns W x + b into g (W x + h B^T) + b in place; bitwise nothing where g = 1 and B = 0.
 
     Args:
-        product: W x + b, contiguous.
+        product: W x + b, in any layout; one that is not contiguous costs a copy.
         hidden: s A x in the same dtype; None together with `lora_B` for a magnitude alone.
-        lora_B: In any dtype; rounded to that of `hidden` for the product, as the eager path does it.
+        lora_B: In any dtype; rounded to that of `hidden` once, as the eager path does it.
+        bias: In any dtype.
         minus_one: g - 1.
     """
+    whole = product.contiguous()
+    _output(whole, whole, hidden, lora_B, bias, minus_one)
+    return product if whole is product else product.copy_(whole)
+
+
+def adapted_output(
+    product: Float[Tensor, "rows out"],
+    hidden: Float[Tensor, "rows rank"] | None,
+    lora_B: Float[Tensor, "out rank"] | None,
+    bias: Float[Tensor, " out"] | None,
+    minus_one: Float[Tensor, " out"],
+) -> Float[Tensor, "rows out"]:
+    """The same into a new tensor, for a product that somebody else still reads."""
+    product = product.contiguous()
+    y = torch.empty_like(product)
+    _output(product, y, hidden, lora_B, bias, minus_one)
+    return y
+
+
+def _output(  # noqa: PLR0913 - the operands of the equation
+    product: Tensor, y: Tensor, hidden: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, minus_one: Tensor
+) -> None:
     rows, out = product.shape
+    if not product.numel():
+        return
     low_rank = hidden is not None and lora_B is not None
     rank = lora_B.shape[1] if lora_B is not None else 1
-    block_rows = _block_rows(rows)
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(out, BLOCK_OUT))
-    _output_kernel[grid](
-        product,
-        hidden.contiguous() if hidden is not None else product,
-        lora_B.detach().contiguous() if lora_B is not None else product,
-        product if bias is None else bias.detach(),
-        minus_one,
-        rows,
-        out,
-        rank,
-        HAS_BIAS=bias is not None,
-        HAS_LOW_RANK=low_rank,
-        WIDE_DOT=not product.is_cuda,
-        BLOCK_ROWS=block_rows,
-        BLOCK_OUT=BLOCK_OUT,
-        BLOCK_RANK=min(_padded(rank), 64),
+    operands = Operands(
+        {
+            "product": product,
+            "y": y,
+            "hidden": hidden.contiguous() if hidden is not None else product,
+            "factor": _cast(lora_B, product.dtype) if lora_B is not None else product,
+            "bias": product if bias is None else bias.detach().contiguous(),
+            "minus_one": minus_one.contiguous(),
+        },
+        {"rows": rows, "out": out, "rank": rank},
+        {
+            "HAS_BIAS": bias is not None,
+            "HAS_LOW_RANK": low_rank,
+            "WIDE_DOT": not product.is_cuda,
+            "PRECISION": dot_precision(product.dtype, rank),
+            "BLOCK_RANK": min(padded(rank), RANK_BLOCK),
+        },
     )
-    return product
+
+    def grid(tile: Mapping[str, Any]) -> tuple[int, int]:
+        return triton.cdiv(rows, tile["BLOCK_ROWS"]), triton.cdiv(out, tile["BLOCK_OUT"])
+
+    def scratch() -> Operands:
+        return replace(operands, tensors={**operands.tensors, "y": torch.empty_like(y)})
+
+    OUTPUT.launch(operands, grid, OUTPUT.config(operands, grid, scratch))
 
 
 class Backward(NamedTuple):
@@ -150,77 +272,128 @@ class Backward(NamedTuple):
     """g dy, in the dtype of dy."""
     dh: Float[Tensor, "rows rank"] | None
     """s dz B, in the dtype of dy."""
-    dy_y: Float[Tensor, " out"] | None
-    """(dy * y).sum(0) in float32."""
-    dy_sum: Float[Tensor, " out"] | None
+    dm: Float[Tensor, " out"] | None
+    """(dy * (kept - b)).sum(0) / m in float32, the magnitude's gradient."""
+    db: Float[Tensor, " out"] | None
     """dy.sum(0) in float32, the bias's gradient."""
 
 
 def backward_pass(
     dy: Float[Tensor, "rows out"],
-    y: Float[Tensor, "rows out"] | None,
+    kept: Float[Tensor, "rows out"] | None,
     lora_B: Float[Tensor, "out rank"] | None,
-    minus_one: Float[Tensor, " out"],
+    bias: Float[Tensor, " out"] | None,
+    gain: Gain,
     scale: float,
     *,
-    with_bias: bool,
+    with_bias_sum: bool,
 ) -> Backward:
-    """dz, dh and the two column sums; `y` None where no magnitude trains, `lora_B` None where there is none."""
+    """dz, dh and the gradients of magnitude and bias.
+
+    Args:
+        dy: The output's gradient, in any layout.
+        kept: y; None where no magnitude trains.
+        lora_B: None for a magnitude alone.
+        bias: What stands in `kept` outside the gain, subtracted before anything is added up.
+        gain: Without fragile rows.
+        scale: s, with what dropout adds to it.
+        with_bias_sum: Whether the bias trains.
+    """
     dy = dy.contiguous()
     rows, out = dy.shape
     rank = 1 if lora_B is None else lora_B.shape[1]
-    inside = lora_B is not None and rank <= LARGEST_RANK
-    block_rows = _block_rows(rows)
-    parts, blocks = triton.cdiv(rows, block_rows), triton.cdiv(out, BLOCK_OUT)
-    splits = min(blocks, max(1, triton.cdiv(_programs_wanted(dy), max(parts, 1))))
-    dz = torch.empty_like(dy)
-    dh = dy.new_empty(splits, rows, rank, dtype=torch.float32) if inside else None
-    sums = [dy.new_empty(parts, out, dtype=torch.float32) if wanted else None for wanted in (y is not None, with_bias)]
-    _backward_kernel[(parts, splits)](
-        dy,
-        dy if y is None else y.contiguous(),
-        dy if lora_B is None else lora_B.detach().contiguous(),
-        minus_one,
-        dz,
-        dz if dh is None else dh,
-        *(dz if total is None else total for total in sums),
-        rows,
-        out,
-        rank,
-        scale,
-        triton.cdiv(blocks, splits),
-        HAS_Y=y is not None,
-        HAS_BIAS=with_bias,
-        HAS_LOW_RANK=inside,
-        WIDE_DOT=not dy.is_cuda,
-        BLOCK_ROWS=block_rows,
-        BLOCK_OUT=BLOCK_OUT,
-        BLOCK_RANK=_padded(rank) if inside else 16,
-        num_warps=8 if inside and rank > 64 else 4,
+    factor = None if lora_B is None else _cast(lora_B, dy.dtype)
+    inside = factor is not None and rank <= LARGEST_RANK
+    operands = Operands(
+        {
+            "dy": dy,
+            "kept": dy if kept is None else kept.contiguous(),
+            "bias": dy if bias is None else bias.detach().contiguous(),
+            "factor": dy if factor is None else factor,
+            "minus_one": gain.minus_one.contiguous(),
+        },
+        {"rows": rows, "out": out, "rank": rank, "scale": scale},
+        {
+            "HAS_KEPT": kept is not None,
+            "HAS_BIAS": bias is not None and kept is not None,
+            "SUM_BIAS": with_bias_sum,
+            "HAS_LOW_RANK": inside,
+            "WIDE_DOT": not dy.is_cuda,
+            "PRECISION": dot_precision(dy.dtype, rank),
+            "BLOCK_RANK": padded(rank) if inside else 16,
+        },
     )
-    if lora_B is not None:
-        whole = (dz @ lora_B.detach().to(dz.dtype)) * scale if dh is None else _summed(dh).to(dz.dtype)
-    else:
-        whole = None
-    dy_y, dy_sum = (None if total is None else _summed(total) for total in sums)
-    return Backward(dz, whole, dy_y, dy_sum)
+    dz, dh, dm, db = _run_backward(operands, gain.per_magnitude)
+    if factor is not None and dh is None:
+        dh = torch.addmm(dz.new_empty(()), dz, factor, beta=0, alpha=scale)
+    return Backward(dz, dh, dm, db)
 
 
-def _summed(parts: Float[Tensor, "parts ..."]) -> Float[Tensor, ...]:
-    return parts[0] if len(parts) == 1 else parts.sum(dim=0)
+def _run_backward(operands: Operands, per_magnitude: Tensor) -> Backward:
+    dy, wants = operands.tensors["dy"], operands.constants
+    rows, out = dy.shape
+    if not dy.numel():
+        sums = [dy.new_zeros(out, dtype=torch.float32) if wants[name] else None for name in ("HAS_KEPT", "SUM_BIAS")]
+        dh = dy.new_zeros(rows, int(operands.numbers["rank"])) if wants["HAS_LOW_RANK"] else None
+        return Backward(torch.empty_like(dy), dh, *sums)
+
+    def grid(tile: Mapping[str, Any]) -> tuple[int, int]:
+        parts, blocks = triton.cdiv(rows, tile["BLOCK_ROWS"]), triton.cdiv(out, tile["BLOCK_OUT"])
+        return parts, min(blocks, max(1, triton.cdiv(programs_wanted(dy.device), parts)))
+
+    def results(tiles: list[Config]) -> Operands:
+        parts, splits = (max(sizes) for sizes in zip(*(grid(tile.kwargs) for tile in tiles), strict=True))
+        return replace(operands, tensors={**operands.tensors, **_result_tensors(operands, parts, splits)})
+
+    config = BACKWARD.config(operands, grid, lambda: results(BACKWARD.fitting(operands.everything())))
+    filled = results([config])
+    BACKWARD.launch(filled, grid, config)
+    found = filled.tensors
+    dh = found["dh"] if wants["HAS_LOW_RANK"] else None
+    if dh is not None:
+        dh = dh[0] if len(dh) == 1 else dh.sum(dim=0, dtype=torch.float32).to(dy.dtype)
+    return Backward(found["dz"], dh, *_sums(found["magnitude_parts"], found["bias_parts"], per_magnitude, wants))
 
 
-def _block_rows(rows: int) -> int:
-    """16 is the least that the tensor cores take; decoding has one row."""
-    return 16 if rows <= 16 else 64
+def _result_tensors(operands: Operands, parts: int, splits: int) -> dict[str, Tensor]:
+    """Room for the results; dh in the end's dtype where nothing is left to add up."""
+    dy, wants = operands.tensors["dy"], operands.constants
+    dz, none = torch.empty_like(dy), dy.new_empty(1, dtype=torch.float32)
+    dh_shape = (splits, dy.shape[0], int(operands.numbers["rank"]))
+    sums = (parts, dy.shape[1])
+    return {
+        "dz": dz,
+        "dh": dy.new_empty(dh_shape, dtype=dy.dtype if splits == 1 else torch.float32) if wants["HAS_LOW_RANK"] else dz,
+        "magnitude_parts": none.new_empty(sums) if wants["HAS_KEPT"] else none,
+        "bias_parts": none.new_empty(sums) if wants["SUM_BIAS"] else none,
+    }
 
 
-def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+def _sums(
+    magnitude_parts: Tensor, bias_parts: Tensor, per_magnitude: Tensor, wants: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The column sums over all parts, in one launch and always in one order."""
+    if not wants["HAS_KEPT"] and not wants["SUM_BIAS"]:
+        return None, None
+    parts, out = (magnitude_parts if wants["HAS_KEPT"] else bias_parts).shape
+    dm, db = (magnitude_parts.new_empty(out) for _ in range(2))
+    with on_device(dm.device):
+        _sums_kernel[(triton.cdiv(out, 64),)](
+            magnitude_parts,
+            bias_parts,
+            per_magnitude.contiguous(),
+            dm,
+            db,
+            parts,
+            out,
+            HAS_KEPT=wants["HAS_KEPT"],
+            SUM_BIAS=wants["SUM_BIAS"],
+            BLOCK_PARTS=32,
+            BLOCK_OUT=64,
+        )
+    return dm if wants["HAS_KEPT"] else None, db if wants["SUM_BIAS"] else None
 
 
-def _programs_wanted(tensor: Tensor) -> int:
-    """Enough for every multiprocessor of the device to have two."""
-    if not tensor.is_cuda:
-        return 4
-    return 2 * torch.cuda.get_device_properties(tensor.device).multi_processor_count
+def _cast(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """B in the activations' dtype, once a call: every block of rows reads it."""
+    return factor.detach().to(dtype).contiguous()

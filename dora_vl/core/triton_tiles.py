@@ -1,0 +1,177 @@
+# pyright: reportMissingImports=false
+"""How the Triton kernels are launched: on their tensors' own device, with tiles from a small space, in torch's precision.
+
+The first call for a bucket of shapes times the tiles of the space once with `triton.autotune`, into scratch memory and
+never into a caller's buffer; later calls are plain launches of the winner. Row counts are bucketed by powers of two, so
+that batches of variable length are timed some ten times at most in a run, and not at every step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.testing import do_bench
+
+SWITCH = "DORA_VL_TRITON_TILES"
+"""Set to `fixed` in the environment, one configuration stands for all: sums in one order, and nothing is timed."""
+MOST_ROWS = 16384
+"""Row counts from here on share one bucket."""
+SHARED_BYTES = 99 * 1024
+"""Of a block on the smallest supported cards (capability 8.6 and 8.9), where torch does not say."""
+ACCUMULATORS = 128
+"""Float32 numbers of accumulator a thread may hold, of its 255 registers."""
+LARGEST_EXACT_RANK = 64
+"""Float32 products of more ranks take three TF32 products, whose digits are float32's, in place of scalar ones."""
+
+Config = triton.Config
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What one launch is given, by the kernel's own names."""
+
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, int | float]
+    constants: Mapping[str, Any]
+
+    def device(self) -> torch.device:
+        """Where the kernel runs."""
+        return next(iter(self.tensors.values())).device
+
+    def everything(self) -> dict[str, Any]:
+        """As keyword arguments."""
+        return {**self.tensors, **self.numbers, **self.constants}
+
+    def case(self) -> tuple[object, ...]:
+        """What the choice of tiles hangs on: the numbers with rows bucketed, the flags, the dtypes, the card."""
+        numbers = [row_bucket(int(value)) if name == "rows" else value for name, value in self.numbers.items()]
+        dtypes = [one.dtype for one in self.tensors.values()]
+        return (*numbers, *self.constants.values(), *dtypes, _card(self.device()))
+
+
+@dataclass
+class TiledKernel:
+    """A kernel with the tiles that it may run in."""
+
+    kernel: Any
+    space: Sequence[Config]
+    """What is timed; the first that fits is the fixed choice, so the most moderate stands first."""
+    fits: Callable[[Config, Mapping[str, Any]], bool]
+    """Whether a configuration fits into shared memory and registers."""
+    keys: Sequence[str]
+    """The kernel's arguments besides dtypes, on which the timing hangs."""
+    _chosen: dict[tuple[object, ...], Config] = field(default_factory=dict)
+
+    def config(self, operands: Operands, grid: Callable[..., Any], scratch: Callable[[], Operands]) -> Config:
+        """The tiles for these operands; timed on `scratch`, whose outputs nobody reads."""
+        if not _may_time(operands.device()):
+            return self.fixed(operands)
+        case = operands.case()
+        if case not in self._chosen:
+            tuner = _tuner(self, case[-1])
+            with on_device(operands.device()):
+                tuner[grid](**scratch().everything())
+            self._chosen[case] = tuner.best_config
+        return self._chosen[case]
+
+    def fixed(self, operands: Operands) -> Config:
+        """The first of the space that fits."""
+        return self.fitting(operands.everything())[0]
+
+    def fitting(self, named: Mapping[str, Any]) -> list[Config]:
+        """Those of the space that fit; the last, which is the smallest, where none does."""
+        return [config for config in self.space if self.fits(config, named)] or [self.space[-1]]
+
+    def launch(self, operands: Operands, grid: Callable[..., Any], config: Config) -> None:
+        """Runs the kernel once."""
+        with on_device(operands.device()):
+            self.kernel[grid](**operands.everything(), **config.all_kwargs())
+
+
+_TUNERS: dict[tuple[int, object], Any] = {}
+
+
+def _tuner(tiled: TiledKernel, card: object) -> Any:
+    """One autotuner for each kernel and kind of card: its own cache knows shapes alone."""
+    found = _TUNERS.get((id(tiled), card))
+    if found is None:
+        found = triton.autotune(
+            configs=list(tiled.space),
+            key=list(tiled.keys),
+            prune_configs_by={"early_config_prune": partial(_pruned, tiled)},
+            do_bench=partial(do_bench, warmup=5, rep=20),
+        )(tiled.kernel)
+        _TUNERS[id(tiled), card] = found
+    return found
+
+
+def _pruned(tiled: TiledKernel, configs: Sequence[Config], positional: Mapping[str, Any], **named: Any) -> list[Config]:
+    return tiled.fitting({**positional, **named})
+
+
+def _may_time(device: torch.device) -> bool:
+    """Not where one configuration is asked for, nor in the interpreter, nor while a CUDA graph is recorded."""
+    if device.type != "cuda" or os.environ.get(SWITCH) == "fixed":
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def row_bucket(rows: int) -> int:
+    """The next power of two, between 16 and `MOST_ROWS`."""
+    return min(max(16, triton.next_power_of_2(rows)), MOST_ROWS)
+
+
+def padded(rank: int) -> int:
+    """A power of two, 16 at least: the least that the tensor cores take."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors' in a model spread over several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block may ask for on this device."""
+    if device.type != "cuda":
+        return SHARED_BYTES
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_BYTES)
+
+
+def programs_wanted(device: torch.device) -> int:
+    """Enough for every multiprocessor of the device to have two."""
+    if device.type != "cuda":
+        return 4
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def dot_precision(dtype: torch.dtype, rank: int) -> str:
+    """Of a kernel's products: what torch is told for its own float32 ones; half precision has but one.
+
+    `ieee` runs on the scalar units, which is no loss while the pass is bound by memory; from larger ranks on
+    `tf32x3` gives float32's digits on the tensor cores.
+    """
+    if dtype != torch.float32 or _torch_precision() == "tf32":
+        return "tf32"
+    return "ieee" if rank <= LARGEST_EXACT_RANK else "tf32x3"
+
+
+def _torch_precision() -> str:
+    matmul = torch.backends.cuda.matmul
+    try:
+        return matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue] - from torch 2.9 on
+    except AttributeError:
+        return "tf32" if matmul.allow_tf32 else "ieee"
