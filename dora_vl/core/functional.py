@@ -277,7 +277,7 @@ def low_rank_gradients(
     dA = (dh.t() @ rows).to(lora_A.dtype) if lora_A.requires_grad else None
     if dx is not None:
         a = lora_A.to(dz.dtype)
-        dx = dx.addmm_(dh, a) if dropped is None else dx.add_(dropped.apply_(dh @ a))
+        dx = dx.addmm_(dh, a) if dropped is None else dropped.add_product_(dx, dh, a)
     return dx, dA, dB
 
 

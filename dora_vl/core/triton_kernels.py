@@ -26,21 +26,20 @@ from torch import Tensor
 
 from dora_vl.core.gain import Gain
 from dora_vl.core.triton_tiles import (
-    ACCUMULATORS,
     Config,
     Operands,
     TiledKernel,
     dot_precision,
+    fits_on_chip,
     on_device,
     padded,
     programs_wanted,
-    shared_bytes,
 )
 
-LARGEST_RANK = 256
-"""Above it a program's share of dh no longer fits into registers, and dh is left to the vendor's product."""
-RANK_BLOCK = 64
-"""Columns of B that the forward kernel multiplies at a time."""
+LARGEST_RANK = {2: 256, 4: 64}
+"""By bytes of a number; above it a program's share of dh and B leaves the chip, and dh is the vendor's product."""
+RANK_BLOCK_BYTES = 128
+"""Of a row of B, what the forward kernel multiplies at a time: twice as much of float32 spills kilobytes (ptxas)."""
 
 
 @triton.jit
@@ -153,28 +152,16 @@ def _tiles(*shapes: tuple[int, int, int, int]) -> list[Config]:
     ]
 
 
-def _operands_fit(config: Config, named: Mapping[str, Any], operand_bytes: int, accumulator: int) -> bool:
-    """By shared memory and registers, and no more rows than there are: decoding has one."""
-    rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
-    exchanged = 4 * rows * out  # a tile changes its layout through shared memory
-    few = rows > max(16, triton.next_power_of_2(named["rows"]))
-    threads = 32 * config.num_warps
-    return (
-        not few
-        and accumulator + rows * out <= ACCUMULATORS * threads
-        and config.num_stages * operand_bytes + exchanged <= shared_bytes(named["minus_one"].device)
-    )
-
-
 def _output_fits(config: Config, named: Mapping[str, Any]) -> bool:
     rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
-    return _operands_fit(config, named, (rows + out) * named["BLOCK_RANK"] * named["factor"].element_size(), rows * out)
+    operands = (rows + out) * named["BLOCK_RANK"] * named["factor"].element_size()
+    return fits_on_chip(config, named["rows"], operands, rows * out, named["minus_one"].device)
 
 
 def _backward_fits(config: Config, named: Mapping[str, Any]) -> bool:
     rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
     size, rank = named["dy"].element_size(), named["BLOCK_RANK"]
-    return _operands_fit(config, named, (2 * rows * out + out * rank) * size, rows * rank)
+    return fits_on_chip(config, named["rows"], out * rank * size, rows * rank, named["minus_one"].device)
 
 
 # BLOCK_ROWS, BLOCK_OUT, warps, stages. The few-row ones stand last: they are taken where nothing larger fits.
@@ -252,7 +239,7 @@ def _output(  # noqa: PLR0913 - the operands of the equation
             "HAS_LOW_RANK": low_rank,
             "WIDE_DOT": not product.is_cuda,
             "PRECISION": dot_precision(product.dtype, rank),
-            "BLOCK_RANK": min(padded(rank), RANK_BLOCK),
+            "BLOCK_RANK": min(padded(rank), RANK_BLOCK_BYTES // product.element_size()),
         },
     )
 
@@ -303,7 +290,7 @@ def backward_pass(
     rows, out = dy.shape
     rank = 1 if lora_B is None else lora_B.shape[1]
     factor = None if lora_B is None else _cast(lora_B, dy.dtype)
-    inside = factor is not None and rank <= LARGEST_RANK
+    inside = factor is not None and rank <= LARGEST_RANK[dy.element_size()]
     operands = Operands(
         {
             "dy": dy,

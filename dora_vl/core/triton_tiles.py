@@ -139,6 +139,25 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def fits_on_chip(config: Config, rows: int, operand_bytes: int, accumulators: int, device: torch.device) -> bool:
+    """By shared memory and registers, and no more rows than there are: decoding has one.
+
+    Args:
+        config: With `BLOCK_ROWS` and `BLOCK_OUT`.
+        rows: Of the activations.
+        operand_bytes: What a product reads at a time.
+        accumulators: Float32 sums of a program.
+        device: Whose memory counts.
+    """
+    tile = config.kwargs["BLOCK_ROWS"] * config.kwargs["BLOCK_OUT"]
+    exchanged = 4 * tile  # a tile changes its layout through shared memory
+    return (
+        config.kwargs["BLOCK_ROWS"] <= max(16, triton.next_power_of_2(rows))
+        and accumulators + tile <= ACCUMULATORS * 32 * config.num_warps
+        and config.num_stages * operand_bytes + exchanged <= shared_bytes(device)
+    )
+
+
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that a block may ask for on this device."""
     if device.type != "cuda":

@@ -14,15 +14,15 @@ from dora_vl.core import fused
 from dora_vl.core.fused import SWITCH, fused_kernels
 
 ROOT = Path(__file__).parents[2]
-CHECKS = ("triton_checks.py",)
+CHECKS = ("triton_checks.py", "triton_dropout_checks.py")
 
 
-def run_checks(file: str, **environment: str) -> None:
+def run_checks(file: str, *more: str, **environment: str) -> None:
     """In a process of its own: Triton decides when it is imported whether it interprets."""
     pytest.importorskip("triton", reason="torch's CPU builds bring no Triton: pip install triton")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": path, **environment}
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file)), *more]
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
     )
@@ -42,6 +42,13 @@ def undecided():
 @pytest.mark.parametrize("file", CHECKS)
 def test_kernels_equal_torch_in_the_interpreter(file):
     run_checks(file, TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_become_machine_code_without_a_gpu(monkeypatch, which):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run_checks("triton_compile_checks.py", "-m", which)
 
 
 @pytest.mark.usefixtures("undecided")

@@ -237,13 +237,13 @@ def test_timing_writes_to_no_callers_buffer_and_runs_once_a_bucket(monkeypatch, 
 def test_only_tiles_that_fit_are_timed():
     def fitting(tiled: TiledKernel, rows: int, rank: int, dtype: torch.dtype) -> list[Config]:
         tensors = {name: torch.empty(1, dtype=dtype) for name in ("factor", "dy", "minus_one")}
-        constants = {"BLOCK_RANK": min(rank, 64) if tiled is kernels.OUTPUT else rank}
+        constants = {"BLOCK_RANK": min(rank, 64) if tiled is kernels.OUTPUT else rank, "HAS_LOW_RANK": True}
         return tiled.fitting(Operands(tensors, {"rows": rows}, constants).everything())
 
     for tiled in (kernels.OUTPUT, kernels.BACKWARD):
         assert {config.kwargs["BLOCK_ROWS"] for config in fitting(tiled, 1, 16, torch.bfloat16)} == {16}
         assert len(fitting(tiled, 4096, 16, torch.bfloat16)) == len(tiled.space), "small ranks exclude nothing"
-    wide = fitting(kernels.BACKWARD, 4096, 256, torch.float32)
+    wide = fitting(kernels.BACKWARD, 4096, 256, torch.bfloat16)
     assert 0 < len(wide) < len(kernels.BACKWARD.space)
     assert all(config.kwargs["BLOCK_ROWS"] * 256 <= 128 * 32 * config.num_warps for config in wide)
 
