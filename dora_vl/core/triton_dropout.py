@@ -43,7 +43,7 @@ def _is_kept(seed, row, first_column, threshold, BLOCK_ROWS: tl.constexpr, BLOCK
 
 @triton.jit(do_not_specialize=["threshold"])
 @no_type_check
-def _masked_copy_kernel(
+def _masked_copy_kernel(  # noqa: PLR0913 - Triton takes values one by one
     source, copy, seed, rows, columns, threshold,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def _masked_copy_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 @no_type_check
-def _masked_product_kernel(  # noqa: PLR0913 - Triton takes values one by one
+def _masked_product_kernel(  # noqa: PLR0913
     base, changed, hidden, factor, seed, rows, columns, rank, threshold,
     WIDE_DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_RANK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
@@ -116,9 +116,7 @@ def threshold_of(probability: float) -> int:
     return bound - 2**32 if bound >= 2**31 else bound
 
 
-def masked_copy(
-    x: Float[Tensor, "rows in_"], seed: Int[Tensor, ""], probability: float
-) -> Float[Tensor, "rows in_"]:
+def masked_copy(x: Float[Tensor, "rows in_"], seed: Int[Tensor, ""], probability: float) -> Float[Tensor, "rows in_"]:
     """x with the dropped elements zero; not rescaled."""
     x = x.contiguous()
     copy = torch.empty_like(x)

@@ -216,7 +216,7 @@ def adapted_output(
     return y
 
 
-def _output(  # noqa: PLR0913 - the operands of the equation
+def _output(
     product: Tensor, y: Tensor, hidden: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, minus_one: Tensor
 ) -> None:
     rows, out = product.shape

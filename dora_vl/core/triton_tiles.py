@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""How the Triton kernels are launched: on their tensors' own device, with tiles from a small space, in torch's precision.
+"""How the Triton kernels are launched: on their tensors' device, in tiles from a small space, in torch's precision.
 
 The first call for a bucket of shapes times the tiles of the space once with `triton.autotune`, into scratch memory and
 never into a caller's buffer; later calls are plain launches of the winner. Row counts are bucketed by powers of two, so

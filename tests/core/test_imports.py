@@ -1,4 +1,4 @@
-"""The core needs torch, safetensors, jaxtyping and the standard library; Triton in files of its own, where it is there."""
+"""The core needs torch, safetensors, jaxtyping and the standard library; Triton in its own files, where it is there."""
 
 from __future__ import annotations
 

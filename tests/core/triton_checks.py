@@ -25,7 +25,7 @@ from dora_vl.core.triton_tiles import Config, Operands, TiledKernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-# Odd sizes, one row as in decoding, several blocks and splits; ranks below, between and above the blocks of both passes.
+# Odd sizes, one row as in decoding, several blocks and splits; ranks below, between and above blocks.
 SHAPES = [(1, 5, 1), (7, 130, 3), (65, 70, 16), (130, 257, 130), (18, 33, 257)]
 
 

@@ -22,7 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dora_vl.core import triton_dropout as dropout
 from dora_vl.core import triton_kernels as kernels
+from dora_vl.core import triton_norms as norms
 from dora_vl.core.triton_tiles import Config, TiledKernel, padded
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -43,7 +45,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], conf
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in ("out", "rank", "columns")
+        if signature[name].startswith("*") or (signature[name] == "i32" and name in ("out", "rank", "columns"))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -120,3 +122,50 @@ def test_every_tile_that_is_timed_compiles(case, rank):
     tiled, types, constants = case(torch.bfloat16, rank, "tf32")
     for config in fitting(tiled, torch.bfloat16, constants, 4096):
         assert compiled(tiled.kernel, types, constants, config, 90).metadata.shared <= 99 * 1024, config
+
+
+def other_case(name: str, dtype: torch.dtype, rank: int) -> tuple[Any, dict[str, str], dict[str, Any], Config]:
+    """The kernels without a choice of tiles, and the masked product in its fixed one."""
+    pointer, block = POINTERS[dtype], {"PRECISION": "tf32", "WIDE_DOT": False, "BLOCK_RANK": min(padded(rank), 32)}
+    if name == "sums":
+        names = ("magnitude_parts", "bias_parts", "per_magnitude", "dm", "db")
+        flags = {"HAS_KEPT": True, "SUM_BIAS": True, "BLOCK_PARTS": 32, "BLOCK_OUT": 64}
+        return kernels._sums_kernel, dict.fromkeys(names, "*fp32"), flags, Config({})
+    if name == "masked copy":
+        tile = {"BLOCK_ROWS": dropout.COPIED_ROWS, "BLOCK_COLUMNS": dropout.COPIED_COLUMNS}
+        return dropout._masked_copy_kernel, {"source": pointer, "copy": pointer, "seed": "*i64"}, tile, Config({})
+    if name == "masked product":
+        types = dict.fromkeys(("base", "changed", "hidden", "factor"), pointer) | {"seed": "*i64"}
+        config = fitting(dropout.MASKED_PRODUCT, dtype, block, 4096)[0]
+        return dropout.MASKED_PRODUCT.kernel, types, block, config
+    if name == "squared norms":
+        types = {"frozen": "*fp32", "squared": "*fp32", "scale": "fp32"}
+        types |= dict.fromkeys(("factor", "weight_on_A", "gram"), pointer)
+        return norms._squared_kernel, types, {**block, "BLOCK_ROWS": norms.ROWS}, Config({})
+    types = dict.fromkeys(("frozen", "squared", "lora_A", "lora_B", "trusted"), "*fp32") | {"weight": pointer}
+    types |= {"scale": "fp32", "cancellation": "fp32"}
+    tile = {"BLOCK_ROWS": norms.CAREFUL_ROWS, "BLOCK_COLUMNS": norms.CAREFUL_COLUMNS, "BLOCK_RANK": 32}
+    return norms._careful_kernel, types, tile, Config({})
+
+
+@needs_tool
+@pytest.mark.parametrize("name", ["sums", "masked copy", "masked product", "squared norms", "careful norms"])
+def test_the_other_kernels(tmp_path, name):
+    done = compiled(*other_case(name, torch.bfloat16, 128), capability=90)
+    assert done.metadata.shared <= 99 * 1024
+    assert spilled(done, tmp_path) <= SPILLED_BYTES
+
+
+def test_sizes_of_one_become_constants_in_a_launch():
+    """Triton compiles an argument that is 1 into the kernel; rank 1 and a single row of decoding are such."""
+    tiled, types, constants = output_case(torch.bfloat16, 1, "tf32")
+    config = fitting(tiled, torch.bfloat16, constants, 1)[0]
+    assert compiled(tiled.kernel, types, {**constants, "rows": 1, "rank": 1}, config, 90).asm["cubin"]
+    tiled, types, constants = backward_case(torch.bfloat16, 1, "tf32")
+    assert compiled(tiled.kernel, types, {**constants, "rows": 1, "rank": 1}, config, 90).asm["cubin"]
+    kernel, types, constants, config = other_case("masked product", torch.bfloat16, 1)
+    assert compiled(kernel, types, {**constants, "rows": 1, "rank": 1}, config, 90).asm["cubin"]
+    for name in ("masked copy", "sums", "squared norms", "careful norms"):
+        kernel, types, constants, config = other_case(name, torch.bfloat16, 1)
+        ones = {one: 1 for one in ("rows", "rank", "parts", "column_stride") if one in kernel.arg_names}
+        assert compiled(kernel, types, {**constants, **ones}, config, 90).asm["cubin"], name
