@@ -79,7 +79,8 @@ class MaskedCopy(torch.autograd.Function):
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor, None, None]:
         """The gradient under the same mask."""
-        return _masked_copy(grad_outputs[0], *ctx.saved_tensors, ctx.probability), None, None
+        (seed,) = ctx.saved_tensors
+        return _masked_copy(grad_outputs[0], seed, ctx.probability), None, None
 
 
 def _masked_copy(tensor: Tensor, seed: Tensor, probability: float) -> Tensor:

@@ -13,6 +13,7 @@ from dora_vl.core import functional
 from dora_vl.core.compiled import compiled_linear
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.dropout import SharedDropout
+from dora_vl.core.fused import fused_kernels
 from dora_vl.core.gain import Gain, apply_gain, careful_gain, quick_gains
 from dora_vl.core.gain_family import GainFamily
 from dora_vl.core.layer import AdaptedLayer
@@ -80,9 +81,15 @@ class ProductLayer(AdaptedLayer):
         """The forward pass without a graph; in eval the cast factors are kept, so that decoding casts nothing."""
         rows = x.reshape(-1, x.shape[-1])
         y = ROW_HALVES.product(rows, weight.t(), bias)
-        if self.adapter.method != "magnitude":
-            a, b_transposed = self._cast_factors(x.dtype)
-            y.addmm_(F.linear(rows, a), b_transposed)
+        a, b_transposed = (None, None) if self.adapter.method == "magnitude" else self._cast_factors(x.dtype)
+        hidden = None if a is None else F.linear(rows, a)
+        kernels = None if gain is None else fused_kernels(y)
+        if kernels is not None and gain is not None:
+            b = None if b_transposed is None else b_transposed.t()
+            kernels.adapted_output_(y, hidden, b, bias, gain.minus_one)
+            return y.view(*x.shape[:-1], self.out_features)
+        if hidden is not None and b_transposed is not None:
+            y.addmm_(hidden, b_transposed)
         if gain is not None:
             y = apply_gain(y, bias, gain)
         return y.view(*x.shape[:-1], self.out_features)

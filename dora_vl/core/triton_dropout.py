@@ -21,7 +21,17 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dora_vl.core.triton_tiles import Config, Operands, TiledKernel, dot_precision, fits_on_chip, on_device, padded
+from dora_vl.core.triton_tiles import (
+    Config,
+    Operands,
+    TiledKernel,
+    cast_factor,
+    dot_precision,
+    fits_on_chip,
+    on_device,
+    padded,
+    tiles,
+)
 
 RANK_BLOCK_BYTES = 128
 """Of a column of A, what is multiplied at a time."""
@@ -96,10 +106,7 @@ def _fits(config: Config, named: Mapping[str, Any]) -> bool:
 
 MASKED_PRODUCT = TiledKernel(
     _masked_product_kernel,
-    [
-        Config({"BLOCK_ROWS": rows, "BLOCK_OUT": columns}, num_warps=warps, num_stages=2)
-        for rows, columns, warps in ((64, 64, 4), (64, 128, 8), (128, 64, 8), (32, 128, 4), (16, 64, 4))
-    ],
+    tiles((64, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2), (32, 128, 4, 2), (16, 64, 4, 2)),
     _fits,
     ("rows", "columns", "rank"),
 )
@@ -161,7 +168,7 @@ def add_masked_product_(
             "base": whole,
             "changed": whole,
             "hidden": hidden.contiguous(),
-            "factor": lora_A.detach().to(dx.dtype).contiguous(),
+            "factor": cast_factor(lora_A, dx.dtype),
             "seed": seed,
         },
         {"rows": dx.shape[0], "columns": dx.shape[1], "rank": rank, "threshold": threshold_of(probability)},

@@ -3,10 +3,9 @@
 """The passes over [rows, out] around the frozen product, fused for CUDA with Triton; see `fused.py` for when.
 
 Letters as in `functional.py`. Each equals what `functional.AdaptedProduct` does in torch, with one rounding to the
-activations' dtype at the end instead of one an operation:
+activations' dtype at the end instead of one an operation. Here is the forward pass, in `triton_backward.py` the other:
 
-    forward    y = g (W x + h B^T) + b        reads W x + b and h = s A x, writes y, once
-    backward   dz = g dy, dh = s dz B, dm, db      reads dy and y, writes dz, once; a second, small kernel adds up
+    y = g (W x + h B^T) + b        reads W x + b and h = s A x, writes y, once
 
 What they leave to the vendor's matrix products are the large ones: W x, dz W, h^T dz. On CPU the kernels run under
 Triton's interpreter alone (TRITON_INTERPRET=1), whose dot product does not know bfloat16: `WIDE_DOT` widens there.
@@ -16,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -24,22 +23,20 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from dora_vl.core.gain import Gain
+from dora_vl.core.triton_backward import backward_pass as backward_pass
 from dora_vl.core.triton_tiles import (
     Config,
     Operands,
     TiledKernel,
+    cast_factor,
     dot_precision,
     fits_on_chip,
-    on_device,
     padded,
-    programs_wanted,
+    tiles,
 )
 
-LARGEST_RANK = {2: 256, 4: 64}
-"""By bytes of a number; above it a program's share of dh and B leaves the chip, and dh is the vendor's product."""
 RANK_BLOCK_BYTES = 128
-"""Of a row of B, what the forward kernel multiplies at a time: twice as much of float32 spills kilobytes (ptxas)."""
+"""Of a row of B, what is multiplied at a time: twice as much of float32 spills kilobytes (ptxas)."""
 
 
 @triton.jit
@@ -76,108 +73,18 @@ def _output_kernel(  # noqa: PLR0913 - Triton takes values one by one
     tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-@no_type_check
-def _backward_kernel(  # noqa: PLR0913
-    dy, kept, bias, factor, minus_one, dz, dh, magnitude_parts, bias_parts, rows, out, rank, scale,
-    HAS_KEPT: tl.constexpr, HAS_BIAS: tl.constexpr, SUM_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr,
-    WIDE_DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_RANK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    part, split = tl.program_id(0), tl.program_id(1)
-    blocks_a_split = tl.cdiv(tl.cdiv(out, BLOCK_OUT), tl.num_programs(1))
-    row = part * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    k = tl.arange(0, BLOCK_RANK)
-    in_rows, in_rank = row < rows, k < rank
-    wide_row = row.to(tl.int64)[:, None]
-    hidden = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
-    for block in range(split * blocks_a_split, (split + 1) * blocks_a_split):
-        column = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        in_out = column < out
-        inside = in_rows[:, None] & in_out[None, :]
-        place = wide_row * out + column[None, :]
-        upstream = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
-        away = tl.load(minus_one + column, mask=in_out, other=0.0).to(tl.float32)[None, :]
-        scaled = (upstream + away * upstream).to(dz.dtype.element_ty)
-        tl.store(dz + place, scaled, mask=inside)
-        sums = part.to(tl.int64) * out + column
-        if HAS_KEPT:
-            output = tl.load(kept + place, mask=inside, other=0.0).to(tl.float32)
-            if HAS_BIAS:  # before the sum: afterwards a large bias would leave it no digits
-                output -= tl.load(bias + column, mask=in_out, other=0.0).to(tl.float32)[None, :]
-            tl.store(magnitude_parts + sums, tl.sum(upstream * output, axis=0), mask=in_out)
-        if SUM_BIAS:
-            tl.store(bias_parts + sums, tl.sum(upstream, axis=0), mask=in_out)
-        if HAS_LOW_RANK:
-            b = tl.load(
-                factor + column[:, None] * rank + k[None, :], mask=in_out[:, None] & in_rank[None, :], other=0.0
-            )
-            if WIDE_DOT:
-                scaled, b = scaled.to(tl.float32), b.to(tl.float32)
-            hidden += tl.dot(scaled, b, input_precision=PRECISION)
-    if HAS_LOW_RANK:
-        wide_part = (split.to(tl.int64) * rows + row)[:, None] * rank + k[None, :]
-        tl.store(dh + wide_part, (scale * hidden).to(dh.dtype.element_ty), mask=in_rows[:, None] & in_rank[None, :])
-
-
-@triton.jit
-@no_type_check
-def _sums_kernel(  # noqa: PLR0913
-    magnitude_parts, bias_parts, per_magnitude, dm, db, parts, out,
-    HAS_KEPT: tl.constexpr, SUM_BIAS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    in_out = column < out
-    of_magnitude = tl.zeros((BLOCK_PARTS, BLOCK_OUT), dtype=tl.float32)
-    of_bias = tl.zeros((BLOCK_PARTS, BLOCK_OUT), dtype=tl.float32)
-    for start in range(0, parts, BLOCK_PARTS):
-        part = start + tl.arange(0, BLOCK_PARTS)
-        place = part.to(tl.int64)[:, None] * out + column[None, :]
-        inside = (part < parts)[:, None] & in_out[None, :]
-        if HAS_KEPT:
-            of_magnitude += tl.load(magnitude_parts + place, mask=inside, other=0.0)
-        if SUM_BIAS:
-            of_bias += tl.load(bias_parts + place, mask=inside, other=0.0)
-    if HAS_KEPT:
-        per = tl.load(per_magnitude + column, mask=in_out, other=0.0).to(tl.float32)
-        tl.store(dm + column, per * tl.sum(of_magnitude, axis=0), mask=in_out)
-    if SUM_BIAS:
-        tl.store(db + column, tl.sum(of_bias, axis=0), mask=in_out)
-
-
-def _tiles(*shapes: tuple[int, int, int, int]) -> list[Config]:
-    return [
-        Config({"BLOCK_ROWS": rows, "BLOCK_OUT": out}, num_warps=warps, num_stages=stages)
-        for rows, out, warps, stages in shapes
-    ]
-
-
 def _output_fits(config: Config, named: Mapping[str, Any]) -> bool:
     rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
     operands = (rows + out) * named["BLOCK_RANK"] * named["factor"].element_size()
     return fits_on_chip(config, named["rows"], operands, rows * out, named["minus_one"].device)
 
 
-def _backward_fits(config: Config, named: Mapping[str, Any]) -> bool:
-    rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
-    size, rank = named["dy"].element_size(), named["BLOCK_RANK"]
-    return fits_on_chip(config, named["rows"], out * rank * size, rows * rank, named["minus_one"].device)
-
-
-# BLOCK_ROWS, BLOCK_OUT, warps, stages. The few-row ones stand last: they are taken where nothing larger fits.
 OUTPUT = TiledKernel(
     _output_kernel,
-    _tiles((64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 4, 2), (128, 128, 8, 3), (32, 128, 4, 3), (16, 128, 4, 2),
-           (16, 256, 4, 2), (16, 64, 4, 2)),
+    tiles((64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 4, 2), (128, 128, 8, 3), (32, 128, 4, 3), (16, 128, 4, 2),
+          (16, 256, 4, 2), (16, 64, 4, 2)),
     _output_fits,
     ("rows", "out", "rank", "HAS_BIAS", "HAS_LOW_RANK"),
-)  # fmt: skip
-BACKWARD = TiledKernel(
-    _backward_kernel,
-    _tiles((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2), (32, 64, 4, 3), (32, 128, 4, 2),
-           (16, 128, 4, 2), (16, 64, 8, 2), (16, 64, 4, 2)),
-    _backward_fits,
-    ("rows", "out", "rank", "HAS_KEPT", "HAS_BIAS", "SUM_BIAS", "HAS_LOW_RANK"),
 )  # fmt: skip
 
 
@@ -203,13 +110,13 @@ def adapted_output_(
 
 
 def adapted_output(
-    product: Float[Tensor, "rows out"],
+    product: Float[Tensor, "*batch out"],
     hidden: Float[Tensor, "rows rank"] | None,
     lora_B: Float[Tensor, "out rank"] | None,
     bias: Float[Tensor, " out"] | None,
     minus_one: Float[Tensor, " out"],
-) -> Float[Tensor, "rows out"]:
-    """The same into a new tensor, for a product that somebody else still reads."""
+) -> Float[Tensor, "*batch out"]:
+    """The same into a new tensor, no view of another, for a product that somebody else still reads."""
     product = product.contiguous()
     y = torch.empty_like(product)
     _output(product, y, hidden, lora_B, bias, minus_one)
@@ -219,9 +126,10 @@ def adapted_output(
 def _output(
     product: Tensor, y: Tensor, hidden: Tensor | None, lora_B: Tensor | None, bias: Tensor | None, minus_one: Tensor
 ) -> None:
-    rows, out = product.shape
     if not product.numel():
         return
+    out = product.shape[-1]
+    rows = product.numel() // out
     low_rank = hidden is not None and lora_B is not None
     rank = lora_B.shape[1] if lora_B is not None else 1
     operands = Operands(
@@ -229,7 +137,7 @@ def _output(
             "product": product,
             "y": y,
             "hidden": hidden.contiguous() if hidden is not None else product,
-            "factor": _cast(lora_B, product.dtype) if lora_B is not None else product,
+            "factor": cast_factor(lora_B, product.dtype) if lora_B is not None else product,
             "bias": product if bias is None else bias.detach().contiguous(),
             "minus_one": minus_one.contiguous(),
         },
@@ -250,137 +158,3 @@ def _output(
         return replace(operands, tensors={**operands.tensors, "y": torch.empty_like(y)})
 
     OUTPUT.launch(operands, grid, OUTPUT.config(operands, grid, scratch))
-
-
-class Backward(NamedTuple):
-    """What one pass over dy gives."""
-
-    dz: Float[Tensor, "rows out"]
-    """g dy, in the dtype of dy."""
-    dh: Float[Tensor, "rows rank"] | None
-    """s dz B, in the dtype of dy."""
-    dm: Float[Tensor, " out"] | None
-    """(dy * (kept - b)).sum(0) / m in float32, the magnitude's gradient."""
-    db: Float[Tensor, " out"] | None
-    """dy.sum(0) in float32, the bias's gradient."""
-
-
-def backward_pass(
-    dy: Float[Tensor, "rows out"],
-    kept: Float[Tensor, "rows out"] | None,
-    lora_B: Float[Tensor, "out rank"] | None,
-    bias: Float[Tensor, " out"] | None,
-    gain: Gain,
-    scale: float,
-    *,
-    with_bias_sum: bool,
-) -> Backward:
-    """dz, dh and the gradients of magnitude and bias.
-
-    Args:
-        dy: The output's gradient, in any layout.
-        kept: y; None where no magnitude trains.
-        lora_B: None for a magnitude alone.
-        bias: What stands in `kept` outside the gain, subtracted before anything is added up.
-        gain: Without fragile rows.
-        scale: s, with what dropout adds to it.
-        with_bias_sum: Whether the bias trains.
-    """
-    dy = dy.contiguous()
-    rows, out = dy.shape
-    rank = 1 if lora_B is None else lora_B.shape[1]
-    factor = None if lora_B is None else _cast(lora_B, dy.dtype)
-    inside = factor is not None and rank <= LARGEST_RANK[dy.element_size()]
-    operands = Operands(
-        {
-            "dy": dy,
-            "kept": dy if kept is None else kept.contiguous(),
-            "bias": dy if bias is None else bias.detach().contiguous(),
-            "factor": dy if factor is None else factor,
-            "minus_one": gain.minus_one.contiguous(),
-        },
-        {"rows": rows, "out": out, "rank": rank, "scale": scale},
-        {
-            "HAS_KEPT": kept is not None,
-            "HAS_BIAS": bias is not None and kept is not None,
-            "SUM_BIAS": with_bias_sum,
-            "HAS_LOW_RANK": inside,
-            "WIDE_DOT": not dy.is_cuda,
-            "PRECISION": dot_precision(dy.dtype, rank),
-            "BLOCK_RANK": padded(rank) if inside else 16,
-        },
-    )
-    dz, dh, dm, db = _run_backward(operands, gain.per_magnitude)
-    if factor is not None and dh is None:
-        dh = torch.addmm(dz.new_empty(()), dz, factor, beta=0, alpha=scale)
-    return Backward(dz, dh, dm, db)
-
-
-def _run_backward(operands: Operands, per_magnitude: Tensor) -> Backward:
-    dy, wants = operands.tensors["dy"], operands.constants
-    rows, out = dy.shape
-    if not dy.numel():
-        sums = [dy.new_zeros(out, dtype=torch.float32) if wants[name] else None for name in ("HAS_KEPT", "SUM_BIAS")]
-        dh = dy.new_zeros(rows, int(operands.numbers["rank"])) if wants["HAS_LOW_RANK"] else None
-        return Backward(torch.empty_like(dy), dh, *sums)
-
-    def grid(tile: Mapping[str, Any]) -> tuple[int, int]:
-        parts, blocks = triton.cdiv(rows, tile["BLOCK_ROWS"]), triton.cdiv(out, tile["BLOCK_OUT"])
-        return parts, min(blocks, max(1, triton.cdiv(programs_wanted(dy.device), parts)))
-
-    def results(tiles: list[Config]) -> Operands:
-        parts, splits = (max(sizes) for sizes in zip(*(grid(tile.kwargs) for tile in tiles), strict=True))
-        return replace(operands, tensors={**operands.tensors, **_result_tensors(operands, parts, splits)})
-
-    config = BACKWARD.config(operands, grid, lambda: results(BACKWARD.fitting(operands.everything())))
-    filled = results([config])
-    BACKWARD.launch(filled, grid, config)
-    found = filled.tensors
-    dh = found["dh"] if wants["HAS_LOW_RANK"] else None
-    if dh is not None:
-        dh = dh[0] if len(dh) == 1 else dh.sum(dim=0, dtype=torch.float32).to(dy.dtype)
-    return Backward(found["dz"], dh, *_sums(found["magnitude_parts"], found["bias_parts"], per_magnitude, wants))
-
-
-def _result_tensors(operands: Operands, parts: int, splits: int) -> dict[str, Tensor]:
-    """Room for the results; dh in the end's dtype where nothing is left to add up."""
-    dy, wants = operands.tensors["dy"], operands.constants
-    dz, none = torch.empty_like(dy), dy.new_empty(1, dtype=torch.float32)
-    dh_shape = (splits, dy.shape[0], int(operands.numbers["rank"]))
-    sums = (parts, dy.shape[1])
-    return {
-        "dz": dz,
-        "dh": dy.new_empty(dh_shape, dtype=dy.dtype if splits == 1 else torch.float32) if wants["HAS_LOW_RANK"] else dz,
-        "magnitude_parts": none.new_empty(sums) if wants["HAS_KEPT"] else none,
-        "bias_parts": none.new_empty(sums) if wants["SUM_BIAS"] else none,
-    }
-
-
-def _sums(
-    magnitude_parts: Tensor, bias_parts: Tensor, per_magnitude: Tensor, wants: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The column sums over all parts, in one launch and always in one order."""
-    if not wants["HAS_KEPT"] and not wants["SUM_BIAS"]:
-        return None, None
-    parts, out = (magnitude_parts if wants["HAS_KEPT"] else bias_parts).shape
-    dm, db = (magnitude_parts.new_empty(out) for _ in range(2))
-    with on_device(dm.device):
-        _sums_kernel[(triton.cdiv(out, 64),)](
-            magnitude_parts,
-            bias_parts,
-            per_magnitude.contiguous(),
-            dm,
-            db,
-            parts,
-            out,
-            HAS_KEPT=wants["HAS_KEPT"],
-            SUM_BIAS=wants["SUM_BIAS"],
-            BLOCK_PARTS=32,
-            BLOCK_OUT=64,
-        )
-    return dm if wants["HAS_KEPT"] else None, db if wants["SUM_BIAS"] else None
-
-
-def _cast(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """B in the activations' dtype, once a call: every block of rows reads it."""
-    return factor.detach().to(dtype).contiguous()

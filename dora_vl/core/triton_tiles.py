@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import Config
 from triton.testing import do_bench
 
 SWITCH = "DORA_VL_TRITON_TILES"
@@ -30,8 +31,6 @@ ACCUMULATORS = 128
 """Float32 numbers of accumulator a thread may hold, of its 255 registers."""
 LARGEST_EXACT_RANK = 64
 """Float32 products of more ranks take three TF32 products, whose digits are float32's, in place of scalar ones."""
-
-Config = triton.Config
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,14 @@ def _may_time(device: torch.device) -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
+def tiles(*shapes: tuple[int, int, int, int]) -> list[Config]:
+    """A space from rows and columns of a tile, warps and pipeline stages; the few-row ones stand last."""
+    return [
+        Config({"BLOCK_ROWS": rows, "BLOCK_OUT": out}, num_warps=warps, num_stages=stages)
+        for rows, out, warps, stages in shapes
+    ]
+
+
 def row_bucket(rows: int) -> int:
     """The next power of two, between 16 and `MOST_ROWS`."""
     return min(max(16, triton.next_power_of_2(rows)), MOST_ROWS)
@@ -177,6 +184,11 @@ def _card(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def cast_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A or B in the activations' dtype, once a call: every block of rows reads it."""
+    return factor.detach().to(dtype).contiguous()
+
+
 def dot_precision(dtype: torch.dtype, rank: int) -> str:
     """Of a kernel's products: what torch is told for its own float32 ones; half precision has but one.
 
@@ -191,6 +203,6 @@ def dot_precision(dtype: torch.dtype, rank: int) -> str:
 def _torch_precision() -> str:
     matmul = torch.backends.cuda.matmul
     try:
-        return matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue] - from torch 2.9 on
+        return str(matmul.fp32_precision)  # from torch 2.9 on
     except AttributeError:
         return "tf32" if matmul.allow_tf32 else "ieee"

@@ -14,7 +14,7 @@ from dora_vl.core import fused
 from dora_vl.core.fused import SWITCH, fused_kernels
 
 ROOT = Path(__file__).parents[2]
-CHECKS = ("triton_checks.py", "triton_dropout_checks.py", "triton_norm_checks.py")
+CHECKS = ("triton_checks.py", "triton_dropout_checks.py", "triton_norm_checks.py", "triton_layer_checks.py")
 
 
 def run_checks(file: str, *more: str, **environment: str) -> None:

@@ -20,6 +20,7 @@ from dora_vl.core.gain import Gain
 if not are_wanted(torch.device(os.environ.get("CHECKED_DEVICE", "cpu")), torch.float32):
     pytest.skip("runs in Triton's interpreter or on a GPU", allow_module_level=True)
 
+from dora_vl.core import triton_backward as backward
 from dora_vl.core import triton_kernels as kernels
 from dora_vl.core.triton_tiles import Config, Operands, TiledKernel
 
@@ -177,7 +178,7 @@ def test_a_large_bias_leaves_the_magnitude_its_gradient():
     close(found.dm, exact, torch.float32, "dm")
 
 
-@pytest.mark.parametrize("tiled", [kernels.OUTPUT, kernels.BACKWARD], ids=["output", "backward"])
+@pytest.mark.parametrize("tiled", [kernels.OUTPUT, backward.BACKWARD], ids=["output", "backward"])
 def test_every_tile_gives_the_same(monkeypatch, tiled):
     """Up to the order of sums; the few-row tiles among them, on more rows than they have."""
     rows, out, rank = 150, 200, 20
@@ -215,10 +216,10 @@ class RecordingTuner:
 def test_timing_writes_to_no_callers_buffer_and_runs_once_a_bucket(monkeypatch, which):
     from dora_vl.core import triton_tiles
 
-    tiled = replace(kernels.OUTPUT if which == "output" else kernels.BACKWARD, _chosen={})
-    monkeypatch.setattr(kernels, which.upper(), tiled)
+    tiled = replace(kernels.OUTPUT if which == "output" else backward.BACKWARD, _chosen={})
+    monkeypatch.setattr(kernels if which == "output" else backward, which.upper(), tiled)
     tuner = RecordingTuner(tiled)
-    other = RecordingTuner(kernels.BACKWARD if which == "output" else kernels.OUTPUT)
+    other = RecordingTuner(backward.BACKWARD if which == "output" else kernels.OUTPUT)
     monkeypatch.setattr(triton_tiles, "_may_time", lambda device: True)
     monkeypatch.setattr(triton_tiles, "_tuner", lambda one, card: tuner if one is tiled else other)
     gain, b, bias = gain_of(70, torch.float32), torch.randn(70, 5), torch.randn(70)
@@ -240,11 +241,11 @@ def test_only_tiles_that_fit_are_timed():
         constants = {"BLOCK_RANK": min(rank, 64) if tiled is kernels.OUTPUT else rank, "HAS_LOW_RANK": True}
         return tiled.fitting(Operands(tensors, {"rows": rows}, constants).everything())
 
-    for tiled in (kernels.OUTPUT, kernels.BACKWARD):
+    for tiled in (kernels.OUTPUT, backward.BACKWARD):
         assert {config.kwargs["BLOCK_ROWS"] for config in fitting(tiled, 1, 16, torch.bfloat16)} == {16}
         assert len(fitting(tiled, 4096, 16, torch.bfloat16)) == len(tiled.space), "small ranks exclude nothing"
-    wide = fitting(kernels.BACKWARD, 4096, 256, torch.bfloat16)
-    assert 0 < len(wide) < len(kernels.BACKWARD.space)
+    wide = fitting(backward.BACKWARD, 4096, 256, torch.bfloat16)
+    assert 0 < len(wide) < len(backward.BACKWARD.space)
     assert all(config.kwargs["BLOCK_ROWS"] * 256 <= 128 * 32 * config.num_warps for config in wide)
 
 

@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dora_vl.core import triton_backward as backward
 from dora_vl.core import triton_dropout as dropout
 from dora_vl.core import triton_kernels as kernels
 from dora_vl.core import triton_norms as norms
@@ -72,7 +73,7 @@ def backward_case(dtype: torch.dtype, rank: int, precision: str) -> tuple[TiledK
     types = dict.fromkeys(("dy", "kept", "bias", "factor", "minus_one", "dz"), POINTERS[dtype])
     types |= dict.fromkeys(("dh", "magnitude_parts", "bias_parts"), "*fp32") | {"scale": "fp32"}
     flags = dict.fromkeys(("HAS_KEPT", "HAS_BIAS", "SUM_BIAS", "HAS_LOW_RANK"), True)
-    return kernels.BACKWARD, types, {**flags, "WIDE_DOT": False, "PRECISION": precision, "BLOCK_RANK": padded(rank)}
+    return backward.BACKWARD, types, {**flags, "WIDE_DOT": False, "PRECISION": precision, "BLOCK_RANK": padded(rank)}
 
 
 def fitting(tiled: TiledKernel, dtype: torch.dtype, constants: dict[str, Any], rows: int) -> list[Config]:
@@ -130,7 +131,7 @@ def other_case(name: str, dtype: torch.dtype, rank: int) -> tuple[Any, dict[str,
     if name == "sums":
         names = ("magnitude_parts", "bias_parts", "per_magnitude", "dm", "db")
         flags = {"HAS_KEPT": True, "SUM_BIAS": True, "BLOCK_PARTS": 32, "BLOCK_OUT": 64}
-        return kernels._sums_kernel, dict.fromkeys(names, "*fp32"), flags, Config({})
+        return backward._sums_kernel, dict.fromkeys(names, "*fp32"), flags, Config({})
     if name == "masked copy":
         tile = {"BLOCK_ROWS": dropout.COPIED_ROWS, "BLOCK_COLUMNS": dropout.COPIED_COLUMNS}
         return dropout._masked_copy_kernel, {"source": pointer, "copy": pointer, "seed": "*i64"}, tile, Config({})
