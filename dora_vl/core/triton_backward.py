@@ -118,7 +118,7 @@ BACKWARD = TiledKernel(
     tiles((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2), (32, 64, 4, 3), (32, 128, 4, 2),
           (16, 128, 4, 2), (16, 64, 8, 2), (16, 64, 4, 2)),
     _backward_fits,
-    ("rows", "out", "rank", "HAS_KEPT", "HAS_BIAS", "SUM_BIAS", "HAS_LOW_RANK"),
+    ("rows", "out", "rank", "HAS_KEPT", "HAS_BIAS", "SUM_BIAS", "HAS_LOW_RANK", "PRECISION"),
 )  # fmt: skip
 
 

@@ -108,7 +108,7 @@ MASKED_PRODUCT = TiledKernel(
     _masked_product_kernel,
     tiles((64, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2), (32, 128, 4, 2), (16, 64, 4, 2)),
     _fits,
-    ("rows", "columns", "rank"),
+    ("rows", "columns", "rank", "PRECISION"),
 )
 
 

@@ -84,7 +84,7 @@ OUTPUT = TiledKernel(
     tiles((64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 4, 2), (128, 128, 8, 3), (32, 128, 4, 3), (16, 128, 4, 2),
           (16, 256, 4, 2), (16, 64, 4, 2)),
     _output_fits,
-    ("rows", "out", "rank", "HAS_BIAS", "HAS_LOW_RANK"),
+    ("rows", "out", "rank", "HAS_BIAS", "HAS_LOW_RANK", "PRECISION"),
 )  # fmt: skip
 
 

@@ -49,12 +49,6 @@ class Operands:
         """As keyword arguments."""
         return {**self.tensors, **self.numbers, **self.constants}
 
-    def case(self) -> tuple[object, ...]:
-        """What the choice of tiles hangs on: the numbers with rows bucketed, the flags, the dtypes, the card."""
-        numbers = [row_bucket(int(value)) if name == "rows" else value for name, value in self.numbers.items()]
-        dtypes = [one.dtype for one in self.tensors.values()]
-        return (*numbers, *self.constants.values(), *dtypes, _card(self.device()))
-
 
 @dataclass
 class TiledKernel:
@@ -66,20 +60,26 @@ class TiledKernel:
     fits: Callable[[Config, Mapping[str, Any]], bool]
     """Whether a configuration fits into shared memory and registers."""
     keys: Sequence[str]
-    """The kernel's arguments besides dtypes, on which the timing hangs."""
+    """The kernel's arguments on which the timing hangs, besides dtypes and the card; `rows` counts by its bucket."""
     _chosen: dict[tuple[object, ...], Config] = field(default_factory=dict)
 
     def config(self, operands: Operands, grid: Callable[..., Any], scratch: Callable[[], Operands]) -> Config:
         """The tiles for these operands; timed on `scratch`, whose outputs nobody reads."""
         if not _may_time(operands.device()):
             return self.fixed(operands)
-        case = operands.case()
+        card = _card(operands.device())
+        case = (card, *self._case(operands))
         if case not in self._chosen:
-            tuner = _tuner(self, case[-1])
+            tuner = _tuner(self, card)
             with on_device(operands.device()):
                 tuner[grid](**scratch().everything())
             self._chosen[case] = tuner.best_config
         return self._chosen[case]
+
+    def _case(self, operands: Operands) -> list[object]:
+        named = {**operands.numbers, **operands.constants}
+        named["rows"] = row_bucket(int(named["rows"]))
+        return [named[name] for name in self.keys] + [one.dtype for one in operands.tensors.values()]
 
     def fixed(self, operands: Operands) -> Config:
         """The first of the space that fits."""

@@ -235,6 +235,38 @@ def test_timing_writes_to_no_callers_buffer_and_runs_once_a_bucket(monkeypatch, 
         assert tuner.calls == (1, 1, 1, 2, 2, 3, 3)[count - 1]
 
 
+@pytest.mark.parametrize("which", ["output", "backward"])
+def test_tritons_own_autotuner_runs_every_fitting_tile_and_the_quickest_is_taken(monkeypatch, which):
+    """Times are made up: the interpreter's mean nothing."""
+    from dora_vl.core import triton_tiles
+
+    module = kernels if which == "output" else backward
+    other = backward.BACKWARD if which == "output" else kernels.OUTPUT
+    tiled = replace(getattr(module, which.upper()), _chosen={})
+    monkeypatch.setattr(module, which.upper(), tiled)
+    monkeypatch.setattr(other, "config", lambda operands, *_: other.fixed(operands))
+    monkeypatch.setattr(triton_tiles, "_may_time", lambda device: True)
+    times: list[float] = []
+
+    def made_up(call, quantiles, **_):
+        call()
+        times.append([9.0, 8.0, 1.0, 7.0][len(times) % 4])
+        return [times[-1]] * 3
+
+    monkeypatch.setattr(triton_tiles, "do_bench", made_up)
+    gain, b = gain_of(70, torch.float32), torch.randn(70, 5)
+    for scale in (0.7, 0.8):  # no reason to time again
+        product, hidden, dy = torch.randn(33, 70), torch.randn(33, 5), torch.randn(33, 70)
+        expected = reference_output(product, hidden, b, None, gain.minus_one)
+        close(kernels.adapted_output_(product, hidden, b, None, gain.minus_one), expected, torch.float32, "y")
+        found = kernels.backward_pass(dy, product, b, None, gain, scale, with_bias_sum=False)
+        close(found.dh, scale * (gain.full * dy) @ b, torch.float32, "dh")
+    fitting = tiled.fitting({"rows": 33, "BLOCK_RANK": 16, **dict.fromkeys(("factor", "dy", "minus_one"), product)})
+    assert len(times) == len(fitting) > 3
+    (chosen,) = tiled._chosen.values()
+    assert chosen == fitting[2]
+
+
 def test_only_tiles_that_fit_are_timed():
     def fitting(tiled: TiledKernel, rows: int, rank: int, dtype: torch.dtype) -> list[Config]:
         tensors = {name: torch.empty(1, dtype=dtype) for name in ("factor", "dy", "minus_one")}
