@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
@@ -48,9 +50,27 @@ def norm_kernels(tensor: Tensor) -> ModuleType | None:
     return triton_norms
 
 
-@cache
 def are_wanted(device: torch.device, dtype: torch.dtype) -> bool:
-    """Decided once a device and dtype."""
+    """Whether kernels run for this device and dtype, decided once for each."""
+    return not _left_out and decided(device, dtype)
+
+
+_left_out: list[object] = []
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """The eager operations inside the block, for comparisons; a backward pass belongs into the block of its forward."""
+    _left_out.append(None)
+    try:
+        yield
+    finally:
+        _left_out.pop()
+
+
+@cache
+def decided(device: torch.device, dtype: torch.dtype) -> bool:
+    """`are_wanted`, from the environment and the card."""
     on_gpu = device.type == "cuda"
     wanted = on_gpu or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
     if not wanted or os.environ.get(SWITCH) == "0" or importlib.util.find_spec("triton") is None:

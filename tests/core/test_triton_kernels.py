@@ -34,9 +34,9 @@ def run_checks(file: str, *more: str, **environment: str) -> None:
 @pytest.fixture
 def undecided():
     """As in a process that asked for no kernels yet."""
-    fused.are_wanted.cache_clear()
+    fused.decided.cache_clear()
     yield
-    fused.are_wanted.cache_clear()
+    fused.decided.cache_clear()
 
 
 @pytest.mark.parametrize("file", CHECKS)
@@ -63,11 +63,21 @@ def test_the_switch(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv(SWITCH, "0")
     assert fused_kernels(torch.empty(1)) is None
-    fused.are_wanted.cache_clear()
+    fused.decided.cache_clear()
     monkeypatch.delenv(SWITCH)
     assert fused.are_wanted(torch.device("cpu"), torch.bfloat16)
     assert not fused.are_wanted(torch.device("cpu"), torch.float64)
     assert not fused.are_wanted(torch.device("meta"), torch.float32)
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_block_without_kernels(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv(SWITCH, raising=False)
+    with fused.without_kernels():
+        assert fused_kernels(torch.empty(1)) is None
+    assert fused.are_wanted(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.gpu

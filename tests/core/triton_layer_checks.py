@@ -141,6 +141,33 @@ def test_what_the_kernels_do_not_know_is_eager(launches, changes):
     assert launches == []
 
 
+def test_every_launch_is_on_its_tensors_device(monkeypatch):
+    """Triton launches on the current device; a model spread over several has its layers on others."""
+    from contextlib import nullcontext
+
+    from dora_vl.core import triton_backward, triton_norms, triton_tiles
+
+    assert isinstance(triton_tiles.on_device(torch.device("cuda", 1)), torch.cuda.device)
+    assert triton_tiles.on_device(torch.device("cuda", 1)).idx == 1
+    entered: list[torch.device] = []
+    for module in (triton_tiles, triton_backward, triton_dropout, triton_norms):
+        monkeypatch.setattr(module, "on_device", lambda device: entered.append(device) or nullcontext())
+    launched: list[str] = []
+    run = type(triton_kernels._output_kernel).run
+    monkeypatch.setattr(
+        type(triton_kernels._output_kernel),
+        "run",
+        lambda kernel, *operands, **named: launched.append(str(kernel)) or run(kernel, *operands, **named),
+    )
+    layer = DoRALinear(nn.Linear(33, 70), DoRAConfig(targets=("*",), rank=5, dropout=0.4))
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(4, 33, requires_grad=True)).sum().backward()
+    weight, a, b = layer.weight.detach(), layer.lora_A.detach(), layer.lora_B.detach()
+    triton_norms.norms(weight, weight.square().sum(1), a, b, 2.0)
+    assert len(launched) == 7, "masked copy, output, backward, sums, masked product, two for the norms"
+    assert entered == [layer.weight.device] * 7
+
+
 @pytest.mark.parametrize("rows", [1, 21])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("method", ["dora", "magnitude", "lora"])
