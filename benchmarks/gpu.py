@@ -54,7 +54,6 @@ CASES = (
 SMOKE_CASES = (
     Case("tiny layer", 16, 24, 6, 3, dropout=0.1),
     Case("tiny block", 16, 24, 6, 3, heads=4, compiled=True),
-    Case("tiny block again", 16, 24, 6, 3, heads=4),
 )
 
 

@@ -65,7 +65,7 @@ SEALED = f"{Sealed.__module__}.{Sealed.__qualname__}"
 
 def checks(device: str, *, smoke: bool) -> Iterator[Check]:
     """All of them, with `smoke` on tiny shapes. In fixed tiles, which compile once, but for one layer at the end."""
-    shapes = [(1, 40, 52), (33, 40, 52)] if smoke else [(1, 2048, 2560), (77, 1000, 1504), (1024, 2048, 2560)]
+    shapes = [(33, 40, 52)] if smoke else [(1, 2048, 2560), (77, 1000, 1504), (1024, 2048, 2560)]
     ranks = (3, 20) if smoke else (1, 16, 64, 130, 384)
     dtypes = (torch.float32, torch.bfloat16)
     with _fixed_tiles():

@@ -34,6 +34,8 @@ from dora_vl.core.triton_tiles import (
     tiles,
 )
 
+SUMMED_COLUMNS, SUMMED_HIDDEN = 64, 1024
+"""Sums that one program of the second kernel takes."""
 LARGEST_RANK = {2: 256, 4: 64}
 """By bytes of a number; above it a program's share of dh and B leaves the chip, and dh is the vendor's product."""
 
@@ -85,9 +87,17 @@ def _backward_kernel(  # noqa: PLR0913
 @triton.jit
 @no_type_check
 def _sums_kernel(  # noqa: PLR0913
-    magnitude_parts, bias_parts, per_magnitude, dm, db, parts, out,
-    HAS_KEPT: tl.constexpr, SUM_BIAS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    magnitude_parts, bias_parts, per_magnitude, dh_parts, dm, db, dh, parts, out, splits, hidden_numbers,
+    HAS_KEPT: tl.constexpr, SUM_BIAS: tl.constexpr, SUM_HIDDEN: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
+    if SUM_HIDDEN:  # the programs of both sums go over their numbers side by side, for one launch
+        number = tl.program_id(0).to(tl.int64) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+        there = number < hidden_numbers
+        total = tl.zeros((BLOCK_HIDDEN,), dtype=tl.float32)
+        for split in range(0, splits):
+            total += tl.load(dh_parts + split * hidden_numbers + number, mask=there, other=0.0)
+        tl.store(dh + number, total.to(dh.dtype.element_ty), mask=there)
     column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     in_out = column < out
     of_magnitude = tl.zeros((BLOCK_PARTS, BLOCK_OUT), dtype=tl.float32)
@@ -206,10 +216,7 @@ def _run_backward(operands: Operands, per_magnitude: Tensor) -> Backward:
     filled = results([config])
     BACKWARD.launch(filled, grid, config)
     found = filled.tensors
-    dh = found["dh"] if wants["HAS_LOW_RANK"] else None
-    if dh is not None:
-        dh = dh[0] if len(dh) == 1 else dh.sum(dim=0, dtype=torch.float32).to(dy.dtype)
-    return Backward(found["dz"], dh, *_sums(found["magnitude_parts"], found["bias_parts"], per_magnitude, wants))
+    return Backward(found["dz"], *_sums(found, per_magnitude, wants))
 
 
 def _result_tensors(operands: Operands, parts: int, splits: int) -> dict[str, Tensor]:
@@ -227,25 +234,38 @@ def _result_tensors(operands: Operands, parts: int, splits: int) -> dict[str, Te
 
 
 def _sums(
-    magnitude_parts: Tensor, bias_parts: Tensor, per_magnitude: Tensor, wants: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The column sums over all parts, in one launch and always in one order."""
-    if not wants["HAS_KEPT"] and not wants["SUM_BIAS"]:
-        return None, None
-    parts, out = (magnitude_parts if wants["HAS_KEPT"] else bias_parts).shape
-    dm, db = (magnitude_parts.new_empty(out) for _ in range(2))
-    with on_device(dm.device):
-        _sums_kernel[(triton.cdiv(out, 64),)](
-            magnitude_parts,
-            bias_parts,
+    found: Mapping[str, Tensor], per_magnitude: Tensor, wants: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh, dm and db from what the programs found, in one launch and always in one order."""
+    dz, dh_parts = found["dz"], found["dh"]
+    parts = found["magnitude_parts" if wants["HAS_KEPT"] else "bias_parts"]
+    sum_hidden = wants["HAS_LOW_RANK"] and len(dh_parts) > 1
+    dh = dh_parts[0] if wants["HAS_LOW_RANK"] else None
+    if sum_hidden:
+        dh = dz.new_empty(dh_parts.shape[1:])
+    dm, db = (parts.new_empty(dz.shape[1]) if wants[name] else None for name in ("HAS_KEPT", "SUM_BIAS"))
+    if dm is None and db is None and not sum_hidden:
+        return dh, None, None
+    out = 0 if dm is None and db is None else dz.shape[1]
+    numbers = dh.numel() if sum_hidden and dh is not None else 0
+    with on_device(dz.device):
+        _sums_kernel[(max(triton.cdiv(out, SUMMED_COLUMNS), triton.cdiv(numbers, SUMMED_HIDDEN)),)](
+            found["magnitude_parts"],
+            found["bias_parts"],
             per_magnitude.contiguous(),
-            dm,
-            db,
-            parts,
+            dh_parts,
+            parts if dm is None else dm,
+            parts if db is None else db,
+            dz if dh is None else dh,
+            len(parts),
             out,
+            len(dh_parts),
+            numbers,
             HAS_KEPT=wants["HAS_KEPT"],
             SUM_BIAS=wants["SUM_BIAS"],
+            SUM_HIDDEN=sum_hidden,
             BLOCK_PARTS=32,
-            BLOCK_OUT=64,
+            BLOCK_OUT=SUMMED_COLUMNS,
+            BLOCK_HIDDEN=SUMMED_HIDDEN,
         )
-    return dm if wants["HAS_KEPT"] else None, db if wants["SUM_BIAS"] else None
+    return dh, dm, db

@@ -22,7 +22,9 @@ from triton import Config
 from triton.testing import do_bench
 
 SWITCH = "DORA_VL_TRITON_TILES"
-"""Set to `fixed` in the environment, one configuration stands for all: sums in one order, and nothing is timed."""
+"""Set to `fixed` in the environment, one configuration stands for all: sums in one order, and nothing is timed.
+
+`torch.use_deterministic_algorithms(True)` does the same."""
 MOST_ROWS = 16384
 """Row counts from here on share one bucket."""
 SHARED_BYTES = 99 * 1024
@@ -117,8 +119,8 @@ def _pruned(tiled: TiledKernel, configs: Sequence[Config], positional: Mapping[s
 
 
 def _may_time(device: torch.device) -> bool:
-    """Not where one configuration is asked for, nor in the interpreter, nor while a CUDA graph is recorded."""
-    if device.type != "cuda" or os.environ.get(SWITCH) == "fixed":
+    """Not where one configuration or determinism is asked for, nor while a CUDA graph is recorded, nor on a CPU."""
+    if device.type != "cuda" or os.environ.get(SWITCH) == "fixed" or torch.are_deterministic_algorithms_enabled():
         return False
     return not torch.cuda.is_current_stream_capturing()
 

@@ -46,10 +46,10 @@ def test_the_whole_script_on_tiny_shapes(tmp_path):
     done = run("-c", code, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-3000:]
     written = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(written["checks"]) > 200
+    assert len(written["checks"]) > 100
     assert all(check["passed"] for check in written["checks"])
     assert any(check["error"] > 0 for check in written["checks"]), "what is compared is not the same path twice"
-    assert [row["case"]["name"] for row in written["cases"]] == ["tiny layer", "tiny block", "tiny block again"]
+    assert [row["case"]["name"] for row in written["cases"]] == ["tiny layer", "tiny block"]
     assert all(value > 0 for row in written["cases"] for value in row["train_ms"].values())
     assert "ours_compiled" in written["cases"][1]["decode_ms"]
     assert written["left_out"] == []

@@ -267,6 +267,28 @@ def test_tritons_own_autotuner_runs_every_fitting_tile_and_the_quickest_is_taken
     assert chosen == fitting[2]
 
 
+def test_what_forbids_timing(monkeypatch):
+    from dora_vl.core import triton_tiles
+
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.delenv(triton_tiles.SWITCH, raising=False)
+    card = torch.device("cuda", 0)
+    assert triton_tiles._may_time(card)
+    assert not triton_tiles._may_time(torch.device("cpu"))
+    capturing[0] = True
+    assert not triton_tiles._may_time(card)
+    capturing[0] = False
+    monkeypatch.setenv(triton_tiles.SWITCH, "fixed")
+    assert not triton_tiles._may_time(card)
+    monkeypatch.delenv(triton_tiles.SWITCH)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not triton_tiles._may_time(card)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_only_tiles_that_fit_are_timed():
     def fitting(tiled: TiledKernel, rows: int, rank: int, dtype: torch.dtype) -> list[Config]:
         tensors = {name: torch.empty(1, dtype=dtype) for name in ("factor", "dy", "minus_one")}

@@ -101,7 +101,7 @@ def test_the_fixed_tile_compiles_and_spills_nothing(tmp_path, case, rank):
 
 @needs_tool
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 @pytest.mark.parametrize("rows", [1, 4096])
 @pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 16)])
 @pytest.mark.parametrize("case", [output_case, backward_case])
@@ -129,9 +129,10 @@ def other_case(name: str, dtype: torch.dtype, rank: int) -> tuple[Any, dict[str,
     """The kernels without a choice of tiles, and the masked product in its fixed one."""
     pointer, block = POINTERS[dtype], {"PRECISION": "tf32", "WIDE_DOT": False, "BLOCK_RANK": min(padded(rank), 32)}
     if name == "sums":
-        names = ("magnitude_parts", "bias_parts", "per_magnitude", "dm", "db")
-        flags = {"HAS_KEPT": True, "SUM_BIAS": True, "BLOCK_PARTS": 32, "BLOCK_OUT": 64}
-        return backward._sums_kernel, dict.fromkeys(names, "*fp32"), flags, Config({})
+        types = dict.fromkeys(("magnitude_parts", "bias_parts", "per_magnitude", "dh_parts", "dm", "db"), "*fp32")
+        flags = dict.fromkeys(("HAS_KEPT", "SUM_BIAS", "SUM_HIDDEN"), True)
+        blocks = {"BLOCK_PARTS": 32, "BLOCK_OUT": backward.SUMMED_COLUMNS, "BLOCK_HIDDEN": backward.SUMMED_HIDDEN}
+        return backward._sums_kernel, types | {"dh": pointer}, flags | blocks, Config({})
     if name == "masked copy":
         tile = {"BLOCK_ROWS": dropout.COPIED_ROWS, "BLOCK_COLUMNS": dropout.COPIED_COLUMNS}
         return dropout._masked_copy_kernel, {"source": pointer, "copy": pointer, "seed": "*i64"}, tile, Config({})
@@ -168,5 +169,5 @@ def test_sizes_of_one_become_constants_in_a_launch():
     assert compiled(kernel, types, {**constants, "rows": 1, "rank": 1}, config, 90).asm["cubin"]
     for name in ("masked copy", "sums", "squared norms", "careful norms"):
         kernel, types, constants, config = other_case(name, torch.bfloat16, 1)
-        ones = {one: 1 for one in ("rows", "rank", "parts", "column_stride") if one in kernel.arg_names}
+        ones = {one: 1 for one in ("rows", "rank", "parts", "splits", "column_stride") if one in kernel.arg_names}
         assert compiled(kernel, types, {**constants, **ones}, config, 90).asm["cubin"], name
