@@ -42,9 +42,9 @@ def compiled_gain(layer: AdaptedLayer) -> Float[Tensor, " out"] | None:
     magnitude, factors = layer.magnitude, layer.factors()
     if magnitude is None:
         return None
-    squared = layer._norms_squared
-    if squared is None:
-        squared = layer.frozen_norms_squared()
+    kept = layer._norms_squared
+    # Not what eager passes keep, since no graph sees that W was edited; a quantised weight stays as it is.
+    squared = layer.frozen_norms_squared() if layer.weight_is_readable or kept is None else kept[0]
     if factors is None:
         return functional.gain(magnitude, functional.root(squared))
     with torch.autocast(layer.weight.device.type, enabled=False):

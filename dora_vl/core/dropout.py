@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dora_vl.core.freshness import version_of
 from dora_vl.core.fused import dropout_kernels
 
 
@@ -32,10 +33,17 @@ class Dropped:
         self.probability = probability
         self.positions = positions
         self._shared: weakref.ReferenceType[Tensor] | None = None
+        self._taken: weakref.ReferenceType[Tensor] | None = None
+        self._held: Tensor | None = None
+
+    @property
+    def is_seed(self) -> bool:
+        """Whether the mask is drawn anew at each use."""
+        return self.positions.ndim == 0
 
     def apply(self, tensor: Tensor) -> Tensor:
         """A copy of `tensor` with the dropped elements zero; not rescaled."""
-        if self.positions.ndim == 0:
+        if self.is_seed:
             return MaskedCopy.apply(tensor, self.positions, self.probability)
         return self.apply_(tensor.clone(memory_format=torch.contiguous_format))
 
@@ -45,11 +53,40 @@ class Dropped:
         if copy is None or copy.dtype != tensor.dtype:
             copy = self.apply(tensor)
             self._shared = weakref.ref(copy)
+            # Nobody keeps the copy of a seed's mask; it lives here until the next draw, for the layers that share it.
+            self._held = copy if self.is_seed else None
         return copy
+
+    def kept(self, tensor: Tensor, masked: Tensor) -> Tensor:
+        """Which of the two the backward pass needs: the tensor where its mask can be drawn again, else the copy."""
+        return tensor if self.is_seed else masked
+
+    def masked(self, kept: Tensor) -> Tensor:
+        """The masked copy, from what was kept."""
+        return self.apply(kept) if self.is_seed else kept
+
+    def shared_taken(self, tensor: Tensor) -> Tensor | None:
+        """What `restored` needs to undo the draw: the dropped elements; made once for all layers that share it."""
+        if self.is_seed:
+            return None
+        taken = None if self._taken is None else self._taken()
+        if taken is None or taken.dtype != tensor.dtype:
+            by_mask = self.positions.dtype == torch.bool
+            taken = tensor if by_mask else tensor.reshape(-1).index_select(0, self.positions)
+            self._taken = weakref.ref(taken)
+        return taken
+
+    def restored(self, kept: Tensor, taken: Tensor | None) -> Tensor:
+        """The tensor that `shared_copy` masked."""
+        if taken is None:
+            return kept
+        if self.positions.dtype == torch.bool:
+            return taken
+        return kept.clone().view(-1).index_copy_(0, self.positions, taken).view_as(kept)
 
     def apply_(self, tensor: Tensor) -> Tensor:
         """Sets the dropped elements of a contiguous `tensor` to zero in place."""
-        if self.positions.ndim == 0:
+        if self.is_seed:
             return tensor.copy_(self.apply(tensor))
         if self.positions.dtype == torch.bool:
             return tensor.masked_fill_(self.positions.view_as(tensor), 0)
@@ -58,7 +95,7 @@ class Dropped:
 
     def add_product_(self, total: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
         """Adds `rows @ matrix`, dropped elements zero, to a matrix of the shape of this draw, in place."""
-        if self.positions.ndim == 0:
+        if self.is_seed:
             return _kernels(total).add_masked_product_(total, rows, matrix, self.positions, self.probability)
         return total.add_(self.apply_(rows @ matrix))
 
@@ -129,15 +166,10 @@ class SharedDropout:
         if last is not None and last.probability == probability and self._shares(tensor, user):
             self._users.add(user)
             return last
-        self._source, self._version = weakref.ref(tensor), _version_of(tensor)
+        self._source, self._version = weakref.ref(tensor), version_of(tensor)
         self._dropped, self._users = draw_dropped(tensor, probability), {user}
         return self._dropped
 
     def _shares(self, tensor: Tensor, user: int) -> bool:
-        same = self._source is not None and self._source() is tensor and self._version == _version_of(tensor)
+        same = self._source is not None and self._source() is tensor and self._version == version_of(tensor)
         return same and user not in self._users
-
-
-def _version_of(tensor: Tensor) -> int:
-    """The count of in-place changes, which tensors made under `torch.inference_mode` do not keep."""
-    return -1 if tensor.is_inference() else tensor._version

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_vl.core.dropout import Dropped
+from dora_vl.core.freshness import EditsInPlace
 from dora_vl.core.fused import fused_kernels
 from dora_vl.core.gain import CANCELLATION, Gain, apply_gain, scaled_with_sums
-from dora_vl.core.row_halves import ROW_HALVES
+from dora_vl.core.products import ROW_HALVES, factor_gradient, scaled_product
 
 NORM_CHUNK_ROWS = 1024
 """Rows of W turned to float32 at a time, so that a norm never needs a second copy of the weight."""
@@ -132,10 +133,10 @@ def merged_weight(
 class AdaptedProduct(torch.autograd.Function):
     """y = g (W x + s B A x) + b with one product of W, keeping x, h = s A x and y alone for the backward pass.
 
-    z = (y - b) / g is rebuilt from y, so that m's gradient costs no third [rows, out] tensor; only rows whose g
-    is nearly zero keep their z. W gets no gradient: it is frozen by construction. `gain` None is plain LoRA,
-    A and B None is a magnitude alone. `dropped` masks the low-rank path's input, and x is then kept masked: W is
-    frozen, so nothing else needs it.
+    z = (y - b) / g is rebuilt from y, so that m's gradient costs no third [rows, out] tensor; only rows where that
+    would lose digits keep their z, and where y was edited in place since, z is computed again. W gets no gradient: it
+    is frozen by construction. `gain` None is plain LoRA, A and B None is a magnitude alone. `dropped` masks the
+    low-rank path's input, and x is then kept masked, with what was taken from it.
     """
 
     @staticmethod
@@ -152,27 +153,27 @@ class AdaptedProduct(torch.autograd.Function):
         dropped: Dropped | None,
     ) -> Float[Tensor, "*batch out"]:
         """Runs the layer; every operand but A, B and m in the dtype of x."""
-        rows = x.reshape(-1, x.shape[-1])
+        kept_input = x
+        rows = masked = x.reshape(-1, x.shape[-1])
         y = ROW_HALVES.product(rows, weight.t(), bias)
-        hidden = None
-        if lora_A is not None and lora_B is not None:
+        hidden = kept = fragile_z = positions = taken = None
+        ctx.edits = ctx.probability = None
+        if lora_A is not None:
             if dropped is not None:
-                rows, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
-            hidden = scaled_product(rows, lora_A.to(x.dtype).t(), scale)
-        fragile_z, fused = None, _fused(y, gain)
-        if fused is not None and gain is not None:
-            fused.adapted_output_(y, hidden, lora_B, bias, gain.minus_one)
-        elif hidden is not None and lora_B is not None:
-            y.addmm_(hidden, lora_B.to(x.dtype).t())
-        if fused is None and gain is not None:
+                ctx.probability, positions = dropped.probability, dropped.positions
+                masked, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
+                kept_input = dropped.kept(x, masked)
+            hidden = scaled_product(masked, lora_A.to(x.dtype).t(), scale)
+        y = changed_product_(y, hidden, lora_B, bias, gain)
+        # No view of y, which torch lets nobody edit in place, but the same memory with another count of edits.
+        output = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        if gain is not None and magnitude is not None and magnitude.requires_grad and not output.is_inference():
+            kept, ctx.edits = y, EditsInPlace(output)
+            taken = None if dropped is None or hidden is None else dropped.shared_taken(rows)
             if gain.fragile is not None:
-                fragile_z = y[:, gain.fragile.rows] - (0 if bias is None else bias[gain.fragile.rows])
-            y = apply_gain(y, bias, gain)
-        output = y.view(*x.shape[:-1], y.shape[-1])
-        kept = output if magnitude is not None and magnitude.requires_grad else None
-        # The dropped positions too are saved, not kept as an attribute: a checkpoint lets go of saved tensors alone.
-        ctx.probability, positions = (None, None) if dropped is None else (dropped.probability, dropped.positions)
-        ctx.save_for_backward(rows, weight, bias, lora_A, lora_B, hidden, kept, fragile_z, positions)
+                fragile_z = some_of_product(rows, hidden, weight, lora_B, gain.fragile.rows)
+        # Dropped positions too are saved, not kept as an attribute: a checkpoint lets go of saved tensors alone.
+        ctx.save_for_backward(kept_input, weight, bias, lora_A, lora_B, hidden, kept, fragile_z, positions, taken)
         ctx.gain, ctx.scale, ctx.input_shape = gain, scale, x.shape
         return output
 
@@ -182,30 +183,69 @@ class AdaptedProduct(torch.autograd.Function):
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor | None, ...]:
         """Gradients of x, b, A, B and m."""
-        rows, weight, bias, lora_A, lora_B, hidden, y, fragile_z, positions = ctx.saved_tensors
+        x, weight, bias, lora_A, lora_B, hidden, y, fragile_z, positions, taken = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
         dropped = None if positions is None else Dropped(ctx.probability, positions)
         gain, needs = ctx.gain, ctx.needs_input_grad
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
-        y = None if y is None else y.reshape(dy.shape)
+        edited = y is not None and ctx.edits.happened()
         with_bias = bias is not None and (needs[2] or y is not None)
-        fused = _fused(dy, gain)
+        dm, fused, intact = None, _fused(dy, gain), None if edited else y
         if fused is None:
-            dz, dh, dy_y, bias_sum = backward_pass(dy, y, lora_B, gain, ctx.scale, with_bias=with_bias)
-            dm = None if dy_y is None else magnitude_gradient(dy_y, dy, bias, bias_sum, gain, fragile_z)
+            dz, dh, dy_y, bias_sum = backward_pass(dy, intact, lora_B, gain, ctx.scale, with_bias=with_bias)
+            dm = None if dy_y is None else magnitude_gradient(dy_y, bias, bias_sum, gain)
         else:
-            dz, dh, dm, bias_sum = fused.backward_pass(dy, y, lora_B, bias, gain, ctx.scale, with_bias_sum=needs[2])
+            wanted = {"with_bias_sum": needs[2]}
+            dz, dh, dm, bias_sum = fused.backward_pass(dy, intact, lora_B, bias, gain, ctx.scale, **wanted)
+        if edited:
+            whole_rows = rows if dropped is None else dropped.restored(rows, taken)
+            z = some_of_product(whole_rows, hidden, weight, lora_B)
+            dm = (dy * z).sum(dim=0) * (gain.per_magnitude * gain.full)
+        elif dm is not None and fragile_z is not None:
+            dm[gain.fragile.rows] = (dy[:, gain.fragile.rows] * fragile_z).sum(dim=0) * gain.fragile.per_norm
         dx = ROW_HALVES.product(dz, weight) if needs[0] else None
         dA = dB = None
         if hidden is not None and dh is not None:
-            dx, dA, dB = low_rank_gradients(dx, dz, dh, rows, hidden, (lora_A, lora_B), dropped)
+            masked = rows if dropped is None else dropped.masked(rows)
+            dx, dA, dB = low_rank_gradients(dx, dz, dh, masked, hidden, (lora_A, lora_B), dropped)
         if dx is not None:
             dx = dx.view(ctx.input_shape)
         return dx, None, bias_sum if needs[2] else None, dA, dB, dm, None, None, None
 
 
+def changed_product_(
+    y: Float[Tensor, "rows out"],
+    hidden: Float[Tensor, "rows rank"] | None,
+    lora_B: Float[Tensor, "out rank"] | None,
+    bias: Float[Tensor, " out"] | None,
+    gain: Gain | None,
+) -> Float[Tensor, "rows out"]:
+    """Makes g (W x + h B^T) + b of W x + b, in place; `hidden` is h = s A x."""
+    fused = _fused(y, gain)
+    if fused is not None and gain is not None:
+        return fused.adapted_output_(y, hidden, lora_B, bias, gain.minus_one)
+    if hidden is not None and lora_B is not None:
+        y.addmm_(hidden, lora_B.to(y.dtype).t())
+    return y if gain is None else apply_gain(y, bias, gain)
+
+
+def some_of_product(
+    rows: Float[Tensor, "rows in_"],
+    hidden: Float[Tensor, "rows rank"] | None,
+    weight: Float[Tensor, "out in_"],
+    lora_B: Float[Tensor, "out rank"] | None,
+    index: Int[Tensor, " some"] | slice = slice(None),
+) -> Float[Tensor, "rows some"]:
+    """z = W x + h B^T of some output rows, or of all, from a product of their own."""
+    z = rows @ weight[index].t()
+    if hidden is not None and lora_B is not None:
+        z.addmm_(hidden, lora_B[index].to(z.dtype).t())
+    return z
+
+
 def _fused(activations: Tensor, gain: Gain | None) -> ModuleType | None:
-    """The CUDA kernels for this pass; none without a gain, which they are there to fuse, nor for fragile rows."""
-    return None if gain is None or gain.fragile is not None else fused_kernels(activations)
+    """The CUDA kernels for this pass; none without a gain, which they are there to fuse."""
+    return None if gain is None else fused_kernels(activations)
 
 
 def backward_pass(
@@ -232,30 +272,17 @@ def backward_pass(
     return dz, dh, dy_y, dy_sum
 
 
-def scaled_product(
-    rows: Float[Tensor, "rows inner"], matrix: Float[Tensor, "inner columns"], scale: float
-) -> Float[Tensor, "rows columns"]:
-    """`scale * rows @ matrix`, scaled and rounded inside the product, where it costs no pass over memory."""
-    return torch.addmm(rows.new_empty(()), rows, matrix, beta=0, alpha=scale)
-
-
 def magnitude_gradient(
     summed: Float[Tensor, " out"],
-    dy: Float[Tensor, "rows out"],
     bias: Float[Tensor, " out"] | None,
     bias_sum: Float[Tensor, " out"] | None,
     gain: Gain,
-    fragile_z: Float[Tensor, "rows fragile"] | None,
 ) -> Float[Tensor, " out"]:
     """dL/dm_i = sum over rows of dy_i z_i / n_i, with z = (y - b) / g; `summed` is the sum of dy y over rows."""
     if bias is not None and bias_sum is not None:
         dtype = gain.per_magnitude.dtype
         summed = summed.to(dtype) - bias.to(dtype) * bias_sum.to(dtype)
-    dm = summed * gain.per_magnitude
-    if gain.fragile is not None and fragile_z is not None:
-        rows, per_norm = gain.fragile
-        dm[rows] = (dy[:, rows] * fragile_z).sum(dim=0) * per_norm
-    return dm
+    return summed * gain.per_magnitude
 
 
 def low_rank_gradients(
@@ -279,15 +306,6 @@ def low_rank_gradients(
         a = lora_A.to(dz.dtype)
         dx = dx.addmm_(dh, a) if dropped is None else dropped.add_product_(dx, dh, a)
     return dx, dA, dB
-
-
-NARROW = 64
-"""Ranks below it take dB as [rank, out], twice as fast on CPU; from there on turning the result costs more."""
-
-
-def factor_gradient(dz: Float[Tensor, "rows out"], hidden: Float[Tensor, "rows rank"]) -> Float[Tensor, "out rank"]:
-    """dB = dz^T h, in the faster of its two orientations."""
-    return dz.t() @ hidden if hidden.shape[1] >= NARROW else (hidden.t() @ dz).t()
 
 
 def changed_output(

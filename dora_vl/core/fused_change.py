@@ -30,7 +30,7 @@ def gain_over_norm(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"
 
 
 class FusedChange(torch.autograd.Function):
-    """y from f; keeps x (masked, where there is dropout), h and f. `gain` comes from `gain_over_norm`."""
+    """y from f; keeps x, h and f, and of dropout its seed. `gain` comes from `gain_over_norm`."""
 
     @staticmethod
     def forward(  # noqa: PLR0913 - the operands of the equation
@@ -46,13 +46,14 @@ class FusedChange(torch.autograd.Function):
         dropped: Dropped | None,
     ) -> Float[Tensor, "*batch out"]:
         """Runs the change; f and x in one dtype."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = masked = x.reshape(-1, x.shape[-1])
         kernels, hidden = fused_kernels(frozen), None
         assert kernels is not None
         if lora_A is not None and lora_B is not None:
             if dropped is not None:
-                rows, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
-            hidden = functional.scaled_product(rows, lora_A.to(x.dtype).t(), scale)
+                masked, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
+                rows = dropped.kept(rows, masked)
+            hidden = functional.scaled_product(masked, lora_A.to(x.dtype).t(), scale)
         y = kernels.adapted_output(frozen, hidden, lora_B, bias, gain.minus_one)
         ctx.probability, positions = (None, None) if dropped is None else (dropped.probability, dropped.positions)
         kept = frozen if magnitude.requires_grad else None
@@ -79,7 +80,8 @@ class FusedChange(torch.autograd.Function):
         if hidden is not None:
             dropped = None if positions is None else Dropped(ctx.probability, positions)
             dx = _input_gradient(done.dh, lora_A.to(dy.dtype), dropped).view(input_shape) if needs[1] else None
-            dA = (done.dh.t() @ rows).to(lora_A.dtype)
+            masked = rows if dropped is None else dropped.masked(rows)
+            dA = (done.dh.t() @ masked).to(lora_A.dtype)
             unscaled = (dy.t() @ hidden).to(lora_B.dtype)
             dB = gain.full[:, None] * unscaled
             if dm is not None:  # what h B^T adds to the product that m scales

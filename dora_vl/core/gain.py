@@ -13,6 +13,8 @@ CANCELLATION = 0.15
 """Where a row's squared norm falls below this share of its frozen weight's, the factored form lost too many digits."""
 FRAGILE_GAIN = 0.05
 """Below it a row's product cannot be rebuilt from the output in the backward pass."""
+LARGE_BIAS = 8.0
+"""Above this multiple of the magnitude, which is the product's size for inputs near one, a bias hides its digits."""
 
 
 class Fragile(NamedTuple):
@@ -37,13 +39,21 @@ class Gain:
     per_magnitude: Float[Tensor, " out"]
     """One over the magnitude, in float32: turns the sum of output times its gradient into the magnitude's gradient."""
     fragile: Fragile | None = None
-    """Rows whose gain is so near 0 that their product is kept for the backward pass."""
+    """Rows whose product is kept for the backward pass: of a gain near 0, or a bias far larger than the product."""
 
 
-def careful_gain(full: Float[Tensor, " out"], norms: Float[Tensor, " out"], dtype: torch.dtype) -> Gain:
+def careful_gain(
+    full: Float[Tensor, " out"],
+    norms: Float[Tensor, " out"],
+    bias: Float[Tensor, " out"] | None,
+    dtype: torch.dtype,
+) -> Gain:
     """A gain from its float32 values and the norms they came from, whatever the rows hold."""
     per_norm = torch.where(norms > 0, norms.reciprocal(), 0.0)  # a row without a direction gives m no gradient
-    rows = (full.abs() < FRAGILE_GAIN).nonzero().flatten()
+    unsound = full.abs() < FRAGILE_GAIN
+    if bias is not None:
+        unsound = unsound | (bias.detach().abs() > LARGE_BIAS * (full * norms).abs())
+    rows = unsound.nonzero().flatten()
     fragile = Fragile(rows, per_norm[rows]) if rows.numel() else None
     return Gain(full, (full - 1).to(dtype), per_norm / full, fragile)
 
@@ -52,16 +62,19 @@ def quick_gains(
     magnitudes: Float[Tensor, "layers out"],
     weight_norms_squared: Float[Tensor, "layers out"],
     norms_squared: Float[Tensor, "layers out"],
+    biases: Float[Tensor, "layers out"] | None,
     dtype: torch.dtype,
 ) -> list[Gain | None]:
     """The gains of several layers in a third of the operations; None for a layer with a row that needs more care.
 
     An adapted model has hundreds of layers, and on CPU an operation on a vector costs its dispatch. One number says
     whether all rows of a layer are sound: the least of its squared norms beside the frozen weight's and, brought to
-    the same bound, of its gains.
+    the same bound, of its gains and of its magnitudes beside the bias.
     """
     full = magnitudes / norms_squared.sqrt()
     shares = torch.minimum(norms_squared / weight_norms_squared, full.abs() * (CANCELLATION / FRAGILE_GAIN))
+    if biases is not None:
+        shares = torch.minimum(shares, magnitudes.abs() * (CANCELLATION * LARGE_BIAS) / biases.abs())
     sound = (shares.amin(dim=-1) > CANCELLATION).tolist()  # False for NaN too
     parts = zip(full, (full - 1).to(dtype), magnitudes.reciprocal(), strict=True)
     return [Gain(*part) if is_sound else None for is_sound, part in zip(sound, parts, strict=True)]

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from dora_vl.core import functional
+from dora_vl.core.freshness import SHARD_MARKS, is_plain_parameter
 from dora_vl.core.fused import norm_kernels
 from dora_vl.core.gain import Gain, quick_gains
 
@@ -86,10 +87,7 @@ def _is_due(layer: ProductLayer, caller: ProductLayer) -> bool:
 def _is_here(layer: ProductLayer, device: torch.device) -> bool:
     """Whether every tensor of the layer is a plain one on this device that nothing shards."""
     return all(
-        type(tensor) is nn.Parameter
-        and tensor.device == device
-        and not hasattr(tensor, "ds_status")  # DeepSpeed ZeRO-3
-        and not hasattr(tensor, "_fsdp_flattened")  # FSDP
+        is_plain_parameter(tensor) and tensor.device == device and SHARD_MARKS.isdisjoint(vars(tensor))
         for tensor in (layer.weight, layer.lora_A, layer.lora_B, layer.magnitude)
     )
 
@@ -106,7 +104,18 @@ def _gains(layers: list[ProductLayer], dtype: torch.dtype) -> tuple[list[Gain | 
     frozen = torch.stack([layer.weight_norms_squared() for layer in layers])
     with torch.autocast(frozen.device.type, enabled=False):
         squared = _norms_squared(layers, frozen)
-    return quick_gains(magnitudes, frozen, squared, dtype), squared
+    return quick_gains(magnitudes, frozen, squared, _biases(layers, magnitudes), dtype), squared
+
+
+def _biases(layers: list[ProductLayer], like: Float[Tensor, "layers out"]) -> Float[Tensor, "layers out"] | None:
+    """The layers' biases, zero where one has none; None where none has."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    biases = torch.zeros_like(like)
+    for place, layer in zip(biases, layers, strict=True):
+        if layer.bias is not None:
+            place.copy_(layer.bias.detach())
+    return biases
 
 
 def _norms_squared(layers: list[ProductLayer], frozen: Float[Tensor, "layers out"]) -> Float[Tensor, "layers out"]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
 from dora_vl.core.compiled import compiled_gain
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.freshness import OPTIMIZER_STEPS, Snapshot, unwatch
 from dora_vl.core.initialise import initialise
-from dora_vl.core.steps import OPTIMIZER_STEPS
 
 Self = TypeVar("Self", bound="AdaptedLayer")
 
@@ -44,13 +45,13 @@ class AdaptedLayer(nn.Module):
         """Sets the adapter up; the layer's own weight and sizes must stand already."""
         OPTIMIZER_STEPS.watch()
         self.adapter = config
+        self._shards: dict[str, Tensor] = {}
         # In a tuple, so that torch does not see it: the layer that was here before, for `plain`.
         self._replaced = (base,)
         self.merged = False
         self.training = base.training
         self._base_weight: Tensor | None = None
-        self._norms_squared: Tensor | None = None
-        self._norms_squared_key: tuple[object, ...] = ()
+        self._norms_squared: tuple[Tensor, Snapshot] | None = None
         self.forget_norms()
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
@@ -134,16 +135,15 @@ class AdaptedLayer(nn.Module):
     # -- norm and gain ---------------------------------------------------------------------------------------
 
     def weight_norms_squared(self) -> Float[Tensor, " out"]:
-        """||W_i||^2 in float32; computed once, since W is frozen, and again after an edit in place."""
-        key = self.frozen_key()
-        if self._norms_squared is None or self._norms_squared_key != key:
-            self._norms_squared, self._norms_squared_key = self.frozen_norms_squared(), key
-        return self._norms_squared
+        """||W_i||^2 in float32; computed once, since W is frozen, and again after an edit."""
+        tensors = self.frozen_tensors()
+        if self._norms_squared is None or not self._norms_squared[1].holds(tensors):
+            self._norms_squared = self.frozen_norms_squared(), Snapshot(tensors)
+        return self._norms_squared[0]
 
-    def frozen_key(self) -> tuple[object, ...]:
-        """Changes when the frozen weight is edited in place or moved."""
-        weight = self._frozen_weight()
-        return weight.device, weight._version
+    def frozen_tensors(self) -> list[Tensor | None]:
+        """What W is made of."""
+        return [self._frozen_weight(), self._shards.get("weight")]
 
     def forget_norms(self, *, frozen: bool = False) -> None:
         """Drops what was computed from A, B and the magnitude; for changes that torch does not count.
@@ -151,18 +151,16 @@ class AdaptedLayer(nn.Module):
         Call it where something else than an optimizer or an edit in place changed them (`.data`, a kernel). It is
         cheap enough for every step, because ||W_i||^2 stays: say `frozen` where W itself was changed in such a way.
         """
-        self._norms: Tensor | None = None
-        self._norms_key: tuple[object, ...] = ()
+        self._norms: tuple[Tensor, Snapshot] | None = None
         if frozen:
             self._norms_squared = None
 
     def norms(self) -> Float[Tensor, " out"]:
         """n without a gradient, computed once per optimizer step."""
-        key = self.state_key()
-        if self._norms is None or self._norms_key != key:
+        if self._norms is None or not self.still_holds(self._norms[1]):
             with torch.no_grad():
-                self._norms, self._norms_key = self.live_norms(), key
-        return self._norms
+                self._norms = self.live_norms(), self.snapshot()
+        return self._norms[0]
 
     def live_norms(self) -> Float[Tensor, " out"]:
         """n with its gradient in A and B."""
@@ -194,14 +192,26 @@ class AdaptedLayer(nn.Module):
         """g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""
         if self.magnitude is None:
             return None
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return compiled_gain(self)
         return functional.gain(self.magnitude, self.norms() if self.adapter.detach_norm else self.live_norms())
 
-    def state_key(self) -> tuple[object, ...]:
-        """Changes with every optimizer step, in-place edit and new scale."""
-        versions = [parameter._version for parameter in self._parameters.values() if parameter is not None]
-        return (OPTIMIZER_STEPS.count, self.adapter, *versions)
+    def snapshot(self, *also: object) -> Snapshot:
+        """All that the norm and the gain depend on, as it is now."""
+        return Snapshot(self.tensors(), OPTIMIZER_STEPS.count, self.adapter, *also)
+
+    def still_holds(self, snapshot: Snapshot, *also: object) -> bool:
+        """Whether there was no optimizer step, edit, other tensor or new scale since."""
+        return snapshot.holds(self.tensors(), OPTIMIZER_STEPS.count, self.adapter, *also)
+
+    def tensors(self) -> list[Tensor | None]:
+        """Weight, bias and what trains, with the shards they were gathered from.
+
+        A parametrization takes a parameter's place by a property, whose tensor is new at each look: never fresh.
+        """
+        own = self._parameters
+        names = ("weight", "bias", *self.FILE_LEAVES)
+        return [*(own[name] if name in own else getattr(self, name) for name in names), *self._shards.values()]
 
     # -- merging ---------------------------------------------------------------------------------------------
 
@@ -246,6 +256,7 @@ class AdaptedLayer(nn.Module):
     def plain(self) -> nn.Module:
         """The layer that was here before, with the weights as they are now, merged or not."""
         (base,) = self._replaced
+        unwatch(self.weight)
         base.weight, base.bias = self.weight, self.bias  # pyright: ignore[reportArgumentType]
         return base.train(self.training)
 
@@ -253,6 +264,17 @@ class AdaptedLayer(nn.Module):
         return self.weight if self._base_weight is None else self._base_weight
 
     # -- what makes cached norms untrue ----------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Remembers a shard whose place the whole tensor takes.
+
+        FSDP2 puts the gathered tensor, the same object at each pass, in the place of its shard (a `DTensor`) and back.
+        An edit between two passes is an edit of the shard, so the shard's version tells of it.
+        """
+        before = vars(self).get("_parameters", {}).get(name)
+        if isinstance(before, Tensor) and is_traceable_wrapper_subclass(before):
+            self._shards[name] = cast(Tensor, before)
+        super().__setattr__(name, value)
 
     def train(self: Self, mode: bool = True) -> Self:
         """Switches dropout and, when the mode really changes, drops the cached norm.

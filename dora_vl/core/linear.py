@@ -13,11 +13,11 @@ from dora_vl.core import functional
 from dora_vl.core.compiled import compiled_linear
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.dropout import SharedDropout
-from dora_vl.core.fused import fused_kernels
-from dora_vl.core.gain import Gain, apply_gain, careful_gain, quick_gains
+from dora_vl.core.freshness import Snapshot
+from dora_vl.core.gain import Gain, careful_gain, quick_gains
 from dora_vl.core.gain_family import GainFamily
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.row_halves import ROW_HALVES
+from dora_vl.core.products import ROW_HALVES
 
 SHARED_DROPOUT = SharedDropout()
 
@@ -37,9 +37,8 @@ class ProductLayer(AdaptedLayer):
     def forget_norms(self, *, frozen: bool = False) -> None:
         """Drops what was computed from A, B and the magnitude, and with `frozen` from the frozen weight too."""
         super().forget_norms(frozen=frozen)
-        self._gain: Gain | None = None
-        self._gain_key: tuple[object, ...] = ()
-        self._factors: tuple[Tensor, Tensor] | None = None
+        self._gain: tuple[Gain, torch.dtype, Snapshot] | None = None
+        self._factors: tuple[Tensor, Tensor, torch.dtype, Snapshot] | None = None
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A and B, with their gradients; None for a magnitude alone."""
@@ -52,7 +51,7 @@ class ProductLayer(AdaptedLayer):
         if self.merged:
             self.refuse_training_while_merged()
             return F.linear(input, self.as_matrix(self.weight), self.bias)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return compiled_linear(self, input)
         x, weight, bias = self._in_compute_dtype(input)
         factors = self.factors()
@@ -80,18 +79,11 @@ class ProductLayer(AdaptedLayer):
     def _infer(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Gain | None) -> Float[Tensor, "*batch out"]:
         """The forward pass without a graph; in eval the cast factors are kept, so that decoding casts nothing."""
         rows = x.reshape(-1, x.shape[-1])
-        y = ROW_HALVES.product(rows, weight.t(), bias)
-        a, b_transposed = (None, None) if self.adapter.method == "magnitude" else self._cast_factors(x.dtype)
-        hidden = None if a is None else F.linear(rows, a)
-        kernels = None if gain is None else fused_kernels(y)
-        if kernels is not None and gain is not None:
-            b = None if b_transposed is None else b_transposed.t()
-            kernels.adapted_output_(y, hidden, b, bias, gain.minus_one)
-            return y.view(*x.shape[:-1], self.out_features)
-        if hidden is not None and b_transposed is not None:
-            y.addmm_(hidden, b_transposed)
-        if gain is not None:
-            y = apply_gain(y, bias, gain)
+        hidden = b = None
+        if self.adapter.method != "magnitude":
+            a, b = self._cast_factors(x.dtype)
+            hidden = F.linear(rows, a)
+        y = functional.changed_product_(ROW_HALVES.product(rows, weight.t(), bias), hidden, b, bias, gain)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _whole_change(self, x: Tensor, weight: Tensor, bias: Tensor | None, probability: float) -> Tensor:
@@ -112,43 +104,45 @@ class ProductLayer(AdaptedLayer):
         return self.magnitude * torch.where(live > 0, live.detach() / torch.where(live > 0, live, 1.0), 1.0)
 
     def _current_gain(self, dtype: torch.dtype) -> Gain:
-        if self._gain is None or self._gain_key != (dtype, *self.state_key()):
+        if self._gain is None or self._gain[1] != dtype or not self.still_holds(self._gain[2]):
             with torch.no_grad():
                 if self.family is None or not self.family.refresh(self, dtype):
                     self.keep_gain(self._own_gain(dtype), dtype)
         assert self._gain is not None
-        return self._gain
+        return self._gain[0]
 
     def gain_is_out_of_date(self) -> bool:
         """Whether the gain must be computed before the next forward pass, for whatever dtype."""
-        return self._gain is None or self._gain_key[1:] != self.state_key()
+        return self._gain is None or not self.still_holds(self._gain[2])
 
     def keep_gain(self, gain: Gain, dtype: torch.dtype) -> None:
         """Keeps a gain that was computed from the present parameters."""
-        self._gain, self._gain_key, self._factors = gain, (dtype, *self.state_key()), None
+        self._gain, self._factors = (gain, dtype, self.snapshot()), None
 
     def careful_gain(self, norms_squared: Float[Tensor, " out"], dtype: torch.dtype) -> Gain:
         """The gain where some row of the direction cancels, is zero or has a gain near 0."""
         assert self.magnitude is not None
         norms = self.trusted_norms(norms_squared)
-        return careful_gain(functional.gain(self.magnitude.detach(), norms), norms, dtype)
+        return careful_gain(functional.gain(self.magnitude.detach(), norms), norms, self.bias, dtype)
 
     def _own_gain(self, dtype: torch.dtype) -> Gain:
         assert self.magnitude is not None
         squared = self.norms_squared()
-        (quick,) = quick_gains(self.magnitude.detach()[None], self.weight_norms_squared()[None], squared[None], dtype)
+        bias = None if self.bias is None else self.bias.detach()[None]
+        magnitude, frozen = self.magnitude.detach()[None], self.weight_norms_squared()[None]
+        (quick,) = quick_gains(magnitude, frozen, squared[None], bias, dtype)
         return quick or self.careful_gain(squared, dtype)
 
     def _cast_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and s B^T in the activations' dtype; kept between calls in eval only."""
-        key = (dtype, *self.state_key())
-        if self._factors is None or self.training or self._gain_key != key:
+        """A and s B in the activations' dtype; kept between calls in eval only."""
+        kept = self._factors
+        if kept is None or self.training or kept[2] != dtype or not self.still_holds(kept[3]):
             factors = self.factors()
             assert factors is not None
             a, b = factors
-            self._factors = (a.detach().to(dtype), (b.detach().to(dtype) * self.scale()).t())
-            self._gain_key = key
-        return self._factors
+            cast_factors = a.detach().to(dtype), b.detach().to(dtype) * self.scale()
+            self._factors = kept = (*cast_factors, dtype, self.snapshot())
+        return kept[:2]
 
 
 class DoRALinear(ProductLayer, nn.Linear):

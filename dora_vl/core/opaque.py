@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.freshness import Snapshot
 from dora_vl.core.fused import fused_kernels
 from dora_vl.core.fused_change import FusedChange, gain_over_norm
 from dora_vl.core.gain import Gain
@@ -118,9 +119,9 @@ class OpaqueLinear(AdaptedLayer):
     def _fused_forward(self, output: Tensor, input: Tensor, probability: float) -> Float[Tensor, "*batch out"] | None:
         """`forward` through the CUDA kernels; None where they are not there, or the norm's gradient is wanted."""
         live_norm = torch.is_grad_enabled() and not self.adapter.detach_norm
-        if self.magnitude is None or live_norm or torch.compiler.is_compiling() or input.dtype != output.dtype:
+        if self.magnitude is None or live_norm or input.dtype != output.dtype or fused_kernels(output) is None:
             return None
-        if fused_kernels(output) is None:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return None
         dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
         a, b = self.factors() or (None, None)
@@ -129,41 +130,36 @@ class OpaqueLinear(AdaptedLayer):
         return cast(Tensor, FusedChange.apply(*operands))
 
     def _current_gain(self, dtype: torch.dtype) -> Gain:
-        key = (dtype, *self.state_key())
-        if self._gain is None or self._gain_key != key:
+        if self._gain is None or self._gain[1] != dtype or not self.still_holds(self._gain[2]):
             with torch.no_grad():
-                self._gain = gain_over_norm(cast(Tensor, self.magnitude), self.norms(), dtype)
-            self._gain_key = key
-        return self._gain
+                gain = gain_over_norm(cast(Tensor, self.magnitude), self.norms(), dtype)
+            self._gain = gain, dtype, self.snapshot()
+        return self._gain[0]
 
     def forget_norms(self, *, frozen: bool = False) -> None:
         """Drops what was computed from A, B and the magnitude, and with `frozen` from the frozen weight too."""
         super().forget_norms(frozen=frozen)
-        self._gain: Gain | None = None
-        self._gain_key: tuple[object, ...] = ()
+        self._gain: tuple[Gain, torch.dtype, Snapshot] | None = None
 
-    def frozen_key(self) -> tuple[object, ...]:
-        """Versions of all of the layer's tensors but its bias, which may train: which of them hold W is not known.
+    def frozen_tensors(self) -> list[Tensor | None]:
+        """All of the layer's tensors but its bias, which may train: which of them hold W is not known.
 
-        A loose tensor may also be replaced by another one of the same version. One made in inference mode, as HQQ
-        makes its scales, has no version; nothing but inference mode can edit it in place, and that is not seen.
+        A loose one made in inference mode, as HQQ makes its scales, has no version; nothing but inference mode can edit
+        it in place, and that is not seen.
         """
         bias = self.bias
-        versions = [
-            tensor._version
+        inside = [
+            tensor
             for module in self.base.modules()
             for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None and tensor is not bias
+            if tensor is not bias
         ]
-        loose = [
-            (id(tensor), None if tensor.is_inference() else tensor._version)
-            for tensor in self.kind.loose_tensors(self.base)
-        ]
-        return self.weight.device, *versions, *loose
+        return [*inside, *self.kind.loose_tensors(self.base)]
 
-    def state_key(self) -> tuple[object, ...]:
-        """Changes with every optimizer step and in-place edit, of the layer inside too, and with a new scale."""
-        return *super().state_key(), *self.frozen_key()
+    def tensors(self) -> list[Tensor | None]:
+        """The adapter's own, and those of the layer inside."""
+        own = [getattr(self, name) for name in self.FILE_LEAVES]
+        return [*own, self.bias, *self._shards.values(), *self.frozen_tensors()]
 
     # -- the norm, through the layer's own forward -------------------------------------------------------------
 

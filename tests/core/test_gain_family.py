@@ -45,7 +45,7 @@ def test_one_call_brings_everybody_up_to_date_with_their_own_gains(dtype):
     model[2](torch.randn(2, 7, dtype=dtype))
     for layer in model[:4]:
         assert not layer.gain_is_out_of_date()
-        assert_same(layer._gain, alone(layer, dtype))
+        assert_same(layer._gain[0], alone(layer, dtype))
     assert model[4].gain_is_out_of_date()  # of another shape
 
 
@@ -55,7 +55,7 @@ def test_layers_so_wide_that_cores_share_a_product_have_their_own_gains_too(dtyp
     model = stack_of(5, dtype=dtype, rank=rank, width=576)
     model[0](torch.randn(2, 576, dtype=dtype))
     for layer in model[:5]:
-        assert_same(layer._gain, alone(layer, dtype))
+        assert_same(layer._gain[0], alone(layer, dtype))
 
 
 def test_a_layer_with_a_zero_row_or_a_tiny_gain_is_computed_with_care_beside_its_kin():
@@ -67,9 +67,9 @@ def test_a_layer_with_a_zero_row_or_a_tiny_gain_is_computed_with_care_beside_its
     for layer in model[:4]:
         expected = x @ dense(layer).t() + layer.bias
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
-    assert model[1]._gain.full[3] == 1.0
-    assert model[2]._gain.fragile is not None
-    assert model[0]._gain.fragile is None
+    assert model[1]._gain[0].full[3] == 1.0
+    assert model[2]._gain[0].fragile is not None
+    assert model[0]._gain[0].fragile is None
 
 
 def dense(layer: DoRALinear) -> torch.Tensor:
@@ -87,7 +87,7 @@ def test_only_the_layer_that_was_edited_is_computed_again(monkeypatch):
         model[1].lora_A.mul_(1.5)
     model(torch.randn(2, 7))
     assert [layer._gain is before for layer, before in zip(model, kept, strict=True)] == [True, False, True, True, True]
-    assert_same(model[1]._gain, alone(model[1], torch.float32))
+    assert_same(model[1]._gain[0], alone(model[1], torch.float32))
 
 
 def test_merged_sharded_and_offloaded_layers_are_left_out():
@@ -138,7 +138,7 @@ def test_wide_layers_are_taken_in_batches(monkeypatch):
     model = stack_of(5)
     model[0](torch.randn(1, 7))
     assert [tuple(shape) for shape in seen] == [(2, 7), (2, 7), (1, 7)]
-    assert_same(model[4]._gain, alone(model[4], torch.float32))
+    assert_same(model[4]._gain[0], alone(model[4], torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

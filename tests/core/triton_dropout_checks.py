@@ -180,16 +180,44 @@ def test_a_layer_equals_the_eager_one_under_the_same_mask(monkeypatch):
         assert error < 1e-5, (name, error)
 
 
-def test_layers_share_a_seed_and_its_masked_copy():
+def test_layers_share_a_seed_and_a_masked_copy_that_no_graph_keeps(monkeypatch):
+    copies: list[weakref.ReferenceType[Tensor]] = []
+    real = kernels.masked_copy
+
+    def watched(*operands: object) -> Tensor:
+        made = real(*operands)
+        copies.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(kernels, "masked_copy", watched)
     model = nn.ModuleDict({"q": nn.Linear(6, 5), "k": nn.Linear(6, 3)})
     apply_dora(model, DoRAConfig(targets=("*",), rank=2, dropout=0.5))
-    x = torch.randn(50, 6)
+    x = torch.randn(50, 6, requires_grad=True)
     q = model["q"](x)
     drawn = linear.SHARED_DROPOUT._dropped
-    k = model["k"](x)
+    y = q.sum() + model["k"](x).sum()
     assert linear.SHARED_DROPOUT._dropped is drawn
-    kept = [y.grad_fn.saved_tensors[0] for y in (q, k)]
-    assert kept[0] is kept[1] or kept[0].data_ptr() == kept[1].data_ptr()
+    assert len(copies) == 1, "one for both"
+    assert q.grad_fn.saved_tensors[0].data_ptr() == x.data_ptr(), "what is kept is x"
+    linear.SHARED_DROPOUT.draw(torch.randn(2, 2), 0.5, 0)
+    del drawn
+    gc.collect()
+    assert copies[0]() is None, "the next draw lets go of it"
+    y.backward()
+    assert len(copies) == 3, "each layer draws it again"
+
+
+def test_an_output_edited_in_place_has_the_same_gradients():
+    """z is then computed again, from x without its mask."""
+    layer, x = adapted(), torch.randn(12, 33)
+    results = []
+    for edit in (torch.relu, torch.relu_):
+        torch.manual_seed(5)
+        layer.zero_grad()
+        edit(layer(x)).sum().backward()
+        results.append([p.grad.clone() for p in layer.parameters() if p.requires_grad])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -164,8 +164,8 @@ def test_every_launch_is_on_its_tensors_device(monkeypatch):
     layer(torch.randn(4, 33, requires_grad=True)).sum().backward()
     weight, a, b = layer.weight.detach(), layer.lora_A.detach(), layer.lora_B.detach()
     triton_norms.norms(weight, weight.square().sum(1), a, b, 2.0)
-    assert len(launched) == 7, "masked copy, output, backward, sums, masked product, two for the norms"
-    assert entered == [layer.weight.device] * 7
+    assert len(launched) == 8, "masked copy, output, backward, sums, masked copy and product, two for the norms"
+    assert entered == [layer.weight.device] * 8
 
 
 @pytest.mark.parametrize("rows", [1, 21])
@@ -184,3 +184,21 @@ def test_inference(launches, method, bias, rows):
         for _ in range(2):
             torch.testing.assert_close(narrow(x).double(), expected, rtol=1e-5, atol=1e-5)
     assert len(launches) == (0 if method == "lora" else 2)
+
+
+def test_rows_that_keep_their_product_train_through_the_kernels(launches):
+    """Gains through 0, and a bias a thousand times the product."""
+    narrow = DoRALinear(nn.Linear(33, 70), DoRAConfig(targets=("*",), rank=5, alpha=7.0, dropout=0.0))
+    narrow.weight.requires_grad_(False)
+    with torch.no_grad():
+        narrow.lora_B.normal_(std=0.3)
+        narrow.magnitude.mul_(torch.linspace(-0.02, 1.7, 70))
+        narrow.bias[::7] = 1e3
+    x, upstream = torch.randn(9, 33), torch.randn(9, 70)
+    found = passed(narrow, x, upstream)
+    assert launches == [1]
+    assert narrow._gain[0].fragile is not None
+    expected = passed(copy.deepcopy(narrow).double(), x.double(), upstream)
+    for name, one in expected.items():
+        error = float((found[name].double() - one).abs().max() / one.abs().max())
+        assert error < (1e-4 if name == "magnitude" else 1e-5), (name, error)

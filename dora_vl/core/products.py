@@ -1,10 +1,12 @@
-"""Products with the frozen weight on CPU, in two halves of their rows where that keeps both halves of the cores busy.
+"""The matrix products of a step, each in the form that its shape is fastest in.
 
-oneDNN gives some products of half-precision numbers to fewer cores than there are: on two cores with AMX, bfloat16,
-768 rows and 576 columns, to one of the two. The same product in two halves of its rows then runs in two thirds of
-the time. Which shapes are concerned depends on the processor, the cores and the library, so no table of them stands
-here: the first product of a shape is timed both ways. Timings differ from run to run, so halves are taken only of
-shapes where they give the bits of the whole product, whatever the numbers: no result hangs on a timing.
+On CPU, products with the frozen weight are taken in two halves of their rows where that keeps both halves of the
+cores busy. oneDNN gives some products of half-precision numbers to fewer cores than there are: on two cores with AMX,
+bfloat16, 768 rows and 576 columns, to one of the two. The same product in two halves of its rows then runs in two
+thirds of the time. Which shapes are concerned depends on the processor, the cores and the library, so no table of
+them stands here: a shape that comes again and again is timed both ways, once. Timings differ from run to run, so
+halves are taken only of shapes where they give the bits of the whole product, whatever the numbers: no result hangs
+on a timing.
 """
 
 from __future__ import annotations
@@ -22,6 +24,11 @@ SMALLEST_WEIGHT = 2**17
 """Numbers of a weight below which the second call costs what it saves."""
 WORTH = 0.93
 """Of the whole product's time, the share below which halves are taken; a little more than timings differ by chance."""
+SIGHTINGS = 4
+"""How often a shape must come before it is asked about, which takes the time of a dozen products: batches of varying
+length never get there, and pay nothing."""
+MOST_SHAPES = 1024
+"""That are remembered; the oldest is forgotten for a new one."""
 ATTEMPTS = 3
 """Timings of either way, in turns, of which the best counts: whatever disturbs a timing makes it longer."""
 ROUNDING = 2.0**-20
@@ -32,7 +39,8 @@ class RowHalves:
     """Takes products whole or in halves, as it found faster for products of that shape."""
 
     def __init__(self) -> None:
-        self._halved: dict[tuple[object, ...], bool] = {}
+        self._halved: dict[tuple[object, ...], bool | int] = {}
+        """Shape -> whether halves are taken, or how often it came so far."""
 
     def product(
         self,
@@ -45,12 +53,40 @@ class RowHalves:
             return whole_product(rows, matrix, bias)
         alike = len(rows), matrix.shape, matrix.stride(), rows.dtype, bias is None
         key = (*alike, torch.get_num_threads())  # the very number of rows: the next may be summed in another order
-        if key not in self._halved:
-            self._halved[key] = halves_are_faster(rows, matrix, bias) and halves_have_the_bits(rows, matrix, bias)
-        return halved_product(rows, matrix, bias) if self._halved[key] else whole_product(rows, matrix, bias)
+        answer = self._halved.get(key, 0)
+        if answer is not True and answer is not False:
+            answer = self._answer(key, answer + 1, rows, matrix, bias)
+        return halved_product(rows, matrix, bias) if answer is True else whole_product(rows, matrix, bias)
+
+    def _answer(
+        self, key: tuple[object, ...], sightings: int, rows: Tensor, matrix: Tensor, bias: Tensor | None
+    ) -> bool | int:
+        answer: bool | int = sightings
+        if sightings == SIGHTINGS:
+            answer = halves_are_faster(rows, matrix, bias) and halves_have_the_bits(rows, matrix, bias)
+        if key not in self._halved and len(self._halved) == MOST_SHAPES:
+            del self._halved[next(iter(self._halved))]
+        self._halved[key] = answer
+        return answer
 
 
 ROW_HALVES = RowHalves()
+
+
+def scaled_product(
+    rows: Float[Tensor, "rows inner"], matrix: Float[Tensor, "inner columns"], scale: float
+) -> Float[Tensor, "rows columns"]:
+    """`scale * rows @ matrix`, scaled and rounded inside the product, where it costs no pass over memory."""
+    return torch.addmm(rows.new_empty(()), rows, matrix, beta=0, alpha=scale)
+
+
+NARROW = 64
+"""Ranks below it take B's gradient as [rank, out], twice as fast on CPU; from there on turning it costs more."""
+
+
+def factor_gradient(dz: Float[Tensor, "rows out"], hidden: Float[Tensor, "rows rank"]) -> Float[Tensor, "out rank"]:
+    """The transpose of `dz` times `hidden`, in the faster of its two orientations."""
+    return dz.t() @ hidden if hidden.shape[1] >= NARROW else (hidden.t() @ dz).t()
 
 
 def _is_worth_asking(rows: Tensor, matrix: Tensor) -> bool:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dora_vl.core import DoRAConfig, apply_dora, row_halves
-from dora_vl.core.row_halves import (
+from dora_vl.core import DoRAConfig, apply_dora, products
+from dora_vl.core.products import (
     RowHalves,
     halved_product,
     halves_are_faster,
@@ -40,8 +40,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, answer: bool) -> list[tuple[int, ...]
         shapes.append(tuple(rows.shape))
         return answer
 
-    monkeypatch.setattr(row_halves, "halves_are_faster", answered)
-    monkeypatch.setattr(row_halves, "halves_have_the_bits", lambda *_: True)
+    monkeypatch.setattr(products, "SIGHTINGS", 1)
+    monkeypatch.setattr(products, "halves_are_faster", answered)
+    monkeypatch.setattr(products, "halves_have_the_bits", lambda *_: True)
     return shapes
 
 
@@ -69,7 +70,7 @@ def test_a_layer_gives_the_same_with_halves_and_without(monkeypatch):
     results = []
     for answer in (False, True):
         shapes = asked(monkeypatch, answer)
-        monkeypatch.setattr(row_halves.ROW_HALVES, "_halved", {})
+        monkeypatch.setattr(products.ROW_HALVES, "_halved", {})
         output = model(x)
         gradients = torch.autograd.grad(output.float().square().sum(), [x, *model[0].factors()])
         with torch.no_grad():
@@ -82,47 +83,64 @@ def test_a_layer_gives_the_same_with_halves_and_without(monkeypatch):
 
 def test_a_shape_is_asked_about_once_and_other_products_again(monkeypatch):
     shapes = asked(monkeypatch, True)
-    products = RowHalves()
+    taken = RowHalves()
     x, matrix, bias = operands(639)
     for _ in range(3):
-        products.product(x, matrix, bias)
+        taken.product(x, matrix, bias)
     assert shapes == [(639, 391)]
-    products.product(x[:300], matrix, bias)
-    products.product(x, matrix)
-    products.product(x, matrix.contiguous(), bias)
-    products.product(x.half(), matrix.half(), bias.half())
+    taken.product(x[:300], matrix, bias)
+    taken.product(x, matrix)
+    taken.product(x, matrix.contiguous(), bias)
+    taken.product(x.half(), matrix.half(), bias.half())
     torch.set_num_threads(3)
-    products.product(x, matrix, bias)
+    taken.product(x, matrix, bias)
     assert shapes == [(639, 391), (300, 391), (639, 391), (639, 391), (639, 391), (639, 391)]
+
+
+def test_a_shape_is_asked_about_when_it_comes_again_and_again_and_few_are_remembered(monkeypatch):
+    shapes = asked(monkeypatch, True)
+    monkeypatch.setattr(products, "SIGHTINGS", 3)
+    monkeypatch.setattr(products, "MOST_SHAPES", 4)
+    taken = RowHalves()
+    x, matrix, _ = operands(600)
+    for count in range(300, 400):  # batches of varying length
+        taken.product(x[:count], matrix)
+    assert shapes == []
+    assert len(taken._halved) == 4
+    for _ in range(5):
+        taken.product(x, matrix)
+        assert torch.equal(taken.product(x[:301], matrix), whole_product(x[:301], matrix, None))
+    assert shapes == [(600, 391), (301, 391)]
+    assert list(taken._halved.values())[-2:] == [True, True]
 
 
 def test_where_nothing_can_be_won_nothing_is_asked(monkeypatch):
     shapes = asked(monkeypatch, True)
-    products = RowHalves()
+    taken = RowHalves()
     x, matrix, _ = operands()
-    products.product(x[:255], matrix)
-    products.product(x.expand(8, *x.shape).reshape(-1, 391), matrix)  # 4,120 rows
-    products.product(x.float(), matrix.float())
-    products.product(x, matrix[:, :300])
-    products.product(x[:, ::2], matrix[::2])
-    products.product(x[:, :390].contiguous(), matrix[:390])
+    taken.product(x[:255], matrix)
+    taken.product(x.expand(8, *x.shape).reshape(-1, 391), matrix)  # 4,120 rows
+    taken.product(x.float(), matrix.float())
+    taken.product(x, matrix[:, :300])
+    taken.product(x[:, ::2], matrix[::2])
+    taken.product(x[:, :390].contiguous(), matrix[:390])
     torch.set_num_threads(1)
-    products.product(x, matrix)
+    taken.product(x, matrix)
     assert shapes == []
 
 
 def test_the_best_of_several_timings_decides(monkeypatch):
     timed = {whole_product: iter([9.0, 1.0, 9.0]), halved_product: iter([0.99, 5.0, 0.92])}
-    monkeypatch.setattr(row_halves, "_seconds", lambda way, *_: next(timed[way]))
+    monkeypatch.setattr(products, "_seconds", lambda way, *_: next(timed[way]))
     assert halves_are_faster(*operands()) is True
     timed.update({whole_product: iter([1.0] * 3), halved_product: iter([0.94] * 3)})
     assert halves_are_faster(*operands()) is False
 
 
 def test_halves_with_other_bits_are_never_taken(monkeypatch):
-    monkeypatch.setattr(row_halves, "halves_are_faster", lambda *_: True)
-    monkeypatch.setattr(row_halves, "halves_have_the_bits", lambda *_: False)
-    monkeypatch.setattr(row_halves, "halved_product", None)
+    monkeypatch.setattr(products, "halves_are_faster", lambda *_: True)
+    monkeypatch.setattr(products, "halves_have_the_bits", lambda *_: False)
+    monkeypatch.setattr(products, "halved_product", None)
     x, matrix, bias = operands()
     assert torch.equal(RowHalves().product(x, matrix, bias), whole_product(x, matrix, bias))
 
@@ -148,9 +166,9 @@ def test_another_order_of_sums_is_found(monkeypatch, inner, with_bias):
     """Two parts are the trap: terms that cancel between the parts would leave zero in any order within them."""
     x, matrix, bias = operands(100, inner, 90)
     given = (torch.zeros_like(x), matrix, bias if with_bias else None)  # as a gradient may be: not what is compared
-    monkeypatch.setattr(row_halves, "whole_product", in_parts(2))
+    monkeypatch.setattr(products, "whole_product", in_parts(2))
     for halves, equal in (in_parts(2), True), (in_parts(2, True), False), (in_parts(1), False), (in_parts(3), False):
-        monkeypatch.setattr(row_halves, "halved_product", halves)
+        monkeypatch.setattr(products, "halved_product", halves)
         assert halves_have_the_bits(*given) is equal
 
 
