@@ -151,9 +151,10 @@ def other_case(name: str, dtype: torch.dtype, rank: int) -> tuple[Any, dict[str,
 
 
 @needs_tool
+@pytest.mark.parametrize("capability", [90, *(pytest.param(one, marks=pytest.mark.slow) for one in (80, 89, 100, 120))])
 @pytest.mark.parametrize("name", ["sums", "masked copy", "masked product", "squared norms", "careful norms"])
-def test_the_other_kernels(tmp_path, name):
-    done = compiled(*other_case(name, torch.bfloat16, 128), capability=90)
+def test_the_other_kernels(tmp_path, name, capability):
+    done = compiled(*other_case(name, torch.bfloat16, 128), capability=capability)
     assert done.metadata.shared <= 99 * 1024
     assert spilled(done, tmp_path) <= SPILLED_BYTES
 

@@ -132,4 +132,4 @@ def test_a_family_computes_its_gains_through_them(monkeypatch):
         expected = layer.magnitude.double() / dense_norms(
             layer.weight.detach(), layer.lora_A.detach(), layer.lora_B.detach()
         )
-        torch.testing.assert_close(layer._gain.full.double(), expected.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(layer._gain[0].full.double(), expected.detach(), rtol=1e-5, atol=0)
