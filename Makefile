@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-vlbart demo-video test test-all lint clean
+.PHONY: demo demo-vlbart demo-video test test-all fresh-install lint clean
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -64,9 +64,18 @@ lint: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" -q
 
+# The package as `pip install dora-vl` brings it, no extra: the published 7B recipes on a stand-in of Vicuna, and the merge.
+FRESH := runs/fresh-install
+
+fresh-install:
+	rm -rf $(FRESH)
+	$(PYTHON) -m venv $(FRESH)/venv
+	$(FRESH)/venv/bin/python -m pip install --quiet .
+	PYTHONPATH=. $(FRESH)/venv/bin/python tests/tasks/published_recipe.py --to $(FRESH)/run
+
 test-all: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q
 
-# The demos' output and the tools' caches alone: other folders in runs/ are somebody's training.
+# The demos' and tests' output and the tools' caches alone: other folders in runs/ are somebody's training.
 clean:
-	rm -rf $(DEMO) $(VLDEMO) $(VIDEO) build dist .pytest_cache .ruff_cache
+	rm -rf $(DEMO) $(VLDEMO) $(VIDEO) $(FRESH) build dist .pytest_cache .ruff_cache

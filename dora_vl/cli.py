@@ -8,10 +8,19 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from typing import NoReturn
 
 from dora_vl import __version__
 from dora_vl.commands import COMMANDS
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.errors import LONGEST_MESSAGE, UserError, exit_on_user_error, one_line, shown
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with an option in one line that stays short, whatever the option's value is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and the message, and ends with status 2."""
+        super().error(one_line(message, LONGEST_MESSAGE - len(self.prog)))
 
 
 @exit_on_user_error
@@ -30,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb, *rest = words
     if verb not in COMMANDS:
         nearest = get_close_matches(verb, COMMANDS, n=1, cutoff=0.0)[0]
-        raise UserError(f"no command {verb!r}; did you mean {nearest!r}? dora-vl --help lists all")
+        raise UserError(f"no command {shown(verb)}; did you mean {nearest!r}? dora-vl --help lists all")
     module = import_module(COMMANDS[verb].module)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"dora-vl {verb}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -12,6 +13,11 @@ Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
 
 USER_ERROR_STATUS = 2
+LONGEST_MESSAGE = 490
+"""With "error: " before it, a line stays below 500 characters, whatever a file or an option holds."""
+LONGEST_QUOTED = 60
+
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 
 DECODING_ERRORS = (
     OSError,
@@ -30,17 +36,47 @@ DECODING_ERRORS = (
 mutated files of ten formats raised OSError, ValueError and that; its plugins hold code for the rest."""
 
 
+def one_line(message: str, most: int = LONGEST_MESSAGE) -> str:
+    """The message without line breaks and control characters; of one that is too long the middle goes.
+
+    Its beginning names the file and its end the next step, so both stay.
+    """
+    parts = (part.strip() for part in message.splitlines())
+    line = _CONTROLS.sub("?", " ".join(part for part in parts if part))
+    if len(line) <= most:
+        return line
+    cut = " [...] "
+    end = (most - len(cut)) // 3
+    return line[: most - len(cut) - end] + cut + line[-end:]
+
+
+def shown(value: object, most: int = LONGEST_QUOTED) -> str:
+    """A value of a file as a message quotes it: at most so many characters, whatever it is."""
+    part = value[: most + 1] if isinstance(value, str | bytes) else value
+    try:
+        text = repr(part)
+    except (ValueError, RecursionError):  # a whole number of more digits than Python writes; a list in itself
+        return f"a {type(value).__name__} too large to be shown"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 class UserError(Exception):
-    """Something in the input is wrong; the message names the file, key or id, the numbers and the next step."""
+    """Something in the input is wrong; the message names the file, key or id, the numbers and the next step.
+
+    As text it is one line of at most `LONGEST_MESSAGE` characters.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class BadSample(UserError):
     """One sample cannot be used; counted and skipped by the data part, up to `data.max_bad_share`."""
 
     def __init__(self, sample_id: str, reason: str) -> None:
-        super().__init__(f"sample {sample_id}: {reason}")
+        super().__init__(f"sample {one_line(sample_id, LONGEST_QUOTED)}: {reason}")
         self.sample_id = sample_id
-        self.reason = reason
+        self.reason = one_line(reason)
 
     def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
         # Exceptions unpickle from their message alone; data workers send this one across processes.

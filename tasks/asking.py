@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError
 
 if TYPE_CHECKING:
-    from dora_vl.data.seq2seq import Subtask
     from dora_vl.evaluation.assistant import Assistant, Assistants
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 
     AnyAssistants = Assistants[Assistant] | Assistants[VlBartAssistant]
-
-VLBART_TASKS = {"vlbart_image": "tasks.vlbart_image", "vlbart_video": "tasks.vlbart_video"}
 
 
 def add_options(to: argparse.ArgumentParser) -> None:
@@ -40,6 +36,7 @@ def open_model(options: argparse.Namespace) -> AnyAssistants:
     from transformers.utils import logging as transformers_logging
 
     from dora_vl.backbones.vlbart_config import VlBartConfig
+    from dora_vl.evaluation.ask_vlbart import subtasks_of
     from dora_vl.evaluation.assistant import open_assistants, read_recipe
     from dora_vl.evaluation.vlbart_assistant import open_vlbart_assistants
 
@@ -49,13 +46,6 @@ def open_model(options: argparse.Namespace) -> AnyAssistants:
     if read_recipe(adapter).get("backbone") == VlBartConfig.model_type:
         return open_vlbart_assistants(adapter, subtasks_of, with_base=options.compare_base, **where)
     return open_assistants(adapter, with_base=options.compare_base, **where)
-
-
-def subtasks_of(task: str, *, task_prompt: bool) -> Mapping[str, Subtask]:
-    """Every task of a VL-BART task file, by the file's name; `task_prompt` as in training."""
-    if task not in VLBART_TASKS:
-        raise UserError(f"the adapter was trained by {task!r}; there are {', '.join(VLBART_TASKS)}")
-    return import_module(VLBART_TASKS[task]).subtasks(task_prompt=task_prompt)
 
 
 def print_answers(assistants: Assistants, answer: Callable[[str, Assistant | VlBartAssistant], str]) -> dict[str, str]:

@@ -61,6 +61,7 @@ SMOLLM2_135M: dict[str, Any] = {
 LANGUAGE_SHAPES = {
     "lmsys/vicuna-7b-v1.5": LLAMA_7B,
     "lmsys/vicuna-13b-v1.5": LLAMA_13B,
+    "llava-hf/llava-1.5-7b-hf": LLAMA_7B,
     "llava-hf/llava-1.5-13b-hf": LLAMA_13B,
     "runs/demo/assets/smollm2": SMOLLM2_135M,
     "yahma/llama-7b-hf": LLAMA_7B,
@@ -211,13 +212,32 @@ def test_a_fair_pair_differs_in_the_method_alone() -> None:
     assert same == dora
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in CONFIGS if path.stem.startswith("llava15_")], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_the_published_global_batch_on_eight_gpus(path: Path) -> None:
     training = read_run_file(path).training
     batch = 8 * training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
     assert batch == (256 if path.stem.endswith("pretrain") else 128)
+
+
+FULL = [path for path in CONFIGS if "method: full" in path.read_text(encoding="utf-8")]
+CHECKPOINT_BYTES = 2 + 4 + 4 + 4  # of each trained weight: bfloat16, its float32 master, Adam's two moments
+
+
+@pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
+def test_a_full_fine_tune_says_when_it_saves_and_how_much_it_keeps(path: Path) -> None:
+    training = read(path).training
+    assert training["save_strategy"] in {"no", "epoch"} or "save_steps" in training
+    assert training["save_strategy"] == "no" or "save_total_limit" in training
+
+
+@pytest.mark.parametrize("path", [path for path in FULL if path in PUBLISHED], ids=lambda path: path.stem)
+def test_a_published_full_recipe_says_the_bytes_of_a_checkpoint(path: Path) -> None:
+    config, text = read(path), path.read_text(encoding="utf-8")
+    size = CHECKPOINT_BYTES * trained_count(adapted(config)) / 1e9
+    assert f" {size:.0f} GB" in text if size >= 10 else f" {size:.1f} GB" in text
+    samples = 558_128 if path.stem.endswith("pretrain") else 665_298
+    steps = samples / (256 if path.stem.endswith("pretrain") else 128)
+    assert size * steps / config.training["save_steps"] < 1000, "a run would write more than a terabyte"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
-from dora_vl.backbones.templates import BREAK, Rendered, Span, Template
+from dora_vl.backbones.rendered import BREAK, Rendered, Span, Template
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample, UserError
@@ -158,9 +158,9 @@ class LlavaEncoder:
         return torch.tensor(self._tokens(self._rendered(turns, "prompt", generation_prompt=True)).ids)
 
     def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
-        """The text of an answer, without special tokens and surrounding space."""
-        text = self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
-        return str(text).strip()
+        """The text of an answer, without special tokens and surrounding space, up to where the template ends one."""
+        text = str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+        return (text.partition(self.template.stop)[0] if self.template.stop else text).strip()
 
     def _rendered(self, turns: Sequence[Turn], sample: str, *, generation_prompt: bool) -> Rendered:
         if any(0xFDD0 <= ord(character) <= 0xFDEF for turn in turns for character in turn.text):

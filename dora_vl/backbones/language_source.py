@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizer
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
+from dora_vl.backbones.sentencepiece_tokenizer import as_sentencepiece, is_sentencepiece
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
 
 VOCABULARY_MULTIPLE = 64  # rows of an embedding that has to grow; matrix products like it
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""One of them holds a tokenizer's vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +50,41 @@ class LanguageModel(PlainLanguageModel):
 def load_tokenizer(
     folder: str, *, gguf_file: str | None = None, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """A folder's tokenizer, exactly as its `tokenizer.json` says.
+    """A folder's tokenizer, exactly as its `tokenizer.json` says, or else as its `tokenizer.model` does.
 
     transformers 5 rebuilds LLaMA's tokenizer from the vocabulary, and the result splits a text that begins with a
-    space (as one after a picture may) differently from the published file; so the file itself is preferred.
+    space (as one after a picture may) differently from either file.
+
+    Raises: UserError if there is no tokenizer, it is broken, or a package that reads it is not installed.
     """
     try:
         if gguf_file is not None:
             return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-        revision = revision or "main"
-        if cached_file(folder, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False):
-            return PreTrainedTokenizerFast.from_pretrained(folder, revision=revision)
-        return AutoTokenizer.from_pretrained(folder, revision=revision)
+        if _file(folder, "tokenizer.json", revision):
+            return PreTrainedTokenizerFast.from_pretrained(folder, revision=revision or "main")
+        model = _file(folder, "tokenizer.model", revision)
+        sentencepiece = model is not None and is_sentencepiece(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision or "main")
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"no tokenizer could be read from {folder!r}: {error}") from error
+        reason = _without_tokenizer(folder) or " ".join(str(error).split())[:300]
+        raise UserError(f"no tokenizer could be read from {folder!r}: {reason}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where it finds no file
+        raise UserError(f"no tokenizer could be read from {folder!r}: {_without_tokenizer(folder)}")
+    if sentencepiece:
+        return as_sentencepiece(tokenizer, _file(folder, "tokenizer_config.json", revision))
+    return tokenizer
+
+
+def _without_tokenizer(folder: str) -> str:
+    """What to say of a folder that has no tokenizer's file; nothing of another one, or of a hub id."""
+    if not Path(folder).is_dir() or any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        return ""
+    return f"none of {', '.join(TOKENIZER_FILES)} is there; copy the tokenizer's files from where the model comes from"
+
+
+def _file(folder: str, name: str, revision: str | None) -> Path | None:
+    found = cached_file(folder, name, revision=revision or "main", _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def load_language_model(

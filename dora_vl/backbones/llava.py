@@ -124,21 +124,23 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
     ) -> Float[Tensor, "batch seq hidden"]:
         """Token embeddings with the projected pictures at the picture tokens, in order.
 
-        Raises: UserError if the picture tokens are not as many as the features.
+        Raises: UserError if the picture tokens are not as many as the features, also where there are only the ones or
+            only the others.
         """
         embeds = self.model.model.language_model.embed_tokens(input_ids)
         if pixel_values is not None:
             image_features = self._features(pixel_values)
+        places = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
+        pictures, tokens = (0, self.tokens_per_image) if image_features is None else image_features.shape[:2]
+        if len(places) != pictures * tokens:
+            raise UserError(
+                f"{len(places)} picture tokens in the batch, but {pictures} pictures of {tokens} features each; encode "
+                "with the model's tokens_per_image and one <image> a picture, and give all pixels or features"
+            )
         if image_features is None:
             return embeds
-        pictures = self.model.model.multi_modal_projector(image_features.to(self.model.dtype))
-        places = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
-        if len(places) != pictures.shape[0] * pictures.shape[1]:
-            raise UserError(
-                f"{len(places)} picture tokens in the batch, but {pictures.shape[0]} pictures of {pictures.shape[1]} "
-                "features each; encode with the model's tokens_per_image and one <image> a picture"
-            )
-        flat = embeds.flatten(0, 1).index_copy(0, places, pictures.flatten(0, 1).to(embeds.dtype))
+        projected = self.model.model.multi_modal_projector(image_features.to(self.model.dtype))
+        flat = embeds.flatten(0, 1).index_copy(0, places, projected.flatten(0, 1).to(embeds.dtype))
         return flat.view_as(embeds)
 
     def forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -10,7 +10,10 @@ from typing import IO
 import numpy as np
 
 from dora_vl.data.examples import JSON, Example, from_record
+from dora_vl.data.text_file import json_of, text_of
 from dora_vl.errors import BadSample, UserError
+
+THE_LINE = "the line"
 
 
 class ExampleFile:
@@ -95,11 +98,10 @@ def _answers(line: bytes) -> int:
 
 def _json_object(line: bytes) -> Mapping[str, JSON]:
     try:
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise BadSample("(no id)", f"not UTF-8 ({error.reason}); write the file again") from None
-    except (ValueError, RecursionError) as error:
-        raise BadSample("(no id)", f"not whole JSON ({error}); write the file again") from None
+        text = text_of(line.removeprefix(codecs.BOM_UTF8), THE_LINE)
+        record = json_of(text, THE_LINE)
+    except UserError as error:
+        raise BadSample("(no id)", f"{str(error).removeprefix(f'{THE_LINE}: ')}; write the file again") from None
     if not isinstance(record, dict):
         raise BadSample("(no id)", f"a line must hold an object, found {type(record).__name__}")
     return record

@@ -16,8 +16,9 @@ from typing import IO, Any, TypeAlias, TypeVar
 from uuid import uuid4
 
 from dora_vl.data.right_choice import right_choice
+from dora_vl.data.text_file import json_lines
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, shown
 
 JSON: TypeAlias = Any
 """What JSON can hold: null, booleans, numbers, text, lists and objects; checked when it is written."""
@@ -103,7 +104,7 @@ def from_record(record: Mapping[str, JSON]) -> Example:
     """
     sample_id = record.get("id")
     if not isinstance(sample_id, str) or not sample_id:
-        raise BadSample("(no id)", f"'id' must be text that is not empty, got {_short(sample_id)}")
+        raise BadSample("(no id)", f"'id' must be text that is not empty, got {shown(sample_id)}")
     unknown = sorted(set(record) - _FIELDS)
     if unknown:
         raise BadSample(sample_id, f"unknown field {unknown[0]!r}; an example has {', '.join(sorted(_FIELDS))}")
@@ -136,30 +137,30 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
         for number, example in enumerate(examples, start=1):
             first = lines.setdefault(example.id, number)
             if first != number:
-                raise UserError(f"{path}: id {example.id!r} in lines {first} and {number}; ids must be unique")
-            file.write(json_line(to_record(example), f"{path}, line {number}, id {example.id!r}"))
+                raise UserError(f"{path}: id {shown(example.id)} in lines {first} and {number}; ids must be unique")
+            file.write(json_line(to_record(example), f"{path}, line {number}, id {shown(example.id)}"))
     return len(lines)
 
 
 def iterate_examples(path: Path) -> Iterator[Example]:
-    """Yields the examples of a file in order, one line in memory at a time.
+    """Yields the examples of a file in order, one line in memory at a time, and every id seen.
 
     Raises:
-        UserError: no such file, or a line that is no example; it names file and line.
+        UserError: no such file, a line that is no example, or two with one id; it names file and line.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of examples; `dora-vl prepare` writes them")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise BadSample("(no id)", f"a line must hold an object, found {type(record).__name__}")
-                yield from_record(record)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); write the file again") from None
-            except (BadSample, ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not an example: {error}") from None
+    lines: dict[str, int] = {}
+    for number, record in json_lines(path, "examples; `dora-vl prepare` writes them"):
+        try:
+            example = from_record(record)
+        except BadSample as error:
+            raise UserError(f"{path}, line {number}: not an example: {error}") from None
+        first = lines.setdefault(example.id, number)
+        if first != number:
+            raise UserError(
+                f"{path}: id {shown(example.id)} in lines {first} and {number}; ids must be unique, so that each "
+                "answer belongs to one record"
+            )
+        yield example
 
 
 def json_line(record: Mapping[str, JSON], where: str) -> str:
@@ -212,25 +213,25 @@ class _Fields:
     def parts(self, name: str, read: Callable[[JSON, str, str], Part]) -> tuple[Part, ...]:
         entries = self.record.get(name, [])
         if not isinstance(entries, Sequence) or isinstance(entries, str):
-            raise BadSample(self.sample_id, f"{name!r} must be a list, got {_short(entries)}")
+            raise BadSample(self.sample_id, f"{name!r} must be a list, got {shown(entries)}")
         return tuple(read(entry, name, self.sample_id) for entry in entries)
 
 
 def _text(value: JSON, name: str, sample_id: str) -> str:
     if not isinstance(value, str):
-        raise BadSample(sample_id, f"{name!r} must hold text, got {_short(value)}")
+        raise BadSample(sample_id, f"{name!r} must hold text, got {shown(value)}")
     return value
 
 
 def _object(value: JSON, name: str, sample_id: str) -> Mapping[str, JSON]:
     if not isinstance(value, Mapping):
-        raise BadSample(sample_id, f"{name!r} must hold an object, got {_short(value)}")
+        raise BadSample(sample_id, f"{name!r} must hold an object, got {shown(value)}")
     return value
 
 
 def _number(value: JSON, name: str, sample_id: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadSample(sample_id, f"{name!r} must hold a finite number, got {_short(value)}")
+        raise BadSample(sample_id, f"{name!r} must hold a finite number, got {shown(value)}")
     return float(value)
 
 
@@ -242,7 +243,7 @@ def _turn(value: JSON, name: str, sample_id: str) -> Turn:
     entry = _object(value, name, sample_id)
     role = entry.get("role")
     if role not in {"user", "assistant"}:
-        raise BadSample(sample_id, f"a turn's role must be 'user' or 'assistant', got {_short(role)}")
+        raise BadSample(sample_id, f"a turn's role must be 'user' or 'assistant', got {shown(role)}")
     return Turn(role, _text(entry.get("text"), f"{name} text", sample_id))
 
 
@@ -284,8 +285,3 @@ def _subtitle(value: JSON, name: str, sample_id: str) -> Subtitle:
 
 def _subtitle_record(subtitle: Subtitle) -> dict[str, JSON]:
     return {"text": subtitle.text, **_times_record(subtitle)}
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-from dora_vl.errors import UserError
+from dora_vl.data.text_file import opened
+from dora_vl.errors import UserError, shown
 
 if TYPE_CHECKING:
     import datasets
@@ -59,7 +60,7 @@ def stream_records(
     Raises:
         UserError: not UTF-8, malformed or cut off, an entry that is no object, or nothing under `key`.
     """
-    with path.open("rb") as file:
+    with opened(path, "records") as file:
         source = _Source(path, file, progress)
         if key is not None:
             yield from _list_under(source, key)
@@ -71,6 +72,25 @@ def stream_records(
                 yield source.take_object()
 
 
+def stream_values(path: Path, wanted: str) -> Iterator[tuple[int, object]]:
+    """Yields the entries of a JSON list, or the values of JSON lines or of one JSON text, with the line of each.
+
+    Args:
+        wanted: what the file should be, for the message.
+
+    Raises:
+        UserError: no such file, not UTF-8, malformed or cut off.
+    """
+    with opened(path, wanted) as file:
+        source = _Source(path, file)
+        if source.next_character() == "[":
+            yield from _numbered_entries(source)
+            source.expect_end("list")
+        else:
+            while source.next_character():
+                yield source.line(), source.take_value()
+
+
 def stream_members(
     path: Path, *, progress: Callable[[int], object] | None = None
 ) -> Iterator[tuple[str, dict[str, object]]]:
@@ -79,7 +99,7 @@ def stream_members(
     Raises:
         UserError: not UTF-8, malformed or cut off, or a member that is no object.
     """
-    with path.open("rb") as file:
+    with opened(path, "records") as file:
         source = _Source(path, file, progress)
         for name in _member_names(source):
             yield name, source.take_object()
@@ -96,7 +116,7 @@ def _list_under(source: _Source, key: str) -> Iterator[dict[str, object]]:
         else:
             yield from _list_entries(source)
     if key not in names:
-        source.fail(f"there is no {key!r}, only {', '.join(map(repr, names[:8])) or 'nothing'}")
+        source.fail(f"there is no {key!r}, only {', '.join(map(shown, names[:8])) or 'nothing'}")
 
 
 def _member_names(source: _Source) -> Iterator[str]:
@@ -107,7 +127,7 @@ def _member_names(source: _Source) -> Iterator[str]:
         name = source.take_value()
         if not isinstance(name, str):
             source.fail("expected a name in quotes")
-        source.expect(":", f"':' after {name!r}")
+        source.expect(":", f"':' after {shown(name)}")
         yield name
         closed = source.next_character() != ","
         if not closed:
@@ -123,9 +143,18 @@ def _list_entries(source: _Source) -> Iterator[dict[str, object]]:
         while source.next_character() == ",":
             source.take_character()
             yield source.take_object()
-    if source.next_character() != "]":
-        source.fail("expected ',' or ']' after an entry of the list")
+    source.expect("]", "',' or ']' after an entry of the list")
+
+
+def _numbered_entries(source: _Source) -> Iterator[tuple[int, object]]:
     source.take_character()
+    if source.next_character() != "]":
+        yield source.line(), source.take_value()
+        while source.next_character() == ",":
+            source.take_character()
+            source.next_character()
+            yield source.line(), source.take_value()
+    source.expect("]", "',' or ']' after an entry of the list")
 
 
 class _Source:
@@ -139,7 +168,7 @@ class _Source:
         self._json = json.JSONDecoder()
         self._buffer = ""
         self._position = 0
-        self._line = 1
+        self._line, self._counted = 1, 0
         self._ended = False
         if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
             file.seek(0)
@@ -155,6 +184,12 @@ class _Source:
             if self._ended:
                 return ""
             self._refill(CHUNK_BYTES)
+
+    def line(self) -> int:
+        """The line of the current position, from 1."""
+        self._line += self._buffer.count("\n", self._counted, self._position)
+        self._counted = self._position
+        return self._line
 
     def take_character(self) -> None:
         self._position += 1
@@ -203,13 +238,13 @@ class _Source:
 
     def fail(self, what: str) -> NoReturn:
         """Raises with the line of the current position."""
-        line = self._line + self._buffer.count("\n", 0, self._position)
+        line = self.line()
         if self._ended and self._position >= len(self._buffer.rstrip(_WHITESPACE)):
             what = f"the file ends too early ({what}); it may be cut off, fetch or write it again"
         raise UserError(f"{self._path}, line {line}: not the JSON list or JSON lines expected: {what}")
 
     def _refill(self, size: int) -> None:
-        self._line += self._buffer.count("\n", 0, self._position)
+        self.line()
         chunk = self._file.read(size)
         self._ended = not chunk
         if self._progress is not None:
@@ -221,4 +256,4 @@ class _Source:
             offset = self._file.tell() - len(chunk) - pending + error.start
             raise UserError(f"{self._path}, byte {offset}: not UTF-8 ({error.reason}); convert the file") from None
         self._buffer = self._buffer[self._position :] + text
-        self._position = 0
+        self._position = self._counted = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, shown
 
 
 def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int:
@@ -14,18 +14,10 @@ def right_choice(correct: object, choices: Sequence[str], sample_id: str) -> int
         BadSample: it is no whole number, or no choice has it.
     """
     if isinstance(correct, bool) or not isinstance(correct, int):
-        raise BadSample(sample_id, f"extra.correct must be the right choice's index, from 0, got {_short(correct)}")
+        raise BadSample(sample_id, f"extra.correct must be the right choice's index, from 0, got {shown(correct)}")
     if not choices:
-        raise BadSample(sample_id, f"extra.correct is {_short(correct)}, but it has no choices")
+        raise BadSample(sample_id, f"extra.correct is {shown(correct)}, but it has no choices")
     if not 0 <= correct < len(choices):
         last = len(choices) - 1
-        raise BadSample(sample_id, f"extra.correct is {_short(correct)}; its {len(choices)} choices are 0 to {last}")
+        raise BadSample(sample_id, f"extra.correct is {shown(correct)}; its {len(choices)} choices are 0 to {last}")
     return correct
-
-
-def _short(value: object) -> str:
-    try:
-        shown = repr(value)
-    except ValueError:  # a whole number of more digits than Python writes
-        return "a number of thousands of digits"
-    return shown if len(shown) <= 60 else shown[:57] + "..."

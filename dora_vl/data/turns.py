@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, shown
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -83,7 +83,7 @@ def read_paths(record: Mapping[str, object], keys: Sequence[str], sample_id: str
             continue
         paths = [value] if isinstance(value, str) else value
         if not isinstance(paths, Sequence) or not all(isinstance(path, str) and path for path in paths):
-            raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {_short(value)}")
+            raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
         return tuple(paths)
     return ()
 
@@ -96,17 +96,17 @@ def raw_turns(record: Mapping[str, object], sample_id: str) -> list[tuple[str, s
     """
     entries = record.get("conversations")
     if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
-        raise BadSample(sample_id, f"'conversations' must be a list of turns, got {_short(entries)}")
+        raise BadSample(sample_id, f"'conversations' must be a list of turns, got {shown(entries)}")
     return [_raw_turn(entry, number, sample_id) for number, entry in enumerate(entries, 1)]
 
 
 def _raw_turn(entry: object, number: int, sample_id: str) -> tuple[str, str]:
     if not isinstance(entry, Mapping):
-        raise BadSample(sample_id, f"turn {number} must hold 'from' and 'value', got {_short(entry)}")
+        raise BadSample(sample_id, f"turn {number} must hold 'from' and 'value', got {shown(entry)}")
     speaker, text = entry.get("from"), entry.get("value")
     if not isinstance(speaker, str) or not isinstance(text, str):
-        shown = f"from {_short(speaker)} and value {_short(text)}"
-        raise BadSample(sample_id, f"turn {number} must have text as 'from' and 'value', got {shown}")
+        got = f"from {shown(speaker)} and value {shown(text)}"
+        raise BadSample(sample_id, f"turn {number} must have text as 'from' and 'value', got {got}")
     return speaker, text
 
 
@@ -114,7 +114,7 @@ def _turns(record: Mapping[str, object], sample_id: str) -> list[Turn]:
     turns: list[Turn] = []
     for number, (speaker, text) in enumerate(raw_turns(record, sample_id), 1):
         if speaker not in _ROLES:
-            raise BadSample(sample_id, f"turn {number} is from {_short(speaker)}; only 'human' and 'gpt' are known")
+            raise BadSample(sample_id, f"turn {number} is from {shown(speaker)}; only 'human' and 'gpt' are known")
         turns.append(Turn(_ROLES[speaker], text))
     return turns
 
@@ -149,8 +149,3 @@ def _placeholder_first(text: str) -> str:
         return text
     rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
     return f"{IMAGE_PLACEHOLDER}\n{rest}".strip()
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

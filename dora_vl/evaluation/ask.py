@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -12,10 +12,13 @@ from pathlib import Path
 
 import torch
 
-from dora_vl.evaluation.predict import Answerer, Decoding, PictureReader, PromptEncoder, predict
+from dora_vl.errors import UserError
+from dora_vl.evaluation.benchmarks import FRAMES
+from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.predictions_file import (
     PredictionsFile,
     cut_broken_tail,
+    file_sha256,
     read_predictions,
     same_settings,
     settings_file,
@@ -62,22 +65,56 @@ class Asked:
     failed: dict[str, str]
 
 
-def ask(
-    backbone: Answerer,
-    encoder: PromptEncoder,
-    questions: Sequence[Question],
-    *,
-    pictures: PictureReader,
-    folder: Path,
-    decoding: Decoding,
-    settings: Mapping[str, object],
-) -> Asked:
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How a benchmark is put to a model.
+
+    Attributes:
+        folder: receives `predictions.jsonl`.
+        pictures: root of the examples' pictures and videos.
+        batch_size: questions at once.
+        max_new_tokens: longest answer.
+        workers: processes that read pictures ahead.
+        frames: how many frames of a video a model of pictures is shown.
+
+    Raises:
+        UserError: no folder of pictures.
+    """
+
+    folder: Path
+    pictures: Path
+    batch_size: int
+    max_new_tokens: int
+    workers: int = 0
+    frames: int = FRAMES
+
+    def __post_init__(self) -> None:
+        if not self.pictures.is_dir():
+            raise UserError(f"picture folder {self.pictures} does not exist; name the pictures' root with --images")
+
+    def settings(self, one: EvaluationSet, *, adapter_sha256: str, base_sha256: str) -> dict[str, object]:
+        """What any model's answers depend on."""
+        return {
+            "adapter_sha256": adapter_sha256,
+            "base_sha256": base_sha256,
+            "questions_sha256": file_sha256(one.file),
+            "images": str(self.pictures.resolve()),
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+
+Share = Callable[[Sequence[Question], PredictionsFile], dict[str, str]]
+"""Answers questions into a file; the reason for each that could not be asked, by id."""
+
+
+def ask(questions: Sequence[Question], answer_share: Share, *, folder: Path, settings: Mapping[str, object]) -> Asked:
     """Answers every question; every process of a launch calls it and gets all answers.
 
     Each process writes a part beside `predictions.jsonl`; the first joins them, also those of an earlier run that was
     stopped, whatever its number of processes.
 
     Args:
+        answer_share: how this process answers its share, such as `predict` with its model.
         folder: receives `predictions.jsonl`, in the questions' order.
         settings: what the answers depend on; earlier ones with other settings are not taken.
     """
@@ -87,7 +124,7 @@ def ask(
     rank, ranks = rank_and_ranks()
     share = [question for question in questions if question.id not in done][rank::ranks]
     with PredictionsFile(folder / PART.format(rank), settings) as part:
-        failed = predict(backbone, encoder, share, pictures=pictures, file=part, decoding=decoding)
+        failed = answer_share(share, part)
     failed = _from_all_ranks(failed, ranks)
     on_first_rank(partial(_join_parts, folder, settings, order))
     done = read_predictions(whole)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -26,6 +25,7 @@ from dora_vl.data.media import open_image
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.predict import Decoding
+from dora_vl.evaluation.prompts import about_video
 from dora_vl.training.assembly import build_encoder, load_backbone
 from dora_vl.training.provenance import content_hash, local_folder
 from dora_vl.training.recipe import ModelConfig
@@ -121,18 +121,8 @@ class Assistant:
         write: Callable[[str], object] | None = None,
     ) -> str:
         """The answer to an example's question about these pictures; see `answer`."""
-        turns = [Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + question_text(example))]
+        turns = [Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + about_video(example))]
         return self.answer(turns, pictures, max_new_tokens=max_new_tokens, write=write)
-
-
-def question_text(example: Example) -> str:
-    """What is said in the clip, the question and the choices, a line each."""
-    said = " ".join(subtitle.text for subtitle in example.subtitles)
-    choices = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, example.choices, strict=False)]
-    asked = [example.question, *choices]
-    if choices:
-        asked.append("Answer with the option's letter from the given choices directly.")
-    return "\n".join([*([f"Subtitles: {said}"] if said else []), *asked])
 
 
 @dataclass(frozen=True)

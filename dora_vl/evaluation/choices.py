@@ -8,7 +8,7 @@ from string import ascii_uppercase
 
 from dora_vl.data.examples import Example
 from dora_vl.data.right_choice import right_choice
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
 
 
 def letters(example: Example) -> str:
@@ -24,19 +24,22 @@ def correct_index(example: Example) -> int:
     """
     if "correct" not in example.extra:
         raise UserError(
-            f"example {example.id} does not say which of its {len(example.choices)} choices is right (extra.correct); "
-            "a split whose answers the publisher keeps cannot be scored here, write its submission instead"
+            f"example {shown(example.id)} does not say which of its {len(example.choices)} choices is right "
+            "(extra.correct); a split whose answers the publisher keeps cannot be scored here"
         )
     return right_choice(example.extra["correct"], example.choices, example.id)
 
 
-def check_choices(examples: Iterable[Example], file: Path, *, most: int | None = len(ascii_uppercase)) -> None:
+def check_choices(
+    examples: Iterable[Example], file: Path, *, most: int | None = len(ascii_uppercase), all_known: bool = True
+) -> None:
     """Sees, before a model is asked, that every question of a file can be answered and scored.
 
     A file that gives no right answer at all is one whose answers the publisher keeps.
 
     Args:
         most: choices that a question may have; the letters end with Z.
+        all_known: where some questions say which choice is right, all must.
 
     Raises:
         UserError: a question has no choices or too many, or some questions say which is right and others do not.
@@ -50,8 +53,10 @@ def check_choices(examples: Iterable[Example], file: Path, *, most: int | None =
         crowded += [] if most is None or len(example.choices) <= most else [example.id]
         unsaid += [] if "correct" in example.extra else [example.id]
     wrong = {"no choices": bare, f"more than {most} choices": crowded}
-    if known:
+    if known and all_known:
         wrong["no extra.correct, the right choice's index"] = unsaid
     for what, ids in wrong.items():
         if ids:
-            raise UserError(f"{file}: {len(ids)} of {count} questions have {what}, first {ids[0]!r}; repair the file")
+            raise UserError(
+                f"{file}: {len(ids)} of {count} questions have {what}, first {shown(ids[0])}; repair the file"
+            )

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from dora_vl.data.examples import Answer, Example, iterate_examples
+from dora_vl.data.records import stream_values
 from dora_vl.errors import UserError
-from dora_vl.evaluation.benchmarks import BENCHMARKS, Benchmark, Scorer
+from dora_vl.evaluation.benchmarks import Benchmark, Scorer
 from dora_vl.evaluation.choices import check_choices
+from dora_vl.evaluation.known_truth import has_answer, has_right_choice, not_scored
+from dora_vl.evaluation.other_benchmarks import find_benchmark
+from dora_vl.evaluation.prompts import LETTER, LETTER_CN, letter_cn
+from dora_vl.evaluation.question_file import is_question, read_question_file, with_choices
 from dora_vl.evaluation.questions import Question, read_questions
 
 LLAVA_KEY = "conversations"
+UNREADABLE_CHOICES = ("",)
+WANTED = "questions; `dora-vl prepare` writes records, or give LLaVA's JSON as NAME=FILE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,59 +29,91 @@ class EvaluationSet:
     """A benchmark's examples and how they are scored.
 
     Attributes:
+        request: what was asked for on the command line.
         unreadable: the reason for each record that cannot be asked, by id; it counts as wrong.
+        not_scored: the reason for each that is asked but in no score, by id: its right answer is not there.
     """
 
+    request: str
     name: str
     benchmark: Benchmark
     mode: str
     file: Path
     examples: Sequence[Example]
     unreadable: Mapping[str, str]
+    not_scored: Mapping[str, str]
+
+    @property
+    def scored(self) -> Sequence[Example]:
+        """The examples that a score is over."""
+        return [example for example in self.examples if example.id not in self.not_scored]
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether any example is about a video."""
+        return any(example.video is not None for example in self.examples)
 
     @property
     def scorer(self) -> Scorer | None:
         """The chosen version's, None where a judge or a server scores."""
-        scorable = all(example.answers or "correct" in example.extra for example in self.examples)
+        scorable = len(self.not_scored) < len(self.examples)
         return self.benchmark.modes[self.mode] if self.benchmark.modes and scorable else None
 
 
 def read_set(request: str, records: Path, *, mode: str | None, limit: int | None) -> EvaluationSet:
-    """What `NAME`, `NAME:SPLIT` or `NAME=FILE` stands for.
+    """What `NAME`, `NAME:SPLIT`, `NAME=FILE`, `FILE.yaml` or `FILE.yaml=FILE` stands for.
 
     Raises:
         UserError: no such benchmark, version, split or file, or the file is broken; it names what there is. A question
-            of a multiple-choice benchmark has no choices, or does not say which is right.
+            of a multiple-choice benchmark has no choices.
     """
-    name, _, file = request.partition("=")
-    name, _, split = name.partition(":")
-    if name not in BENCHMARKS:
-        nearest = get_close_matches(name, BENCHMARKS, n=1, cutoff=0.0)[0]
-        raise UserError(f"no benchmark {name!r}; did you mean {nearest!r}? There are {', '.join(BENCHMARKS)}")
-    benchmark = BENCHMARKS[name]
-    path = Path(file) if file else _split_file(name, benchmark, split, records)
+    wanted, _, file = request.partition("=")
+    found = find_benchmark(wanted)
+    name, benchmark = found.name, found.benchmark
+    path = Path(file) if file else found.file or _split_file(name, benchmark, found.split, records)
     examples, unreadable = read_file(path, limit)
     if benchmark.chooses:
-        check_choices(examples, path)
+        examples = [_choosing(example, benchmark, unreadable) for example in examples]
+        asked = [one for one in examples if one.choices or has_answer(one) or not one.turns]
+        check_choices(asked, path, all_known=False)
+    missing = not_scored(
+        examples,
+        unreadable,
+        known=has_right_choice if benchmark.chooses else has_answer,
+        together=benchmark.together,
+        shared=benchmark.shares_answers,
+    )
     return EvaluationSet(
+        request=request,
         name=name,
         benchmark=benchmark,
         mode=_mode(name, benchmark, mode),
         file=path,
         examples=examples,
         unreadable=unreadable,
+        not_scored=missing,
     )
 
 
+def _choosing(example: Example, benchmark: Benchmark, unreadable: Mapping[str, str]) -> Example:
+    """A multiple-choice question with its choices, also where they stand in LLaVA's prompt."""
+    if example.id in unreadable:
+        return replace(example, choices=UNREADABLE_CHOICES, extra={"correct": 0})
+    if example.choices or not example.turns:
+        return example
+    return with_choices(example, LETTER_CN if benchmark.prompt is letter_cn else LETTER)
+
+
 def read_file(path: Path, limit: int | None) -> tuple[list[Example], dict[str, str]]:
-    """The first `limit` examples of a file of records, or of questions in LLaVA's format, and what cannot be read.
+    """The first `limit` examples of a file of records, or of questions in a LLaVA format, and what cannot be read.
 
     Raises:
         UserError: no such file, or it is broken or empty.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; `dora-vl prepare` writes records, or give LLaVA's JSON as NAME=FILE")
-    if not _is_llava(path):
+    _, first = next(stream_values(path, WANTED), (0, None))
+    if is_question(first):
+        return read_question_file(path)[:limit], {}
+    if not (isinstance(first, dict) and LLAVA_KEY in first) and not _is_list(path):
         examples = list(islice(iterate_examples(path), limit))
         if not examples:
             raise UserError(f"{path}: holds no examples")
@@ -85,16 +123,9 @@ def read_file(path: Path, limit: int | None) -> tuple[list[Example], dict[str, s
     return [*map(_example, questions), *lost], unreadable
 
 
-def _is_llava(path: Path) -> bool:
-    """A JSON list, or lines whose first holds conversations."""
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        first = next((line.strip() for line in stream if line.strip()), "")
-    if first.startswith("["):
-        return True
-    try:
-        return LLAVA_KEY in json.loads(first)
-    except (ValueError, TypeError):
-        return False  # reading it says what is wrong
+def _is_list(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _example(question: Question) -> Example:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dora_vl.data.examples import Example
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
 
 PEOPLE = 10
 AGREEING_FOR_ALL_POINTS = 3
@@ -18,10 +18,12 @@ def human_answers(example: Example) -> list[str]:
         UserError: they are not ten.
     """
     given = example.extra.get("human_answers")
+    if not isinstance(given, list | tuple | None):
+        raise UserError(f"example {shown(example.id)}: extra.human_answers must be a list, it is {shown(given)}")
     answers = [str(one) for one in given] if given is not None else [answer.text for answer in example.answers]
     if len(answers) != PEOPLE:
         raise UserError(
-            f"example {example.id} has {len(answers)} human answers, the metric needs {PEOPLE} "
+            f"example {shown(example.id)} has {len(answers)} human answers, the metric needs {PEOPLE} "
             "(extra.human_answers); prepare the set again from the publisher's annotations"
         )
     return answers

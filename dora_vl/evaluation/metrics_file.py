@@ -64,12 +64,12 @@ def write_metrics(
         What to say: where the numbers are, and which of before stayed and which went.
     """
     there = _read(path)
-    before = there.get(ENTRIES, {})
+    before = _object(there, ENTRIES)
     header = json.loads(json.dumps(vars(origin)))
     same = all(there.get(name) == value for name, value in header.items())
     kept = {name: one for name, one in before.items() if same and name not in asked and _holds(one)}
     gone = [name for name in before if name not in kept and name not in entries]
-    asked_before = {name: one for name, one in there.get(ASKED_WITH, {}).items() if name in kept}
+    asked_before = {name: one for name, one in _object(there, ASKED_WITH).items() if name in kept}
     asked_now = {name: one for name, one in asked_with.items() if name in entries}
     benchmarks = kept | dict(entries)
     if benchmarks:
@@ -93,14 +93,19 @@ def _said(path: Path, *, entries: Sequence[str], kept: Sequence[str], gone: Sequ
 
 def _holds(entry: Mapping[str, JSON]) -> bool:
     """Whether the benchmark's file is what it was when it was scored."""
-    file = Path(str(entry.get("file")))
+    file = Path(str(entry.get("file")) if isinstance(entry, Mapping) else "")
     return file.is_file() and file_sha256(file) == entry.get("file_sha256")
+
+
+def _object(content: Mapping[str, JSON], name: str) -> Mapping[str, JSON]:
+    value = content.get(name, {})
+    return value if isinstance(value, Mapping) else {}
 
 
 def _read(path: Path) -> Mapping[str, JSON]:
     """What is there; nothing where there is no file, or none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, Mapping) else {}

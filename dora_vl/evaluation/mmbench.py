@@ -1,11 +1,12 @@
 """MMBench and MMBench-CN: circular evaluation, all rotations of a question must be answered rightly.
 
 Rotations of one question share their `extra["index"]` modulo 1,000,000. An answer's letter is read out by the rules of
-the evaluation tool, which changed; both are here, and the one used is in the settings:
+an evaluation tool, of which there were several; two are here, and the one used is in the settings:
 
-- `2023-11` (MMBench's own script of LLaVA-1.5's days): letters A to E whatever the choices; first a letter standing
-  alone as a word (not where "A" is among more than three words: it may be an article), then with one of eleven
-  decorations such as "A." or "(A)"; exactly one letter must fit.
+- `opencompass_2023` (an older script in OpenCompass, of LLaVA-1.5's days; VLMEvalKit's of that time read other letters,
+  so its numbers are not these): letters A to E whatever the choices; first a letter standing alone as a word (not where
+  "A" is among more than three words: it may be an article), then with one of eleven decorations such as "A." or "(A)";
+  exactly one letter must fit.
 - `2025` (VLMEvalKit today): marks .()[],:;!*#{} become spaces; the one letter of the question's choices among the words
   counts if it is one of the last four; four phrases of refusal, and a word "Z", are Z, which is never right. Answers
   longer than twice all choices together are not searched for a choice's text.
@@ -23,11 +24,11 @@ from string import ascii_uppercase
 from typing import Literal
 
 from dora_vl.data.examples import Example
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.choices import correct_index
 from dora_vl.evaluation.scored import ACCURACY, Ratio, Scored, Tally, by_kind, kind_columns
 
-Matcher = Literal["2023-11", "2025"]
+Matcher = Literal["opencompass_2023", "2025"]
 ROTATION = 1_000_000
 NO_CHOICE = "Z"
 
@@ -50,7 +51,7 @@ def chosen(answer: str, choices: Mapping[str, str], matcher: Matcher) -> str | N
     Args:
         choices: letter -> text.
     """
-    letter = _letter_2023(answer) if matcher == "2023-11" else _letter_2025(answer, choices)
+    letter = _letter_2023(answer) if matcher == "opencompass_2023" else _letter_2025(answer, choices)
     if letter is not None:
         return letter
     length = sum(map(len, choices.values()))
@@ -68,7 +69,7 @@ def score(examples: Sequence[Example], answers: Mapping[str, str], *, matcher: M
     """
     groups: defaultdict[int, list[Example]] = defaultdict(list)
     for example in examples:
-        groups[_question(example)].append(example)
+        groups[question_of(example)].append(example)
     tally, coarse, fine = Tally(), [], []
     for question, rotations in groups.items():
         hits = [_is_right(one, answers, matcher) for one in rotations]
@@ -85,10 +86,15 @@ def score(examples: Sequence[Example], answers: Mapping[str, str], *, matcher: M
     return tally.scored(formulas, settings={"matcher": matcher, "without a letter": "wrong (exact_matching)"})
 
 
-def _question(example: Example) -> int:
+def question_of(example: Example) -> int:
+    """What all rotations of one question share.
+
+    Raises:
+        UserError: the example has no whole number as `extra["index"]`.
+    """
     index = example.extra.get("index")
     if not isinstance(index, int):
-        raise UserError(f"MMBench example {example.id} has extra.index {index!r}; it needs the row's index")
+        raise UserError(f"MMBench example {shown(example.id)} has extra.index {shown(index)}; it needs the row's index")
     return index % ROTATION
 
 

@@ -49,14 +49,14 @@ def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
         UserError: a picture of a subtask has not two questions.
     """
     right = {one.id: one.id in answers and said(answers[one.id]) == one.answers[0].text.lower() for one in examples}
-    pictures = Counter(_picture(one) for one in examples)
-    both = Counter(_picture(one) for one in examples if right[one.id])
+    pictures = Counter(picture_of(one) for one in examples)
+    both = Counter(picture_of(one) for one in examples if right[one.id])
     odd = [name for name, count in pictures.items() if count != 2]
     if odd:
         raise UserError(f"MME picture {odd[0][1]} of {odd[0][0]} has {pictures[odd[0]]} questions, not two")
     tally = Tally()
     for example in examples:
-        task, picture = _picture(example)
+        task, picture = picture_of(example)
         columns = {f"right {task}": float(right[example.id]), f"asked {task}": 1.0}
         columns |= {f"both {task}": (both[task, picture] == 2) / 2, f"pictures {task}": 0.5}
         failed = example.id not in answers
@@ -64,7 +64,12 @@ def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
     return tally.scored(_formulas({task for task, _ in pictures}))
 
 
-def _picture(example: Example) -> tuple[str, str]:
+def picture_of(example: Example) -> tuple[str, str]:
+    """Its subtask and its picture, which both of a picture's questions share.
+
+    Raises:
+        UserError: it has not one picture.
+    """
     if len(example.images) != 1:
         raise UserError(f"MME example {example.id} names {len(example.images)} pictures; it needs one")
     return str(example.extra.get("category", "")), example.images[0]

@@ -15,8 +15,9 @@ from dora_vl.evaluation.scored import ACCURACY, Formula, Scored, Tally, by_kind,
 
 
 def judge_file(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, str]:
-    """What the grader takes: answers by the publisher's ids; a missing one is empty."""
-    return {example.id: answers.get(example.id, "") for example in examples}
+    """What the grader takes: answers by the publisher's ids, "v1_7" for LLaVA's 7; a missing one is empty."""
+    names = {example.id: f"v1_{example.id}" if example.id.isdecimal() else example.id for example in examples}
+    return {published: answers.get(name, "") for name, published in names.items()}
 
 
 def score_grades(examples: Sequence[Example], grades: Mapping[str, float]) -> Scored:

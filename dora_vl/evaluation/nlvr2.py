@@ -3,8 +3,9 @@
 A sentence is consistent when all of its examples are right. For NLVR2 they share their identifier without its third
 field ("dev-850-0-0" and "dev-850-1-0"), for NLVR the part before the "-" ("1572-0").
 
-Quirks kept: letter case aside the answer must be the label exactly, so " True" and "true." are wrong; further columns
-of a CSV are ignored. The script ends when an id is missing; here a missing answer is wrong.
+Quirks kept: the script strips a line of its CSV, parts it at commas and takes the second field; letter case aside that
+must be the label exactly. So " True", "true." and "True ,x" are wrong, "True " and "True,x" right. The script ends when
+an id is missing; here a missing answer is wrong.
 
 Reads `id` and `answers[0]`.
 """
@@ -36,6 +37,11 @@ def sentence_of_nlvr(identifier: str) -> str:
     return identifier.split("-")[0]
 
 
+def as_read(answer: str) -> str:
+    """What the script reads of a line that holds an identifier and this answer."""
+    return f"identifier,{answer}".strip().split(",")[1]
+
+
 def score(
     examples: Sequence[Example],
     answers: Mapping[str, str],
@@ -49,7 +55,7 @@ def score(
     """
     if without := [one.id for one in examples if not one.answers]:
         raise UserError(f"{len(without)} examples have no label, first {without[0]}; they cannot be scored")
-    right = {one.id: answers.get(one.id, "").lower() == one.answers[0].text.lower() for one in examples}
+    right = {one.id: as_read(answers.get(one.id, "")).lower() == one.answers[0].text.lower() for one in examples}
     of_sentence = Counter(sentence_of(one.id) for one in examples)
     wrong = {sentence_of(one.id) for one in examples if not right[one.id]}
     tally = Tally()

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from dora_vl.data.examples import Example
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.scored import Formula, Mean, Ratio, Scored, Tally, unit_of
 
 VERSIONS = {
@@ -45,8 +45,8 @@ def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
     strangers = sorted(answers.keys() - {example.id for example in examples})
     if strangers:
         raise UserError(
-            f"{len(strangers)} POPE answers belong to no question here, first {strangers[0]!r}; the label files come "
-            "in two versions, so prepare the one that the questions were asked from"
+            f"{len(strangers)} POPE answers belong to no question here, first {shown(strangers[0])}; the label files "
+            "come in two versions, so prepare the one that the questions were asked from"
         )
     tally, categories = Tally(), [str(example.extra.get("category", "all")) for example in examples]
     for example, category in zip(examples, categories, strict=True):
@@ -62,7 +62,7 @@ def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
 def _is_yes(example: Example) -> bool:
     label = example.answers[0].text
     if label not in {"yes", "no"}:
-        raise UserError(f"POPE example {example.id} has the label {label!r}; it must be yes or no")
+        raise UserError(f"POPE example {example.id} has the label {shown(label)}; it must be yes or no")
     return label == "yes"
 
 

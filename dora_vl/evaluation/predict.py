@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from dora_vl.data.collate import Batch, Collator
 from dora_vl.data.dataset import IGNORED_LABEL, Sample, Skipped
-from dora_vl.data.turns import Turn
+from dora_vl.data.examples import Clip
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.predictions_file import Prediction, PredictionsFile
 from dora_vl.evaluation.questions import Question
@@ -61,10 +62,12 @@ class PictureReader:
     """How a picture's path becomes what the backbone takes: pixels or stored tower features, exactly one.
 
     `pixels` gives `[3, height, width]`, `features` `[tokens, width]`; both raise `BadSample` for a broken picture.
+    `frames` gives a video's frames as `pixels` gives pictures, likewise; None: videos cannot be asked about.
     """
 
     pixels: Callable[[str], Tensor] | None = None
     features: Callable[[str], Tensor] | None = None
+    frames: Callable[[Clip], Sequence[Tensor]] | None = None
 
     def __post_init__(self) -> None:
         if (self.pixels is None) == (self.features is None):
@@ -119,18 +122,34 @@ class Prompts(Dataset["Sample | Skipped"]):
     def __getitem__(self, index: int) -> Sample | Skipped:
         question = self._questions[index]
         try:
-            ids = self._encoder.encode_prompt(question.turns)
+            frames = self._frames(question)
+            ids = self._encoder.encode_prompt(with_frames(question.turns, len(frames)))
             self._decoding.check_room(len(ids), question.id)
             return Sample(
                 index=index,
                 id=question.id,
                 input_ids=ids,
                 labels=torch.full_like(ids, IGNORED_LABEL),
-                pictures=_each(self._pictures.pixels, question.images),
+                pictures=(*frames, *_each(self._pictures.pixels, question.images)),
                 features=_each(self._pictures.features, question.images),
             )
         except BadSample as error:
             return Skipped(index, question.id, error.reason)
+
+    def _frames(self, question: Question) -> tuple[Tensor, ...]:
+        if question.video is None:
+            return ()
+        if self._pictures.frames is None:
+            raise BadSample(question.id, "it has a video, of which this run reads no frames")
+        return tuple(self._pictures.frames(question.video))
+
+
+def with_frames(turns: Sequence[Turn], frames: int) -> Sequence[Turn]:
+    """The turns with a placeholder for each frame of a video before everything else."""
+    if not frames:
+        return turns
+    first, *others = turns
+    return [Turn(first.role, f"{IMAGE_PLACEHOLDER}\n" * frames + first.text), *others]
 
 
 def _each(read: Callable[[str], Tensor] | None, paths: Sequence[str]) -> tuple[Tensor, ...]:
@@ -179,7 +198,7 @@ def predict(
     todo = [question for question in questions if question.id not in file.done]
     if len(todo) < len(questions):
         log.info("%d of %d questions were answered by an earlier run", len(questions) - len(todo), len(questions))
-    todo.sort(key=lambda question: (len(question.images), sum(len(turn.text) for turn in question.turns)), reverse=True)
+    todo.sort(key=_length, reverse=True)
     loader = DataLoader(
         Prompts(todo, encoder, pictures, decoding),
         batch_size=decoding.batch_size,
@@ -189,13 +208,17 @@ def predict(
     failed: dict[str, str] = {}
     with tqdm(total=len(todo), desc="answering", unit="question", disable=not todo) as progress:
         for named in loader:
-            _note_failures(named.skipped, failed)
+            note_failures(named.skipped, failed)
             answers = _answer(backbone, encoder, named, decoding.max_new_tokens)
             for index, answer in zip(named.indices, answers, strict=True):
-                file.add(_prediction(todo[index], answer))
+                file.add(prediction_of(todo[index], answer))
             file.flush()
             progress.update(len(named.indices) + len(named.skipped))
     return failed
+
+
+def _length(question: Question) -> tuple[bool, int, int]:
+    return question.video is not None, len(question.images), sum(len(turn.text) for turn in question.turns)
 
 
 def _answer(backbone: Answerer, encoder: PromptEncoder, named: _NamedBatch, max_new_tokens: int) -> list[str]:
@@ -215,14 +238,16 @@ def _answer(backbone: Answerer, encoder: PromptEncoder, named: _NamedBatch, max_
     return [encoder.decode(row).strip() for row in new_ids.cpu()]
 
 
-def _note_failures(skipped: Sequence[Skipped], failed: dict[str, str]) -> None:
+def note_failures(skipped: Sequence[Skipped], failed: dict[str, str]) -> None:
+    """Adds what could not be asked to `failed`, and says it of the first ones."""
     for item in skipped:
         failed[item.id] = item.reason
         if len(failed) <= WARNED_FAILURES:
             log.warning("question %s could not be asked: %s", item.id, item.reason)
 
 
-def _prediction(question: Question, answer: str) -> Prediction:
+def prediction_of(question: Question, answer: str) -> Prediction:
+    """A question and its answer as a line of the file."""
     return Prediction(
         id=question.id,
         images=list(question.images),

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from dora_vl.errors import UserError
+from dora_vl.data.text_file import json_lines
+from dora_vl.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ def _line(prediction: Prediction) -> str:
 def _read_settings(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # unreadable settings equal no settings: the predictions are made again
 
 
@@ -155,13 +157,20 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
         UserError: a line is not a prediction; it names the line.
     """
     predictions: dict[str, Prediction] = {}
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                prediction = Prediction(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{path}:{number}: not a prediction ({error}); delete the file to start anew"
-                ) from error
+    try:
+        for number, record in json_lines(path, "predictions"):
+            prediction = _prediction(record, f"{path}, line {number}")
             predictions[prediction.id] = prediction
+    except UserError as error:
+        raise UserError(f"{error}; delete the file to start anew") from None
     return predictions
+
+
+def _prediction(record: Mapping[str, Any], where: str) -> Prediction:
+    try:
+        prediction = Prediction(**record)
+    except TypeError as error:
+        raise UserError(f"{where}: not a prediction ({one_line(str(error), 100)})") from None
+    if not isinstance(prediction.id, str) or not isinstance(prediction.prediction, str):
+        raise UserError(f"{where}: not a prediction (id and prediction must be text)")
+    return prediction

@@ -49,8 +49,13 @@ def short_textvqa(example: Example) -> str:
 
 
 def letter(example: Example) -> str:
-    """ScienceQA, SEED, MMBench: hint, question, lettered choices."""
+    """SEED, MMBench: hint, question, lettered choices."""
     return f"{_lettered(example)}\n{LETTER}"
+
+
+def letter_with_context(example: Example) -> str:
+    """ScienceQA: the hint stands behind "Context: "."""
+    return f"{_lettered(example, before_hint='Context: ')}\n{LETTER}"
 
 
 def letter_cn(example: Example) -> str:
@@ -68,6 +73,23 @@ def true_or_false(example: Example) -> str:
     return f"{example.question}\nIs this true or false? {SHORT}"
 
 
+def about_video(example: Example) -> str:
+    """TVQA, How2QA and one's own videos: what is said in the clip, the question, and lettered choices."""
+    said = " ".join(subtitle.text for subtitle in example.subtitles)
+    choices = _choices(example)
+    return "\n".join(
+        [*([f"Subtitles: {said}"] if said else []), example.question, *choices, *([LETTER] if choices else [])]
+    )
+
+
+def caption_of_video(example: Example) -> str:
+    """TVC and YC2C."""
+    said = " ".join(subtitle.text for subtitle in example.subtitles)
+    return "\n".join(
+        [*([f"Subtitles: {said}"] if said else []), "Provide a one-sentence caption for the provided video."]
+    )
+
+
 def turns_of(example: Example, prompt: Prompt) -> tuple[Turn, ...]:
     """The prompt as turns up to and with the question, one placeholder for each picture first."""
     if example.turns:
@@ -76,7 +98,10 @@ def turns_of(example: Example, prompt: Prompt) -> tuple[Turn, ...]:
     return (Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(example.images) + prompt(example)),)
 
 
-def _lettered(example: Example) -> str:
-    choices = [f"{name}. {text}" for name, text in zip(ascii_uppercase, example.choices, strict=False)]
+def _choices(example: Example) -> list[str]:
+    return [f"{name}. {text}" for name, text in zip(ascii_uppercase, example.choices, strict=False)]
+
+
+def _lettered(example: Example, before_hint: str = "") -> str:
     hint = str(example.extra.get("hint") or "")
-    return "\n".join([*([hint] if hint else []), example.question, *choices])
+    return "\n".join([*([before_hint + hint] if hint else []), example.question, *_choices(example)])

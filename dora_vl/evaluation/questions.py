@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from dora_vl.data.records import stream_records
+from dora_vl.data.examples import Clip
+from dora_vl.data.records import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn, read_llava
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class Question:
         turns: the prompt: everything up to and with the last question; earlier rounds keep their true answers.
         truth: the answer to the last question.
         kind: the record's `kind`, if it has one; scores are also given by kind.
+        video: shown before everything else as frames, each a picture; their placeholders are not in `turns`.
     """
 
     id: str
@@ -28,6 +30,7 @@ class Question:
     turns: tuple[Turn, ...]
     truth: str
     kind: str | None = None
+    video: Clip | None = None
 
     @property
     def text(self) -> str:
@@ -64,12 +67,17 @@ def read_questions(path: Path, limit: int | None = None) -> tuple[list[Question]
         raise UserError(f"{path}: no such file; give the LLaVA JSON or JSONL file of the questions")
     questions: list[Question] = []
     unreadable: dict[str, str] = {}
-    seen: set[str] = set()
-    for number, record in enumerate(islice(stream_records(path), limit)):
+    seen: dict[str, int] = {}
+    for number, (line, record) in enumerate(islice(stream_values(path, "questions"), limit)):
+        if not isinstance(record, Mapping):
+            raise UserError(f"{path}, line {line}: a record must be an object, found {type(record).__name__}")
         name = str(record.get("id", f"record {number}"))
-        if name in seen:
-            raise UserError(f"{path}: two questions have the id {name}; ids keep their answers apart")
-        seen.add(name)
+        first = seen.setdefault(name, line)
+        if len(seen) <= number:
+            raise UserError(
+                f"{path}: two questions have the id {shown(name)}, in lines {first} and {line}; ids keep their answers "
+                "apart"
+            )
         try:
             questions.append(question_of({**record, "id": name}))
         except BadSample as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from dora_vl.evaluation.bootstrap import RESAMPLES, Difference, intervals, paired_differences
 from dora_vl.evaluation.predictions_file import file_sha256
@@ -19,12 +20,14 @@ class Result:
 
     Attributes:
         failed: the reason for each question without an answer, by id.
+        not_scored: the reason for each record that is in no score, by id.
     """
 
     name: str
     file: Path
     scored: Scored
     failed: Mapping[str, str]
+    not_scored: Mapping[str, str]
     ranges: Mapping[str, tuple[float, float]]
     differences: Mapping[str, Difference] = field(default_factory=dict)
 
@@ -44,6 +47,7 @@ class Result:
             "settings": scored.settings,
             "without_answer": len(scored.failed),
             "failed": dict(self.failed),
+            **({"not_scored": dict(self.not_scored)} if self.not_scored else {}),
             "bootstrap": {"resamples": RESAMPLES, "units": len(scored.table.units)},
             **(
                 {"difference": {name: asdict(one) for name, one in self.differences.items()}}
@@ -54,13 +58,20 @@ class Result:
 
 
 def result(
-    scored: Scored, *, name: str, file: Path, failed: Mapping[str, str], against: Scored | None = None
+    scored: Scored,
+    *,
+    name: str,
+    file: Path,
+    failed: Mapping[str, str],
+    against: Scored | None = None,
+    not_scored: Mapping[str, str] = MappingProxyType({}),
 ) -> Result:
     """A score with its intervals; `failed` may lack the reason for some of the ids that have no answer."""
     return Result(
         name=name,
         file=file,
         scored=scored,
+        not_scored=not_scored,
         failed={one: failed.get(one, "the predictions hold no answer") for one in scored.failed},
         ranges=intervals(scored),
         differences={} if against is None else paired_differences(scored, against),

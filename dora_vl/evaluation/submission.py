@@ -17,7 +17,7 @@ from dora_vl.evaluation import gqa, mmvet
 from dora_vl.evaluation.caption import clip_of
 from dora_vl.evaluation.evalai_normaliser import normalise
 from dora_vl.evaluation.llava_bench import judge_requests
-from dora_vl.evaluation.video_qa import submitted_index
+from dora_vl.evaluation.video_qa import label_of, submitted_index
 
 Submission = Callable[[Sequence[Example], Mapping[str, str]], tuple[str, str]]
 
@@ -33,7 +33,10 @@ def vqav2(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str,
 def vizwiz(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
     """EvalAI: normalised answers by picture."""
     rows = [
-        {"image": example.images[0].rsplit("/", 1)[-1], "answer": normalise(answers.get(example.id, ""))}
+        {
+            "image": (example.images or (example.id,))[0].rsplit("/", 1)[-1],
+            "answer": normalise(answers.get(example.id, "")),
+        }
         for example in examples
     ]
     return "vizwiz.json", json.dumps(rows, ensure_ascii=False)
@@ -106,7 +109,8 @@ def coco_caption(examples: Sequence[Example], answers: Mapping[str, str]) -> tup
 
 
 def _indices(examples: Sequence[Example], answers: Mapping[str, str]) -> str:
-    return json.dumps({example.id: submitted_index(answers.get(example.id, "")) for example in examples})
+    labels = {example.id: label_of(example, answers.get(example.id, "")) for example in examples}
+    return json.dumps({name: submitted_index(label) for name, label in labels.items()})
 
 
 def _captions(examples: Sequence[Example], answers: Mapping[str, str], video_name: str = "vid_name") -> str:

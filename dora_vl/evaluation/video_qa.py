@@ -3,7 +3,8 @@
 The model is trained to say "a" and the index. VL-Adapter counts exact matches of that string (`accuracy`). For a
 submission it takes the second character, or 0 where that is no digit, and the server compares whole numbers and rounds
 to two decimals (`value_accuracy`): an empty answer is then a guess of the first choice. An answer chosen by
-likelihood is written "a2" as well.
+likelihood is written "a2" as well. A LLaVA is asked for a letter, so "C" or "C." is read as "a2" where the question
+has such a choice; VALUE's tools never see one.
 
 The server ignores extra ids for TVQA and rejects them for How2QA; so do these. A missing answer is wrong (the
 server stops). Source: github.com/VALUE-Leaderboard/EvaluationTools. Reads `choices` and `extra["correct"]`.
@@ -14,11 +15,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dora_vl.data.examples import Example
-from dora_vl.errors import UserError
-from dora_vl.evaluation.choices import correct_index
+from dora_vl.errors import UserError, shown
+from dora_vl.evaluation.choices import correct_index, letters
 from dora_vl.evaluation.scored import ACCURACY, Ratio, Scored, Tally, unit_of
 
 SERVER_DECIMALS = 2
+
+
+def label_of(example: Example, answer: str) -> str:
+    """The label that an answer gives: the answer itself, or that of the choice whose letter it is."""
+    letter, known = answer.strip().removesuffix("."), letters(example)
+    return f"a{known.index(letter)}" if len(letter) == 1 and letter in known else answer
 
 
 def submitted_index(answer: str) -> int:
@@ -32,6 +39,7 @@ def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
     tally = Tally()
     for example in examples:
         answer, correct = answers.get(example.id), correct_index(example)
+        answer = None if answer is None else label_of(example, answer)
         right = float(answer == f"a{correct}")
         parsed = float(answer is not None and submitted_index(answer) == correct)
         columns = {"right": right, "asked": 1.0, "parsed right": parsed}
@@ -49,5 +57,5 @@ def score_how2qa(examples: Sequence[Example], answers: Mapping[str, str]) -> Sco
     """
     strangers = sorted(answers.keys() - {example.id for example in examples})
     if strangers:
-        raise UserError(f"How2QA's server rejects extra answers: {len(strangers)} here, first {strangers[0]!r}")
+        raise UserError(f"How2QA's server rejects extra answers: {len(strangers)} here, first {shown(strangers[0])}")
     return score(examples, answers)

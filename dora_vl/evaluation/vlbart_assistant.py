@@ -68,7 +68,7 @@ class VlBartAssistant:
     feature_tokens: int
     is_video: bool
 
-    def with_span(self, example: Example) -> Example:
+    def with_span(self, example: Example, task: str = "") -> Example:
         """A question about a video as its task's records have it: where the prompt states the part, that is in it.
 
         `clip_of_features` then gives the part that the features are of, the whole file.
@@ -76,7 +76,7 @@ class VlBartAssistant:
         Raises:
             UserError: no task fits, or the prompt needs a part and the example's video names none.
         """
-        subtask, video = self._subtask(example), example.video
+        subtask, video = self._subtask(example, task), example.video
         if subtask.state_span is None or video is None or "ts" in example.extra:
             return example
         if video.start_seconds is None or video.end_seconds is None:
@@ -84,13 +84,13 @@ class VlBartAssistant:
         stated = subtask.state_span(video.start_seconds, video.end_seconds)
         return replace(example, extra={**example.extra, "ts": stated})
 
-    def sampling(self, example: Example) -> Sampling:
+    def sampling(self, example: Example, task: str = "") -> Sampling:
         """Which frames of a video the task was trained on that such a question belongs to.
 
         Raises:
             UserError: no task fits, or nothing says how its features were computed.
         """
-        return self._features_of(self._subtask(example)).settings.sampling
+        return self._features_of(self._subtask(example, task)).settings.sampling
 
     def answer(
         self,
@@ -112,7 +112,6 @@ class VlBartAssistant:
             Example(id="question", question=question), pictures, max_new_tokens=max_new_tokens, write=write
         )
 
-    @torch.inference_mode()
     def answer_example(
         self,
         example: Example,
@@ -124,11 +123,28 @@ class VlBartAssistant:
         """The answer to an example's question about these pictures; of its choices one, where it has some.
 
         Raises:
+            UserError: as `said`.
+        """
+        said = self.said(example, pictures)
+        if self.answers_by_label(example):
+            said = example.choices[int(said.removeprefix("a"))]
+        if write is not None:
+            write(said)
+        return said
+
+    @torch.inference_mode()
+    def said(self, example: Example, pictures: Sequence[Image.Image], task: str = "") -> str:
+        """What the task's score takes: text, "true" or "false", or the label of a choice, "a2".
+
+        Args:
+            task: the trained task by name; one that was not trained, or "", is told by the question's form.
+
+        Raises:
             UserError: it was not trained for such a question, takes another number of pictures, or needs `extra["ts"]`.
         """
         if not pictures:
             raise UserError("a VL-BART answers about pictures; give one")
-        subtask = self._subtask(example)
+        subtask = self._subtask(example, task)
         if subtask.state_span is not None and "ts" not in example.extra:
             raise _no_span(subtask)
         device = next(self.backbone.parameters()).device
@@ -139,15 +155,18 @@ class VlBartAssistant:
         if features.shape[1] != subtask.images:
             raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {features.shape[1]}")
         inputs = [ids[None].to(device), torch.ones_like(ids)[None].to(device), features]
-        (said,) = answers_of(self.backbone, self.encoder, subtask, [example], inputs)
-        if subtask.answer_by in CHOOSING:
-            said = example.choices[int(said.removeprefix("a"))]
-        if write is not None:
-            write(said)
-        return said
+        (answer,) = answers_of(self.backbone, self.encoder, subtask, [example], inputs)
+        return answer
 
-    def _subtask(self, example: Example) -> Subtask:
+    def answers_by_label(self, example: Example, task: str = "") -> bool:
+        """Whether `said` gives the label of a choice."""
+        return self._subtask(example, task).answer_by in CHOOSING
+
+    def _subtask(self, example: Example, task: str = "") -> Subtask:
         """The trained task that such a question belongs to; one that learnt words, not labels, needs no choices."""
+        named = next((one for one in self.subtasks if one.name == task), None)
+        if named is not None:
+            return named
         wanted = CAPTION if not example.question.strip() else WITH_CHOICES if example.choices else FREE
         for one in self.subtasks:
             if wanted in _ways_to_ask(one):

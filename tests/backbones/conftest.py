@@ -13,7 +13,8 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone
-from dora_vl.backbones.templates import VICUNA_SYSTEM, get_template
+from dora_vl.backbones.template_table import VICUNA_SYSTEM
+from dora_vl.backbones.templates import get_template
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

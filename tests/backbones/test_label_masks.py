@@ -7,7 +7,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dora_vl.backbones.templates import VICUNA_SYSTEM
+from dora_vl.backbones.template_table import VICUNA_SYSTEM
 from tests.backbones.encoded_talk import NASTY, MakeEncoder, answers_of, talk
 
 TOKENS_PER_IMAGE = 4
@@ -91,7 +91,16 @@ def test_equal_to_the_published_algorithm(
 any_text = st.one_of(st.sampled_from(NASTY), st.text(max_size=20))
 
 
-@pytest.mark.parametrize(("template", "close"), [("vicuna_v1", "</s>"), ("chatml", "<|im_end|>")])
+@pytest.mark.parametrize(
+    ("template", "before", "after", "close"),
+    [  # the spaces around an answer that are for the model to write
+        ("vicuna_v1", " ", "", "</s>"),
+        ("llava_llama_2", " ", " ", "</s>"),
+        ("mistral_instruct", " ", " ", "</s>"),
+        ("chatml", "", "", "<|im_end|>"),
+        ("chatml_direct", "", "", "<|im_end|>"),
+    ],
+)
 @settings(max_examples=40, deadline=None)
 @example(rounds=[(text, text) for text in NASTY])
 @given(rounds=st.lists(st.tuples(any_text, any_text), min_size=1, max_size=3))
@@ -100,6 +109,8 @@ def test_supervised_tokens_decode_to_the_answers(
     make_encoder: MakeEncoder,
     rounds: list[tuple[str, str]],
     template: str,
+    before: str,
+    after: str,
     close: str,
 ) -> None:
     texts = [text for pair in rounds for text in pair]
@@ -108,5 +119,4 @@ def test_supervised_tokens_decode_to_the_answers(
     assume(not any(0xFDD0 <= ord(letter) <= 0xFDEF for text in texts for letter in text))
     encoder = make_encoder(tokenizer, template)
     encoded = encoder.encode(talk(*texts))
-    lead = " " if template == "vicuna_v1" else ""  # the space after "ASSISTANT:" is for the model to write
-    assert answers_of(encoder, encoded.labels, close) == [lead + answer for answer in texts[1::2]]
+    assert answers_of(encoder, encoded.labels, close) == [before + answer + after for answer in texts[1::2]]

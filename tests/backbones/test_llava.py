@@ -99,9 +99,27 @@ def test_cached_features_equal_the_live_path_exactly(backbone: LlavaBackbone) ->
     assert torch.equal(backbone(**batch(), image_features=features).logits, live.logits)
 
 
-def test_counts_of_pictures_and_placeholders_must_agree(backbone: LlavaBackbone) -> None:
-    with pytest.raises(UserError, match="12 picture tokens in the batch, but 2 pictures of 4 features each"):
-        backbone(**batch(), pixel_values=pixels(2))
+@pytest.mark.parametrize(
+    ("rows", "pictures", "said"),
+    [
+        (ROWS, 2, "12 picture tokens in the batch, but 2 pictures of 4 features each"),
+        (ROWS, None, "12 picture tokens in the batch, but 0 pictures of 4 features each"),
+        ([ROWS[2]], 1, "0 picture tokens in the batch, but 1 pictures of 4 features each"),
+        (ROWS[:1], 2, "4 picture tokens in the batch, but 2 pictures of 4 features each"),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_counts_of_pictures_and_placeholders_must_agree(
+    backbone: LlavaBackbone, rows: list[list[int]], pictures: int | None, said: str, cached: bool
+) -> None:
+    given = {} if pictures is None else {"pixel_values": pixels(pictures)}
+    if cached and pictures is not None:
+        given = {"image_features": backbone.picture_features(given["pixel_values"])}
+    inputs = batch(rows)
+    with pytest.raises(UserError, match=said):
+        backbone(**inputs, **given)
+    with pytest.raises(UserError, match=said):
+        backbone.generate(inputs["input_ids"], inputs["attention_mask"], **given)
 
 
 class TestTraining:
@@ -213,7 +231,9 @@ class TestGenerate:
 
     def test_a_batch_answers_as_each_prompt_alone(self, backbone: LlavaBackbone) -> None:
         inputs, features = self.prompts(), backbone.picture_features(pixels())
-        together = backbone.generate(**inputs, image_features=features, max_new_tokens=6, eos_token_id=999)
+        # A random model may say the picture's token, which as an input would need a picture.
+        options = {"max_new_tokens": 6, "eos_token_id": 999, "suppress_tokens": [IMAGE]}
+        together = backbone.generate(**inputs, image_features=features, **options)
         assert together.shape == (3, 6)
         first = 0
         for number, row in enumerate(ROWS):
@@ -221,12 +241,13 @@ class TestGenerate:
             own = features[first : first + count] if count else None
             first += count
             ids = torch.tensor([row])
-            alone = backbone.generate(ids, torch.ones_like(ids), image_features=own, max_new_tokens=6, eos_token_id=999)
+            alone = backbone.generate(ids, torch.ones_like(ids), image_features=own, **options)
             assert alone[0].tolist() == together[number].tolist()
             written = list(row)
             for token in alone[0].tolist():  # greedy by the whole forward pass, without any cache
                 sequence = torch.tensor([written])
                 logits = backbone(sequence, torch.ones_like(sequence), image_features=own).logits
+                logits[0, IMAGE] = -torch.inf
                 assert int(logits[0].argmax()) == token
                 written.append(token)
 

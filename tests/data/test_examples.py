@@ -140,7 +140,7 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     [
         ("{'id': 1}", "Expecting property name"),
         ("[1]", "must hold an object, found list"),
-        ("", "Expecting value"),
+        ("nul", "Expecting value"),
         ('{"id": 7}', "'id' must be text that is not empty, got 7"),
         ('{"question": "x"}', "'id' must be text that is not empty, got None"),
         ('{"id": "b", "answer": "x"}', "sample b: unknown field 'answer'"),
@@ -160,13 +160,13 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
         ('{"id": "b", "turns": [{"role": "human", "text": "x"}]}', "role must be 'user' or 'assistant', got 'human'"),
         ('{"id": "b", "subtitles": [{"start_seconds": 1}]}', "'subtitles text' must hold text, got None"),
         ('{"id": "b", "extra": []}', "'extra' must hold an object"),
-        (f'{{"id": "b", "extra": {"[" * 100_000}', "recursion"),
+        (f'{{"id": "b", "extra": {"[" * 100_000}', "nested too deeply"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, said: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f"{json.dumps(to_record(FULL))}\n{line}\n")
-    with pytest.raises(UserError, match=rf"a\.jsonl, line 2: not an example: .*{said}") as caught:
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 2: .*{said}") as caught:
         list(iterate_examples(path))
     assert "\n" not in str(caught.value)
 
@@ -212,3 +212,10 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> No
         assert path.read_text() == "two"
     assert path.read_text() == "one"
     assert [one.name for one in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_two_records_of_one_id_are_refused_with_both_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "a"}\n\n{"id": "b"}\n{"id": "a", "question": "?"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl: id 'a' in lines 1 and 4; ids must be unique"):
+        list(iterate_examples(path))

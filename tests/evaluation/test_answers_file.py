@@ -27,11 +27,15 @@ def test_three_forms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"p\.jsonl:2: not JSON"),
-        ("[1]", r"p\.jsonl:2: a list, not an object"),
-        ('{"id": "b"}', r"p\.jsonl:2: needs id or question_id, and prediction or answer or text as text; has id"),
-        ('{"answer": "b"}', r"p\.jsonl:2: needs id"),
-        ('{"id": "b", "answer": 3}', r"p\.jsonl:2: needs id"),
+        ('{"id": 1,, }', r"p\.jsonl, line 2: not the JSON list or JSON lines expected: Expecting property name"),
+        ("[1]", r"p\.jsonl, line 2: a list, not an object"),
+        ('{"id": "b"}', r"p\.jsonl, line 2: needs an id .*, and prediction or answer or text or caption as .*; has id"),
+        ('{"answer": "b"}', r"p\.jsonl, line 2: needs an id"),
+        ('{"id": "b", "answer": 3}', r"p\.jsonl, line 2: needs an id"),
+        ('{"id": true, "answer": "b"}', r"p\.jsonl, line 2: needs an id"),
+        ('{"id": ["b"], "answer": "b"}', r"p\.jsonl, line 2: needs an id"),
+        ('{"id": 1' + "0" * 5000 + ', "answer": "b"}', r"p\.jsonl, line 2: .*digits"),
+        ("[" * 100_000, r"p\.jsonl, line 2: .*nested too deeply"),
     ],
 )
 def test_broken_lines(tmp_path: Path, line: str, message: str) -> None:

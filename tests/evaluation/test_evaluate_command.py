@@ -166,7 +166,7 @@ def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path,
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of all questions that are put to a model."""
-    from dora_vl.evaluation import ask as asking
+    from dora_vl.evaluation import ask_model as asking
 
     ids: list[str] = []
     predict = asking.predict
@@ -251,14 +251,14 @@ def test_records_are_found_by_the_benchmarks_name_and_asked_with_llavas_words(
     assert metrics_of(tmp_path)["pope"]["n"] == 23
 
 
-def test_videos_are_not_asked_in_silence(trained: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_video_that_is_not_there_is_named(trained: Path, tmp_path: Path, capsys: Any) -> None:
     choices = {"choices": ("a", "b", "c", "d"), "extra": {"correct": 0}}
     clip = Example(id="q1", video=Clip(path="v.mp4"), question="?", answers=(Answer(text="a"),), **choices)
     write_examples(tmp_path / "how2qa.jsonl", [clip])
     options = ["--adapter", trained / "run" / "adapter", "--images", trained / "data", "--to", tmp_path]
     evaluate(capsys, *options, "--benchmarks", f"how2qa={tmp_path / 'how2qa.jsonl'}")
     entry = metrics_of(tmp_path)["how2qa"]
-    assert "has a video" in entry["failed"]["q1"]
+    assert "video v.mp4 is missing" in entry["failed"]["q1"]
     assert entry["metrics"]["accuracy"]["value"] == 0.0
 
 

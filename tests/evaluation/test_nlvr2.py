@@ -34,6 +34,27 @@ def test_ten_rows() -> None:
     assert len(scored.table.units) == 7
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("True ", 1.0),
+        ("true\t\n", 1.0),
+        ("True,0.9", 1.0),
+        ("True ,0.9", 0.0),
+        (" True", 0.0),
+        ("True.", 0.0),
+        ("", 0.0),
+        (",True", 0.0),
+    ],
+)
+def test_an_answer_is_read_as_the_line_of_a_csv(answer: str, right: float) -> None:
+    """Each against the published script's `line.strip().split(",")[1]`, in a file that ends a line with the answer."""
+    line = f"dev-1-0-0,{answer}".strip()
+    assert float(line.split(",")[1].lower() == "true") == right
+    scored = nlvr2.score([Example(id="dev-1-0-0", answers=(Answer(text="True"),))], {"dev-1-0-0": answer})
+    assert scored.per_item == {"dev-1-0-0": right}
+
+
 def test_an_identifier_of_another_form_is_refused() -> None:
     with pytest.raises(UserError, match="NLVR2 identifier '12-3' has 2 fields"):
         nlvr2.score([Example(id="12-3", answers=(Answer(text="true"),))], {})

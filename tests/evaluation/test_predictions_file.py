@@ -75,5 +75,17 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     write(path, "1", "2")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], '{"id": 7}', lines[1], ""]))
-    with pytest.raises(UserError, match=r"predictions\.jsonl:2: not a prediction"):
+    with pytest.raises(
+        UserError, match=r"predictions\.jsonl, line 2: not a prediction .*; delete the file to start anew"
+    ):
         PredictionsFile(path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"id":', "\ud800".encode("utf-8", "surrogatepass"), "[" * 100_000, '{"id": ["a"], "images": []}', "[1]"]
+)
+def test_any_broken_line_says_what_to_do(tmp_path: Path, line: str | bytes) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes((line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(UserError, match=r"predictions\.jsonl, line 1: .*; delete the file to start anew"):
+        read_predictions(path)

@@ -30,6 +30,9 @@ def test_every_suffix() -> None:
     assert text(prompts.short_textvqa) == f"<image>\nWhich?\nReference OCR token: stop, go\n{short}"
     letter = "Answer with the option's letter from the given choices directly."
     assert text(prompts.letter) == f"<image>\nLook.\nWhich?\nA. red\nB. blue\n{letter}"
+    assert text(prompts.letter_with_context) == f"<image>\nContext: Look.\nWhich?\nA. red\nB. blue\n{letter}"
+    without = prompts.letter_with_context(Example(id="1", question="Which?", choices=("red", "blue")))
+    assert without == f"Which?\nA. red\nB. blue\n{letter}"
     assert text(prompts.letter_cn) == "<image>\nLook.\nWhich?\nA. red\nB. blue\n请直接回答选项字母。"
     mme = Example(id="1", images=("a.jpg",), question="Is it red? Please answer yes or no.")
     assert prompts.short_mme(mme) == f"Is it red?\n{short}"

@@ -57,7 +57,7 @@ def test_unreadable_records_are_named_and_the_limit_counts_them(tmp_path: Path) 
 def test_what_is_no_question_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_questions(tmp_path / "none.json")
-    with pytest.raises(UserError, match="two questions have the id a"):
+    with pytest.raises(UserError, match="two questions have the id 'a', in lines 1 and "):
         read_questions(write(tmp_path, record("a", "<image>", "x"), record("a", "<image>", "y")))
     with pytest.raises(UserError, match="holds no questions"):
         read_questions(write(tmp_path))

@@ -61,7 +61,6 @@ def test_a_choice_task_refuses_to_train_on_what_is_no_choice(task: str) -> None:
     ("wrong", "said"),
     [
         (question(choices=[]), "1 of 2 questions have no choices, first 'q7'"),
-        (question(extra={}), "1 of 2 questions have no extra.correct"),
         (question(choices=["x"] * 27), "1 of 2 questions have more than 26 choices, first 'q7'"),
     ],
 )

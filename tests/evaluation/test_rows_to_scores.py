@@ -21,7 +21,7 @@ import pytest
 from data_prep import prepare_command
 from data_prep.sources import SOURCES
 from dora_vl.backbones.instruction_prompt import PROMPTS
-from dora_vl.backbones.templates import TEMPLATES
+from dora_vl.backbones.template_table import TEMPLATES
 from dora_vl.data.examples import Example
 from dora_vl.data.seq2seq import Subtask
 from dora_vl.data.turns import read_llava

@@ -72,5 +72,5 @@ def test_a_missing_answer_is_wrong_and_named() -> None:
 
 def test_ten_people_are_needed() -> None:
     short = Example(id="q", answers=(Answer(text="yes"),))
-    with pytest.raises(UserError, match="example q has 1 human answers"):
+    with pytest.raises(UserError, match="example 'q' has 1 human answers"):
         vqa.score([short], {"q": "yes"})

@@ -12,6 +12,11 @@ import pytest
 
 from data_prep import features
 from data_prep.moving_shapes import Settings, make
+from dora_vl import cli
+from dora_vl.data.dataset import Sample
+from dora_vl.data.examples import Answer, Clip, Example, iterate_examples, write_examples
+from dora_vl.evaluation.ask_vlbart import subtasks_of
+from dora_vl.evaluation.predictions_file import read_predictions
 from dora_vl.training.command_line import read_run_file, read_settings
 from dora_vl.training.llava_task import LlavaTask
 from dora_vl.training.run import run
@@ -117,7 +122,6 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     from dora_vl.evaluation.vlbart_assistant import open_vlbart_assistants
     from dora_vl.vision.feature_files import open_features
     from dora_vl.vision.video import VideoReader
-    from tasks.asking import subtasks_of
 
     assistant = open_vlbart_assistants(vlbart, subtasks_of).adapted
     words = assistant.subtasks[0]
@@ -160,7 +164,6 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
 ) -> None:
     from dora_vl.evaluation.assistant import Assistants
     from dora_vl.evaluation.vlbart_assistant import open_vlbart_assistants
-    from tasks.asking import subtasks_of
 
     trained = open_vlbart_assistants(vlbart, subtasks_of).adapted
     texts: list[str] = []
@@ -225,3 +228,90 @@ def test_mistakes_are_one_line(vlbart: Path, tmp_path: Path, capsys: Any) -> Non
     with pytest.raises(SystemExit):
         image_qa.main(["--adapter", str(vlbart), "--question", "what?"])
     assert "answers about pictures; give one" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def own_benchmark(place: Path) -> Path:
+    """A benchmark of one's own about clips, one of which is missing."""
+    records = place / "data/records/moving_shapes/test.jsonl"
+    first = next(iterate_examples(records))
+    missing = replace(first, id="gone", video=Clip(path="clips/gone.mp4"))
+    write_examples(place / "own" / "clips.jsonl", [first, missing])
+    (place / "own" / "moving.yaml").write_text(
+        "name: moving\nscoring: choice\nfile: clips.jsonl\nprompt: video\nmax_new_tokens: 3\nframes: 3\n"
+    )
+    return place / "own" / "moving.yaml"
+
+
+def evaluated(adapter: Path, benchmark: object, place: Path, to: Path, *more: object) -> dict[str, Any]:
+    options = ["--adapter", adapter, "--benchmarks", benchmark, "--images", place / "data", "--to", to, *more]
+    cli.main(["evaluate", *map(str, options)])
+    return json.loads((to / "metrics.json").read_text())
+
+
+def test_a_llava_is_evaluated_on_frames(
+    llava: Path, own_benchmark: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dora_vl.evaluation import predict
+
+    shown: list[list[int]] = []
+    pictures = predict.Prompts.__getitem__
+
+    def counted(self: Any, index: int) -> Any:
+        sample = pictures(self, index)
+        if isinstance(sample, Sample):
+            shown.append([len(sample.pictures), len(sample.input_ids)])
+        return sample
+
+    monkeypatch.setattr(predict.Prompts, "__getitem__", counted)
+    metrics = evaluated(llava, own_benchmark, place, tmp_path, "--batch-size", 2)
+    entry = metrics["benchmarks"]["moving"]
+    assert (entry["n"], entry["failed"].keys()) == (2, {"gone"})
+    assert "clips/gone.mp4 is missing" in entry["failed"]["gone"]
+    assert metrics["asked_with"]["moving"]["frames"] == 3
+    (three,) = shown
+    assert three[0] == 3
+    (line,) = read_predictions(tmp_path / "moving" / "predictions.jsonl").values()
+    assert line.question.endswith("Answer with the option's letter from the given choices directly.")
+    shown.clear()
+    evaluated(llava, own_benchmark, place, tmp_path, "--frames", 2)  # other frames: answers of before are not taken
+    (two,) = shown
+    assert two[0] == 2
+    assert two[1] < three[1]  # a frame's tokens fewer
+
+
+def test_a_vlbart_is_evaluated_as_it_was_trained(
+    vlbart: Path, own_benchmark: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # without Java
+    entry = evaluated(vlbart, own_benchmark, place, tmp_path / "choice")["benchmarks"]["moving"]
+    assert (entry["n"], entry["failed"].keys()) == (2, {"gone"})
+    (line,) = read_predictions(tmp_path / "choice" / "moving" / "predictions.jsonl").values()
+    example = next(iterate_examples(own_benchmark.parent / "clips.jsonl"))
+    trained = json.loads((vlbart.parent / "predictions" / "video_words.jsonl").read_text().splitlines()[0])
+    assert f"a{ord(line.prediction) - ord('A')}" == trained["answer"]  # as the run's own test answered
+    right = line.prediction == "ABCDEFGH"[example.extra["correct"]]
+    assert entry["metrics"]["accuracy"]["value"] == 50.0 * right
+    captions = place / "data/records/moving_shapes_caption/test.jsonl"
+    entry = evaluated(vlbart, f"yc2c={captions}", place, tmp_path / "caption")["benchmarks"]["yc2c"]
+    (line,) = read_predictions(tmp_path / "caption" / "yc2c" / "predictions.jsonl").values()
+    trained = json.loads((vlbart.parent / "predictions" / "video_caption.jsonl").read_text().splitlines()[0])
+    assert line.prediction == trained["answer"]
+    assert entry["headline"] == "CIDEr"
+
+
+def test_labels_and_letters_of_tvqa(place: Path, tmp_path: Path) -> None:
+    """A LLaVA's letter is the label of that choice, in the score and in the upload."""
+    examples = [
+        Example(id=name, choices=("red", "blue", "green"), answers=(Answer(text="blue"),), extra={"correct": 1})
+        for name in ("1", "2", "3", "4")
+    ]
+    write_examples(tmp_path / "tvqa.jsonl", examples)
+    said = {"1": "B", "2": "a1", "3": "B.", "4": "D"}
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"id": i, "answer": a}) + "\n" for i, a in said.items()))
+    options = ["--benchmarks", f"tvqa={tmp_path / 'tvqa.jsonl'}", "--predictions", tmp_path / "p.jsonl"]
+    cli.main(["evaluate", *map(str, options), "--to", str(tmp_path)])
+    entry = json.loads((tmp_path / "metrics.json").read_text())["benchmarks"]["tvqa"]
+    assert entry["metrics"]["accuracy"]["value"] == 75.0
+    upload = json.loads((tmp_path / "tvqa" / "tvqa_test_predictions.json").read_text())
+    assert upload == {"1": 1, "2": 1, "3": 1, "4": 0}

@@ -1,0 +1,188 @@
+"""From answers to scores and files: what `dora-vl evaluate` does once every question has been asked.
+
+A benchmark is scored before anything of it is written, and one that cannot be scored takes no other one with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from dora_vl.data.examples import whole_file
+from dora_vl.errors import UserError, one_line, shown
+from dora_vl.evaluation.evaluation_set import EvaluationSet
+from dora_vl.evaluation.exact_match import score as exact_match
+from dora_vl.evaluation.metrics_file import METRICS, Origin, write_metrics
+from dora_vl.evaluation.report import Result, result, table
+from dora_vl.evaluation.scored import Scored
+
+SCORES = "scores.jsonl"
+LONGEST_REASON = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """One model's answers to one benchmark.
+
+    Attributes:
+        failed: the reason for each question that could not be asked or read, by id.
+        sha256: of what gave the answers: adapter and base, or predictions.
+        asked_with: the options that they were made with; empty for a predictions file.
+        joined_by: what a predictions file's rows and the questions had in common; "" for a model's own answers.
+        strangers: ids of rows of the file that answer no question of the benchmark.
+    """
+
+    answers: Mapping[str, str]
+    failed: Mapping[str, str]
+    sha256: Mapping[str, str]
+    asked_with: Mapping[str, object] = field(default_factory=dict)
+    joined_by: str = ""
+    strangers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """What is to be written about one benchmark.
+
+    Attributes:
+        result: None where a judge or a server scores.
+        submission: the file's name and its text.
+    """
+
+    one: EvaluationSet
+    result: Result | None
+    submission: tuple[str, str] | None
+
+
+def finish(
+    sets: Sequence[EvaluationSet],
+    answered: Mapping[str, Answers],
+    other: Mapping[str, Answers] | None,
+    options: argparse.Namespace,
+    to: Path,
+) -> Iterator[str]:
+    """Scores, writes metrics, single scores and submissions; yields what there is to say.
+
+    Args:
+        answered: by benchmark.
+        other: another model's answers, to compare with.
+        options: the command's.
+        to: the folder of results.
+
+    Raises:
+        UserError: a benchmark could not be scored; what the others have is written first.
+    """
+    outcomes: list[_Outcome] = []
+    reasons: dict[str, str] = {}
+    for one in sets:
+        try:
+            outcomes.append(_outcome(one, answered[one.name], None if other is None else other[one.name], options))
+        except UserError as error:
+            if len(sets) == 1:
+                raise
+            reasons[one.name] = one_line(str(error), LONGEST_REASON)
+    for outcome in outcomes:
+        yield from _write(outcome, answered[outcome.one.name], to / outcome.one.name)
+    results = [outcome.result for outcome in outcomes if outcome.result is not None]
+    if results:
+        yield from table(results, details=options.all_metrics)
+    if outcomes:
+        yield from write_metrics(
+            to / METRICS,
+            _origin(sets[0].name, answered, other, options),
+            {one.name: one.entry() for one in results},
+            asked=[outcome.one.name for outcome in outcomes],
+            asked_with={name: dict(mine.asked_with) for name, mine in answered.items() if mine.asked_with},
+        )
+    if reasons:
+        (first, reason), *_ = reasons.items()
+        raise UserError(f"{len(reasons)} of {len(sets)} benchmarks not scored: {', '.join(reasons)}; {first}: {reason}")
+
+
+def _outcome(one: EvaluationSet, mine: Answers, others: Answers | None, options: argparse.Namespace) -> _Outcome:
+    found = None
+    if one.scorer is not None:
+        scored = _score(one, mine, options)
+        against = None if others is None else _score(one, others, options)
+        found = result(
+            scored, name=one.name, file=one.file, failed=mine.failed, against=against, not_scored=one.not_scored
+        )
+    with _named_failures(one):
+        submission = one.benchmark.submission and one.benchmark.submission(one.examples, mine.answers)
+    return _Outcome(one=one, result=found, submission=submission)
+
+
+@contextlib.contextmanager
+def _named_failures(one: EvaluationSet) -> Iterator[None]:
+    """What a scorer trips over in a record becomes a line; of an installed package's scorer as well.
+
+    Raises:
+        UserError: a record holds what the benchmark's code cannot read.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{one.file}: a record holds something that the scorer of {one.name} cannot read "
+            f"({type(error).__name__}: {shown(str(error), 120)}); prepare the set again"
+        ) from error
+
+
+def _write(outcome: _Outcome, mine: Answers, folder: Path) -> Iterator[str]:
+    one = outcome.one
+    if mine.strangers:
+        yield (
+            f"{one.name}: {len(mine.strangers)} answers belong to none of its questions and are left out, first "
+            f"{shown(mine.strangers[0])}"
+        )
+    if outcome.submission is not None:
+        name, text = outcome.submission
+        with whole_file(folder / name) as stream:
+            stream.write(text)
+        yield f"{folder / name}: for {one.name}'s server or judge"
+    if outcome.result is None:
+        (folder / SCORES).unlink(missing_ok=True)  # of another split, asked before
+        yield f"{one.name}: {one.file} holds no answers, or a judge scores it; no score here"
+        return
+    if one.not_scored:
+        yield (
+            f"{one.name}: {len(one.not_scored)} of {len(one.examples)} records hold no right answer and are in no "
+            f"score, first {shown(next(iter(one.not_scored)))}; metrics.json names all"
+        )
+    with whole_file(folder / SCORES) as stream:
+        for name, share in outcome.result.scored.per_item.items():
+            stream.write(json.dumps({"id": name, "score": share}, ensure_ascii=False) + "\n")
+
+
+def _origin(
+    name: str, answered: Mapping[str, Answers], other: Mapping[str, Answers] | None, options: argparse.Namespace
+) -> Origin:
+    """What the numbers are of: all benchmarks of a command have the same two models."""
+    return Origin(
+        answers_of=str(options.adapter or options.predictions),
+        answers_sha256=answered[name].sha256,
+        against=None if options.against is None else str(options.against),
+        against_sha256=None if other is None else other[name].sha256,
+        limit=options.limit,
+    )
+
+
+def _score(one: EvaluationSet, mine: Answers, options: argparse.Namespace) -> Scored:
+    scorer = one.scorer
+    if one.name == "exact_match" and options.answer_after:
+        scorer = partial(exact_match, answer_after=options.answer_after)
+    if scorer is None:
+        raise ValueError(f"{one.name} has no scorer")
+    answers = {name: answer for name, answer in mine.answers.items() if name not in one.not_scored}
+    with _named_failures(one):
+        scored = scorer(one.scored, answers)
+    if one.mode:
+        scored.settings.setdefault("mode", one.mode)
+    if mine.joined_by:
+        scored.settings.setdefault("answers found by", mine.joined_by)
+    return scored

@@ -1,0 +1,159 @@
+"""Benchmarks by name: the table's, those of installed packages, and one's own as a YAML file of a few lines.
+
+A package offers benchmarks as entry points of the group `dora_vl.benchmarks`, each a `Benchmark`:
+
+    [project.entry-points."dora_vl.benchmarks"]
+    receipts = "my_package.receipts:RECEIPTS"
+
+A file holds `name` and `scoring`, and may say `file` (records, looked for from where the YAML is), `prompt`,
+`max_new_tokens` and `frames`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from dora_vl.data.text_file import text_lines
+from dora_vl.errors import UserError, one_line, shown
+from dora_vl.evaluation import caption, prompts
+from dora_vl.evaluation.benchmarks import BENCHMARKS, FRAMES, SHORT_ANSWER_TOKENS, Benchmark
+from dora_vl.evaluation.own_scores import SCORINGS
+from dora_vl.evaluation.prompts import Prompt
+
+GROUP = "dora_vl.benchmarks"
+YAML_ENDINGS = (".yaml", ".yml")
+NAME = re.compile(r"[A-Za-z0-9][\w\-]*")
+CHOICE, CAPTION = "choice", "caption"
+
+PROMPTS: Mapping[str, Prompt] = {
+    "as_is": prompts.as_is,
+    "short": prompts.short,
+    "letter": prompts.letter,
+    "true_or_false": prompts.true_or_false,
+    "caption": prompts.caption,
+    "video": prompts.about_video,
+}
+"""What `prompt:` may say."""
+USUAL_PROMPTS: Mapping[str, str] = {CHOICE: "letter", CAPTION: "caption"}  # else short
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A benchmark as it was asked for.
+
+    Attributes:
+        split: asked for by name, else "".
+        file: its own records; None looks in the folder of records.
+    """
+
+    name: str
+    benchmark: Benchmark
+    split: str = ""
+    file: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnBenchmark:
+    """What a benchmark's YAML says."""
+
+    name: str
+    scoring: str
+    file: str | None = None
+    prompt: str | None = None
+    max_new_tokens: int = SHORT_ANSWER_TOKENS
+    frames: int = FRAMES
+
+
+def find_benchmark(wanted: str) -> Found:
+    """The benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`.
+
+    Raises:
+        UserError: there is none of that name, or its file or package is broken.
+    """
+    if wanted.endswith(YAML_ENDINGS):
+        return read_own(Path(wanted))
+    name, _, split = wanted.partition(":")
+    if name in BENCHMARKS:
+        return Found(name=name, benchmark=BENCHMARKS[name], split=split)
+    installed = {point.name: point for point in entry_points(group=GROUP)}
+    if name in installed:
+        return Found(name=name, benchmark=_loaded(installed[name]), split=split)
+    known = [*BENCHMARKS, *installed]
+    nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"no benchmark {shown(name)}; did you mean {nearest!r}? There are {', '.join(known)}; your own is a FILE.yaml"
+    )
+
+
+def _loaded(point: EntryPoint) -> Benchmark:
+    try:
+        found = point.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"benchmark {point.name}: {point.value} of an installed package fails: {error}") from error
+    if not isinstance(found, Benchmark):
+        raise UserError(f"benchmark {point.name}: {point.value} is a {type(found).__name__}, it must be a Benchmark")
+    if not NAME.fullmatch(point.name):
+        raise UserError(f"benchmark {shown(point.name)}: a name is letters, digits, _ and -, as folders have it")
+    return found
+
+
+def read_own(path: Path) -> Found:
+    """The benchmark of a YAML file.
+
+    Raises:
+        UserError: no such file, or it says something else than it may.
+    """
+    own = _own(_mapping(path), path)
+    for key, value, known in (("scoring", own.scoring, SCORINGS), ("prompt", own.prompt, PROMPTS)):
+        if value is not None and value not in known:
+            raise UserError(f"{path}: {key} is {shown(value)}; there are {', '.join(known)}")
+    if not NAME.fullmatch(own.name) or own.name in BENCHMARKS:
+        raise UserError(f"{path}: name {shown(own.name)} is taken, or not of letters, digits, _ and - alone")
+    for key, number in (("max_new_tokens", own.max_new_tokens), ("frames", own.frames)):
+        if number < 1:
+            raise UserError(f"{path}: {key} is {shown(number)}; at least 1 is needed")
+    benchmark = Benchmark(
+        modes={"": SCORINGS[own.scoring]},
+        prompt=PROMPTS[own.prompt or USUAL_PROMPTS.get(own.scoring, "short")],
+        max_new_tokens=own.max_new_tokens,
+        chooses=own.scoring == CHOICE,
+        together=caption.clip_of if own.scoring == CAPTION else None,
+        shares_answers=own.scoring == CAPTION,
+        frames=own.frames,
+    )
+    return Found(name=own.name, benchmark=benchmark, file=None if own.file is None else path.parent / own.file)
+
+
+def _mapping(path: Path) -> Mapping[Any, Any]:
+    text = "\n".join(line for _, line in text_lines(path, "a benchmark's settings"))
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        raise UserError(f"{path}: not YAML ({one_line(str(error), 200)})") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: must hold settings such as `name: receipts`, found {shown(content)}")
+    return content
+
+
+def _own(content: Mapping[Any, Any], path: Path) -> OwnBenchmark:
+    known = [one.name for one in fields(OwnBenchmark)]
+    strange = [key for key in content if key not in known]
+    if strange:
+        raise UserError(f"{path}: unknown setting {shown(strange[0])}; there are {', '.join(known)}")
+    if missing := [key for key in ("name", "scoring") if key not in content]:
+        raise UserError(f"{path}: {missing[0]} is missing; a benchmark has at least name and scoring")
+    kinds = get_type_hints(OwnBenchmark)
+    for key, value in content.items():
+        allowed = get_args(kinds[key]) or (kinds[key],)
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            wanted = "a whole number" if int in allowed else "text"
+            raise UserError(f"{path}: {key} must be {wanted}, it is {shown(value)}")
+    return OwnBenchmark(**content)

@@ -1,0 +1,176 @@
+"""A base with `tokenizer.model` alone: it composes, its ids are SentencePiece's own, and what is missing is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+
+from dora_vl.backbones import sentencepiece_tokenizer
+from dora_vl.backbones.compose import ComposeSpec, compose_llava
+from dora_vl.backbones.encode import LlavaEncoder
+from dora_vl.backbones.language_source import add_image_token, load_tokenizer
+from dora_vl.backbones.llava import load_llava
+from dora_vl.backbones.templates import get_template
+from dora_vl.errors import UserError
+from tests.backbones.encoded_talk import talk
+from tests.backbones.tiny_sentencepiece import sentencepiece_model, write_tiny_vicuna, write_tokenizer_model
+
+AROUND = [
+    ("", "\n"),
+    ("", " "),
+    ("", "  "),
+    ("", ""),
+    ("", "\n "),
+    ("", " \n"),
+    ("Is it ", " "),
+    ("Is it", "."),
+    ("Is it\n", "\n\n"),
+    ("a  ", " <image> "),
+    ("a", "<image>\n<image> "),
+]
+"""What stands before and after a picture, in front of `red?`."""
+# `LlamaTokenizer` of transformers 4.37.2 (the slow one, with which LLaVA-1.5 was trained) on this tokenizer.model.
+SLOW = {
+    False: {
+        " Is it": "<s> ▁▁ Is ▁it",
+        "\nIs it": "<s> ▁ <0x0A> Is ▁it",
+        " \n Is": "<s> ▁▁ <0x0A> ▁Is",
+        "a</s>USER: it": "<s> ▁a </s> USER : ▁it",
+        "a</s> it": "<s> ▁a </s> ▁it",
+        " <s> it": "<s> ▁▁ <s> ▁it",
+    },
+    True: {
+        " Is it": "<s> ▁▁ Is ▁it",
+        "\nIs it": "<s> ▁ <0x0A> Is ▁it",
+        " \n Is": "<s> ▁▁ <0x0A> ▁Is",
+        "a</s>USER: it": "<s> ▁a </s> ▁ USER : ▁it",
+        "a</s> it": "<s> ▁a </s> ▁ ▁it",
+        " <s> it": "<s> ▁▁ <s> ▁ ▁it",
+    },
+}
+
+
+def slow_ids(model: sentencepiece.SentencePieceProcessor, text: str, *, legacy: bool) -> list[int]:
+    """A text's ids by SentencePiece: each stretch between special tokens alone, or (not legacy) as a text goes on."""
+    behind = len(model.encode("<unk>"))  # a stretch behind other text gets no space mark
+    ids: list[int] = []
+    for stretch in re.split("(</?s>)", text):
+        if stretch in {"<s>", "</s>"}:
+            ids.append(model.piece_to_id(stretch))
+        elif stretch and (legacy or not ids):
+            ids += model.encode(stretch)
+        elif stretch:
+            ids += model.encode(f"<unk>{stretch}")[behind:]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def model() -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+
+
+@pytest.fixture(params=[False, True, None], ids=["first", "legacy", "unsaid"])
+def legacy(request: pytest.FixtureRequest) -> bool | None:
+    """What `tokenizer_config.json` says; unsaid is legacy."""
+    return request.param
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, legacy: bool | None) -> PreTrainedTokenizerFast:
+    tokenizer = load_tokenizer(str(write_tokenizer_model(tmp_path / "tokenizer", legacy=legacy)))
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
+class TestIds:
+    def test_those_of_the_slow_tokenizer(self, loaded: PreTrainedTokenizerFast, legacy: bool | None) -> None:
+        for text, expected in SLOW[legacy is not False].items():
+            assert " ".join(loaded.convert_ids_to_tokens(loaded(text).input_ids)) == expected
+
+    @pytest.mark.parametrize(("before", "after"), AROUND)
+    def test_around_a_picture(
+        self,
+        loaded: PreTrainedTokenizerFast,
+        model: sentencepiece.SentencePieceProcessor,
+        legacy: bool | None,
+        before: str,
+        after: str,
+    ) -> None:
+        image = add_image_token(loaded)
+        template = get_template("vicuna_v1", loaded)
+        encoder = LlavaEncoder(loaded, template, tokens_per_image=1, image_token_id=image, max_tokens=500)
+        texts = (f"{before}<image>{after}red?", " Yes", "Is it?", "No")
+        expected = [1]
+        for number, piece in enumerate(template.render(talk(*texts).turns).text.split("<image>")):
+            expected += [image] * bool(number) + slow_ids(model, piece, legacy=legacy is not False)
+        assert encoder.encode(talk(*texts, images=1)).input_ids.tolist() == expected
+
+    def test_saved_and_opened_again(self, loaded: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        loaded.save_pretrained(tmp_path / "again")
+        again = load_tokenizer(str(tmp_path / "again"))
+        for text in (*SLOW[False], "<unk> it", "é 红"):
+            assert again(text).input_ids == loaded(text).input_ids
+            assert again.decode(again(text).input_ids, skip_special_tokens=False) == loaded.decode(
+                loaded(text).input_ids
+            )
+        assert (again.padding_side, again.model_max_length) == ("right", 4096)
+
+
+def test_composes_from_tokenizer_model_alone(tmp_path: Path) -> None:
+    language, vision = write_tiny_vicuna(tmp_path / "vicuna"), tmp_path / "clip"
+    assert sorted(path.name for path in language.glob("tokenizer*")) == ["tokenizer.model", "tokenizer_config.json"]
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(vision)
+    spec = ComposeSpec(
+        vision_library="transformers",
+        vision_name=str(vision),
+        vision_layer=-2,
+        image_mean=(0.1, 0.2, 0.3),
+        image_std=(0.4, 0.5, 0.6),
+        language_model=str(language),
+        dtype="bfloat16",
+    )
+    compose_llava(spec, tmp_path / "base")
+    backbone = load_llava(str(tmp_path / "base"))
+    tokenizer = load_tokenizer(str(tmp_path / "base"))
+    assert backbone.config.image_token_id == tokenizer.convert_tokens_to_ids("<image>") == 480
+    assert backbone.model.lm_head.weight.shape == (512, 64)
+    served = AutoProcessor.from_pretrained(tmp_path / "base", backend="pil").tokenizer
+    for text, expected in SLOW[False].items():
+        for one in (tokenizer, served):
+            assert " ".join(one.convert_ids_to_tokens(one(text).input_ids)) == expected
+
+
+class TestSaysWhatIsMissing:
+    @pytest.mark.parametrize("package", ["sentencepiece", "protobuf"])
+    def test_a_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+        folder = write_tokenizer_model(tmp_path)
+        monkeypatch.setitem(sentencepiece_tokenizer.NEEDED, package, lambda: False)
+        with pytest.raises(
+            UserError, match=rf"tokenizer\.model is read with .*; not installed: {package} \(pip"
+        ) as said:
+            load_tokenizer(str(folder))
+        assert "tiktoken" not in str(said.value)
+
+    def test_the_model_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = write_tokenizer_model(tmp_path)
+        (folder / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\nsize 499723\n")
+        monkeypatch.setattr(sentencepiece_tokenizer, "is_tiktoken_available", lambda: False)
+        with pytest.raises(UserError, match=r"tokenizer\.model \(55 bytes\) is no SentencePiece model; fetch it again"):
+            load_tokenizer(str(folder))
+
+    @pytest.mark.parametrize("with_settings", [True, False])
+    def test_any_tokenizer(self, tmp_path: Path, with_settings: bool) -> None:
+        """transformers makes one of three tokens up where there are only settings."""
+        folder = write_tokenizer_model(tmp_path)
+        (folder / "tokenizer.model").unlink()
+        if not with_settings:
+            (folder / "tokenizer_config.json").unlink()
+        with pytest.raises(UserError, match=r"none of tokenizer\.json, tokenizer\.model, .* is there; copy"):
+            load_tokenizer(str(folder))

@@ -1,0 +1,206 @@
+"""Each prompt format, written out: its text, its tokens and what is labelled, as the original's `preprocess` has them.
+
+Tokens and labels of the vicuna_v1, llama_2 and plain kinds are what LLaVA c121f04 gave on this tokenizer (transformers
+4.37.2, slow). Of mpt's and v0's kinds the tokens are; the labels are by hand, since the original's are wrong there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+from dora_vl.backbones.encode import LlavaEncoder
+from dora_vl.backbones.language_source import add_image_token, load_tokenizer
+from dora_vl.backbones.template_table import TEMPLATES, TemplateName
+from dora_vl.backbones.templates import get_template
+from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError
+from tests.backbones.encoded_talk import talk
+from tests.backbones.tiny_sentencepiece import write_tokenizer_model
+
+ROUNDS = ("<image>\nIs it red?", "Yes, it is.", "What is in the picture?", "A red circle")
+USER_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+HUMAN_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the human's questions."
+)
+MMTAG_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the "
+    "visual content that the user provides, and assist the user with a variety of tasks using natural language.The "
+    "visual content will be provided with the following format: <Image>visual content</Image>."
+)
+LLAMA_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make "
+    "any sense, or is not factually coherent, explain why instead of answering something not correct. If you don't "
+    "know the answer to a question, please don't share false information."
+)
+LLAVA_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+MPT_SYSTEM = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+)
+V1 = "USER: {}\nIs it red? ASSISTANT:« Yes, it is.</s>»USER: What is in the picture? ASSISTANT:« A red circle</s>»"
+LLAMA_2 = (
+    "{}<image>\nIs it red? [/INST]« Yes, it is. </s>»<s>[INST] What is in the picture? [/INST]« A red circle </s>»"
+)
+MPT = (
+    "<|im_start|>system\n{}<|im_end|><|im_start|>user\n<image>\nIs it red?<|im_end|><|im_start|>assistant\n"
+    "«Yes, it is.<|im_end|>»<|im_start|>user\nWhat is in the picture?<|im_end|><|im_start|>assistant\n"
+    "«A red circle<|im_end|>»"
+)
+V0 = (
+    "### Human: {}\nIs it red?\n### Assistant:« Yes, it is.\n###» Human: What is in the picture?\n### Assistant:"
+    "« A red circle\n###» "
+)
+TAGGED = "<Image><image></Image>"
+TEXTS = {
+    "vicuna_v1": f"{USER_SYSTEM} {V1.format('<image>')}",
+    "llava_v1": f"{HUMAN_SYSTEM} {V1.format('<image>')}",
+    "v1_mmtag": f"{MMTAG_SYSTEM} {V1.format(TAGGED)}",
+    "llama_2": LLAMA_2.format(f"[INST] <<SYS>>\n{LLAMA_SYSTEM}\n<</SYS>>\n\n"),
+    "llava_llama_2": LLAMA_2.format(f"[INST] <<SYS>>\n{LLAVA_SYSTEM}\n<</SYS>>\n\n"),
+    "mistral_instruct": LLAMA_2.replace("<s>", "").format("[INST] "),
+    "mpt": MPT.format(MPT_SYSTEM),
+    "chatml_direct": MPT.format("Answer the questions."),
+    "v0": f"{HUMAN_SYSTEM}\n\n{V0.format('<image>')}",
+    "v0_mmtag": f"{MMTAG_SYSTEM}\n\n{V0.format(TAGGED)}",
+}
+"""Two rounds with a picture; what is between « and » is labelled."""
+
+V1_TOKENS = (
+    "▁ <0x0A> Is ▁it ▁red ? ▁ASSISTANT : *▁Y *es *, *▁it *▁is *. *</s> USER : ▁What ▁is ▁in ▁the ▁p ic tu re ? "
+    "▁ASSISTANT : *▁A *▁red *▁c *ir *cle *</s>"
+)
+LLAMA_2_TOKENS = (
+    "<image> ▁ <0x0A> Is ▁it ▁red ? ▁[/ INST ] *▁Y *es *, *▁it *▁is *. *▁ *</s> <s> [ INST ] ▁What ▁is ▁in ▁the ▁p ic "
+    "tu re ? ▁[/ INST ] *▁A *▁red *▁c *ir *cle *▁ *</s>"
+)
+MPT_TOKENS = (
+    "<|im_start|> us er <0x0A> <image> ▁ <0x0A> Is ▁it ▁red ? <|im_end|> <|im_start|> a ssistant <0x0A> *Y *es *, *▁it "
+    "*▁is *. *<|im_end|> <|im_start|> us er <0x0A> W hat ▁is ▁in ▁the ▁p ic tu re ? <|im_end|> <|im_start|> a ssistant "
+    "<0x0A> *A *▁red *▁c *ir *cle *<|im_end|>"
+)
+V0_TOKENS = (
+    "Is ▁it ▁red ? <0x0A> ### ▁A ssistant : *▁Y *es *, *▁it *▁is *. *<0x0A> *### ▁ Hum an : ▁What ▁is ▁in ▁the ▁p ic "
+    "tu re ? <0x0A> ### ▁A ssistant : *▁A *▁red *▁c *ir *cle *<0x0A> *### ▁"
+)
+TAG = "▁ < I m a g e > <image> ▁ < / I m a g e >"
+TOKENS = {
+    "vicuna_v1": f"s ▁qu est io ns . ▁ USER : ▁ <image> {V1_TOKENS}",
+    "llava_v1": f"s ▁qu est io ns . ▁ USER : ▁ <image> {V1_TOKENS}",
+    "v1_mmtag": f"▁ USER : {TAG} {V1_TOKENS.removeprefix('▁ ')}",
+    "llama_2": f"<< / SYS >> <0x0A> <0x0A> {LLAMA_2_TOKENS}",
+    "llava_llama_2": f"<< / SYS >> <0x0A> <0x0A> {LLAMA_2_TOKENS}",
+    "mistral_instruct": f"<s> ▁[ INST ] ▁ {LLAMA_2_TOKENS.replace(' <s>', '')}",
+    "mpt": MPT_TOKENS,
+    "chatml_direct": f"<s> <|im_start|> s yst em <0x0A> A ns w er ▁the ▁qu est io ns . <|im_end|> {MPT_TOKENS}",
+    "v0": f". <0x0A> <0x0A> ### ▁ Hum an : ▁ <image> ▁ <0x0A> {V0_TOKENS}",
+    "v0_mmtag": f". <0x0A> <0x0A> ### ▁ Hum an : {TAG} <0x0A> {V0_TOKENS}",
+}
+"""The end of it as tokens of Vicuna's kind (`legacy` false), the labelled ones with a star."""
+NAMED = sorted(TEXTS)
+
+
+@pytest.fixture(scope="module")
+def vicuna(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(str(write_tokenizer_model(tmp_path_factory.mktemp("vicuna") / "tokenizer")))
+    marks = [AddedToken(token, normalized=False, special=True) for token in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    add_image_token(tokenizer)
+    return tokenizer
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> LlavaEncoder:
+    image = int(tokenizer.convert_tokens_to_ids("<image>"))
+    template = get_template(name, tokenizer)
+    return LlavaEncoder(tokenizer, template, tokens_per_image=1, image_token_id=image, max_tokens=2000)
+
+
+def starred(tokenizer: PreTrainedTokenizerBase, name: str, *texts: str) -> str:
+    """The tokens of a conversation, those with a label starred."""
+    encoded = encoder(tokenizer, name).encode(talk(*texts, images=texts[0].count("<image>")))
+    tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist())
+    labels = encoded.labels.tolist()
+    return " ".join(("" if label == -100 else "*") + token for token, label in zip(tokens, labels, strict=True))
+
+
+def test_every_row_is_a_setting_and_is_written_out_here() -> None:
+    assert {*TEMPLATES, "tokenizer"} == set(get_args(TemplateName))
+    assert all(row.name == name for name, row in TEMPLATES.items())
+    assert set(TEMPLATES) - set(TEXTS) == {"plain", "chatml"}  # tests/backbones/test_encode.py has them
+    assert set(TOKENS) == set(TEXTS)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_text_and_what_is_labelled(name: str) -> None:
+    rendered = TEMPLATES[name].render(talk(*ROUNDS).turns)
+    marked = rendered.text
+    for start, end in reversed(rendered.answer_spans):
+        marked = f"{marked[:start]}«{marked[start:end]}»{marked[end:]}"
+    assert marked == TEXTS[name]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_tokens_and_labels(vicuna: PreTrainedTokenizerBase, name: str) -> None:
+    written = starred(vicuna, name, *ROUNDS)
+    assert written.endswith(TOKENS[name])
+    assert "*" not in written[: -len(TOKENS[name])]
+    assert written.startswith("<s> ")
+    assert written.count("<s>") == (2 if name.endswith("llama_2") else 1)
+
+
+def test_captions(vicuna: PreTrainedTokenizerBase) -> None:
+    written = starred(vicuna, "plain", "<image>\nDescribe it.", "A red circle")
+    assert written == "<s> <image> *▁A *▁red *▁c *ir *cle *<0x0A>"
+
+
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
+def test_a_prompt_is_what_stands_before_the_answer(vicuna: PreTrainedTokenizerBase, name: str) -> None:
+    asked = talk(*ROUNDS).turns[:3]
+    text = TEMPLATES[name].render(asked, generation_prompt=True).text
+    rendered = TEMPLATES[name].render(talk(*ROUNDS).turns)
+    assert text == rendered.text[: rendered.answer_spans[1][0]]
+    encoded = encoder(vicuna, name).encode(talk(*ROUNDS, images=1))
+    prompt = encoder(vicuna, name).encode_prompt(asked).tolist()
+    assert prompt == encoded.input_ids[: len(prompt)].tolist()
+    assert encoded.labels[len(prompt)] == encoded.input_ids[len(prompt)]
+
+
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
+def test_the_labelled_tokens_of_an_answer_are_read_back_as_the_answer(
+    vicuna: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Special tokens and braces in what is said are text, and an answer ends where the template closes it."""
+    said = "It {} is <s> a </s> <|im_end|> ['circle']"
+    coder = encoder(vicuna, name)
+    encoded = coder.encode(talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?", said))
+    last = encoded.labels[len(coder.encode_prompt(talk("Is {} </s> <|im_start|> it?", "Yes", "Why <s>?").turns)) :]
+    assert coder.decode(last[last != -100]) == said
+    controls = [vicuna.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")]
+    plain = coder.encode(talk("Is it?", "Yes", "Why?", "It is"))
+    for token in controls:
+        assert (encoded.input_ids == token).sum() == (plain.input_ids == token).sum()
+
+
+def test_an_answer_without_an_end_token_is_cut_at_its_closing_text(vicuna: PreTrainedTokenizerBase) -> None:
+    ids = vicuna("Yes\n### Human: Why?\n### Assistant: So", add_special_tokens=False).input_ids
+    assert encoder(vicuna, "v0").decode(ids) == "Yes"
+    assert encoder(vicuna, "vicuna_v1").decode(ids) == "Yes\n### Human: Why?\n### Assistant: So"
+
+
+def test_a_template_whose_tokens_the_model_lacks_is_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(write_tokenizer_model(tmp_path)))
+    add_image_token(tokenizer)
+    with pytest.raises(UserError, match=r"the template writes '<\|im_(start|end)\|>', which is no special token"):
+        encoder(tokenizer, "mpt").encode_prompt((Turn("user", "Is it?"),))

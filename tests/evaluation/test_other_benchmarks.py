@@ -1,0 +1,158 @@
+"""A benchmark of one's own: ten lines of YAML and records, or an installed package's entry point."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dora_vl.cli import main
+from dora_vl.data.examples import Answer, Example, write_examples
+from dora_vl.errors import LONGEST_MESSAGE, UserError
+from dora_vl.evaluation import other_benchmarks, prompts
+from dora_vl.evaluation.evaluation_set import read_set
+from dora_vl.evaluation.other_benchmarks import find_benchmark, read_own
+
+RECEIPTS = "name: receipts\nscoring: anls\nfile: receipts.jsonl\nprompt: as_is\nmax_new_tokens: 24\nframes: 2\n"
+
+
+def written(folder: Path, text: str = RECEIPTS) -> Path:
+    (folder / "receipts.yaml").write_text(text)
+    examples = [
+        Example(id=name, question="Total?", answers=(Answer(text="12.50"), Answer(text="12.5 euro"))) for name in "ab"
+    ]
+    write_examples(folder / "receipts.jsonl", examples)
+    return folder / "receipts.yaml"
+
+
+def test_a_file_of_a_few_lines_is_a_benchmark(tmp_path: Path, capsys: Any) -> None:
+    benchmark = written(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "answer": "12.51"}\n{"id": "b", "answer": "12.5  Euro"}\n')
+    options = ["--predictions", str(tmp_path / "p.jsonl"), "--to", str(tmp_path / "to")]
+    main(["evaluate", "--benchmarks", str(benchmark), *options])
+    entry = json.loads((tmp_path / "to" / "metrics.json").read_text())["benchmarks"]["receipts"]
+    assert (entry["headline"], entry["metrics"]["anls"]["value"]) == ("anls", pytest.approx(90.0))
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["receipts", "anls", "90.00"]
+    assert (tmp_path / "to" / "receipts" / "scores.jsonl").is_file()
+    found = read_own(benchmark)
+    assert (found.benchmark.max_new_tokens, found.benchmark.frames) == (24, 2)
+    assert found.benchmark.prompt is prompts.as_is
+    other = write_examples(tmp_path / "other.jsonl", [Example(id="z", answers=(Answer(text="x"),))])
+    assert other == 1
+    one = read_set(f"{benchmark}={tmp_path / 'other.jsonl'}", tmp_path, mode=None, limit=None)
+    assert [example.id for example in one.examples] == ["z"]
+
+
+@pytest.mark.parametrize(
+    ("scoring", "prompt", "chooses"),
+    [("exact", prompts.short, False), ("choice", prompts.letter, True), ("caption", prompts.caption, False)],
+)
+def test_every_scoring_has_its_usual_question(tmp_path: Path, scoring: str, prompt: object, chooses: bool) -> None:
+    found = read_own(written(tmp_path, f"name: mine\nscoring: {scoring}\n"))
+    assert (found.benchmark.prompt, found.benchmark.chooses, found.file) == (prompt, chooses, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: mine", "scoring is missing"),
+        ("name: mine\nscoring: bleu", "scoring is 'bleu'; there are exact, choice, anls, relaxed, caption"),
+        ("name: mine\nscoring: exact\nprompt: long", "prompt is 'long'; there are as_is"),
+        ("name: mine\nscoring: exact\nfiles: x", "unknown setting 'files'; there are name, scoring, file"),
+        ("name: pope\nscoring: exact", "name 'pope' is taken"),
+        ("name: ../mine\nscoring: exact", "not of letters"),
+        ("name: 3\nscoring: exact", "name must be text, it is 3"),
+        ("name: mine\nscoring: exact\nframes: true", "frames must be a whole number, it is True"),
+        ("name: mine\nscoring: exact\nframes: 0", "frames is 0; at least 1"),
+        ("- name", "must hold settings such as `name: receipts`"),
+        ("name: [", "not YAML"),
+        ("{? [a] : b}", "not YAML|unknown setting"),
+        ("name: 2001-99-99\nscoring: exact", "not YAML"),
+        ("[" * 5000, "not YAML"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"receipts\.yaml: .*({said})"):
+        find_benchmark(str(written(tmp_path, text)))
+
+
+@given(content=st.binary(max_size=50))
+def test_any_bytes_are_a_benchmark_or_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "any.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_own(path)
+    assert len(str(error.value)) <= LONGEST_MESSAGE
+
+
+PACKAGE = """
+from dora_vl.evaluation.benchmarks import Benchmark
+from dora_vl.evaluation.scored import ACCURACY, Tally
+
+def score(examples, answers):
+    tally = Tally()
+    for example in examples:
+        right = float(answers.get(example.id) == example.extra["wanted"])
+        tally.add(example.id, right, {"right": right, "asked": 1.0})
+    return tally.scored({"mine": ACCURACY})
+
+MINE = Benchmark(modes={"": score}, splits=("dev",))
+NOT_ONE = 3
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package with benchmarks, one of them sound."""
+    folder = tmp_path / "site"
+    (folder / "mine-1.0.dist-info").mkdir(parents=True)
+    (folder / "own_benchmarks.py").write_text(PACKAGE)
+    (folder / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (folder / "mine-1.0.dist-info" / "entry_points.txt").write_text(
+        "[dora_vl.benchmarks]\nmine = own_benchmarks:MINE\nbroken = own_benchmarks:GONE\nodd = own_benchmarks:NOT_ONE\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "own_benchmarks", raising=False)
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_installed_package_adds_benchmarks(tmp_path: Path, capsys: Any) -> None:
+    extra = {"wanted": "x"}
+    examples = [Example(id=name, answers=(Answer(text="x"),), extra=extra) for name in "ab"]
+    write_examples(tmp_path / "records" / "mine" / "dev.jsonl", examples)
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "answer": "x"}\n{"id": "b", "answer": "y"}\n')
+    options = ["--records", tmp_path / "records", "--predictions", tmp_path / "p.jsonl", "--to", tmp_path / "to"]
+    main(["evaluate", "--benchmarks", "mine", *map(str, options)])
+    entry = json.loads((tmp_path / "to" / "metrics.json").read_text())["benchmarks"]["mine"]
+    assert entry["metrics"]["mine"]["value"] == 50.0
+    write_examples(tmp_path / "records" / "mine" / "dev.jsonl", [Example(id="a", answers=(Answer(text="x"),))])
+    with pytest.raises(SystemExit) as status:  # its scorer trips over a record
+        main(["evaluate", "--benchmarks", "mine", *map(str, options)])
+    assert status.value.code == 2
+    assert "the scorer of mine cannot read (KeyError: \"'wanted'\")" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("broken", "benchmark broken: own_benchmarks:GONE of an installed package fails"),
+        ("odd", "benchmark odd: own_benchmarks:NOT_ONE is a int, it must be a Benchmark"),
+        ("min", "no benchmark 'min'; did you mean 'mine'"),
+    ],
+)
+def test_a_broken_package_is_named(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        find_benchmark(name)
+
+
+def test_the_tables_own_come_before_a_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    thief = EntryPoint(name="pope", value="os:getcwd", group=other_benchmarks.GROUP)
+    monkeypatch.setattr(other_benchmarks, "entry_points", lambda *, group: [thief])
+    assert find_benchmark("pope:test").benchmark.modes

@@ -1,0 +1,148 @@
+"""The published 7B recipes, both stages and the merge, on a stand-in of Vicuna v1.5 with `tokenizer.model` alone.
+
+`make fresh-install` runs it in an environment that holds the package without any extra; a test runs it in this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from tests.backbones.tiny_sentencepiece import write_tiny_vicuna
+
+ROOT = Path(__file__).parents[2]
+SIDE, PATCH = 28, 14
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220)}
+
+
+def write_tiny_clip(folder: Path) -> Path:
+    """A random CLIP tower of 4 picture tokens, with its picture preparation."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=SIDE, patch_size=PATCH)).save_pretrained(folder)
+    crop = {"height": SIDE, "width": SIDE}
+    CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=crop).save_pretrained(folder)
+    return folder
+
+
+def write_samples(folder: Path) -> Path:
+    """LLaVA JSON of 24 samples: rounds about coloured pictures of odd sizes, one in four without a picture."""
+    folder.mkdir(parents=True)
+    samples = []
+    for number in range(24):
+        colour = list(COLOURS)[number % 3]
+        asked = f"Is it {colour}?" if number % 4 == 0 else "<image>\nWhat is in the picture?"
+        turns = [asked, f"A {colour} circle", "Is it red?", "Yes, it is." if colour == "red" else "No, it is not."]
+        said = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(turns)]
+        sample = {"id": f"sample-{number}", "conversations": said}
+        if number % 4:
+            sample["image"] = f"{number}.png"
+            Image.new("RGB", (30 + number, 41), COLOURS[colour]).save(folder / f"{number}.png")
+        samples.append(sample)
+    (folder / "mix.json").write_text(json.dumps(samples), encoding="utf-8")
+    captions = [{**sample, "conversations": sample["conversations"][:2]} for sample in samples if "image" in sample]
+    (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    return folder
+
+
+def commands(folder: Path, *, python: Path) -> dict[str, list[str]]:
+    """What a person types, by name, with the recipes' settings but for what a stand-in and a CPU change."""
+    data, base, runs = folder / "data", folder / "runs" / "base", folder / "runs"
+    small = {
+        "model.base": base,
+        "model.compose.vision_name": folder / "clip",
+        "model.compose.language_model": folder / "vicuna",
+        "data.image_folder": data,
+        "data.workers": 0,
+        "training.tf32": "false",  # needs a GPU
+        "training.per_device_train_batch_size": 4,
+        "training.gradient_accumulation_steps": 1,
+        "training.logging_steps": 1,
+    }
+
+    def train(recipe: str, zero: str, **changes: object) -> list[str]:
+        # The recipe's own, as a file: the short names lie in a checkout.
+        deepspeed = ROOT / "configs" / "deepspeed" / f"{zero}.json"
+        named = {
+            **small,
+            "training.deepspeed": deepspeed,
+            **{name.replace("__", "."): value for name, value in changes.items()},
+        }
+        options = [word for name, value in named.items() for word in (f"--{name}", str(value))]
+        config = str(ROOT / "configs" / "llava" / f"{recipe}.yaml")
+        return [str(python), str(ROOT / "tasks" / "llava_instruct.py"), "--config", config, *options]
+
+    return {
+        "stage 1": train(
+            "llava15_7b_pretrain",
+            "zero2",
+            data__train=data / "captions.json",
+            training__output_dir=runs / "pretrain",
+            training__max_steps=4,
+        ),
+        "stage 2": train(
+            "llava15_7b_dora",
+            "zero3",
+            data__train=data / "mix.json",
+            adapter__initial=runs / "pretrain" / "adapter",
+            training__output_dir=runs / "dora",
+            training__max_steps=6,
+        ),
+        "merge": [
+            str(python.with_name("dora-vl")),
+            "merge",
+            *("--adapter", str(runs / "dora" / "adapter")),
+            *("--to", str(runs / "merged")),
+        ],
+    }
+
+
+def write_stand_ins(folder: Path) -> None:
+    """Vicuna, CLIP and the data in little."""
+    write_tiny_vicuna(folder / "vicuna")
+    write_tiny_clip(folder / "clip")
+    write_samples(folder / "data")
+
+
+def run_all(folder: Path, *, python: Path) -> dict[str, float]:
+    """Runs every command in `folder`; seconds by name.
+
+    Raises: RuntimeError with the end of what a command said, if it fails.
+    """
+    write_stand_ins(folder)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    seconds = {}
+    for name, words in commands(folder, python=python).items():
+        start = time.perf_counter()
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def main() -> None:
+    """Runs it all in this interpreter's environment and prints the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", type=Path, required=True, help="a new folder")
+    folder = parser.parse_args().to.absolute()
+    os.environ.pop("PYTHONPATH", None)  # the commands take the package that is installed
+    seconds = run_all(folder, python=Path(sys.executable))
+    for name, taken in seconds.items():
+        sys.stdout.write(f"{name}: {taken:.1f} s\n")
+    for stage in ("pretrain", "dora"):
+        numbers = json.loads((folder / "runs" / stage / "metrics.json").read_text(encoding="utf-8"))
+        sys.stdout.write(f"{stage}: {json.dumps(numbers)[:600]}\n")
+
+
+if __name__ == "__main__":
+    main()

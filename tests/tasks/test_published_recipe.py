@@ -1,0 +1,47 @@
+"""The published 7B recipes run from `tokenizer.model` to a merged folder that any tool opens."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+
+from dora_vl.backbones.language_source import load_tokenizer
+from dora_vl.backbones.llava import load_llava
+from dora_vl.core import load_adapter
+from tests.tasks.published_recipe import run_all
+
+
+def losses(run_folder: Path) -> list[float]:
+    lines = (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_both_stages_and_the_merge(tmp_path: Path) -> None:
+    run_all(tmp_path, python=Path(sys.executable))
+    runs = tmp_path / "runs"
+    assert len(losses(runs / "pretrain")) == 4
+    stage_2 = losses(runs / "dora")
+    assert len(stage_2) == 6
+    assert sum(stage_2[3:]) < sum(stage_2[:3])
+    trained = load_file(runs / "pretrain" / "adapter" / "adapter_model.safetensors")
+    assert len(trained) == 4  # weight and bias of the projector's two linears
+    tokenizer = load_tokenizer(str(runs / "merged"))
+    picture = tokenizer.convert_tokens_to_ids("<image>")
+    ids = torch.tensor([[*tokenizer(" Is it").input_ids, *[picture] * 4, *tokenizer("red?").input_ids[1:]]])
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    adapted = load_llava(str(runs / "base"))
+    before = adapted.model(**inputs).logits
+    load_adapter(adapted.model, runs / "dora" / "adapter")
+    expected = adapted.model(**inputs).logits
+    merged = LlavaForConditionalGeneration.from_pretrained(runs / "merged", dtype=torch.float32)
+    error = (merged(**inputs).logits - expected).abs().max()
+    assert error < 0.05 * (expected - before).abs().max()  # the merged weights are rounded to bfloat16

@@ -1,0 +1,81 @@
+"""An error is one short line, whatever it quotes."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dora_vl.cli import main
+from dora_vl.errors import LONGEST_MESSAGE, BadSample, UserError, exit_on_user_error, one_line, shown
+
+LONG = 60_755
+
+
+@settings(deadline=None)
+@given(message=st.text(), most=st.integers(min_value=30, max_value=200))
+def test_any_message_is_one_short_line(message: str, most: int) -> None:
+    line = one_line(message, most)
+    assert len(line) <= most
+    assert len(line.splitlines()) <= 1
+    assert not any(character < " " or "\x7f" <= character < "\xa0" for character in line)
+
+
+def test_the_beginning_and_the_end_of_a_long_message_stay() -> None:
+    error = UserError(f"a.jsonl, line 7: {'x' * LONG} is no answer; write it again")
+    assert len(str(error)) == LONGEST_MESSAGE
+    assert str(error).startswith("a.jsonl, line 7: xxx")
+    assert str(error).endswith("xxx is no answer; write it again")
+    assert " [...] " in str(error)
+    assert str(UserError("two\n  lines\x1b[31m")) == "two lines?[31m"
+
+
+def test_white_space_without_end_takes_no_time() -> None:
+    assert len(one_line(" " * 2_000_000 + "x" * LONG)) == LONGEST_MESSAGE
+
+
+def test_a_bad_sample_is_short_too_and_travels() -> None:
+    error = pickle.loads(pickle.dumps(BadSample("i" * LONG, "r" * LONG)))
+    assert len(str(error)) <= LONGEST_MESSAGE
+    assert len(error.reason) == LONGEST_MESSAGE
+    assert error.sample_id == "i" * LONG
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("it's", '"it\'s"'),
+        ([1, "b"], "[1, 'b']"),
+        ("x" * LONG, "'" + "x" * 56 + "..."),
+        (b"y" * LONG, "b'" + "y" * 55 + "..."),
+        ([0] * LONG, "[" + "0, " * 18 + "0," + "..."),
+        ([10**5000], "a list too large to be shown"),
+    ],
+)
+def test_a_quoted_value_is_short(value: object, text: str) -> None:
+    assert shown(value) == text
+
+
+def test_the_line_on_stderr_has_at_most_500_characters(capsys: Any) -> None:
+    @exit_on_user_error
+    def fails() -> None:
+        raise UserError("é" * LONG)
+
+    with pytest.raises(SystemExit) as status:
+        fails()
+    error = capsys.readouterr().err
+    assert status.value.code == 2
+    assert error.startswith("error: é")
+    assert error.count("\n") == 1
+    assert len(error) <= 500
+
+
+@pytest.mark.parametrize("words", [["x" * LONG], ["evaluate", "--benchmarks", "pope", "--limit", "9" * 4000 + "x"]])
+def test_options_of_any_length_give_short_lines(words: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(words)
+    assert status.value.code == 2
+    assert max(map(len, capsys.readouterr().err.splitlines())) <= 500
