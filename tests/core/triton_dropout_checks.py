@@ -61,7 +61,7 @@ def test_philox_as_published():
     assert philox((LOW, LOW, LOW, LOW), (LOW, LOW)) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
-@pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("probability", [0.05, 0.9])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 515)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_copys_mask_is_philoxs(dtype, shape, probability):

@@ -71,8 +71,7 @@ def test_squared_norms_of_several_layers(dtype, rank):
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out x in", "in x out"])
 @pytest.mark.parametrize("rows", [[], [0], [3, 16, 17, 74], list(range(75))], ids=lambda rows: f"{len(rows)} cancel")
-@pytest.mark.parametrize("rank", [1, 5, 130])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 1), (torch.bfloat16, 5), (torch.float16, 130)], ids=str)
 def test_rows_that_cancel_are_dense(dtype, rank, rows, transposed):
     weight, a, b = operands(75, 100, rank, dtype)
     cancel(weight, a, b, rows)
