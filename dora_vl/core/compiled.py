@@ -75,10 +75,15 @@ def _norms(layer: AdaptedLayer, squared: Tensor, a: Tensor, b: Tensor) -> Float[
     schema="(Tensor weight, Tensor squared, Tensor a, Tensor b, float scale) -> Tensor",
 )
 def safe_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """n of each row, rows that cancel taken dense; their number is known only at run time, which no graph can hold.
+    """n of each row, rows that cancel taken dense; their number is known only at run time, which no graph can hold."""
+    return trusted_norms(weight, squared, a, b, scale)
 
-    Asking for it is free on CPU. On CUDA it would stop the host in every layer and rule CUDA graphs out, so kernels
-    decide there for themselves; only where there are none (float64, no Triton) is it asked for.
+
+def trusted_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`safe_norms` without the door of a graph around it.
+
+    Asking for the rows that cancel is free on CPU. On CUDA it would stop the host in every layer and rule CUDA graphs
+    out, so kernels decide there for themselves; only where there are none (float64, no Triton) is it asked for.
     """
     kernels = norm_kernels(weight)
     if kernels is not None:
