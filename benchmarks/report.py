@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from dora_vl.training.launch import available_cores
 
-PACKAGES = ("torch", "transformers", "peft", "deepspeed")
+PACKAGES = ("torch", "triton", "transformers", "peft", "deepspeed")
 
 
 def machine() -> dict[str, Any]:
@@ -23,8 +23,16 @@ def machine() -> dict[str, Any]:
         "cores": available_cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{package: _version(package) for package in PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: not every benchmark needs every package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

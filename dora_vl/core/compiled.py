@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dora_vl.core import functional
+from dora_vl.core.fused import norm_kernels
 
 if TYPE_CHECKING:
     from dora_vl.core.layer import AdaptedLayer
@@ -75,6 +76,18 @@ def _norms(layer: AdaptedLayer, squared: Tensor, a: Tensor, b: Tensor) -> Float[
 )
 def safe_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """n of each row, rows that cancel taken dense; their number is known only at run time, which no graph can hold."""
+    return trusted_norms(weight, squared, a, b, scale)
+
+
+def trusted_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`safe_norms` without the door of a graph around it.
+
+    Asking for the rows that cancel is free on CPU. On CUDA it would stop the host in every layer and rule CUDA graphs
+    out, so kernels decide there for themselves; only where there are none (float64, no Triton) is it asked for.
+    """
+    kernels = norm_kernels(weight)
+    if kernels is not None:
+        return kernels.norms(weight, squared, a, b, scale)
     on_A = F.linear(a.to(weight.dtype), weight)
     norms, cancelled = functional.direction_norms(
         squared, functional.factored_norms_squared(squared, a, b, on_A, scale)

@@ -153,15 +153,17 @@ class AdaptedProduct(torch.autograd.Function):
         dropped: Dropped | None,
     ) -> Float[Tensor, "*batch out"]:
         """Runs the layer; every operand but A, B and m in the dtype of x."""
-        kept_input, rows = x, x.reshape(-1, x.shape[-1])
+        kept_input = x
+        rows = masked = x.reshape(-1, x.shape[-1])
         y = ROW_HALVES.product(rows, weight.t(), bias)
         hidden = kept = fragile_z = positions = taken = None
         ctx.edits = ctx.probability = None
         if lora_A is not None:
             if dropped is not None:
                 ctx.probability, positions = dropped.probability, dropped.positions
-                kept_input, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
-            hidden = scaled_product(kept_input.reshape(rows.shape), lora_A.to(x.dtype).t(), scale)
+                masked, scale = dropped.shared_copy(rows), scale / (1 - dropped.probability)
+                kept_input = dropped.kept(x, masked)
+            hidden = scaled_product(masked, lora_A.to(x.dtype).t(), scale)
         y = changed_product_(y, hidden, lora_B, bias, gain)
         # No view of y, which torch lets nobody edit in place, but the same memory with another count of edits.
         output = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
@@ -188,18 +190,24 @@ class AdaptedProduct(torch.autograd.Function):
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         edited = y is not None and ctx.edits.happened()
         with_bias = bias is not None and (needs[2] or y is not None)
-        dz, dh, dy_y, bias_sum = backward_pass(dy, None if edited else y, lora_B, gain, ctx.scale, with_bias=with_bias)
-        dm = None
+        dm, fused, intact = None, _fused(dy, gain), None if edited else y
+        if fused is None:
+            dz, dh, dy_y, bias_sum = backward_pass(dy, intact, lora_B, gain, ctx.scale, with_bias=with_bias)
+            dm = None if dy_y is None else magnitude_gradient(dy_y, bias, bias_sum, gain)
+        else:
+            wanted = {"with_bias_sum": needs[2]}
+            dz, dh, dm, bias_sum = fused.backward_pass(dy, intact, lora_B, bias, gain, ctx.scale, **wanted)
         if edited:
             whole_rows = rows if dropped is None else dropped.restored(rows, taken)
             z = some_of_product(whole_rows, hidden, weight, lora_B)
             dm = (dy * z).sum(dim=0) * (gain.per_magnitude * gain.full)
-        elif dy_y is not None:
-            dm = magnitude_gradient(dy_y, dy, bias, bias_sum, gain, fragile_z)
+        elif dm is not None and fragile_z is not None:
+            dm[gain.fragile.rows] = (dy[:, gain.fragile.rows] * fragile_z).sum(dim=0) * gain.fragile.per_norm
         dx = ROW_HALVES.product(dz, weight) if needs[0] else None
         dA = dB = None
         if hidden is not None and dh is not None:
-            dx, dA, dB = low_rank_gradients(dx, dz, dh, rows, hidden, (lora_A, lora_B), dropped)
+            masked = rows if dropped is None else dropped.masked(rows)
+            dx, dA, dB = low_rank_gradients(dx, dz, dh, masked, hidden, (lora_A, lora_B), dropped)
         if dx is not None:
             dx = dx.view(ctx.input_shape)
         return dx, None, bias_sum if needs[2] else None, dA, dB, dm, None, None, None
@@ -236,8 +244,8 @@ def some_of_product(
 
 
 def _fused(activations: Tensor, gain: Gain | None) -> ModuleType | None:
-    """The CUDA kernels for this pass; none without a gain, which they are there to fuse, nor for fragile rows."""
-    return None if gain is None or gain.fragile is not None else fused_kernels(activations)
+    """The CUDA kernels for this pass; none without a gain, which they are there to fuse."""
+    return None if gain is None else fused_kernels(activations)
 
 
 def backward_pass(
@@ -254,9 +262,6 @@ def backward_pass(
     Sums taken outside the fused pass stay in the activations' dtype, whose reduction accumulates in float32: asking
     for a float32 sum of a half-precision tensor is thirty times slower on CPU.
     """
-    fused = _fused(dy, gain)
-    if fused is not None and gain is not None:
-        return fused.backward_pass(dy, y, lora_B, gain.minus_one, scale, with_bias=with_bias)
     if gain is not None and y is not None and dy.device.type == "cpu" and dy.numel():
         dz, dy_y, dy_sum = scaled_with_sums(dy, y, gain)
     else:
@@ -269,21 +274,15 @@ def backward_pass(
 
 def magnitude_gradient(
     summed: Float[Tensor, " out"],
-    dy: Float[Tensor, "rows out"],
     bias: Float[Tensor, " out"] | None,
     bias_sum: Float[Tensor, " out"] | None,
     gain: Gain,
-    fragile_z: Float[Tensor, "rows fragile"] | None,
 ) -> Float[Tensor, " out"]:
     """dL/dm_i = sum over rows of dy_i z_i / n_i, with z = (y - b) / g; `summed` is the sum of dy y over rows."""
     if bias is not None and bias_sum is not None:
         dtype = gain.per_magnitude.dtype
         summed = summed.to(dtype) - bias.to(dtype) * bias_sum.to(dtype)
-    dm = summed * gain.per_magnitude
-    if gain.fragile is not None and fragile_z is not None:
-        rows, per_norm = gain.fragile
-        dm[rows] = (dy[:, rows] * fragile_z).sum(dim=0) * per_norm
-    return dm
+    return summed * gain.per_magnitude
 
 
 def low_rank_gradients(
@@ -305,7 +304,7 @@ def low_rank_gradients(
     dA = (dh.t() @ rows).to(lora_A.dtype) if lora_A.requires_grad else None
     if dx is not None:
         a = lora_A.to(dz.dtype)
-        dx = dx.addmm_(dh, a) if dropped is None else dx.add_(dropped.apply_(dh @ a))
+        dx = dx.addmm_(dh, a) if dropped is None else dropped.add_product_(dx, dh, a)
     return dx, dA, dB
 
 

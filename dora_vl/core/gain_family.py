@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dora_vl.core import functional
 from dora_vl.core.freshness import SHARD_MARKS, is_plain_parameter
+from dora_vl.core.fused import norm_kernels
 from dora_vl.core.gain import Gain, quick_gains
 
 if TYPE_CHECKING:
@@ -130,7 +131,9 @@ def _norms_squared(layers: list[ProductLayer], frozen: Float[Tensor, "layers out
     for weight, own_a, place, gram_place in zip(weights, a, weight_on_A, gram, strict=True):
         torch.mm(weight, own_a.t(), out=place)
         torch.mm(own_a, own_a.t(), out=gram_place)
-    return functional.with_growth(frozen, b, weight_on_A, gram, layers[0].scale())
+    kernels = norm_kernels(b)
+    grown = functional.with_growth if kernels is None else kernels.norms_squared
+    return grown(frozen, b, weight_on_A, gram, layers[0].scale())
 
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "layers rows columns"]:

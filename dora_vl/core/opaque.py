@@ -17,6 +17,10 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.freshness import Snapshot
+from dora_vl.core.fused import fused_kernels
+from dora_vl.core.fused_change import FusedChange, gain_over_norm
+from dora_vl.core.gain import Gain
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import SHARED_DROPOUT
 from dora_vl.errors import UserError
@@ -92,9 +96,13 @@ class OpaqueLinear(AdaptedLayer):
 
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         """y = base(x) + (g - 1) (base(x) - b) + g s B A x."""
-        output, factors, gain = self.base(input), self.factors(), self.gain()
+        output, factors = self.base(input), self.factors()
         probability = self.adapter.dropout if self.training and factors is not None else 0.0
         whole = bool(probability) and self.adapter.dropout_mode == "whole_change"
+        fused = None if whole else self._fused_forward(output, input, probability)
+        if fused is not None:
+            return fused
+        gain = self.gain()
         dropped = input
         if whole or (probability and torch.compiler.is_compiling()):
             dropped = F.dropout(input, probability)
@@ -107,6 +115,31 @@ class OpaqueLinear(AdaptedLayer):
             low_rank = low_rank.to(output.dtype)
         frozen = self._without_bias(self.base(dropped) if whole else output)
         return functional.changed_output(output, frozen, low_rank, gain)
+
+    def _fused_forward(self, output: Tensor, input: Tensor, probability: float) -> Float[Tensor, "*batch out"] | None:
+        """`forward` through the CUDA kernels; None where they are not there, or the norm's gradient is wanted."""
+        live_norm = torch.is_grad_enabled() and not self.adapter.detach_norm
+        if self.magnitude is None or live_norm or input.dtype != output.dtype or fused_kernels(output) is None:
+            return None
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return None
+        dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
+        a, b = self.factors() or (None, None)
+        gain = self._current_gain(output.dtype)
+        operands = (output, input, self.bias, a, b, self.magnitude, gain, self.scale(), dropped)
+        return cast(Tensor, FusedChange.apply(*operands))
+
+    def _current_gain(self, dtype: torch.dtype) -> Gain:
+        if self._gain is None or self._gain[1] != dtype or not self.still_holds(self._gain[2]):
+            with torch.no_grad():
+                gain = gain_over_norm(cast(Tensor, self.magnitude), self.norms(), dtype)
+            self._gain = gain, dtype, self.snapshot()
+        return self._gain[0]
+
+    def forget_norms(self, *, frozen: bool = False) -> None:
+        """Drops what was computed from A, B and the magnitude, and with `frozen` from the frozen weight too."""
+        super().forget_norms(frozen=frozen)
+        self._gain: tuple[Gain, torch.dtype, Snapshot] | None = None
 
     def frozen_tensors(self) -> list[Tensor | None]:
         """All of the layer's tensors but its bias, which may train: which of them hold W is not known.

@@ -1,0 +1,262 @@
+"""Checks the CUDA kernels against the eager operations and times them beside PEFT and `torch.compile`, in ten minutes.
+
+    python benchmarks/gpu.py                             # writes benchmarks/results/gpu.json and gpu.png
+    python benchmarks/gpu.py --minutes 3 --to /tmp/gpu   # what does not fit is named
+    python benchmarks/gpu.py --device cpu --smoke        # the whole script on tiny shapes, for its test
+
+Needs torch, triton, peft and matplotlib. All in bfloat16: a training step (forward, backward, AdamW) and the decoding
+of one token, of linear layers and decoder blocks as in models of 1 to 8 billion parameters. Contenders take turns;
+quoted are medians over rounds of the ratio to PEFT's LoRA inside one round. Memory is what a step takes above what lay
+there before it. Exit status 1: a check failed, nothing was timed; 2: no CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it stands in its own folder
+
+from benchmarks.gpu_checks import Check, checks, compiled_check
+from benchmarks.gpu_models import CONTENDERS, Case, Steps, base_of, contender, steps_of
+from benchmarks.gpu_plot import plot
+from benchmarks.report import median, table, write_json
+
+RESULTS = Path(__file__).parent / "results" / "gpu"
+SHARE_OF_CHECKS = 0.3
+"""Of the time; what is left of the checks then is left out."""
+
+# The most telling first: what the budget cuts off is at the end.
+CASES = (
+    Case("8B block", 4096, 14336, 2048, 16, heads=32, compiled=True),
+    Case("8B down", 14336, 4096, 2048, 16),
+    Case("8B block, dropout", 4096, 14336, 2048, 16, dropout=0.05, heads=32),
+    Case("8B up", 4096, 14336, 4096, 128),
+    Case("3B block", 3072, 8192, 2048, 64, heads=24),
+    Case("8B block, rank 128", 4096, 14336, 2048, 128, heads=32),
+    Case("1B block", 2048, 8192, 512, 16, heads=32, compiled=True),
+    Case("8B q", 4096, 4096, 2048, 16, dropout=0.05),
+    Case("8B q, rank 384", 4096, 4096, 2048, 384),
+    Case("8B block, long", 4096, 14336, 4096, 16, heads=32),
+    Case("8B block, short", 4096, 14336, 512, 16, heads=32),
+    Case("1B up", 2048, 8192, 512, 64),
+    Case("8B block, rank 384", 4096, 14336, 2048, 384, dropout=0.05, heads=32),
+    Case("3B block, rank 128, compiled", 3072, 8192, 4096, 128, dropout=0.05, heads=24, compiled=True),
+)
+SMOKE_CASES = (
+    Case("tiny layer", 16, 24, 6, 3, dropout=0.1),
+    Case("tiny block", 16, 24, 6, 3, heads=4, compiled=True),
+)
+
+
+@dataclass
+class Budget:
+    """Seconds, kept by asking before each piece of work whether it would still end in time.
+
+    It is expected to take what the dearest one of its kind has taken so far.
+    """
+
+    seconds: float
+    started: float = field(default_factory=time.monotonic)
+    dearest: dict[str, float] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def spent(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.started
+
+    def run(self, kind: str, name: str, work: Callable[[], Any], *, expected: float = 0.0) -> Any:
+        """The work's result, or None, and its name kept, where it would not end in time."""
+        if self.spent() + self.dearest.get(kind, expected) > self.seconds:
+            self.left_out.append(name)
+            return None
+        began = self.spent()
+        try:
+            result = work()
+        except torch.OutOfMemoryError:
+            self.left_out.append(f"{name} (out of memory)")
+            return None
+        self.dearest[kind] = max(self.dearest.get(kind, 0.0), self.spent() - began)
+        return result
+
+
+def main() -> int:
+    """Checks, times, writes; the exit status."""
+    options = read_options()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device; --device cpu --smoke runs the script on tiny shapes", file=sys.stderr)
+        return 2
+    torch.set_float32_matmul_precision("highest")
+    budget = Budget(60 * options.minutes)
+    outcome = run_checks(options, budget)
+    failed = any(not check.passed for check in outcome)
+    rows: list[dict[str, Any]] = []
+    publish(options, budget, outcome, rows)
+    for row in () if failed else run_cases(options, budget):
+        rows.append(row)  # written after each, so that what comes later takes nothing away
+        publish(options, budget, outcome, rows)
+    publish(options, budget, outcome, rows)
+    if rows:
+        plot(rows, options.to.with_suffix(".png"))
+    print(f"\n{budget.spent():.0f} s of {budget.seconds:.0f} s; left out: {', '.join(budget.left_out) or 'nothing'}")
+    return 1 if failed else 0
+
+
+def publish(options: argparse.Namespace, budget: Budget, outcome: list[Check], rows: list[dict[str, Any]]) -> None:
+    """Writes the JSON as far as it has come."""
+    content = {
+        "options": {name: str(value) for name, value in vars(options).items() if name != "to"},
+        "checks": [{**asdict(check), "passed": check.passed} for check in outcome],
+        "cases": rows,
+        "left_out": budget.left_out,
+        "seconds": round(budget.spent(), 1),
+    }
+    write_json(options.to.with_suffix(".json"), content)
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: whether the script runs, no figure to quote")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time it may take")
+    parser.add_argument("--rounds", type=int, default=7, help="how often everybody takes a turn")
+    parser.add_argument("--to", type=Path, default=RESULTS, help="where the JSON and the PNG go, without the ending")
+    options = parser.parse_args()
+    if options.device == "cpu" and not options.smoke:
+        parser.error("--device cpu goes with --smoke")
+    return options
+
+
+def backend_of(options: argparse.Namespace) -> str:
+    """Of `torch.compile`; the smoke test needs no C++ compiler."""
+    return "aot_eager" if options.smoke else "inductor"
+
+
+def run_checks(options: argparse.Namespace, budget: Budget) -> list[Check]:
+    """Every check that its share of the time allows; those that fail are printed."""
+    done: list[Check] = []
+    for check in checks(options.device, smoke=options.smoke):
+        done.append(check)
+        if budget.spent() > SHARE_OF_CHECKS * budget.seconds:
+            budget.left_out.append("checks after " + check.name)
+            break
+    compiled = budget.run("check", "check of compiled", lambda: compiled_check(options.device, backend_of(options)))
+    done += [] if compiled is None else [compiled]
+    failed = [check for check in done if not check.passed]
+    print(f"{len(done) - len(failed)} of {len(done)} checks passed, in {budget.spent():.0f} s")
+    for check in failed:
+        print(f"FAILED {check.name}: {check.error:.2g}, at most {check.allowed:.2g}")
+    return done
+
+
+def run_cases(options: argparse.Namespace, budget: Budget) -> Iterator[dict[str, Any]]:
+    """The rows of the results that there is time for, each printed as it comes."""
+    for case in SMOKE_CASES if options.smoke else CASES:
+        kind = f"{'block' if case.heads else 'layer'}{' compiled' if case.compiled else ''}"
+        expected = 0.0 if options.smoke else 90.0 if case.compiled else 20.0
+        row = budget.run(kind, case.name, lambda case=case: timed(case, options), expected=expected)
+        if row is not None:
+            yield row
+
+
+def timed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """One row: milliseconds, ratios, bytes and launches of each contender."""
+    base = base_of(case, torch.bfloat16, options.device)
+    names = [name for name in CONTENDERS if case.compiled or name != "ours_compiled"]
+    steps = {name: steps_of(name, contender(name, base, case), case, backend_of(options)) for name in names}
+    row: dict[str, Any] = {"case": asdict(case), "label": case.label()}
+    for what in ("train", "decode"):
+        milliseconds = take_turns(steps, what, options)
+        row[f"{what}_ms"] = {name: median([one[name] for one in milliseconds]) for name in names}
+        row[f"{what}_vs_peft_lora"] = {
+            name: median([one[name] / one["peft_lora"] for one in milliseconds]) for name in names
+        }
+    if options.device == "cuda":
+        row["step_mib"] = {name: step_mib(one) for name, one in steps.items()}
+        row["launches"] = {name: launches(one) for name, one in steps.items()}
+    heads = (
+        "contender",
+        "train ms",
+        "x LoRA",
+        "decode ms",
+        "x LoRA",
+        *(key for key in ("step_mib", "launches") if key in row),
+    )
+    columns = ("train_ms", "train_vs_peft_lora", "decode_ms", "decode_vs_peft_lora", *heads[5:])
+    print(f"\n{case.name}: {case.label()}")
+    print(table(heads, [(name, *(row[column][name] for column in columns)) for name in names]))
+    del steps
+    gc.collect()
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def take_turns(steps: dict[str, Steps], what: str, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Milliseconds of each contender in each round; everybody warms up first, which compiles and times tiles."""
+    work = {name: (getattr(one, what), one.around) for name, one in steps.items()}
+    for step, around in work.values():
+        with around():
+            for _ in range(3):
+                step()
+    repeats = 2 if options.smoke else 5
+    rounds = []
+    for _ in range(options.rounds):
+        rounds.append(
+            {name: milliseconds(step, around, repeats, options.device) for name, (step, around) in work.items()}
+        )
+    return rounds
+
+
+def milliseconds(step: Callable[[], None], around: Callable[[], Any], repeats: int, device: str) -> float:
+    """Of one step, from several in a row, the card's work included."""
+    with around():
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        _wait(device)
+        return 1e3 * (time.perf_counter() - began) / repeats
+
+
+def step_mib(steps: Steps) -> float:
+    """The peak of a training step above what lay there before."""
+    with steps.around():
+        steps.train()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        steps.train()
+        torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def launches(steps: Steps) -> int:
+    """Kernels of a training step."""
+    with steps.around(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        steps.train()
+        torch.cuda.synchronize()
+    return sum(_is_kernel(event) for event in profile.events() or ())
+
+
+def _is_kernel(event: Any) -> bool:
+    on_card = event.device_type == torch.autograd.DeviceType.CUDA
+    return on_card and not event.name.startswith(("Memcpy", "Memset"))
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""Every Triton kernel against the eager operations, on the device at hand: `gpu.py` runs it before it times anything.
+
+Truth is the eager path in float64. In float32 the kernels must be as near as rounding allows; in bfloat16, no farther
+from the truth than a little more than the eager path is.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_vl import DoRAConfig, apply_dora
+from dora_vl.core.compiled import safe_norms
+from dora_vl.core.dropout import Dropped, draw_dropped
+from dora_vl.core.functional import row_norms_squared
+from dora_vl.core.fused import without_kernels
+from dora_vl.core.linear import SHARED_DROPOUT
+
+EXACT = 2e-5
+"""In float32, of the largest value; sums of thousands of terms in another order."""
+SLACK = 1.5
+"""In bfloat16, times the eager path's own error."""
+ROUNDED = 2.0**-6
+"""In bfloat16, of the largest value, what is allowed in any case: some roundings, which the interpreter takes down."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """False for NaN too."""
+        return self.error <= self.allowed
+
+
+class Sealed(nn.Module):
+    """A linear layer that is only ever called, as a quantised one."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inner.in_features, inner.out_features
+        self.secret, self.bias = inner.weight, inner.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product, in the weight's dtype."""
+        return nn.functional.linear(x.to(self.secret.dtype), self.secret, self.bias)
+
+
+SWITCH = "DORA_VL_TRITON_TILES"
+SEALED = f"{Sealed.__module__}.{Sealed.__qualname__}"
+
+
+def checks(device: str, *, smoke: bool) -> Iterator[Check]:
+    """All of them, with `smoke` on tiny shapes. In fixed tiles, which compile once, but for one layer at the end."""
+    shapes = [(33, 40, 52)] if smoke else [(1, 2048, 2560), (77, 1000, 1504), (1024, 2048, 2560)]
+    ranks = (3, 20) if smoke else (1, 16, 64, 130, 384)
+    dtypes = (torch.float32, torch.bfloat16)
+    with _fixed_tiles():
+        for (rows, columns, out), rank, dtype in product(shapes, ranks, dtypes):
+            for name, changes in VARIANTS.items():
+                yield from _layer_checks(name, changes, (rows, columns, out, rank), dtype, device)
+        for rank, dtype in product(ranks, dtypes):
+            yield _cancelled(rank, dtype, device, width=64 if smoke else 2048)
+        yield _repeats(device, width=64 if smoke else 4096)
+    yield from _layer_checks("linear in timed tiles", {"dropout": 0.3}, (*shapes[-1], 16), torch.bfloat16, device)
+
+
+@contextmanager
+def _fixed_tiles() -> Iterator[None]:
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "fixed"
+    try:
+        yield
+    finally:
+        os.environ.pop(SWITCH)
+        if before is not None:
+            os.environ[SWITCH] = before
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "linear with dropout": {"dropout": 0.3},
+    "magnitude": {"method": "magnitude"},
+    "opaque": {"opaque": True},
+    "opaque with dropout": {"opaque": True, "dropout": 0.3},
+}
+
+
+def _layer_checks(
+    name: str, changes: dict[str, Any], sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str
+) -> Iterator[Check]:
+    rows, columns, out, rank = sizes
+    layer = _adapted(columns, out, rank, dtype, device, **changes)
+    wide = copy.deepcopy(layer).double()
+    x, upstream = (torch.randn(rows, size, device=device, dtype=dtype) for size in (columns, out))
+    dropped = draw_dropped(x, 0.3)
+    found = _passed(layer, x, upstream, dropped)
+    seen = dropped.apply(torch.ones_like(x)) == 0
+    with without_kernels():
+        mask = Dropped(0.3, seen if x.is_cuda else seen.flatten().nonzero().flatten())
+        eager, truth = _passed(layer, x, upstream, mask), _passed(wide, x.double(), upstream.double(), mask)
+    for key, exact in truth.items():
+        error, own = (_error(one[key], exact) for one in (found, eager))
+        allowed = EXACT if dtype == torch.float32 else max(SLACK * own, ROUNDED)
+        shape = f"{rows} x {columns} -> {out}, rank {rank}"
+        yield Check(f"{name}, {key}, {shape}, {str(dtype).removeprefix('torch.')}", error, allowed)
+
+
+def _adapted(
+    columns: int, out: int, rank: int, dtype: torch.dtype, device: str, *, opaque: bool = False, **changes: Any
+) -> nn.Module:
+    torch.manual_seed(0)
+    base = nn.Linear(columns, out, device=device, dtype=dtype)
+    config = DoRAConfig(
+        targets=("*",), rank=rank, alpha=1.5 * rank, opaque_layers=(SEALED,), **{"dropout": 0.0, **changes}
+    )
+    model = nn.Sequential(Sealed(base) if opaque else base)
+    apply_dora(model, config)
+    with torch.no_grad():
+        for leaf, parameter in model.named_parameters():
+            if leaf.endswith("lora_B"):
+                parameter.normal_(std=0.02)
+            elif leaf.endswith("magnitude"):
+                parameter.mul_(torch.linspace(0.5, 1.7, out, device=device))
+    return model.train()
+
+
+def _passed(model: nn.Module, x: Tensor, upstream: Tensor, dropped: Dropped) -> dict[str, Tensor]:
+    """Output, gradients and the output in inference, by name."""
+    model.zero_grad()
+    model[0].forget_norms(frozen=True)  # pyright: ignore[reportIndexIssue]
+    inputs = x.detach().requires_grad_()
+    with _given(dropped):
+        y = model(inputs)
+    y.backward(upstream)
+    trained = {f"d {name.removeprefix('0.')}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        quiet = model.eval()(x)
+    model.train()
+    assert inputs.grad is not None
+    return {"y": y.detach(), "y in inference": quiet, "d x": inputs.grad, **trained}
+
+
+class _given:
+    """Inside, every layer draws this dropout."""
+
+    def __init__(self, dropped: Dropped) -> None:
+        self._dropped = dropped
+
+    def __enter__(self) -> None:
+        def draw(tensor: Tensor, probability: float, user: int) -> Dropped:
+            return self._dropped
+
+        vars(SHARED_DROPOUT)["draw"] = draw
+
+    def __exit__(self, *problem: object) -> None:
+        del vars(SHARED_DROPOUT)["draw"]
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+
+
+def _cancelled(rank: int, dtype: torch.dtype, device: str, *, width: int) -> Check:
+    """Norms, a few rows of which cancel to a thousandth."""
+    torch.manual_seed(0)
+    weight = torch.randn(width, width, device=device).to(dtype)
+    a, b = 0.1 * torch.randn(rank, width, device=device), 0.3 * torch.randn(width, rank, device=device)
+    weight[::17] = (-1.001 * (b @ a))[::17].to(dtype)
+    found = safe_norms(weight, row_norms_squared(weight), a, b, 1.0)[::17]
+    exact = torch.linalg.vector_norm(weight.double() + b.double() @ a.double(), dim=1)[::17]
+    error = float(((found.double() - exact) / exact).abs().max())
+    return Check(f"norms of rows that cancel, rank {rank}, {str(dtype).removeprefix('torch.')}", error, 1e-3)
+
+
+def _repeats(device: str, *, width: int) -> Check:
+    """A pass with dropout under one seed, twice: not a bit may differ."""
+    layer = _adapted(width, width, 16, torch.float32, device, dropout=0.1)
+    x, results = torch.randn(64, width, device=device), []
+    for _ in range(2):
+        torch.manual_seed(7)
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        results.append([one.grad.clone() for one in layer.parameters() if one.grad is not None])
+    differing = sum(int((one != other).sum()) for one, other in zip(*results, strict=True))
+    return Check("elements that differ when a pass with dropout is repeated", differing, 0)
+
+
+def compiled_check(device: str, backend: str) -> Check:
+    """A compiled layer against the eager one, in one graph; on CUDA recorded as a CUDA graph."""
+    layer: Callable[..., Tensor] = _adapted(64, 96, 5, torch.float32, device)
+    x = torch.randn(33, 64, device=device)
+    options: dict[str, Any] = {"mode": "reduce-overhead"} if device == "cuda" else {}
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, **options)
+    with torch.no_grad():
+        expected = layer(x).double()
+        errors = [_error(compiled(x), expected) for _ in range(3)]  # on CUDA the first two warm up and record
+    return Check("compiled, in one graph", max(errors), EXACT)

@@ -1,0 +1,88 @@
+"""The GPU benchmark without a GPU: it refuses in a line; on tiny shapes in the interpreter it runs from end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import Budget
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+NOT_NEEDED = ("deepspeed", "datasets", "timm", "open_clip", "bitsandbytes", "hqq", "decord", "gguf", "jsonargparse")
+"""Of this project's own requirements, what the benchmark runs without."""
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *words], env={**variables, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_without_cuda_it_is_one_line(tmp_path):
+    done = run(str(SCRIPT), "--to", str(tmp_path / "gpu"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "no CUDA device; --device cpu --smoke runs the script on tiny shapes\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_whole_script_on_tiny_shapes(tmp_path):
+    pytest.importorskip("triton", reason="torch's CPU builds bring no Triton: pip install triton")
+    pytest.importorskip("matplotlib")
+    blocks = "; ".join(f"sys.modules[{name!r}] = None" for name in NOT_NEEDED)
+    words = ["--device", "cpu", "--smoke", "--rounds", "1", "--to", str(tmp_path / "gpu")]
+    code = (
+        f"import runpy, sys; {blocks}; sys.argv[1:] = {words!r}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    done = run("-c", code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(written["checks"]) > 100
+    assert all(check["passed"] for check in written["checks"])
+    assert any(check["error"] > 0 for check in written["checks"]), "what is compared is not the same path twice"
+    assert [row["case"]["name"] for row in written["cases"]] == ["tiny layer", "tiny block"]
+    assert all(value > 0 for row in written["cases"] for value in row["train_ms"].values())
+    assert "ours_compiled" in written["cases"][1]["decode_ms"]
+    assert written["left_out"] == []
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_check_times_nothing(tmp_path, monkeypatch, capsys):
+    from benchmarks import gpu
+    from benchmarks.gpu_checks import Check
+
+    monkeypatch.setattr(gpu, "checks", lambda device, smoke: iter([Check("good", 0.1, 0.2), Check("bad", 0.3, 0.2)]))
+    monkeypatch.setattr(gpu, "compiled_check", lambda *_: Check("not a number", float("nan"), 1.0))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--smoke", "--to", str(tmp_path / "gpu")])
+    assert gpu.main() == 1
+    assert "FAILED bad: 0.3, at most 0.2" in capsys.readouterr().out
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert [check["passed"] for check in written["checks"]] == [True, False, False]
+    assert written["cases"] == []
+
+
+def test_the_budget_names_what_it_leaves_out():
+    budget, ran = Budget(10.0), []
+    now = iter([0.0, 0.0, 4.0, 4.0, 4.0, 8.0, 8.0, 9.0, 9.0, 9.5])
+    budget.spent = lambda: next(now)
+    assert budget.run("block", "first", lambda: ran.append(1) or "row", expected=5.0) == "row"
+    assert budget.run("block", "second", lambda: ran.append(2) or "row") == "row"
+    assert budget.run("block", "third", lambda: ran.append(3)) is None, "the dearest block took 4 s, 2 are left"
+    assert budget.run("layer", "fourth", lambda: ran.append(4), expected=5.0) is None
+    assert ran == [1, 2]
+
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    budget.spent = lambda: 0.0
+    assert budget.run("layer", "fifth", too_large) is None
+    assert budget.left_out == ["third", "fourth", "fifth (out of memory)"]
