@@ -172,10 +172,11 @@ def test_a_part_that_does_not_train_gets_no_gradient(monkeypatch, calls, frozen)
 
 def test_the_number_of_threads_changes_no_bit_of_the_sums(calls):
     """Inputs and weights are whole numbers, so that the product, which is a library's, is exact in any order."""
-    model, x = model_of(torch.float32)[:1], torch.randint(-3, 4, (400, 37)).float()
+    model, x = model_of(torch.float32, bias=False)[:1], torch.randint(-3, 4, (400, 37)).float()
     with torch.no_grad():
         model[0].weight.copy_(torch.randint(-3, 4, (301, 37)))
         model[0].lora_B.zero_()
+        model[0].magnitude.copy_(torch.linspace(5, 20, 301))
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -187,6 +188,17 @@ def test_the_number_of_threads_changes_no_bit_of_the_sums(calls):
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert calls["sound"] == 3
+
+
+def test_adapters_in_half_precision_as_peft_can_have_them(monkeypatch, calls):
+    model, x = model_of(torch.bfloat16), torch.randn(9, 37).to(torch.bfloat16)
+    for layer in (model[0], model[2]):
+        for leaf in ("lora_A", "lora_B", "magnitude"):
+            setattr(layer, leaf, nn.Parameter(getattr(layer, leaf).detach().to(torch.bfloat16)))
+    found = results(model, x)
+    assert [gradient.dtype for gradient in found] == [torch.bfloat16] * len(found)
+    assert_near(found, reference(model, x, monkeypatch), 3e-2)
+    assert calls == {"sound": 2, "unsound": 0}
 
 
 def test_a_second_derivative_is_an_error_and_no_zero(calls):

@@ -4,8 +4,9 @@
 //     forward    y = g (W x + s B A x) + b       the gain, when it is due, right after W x, while W is in the cache
 //     backward   dz = g dy, the sums of dy y and dy over rows in one pass; dx = dz W + dh A, dA, dB, dm, db
 //
-// Built by cpu_step.py; held to functional.py by tests. The sums of a column run over the rows in their order, whatever
-// the number of threads, so a result does not depend on it.
+// Here s goes into B when it is cast, and into dB when that is: `b` is s B in the activations' dtype, h = A x.
+//
+// Built by cpu_step.py; held to functional.py by tests.
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -16,9 +17,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/reciprocal.h>
-#include <ATen/ops/sub.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
@@ -35,7 +33,7 @@ using torch::autograd::variable_list;
 
 namespace {
 
-constexpr int64_t TILE = 256;           // columns whose sums one thread keeps at a time
+constexpr int64_t BLOCK_ROWS = 64;      // rows whose sums one thread takes at a time
 constexpr int64_t GRAIN = 32768;        // numbers below which a pass is not worth a second thread
 constexpr float CANCELLATION = 0.15f;   // the three bounds of gain.py
 constexpr float FRAGILE_GAIN = 0.05f;
@@ -84,35 +82,52 @@ void scale_rows(T* y, const float* away, const float* bias, int64_t rows, int64_
   });
 }
 
+// Block by block of rows, each with sums of its own, so that memory is read in its order and the sums do not depend on
+// the number of threads.
 template <typename T>
 void scale_and_sum(const T* dy, const T* y, const float* away, T* dz, float* dy_y, float* dy_sum, int64_t rows,
                    int64_t out) {
-  at::parallel_for(0, (out + TILE - 1) / TILE, grain(TILE * rows), [&](int64_t begin, int64_t end) {
-    for (int64_t start = begin * TILE; start < std::min(end * TILE, out); start += TILE) {
-      const int64_t width = std::min(TILE, out - start);
-      float products[TILE] = {0}, sums[TILE] = {0}, gains[TILE];
-      std::copy(away + start, away + start + width, gains);
-      for (int64_t row = 0; row < rows; ++row) {
-        const T *upstream = dy + row * out + start, *output = y + row * out + start;
-        T* scaled = dz + row * out + start;
+  const int64_t blocks = std::max<int64_t>(1, (rows + BLOCK_ROWS - 1) / BLOCK_ROWS);
+  std::vector<float> partial(2 * blocks * out, 0.0f);
+  at::parallel_for(0, blocks, grain(BLOCK_ROWS * out), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      float *products = partial.data() + 2 * block * out, *sums = products + out;
+      for (int64_t row = block * BLOCK_ROWS; row < std::min((block + 1) * BLOCK_ROWS, rows); ++row) {
+        const T *upstream = dy + row * out, *output = y + row * out;
+        T* scaled = dz + row * out;
 #pragma GCC ivdep
-        for (int64_t i = 0; i < width; ++i) {
-          const float value = wide(upstream[i]);
-          products[i] += value * wide(output[i]);
-          sums[i] += value;
-          scaled[i] = narrow<T>(value + gains[i] * value);
+        for (int64_t o = 0; o < out; ++o) {
+          const float value = wide(upstream[o]);
+          products[o] += value * wide(output[o]);
+          sums[o] += value;
+          scaled[o] = narrow<T>(value + away[o] * value);
         }
       }
-      std::copy(products, products + width, dy_y + start);
-      std::copy(sums, sums + width, dy_sum + start);
     }
+  });
+  std::copy(partial.begin(), partial.begin() + out, dy_y);
+  std::copy(partial.begin() + out, partial.begin() + 2 * out, dy_sum);
+  for (int64_t block = 1; block < blocks; ++block) {
+    const float *products = partial.data() + 2 * block * out, *sums = products + out;
+    for (int64_t o = 0; o < out; ++o) {
+      dy_y[o] += products[o];
+      dy_sum[o] += sums[o];
+    }
+  }
+}
+
+// A factor in the activations' dtype, times `scale`, in one pass.
+template <typename To, typename From>
+void cast_into(const From* from, To* to, int64_t count, float scale) {
+  at::parallel_for(0, count, GRAIN, [&](int64_t begin, int64_t end) {
+#pragma GCC ivdep
+    for (int64_t i = begin; i < end; ++i) to[i] = narrow<To>(wide(from[i]) * scale);
   });
 }
 
-// n^2 = ||W||^2 + 2 s B.(W A^T + s/2 B A A^T)
+// n^2 = ||W||^2 + 2 b.(W A^T + b A A^T / 2)
 template <typename T>
-void norms_squared(const T* b, const T* half, const float* frozen, float* squared, int64_t out, int64_t rank,
-                   float scale) {
+void norms_squared(const T* b, const T* half, const float* frozen, float* squared, int64_t out, int64_t rank) {
   at::parallel_for(0, out, grain(rank), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T *factor = b + row * rank, *grown = half + row * rank;
@@ -125,7 +140,7 @@ void norms_squared(const T* b, const T* half, const float* frozen, float* square
       float sum = 0;
       for (; k < rank; ++k) sum += wide(factor[k]) * wide(grown[k]);
       for (float lane : lanes) sum += lane;
-      squared[row] = frozen[row] + 2 * scale * sum;
+      squared[row] = frozen[row] + 2 * sum;
     }
   });
 }
@@ -135,13 +150,14 @@ void norms_squared(const T* b, const T* half, const float* frozen, float* square
 bool gains(std::vector<Tensor>& gain, const Tensor& frozen, const Tensor& magnitude, const Tensor& bias) {
   Tensor squared = gain[0].clone();
   at::div_out(gain[0], magnitude, gain[0].sqrt_());
-  at::sub_out(gain[1], gain[0], at::ones({}, gain[0].options()));
-  at::reciprocal_out(gain[2], magnitude);
   const float *n2 = squared.const_data_ptr<float>(), *w2 = frozen.const_data_ptr<float>();
   const float *g = gain[0].const_data_ptr<float>(), *m = magnitude.const_data_ptr<float>();
   const float* b = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  float *away = gain[1].mutable_data_ptr<float>(), *per_magnitude = gain[2].mutable_data_ptr<float>();
   bool sound = true;
   for (int64_t row = 0; row < squared.numel(); ++row) {  // written so that a NaN is not sound
+    away[row] = g[row] - 1;
+    per_magnitude[row] = 1 / m[row];
     sound &= n2[row] > CANCELLATION * w2[row] && std::abs(g[row]) > FRAGILE_GAIN;
     if (b != nullptr) sound &= LARGE_BIAS * std::abs(m[row]) > std::abs(b[row]);
   }
@@ -161,8 +177,21 @@ Tensor product(const Tensor& rows, const Tensor& matrix, const Tensor& bias, boo
   return result;
 }
 
-Tensor scaled_product(const Tensor& rows, const Tensor& matrix, double scale) {
-  return at::addmm(at::empty({}, rows.options()), rows, matrix, 0, scale);
+Tensor cast(const Tensor& factor, at::ScalarType dtype, double scale) {
+  Tensor from = factor.detach().contiguous();
+  if (from.scalar_type() == dtype && scale == 1) return from;
+  Tensor to = at::empty_like(from, from.options().dtype(dtype));
+  auto run = [&](auto from_zero, auto to_zero) {
+    using From = decltype(from_zero);
+    using To = decltype(to_zero);
+    cast_into(from.const_data_ptr<From>(), to.mutable_data_ptr<To>(), from.numel(), static_cast<float>(scale));
+  };
+  const bool from_wide = from.scalar_type() == at::kFloat, to_wide = dtype == at::kFloat;
+  if (from_wide && to_wide) run(float(), float());
+  else if (from_wide) run(float(), BFloat16());
+  else if (to_wide) run(BFloat16(), float());
+  else run(BFloat16(), BFloat16());
+  return to;
 }
 
 void apply_gain(Tensor& y, const Tensor& away, const Tensor& bias) {
@@ -175,7 +204,7 @@ void apply_gain(Tensor& y, const Tensor& away, const Tensor& bias) {
 
 // What one pass works on beside the operands that autograd knows of.
 struct Pass {
-  Tensor y, a, b, full, away, per_magnitude;  // y holds W x + b at the start; a and b are A and B in its dtype
+  Tensor y, a, b, full, away, per_magnitude;  // y holds W x + bias at the start; a and b are A and s B in its dtype
   double scale;
   bool halved_backward;
 };
@@ -186,7 +215,7 @@ class AdaptedProduct : public torch::autograd::Function<AdaptedProduct> {
                         const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, const Pass& pass) {
     at::AutoDispatchBelowADInplaceOrView guard;
     Tensor rows = x.reshape({-1, x.size(-1)}), y = pass.y;
-    Tensor hidden = scaled_product(rows, pass.a.t(), pass.scale);
+    Tensor hidden = at::mm(rows, pass.a.t());
     y.addmm_(hidden, pass.b.t());
     apply_gain(y, pass.away, float_or_none(bias));
     std::vector<int64_t> shape = x.sizes().vec();
@@ -195,6 +224,7 @@ class AdaptedProduct : public torch::autograd::Function<AdaptedProduct> {
     ctx->save_for_backward({x, weight, bias.value_or(Tensor()), lora_A, lora_B, hidden, y});
     ctx->saved_data["gain"] = std::vector<Tensor>{pass.full, pass.away, pass.per_magnitude};
     ctx->saved_data["scale"] = pass.scale;
+    ctx->saved_data["magnitude_dtype"] = magnitude.scalar_type();
     ctx->saved_data["halved"] = pass.halved_backward;
     // Shares the output's count of edits, without its memory: freshness.py's EditsInPlace.
     Tensor probe = at::empty({0}, y.options());
@@ -254,21 +284,22 @@ variable_list AdaptedProduct::backward(AutogradContext* ctx, const variable_list
   Tensor rows = x.reshape({-1, x.size(-1)}), z, dx, dA, dB;
   Tensor dy = upstream[0].reshape({-1, upstream[0].size(-1)}).contiguous();
   const int64_t first = bias.defined() ? 3 : 2;  // of A's place among the tensors that were given
-  Tensor a = lora_A.to(dy.scalar_type()), b = lora_B.to(dy.scalar_type());
+  Tensor b = cast(lora_B, dy.scalar_type(), scale);
   if (edited) z = at::mm(rows, weight.t()).addmm_(hidden, b.t());
   auto [dz, dm, db] = start_backward(dy, y, z, bias, gain);
-  Tensor dh = scaled_product(dz, b, scale);
+  Tensor dh = at::mm(dz, b);
   if (ctx->needs_input_grad(0)) {
     dx = product(dz, weight, Tensor(), ctx->saved_data["halved"].toBool());
-    dx = dx.addmm_(dh, a).view(x.sizes());
+    dx = dx.addmm_(dh, cast(lora_A, dy.scalar_type(), 1)).view(x.sizes());
   }
   if (ctx->needs_input_grad(first)) dA = dh.t().mm(rows).to(lora_A.scalar_type());
   if (ctx->needs_input_grad(first + 1)) {
     dB = hidden.size(1) < 64 ? hidden.t().mm(dz).t() : dz.t().mm(hidden);  // products.py's NARROW
-    dB = dB.to(lora_B.scalar_type(), false, false, at::MemoryFormat::Contiguous);
+    dB = dB.to(lora_B.scalar_type(), false, false, at::MemoryFormat::Contiguous).mul_(scale);
   }
   db = bias.defined() && ctx->needs_input_grad(2) ? db.to(bias.scalar_type()) : Tensor();
-  variable_list gradients{dx, Tensor(), db, dA, dB, ctx->needs_input_grad(first + 2) ? dm : Tensor(), Tensor()};
+  dm = ctx->needs_input_grad(first + 2) ? dm.to(ctx->saved_data["magnitude_dtype"].toScalarType()) : Tensor();
+  variable_list gradients{dx, Tensor(), db, dA, dB, dm, Tensor()};
   return twice ? differentiable_once(std::move(gradients)) : gradients;
 }
 
@@ -282,19 +313,19 @@ std::tuple<Tensor, bool> adapted_product(const Tensor& x, const Tensor& weight, 
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto dtype = weight.scalar_type();
     pass.y = product(x.reshape({-1, x.size(-1)}), weight.t(), bias.value_or(Tensor()), halved);
-    pass.a = lora_A.to(dtype);
-    pass.b = lora_B.to(dtype);
+    pass.a = cast(lora_A, dtype, 1);
+    pass.b = cast(lora_B, dtype, scale);
     if (due) {
-      Tensor half = at::mm(weight, pass.a.t()).addmm_(pass.b, at::mm(pass.a, pass.a.t()), 1, scale / 2);
+      Tensor half = at::mm(weight, pass.a.t()).addmm_(pass.b, at::mm(pass.a, pass.a.t()), 1, 0.5);
       auto run = [&](auto zero) {
         using T = decltype(zero);
         norms_squared(pass.b.const_data_ptr<T>(), half.const_data_ptr<T>(),
                       frozen_norms_squared.const_data_ptr<float>(), gain[0].mutable_data_ptr<float>(), lora_B.size(0),
-                      lora_B.size(1), static_cast<float>(scale));
+                      lora_B.size(1));
       };
       if (dtype == at::kBFloat16) run(BFloat16());
       else run(float());
-      if (!gains(gain, frozen_norms_squared, magnitude.detach(), float_or_none(bias))) return {Tensor(), false};
+      if (!gains(gain, frozen_norms_squared, magnitude.detach().to(at::kFloat), float_or_none(bias))) return {Tensor(), false};
     }
   }
   pass.full = gain[0];

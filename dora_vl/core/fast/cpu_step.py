@@ -60,7 +60,7 @@ def compiled_pass(
     kept = layer.compiled_gain
     due = kept is None or not layer.still_holds(kept[1])
     if due or kept is None:
-        kept = layer.compiled_gain = [torch.empty_like(layer.magnitude.detach()) for _ in range(3)], layer.snapshot()
+        kept = layer.compiled_gain = [torch.empty(len(weight)) for _ in range(3)], layer.snapshot()
     gain, _ = kept
     if gain is None:  # found unsound since the last change
         return None
