@@ -127,8 +127,6 @@ class EvaluationConfig:
     """Questions with answers, in LLaVA's format; null: no test."""
     image_folder: str | None = None
     """Root of their pictures; null: data.image_folder."""
-    metric: Literal["exact_match"] = "exact_match"
-    """How an answer is scored."""
     answer_after: str | None = None
     """In answers that reason first, such as "blue circle, so no", what stands before the answer that is scored."""
     batch_size: int = 32

@@ -1,0 +1,47 @@
+"""The published runs' settings stay what they are: each recipe, resolved, against the values written down for it.
+
+`configs_resolved.json` holds every value of every run, defaults included: those that most runs of a folder share once,
+then what a run has else. It is changed by hand, with the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dora_vl.training.command_line import run_parser
+from tests.test_configs import CONFIGS, ROOT, SETTINGS, read
+
+RESOLVED: Mapping[str, Any] = json.loads(Path(__file__).with_name("configs_resolved.json").read_text())
+EXPECTED = {name: {**one["shared"], **run} for one in RESOLVED.values() for name, run in one["runs"].items()}
+NAMES = {str(path.relative_to(ROOT / "configs").with_suffix("")): path for path in CONFIGS}
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value; an empty mapping is a value."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    named = {f"{prefix}.{key}" if prefix else key: one for key, one in value.items()}
+    return {name: leaf for key, one in named.items() for name, leaf in flat(one, key).items()}
+
+
+def resolved(path: Path) -> dict[str, Any]:
+    return flat(json.loads(json.dumps(dataclasses.asdict(read(path)))))
+
+
+def test_every_recipe_is_written_down() -> None:
+    assert sorted(NAMES) == sorted(EXPECTED)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_resolves_to_what_is_written_down(name: str) -> None:
+    found, expected = resolved(NAMES[name]), EXPECTED[name]
+    assert {key: found.get(key, "is not there") for key in expected} == expected
+    defaults = flat(run_parser("run", "", SETTINGS[name.split("/")[0]]).get_defaults().as_dict())
+    more = {key: value for key, value in found.items() if key not in expected}
+    assert more == {key: defaults.get(key, "has no default") for key in more}, "it sets what it did not set"
