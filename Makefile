@@ -36,9 +36,11 @@ demo-vlbart: $(INSTALLED)
 		--records $(VLDEMO)/records/pretrain.jsonl $(VLDEMO)/records/adapt.jsonl
 	$(BIN)/python -m data_prep.features --root $(DEMO)/assets/easy_vqa --to $(VLDEMO)/features/test $(LITE0) \
 		--records $(VLDEMO)/records/test.jsonl
-	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_image.py --config configs/vlbart/demo_pretrain.yaml --overwrite true
+	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_image.py --config configs/vlbart/demo.yaml --variant pretrain \
+		--overwrite true
 	$(BIN)/dora-vl merge --adapter $(VLDEMO)/pretrain/adapter --to $(VLDEMO)/base
-	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_image.py --config configs/vlbart/demo_adapt.yaml --overwrite true
+	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_image.py --config configs/vlbart/demo.yaml --variant adapt \
+		--overwrite true
 
 VIDEO := runs/demo-video
 
@@ -50,10 +52,10 @@ demo-video: $(INSTALLED)
 		--name tf_efficientnet_lite0 --weights-in-order \
 		--weights $(DEMO)/assets/efficientnet_lite0/efficientnet-lite0-57934424.pth \
 		--layer -2 --grid-pool 4 --merge 2 --changes --image-size 128 --frames 6 --workers 0
-	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_video.py --config configs/vlbart/demo_video_pretrain.yaml \
+	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_video.py --config configs/vlbart/demo_video.yaml --variant pretrain \
 		--overwrite true
 	$(BIN)/dora-vl merge --adapter $(VIDEO)/pretrain/adapter --to $(VIDEO)/base
-	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_video.py --config configs/vlbart/demo_video_adapt.yaml \
+	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_video.py --config configs/vlbart/demo_video.yaml --variant adapt \
 		--overwrite true
 
 lint: $(INSTALLED)

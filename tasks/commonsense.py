@@ -1,6 +1,6 @@
 """Trains a plain language model on instructions with DoRA, LoRA, magnitudes alone, or its full weights.
 
-deepspeed tasks/commonsense.py --config configs/commonsense/<run>.yaml [--section.key value ...]
+deepspeed tasks/commonsense.py --config configs/commonsense/<run>.yaml [--variant NAME] [--section.key value ...]
 
 The paper's commonsense reasoning runs are in configs/commonsense; data of one's own is JSON or JSONL of instruction,
 input, output and answer. It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`,

@@ -1,6 +1,6 @@
 """Trains a LLaVA on visual instructions with DoRA, LoRA, magnitudes alone, or its full weights.
 
-deepspeed tasks/llava_instruct.py --config configs/llava/<run>.yaml [--section.key value ...]
+deepspeed tasks/llava_instruct.py --config configs/llava/<run>.yaml [--variant NAME] [--section.key value ...]
 
 It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`, `metrics.json` and checkpoints to
 training.output_dir; `--resume last` goes on from the last checkpoint.

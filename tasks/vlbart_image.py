@@ -1,6 +1,6 @@
 """VL-BART on pictures: VQAv2, GQA, NLVR2 and COCO captions, one of them or mixed; NLVR; your own short answers.
 
-deepspeed tasks/vlbart_image.py --config configs/vlbart/image_dora.yaml [--section.key value ...]
+deepspeed tasks/vlbart_image.py --config configs/vlbart/image.yaml --variant dora [--section.key value ...]
 
 It also runs under torchrun and plain python. Which tasks are trained is what `data.train` names. Writes `adapter/`,
 `log.jsonl`, `metrics.json`, `predictions/` and checkpoints to training.output_dir; `--resume last` goes on.

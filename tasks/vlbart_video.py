@@ -1,6 +1,6 @@
 """VL-BART on videos: TVQA, How2QA, TVC and YC2C of VALUE, one of them or mixed; your own clips.
 
-deepspeed tasks/vlbart_video.py --config configs/vlbart/video_dora.yaml [--section.key value ...]
+deepspeed tasks/vlbart_video.py --config configs/vlbart/video.yaml --variant dora [--section.key value ...]
 
 It also runs under torchrun and plain python. Which tasks are trained is what `data.train` names. Writes `adapter/`,
 `log.jsonl`, `metrics.json`, `predictions/` and checkpoints to training.output_dir; `--resume last` goes on.

@@ -1,11 +1,12 @@
-"""Every YAML under configs/ loads, and what it names is built on the meta device and adapted as it says."""
+"""Every recipe, a YAML of configs/ with one of its variants, loads, and is built and adapted as it says."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ from dora_vl.core import trained_parts
 from dora_vl.training.adapting import adapt
 from dora_vl.training.arguments import check_training_section
 from dora_vl.training.assembly import dora_config
-from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.training.command_line import read_settings
 from dora_vl.training.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.training.commonsense_task import CommonsenseTask
 from dora_vl.training.deepspeed_checks import SHORT_NAMES, check_deepspeed, read_deepspeed
 from dora_vl.training.recipe import ModelConfig, RunConfig
+from dora_vl.training.recipe_file import variants_of
 from dora_vl.training.vlbart_recipe import VlBartRunConfig
 from dora_vl.training.vlbart_task import vlbart_dora_config
 from dora_vl.vision.tower_sources import load_tower
@@ -31,8 +33,29 @@ from dora_vl.vision.towers import register_towers
 from tests.backbones.tiny_vlbart import BART_BASE
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PUBLISHED = [path for path in CONFIGS if path.stem.startswith("llava15_")]
+
+
+class Recipe(NamedTuple):
+    """A file of configs/ and one of its variants, where it has any."""
+
+    path: Path
+    variant: str | None
+
+    @property
+    def name(self) -> str:
+        """As `llava/llava15:7b_dora`."""
+        file = self.path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+        return file if self.variant is None else f"{file}:{self.variant}"
+
+    @property
+    def stem(self) -> str:
+        """As `llava15:7b_dora`."""
+        return self.name.split("/")[-1]
+
+
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [Recipe(path, variant) for path in FILES for variant in variants_of(path) or [None]]
+PUBLISHED = [recipe for recipe in CONFIGS if recipe.path.stem == "llava15"]
 CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 LLAMA_7B: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
 LLAMA_13B: dict[str, Any] = {
@@ -106,9 +129,16 @@ def meta_vlbart(config: VlBartRunConfig) -> VlBartForConditionalGeneration:
         return VlBartForConditionalGeneration(VlBartConfig(**{**BART_BASE, **visual}))
 
 
-def read(path: Path) -> Any:
-    """A file's settings, of the task that its folder is for."""
-    return read_settings([f"--config={path}"], SETTINGS[path.parent.name])
+@functools.cache
+def read(recipe: Recipe) -> Any:
+    """A file's settings under its variant, of the task that its folder is for."""
+    chosen = [] if recipe.variant is None else [f"--variant={recipe.variant}"]
+    return read_settings([f"--config={recipe.path}", *chosen], SETTINGS[recipe.path.parent.name])
+
+
+def named(name: str) -> Recipe:
+    """The recipe that `llava/llava15:7b_dora` stands for."""
+    return next(recipe for recipe in CONFIGS if recipe.name == name)
 
 
 def adapted(config: Any) -> Any:
@@ -130,15 +160,16 @@ def trained_count(model: torch.nn.Module) -> int:
 
 
 def test_there_are_configs_in_every_folder() -> None:
-    assert len(CONFIGS) >= 10
-    assert {path.parent.name for path in CONFIGS} == {
+    assert 10 <= len(FILES) <= 20
+    assert len(CONFIGS) >= 45
+    assert {path.parent.name for path in FILES} == {
         path.name for path in (ROOT / "configs").iterdir() if path.is_dir() and path.name != "deepspeed"
     }
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_loads_and_builds_on_the_meta_device(path: Path) -> None:
-    config = read(path)
+@pytest.mark.parametrize("recipe", CONFIGS, ids=lambda recipe: recipe.name)
+def test_loads_and_builds_on_the_meta_device(recipe: Recipe) -> None:
+    config = read(recipe)
     check_training_section(config.training)
     deepspeed = read_deepspeed(config.training["deepspeed"])
     check_deepspeed(deepspeed, method=config.adapter.method, bf16=bool(config.training.get("bf16")))
@@ -150,10 +181,10 @@ def test_loads_and_builds_on_the_meta_device(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("llava15_7b_lora", 340_795_392), ("llava15_7b_dora", 342_155_264), ("llava15_7b_pretrain", 20_979_712)],
+    [("7b_lora", 340_795_392), ("7b_dora", 342_155_264), ("7b_pretrain", 20_979_712)],
 )
 def test_trains_the_published_number_of_parameters(name: str, expected: int) -> None:
-    config = read_run_file(ROOT / "configs" / "llava" / f"{name}.yaml")
+    config = read(named(f"llava/llava15:{name}"))
     model = meta_model(config.model)
     adapt(model, dora_config(config.adapter))
     assert trained_count(model) == expected
@@ -179,7 +210,7 @@ def test_trains_the_published_number_of_parameters(name: str, expected: int) -> 
 )
 def test_trains_the_papers_share_of_parameters(name: str, percent: float) -> None:
     """Tables 1 and 6, in percent of the frozen model's parameters, to the second decimal."""
-    model = adapted(read(ROOT / "configs" / "commonsense" / f"{name}.yaml"))
+    model = adapted(read(named(f"commonsense/llama:{name}")))
     trained = trained_count(model)
     frozen = sum(one.numel() for one in model.parameters()) - trained
     shares = (100 * trained / frozen, 100 * trained / (frozen + trained))
@@ -189,67 +220,72 @@ def test_trains_the_papers_share_of_parameters(name: str, percent: float) -> Non
 @pytest.mark.parametrize(
     ("name", "trained", "total"),
     [
-        ("image_lora", 8_786_688, 148_234_752),
-        ("image_dora", 8_838_912, 148_262_400),
-        ("video_lora", 7_607_040, 147_055_104),
-        ("video_dora", 7_634_688, 147_082_752),
+        ("image:lora", 8_786_688, 148_234_752),
+        ("image:dora", 8_838_912, 148_262_400),
+        ("video:lora", 7_607_040, 147_055_104),
+        ("video:dora", 7_634_688, 147_082_752),
     ],
 )
 def test_trains_the_published_number_of_vlbart_parameters(name: str, trained: int, total: int) -> None:
-    model = adapted(read(ROOT / "configs" / "vlbart" / f"{name}.yaml"))
+    model = adapted(read(named(f"vlbart/{name}")))
     assert trained_count(model) == trained
     assert sum(one.numel() for one in model.parameters()) == total
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "vlbart").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_published_vlbart_runs_decay_all_but_biases(path: Path) -> None:
-    published = {f"{medium}_{method}" for medium in ("image", "video") for method in ("dora", "lora", "full")}
-    expected = "all_but_biases" if path.stem in published else "matrices"
-    assert read(path).optim.weight_decay_on == expected
+VLBART = [recipe for recipe in CONFIGS if recipe.path.parent.name == "vlbart"]
+
+
+@pytest.mark.parametrize("recipe", VLBART, ids=lambda recipe: recipe.stem)
+def test_the_published_vlbart_runs_decay_all_but_biases(recipe: Recipe) -> None:
+    published = {f"{medium}:{method}" for medium in ("image", "video") for method in ("dora", "lora", "full")}
+    expected = "all_but_biases" if recipe.stem in published else "matrices"
+    assert read(recipe).optim.weight_decay_on == expected
 
 
 def test_a_fair_pair_differs_in_the_method_alone() -> None:
-    dora, lora = (read(ROOT / "configs" / "vlbart" / f"image_{method}_fair.yaml") for method in ("dora", "lora"))
+    dora, lora = (read(named(f"vlbart/image:{method}_fair")) for method in ("dora", "lora"))
     assert (dora.adapter.method, lora.adapter.method) == ("dora", "lora")
     same = dataclasses.replace(
         lora,
+        variant=dora.variant,
         adapter=dataclasses.replace(lora.adapter, method="dora"),
         training={**lora.training, "output_dir": dora.training["output_dir"]},
     )
     assert same == dora
 
 
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_the_published_global_batch_on_eight_gpus(path: Path) -> None:
-    training = read_run_file(path).training
+@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda recipe: recipe.stem)
+def test_the_published_global_batch_on_eight_gpus(recipe: Recipe) -> None:
+    training = read(recipe).training
     batch = 8 * training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
-    assert batch == (256 if path.stem.endswith("pretrain") else 128)
+    assert batch == (256 if recipe.stem.endswith("pretrain") else 128)
 
 
-FULL = [path for path in CONFIGS if "method: full" in path.read_text(encoding="utf-8")]
+FULL = [recipe for recipe in CONFIGS if read(recipe).adapter.method == "full"]
 CHECKPOINT_BYTES = 2 + 4 + 4 + 4  # of each trained weight: bfloat16, its float32 master, Adam's two moments
 
 
-@pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
-def test_a_full_fine_tune_says_when_it_saves_and_how_much_it_keeps(path: Path) -> None:
-    training = read(path).training
+@pytest.mark.parametrize("recipe", FULL, ids=lambda recipe: recipe.stem)
+def test_a_full_fine_tune_says_when_it_saves_and_how_much_it_keeps(recipe: Recipe) -> None:
+    training = read(recipe).training
     assert training["save_strategy"] in {"no", "epoch"} or "save_steps" in training
     assert training["save_strategy"] == "no" or "save_total_limit" in training
 
 
-@pytest.mark.parametrize("path", [path for path in FULL if path in PUBLISHED], ids=lambda path: path.stem)
-def test_a_published_full_recipe_says_the_bytes_of_a_checkpoint(path: Path) -> None:
-    config, text = read(path), path.read_text(encoding="utf-8")
+@pytest.mark.parametrize("recipe", [one for one in FULL if one in PUBLISHED], ids=lambda recipe: recipe.stem)
+def test_a_published_full_recipe_says_the_bytes_of_a_checkpoint(recipe: Recipe) -> None:
+    config, text = read(recipe), recipe.path.read_text(encoding="utf-8")
     size = CHECKPOINT_BYTES * trained_count(adapted(config)) / 1e9
     assert f" {size:.0f} GB" in text if size >= 10 else f" {size:.1f} GB" in text
-    samples = 558_128 if path.stem.endswith("pretrain") else 665_298
-    steps = samples / (256 if path.stem.endswith("pretrain") else 128)
+    samples = 558_128 if recipe.stem.endswith("pretrain") else 665_298
+    steps = samples / (256 if recipe.stem.endswith("pretrain") else 128)
     assert size * steps / config.training["save_steps"] < 1000, "a run would write more than a terabyte"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_table_names_it(path: Path) -> None:
-    assert f"`{path.relative_to(ROOT / 'configs')}`" in (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("recipe", CONFIGS, ids=lambda recipe: recipe.name)
+def test_the_table_names_it(recipe: Recipe) -> None:
+    row = f"| `{recipe.path.relative_to(ROOT / 'configs')}` | {f'`{recipe.variant}`' if recipe.variant else ''} |"
+    assert row in (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_deepspeed_json_has_a_short_name_and_is_safe() -> None:

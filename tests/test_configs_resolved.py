@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from dora_vl.training.command_line import run_parser
-from tests.test_configs import CONFIGS, ROOT, SETTINGS, read
+from tests.test_configs import CONFIGS, SETTINGS, Recipe, read
 
 RESOLVED: Mapping[str, Any] = json.loads(Path(__file__).with_name("configs_resolved.json").read_text())
 EXPECTED = {name: {**one["shared"], **run} for one in RESOLVED.values() for name, run in one["runs"].items()}
-NAMES = {str(path.relative_to(ROOT / "configs").with_suffix("")): path for path in CONFIGS}
+NAMES = {recipe.name: recipe for recipe in CONFIGS}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -30,8 +30,10 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {name: leaf for key, one in named.items() for name, leaf in flat(one, key).items()}
 
 
-def resolved(path: Path) -> dict[str, Any]:
-    return flat(json.loads(json.dumps(dataclasses.asdict(read(path)))))
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    settings = dataclasses.asdict(read(recipe))
+    assert settings.pop("variant") == recipe.variant
+    return flat(json.loads(json.dumps(settings)))
 
 
 def test_every_recipe_is_written_down() -> None:

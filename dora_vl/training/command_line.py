@@ -1,4 +1,7 @@
-"""Reads one run's settings: `--config FILE`, then `--section.key value`; says what was meant when a key is wrong."""
+"""Reads one run's settings: `--config FILE`, `--variant NAME` of it, then `--section.key value`; says what was meant.
+
+Where a key is wrong, the nearest is named.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from dora_vl.errors import UserError
 from dora_vl.training.arguments import check_training_section, training_fields
 from dora_vl.training.recipe import RunConfig
+from dora_vl.training.recipe_file import with_variant
 
 Settings = TypeVar("Settings")
 
@@ -28,7 +32,9 @@ def run_parser(program: str, description: str, settings: type[Any] = RunConfig) 
     """The parser of a training task; its help text comes from the fields of the settings' dataclasses."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with the run's settings")
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file with the run's settings, or a recipe's name"
+    )
     # The deepspeed launcher adds --local_rank=N to every command; the environment says it better.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_class_arguments(settings, None)
@@ -69,16 +75,25 @@ def _check_counts(config: object) -> None:
 
 
 def files_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--config FILE` in front, so that a setting wins over the file wherever it stands."""
-    files: list[str] = []
+    """The arguments with each `--config` in front, under its variant, so that a setting wins wherever it stands."""
+    files, others = _taken(arguments, "--config")
+    variants, _ = _taken(others, "--variant")
+    return [f"--config={one}" for one in with_variant(files, variants[-1] if variants else None)] + others
+
+
+def _taken(arguments: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """The values of an option, and the arguments without them; an option without a value stays for the parser."""
+    values: list[str] = []
     others: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
-        if argument == "--config":
-            files += [argument, *itertools.islice(waiting, 1)]
+        if argument.startswith(f"{option}="):
+            values.append(argument.partition("=")[2])
+        elif argument == option and (following := list(itertools.islice(waiting, 1))):
+            values += following
         else:
-            (files if argument.startswith("--config=") else others).append(argument)
-    return files + others
+            others.append(argument)
+    return values, others
 
 
 def read_run_file(path: str | Path, *overrides: str) -> RunConfig:

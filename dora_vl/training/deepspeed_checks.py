@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dora_vl.errors import UserError
+from dora_vl.training.recipe_file import shipped_folder
 
-SHIPPED = Path(__file__).parents[2] / "configs" / "deepspeed"
 SAID_TWICE = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
@@ -20,7 +20,7 @@ SHORT_NAMES = ("zero0", "zero2", "zero3", "zero3_offload")
 
 
 def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a short name (`zero2`), of a file (as given, or below the repository), or of a mapping."""
+    """The JSON of a short name (`zero2`), of a file (as given, or below a checkout), or of a mapping."""
     if isinstance(value, Mapping):
         return dict(value)
     path = _find(value)
@@ -34,7 +34,8 @@ def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find(value: str) -> Path:
-    tried = [SHIPPED / f"{value}.json"] if value in SHORT_NAMES else [Path(value), SHIPPED.parents[1] / value]
+    shipped = shipped_folder()
+    tried = [shipped / "deepspeed" / f"{value}.json"] if value in SHORT_NAMES else [Path(value), shipped.parent / value]
     for path in tried:
         if path.is_file():
             return path

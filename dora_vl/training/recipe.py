@@ -141,9 +141,12 @@ class EvaluationConfig:
 class ResumableRun:
     """What every run has besides its own sections."""
 
+    variant: str | None = None
+    """Named variant of the --config file, one of its `variants`, laid over the rest of it; --section.key value wins
+    over both. null: the file's own choice, or the file as it stands."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
-    file, or zero0, zero2, zero3, zero3_offload of configs/deepspeed."""
+    file, or zero0, zero2, zero3, zero3_offload, the shipped ones."""
     resume: str | None = None
     """`last` goes on from the run folder's last complete checkpoint; or a checkpoint folder."""
     overwrite: bool = False

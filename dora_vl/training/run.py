@@ -26,7 +26,15 @@ from dora_vl.training.launch import (
     on_first_rank,
     threads_of_this_rank,
 )
-from dora_vl.training.run_folder import ADAPTER, METRICS, SKIPPED, add_metrics, prepare_run_folder, run_folder_of
+from dora_vl.training.run_folder import (
+    ADAPTER,
+    METRICS,
+    SKIPPED,
+    add_metrics,
+    prepare_run_folder,
+    run_folder_of,
+    write_settings,
+)
 from dora_vl.training.task import Task
 from dora_vl.training.trainer import AdapterTrainer
 from dora_vl.training.zero import load_whole_models_again
@@ -67,6 +75,7 @@ def train(task: Task) -> RunResult:
     run_folder = run_folder_of(config)
     checkpoint = checkpoint_to_resume(config.resume, run_folder)
     on_first_rank(partial(prepare_run_folder, run_folder, resume=checkpoint is not None, overwrite=config.overwrite))
+    on_first_rank(partial(write_settings, run_folder, config))
     on_first_rank(partial(task.prepare, arguments))
 
     backbone = task.load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -20,6 +21,7 @@ ADAPTER = "adapter"
 LOSS_LOG = "log.jsonl"
 METRICS = "metrics.json"
 SKIPPED = "skipped.jsonl"
+SETTINGS = "settings.json"
 PREDICTED = ("predictions", "predictions.jsonl", "predictions_likelihood.jsonl")
 RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, *PREDICTED, "loss_curve.png", "contact_sheet.png")
 
@@ -62,6 +64,15 @@ def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         for name in (ADAPTER, METRICS):
             if (folder / name).exists():
                 logger.info("%s is of the run before this resume; it is replaced at the end", folder / name)
+
+
+def write_settings(folder: Path, config: Any) -> None:
+    """Writes the settings that a run was started with, defaults and the variant included.
+
+    Args:
+        config: the run's dataclass.
+    """
+    write_json(folder / SETTINGS, dataclasses.asdict(config))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -111,5 +111,5 @@ class VlBartRunConfig(ResumableRun):
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: Mapping[str, Any] = field(default_factory=dict)
     """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
-    file, or zero0, zero2, zero3, zero3_offload of configs/deepspeed. Batches are data.batch_size."""
+    file, or zero0, zero2, zero3, zero3_offload, the shipped ones. Batches are data.batch_size."""
     evaluation: VlBartEvaluationConfig = field(default_factory=VlBartEvaluationConfig)

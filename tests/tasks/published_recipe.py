@@ -69,29 +69,21 @@ def commands(folder: Path, *, python: Path) -> dict[str, list[str]]:
         "training.logging_steps": 1,
     }
 
-    def train(recipe: str, zero: str, **changes: object) -> list[str]:
-        # The recipe's own, as a file: the short names lie in a checkout.
-        deepspeed = ROOT / "configs" / "deepspeed" / f"{zero}.json"
-        named = {
-            **small,
-            "training.deepspeed": deepspeed,
-            **{name.replace("__", "."): value for name, value in changes.items()},
-        }
+    def train(variant: str, **changes: object) -> list[str]:
+        named = {**small, **{name.replace("__", "."): value for name, value in changes.items()}}
         options = [word for name, value in named.items() for word in (f"--{name}", str(value))]
-        config = str(ROOT / "configs" / "llava" / f"{recipe}.yaml")
-        return [str(python), str(ROOT / "tasks" / "llava_instruct.py"), "--config", config, *options]
+        recipe = ["--config", "llava/llava15", "--variant", variant]
+        return [str(python), str(ROOT / "tasks" / "llava_instruct.py"), *recipe, *options]
 
     return {
         "stage 1": train(
-            "llava15_7b_pretrain",
-            "zero2",
+            "7b_pretrain",
             data__train=data / "captions.json",
             training__output_dir=runs / "pretrain",
             training__max_steps=4,
         ),
         "stage 2": train(
-            "llava15_7b_dora",
-            "zero3",
+            "7b_dora",
             data__train=data / "mix.json",
             adapter__initial=runs / "pretrain" / "adapter",
             training__output_dir=runs / "dora",
