@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.sources import SOURCES
 from dora_vl.cli import main
 from dora_vl.data.examples import Example, iterate_examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.commonsense import PATTERNS
+from dora_vl.sources.table import SOURCES
 
 PUBLISHERS, PREDICTIONS = "publishers", "predictions"
-FIXTURES = Path(__file__).parents[1] / "tests" / "data_prep" / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "tests" / "sources" / "fixtures"
 OTHER_NAMES = {"vqav2-vlt5": "vqav2-karpathy", "gqa-vlt5": "gqa", "nlvr2-vlt5": "nlvr2"}
 OTHER_NAMES |= {"how2qa-csv": "how2qa", "yc2c-youcook2": "yc2c"}
 """Fixtures of a source's second form."""

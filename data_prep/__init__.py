@@ -1,1 +1,1 @@
-"""Turns published data sets into files that `dora_vl` trains on; one module a source, none needs torch."""
+"""What is started by hand to prepare data: demo data, features, records as LLaVA JSON."""

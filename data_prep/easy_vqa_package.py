@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.quoted import cut, short
 from dora_vl.errors import UserError
+from dora_vl.sources.quoted import cut, short
 
 YES_NO = frozenset({"yes", "no"})
 NEGATIONS = frozenset({"no", "not"})

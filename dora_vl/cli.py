@@ -1,4 +1,4 @@
-"""`dora-vl VERB ...`: the command line over the library; starting and evaluating runs is `python -m tasks...`."""
+"""`dora-vl VERB ...`: the command line over the library; starting and evaluating runs is `python tasks/...`."""
 
 from __future__ import annotations
 

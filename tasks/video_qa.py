@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError, exit_on_user_error
-from tasks.asking import add_options, answer_typed, open_model, print_answers, write_piece
+from dora_vl.evaluation.asking import add_options, answer_typed, open_model, print_answers, write_piece
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_vl.data.examples import Clip
+    from dora_vl.evaluation.asking import AnyAssistants
     from dora_vl.evaluation.assistant import Assistant
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
     from dora_vl.vision.frame_sampling import Sampling
     from dora_vl.vision.video import VideoReader
     from dora_vl.vision.video_decoding import Frames
-    from tasks.asking import AnyAssistants
 
 DEFAULT_FRAMES = 8
 

@@ -28,7 +28,7 @@ from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.vision.video import VideoReader
 
-TASK_FILES = {"vlbart_image": "tasks.vlbart_image", "vlbart_video": "tasks.vlbart_video"}
+TASK_FILES = {"vlbart_image": "dora_vl.tasks.vlbart_image", "vlbart_video": "dora_vl.tasks.vlbart_video"}
 TASKS: Mapping[str, str] = {"vqav2_karpathy": "vqav2"}
 """Benchmark -> the task that it is asked as, where the names differ."""
 

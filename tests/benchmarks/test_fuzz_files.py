@@ -16,9 +16,9 @@ from benchmarks.file_mutations import mutate
 from benchmarks.fuzz_case import Run, judged, left_behind, run_case
 from benchmarks.fuzz_files import lines_of, main, summary
 from benchmarks.fuzz_targets import CAPTIONS, PREDICTIONS, PUBLISHERS, Target, prediction_targets, publisher_targets
-from data_prep.sources import SOURCES
 from dora_vl.cli import main as dora_vl
 from dora_vl.evaluation.benchmarks import BENCHMARKS
+from dora_vl.sources.table import SOURCES
 
 POPE = "pope"
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.video_captions import convert_clip
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.dataset import Skipped
@@ -20,9 +19,10 @@ from dora_vl.data.feature_input import Stored, features_of, fixed_length
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.data.seq2seq import MixtureDataset, Prompt, Seq2SeqCollator, over_step
 from dora_vl.errors import BadSample, UserError
+from dora_vl.sources.video_captions import convert_clip
+from dora_vl.tasks import vlbart_image, vlbart_video
 from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter
 from dora_vl.vision.named_features import NamedFeatures
-from tasks import vlbart_image, vlbart_video
 
 WORDS = (
     "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"

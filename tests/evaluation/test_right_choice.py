@@ -13,7 +13,7 @@ from dora_vl.data.examples import Example, iterate_examples
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.choices import check_choices, correct_index
 from dora_vl.evaluation.evaluation_set import read_set
-from tasks import vlbart_video
+from dora_vl.tasks import vlbart_video
 
 
 def question(**changes: object) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """One row of each source all the way: the publisher's row, the prompt made of it, its target, the score of an answer.
 
-`rows_to_scores.jsonl` is written out by hand from the fixtures of `tests/data_prep` and the official scripts. A line
+`rows_to_scores.jsonl` is written out by hand from the fixtures of `tests/sources` and the official scripts. A line
 names a row of a split and holds some of: `asked`, what a LLaVA is asked by `dora-vl evaluate`; `vlbart`, the task of a
 VL-BART with its text and target; `trained`, a template and what it makes of the row with the part that is trained on;
 `instruction`, a plain language model's prompt and output; `scores`, answers with the row's share of the
@@ -18,8 +18,6 @@ from typing import Any
 
 import pytest
 
-from data_prep import prepare_command
-from data_prep.sources import SOURCES
 from dora_vl.backbones.instruction_prompt import PROMPTS
 from dora_vl.backbones.template_table import TEMPLATES
 from dora_vl.data.examples import Example
@@ -29,9 +27,11 @@ from dora_vl.evaluation import prompts
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.commonsense import PATTERNS
 from dora_vl.evaluation.evaluation_set import read_set
-from tasks import vlbart_image, vlbart_video
+from dora_vl.sources import prepare_command
+from dora_vl.sources.table import SOURCES
+from dora_vl.tasks import vlbart_image, vlbart_video
 
-FIXTURES = Path(__file__).parents[1] / "data_prep" / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "sources" / "fixtures"
 ROWS: list[dict[str, Any]] = [
     json.loads(line) for line in Path(__file__).with_name("rows_to_scores.jsonl").read_text("utf-8").splitlines()
 ]

@@ -23,7 +23,7 @@ WORDS = ("red", "green", "blue", "a longer answer", "circle", "yes", "no")
 
 
 def all_subtasks() -> Mapping[str, Subtask]:
-    from tasks import vlbart_image, vlbart_video
+    from dora_vl.tasks import vlbart_image, vlbart_video
 
     return {**vlbart_image.subtasks(), **vlbart_video.subtasks()}
 

@@ -1,0 +1,137 @@
+"""`dora-vl check-data`: what would make samples unusable, before a run finds it: one table with counts and ids."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dora_vl.errors import UserError
+from dora_vl.sources.check_media import MediaCheck
+from dora_vl.sources.check_rows import FileCheck, Finding, Limits, overlap, pairs, total
+from dora_vl.sources.quoted import cut
+
+DESCRIPTION = """\
+Checks data files: LLaVA's JSON, instructions, or records of `dora-vl prepare`. Finds duplicate ids, empty answers,
+placeholders that differ from the pictures, samples that are too long, missing, empty, truncated and broken media, and
+samples that stand in two of the files. Prints one table; exit status 1 when something was found.
+
+  dora-vl check-data records/nlvr/train.jsonl records/nlvr/test.jsonl --media downloads/nlvr
+  dora-vl check-data train.json --media pictures --decode --tokenizer vicuna-7b-v1.5 --longest 2048
+"""
+
+WORDS, TOKENS = 1_500, 2_048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dora-vl check-data`."""
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="PATH", help="data files, or folders of .json and .jsonl"
+    )
+    parser.add_argument(
+        "--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; else not looked at"
+    )
+    parser.add_argument(
+        "--decode", action="store_true", help="decode each picture whole too: slower, finds damage inside"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.json; else words count"
+    )
+    parser.add_argument("--longest", type=int, metavar="N", help=f"default {TOKENS} tokens, or {WORDS} words")
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Checks the files; yields the lines to print.
+
+    Raises:
+        SystemExit: with status 1, after the table, when something was found.
+    """
+    files = data_files(arguments.paths)
+    if arguments.media is not None and not arguments.media.is_dir():
+        raise UserError(f"{arguments.media}: no such folder; --media takes the root of the samples' paths")
+    media = MediaCheck(arguments.media, decode=arguments.decode) if arguments.media is not None else None
+    checks = [_check(file, limits_of(arguments, file), media) for file in files]
+    found = [(check.path, finding) for check in checks for finding in check.findings.values()]
+    for first, second in pairs(checks):
+        shared = overlap(first, second)
+        if shared is not None:
+            found.append((first.path, shared))
+    rows = sum(check.rows for check in checks)
+    looked = f", {media.looked_at:,} media files" if media is not None else ""
+    if not found:
+        yield f"{len(files)} files, {rows:,} samples{looked}: nothing found"
+        return
+    yield from table(found)
+    yield f"{len(files)} files, {rows:,} samples{looked}: {total(finding for _, finding in found):,} problems"
+    raise SystemExit(1)
+
+
+def data_files(paths: Sequence[Path]) -> list[Path]:
+    """The files themselves, and those of the folders (manifests left out).
+
+    Raises:
+        UserError: a path is neither, or nothing is in it.
+    """
+    files: list[Path] = []
+    for path in paths:
+        inside = [path] if path.is_file() else []
+        if path.is_dir():
+            found = sorted([*path.rglob("*.json"), *path.rglob("*.jsonl")])
+            inside = [file for file in found if file.name != "manifest.json" and not file.name.startswith(".")]
+        if not inside:
+            raise UserError(f"{path}: neither a data file nor a folder with .json or .jsonl in it")
+        files += inside
+    return list(dict.fromkeys(files))
+
+
+def limits_of(arguments: argparse.Namespace, file: Path) -> Limits:
+    """What is too long, and whether the file's answers may be kept back, as in test sets."""
+    if arguments.longest is not None and arguments.longest < 1:
+        raise UserError(f"--longest is {arguments.longest}; at least 1 is needed")
+    length = _words if arguments.tokenizer is None else _tokens(arguments.tokenizer)
+    usual = WORDS if arguments.tokenizer is None else TOKENS
+    return Limits(
+        most=arguments.longest or usual,
+        unit="words" if arguments.tokenizer is None else "tokens",
+        length=length,
+        answers_needed=not file.stem.startswith("test"),
+    )
+
+
+def table(found: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
+    """One line for each kind of problem in each file, the most frequent first."""
+    rows = [("file", "problem", "samples", "ids", "for example")]
+    for path, finding in sorted(found, key=lambda pair: (str(pair[0]), -pair[1].count)):
+        more = ", ..." if finding.count > len(finding.ids) else ""
+        ids = ", ".join(finding.ids) + more
+        shown = str(Path(path.parent.name, path.name))  # its name alone in the current folder
+        rows.append((shown, finding.problem, f"{finding.count:,}", ids, cut(finding.example, 100)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
+        yield "  ".join([*cells, row[4]]).rstrip()
+
+
+def _check(file: Path, limits: Limits, media: MediaCheck | None) -> FileCheck:
+    with tqdm(total=file.stat().st_size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
+        return FileCheck(file, limits, media).run(bar.update)
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def _tokens(folder: Path) -> Callable[[str], int]:
+    """The tokenizer of a model's folder, through `tokenizers` alone."""
+    path = folder / "tokenizer.json" if folder.is_dir() else folder
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --tokenizer takes a folder with tokenizer.json")
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from error
+    return lambda text: len(tokenizer.encode(text).ids)

@@ -1,0 +1,166 @@
+"""Shards of each kind become examples as a stream, pictures are written once, and columns are found or named."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from dora_vl.data.examples import Answer, Example, iterate_examples
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample, UserError
+from dora_vl.sources import prepare_command
+from dora_vl.sources.hugging_face import convert
+
+
+def prepare(folder: Path, to: Path, **options: str) -> list[Example]:
+    parser = argparse.ArgumentParser()
+    prepare_command.add_arguments(parser)
+    words = [word for name, value in {"task": "own", **options}.items() for word in ("--set", f"{name}={value}")]
+    arguments = parser.parse_args(["hugging-face", "--from", str(folder), "--to", str(to), "--workers", "0", *words])
+    list(prepare_command.run(arguments))
+    return list(iterate_examples(next((to / "own").glob("*.jsonl"))))
+
+
+def png(grey: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((4, 4, 3), grey, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+FEATURES = datasets.Features(
+    {
+        "question_id": datasets.Value("string"),
+        "image": datasets.Image(),
+        "query": datasets.Value("string"),
+        "answers": datasets.List(datasets.Value("string")),
+        "level": datasets.Value("int64"),
+    }
+)
+
+
+@pytest.fixture
+def rows() -> datasets.Dataset:
+    columns: dict[str, list[Any]] = {
+        "question_id": [f"q{number}" for number in range(10)],
+        "image": [{"bytes": png(number // 2), "path": None} for number in range(10)],
+        "query": [f"What is {number}?" for number in range(10)],
+        "answers": [["cat"] * 9 + ["dog"] for _ in range(10)],
+        "level": list(range(10)),
+    }
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
+
+
+def check(examples: list[Example], root: Path) -> None:
+    assert [example.id for example in examples] == [f"q{number}" for number in range(10)]
+    assert examples[3].question == "What is 3?"
+    assert examples[3].answers == (Answer(text="cat"), Answer(text="dog", weight=0.3))
+    assert examples[3].extra == {"level": 3}
+    assert (root / examples[3].images[0]).read_bytes() == png(1)
+    assert len(list((root / "media").iterdir())) == 5
+
+
+def test_parquet(tmp_path: Path, rows: datasets.Dataset) -> None:
+    rows.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    examples = prepare(tmp_path / "data", tmp_path / "records", columns="question:query,extra:level")
+    check(examples, tmp_path / "records" / "own")
+
+
+def test_arrow(tmp_path: Path, rows: datasets.Dataset) -> None:
+    rows.save_to_disk(tmp_path / "data")
+    examples = prepare(tmp_path / "data", tmp_path / "records", columns="question:query,extra:level")
+    check(examples, tmp_path / "records" / "own")
+
+
+def test_a_set_of_the_hub_is_streamed(tmp_path: Path, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def load_dataset(**options: Any) -> Any:
+        asked.update(options)
+        return rows.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    columns = "question:query,extra:level"
+    examples = prepare(tmp_path, tmp_path / "records", hub="owner/name", split="test", revision="v1", columns=columns)
+    check(examples, tmp_path / "records" / "own")
+    assert asked == {"path": "owner/name", "name": None, "revision": "v1", "split": "test", "streaming": True}
+
+
+def test_a_set_that_cannot_be_fetched_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(**_: Any) -> Any:
+        raise ConnectionError("Couldn't reach\nthe hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="owner/name: cannot be read by `datasets`: Couldn't reach the hub"):
+        prepare(tmp_path, tmp_path / "records", hub="owner/name")
+
+
+def test_webdataset(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data" / "0.tar", "w") as tar:
+        for number in range(10):
+            record = json.dumps({"question": f"What is {number}?", "answer": str(number)}).encode()
+            for ending, content in (("png", png(number)), ("json", record)):
+                member = tarfile.TarInfo(f"{number:04d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    examples = prepare(tmp_path / "data", tmp_path / "records")
+    assert [(example.id, example.question, example.answers) for example in examples] == [
+        (f"{number:04d}", f"What is {number}?", (Answer(text=str(number)),)) for number in range(10)
+    ]
+    assert (tmp_path / "records" / "own" / examples[7].images[0]).read_bytes() == png(7)
+
+
+def test_a_shard_that_was_cut_is_one_line(tmp_path: Path, rows: datasets.Dataset) -> None:
+    path = tmp_path / "data" / "train.parquet"
+    rows.to_parquet(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be read by `datasets`") as caught:
+        prepare(tmp_path / "data", tmp_path / "records")
+    assert "\n" not in str(caught.value)
+
+
+def test_choices_and_conversations(tmp_path: Path) -> None:
+    choice = {"row number": 1, "question": "Which?", "choices": ["a", "b"], "answer": 1}
+    assert convert(choice, columns={}, task_folder=tmp_path) == Example(
+        id="1", question="Which?", answers=(Answer(text="b"),), choices=("a", "b"), extra={"correct": 1}
+    )
+    talk = {"row number": 2, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    assert convert(talk, columns={}, task_folder=tmp_path).turns == (Turn("user", "Hi"), Turn("assistant", "Hello"))
+    voted = {"row number": 3, "question": "What?", "answers": [{"answer": "cat"}, {"answer": "cat"}]}
+    assert convert(voted, columns={}, task_folder=tmp_path).answers == (Answer(text="cat", weight=0.6),)
+
+
+@pytest.mark.parametrize(
+    ("raw", "columns", "said"),
+    [
+        ({"question": "Which?", "choices": ["a"], "answer": 4}, {}, "'answer' is 4, but there are 1 choices"),
+        ({"question": "Which?"}, {"answers": "label"}, "no column 'label'; the row has question"),
+        ({"other": 1}, {}, "neither question nor answer; its columns are other"),
+        ({"question": "What?", "image": {"bytes": b"<html>", "path": None}}, {}, "begins with b'<html>'"),
+        ({"question": "What?", "image": {"bytes": None, "path": None}}, {}, "neither bytes nor a path"),
+        ({"question": 5, "answer": "x"}, {}, "its question must be text, got 5"),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path: Path, raw: dict[str, Any], columns: dict[str, str], said: str) -> None:
+    with pytest.raises(BadSample, match=said):
+        convert({"row number": 1, **raw}, columns=columns, task_folder=tmp_path)
+
+
+@pytest.mark.parametrize("columns", ["question", "what:x", "question:"])
+def test_columns_that_make_no_sense(tmp_path: Path, columns: str) -> None:
+    with pytest.raises(UserError, match="must be FIELD:COLUMN"):
+        prepare(tmp_path, tmp_path / "records", columns=columns)
+
+
+def test_a_folder_without_shards(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no \.parquet, \.arrow, \.tar shards; for a set of the hub"):
+        prepare(tmp_path, tmp_path / "records")

@@ -1,0 +1,118 @@
+"""What `pip install dora-vl` brings: one package, with the recipes as its data, and no checkout beside it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BESIDE = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"dora_vl"}
+"""Folders of a checkout that no wheel holds."""
+
+
+def test_the_package_imports_nothing_that_lies_beside_it() -> None:
+    for path in sorted((ROOT / "dora_vl").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        texts = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        found |= {text for text in texts if re.fullmatch(r"\w+(\.\w+)+", text)}  # modules imported by their names
+        assert not {name for name in found if name.partition(".")[0] in BESIDE}, path
+
+
+def pip(*words: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("hatchling, which builds the wheel, is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, ROOT)
+    (made,) = folder.glob("dora_vl-*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Path:
+    """A folder that holds the package, and nothing else of ours."""
+    folder = wheel.parent / "site-packages"
+    pip("install", "--no-deps", "--no-index", "--target", folder, wheel)
+    return folder
+
+
+def started(installed: Path, folder: Path, *words: str) -> str:
+    """Standard output of this Python with the installed package before every other, in a folder that holds nothing."""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"dora_vl"}
+    assert not [name for name in names if "__pycache__" in name]
+    for folder in ("dora_vl", "configs"):
+        ours = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in ours.split():
+            assert (name if folder == "dora_vl" else f"dora_vl/{name}") in names
+    (licence,) = [name for name in names if name.endswith("/licenses/LICENSE")]
+    assert b"Version 2.0, January 2004" in zipfile.ZipFile(wheel).read(licence)
+    assert "dora_vl/py.typed" in names
+
+
+@pytest.mark.slow
+def test_it_says_what_it_can_do_and_knows_its_sources(installed: Path, tmp_path: Path) -> None:
+    code = "import runpy, sys; sys.argv[0] = 'dora-vl'; runpy.run_module('dora_vl.cli', run_name='__main__')"
+    for verb in ("--help", "prepare --help", "check-data --help", "evaluate --help"):
+        assert "usage: dora-vl" in started(installed, tmp_path, "-c", code, *verb.split())
+
+
+@pytest.mark.slow
+def test_recipes_and_deepspeed_files_are_found_by_name(installed: Path, tmp_path: Path) -> None:
+    code = """
+import dora_vl
+from dora_vl.training.command_line import read_run
+from dora_vl.training.deepspeed_checks import read_deepspeed
+from dora_vl.training.recipe_file import shipped_folder
+config = read_run(["--config", "llava/llava15", "--variant", "13b_dora"])
+print(dora_vl.__file__, shipped_folder(), config.model.base, config.adapter.rank, sep="\\n")
+print(read_deepspeed("zero2")["zero_optimization"]["stage"])
+"""
+    package, shipped, base, rank, stage = started(installed, tmp_path, "-c", code).splitlines()
+    assert Path(package).is_relative_to(installed)
+    assert Path(shipped) == installed / "dora_vl" / "configs"
+    assert (base, rank, stage) == ("runs/llava15_13b/base", "128", "2")
+
+
+@pytest.mark.slow
+def test_a_vlbart_adapter_knows_its_tasks(installed: Path, tmp_path: Path) -> None:
+    code = "from dora_vl.evaluation.ask_vlbart import subtasks_of as s\n"
+    code += "print(*s('vlbart_image', task_prompt=True), *s('vlbart_video', task_prompt=True))"
+    assert {"vqav2", "tvqa"} <= set(started(installed, tmp_path, "-c", code).split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "tasks").glob("*.py")))
+def test_the_scripts_of_a_checkout_take_the_installed_package(installed: Path, tmp_path: Path, script: str) -> None:
+    """A copy, so that nothing of the checkout lies beside it."""
+    (tmp_path / "tasks").mkdir()
+    copy = tmp_path / "tasks" / script
+    copy.write_text((ROOT / "tasks" / script).read_text(encoding="utf-8"), encoding="utf-8")
+    assert "usage: " in started(installed, tmp_path, str(copy), "--help")
