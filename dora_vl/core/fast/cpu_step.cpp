@@ -1,7 +1,7 @@
 // One adapted linear layer on a CPU, as an operation of torch: the same passes as functional.AdaptedProduct, which says
 // what they are, without Python between them and with each elementwise pass over [rows, out] taken once.
 //
-//     forward    y = g (W x + s B A x) + b       the gain, when it is due, right after W x, while W is in the cache
+//     forward    y = g (W x + s B A x) + b       the gain, when it is due, right before, which leaves W in the cache
 //     backward   dz = g dy, the sums of dy y and dy over rows in one pass; dx = dz W + dh A, dA, dB, dm, db
 //
 // Here s goes into B when it is cast, and into dB when that is: `b` is s B in the activations' dtype, h = A x. With
@@ -166,17 +166,11 @@ bool gains(std::vector<Tensor>& gain, const Tensor& frozen, const Tensor& magnit
   return sound;
 }
 
-// rows matrix + bias, whole or in two halves of the rows (products.py chooses: the bits are the same).
-Tensor product(const Tensor& rows, const Tensor& matrix, const Tensor& bias, bool halved) {
-  if (!halved) return bias.defined() ? at::addmm(bias, rows, matrix) : at::mm(rows, matrix);
-  Tensor result = at::empty({rows.size(0), matrix.size(1)}, rows.options());
-  const int64_t half = (rows.size(0) + 1) / 2;
-  for (int64_t start : {int64_t{0}, half}) {
-    Tensor part = rows.slice(0, start, start + half), place = result.slice(0, start, start + half);
-    if (bias.defined()) at::addmm_out(place, bias, part, matrix);
-    else at::mm_out(place, part, matrix);
-  }
-  return result;
+// Adds rows matrix to `result`, whole or in two halves of the rows (products.py chooses: the bits are the same).
+void add_product(Tensor& result, const Tensor& rows, const Tensor& matrix, bool halved) {
+  const int64_t half = halved ? (rows.size(0) + 1) / 2 : rows.size(0);
+  for (int64_t start = 0; start < rows.size(0); start += half)
+    result.slice(0, start, start + half).addmm_(rows.slice(0, start, start + half), matrix);
 }
 
 Tensor cast(const Tensor& factor, at::ScalarType dtype, double scale) {
@@ -207,9 +201,9 @@ void apply_gain(Tensor& y, const Tensor& away, const Tensor& bias) {
 // What one pass works on beside the operands that autograd knows of.
 struct Pass {
   std::optional<Tensor> masked, positions, taken;  // dropout's: x as A reads it, where it is 0, what stood there
-  Tensor y, a, b, full, away, per_magnitude;  // y holds W x + bias at the start; a and b are A and s B in its dtype
+  Tensor a, b, full, away, per_magnitude;  // a and b are A and s B in the activations' dtype
   double scale;
-  bool halved_backward;
+  bool halved_forward, halved_backward;
 };
 
 class AdaptedProduct : public torch::autograd::Function<AdaptedProduct> {
@@ -217,9 +211,10 @@ class AdaptedProduct : public torch::autograd::Function<AdaptedProduct> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, const Pass& pass) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor y = pass.y, rows = pass.masked ? *pass.masked : x.reshape({-1, x.size(-1)});
-    Tensor hidden = at::mm(rows, pass.a.t());
-    y.addmm_(hidden, pass.b.t());
+    Tensor rows = x.reshape({-1, x.size(-1)}), hidden = at::mm(pass.masked.value_or(rows), pass.a.t());
+    // The small product first: W x is then added to it before it is rounded, and the larger rounding is saved.
+    Tensor y = bias ? at::addmm(*bias, hidden, pass.b.t()) : at::mm(hidden, pass.b.t());
+    add_product(y, rows, weight.t(), pass.halved_forward);
     apply_gain(y, pass.away, float_or_none(bias));
     std::vector<int64_t> shape = x.sizes().vec();
     shape.back() = y.size(1);
@@ -294,20 +289,14 @@ variable_list AdaptedProduct::backward(AutogradContext* ctx, const variable_list
   if (edited) {
     Tensor whole = positions.defined() ? rows.clone() : rows;
     if (positions.defined()) whole.view(-1).index_copy_(0, positions, taken);
-    z = at::mm(whole, weight.t()).addmm_(hidden, b.t());
+    z = at::mm(hidden, b.t()).addmm_(whole, weight.t());
   }
   auto [dz, dm, db] = start_backward(dy, y, z, bias, gain);
   Tensor dh = at::mm(dz, b);
   if (ctx->needs_input_grad(0)) {
-    dx = product(dz, weight, Tensor(), ctx->saved_data["halved"].toBool());
-    Tensor a = cast(lora_A, dy.scalar_type(), 1);
-    if (positions.defined()) {
-      Tensor change = at::mm(dh, a);
-      change.view(-1).index_fill_(0, positions, 0);
-      dx.add_(change);
-    } else {
-      dx.addmm_(dh, a);
-    }
+    dx = at::mm(dh, cast(lora_A, dy.scalar_type(), 1));
+    if (positions.defined()) dx.view(-1).index_fill_(0, positions, 0);
+    add_product(dx, dz, weight, ctx->saved_data["halved"].toBool());
     dx = dx.view(ctx->saved_data["input_shape"].toIntVector());
   }
   if (ctx->needs_input_grad(first)) dA = dh.t().mm(rows).to(lora_A.scalar_type());
@@ -333,7 +322,6 @@ std::tuple<Tensor, bool> adapted_product(const Tensor& x, const Tensor& weight, 
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto dtype = weight.scalar_type();
-    pass.y = product(x.reshape({-1, x.size(-1)}), weight.t(), bias.value_or(Tensor()), halved);
     pass.a = cast(lora_A, dtype, 1);
     pass.b = cast(lora_B, dtype, scale / kept);
     if (due) {
@@ -353,6 +341,7 @@ std::tuple<Tensor, bool> adapted_product(const Tensor& x, const Tensor& weight, 
   pass.away = gain[1];
   pass.per_magnitude = gain[2];
   pass.scale = scale / kept;
+  pass.halved_forward = halved;
   pass.halved_backward = halved_backward;
   return {AdaptedProduct::apply(x, weight, bias, lora_A, lora_B, magnitude, pass), true};
 }
