@@ -18,9 +18,8 @@ from pathlib import Path
 from data_prep.fields import filled, integer, rows, text
 from data_prep.karpathy import FILE, SPLITS, karpathy_rows
 from data_prep.published import Raw, Split, some_present
-from data_prep.quoted import short
 from dora_vl.data.examples import Answer, Example
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, shown
 
 SIZES = {"train": 113_287, "validation": 5_000, "test": 5_000}
 
@@ -45,7 +44,7 @@ def convert(raw: Raw) -> Example:
     sample_id = str(image_id)
     part = text(raw, "split", sample_id)
     if part not in SPLITS:
-        raise BadSample(sample_id, f"it is in the part {short(part)}, which is not one of {', '.join(SPLITS)}")
+        raise BadSample(sample_id, f"it is in the part {shown(part)}, which is not one of {', '.join(SPLITS)}")
     captions = [" ".join(text(sentence, "raw", sample_id).split()) for sentence in rows(raw, "sentences", sample_id)]
     if not any(captions):
         raise BadSample(sample_id, "it has no caption")
