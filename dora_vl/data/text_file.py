@@ -194,10 +194,11 @@ def table_rows(
         if heads == [_END]:
             return  # an empty file
         _check_columns(path, heads, required)
+        begins = reader.line_num + 1
         for values in filter(None, reader):
+            if values == [_END]:
+                return
             if values[-1].endswith(_END):
-                if values == [_END]:
-                    return
                 break
             if len(values) != len(heads):
                 raise UserError(
@@ -205,10 +206,12 @@ def table_rows(
                     "the file is cut or damaged, fetch or write it again"
                 )
             yield reader.line_num, dict(zip(heads, values, strict=True))
+            begins = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not the table expected: {error}") from None
     raise UserError(
-        f"{path}: a quotation mark in it is never closed; the file is cut or damaged, fetch or write it again"
+        f"{path}, line {begins}: a quotation mark in it is never closed; the file is cut or damaged, fetch or write it "
+        "again"
     )
 
 

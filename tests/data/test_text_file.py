@@ -61,7 +61,7 @@ def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path: Path) -> Non
         ("id,answer\n1,yes, it is\n", "a.csv, line 2: 3 values for 2 columns"),
         ("id,id\n1,2\n", "a.csv: two columns are called 'id'"),
         ("id,text\n1,2\n", "a.csv: no column 'answer'; it has id, text"),
-        ('id,answer\n1,"a\n2,b\n', "a.csv: a quotation mark in it is never closed"),
+        ('id,answer\n1,"a\n2,b\n', "a.csv, line 2: a quotation mark in it is never closed"),
         (
             'id,answer\n1,"' + "a" * 120 + "\n" + "b" * 120 + '"\n',
             "a.csv, line 3: not the table expected: field larger",
