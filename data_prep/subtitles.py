@@ -58,17 +58,19 @@ class Subtitles:
 
 
 def subtitles_of(raw: Raw, sample_id: str) -> tuple[Subtitle, ...]:
-    """The subtitles that `Subtitles.joined` added, in order; empty ones are left out."""
+    """The subtitles that `Subtitles.joined` added, in order, those of empty text too: VL-BART's prompt joins them all.
+
+    Entries without a text are left out.
+    """
     found = optional(raw, "sub", rows, sample_id) or ()
-    read = (_subtitle(entry, sample_id) for entry in found)
-    return tuple(subtitle for subtitle in read if subtitle.text)
+    return tuple(_subtitle(entry, sample_id) for entry in found if optional(entry, "text", text, sample_id) is not None)
 
 
 def _subtitle(entry: Raw, sample_id: str) -> Subtitle:
     start, end = (
         None if given(entry, name) is None else number(given(entry, name), name, sample_id) for name in ("start", "end")
     )
-    return Subtitle((optional(entry, "text", text, sample_id) or "").strip(), start, end)
+    return Subtitle(text(entry, "text", sample_id).strip(), start, end)
 
 
 def read_srt(path: Path) -> list[dict[str, object]]:

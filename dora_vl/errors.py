@@ -5,6 +5,7 @@ Also the errors of Pillow. Only the standard library.
 
 from __future__ import annotations
 
+import errno
 import functools
 import re
 import struct
@@ -130,14 +131,22 @@ class BadSample(UserError):
 
 
 def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
-    """Wraps an entry point: a `UserError` becomes one line on stderr and exit status 2, never a traceback."""
+    """Wraps an entry point: a `UserError` becomes one line on stderr and exit status 2, never a traceback.
+
+    So does a path of more characters than a file's name may have, wherever it is looked for.
+    """
 
     @functools.wraps(main)
     def run(*arguments: Inputs.args, **options: Inputs.kwargs) -> Result:
         try:
             return main(*arguments, **options)
         except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
-            sys.exit(USER_ERROR_STATUS)
+            said = str(error)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            said = one_line(f"{error.filename}: no file can have a name so long")
+        sys.stderr.write(f"error: {said}\n")
+        sys.exit(USER_ERROR_STATUS)
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,6 +114,22 @@ def test_the_line_on_stderr_has_at_most_500_characters(capsys: Any) -> None:
     assert error.startswith("error: é")
     assert error.count("\n") == 1
     assert len(error) <= 500
+
+
+@pytest.mark.parametrize("option", ["--predictions", "--records", "--against"])
+def test_a_path_of_any_length_is_one_line(option: str, capsys: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(f"name: own\nscoring: exact\nfile: {'y' * LONG}\n")
+    options = {"--benchmarks": "pope", "--predictions": str(own), option: f"{tmp_path}/{'x' * LONG}"}
+    for benchmark in ("pope", str(own)):
+        words = [word for pair in (options | {"--benchmarks": benchmark}).items() for word in pair]
+        with pytest.raises(SystemExit) as status:
+            main(["evaluate", *words])
+        assert status.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        assert len(said) <= 500
 
 
 @pytest.mark.parametrize("words", [["x" * LONG], ["evaluate", "--benchmarks", "pope", "--limit", "9" * 4000 + "x"]])

@@ -34,9 +34,9 @@ def opened(path: Path, wanted: str) -> Iterator[BinaryIO]:
     Raises:
         UserError: no such file, or it cannot be opened or read.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of {wanted}")
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file of {wanted}")
         with path.open("rb") as file:
             yield file
     except OSError as error:

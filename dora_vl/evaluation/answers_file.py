@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_vl.data.records import stream_values
-from dora_vl.data.text_file import table_rows, text_lines
+from dora_vl.data.text_file import opened, table_rows, text_lines
 from dora_vl.errors import UserError, shown, shown_names
 
 IDS = ("id", "question_id", "questionId", "qid", "image_id", "image", "index", "identifier", "clip_id")
@@ -69,8 +69,6 @@ def read_rows(path: Path) -> list[AnswerRow]:
     Raises:
         UserError: no such file, none of the forms, or a row without an id or an answer; it names the line.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of {WANTED}")
     rows = list(_rows(path))
     if not rows:
         raise UserError(f"{path}: holds no predictions")
@@ -78,11 +76,8 @@ def read_rows(path: Path) -> list[AnswerRow]:
 
 
 def _rows(path: Path) -> Iterator[AnswerRow]:
-    try:
-        with path.open("rb") as file:
-            begins_as_zip = file.read(len(ZIP)) == ZIP
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    with opened(path, WANTED) as file:
+        begins_as_zip = file.read(len(ZIP)) == ZIP
     if begins_as_zip:
         raise UserError(f"{path}: an .xlsx or another packed file; save the table as tab-separated text, NAME.tsv")
     if path.suffix.lower() in DELIMITERS:

@@ -124,9 +124,11 @@ def test_what_is_wrong_has_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_folder_and_a_file_that_is_not_there(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "gone"):
+    for path in (tmp_path, tmp_path / "gone", tmp_path / "NUL\0"):
         with pytest.raises(UserError, match="no such file of answers"):
             list(text_lines(path, "answers"))
+    with pytest.raises(UserError, match=r"y: cannot be read \(File name too long\)"):
+        list(text_lines(tmp_path / ("y" * 60_000), "answers"))
 
 
 def test_values_of_a_list_and_of_lines_have_their_lines(tmp_path: Path) -> None:
