@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def targets_of(what: Iterable[str], scratch: Path) -> list[Target]:
-    """What is read, of both kinds or one.
+    """What is read, of both kinds or one; each kind is drawn as often as the other.
 
     Raises:
         UserError: another kind.
@@ -89,7 +90,9 @@ def targets_of(what: Iterable[str], scratch: Path) -> list[Target]:
     for kind in what:
         if kind not in makers:
             raise UserError(f"--what {kind}: must be {PUBLISHERS}, {PREDICTIONS}, or both with a comma between")
-        targets += makers[kind](scratch)
+        made = makers[kind](scratch)
+        whole = sum(target.weight for target in made)
+        targets += [replace(target, weight=target.weight / whole) for target in made]
     return targets
 
 
