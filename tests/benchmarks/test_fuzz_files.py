@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -69,9 +70,9 @@ def test_each_kind_is_drawn_as_often_as_the_other(tmp_path: Path) -> None:
 
 
 def test_what_no_pipe_in_utf8_takes_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz_case, "main", lambda words: print("caf\u00e9"))
+    monkeypatch.setattr(fuzz_case, "main", lambda words: sys.stdout.write("caf\u00e9"))
     assert run_case(pope(tmp_path), tmp_path, 0, 1).failure == ""
-    monkeypatch.setattr(fuzz_case, "main", lambda words: print("half \ud83d"))
+    monkeypatch.setattr(fuzz_case, "main", lambda words: sys.stdout.write("half \ud83d"))
     assert run_case(pope(tmp_path), tmp_path, 0, 1).failure.startswith("exception: UnicodeEncodeError")
 
 
