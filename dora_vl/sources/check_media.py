@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from dora_vl.errors import DECODING_ERRORS
 
@@ -93,7 +93,7 @@ def ends_trouble(beginning: bytes, last: bytes, size: int) -> Trouble | None:
     return Trouble(BROKEN, f"begins with {beginning[:8]!r}, which is no known picture format")
 
 
-def decoding_trouble(path: Path | BinaryIO) -> Trouble | None:
+def decoding_trouble(path: Path | BytesIO) -> Trouble | None:
     """Decodes a picture whole, from a file or from memory."""
     from PIL import Image
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from dora_vl.data.examples import JSON, from_record
 from dora_vl.data.records import stream_records
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, read_llava
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, shown_text
 from dora_vl.sources.check_media import MediaCheck
-from dora_vl.sources.quoted import cut
 
 SHOWN_IDS = 5
 
@@ -29,7 +28,7 @@ class Finding:
         """Counts one more sample."""
         self.count += 1
         if len(self.ids) < SHOWN_IDS:
-            self.ids.append(cut(sample_id, 60))
+            self.ids.append(shown_text(sample_id, 60))
         self.example = self.example or detail
 
 

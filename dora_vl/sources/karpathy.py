@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
 from dora_vl.sources.fields import filled, identifier, if_text
 from dora_vl.sources.joins import numbered, refusing
 from dora_vl.sources.published import Progress, Raw, json_rows
-from dora_vl.sources.quoted import short
 
 FILE = "dataset_coco.json"
 SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
@@ -40,6 +39,6 @@ def split_of_pictures(file: Path, progress: Progress) -> dict[str, str]:
         with refusing(where):
             picture, part = identifier(row, "cocoid"), filled(row, "split")
         if part not in SPLITS:
-            raise UserError(f"{where}: its part is {short(part)}, which is not one of {', '.join(SPLITS)}")
+            raise UserError(f"{where}: its part is {shown(part)}, which is not one of {', '.join(SPLITS)}")
         found[picture] = SPLITS[part]
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dora_vl.data.examples import JSON, json_line, whole_file
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown, shown_text
 from dora_vl.sources.conversion import ConvertedRow, Line, converted_rows
 from dora_vl.sources.manifest import (
     FORMAT,
@@ -27,7 +27,6 @@ from dora_vl.sources.manifest import (
     read_manifest,
 )
 from dora_vl.sources.published import Progress, Raw, Split
-from dora_vl.sources.quoted import cut, short
 
 ROWS_TO_JUDGE = 1000
 """When none of so many rows can be used, the file is another one than the source expects."""
@@ -163,7 +162,7 @@ def reading(where: str) -> Iterator[None]:
 
 
 def _names(split: Split) -> str:
-    return ", ".join(cut(str(path), 120) for path in split.inputs[:2]) or f"{split.task}/{split.name}"
+    return ", ".join(shown_text(str(path), 120) for path in split.inputs[:2]) or f"{split.task}/{split.name}"
 
 
 class Partial:
@@ -258,7 +257,7 @@ class Partial:
         if not number_repeated:
             lines = f"lines {self._lines[line.id]} and {self.counts.written + 1}"
             raise UserError(
-                f"{self._path}: id {short(line.id)} would be in {lines}; the publisher's ids must be unique"
+                f"{self._path}: id {shown(line.id)} would be in {lines}; the publisher's ids must be unique"
             )
         number = 2
         while (numbered := f"{line.id}#{number}") in self._lines:

@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from dora_vl.data.text_file import json_object
 from dora_vl.sources.fields import integer, mapping
 from dora_vl.sources.joins import refusing
-from dora_vl.sources.published import Split, json_object, present, some_present
+from dora_vl.sources.published import WANTED, Split, present, some_present
 from dora_vl.sources.subtitles import Subtitles
 from dora_vl.sources.video_questions import convert_question, question_rows
 
@@ -61,7 +62,7 @@ def read_solution(path: Path) -> dict[str, int]:
         UserError: it has another form.
     """
     with refusing(f"{path}: not {{'solution': {{series: {{qid: index}}}}}}"):
-        all_series = mapping(json_object(path), "solution")
+        all_series = mapping(json_object(path, WANTED), "solution")
         return {
             qid: integer(answers, qid)
             for series in all_series

@@ -22,11 +22,12 @@ from functools import partial
 from pathlib import Path
 
 from dora_vl.data.examples import Answer, Example
+from dora_vl.data.text_file import json_object
 from dora_vl.errors import BadSample, UserError
 from dora_vl.sources import vqav2
 from dora_vl.sources.fields import filled, given, identifier, kept, key, optional, scalar, text, weights
 from dora_vl.sources.karpathy import FILE, split_of_pictures
-from dora_vl.sources.published import Progress, Raw, Split, json_object, json_rows, present
+from dora_vl.sources.published import WANTED, Progress, Raw, Split, json_rows, present
 from dora_vl.sources.soft_answers import people_answers, soft_answers
 
 SIZES = {"train": 605_102, "validation": 26_729, "test": 26_280}
@@ -38,7 +39,7 @@ PARTS = ("train2014", "val2014")
 def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
     """The splits of VL-T5's files where they are there, else those made of the official ones."""
     known = present(folder, [ANSWERS_FILE])
-    allowed = frozenset(json_object(known[ANSWERS_FILE])) if known else None
+    allowed = frozenset(json_object(known[ANSWERS_FILE], WANTED)) if known else None
     own = present(folder, VLT5_FILES.values())
     official = () if own else _official_files(folder)
     for name, file in VLT5_FILES.items():

@@ -19,10 +19,11 @@ from functools import partial
 from pathlib import Path
 
 from dora_vl.data.examples import Answer, Clip, Example
+from dora_vl.data.text_file import json_object
+from dora_vl.errors import shown
 from dora_vl.sources.fields import filled, given, integer, mapping, optional, rows, seconds, text
 from dora_vl.sources.joins import refusing
-from dora_vl.sources.published import Progress, Raw, Split, json_object, present, some_present
-from dora_vl.sources.quoted import short
+from dora_vl.sources.published import WANTED, Progress, Raw, Split, present, some_present
 from dora_vl.sources.subtitles import Subtitles
 from dora_vl.sources.video_captions import caption_split
 
@@ -57,10 +58,10 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 
 def _youcook2_rows(path: Path, subset: str, progress: Progress) -> Iterator[Raw]:
     with refusing(f"{path}: not YouCook2's {{'database': {{video: ...}}}}"):
-        videos = mapping(json_object(path), "database")
+        videos = mapping(json_object(path, WANTED), "database")
         progress(path.stat().st_size)
     for video in videos:
-        with refusing(f"{path}, video {short(video)}"):
+        with refusing(f"{path}, video {shown(video)}"):
             entry = mapping(videos, video)
             steps = rows(entry, "annotations") if filled(entry, "subset") == subset else ()
         for step in steps:
