@@ -36,6 +36,7 @@ NOT_TRAINED: Mapping[str, str] = MappingProxyType(
         "instructblipvideo": _NO_CHAT,
         "kosmos-2": _NO_CHAT,
         "kosmos-2.5": _NO_CHAT,
+        "paligemma": "it reads a prompt in both directions, so its answers must be given apart from the questions",
         "pi0": "it gives movements, no text",
         "pix2struct": _ENCODER_DECODER,
         "pp_formulanet": _ENCODER_DECODER,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +18,6 @@ from dora_vl.backbones.families import PROJECTORS
 from dora_vl.backbones.module import Backbone
 from dora_vl.errors import UserError, one_line
 from dora_vl.model_files import check_model_folder
-
-log = logging.getLogger(__name__)
 
 IMAGE_TEXT = "image_text"
 """What `recipe.json` calls this backbone."""
@@ -130,6 +128,27 @@ def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
     if not patterns:
         raise UserError(f"no linear layer was found in {prefix} of {type(model).__name__}; set adapter.targets")
     return tuple(patterns)
+
+
+def weights_out_of_reach(model: PreTrainedModel) -> dict[str, int]:
+    """Sizes of the decoder's matrices that no linear layer holds, by name: experts that are one tensor, convolutions.
+
+    Embeddings, tied heads and vectors are not counted.
+    """
+    decoder = decoder_of(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    held = {id(one.weight) for one in decoder.modules() if isinstance(one, nn.Linear | nn.Embedding)}
+    parameters = decoder.named_parameters(prefix=prefix)
+    return {
+        name: math.prod(weight_shape(weight))
+        for name, weight in parameters
+        if len(weight_shape(weight)) > 1 and id(weight) not in held
+    }
+
+
+def weight_shape(weight: nn.Parameter) -> tuple[int, ...]:
+    """A weight's shape, also where ZeRO-3 holds it in shards."""
+    return tuple(vars(weight).get("ds_shape", weight.shape))
 
 
 def projector_patterns(model: PreTrainedModel) -> tuple[str, ...]:

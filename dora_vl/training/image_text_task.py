@@ -19,6 +19,7 @@ from dora_vl.backbones.image_text import (
     language_targets,
     load_image_text,
     projector_patterns,
+    weights_out_of_reach,
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder, load_processor
 from dora_vl.backbones.module import Backbone
@@ -143,6 +144,13 @@ class ImageTextTask(Task):
     def _adapted(self, backbone: ImageTextBackbone) -> DoRAConfig:
         adapter, model = self.config.adapter, backbone.model
         targets = adapter.targets if adapter.targets is not None else language_targets(model)
+        if lost := weights_out_of_reach(model):
+            logger.warning(
+                "%d tensors of the decoder, %s weights, first %s, are no linear layers and get no adapter",
+                len(lost),
+                f"{sum(lost.values()):,}",
+                next(iter(lost)),
+            )
         if not adapter.train_projector or adapter.method == "full":
             return core_config(adapter, targets=targets)
         projector = projector_patterns(model)

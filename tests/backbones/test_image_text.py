@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dora_vl.backbones.image_text import (
     language_targets,
     load_image_text,
     projector_patterns,
+    weights_out_of_reach,
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder, load_processor
 from dora_vl.backbones.llava import load_llava
@@ -210,13 +212,35 @@ def test_the_further_row_of_a_batch_without_pictures_changes_no_loss(folders: di
 @families
 def test_every_linear_of_the_decoder_is_adapted_and_no_other(folders: dict[str, Path], family: str) -> None:
     model = load_image_text(str(folders[family])).model
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     names = apply_dora(model, DoRAConfig(targets=language_targets(model), rank=2, alpha=5.0))
-    layer = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    layer += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    endings = [f"layers.{number}.{one}" for number in range(2) for one in layer]
-    assert len(names) == len(endings)
-    assert all("vision" not in name and "visual" not in name for name in names)
-    assert {name.partition("layers.")[2] for name in names} == {ending.partition("layers.")[2] for ending in endings}
+    assert names == [name for name in linears if "language_model" in name or "text_model.layers" in name]
+    assert len(names) == ADAPTED.get(family, 14)
+
+
+ADAPTED = {"glm4v": 12, "qwen3_5": 15, "qwen3_vl_moe": 8, "lfm2_vl": 12}
+"""Layers of two, where they are not the seven of LLaMA each."""
+
+
+def test_experts_that_are_one_tensor_are_named(folders: dict[str, Path]) -> None:
+    found = weights_out_of_reach(load_image_text(str(folders["qwen3_vl_moe"])).model)
+    experts = {name.rpartition("layers.")[2]: size for name, size in found.items() if "experts" in name}
+    assert experts["0.mlp.experts.gate_up_proj"] == 4 * 32 * 2 * 16
+    assert experts["1.mlp.experts.down_proj"] == 4 * 16 * 32
+    assert weights_out_of_reach(load_image_text(str(folders["qwen3_vl"])).model) == {}
+
+
+@families
+def test_an_answer_sees_nothing_after_it(folders: dict[str, Path], family: str) -> None:
+    encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
+    sample = sample_of(encoder, TALKS["one picture"])
+    other = sample.input_ids.clone()
+    other[-2] = encoder.tokenizer.convert_tokens_to_ids("?")  # the token that closes the answer
+    collate = ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED)
+    first, second = (
+        backbone(**inputs_of(collate([replace(sample, input_ids=ids)]))).logits for ids in (sample.input_ids, other)
+    )
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
 
 
 @families

@@ -44,6 +44,7 @@ SPECIAL = (
     "TILE",
     "TILE_GLOBAL",
     "<|image|>",
+    "<|video|>",
     "<|begin_of_image|>",
     "<|end_of_image|>",
     "<|begin_of_video|>",
@@ -337,6 +338,136 @@ def _gemma3(t: PreTrainedTokenizerFast) -> Any:
     return Gemma3Processor(Gemma3ImageProcessor(size={"height": 16, "width": 16}), t, image_seq_length=4)
 
 
+def _mistral3_config(t: PreTrainedTokenizerFast) -> dict[str, Any]:
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    return {
+        "text_config": {"model_type": "mistral", "head_dim": 8, **TEXT},
+        "vision_config": {**vision, "num_attention_heads": 2, "image_size": 32, "patch_size": 4, "head_dim": 8},
+        "image_token_index": token(t, "[IMG]"),
+        "spatial_merge_size": 2,
+        "vision_feature_layer": -1,
+        "tie_word_embeddings": False,
+    }
+
+
+def _mistral3(t: PreTrainedTokenizerFast) -> Any:
+    from transformers import PixtralImageProcessor, PixtralProcessor
+
+    images = PixtralImageProcessor(size={"longest_edge": 32}, patch_size={"height": 8, "width": 8})
+    return PixtralProcessor(images, t, patch_size=4, spatial_merge_size=2)
+
+
+def _aya_vision_config(t: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        "text_config": {"model_type": "cohere2", **TEXT, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+        "vision_config": SIGLIP,
+        "image_token_index": token(t, "<|IMG_PATCH|>"),
+        "downsample_factor": 2,
+    }
+
+
+def _aya_vision(t: PreTrainedTokenizerFast) -> Any:
+    from transformers import AyaVisionProcessor, GotOcr2ImageProcessor
+
+    images = GotOcr2ImageProcessor(size={"height": 16, "width": 16}, crop_to_patches=True, min_patches=1, max_patches=3)
+    return AyaVisionProcessor(images, t, patch_size=4, img_size=16, downsample_factor=2)
+
+
+def _cohere2_vision_config(t: PreTrainedTokenizerFast) -> dict[str, Any]:
+    base = _aya_vision_config(t)
+    del base["image_token_index"]
+    return {**base, "image_token_id": token(t, "<|IMG_PATCH|>"), "alignment_intermediate_size": 32}
+
+
+def _cohere2_vision(t: PreTrainedTokenizerFast) -> Any:
+    from transformers import Cohere2VisionProcessor
+    from transformers.models.cohere2_vision.image_processing_cohere2_vision import Cohere2VisionImageProcessor
+
+    images = Cohere2VisionImageProcessor(
+        size={"height": 16, "width": 16}, crop_to_patches=True, min_patches=1, max_patches=3, patch_size=2
+    )
+    return Cohere2VisionProcessor(images, t)
+
+
+COHERE2_NAMES = {
+    "boi_token": "<|START_OF_IMG|>",
+    "eoi_token": "<|END_OF_IMG|>",
+    "image_token": "<|IMG_PATCH|>",
+    "img_line_break_token": "<|IMG_LINE_BREAK|>",
+}
+
+
+def _glm4v_config(t: PreTrainedTokenizerFast) -> dict[str, Any]:
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 32}
+    return {
+        "text_config": {
+            **TEXT,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 2],
+                "partial_rotary_factor": 1.0,
+            },
+        },
+        "vision_config": {**vision, "patch_size": 4, "image_size": 32},
+        "image_token_id": token(t, "<|image|>"),
+        "video_token_id": token(t, "<|video_pad|>"),
+        "image_start_token_id": token(t, "<|begin_of_image|>"),
+        "image_end_token_id": token(t, "<|end_of_image|>"),
+        "video_start_token_id": token(t, "<|begin_of_video|>"),
+        "video_end_token_id": token(t, "<|end_of_video|>"),
+    }
+
+
+def _glm4v(t: PreTrainedTokenizerFast) -> Any:
+    from transformers import Glm4vImageProcessor, Glm4vProcessor
+    from transformers.models.glm4v.video_processing_glm4v import Glm4vVideoProcessor
+
+    images = Glm4vImageProcessor(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 2048})
+    return Glm4vProcessor(images, t, Glm4vVideoProcessor(patch_size=4, merge_size=2))
+
+
+def _qwen3_5_config(t: PreTrainedTokenizerFast) -> dict[str, Any]:
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 32}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    linear |= {"linear_num_value_heads": 4}
+    layers = ["linear_attention", "full_attention"]
+    return {
+        "text_config": {**TEXT, **linear, "head_dim": 8, "layer_types": layers, "rope_parameters": rope},
+        "vision_config": {**vision, "patch_size": 4, "num_position_embeddings": 16},
+        **_qwen_tokens(t),
+    }
+
+
+def _qwen3_vl_moe_config(t: PreTrainedTokenizerFast) -> dict[str, Any]:
+    base = _qwen3_vl_config(t)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    return {**base, "text_config": {**base["text_config"], **experts}}
+
+
+def _lfm2_vl_config(t: PreTrainedTokenizerFast) -> dict[str, Any]:
+    vision = {"model_type": "siglip2_vision_model", "hidden_size": 16, "intermediate_size": 32}
+    vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "num_patches": 16}
+    text = {**TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    return {
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_id": token(t, "<image>"),
+        "projector_hidden_size": 32,
+    }
+
+
+def _lfm2_vl(t: PreTrainedTokenizerFast) -> Any:
+    from transformers import Lfm2VlProcessor
+    from transformers.models.lfm2_vl.image_processing_lfm2_vl import Lfm2VlImageProcessor
+
+    images = Lfm2VlImageProcessor(
+        tile_size=16, encoder_patch_size=4, min_image_tokens=1, max_image_tokens=4, max_tiles=4, downsample_factor=2
+    )
+    return Lfm2VlProcessor(images, t)
+
+
 GEMMA3_NAMES = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
 
 QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -353,4 +484,11 @@ FAMILIES: Mapping[str, Family] = {
     "idefics3": Family(_idefics3_config, _idefics3),
     "smolvlm": Family(_idefics3_config, _smolvlm, needs="num2words"),
     "gemma3": Family(_gemma3_config, _gemma3, "<boi>", names=GEMMA3_NAMES),
+    "mistral3": Family(_mistral3_config, _mistral3, "[IMG]"),
+    "aya_vision": Family(_aya_vision_config, _aya_vision),
+    "cohere2_vision": Family(_cohere2_vision_config, _cohere2_vision, "<|IMG_PATCH|>", names=COHERE2_NAMES),
+    "glm4v": Family(_glm4v_config, _glm4v, "<|begin_of_image|><|image|><|end_of_image|>"),
+    "qwen3_5": Family(_qwen3_5_config, _qwen3_vl, QWEN_PICTURE),
+    "qwen3_vl_moe": Family(_qwen3_vl_moe_config, _qwen3_vl, QWEN_PICTURE),
+    "lfm2_vl": Family(_lfm2_vl_config, _lfm2_vl),
 }
