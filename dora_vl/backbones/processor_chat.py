@@ -39,10 +39,11 @@ class Chat:
 class ProcessorChat:
     """Renders turns by a processor's chat template.
 
-    Tried once, with two questions and with a picture, so that a template that cannot be trained on is refused before
-    anything is loaded: one that leaves out what is said, one that writes an earlier answer differently once later
-    turns follow (reasoning that is stripped), one that knows no pictures. Where a template closes an answer with no
-    special token, the tokenizer's end token is put behind it, or a trained model would not stop.
+    Tried once, with a question and with a picture, so that a template that cannot be trained on is refused before
+    anything is loaded: one that leaves out what is said, or knows no pictures. Of one that writes an earlier answer
+    differently once later turns follow (reasoning that is stripped) conversations of several questions are refused,
+    since what the model saw there is in no single text. Where a template closes an answer with no special token, the
+    tokenizer's end token is put behind it, or a trained model would not stop.
 
     Raises: UserError for such a template, or where there is none.
     """
@@ -73,7 +74,10 @@ class ProcessorChat:
             if found := self._special.search(turn.text.replace(IMAGE_PLACEHOLDER, "")):
                 raise ValueError(f"turn {number} holds {found[0]!r}, which is a special token of this model")
         messages = [self._message(turn) for turn in turns]
-        whole = self._apply(messages, generation_prompt=generation_prompt)
+        try:
+            whole = self._apply(messages, generation_prompt=generation_prompt)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
         self._check_nothing_lost(turns, whole)
         spans = [self._answer_span(messages[:end], whole) for end in range(2, len(messages) + 1, 2)]
         return Chat(whole, tuple(spans))
@@ -121,7 +125,8 @@ class ProcessorChat:
         for as_parts in (True, False):
             self._as_parts = as_parts
             try:
-                self._check_nothing_lost(PROBE, self._apply([self._message(t) for t in PROBE], generation_prompt=False))
+                turns = PROBE[:2]
+                self._check_nothing_lost(turns, self._apply([self._message(t) for t in turns], generation_prompt=False))
                 return as_parts
             except (TemplateError, TypeError, ValueError) as error:
                 reasons.append(str(error))
@@ -136,12 +141,15 @@ class ProcessorChat:
             self._closing = str(self._processor.tokenizer.eos_token or "")
             log.info("the chat template of %s closes no answer; %r is put behind each", self._name, self._closing)
         try:
-            self.render(PROBE)
-            self.render(PROBE[:3], generation_prompt=True)
+            self.render(PROBE[:2])
         except (ValueError, TemplateError) as error:
             raise UserError(
                 f"{self._name}: {error}, so its answers cannot be trained on; change chat_template"
             ) from error
+        try:
+            self.render(PROBE)
+        except (ValueError, TemplateError) as error:
+            log.warning("%s: conversations of several questions are skipped: %s", self._name, error)
 
     def _try_picture(self) -> None:
         try:
