@@ -150,6 +150,15 @@ def test_a_base_that_cannot_be_trained_ends_in_one_line_before_its_weights(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_missing_chat_template_is_told_before_weights_are_read(there: Path, tmp_path: Path) -> None:
+    base = write_tiny("qwen2_5_vl", tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    (base / "model.safetensors").unlink()
+    path = write_run(tmp_path / "run.yaml", base, there / "data" / "train.json", training=CPU)
+    with pytest.raises(UserError, match="has no chat template"):
+        run(instruct_task(read_run_file(path)))
+
+
 @pytest.mark.parametrize(
     ("section", "setting", "value"),
     [
