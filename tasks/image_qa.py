@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_vl.data.turns import Turn
-    from dora_vl.evaluation.asking import AnyAssistants
-    from dora_vl.evaluation.assistant import Assistant
-    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
+    from dora_vl.evaluation.asking import AnyAssistant, AnyAssistants
 
 PICTURE_COMMAND = ":image "
 
@@ -76,7 +74,7 @@ def ask(assistants: AnyAssistants, topic: Topic, question: str, *, max_new_token
     """Puts one question to one topic."""
     from dora_vl.data.turns import Turn
 
-    def answer(speaker: str, assistant: Assistant | VlBartAssistant) -> str:
+    def answer(speaker: str, assistant: AnyAssistant) -> str:
         turns = prompt(topic, speaker, question)
         return assistant.answer(turns, topic.pictures, max_new_tokens=max_new_tokens, write=write_piece)
 

@@ -1,4 +1,5 @@
-"""Trains a LLaVA on visual instructions with DoRA, LoRA, magnitudes alone, or its full weights.
+"""Trains a LLaVA, or any vision-language model of transformers, on visual instructions with DoRA, LoRA, magnitudes
+alone, or its full weights.
 
 deepspeed tasks/llava_instruct.py --config configs/llava/<run>.yaml [--variant NAME] [--section.key value ...]
 
@@ -14,19 +15,19 @@ from dora_vl.training.recipe import RunConfig
 from dora_vl.training.start import start
 
 if TYPE_CHECKING:
-    from dora_vl.training.llava_task import LlavaTask
+    from dora_vl.training.task import Task
 
 
-def llava(config: RunConfig) -> LlavaTask:
-    """The task; its imports take seconds, so they come after mistakes in the settings were told."""
-    from dora_vl.training.llava_task import LlavaTask
+def instruct(config: RunConfig) -> Task:
+    """The base's task; its imports take seconds, so they come after mistakes in the settings were told."""
+    from dora_vl.training.image_text_task import instruct_task
 
-    return LlavaTask(config)
+    return instruct_task(config)
 
 
 def main() -> None:
     """Reads the settings, trains, tests."""
-    start("llava_instruct.py", __doc__ or "", RunConfig, llava)
+    start("llava_instruct.py", __doc__ or "", RunConfig, instruct)
 
 
 if __name__ == "__main__":

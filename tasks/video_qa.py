@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_vl.data.examples import Clip
-    from dora_vl.evaluation.asking import AnyAssistants
-    from dora_vl.evaluation.assistant import Assistant
-    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
+    from dora_vl.evaluation.asking import AnyAssistant, AnyAssistants
     from dora_vl.vision.frame_sampling import Sampling
     from dora_vl.vision.video import VideoReader
     from dora_vl.vision.video_decoding import Frames
@@ -96,7 +94,7 @@ def ask(assistants: AnyAssistants, clips: ClipReader, path: Path, question: str,
     times = f"{len(frames.seconds)} frames, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
     print(f"{path} ({times}, {frames.backend})  {question}")
 
-    def answer(_: str, assistant: Assistant | VlBartAssistant) -> str:
+    def answer(_: str, assistant: AnyAssistant) -> str:
         return assistant.answer_example(
             example, frames.pictures, max_new_tokens=options.max_new_tokens, write=write_piece
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.data.shared_prefix import visible
@@ -49,6 +52,37 @@ def labelled_positions(
     targets = labels[:, 1:]
     rows, places = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
     return rows, places, targets[rows, places]
+
+
+@contextlib.contextmanager
+def output_layer_sees(model: PreTrainedModel, rows: Tensor, places: Tensor) -> Iterator[list[Tensor]]:
+    """Meanwhile the output layer gets these positions alone, as one row; the list receives their hidden states.
+
+    From inside the model's own forward, so that what a model does to its logits (scales, soft caps) stays its own.
+
+    Raises: UserError if the model has no output layer.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(model).__name__} has no output layer; a causal language model is needed")
+    seen: list[Tensor] = []
+
+    def choose(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(inputs[0][rows, places])
+        return (seen[0].unsqueeze(0), *inputs[1:])
+
+    handle = cast(nn.Module, head).register_forward_pre_hook(choose)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def pad_token_id(model: PreTrainedModel) -> int | None:
+    """What fills answers that end early; any id does, and transformers warns at every call without one."""
+    stated: Any = model.generation_config
+    ends = stated.eos_token_id if isinstance(stated.eos_token_id, list) else [stated.eos_token_id]
+    return ends[0] if stated.pad_token_id is None else stated.pad_token_id
 
 
 def layout_attention(layout: Int[Tensor, "batch 3 seq"], *, kernel: str, dtype: torch.dtype) -> Tensor:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from dora_vl.backbones.base import Features, labelled_positions, layout_attention
+from dora_vl.backbones.base import Features, labelled_positions, layout_attention, output_layer_sees, pad_token_id
 from dora_vl.backbones.language_source import PlainLanguageModel, read_language_model
 from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.written_base import written_base
@@ -85,7 +84,7 @@ class CausalLMBackbone(Backbone[PreTrainedModel]):
             # Reentrant checkpointing sees nothing to differentiate otherwise. Asked or not: it costs one layer's share.
             embeds = embeds.detach().requires_grad_()
         mask, positions = self._attention(attention_mask, layout)
-        with self._head_sees(rows, places) as seen:
+        with output_layer_sees(self.model, rows, places) as seen:
             logits = self.model(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
             ).logits
@@ -106,7 +105,7 @@ class CausalLMBackbone(Backbone[PreTrainedModel]):
 
         `pixel_values` and `image_features` are there for callers that ask any backbone; this one takes neither.
         """
-        chosen = {"do_sample": False, "pad_token_id": self._pad_token_id(), **self.generation, **options}
+        chosen = {"do_sample": False, "pad_token_id": pad_token_id(self.model), **self.generation, **options}
         with torch.no_grad():
             model: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
             whole = model.generate(
@@ -132,33 +131,6 @@ class CausalLMBackbone(Backbone[PreTrainedModel]):
         if bool(attention_mask[:, 0].all()):
             return None, None
         return attention_mask, (attention_mask.cumsum(1) - 1).clamp_min(0)
-
-    @contextlib.contextmanager
-    def _head_sees(self, rows: Tensor, places: Tensor) -> Iterator[list[Tensor]]:
-        """Meanwhile the output layer gets these positions alone, as one row; the list receives their hidden states.
-
-        From inside the model's own forward, so that what a model does to its logits (scales, soft caps) stays its own.
-        """
-        head = self.model.get_output_embeddings()
-        if head is None:
-            raise UserError(f"{type(self.model).__name__} has no output layer; a causal language model is needed")
-        seen: list[Tensor] = []
-
-        def choose(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            seen.append(inputs[0][rows, places])
-            return (seen[0].unsqueeze(0), *inputs[1:])
-
-        handle = cast(nn.Module, head).register_forward_pre_hook(choose)
-        try:
-            yield seen
-        finally:
-            handle.remove()
-
-    def _pad_token_id(self) -> int | None:
-        """What fills answers that end early; any id does, and transformers warns at every call without one."""
-        stated: Any = self.model.generation_config
-        ends = stated.eos_token_id if isinstance(stated.eos_token_id, list) else [stated.eos_token_id]
-        return ends[0] if stated.pad_token_id is None else stated.pad_token_id
 
 
 def load_causal_lm(

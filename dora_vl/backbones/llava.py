@@ -17,7 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.backbones.base import Features, labelled_positions, layout_attention
+from dora_vl.backbones.base import Features, labelled_positions, layout_attention, pad_token_id
+from dora_vl.backbones.families import LLAVA
 from dora_vl.backbones.module import Backbone
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
@@ -185,14 +186,8 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
-                **{"do_sample": False, "pad_token_id": self._pad_token_id(), **options},
+                **{"do_sample": False, "pad_token_id": pad_token_id(self.model), **options},
             )
-
-    def _pad_token_id(self) -> int | None:
-        """What fills answers that end early; any id does, and transformers warns at every call without one."""
-        stated = self.model.generation_config
-        ends = stated.eos_token_id if isinstance(stated.eos_token_id, list) else [stated.eos_token_id]
-        return ends[0] if stated.pad_token_id is None else stated.pad_token_id
 
     def _features(self, pixel_values: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):
@@ -271,6 +266,10 @@ def load_llava(
     """
     register_towers()
     check_model_folder(folder_or_id)
+    with _user_errors(folder_or_id):
+        found = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0].get("model_type")
+    if found not in (LLAVA, None):
+        raise UserError(f"{folder_or_id!r} is a {found!r}, and as a {LLAVA!r} it would give other numbers than its own")
     with _user_errors(folder_or_id):
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder_or_id,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -22,12 +22,13 @@ IGNORED_LABEL = -100
 class Encoded:
     """A conversation in tokens. `labels[t]` is the token at `t` where it is trained, else -100.
 
-    `cut_tokens` counts what the length limit removed at the end.
+    `cut_tokens` counts what the length limit removed at the end; `inputs` are a processor's further tensors.
     """
 
     input_ids: Int[Tensor, " seq"]
     labels: Int[Tensor, " seq"]
     cut_tokens: int = 0
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Sample:
     """One usable sample. Its pictures are pixels or a frozen tower's features, never both.
 
     `pictures` holds `[3, height, width]` each, `features` `[tokens, width]`; both are empty for text only. `images`
-    says which pictures they are.
+    says which pictures they are. `inputs` holds instead what a processor gives beside the ids, by its own names, each
+    with this sample as its only row (or its pictures as rows).
     """
 
     index: int
@@ -46,6 +48,7 @@ class Sample:
     features: tuple[Tensor, ...] = ()
     cut_tokens: int = 0
     images: tuple[str, ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class LlavaDataset(torch.utils.data.Dataset["Sample | Skipped"]):
             features=tuple(self._features(path) for path in conversation.images) if self._features else (),
             cut_tokens=encoded.cut_tokens,
             images=conversation.images,
+            inputs=encoded.inputs,
         )
 
     def _pixels(self, index: int, conversation: Conversation) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.image_text import IMAGE_TEXT
 from dora_vl.backbones.vlbart_config import VlBartConfig
 from dora_vl.core.adapter_file import RECIPE_FILE, WEIGHTS_FILE, read_json
 from dora_vl.data.examples import Clip, Example
@@ -134,6 +135,11 @@ def open_model(adapter: Path, *, base: str | None = None, any_base: bool = False
     recipe = read_json(adapter / RECIPE_FILE) if (adapter / RECIPE_FILE).is_file() else {}
     if recipe.get("task") == COMMONSENSE:
         raise UserError(_commonsense(adapter))
+    if recipe.get("backbone") == IMAGE_TEXT:
+        raise UserError(
+            f"{adapter} is a {recipe.get('base')}'s: benchmarks are put to a LLaVA-1.5 or a VL-BART so far; ask it "
+            f"with python tasks/image_qa.py --adapter {adapter}, or merge it (dora-vl merge) for another tool"
+        )
     if recipe.get("backbone") == VlBartConfig.model_type:
         speaker: Assistant | VlBartAssistant = open_vlbart_assistants(
             adapter, subtasks_of, base=base, any_base=any_base

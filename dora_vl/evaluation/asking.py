@@ -12,9 +12,11 @@ from dora_vl.errors import UserError
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.assistant import Assistant, Assistants
+    from dora_vl.evaluation.image_text_assistant import ImageTextAssistant
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 
-    AnyAssistants = Assistants[Assistant] | Assistants[VlBartAssistant]
+    AnyAssistant = Assistant | ImageTextAssistant | VlBartAssistant
+    AnyAssistants = Assistants[Assistant] | Assistants[ImageTextAssistant] | Assistants[VlBartAssistant]
 
 
 def add_options(to: argparse.ArgumentParser) -> None:
@@ -35,26 +37,31 @@ def open_model(options: argparse.Namespace) -> AnyAssistants:
         raise UserError(f"--max-new-tokens is {options.max_new_tokens}; an answer needs at least 1")
     from transformers.utils import logging as transformers_logging
 
+    from dora_vl.backbones.image_text import IMAGE_TEXT
     from dora_vl.backbones.vlbart_config import VlBartConfig
     from dora_vl.evaluation.ask_vlbart import subtasks_of
     from dora_vl.evaluation.assistant import open_assistants, read_recipe
+    from dora_vl.evaluation.image_text_assistant import open_image_text_assistants
     from dora_vl.evaluation.vlbart_assistant import open_vlbart_assistants
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     adapter, where = options.adapter, {"base": options.base, "any_base": options.any_base}
-    if read_recipe(adapter).get("backbone") == VlBartConfig.model_type:
+    backbone = read_recipe(adapter).get("backbone")
+    if backbone == VlBartConfig.model_type:
         return open_vlbart_assistants(adapter, subtasks_of, with_base=options.compare_base, **where)
+    if backbone == IMAGE_TEXT:
+        return open_image_text_assistants(adapter, with_base=options.compare_base, **where)
     return open_assistants(adapter, with_base=options.compare_base, **where)
 
 
-def print_answers(assistants: Assistants, answer: Callable[[str, Assistant | VlBartAssistant], str]) -> dict[str, str]:
+def print_answers(assistants: AnyAssistants, answer: Callable[[str, AnyAssistant], str]) -> dict[str, str]:
     """Prints the answer while it is made, and the one without the adapter under it; returns both, by speaker.
 
     Args:
         answer: gives the answer of a speaker's model, and writes it with `write_piece` as it comes.
     """
-    speakers: list[tuple[str, Assistant | VlBartAssistant]] = [("with adapter", assistants.adapted)]
+    speakers: list[tuple[str, AnyAssistant]] = [("with adapter", assistants.adapted)]
     if assistants.base is not None:
         speakers.append(("without adapter", assistants.base))
     said: dict[str, str] = {}

@@ -20,13 +20,15 @@ class ModelConfig:
     """Which model is adapted, and how text and pictures are put to it."""
 
     base: str
-    """Folder or Hugging Face id of the LLaVA. With `compose`, the folder the composed model is written to."""
+    """Folder or Hugging Face id of a LLaVA or another vision-language model. With `compose`, the folder the composed
+    LLaVA is written to."""
     revision: str | None = None
     """Git revision of a Hugging Face id (a commit pins the run)."""
     compose: ComposeSpec | None = None
     """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
     template: TemplateName = "vicuna_v1"
-    """Prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's own."""
+    """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
+    own. Other models have their processor's chat template."""
     image_aspect: Literal["pad", "square"] = "pad"
     """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

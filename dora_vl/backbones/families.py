@@ -1,0 +1,95 @@
+"""Which model types are trained by which path, and the few things a family does not tell by itself.
+
+Everything else is asked of transformers: the model of its config, the pictures and the text of its processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from dora_vl.errors import UserError, one_line
+
+LLAVA = "llava"
+"""Has its own path: LLaVA-1.5's wording, its padding of pictures, its masks, stored features."""
+
+_ENCODER_DECODER = "its decoder reads what an encoder made of the pictures, and its labels do not shift"
+_NO_CHAT = "it answers no conversation"
+
+NOT_TRAINED: Mapping[str, str] = MappingProxyType(
+    {
+        "blip": _NO_CHAT,
+        "blip-2": _NO_CHAT,
+        "diffusion_gemma": "it fills in masked blocks, and has no next-token loss",
+        "evolla": "it reads proteins, no pictures",
+        "florence2": _ENCODER_DECODER,
+        "git": _NO_CHAT,
+        "idefics": _NO_CHAT,
+        "instructblip": _NO_CHAT,
+        "instructblipvideo": _NO_CHAT,
+        "kosmos-2": _NO_CHAT,
+        "kosmos-2.5": _NO_CHAT,
+        "paligemma": "it reads a prompt in both directions, so its answers must be given apart from the questions",
+        "pi0": "it gives movements, no text",
+        "pix2struct": _ENCODER_DECODER,
+        "pp_formulanet": _ENCODER_DECODER,
+        "t5gemma2": _ENCODER_DECODER,
+        "udop": _ENCODER_DECODER,
+        "vision-encoder-decoder": _ENCODER_DECODER,
+    }
+)
+"""Image-text-to-text models of transformers that this path does not fit, and why."""
+
+PROJECTORS = (
+    "multi_modal_projector",
+    "connector",
+    "visual.merger",
+    "deepstack_merger_list",
+    "mm_projector",
+    "embed_vision",
+    "vision_projection",
+    "aligner",
+    "mlp1",
+)
+"""Ends of the name of what stands between vision and language, as transformers' families call it."""
+
+ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+"""A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
+
+
+def model_type_of(base: str, revision: str | None = None) -> str:
+    """The `model_type` of a folder or hub id; nothing but its config is read.
+
+    Raises: UserError if there is no config, or it states no type.
+    """
+    try:
+        found: Any = PreTrainedConfig.get_config_dict(base, revision=revision or "main")[0]
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base {base!r} cannot be opened: {one_line(str(error), 300)}") from error
+    stated = found.get("model_type")
+    if not isinstance(stated, str) or not stated:
+        raise UserError(f"model.base {base!r}: its config.json states no model_type; is it a model's folder?")
+    return stated
+
+
+def check_trained(base: str, model_type: str) -> None:
+    """Refuses a model type that cannot be trained on pictures, before its weights are loaded.
+
+    Raises: UserError; it names the type, the reason and what can be trained.
+    """
+    what = f"model.base {base!r} is a {model_type!r}, which cannot be trained here"
+    can = "take a vision-language model that answers chats, such as qwen2_5_vl, smolvlm, internvl, gemma3 or llava"
+    if model_type in NOT_TRAINED:
+        raise UserError(f"{what}: {NOT_TRAINED[model_type]}; {can}")
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{what}: it is a language model and sees no pictures (tasks/commonsense.py trains it); {can}")
+    raise UserError(f"{what}: transformers knows it as no image-text-to-text model; {can}")

@@ -1,0 +1,193 @@
+"""Any vision-language model of transformers, run by its own forward with logits only where a label needs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
+
+from dora_vl.backbones.base import Features, labelled_positions, output_layer_sees, pad_token_id
+from dora_vl.backbones.families import PROJECTORS
+from dora_vl.backbones.module import Backbone
+from dora_vl.errors import UserError, one_line
+from dora_vl.model_files import check_model_folder
+
+IMAGE_TEXT = "image_text"
+"""What `recipe.json` calls this backbone."""
+
+
+class ImageTextBackbone(Backbone[PreTrainedModel]):
+    """Runs a model of `AutoModelForImageTextToText` from its processor's inputs to the positions that predict a label.
+
+    The inputs keep the processor's names and go to the model's own forward, so that grids, tiles, positions in two
+    dimensions and token types are the model's business. What is frozen outside the decoder stays in eval mode.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    @property
+    def config(self) -> Any:
+        """The model's config; transformers' Trainer and DeepSpeed read sizes from it."""
+        return self.model.config
+
+    def train(self, mode: bool = True) -> ImageTextBackbone:
+        """Sets the mode; a frozen vision part stays in eval, so that its features never change."""
+        super().train(mode)
+        decoder = set(decoder_of(self.model).modules())
+        for module in self.model.modules():
+            holds_decoder = not decoder.isdisjoint(module.modules())
+            if not holds_decoder and not any(weight.requires_grad for weight in module.parameters()):
+                module.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        labels: Int[Tensor, "batch seq"] | None = None,
+        **inputs: Any,
+    ) -> Features:
+        """Hidden states and logits at the positions that predict a label.
+
+        `labels[b, t]` is the token at `t`, or -100; the shift by one happens here. `inputs` are what else the
+        processor gave, by its own names.
+        """
+        rows, places, targets = labelled_positions(labels, attention_mask)
+        with output_layer_sees(self.model, rows, places) as seen:
+            logits = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **self._in_own_dtype(inputs)
+            ).logits
+        return Features(seen[0], logits.squeeze(0), targets, rows)
+
+    def generate(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        *,
+        max_new_tokens: int = 128,
+        streamer: BaseStreamer | None = None,
+        options: Mapping[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Int[Tensor, "batch new"]:
+        """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise."""
+        chosen = {"do_sample": False, "pad_token_id": pad_token_id(self.model), **(options or {})}
+        with torch.no_grad():
+            model: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
+            whole = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                **self._in_own_dtype(inputs),
+                **chosen,
+            )
+        return whole[:, input_ids.shape[1] :]
+
+    def _in_own_dtype(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs of floating numbers (pixels) in the model's dtype, as `BatchFeature.to` gives them."""
+        dtype = self.model.dtype
+        return {
+            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The language model's layers.
+
+    Raises: UserError if transformers does not know them apart from the rest.
+    """
+    decoder: nn.Module = model.get_decoder()
+    if decoder is model or model.get_output_embeddings() is None:
+        raise UserError(f"{type(model).__name__} has no decoder of its own that could be adapted; take another model")
+    return decoder
+
+
+def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
+    """Full-name patterns of every linear in the decoder's layers, one for each place in a layer.
+
+    Raises: UserError if there is none.
+    """
+    decoder = decoder_of(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    head = model.get_output_embeddings()
+    patterns: dict[str, None] = {}
+    for name, module in decoder.named_modules(prefix=prefix):
+        if isinstance(module, nn.Linear) and module is not head:
+            patterns[".".join("*" if part.isdecimal() else part for part in name.split("."))] = None
+    if not patterns:
+        raise UserError(f"no linear layer was found in {prefix} of {type(model).__name__}; set adapter.targets")
+    return tuple(patterns)
+
+
+def weights_out_of_reach(model: PreTrainedModel) -> dict[str, int]:
+    """Sizes of the decoder's matrices that no linear layer holds, by name: experts that are one tensor, convolutions.
+
+    Embeddings, tied heads and vectors are not counted.
+    """
+    decoder = decoder_of(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    held = {id(one.weight) for one in decoder.modules() if isinstance(one, nn.Linear | nn.Embedding)}
+    parameters = decoder.named_parameters(prefix=prefix)
+    return {
+        name: math.prod(weight_shape(weight))
+        for name, weight in parameters
+        if len(weight_shape(weight)) > 1 and id(weight) not in held
+    }
+
+
+def weight_shape(weight: nn.Parameter) -> tuple[int, ...]:
+    """A weight's shape, also where ZeRO-3 holds it in shards."""
+    return tuple(vars(weight).get("ds_shape", weight.shape))
+
+
+def projector_patterns(model: PreTrainedModel) -> tuple[str, ...]:
+    """Full-name patterns of what stands between vision and language; nothing where no such name is known."""
+    decoder = set(decoder_of(model).modules())
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name.endswith(PROJECTORS) and module not in decoder and any(True for _ in module.parameters())
+    ]
+    outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    return tuple(f"{name}.*" for name in outer)
+
+
+def load_image_text(
+    folder_or_id: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    revision: str | None = None,
+) -> ImageTextBackbone:
+    """A vision-language model's folder or hub id, every weight in `dtype`, in eval mode.
+
+    Raises: UserError if it is none or some of its weights are missing.
+    """
+    check_model_folder(folder_or_id)
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder_or_id,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision or "main",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.base {folder_or_id!r} cannot be opened: {one_line(str(error), 300)}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{folder_or_id}: {len(missing)} weights are missing, first {missing[:3]}; the folder is broken"
+        )
+    return ImageTextBackbone(model)

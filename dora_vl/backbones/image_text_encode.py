@@ -1,0 +1,167 @@
+"""Conversations and their pictures as a processor's own inputs, with labels on the answers."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+from transformers.models.auto.processing_auto import AutoProcessor
+from transformers.processing_utils import ProcessorMixin
+
+from dora_vl.backbones.families import ALIGNED
+from dora_vl.backbones.processor_chat import Chat, ProcessorChat
+from dora_vl.backbones.rendered import Span
+from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
+from dora_vl.errors import BadSample, UserError, one_line
+
+DUMMY_SIDE = 64
+GREY = (127, 96, 63)
+"""Of the dummy picture; a black one would be taken for padding by families that drop pictures of zeros."""
+
+
+@dataclass(frozen=True)
+class _Processed:
+    """One sample as the processor gives it, and where each token's characters stand in the text with pictures."""
+
+    ids: Int[Tensor, " seq"]
+    inputs: dict[str, Any]
+    """Everything but the ids, by the processor's own names."""
+    offsets: list[Span]
+    pictures: list[tuple[Span, Span]]
+    """Each picture's characters in the template's text and in the text that was tokenised."""
+
+
+def load_processor(base: str, revision: str | None = None) -> Any:
+    """The processor of a folder or hub id.
+
+    Raises: UserError if there is none, or a package that it needs is not installed.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(base, revision=revision or "main")
+    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"no processor could be read from {base!r}: {one_line(str(error), 300)}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise UserError(f"{base!r} has no processor (processor_config.json), which prepares its pictures")
+    return processor
+
+
+class ImageTextEncoder:
+    """Turns and pictures into what a processor gives for them, and labels; holds no model and can be pickled.
+
+    The template's text and the pictures go to the processor together, so that pictures become as many tokens as the
+    family makes of their size. What comes back is not touched, except that a long text loses its end.
+
+    Args:
+        processor: of the model.
+        name: of the model, for messages.
+        max_tokens: a longer sample loses text at its end; pictures are never cut.
+
+    Raises: UserError for a chat template that cannot be trained on (`ProcessorChat`).
+    """
+
+    def __init__(self, processor: Any, name: str, *, max_tokens: int) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.max_tokens = max_tokens
+        self._chat = ProcessorChat(processor, name)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills short rows; masked, so any id does where the tokenizer names none."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(one for one in known if one is not None))
+
+    def encode(self, conversation: Conversation, pictures: Sequence[Image.Image]) -> Encoded:
+        """Inputs and labels of a whole conversation, the labels -100 except on answers and what closes them.
+
+        Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
+        """
+        chat = self._render(conversation.turns, conversation.id, generation_prompt=False)
+        found = self._process(chat, pictures, conversation.id)
+        spans = [_moved(span, found.pictures) for span in chat.answer_spans]
+        trained = [any(first < end and start < last for start, end in spans) for first, last in found.offsets]
+        end = self._end_of_pictures(found)
+        if end > self.max_tokens:
+            raise BadSample(
+                conversation.id,
+                f"its {len(pictures)} pictures and the text before the last one take {end} tokens of "
+                f"{self.max_tokens}; raise data.max_tokens, or have the processor make fewer tokens of a picture",
+            )
+        kept = min(len(found.ids), self.max_tokens)
+        if not any(trained[:kept]):
+            cut = len(found.ids) - kept
+            raise BadSample(
+                conversation.id, f"no answer is left to train on after {cut} of {len(found.ids)} tokens were cut"
+            )
+        ids = found.ids[:kept]
+        labels = torch.where(torch.tensor(trained[:kept]), ids, IGNORED_LABEL)
+        inputs = {name: value[:, :kept] if name in ALIGNED else value for name, value in found.inputs.items()}
+        return Encoded(ids, labels, len(found.ids) - kept, inputs)
+
+    def encode_prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        """The processor's inputs of turns that end with a question, up to where the answer begins; never cut."""
+        chat = self._render(turns, "prompt", generation_prompt=True)
+        found = self._process(chat, pictures, "prompt")
+        return {"input_ids": found.ids[None], **found.inputs}
+
+    def dummy(self) -> Sample:
+        """A row with a small picture and no label: it takes a batch of words alone through the vision part too."""
+        picture = Image.new("RGB", (DUMMY_SIDE, DUMMY_SIDE), GREY)
+        chat = self._render((Turn("user", f"{IMAGE_PLACEHOLDER}\n."),), "dummy", generation_prompt=True)
+        found = self._process(chat, [picture], "dummy")
+        unlabelled = torch.full_like(found.ids, IGNORED_LABEL)
+        return Sample(index=-1, id="dummy", input_ids=found.ids, labels=unlabelled, inputs=found.inputs)
+
+    def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
+        """The text of an answer, without special tokens and surrounding space."""
+        return str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)).strip()
+
+    def _render(self, turns: Sequence[Turn], sample: str, *, generation_prompt: bool) -> Chat:
+        try:
+            return self._chat.render(turns, generation_prompt=generation_prompt)
+        except ValueError as error:
+            raise BadSample(sample, str(error)) from error
+
+    def _process(self, chat: Chat, pictures: Sequence[Image.Image], sample: str) -> _Processed:
+        options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        if self._chat.bos_token is not None and chat.text.startswith(self._chat.bos_token):
+            options["add_special_tokens"] = False  # as transformers' own apply_chat_template
+        images = [list(pictures)] if pictures else None
+        try:
+            found = dict(self.processor(text=[chat.text], images=images, return_tensors="pt", **options))
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise BadSample(sample, f"the processor refuses it: {one_line(str(error), 200)}") from error
+        offsets, replaced = found.pop("offset_mapping", None), found.pop("text_replacement_offsets", None)
+        places = replaced[0] if isinstance(replaced, list) and replaced else []  # without any, it may be a tensor
+        if offsets is None or (pictures and not places):
+            raise UserError(
+                f"{type(self.processor).__name__} does not say which characters its tokens stand for, so answers "
+                "cannot be told from questions; this family is not trained yet"
+            )
+        spans = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
+        moves = [(tuple(one["span"]), tuple(one["new_span"])) for one in places]
+        ids = found.pop("input_ids")
+        found.setdefault("attention_mask", torch.ones_like(ids))
+        return _Processed(ids[0], found, spans, moves)
+
+    def _end_of_pictures(self, found: _Processed) -> int:
+        """The first place after every picture's tokens."""
+        if not found.pictures:
+            return 0
+        last = found.pictures[-1][1][1]
+        return max(place for place, (start, end) in enumerate(found.offsets, 1) if start < last and end > start)
+
+
+def _moved(span: Span, pictures: Sequence[tuple[Span, Span]]) -> Span:
+    """Characters of the template's text, in the text in which pictures stand as their tokens."""
+    ends = [old[1] for old, _ in pictures]
+    gained = [0, *(new[1] - old[1] for old, new in pictures)]
+    first, last = (place + gained[bisect_right(ends, place)] for place in span)
+    return first, last

@@ -1,0 +1,179 @@
+"""A processor's own chat template: a conversation's text, and which characters of it are answers."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from dora_vl.backbones.rendered import Span, check_order
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+from dora_vl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PROBE = (
+    Turn("user", "Which colour is it?"),
+    Turn("assistant", "It is purple."),
+    Turn("user", "Which shape has it?"),
+    Turn("assistant", "It is a square."),
+)
+PICTURE_PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation's text, pictures as the template marks them, and the characters that are supervised.
+
+    An answer's span goes from the end of the generation prompt before it through the token that closes it.
+    """
+
+    text: str
+    answer_spans: tuple[Span, ...]
+
+
+class ProcessorChat:
+    """Renders turns by a processor's chat template.
+
+    Tried once, with a question and with a picture, so that a template that cannot be trained on is refused before
+    anything is loaded: one that leaves out what is said, or knows no pictures. Of one that writes an earlier answer
+    differently once later turns follow (reasoning that is stripped) conversations of several questions are refused,
+    since what the model saw there is in no single text. Where a template closes an answer with no special token, the
+    tokenizer's end token is put behind it, or a trained model would not stop.
+
+    Raises: UserError for such a template, or where there is none.
+    """
+
+    def __init__(self, processor: Any, name: str) -> None:
+        self._processor = processor
+        self._name = name
+        self._template = processor.chat_template or processor.tokenizer.chat_template
+        if not self._template:
+            raise UserError(
+                f"{name} has no chat template, which says how questions and answers are put to the model; put its "
+                "chat_template.jinja into the folder, or take a model that is made for chats (its -Instruct or -it)"
+            )
+        self.bos_token: str | None = processor.tokenizer.bos_token
+        self._special = _special_tokens(processor)
+        self._closing = ""
+        self._as_parts = self._wants_parts()
+        self._try_answers()
+        self._try_picture()
+
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
+        """The turns as text; `generation_prompt` opens the next answer.
+
+        Raises: ValueError if the turns do not fit the template, or hold one of the tokenizer's special tokens.
+        """
+        check_order(turns, generation_prompt=generation_prompt)
+        for number, turn in enumerate(turns):
+            if found := self._special.search(turn.text.replace(IMAGE_PLACEHOLDER, "")):
+                raise ValueError(f"turn {number} holds {found[0]!r}, which is a special token of this model")
+        messages = [self._message(turn) for turn in turns]
+        try:
+            whole = self._apply(messages, generation_prompt=generation_prompt)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
+        self._check_nothing_lost(turns, whole)
+        spans = [self._answer_span(messages[:end], whole) for end in range(2, len(messages) + 1, 2)]
+        return Chat(whole, tuple(spans))
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        pieces = turn.text.split(IMAGE_PLACEHOLDER)
+        closing = self._closing if turn.role == "assistant" else ""
+        if len(pieces) == 1 and not self._as_parts:
+            return {"role": turn.role, "content": turn.text + closing}
+        parts: list[dict[str, str]] = []
+        for number, piece in enumerate(pieces):
+            if number:
+                parts.append({"type": "image"})
+                piece = piece.removeprefix("\n")  # what records write between a picture and its question
+            if piece:
+                parts.append({"type": "text", "text": piece})
+        if closing:
+            parts[-1]["text"] += closing
+        return {"role": turn.role, "content": parts}
+
+    def _answer_span(self, messages: list[dict[str, Any]], whole: str) -> Span:
+        before = self._apply(messages[:-1], generation_prompt=True)
+        after = self._apply(messages, generation_prompt=False)
+        if not whole.startswith(after):
+            raise ValueError("the chat template writes an earlier answer differently once later turns follow")
+        if not after.startswith(before):
+            raise ValueError("the chat template opens an answer otherwise when it is asked for than when it is given")
+        closing = [match.end() for match in self._special.finditer(after) if match.start() >= len(before)]
+        if not closing:
+            raise ValueError("the chat template closes an answer with no special token")
+        return len(before), closing[-1]
+
+    def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
+        place = 0
+        for number, turn in enumerate(turns):
+            for piece in turn.text.split(IMAGE_PLACEHOLDER):
+                found = whole.find(piece.strip(), place)
+                if found < 0 and whole.find(piece.strip()) < 0:
+                    raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
+                place = max(place, found)
+
+    def _wants_parts(self) -> bool:
+        """Whether a message without pictures is a list of parts to this template too, or must be a string."""
+        reasons: list[str] = []
+        for as_parts in (True, False):
+            self._as_parts = as_parts
+            try:
+                turns = PROBE[:2]
+                self._check_nothing_lost(turns, self._apply([self._message(t) for t in turns], generation_prompt=False))
+                return as_parts
+            except (TemplateError, TypeError, ValueError) as error:
+                reasons.append(str(error))
+        raise UserError(
+            f"the chat template of {self._name} cannot be used: {reasons[0]}; and as plain text {reasons[1]}"
+        )
+
+    def _try_answers(self) -> None:
+        try:
+            self.render(PROBE[:2])
+        except ValueError:
+            self._closing = str(self._processor.tokenizer.eos_token or "")
+            log.info("the chat template of %s closes no answer; %r is put behind each", self._name, self._closing)
+        try:
+            self.render(PROBE[:2])
+        except (ValueError, TemplateError) as error:
+            raise UserError(
+                f"{self._name}: {error}, so its answers cannot be trained on; change chat_template"
+            ) from error
+        try:
+            self.render(PROBE)
+        except (ValueError, TemplateError) as error:
+            log.warning("%s: conversations of several questions are skipped: %s", self._name, error)
+
+    def _try_picture(self) -> None:
+        try:
+            with_picture, without = self.render(PICTURE_PROBE).text, self.render(PROBE[:2]).text
+        except (ValueError, TypeError, TemplateError) as error:
+            raise UserError(f"the chat template of {self._name} takes no pictures: {error}") from error
+        if with_picture == without:
+            raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
+
+    def _apply(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
+        text = self._processor.apply_chat_template(
+            messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
+        )
+        if not isinstance(text, str):
+            raise TypeError(f"the chat template gave {type(text).__name__}, not text")
+        return text
+
+
+def _special_tokens(processor: Any) -> re.Pattern[str]:
+    """Matches whatever the tokenizer would take for a special token, and what the processor takes for a picture."""
+    tokenizer = processor.tokenizer
+    tokens = set(tokenizer.all_special_tokens)
+    tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    own = vars(processor)
+    tokens |= {own[name] for name in ("image_token", "video_token", "audio_token") if isinstance(own.get(name), str)}
+    tokens.discard("")
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")

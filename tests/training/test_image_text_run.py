@@ -1,0 +1,182 @@
+"""A vision-language model that is no LLaVA through the scripts: trained, resumed, merged, asked, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from dora_vl.core.adapter_file import read_weights
+from dora_vl.errors import UserError
+from dora_vl.evaluation.assistant import open_picture
+from dora_vl.evaluation.image_text_assistant import ImageTextAssistant, open_image_text_assistants
+from dora_vl.interchange import merge_command
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.image_text_task import ImageTextTask, instruct_task
+from dora_vl.training.llava_task import LlavaTask
+from dora_vl.training.run import run
+from tasks import image_qa, llava_instruct
+from tests.backbones.tiny_image_text import write_tiny
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+
+CPU: dict[str, object] = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL, and data in which every second block of four samples has no picture."""
+    folder = tmp_path_factory.mktemp("any-model")
+    write_tiny("qwen2_5_vl", folder / "base")
+    write_tiny_data(folder / "data", samples=24, text_only_blocks=4)
+    return folder
+
+
+def settings(there: Path, name: str, **changes: dict[str, object]) -> Path:
+    training = {**CPU, **changes.pop("training", {})}
+    return write_run(
+        there / f"{name}.yaml", there / "base", there / "data" / "train.json", training=training, **changes
+    )
+
+
+def trained(there: Path, name: str, **training: object) -> Path:
+    path = settings(there, name, training={"max_steps": 4, **training})
+    adapter = there / name / "adapter"
+    if not adapter.is_dir():
+        run(instruct_task(read_run_file(path)))
+    return adapter
+
+
+def losses(run_folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_it_trains_decoder_and_projector(there: Path) -> None:
+    weights = read_weights(trained(there, "whole"))
+    assert sum("lora_B" in name for name in weights) == 14
+    assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
+    base = AutoModelForImageTextToText.from_pretrained(there / "base").state_dict()
+    merger = {name: tensor for name, tensor in weights.items() if "merger" in name}
+    assert merger
+    for name, tensor in merger.items():
+        assert not torch.equal(tensor, base[name.removeprefix("base_model.model.")])
+    assert losses(there / "whole")[-1] < losses(there / "whole")[0]
+    recipe = json.loads((there / "whole" / "adapter" / "recipe.json").read_text())
+    assert recipe["backbone"] == "image_text"
+
+
+def test_a_resumed_run_ends_where_a_whole_one_does(there: Path) -> None:
+    whole = read_weights(trained(there, "whole"))
+    path = settings(there, "half", training={"max_steps": 4})
+    content = yaml.safe_load(path.read_text())
+    run(instruct_task(read_run_file(path)))
+    checkpoint = there / "half" / "checkpoint-2"
+    again = {**content, "resume": str(checkpoint)}
+    path.write_text(yaml.safe_dump(again))
+    run(instruct_task(read_run_file(path)))
+    resumed = read_weights(there / "half" / "adapter")
+    assert resumed.keys() == whole.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
+
+
+def answer_of(assistant: ImageTextAssistant, picture: Path) -> torch.Tensor:
+    from dora_vl.data.turns import Turn
+
+    inputs = assistant.encoder.encode_prompt([Turn("user", "<image>\nSay the colour.")], [open_picture(picture)])
+    with torch.no_grad():
+        return assistant.backbone.model(**inputs).logits
+
+
+def test_a_merged_folder_is_the_adapted_model(there: Path, tmp_path: Path) -> None:
+    import argparse
+
+    adapter = trained(there, "whole")
+    parser = argparse.ArgumentParser()
+    merge_command.add_arguments(parser)
+    list(merge_command.run(parser.parse_args(["--adapter", str(adapter), "--to", str(tmp_path / "merged")])))
+    Image.new("RGB", (21, 15), "red").save(tmp_path / "red.png")
+    opened = open_image_text_assistants(adapter, with_base=True)
+    ours = answer_of(opened.adapted, tmp_path / "red.png")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    plain = ImageTextAssistant(type(opened.adapted.backbone)(merged.eval()), opened.adapted.encoder)
+    torch.testing.assert_close(answer_of(plain, tmp_path / "red.png"), ours, rtol=0, atol=1e-4)
+    assert opened.base is not None
+    assert (answer_of(opened.base, tmp_path / "red.png") - ours).abs().max() > 1e-2
+
+
+def test_it_is_asked_from_the_command_line(there: Path, tmp_path: Path, capsys: Any) -> None:
+    from dora_vl.data.turns import Turn
+
+    adapter = trained(there, "whole")
+    pictures = [tmp_path / "red.png", tmp_path / "blue.png"]
+    for path in pictures:
+        Image.new("RGB", (30, 17), path.stem).save(path)
+    images = [part for path in pictures for part in ("--image", str(path))]
+    asked = ["--adapter", str(adapter), *images, "--together", "--question", "Say the colour.", "--max-new-tokens", "4"]
+    image_qa.main(asked)
+    printed = capsys.readouterr().out.splitlines()[1].strip()
+    assistant = open_image_text_assistants(adapter).adapted
+    turns = [Turn("user", "<image>\n<image>\nSay the colour.")]
+    assert printed == assistant.answer(turns, [open_picture(path) for path in pictures], max_new_tokens=4)
+
+
+def test_every_base_goes_its_own_way(there: Path, tmp_path: Path) -> None:
+    records = there / "data" / "train.json"
+    llava = write_tiny_llava(tmp_path / "llava")
+    assert isinstance(instruct_task(read_run_file(write_run(tmp_path / "a.yaml", llava, records))), LlavaTask)
+    assert isinstance(instruct_task(read_run_file(settings(there, "which"))), ImageTextTask)
+
+
+@pytest.mark.parametrize("model_type", ["florence2", "blip-2", "llama", "bert"])
+def test_a_base_that_cannot_be_trained_ends_in_one_line_before_its_weights(
+    tmp_path: Path, there: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, model_type: str
+) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "base")  # and no weights
+    path = write_run(tmp_path / "run.yaml", tmp_path / "base", there / "data" / "train.json", training=CPU)
+    monkeypatch.setattr("sys.argv", ["llava_instruct.py", "--config", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        llava_instruct.main()
+    assert ended.value.code == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert f"'{model_type}', which cannot be trained here" in told[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_chat_template_is_told_before_weights_are_read(there: Path, tmp_path: Path) -> None:
+    base = write_tiny("qwen2_5_vl", tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    (base / "model.safetensors").unlink()
+    path = write_run(tmp_path / "run.yaml", base, there / "data" / "train.json", training=CPU)
+    with pytest.raises(UserError, match="has no chat template"):
+        run(instruct_task(read_run_file(path)))
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "value"),
+    [
+        ("data", "cache_features", True),
+        ("data", "share_pictures", True),
+        ("model", "template", "plain"),
+        ("model", "image_aspect", "square"),
+        ("evaluation", "file", "questions.json"),
+    ],
+)
+def test_settings_of_the_llava_path_are_refused(there: Path, section: str, setting: str, value: object) -> None:
+    task = instruct_task(read_run_file(settings(there, "refused", **{section: {setting: value}})))
+    with pytest.raises(UserError, match=f"{section}.{setting} is for a LLaVA-1.5 alone"):
+        run(task)
+
+
+def test_a_benchmark_is_not_put_to_it_yet(there: Path) -> None:
+    from dora_vl.evaluation.ask_model import open_model
+
+    with pytest.raises(UserError, match="image_qa"):
+        open_model(trained(there, "whole"))
