@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from dora_vl.errors import UserError, one_line
+from dora_vl.errors import UserError, one_line, shown
 
 LONGEST_LINE_BYTES = 1 << 26
 """A line that still goes on after 64 MiB is no line of text."""
@@ -102,13 +102,17 @@ def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, dict[str, object]
             yield number, value
 
 
-def table_rows(path: Path, wanted: str, *, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
+def table_rows(path: Path, wanted: str, *, delimiter: str, whole: bool = False) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields each row of a table whose first row names the columns, with the number of its last line.
 
     Cells that a row lacks are not in it; those beyond the columns are left out.
 
+    Args:
+        whole: each row must have as many cells as there are columns, and each column a name of its own.
+
     Raises:
-        UserError: as `text_lines`; or quotes that are not closed, or a cell of more than 128 KiB.
+        UserError: as `text_lines`; or quotes that are not closed, a cell of more than 128 KiB, or a row that is not
+            `whole`.
     """
     lines = (f"{line}\n" for _, line in text_lines(path, wanted))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -117,7 +121,12 @@ def table_rows(path: Path, wanted: str, *, delimiter: str) -> Iterator[tuple[int
         for cells in reader:
             if columns is None:
                 columns = cells
+                if whole and len(set(columns)) < len(columns):
+                    raise UserError(f"{path}: two of its columns have one name: {shown(columns)}")
             elif cells:
+                if whole and len(cells) != len(columns):
+                    place = f"{path}, line {reader.line_num}"
+                    raise UserError(f"{place}: {len(cells)} cells, but {len(columns)} columns; quote what holds commas")
                 yield reader.line_num, dict(zip(columns, cells, strict=False))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not a table ({error})") from None
