@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from PIL import Image
 
@@ -29,7 +29,7 @@ def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Imag
     return decode_image(path_inside(root, relative, follow_links=follow_links), relative, str(root))
 
 
-def decode_image(source: Path | BinaryIO, name: str, where: str) -> Image.Image:
+def decode_image(source: Path | BytesIO, name: str, where: str) -> Image.Image:
     """A picture from a file or from memory; `name` and `where` are what the messages say. See `open_image`.
 
     Raises:

@@ -30,6 +30,11 @@ class StoredPictures:
                 names = chunk.flatten().field("name").to_pylist()
                 self._places |= {name: (number, chunk_number, place) for place, name in enumerate(names)}
 
+    @classmethod
+    def joined(cls, parts: Sequence[StoredPictures]) -> StoredPictures:
+        """The pictures of several files."""
+        return cls([table for part in parts for table in part._tables])
+
     def __len__(self) -> int:
         return len(self._places)
 
