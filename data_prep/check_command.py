@@ -15,9 +15,10 @@ from dora_vl.data.readers.containers import BESIDE_ARROW, JSON_ENDINGS, READERS
 from dora_vl.errors import UserError
 
 DESCRIPTION = """\
-Checks data files of every format that training reads, and records of `dora-vl prepare`. Finds duplicate ids, empty answers,
-placeholders that differ from the pictures, samples that are too long, missing, empty, truncated and broken media, and
-samples that stand in two of the files. Prints one table; exit status 1 when something was found.
+Checks data files of every format that training reads, and records of `dora-vl prepare`. Finds duplicate ids, empty
+answers, placeholders that differ from the pictures, samples that are too long, missing, empty, truncated and broken
+media, rows of mixed formats, and samples that stand in two of the files. Prints one table; exit status 1 when
+something was found.
 
   dora-vl check-data records/nlvr/train.jsonl records/nlvr/test.jsonl --media downloads/nlvr
   dora-vl check-data train.json --media pictures --decode --tokenizer vicuna-7b-v1.5 --longest 2048

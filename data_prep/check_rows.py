@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep.check_media import MediaCheck
 from data_prep.quoted import cut
-from dora_vl.data.examples import JSON, Example, from_record
+from dora_vl.data.examples import FIELDS, JSON, Example, from_record
 from dora_vl.data.readers.containers import find_files
 from dora_vl.data.readers.row_formats import format_of, id_of, read_row, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, as_conversation
@@ -126,10 +126,8 @@ def read_sample(record: Mapping[str, JSON], number: int, *, answers_needed: bool
     form = format_of(record)
     sample_id = id_of(record) if id_of(record) != id_of({}) else f"row {number}"
     try:
-        if form is not None and form.name == "records":
+        if (form is None or form.name == "records") and record.keys() <= FIELDS:
             return _example(from_record({**record, "id": sample_id}), answers_needed=answers_needed)
-        if form is None and "question" in record and not answers_needed:
-            return _example(from_record(record), answers_needed=False)
         return _talk(read_row({**record, "id": sample_id}))
     except BadSample as error:
         return Sample(id=sample_id, problem=error.reason)
