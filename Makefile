@@ -62,7 +62,7 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -q -n 2 --dist loadfile
 
 # The package as `pip install dora-vl` brings it, no extra: the published 7B recipes on a stand-in of Vicuna, and the merge.
 FRESH := runs/fresh-install

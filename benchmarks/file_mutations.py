@@ -40,6 +40,8 @@ VALUES: Mapping[str, Any] = {
     "long name": "a" * 300 + "/" + "b" * 300,
     "surrogate": "\ud83d",
     "other script": "٣",
+    "digit that is no number": "²",
+    "many digits": "1" * 5_000,
     "empty list": [],
     "list": [1, "a", None],
     "nested list": [[[1]], {"a": [2]}],
@@ -74,6 +76,8 @@ def mutate(content: bytes, name: str, draw: Random) -> Mutated:
             return changed
     if name.endswith((".csv", ".tsv")) and draw.random() < 0.6:
         return _cell_change(content, b"\t" if name.endswith(".tsv") else b",", draw)
+    if name.endswith(".yaml") and draw.random() < 0.6:
+        return _setting_change(content, draw)
     kind = draw.choice(list(BYTE_CHANGES))
     return Mutated(BYTE_CHANGES[kind](content, draw), kind)
 
@@ -202,6 +206,24 @@ def _cell_change(content: bytes, delimiter: bytes, draw: Random) -> Mutated:
     )
     lines[row] = delimiter.join(cells)
     return Mutated(b"\n".join(lines), f"cell {at} of line {row + 1}: {cells[at][:20]!r}")
+
+
+SETTINGS = (
+    *("", "null", "true", "0", "-1", "1.5", "1e999", ".nan", "9" * 5_000, "x" * HUGE, "[" * 2_000),
+    *("[1, [2]]", "{a: 1}", "2024-13-45", "&a [*a]", "!!python/object:os.system x", "!!binary x"),
+    *("../../x", "/", '"\\ud83d"', '"a\\0b"'),
+)
+"""What stands for a setting in YAML."""
+
+
+def _setting_change(content: bytes, draw: Random) -> Mutated:
+    """A setting's value or name is another one."""
+    lines = content.decode("utf-8", "replace").split("\n")
+    row = draw.randrange(len(lines))
+    name, _, value = lines[row].partition(":")
+    setting = draw.choice(SETTINGS)
+    lines[row] = draw.choice((f"{name}: {setting}", f"{name}: {setting}", f"{name}_:{value}", f"{setting}:{value}", ""))
+    return Mutated("\n".join(lines).encode(), f"setting {name[:20]!r}: {lines[row][:30]!r}")
 
 
 def _flipped(content: bytes, draw: Random) -> bytes:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import shutil
 import signal
 import traceback
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from types import FrameType
+from unittest import mock
 
 from benchmarks.file_mutations import mutate
-from benchmarks.fuzz_targets import PUBLISHERS, SHARDS, Target
+from benchmarks.fuzz_targets import PREDICTIONS, PUBLISHERS, SHARDS, Target
 from dora_vl.cli import main
 from dora_vl.data.examples import iterate_examples
 from dora_vl.data.records import stream_records
@@ -79,7 +81,7 @@ def run_case(targets: Sequence[Target], scratch: Path, seed: int, number: int, k
             run_command([word.format(files=folder / "whole" / "files", out=folder / "whole") for word in target.words])
         words = [word.format(files=folder / "files", out=folder / "out") for word in target.words]
         before = memory_mb(begin=True)
-        run = run_command(words)
+        run = run_command(words, java=target.java)
         memory = max(0.0, memory_mb() - before)
         failure, detail = judged(run, folder / "out", target.kind, memory)
     finally:
@@ -121,10 +123,16 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
         (folder / path).write_bytes(content)
 
 
-def run_command(words: Sequence[str]) -> Run:
+def run_command(words: Sequence[str], *, java: bool = True) -> Run:
     """The command's own function, as its entry point calls it."""
-    printed, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors), _time_limit():
+    printed, errors = _terminal("strict"), _terminal("backslashreplace")
+    without_java = {} if java else {"PATH": ""}
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(errors),
+        mock.patch.dict(os.environ, without_java),
+        _time_limit(),
+    ):
         logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)  # to this case's stderr
         try:
             main(words)
@@ -135,7 +143,17 @@ def run_command(words: Sequence[str]) -> Run:
             place = traceback.extract_tb(problem.__traceback__)[-1]
             status, error = None, f"{type(problem).__name__} in {Path(place.filename).name}:{place.lineno}"
             errors.write(f"{error}: {str(problem)[:200]}\n")
-    return Run(status, printed.getvalue(), errors.getvalue(), error)
+    return Run(status, _content(printed), _content(errors), error)
+
+
+def _terminal(of_others: str) -> io.TextIOWrapper:
+    """A stream that takes what a terminal or a pipe in UTF-8 does."""
+    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=of_others, newline="\n", write_through=True)
+
+
+def _content(stream: io.TextIOWrapper) -> str:
+    stream.seek(0)
+    return stream.read()
 
 
 @contextlib.contextmanager
@@ -168,6 +186,8 @@ def judged(run: Run, out: Path, kind: str, memory: float) -> tuple[str, str]:
         return "an error is not one line", repr(run.errors[:200])
     if memory > MOST_MEMORY_MB:
         return f"more than {MOST_MEMORY_MB:.0f} MB of memory", f"{memory:.0f} MB"
+    if run.status == 2 and kind == PREDICTIONS and any(path.is_file() for path in out.rglob("*")):
+        return "refused, and yet there are results", run.errors[-200:]
     return left_behind(out, kind)
 
 
@@ -185,6 +205,9 @@ def left_behind(out: Path, kind: str) -> tuple[str, str]:
                 problem = _unlike_its_manifest(path)
                 if problem:
                     return "a file is not what its manifest says", f"{path.name}: {problem}"
+            elif path.suffix == ".jsonl":
+                for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
+                    json.loads(line)
         except (UserError, ValueError, RecursionError) as error:
             return "a file that was written cannot be read back", f"{path.name}: {str(error)[:200]}"
     return "", ""

@@ -4,12 +4,14 @@
     python benchmarks/fuzz_files.py --seed 0 --only 1234 --keep /tmp/case        one case again, its files kept
 
 Publishers' files are the tests' fixtures of every source, put through `dora-vl prepare`; predictions are the right
-answers to the records made of them, scored by `dora-vl evaluate` for every benchmark. Each case damages one file in
-one to three ways (`file_mutations`) and runs the command's own function in this process. A case fails when
+answers to the records made of them, scored by `dora-vl evaluate` for every benchmark, in every form that it reads
+(`fuzz_predictions`). Each case damages one file, answers, questions or settings, in one to three ways
+(`file_mutations`) and runs the command's own function in this process. A case fails when
 
 - the exit status is neither 0 nor 2, or an exception passes through, or an error is not one line;
 - a line that is printed has more than 500 characters;
 - a hidden or half-written file is left, a record cannot be read back, or a finished file is in no manifest;
+- predictions are refused and yet there are results;
 - the process takes 256 MiB more than before, or two minutes.
 """
 
@@ -22,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +33,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it is found from everywhere
 
 from benchmarks.fuzz_case import Outcome, run_case
-from benchmarks.fuzz_targets import PREDICTIONS, PUBLISHERS, Target, prediction_targets, publisher_targets
+from benchmarks.fuzz_predictions import prediction_targets
+from benchmarks.fuzz_targets import PREDICTIONS, PUBLISHERS, Target, publisher_targets
 from dora_vl.errors import UserError, exit_on_user_error
 from dora_vl.whole_numbers import positive
 
@@ -76,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def targets_of(what: Iterable[str], scratch: Path) -> list[Target]:
-    """What is read, of both kinds or one.
+    """What is read, of both kinds or one; each kind is drawn as often as the other.
 
     Raises:
         UserError: another kind.
@@ -86,7 +90,9 @@ def targets_of(what: Iterable[str], scratch: Path) -> list[Target]:
     for kind in what:
         if kind not in makers:
             raise UserError(f"--what {kind}: must be {PUBLISHERS}, {PREDICTIONS}, or both with a comma between")
-        targets += makers[kind](scratch)
+        made = makers[kind](scratch)
+        whole = sum(target.weight for target in made)
+        targets += [replace(target, weight=target.weight / whole) for target in made]
     return targets
 
 

@@ -10,9 +10,8 @@ from tqdm import tqdm
 
 from data_prep.check_media import MediaCheck
 from data_prep.check_rows import FileCheck, Finding, Limits, overlap, pairs, total
-from data_prep.quoted import cut
 from dora_vl.data.readers.containers import BESIDE_ARROW, JSON_ENDINGS, READERS
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown_text
 
 DESCRIPTION = """\
 Checks data files of every format that training reads, and records of `dora-vl prepare`. Finds duplicate ids, empty
@@ -109,7 +108,7 @@ def table(found: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
         more = ", ..." if finding.count > len(finding.ids) else ""
         ids = ", ".join(finding.ids) + more
         shown = str(Path(path.parent.name, path.name))  # its name alone in the current folder
-        rows.append((shown, finding.problem, f"{finding.count:,}", ids, cut(finding.example, 100)))
+        rows.append((shown, finding.problem, f"{finding.count:,}", ids, shown_text(finding.example, 100)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]

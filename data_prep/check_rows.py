@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.check_media import MediaCheck
-from data_prep.quoted import cut
 from dora_vl.data.examples import FIELDS, JSON, Example, from_record
 from dora_vl.data.readers.containers import find_files
 from dora_vl.data.readers.row_formats import format_of, id_of, read_row, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, as_conversation
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, shown_text
 
 SHOWN_IDS = 5
 
@@ -30,7 +29,7 @@ class Finding:
         """Counts one more sample."""
         self.count += 1
         if len(self.ids) < SHOWN_IDS:
-            self.ids.append(cut(sample_id, 60))
+            self.ids.append(shown_text(sample_id, 60))
         self.example = self.example or detail
 
 

@@ -23,9 +23,8 @@ from pathlib import Path
 
 from data_prep.fields import filled, integer, optional, text
 from data_prep.published import Progress, Raw, Split, json_rows
-from data_prep.quoted import cut, short
 from dora_vl.data.examples import Answer, Example
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, shown, shown_text
 
 SIZES = {
     "boolq": (9_427, 3_270),
@@ -87,7 +86,8 @@ def convert(raw: Raw, *, task: str, split: str) -> Example:
     answer, output = filled(raw, "answer", sample_id), filled(raw, "output", sample_id)
     labels = labels_of(instruction)
     if labels and answer not in labels:
-        raise BadSample(sample_id, f"its answer is {short(answer)}, but its format allows {cut('/'.join(labels), 100)}")
+        allowed = shown_text("/".join(labels), 100)
+        raise BadSample(sample_id, f"its answer is {shown(answer)}, but its format allows {allowed}")
     choices = options_of(instruction, labels) or labels
     added = optional(raw, "input", text, sample_id)
     extra = {"task": task, "output": output, "labels": list(labels)}

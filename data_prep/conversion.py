@@ -13,9 +13,8 @@ from typing import cast
 
 from data_prep.fields import UNKNOWN_ID
 from data_prep.published import Converted, Raw
-from data_prep.quoted import cut
 from dora_vl.data.examples import JSON, Example, json_line, to_record
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, shown_text
 
 ROWS_A_CHUNK = 512
 CHUNKS_AHEAD = 3
@@ -87,7 +86,7 @@ def _converted(convert: Callable[[Raw], Converted], number: int, row: Raw) -> Co
         return ConvertedRow(number, tuple(_line(result) for result in _each(convert(row))))
     except BadSample as error:
         return ConvertedRow(
-            number, id=cut(error.sample_id, LONGEST_SHOWN_ID), problem=cut(error.reason, LONGEST_REASON)
+            number, id=shown_text(error.sample_id, LONGEST_SHOWN_ID), problem=shown_text(error.reason, LONGEST_REASON)
         )
     except RecursionError:
         return ConvertedRow(number, id=UNKNOWN_ID, problem="its values are nested too deeply")

@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.quoted import cut, short
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown, shown_text
 
 YES_NO = frozenset({"yes", "no"})
 NEGATIONS = frozenset({"no", "not"})
@@ -43,7 +42,7 @@ def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Qu
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
         questions = [_question(index, text, answer, picture) for index, (text, answer, picture) in enumerate(rows)]
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        reason = cut(str(error), 200)
+        reason = shown_text(str(error), 200)
         raise UserError(f"{path}: not easy-VQA's list of [question, answer, picture number] ({reason})") from error
     check_questions(folder, split, questions, answers)
     return questions
@@ -51,7 +50,7 @@ def read_questions(folder: Path, split: str, answers: frozenset[str]) -> list[Qu
 
 def _question(index: int, text: object, answer: object, picture: object) -> Question:
     if not isinstance(text, str) or not isinstance(answer, str) or type(picture) is not int:
-        raise TypeError(f"question {index} is {short([text, answer, picture])}")
+        raise TypeError(f"question {index} is {shown([text, answer, picture])}")
     return Question(index=index, text=text, answer=answer, picture=picture)
 
 
@@ -60,10 +59,10 @@ def check_questions(folder: Path, split: str, questions: list[Question], answers
     for question in questions:
         if question.answer not in answers:
             raise UserError(
-                f"{split}: question {question.index}: answer {short(question.answer)} is not in answers.txt"
+                f"{split}: question {question.index}: answer {shown(question.answer)} is not in answers.txt"
             )
         if kind_of(question).startswith("yes/no") != (question.answer in YES_NO):
-            asked = f"{short(question.text)} does not ask for {short(question.answer)}"
+            asked = f"{shown(question.text)} does not ask for {shown(question.answer)}"
             raise UserError(f"{split}: question {question.index}: {asked}; the package's questions changed")
     pictures = sorted({question.picture for question in questions})
     missing = [number for number in pictures if not (folder / picture_path(split, number)).is_file()]

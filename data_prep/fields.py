@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from data_prep.published import Raw
-from data_prep.quoted import names, short
 from dora_vl.data.examples import JSON
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, shown, shown_names
 
 Value = TypeVar("Value")
 
@@ -31,7 +30,7 @@ def text(row: Raw, column: str, sample_id: str = UNKNOWN_ID) -> str:
     """Text, possibly empty."""
     value = _present(row, column, sample_id)
     if not isinstance(value, str):
-        raise BadSample(sample_id, f"column {short(column)} must hold text, got {short(value)}")
+        raise BadSample(sample_id, f"column {shown(column)} must hold text, got {shown(value)}")
     return value
 
 
@@ -39,7 +38,7 @@ def filled(row: Raw, column: str, sample_id: str = UNKNOWN_ID) -> str:
     """Text that is more than white space."""
     value = text(row, column, sample_id)
     if not value.strip():
-        raise BadSample(sample_id, f"column {short(column)} is empty")
+        raise BadSample(sample_id, f"column {shown(column)} is empty")
     return value
 
 
@@ -47,10 +46,10 @@ def identifier(row: Raw, column: str, sample_id: str = UNKNOWN_ID) -> str:
     """An id, which some publishers write as a number."""
     value = _present(row, column, sample_id)
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise BadSample(sample_id, f"column {short(column)} must hold an id, got {short(value)}")
+        raise BadSample(sample_id, f"column {shown(column)} must hold an id, got {shown(value)}")
     found = value if isinstance(value, str) else str(_whole(value, column, sample_id))
     if len(found) > LONGEST_ID:
-        raise BadSample(sample_id, f"column {short(column)} holds an id of {len(found):,} characters: {short(found)}")
+        raise BadSample(sample_id, f"column {shown(column)} holds an id of {len(found):,} characters: {shown(found)}")
     return found
 
 
@@ -74,13 +73,13 @@ def integer(row: Raw, column: str, sample_id: str = UNKNOWN_ID) -> int:
     if isinstance(value, str) and _WHOLE.fullmatch(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise BadSample(sample_id, f"column {short(column)} must hold a whole number, got {short(value)}")
+        raise BadSample(sample_id, f"column {shown(column)} must hold a whole number, got {shown(value)}")
     return _whole(value, column, sample_id)
 
 
 def _whole(value: int, column: str, sample_id: str) -> int:
     if not -LARGEST_NUMBER <= value < LARGEST_NUMBER:
-        raise BadSample(sample_id, f"column {short(column)} holds a number of more than 64 bits")
+        raise BadSample(sample_id, f"column {shown(column)} holds a number of more than 64 bits")
     return value
 
 
@@ -91,17 +90,17 @@ def number(value: JSON, column: str, sample_id: str = UNKNOWN_ID) -> float:
     except (ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
-        raise BadSample(sample_id, f"column {short(column)} must hold a number, got {short(value)}")
+        raise BadSample(sample_id, f"column {shown(column)} must hold a number, got {shown(value)}")
     return found
 
 
 def seconds(value: JSON, column: str, sample_id: str = UNKNOWN_ID) -> tuple[float, float]:
     """Start and end: two numbers, the second not before the first."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise BadSample(sample_id, f"{short(column)} must hold start and end, got {short(value)}")
+        raise BadSample(sample_id, f"{shown(column)} must hold start and end, got {shown(value)}")
     start, end = (number(part, column, sample_id) for part in value)
     if end < start:
-        raise BadSample(sample_id, f"its span {short(value)} ends before it begins")
+        raise BadSample(sample_id, f"its span {shown(value)} ends before it begins")
     return start, end
 
 
@@ -114,14 +113,14 @@ def scalar(row: Raw, column: str, sample_id: str = UNKNOWN_ID) -> str | int | fl
         return _whole(value, column, sample_id)
     if isinstance(value, float) and math.isfinite(value):
         return value
-    raise BadSample(sample_id, f"column {short(column)} must hold text or a number, got {short(value)}")
+    raise BadSample(sample_id, f"column {shown(column)} must hold text or a number, got {shown(value)}")
 
 
 def items(row: Raw, column: str, sample_id: str = UNKNOWN_ID) -> Sequence[JSON]:
     """A list, possibly empty."""
     value = _present(row, column, sample_id)
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise BadSample(sample_id, f"column {short(column)} must hold a list, got {short(value)}")
+        raise BadSample(sample_id, f"column {shown(column)} must hold a list, got {shown(value)}")
     return value
 
 
@@ -130,7 +129,7 @@ def texts(row: Raw, column: str, sample_id: str = UNKNOWN_ID) -> tuple[str, ...]
     values = items(row, column, sample_id)
     for value in values:
         if not isinstance(value, str):
-            raise BadSample(sample_id, f"column {short(column)} must hold a list of text, got {short(value)} in it")
+            raise BadSample(sample_id, f"column {shown(column)} must hold a list of text, got {shown(value)} in it")
     return tuple(values)
 
 
@@ -139,7 +138,7 @@ def rows(row: Raw, column: str, sample_id: str = UNKNOWN_ID) -> Sequence[Raw]:
     values = items(row, column, sample_id)
     for value in values:
         if not isinstance(value, Mapping):
-            raise BadSample(sample_id, f"column {short(column)} must hold a list of objects, got {short(value)} in it")
+            raise BadSample(sample_id, f"column {shown(column)} must hold a list of objects, got {shown(value)} in it")
     return values
 
 
@@ -147,7 +146,7 @@ def mapping(row: Raw, column: str, sample_id: str = UNKNOWN_ID) -> Mapping[str, 
     """An object, possibly empty."""
     value = _present(row, column, sample_id)
     if not isinstance(value, Mapping):
-        raise BadSample(sample_id, f"column {short(column)} must hold an object, got {short(value)}")
+        raise BadSample(sample_id, f"column {shown(column)} must hold an object, got {shown(value)}")
     return value
 
 
@@ -160,7 +159,7 @@ def weights(row: Raw, column: str, sample_id: str = UNKNOWN_ID) -> dict[str, flo
 def index_of(value: int, choices: Sequence[object], column: str, sample_id: str) -> int:
     """The number of the right choice, which must be one of them."""
     if not 0 <= value < len(choices):
-        raise BadSample(sample_id, f"{short(column)} is {value}, but there are {len(choices)} choices")
+        raise BadSample(sample_id, f"{shown(column)} is {value}, but there are {len(choices)} choices")
     return value
 
 
@@ -184,5 +183,5 @@ def given(row: Raw, column: str, sample_id: str = UNKNOWN_ID) -> JSON:
 def _present(row: Raw, column: str, sample_id: str) -> JSON:
     value = row.get(column)
     if value is None:
-        raise BadSample(sample_id, f"no column {short(column)}; the row has {names(row)}")
+        raise BadSample(sample_id, f"no column {shown(column)}; the row has {shown_names(row)}")
     return value

@@ -21,10 +21,11 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.fields import filled, integer, optional, text
-from data_prep.published import Progress, Raw, Split, present, some_present, table_rows
+from data_prep.published import WANTED, Progress, Raw, Split, present, some_present
 from data_prep.subtitles import Subtitles, span, subtitles_of
 from data_prep.video_questions import convert_question, question_rows
 from dora_vl.data.examples import Answer, Clip, Example
+from dora_vl.data.text_file import table_rows
 
 FILES = {
     "how2qa_train_release.jsonl": ("train", 34_187),
@@ -72,8 +73,9 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 
 
 def _csv_rows(path: Path, subtitles: Subtitles, progress: Progress) -> Iterator[Raw]:
-    rows = table_rows(path, progress, delimiter=",", columns=COLUMNS)
-    return subtitles.joined(({**row, "row": number} for number, row in enumerate(rows, start=1)), progress)
+    rows = table_rows(path, WANTED, delimiter=",", columns=COLUMNS, progress=progress)
+    numbered = ({**row, "row": number} for number, (_, row) in enumerate(rows, start=1))
+    return subtitles.joined(numbered, progress)
 
 
 def convert_csv(raw: Raw, *, split: str) -> Example:

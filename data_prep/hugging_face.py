@@ -30,11 +30,10 @@ from typing import Any
 from data_prep.fields import UNKNOWN_ID, given, identifier, index_of, integer
 from data_prep.media_files import save_picture
 from data_prep.published import Progress, Raw, Split
-from data_prep.quoted import cut, names, short
 from data_prep.soft_answers import soft_answers
 from dora_vl.data.examples import JSON, Answer, Example
 from dora_vl.data.turns import Turn, read_llava
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -85,7 +84,8 @@ def read_columns(wanted: str) -> dict[str, str]:
         field, colon, column = part.partition(":")
         if not colon or not column or field not in {*NAMES, "extra"}:
             raise UserError(
-                f"--set columns={cut(wanted, 100)}: must be FIELD:COLUMN,... with the fields {', '.join(NAMES)}, extra"
+                f"--set columns={shown_text(wanted, 100)}: must be FIELD:COLUMN,... with the fields "
+                f"{', '.join(NAMES)}, extra"
             )
         columns[field] = column
     return columns
@@ -154,7 +154,7 @@ def convert(raw: Raw, *, columns: Mapping[str, str], task_folder: Path) -> Examp
     answers, correct = _answers(found, choices, sample_id)
     question = found["question"]
     if question is not None and not isinstance(question, str):
-        raise BadSample(sample_id, f"its question must be text, got {short(question)}")
+        raise BadSample(sample_id, f"its question must be text, got {shown(question)}")
     if not answers and not question:
         raise BadSample(sample_id, f"it has neither question nor answer; its columns are {_names(raw)}")
     return Example(
@@ -174,7 +174,7 @@ def _extras(columns: Mapping[str, str]) -> Sequence[str]:
 def _said(value: JSON, what: str, sample_id: str) -> str:
     """Text, or a number as text."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise BadSample(sample_id, f"its {what} must be text, got {short(value)}")
+        raise BadSample(sample_id, f"its {what} must be text, got {shown(value)}")
     return str(value)
 
 
@@ -188,7 +188,7 @@ def _column(raw: Raw, field: str, columns: Mapping[str, str]) -> JSON:
 
 
 def _names(raw: Raw) -> str:
-    return names(name for name in raw if name != "row number")
+    return shown_names(name for name in raw if name != "row number")
 
 
 def _inside(raw: Raw, name: str) -> JSON:
@@ -212,7 +212,7 @@ def _picture(value: JSON, task_folder: Path, sample_id: str) -> str:
     if isinstance(path, bytes):
         return save_picture(path, task_folder, sample_id)
     if not isinstance(path, str) or not path:
-        raise BadSample(sample_id, f"its picture is neither bytes nor a path: {short(value)}")
+        raise BadSample(sample_id, f"its picture is neither bytes nor a path: {shown(value)}")
     return path
 
 

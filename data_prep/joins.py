@@ -8,9 +8,8 @@ from pathlib import Path
 
 from data_prep.fields import given, identifier
 from data_prep.published import Raw
-from data_prep.quoted import short
 from dora_vl.data.examples import JSON
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, shown
 
 
 @contextmanager
@@ -45,7 +44,7 @@ def column_by_id(file: Path, rows: Iterable[Raw], id_column: str, column: str) -
         value = given(row, column)
         if name in found and not _same(found[name], value):
             raise UserError(
-                f"{where}: {id_column} {short(name)} stands in an earlier row with another {column!r}; "
+                f"{where}: {id_column} {shown(name)} stands in an earlier row with another {column!r}; "
                 "which is right? fetch the file again"
             )
         found[name] = value

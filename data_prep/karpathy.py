@@ -13,8 +13,7 @@ from pathlib import Path
 from data_prep.fields import filled, identifier, if_text
 from data_prep.joins import numbered, refusing
 from data_prep.published import Progress, Raw, json_rows
-from data_prep.quoted import short
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
 
 FILE = "dataset_coco.json"
 SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
@@ -40,6 +39,6 @@ def split_of_pictures(file: Path, progress: Progress) -> dict[str, str]:
         with refusing(where):
             picture, part = identifier(row, "cocoid"), filled(row, "split")
         if part not in SPLITS:
-            raise UserError(f"{where}: its part is {short(part)}, which is not one of {', '.join(SPLITS)}")
+            raise UserError(f"{where}: its part is {shown(part)}, which is not one of {', '.join(SPLITS)}")
         found[picture] = SPLITS[part]
     return found

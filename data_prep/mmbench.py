@@ -25,10 +25,10 @@ from pathlib import Path
 
 from data_prep.fields import UNKNOWN_ID, filled, integer, kept, optional, text
 from data_prep.media_files import save_picture
-from data_prep.published import Progress, Raw, Split, present, table_rows
-from data_prep.quoted import short
+from data_prep.published import WANTED, Progress, Raw, Split, present
 from dora_vl.data.examples import Answer, Example
-from dora_vl.errors import BadSample, UserError
+from dora_vl.data.text_file import table_rows
+from dora_vl.errors import BadSample, UserError, shown
 
 FILES = {
     "mmbench_dev_20230712.tsv": ("mmbench", "validation", 4_377),
@@ -75,7 +75,7 @@ def _rows(path: Path, needed: Sequence[str], progress: Progress) -> Iterator[Raw
     """The rows; for an `image` that names an earlier row, that row's picture."""
     references = path.name.startswith("MMBench_")  # VLMEvalKit's; the others need no memory of pictures
     pictures: dict[str, str] = {}
-    for row in table_rows(path, progress, delimiter="\t", required=needed):
+    for _, row in table_rows(path, WANTED, delimiter="\t", required=needed, progress=progress):
         image = text(row, "image")
         if len(image) >= REFERENCE_CHARACTERS:
             if references:
@@ -112,7 +112,7 @@ def convert(raw: Raw, *, task_folder: Path, answered: bool) -> Example:
 
 def _index(answer: str, choices: int, sample_id: str) -> int:
     if len(answer) != 1 or answer not in LETTERS[:choices]:
-        raise BadSample(sample_id, f"its answer is {short(answer)}, but its choices are A to {LETTERS[choices - 1]}")
+        raise BadSample(sample_id, f"its answer is {shown(answer)}, but its choices are A to {LETTERS[choices - 1]}")
     return LETTERS.index(answer)
 
 

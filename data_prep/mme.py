@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.fields import filled, given, text
-from data_prep.published import Progress, Raw, Split, open_text
-from data_prep.quoted import short
+from data_prep.published import WANTED, Progress, Raw, Split
 from dora_vl.data.examples import Answer, Example
-from dora_vl.errors import BadSample, UserError
+from dora_vl.data.text_file import NotUtf8, whole_text
+from dora_vl.errors import BadSample, UserError, shown
 
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -80,9 +80,8 @@ def _rows(root: Path, progress: Progress) -> Iterator[Raw]:
 def _content(path: Path) -> str | None:
     """The text, None where it is not UTF-8."""
     try:
-        with open_text(path) as file:
-            return file.read()
-    except UnicodeDecodeError:
+        return whole_text(path, WANTED)
+    except NotUtf8:
         return None
 
 
@@ -107,7 +106,7 @@ def convert(raw: Raw) -> list[Example]:
 def _example(image: str, category: str, number: int, question: str, answer: str) -> Example:
     sample_id = f"{image}#{number}"
     if answer not in {"Yes", "No"}:
-        raise BadSample(sample_id, f"question {number}'s answer is {short(answer)}, which is neither Yes nor No")
+        raise BadSample(sample_id, f"question {number}'s answer is {shown(answer)}, which is neither Yes nor No")
     if not question:
         raise BadSample(sample_id, f"question {number} is empty")
     return Example(

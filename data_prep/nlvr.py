@@ -23,9 +23,8 @@ from pathlib import Path
 
 from data_prep.fields import filled, identifier, if_text, text
 from data_prep.published import Progress, Raw, Split, json_rows, some_present
-from data_prep.quoted import cut, short
 from dora_vl.data.examples import Answer, Example
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, shown, shown_text
 
 ORDERS = 6
 SIZES = {"train": 12_409, "dev": 989, "test": 989}
@@ -83,9 +82,9 @@ def read_shares(wanted: str) -> dict[str, float]:
         except ValueError:
             shares[name] = math.nan
     if not all(name.isidentifier() and 0 < share <= 1 for name, share in shares.items()):
-        raise UserError(f"--set shares={cut(wanted, 100)}: must be like train:0.8,validation:0.1,test:0.1")
+        raise UserError(f"--set shares={shown_text(wanted, 100)}: must be like train:0.8,validation:0.1,test:0.1")
     if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
-        raise UserError(f"--set shares={cut(wanted, 100)}: the shares make {sum(shares.values()):g}, not 1")
+        raise UserError(f"--set shares={shown_text(wanted, 100)}: the shares make {sum(shares.values()):g}, not 1")
     return shares
 
 
@@ -140,7 +139,7 @@ def convert(raw: Raw) -> list[Example]:
     name = identifier(raw, "identifier")
     label = filled(raw, "label", name)
     if label not in {"true", "false"}:
-        raise BadSample(name, f"its label is {short(label)}, which is neither 'true' nor 'false'")
+        raise BadSample(name, f"its label is {shown(label)}, which is neither 'true' nor 'false'")
     sentence, directory = filled(raw, "sentence", name), identifier(raw, "directory", name)
     part, pictures = text(raw, "part", name), text(raw, "pictures", name)
     return [

@@ -19,9 +19,8 @@ from pathlib import Path
 
 from data_prep.fields import filled, given, identifier, integer, kept, optional, scalar
 from data_prep.published import Raw, Split, json_rows, present, some_present
-from data_prep.quoted import short
 from dora_vl.data.examples import Answer, Example
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, shown
 
 FILES = {
     "train.json": ("train", 86_373),
@@ -56,7 +55,7 @@ def convert(raw: Raw) -> Example:
     vlt5 = given(raw, "img0") is not None
     label = {0: "False", 1: "True"}.get(integer(raw, "label", sample_id), "") if vlt5 else str(scalar(raw, "label"))
     if label not in {"True", "False"}:
-        raise BadSample(sample_id, f"its label is {short(given(raw, 'label'))}, which is neither True nor False")
+        raise BadSample(sample_id, f"its label is {shown(given(raw, 'label'))}, which is neither True nor False")
     pair = sample_id.rsplit("-", 1)[0]
     names = [identifier(raw, "img0"), identifier(raw, "img1")] if vlt5 else [f"{pair}-img0", f"{pair}-img1"]
     part = sample_id.split("-", 1)[0]

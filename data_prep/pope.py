@@ -23,9 +23,8 @@ from pathlib import Path
 
 from data_prep.fields import filled, identifier, scalar
 from data_prep.published import Progress, Raw, Split, json_rows, present, some_present
-from data_prep.quoted import short
 from dora_vl.data.examples import Answer, Example
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, shown
 
 CATEGORIES = ("random", "popular", "adversarial")
 VERSIONS: Mapping[tuple[int, ...], str] = {(2910, 3000, 3000): "e3e3926 (LLaVA-1.5's)", (3000, 3000, 3000): "current"}
@@ -72,7 +71,7 @@ def convert(raw: Raw, *, pictures: str, label_version: str) -> Example:
     sample_id = f"{category}-{identifier(raw, 'question_id')}"
     label = filled(raw, "label", sample_id)
     if label not in {"yes", "no"}:
-        raise BadSample(sample_id, f"its label is {short(label)}, which is neither 'yes' nor 'no'")
+        raise BadSample(sample_id, f"its label is {shown(label)}, which is neither 'yes' nor 'no'")
     return Example(
         id=sample_id,
         images=(f"{pictures}/{filled(raw, 'image', sample_id)}",),

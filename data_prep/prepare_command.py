@@ -15,9 +15,8 @@ from tqdm import tqdm
 
 from data_prep.prepare_split import Prepared, prepare_split, reading
 from data_prep.published import Progress, Split
-from data_prep.quoted import cut, short
 from data_prep.sources import SOURCES
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown, shown_text
 
 SMALL_BYTES = 32 << 20
 """Below this, starting processes takes longer than converting."""
@@ -76,7 +75,7 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
     if arguments.source not in SOURCES:
         nearest = get_close_matches(arguments.source, SOURCES, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"no source {short(arguments.source)}; did you mean {nearest!r}? dora-vl prepare --help lists all"
+            f"no source {shown(arguments.source)}; did you mean {nearest!r}? dora-vl prepare --help lists all"
         )
     if not arguments.folder.exists():
         raise UserError(f"{arguments.folder}: no such folder; --from takes the folder with the published files")
@@ -90,7 +89,7 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
     unknown = [name for name in wanted if name not in {split.name for split in splits}]
     if unknown:
         found = ", ".join(sorted({split.name for split in splits}))
-        raise UserError(f"--splits {cut(unknown[0], 60)}: {arguments.folder} has files for {found}")
+        raise UserError(f"--splits {shown_text(unknown[0], 60)}: {arguments.folder} has files for {found}")
     return [split for split in splits if split.name in wanted]
 
 
@@ -129,7 +128,7 @@ def _options(settings: list[str], known: list[str], source: str) -> dict[str, st
         name, equals, value = setting.partition("=")
         if not equals or name not in known:
             has = f"has the options {', '.join(known)}" if known else "has no options"
-            raise UserError(f"--set {cut(setting, 100)}: must be NAME=VALUE; {source} {has}")
+            raise UserError(f"--set {shown_text(setting, 100)}: must be NAME=VALUE; {source} {has}")
         options[name] = value
     return options
 

@@ -17,9 +17,8 @@ from typing import BinaryIO
 from data_prep.conversion import ConvertedRow, Line, converted_rows
 from data_prep.manifest import FORMAT, MEBIBYTE, add_to_manifest, content, file_sha256, fingerprints, read_manifest
 from data_prep.published import Progress, Raw, Split
-from data_prep.quoted import cut, short
 from dora_vl.data.examples import JSON, json_line, whole_file
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown, shown_text
 
 ROWS_TO_JUDGE = 1000
 """When none of so many rows can be used, the file is another one than the source expects."""
@@ -155,7 +154,7 @@ def reading(where: str) -> Iterator[None]:
 
 
 def _names(split: Split) -> str:
-    return ", ".join(cut(str(path), 120) for path in split.inputs[:2]) or f"{split.task}/{split.name}"
+    return ", ".join(shown_text(str(path), 120) for path in split.inputs[:2]) or f"{split.task}/{split.name}"
 
 
 class Partial:
@@ -250,7 +249,7 @@ class Partial:
         if not number_repeated:
             lines = f"lines {self._lines[line.id]} and {self.counts.written + 1}"
             raise UserError(
-                f"{self._path}: id {short(line.id)} would be in {lines}; the publisher's ids must be unique"
+                f"{self._path}: id {shown(line.id)} would be in {lines}; the publisher's ids must be unique"
             )
         number = 2
         while (numbered := f"{line.id}#{number}") in self._lines:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
-from data_prep.quoted import cut, names
 from dora_vl.data.examples import JSON, Example
 from dora_vl.data.records import stream_records
+from dora_vl.data.text_file import Progress
 from dora_vl.errors import UserError
 
 Raw = Mapping[str, JSON]
 """One row as the publisher's file holds it; `fields` alone looks into it."""
 
-Progress = Callable[[int], object]
-"""Told the number of bytes of the split's files, whenever some more are read."""
+WANTED = "the publisher's"
+"""What `text_file` says that a file should be."""
 
 Converted = Example | Iterable[Example] | Mapping[str, JSON]
 """What a row becomes: one example, several, or a record of LLaVA's JSON."""
@@ -93,93 +91,3 @@ def only_test_split(
 def json_rows(path: Path, progress: Progress, key: str | None = None) -> Iterator[Raw]:
     """The objects of a JSON list or of JSON lines, or of the list under `key`."""
     return stream_records(path, key=key, progress=progress)
-
-
-def open_text(path: Path) -> IO[str]:
-    """A publisher's text file in UTF-8, line breaks as they are; a byte order mark at its beginning is no text."""
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def json_object(path: Path) -> dict[str, JSON]:
-    """A small file that is one JSON object, at once.
-
-    Raises:
-        UserError: not UTF-8, malformed, nested too deeply, a name twice in one object, or no object.
-    """
-    try:
-        with open_text(path) as file:
-            found = json.load(file, object_pairs_hook=_unique_names)
-    except RecursionError:
-        raise UserError(f"{path}: its values are nested too deeply") from None
-    except ValueError as error:  # also of UTF-8, and of numbers of too many digits
-        raise UserError(f"{path}: not JSON in UTF-8 ({cut(str(error), 200)}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: must hold one JSON object, found {type(found).__name__}")
-    return found
-
-
-def _unique_names(members: list[tuple[str, JSON]]) -> dict[str, JSON]:
-    found = dict(members)
-    if len(found) < len(members):
-        listed = [name for name, _ in members]
-        twice = next(name for name in listed if listed.count(name) > 1)
-        raise ValueError(f"the name {cut(twice, 60)!r} stands twice in one object")
-    return found
-
-
-def table_rows(
-    path: Path, progress: Progress, *, delimiter: str, columns: Sequence[str] = (), required: Sequence[str] = ()
-) -> Iterator[Raw]:
-    """The rows of a CSV or TSV file, by column; all values are text.
-
-    Args:
-        columns: their names where the file has no line for them.
-        required: those of its line that must be there.
-
-    Raises:
-        UserError: not UTF-8, no such column, a row with more or fewer values than columns, a quotation mark that is
-            never closed, or a cell of more than 64 MiB.
-    """
-    csv.field_size_limit(1 << 26)  # MMBench keeps a picture in a cell
-    with open_text(path) as file:
-        reader = csv.reader(_counted(file, progress), delimiter=delimiter)
-        try:
-            heads = list(columns) or next(reader)
-            if heads == [_END]:
-                return  # an empty file
-            _check_columns(path, heads, required)
-            for values in filter(None, reader):
-                if values[-1].endswith(_END):
-                    if values == [_END]:
-                        return
-                    break
-                if len(values) != len(heads):
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: {len(values)} values for {len(heads)} columns; "
-                        "the file is cut or damaged, fetch it again"
-                    )
-                yield dict(zip(heads, values, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}, line {reader.line_num + 1}: not the table expected: {error}") from None
-    raise UserError(f"{path}: a quotation mark in it is never closed; the file is cut or damaged, fetch it again")
-
-
-_END = "\x1eend of the table\x1e"
-"""Stands after the last line: inside an open quotation the table's reader would take the rest of the file for a cell
-and end as if nothing were wrong (its strict form would refuse marks in the middle of a cell too)."""
-
-
-def _check_columns(path: Path, heads: Sequence[str], required: Sequence[str]) -> None:
-    for column in required:
-        if column not in heads:
-            raise UserError(f"{path}: no column {column!r}; it has {names(heads)}")
-    if len(set(heads)) < len(heads):
-        twice = next(name for name in heads if heads.count(name) > 1)
-        raise UserError(f"{path}: two columns are called {cut(twice, 60)!r}; fetch the file again")
-
-
-def _counted(lines: Iterable[str], progress: Progress) -> Iterator[str]:
-    for line in lines:
-        progress(len(line))
-        yield line
-    yield _END

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from data_prep.fields import filled, identifier, index_of, integer, kept, optional, text, texts
 from data_prep.joins import refusing
-from data_prep.published import Progress, Raw, Split, json_object, some_present
+from data_prep.published import WANTED, Progress, Raw, Split, some_present
 from dora_vl.data.examples import Answer, Example
 from dora_vl.data.records import stream_members
+from dora_vl.data.text_file import json_object
 from dora_vl.errors import UserError
 
 SPLITS = {"train": ("train", 12_726), "val": ("validation", 4_241), "test": ("test", 4_241)}
@@ -46,7 +47,7 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 
 
 def _members(path: Path) -> Mapping[str, tuple[str, ...]]:
-    members = json_object(path)
+    members = json_object(path, WANTED)
     with refusing(f"{path}: not the map of splits to ids expected"):
         return {part: texts(members, part) for part in SPLITS}
 

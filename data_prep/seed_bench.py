@@ -16,10 +16,10 @@ from pathlib import Path
 
 from data_prep.fields import filled, given, identifier, integer, key, mapping, optional, seconds, text
 from data_prep.joins import refusing
-from data_prep.published import Progress, Raw, Split, json_object, json_rows, only_test_split, some_present
-from data_prep.quoted import short
+from data_prep.published import WANTED, Progress, Raw, Split, json_rows, only_test_split, some_present
 from dora_vl.data.examples import Answer, Clip, Example
-from dora_vl.errors import BadSample
+from dora_vl.data.text_file import json_object
+from dora_vl.errors import BadSample, shown
 
 FILE = "SEED-Bench.json"
 LETTERS = "ABCD"
@@ -40,7 +40,7 @@ def _rows(file: Path, progress: Progress) -> Iterator[Raw]:
 def _question_types(file: Path) -> dict[str, str]:
     """Number, as text -> name."""
     with refusing(file):
-        types = mapping(json_object(file), "question_type")
+        types = mapping(json_object(file, WANTED), "question_type")
         return {str(integer(types, name)): name for name in types}
 
 
@@ -50,10 +50,10 @@ def convert(raw: Raw) -> Example:
     choices = tuple(filled(raw, f"choice_{letter.lower()}", sample_id) for letter in LETTERS)
     answer = filled(raw, "answer", sample_id)
     if answer not in LETTERS or len(answer) != 1:
-        raise BadSample(sample_id, f"its answer is {short(answer)}, which is not one of {LETTERS}")
+        raise BadSample(sample_id, f"its answer is {shown(answer)}, which is not one of {LETTERS}")
     kind = filled(raw, "data_type", sample_id)
     if kind not in {"image", "video"}:
-        raise BadSample(sample_id, f"its data_type is {short(kind)}, which is neither 'image' nor 'video'")
+        raise BadSample(sample_id, f"its data_type is {shown(kind)}, which is neither 'image' nor 'video'")
     data_id, type_id = identifier(raw, "data_id", sample_id), integer(raw, "question_type_id", sample_id)
     correct = LETTERS.index(answer)
     frame = {"middle_frame": f"SEED-Bench-video-image/{type_id}_{sample_id}.png"} if kind == "video" else {}

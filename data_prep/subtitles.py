@@ -14,9 +14,9 @@ from pathlib import Path
 
 from data_prep.fields import UNKNOWN_ID, given, identifier, key, number, optional, rows, seconds, text
 from data_prep.joins import column_by_id
-from data_prep.published import Progress, Raw, json_rows, open_text
+from data_prep.published import WANTED, Progress, Raw, json_rows
 from dora_vl.data.examples import JSON, Subtitle
-from dora_vl.errors import UserError
+from dora_vl.data.text_file import NotUtf8, opened, whole_text
 
 NO_SPAN = frozenset({"", "nan", "nan-nan"})
 
@@ -58,32 +58,32 @@ class Subtitles:
 
 
 def subtitles_of(raw: Raw, sample_id: str) -> tuple[Subtitle, ...]:
-    """The subtitles that `Subtitles.joined` added, in order; empty ones are left out."""
+    """The subtitles that `Subtitles.joined` added, in order, those of empty text too: VL-BART's prompt joins them all.
+
+    Entries without a text are left out.
+    """
     found = optional(raw, "sub", rows, sample_id) or ()
-    read = (_subtitle(entry, sample_id) for entry in found)
-    return tuple(subtitle for subtitle in read if subtitle.text)
+    return tuple(_subtitle(entry, sample_id) for entry in found if optional(entry, "text", text, sample_id) is not None)
 
 
 def _subtitle(entry: Raw, sample_id: str) -> Subtitle:
     start, end = (
         None if given(entry, name) is None else number(given(entry, name), name, sample_id) for name in ("start", "end")
     )
-    return Subtitle((optional(entry, "text", text, sample_id) or "").strip(), start, end)
+    return Subtitle(text(entry, "text", sample_id).strip(), start, end)
 
 
 def read_srt(path: Path) -> list[dict[str, object]]:
     """The cues of an .srt file, as VALUE's JSON has them.
 
     Raises:
-        UserError: the file is not text.
+        UserError: the file cannot be read.
     """
     try:
-        with open_text(path) as file:
-            content = file.read()
-    except UnicodeDecodeError:
-        content = path.read_text(encoding="latin-1")  # some of TVQA's are
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        content = whole_text(path, WANTED)
+    except NotUtf8:
+        with opened(path, WANTED) as file:
+            content = file.read().decode("latin-1")  # some of TVQA's are
     return list(parse_srt(content))
 
 

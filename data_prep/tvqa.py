@@ -20,9 +20,10 @@ from pathlib import Path
 
 from data_prep.fields import integer, mapping
 from data_prep.joins import refusing
-from data_prep.published import Split, json_object, present, some_present
+from data_prep.published import WANTED, Split, present, some_present
 from data_prep.subtitles import Subtitles
 from data_prep.video_questions import convert_question, question_rows
+from dora_vl.data.text_file import json_object
 
 FILES = {
     "tvqa_train.jsonl": ("train", 122_039),
@@ -61,7 +62,7 @@ def read_solution(path: Path) -> dict[str, int]:
         UserError: it has another form.
     """
     with refusing(f"{path}: not {{'solution': {{series: {{qid: index}}}}}}"):
-        all_series = mapping(json_object(path), "solution")
+        all_series = mapping(json_object(path, WANTED), "solution")
         return {
             qid: integer(answers, qid)
             for series in all_series

@@ -22,10 +22,9 @@ from pathlib import Path
 from data_prep.fields import filled, given, identifier, integer, kept, key
 from data_prep.joins import numbered, refusing
 from data_prep.published import Progress, Raw, Split, json_rows, some_present
-from data_prep.quoted import short
 from data_prep.soft_answers import people_answers, soft_answers
 from dora_vl.data.examples import JSON, Example
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
 
 SIZES = {"train2014": 443_757, "val2014": 214_354, "test2015": 447_793, "test-dev2015": 107_394}
 NAMES = {"train2014": "train", "val2014": "validation", "test2015": "test", "test-dev2015": "test_dev"}
@@ -83,7 +82,7 @@ def joined_rows(questions: Path, annotations: Path | None, progress: Progress) -
             yield row  # its conversion says what is wrong with the id
             continue
         if name not in known:
-            raise UserError(f"{where}: question_id {short(name)} is not in {questions.name}; fetch both again")
+            raise UserError(f"{where}: question_id {shown(name)} is not in {questions.name}; fetch both again")
         answered.add(name)
         yield {**row, "question": known[name][0]}
     for name in known:
@@ -98,7 +97,7 @@ def _questions(file: Path, progress: Progress) -> dict[str, tuple[JSON, JSON]]:
         with refusing(where):
             name = identifier(row, "question_id")
         if name in known:
-            raise UserError(f"{where}: question_id {short(name)} stands in an earlier row too; fetch the file again")
+            raise UserError(f"{where}: question_id {shown(name)} stands in an earlier row too; fetch the file again")
         known[name] = given(row, "question"), given(row, "image_id")
     return known
 

@@ -24,9 +24,10 @@ from pathlib import Path
 from data_prep import vqav2
 from data_prep.fields import filled, given, identifier, kept, key, optional, scalar, text, weights
 from data_prep.karpathy import FILE, split_of_pictures
-from data_prep.published import Progress, Raw, Split, json_object, json_rows, present
+from data_prep.published import WANTED, Progress, Raw, Split, json_rows, present
 from data_prep.soft_answers import people_answers, soft_answers
 from dora_vl.data.examples import Answer, Example
+from dora_vl.data.text_file import json_object
 from dora_vl.errors import BadSample, UserError
 
 SIZES = {"train": 605_102, "validation": 26_729, "test": 26_280}
@@ -38,7 +39,7 @@ PARTS = ("train2014", "val2014")
 def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Split]:
     """The splits of VL-T5's files where they are there, else those made of the official ones."""
     known = present(folder, [ANSWERS_FILE])
-    allowed = frozenset(json_object(known[ANSWERS_FILE])) if known else None
+    allowed = frozenset(json_object(known[ANSWERS_FILE], WANTED)) if known else None
     own = present(folder, VLT5_FILES.values())
     official = () if own else _official_files(folder)
     for name, file in VLT5_FILES.items():

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from data_prep.fields import filled, given, integer, mapping, optional, rows, seconds, text
 from data_prep.joins import refusing
-from data_prep.published import Progress, Raw, Split, json_object, present, some_present
-from data_prep.quoted import short
+from data_prep.published import WANTED, Progress, Raw, Split, present, some_present
 from data_prep.subtitles import Subtitles
 from data_prep.video_captions import caption_split
 from dora_vl.data.examples import Answer, Clip, Example
+from dora_vl.data.text_file import json_object
+from dora_vl.errors import shown
 
 FILES = {
     "yc2c_train_release.jsonl": ("train", 10_337),
@@ -57,10 +58,10 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
 
 def _youcook2_rows(path: Path, subset: str, progress: Progress) -> Iterator[Raw]:
     with refusing(f"{path}: not YouCook2's {{'database': {{video: ...}}}}"):
-        videos = mapping(json_object(path), "database")
+        videos = mapping(json_object(path, WANTED), "database")
         progress(path.stat().st_size)
     for video in videos:
-        with refusing(f"{path}, video {short(video)}"):
+        with refusing(f"{path}, video {shown(video)}"):
             entry = mapping(videos, video)
             steps = rows(entry, "annotations") if filled(entry, "subset") == subset else ()
         for step in steps:

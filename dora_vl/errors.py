@@ -1,12 +1,16 @@
-"""The errors a person can act on, the one place that turns them into a line and an exit status, and Pillow's own."""
+"""The errors a person can act on, what messages quote, and the one place that makes a line and an exit status of them.
+
+Also the errors of Pillow. Only the standard library.
+"""
 
 from __future__ import annotations
 
+import errno
 import functools
 import re
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
 
 Inputs = ParamSpec("Inputs")
@@ -16,8 +20,10 @@ USER_ERROR_STATUS = 2
 LONGEST_MESSAGE = 490
 """With "error: " before it, a line stays below 500 characters, whatever a file or an option holds."""
 LONGEST_QUOTED = 60
+LONGEST_NAME, NAMED = 24, 8
 
-_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Controls, and halves of surrogate pairs, which no terminal's or file's encoding takes."""
 
 DECODING_ERRORS = (
     OSError,
@@ -42,7 +48,7 @@ def one_line(message: str, most: int = LONGEST_MESSAGE) -> str:
     Its beginning names the file and its end the next step, so both stay.
     """
     parts = (part.strip() for part in message.splitlines())
-    line = _CONTROLS.sub("?", " ".join(part for part in parts if part))
+    line = _UNPRINTABLE.sub("?", " ".join(part for part in parts if part))
     if len(line) <= most:
         return line
     cut = " [...] "
@@ -51,13 +57,54 @@ def one_line(message: str, most: int = LONGEST_MESSAGE) -> str:
 
 
 def shown(value: object, most: int = LONGEST_QUOTED) -> str:
-    """A value of a file as a message quotes it: at most so many characters, whatever it is."""
-    part = value[: most + 1] if isinstance(value, str | bytes) else value
+    """A value of a file as a message quotes it: as Python writes it, at most so many characters, whatever it is.
+
+    Of lists and objects of any size or depth no more is written than is shown.
+    """
+    text = ""
     try:
-        text = repr(part)
-    except (ValueError, RecursionError):  # a whole number of more digits than Python writes; a list in itself
+        for part in _written(value, most):
+            text += part
+            if len(text) > most:
+                return text[: most - 3] + "..."
+    except (ValueError, RecursionError):  # a whole number of more digits than Python writes
         return f"a {type(value).__name__} too large to be shown"
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text
+
+
+def _written(value: object, most: int) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield "{"
+        for number, (name, inside) in enumerate(value.items()):
+            yield ", " if number else ""
+            yield from _written(name, most)
+            yield ": "
+            yield from _written(inside, most)
+        yield "}"
+    elif isinstance(value, list):
+        yield "["
+        for number, inside in enumerate(value):
+            yield ", " if number else ""
+            yield from _written(inside, most)
+        yield "]"
+    else:
+        yield repr(value[: most + 1] if isinstance(value, str | bytes) else value)
+
+
+def shown_text(text: str, most: int = LONGEST_QUOTED) -> str:
+    """Text as it is, without quotes, at most so many characters; those that cannot be printed are spelled out."""
+    visible = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text[: most + 1]
+    )
+    return visible if len(visible) <= most else visible[: most - 3] + "..."
+
+
+def shown_names(found: Iterable[object]) -> str:
+    """The first few names of columns or fields, such as those that a row has, and how many more there are."""
+    names = list(found)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return (", ".join(shown_text(str(name), LONGEST_NAME) for name in names[:NAMED]) or "nothing") + more
 
 
 class UserError(Exception):
@@ -84,14 +131,22 @@ class BadSample(UserError):
 
 
 def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
-    """Wraps an entry point: a `UserError` becomes one line on stderr and exit status 2, never a traceback."""
+    """Wraps an entry point: a `UserError` becomes one line on stderr and exit status 2, never a traceback.
+
+    So does a path of more characters than a file's name may have, wherever it is looked for.
+    """
 
     @functools.wraps(main)
     def run(*arguments: Inputs.args, **options: Inputs.kwargs) -> Result:
         try:
             return main(*arguments, **options)
         except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
-            sys.exit(USER_ERROR_STATUS)
+            said = str(error)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            said = one_line(f"{error.filename}: no file can have a name so long")
+        sys.stderr.write(f"error: {said}\n")
+        sys.exit(USER_ERROR_STATUS)
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_vl.cli import main
-from dora_vl.errors import LONGEST_MESSAGE, BadSample, UserError, exit_on_user_error, one_line, shown
+from dora_vl.errors import (
+    LONGEST_MESSAGE,
+    BadSample,
+    UserError,
+    exit_on_user_error,
+    one_line,
+    shown,
+    shown_names,
+    shown_text,
+)
 
 LONG = 60_755
 
@@ -30,7 +40,7 @@ def test_the_beginning_and_the_end_of_a_long_message_stay() -> None:
     assert str(error).startswith("a.jsonl, line 7: xxx")
     assert str(error).endswith("xxx is no answer; write it again")
     assert " [...] " in str(error)
-    assert str(UserError("two\n  lines\x1b[31m")) == "two lines?[31m"
+    assert str(UserError("two\n  lines\x1b[31m \ud83d")) == "two lines?[31m ?"
 
 
 def test_white_space_without_end_takes_no_time() -> None:
@@ -59,6 +69,39 @@ def test_a_quoted_value_is_short(value: object, text: str) -> None:
     assert shown(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"a": [1, {"b": None}], 2: "\ud83d"}, "{'a': [1, {'b': None}], 2: '\\ud83d'}"),
+        ([["x" * LONG] * LONG] * LONG, "[['" + "x" * 54 + "..."),
+        ({name: name for name in range(LONG)}, "{0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 7: 7, 8: 8, 9:..."),
+    ],
+)
+def test_no_more_of_a_value_is_written_than_is_shown(value: object, text: str) -> None:
+    assert shown(value) == text
+
+
+def test_values_nested_without_end_are_shown_too() -> None:
+    inside: list[object] = []
+    inside.append(inside)
+    deep: Any = 1
+    for _ in range(LONG):
+        deep = {"a": [deep]}
+    assert shown(inside) == "[" * 57 + "..."
+    assert len(shown(deep)) == 60
+    while isinstance(deep, dict):  # Python's own end of it would need as many calls
+        deep = deep["a"].pop()
+
+
+def test_text_without_quotes_and_names_are_short_and_can_be_printed() -> None:
+    assert shown_text("two\nlines \ud83d\x00é") == r"two\nlines \ud83d\x00é"
+    assert shown_text("x" * LONG) == "x" * 57 + "..."
+    assert shown_text("\n" * LONG, 10) == r"\n\n\n\..."
+    assert shown_names(["a", 1, "y" * LONG]) == "a, 1, " + "y" * 21 + "..."
+    assert shown_names(range(11)) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
+    assert shown_names([]) == "nothing"
+
+
 def test_the_line_on_stderr_has_at_most_500_characters(capsys: Any) -> None:
     @exit_on_user_error
     def fails() -> None:
@@ -71,6 +114,22 @@ def test_the_line_on_stderr_has_at_most_500_characters(capsys: Any) -> None:
     assert error.startswith("error: é")
     assert error.count("\n") == 1
     assert len(error) <= 500
+
+
+@pytest.mark.parametrize("option", ["--predictions", "--records", "--against"])
+def test_a_path_of_any_length_is_one_line(option: str, capsys: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(f"name: own\nscoring: exact\nfile: {'y' * LONG}\n")
+    options = {"--benchmarks": "pope", "--predictions": str(own), option: f"{tmp_path}/{'x' * LONG}"}
+    for benchmark in ("pope", str(own)):
+        words = [word for pair in (options | {"--benchmarks": benchmark}).items() for word in pair]
+        with pytest.raises(SystemExit) as status:
+            main(["evaluate", *words])
+        assert status.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        assert len(said) <= 500
 
 
 @pytest.mark.parametrize("words", [["x" * LONG], ["evaluate", "--benchmarks", "pope", "--limit", "9" * 4000 + "x"]])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_vl.core import functional
 from dora_vl.core.freshness import SHARD_MARKS, is_plain_parameter
@@ -87,7 +87,10 @@ def _is_due(layer: ProductLayer, caller: ProductLayer) -> bool:
 def _is_here(layer: ProductLayer, device: torch.device) -> bool:
     """Whether every tensor of the layer is a plain one on this device that nothing shards."""
     return all(
-        is_plain_parameter(tensor) and tensor.device == device and SHARD_MARKS.isdisjoint(vars(tensor))
+        isinstance(tensor, nn.Parameter)
+        and is_plain_parameter(tensor)
+        and tensor.device == device
+        and SHARD_MARKS.isdisjoint(vars(tensor))
         for tensor in (layer.weight, layer.lora_A, layer.lora_B, layer.magnitude)
     )
 

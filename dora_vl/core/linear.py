@@ -62,14 +62,14 @@ class ProductLayer(AdaptedLayer):
         probability = self.adapter.dropout if self.training and factors is not None else 0.0
         if probability and self.adapter.dropout_mode == "whole_change" and self.magnitude is not None:
             return self._whole_change(x, weight, bias, probability)
-        if not probability and torch.is_grad_enabled():
-            output = compiled_pass(self, x, weight, bias)
+        dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
+        if torch.is_grad_enabled():
+            output = compiled_pass(self, x, weight, bias, dropped)
             if output is not None:
                 return output
         gain = None if self.magnitude is None else self._current_gain(x.dtype)
         if not probability and not torch.is_grad_enabled():
             return self._infer(x, weight, bias, gain)
-        dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
         magnitude = self.magnitude if self.adapter.detach_norm else self._magnitude_over_live_norm()
         a, b = factors or (None, None)
         product = functional.AdaptedProduct.apply(x, weight, bias, a, b, magnitude, gain, self.scale(), dropped)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-from dora_vl.data.text_file import opened
+from dora_vl.data.text_file import NotUtf8, Progress, opened, refuse_half_pairs
 from dora_vl.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def load_llava(path: Path, *, cache_folder: Path | None = None) -> datasets.Data
 
 
 def stream_records(
-    path: Path, *, key: str | None = None, progress: Callable[[int], object] | None = None
+    path: Path, *, key: str | None = None, progress: Progress | None = None
 ) -> Iterator[dict[str, object]]:
     """Yields the objects of a JSON list, or of JSON lines, in order.
 
@@ -81,7 +81,7 @@ def stream_values(path: Path, wanted: str) -> Iterator[tuple[int, object]]:
         wanted: what the file should be, for the message.
 
     Raises:
-        UserError: no such file, not UTF-8, malformed or cut off.
+        UserError: no such file, not UTF-8, malformed or cut off, or half of a surrogate pair in a text.
     """
     with opened(path, wanted) as file:
         source = _Source(path, file)
@@ -90,12 +90,10 @@ def stream_values(path: Path, wanted: str) -> Iterator[tuple[int, object]]:
             source.expect_end("list")
         else:
             while source.next_character():
-                yield source.line(), source.take_value()
+                yield source.line(), source.take_text_value()
 
 
-def stream_members(
-    path: Path, *, progress: Callable[[int], object] | None = None
-) -> Iterator[tuple[str, dict[str, object]]]:
+def stream_members(path: Path, *, progress: Progress | None = None) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields the members, name and object, of a file that is one JSON object of objects; see `stream_records`.
 
     Raises:
@@ -151,18 +149,18 @@ def _list_entries(source: _Source) -> Iterator[dict[str, object]]:
 def _numbered_entries(source: _Source) -> Iterator[tuple[int, object]]:
     source.take_character()
     if source.next_character() != "]":
-        yield source.line(), source.take_value()
+        yield source.line(), source.take_text_value()
         while source.next_character() == ",":
             source.take_character()
             source.next_character()
-            yield source.line(), source.take_value()
+            yield source.line(), source.take_text_value()
     source.expect("]", "',' or ']' after an entry of the list")
 
 
 class _Source:
     """The unread part of a file: a buffer, a position in it, and the line the buffer starts at."""
 
-    def __init__(self, path: Path, file: BinaryIO, progress: Callable[[int], object] | None = None) -> None:
+    def __init__(self, path: Path, file: BinaryIO, progress: Progress | None = None) -> None:
         self._path = path
         self._progress = progress
         self._file = file
@@ -220,6 +218,18 @@ class _Source:
         value, self._position = self._decoded()
         return value
 
+    def take_text_value(self) -> object:
+        """Reads one value of any kind whose text can be printed and written.
+
+        Raises:
+            UserError: it holds half of a surrogate pair.
+        """
+        value, end = self._decoded()
+        if any(self._buffer.find(half, self._position, end) >= 0 for half in ("\\ud", "\\uD")):
+            refuse_half_pairs(value, f"{self._path}, line {self.line()}")
+        self._position = end
+        return value
+
     def _decoded(self) -> tuple[object, int]:
         """The next value and where it ends, growing the buffer until it holds all of it."""
         self.next_character()
@@ -256,6 +266,6 @@ class _Source:
             text = self._decoder.decode(chunk, final=self._ended)
         except UnicodeDecodeError as error:
             offset = self._file.tell() - len(chunk) - pending + error.start
-            raise UserError(f"{self._path}, byte {offset}: not UTF-8 ({error.reason}); convert the file") from None
+            raise NotUtf8(f"{self._path}, byte {offset}: not UTF-8 ({error.reason}); convert the file") from None
         self._buffer = self._buffer[self._position :] + text
         self._position = self._counted = 0

@@ -1,7 +1,7 @@
 """Text files that a person gives, read line by line or as a table: bounded, and with no other error than `UserError`.
 
-UTF-8, a byte order mark at the beginning or none. Only the standard library. `records.stream_records` reads JSON whose
-values may be longer than a line.
+UTF-8, a byte order mark at the beginning or none. Only the standard library. Publishers' files, records, predictions
+and questions are all read through here; `records.stream_records` reads JSON whose values may be longer than a line.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import codecs
 import contextlib
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from dora_vl.errors import UserError, one_line, shown
+from dora_vl.errors import UserError, one_line, shown_names, shown_text
 
 LONGEST_LINE_BYTES = 1 << 26
-"""A line that still goes on after 64 MiB is no line of text."""
+"""A line that still goes on after 64 MiB is no line of text; MMBench keeps pictures in its tables."""
 LONGEST_REASON = 120
+
+Progress = Callable[[int], object]
+"""Told the number of bytes whenever some more are read."""
 
 
 @contextlib.contextmanager
@@ -31,25 +34,29 @@ def opened(path: Path, wanted: str) -> Iterator[BinaryIO]:
     Raises:
         UserError: no such file, or it cannot be opened or read.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of {wanted}")
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file of {wanted}")
         with path.open("rb") as file:
             yield file
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+class NotUtf8(UserError):
+    """Bytes that are no text in UTF-8."""
+
+
 def text_of(line: bytes, where: str) -> str:
     """A line's text; `where`, file and line, begins the message.
 
     Raises:
-        UserError: it is not UTF-8.
+        NotUtf8: it is not UTF-8.
     """
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason}); convert the file") from None
+        raise NotUtf8(f"{where}: not UTF-8 ({error.reason}); convert the file") from None
 
 
 def json_of(text: str, where: str) -> object:
@@ -59,17 +66,65 @@ def json_of(text: str, where: str) -> object:
         UserError: it is no JSON, nested too deeply, holds a number of thousands of digits, or half of a surrogate
             pair, which is no character and which no file can hold.
     """
+    value = _parsed(text, where)
+    if "\\ud" in text or "\\uD" in text:
+        refuse_half_pairs(value, where)
+    return value
+
+
+def _parsed(text: str, where: str, members: Callable[[list[tuple[str, object]]], object] | None = None) -> object:
     try:
-        value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+        return json.loads(text, object_pairs_hook=members)
     except RecursionError:
         raise UserError(f"{where}: not whole JSON (its values are nested too deeply)") from None
+    except ValueError as error:  # also of numbers of too many digits
+        raise UserError(f"{where}: not whole JSON ({one_line(str(error), LONGEST_REASON)})") from None
+
+
+def refuse_half_pairs(value: object, where: str) -> None:
+    """Refuses a value of JSON with half of a surrogate pair in it.
+
+    Raises:
+        UserError: it has one, or is nested more deeply than can be looked through.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: its text holds half of a surrogate pair, which is no character") from None
-    except ValueError as error:
-        raise UserError(f"{where}: not whole JSON ({one_line(str(error), LONGEST_REASON)})") from None
-    return value
+    except RecursionError:
+        raise UserError(f"{where}: not whole JSON (its values are nested too deeply)") from None
+
+
+def json_object(path: Path, wanted: str) -> dict[str, object]:
+    """A small file that is one JSON object, at once; half of a surrogate pair may be in it.
+
+    Raises:
+        UserError: no such file, not UTF-8, malformed, nested too deeply, a name twice in one object, or no object.
+    """
+    text = whole_text(path, wanted)
+    found = _parsed(text, f"{path}", _unique_names)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must hold one JSON object, found {type(found).__name__}")
+    return found
+
+
+def _unique_names(members: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(members)
+    if len(found) < len(members):
+        names: set[str] = set()
+        twice = next(name for name, _ in members if name in names or names.add(name))
+        raise ValueError(f"the name {shown_text(twice)!r} stands twice in one object")
+    return found
+
+
+def whole_text(path: Path, wanted: str) -> str:
+    """A small file's text, line breaks as they are.
+
+    Raises:
+        UserError: no such file; `NotUtf8`, which is one, where it is not UTF-8.
+    """
+    with opened(path, wanted) as file:
+        return text_of(file.read().removeprefix(codecs.BOM_UTF8), f"{path}")
 
 
 def text_lines(path: Path, wanted: str) -> Iterator[tuple[int, str]]:
@@ -78,14 +133,20 @@ def text_lines(path: Path, wanted: str) -> Iterator[tuple[int, str]]:
     Raises:
         UserError: no such file, a line that is not UTF-8, or one of more than 64 MiB.
     """
+    return ((number, line.rstrip("\r\n")) for number, line in _lines(path, wanted, lambda size: None))
+
+
+def _lines(path: Path, wanted: str, progress: Progress) -> Iterator[tuple[int, str]]:
+    """Yields each line as it is, with its number."""
     with opened(path, wanted) as file:
         number = 0
         while line := file.readline(LONGEST_LINE_BYTES + 1):
             number += 1
             if len(line) > LONGEST_LINE_BYTES:
                 raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES:,} bytes; is it a text file?")
+            progress(len(line))
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            yield number, text_of(line, f"{path}, line {number}").rstrip("\r\n")
+            yield number, text_of(line, f"{path}, line {number}")
 
 
 def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, dict[str, object]]]:
@@ -102,31 +163,67 @@ def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, dict[str, object]
             yield number, value
 
 
-def table_rows(path: Path, wanted: str, *, delimiter: str, whole: bool = False) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields each row of a table whose first row names the columns, with the number of its last line.
+_END = "\x1eend of the table\x1e"
+"""Stands after the last line: inside an open quotation the table's reader would take the rest of the file for a cell
+and end as if nothing were wrong (its strict form would refuse marks in the middle of a cell too)."""
 
-    Cells that a row lacks are not in it; those beyond the columns are left out.
+
+def table_rows(
+    path: Path,
+    wanted: str,
+    *,
+    delimiter: str,
+    columns: Sequence[str] = (),
+    required: Sequence[str] = (),
+    progress: Progress = lambda size: None,
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields the rows of a CSV or TSV file by column, with the number of each one's last line; all values are text.
 
     Args:
-        whole: each row must have as many cells as there are columns, and each column a name of its own.
+        columns: their names where the file has no line for them.
+        required: those of its line that must be there.
 
     Raises:
-        UserError: as `text_lines`; or quotes that are not closed, a cell of more than 128 KiB, or a row that is not
-            `whole`.
+        UserError: as `text_lines`; or no such column, a row with more or fewer values than columns, a quotation mark
+            that is never closed, or a cell of more than 64 Mi characters.
     """
-    lines = (f"{line}\n" for _, line in text_lines(path, wanted))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    columns: list[str] | None = None
+    csv.field_size_limit(LONGEST_LINE_BYTES)
+    reader = csv.reader(_with_end(path, wanted, progress), delimiter=delimiter)
     try:
-        for cells in reader:
-            if columns is None:
-                columns = cells
-                if whole and len(set(columns)) < len(columns):
-                    raise UserError(f"{path}: two of its columns have one name: {shown(columns)}")
-            elif cells:
-                if whole and len(cells) != len(columns):
-                    place = f"{path}, line {reader.line_num}"
-                    raise UserError(f"{place}: {len(cells)} cells, but {len(columns)} columns; quote what holds commas")
-                yield reader.line_num, dict(zip(columns, cells, strict=False))
+        heads = list(columns) or next(reader)
+        if heads == [_END]:
+            return  # an empty file
+        _check_columns(path, heads, required)
+        begins = reader.line_num + 1
+        for values in filter(None, reader):
+            if values == [_END]:
+                return
+            if values[-1].endswith(_END):
+                break
+            if len(values) != len(heads):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: {len(values)} values for {len(heads)} columns; "
+                    "the file is cut or damaged, fetch or write it again"
+                )
+            yield reader.line_num, dict(zip(heads, values, strict=True))
+            begins = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not a table ({error})") from None
+        raise UserError(f"{path}, line {reader.line_num}: not the table expected: {error}") from None
+    raise UserError(
+        f"{path}, line {begins}: a quotation mark in it is never closed; the file is cut or damaged, fetch or write it "
+        "again"
+    )
+
+
+def _with_end(path: Path, wanted: str, progress: Progress) -> Iterator[str]:
+    yield from (line for _, line in _lines(path, wanted, progress))
+    yield _END
+
+
+def _check_columns(path: Path, heads: Sequence[str], required: Sequence[str]) -> None:
+    for column in required:
+        if column not in heads:
+            raise UserError(f"{path}: no column {column!r}; it has {shown_names(heads)}")
+    if len(set(heads)) < len(heads):
+        twice = next(name for name in heads if heads.count(name) > 1)
+        raise UserError(f"{path}: two columns are called {shown_text(twice)!r}; fetch or write the file again")

@@ -20,6 +20,7 @@ from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation import prompts
 from dora_vl.evaluation.answers_file import AnswerRow
+from dora_vl.whole_numbers import number_of
 
 Key = Hashable | None
 MOST_CATEGORIES = 4  # whose orders are tried
@@ -156,12 +157,14 @@ def _picture_of(example: Example) -> Key:
 
 
 def _number_row(row: AnswerRow) -> Key:
-    return (int(row.id), question_in(row.prompt)) if row.id.isdecimal() and row.id.isascii() else None
+    number = number_of(row.id)
+    return None if number is None else (number, question_in(row.prompt))
 
 
 def _number_example(example: Example) -> Key:
     found = re.search(r"_(\d+)$", _picture_stem(example.images[0])) if example.images else None
-    return (int(found.group(1)), _plain(example.question)) if found else None
+    number = number_of(found.group(1)) if found else None
+    return None if number is None else (number, _plain(example.question))
 
 
 def _clip_of(example: Example) -> Key:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_vl.data.records import stream_values
-from dora_vl.data.text_file import table_rows, text_lines
-from dora_vl.errors import LONGEST_QUOTED, UserError, one_line, shown
+from dora_vl.data.text_file import opened, table_rows, text_lines
+from dora_vl.errors import UserError, shown, shown_names
 
 IDS = ("id", "question_id", "questionId", "qid", "image_id", "image", "index", "identifier", "clip_id")
 """Where a row's id stands; of several the first is its own."""
@@ -29,7 +29,6 @@ PROMPTS = ("prompt", "question")
 WANTED = "predictions; give JSON lines with an id and an answer each"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ZIP = b"PK\x03\x04"
-NAMED_FIELDS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +69,6 @@ def read_rows(path: Path) -> list[AnswerRow]:
     Raises:
         UserError: no such file, none of the forms, or a row without an id or an answer; it names the line.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of {WANTED}")
     rows = list(_rows(path))
     if not rows:
         raise UserError(f"{path}: holds no predictions")
@@ -79,11 +76,8 @@ def read_rows(path: Path) -> list[AnswerRow]:
 
 
 def _rows(path: Path) -> Iterator[AnswerRow]:
-    try:
-        with path.open("rb") as file:
-            begins_as_zip = file.read(len(ZIP)) == ZIP
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    with opened(path, WANTED) as file:
+        begins_as_zip = file.read(len(ZIP)) == ZIP
     if begins_as_zip:
         raise UserError(f"{path}: an .xlsx or another packed file; save the table as tab-separated text, NAME.tsv")
     if path.suffix.lower() in DELIMITERS:
@@ -129,9 +123,8 @@ def _row(record: object, where: str) -> AnswerRow:
     answer = next((record[key] for key in ANSWERS if key in record), _caption(record))
     first_id = next((key for key in IDS if key in record), None)
     if first_id not in ids or not isinstance(answer, str):
-        has = ", ".join(one_line(str(key), LONGEST_QUOTED) for key in [*record][:NAMED_FIELDS])
-        more = f" and {len(record) - NAMED_FIELDS} more" if len(record) > NAMED_FIELDS else ""
-        raise UserError(f"{where}: needs an id ({', '.join(IDS)}), and {' or '.join(ANSWERS)} as text; has {has}{more}")
+        wanted = f"an id ({', '.join(IDS)}), and {' or '.join(ANSWERS)} as text"
+        raise UserError(f"{where}: needs {wanted}; has {shown_names(record)}")
     prompt = next((record[key] for key in PROMPTS if isinstance(record.get(key), str)), "")
     return AnswerRow(where=where, ids=ids, answer=answer, prompt=str(prompt))
 

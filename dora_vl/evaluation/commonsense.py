@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from dora_vl.data.examples import Example
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
+from dora_vl.evaluation.known_truth import right_answer
 from dora_vl.evaluation.scored import Formula, Mean, Ratio, Scored, Tally
 
 Rule = Literal["nvlabs", "llm_adapters"]
@@ -49,7 +50,7 @@ def response(text: str, rule: Rule, *, with_prompt: bool = False) -> str:
     """
     if with_prompt:
         if RESPONSE not in text:
-            raise UserError(f"a text with its prompt must hold {RESPONSE!r}: {text[:60]!r}")
+            raise UserError(f"a text with its prompt must hold {RESPONSE!r}: {shown(text)}")
         text = text.split(RESPONSE, maxsplit=1)[1]
     return text.split(RESPONSE)[0 if rule == "llm_adapters" else -1].strip()
 
@@ -61,7 +62,7 @@ def extracted(text: str, task: str, rule: Rule) -> str:
         UserError: no such task.
     """
     if task not in PATTERNS:
-        raise UserError(f"no commonsense task {task!r}; there are {', '.join(PATTERNS)}")
+        raise UserError(f"no commonsense task {shown(task)}; there are {', '.join(PATTERNS)}")
     found = PATTERNS[task].search(response(text, rule))
     return found.group() if found else ""
 
@@ -71,12 +72,15 @@ def score(examples: Sequence[Example], answers: Mapping[str, str], *, rule: Rule
 
     Args:
         answers: generated text without the prompt.
+
+    Raises:
+        UserError: no such task, or an example has no right answer.
     """
     tally, found = Tally(), set()
     for example in examples:
         task, answer = str(example.extra.get("task", "")), answers.get(example.id)
         found.add(task)
-        right = float(extracted(answer or "", task, rule) == example.answers[0].text)
+        right = float(extracted(answer or "", task, rule) == right_answer(example))
         columns = {f"right {task}": right, f"asked {task}": 1.0}
         tally.add(example.id, right, columns, failed=answer is None)
     tasks: dict[str, Formula] = {one: Ratio(f"right {one}", f"asked {one}") for one in PATTERNS if one in found}

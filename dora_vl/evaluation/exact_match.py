@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dora_vl.data.examples import Example
 from dora_vl.evaluation.bootstrap import RESAMPLES, intervals
+from dora_vl.evaluation.known_truth import right_answer
 from dora_vl.evaluation.scored import ACCURACY, Ratio, Scored, Tally, by_kind, kind_columns, unit_of
 
 WHOLE = ""  # the metric over all kinds
@@ -103,7 +104,7 @@ def score(examples: Sequence[Example], answers: Mapping[str, str], *, answer_aft
     tally, kinds = Tally(), []
     for example in examples:
         prediction = final_answer(answers.get(example.id), answer_after)
-        truth = final_answer(example.answers[0].text, answer_after) or ""
+        truth = final_answer(right_answer(example), answer_after) or ""
         right = float(is_match(Answered(id=example.id, truth=truth, prediction=prediction)))
         kind = [str(example.extra["kind"])] if "kind" in example.extra else []
         kinds += kind

@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from dora_vl.data.examples import Example
+from dora_vl.errors import UserError, shown
+from dora_vl.evaluation.known_truth import right_answer
 from dora_vl.evaluation.scored import ACCURACY, Formula, Ratio, Scored, Tally, by_kind, kind_columns, unit_of
 
 Conversion = Literal["llava", "vl_t5"]
@@ -32,14 +34,17 @@ def converted(answer: str) -> str:
 
 
 def score(examples: Sequence[Example], answers: Mapping[str, str], *, conversion: Conversion = "llava") -> Scored:
-    """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible."""
+    """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible.
+
+    Raises:
+        UserError: a question's types, entailed questions or group are of another kind, or it has no right answer.
+    """
     said = {name: converted(answer) if conversion == "llava" else answer for name, answer in answers.items()}
     right = {example.id: points(example, said) for example in examples}
     tally, structural, semantic, entails = Tally(), [], [], False
     balanced = [example for example in examples if example.extra.get("is_balanced", True)]
     for example in balanced:
-        types = example.extra.get("types", {})
-        shape, meaning = types.get("structural"), types.get("semantic")
+        shape, meaning = _types(example)
         structural += [shape] if shape else []
         semantic += [meaning] if meaning else []
         kinds = [kind for kind in (shape, meaning) if kind]
@@ -47,7 +52,7 @@ def score(examples: Sequence[Example], answers: Mapping[str, str], *, conversion
             kinds.append("open" if shape == "query" else "binary")
         hit = right[example.id]
         columns = kind_columns(hit, *kinds)
-        entailed = [one for one in example.extra.get("entailed", ()) if one != example.id]
+        entailed = [one for one in _entailed(example) if one != example.id]
         if entailed:
             entails = True
             share = sum(right.get(one, 0.0) for one in entailed) / len(entailed)
@@ -62,6 +67,28 @@ def score(examples: Sequence[Example], answers: Mapping[str, str], *, conversion
     return tally.scored(formulas, settings={"conversion": conversion}, fixed=_distribution(balanced, said))
 
 
+def _types(example: Example) -> tuple[str, str]:
+    """The structural and the semantic type, "" where the record has none."""
+    types = example.extra.get("types")
+    if not isinstance(types, Mapping | None):
+        raise UserError(f"question {shown(example.id)}: extra.types must be an object, it is {shown(types)}")
+    shape, meaning = (_text(example, f"types.{name}", (types or {}).get(name)) for name in ("structural", "semantic"))
+    return shape, meaning
+
+
+def _entailed(example: Example) -> list[str]:
+    entailed = example.extra.get("entailed", [])
+    if not isinstance(entailed, list | tuple) or not all(isinstance(one, str) for one in entailed):
+        raise UserError(f"question {shown(example.id)}: extra.entailed must be a list of ids, it is {shown(entailed)}")
+    return list(entailed)
+
+
+def _text(example: Example, name: str, value: object) -> str:
+    if not isinstance(value, str | None):
+        raise UserError(f"question {shown(example.id)}: extra.{name} must be text, it is {shown(value)}")
+    return value or ""
+
+
 def points(example: Example, said: Mapping[str, str]) -> float:
     """The weight of the true answer that was said, letter by letter; 1 where a question has one true answer."""
     return {answer.text: answer.weight for answer in example.answers}.get(said.get(example.id, ""), 0.0)
@@ -73,7 +100,8 @@ def _distribution(examples: Sequence[Example], said: Mapping[str, str]) -> dict[
     for example in examples:
         group = example.extra.get("global_group")
         if group is not None:
-            true[group][example.answers[0].text] += 1
+            group = _text(example, "global_group", group)
+            true[group][right_answer(example)] += 1
             given[group][said.get(example.id, "")] += 1
     if not true:
         return {}

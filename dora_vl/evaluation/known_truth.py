@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from dora_vl.data.examples import Example
+from dora_vl.errors import UserError, shown
 
 Group = Callable[[Example], Hashable]
 NO_ANSWER = "its record holds no right answer"
@@ -22,6 +23,17 @@ def has_answer(example: Example) -> bool:
     texts = [answer.text for answer in example.answers]
     texts += [str(one) for one in people] if isinstance(people, list | tuple) else []
     return "correct" in example.extra or any(text.strip() for text in texts)
+
+
+def right_answer(example: Example) -> str:
+    """The first right answer's text.
+
+    Raises:
+        UserError: the record has none.
+    """
+    if not example.answers:
+        raise UserError(f"example {shown(example.id)} has no right answer; prepare the set again")
+    return example.answers[0].text
 
 
 def has_right_choice(example: Example) -> bool:

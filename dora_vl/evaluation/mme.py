@@ -16,6 +16,7 @@ from typing import Literal
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
+from dora_vl.evaluation.known_truth import right_answer
 from dora_vl.evaluation.scored import Formula, Ratio, Scored, Tally, Total
 
 PERCEPTION = (
@@ -48,7 +49,7 @@ def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
     Raises:
         UserError: a picture of a subtask has not two questions.
     """
-    right = {one.id: one.id in answers and said(answers[one.id]) == one.answers[0].text.lower() for one in examples}
+    right = {one.id: one.id in answers and said(answers[one.id]) == right_answer(one).lower() for one in examples}
     pictures = Counter(picture_of(one) for one in examples)
     both = Counter(picture_of(one) for one in examples if right[one.id])
     odd = [name for name, count in pictures.items() if count != 2]

@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.scored import ACCURACY, Formula, Scored, Tally, by_kind, kind_columns, unit_of
+from dora_vl.whole_numbers import number_of
 
 
 def judge_file(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, str]:
     """What the grader takes: answers by the publisher's ids, "v1_7" for LLaVA's 7; a missing one is empty."""
-    names = {example.id: f"v1_{example.id}" if example.id.isdecimal() else example.id for example in examples}
+    names = {
+        example.id: f"v1_{example.id}" if number_of(example.id) is not None else example.id for example in examples
+    }
     return {published: answers.get(name, "") for name, published in names.items()}
 
 

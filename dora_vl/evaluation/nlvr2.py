@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
+from dora_vl.evaluation.known_truth import right_answer
 from dora_vl.evaluation.scored import ACCURACY, Ratio, Scored, Tally
 
 
@@ -55,7 +56,7 @@ def score(
     """
     if without := [one.id for one in examples if not one.answers]:
         raise UserError(f"{len(without)} examples have no label, first {without[0]}; they cannot be scored")
-    right = {one.id: as_read(answers.get(one.id, "")).lower() == one.answers[0].text.lower() for one in examples}
+    right = {one.id: as_read(answers.get(one.id, "")).lower() == right_answer(one).lower() for one in examples}
     of_sentence = Counter(sentence_of(one.id) for one in examples)
     wrong = {sentence_of(one.id) for one in examples if not right[one.id]}
     tally = Tally()

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError, shown
+from dora_vl.evaluation.known_truth import right_answer
 from dora_vl.evaluation.scored import Formula, Mean, Ratio, Scored, Tally, unit_of
 
 VERSIONS = {
@@ -60,7 +61,7 @@ def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
 
 
 def _is_yes(example: Example) -> bool:
-    label = example.answers[0].text
+    label = right_answer(example)
     if label not in {"yes", "no"}:
         raise UserError(f"POPE example {example.id} has the label {shown(label)}; it must be yes or no")
     return label == "yes"

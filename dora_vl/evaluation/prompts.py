@@ -75,19 +75,19 @@ def true_or_false(example: Example) -> str:
 
 def about_video(example: Example) -> str:
     """TVQA, How2QA and one's own videos: what is said in the clip, the question, and lettered choices."""
-    said = " ".join(subtitle.text for subtitle in example.subtitles)
     choices = _choices(example)
-    return "\n".join(
-        [*([f"Subtitles: {said}"] if said else []), example.question, *choices, *([LETTER] if choices else [])]
-    )
+    return "\n".join([*_subtitles(example), example.question, *choices, *([LETTER] if choices else [])])
 
 
 def caption_of_video(example: Example) -> str:
     """TVC and YC2C."""
-    said = " ".join(subtitle.text for subtitle in example.subtitles)
-    return "\n".join(
-        [*([f"Subtitles: {said}"] if said else []), "Provide a one-sentence caption for the provided video."]
-    )
+    return "\n".join([*_subtitles(example), "Provide a one-sentence caption for the provided video."])
+
+
+def _subtitles(example: Example) -> list[str]:
+    """What is said in the clip as a line, without empty subtitles; none where nothing is."""
+    said = " ".join(subtitle.text for subtitle in example.subtitles if subtitle.text)
+    return [f"Subtitles: {said}"] if said else []
 
 
 def turns_of(example: Example, prompt: Prompt) -> tuple[Turn, ...]:

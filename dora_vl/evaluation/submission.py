@@ -18,6 +18,7 @@ from dora_vl.evaluation.caption import clip_of
 from dora_vl.evaluation.evalai_normaliser import normalise
 from dora_vl.evaluation.llava_bench import judge_requests
 from dora_vl.evaluation.video_qa import label_of, submitted_index
+from dora_vl.whole_numbers import number_of
 
 Submission = Callable[[Sequence[Example], Mapping[str, str]], tuple[str, str]]
 
@@ -130,4 +131,5 @@ def _lines(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def _number(name: str) -> int | str:
-    return int(name) if name.isdigit() else name
+    number = number_of(name)
+    return name if number is None else number

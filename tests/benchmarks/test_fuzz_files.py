@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -13,11 +14,11 @@ import pytest
 
 from benchmarks import fuzz_case
 from benchmarks.file_mutations import mutate
-from benchmarks.fuzz_case import Run, judged, left_behind, run_case
-from benchmarks.fuzz_files import lines_of, main, summary
-from benchmarks.fuzz_targets import CAPTIONS, PREDICTIONS, PUBLISHERS, Target, prediction_targets, publisher_targets
+from benchmarks.fuzz_case import Run, judged, left_behind, run_case, run_command, write_files
+from benchmarks.fuzz_files import lines_of, main, summary, targets_of
+from benchmarks.fuzz_predictions import JAVA_WEIGHT, prediction_targets
+from benchmarks.fuzz_targets import PREDICTIONS, PUBLISHERS, Target, publisher_targets
 from data_prep.sources import SOURCES
-from dora_vl.cli import main as dora_vl
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 
 POPE = "pope"
@@ -45,16 +46,34 @@ def test_no_damage_to_a_publishers_file_passes_through(capsys: pytest.CaptureFix
 def test_what_is_damaged_is_read_whole_without_the_damage(tmp_path: Path) -> None:
     targets = [*publisher_targets(tmp_path), *prediction_targets(tmp_path)]
     assert {target.words[1] for target in targets if target.kind == PUBLISHERS} == set(SOURCES)
-    assert {target.name for target in targets if target.kind == PREDICTIONS} == set(BENCHMARKS)
+    predictions = {target.name for target in targets if target.kind == PREDICTIONS}
+    assert len(predictions) == sum(target.kind == PREDICTIONS for target in targets)
+    assert set(BENCHMARKS) < predictions
+    assert {"nlvr2 server's file", "tvqa server's file", "mme LLaVA's answers", "pope LLaVA's questions"} < predictions
     for number, target in enumerate(targets):
-        if target.name in CAPTIONS:
-            continue  # Java takes half a minute; the scorers' own tests run it
+        if target.name.endswith("with Java"):
+            continue  # half a minute; the scorers' own tests run it
         folder = tmp_path / str(number)
-        for name, content in target.files.items():
-            (folder / "files" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "files" / name).write_bytes(content)
-        dora_vl([word.format(files=folder / "files", out=folder / "out") for word in target.words])
+        write_files(target.files, folder / "files")
+        words = [word.format(files=folder / "files", out=folder / "out") for word in target.words]
+        run = run_command(words, java=target.java)
+        assert run.status == 0, (target.name, run)
         assert left_behind(folder / "out", target.kind) == ("", "")
+
+
+def test_each_kind_is_drawn_as_often_as_the_other(tmp_path: Path) -> None:
+    targets = targets_of([PUBLISHERS, PREDICTIONS], tmp_path)
+    shares = [sum(target.weight for target in targets if target.kind == kind) for kind in (PUBLISHERS, PREDICTIONS)]
+    assert shares == pytest.approx([1.0, 1.0])
+    weights = {target.name: target.weight for target in targets if target.kind == PREDICTIONS}
+    assert weights["tvc with Java"] == pytest.approx(JAVA_WEIGHT * weights["tvc"])
+
+
+def test_what_no_pipe_in_utf8_takes_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_case, "main", lambda words: sys.stdout.write("caf\u00e9"))
+    assert run_case(pope(tmp_path), tmp_path, 0, 1).failure == ""
+    monkeypatch.setattr(fuzz_case, "main", lambda words: sys.stdout.write("half \ud83d"))
+    assert run_case(pope(tmp_path), tmp_path, 0, 1).failure.startswith("exception: UnicodeEncodeError")
 
 
 def test_a_case_is_the_same_whenever_it_is_run(tmp_path: Path) -> None:
@@ -154,6 +173,14 @@ def test_what_is_printed_is_judged(tmp_path: Path, run: Run, memory: float, fail
 def test_what_is_left_is_judged(tmp_path: Path, name: str, content: str, failure: str) -> None:
     (tmp_path / name).write_text(content)
     assert left_behind(tmp_path, PUBLISHERS)[0] == failure
+
+
+def test_refused_predictions_leave_no_results(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text("{}")
+    refused = Run(2, "", "error: a\n")
+    assert judged(refused, tmp_path, PREDICTIONS, 0.0)[0] == "refused, and yet there are results"
+    assert judged(refused, tmp_path, PUBLISHERS, 0.0)[0] == ""  # a split before the one that is refused stays
+    assert judged(Run(0, "", ""), tmp_path, PREDICTIONS, 0.0)[0] == ""
 
 
 @pytest.mark.parametrize(("ids", "failed"), [(["1", "2"], False), (["1"], True), (["1", "1"], True)])

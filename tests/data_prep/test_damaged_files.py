@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from data_prep import prepare_command
-from data_prep.published import table_rows
 from data_prep.sources import SOURCES
 from dora_vl.data.examples import iterate_examples
+from dora_vl.data.text_file import table_rows
 from dora_vl.errors import UserError
 
 HERE = Path(__file__).parent
@@ -285,7 +285,7 @@ def test_rows_that_stand_twice_are_refused_or_counted(tmp_path: Path, fixture: s
 def test_a_doubled_table_of_how2qas_authors_says_so(tmp_path: Path) -> None:
     folder = copied("how2qa-csv", tmp_path)
     path = folder / "how2QA_val_release.csv"
-    rows = len(list(table_rows(path, lambda _: None, delimiter=",", columns=list("abcdefg"))))
+    rows = len(list(table_rows(path, "rows", delimiter=",", columns=list("abcdefg"))))
     path.write_text(path.read_text(encoding="utf-8").rstrip("\n") + "\n" + path.read_text(encoding="utf-8"))
     said = prepare("how2qa", folder, tmp_path / "records")
     assert f"  {rows} records repeat an earlier one under another id; is the file doubled?" in said
@@ -297,7 +297,7 @@ def test_a_quotation_mark_that_is_never_closed_swallows_no_rows(tmp_path: Path, 
     path = tmp_path / "a.csv"
     path.write_text(f"a,b\n{damage}1,2\n3,4\n")
     with pytest.raises(UserError, match="quotation mark in it is never closed"):
-        list(table_rows(path, lambda _: None, delimiter=",", columns=["one", "two"]))
+        list(table_rows(path, "rows", delimiter=",", columns=["one", "two"]))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Subtitles in any spelling of .srt; spans of TVQA's and TVC's forms; shares of sentences; options of commonsense."""
+"""Subtitles in any spelling of .srt; captions; spans of TVQA's and TVC's forms; shares; options of commonsense."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep import coco_caption
 from data_prep.commonsense import labels_of, options_of
 from data_prep.nlvr import read_shares, share_of
 from data_prep.soft_answers import soft_answers
@@ -84,6 +85,19 @@ def test_a_span_is_two_finite_numbers_or_nothing(value: object) -> None:
         return
     assert (start is None) == (end is None)
     assert start is None or (math.isfinite(start) and end is not None and math.isfinite(end))
+
+
+def test_subtitles_of_no_words_are_kept_and_entries_without_text_are_not() -> None:
+    """VL-Adapter joins all of the file's texts by spaces, so an empty one is a second space in its prompt."""
+    said = [{"text": "well", "start": 1, "end": 2}, {"text": " "}, {"start": 3}, {"text": None}, {"text": " no "}]
+    found = subtitles_of({"sub": said}, "x")
+    assert [(line.text, line.start_seconds) for line in found] == [("well", 1.0), ("", None), ("no", None)]
+
+
+def test_a_caption_keeps_what_is_inside_it() -> None:
+    said = [{"raw": "\nA dog  runs.\nFast. "}, {"raw": " \n"}, {"raw": "A\tdog"}]
+    row = {"cocoid": 7, "split": "test", "filepath": "val2014", "filename": "7.jpg", "sentences": said}
+    assert [answer.text for answer in coco_caption.convert(row).answers] == ["A dog  runs.\nFast.", "A\tdog"]
 
 
 def test_subtitles_of_a_folder_of_files(tmp_path: Path) -> None:

@@ -96,6 +96,10 @@ def test_vizwiz_by_number_or_picture(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match="no id in common, looked for by id; picture; number"):
         joined("vizwiz", examples, [llava(0, f"What 1?\n{asked}\n{SHORT}", "x")], tmp_path)  # another question's number
+    for name in ("9" * 5_000, "²", "٣"):  # no numbers, or beyond what Python reads
+        odd = [*examples, Example(id="odd", images=(f"val/a_{name}.jpg",), question="What 2?")]
+        asked_odd = llava(name, f"What 2?\n{SHORT}", "x")
+        assert joined("vizwiz", odd, [asked_odd, rows[0]], tmp_path).answers["VizWiz_val_00000002.jpg"] == "answer 2"
     official = [{"image": "VizWiz_val_00000001.jpg", "answer": "dog"}]
     assert joined("vizwiz", examples, official, tmp_path, "p.json").answers == {"VizWiz_val_00000001.jpg": "dog"}
 
@@ -183,7 +187,7 @@ def test_two_ways_that_disagree_are_refused_with_the_numbers(tmp_path: Path) -> 
     ("file", "content", "said"),
     [
         ("r.csv", "dev-1-0-0\n", "line 1: 'dev-1-0-0' is no identifier"),
-        ("r.tsv", 'index\tprediction\n1\t"x\n', "line 2: not a table"),
+        ("r.tsv", 'index\tprediction\n1\t"x\n', "line 2: a quotation mark in it is never closed"),
         ("r.json", '{"1": [2]}', "'1' has .2."),
         ("r.json", '{"1": true}', "'1' has True"),
         ("r.json", '{"answer": "x"}', "line 1: needs an id"),

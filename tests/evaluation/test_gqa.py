@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dora_vl.data.examples import Answer, Example
+from dora_vl.errors import UserError
 from dora_vl.evaluation import gqa
 
 
@@ -54,6 +55,26 @@ def test_ten_rows() -> None:
     # color: red 3 said of 2, blue 0 of 1; animal: "dog " is another word than dog: 0 of 1, cat 1 of 1
     color, animal = (3 - 2) ** 2 / 2 + (0 - 1) ** 2 / 1, (0 - 1) ** 2 / 1
     assert metrics["distribution"] == pytest.approx((color * 3 + animal * 2) / 5 / 100)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("types", [1], r"extra\.types must be an object, it is \[1\]"),
+        ("types", 5, r"extra\.types must be an object, it is 5"),
+        ("types", {"structural": ["query"]}, r"extra\.types\.structural must be text, it is \['query'\]"),
+        ("types", {"semantic": {"a": 1}}, r"extra\.types\.semantic must be text, it is \{'a': 1\}"),
+        ("entailed", "12", r"extra\.entailed must be a list of ids, it is '12'"),
+        ("entailed", [["1"]], r"extra\.entailed must be a list of ids, it is \[\['1'\]\]"),
+        ("global_group", ["color"], r"extra\.global_group must be text, it is \['color'\]"),
+    ],
+)
+def test_what_a_record_should_hold_is_named(field: str, value: object, said: str) -> None:
+    examples, answers = ten()
+    extra = {**examples[4].extra, field: value}
+    examples[4] = Example(id="4", answers=examples[4].answers, extra=extra)
+    with pytest.raises(UserError, match=rf"^question '4': {said}$"):
+        gqa.score(examples, answers)
 
 
 def test_plain_questions_need_no_types_and_unbalanced_ones_are_left_out() -> None:

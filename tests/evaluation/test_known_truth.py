@@ -91,3 +91,16 @@ def test_a_choice_that_is_not_said_is_left_out_and_without_any_there_is_no_score
     assert (entry["n"], entry["metrics"]["accuracy"]["value"]) == (1, 100.0)
     write_examples(tmp_path / "kept.jsonl", examples[1:])
     assert read_set(f"seed={tmp_path / 'kept.jsonl'}", tmp_path, mode=None, limit=None).scorer is None
+
+
+@pytest.mark.parametrize("name", ["exact_match", "pope", "mme", "gqa", "openbookqa", "boolq"])
+def test_a_record_that_names_a_choice_and_no_answer_is_named(name: str, tmp_path: Path, capsys: Any) -> None:
+    extra = {"task": name, "category": "color", "global_group": "color"}
+    whole = Example(id="a", images=("a.jpg",), answers=(Answer(text="yes"),), extra=extra)
+    bare = Example(id="b", images=("a.jpg",), choices=("yes", "no"), extra={**extra, "correct": 0})
+    if name == "gqa":
+        bare = Example(id="b", images=("a.jpg",), extra={**extra, "human_answers": ["yes"]})
+    with pytest.raises(SystemExit) as left:
+        entry_of(name, [whole, bare], {"a": "yes", "b": "yes"}, tmp_path, capsys)
+    assert left.value.code == 2
+    assert "error: example 'b' has no right answer; prepare the set again" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dora_vl.data.examples import Example
+from dora_vl.data.examples import Example, Subtitle
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation import prompts
 
@@ -50,3 +50,11 @@ def test_turns_are_asked_as_they_are_without_their_last_answer() -> None:
     turns = (Turn("user", "<image>\nWhat?"), Turn("assistant", "a cat"), Turn("user", "Why?"))
     for given in (turns, (*turns, Turn("assistant", "because"))):
         assert prompts.turns_of(Example(id="1", images=("a.jpg",), turns=given), prompts.short) == turns
+
+
+def test_subtitles_without_words_are_not_asked() -> None:
+    lines = (Subtitle("well"), Subtitle(""), Subtitle("no"))
+    (turn,) = prompts.turns_of(Example(id="1", subtitles=lines), prompts.caption_of_video)
+    assert turn.text == "Subtitles: well no\nProvide a one-sentence caption for the provided video."
+    (turn,) = prompts.turns_of(Example(id="1", question="Who?", subtitles=lines[1:2]), prompts.about_video)
+    assert turn.text == "Who?"

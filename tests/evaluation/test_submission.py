@@ -27,6 +27,26 @@ def test_vqa_family() -> None:
     assert json.loads(text) == [{"questionId": "7", "prediction": "yes"}, {"questionId": "8", "prediction": ""}]
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("7", 7),
+        ("9" * 18, int("9" * 18)),
+        ("9" * 19, "9" * 19),
+        ("9" * 5_000, "9" * 5_000),
+        ("²", "²"),
+        ("٣", "٣"),
+        ("-1", "-1"),
+    ],
+)
+def test_an_id_that_is_no_number_stays_text(name: str, written: object) -> None:
+    example = Example(id=name, images=("a.jpg",), extra={"image_id": name})
+    assert json.loads(submission.vqav2([example], {})[1]) == [{"question_id": written, "answer": ""}]
+    assert json.loads(submission.coco_caption([example], {})[1]) == [{"image_id": written, "caption": ""}]
+    assert json.loads(submission.yc2c([example], {})[1])["clip_id"] == written
+    assert list(mmvet.judge_file([example], {})) == [f"v1_{name}" if isinstance(written, int) else name]
+
+
 def test_mmbench_columns() -> None:
     rows = [
         Example(

@@ -103,7 +103,7 @@ def test_several_files_with_weights_and_a_share_held_out(
     write_pictures(tmp_path, made)
     files = [
         {"path": str(WRITERS["messages"](tmp_path, made[:8]))},
-        {"path": str(WRITERS["parquet"](tmp_path, made[8:])), "weight": 2.0},
+        {"path": str(WRITERS["parquet"](tmp_path, made[8:])), "weight": 2},
     ]
     settings = run_file(tmp_path, base, write_llava(tmp_path, made), validation_share=0.25)
     told = yaml.safe_load(settings.read_text())
@@ -142,7 +142,7 @@ def test_what_the_test_asks_again_is_counted_and_named(
         ("a.parquet", b"PAR1 no", "cannot be read as Parquet"),
         ("a.tar", b"no archive", "cannot be read as a tar archive"),
         ("a.arrow", b"no arrow", "cannot be read as Arrow"),
-        ("a.csv", b"question,answer\na,b,c\n", "line 2: 3 cells, but 2 columns"),
+        ("a.csv", b"question,answer\na,b,c\n", "line 2: 3 values for 2 columns"),
         ("a.jsonl", b'{"query": "q"}\n', "none of its 1 records is a sample"),
         (
             "a.jsonl",

@@ -1,10 +1,11 @@
 // One adapted linear layer on a CPU, as an operation of torch: the same passes as functional.AdaptedProduct, which says
 // what they are, without Python between them and with each elementwise pass over [rows, out] taken once.
 //
-//     forward    y = g (W x + s B A x) + b       the gain, when it is due, right after W x, while W is in the cache
+//     forward    y = g (W x + s B A x) + b       the gain, when it is due, right before, which leaves W in the cache
 //     backward   dz = g dy, the sums of dy y and dy over rows in one pass; dx = dz W + dh A, dA, dB, dm, db
 //
-// Here s goes into B when it is cast, and into dB when that is: `b` is s B in the activations' dtype, h = A x.
+// Here s goes into B when it is cast, and into dB when that is: `b` is s B in the activations' dtype, h = A x. With
+// dropout, s is divided by the share that is kept.
 //
 // Built by cpu_step.py; held to functional.py by tests.
 
@@ -125,9 +126,10 @@ void cast_into(const From* from, To* to, int64_t count, float scale) {
   });
 }
 
-// n^2 = ||W||^2 + 2 b.(W A^T + b A A^T / 2)
+// n^2 = ||W||^2 + 2 s B.(W A^T + s B A A^T / 2), where s B is `kept` b
 template <typename T>
-void norms_squared(const T* b, const T* half, const float* frozen, float* squared, int64_t out, int64_t rank) {
+void norms_squared(const T* b, const T* half, const float* frozen, float* squared, int64_t out, int64_t rank,
+                   float kept) {
   at::parallel_for(0, out, grain(rank), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T *factor = b + row * rank, *grown = half + row * rank;
@@ -140,7 +142,7 @@ void norms_squared(const T* b, const T* half, const float* frozen, float* square
       float sum = 0;
       for (; k < rank; ++k) sum += wide(factor[k]) * wide(grown[k]);
       for (float lane : lanes) sum += lane;
-      squared[row] = frozen[row] + 2 * sum;
+      squared[row] = frozen[row] + 2 * kept * sum;
     }
   });
 }
@@ -164,17 +166,11 @@ bool gains(std::vector<Tensor>& gain, const Tensor& frozen, const Tensor& magnit
   return sound;
 }
 
-// rows matrix + bias, whole or in two halves of the rows (products.py chooses: the bits are the same).
-Tensor product(const Tensor& rows, const Tensor& matrix, const Tensor& bias, bool halved) {
-  if (!halved) return bias.defined() ? at::addmm(bias, rows, matrix) : at::mm(rows, matrix);
-  Tensor result = at::empty({rows.size(0), matrix.size(1)}, rows.options());
-  const int64_t half = (rows.size(0) + 1) / 2;
-  for (int64_t start : {int64_t{0}, half}) {
-    Tensor part = rows.slice(0, start, start + half), place = result.slice(0, start, start + half);
-    if (bias.defined()) at::addmm_out(place, bias, part, matrix);
-    else at::mm_out(place, part, matrix);
-  }
-  return result;
+// Adds rows matrix to `result`, whole or in two halves of the rows (products.py chooses: the bits are the same).
+void add_product(Tensor& result, const Tensor& rows, const Tensor& matrix, bool halved) {
+  const int64_t half = halved ? (rows.size(0) + 1) / 2 : rows.size(0);
+  for (int64_t start = 0; start < rows.size(0); start += half)
+    result.slice(0, start, start + half).addmm_(rows.slice(0, start, start + half), matrix);
 }
 
 Tensor cast(const Tensor& factor, at::ScalarType dtype, double scale) {
@@ -204,9 +200,10 @@ void apply_gain(Tensor& y, const Tensor& away, const Tensor& bias) {
 
 // What one pass works on beside the operands that autograd knows of.
 struct Pass {
-  Tensor y, a, b, full, away, per_magnitude;  // y holds W x + bias at the start; a and b are A and s B in its dtype
+  std::optional<Tensor> masked, positions, taken;  // dropout's: x as A reads it, where it is 0, what stood there
+  Tensor a, b, full, away, per_magnitude;  // a and b are A and s B in the activations' dtype
   double scale;
-  bool halved_backward;
+  bool halved_forward, halved_backward;
 };
 
 class AdaptedProduct : public torch::autograd::Function<AdaptedProduct> {
@@ -214,14 +211,18 @@ class AdaptedProduct : public torch::autograd::Function<AdaptedProduct> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, const Pass& pass) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor rows = x.reshape({-1, x.size(-1)}), y = pass.y;
-    Tensor hidden = at::mm(rows, pass.a.t());
-    y.addmm_(hidden, pass.b.t());
+    Tensor rows = x.reshape({-1, x.size(-1)}), hidden = at::mm(pass.masked.value_or(rows), pass.a.t());
+    // The small product first: W x is then added to it before it is rounded, and the larger rounding is saved.
+    Tensor y = bias ? at::addmm(*bias, hidden, pass.b.t()) : at::mm(hidden, pass.b.t());
+    add_product(y, rows, weight.t(), pass.halved_forward);
     apply_gain(y, pass.away, float_or_none(bias));
     std::vector<int64_t> shape = x.sizes().vec();
     shape.back() = y.size(1);
     Tensor output = at::_unsafe_view(y, shape);  // not a view of y: it may be edited in place
-    ctx->save_for_backward({x, weight, bias.value_or(Tensor()), lora_A, lora_B, hidden, y});
+    const Tensor none;
+    ctx->save_for_backward({pass.masked.value_or(x), weight, bias.value_or(none), lora_A, lora_B, hidden, y,
+                            pass.positions.value_or(none), pass.taken.value_or(none)});
+    ctx->saved_data["input_shape"] = x.sizes().vec();
     ctx->saved_data["gain"] = std::vector<Tensor>{pass.full, pass.away, pass.per_magnitude};
     ctx->saved_data["scale"] = pass.scale;
     ctx->saved_data["magnitude_dtype"] = magnitude.scalar_type();
@@ -277,7 +278,7 @@ variable_list AdaptedProduct::backward(AutogradContext* ctx, const variable_list
   const bool twice = at::GradMode::is_enabled();
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &lora_A = saved[3], &lora_B = saved[4];
-  const Tensor &hidden = saved[5], &y = saved[6];
+  const Tensor &hidden = saved[5], &y = saved[6], &positions = saved[7], &taken = saved[8];
   const std::vector<Tensor> gain = ctx->saved_data["gain"].toTensorVector();
   const double scale = ctx->saved_data["scale"].toDouble();
   const bool edited = ctx->saved_data["probe"].toTensor()._version() != ctx->saved_data["version"].toInt();
@@ -285,12 +286,18 @@ variable_list AdaptedProduct::backward(AutogradContext* ctx, const variable_list
   Tensor dy = upstream[0].reshape({-1, upstream[0].size(-1)}).contiguous();
   const int64_t first = bias.defined() ? 3 : 2;  // of A's place among the tensors that were given
   Tensor b = cast(lora_B, dy.scalar_type(), scale);
-  if (edited) z = at::mm(rows, weight.t()).addmm_(hidden, b.t());
+  if (edited) {
+    Tensor whole = positions.defined() ? rows.clone() : rows;
+    if (positions.defined()) whole.view(-1).index_copy_(0, positions, taken);
+    z = at::mm(hidden, b.t()).addmm_(whole, weight.t());
+  }
   auto [dz, dm, db] = start_backward(dy, y, z, bias, gain);
   Tensor dh = at::mm(dz, b);
   if (ctx->needs_input_grad(0)) {
-    dx = product(dz, weight, Tensor(), ctx->saved_data["halved"].toBool());
-    dx = dx.addmm_(dh, cast(lora_A, dy.scalar_type(), 1)).view(x.sizes());
+    dx = at::mm(dh, cast(lora_A, dy.scalar_type(), 1));
+    if (positions.defined()) dx.view(-1).index_fill_(0, positions, 0);
+    add_product(dx, dz, weight, ctx->saved_data["halved"].toBool());
+    dx = dx.view(ctx->saved_data["input_shape"].toIntVector());
   }
   if (ctx->needs_input_grad(first)) dA = dh.t().mm(rows).to(lora_A.scalar_type());
   if (ctx->needs_input_grad(first + 1)) {
@@ -303,25 +310,27 @@ variable_list AdaptedProduct::backward(AutogradContext* ctx, const variable_list
   return twice ? differentiable_once(std::move(gradients)) : gradients;
 }
 
-// y, and whether the gain could be computed here; `gain` is full, g - 1 and 1 / m, filled where it is due.
+// y, and whether the gain could be computed here; `gain` is full, g - 1 and 1 / m, filled where it is due. `scale` is s,
+// and `kept` the share of x that dropout keeps, by which the low-rank path is divided and the norm is not.
 std::tuple<Tensor, bool> adapted_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                          const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
                                          const Tensor& frozen_norms_squared, std::vector<Tensor> gain, bool due,
-                                         double scale, bool halved, bool halved_backward) {
-  Pass pass;
+                                         double scale, double kept, const std::optional<Tensor>& masked,
+                                         const std::optional<Tensor>& positions, const std::optional<Tensor>& taken,
+                                         bool halved, bool halved_backward) {
+  Pass pass{masked, positions, taken};
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto dtype = weight.scalar_type();
-    pass.y = product(x.reshape({-1, x.size(-1)}), weight.t(), bias.value_or(Tensor()), halved);
     pass.a = cast(lora_A, dtype, 1);
-    pass.b = cast(lora_B, dtype, scale);
+    pass.b = cast(lora_B, dtype, scale / kept);
     if (due) {
-      Tensor half = at::mm(weight, pass.a.t()).addmm_(pass.b, at::mm(pass.a, pass.a.t()), 1, 0.5);
+      Tensor half = at::mm(weight, pass.a.t()).addmm_(pass.b, at::mm(pass.a, pass.a.t()), 1, kept / 2);
       auto run = [&](auto zero) {
         using T = decltype(zero);
         norms_squared(pass.b.const_data_ptr<T>(), half.const_data_ptr<T>(),
                       frozen_norms_squared.const_data_ptr<float>(), gain[0].mutable_data_ptr<float>(), lora_B.size(0),
-                      lora_B.size(1));
+                      lora_B.size(1), static_cast<float>(kept));
       };
       if (dtype == at::kBFloat16) run(BFloat16());
       else run(float());
@@ -331,7 +340,8 @@ std::tuple<Tensor, bool> adapted_product(const Tensor& x, const Tensor& weight, 
   pass.full = gain[0];
   pass.away = gain[1];
   pass.per_magnitude = gain[2];
-  pass.scale = scale;
+  pass.scale = scale / kept;
+  pass.halved_forward = halved;
   pass.halved_backward = halved_backward;
   return {AdaptedProduct::apply(x, weight, bias, lora_A, lora_B, magnitude, pass), true};
 }

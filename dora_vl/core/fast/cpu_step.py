@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dora_vl.core.dropout import Dropped
 from dora_vl.core.freshness import SHARD_MARKS, is_plain_parameter
 from dora_vl.core.products import ROW_HALVES
 
@@ -45,11 +46,15 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-m
 
 
 def compiled_pass(
-    layer: ProductLayer, x: Float[Tensor, "*batch in_"], weight: Float[Tensor, "out in_"], bias: Tensor | None
+    layer: ProductLayer,
+    x: Float[Tensor, "*batch in_"],
+    weight: Float[Tensor, "out in_"],
+    bias: Float[Tensor, " out"] | None,
+    dropped: Dropped | None,
 ) -> Float[Tensor, "*batch out"] | None:
     """The layer's output with its graph; None where `functional.py` must run, since this pass does not know the case.
 
-    It knows float32 and bfloat16 on a CPU, whole plain parameters, no dropout, a detached norm, no rows that need care.
+    It knows float32 and bfloat16 on a CPU, whole plain parameters, a detached norm, and no rows that need care.
     """
     if not _is_worth_it(layer, x, weight):
         return None
@@ -64,12 +69,18 @@ def compiled_pass(
     gain, _ = kept
     if gain is None:  # found unsound since the last change
         return None
-    rows = x.numel() // x.shape[-1]
-    whole = x.is_contiguous()
-    halves = whole and ROW_HALVES.halves(rows, weight.t(), bias), ROW_HALVES.halves(rows, weight, None)
+    rows = x.reshape(-1, x.shape[-1])
+    halves = (
+        rows.is_contiguous() and ROW_HALVES.halves(len(rows), weight.t(), bias),
+        ROW_HALVES.halves(len(rows), weight, None),
+    )
+    dropout = (1.0, None, None, None)
+    if dropped is not None:
+        masked = dropped.shared_copy(rows)
+        dropout = (1 - dropped.probability, masked, dropped.positions, dropped.shared_taken(rows))
     parameters = (layer.lora_A, layer.lora_B, layer.magnitude)
     frozen = layer.weight_norms_squared()
-    output, sound = operation(x, weight, bias, *parameters, frozen, gain, due, layer.scale(), *halves)
+    output, sound = operation(x, weight, bias, *parameters, frozen, gain, due, layer.scale(), *dropout, *halves)
     if not sound:
         layer.compiled_gain = None, kept[1]
         return None

@@ -16,10 +16,10 @@ def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
     """Yields the rows of a table; an empty cell is null where its column may hold JSON or an id.
 
     Raises:
-        UserError: as `table_rows`; a row with more or fewer cells than columns; or JSON that cannot be read.
+        UserError: as `table_rows`, or JSON that cannot be read.
     """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    for line, cells in table_rows(path, "samples", delimiter=delimiter, whole=True):
+    for line, cells in table_rows(path, "samples", delimiter=delimiter):
         yield {name: _value(name, cell, f"{path}, line {line}, column {name}") for name, cell in cells.items()}
 
 

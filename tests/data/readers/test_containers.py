@@ -129,9 +129,9 @@ def test_an_archive_with_captions_and_several_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a,a\n1,2\n", "two of its columns have one name"),
-        ("question,answer\nq\n", "line 2: 1 cells, but 2 columns"),
-        ('question,answer\nq,"a\n', "not a table"),
+        ("a,a\n1,2\n", "two columns are called 'a'"),
+        ("question,answer\nq\n", "line 2: 1 values for 2 columns"),
+        ('question,answer\nq,"a\n', "line 2: a quotation mark in it is never closed"),
         ("messages\n[1\n", "line 2, column messages: not whole JSON"),
     ],
 )
