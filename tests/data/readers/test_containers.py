@@ -20,7 +20,15 @@ from dora_vl.data.readers.containers import READERS, find_files
 from dora_vl.data.records import load_llava
 from dora_vl.data.stored_pictures import StoredPictures
 from dora_vl.errors import UserError
-from tests.training.own_data import HOLD_PICTURES, WRITERS, items, write_llava, write_parquet, write_webdataset
+from tests.training.own_data import (
+    HOLD_PICTURES,
+    WRITERS,
+    as_dataset,
+    items,
+    write_llava,
+    write_parquet,
+    write_webdataset,
+)
 
 MADE = items(7)
 
@@ -181,3 +189,23 @@ def test_any_bytes_are_rows_or_one_line(tmp_path: Path, ending: str, content: by
     path = tmp_path / f"any{ending}"
     path.write_bytes(content)
     read_whole(path)
+
+
+def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        if name == "no/such":
+            raise FileNotFoundError("no such set,\nand no network")
+        as_dataset(MADE).save_to_disk(str(tmp_path / "fetched"))
+        return datasets.load_from_disk(str(tmp_path / "fetched"))  # pyright: ignore[reportReturnType]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    table = load_llava(Path("hub:own/er:validation"), cache_folder=tmp_path / "cache")
+    assert table["id"][:] == [item.id for item in MADE]
+    with pytest.raises(UserError, match="hub:no/such: cannot be read by `datasets`: no such set, and no network"):
+        find_files(Path("hub:no/such"))
+    assert asked == [("own/er", "validation"), ("no/such", "train")]
