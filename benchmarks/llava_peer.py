@@ -21,7 +21,9 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainingArgumen
 from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import LlavaDataset
-from dora_vl.training.assembly import build_encoder, pad_token_id, read_rows
+from dora_vl.data.train_files import train_files
+from dora_vl.data.training_rows import load_training_rows
+from dora_vl.training.assembly import build_encoder, pad_token_id
 from dora_vl.training.command_line import read_run
 from dora_vl.training.picture_reading import image_preparation, read_pixels
 from dora_vl.training.recipe import RunConfig
@@ -49,10 +51,10 @@ def main() -> None:
     )
     backbone = LlavaBackbone(model)
     encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
-    rows = read_rows(config.data.train, options.limit)
+    found = load_training_rows(train_files(config.data.train), limit=options.limit)[0]
     folder = Path(config.data.image_folder)
-    pixels = partial(read_pixels, folder=folder, preparation=image_preparation(config.model))
-    samples = LlavaDataset(rows, encode=encoder.encode, picture=pixels)
+    pixels = partial(read_pixels, folder=folder, preparation=image_preparation(config.model), stored=found.stored)
+    samples = LlavaDataset(found.rows, encode=encoder.encode, picture=pixels)
     tower_seconds = time_tower(backbone, samples, count=min(16, len(samples)))
     adapted = get_peft_model(model, peft_config(config, options.peer), autocast_adapter_dtype=False)
     seconds = train(adapted, samples, config, options.steps, pad=pad_token_id(encoder))
@@ -88,7 +90,7 @@ def batch_size(config: RunConfig) -> int:
 
 def pictures_a_sample(config: RunConfig) -> float:
     """Different pictures of the training file for each sample that the whole recipe reads: each is computed once."""
-    rows = read_rows(config.data.train, config.data.limit)
+    rows = load_training_rows(train_files(config.data.train), limit=config.data.limit)[0].rows
     pictures = {picture for one in rows["images"] for picture in one}
     steps = int(config.training.get("max_steps", -1))
     epochs = float(config.training.get("num_train_epochs", 3))

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dora_vl.backbones.rendered import BREAK, Rendered, Span, check_order
+from dora_vl.backbones.rendered import BREAK, Rendered, Span, check_order, system_and_talk
 from dora_vl.backbones.template_table import TEMPLATES
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
@@ -59,12 +59,18 @@ class ChatTemplate:
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Rendered:
         """See `Template.render`."""
-        check_order(turns, generation_prompt=generation_prompt)
+        system, talk = system_and_talk(turns)
+        check_order(talk, generation_prompt=generation_prompt)
         messages = [{"role": turn.role, "content": self._broken(turn.text)} for turn in turns]
-        whole = self._apply(messages, generation_prompt=generation_prompt)
+        try:
+            whole = self._apply(messages, generation_prompt=generation_prompt)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these turns: {error}") from None
         if lost := [number for number, one in enumerate(messages) if one["content"].strip() not in whole]:
             raise ValueError(f"the chat template leaves out or changes the text of turn {lost[0]}")
-        spans = [self._answer_span(messages[:end], whole) for end in range(2, len(messages) + 1, 2)]
+        spans = [
+            self._answer_span(messages[:end], whole) for end in range(2 + (system is not None), len(messages) + 1, 2)
+        ]
         controls = [match.span() for match in self._special.finditer(whole)]
         breaks = [match.start() for match in re.finditer(BREAK, whole)]
 

@@ -49,6 +49,11 @@ class Template(Protocol):
         ...
 
 
+def system_and_talk(turns: Sequence[Turn]) -> tuple[Turn | None, Sequence[Turn]]:
+    """The system turn, where the first one is that, and the turns after it."""
+    return (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
+
+
 def check_order(turns: Sequence[Turn], *, generation_prompt: bool) -> None:
     """Refuses turns that do not alternate from the user, or answers that hold nothing."""
     for number, turn in enumerate(turns):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dora_vl.backbones.rendered import Rendered, Span, check_order
+from dora_vl.backbones.rendered import Rendered, Span, check_order, system_and_talk
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 
 _CONTROL = re.compile("|".join(map(re.escape, ("<s>", "</s>", "<|im_start|>", "<|im_end|>"))))
@@ -42,8 +42,12 @@ class RoundTemplate:
     name: str
     system: str = ""
     """Before the first round."""
+    own_system: str = ""
+    """What stands in its place where a sample brings a system turn, `{}` its text; empty: it has no place for one."""
     first_question: str = ""
     """As `question`, where the first one differs."""
+    first_question_after_system: str = ""
+    """As `first_question`, after a sample's own system turn."""
     question: str
     answer_role: str
     """Ends a generation prompt."""
@@ -60,14 +64,15 @@ class RoundTemplate:
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Rendered:
         """See `Template.render`."""
-        check_order(turns, generation_prompt=generation_prompt)
+        system, talk = system_and_talk(turns)
+        check_order(talk, generation_prompt=generation_prompt)
         text = _Text()
         answers: list[Span] = []
-        text.own(self.system)
-        for number, turn in enumerate(turns):
+        first_question = self._begin(text, system)
+        for number, turn in enumerate(talk):
             if turn.role == "user":
                 text.own(self.between if number else "")
-                self._ask(text, turn.text, first=number == 0)
+                self._ask(text, turn.text, frame=self.question if number else first_question)
             else:
                 start = len(text.text)
                 text.filled(self.answer, turn.text)
@@ -76,8 +81,17 @@ class RoundTemplate:
             text.own(self.end)
         return Rendered(text.text, tuple(answers), tuple(text.controls))
 
-    def _ask(self, text: _Text, question: str, *, first: bool) -> None:
-        frame = self.first_question if first and self.first_question else self.question
+    def _begin(self, text: _Text, system: Turn | None) -> str:
+        """Writes what comes before the first round; returns the first question's frame."""
+        if system is None:
+            text.own(self.system)
+            return self.first_question or self.question
+        if not self.own_system:
+            raise ValueError(f"template {self.name} has no place for a system turn; choose another model.template")
+        text.filled(self.own_system, system.text)
+        return self.first_question_after_system or self.first_question or self.question
+
+    def _ask(self, text: _Text, question: str, *, frame: str) -> None:
         text.filled(frame, question.replace(IMAGE_PLACEHOLDER, self.picture.replace("{}", IMAGE_PLACEHOLDER)))
         text.own(self.answer_role)
 
@@ -91,6 +105,8 @@ class PlainTemplate:
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Rendered:
         """See `Template.render`; takes one question with a picture, and its caption."""
+        if system_and_talk(turns)[0] is not None:
+            raise ValueError("template plain has no place for a system turn; choose another model.template")
         check_order(turns, generation_prompt=generation_prompt)
         if len(turns) + generation_prompt != 2 or IMAGE_PLACEHOLDER not in turns[0].text:
             raise ValueError(f"template plain needs one question with {IMAGE_PLACEHOLDER} and one caption")

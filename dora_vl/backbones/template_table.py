@@ -67,6 +67,7 @@ def _v1(name: str, system: str, *, picture: str = "{}") -> RoundTemplate:
     return RoundTemplate(
         name=name,
         system=f"{system} ",
+        own_system="{} ",
         question="USER: {} ",
         answer_role="ASSISTANT:",
         answer=" {}</s>",
@@ -77,7 +78,9 @@ def _v1(name: str, system: str, *, picture: str = "{}") -> RoundTemplate:
 def _llama_2(name: str, system: str) -> RoundTemplate:
     return RoundTemplate(
         name=name,
+        own_system="[INST] <<SYS>>\n{}\n<</SYS>>\n\n",
         first_question=f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{{}} [/INST]",
+        first_question_after_system="{} [/INST]",
         question="[INST] {} [/INST]",
         answer_role="",
         answer=" {} </s>",
@@ -89,6 +92,7 @@ def _mpt(name: str, system: str) -> RoundTemplate:
     return RoundTemplate(
         name=name,
         system=f"<|im_start|>system\n{system}<|im_end|>",
+        own_system="<|im_start|>system\n{}<|im_end|>",
         question="<|im_start|>user\n{}<|im_end|>",
         answer_role="<|im_start|>assistant\n",
         answer="{}<|im_end|>",
@@ -99,6 +103,7 @@ def _v0(name: str, system: str, *, picture: str = "{}") -> RoundTemplate:
     return RoundTemplate(
         name=name,
         system=f"{system}\n\n### ",
+        own_system="{}\n\n### ",
         question="Human: {}\n### ",
         answer_role="Assistant:",
         answer=" {}\n###",
@@ -120,6 +125,7 @@ _ROWS: tuple[Template, ...] = (
     _mpt("chatml_direct", "Answer the questions."),
     RoundTemplate(
         name="chatml",
+        own_system="<|im_start|>system\n{}<|im_end|>\n",
         question="<|im_start|>user\n{}<|im_end|>\n",
         answer_role="<|im_start|>assistant\n",
         answer="{}<|im_end|>",

@@ -64,6 +64,7 @@ class Example:
         answers: empty only where the publisher keeps them.
         choices: what to choose from; `extra["correct"]` is then the right one's index, where it is known.
         extra: what the scorer or the submission needs, such as question_type, category, clip_id, image_size.
+        image_bytes: the pictures that the file itself holds, by their name in `images`; records hold none.
     """
 
     id: str
@@ -75,13 +76,21 @@ class Example:
     choices: tuple[str, ...] = ()
     subtitles: tuple[Subtitle, ...] = ()
     extra: Mapping[str, JSON] = field(default_factory=dict)
+    image_bytes: Mapping[str, bytes] = field(default_factory=dict)
 
 
-_FIELDS = frozenset(Example.__dataclass_fields__)
+FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"}
+"""The fields of a record."""
 
 
 def to_record(example: Example) -> dict[str, JSON]:
-    """The example as a JSON object, without the fields it has not."""
+    """The example as a JSON object, without the fields it has not.
+
+    Raises:
+        UserError: it holds pictures as bytes, which JSON cannot.
+    """
+    if example.image_bytes:
+        raise UserError(f"example {shown(example.id)} holds its pictures as bytes; write them to files first")
     record: dict[str, JSON] = {
         "id": example.id,
         "images": list(example.images),
@@ -105,9 +114,9 @@ def from_record(record: Mapping[str, JSON]) -> Example:
     sample_id = record.get("id")
     if not isinstance(sample_id, str) or not sample_id:
         raise BadSample("(no id)", f"'id' must be text that is not empty, got {shown(sample_id)}")
-    unknown = sorted(set(record) - _FIELDS)
+    unknown = sorted(set(record) - FIELDS)
     if unknown:
-        raise BadSample(sample_id, f"unknown field {unknown[0]!r}; an example has {', '.join(sorted(_FIELDS))}")
+        raise BadSample(sample_id, f"unknown field {unknown[0]!r}; an example has {', '.join(sorted(FIELDS))}")
     fields = _Fields(record, sample_id)
     choices = fields.parts("choices", _text)
     extra = _object(record.get("extra", {}), "extra", sample_id)
@@ -246,8 +255,8 @@ def _seconds(value: JSON, name: str, sample_id: str) -> float | None:
 def _turn(value: JSON, name: str, sample_id: str) -> Turn:
     entry = _object(value, name, sample_id)
     role = entry.get("role")
-    if role not in {"user", "assistant"}:
-        raise BadSample(sample_id, f"a turn's role must be 'user' or 'assistant', got {shown(role)}")
+    if role not in ("system", "user", "assistant"):
+        raise BadSample(sample_id, f"a turn's role must be 'system', 'user' or 'assistant', got {shown(role)}")
     return Turn(role, _text(entry.get("text"), f"{name} text", sample_id))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -18,22 +19,29 @@ def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Imag
 
     Args:
         root: the folder that holds all pictures.
-        relative: a path inside it, with `/`.
+        relative: a path inside it, with `/`; an absolute path that lies in it counts as that.
         follow_links: accept a link inside `root` that leads out of it, as in a folder composed of links.
 
     Raises:
         BadSample: the path leaves `root`, nothing is there, or it cannot be decoded; its `sample_id` is the
             path, because a picture does not know its sample.
     """
-    path = path_inside(root, relative, follow_links=follow_links)
+    return decode_image(path_inside(root, relative, follow_links=follow_links), relative, str(root))
+
+
+def decode_image(source: Path | BytesIO, name: str, where: str) -> Image.Image:
+    """A picture from a file or from memory; `name` and `where` are what the messages say. See `open_image`.
+
+    Raises:
+        BadSample: nothing is there, or it cannot be decoded.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             image.load()
     except FileNotFoundError:
-        raise BadSample(relative, f"picture {relative} is missing in {root}") from None
+        raise BadSample(name, f"picture {name} is missing in {where}") from None
     except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
-        reason = f"picture {relative} in {root} cannot be decoded: {_one_line(error)}"
-        raise BadSample(relative, reason) from None
+        raise BadSample(name, f"picture {name} in {where} cannot be decoded: {_one_line(error)}") from None
     return _plain_rgb(image)
 
 
@@ -44,8 +52,9 @@ def path_inside(root: Path, relative: str, *, follow_links: bool = False, kind: 
         BadSample: the path leaves `root`, through dots or through a link that may not be followed.
     """
     parts = PurePosixPath(relative)
-    if not relative or "\0" in relative or parts.is_absolute() or Path(relative).is_absolute():
-        raise BadSample(relative, f"{kind} path {relative!r} must be relative to {root}")
+    absolute = parts.is_absolute() or Path(relative).is_absolute()
+    if not relative or "\0" in relative or (absolute and not _is_below(root, Path(relative))):
+        raise BadSample(relative, f"{kind} path {relative!r} must be relative to {root}, or lie in it")
     if ".." in parts.parts or ".." in Path(relative).parts:
         raise BadSample(relative, f"{kind} path {relative!r} must not leave {root}")
     path = root / relative
@@ -58,6 +67,11 @@ def path_inside(root: Path, relative: str, *, follow_links: bool = False, kind: 
     if not real.is_relative_to(real_root):
         raise BadSample(relative, f"{kind} {relative} is a link that leads out of {root}, to {real}")
     return path
+
+
+def _is_below(root: Path, path: Path) -> bool:
+    """By their names alone; where links lead is seen afterwards."""
+    return path.is_relative_to(root.absolute()) or path.is_relative_to(root.resolve())
 
 
 def _plain_rgb(image: Image.Image) -> Image.Image:

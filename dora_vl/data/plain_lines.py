@@ -18,6 +18,8 @@ import pyarrow.json as pj
 BLOCK_BYTES = 8 << 20
 """Read at once; a record longer than that makes a file not plain."""
 
+PLAIN_FORMAT = "conversations"
+HELD_PICTURE = pa.struct([("name", pa.string()), ("content", pa.large_binary())])
 _TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
 _FORM = pa.schema(
     [
@@ -79,6 +81,8 @@ def _columns(block: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         pa.array(np.add.reduceat(word_counts(texts), offsets[:-1]), pa.int32()),
         pa.array(given),
         pa.nulls(len(block), pa.string()),
+        pa.repeat(PLAIN_FORMAT, len(block)),
+        pa.ListArray.from_arrays(_lengths_to_offsets(np.zeros(len(block), bool)), pa.array([], HELD_PICTURE)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 

@@ -25,19 +25,21 @@ _WHITESPACE = " \t\r\n"
 
 
 def load_llava(path: Path, *, cache_folder: Path | None = None) -> datasets.Dataset:
-    """A LLaVA JSON or JSONL file as memory-mapped rows, converted once and kept in a cache.
+    """A data file of any format and container as memory-mapped rows, converted once and kept in a cache.
 
-    Columns: `id`, `images` and `video` (lists of paths), `conversations` (list of {from, value}), `length` (words in
-    all turns), `is_multimodal`, `problem` (why the record is unusable as it stands, else null). Every row goes into
-    `turns.read_llava`. The cache is keyed by the file's path, size and modification time, so a changed file is
-    converted again; a content hash would read a gigabyte at each start.
+    Columns: `id`, `images` and `video` (lists of paths), `conversations` (list of {from, value}, as LLaVA's), `length`
+    (words in all turns), `is_multimodal`, `problem` (why the record is unusable as it stands, else null), `format`
+    (`readers.row_formats`), `held_pictures` (name and content of the pictures that the file holds, each in the first
+    row that has it). Every row goes into `turns.read_llava`. The cache is keyed by the files' paths, sizes and
+    modification times, so a changed file is converted again; a content hash would read a gigabyte at each start.
 
     Args:
-        path: the file as published; its first character decides between list and lines, not its name.
+        path: what `readers.containers.find_files` takes; of JSON the first character decides between list and lines.
         cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
 
     Raises:
-        UserError: no such file, malformed JSON (with its line), no record in it, or no record of this format.
+        UserError: no such file, one that cannot be read to its end (with the place), no record in it, none of a known
+            format, or records of several.
     """
     from dora_vl.data.record_table import load_table  # needs pyarrow and datasets
 

@@ -14,9 +14,15 @@ from dora_vl.errors import BadSample, shown
 
 IMAGE_PLACEHOLDER = "<image>"
 
-Role = Literal["user", "assistant"]
+Role = Literal["system", "user", "assistant"]
 
-_ROLES: Mapping[str, Role] = {"human": "user", "gpt": "assistant"}
+SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
+"""What LLaVA's JSON calls each role."""
+_ROLES: Mapping[str, Role] = {
+    **{name: role for role, name in SPEAKERS.items()},
+    "user": "user",
+    "assistant": "assistant",
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,8 @@ class Turn:
 class Conversation:
     """A sample without its pictures' pixels: `images` are paths relative to the picture folder.
 
-    Turns alternate, begin with the user and end with a non-empty answer; the placeholders in them are as many
-    as `images`, in the same order.
+    Turns alternate, begin with the user and end with a non-empty answer; a system turn may stand before them. The
+    placeholders in them are as many as `images`, in the same order.
     """
 
     id: str
@@ -43,27 +49,43 @@ class Conversation:
 def read_llava(record: Mapping[str, object]) -> Conversation:
     """One record of LLaVA's JSON, or one row of `records.load_llava`, as a conversation.
 
-    A first turn that is not from "human" is dropped, as the original does. With one picture its placeholder
+    A first turn from "gpt" is dropped, as the original does. With one picture its placeholder
     moves to the front of its turn, followed by a newline (the published normalisation); with several pictures
-    every placeholder stays where it is, because moving them would lose which picture the text speaks of. The
-    original folds repeated placeholders of one turn into one; here a count that differs from the pictures is
-    an error. An empty or null `image` means text only.
+    every placeholder stays where it is, because moving them would lose which picture the text speaks of. Where no
+    turn has a placeholder, the pictures come before the first question. The original folds repeated placeholders of
+    one turn into one; here any other count that differs from the pictures is an error. An empty or null `image`
+    means text only.
 
     Raises:
-        BadSample: a role other than human/gpt, turns that do not alternate, a last turn without an answer,
-            an empty answer, placeholders that are not as many as the pictures, or a video.
+        BadSample: a speaker who is neither human, gpt nor system, turns that do not alternate, a last turn without
+            an answer, an empty answer, placeholders that are not as many as the pictures, or a video.
     """
     sample_id = _id(record)
     if record.get("problem"):  # `records.load_llava` found it while converting the file
         raise BadSample(sample_id, str(record["problem"]))
     if read_paths(record, ("video",), sample_id):
         raise BadSample(sample_id, "it has a video, which this task cannot read yet; leave the sample out")
-    images = read_paths(record, ("images", "image"), sample_id)
-    turns = _alternating(_without_leading_answer(_turns(record, sample_id)), sample_id)
-    _check_placeholders(turns, images, sample_id)
+    return as_conversation(sample_id, read_paths(record, ("images", "image"), sample_id), _turns(record, sample_id))
+
+
+def as_conversation(sample_id: str, images: Sequence[str], turns: Sequence[Turn]) -> Conversation:
+    """Turns of any origin, checked and their placeholders put in order; see `read_llava`.
+
+    Raises:
+        BadSample: as `read_llava`.
+    """
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    talk = _alternating(_without_leading_answer([*turns[len(system) :]]), sample_id)
+    if system and not system[0].text.strip():
+        system = []
+    if images and not any(IMAGE_PLACEHOLDER in turn.text for turn in [*system, *talk]):
+        talk[0] = Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(images) + talk[0].text)
+    _check_placeholders([*system, *talk], images, sample_id)
+    if any(IMAGE_PLACEHOLDER in turn.text for turn in system):
+        raise BadSample(sample_id, f"its system turn holds {IMAGE_PLACEHOLDER}; pictures belong to a question")
     if len(images) == 1:
-        turns = [Turn(turn.role, _placeholder_first(turn.text)) for turn in turns]
-    return Conversation(sample_id, images, tuple(turns))
+        talk = [Turn(turn.role, _placeholder_first(turn.text)) for turn in talk]
+    return Conversation(sample_id, tuple(images), (*system, *talk))
 
 
 def _id(record: Mapping[str, object]) -> str:
@@ -111,22 +133,34 @@ def _raw_turn(entry: object, number: int, sample_id: str) -> tuple[str, str]:
 
 
 def _turns(record: Mapping[str, object], sample_id: str) -> list[Turn]:
-    turns: list[Turn] = []
-    for number, (speaker, text) in enumerate(raw_turns(record, sample_id), 1):
-        if speaker not in _ROLES:
-            raise BadSample(sample_id, f"turn {number} is from {shown(speaker)}; only 'human' and 'gpt' are known")
-        turns.append(Turn(_ROLES[speaker], text))
-    return turns
+    return [
+        Turn(speaker_role(speaker, number, sample_id), text)
+        for number, (speaker, text) in enumerate(raw_turns(record, sample_id), 1)
+    ]
+
+
+def speaker_role(speaker: str, number: int, sample_id: str) -> Role:
+    """The role of who speaks turn `number`.
+
+    Raises:
+        BadSample: neither LLaVA's names (human, gpt, system) nor the roles themselves.
+    """
+    if speaker not in _ROLES:
+        known = "only 'human', 'gpt' and 'system' are known"
+        raise BadSample(sample_id, f"turn {number} is from {shown(speaker)}; {known}")
+    return _ROLES[speaker]
 
 
 def _without_leading_answer(turns: list[Turn]) -> list[Turn]:
-    return turns if turns[0].role == "user" else turns[1:]
+    return turns[1:] if turns and turns[0].role == "assistant" else turns
 
 
 def _alternating(turns: list[Turn], sample_id: str) -> list[Turn]:
     if not turns:
-        raise BadSample(sample_id, "it has no question: its only turn is from 'gpt'")
+        raise BadSample(sample_id, "it has no question: its only turn is from 'gpt' or 'system'")
     for number, turn in enumerate(turns):
+        if turn.role == "system":
+            raise BadSample(sample_id, "a system turn stands among the others; it must be the first, and one")
         expected: Role = "assistant" if number % 2 else "user"
         if turn.role != expected:
             raise BadSample(sample_id, f"two turns in a row are from the {turn.role}; human and gpt must alternate")

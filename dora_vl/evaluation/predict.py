@@ -145,11 +145,12 @@ class Prompts(Dataset["Sample | Skipped"]):
 
 
 def with_frames(turns: Sequence[Turn], frames: int) -> Sequence[Turn]:
-    """The turns with a placeholder for each frame of a video before everything else."""
-    if not frames:
+    """The turns with a placeholder for each frame of a video before everything else that the user says."""
+    asked = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)
+    if not frames or asked is None:
         return turns
-    first, *others = turns
-    return [Turn(first.role, f"{IMAGE_PLACEHOLDER}\n" * frames + first.text), *others]
+    first = Turn("user", f"{IMAGE_PLACEHOLDER}\n" * frames + turns[asked].text)
+    return [*turns[:asked], first, *turns[asked + 1 :]]
 
 
 def _each(read: Callable[[str], Tensor] | None, paths: Sequence[str]) -> tuple[Tensor, ...]:

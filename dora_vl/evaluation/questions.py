@@ -1,4 +1,4 @@
-"""Questions with known answers, from a file in LLaVA's format."""
+"""Questions with known answers, from a file of any format that training reads."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from itertools import islice
 from pathlib import Path
 
 from dora_vl.data.examples import Clip
+from dora_vl.data.readers.containers import find_files
+from dora_vl.data.readers.row_formats import read_row, turns_of
 from dora_vl.data.records import stream_values
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn, read_llava
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn, as_conversation
 from dora_vl.errors import BadSample, UserError, shown
 
 
@@ -39,12 +41,17 @@ class Question:
 
 
 def question_of(record: Mapping[str, object]) -> Question:
-    """The last round of one LLaVA record as a question.
+    """The last round of one row, of any format that training reads, as a question.
 
     Raises:
         BadSample: the record cannot be read.
     """
-    conversation = read_llava(record)
+    example = read_row(record)
+    if example.image_bytes:
+        raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
+    if example.video is not None:
+        raise BadSample(example.id, "it has a video, which this task cannot read yet; leave the sample out")
+    conversation = as_conversation(example.id, example.images, turns_of(example))
     *prompt, answer = conversation.turns
     kind = record.get("kind")
     return Question(
@@ -57,18 +64,20 @@ def question_of(record: Mapping[str, object]) -> Question:
 
 
 def read_questions(path: Path, limit: int | None = None) -> tuple[list[Question], dict[str, str]]:
-    """The first `limit` questions of a LLaVA JSON or JSONL file, and the reason for each that cannot be read, by id.
+    """The first `limit` questions of a file of any format that training reads.
+
+    Beside them the reason for each that cannot be read, by id.
 
     Raises:
         UserError: the file is missing, malformed or empty, or two records share an id, so that their answers could
             not be told apart.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the LLaVA JSON or JSONL file of the questions")
+    found = find_files(path)
+    numbered = stream_values(path, "questions") if found.is_json else enumerate(found.rows(), 1)
     questions: list[Question] = []
     unreadable: dict[str, str] = {}
     seen: dict[str, int] = {}
-    for number, (line, record) in enumerate(islice(stream_values(path, "questions"), limit)):
+    for number, (line, record) in enumerate(islice(numbered, limit)):
         if not isinstance(record, Mapping):
             raise UserError(f"{path}, line {line}: a record must be an object, found {type(record).__name__}")
         name = str(record.get("id", f"record {number}"))

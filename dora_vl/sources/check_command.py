@@ -8,27 +8,29 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dora_vl.data.readers.containers import BESIDE_ARROW, JSON_ENDINGS, READERS
 from dora_vl.errors import UserError, shown_text
 from dora_vl.sources.check_media import MediaCheck
 from dora_vl.sources.check_rows import FileCheck, Finding, Limits, overlap, pairs, total
 
 DESCRIPTION = """\
-Checks data files: LLaVA's JSON, instructions, or records of `dora-vl prepare`. Finds duplicate ids, empty answers,
-placeholders that differ from the pictures, samples that are too long, missing, empty, truncated and broken media, and
-samples that stand in two of the files. Prints one table; exit status 1 when something was found.
+Checks data files of every format that training reads, and records of `dora-vl prepare`. Finds duplicate ids, empty
+answers, placeholders that differ from the pictures, samples that are too long, missing, empty, truncated and broken
+media, rows of mixed formats, and samples that stand in two of the files. Prints one table; exit status 1 when
+something was found.
 
   dora-vl check-data records/nlvr/train.jsonl records/nlvr/test.jsonl --media downloads/nlvr
   dora-vl check-data train.json --media pictures --decode --tokenizer vicuna-7b-v1.5 --longest 2048
 """
 
+ENDINGS = (*JSON_ENDINGS, *READERS)
+NO_DATA = ("manifest.json", *BESIDE_ARROW)
 WORDS, TOKENS = 1_500, 2_048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl check-data`."""
-    parser.add_argument(
-        "paths", type=Path, nargs="+", metavar="PATH", help="data files, or folders of .json and .jsonl"
-    )
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="data files, or folders of them")
     parser.add_argument(
         "--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; else not looked at"
     )
@@ -77,10 +79,10 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = [path] if path.is_file() else []
         if path.is_dir():
-            found = sorted([*path.rglob("*.json"), *path.rglob("*.jsonl")])
-            inside = [file for file in found if file.name != "manifest.json" and not file.name.startswith(".")]
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+            inside = [file for file in found if file.name not in NO_DATA and not file.name.startswith(".")]
         if not inside:
-            raise UserError(f"{path}: neither a data file nor a folder with .json or .jsonl in it")
+            raise UserError(f"{path}: neither a data file nor a folder with {', '.join(ENDINGS)} in it")
         files += inside
     return list(dict.fromkeys(files))
 

@@ -43,15 +43,22 @@ class MediaCheck:
         """How many files."""
         return len(self._known)
 
-    def trouble(self, name: str) -> Trouble | None:
-        """What is wrong with a file; None where nothing is."""
+    def trouble(self, name: str, content: bytes | None = None) -> Trouble | None:
+        """What is wrong with a file, or with a picture whose `content` the data file holds; None where nothing is."""
         if name not in self._known:
-            self._known[name] = self._look(name)
+            self._known[name] = self._look(name) if content is None else self._look_into(content)
         return self._known[name]
+
+    def _look_into(self, content: bytes) -> Trouble | None:
+        quick = ends_trouble(content[:16], content[-4096:], len(content))
+        if self._decode and (quick is None or quick.kind == BROKEN):
+            return decoding_trouble(BytesIO(content))
+        return quick
 
     def _look(self, name: str) -> Trouble | None:
         parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or "\0" in name or not name:
+        below = not parts.is_absolute() or parts.is_relative_to(self._root.resolve())
+        if not below or ".." in parts.parts or "\0" in name or not name:
             return Trouble("path leaves the folder", "paths must be relative to the media folder")
         path = self._root / parts
         try:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dora_vl.data.examples import JSON, from_record
-from dora_vl.data.records import stream_records
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, read_llava
+from dora_vl.data.examples import FIELDS, JSON, Example, from_record
+from dora_vl.data.readers.containers import find_files
+from dora_vl.data.readers.row_formats import format_of, id_of, read_row, turns_of
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, as_conversation
 from dora_vl.errors import BadSample, shown_text
 from dora_vl.sources.check_media import MediaCheck
 
@@ -42,6 +43,8 @@ class Sample:
     answers: tuple[str, ...] = ()
     text: str = ""
     problem: str = ""
+    held: Mapping[str, bytes] = field(default_factory=dict)
+    """The media that the file itself holds, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +76,15 @@ class FileCheck:
 
     def run(self, progress: Callable[[int], object]) -> FileCheck:
         """Reads the whole file."""
-        for number, record in enumerate(stream_records(self.path, progress=progress), start=1):
+        formats: dict[str, str] = {}
+        for number, record in enumerate(find_files(self.path).rows(progress), start=1):
             self.rows += 1
+            form = format_of(record)
+            if form is not None:
+                first = formats.setdefault(form.name, f"row {number}")
+                if form.name != next(iter(formats)) and first == f"row {number}":
+                    firsts = "; ".join(f"{name}: {place}" for name, place in formats.items())
+                    self._add("mixed formats", id_of(record, number), f"the first of each: {firsts}")
             self.check(read_sample(record, number, answers_needed=self._limits.answers_needed))
         return self
 
@@ -93,7 +103,7 @@ class FileCheck:
                 f"longer than {self._limits.most:,} {self._limits.unit}", sample.id, f"{length:,} {self._limits.unit}"
             )
         for name in sample.media if self._media is not None else ():
-            trouble = self._media.trouble(name) if self._media is not None else None
+            trouble = self._media.trouble(name, sample.held.get(name)) if self._media is not None else None
             if trouble is not None:
                 self._add(trouble.kind, sample.id, f"{name}: {trouble.detail}")
         if sample.asked or sample.media:
@@ -112,38 +122,31 @@ def _kind(problem: str) -> str:
 
 def read_sample(record: Mapping[str, JSON], number: int, *, answers_needed: bool) -> Sample:
     """A LLaVA record, an instruction, or an example; what cannot be read is a sample with its problem."""
-    sample_id = str(record["id"]) if record.get("id") is not None else f"row {number}"
+    form = format_of(record)
+    sample_id = id_of(record) if id_of(record) != id_of({}) else f"row {number}"
     try:
-        if "conversations" in record:
-            return _llava(record, sample_id)
-        if "instruction" in record:
-            return _instruction(record, sample_id)
-        return _example(record, sample_id, answers_needed=answers_needed)
+        if (form is None or form.name == "records") and record.keys() <= FIELDS:
+            return _example(from_record({**record, "id": sample_id}), answers_needed=answers_needed)
+        return _talk(read_row({**record, "id": sample_id}))
     except BadSample as error:
         return Sample(id=sample_id, problem=error.reason)
 
 
-def _llava(record: Mapping[str, JSON], sample_id: str) -> Sample:
-    conversation = read_llava(record)
-    texts = [turn.text for turn in conversation.turns]
+def _talk(example: Example) -> Sample:
+    if example.video is not None:
+        raise BadSample(example.id, "it has a video, which only records are trained with")
+    conversation = as_conversation(example.id, example.images, turns_of(example))
     return Sample(
-        id=sample_id,
+        id=example.id,
         media=conversation.images,
         asked="\n".join(turn.text for turn in conversation.turns if turn.role == "user"),
         answers=tuple(turn.text for turn in conversation.turns if turn.role == "assistant"),
-        text="\n".join(texts),
+        text="\n".join(turn.text for turn in conversation.turns),
+        held=example.image_bytes,
     )
 
 
-def _instruction(record: Mapping[str, JSON], sample_id: str) -> Sample:
-    parts = [record.get(name) or "" for name in ("instruction", "input", "output")]
-    if not all(isinstance(part, str) for part in parts):
-        raise BadSample(sample_id, "'instruction', 'input' and 'output' must hold text")
-    return Sample(id=sample_id, asked="\n".join(parts[:2]), answers=(parts[2],), text="\n".join(parts))
-
-
-def _example(record: Mapping[str, JSON], sample_id: str, *, answers_needed: bool) -> Sample:
-    example = from_record(record)
+def _example(example: Example, *, answers_needed: bool) -> Sample:
     said = tuple(turn.text for turn in example.turns if turn.role == "assistant")
     answers = tuple(answer.text for answer in example.answers) + said
     asked = "\n".join(
@@ -151,12 +154,12 @@ def _example(record: Mapping[str, JSON], sample_id: str, *, answers_needed: bool
     )
     subtitles = " ".join(subtitle.text for subtitle in example.subtitles)
     if answers_needed and not answers:
-        raise BadSample(sample_id, "its answer is empty: it has none")
+        raise BadSample(example.id, "its answer is empty: it has none")
     media = example.images + (() if example.video is None else (example.video.path,))
     span = "" if example.video is None else f"{example.video.start_seconds}-{example.video.end_seconds}"
     order = str(example.extra.get("order", ""))
     return Sample(
-        id=sample_id,
+        id=example.id,
         media=media,
         asked="\n".join(part for part in (asked, span, order) if part.strip()),
         answers=answers,

@@ -184,8 +184,8 @@ def _check_precision(config: RunSettings, section: Mapping[str, Any]) -> None:
 
 
 def _evaluation_defaults(config: RunSettings, section: Mapping[str, Any]) -> dict[str, Any]:
-    wanted = section.get("eval_strategy", "epoch" if config.data.validation else "no")
-    if wanted != "no" and config.data.validation is None:
+    wanted = section.get("eval_strategy", "epoch" if config.data.held_out else "no")
+    if wanted != "no" and config.data.held_out is None:
         raise UserError(f"training.eval_strategy is {wanted}, but data.validation names no file")
     return {"eval_strategy": wanted}
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-import datasets
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import max_positions
@@ -15,8 +13,9 @@ from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, load_llava
 from dora_vl.backbones.templates import get_template
 from dora_vl.core import DoRAConfig
-from dora_vl.data.records import load_llava as load_records
 from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
+from dora_vl.data.train_files import train_files
+from dora_vl.data.training_rows import SampleRows, load_rows, load_training_rows
 from dora_vl.errors import UserError
 from dora_vl.training.adapting import core_config
 from dora_vl.training.arguments import order_seed
@@ -63,10 +62,25 @@ def pad_token_id(encoder: LlavaEncoder) -> int:
     return int(next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None))
 
 
-def read_rows(file: str, limit: int | None) -> datasets.Dataset:
-    """The records of a LLaVA file, memory-mapped."""
-    rows = load_records(Path(file))
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+def read_samples(config: RunConfig, *, seed: int) -> tuple[SampleRows, SampleRows | None]:
+    """The training samples and those whose loss is measured meanwhile, memory-mapped.
+
+    Raises:
+        UserError: a file that cannot be read, or two ways of validation.
+    """
+    data = config.data
+    if data.validation is not None and data.validation_share:
+        raise UserError("set data.validation or data.validation_share, not both")
+    train, held_out = load_training_rows(
+        train_files(data.train), limit=data.limit, share=data.validation_share, seed=seed
+    )
+    if data.validation is not None:
+        held_out = load_rows(data.validation, data.validation_limit)
+    elif held_out is not None and data.validation_limit is not None:
+        held_out = dataclasses.replace(
+            held_out, rows=held_out.rows.take(min(data.validation_limit, len(held_out.rows)))
+        )
+    return train, held_out
 
 
 def build_sampler(

@@ -44,7 +44,7 @@ def build_trainer(
         read_in_a_pass=data.read_in_a_pass or _read_in_a_pass(data.samples, arguments),
     )
     statistics = BatchStatistics(ledger)
-    held_out, validation = _validation(data, arguments, source=str(config.data.validation))
+    held_out, validation = _validation(data, arguments, source=str(config.data.held_out))
     stop = StopOnSignal()
     log_plan(backbone, task.activations(backbone, arguments, longest_tokens=data.longest_tokens), arguments)
     trainer = AdapterTrainer(

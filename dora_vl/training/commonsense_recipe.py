@@ -61,7 +61,7 @@ class InstructionDataConfig:
     """Uses only the first so many training samples."""
 
     @property
-    def validation(self) -> str | None:
+    def held_out(self) -> str | None:
         """What the loss is measured on while training, for messages; None: nothing."""
         return self.validation_file or (f"{self.validation_size} training samples" if self.validation_size else None)
 

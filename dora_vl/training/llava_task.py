@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import torch
 from transformers import TrainingArguments
 
@@ -18,16 +18,20 @@ from dora_vl.backbones.module import Backbone
 from dora_vl.core import DoRAConfig, load_adapter
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import LlavaDataset
+from dora_vl.data.overlap import overlap, overlap_warning
 from dora_vl.data.sampler import sampling_lengths
-from dora_vl.evaluation.questions import read_questions
+from dora_vl.data.train_files import train_files, train_name
+from dora_vl.data.training_rows import SampleRows, described, load_rows
+from dora_vl.evaluation.questions import Question, read_questions
 from dora_vl.evaluation.run import evaluate_run
+from dora_vl.training.arguments import order_seed
 from dora_vl.training.assembly import (
     build_encoder,
     build_sampler,
     dora_config,
     load_backbone,
     pad_token_id,
-    read_rows,
+    read_samples,
     recipe_record,
 )
 from dora_vl.training.base_loading import make_base
@@ -37,6 +41,8 @@ from dora_vl.training.recipe import RunConfig
 from dora_vl.training.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.task_model import GenerationTask
+
+_log = logging.getLogger(__name__)
 
 
 class LlavaTask(Task):
@@ -59,11 +65,27 @@ class LlavaTask(Task):
     def prepare(self, arguments: TrainingArguments) -> None:
         """Composes the base where it is not there yet.
 
-        The test's questions are read first: what is wrong with them shows now, not after hours of training.
+        All data is read first, and the test's questions: what is wrong with them shows now, not after hours.
         """
+        seed = order_seed(arguments)
+        train, held_out = read_samples(self.config, seed=seed)
+        for file in train_files(self.config.data.train):
+            _log.info(described(file, load_rows(file.path, self.config.data.limit).rows))
+        if held_out is not None and self.config.data.validation_share:
+            counts = len(held_out.rows), len(held_out.pictures), seed
+            _log.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
         if self.config.evaluation.file is not None:
-            read_questions(Path(self.config.evaluation.file), self.config.evaluation.limit)
+            questions, _ = read_questions(Path(self.config.evaluation.file), self.config.evaluation.limit)
+            self._warn_of_overlap(train, questions)
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
+
+    def _warn_of_overlap(self, train: SampleRows, questions: Sequence[Question]) -> None:
+        data, evaluation = self.config.data, self.config.evaluation
+        if Path(evaluation.image_folder or data.image_folder).resolve() != Path(data.image_folder).resolve():
+            return  # one name there is another picture
+        found = overlap(train.rows, questions)
+        if found:
+            _log.warning(overlap_warning(found, train_name(data.train), str(evaluation.file)))
 
     def load(self) -> Backbone[Any]:
         """The LLaVA."""
@@ -77,11 +99,10 @@ class LlavaTask(Task):
         """The training file's conversations, grouped by modality and length."""
         llava, data = cast(LlavaBackbone, backbone), self.config.data
         encoder = build_encoder(self.config.model, llava, max_tokens=data.max_tokens)
-        rows = read_rows(data.train, data.limit)
-        held_out = None if data.validation is None else read_rows(data.validation, data.validation_limit)
+        train, held_out = read_samples(self.config, seed=order_seed(arguments))
         samples = partial(_samples, config=self.config, encoder=encoder, backbone=llava, arguments=arguments)
-        train_samples = samples(rows)
-        lengths = sampling_lengths(rows, tokens_per_image=llava.tokens_per_image)
+        train_samples = samples(train)
+        lengths = sampling_lengths(train.rows, tokens_per_image=llava.tokens_per_image)
         grouped = data.group_by_modality_length or data.share_pictures
         sampler = build_sampler(lengths, arguments, share_pictures=data.share_pictures) if grouped else None
         return TrainingData(
@@ -92,8 +113,8 @@ class LlavaTask(Task):
             ),
             sampler=sampler,
             set_epoch=(train_samples.set_epoch, *(() if sampler is None else (sampler.set_epoch,))),
-            samples=len(rows),
-            source=data.train,
+            samples=len(train.rows),
+            source=train_name(data.train),
             longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
         )
 
@@ -143,16 +164,17 @@ class LlavaTask(Task):
 
 
 def _samples(
-    rows: datasets.Dataset,
+    samples: SampleRows,
     *,
     config: RunConfig,
     encoder: LlavaEncoder,
     backbone: LlavaBackbone,
     arguments: TrainingArguments,
 ) -> LlavaDataset:
-    names = dict.fromkeys(path for paths in rows["images"] for path in paths)
     folder = Path(config.data.image_folder)
-    pictures = picture_reader(config, backbone, names, folder=folder, device=arguments.device)
+    pictures = picture_reader(
+        config, backbone, samples.pictures, folder=folder, device=arguments.device, stored=samples.stored
+    )
     return LlavaDataset(
-        rows, encode=encoder.encode, picture=pictures.pixels, features=pictures.features, seed=arguments.seed
+        samples.rows, encode=encoder.encode, picture=pictures.pixels, features=pictures.features, seed=arguments.seed
     )

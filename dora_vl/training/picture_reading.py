@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.backbones.llava import LlavaBackbone
-from dora_vl.data.media import open_image
+from dora_vl.data.stored_pictures import StoredPictures, open_picture
 from dora_vl.errors import UserError
 from dora_vl.evaluation.predict import PictureReader
 from dora_vl.training.launch import rank_and_ranks, wait_for_everyone
@@ -23,21 +23,30 @@ from dora_vl.vision.images import ImagePreparation
 
 
 def picture_reader(
-    config: RunConfig, backbone: LlavaBackbone, pictures: Iterable[str], *, folder: Path, device: torch.device
+    config: RunConfig,
+    backbone: LlavaBackbone,
+    pictures: Iterable[str],
+    *,
+    folder: Path,
+    device: torch.device,
+    stored: StoredPictures | None = None,
 ) -> PictureReader:
-    """The reader of pictures below `folder`; with `data.cache_features` missing features are computed first.
+    """The reader of pictures below `folder`, and of those `stored` in the data file itself.
 
+    With `data.cache_features` missing features are computed first.
     Every rank must call it: they share the computing.
     """
     if not folder.is_dir():
         raise UserError(f"picture folder {folder} does not exist; set data.image_folder (evaluation.image_folder)")
     preparation = image_preparation(config.model)
     if not config.data.cache_features:
-        return PictureReader(pixels=partial(read_pixels, folder=folder, preparation=preparation))
+        return PictureReader(pixels=partial(read_pixels, folder=folder, preparation=preparation, stored=stored))
     if backbone.tower_trains:
         raise UserError("data.cache_features needs a frozen vision tower, but adapter.targets trains it; set it false")
     cache = Path(config.data.feature_cache or run_folder_of(config) / "features")
-    store = _filled_store(cache, backbone, pictures, folder=folder, preparation=preparation, device=device)
+    store = _filled_store(
+        cache, backbone, pictures, folder=folder, preparation=preparation, device=device, stored=stored
+    )
     return PictureReader(features=store.read)
 
 
@@ -46,9 +55,11 @@ def image_preparation(model: ModelConfig) -> ImagePreparation:
     return ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
 
 
-def read_pixels(path: str, *, folder: Path, preparation: ImagePreparation) -> Tensor:
+def read_pixels(
+    path: str, *, folder: Path, preparation: ImagePreparation, stored: StoredPictures | None = None
+) -> Tensor:
     """Pixels of one picture; a top-level function, so that worker processes can receive it."""
-    return preparation.prepare(open_image(folder, path))
+    return preparation.prepare(open_picture(folder, path, stored))
 
 
 def _filled_store(
@@ -59,12 +70,13 @@ def _filled_store(
     folder: Path,
     preparation: ImagePreparation,
     device: torch.device,
+    stored: StoredPictures | None,
 ) -> FeatureStore:
     rank, ranks = rank_and_ranks()
     # ZeRO-3 has sharded the tower already and its hooks come only with the engine: make it whole meanwhile.
     with gather_to_read(backbone.tower.parameters()):
         backbone.tower.to(device)
-        store = open_store(cache, tower=backbone, preparation=preparation, root=folder)
+        store = open_store(cache, tower=backbone, preparation=preparation, root=folder, stored=stored)
         wait_for_everyone()  # each must see the same features missing, before one adds some
         compute_features(store, pictures, tower=backbone, preparation=preparation, part=(rank, ranks))
     wait_for_everyone()

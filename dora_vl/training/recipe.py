@@ -12,6 +12,7 @@ from typing import Any, Literal
 from dora_vl.backbones.compose import ComposeSpec
 from dora_vl.backbones.template_table import TemplateName
 from dora_vl.core.config import Init, Method
+from dora_vl.data.train_files import TrainFile, train_name
 from dora_vl.training.optim import Decayed
 
 
@@ -75,12 +76,15 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Training and validation data in LLaVA's JSON or JSONL format."""
+    """Training and validation data, in any format that docs/data.md lists under "Your own data"."""
 
-    train: str
-    """File with the training conversations."""
+    train: str | tuple[TrainFile, ...]
+    """The training samples: a file, a folder of shards, or hub:OWNER/NAME; or a list of {path, weight}."""
     validation: str | None = None
-    """File with conversations whose loss is measured while training."""
+    """Likewise the samples whose loss is measured while training."""
+    validation_share: float = 0.0
+    """Holds this share of the training samples out for validation instead, chosen by training.seed; samples of one
+    picture stay on one side."""
     image_folder: str = "."
     """Root that the pictures' paths in the files are relative to."""
     max_tokens: int = 2048
@@ -98,9 +102,15 @@ class DataConfig:
     share_pictures: bool = False
     """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
     limit: int | None = None
-    """Uses only the first so many training samples."""
+    """Uses only the first so many training samples (of several files, of each)."""
     validation_limit: int | None = None
     """Uses only the first so many validation samples."""
+
+    @property
+    def held_out(self) -> str | None:
+        """What the loss is measured on while training, for messages; None: nothing."""
+        share = f"{self.validation_share:g} of {train_name(self.train)}" if self.validation_share else None
+        return self.validation or share
 
 
 @dataclass(frozen=True, kw_only=True)

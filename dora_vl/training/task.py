@@ -40,8 +40,8 @@ class DataSection(Protocol):
     """What training reads of a run's `data:` section."""
 
     @property
-    def validation(self) -> str | None:
-        """What is measured while training."""
+    def held_out(self) -> str | None:
+        """What the loss is measured on while training, for messages; None: nothing."""
         ...
 
     @property

@@ -73,7 +73,7 @@ class VlBartDataConfig:
     """Uses only the first so many training items of each task."""
 
     @property
-    def validation(self) -> str | None:
+    def held_out(self) -> str | None:
         """The validation files, for messages; None: none."""
         return ", ".join(self.validation_files.values()) or None
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dora_vl.data.media import open_image
+from dora_vl.data.stored_pictures import StoredPictures, open_picture
 from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.features import SHARD_BYTES, FeatureStore, PictureEntry, file_state, store_key
 from dora_vl.vision.images import ImagePreparation
@@ -69,9 +69,9 @@ class _ReadPicture:
 class _Pictures(Dataset[_ReadPicture]):
     """Reads and prepares pictures; what cannot be read comes back named."""
 
-    def __init__(self, pictures: Sequence[str], root: Path, preparation: ImagePreparation) -> None:
+    def __init__(self, pictures: Sequence[str], store: FeatureStore, preparation: ImagePreparation) -> None:
         self._pictures = pictures
-        self._root = root
+        self._root, self._stored = store.root, store.stored
         self._preparation = preparation
 
     def __len__(self) -> int:
@@ -81,17 +81,27 @@ class _Pictures(Dataset[_ReadPicture]):
         picture = self._pictures[index]
         size, changed = file_state(self._root, picture)
         try:
-            pixels = self._preparation.prepare(open_image(self._root, picture))
+            pixels = self._preparation.prepare(open_picture(self._root, picture, self._stored))
         except BadSample as error:
             return _ReadPicture(picture, size, changed, None, error.reason)
         return _ReadPicture(picture, size, changed, pixels, "")
 
 
-def open_store(folder: Path, *, tower: FrozenTower, preparation: ImagePreparation, root: Path) -> FeatureStore:
-    """The store of this tower and preparation under `folder`, empty where nothing has been computed yet."""
+def open_store(
+    folder: Path,
+    *,
+    tower: FrozenTower,
+    preparation: ImagePreparation,
+    root: Path,
+    stored: StoredPictures | None = None,
+) -> FeatureStore:
+    """The store of this tower and preparation under `folder`, empty where nothing has been computed yet.
+
+    Pictures are files below `root`, or `stored` in the data file itself.
+    """
     key = store_key(tower.tower, {**tower.tower_settings, "preparation": preparation.fingerprint()})
     (folder / key).mkdir(parents=True, exist_ok=True)
-    return FeatureStore(folder / key, root=root)
+    return FeatureStore(folder / key, root=root, stored=stored)
 
 
 def compute_features(
@@ -124,9 +134,7 @@ def compute_features(
     if not own:
         return
     log.info("computing features of %d pictures, %.1f MiB, in %s", len(own), len(own) * row_bytes / 2**20, store.folder)
-    loader = DataLoader(
-        _Pictures(own, store.root, preparation), batch_size=batch_size, num_workers=workers, collate_fn=list
-    )
+    loader = DataLoader(_Pictures(own, store, preparation), batch_size=batch_size, num_workers=workers, collate_fn=list)
     shard_pictures = max(1, SHARD_BYTES // row_bytes)
     with tqdm(total=len(own), unit="picture", desc="tower features", disable=part[0] != 0) as progress:
         batches = _described(iter(loader), tower, progress)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dora_vl.core.weight_file import check_whole
+from dora_vl.data.stored_pictures import StoredPictures
 from dora_vl.errors import BadSample
 
 SHARD_SUFFIX = ".safetensors"
@@ -53,11 +54,13 @@ class FeatureStore:
     Args:
         folder: the folder of one tower and preparation.
         root: the folder that the pictures' paths are relative to.
+        stored: pictures that the data file itself holds; they are named by their content, so they never change.
     """
 
-    def __init__(self, folder: Path, *, root: Path) -> None:
+    def __init__(self, folder: Path, *, root: Path, stored: StoredPictures | None = None) -> None:
         self.folder = folder
         self.root = root
+        self.stored = stored
         self._entries: dict[str, PictureEntry] = {}
         self._open: dict[str, Any] = {}
         self.reload()

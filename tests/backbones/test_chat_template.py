@@ -7,7 +7,7 @@ import pickle
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dora_vl.data.turns import Turn
+from dora_vl.data.turns import Conversation, Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.encoded_talk import MakeEncoder, talk
 
@@ -92,6 +92,27 @@ class TestChatTemplate:
         encoder.encode(talk("Why?", " It is "))
         with pytest.raises(BadSample, match="leaves out or changes the text of turn 1"):
             encoder.encode(talk("Why?", "so</think>It is"))
+
+    def test_a_system_turn_reaches_it_or_the_sample_is_refused(
+        self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder
+    ) -> None:
+        turns = (Turn("system", "Be brief."), *talk("Why?", "It is", "How?", "So").turns)
+        encoder = make_encoder(own, "tokenizer")
+        found = encoder.encode(Conversation("a", (), turns))
+        labelled = [int(token) for token in found.labels if token != -100]
+        plain = [int(token) for token in encoder.encode(talk("Why?", "It is", "How?", "So")).labels if token != -100]
+        assert labelled == plain
+        assert "Be brief." in str(own.decode(found.input_ids.tolist()))
+        own.chat_template = (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+            + str(own.chat_template)
+        )
+        with pytest.raises(BadSample, match="refuses these turns: no system here"):
+            make_encoder(own, "tokenizer").encode(Conversation("a", (), turns))
+        self.write_content(own, "{{ m.content if m.role != 'system' else '' }}")
+        own.chat_template = str(own.chat_template).partition("{% endif %}")[2]
+        with pytest.raises(BadSample, match="leaves out or changes the text of turn 0"):
+            make_encoder(own, "tokenizer").encode(Conversation("a", (), turns))
 
     def test_needs_one(self, new_tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
         with pytest.raises(UserError, match=r"no chat template; set model\.template"):

@@ -160,6 +160,32 @@ def test_tokens_and_labels(vicuna: PreTrainedTokenizerBase, name: str) -> None:
     assert written.count("<s>") == (2 if name.endswith("llama_2") else 1)
 
 
+SYSTEM_TURN = {
+    **dict.fromkeys(("vicuna_v1", "llava_v1", "v1_mmtag"), "Say «so» </s>. USER: Hi ASSISTANT:"),
+    **dict.fromkeys(("llama_2", "llava_llama_2"), "[INST] <<SYS>>\nSay «so» </s>.\n<</SYS>>\n\nHi [/INST]"),
+    **dict.fromkeys(
+        ("mpt", "chatml_direct"),
+        "<|im_start|>system\nSay «so» </s>.<|im_end|><|im_start|>user\nHi<|im_end|><|im_start|>assistant\n",
+    ),
+    "chatml": "<|im_start|>system\nSay «so» </s>.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    **dict.fromkeys(("v0", "v0_mmtag"), "Say «so» </s>.\n\n### Human: Hi\n### Assistant:"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_samples_own_system_turn_stands_in_the_place_of_the_templates(name: str) -> None:
+    turns = (Turn("system", "Say «so» </s>."), Turn("user", "Hi"), Turn("assistant", "Ho"))
+    if name not in SYSTEM_TURN:
+        with pytest.raises(ValueError, match=f"template {name} has no place for a system turn"):
+            TEMPLATES[name].render(turns)
+        return
+    assert TEMPLATES[name].render(turns[:2], generation_prompt=True).text == SYSTEM_TURN[name]
+    found = TEMPLATES[name].render(turns)
+    assert found.text.startswith(SYSTEM_TURN[name])
+    assert found.answer_spans[0][0] == len(SYSTEM_TURN[name])
+    assert not [span for span in found.control_spans if found.text[slice(*span)] == "</s>" and span[0] < 20]
+
+
 def test_captions(vicuna: PreTrainedTokenizerBase) -> None:
     written = starred(vicuna, "plain", "<image>\nDescribe it.", "A red circle")
     assert written == "<s> <image> *▁A *▁red *▁c *ir *cle *<0x0A>"

@@ -161,7 +161,10 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
             '{"id": "b", "answers": [{"text": "x", "weight": NaN}]}',
             "'answers weight' must hold a finite number, got nan",
         ),
-        ('{"id": "b", "turns": [{"role": "human", "text": "x"}]}', "role must be 'user' or 'assistant', got 'human'"),
+        (
+            '{"id": "b", "turns": [{"role": "human", "text": "x"}]}',
+            "role must be 'system', 'user' or 'assistant', got 'human'",
+        ),
         ('{"id": "b", "subtitles": [{"start_seconds": 1}]}', "'subtitles text' must hold text, got None"),
         ('{"id": "b", "extra": []}', "'extra' must hold an object"),
         (f'{{"id": "b", "extra": {"[" * 100_000}', "nested too deeply"),

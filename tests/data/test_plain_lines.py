@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dora_vl.data import plain_lines, record_table
 from dora_vl.data.plain_lines import NotPlainError, plain_batches, word_counts
+from dora_vl.data.readers.containers import find_files
 from dora_vl.data.records import load_llava
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -43,7 +44,7 @@ def test_columns_are_those_of_the_careful_reader(
     fast = rows_of(path, record_table._write_plain)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record_table, "plain_batches", not_plain)
-        assert fast == rows_of(path, record_table._write)
+        assert fast == rows_of(path, record_table._Writer(find_files(path)).write)
 
 
 def not_plain(path: Path, schema: pa.Schema) -> object:

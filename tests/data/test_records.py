@@ -97,7 +97,10 @@ LINE = json.dumps(GOOD)
         (f'[{LINE},\n{{"id": "\x01"}}]'.encode(), "line 2: .*Invalid control character"),
         (f'[\n{{"id": {"[" * 100_000}'.encode(), "line 2: .*nested too deeply"),
         (f'{LINE}\n{{"id": "caf\u00e9"}}'.encode("latin-1"), f"byte {len(LINE) + 12}: not UTF-8"),
-        (b'{"data": [1, 2]}', "none of its 1 records is a LLaVA sample; the first one: 'conversations' must be"),
+        (
+            b'{"data": [1, 2]}',
+            r"none of its 1 records is a sample; the first one: its keys \['data'\] fit no format \(conv",
+        ),
     ],
 )
 def test_a_broken_file_is_one_clear_line(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -126,6 +129,12 @@ def test_no_such_file(tmp_path: Path) -> None:
         load_llava(tmp_path / "none.json")
 
 
+NO_FORMAT = (
+    "its keys ['id'] fit no format (conversations; messages; texts; prompt, completion; instruction, output; question "
+    "and answer; docs/data.md)"
+)
+
+
 def test_one_misshapen_record_is_a_bad_sample_and_the_others_are_read(tmp_path: Path) -> None:
     misshapen = [{"id": 5}, {"id": "b", "conversations": [{"from": "human", "value": None}]}, {**GOOD, "image": 3}]
     half = {**GOOD, "id": "half", "conversations": [{"from": "human", "value": "\ud83d"}]}
@@ -135,7 +144,7 @@ def test_one_misshapen_record_is_a_bad_sample_and_the_others_are_read(tmp_path: 
     assert [row["id"] for row in rows] == ["a", "5", "b", "a", "half", "record 5"]
     assert [row["problem"] is None for row in rows] == [True, False, False, False, False, True]
     assert [outcome(row) for row in rows][1:5] == [
-        ("5", "'conversations' must be a list of turns, got None"),
+        ("5", NO_FORMAT),
         ("b", "turn 1 must have text as 'from' and 'value', got from 'human' and value None"),
         ("a", "'image' must be a path or a list of paths, got 3"),
         ("half", "its text holds half of a surrogate pair, which is no character"),

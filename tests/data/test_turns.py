@@ -76,12 +76,15 @@ def said(*speakers: str) -> dict[str, object]:
         (said("gpt", "gpt", "human"), "two turns in a row are from the assistant"),
         (said("human", "gpt", "human"), "its last question has no answer"),
         (said("gpt"), "its only turn is from 'gpt'"),
-        (said("system", "human", "gpt"), "turn 1 is from 'system'"),
+        (said("human", "system", "gpt"), "a system turn stands among the others"),
+        (said("system", "system", "human", "gpt"), "a system turn stands among the others"),
+        (said("system"), "its only turn is from 'gpt' or 'system'"),
+        (said("system", "gpt"), "its only turn is from 'gpt' or 'system'"),
+        (said("tool", "human", "gpt"), "turn 1 is from 'tool'; only 'human', 'gpt' and 'system' are known"),
         (said("human", "GPT"), "turn 2 is from 'GPT'"),
         (record("q", ""), "answer 1 of 1 is empty"),
         (record("q", "a", "q", " \n\t"), "answer 2 of 2 is empty"),
         (record("q", "<image>", image="a.png"), "answer 1 of 1 is empty"),
-        (record("q", "a", image="a.png"), "0 <image> placeholders, but it names 1 pictures"),
         (record("<image>", "a"), "1 <image> placeholders, but it names 0 pictures"),
         (record("<image><image>", "a", image="a.png"), "2 <image> placeholders, but it names 1 pictures"),
         (record("<image>", "a", image=["a.png", "b.png"]), "1 <image> placeholders, but it names 2 pictures"),
@@ -100,6 +103,19 @@ def test_what_is_wrong_is_named(broken: dict[str, object], reason: str) -> None:
         read_llava(broken)
     assert caught.value.sample_id == "sample 7"
     assert reason in caught.value.reason
+
+
+def test_a_system_turn_comes_first_and_an_answer_after_it_is_dropped() -> None:
+    expected = (Turn("system", "text"), Turn("user", "text"), Turn("assistant", "text"))
+    assert read_llava(said("system", "human", "gpt")).turns == expected
+    assert read_llava(said("system", "gpt", "human", "gpt")).turns == expected
+
+
+def test_pictures_without_a_place_come_before_the_first_question() -> None:
+    turns = [("system", "s"), ("human", "q"), ("gpt", "a")]
+    sample = {"id": 1, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+    assert read_llava({**sample, "image": "a.png"}).turns[1].text == "<image>\nq"
+    assert read_llava({**sample, "images": ["a.png", "b.png"]}).turns[1].text == "<image>\n<image>\nq"
 
 
 @given(st.lists(st.tuples(FREE_TEXT, ANSWER), min_size=1, max_size=5))
@@ -125,7 +141,13 @@ def test_several_placeholders_are_all_kept_or_refused(questions: list[list[str]]
     placeholders = sum(text.count("<image>") for text in asked)
     names = [f"{number}.png" for number in range(pictures)]
     sample = record(*(text for question in asked for text in (question, "yes")), image=names)
-    if placeholders != pictures:
+    if placeholders == 0 and pictures:
+        found = read_llava(sample).turns
+        assert found[0].text == (
+            "<image>\n" * pictures + asked[0] if pictures > 1 else f"<image>\n{asked[0].strip()}".strip()
+        )
+        assert [turn.text for turn in found[2::2]] == asked[1:]
+    elif placeholders != pictures:
         with pytest.raises(BadSample, match=f"{placeholders} <image> placeholders, but it names {pictures} pictures"):
             read_llava(sample)
     elif pictures > 1:

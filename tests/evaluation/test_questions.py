@@ -46,12 +46,35 @@ def test_a_first_question_is_shown_without_its_placeholder(tmp_path: Path) -> No
 
 def test_unreadable_records_are_named_and_the_limit_counts_them(tmp_path: Path) -> None:
     path = write(
-        tmp_path, record("a", "no placeholder", "x"), record("b", "<image> q", "x"), record("c", "<image>", "x")
+        tmp_path, record("a", "<image><image> two", "x"), record("b", "<image> q", "x"), record("c", "<image>", "x")
     )
     questions, unreadable = read_questions(path, limit=2)
     assert [question.id for question in questions] == ["b"]
     assert list(unreadable) == ["a"]
-    assert "0 <image> placeholders" in unreadable["a"]
+    assert "2 <image> placeholders" in unreadable["a"]
+
+
+def test_other_formats_and_containers_are_questions_too(tmp_path: Path) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Which?"}]},
+        {"role": "assistant", "content": "red"},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"id": "a", "messages": messages}))
+    (asked,), _ = read_questions(path)
+    assert (asked.images, asked.text, asked.truth) == (("a.png",), "Which?", "red")
+    assert [turn.role for turn in asked.turns] == ["system", "user"]
+    (tmp_path / "q.csv").write_text("id,image,question,answer\na,a.png,Which?,red\nb,b.png,Why?,\n")
+    (asked,), unreadable = read_questions(tmp_path / "q.csv")
+    assert (asked.images, asked.text, asked.truth) == (("a.png",), "Which?", "red")
+    assert unreadable == {"b": "answer 1 of 1 is empty"}
+
+
+def test_pictures_as_bytes_in_a_question_file_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"id": "a", "image": "data:image/png;base64,aGk=", "question": "q", "answer": "a"}))
+    assert "holds its pictures itself" in read_questions(path)[1]["a"]
 
 
 def test_what_is_no_question_file_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import struct
@@ -19,6 +20,7 @@ from dora_vl.cli import main
 from dora_vl.data.examples import Answer, Clip, Example, write_examples
 from dora_vl.sources import check_command
 from dora_vl.sources.check_media import MediaCheck
+from tests.training.own_data import HOLD_PICTURES, WRITERS, items, write_pictures
 
 
 def check(*words: str) -> tuple[list[str], int]:
@@ -241,3 +243,27 @@ def test_wrong_input_is_one_line(
     assert left.value.code == 2
     assert said in errors
     assert errors.count("\n") == 1
+
+
+def test_every_format_and_container_is_checked_alike(tmp_path: Path) -> None:
+    made = items(4)
+    broken = [dataclasses.replace(made[0], content=made[0].content[:-30]), dataclasses.replace(made[1], answer=" ")]
+    for name, write in WRITERS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        if name not in HOLD_PICTURES:
+            write_pictures(folder, [*broken, *made[2:]])
+        lines, status = check(str(write(folder, [*broken, *made[2:]])), "--media", str(folder), "--decode")
+        assert status == 1, name
+        assert any("truncated media" in line and "n0" in line for line in lines), (name, lines)
+        assert any("empty answer" in line and "n1" in line for line in lines), (name, lines)
+        assert lines[-1].endswith(": 2 problems"), (name, lines)
+
+
+def test_rows_of_mixed_formats_are_found(tmp_path: Path) -> None:
+    rows = [{"id": "a", "question": "q", "answer": "x"}, {"id": "b", "instruction": "q2", "output": "y"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines, status = check(str(tmp_path / "train.jsonl"))
+    assert status == 1
+    assert "mixed formats" in lines[1]
+    assert "question/answer: row 1; instructions: row 2" in lines[1]

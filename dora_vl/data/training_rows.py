@@ -1,0 +1,147 @@
+"""The rows that a run trains on and those held out of them: several files, their weights, the split by picture."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from dora_vl.data.records import load_llava
+from dora_vl.data.stored_pictures import StoredPictures
+from dora_vl.data.train_files import TrainFile
+from dora_vl.errors import UserError
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """Rows of `records.load_llava`, and the pictures that their files hold themselves."""
+
+    rows: datasets.Dataset
+    stored: StoredPictures
+
+    @property
+    def pictures(self) -> list[str]:
+        """Each picture's name once, in order."""
+        return list(dict.fromkeys(path for paths in self.rows["images"] for path in paths))
+
+
+def load_rows(path: str, limit: int | None = None, *, cache_folder: Path | None = None) -> SampleRows:
+    """The samples of one path, the first `limit` of them.
+
+    Raises:
+        UserError: see `records.load_llava`.
+    """
+    table = load_llava(Path(path), cache_folder=cache_folder)
+    rows = table.remove_columns("held_pictures")
+    return SampleRows(rows if limit is None else rows.select(range(min(limit, len(rows)))), StoredPictures([table]))
+
+
+def load_training_rows(
+    files: Sequence[TrainFile],
+    *,
+    limit: int | None = None,
+    share: float = 0.0,
+    seed: int = 0,
+    cache_folder: Path | None = None,
+) -> tuple[SampleRows, SampleRows | None]:
+    """The training samples of all files, and those held out for validation (None with a share of 0).
+
+    Args:
+        limit: only the first so many samples of each file.
+        share: of all samples, held out before weights repeat or drop any; see `held_out_places`.
+        seed: of the split, and of what a weight below 1 leaves out.
+
+    Raises:
+        UserError: a file or a weight that cannot be used, or a split that leaves one side empty.
+    """
+    if not files:
+        raise UserError("data.train names no file")
+    for file in files:
+        if not (math.isfinite(file.weight) and file.weight > 0):
+            raise UserError(f"data.train: {file.path} has the weight {file.weight}; it must be above 0")
+    found = [load_rows(file.path, limit, cache_folder=cache_folder) for file in files]
+    rows = datasets.concatenate_datasets([one.rows for one in found]) if len(found) > 1 else found[0].rows
+    stored = found[0].stored if len(found) == 1 else StoredPictures.joined([one.stored for one in found])
+    held = held_out_places(rows["id"], rows["images"], share=share, seed=seed) if share else np.zeros(0, np.int64)
+    kept = np.setdiff1d(np.arange(len(rows)), held)
+    edges = np.cumsum([0, *(len(one.rows) for one in found)])
+    places = [
+        weighted(kept[(kept >= start) & (kept < end)], file, seed=seed)
+        for file, start, end in zip(files, edges[:-1], edges[1:], strict=True)
+    ]
+    trained = np.concatenate(places)
+    if not len(trained):
+        raise UserError("data.train: its weights leave no sample")
+    whole = len(trained) == len(rows) and len(files) == 1 and not share
+    train = SampleRows(rows if whole else rows.select(trained), stored)
+    return train, SampleRows(rows.select(held), stored) if share else None
+
+
+def weighted(places: np.ndarray, file: TrainFile, *, seed: int) -> np.ndarray:
+    """The places of one file as often as its weight says, in order; the fraction is chosen by (seed, path)."""
+    times, fraction = divmod(file.weight, 1)
+    digest = hashlib.sha256(f"{seed}/{file.path}".encode("utf-8", "surrogateescape")).digest()
+    drawn = np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(places)
+    return np.sort(np.concatenate([*[places] * int(times), drawn[: round(fraction * len(places))]]))
+
+
+def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, share: float, seed: int) -> np.ndarray:
+    """Places of the samples held out: about `share` of all, and no picture on both sides.
+
+    Samples that share a picture, directly or through others, stay together; those without pictures go by their id.
+    Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.
+
+    Raises:
+        UserError: the share is not between 0 and 1, or no group is small enough, or nothing is left to train on.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"data.validation_share is {share}; it must be above 0 and below 1")
+    groups = _groups(
+        [tuple(f"picture/{name}" for name in names) or (f"id/{own}",) for own, names in zip(ids, images, strict=True)]
+    )
+    sizes = Counter(groups)
+    wanted, taken, chosen = max(1, round(share * len(groups))), 0, set[str]()
+    for group in sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest()):
+        if taken + sizes[group] <= wanted:
+            chosen.add(group)
+            taken += sizes[group]
+    if not chosen or taken == len(groups):
+        smallest = min(sizes.values())
+        raise UserError(
+            f"data.validation_share {share} of {len(groups)} samples cannot be held out: samples of one picture stay "
+            f"together, and the smallest group has {smallest}; set another share, or name a data.validation file"
+        )
+    return np.array([place for place, group in enumerate(groups) if group in chosen], np.int64)
+
+
+def _groups(members: Sequence[tuple[str, ...]]) -> list[str]:
+    """For each sample the name of its group, which is the least of all names in it."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    for names in members:
+        for name in names[1:]:
+            first, second = sorted((root(names[0]), root(name)))
+            parent[second] = first
+    return [root(names[0]) for names in members]
+
+
+def described(file: TrainFile, rows: datasets.Dataset) -> str:
+    """One line about a file: its name, format, rows, and how many of them cannot be used."""
+    formats = [name for name in rows.unique("format") if name is not None]
+    bad = sum(problem is not None for problem in rows["problem"])
+    trouble = f", {bad:,} of them unusable" if bad else ""
+    weight = "" if file.weight == 1 else f", weight {file.weight:g}"
+    return (
+        f"{Path(file.path).name}: {formats[0] if formats else 'no known format'}, {len(rows):,} rows{trouble}{weight}"
+    )

@@ -1,0 +1,211 @@
+"""Every container gives the rows of the same table; what is cut, damaged or of another kind is one clear line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dora_vl.data import record_table
+from dora_vl.data.readers.containers import READERS, find_files
+from dora_vl.data.records import load_llava
+from dora_vl.data.stored_pictures import StoredPictures
+from dora_vl.errors import UserError
+from tests.training.own_data import (
+    HOLD_PICTURES,
+    WRITERS,
+    as_dataset,
+    items,
+    write_llava,
+    write_parquet,
+    write_webdataset,
+)
+
+MADE = items(7)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_container_gives_the_same_table(tmp_path: Path, name: str) -> None:
+    expected = load_llava(write_llava(tmp_path, MADE), cache_folder=tmp_path / "cache")
+    found = load_llava(WRITERS[name](tmp_path, MADE), cache_folder=tmp_path / "cache")
+    assert found["id"][:] == expected["id"][:]
+    assert found["problem"][:] == [None] * len(MADE)
+    asked = [[turn["value"].removeprefix("<image>") for turn in talk] for talk in found["conversations"]]
+    assert [[one.strip() for one in talk] for talk in asked] == [[item.question, item.answer] for item in MADE]
+    if name not in HOLD_PICTURES:
+        assert found["images"][:] == expected["images"][:]
+        return
+    stored = StoredPictures([found])
+    assert [stored.read(names[0]) for names in found["images"]] == [item.content for item in MADE]
+
+
+def test_a_picture_of_several_rows_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_table, "ROWS_A_BATCH", 3)
+    made = [item for item in MADE[:2] for _ in range(4)]
+    table = load_llava(write_parquet(tmp_path, made), cache_folder=tmp_path / "cache")
+    assert [len(held) for held in table["held_pictures"]] == [1, 0, 0, 0, 1, 0, 0, 0]
+    stored = StoredPictures([table])
+    assert len(stored) == 2
+    assert [stored.read(names[0]) for names in table["images"]] == [item.content for item in made]
+
+
+def test_large_pictures_are_written_in_batches_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_table, "CHARACTERS_A_BATCH", 500)
+    table = load_llava(write_parquet(tmp_path, MADE), cache_folder=tmp_path / "cache")
+    assert table.data.column("held_pictures").num_chunks > 1
+    stored = StoredPictures([table])
+    assert [stored.read(names[0]) for names in table["images"]] == [item.content for item in MADE]
+
+
+def test_rows_of_mixed_formats_are_refused_with_the_first_of_each(tmp_path: Path) -> None:
+    rows = [
+        {"id": "broken"},
+        {"id": "a", "question": "q", "answer": "a"},
+        {"id": "b", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        UserError, match=r"mixed formats, first of each question/answer: row 2 \(a\); messages: row 3 \(b"
+    ):
+        load_llava(tmp_path / "a.json", cache_folder=tmp_path / "cache")
+    assert len(load_llava(write_json(tmp_path, rows[:2]), cache_folder=tmp_path / "cache")) == 2
+
+
+def write_json(folder: Path, rows: list[dict[str, object]]) -> Path:
+    (folder / "some.json").write_text(json.dumps(rows))
+    return folder / "some.json"
+
+
+def test_a_folder_is_its_shards_in_order_and_a_changed_shard_is_read_again(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, part in enumerate((MADE[:3], MADE[3:])):
+        write_parquet(folder, part).rename(folder / f"part-{number}.parquet")
+    assert load_llava(folder, cache_folder=tmp_path / "cache")["id"][:] == [item.id for item in MADE]
+    write_parquet(folder, MADE[:1]).rename(folder / "part-1.parquet")
+    assert load_llava(folder, cache_folder=tmp_path / "cache")["id"][:] == ["n0", "n1", "n2", "n0"]
+    (folder / "more.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"files of several kinds \(.jsonl, .parquet\)"):
+        find_files(folder)
+
+
+def test_a_saved_dictionary_of_splits_names_them(tmp_path: Path) -> None:
+    one = datasets.Dataset.from_dict({"question": ["q"], "answer": ["a"]})
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(UserError, match=r"no file of samples in it .*give one of its folders \(test, train\)"):
+        find_files(tmp_path / "both")
+    assert len(load_llava(tmp_path / "both" / "test", cache_folder=tmp_path / "cache")) == 1
+
+
+def test_messages_in_a_cell_and_in_arrow_columns(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": 'q, "r"'}, {"role": "assistant", "content": "a"}]
+    cell = json.dumps(messages).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'messages,images\n"{cell}","[""a.png""]"\n')
+    pq.write_table(pa.Table.from_pylist([{"messages": messages, "images": ["a.png"]}]), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        (row,) = load_llava(tmp_path / name, cache_folder=tmp_path / "cache")
+        assert row["images"] == ["a.png"]
+        assert [turn["value"] for turn in row["conversations"]] == ['q, "r"', "a"]
+
+
+def test_an_archive_with_captions_and_several_pictures(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in (
+            ("x/1.0.png", b"one"),
+            ("x/1.1.png", b"two"),
+            ("x/1.txt", b"A cat."),
+            ("x/2.txt", b"\xff"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    rows = find_files(tmp_path / "a.tar").rows()
+    assert next(rows) == {"__key__": "x/1", "txt": "A cat.", "images": [b"one", b"two"]}
+    with pytest.raises(UserError, match=r"a.tar, x/2.txt: not UTF-8"):
+        next(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a,a\n1,2\n", "two columns are called 'a'"),
+        ("question,answer\nq\n", "line 2: 1 values for 2 columns"),
+        ('question,answer\nq,"a\n', "line 2: a quotation mark in it is never closed"),
+        ("messages\n[1\n", "line 2, column messages: not whole JSON"),
+    ],
+)
+def test_a_table_that_is_none(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match=said):
+        list(find_files(tmp_path / "a.csv").rows())
+
+
+def whole_files(folder: Path) -> dict[str, bytes]:
+    arrow = io.BytesIO()
+    table = pq.read_table(write_parquet(folder, MADE))
+    with pa.ipc.new_stream(arrow, table.schema) as writer:
+        writer.write_table(table)
+    return {
+        ".parquet": (folder / "table.parquet").read_bytes(),
+        ".arrow": arrow.getvalue(),
+        ".tar": write_webdataset(folder, MADE).read_bytes(),
+        ".csv": WRITERS["csv"](folder, MADE).read_bytes(),
+        ".tsv": WRITERS["tsv"](folder, MADE).read_bytes(),
+        ".json": write_llava(folder, MADE).read_bytes(),
+    }
+
+
+def read_whole(path: Path) -> None:
+    """Rows of any kind, or a `UserError`; as a table too."""
+    for read in (lambda: list(find_files(path).rows()), lambda: len(load_llava(path, cache_folder=path.parent / "c"))):
+        with contextlib.suppress(UserError):
+            read()
+
+
+@settings(max_examples=150)
+@given(st.sampled_from([*READERS, ".json"]), st.data())
+def test_cut_and_damaged_files_are_rows_or_one_line(tmp_path: Path, ending: str, data: st.DataObject) -> None:
+    content = bytearray(whole_files(tmp_path)[ending])
+    for _ in range(data.draw(st.integers(0, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(content)) | st.just(len(content)))
+    path = tmp_path / f"damaged{ending}"
+    path.write_bytes(content[:cut])
+    read_whole(path)
+
+
+@settings(max_examples=150)
+@given(st.sampled_from([*READERS, ".json"]), st.binary(max_size=300))
+def test_any_bytes_are_rows_or_one_line(tmp_path: Path, ending: str, content: bytes) -> None:
+    path = tmp_path / f"any{ending}"
+    path.write_bytes(content)
+    read_whole(path)
+
+
+def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        if name == "no/such":
+            raise FileNotFoundError("no such set,\nand no network")
+        as_dataset(MADE).save_to_disk(str(tmp_path / "fetched"))
+        return datasets.load_from_disk(str(tmp_path / "fetched"))  # pyright: ignore[reportReturnType]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    table = load_llava(Path("hub:own/er:validation"), cache_folder=tmp_path / "cache")
+    assert table["id"][:] == [item.id for item in MADE]
+    with pytest.raises(UserError, match="hub:no/such: cannot be read by `datasets`: no such set, and no network"):
+        find_files(Path("hub:no/such"))
+    assert asked == [("own/er", "validation"), ("no/such", "train")]

@@ -1,0 +1,186 @@
+"""A person's own pictures train by one command, whatever file they are in, and all files train the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from dora_vl.errors import UserError
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_task import LlavaTask
+from dora_vl.training.run import train
+from tasks import llava_instruct
+from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines, write_llava, write_pictures
+from tests.training.tiny_run import write_run, write_tiny_llava
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llava(tmp_path_factory.mktemp("own") / "llava")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_cache_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    caplog.set_level("INFO")
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_file(tmp_path: Path, base: Path, records: Path, name: str = "run", **data: object) -> Path:
+    return write_run(tmp_path / f"{name}.yaml", base, records, data=data, training={"use_cpu": True, "max_steps": 2})
+
+
+def losses_of(settings: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Trains by the script and returns what it logged."""
+    monkeypatch.setattr(sys, "argv", ["llava_instruct.py", "--config", str(settings)])
+    llava_instruct.main()
+    return [line["loss"] for line in read_log(settings.with_suffix("") / "log.jsonl") if "loss" in line]
+
+
+def test_every_file_trains_by_one_command_and_gives_the_same_losses(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, found = items(16), {}
+    for name, write in WRITERS.items():
+        folder = tmp_path / f"data-{name}"
+        folder.mkdir()
+        if name not in HOLD_PICTURES:
+            write_pictures(folder, made)
+        settings = run_file(tmp_path, base, write(folder, made), name, image_folder=str(folder))
+        found[name] = losses_of(settings, monkeypatch)
+    assert len(found["llava"]) == 2
+    assert found["llava"][0] != found["llava"][1]
+    assert {name: losses == found["llava"] for name, losses in found.items()} == dict.fromkeys(WRITERS, True)
+    said = caplog.text
+    for line in ("messages.jsonl: messages, 16 rows", "sharegpt.jsonl: conversations, 16 rows"):
+        assert said.count(line) == 1
+    assert "table.csv: question/answer, 16 rows" in said
+    assert "table.parquet: question/answer, 16 rows" in said
+
+
+def test_cached_features_of_pictures_in_the_file_give_the_same_losses(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = items(8)
+    stored = WRITERS["parquet"](tmp_path, made)
+    plain = losses_of(run_file(tmp_path, base, stored, "plain"), monkeypatch)
+    cached = losses_of(run_file(tmp_path, base, stored, "cached", cache_features=True, workers=1), monkeypatch)
+    assert cached == pytest.approx(plain, abs=1e-5)
+
+
+def test_a_picture_in_the_file_that_is_none_is_a_bad_sample_of_its_own(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = items(8)
+    made[3] = type(made[3])(**{**vars(made[3]), "content": made[3].content[:40]})
+    settings = run_file(tmp_path, base, WRITERS["webdataset"](tmp_path, made), max_bad_share=0.2)
+    assert len(losses_of(settings, monkeypatch)) == 2
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [one["id"] for one in skipped] == ["n3"]
+    assert "in the data file cannot be decoded" in skipped[0]["reason"]
+
+
+def test_several_files_with_weights_and_a_share_held_out(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = items(12)
+    write_pictures(tmp_path, made)
+    files = [
+        {"path": str(WRITERS["messages"](tmp_path, made[:8]))},
+        {"path": str(WRITERS["parquet"](tmp_path, made[8:])), "weight": 2},
+    ]
+    settings = run_file(tmp_path, base, write_llava(tmp_path, made), validation_share=0.25)
+    told = yaml.safe_load(settings.read_text())
+    told["data"]["train"] = files
+    settings.write_text(yaml.safe_dump(told))
+    assert len(losses_of(settings, monkeypatch)) == 2
+    said = caplog.text
+    assert "messages.jsonl: messages, 8 rows" in said
+    assert "table.parquet: question/answer, 4 rows, weight 2" in said
+    assert "3 samples of 3 pictures held out for validation, chosen by seed 3" in said
+    log = read_log(tmp_path / "run" / "log.jsonl")
+    assert [line["eval_samples"] for line in log if "eval_loss" in line] == [3]
+
+
+def test_what_the_test_asks_again_is_counted_and_named(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = items(8)
+    write_pictures(tmp_path, made)
+    settings = run_file(tmp_path, base, WRITERS["csv"](tmp_path, made))
+    again = [{**row, "id": f"t{row['id']}"} for row in json.loads(write_llava(tmp_path, made[2:4]).read_text())]
+    other = {**again[0], "id": "other", "image": made[5].picture}
+    told = yaml.safe_load(settings.read_text())
+    told["evaluation"] = {"file": str(lines(tmp_path / "test.jsonl", [*again, other])), "max_new_tokens": 2}
+    settings.write_text(yaml.safe_dump(told))
+    losses_of(settings, monkeypatch)
+    said = caplog.text
+    assert "2 training samples of" in said
+    assert "are asked again in" in said
+    assert "n2 is tn2 there; n3 is tn3 there" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.parquet", b"PAR1 no", "cannot be read as Parquet"),
+        ("a.tar", b"no archive", "cannot be read as a tar archive"),
+        ("a.arrow", b"no arrow", "cannot be read as Arrow"),
+        ("a.csv", b"question,answer\na,b,c\n", "line 2: 3 values for 2 columns"),
+        ("a.jsonl", b'{"query": "q"}\n', "none of its 1 records is a sample"),
+        (
+            "a.jsonl",
+            b'{"id": "x", "question": "q", "answer": "a"}\n{"id": "y", "messages": []}\n',
+            "rows of mixed formats, first of each question/answer: row 1 (x); messages: row 2 (y)",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_before_weights_are_loaded(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    settings = run_file(tmp_path, tmp_path / "no base there", tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        train(LlavaTask(read_run_file(settings)))
+    assert said in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_two_ways_of_validation_are_refused(tmp_path: Path) -> None:
+    made = items(4)
+    write_pictures(tmp_path, made)
+    records = write_llava(tmp_path, made)
+    settings = run_file(tmp_path, tmp_path / "none", records, validation=str(records), validation_share=0.5)
+    with pytest.raises(UserError, match=r"data.validation or data.validation_share, not both"):
+        train(LlavaTask(read_run_file(settings)))
+
+
+def test_wrong_data_ends_the_script_with_status_two(tmp_path: Path, base: Path) -> None:
+    Image.new("RGB", (3, 3)).save(tmp_path / "a.png")
+    settings = run_file(tmp_path, base, lines(tmp_path / "a.jsonl", [{"image": "a.png", "question": "q"}]))
+    ended = subprocess.run(
+        [sys.executable, "tasks/llava_instruct.py", "--config", str(settings)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'a.jsonl'}: none of its 1 records is a sample")
