@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import max_positions
@@ -25,13 +24,16 @@ from dora_vl.backbones.image_text_encode import ImageTextEncoder, load_processor
 from dora_vl.backbones.module import Backbone
 from dora_vl.core import DoRAConfig
 from dora_vl.data.dataset import Encoded, LlavaDataset
-from dora_vl.data.media import open_image
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.sampler import sampling_lengths
+from dora_vl.data.stored_pictures import StoredPictures, open_picture
+from dora_vl.data.train_files import train_name
+from dora_vl.data.training_rows import SampleRows
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import UserError
 from dora_vl.training.adapting import core_config
-from dora_vl.training.assembly import build_sampler, read_rows, recipe_record
+from dora_vl.training.arguments import order_seed
+from dora_vl.training.assembly import build_sampler, read_samples, recipe_record
 from dora_vl.training.base_loading import load_base
 from dora_vl.training.llava_task import LlavaTask
 from dora_vl.training.memory_estimate import Activations
@@ -78,6 +80,7 @@ class ImageTextTask(Task):
     def prepare(self, arguments: TrainingArguments) -> None:
         """Refuses what only LLaVA-1.5's path has, and a processor or chat template that cannot be trained on."""
         check_settings(self.config)
+        read_samples(self.config, seed=order_seed(arguments))
         processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
 
     def load(self) -> Backbone[Any]:
@@ -98,11 +101,10 @@ class ImageTextTask(Task):
         positions = max_positions(backbone.model.config)
         encoder = processor_encoder(self.config.model, max_tokens=min(data.max_tokens, positions or data.max_tokens))
         dummy = encoder.dummy()
-        rows = read_rows(data.train, data.limit)
-        held_out = None if data.validation is None else read_rows(data.validation, data.validation_limit)
+        train, held_out = read_samples(self.config, seed=order_seed(arguments))
         samples = partial(_samples, encoder=encoder, folder=Path(data.image_folder), seed=arguments.seed)
-        train_samples = samples(rows)
-        lengths = sampling_lengths(rows, tokens_per_image=len(dummy.input_ids))
+        train_samples = samples(train)
+        lengths = sampling_lengths(train.rows, tokens_per_image=len(dummy.input_ids))
         sampler = build_sampler(lengths, arguments, share_pictures=False) if data.group_by_modality_length else None
         illustrated = bool(lengths.is_multimodal.any())
         return TrainingData(
@@ -111,8 +113,8 @@ class ImageTextTask(Task):
             collate=ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy if illustrated else None),
             sampler=sampler,
             set_epoch=(train_samples.set_epoch, *(() if sampler is None else (sampler.set_epoch,))),
-            samples=len(rows),
-            source=data.train,
+            samples=len(train.rows),
+            source=train_name(data.train),
             longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
         )
 
@@ -193,11 +195,13 @@ def check_settings(config: RunConfig) -> None:
         raise UserError(f"picture folder {config.data.image_folder} does not exist; set data.image_folder")
 
 
-def encode_from_folder(conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path) -> Encoded:
+def encode_from_folder(
+    conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path, stored: StoredPictures
+) -> Encoded:
     """A conversation with its pictures read; a top-level function, so that worker processes can receive it."""
-    return encoder.encode(conversation, [open_image(folder, path) for path in conversation.images])
+    return encoder.encode(conversation, [open_picture(folder, name, stored) for name in conversation.images])
 
 
-def _samples(rows: datasets.Dataset, *, encoder: ImageTextEncoder, folder: Path, seed: int) -> LlavaDataset:
-    encode = partial(encode_from_folder, encoder=encoder, folder=folder)
-    return LlavaDataset(rows, encode=encode, seed=seed)
+def _samples(samples: SampleRows, *, encoder: ImageTextEncoder, folder: Path, seed: int) -> LlavaDataset:
+    encode = partial(encode_from_folder, encoder=encoder, folder=folder, stored=samples.stored)
+    return LlavaDataset(samples.rows, encode=encode, seed=seed)
