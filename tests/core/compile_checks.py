@@ -90,6 +90,16 @@ def test_one_graph_equals_eager(changes):
     assert_equal_to_eager(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
 
 
+def test_an_edit_of_the_frozen_weight_is_seen():
+    model = adapted().train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_equal_to_eager(model, compiled)
+    with torch.no_grad():
+        model.q.weight.mul_(1.5)
+        model.conv.weight[2].add_(0.4)
+    assert_equal_to_eager(model, compiled)
+
+
 class Sealed(nn.Module):
     """A linear layer that is only ever called."""
 
