@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from dora_vl.core import functional
 from dora_vl.core.compiled import compiled_linear
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.dropout import SharedDropout
-from dora_vl.core.fast.cpu_step import compiled_pass
+from dora_vl.core.fast.cpu_step import compiled_pass, output_is_compiled
 from dora_vl.core.freshness import Snapshot
 from dora_vl.core.gain import Gain, careful_gain, quick_gains
 from dora_vl.core.gain_family import GainFamily
@@ -21,6 +21,16 @@ from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.products import ROW_HALVES
 
 SHARED_DROPOUT = SharedDropout()
+
+
+class CastFactors(NamedTuple):
+    """A and s B in the activations' dtype, what they came from, and whether the compiled operation takes them."""
+
+    a: Float[Tensor, "rank in_"]
+    b: Float[Tensor, "out rank"]
+    dtype: torch.dtype
+    snapshot: Snapshot
+    compiled: bool
 
 
 class ProductLayer(AdaptedLayer):
@@ -39,7 +49,7 @@ class ProductLayer(AdaptedLayer):
         """Drops what was computed from A, B and the magnitude, and with `frozen` from the frozen weight too."""
         super().forget_norms(frozen=frozen)
         self._gain: tuple[Gain, torch.dtype, Snapshot] | None = None
-        self._factors: tuple[Tensor, Tensor, torch.dtype, Snapshot] | None = None
+        self._factors: CastFactors | None = None
         self.compiled_gain: tuple[list[Tensor] | None, Snapshot] | None = None
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -84,11 +94,14 @@ class ProductLayer(AdaptedLayer):
 
     def _infer(self, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Gain | None) -> Float[Tensor, "*batch out"]:
         """The forward pass without a graph; in eval the cast factors are kept, so that decoding casts nothing."""
-        rows = x.reshape(-1, x.shape[-1])
         hidden = b = None
         if self.adapter.method != "magnitude":
-            a, b = self._cast_factors(x.dtype)
-            hidden = F.linear(rows, a)
+            factors = self._cast_factors(x.dtype)
+            if factors.compiled and gain is not None:
+                return torch.ops.dora_vl_cpu.adapted_output(x, weight, bias, factors.a, factors.b, gain.full)
+            b = factors.b
+            hidden = F.linear(x.reshape(-1, x.shape[-1]), factors.a)
+        rows = x.reshape(-1, x.shape[-1])
         y = functional.changed_product_(ROW_HALVES.product(rows, weight.t(), bias), hidden, b, bias, gain)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -139,17 +152,18 @@ class ProductLayer(AdaptedLayer):
         (quick,) = quick_gains(magnitude, frozen, squared[None], bias, dtype)
         return quick or self.careful_gain(squared, dtype)
 
-    def _cast_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _cast_factors(self, dtype: torch.dtype) -> CastFactors:
         """A and s B in the activations' dtype; kept between calls in eval only."""
         kept = self._factors  # dropped with the gain, where there is one, so that is not asked twice
-        fresh = kept is not None and kept[2] == dtype and (self._gain is not None or self.still_holds(kept[3]))
-        if kept is None or self.training or not fresh:
-            factors = self.factors()
-            assert factors is not None
-            a, b = factors
-            cast_factors = a.detach().to(dtype), b.detach().to(dtype) * self.scale()
-            self._factors = kept = (*cast_factors, dtype, self.snapshot())
-        return kept[:2]
+        if kept is not None and kept.dtype == dtype and (self._gain is not None or self.still_holds(kept.snapshot)):
+            return kept
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        cast_factors = self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype) * self.scale()
+        compiled = not self.training and output_is_compiled(self, dtype)
+        factors = CastFactors(*cast_factors, dtype, self.snapshot(), compiled)
+        self._factors = None if self.training else factors
+        return factors
 
 
 class DoRALinear(ProductLayer, nn.Linear):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,8 @@ def compiled(monkeypatch):
     """Every pass is large enough here."""
     monkeypatch.delenv(cpu_step.SWITCH, raising=False)
     monkeypatch.setattr(cpu_step, "SMALLEST_OUTPUT", 0)
-    operation = cpu_step.compiled_operation
+    monkeypatch.setattr(cpu_step, "SMALLEST_WEIGHT", 0)
+    operation = cpu_step.compiled_operations
     operation.cache_clear()
     if operation() is None:
         pytest.skip("needs a C++ compiler and ninja: apt-get install g++, pip install ninja")
@@ -35,15 +38,16 @@ def compiled(monkeypatch):
 def calls(monkeypatch):
     """Counts the passes that ran compiled, and those that were found unsound."""
     counted = {"sound": 0, "unsound": 0}
-    operation = cpu_step.compiled_operation()
-    assert operation is not None
+    operations = cpu_step.compiled_operations()
+    assert operations is not None
 
     def counting(*operands):
-        result = operation(*operands)
+        result = operations.adapted_product(*operands)
         counted["sound" if result[1] else "unsound"] += 1
         return result
 
-    monkeypatch.setattr(cpu_step, "compiled_operation", lambda: counting)
+    counted_operations = SimpleNamespace(adapted_product=counting, adapted_output=operations.adapted_output)
+    monkeypatch.setattr(cpu_step, "compiled_operations", lambda: counted_operations)
     return counted
 
 
@@ -67,7 +71,7 @@ def results(model: nn.Module, x: torch.Tensor, run=None) -> list[torch.Tensor]:
 def reference(model: nn.Module, x: torch.Tensor, monkeypatch, dtype=torch.float64) -> list[torch.Tensor]:
     """What `functional.py` gives, in float64."""
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_step, "compiled_operation", lambda: None)
+        patch.setattr(cpu_step, "compiled_operations", lambda: None)
         return results(copy.deepcopy(model).to(dtype), x.to(dtype))
 
 
@@ -104,7 +108,7 @@ def test_dropout_draws_what_python_draws(monkeypatch, calls, dtype, edited):
     for layers, inputs, fast in ((block, x, True), (block, x, False), (wide_block, x.double(), False)):
         with monkeypatch.context() as patch:
             if not fast:
-                patch.setattr(cpu_step, "compiled_operation", lambda: None)
+                patch.setattr(cpu_step, "compiled_operations", lambda: None)
             torch.manual_seed(8)
             outcomes.append([one.detach().double() for one in results(layers, inputs)])
     for found, python, wanted in zip(*outcomes, strict=True):
@@ -174,7 +178,7 @@ def test_checkpoints_and_edits_in_place(monkeypatch, calls, reentrant):
     wide = copy.deepcopy(model).double()
     wide_block = nn.Sequential(wide[0], nn.ReLU(), wide[2])
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_step, "compiled_operation", lambda: None)
+        patch.setattr(cpu_step, "compiled_operations", lambda: None)
         wanted = results(wide, x.double(), wide_block)
     assert_near(results(model, x, run), wanted, 2e-5)
     assert calls["sound"] >= 2
@@ -245,18 +249,78 @@ def test_what_it_does_not_know_runs_in_python(calls):
 
 def test_without_a_compiler_or_switched_off_it_stands_aside(monkeypatch, caplog):
     monkeypatch.setenv(cpu_step.SWITCH, "0")
-    cpu_step.compiled_operation.cache_clear()
-    assert cpu_step.compiled_operation() is None
+    cpu_step.compiled_operations.cache_clear()
+    assert cpu_step.compiled_operations() is None
     monkeypatch.delenv(cpu_step.SWITCH)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    cpu_step.compiled_operation.cache_clear()
+    cpu_step.compiled_operations.cache_clear()
     with caplog.at_level("INFO"):
-        assert cpu_step.compiled_operation() is None
-        assert cpu_step.compiled_operation() is None
+        assert cpu_step.compiled_operations() is None
+        assert cpu_step.compiled_operations() is None
     assert len(caplog.records) == 1
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(cpu_step, "FLAGS", ("--no-such-flag",))
-    cpu_step.compiled_operation.cache_clear()
-    assert cpu_step.compiled_operation() is None
+    cpu_step.compiled_operations.cache_clear()
+    assert cpu_step.compiled_operations() is None
     assert "could not be built" in caplog.text
     results(model_of(torch.float32), torch.randn(9, 37))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 5, 16, 67])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(), (1, 1), (2, 3), (8,), (9,), (300,), (0,)])
+def test_without_a_graph_outputs_are_those_of_the_equation(monkeypatch, dtype, rank, bias, shape):
+    model = model_of(dtype, rank=rank, bias=bias).eval()
+    x = torch.randn(*shape, 37).to(dtype)
+    with torch.no_grad():
+        found = model(x)
+        assert all(layer._factors.compiled for layer in (model[0], model[2]))
+        monkeypatch.setattr(cpu_step, "compiled_operations", lambda: None)
+        python, exact = (copy.deepcopy(model).to(one)(x.to(one)).double() for one in (dtype, torch.float64))
+    assert found.shape == exact.shape
+    assert found.dtype == dtype
+    size = float(exact.norm()) or 1.0
+    assert float((found.double() - exact).norm()) / size <= 2 * float((python - exact).norm()) / size + FLOOR[dtype]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (40,)])
+def test_without_a_graph_nothing_changes_bit_by_bit_at_the_start(shape):
+    for dtype in DTYPES:
+        torch.manual_seed(0)
+        base = nn.Linear(37, 301).to(dtype)
+        model = nn.Sequential(copy.deepcopy(base))
+        apply_dora(model, DoRAConfig(targets=("*",), rank=5, alpha=7.0))
+        x = torch.randn(*shape, 37).to(dtype)
+        with torch.no_grad():
+            assert torch.equal(model.eval()(x), base(x))
+
+
+def test_without_a_graph_a_change_of_anything_is_seen():
+    model = model_of(torch.float32).eval()
+    x, layer = torch.randn(1, 37), model[0]
+    with torch.no_grad():
+        for change in (
+            lambda: layer.lora_A.mul_(1.5),
+            lambda: layer.lora_B.data.add_(0.1),
+            lambda: layer.magnitude.mul_(0.7),
+            lambda: layer.weight.mul_(1.1),
+            lambda: layer.bias.add_(1.0),
+        ):
+            before = layer(x)
+            change()
+            after, dense = layer(x), copy.deepcopy(layer).double()(x.double())
+            assert not torch.allclose(before, after)
+            assert torch.allclose(after.double(), dense, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_has_answered_is_copied_and_pickled():
+    model = model_of(torch.float32).eval()
+    x = torch.randn(1, 37)
+    with torch.no_grad():
+        wanted = model(x)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert torch.equal(other(x), wanted)

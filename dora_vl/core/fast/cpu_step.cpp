@@ -23,41 +23,24 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <tuple>
 
-using at::BFloat16;
+#include "cpu_numbers.h"
+
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+Tensor adapted_output(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& a,
+                      const Tensor& b, const Tensor& full);  // cpu_output.cpp
+
 namespace {
 
 constexpr int64_t BLOCK_ROWS = 64;      // rows whose sums one thread takes at a time
-constexpr int64_t GRAIN = 32768;        // numbers below which a pass is not worth a second thread
 constexpr float CANCELLATION = 0.15f;   // the three bounds of gain.py
 constexpr float FRAGILE_GAIN = 0.05f;
 constexpr float LARGE_BIAS = 8.0f;
-
-int64_t grain(int64_t numbers_each) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(numbers_each, 1)); }
-
-inline float wide(float value) { return value; }
-inline float wide(BFloat16 value) {
-  uint32_t bits = static_cast<uint32_t>(value.x) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-template <typename T> inline T narrow(float value);
-template <> inline float narrow<float>(float value) { return value; }
-template <> inline BFloat16 narrow<BFloat16>(float value) {  // to nearest even; branchless, so that it vectorises
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  uint32_t result = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
-  return BFloat16(static_cast<uint16_t>(result), BFloat16::from_bits());
-}
 
 Tensor float_or_none(const std::optional<Tensor>& bias) { return bias ? bias->detach().to(at::kFloat) : Tensor(); }
 
@@ -348,4 +331,7 @@ std::tuple<Tensor, bool> adapted_product(const Tensor& x, const Tensor& weight, 
 
 }  // namespace
 
-TORCH_LIBRARY(dora_vl_cpu, m) { m.def("adapted_product", adapted_product); }
+TORCH_LIBRARY(dora_vl_cpu, m) {
+  m.def("adapted_product", adapted_product);
+  m.def("adapted_output", adapted_output);
+}

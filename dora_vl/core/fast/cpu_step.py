@@ -1,4 +1,4 @@
-"""The training pass of a linear layer on a CPU as one compiled operation, `cpu_step.cpp`, where a compiler is there.
+"""The passes of a linear layer on a CPU as compiled operations, `cpu_step.cpp`, `cpu_output.cpp`, with a compiler there.
 
 Between the matrix products a DoRA layer does little, but in Python that little is some forty operations a layer and
 step, a twentieth of the step of a 135M-parameter model; and the gain is applied in three passes over memory where one
@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -40,7 +39,10 @@ SWITCH = "DORA_VL_CPU_STEP"
 SMALLEST_OUTPUT = 2**16
 """Numbers of an output below which nothing is compiled: a toy would wait for what it cannot gain."""
 DTYPES = frozenset({torch.float32, torch.bfloat16})
-SOURCE = Path(__file__).with_name("cpu_step.cpp")
+SMALLEST_WEIGHT = 2**18
+"""The same for a pass without a graph, whose gain is in its calls and not in its rows."""
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_output.cpp")]
+HEADER = Path(__file__).with_name("cpu_numbers.h")
 # No fast-math: a NaN stays one. Without traps and errno, loops with a comparison or a root run in vector registers.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
@@ -58,8 +60,8 @@ def compiled_pass(
     """
     if not _is_worth_it(layer, x, weight):
         return None
-    operation = compiled_operation()
-    if operation is None:
+    operations = compiled_operations()
+    if operations is None:
         return None
     assert layer.magnitude is not None
     kept = layer.compiled_gain
@@ -80,31 +82,40 @@ def compiled_pass(
         dropout = (1 - dropped.probability, masked, dropped.positions, dropped.shared_taken(rows))
     parameters = (layer.lora_A, layer.lora_B, layer.magnitude)
     frozen = layer.weight_norms_squared()
-    output, sound = operation(x, weight, bias, *parameters, frozen, gain, due, layer.scale(), *dropout, *halves)
+    output, sound = operations.adapted_product(x, weight, bias, *parameters, frozen, gain, due, layer.scale(), *dropout, *halves)
     if not sound:
         layer.compiled_gain = None, kept[1]
         return None
     return cast(Tensor, output)
 
 
+def output_is_compiled(layer: ProductLayer, dtype: torch.dtype) -> bool:
+    """Whether `adapted_output` gives this layer's output without a graph, for as long as its tensors stay the same."""
+    large = dtype in DTYPES and layer.weight.numel() >= SMALLEST_WEIGHT
+    return large and _is_plain(layer) and compiled_operations() is not None
+
+
 def _is_worth_it(layer: ProductLayer, x: Tensor, weight: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
-        and x.dtype in DTYPES
+        x.dtype in DTYPES
         and x.dtype == weight.dtype
         and x.numel() // max(x.shape[-1], 1) * len(weight) >= SMALLEST_OUTPUT
         and layer.adapter.detach_norm
         and not torch.is_autocast_enabled("cpu")
-        and all(
-            is_plain_parameter(one) and SHARD_MARKS.isdisjoint(vars(one))
-            for one in (layer.weight, layer.lora_A, layer.lora_B, layer.magnitude)
-        )
+        and _is_plain(layer)
+    )
+
+
+def _is_plain(layer: ProductLayer) -> bool:
+    trained = (layer.lora_A, layer.lora_B, layer.magnitude)
+    return layer.weight.device.type == "cpu" and all(
+        is_plain_parameter(one) and SHARD_MARKS.isdisjoint(vars(one)) for one in (layer.weight, *trained)
     )
 
 
 @cache
-def compiled_operation() -> Callable[..., Any] | None:
-    """`torch.ops.dora_vl_cpu.adapted_product`, compiled if it never was; None where it cannot be, said once."""
+def compiled_operations() -> Any | None:
+    """The namespace `torch.ops.dora_vl_cpu`, compiled if it never was; None where it cannot be, said once."""
     if os.environ.get(SWITCH) == "0":
         return None
     if shutil.which(os.environ.get("CXX", "c++")) is None or importlib.util.find_spec("ninja") is None:
@@ -115,7 +126,7 @@ def compiled_operation() -> Callable[..., Any] | None:
     except (RuntimeError, OSError, ImportError) as failure:  # what the builder raises, and the loader
         log.warning("the compiled DoRA step could not be built, Python runs, a few per cent slower: %.300s", failure)
         return None
-    return torch.ops.dora_vl_cpu.adapted_product
+    return torch.ops.dora_vl_cpu
 
 
 def _compile() -> None:
@@ -127,7 +138,7 @@ def _compile() -> None:
     # The builder looks for ninja on the path, where it is only in an activated environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
     try:
-        load(name, [str(SOURCE)], extra_cflags=list(FLAGS), is_python_module=False, verbose=False)
+        load(name, [str(source) for source in SOURCES], extra_cflags=list(FLAGS), is_python_module=False, verbose=False)
     finally:
         os.environ["PATH"] = path
 
@@ -138,5 +149,5 @@ def _identity() -> str:
     flags = Path("/proc/cpuinfo")
     if flags.exists():
         processor += next((line for line in flags.read_text().splitlines() if line.startswith("flags")), "")
-    parts = (SOURCE.read_text(), *FLAGS, torch.__version__, processor)
+    parts = (*(path.read_text() for path in (*SOURCES, HEADER)), *FLAGS, torch.__version__, processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
