@@ -23,13 +23,13 @@ from typing import Any
 from report import table, write_json
 
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.evaluation.bootstrap import intervals, paired_differences
-from dora_vl.evaluation.commonsense import extracted
 from dora_vl.evaluation.commonsense_run import PREDICTIONS, Asked, read_sets
 from dora_vl.evaluation.predictions_file import read_predictions
-from dora_vl.evaluation.scored import Mean, Ratio, Scored, Tally
-from dora_vl.training.command_line import read_settings
-from dora_vl.training.commonsense_recipe import CommonsenseRunConfig
+from dora_vl.run.command_line import read_settings
+from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
+from dora_vl.scores.bootstrap import intervals, paired_differences
+from dora_vl.scores.commonsense import extracted
+from dora_vl.scores.scored import Mean, Ratio, Scored, Tally
 from dora_vl.whole_numbers import positive
 
 CONFIG = "configs/commonsense/smollm2_135m_dora.yaml"

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dora_vl import DoRAConfig, apply_dora, merge_dora
-from dora_vl.interchange.peft_model import accelerate_peft
+from dora_vl.adapters.peft_model import accelerate_peft
 
 TRAINED = ("frozen", "peft_lora", "peft_dora", "peft_dora_accelerated", "ours")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

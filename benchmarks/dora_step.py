@@ -34,7 +34,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.report import median, table, write_json
 from benchmarks.single_layer import layer_of_shape, single_layer_loss
-from dora_vl.training.launch import keep_freed_memory
+from dora_vl.run.launch import keep_freed_memory
 
 DECODED = ("frozen", "peft_lora", "peft_dora", "ours", "ours_merged")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

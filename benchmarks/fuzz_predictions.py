@@ -19,8 +19,8 @@ from dora_vl.data.examples import Example, iterate_examples, to_record
 from dora_vl.errors import UserError
 from dora_vl.evaluation import prompts, submission
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.commonsense import PATTERNS
-from dora_vl.evaluation.own_scores import SCORINGS
+from dora_vl.scores.commonsense import PATTERNS
+from dora_vl.scores.own_scores import SCORINGS
 
 CAPTIONS, JAVA_WEIGHT = frozenset({"coco_caption", "tvc", "yc2c"}), 0.02
 """Captions are scored by Java programs, seconds for ten of them: most cases take the tokenizer that stands in."""

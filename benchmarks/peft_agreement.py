@@ -20,9 +20,9 @@ from report import table, write_json
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from dora_vl.adapters.folder import RECIPE_FILE, load_adapter, read_json
 from dora_vl.backbones.llava import load_llava
-from dora_vl.core import load_adapter, merge_dora
-from dora_vl.core.adapter_file import RECIPE_FILE, read_json
+from dora_vl.core import merge_dora
 from dora_vl.data.media import open_image
 from dora_vl.errors import exit_on_user_error
 from dora_vl.evaluation.assistant import Assistant, open_assistants

@@ -22,7 +22,7 @@ import pytest
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from dora_vl.interchange.peft_model import accelerate_peft
+from dora_vl.adapters.peft_model import accelerate_peft
 
 OTHER_METHODS = ("ada", "de", "g", "gra", "monte", "rand", "tiny", "uni", "v", "vb", "ve", "x")
 """What stands before `lora` in the names of other methods: AdaLoRA, DeLoRA and so on."""

@@ -11,31 +11,31 @@ from typing import TYPE_CHECKING, Any
 from dora_vl.vision.lazy_registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from dora_vl.adapters.folder import load_adapter as load_adapter
+    from dora_vl.adapters.folder import save_adapter as save_adapter
+    from dora_vl.adapters.peft_model import accelerate_peft as accelerate_peft
+    from dora_vl.adapters.peft_model import restore_peft as restore_peft
+    from dora_vl.adapters.several import AdapterSet as AdapterSet
     from dora_vl.core import DoRAConfig as DoRAConfig
     from dora_vl.core import apply_dora as apply_dora
-    from dora_vl.core import load_adapter as load_adapter
     from dora_vl.core import merge_dora as merge_dora
-    from dora_vl.core import save_adapter as save_adapter
     from dora_vl.core import strip_adapters as strip_adapters
     from dora_vl.core import trained_parts as trained_parts
     from dora_vl.core import unmerge_dora as unmerge_dora
     from dora_vl.errors import UserError as UserError
-    from dora_vl.interchange.peft_model import accelerate_peft as accelerate_peft
-    from dora_vl.interchange.peft_model import restore_peft as restore_peft
-    from dora_vl.interchange.several import AdapterSet as AdapterSet
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterSet": "dora_vl.interchange.several",
+    "AdapterSet": "dora_vl.adapters.several",
     "DoRAConfig": "dora_vl.core",
     "UserError": "dora_vl.errors",
-    "accelerate_peft": "dora_vl.interchange.peft_model",
+    "accelerate_peft": "dora_vl.adapters.peft_model",
     "apply_dora": "dora_vl.core",
-    "load_adapter": "dora_vl.core",
+    "load_adapter": "dora_vl.adapters.folder",
     "merge_dora": "dora_vl.core",
-    "restore_peft": "dora_vl.interchange.peft_model",
-    "save_adapter": "dora_vl.core",
+    "restore_peft": "dora_vl.adapters.peft_model",
+    "save_adapter": "dora_vl.adapters.folder",
     "strip_adapters": "dora_vl.core",
     "trained_parts": "dora_vl.core",
     "unmerge_dora": "dora_vl.core",

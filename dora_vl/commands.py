@@ -18,12 +18,12 @@ class Command:
 
 
 COMMANDS = {
-    "analyze": Command("dora_vl.interchange.analyze_command", "what training changed: magnitudes and directions"),
+    "analyze": Command("dora_vl.evaluation.analyze_command", "what training changed: magnitudes and directions"),
     "check-data": Command("dora_vl.sources.check_command", "what is wrong with data files, before a run finds it"),
-    "convert": Command("dora_vl.interchange.convert_command", "adapters of other tools, in and out"),
+    "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out"),
     "evaluate": Command(
         "dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"
     ),
-    "merge": Command("dora_vl.interchange.merge_command", "base + adapters as a plain model folder"),
+    "merge": Command("dora_vl.adapters.merge_command", "base + adapters as a plain model folder"),
     "prepare": Command("dora_vl.sources.prepare_command", "a publisher's files to records"),
 }

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dora_vl.training.commonsense_recipe import CommonsenseRunConfig
+from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.training.start import start
 
 if TYPE_CHECKING:
-    from dora_vl.training.commonsense_task import CommonsenseTask
+    from dora_vl.pipelines.commonsense_task import CommonsenseTask
 
 
 def task_of(config: CommonsenseRunConfig) -> CommonsenseTask:
     """The task of these settings; its imports take seconds, so they wait until the settings are right."""
-    from dora_vl.training.commonsense_task import CommonsenseTask
+    from dora_vl.pipelines.commonsense_task import CommonsenseTask
 
     return CommonsenseTask(config)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dora_vl.training.recipe import RunConfig
+from dora_vl.run.recipe import RunConfig
 from dora_vl.training.start import start
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def instruct(config: RunConfig) -> Task:
     """The base's task; its imports take seconds, so they come after mistakes in the settings were told."""
-    from dora_vl.training.image_text_task import instruct_task
+    from dora_vl.pipelines.image_text_task import instruct_task
 
     return instruct_task(config)
 

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING
 from dora_vl.tasks.vlbart_video import subtasks
 
 if TYPE_CHECKING:
+    from dora_vl.run.vlbart_recipe import VlBartRunConfig
     from dora_vl.training.task import Task
-    from dora_vl.training.vlbart_recipe import VlBartRunConfig
 
 
 def task_of(config: VlBartRunConfig) -> Task:
     """The run's task; imports what takes seconds."""
-    from dora_vl.training.vlbart_task import VlBartTask
+    from dora_vl.pipelines.vlbart_task import VlBartTask
 
     return VlBartTask(config, subtasks(task_prompt=config.data.task_prompt), name="vlbart_video")
 
 
 def main() -> None:
     """Reads the settings, trains, tests."""
+    from dora_vl.run.vlbart_recipe import VlBartRunConfig
     from dora_vl.training.start import start
-    from dora_vl.training.vlbart_recipe import VlBartRunConfig
 
     start("vlbart_video.py", __doc__ or "", VlBartRunConfig, task_of)
 

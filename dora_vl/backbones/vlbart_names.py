@@ -12,11 +12,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dora_vl.adapters.tensor_files import read_tensors
+from dora_vl.adapters.vlbart_tensors import ALIASES, EMBEDDING
 from dora_vl.backbones.vlbart_config import VisualNorm
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
-from dora_vl.backbones.vlbart_tensors import ALIASES, EMBEDDING
 from dora_vl.errors import UserError
-from dora_vl.interchange.tensor_files import read_tensors
 
 RAW_WEIGHT = ".weight_v"  # NVlabs' DoRA keeps the frozen weight under this name
 ADAPTER_LEAVES = (".weight_m", ".lora_A", ".lora_B")

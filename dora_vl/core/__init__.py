@@ -1,7 +1,5 @@
-"""DoRA itself, in plain torch: needs torch, safetensors and the standard library (and jaxtyping, for shapes)."""
+"""DoRA itself, in plain torch: needs torch and the standard library (and jaxtyping, for shapes)."""
 
-from dora_vl.core.adapter_file import load_adapter as load_adapter
-from dora_vl.core.adapter_file import save_adapter as save_adapter
 from dora_vl.core.config import DoRAConfig as DoRAConfig
 from dora_vl.core.inject import apply_dora as apply_dora
 from dora_vl.core.inject import merge_dora as merge_dora

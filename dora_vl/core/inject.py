@@ -9,7 +9,7 @@ from torch import nn
 
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.dvora import SHARED_NAME, DVoRALinear, SharedRandom, share_random
-from dora_vl.core.gain_family import found_families
+from dora_vl.core.fast.gain_family import found_families
 from dora_vl.core.initialise import OriginalWeight, fill_from_weights, start_loftq, take_starts
 from dora_vl.core.kinds import adaptable
 from dora_vl.core.linear import ProductLayer

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_vl.core import functional
-from dora_vl.core.compiled import compiled_gain
 from dora_vl.core.config import DoRAConfig
+from dora_vl.core.fast.compiled import compiled_gain
 from dora_vl.core.freshness import OPTIMIZER_STEPS, Snapshot, unwatch
 from dora_vl.core.initialise import initialise
 

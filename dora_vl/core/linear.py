@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.core import functional
-from dora_vl.core.compiled import compiled_linear
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.dropout import SharedDropout
+from dora_vl.core.fast.compiled import compiled_linear
 from dora_vl.core.fast.cpu_step import compiled_pass, output_is_compiled
+from dora_vl.core.fast.dropout import SharedDropout
+from dora_vl.core.fast.gain_family import GainFamily
+from dora_vl.core.fast.products import ROW_HALVES
 from dora_vl.core.freshness import Snapshot
 from dora_vl.core.gain import Gain, careful_gain, quick_gains
-from dora_vl.core.gain_family import GainFamily
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.products import ROW_HALVES
 
 SHARED_DROPOUT = SharedDropout()
 

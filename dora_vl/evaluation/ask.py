@@ -25,7 +25,7 @@ from dora_vl.evaluation.predictions_file import (
     write_in_order,
 )
 from dora_vl.evaluation.questions import Question
-from dora_vl.training.launch import (
+from dora_vl.run.launch import (
     leave_process_group,
     on_first_rank,
     rank_and_ranks,

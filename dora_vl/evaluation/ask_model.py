@@ -12,23 +12,23 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from dora_vl.adapters.folder import RECIPE_FILE, WEIGHTS_FILE, read_json
+from dora_vl.adapters.provenance import content_hash, local_folder
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.image_text import IMAGE_TEXT
 from dora_vl.backbones.vlbart_config import VlBartConfig
-from dora_vl.core.adapter_file import RECIPE_FILE, WEIGHTS_FILE, read_json
 from dora_vl.data.examples import Clip, Example
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Asked, Asking, ask
 from dora_vl.evaluation.ask_vlbart import VlBartModel, subtasks_of
 from dora_vl.evaluation.assistant import Assistant, find_base, open_assistants
 from dora_vl.evaluation.evaluation_set import EvaluationSet
-from dora_vl.evaluation.predict import Decoding, PictureReader, predict
+from dora_vl.evaluation.predict import Decoding, predict
 from dora_vl.evaluation.predictions_file import PredictionsFile, file_sha256
 from dora_vl.evaluation.prompts import Prompt, turns_of
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant, open_vlbart_assistants
-from dora_vl.training.picture_reading import read_pixels
-from dora_vl.training.provenance import content_hash, local_folder
+from dora_vl.run.picture_reading import PictureReader, read_pixels
 from dora_vl.vision.frame_sampling import Uniform
 from dora_vl.vision.images import ImagePreparation
 from dora_vl.vision.video import VideoReader

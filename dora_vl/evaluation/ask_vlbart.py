@@ -16,7 +16,6 @@ from dora_vl.data.dataset import Skipped
 from dora_vl.data.examples import Example
 from dora_vl.data.feature_input import clip_of_features
 from dora_vl.data.media import open_image
-from dora_vl.data.seq2seq import Subtask
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.answer_joins import LABELLED
@@ -26,6 +25,7 @@ from dora_vl.evaluation.predict import note_failures, prediction_of
 from dora_vl.evaluation.predictions_file import PredictionsFile
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
+from dora_vl.tasks.subtask import Subtask
 from dora_vl.vision.video import VideoReader
 
 TASK_FILES = {"vlbart_image": "dora_vl.tasks.vlbart_image", "vlbart_video": "dora_vl.tasks.vlbart_video"}

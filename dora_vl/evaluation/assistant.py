@@ -14,21 +14,20 @@ from PIL import Image
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from dora_vl.adapters.folder import RECIPE_FILE, WEIGHTS_FILE, load_adapter, own_name, read_json, read_weights
+from dora_vl.adapters.provenance import content_hash, local_folder
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.backbones.module import Backbone
-from dora_vl.core import load_adapter
-from dora_vl.core.adapter_file import RECIPE_FILE, WEIGHTS_FILE, own_name, read_json, read_weights
 from dora_vl.data.examples import Example
 from dora_vl.data.media import open_image
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.predict import Decoding
 from dora_vl.evaluation.prompts import about_video
-from dora_vl.training.assembly import build_encoder, load_backbone
-from dora_vl.training.provenance import content_hash, local_folder
-from dora_vl.training.recipe import ModelConfig
+from dora_vl.run.assembly import build_encoder, load_backbone
+from dora_vl.run.recipe import ModelConfig
 from dora_vl.vision.images import ImagePreparation
 
 REPOSITORY = Path(__file__).resolve().parents[2]

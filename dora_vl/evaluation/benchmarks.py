@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from dora_vl.data.examples import Example
-from dora_vl.evaluation import (
+from dora_vl.evaluation import prompts, submission
+from dora_vl.evaluation.prompts import Prompt
+from dora_vl.evaluation.submission import Submission
+from dora_vl.scores import (
     caption,
     commonsense,
     exact_match,
@@ -19,19 +22,15 @@ from dora_vl.evaluation import (
     mme,
     nlvr2,
     pope,
-    prompts,
     scienceqa,
     seed,
-    submission,
     textvqa,
     video_qa,
     vizwiz,
     vqa,
 )
-from dora_vl.evaluation.known_truth import Group
-from dora_vl.evaluation.prompts import Prompt
-from dora_vl.evaluation.scored import Scored
-from dora_vl.evaluation.submission import Submission
+from dora_vl.scores.known_truth import Group
+from dora_vl.scores.scored import Scored
 
 Scorer = Callable[[Sequence[Example], Mapping[str, str]], Scored]
 

@@ -12,22 +12,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.instruction_prompt import InstructionEncoder
-from dora_vl.core.adapter_file import WEIGHTS_FILE
 from dora_vl.data.examples import Answer, Example
 from dora_vl.data.instructions import iterate_instructions
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.bootstrap import intervals
-from dora_vl.evaluation.commonsense import PATTERNS, extracted, score
 from dora_vl.evaluation.likelihood import choose
-from dora_vl.evaluation.predict import Decoding, PictureReader, predict
+from dora_vl.evaluation.predict import Decoding, predict
 from dora_vl.evaluation.predictions_file import PredictionsFile
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.scored import Scored
-from dora_vl.training.commonsense_recipe import CommonsenseEvaluationConfig
-from dora_vl.training.run_folder import ADAPTER, METRICS, write_json
+from dora_vl.run.commonsense_recipe import CommonsenseEvaluationConfig
+from dora_vl.run.picture_reading import PictureReader
+from dora_vl.run.run_folder import ADAPTER, METRICS, write_json
+from dora_vl.scores.bootstrap import intervals
+from dora_vl.scores.commonsense import PATTERNS, extracted, score
+from dora_vl.scores.scored import Scored
 
 log = logging.getLogger(__name__)
 

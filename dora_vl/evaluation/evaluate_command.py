@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 def _ask_and_score(options: argparse.Namespace) -> Iterator[str]:
     """All processes of a launch ask; the first scores."""
     from dora_vl.evaluation.ask import joined_launch
-    from dora_vl.training.launch import first_rank_speaks, is_first_rank
+    from dora_vl.run.launch import first_rank_speaks, is_first_rank
 
     with first_rank_speaks(), joined_launch():
         sets = _sets(options)

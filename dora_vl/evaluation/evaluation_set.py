@@ -12,12 +12,12 @@ from dora_vl.data.examples import Answer, Example, iterate_examples
 from dora_vl.data.records import stream_values
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import Benchmark, Scorer
-from dora_vl.evaluation.choices import check_choices
-from dora_vl.evaluation.known_truth import has_answer, has_right_choice, not_scored
 from dora_vl.evaluation.other_benchmarks import find_benchmark
 from dora_vl.evaluation.prompts import LETTER, LETTER_CN, letter_cn
 from dora_vl.evaluation.question_file import is_question, read_question_file, with_choices
 from dora_vl.evaluation.questions import Question, read_questions
+from dora_vl.scores.choices import check_choices
+from dora_vl.scores.known_truth import has_answer, has_right_choice, not_scored
 
 LLAVA_KEY = "conversations"
 UNREADABLE_CHOICES = ("",)

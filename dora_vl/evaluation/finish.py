@@ -16,10 +16,10 @@ from pathlib import Path
 from dora_vl.data.examples import whole_file
 from dora_vl.errors import UserError, one_line, shown
 from dora_vl.evaluation.evaluation_set import EvaluationSet
-from dora_vl.evaluation.exact_match import score as exact_match
 from dora_vl.evaluation.metrics_file import METRICS, Origin, write_metrics
 from dora_vl.evaluation.report import Result, result, table
-from dora_vl.evaluation.scored import Scored
+from dora_vl.scores.exact_match import score as exact_match
+from dora_vl.scores.scored import Scored
 
 SCORES = "scores.jsonl"
 LONGEST_REASON = 300

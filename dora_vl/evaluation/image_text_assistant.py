@@ -20,9 +20,9 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.assistant import Assistants, TextStreamer, base_of, read_recipe, with_adapter
 from dora_vl.evaluation.predict import Decoding
 from dora_vl.evaluation.prompts import about_video
-from dora_vl.training.base_loading import load_base
-from dora_vl.training.image_text_task import processor_encoder
-from dora_vl.training.recipe import ModelConfig
+from dora_vl.run.assembly import processor_encoder
+from dora_vl.run.base_loading import load_base
+from dora_vl.run.recipe import ModelConfig
 
 ENTRIES = ("base", "revision", "base_sha256", "dtype", "max_tokens")
 

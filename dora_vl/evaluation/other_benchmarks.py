@@ -23,10 +23,11 @@ import yaml
 
 from dora_vl.data.text_file import text_lines
 from dora_vl.errors import UserError, one_line, shown
-from dora_vl.evaluation import caption, prompts
+from dora_vl.evaluation import prompts
 from dora_vl.evaluation.benchmarks import BENCHMARKS, FRAMES, SHORT_ANSWER_TOKENS, Benchmark
-from dora_vl.evaluation.own_scores import SCORINGS
 from dora_vl.evaluation.prompts import Prompt
+from dora_vl.scores import caption
+from dora_vl.scores.own_scores import SCORINGS
 
 GROUP = "dora_vl.benchmarks"
 YAML_ENDINGS = (".yaml", ".yml")

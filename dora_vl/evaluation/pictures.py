@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.exact_match import Answered, final_answer, is_match
 from dora_vl.evaluation.predictions_file import Prediction
+from dora_vl.scores.exact_match import Answered, final_answer, is_match
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

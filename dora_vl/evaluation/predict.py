@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from dora_vl.data.collate import Batch, Collator
 from dora_vl.data.dataset import IGNORED_LABEL, Sample, Skipped
-from dora_vl.data.examples import Clip
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.predictions_file import Prediction, PredictionsFile
 from dora_vl.evaluation.questions import Question
+from dora_vl.run.picture_reading import PictureReader
 
 log = logging.getLogger(__name__)
 
@@ -55,23 +55,6 @@ class PromptEncoder(Protocol):
     def decode(self, ids: Int[Tensor, " new"]) -> str:
         """The text of new ids, without what ends or fills up an answer."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureReader:
-    """How a picture's path becomes what the backbone takes: pixels or stored tower features, exactly one.
-
-    `pixels` gives `[3, height, width]`, `features` `[tokens, width]`; both raise `BadSample` for a broken picture.
-    `frames` gives a video's frames as `pixels` gives pictures, likewise; None: videos cannot be asked about.
-    """
-
-    pixels: Callable[[str], Tensor] | None = None
-    features: Callable[[str], Tensor] | None = None
-    frames: Callable[[Clip], Sequence[Tensor]] | None = None
-
-    def __post_init__(self) -> None:
-        if (self.pixels is None) == (self.features is None):
-            raise ValueError("give pixels or features, exactly one")
 
 
 @dataclass(frozen=True, kw_only=True)

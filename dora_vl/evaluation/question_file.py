@@ -17,7 +17,7 @@ from dora_vl.data.examples import Example
 from dora_vl.data.records import stream_values
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError, shown
-from dora_vl.evaluation.scienceqa import parsed
+from dora_vl.scores.scienceqa import parsed
 
 ID, TEXT, IMAGE, CATEGORY = "question_id", "text", "image", "category"
 WANTED = "questions; give LLaVA's JSON lines"

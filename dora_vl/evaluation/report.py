@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from dora_vl.evaluation.bootstrap import RESAMPLES, Difference, intervals, paired_differences
 from dora_vl.evaluation.predictions_file import file_sha256
-from dora_vl.evaluation.scored import Scored
+from dora_vl.scores.bootstrap import RESAMPLES, Difference, intervals, paired_differences
+from dora_vl.scores.scored import Scored
 
 DETAIL = "/"  # metrics of parts of a set have it in their name: they are in the file, not in the table
 

@@ -13,18 +13,18 @@ from typing import Any
 
 from torch import nn
 
+from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.module import Backbone
-from dora_vl.core.adapter_file import WEIGHTS_FILE
 from dora_vl.data.media import open_image
 from dora_vl.errors import UserError
-from dora_vl.evaluation.exact_match import Answered, ExactMatch, exact_match, final_answer
-from dora_vl.evaluation.predict import Answerer, Decoding, PictureReader, PromptEncoder, predict
+from dora_vl.evaluation.predict import Answerer, Decoding, PromptEncoder, predict
 from dora_vl.evaluation.predictions_file import Prediction, PredictionsFile, file_sha256
 from dora_vl.evaluation.questions import Question, read_questions
-from dora_vl.training.callbacks import read_log
-from dora_vl.training.recipe import EvaluationConfig
-from dora_vl.training.run_folder import ADAPTER, LOSS_LOG, METRICS, write_json
+from dora_vl.run.picture_reading import PictureReader
+from dora_vl.run.recipe import EvaluationConfig
+from dora_vl.run.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, write_json
+from dora_vl.scores.exact_match import Answered, ExactMatch, exact_match, final_answer
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,11 @@ from dora_vl.data.dataset import Skipped
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example
 from dora_vl.data.feature_input import FeatureReader
-from dora_vl.data.seq2seq import Subtask, check_sample
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.choices import check_choices
 from dora_vl.evaluation.seq2seq_run import Tested, asked, has_answers
+from dora_vl.scores.choices import check_choices
+from dora_vl.tasks.seq2seq import check_sample
+from dora_vl.tasks.subtask import Subtask
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,8 @@ from dora_vl.data.examples import Example
 from dora_vl.data.media import open_image
 from dora_vl.evaluation.clip_picture import clip_picture
 from dora_vl.evaluation.predictions_file import Prediction
-from dora_vl.evaluation.scored import Scored
-from dora_vl.training.callbacks import read_log
-from dora_vl.training.run_folder import LOSS_LOG
+from dora_vl.run.run_folder import LOSS_LOG, read_log
+from dora_vl.scores.scored import Scored
 from dora_vl.vision.video import VideoReader
 
 log = logging.getLogger(__name__)

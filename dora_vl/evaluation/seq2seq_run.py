@@ -18,13 +18,15 @@ from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example, whole_file
-from dora_vl.data.seq2seq import FeatureReader, MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
+from dora_vl.data.feature_input import FeatureReader
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.bootstrap import intervals
-from dora_vl.evaluation.scored import Scored
 from dora_vl.evaluation.seq2seq_answers import answers_of
 from dora_vl.evaluation.seq2seq_pictures import Shown, draw
-from dora_vl.training.run_folder import METRICS, write_json
+from dora_vl.run.run_folder import METRICS, write_json
+from dora_vl.scores.bootstrap import intervals
+from dora_vl.scores.scored import Scored
+from dora_vl.tasks.seq2seq import MicroBatch, Seq2SeqCollator, Seq2SeqSample, make_sample
+from dora_vl.tasks.subtask import Subtask
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
 
 from dora_vl.data.examples import Example
-from dora_vl.evaluation import gqa, mmvet
-from dora_vl.evaluation.caption import clip_of
-from dora_vl.evaluation.evalai_normaliser import normalise
-from dora_vl.evaluation.llava_bench import judge_requests
-from dora_vl.evaluation.video_qa import label_of, submitted_index
+from dora_vl.scores import gqa, mmvet
+from dora_vl.scores.caption import clip_of
+from dora_vl.scores.evalai_normaliser import normalise
+from dora_vl.scores.llava_bench import judge_requests
+from dora_vl.scores.video_qa import label_of, submitted_index
 from dora_vl.whole_numbers import number_of
 
 Submission = Callable[[Sequence[Example], Mapping[str, str]], tuple[str, str]]

@@ -19,12 +19,12 @@ from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
 from dora_vl.data.examples import Example
 from dora_vl.data.feature_input import fixed_length
-from dora_vl.data.seq2seq import Subtask, with_input_tokens
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import Assistants, base_of, read_recipe, with_adapter
 from dora_vl.evaluation.seq2seq_answers import answers_of
 from dora_vl.evaluation.trained_features import open_encoders
+from dora_vl.tasks.subtask import Subtask, with_input_tokens
 from dora_vl.vision.feature_encoder import FeatureEncoder
 from dora_vl.vision.frame_sampling import Sampling
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 from functools import partial
 from random import Random
 
+from dora_vl.backbones.seq2seq_text import Prompt
 from dora_vl.data.examples import Example
-from dora_vl.data.seq2seq import Prompt, Search, Subtask, Target
 from dora_vl.errors import BadSample
-from dora_vl.evaluation import caption, gqa, nlvr2, vqa
+from dora_vl.scores import caption, gqa, nlvr2, vqa
+from dora_vl.tasks.subtask import Search, Subtask, Target
 
 QUESTION_TOKENS, ANSWER_TOKENS, CAPTION_TOKENS = 20, 10, 40
 NO_REPEAT = 3  # bart-base's own setting, which the published runs never changed

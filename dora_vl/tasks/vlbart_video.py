@@ -12,11 +12,12 @@ from functools import partial
 from random import Random
 from typing import TypeAlias
 
+from dora_vl.backbones.seq2seq_text import Prompt
 from dora_vl.data.examples import Example
 from dora_vl.data.right_choice import right_choice
-from dora_vl.data.seq2seq import Prompt, Search, Subtask, Target
 from dora_vl.errors import BadSample
-from dora_vl.evaluation import caption, video_qa
+from dora_vl.scores import caption, video_qa
+from dora_vl.tasks.subtask import Search, Subtask, Target
 
 TEXT_TOKENS, LABEL_TOKENS = 600, 20
 SpanText: TypeAlias = Callable[[float, float], object]

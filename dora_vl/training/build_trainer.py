@@ -12,21 +12,21 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from dora_vl.adapters.folder import load_adapter, load_kept, save_adapter
 from dora_vl.backbones.module import Backbone
-from dora_vl.core import load_adapter, save_adapter, trained_parts
-from dora_vl.core.adapter_file import load_kept
+from dora_vl.core import trained_parts
 from dora_vl.data.bad_samples import BadSampleLedger
+from dora_vl.run.launch import on_first_rank
+from dora_vl.run.recipe import OptimConfig
+from dora_vl.run.run_folder import LOSS_LOG, run_folder_of
+from dora_vl.run.zero import gather_to_read, gather_to_write
 from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
-from dora_vl.training.launch import on_first_rank
 from dora_vl.training.memory_estimate import Activations, describe_plan
 from dora_vl.training.optim import LearningRates, learning_rates, with_decay
-from dora_vl.training.recipe import OptimConfig
-from dora_vl.training.run_folder import LOSS_LOG, run_folder_of
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.trainer import AdapterTrainer, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
-from dora_vl.training.zero import gather_to_read, gather_to_write
 
 logger = logging.getLogger(__name__)
 

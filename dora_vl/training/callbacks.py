@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from dora_vl.run.run_folder import read_log, write_log
 from dora_vl.training.batch_statistics import BatchStatistics, Counts
 
 logger = logging.getLogger(__name__)
@@ -88,26 +89,6 @@ class LossLog(TrainerCallback):
             "skipped": counts.skipped,
             "cut_samples": counts.cut_samples,
         }
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a loss log; a last line cut short by a crash is left out."""
-    lines: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s: line %d is not whole; left out", path, len(lines) + 1)
-            break
-    return lines
-
-
-def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Replaces a loss log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    beside.replace(path)
 
 
 def _finite(numbers: dict[str, Any]) -> dict[str, Any]:

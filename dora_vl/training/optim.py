@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
-
-Decayed = Literal["matrices", "all_but_biases"]
+from dora_vl.run.recipe import Decayed
 
 
 @dataclass(frozen=True)

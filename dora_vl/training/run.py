@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 
-from dora_vl.core.adapter_file import WEIGHTS_FILE, read_json
+from dora_vl.adapters.checkpoints import checkpoint_to_resume
+from dora_vl.adapters.folder import WEIGHTS_FILE, read_json
 from dora_vl.data.bad_samples import write_skipped
 from dora_vl.errors import UserError
-from dora_vl.training.adapting import adapt
-from dora_vl.training.arguments import training_arguments
-from dora_vl.training.batch_statistics import Counts
-from dora_vl.training.build_trainer import build_trainer
-from dora_vl.training.checkpoints import checkpoint_to_resume
-from dora_vl.training.launch import (
+from dora_vl.run.adapting import adapt
+from dora_vl.run.arguments import training_arguments
+from dora_vl.run.launch import (
     is_first_rank,
     keep_freed_memory,
     launched_first,
@@ -26,7 +24,7 @@ from dora_vl.training.launch import (
     on_first_rank,
     threads_of_this_rank,
 )
-from dora_vl.training.run_folder import (
+from dora_vl.run.run_folder import (
     ADAPTER,
     METRICS,
     SKIPPED,
@@ -35,9 +33,11 @@ from dora_vl.training.run_folder import (
     run_folder_of,
     write_settings,
 )
+from dora_vl.run.zero import load_whole_models_again
+from dora_vl.training.batch_statistics import Counts
+from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.task import Task
 from dora_vl.training.trainer import AdapterTrainer
-from dora_vl.training.zero import load_whole_models_again
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.vlbart import VlBartBackbone
-from dora_vl.data.seq2seq import NormaliseBy
+from dora_vl.tasks.subtask import NormaliseBy
 from dora_vl.training.task_model import TaskModel
 
 

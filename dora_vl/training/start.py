@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from dora_vl.errors import exit_on_user_error
-from dora_vl.training.command_line import read_settings
-from dora_vl.training.launch import first_rank_speaks, log_to_stderr
+from dora_vl.run.command_line import read_settings
+from dora_vl.run.launch import first_rank_speaks, log_to_stderr
 
 if TYPE_CHECKING:
     from dora_vl.training.task import Task

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset, Sampler
@@ -16,103 +16,8 @@ from transformers import TrainingArguments
 
 from dora_vl.backbones.module import Backbone
 from dora_vl.core import DoRAConfig
+from dora_vl.run.settings import RunSettings
 from dora_vl.training.memory_estimate import Activations
-from dora_vl.training.recipe import AdapterConfig, OptimConfig
-
-
-@runtime_checkable
-class ModelSection(Protocol):
-    """What training reads of a run's `model:` section."""
-
-    @property
-    def base(self) -> str:
-        """Folder or hub id of the model."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Number type of the frozen weights."""
-        ...
-
-
-@runtime_checkable
-class DataSection(Protocol):
-    """What training reads of a run's `data:` section."""
-
-    @property
-    def held_out(self) -> str | None:
-        """What the loss is measured on while training, for messages; None: nothing."""
-        ...
-
-    @property
-    def max_bad_share(self) -> float:
-        """Largest share of unusable samples."""
-        ...
-
-    @property
-    def workers(self) -> int:
-        """Processes that prepare samples."""
-        ...
-
-
-@runtime_checkable
-class EvaluationSection(Protocol):
-    """What training reads of a run's `evaluation:` section."""
-
-    @property
-    def file(self) -> str | None:
-        """What the trained model is tested on; None: no test."""
-        ...
-
-
-@runtime_checkable
-class RunSettings(Protocol):
-    """The settings every run has, whatever its backbone; its sections may hold more."""
-
-    @property
-    def model(self) -> ModelSection:
-        """The model."""
-        ...
-
-    @property
-    def adapter(self) -> AdapterConfig:
-        """What trains, and how."""
-        ...
-
-    @property
-    def data(self) -> DataSection:
-        """Training and validation data."""
-        ...
-
-    @property
-    def optim(self) -> OptimConfig:
-        """Learning rates by part."""
-        ...
-
-    @property
-    def training(self) -> Mapping[str, Any]:
-        """Fields of transformers.TrainingArguments."""
-        ...
-
-    @property
-    def evaluation(self) -> EvaluationSection:
-        """The test after training."""
-        ...
-
-    @property
-    def resume(self) -> str | None:
-        """The checkpoint to go on from."""
-        ...
-
-    @property
-    def overwrite(self) -> bool:
-        """Whether an earlier run's results go."""
-        ...
-
-    @property
-    def test_only(self) -> bool:
-        """Whether the adapter that is there is tested and nothing trained."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

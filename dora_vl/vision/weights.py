@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dora_vl.core.weight_file import check_whole
 from dora_vl.errors import UserError
+from dora_vl.model_files import check_whole
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

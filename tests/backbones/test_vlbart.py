@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.backbones.visual_embedding import grid_boxes, pool_grid, strip_boxes
 from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
-from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, load_adapter, save_adapter, trained_parts
+from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.errors import UserError
 from tests.backbones.tiny_vlbart import batch, meta_bart_base, tiny
 
@@ -185,7 +186,7 @@ def test_a_resized_vocabulary_moves_the_order_rows_along() -> None:
 PROGRAM = """
 import sys, torch
 from dora_vl.backbones.vlbart import VlBartBackbone
-from dora_vl.core import load_adapter
+from dora_vl.adapters.folder import load_adapter
 from tests.backbones.tiny_vlbart import batch, tiny
 base = tiny(seed=0)
 with torch.no_grad():

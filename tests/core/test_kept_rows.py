@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dora_vl.core import DoRAConfig, apply_dora, load_adapter, save_adapter
-from dora_vl.core.adapter_file import load_kept
+from dora_vl.adapters.folder import load_adapter, load_kept, save_adapter
+from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.trainable import kept_tensors, split_rows
 from dora_vl.errors import UserError
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dora_vl.core import DoRAConfig, DoRALinear
-from dora_vl.core.dropout import draw_dropped
+from dora_vl.core.fast.dropout import draw_dropped
 from tests.core.dense_dora import assert_same_gradients, moved_layer, reference_of
 
 SHAPES = [(6,), (3, 6), (2, 4, 6)]

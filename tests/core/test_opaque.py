@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dora_vl.core import DoRAConfig, apply_dora, load_adapter, merge_dora, save_adapter
+from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.core import DoRAConfig, apply_dora, merge_dora
 from dora_vl.core.freshness import Snapshot
 from dora_vl.core.inject import loftq
 from dora_vl.core.opaque import OPAQUE_KINDS, OpaqueLinear

@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dora_vl.core import DoRAConfig, apply_dora, load_adapter, merge_dora, save_adapter, strip_adapters, unmerge_dora
+from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.core import DoRAConfig, apply_dora, merge_dora, strip_adapters, unmerge_dora
 from dora_vl.core.conv import DoRAConv1d, DoRAConv2d
 from dora_vl.core.embedding import DoRAEmbedding
 from dora_vl.core.layer import AdaptedLayer

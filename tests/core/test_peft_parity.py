@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from dora_vl.core import DoRAConfig, apply_dora, load_adapter, save_adapter
+from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.core import DoRAConfig, apply_dora
 from tests.core.dense_dora import move
 
 

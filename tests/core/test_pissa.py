@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dora_vl.core import DoRAConfig, apply_dora, load_adapter, merge_dora, save_adapter, strip_adapters
+from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.core import DoRAConfig, apply_dora, merge_dora, strip_adapters
 from dora_vl.errors import UserError
-from tests.core.test_adapter_file import trained_small
+from tests.adapters.test_folder import trained_small
 from tests.core.test_inject import Small, Tied, config
 
 

@@ -20,8 +20,8 @@ from dora_vl.data.turns import Turn
 from dora_vl.evaluation.ask_model import open_model
 from dora_vl.evaluation.assistant import open_picture
 from dora_vl.evaluation.predictions_file import read_predictions
-from dora_vl.training.command_line import read_run_file
-from dora_vl.training.llava_task import LlavaTask
+from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 

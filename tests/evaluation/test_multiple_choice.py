@@ -9,8 +9,8 @@ import pytest
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
-from dora_vl.evaluation import mmbench, scienceqa, seed, video_qa
-from dora_vl.evaluation.mmbench import Matcher, chosen
+from dora_vl.scores import mmbench, scienceqa, seed, video_qa
+from dora_vl.scores.mmbench import Matcher, chosen
 from tests.shared_data import shared
 
 FOUR = ("red", "green", "blue", "white")

@@ -93,7 +93,7 @@ def test_any_bytes_are_a_benchmark_or_one_line(tmp_path: Path, content: bytes) -
 
 PACKAGE = """
 from dora_vl.evaluation.benchmarks import Benchmark
-from dora_vl.evaluation.scored import ACCURACY, Tally
+from dora_vl.scores.scored import ACCURACY, Tally
 
 def score(examples, answers):
     tally = Tally()

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dora_vl.adapters.decomposition import Panel
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.decomposition_picture import draw_panels
 from dora_vl.evaluation.pictures import (
     COLUMNS,
     SHEET_CELLS,
@@ -23,8 +25,6 @@ from dora_vl.evaluation.pictures import (
     write_loss_curve,
 )
 from dora_vl.evaluation.predictions_file import Prediction
-from dora_vl.interchange.decomposition import Panel
-from dora_vl.interchange.decomposition_picture import draw_panels
 
 
 def prediction(number: int, answer: str = "red") -> Prediction:

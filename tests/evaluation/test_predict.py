@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.predict import Decoding, PictureReader, predict
+from dora_vl.evaluation.predict import Decoding, predict
 from dora_vl.evaluation.predictions_file import PredictionsFile
 from dora_vl.evaluation.questions import Question
+from dora_vl.run.picture_reading import PictureReader
 
 END = 1
 FIRST_LETTER = 10

@@ -11,8 +11,8 @@ import pytest
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example, iterate_examples
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.choices import check_choices, correct_index
 from dora_vl.evaluation.evaluation_set import read_set
+from dora_vl.scores.choices import check_choices, correct_index
 from dora_vl.tasks import vlbart_video
 
 

@@ -19,10 +19,10 @@ from dora_vl.data.examples import Answer, Example, write_examples
 from dora_vl.data.feature_input import Stored
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.seq2seq_check import check_tests
-from dora_vl.training.command_line import read_settings
+from dora_vl.pipelines.vlbart_task import VlBartTask
+from dora_vl.run.command_line import read_settings
+from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.training.run import run
-from dora_vl.training.vlbart_recipe import VlBartRunConfig
-from dora_vl.training.vlbart_task import VlBartTask
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
 
 

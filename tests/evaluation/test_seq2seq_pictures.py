@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from dora_vl.data.examples import Answer, Example
-from dora_vl.evaluation import caption, nlvr2, video_qa, vqa
 from dora_vl.evaluation.pictures import RIGHT, WRONG
 from dora_vl.evaluation.seq2seq_pictures import Shown, draw
+from dora_vl.scores import caption, nlvr2, video_qa, vqa
 from tests.evaluation.test_pictures import colors_in
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.evaluation import textvqa, vizwiz, vqa
-from dora_vl.evaluation.human_answers import leave_one_out
+from dora_vl.scores import textvqa, vizwiz, vqa
+from dora_vl.scores.human_answers import leave_one_out
 
 ROWS = [  # the ten people, the prediction, points before 2021, points after, points of TextVQA
     (["yes"] * 10, "Yes.", 1.0, 0.0, 1.0),  # after 2021 nothing is normalised where all agree

@@ -10,7 +10,8 @@ import pytest
 
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.evaluation import llava_bench, mmvet, nlvr2, submission
+from dora_vl.evaluation import submission
+from dora_vl.scores import llava_bench, mmvet, nlvr2
 from tests.shared_data import shared
 
 

@@ -12,10 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from data_prep import generated_commonsense
-from dora_vl.core import apply_dora, save_adapter
+from dora_vl.adapters.folder import save_adapter
+from dora_vl.core import apply_dora
 from dora_vl.errors import UserError
-from dora_vl.training.command_line import read_settings
-from dora_vl.training.commonsense_recipe import CommonsenseRunConfig
+from dora_vl.run.command_line import read_settings
+from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.training.start import start
 from tasks import commonsense
 from tests.backbones.tiny_language import write_tiny_language
@@ -126,7 +127,7 @@ def test_the_smoke_run_is_tested_again_without_training(
 
 
 def test_packing_trains_the_same(folder: Path) -> None:
-    from dora_vl.training.commonsense_task import CommonsenseTask
+    from dora_vl.pipelines.commonsense_task import CommonsenseTask
     from dora_vl.training.run import train
 
     more = ("--training.max_steps", "4", "--training.use_cpu", "true", "--training.deepspeed", "null")
@@ -145,7 +146,7 @@ def test_the_references_validation_split(folder: Path) -> None:
     """The same 8 rows that `train_test_split(test_size=8, shuffle=True, seed=42)` takes out."""
     import datasets
 
-    from dora_vl.training.commonsense_task import read_rows
+    from dora_vl.pipelines.commonsense_task import read_rows
 
     config = settings(folder, "split")
     rows, held_out = read_rows(config.data)
@@ -158,7 +159,7 @@ def test_the_references_validation_split(folder: Path) -> None:
 
 def test_granular_magnitudes(folder: Path) -> None:
     from dora_vl.core import apply_dora, trained_parts
-    from dora_vl.training.commonsense_task import CommonsenseTask
+    from dora_vl.pipelines.commonsense_task import CommonsenseTask
 
     config = settings(
         folder,
@@ -188,7 +189,7 @@ def test_granular_magnitudes(folder: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(folder: Path, more: list[str], said: str) -> None:
-    from dora_vl.training.commonsense_task import CommonsenseTask
+    from dora_vl.pipelines.commonsense_task import CommonsenseTask
     from dora_vl.training.run import train
 
     with pytest.raises(UserError, match=said):

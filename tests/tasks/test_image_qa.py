@@ -13,8 +13,8 @@ from PIL import Image
 
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.assistant import TextStreamer, open_assistants, open_picture
-from dora_vl.training.command_line import read_run_file
-from dora_vl.training.llava_task import LlavaTask
+from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run
 from tasks import image_qa
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava

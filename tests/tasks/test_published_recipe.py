@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import load_llava
-from dora_vl.core import load_adapter
 from tests.tasks.published_recipe import run_all
 
 

@@ -17,10 +17,10 @@ from dora_vl.data.dataset import Sample
 from dora_vl.data.examples import Answer, Clip, Example, iterate_examples, write_examples
 from dora_vl.evaluation.ask_vlbart import subtasks_of
 from dora_vl.evaluation.predictions_file import read_predictions
-from dora_vl.training.command_line import read_run_file, read_settings
-from dora_vl.training.llava_task import LlavaTask
+from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.run.command_line import read_run_file, read_settings
+from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.training.run import run
-from dora_vl.training.vlbart_recipe import VlBartRunConfig
 from tasks import image_qa, video_qa, vlbart_video
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dora_vl.core.adapter_file import read_weights
+from dora_vl.adapters.folder import read_weights
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.test_two_ranks import launch, losses
 from tests.training.tiny_run import write_run, write_tiny_data

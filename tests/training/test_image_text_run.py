@@ -12,14 +12,14 @@ import yaml
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from dora_vl.core.adapter_file import read_weights
+from dora_vl.adapters import merge_command
+from dora_vl.adapters.folder import read_weights
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import open_picture
 from dora_vl.evaluation.image_text_assistant import ImageTextAssistant, open_image_text_assistants
-from dora_vl.interchange import merge_command
-from dora_vl.training.command_line import read_run_file
-from dora_vl.training.image_text_task import ImageTextTask, instruct_task
-from dora_vl.training.llava_task import LlavaTask
+from dora_vl.pipelines.image_text_task import ImageTextTask, instruct_task
+from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct
 from tests.backbones.tiny_image_text import write_tiny

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.llava import load_llava
-from dora_vl.core import load_adapter
 from dora_vl.errors import UserError
+from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.run.command_line import read_run_file
 from dora_vl.training.callbacks import read_log
-from dora_vl.training.command_line import read_run_file
-from dora_vl.training.llava_task import LlavaTask
 from dora_vl.training.run import train
 from tests.training.tiny_run import write_run, write_tiny_data
 

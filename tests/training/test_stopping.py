@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dora_vl.adapters.checkpoints import complete_checkpoints
 from dora_vl.training.callbacks import read_log
-from dora_vl.training.checkpoints import complete_checkpoints
 from tests.training.test_two_ranks import ROOT, launch, losses
 from tests.training.tiny_run import write_run
 

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
-from dora_vl.data.seq2seq import Subtask
+from dora_vl.tasks.subtask import Subtask
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 FEATURE_WIDTH, FEATURE_TOKENS, FEATURES = 8, 4, 6
@@ -125,9 +125,9 @@ def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], /, **change
 
 
 def main() -> None:
+    from dora_vl.pipelines.vlbart_task import VlBartTask
+    from dora_vl.run.vlbart_recipe import VlBartRunConfig
     from dora_vl.training.start import start
-    from dora_vl.training.vlbart_recipe import VlBartRunConfig
-    from dora_vl.training.vlbart_task import VlBartTask
 
     start("tiny", "", VlBartRunConfig, lambda config: VlBartTask(config, all_subtasks(), name="tiny"))
 

@@ -1,4 +1,4 @@
-"""The passes of a linear layer on a CPU as compiled operations, `cpu_step.cpp`, `cpu_output.cpp`, with a compiler there.
+"""The passes of a linear layer on a CPU as compiled operations, `cpu_step.cpp` and `cpu_output.cpp`, with a compiler.
 
 Between the matrix products a DoRA layer does little, but in Python that little is some forty operations a layer and
 step, a twentieth of the step of a 135M-parameter model; and the gain is applied in three passes over memory where one
@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dora_vl.core.dropout import Dropped
+from dora_vl.core.fast.dropout import Dropped
+from dora_vl.core.fast.products import ROW_HALVES
 from dora_vl.core.freshness import SHARD_MARKS, is_plain_parameter
-from dora_vl.core.products import ROW_HALVES
 
 if TYPE_CHECKING:
     from dora_vl.core.linear import ProductLayer
@@ -82,7 +82,9 @@ def compiled_pass(
         dropout = (1 - dropped.probability, masked, dropped.positions, dropped.shared_taken(rows))
     parameters = (layer.lora_A, layer.lora_B, layer.magnitude)
     frozen = layer.weight_norms_squared()
-    output, sound = operations.adapted_product(x, weight, bias, *parameters, frozen, gain, due, layer.scale(), *dropout, *halves)
+    output, sound = operations.adapted_product(
+        x, weight, bias, *parameters, frozen, gain, due, layer.scale(), *dropout, *halves
+    )
     if not sound:
         layer.compiled_gain = None, kept[1]
         return None

@@ -1,0 +1,234 @@
+"""An adapter away from any model: PEFT's two files, read, checked and written without changing a bit.
+
+Our own adapter folder is a PEFT folder with a `recipe.json`, so one reader and one writer serve both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dora_vl.adapters.factors import Factors
+from dora_vl.adapters.folder import (
+    CONFIG_FILE,
+    PEFT_PREFIX,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+    read_json,
+    refuse_to_replace_adapter,
+)
+from dora_vl.adapters.folder_replacing import replace_folder
+from dora_vl.adapters.peft_config import rank_of, scale_of
+from dora_vl.adapters.settings import check_peft_fields
+from dora_vl.adapters.tensor_files import read_tensors
+from dora_vl.core.dvora import SHARED_NAME
+from dora_vl.errors import UserError
+
+PICKLED_WEIGHTS_FILE = "adapter_model.bin"
+
+PEFT_LEAVES = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "embedding_A",
+    "lora_embedding_B": "embedding_B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "vera_lambda_d": "d",
+    "vera_lambda_b": "b",
+}
+"""Ends of PEFT's keys -> what they are; the magnitude is written in either spelling by tools in use."""
+
+SHARED_A, SHARED_B = f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B"
+"""Names of the random matrices that all layers of a DVoRA adapter share."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The content of one adapter folder."""
+
+    tensors: dict[str, Tensor]
+    """As in `adapter_model.safetensors`: PEFT's keys, their own dtypes and shapes."""
+    config: dict[str, Any]
+    """`adapter_config.json`, every field."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """`recipe.json`; empty for an adapter that was not made here."""
+    source: str = "adapter"
+    """Where it came from, for messages."""
+    input_axis: frozenset[str] = frozenset()
+    """Layers whose magnitudes are one an input column (early LyCORIS): to merge, not to write as PEFT."""
+
+    @cached_property
+    def layers(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of each adapted layer by what they are (A, B, magnitude...), by the layer's full name."""
+        layers: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            layer, leaf = split_key(key)
+            if leaf is not None:
+                layers.setdefault(layer, {})[leaf] = tensor
+        return layers
+
+    @cached_property
+    def extras(self) -> dict[str, Tensor]:
+        """Every other tensor (projector, trained biases, kept rows) under the model's own name."""
+        return {own_extra_name(key): tensor for key, tensor in self.tensors.items() if is_extra(key)}
+
+    @property
+    def method(self) -> str:
+        """`dora`, `lora`, `magnitude`, `dvora` or `full`."""
+        stated = self.recipe.get("adapter", {}).get("method")
+        return str(stated or ("dora" if self.config.get("use_dora") else "lora"))
+
+    @cached_property
+    def factors(self) -> dict[str, Factors]:
+        """The adapted layers as the equation reads them, by full name.
+
+        Raises:
+            UserError: half a pair, a missing magnitude, or a rank that disagrees with its tensor.
+        """
+        return {layer: self._factors(layer, found) for layer, found in self.layers.items()}
+
+    def _factors(self, layer: str, found: Mapping[str, Tensor]) -> Factors:
+        if "d" in found or "b" in found:
+            return self._shared_factors(layer, found)
+        embedding = "embedding_A" in found or "embedding_B" in found
+        a, b = (found.get(f"embedding_{side}" if embedding else side) for side in "AB")
+        magnitude = found.get("magnitude")
+        if (a is None) != (b is None):
+            raise UserError(f"{self.source}: {layer} has one of A and B without the other; copy the file again")
+        if self.config.get("use_dora") and magnitude is None:
+            raise UserError(f"{self.source}: {layer} has no magnitude, yet use_dora is true; it was lost on the way")
+        if magnitude is not None and a is not None and not self.config.get("use_dora"):
+            raise UserError(f"{self.source}: {layer} has a magnitude, yet use_dora is false; PEFT would drop it")
+        rank = 0 if a is None else len(a)
+        if a is not None and b is not None and (b.shape[1] != rank or rank_of(self.config, layer) != rank):
+            raise UserError(
+                f"{self.source}: {layer} has A {list(a.shape)} and B {list(b.shape)}, the configuration says "
+                f"rank {rank_of(self.config, layer)}; correct r or rank_pattern in {CONFIG_FILE}"
+            )
+        return Factors(
+            lora_A=None if a is None else a.flatten(1),
+            lora_B=None if b is None else b.flatten(1),
+            magnitude=None if magnitude is None else magnitude.flatten(),
+            scale=scale_of(self.config, layer, rank) if rank else 1.0,
+            transposed=embedding or bool(self.config.get("fan_in_fan_out")),
+            magnitude_axis="input" if layer in self.input_axis else "output",
+        )
+
+    def _shared_factors(self, layer: str, found: Mapping[str, Tensor]) -> Factors:
+        """A DVoRA layer's: the shared A, still as wide as the widest layer, and B with both vectors folded in."""
+        shared = {name: self.tensors.get(f"{PEFT_PREFIX}{name}") for name in (SHARED_A, SHARED_B)}
+        a, b = shared.values()
+        d, rows, magnitude = (found.get(leaf) for leaf in ("d", "b", "magnitude"))
+        if a is None or b is None or d is None or rows is None or magnitude is None:
+            named = {**shared, **{f"{layer}.{leaf}": found.get(leaf) for leaf in ("d", "b", "magnitude")}}
+            missing = [name for name, tensor in named.items() if tensor is None]
+            raise UserError(f"{self.source}: a DVoRA adapter without {missing}; copy the file again")
+        if len(a) != len(d) or b.shape[1] != len(d) or len(b) < len(rows):
+            raise UserError(
+                f"{self.source}: {layer} has d [{len(d)}] and b [{len(rows)}], the shared A is {list(a.shape)} and B "
+                f"{list(b.shape)}; copy the file again"
+            )
+        folded = b[: len(rows)] * d * rows.unsqueeze(1)
+        return Factors(lora_A=a, lora_B=folded, magnitude=magnitude.flatten(), scale=1.0, shared_A=True)
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """A PEFT key as (full layer name, what it is), or (key, None) for a tensor that is no adapter's."""
+    name = key.removeprefix(PEFT_PREFIX)
+    for ending, leaf in PEFT_LEAVES.items():
+        if name.endswith(f".{ending}"):
+            return name.removesuffix(f".{ending}"), leaf
+    return key, None
+
+
+def is_extra(key: str) -> bool:
+    """Whether a tensor belongs to the model itself: neither to an adapted layer nor shared by all of them."""
+    return split_key(key)[1] is None and key.removeprefix(PEFT_PREFIX) not in {SHARED_A, SHARED_B}
+
+
+def own_extra_name(key: str) -> str:
+    """The model's own name of an extra tensor; PEFT puts `base_layer` into names inside adapted layers."""
+    owner, _, leaf = key.removeprefix(PEFT_PREFIX).rpartition(".")
+    owner = owner.removesuffix(".base_layer")
+    return f"{owner}.{leaf}" if owner else leaf
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
+    """Reads a PEFT folder (ours included), named by itself or by its file of tensors, and checks it.
+
+    Raises:
+        UserError: a file is missing or broken, a field unknown, a value not finite, a tensor missing.
+    """
+    source = Path(folder)
+    if source.is_file():
+        if not names_adapter(source):
+            raise UserError(
+                f"{source} is of PEFT's format, which states its scale in {CONFIG_FILE}: lay the two into a folder, "
+                f"this one as {WEIGHTS_FILE}, and give the folder"
+            )
+        source = source.parent
+    config = read_json(source / CONFIG_FILE)
+    check_peft_fields(str(source / CONFIG_FILE), config)
+    weights = source / WEIGHTS_FILE
+    if not weights.is_file() and (source / PICKLED_WEIGHTS_FILE).is_file():
+        weights = source / PICKLED_WEIGHTS_FILE
+    tensors = read_tensors(weights)
+    recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
+    adapter = Adapter(tensors, config, recipe, str(source))
+    refuse_not_finite(tensors, str(weights))
+    if not adapter.factors and not adapter.extras:
+        raise UserError(f"{weights} holds no tensor")
+    return adapter
+
+
+def names_adapter(path: Path) -> bool:
+    """Whether a path is a folder, or a file of tensors that stands for the PEFT folder it lies in."""
+    return path.is_dir() or path.name in {WEIGHTS_FILE, PICKLED_WEIGHTS_FILE}
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises a `UserError` that names the first tensors holding NaN or infinity."""
+    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; use another save")
+
+
+def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
+    """Writes the folder under a temporary name and renames it; tensors and fields stay exactly as they are.
+
+    Raises:
+        UserError: the adapter has magnitudes that PEFT's format cannot hold, or `folder` is there already and is no
+            adapter folder. Nothing is written then.
+    """
+    if adapter.input_axis:
+        raise UserError(
+            f"{adapter.source}: {len(adapter.input_axis)} layers, first {min(adapter.input_axis)}, have one magnitude "
+            "an input column; an adapter folder holds one an output row, so this would lose them. Merge it into its "
+            "base (dora-vl merge) or export a LoRA with its error stated (--as lora --rank R --max-error X)"
+        )
+    target = Path(folder)
+    refuse_to_replace_adapter(target)
+    staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    tensors = {key: tensor.contiguous() for key, tensor in adapter.tensors.items()}
+    save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_json(staging / CONFIG_FILE, adapter.config)
+    if adapter.recipe:
+        write_json(staging / RECIPE_FILE, adapter.recipe)
+    replace_folder(staging, target)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """One JSON object, indented as PEFT writes it."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

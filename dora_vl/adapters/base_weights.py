@@ -1,0 +1,184 @@
+"""A base model's folder, read one tensor at a time by the names that the model itself uses.
+
+Files may use older names than the class that loads them (`language_model.model.layers...` for what is now
+`model.language_model.layers...`). transformers keeps the renamings; they are applied to the files' keys here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dora_vl.adapters.folder import read_json
+from dora_vl.errors import UserError
+from dora_vl.model_files import check_whole
+
+STEMS = ("model", "diffusion_pytorch_model")
+"""How the weight files of a folder begin: transformers' and diffusers' names."""
+SINGLE_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of the files."""
+
+    key: str
+    """In the files."""
+    name: str
+    """In the model."""
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    """safetensors' word for it, e.g. BF16."""
+
+
+def single_file(stem: str) -> str:
+    """The one weight file of a folder."""
+    return f"{stem}.safetensors"
+
+
+def index_file(stem: str) -> str:
+    """What says which of several weight files holds what."""
+    return f"{stem}.safetensors.index.json"
+
+
+def stem_in(folder: Path) -> str | None:
+    """The one of `STEMS` whose files a folder holds; None: it is no model folder in safetensors."""
+    found = (stem for stem in STEMS for name in (index_file(stem), single_file(stem)) if (folder / name).is_file())
+    return next(found, None)
+
+
+class BaseWeights:
+    """Opens a folder's safetensors files and hands out tensors; nothing is held in memory between two reads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self.config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+        self.stem = self._stem()
+        """How its weight files begin."""
+        self.stored = tuple(self._list())
+        rename, transposed = model_names(self.config, [entry[0] for entry in self.stored])
+        self.tensors = {
+            name: StoredTensor(key, name, file, shape, dtype)
+            for key, file, shape, dtype in self.stored
+            for name in [rename.get(key, key)]
+        }
+        self.transposed_layers = transposed
+        """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
+
+    def __enter__(self) -> BaseWeights:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _list(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+        for file in self._file_names():
+            handle = self._open(file)
+            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                part = handle.get_slice(key)
+                yield key, file, tuple(part.get_shape()), part.get_dtype()
+
+    def _file_names(self) -> list[str]:
+        if (self.folder / index_file(self.stem)).is_file():
+            weight_map = read_json(self.folder / index_file(self.stem)).get("weight_map", {})
+            return sorted(set(weight_map.values()))
+        return [single_file(self.stem)]
+
+    def _stem(self) -> str:
+        found = stem_in(self.folder)
+        if found is not None:
+            return found
+        there = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else "no such folder"
+        raise UserError(
+            f"{self.folder} holds neither {' nor '.join(map(single_file, STEMS))}, whole or in shards with an index "
+            f"({there}); give a model folder in safetensors (load an older one and save_pretrained it once)"
+        )
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            if (self.folder / file).is_file():
+                check_whole(self.folder / file)
+            try:
+                self._files[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self.folder / file} is not a whole safetensors file ({error})") from error
+        return self._files[file]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by the model's name for it.
+
+        Raises:
+            UserError: the base has no such tensor.
+        """
+        if name not in self.tensors:
+            raise UserError(f"{self.folder} has no tensor {name}; is it the base that the adapter was trained on?")
+        stored = self.tensors[name]
+        return self._open(stored.file).get_tensor(stored.key)
+
+    def weight_of(self, layer: str) -> Tensor:
+        """A layer's weight, refused where it is quantised."""
+        weight = self.read(f"{layer}.weight")
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise UserError(f"{self.folder}: {layer} is stored as {weight.dtype}; give the base before quantisation")
+        return weight
+
+    def module_names(self) -> list[str]:
+        """Full names of the modules that own a weight."""
+        return [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
+
+
+def model_names(config: Mapping[str, Any], keys: list[str]) -> tuple[dict[str, str], frozenset[str]]:
+    """The model's own name of each key in its files, and the layers that store [in, out].
+
+    The model is built from its configuration without memory. A folder whose class transformers does not have
+    keeps the files' names.
+    """
+    model = skeleton(config)
+    if model is None:
+        return {}, frozenset()
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.pytorch_utils import Conv1D
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    own = dict(model.state_dict())
+    names = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, own)[0] for key in keys}
+    transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D | nn.Embedding))
+    return {key: name if name in own else key for key, name in names.items()}, transposed
+
+
+def skeleton(config: Mapping[str, Any]) -> Any:
+    """The folder's model class on the meta device, or None where transformers has no such class."""
+    # The auto tables first: `import dora_vl` registers our towers while transformers fills them, and importing the
+    # towers themselves before that would be a circle.
+    import transformers
+
+    import_module("transformers.models.auto.modeling_auto")
+    from dora_vl.vision.towers import register_towers
+
+    architecture = (config.get("architectures") or [None])[0]
+    if architecture is None or architecture not in dir(transformers):
+        return None
+    register_towers()
+    kind = getattr(transformers, architecture)
+    settings = kind.config_class.from_dict(json.loads(json.dumps(dict(config))))
+    settings.quantization_config = None
+    with torch.device("meta"):
+        model = kind(settings)
+    assert isinstance(model, nn.Module)
+    return model

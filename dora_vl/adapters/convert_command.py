@@ -1,0 +1,144 @@
+"""`dora-vl convert`: an adapter from any tool's files into the folder that PEFT and this package read; or back."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from dora_vl.adapters.adapter import Adapter, write_adapter
+from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.folder import refuse_to_replace_adapter
+from dora_vl.adapters.low_rank_export import LayerExport, as_lora, export_layers
+from dora_vl.adapters.read import FORMATS, ReadOptions, read_any
+from dora_vl.adapters.stated_base import base_of, refuse_other_base
+from dora_vl.adapters.vlbart_original import (
+    ORIGINAL_FORMS,
+    original_dictionary,
+    refuse_to_overwrite,
+    write_original,
+)
+from dora_vl.errors import UserError
+
+DESCRIPTION = """\
+Reads an adapter of another tool and writes an adapter folder (adapter_model.safetensors, adapter_config.json): what
+PEFT, transformers and dora_vl load. The format is known by the file's keys; --from names it where they do not tell.
+
+  dora-vl convert DoRA-llava/ --to adapter                      NVlabs' LLaVA, both of its .bin files
+  dora-vl convert LAST.pth --to adapter                         NVlabs' VL-BART
+  dora-vl convert adapter_0.pt --base llama-3-8b/ --to adapter  torchtune
+  dora-vl convert adapters.safetensors --to adapter             mlx-lm
+  dora-vl convert style.safetensors --base sdxl/unet --to adapter   LyCORIS, kohya
+
+With --as lora the result is a plain LoRA for tools that cannot serve magnitudes: the truncated SVD of each layer's
+change. Its relative error is printed layer by layer, and nothing is written above --max-error.
+
+  dora-vl convert adapter --as lora --base BASE --rank 64 --max-error 0.1 --to adapter-lora
+
+With --as nvlabs-vlbart (a DoRA) or vl-adapter (a LoRA) a VL-BART's adapter becomes the whole dictionary that the
+original saves, the base's weights included.
+
+  dora-vl convert adapter --as nvlabs-vlbart --base BASE --to LAST.pth
+  dora-vl convert adapter --as vl-adapter --task vqa,gqa,nlvr,caption --base BASE --to LAST.pth
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dora-vl convert`."""
+    parser.add_argument("source", type=Path, metavar="FROM", help="a folder or file that holds an adapter")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="adapter folder to write, replaced if it is one; of an original dictionary a new file",
+    )
+    kinds = ("peft", "lora", *ORIGINAL_FORMS)
+    parser.add_argument("--as", dest="kind", choices=kinds, default="peft", help="default: peft")
+    parser.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="the base model's folder (torchtune, kohya; --as lora, VL-BART)"
+    )
+    parser.add_argument("--any-base", action="store_true", help="VL-BART: accept a base whose content hash differs")
+    add_reading_arguments(parser)
+    parser.add_argument("--rank", type=int, metavar="R", help="--as lora: rank of the result")
+    parser.add_argument("--max-error", type=float, metavar="X", help="--as lora: largest relative error of any layer")
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the files of some formats do not say; shared by the commands that read adapters."""
+    parser.add_argument("--from", dest="format", choices=FORMATS, help="the format; default: known by the keys")
+    parser.add_argument("--alpha", type=float, help="numerator of the scale, where no file states it")
+    parser.add_argument("--task", help="which of VL-Adapter's tasks; with --as vl-adapter all of them, by commas")
+    parser.add_argument(
+        "--rename", action="append", default=[], metavar="OLD=NEW", help="beginnings of layer names; may come often"
+    )
+
+
+def reading_options(arguments: argparse.Namespace) -> ReadOptions:
+    """The options as `read_any` takes them."""
+    pairs = [rename.partition("=") for rename in arguments.rename]
+    if any(not old or not equals for old, equals, _ in pairs):
+        raise UserError(f"--rename {arguments.rename}: write OLD=NEW, e.g. --rename model.=model.language_model.")
+    return ReadOptions(
+        format=arguments.format,
+        base=arguments.base,
+        alpha=arguments.alpha,
+        task=arguments.task,
+        renames=tuple((old, new) for old, _, new in pairs),
+    )
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Converts; yields the lines to print."""
+    if arguments.kind != "lora" and (arguments.rank is not None or arguments.max_error is not None):
+        raise UserError("--rank and --max-error belong to --as lora")
+    if arguments.kind in ORIGINAL_FORMS:
+        yield _to_original(arguments)
+        return
+    _refuse_target(arguments.source, arguments.to)
+    adapter = read_any(arguments.source, reading_options(arguments))
+    if arguments.kind == "lora":
+        yield from _export(adapter, arguments)
+        return
+    write_adapter(adapter, arguments.to)
+    yield f"{arguments.to}: {len(adapter.layers)} layers, {len(adapter.extras)} other tensors"
+
+
+def _refuse_target(source: Path, target: Path) -> None:
+    """Raises a `UserError` before any work where the result may not take the folder's place."""
+    if target.resolve() in (source.resolve(), source.resolve().parent):
+        raise UserError(f"--to {target} is where the adapter is read from; name another folder")
+    refuse_to_replace_adapter(target)
+
+
+def _to_original(arguments: argparse.Namespace) -> str:
+    refuse_to_overwrite(arguments.to)
+    adapter = read_any(arguments.source, replace(reading_options(arguments), task=None))
+    base_folder = arguments.base or base_of(adapter)
+    if not arguments.any_base:
+        refuse_other_base(adapter.recipe, base_folder, adapter.source)
+    tasks = tuple((arguments.task or "").split(",")) if arguments.kind == "vl-adapter" else ()
+    with BaseWeights(base_folder) as base:
+        found = original_dictionary(adapter, base, arguments.kind, tasks=tasks, alpha=arguments.alpha)
+        write_original(found, arguments.to)
+    stated = f", lora_alpha {found.alpha:g} (the file does not say it)" if tasks else ""
+    return f"{arguments.to}: {len(adapter.layers)} layers of rank {found.rank}, {len(found.tensors)} tensors{stated}"
+
+
+def _export(adapter: Adapter, arguments: argparse.Namespace) -> Iterator[str]:
+    if arguments.rank is None or arguments.max_error is None or arguments.base is None:
+        raise UserError(
+            "--as lora needs --base FOLDER, --rank R and --max-error X (1.0 accepts any error, and states it)"
+        )
+    if arguments.rank < 1:
+        raise UserError(f"--rank is {arguments.rank}; it must be 1 or more")
+    exports: list[LayerExport] = []
+    with BaseWeights(arguments.base) as base:
+        for export in export_layers(adapter, base, arguments.rank):
+            exports.append(export)
+            yield f"{export.relative_error:9.3g}  {export.layer}"
+    lora = as_lora(adapter, exports, arguments.max_error)
+    write_adapter(lora, arguments.to)
+    worst = max(export.relative_error for export in exports)
+    yield f"{arguments.to}: {len(exports)} layers of rank {arguments.rank}, largest relative error {worst:.3g}"

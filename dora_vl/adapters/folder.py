@@ -1,0 +1,308 @@
+"""The adapter folder: PEFT's two files plus `recipe.json`; written whole or not at all, loaded strictly.
+
+`adapter_model.safetensors` holds every trained tensor under PEFT's names, and the frozen ones that the result
+depends on. `adapter_config.json` is the stable subset of PEFT's fields. `recipe.json` holds what PEFT has no field
+for, and whatever the caller needs to rebuild the run (base, template, picture settings).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dora_vl.adapters.agreement import refuse_other_settings, refuse_pefts_other_result, whole_change
+from dora_vl.adapters.folder_replacing import refuse_to_replace, replace_folder
+from dora_vl.adapters.names import PEFT_PREFIX as PEFT_PREFIX
+from dora_vl.adapters.names import file_name
+from dora_vl.adapters.names import own_name as own_name
+from dora_vl.adapters.settings import own_settings, peft_config, read_config
+from dora_vl.core.config import DoRAConfig
+from dora_vl.core.initialise import take_from_weight
+from dora_vl.core.inject import apply_dora, refuse_unwritable
+from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.precision import Gather, no_gather
+from dora_vl.core.trainable import adapted_layers, is_adapted, kept_rows, kept_tensors, trained_parts
+from dora_vl.errors import UserError
+from dora_vl.model_files import check_whole
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+RECIPE_FILE = "recipe.json"
+FILES = (WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE)
+
+
+# -- saving --------------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str = "",
+    recipe: Mapping[str, Any] | None = None,
+    gather: Gather = no_gather,
+    write: bool = True,
+) -> None:
+    """Writes the adapter folder under a temporary name and renames it, replacing an older adapter folder.
+
+    With ZeRO-3 every rank calls this, with the `gather` that makes parameters whole; only the rank with `write`
+    touches the disk.
+
+    Raises:
+        UserError: `folder` is there already and holds something else than an adapter. Nothing is written then.
+    """
+    tensors = adapter_tensors(model, gather=gather, copy=write)
+    if not write:
+        return
+    target = Path(folder)
+    refuse_to_replace_adapter(target)
+    staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_json(staging / CONFIG_FILE, peft_config(model, base_model))
+        _write_json(staging / RECIPE_FILE, {**(recipe or {}), "adapter": own_settings(model)})
+        replace_folder(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_to_replace_adapter(target: Path) -> None:
+    """Raises a `UserError` where a folder has the name already and is no adapter folder, or holds more than that."""
+    refuse_to_replace(target, FILES if (target / CONFIG_FILE).is_file() else ())
+
+
+def adapter_tensors(model: nn.Module, *, gather: Gather = no_gather, copy: bool = True) -> dict[str, Tensor]:
+    """Every trained tensor and every kept one on CPU under PEFT's names; empty on ranks that only take part."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _expected(model).items():
+        with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
+            if copy:
+                # A clone: safetensors refuses tensors that share memory, and a sharded one is gone after the block.
+                tensors[file_name(model, name)] = _in_file(
+                    model, name, kept_rows(name, tensor.detach()).to("cpu", copy=True)
+                )
+    return tensors
+
+
+def _in_file(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor in the file's shape; A and B of a PiSSA layer with their starts, as a change of the whole weight."""
+    owner, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    if isinstance(layer, AdaptedLayer) and leaf == "magnitude":
+        return tensor.view(layer.magnitude_file_shape())
+    if isinstance(layer, AdaptedLayer) and "start_A" in layer._buffers and leaf in ("lora_A", "lora_B"):
+        start = layer.get_buffer(f"start_{leaf[-1]}").cpu()
+        return torch.cat([tensor, start] if leaf == "lora_A" else [tensor, -start], dim=0 if leaf == "lora_A" else 1)
+    return tensor.contiguous()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, gather: Gather = no_gather, change_base: bool = True
+) -> list[str]:
+    """Loads an adapter folder, adapting the model first where it is not; returns the adapted layers' names.
+
+    A PiSSA adapter takes its start out of the frozen weights, as in training, so that the outputs are the same bit by
+    bit. Without `change_base` it becomes the change of the original weights that its file holds, at twice the rank:
+    the same outputs up to rounding, and no frozen weight changes. A model that is adapted already must be adapted as
+    the folder says; its dropout stays its own.
+
+    Raises:
+        UserError: a file is missing or broken, a tensor is missing, unexpected, of another shape or not finite, the
+            configuration is not one of ours, or not the one that the model is adapted with. Nothing is changed in the
+            model then.
+    """
+    source = Path(folder)
+    tensors = {own_name(key): tensor for key, tensor in read_weights(source).items()}
+    _refuse_not_finite(source, tensors)
+    recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
+    own = recipe.get("adapter", {})
+    peft = read_json(source / CONFIG_FILE)
+    config = read_config(str(source), peft, own, tensors)
+    if is_adapted(model):
+        refuse_other_settings(str(source), model, config, dropout_mode_is_stated="dropout_mode" in own)
+        refuse_pefts_other_result(str(source), model, peft, own)
+    else:
+        config = config if change_base else whole_change(config)
+        twin = _adapted_twin(source, model, config, tensors)
+        refuse_pefts_other_result(str(source), twin, peft, own)
+        _adapt(model, config, gather)
+    _check_fit(source, model, tensors)
+    _copy_values(source, model, tensors, gather)
+    for _, layer in adapted_layers(model):
+        layer.forget_norms()
+    return [name for name, _ in adapted_layers(model)]
+
+
+def _adapted_twin(source: Path, model: nn.Module, config: DoRAConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """An adapted copy without values, tried first so that a folder that does not fit leaves the model alone."""
+    twin = _without_values(model)
+    _adapt(twin, config, no_gather)
+    _check_fit(source, twin, tensors)
+    return twin
+
+
+@torch.no_grad()
+def _copy_values(source: Path, model: nn.Module, tensors: Mapping[str, Tensor], gather: Gather) -> None:
+    for name, layer in adapted_layers(model):
+        if layer.adapter.init == "pissa" and layer.lora_A is not None:
+            _move_start(source, name, layer, tensors)
+    for name, tensor in _expected(model).items():
+        with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
+            own = kept_rows(name, tensor)
+            own.copy_(_own_part(model, name, tensors[name]).view(own.shape))
+
+
+def load_kept(model: nn.Module, folder: str | os.PathLike[str], *, gather: Gather = no_gather) -> None:
+    """Loads the frozen tensors that an adapter folder carries, and nothing that trains, into an adapted model.
+
+    For whoever restores what trains from elsewhere, such as an engine's own checkpoint.
+
+    Raises:
+        UserError: the folder lacks one of them, or holds it in another shape.
+    """
+    kept = kept_tensors(model)
+    if not kept:
+        return
+    source = Path(folder)
+    tensors = {own_name(key): tensor for key, tensor in read_weights(source).items()}
+    if missing := sorted(set(kept) - set(tensors)):
+        raise UserError(f"{source} lacks {len(missing)} frozen tensors that the model needs: {missing[:3]}")
+    with torch.no_grad():
+        for name, tensor in kept.items():
+            with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
+                own = kept_rows(name, tensor)
+                if own.shape != tensors[name].shape:
+                    raise UserError(f"{source}: {name} is {list(tensors[name].shape)}, here it is {list(own.shape)}")
+                own.copy_(tensors[name])
+
+
+def _adapt(model: nn.Module, config: DoRAConfig, gather: Gather) -> None:
+    """Adapts the model without computing a start that the folder's tensors replace."""
+    refuse_unwritable(model, config)
+    apply_dora(model, replace(config, init="kaiming"), gather=gather)
+    for _, layer in adapted_layers(model):
+        layer.adapter = replace(layer.adapter, init=config.init)
+
+
+def _move_start(source: Path, name: str, layer: AdaptedLayer, tensors: Mapping[str, Tensor]) -> None:
+    """Takes the start of a PiSSA layer, which the file holds behind A and B, out of the frozen weight."""
+    rank, like = layer.adapter.rank, layer.weight
+    start_A = tensors[f"{name}.lora_A"][rank:].to(like.device)
+    start_B = -tensors[f"{name}.lora_B"][:, rank:].to(like.device)
+    if "start_A" not in layer._buffers:
+        take_from_weight(layer, start_A, start_B)
+    elif not (torch.equal(layer.get_buffer("start_A"), start_A) and torch.equal(layer.get_buffer("start_B"), start_B)):
+        raise UserError(f"{source}: {name} started from other singular vectors; load it into a fresh base model")
+
+
+def _own_part(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    if isinstance(layer, AdaptedLayer) and layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
+        return tensor[: layer.adapter.rank] if leaf == "lora_A" else tensor[:, : layer.adapter.rank]
+    return tensor
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, safetensors only.
+
+    Raises:
+        UserError: the folder or a file is missing, or the file is cut short.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+        raise UserError(f"{path} does not exist ({there}); give the folder that save_adapter or PEFT wrote")
+    check_whole(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object of an adapter folder.
+
+    Raises:
+        UserError: the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; an adapter folder holds it beside {WEIGHTS_FILE}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy of the model's structure on the meta device; costs no memory worth naming."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter.data, device="meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _refuse_not_finite(source: Path, tensors: Mapping[str, Tensor]) -> None:
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if broken:
+        raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; take an older one")
+
+
+def _check_fit(source: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    expected = _expected(model)
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    if missing or unexpected:
+        raise UserError(
+            f"{source} does not fit this model: {len(missing)} missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}; is it the base that the adapter was trained on?"
+        )
+    for name, tensor in expected.items():
+        found = tuple(tensors[name].shape)
+        # A sharded parameter shows no shape here; its copy checks it.
+        if tensor.numel() and found not in _shapes_in_file(model, name, kept_rows(name, tensor)):
+            needed = list(kept_rows(name, tensor).shape)
+            raise UserError(f"{source}: {name} is {list(found)}, this model needs {needed}")
+
+
+def _shapes_in_file(model: nn.Module, name: str, tensor: Tensor) -> tuple[tuple[int, ...], ...]:
+    owner, _, leaf = name.rpartition(".")
+    layer, shape = model.get_submodule(owner), tuple(tensor.shape)
+    if not isinstance(layer, AdaptedLayer):
+        return (shape,)
+    if leaf == "magnitude":
+        return (shape, layer.magnitude_file_shape(), (*shape, 1))
+    if layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
+        axis = 0 if leaf == "lora_A" else 1
+        return (tuple(size * 2 if place == axis else size for place, size in enumerate(shape)),)
+    return (shape,)
+
+
+def _expected(model: nn.Module) -> dict[str, Tensor]:
+    trained = {name: p for part in trained_parts(model) for name, p in part.parameters.items()}
+    return {**trained, **kept_tensors(model)}

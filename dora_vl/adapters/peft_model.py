@@ -1,0 +1,276 @@
+"""`accelerate_peft(model)`: a PEFT model on this core's forward pass, with PEFT's own parameters.
+
+PEFT's DoRA builds the whole B A at every forward pass, and takes a second frozen product while dropout is on. Here
+each of its linear layers gets this core's arithmetic: the norm once per optimizer step from the factors, one frozen
+product, and a backward pass that keeps x, A x and y alone. The parameters are PEFT's objects, so the optimizer, the
+state dictionary, `save_pretrained`, `merge_and_unload` and `set_adapter` go on as before.
+
+One thing differs, in training with dropout only: PEFT drops elements of the input of the *whole change*
+((g - 1) W x too), which is what costs the second product; `dropout_mode="low_rank"` drops them from B A x alone.
+Both are the same in expectation, and the same without dropout and in eval; `"whole_change"` is PEFT's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from dora_vl.core import DoRAConfig, DoRALinear
+from dora_vl.core.config import DropoutMode
+from dora_vl.core.fast.gain_family import GainFamily
+from dora_vl.core.freshness import is_plain_parameter, unwatch
+
+log = logging.getLogger(__name__)
+
+_STATE = "_dora_vl_core"
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What `accelerate_peft` did."""
+
+    layers: tuple[str, ...]
+    """Full names of the layers that now run on this core."""
+    left: dict[str, str]
+    """Layers that stay on PEFT's own forward pass, and why."""
+
+
+@dataclass
+class _Core:
+    """This core's layer over one adapter's parameters."""
+
+    layer: DoRALinear
+    operands: _Operands
+
+
+@dataclass
+class _CoreState:
+    """This core's layers over PEFT's parameters; no module, so that PEFT's layer has no new child."""
+
+    dropout_mode: DropoutMode
+    families: dict[object, GainFamily]
+    """Of all layers; an adapter's layers of one shape compute their gains together."""
+    cores: dict[str, _Core] = field(default_factory=dict)
+    """Adapter's name -> the layer over it, built when it first runs."""
+
+
+class AcceleratedLinear(PeftLinear):
+    """PEFT's linear LoRA or DoRA layer with this core's forward pass where that computes the same."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """This core's y for the active adapter; PEFT's own forward pass for whatever this core does not do."""
+        if args or kwargs or reason_to_leave(self) is not None:
+            return super().forward(x, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            core = _kept_layer(self)
+        else:
+            # This core's own backward pass is closed to the transforms of torch.func, as the same question is there.
+            core = None if torch._C._are_functorch_transforms_active() else _core_layer(self, _active_adapter(self))
+        return super().forward(x) if core is None else core(x)
+
+    def _get_name(self) -> str:
+        return PeftLinear.__name__  # get_layer_status reads the layer's type out of what is printed
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows beside PEFT's own."""
+        return "accelerated by dora_vl"
+
+    def forget_norms(self, *, frozen: bool = False) -> None:
+        """Drops what this core keeps, after a change that leaves no trace in torch: a kernel that writes by address."""
+        for core in _state(self).cores.values():
+            core.layer.forget_norms(frozen=frozen)
+
+    def train(self, mode: bool = True) -> AcceleratedLinear:
+        """Switches this core's layers too, which a compiled graph cannot do."""
+        super().train(mode)
+        for core in _state(self).cores.values():
+            core.layer.train(mode)
+        return self
+
+
+def accelerate_peft(model: nn.Module, *, dropout_mode: DropoutMode = "low_rank") -> Acceleration:
+    """Makes the linear LoRA and DoRA layers of a PEFT model use this core's forward pass.
+
+    Layers that this core would compute differently stay as they are and are named in the result: quantised bases,
+    convolutions and embeddings, LoRA variants other than DoRA, several active adapters at once. The question is
+    asked again at every forward pass, so `set_adapter`, `disable_adapter` and merging keep working.
+
+    Args:
+        model: Anything with PEFT layers in it; changed in place. Call it before wrapping in DDP or DeepSpeed.
+        dropout_mode: `low_rank` (one frozen product) or `whole_change` (PEFT's form, two; see the module's text).
+
+    Raises:
+        ValueError: there is no PEFT layer in the model.
+    """
+    done: list[str] = []
+    left: dict[str, str] = {}
+    families: dict[object, GainFamily] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        reason = reason_to_leave(layer)
+        if reason is not None:
+            left[name] = reason
+            continue
+        assert isinstance(layer, PeftLinear)
+        layer.__class__ = AcceleratedLinear
+        vars(layer)[_STATE] = _CoreState(dropout_mode, families)
+        for adapter in layer.lora_A:
+            if _reason_in_adapter(layer, adapter) is None:
+                _core_layer(layer, adapter)
+        done.append(name)
+    if not done and not left:
+        raise ValueError("the model has no PEFT LoRA layer; call get_peft_model(model, LoraConfig(...)) first")
+    for reason, count in Counter(left.values()).items():
+        log.warning("%d layers stay on PEFT's own forward pass: %s", count, reason)
+    return Acceleration(tuple(done), left)
+
+
+def restore_peft(model: nn.Module) -> int:
+    """Undoes `accelerate_peft`; returns how many layers are PEFT's own again."""
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, AcceleratedLinear)]
+    for layer in layers:
+        for parameter in layer.parameters():
+            unwatch(parameter)
+        del vars(layer)[_STATE]
+        layer.__class__ = PeftLinear
+    return len(layers)
+
+
+def reason_to_leave(layer: object) -> str | None:
+    """Why PEFT's own forward pass must run on this layer now; None where this core computes the same."""
+    if type(layer) not in {PeftLinear, AcceleratedLinear}:
+        return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__} is no plain linear LoRA layer"
+    assert isinstance(layer, PeftLinear)
+    base = layer.get_base_layer()
+    if type(base) is not nn.Linear:
+        return f"its base is a {type(base).__name__}, not nn.Linear"
+    if layer.disable_adapters or layer.merged:
+        return "its adapters are disabled or merged"
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1:
+        return f"{len(active)} adapters are active on it; one is needed"
+    return _reason_in_adapter(layer, active[0]) or _reason_in_base(base)
+
+
+def _reason_in_adapter(layer: PeftLinear, active: str) -> str | None:
+    variant = layer.lora_variant.get(active)
+    if variant is not None and not _is_dora(variant):
+        return f"LoRA variant {variant} is not DoRA"
+    if layer.lora_bias.get(active):
+        return "it has lora_bias"
+    if not isinstance(layer.lora_dropout[active], (nn.Dropout, nn.Identity)):
+        return f"its dropout is a {type(layer.lora_dropout[active]).__name__}"
+    if layer.scaling[active] <= 0:
+        return f"its scale is {layer.scaling[active]}"
+    operands = _operands(layer, active)
+    tensors = (operands.lora_A, operands.lora_B, operands.magnitude)
+    if not all(tensor is None or is_plain_parameter(tensor) for tensor in tensors):
+        return "its adapter's tensors are no parameters, as in torch.func.functional_call"
+    return None
+
+
+def _reason_in_base(base: nn.Linear) -> str | None:
+    if base.weight.requires_grad:
+        return "its base weight trains"
+    if base.weight.numel() == 0 or not is_plain_parameter(base.weight) or base.weight.device.type == "meta":
+        return "its base weight is sharded or offloaded"
+    if "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks:
+        return "its base layer has hooks of its own"
+    return None
+
+
+def _is_dora(variant: Any) -> bool:
+    return variant is DoraLinearVariant or isinstance(variant, DoraLinearVariant)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What PEFT's layer computes with at the moment; parameters, but for the tensors of `functional_call`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor | None
+    scale: float
+    dropout: float
+
+    def are(self, other: _Operands) -> bool:
+        """Whether both are the same tensors, scale and dropout; a question that a graph can guard."""
+        same_weights = self.weight is other.weight and self.bias is other.bias
+        same_adapter = self.lora_A is other.lora_A and self.lora_B is other.lora_B and self.magnitude is other.magnitude
+        return same_weights and same_adapter and (self.scale, self.dropout) == (other.scale, other.dropout)
+
+
+def _operands(layer: PeftLinear, adapter: str) -> _Operands:
+    base: Any = layer.get_base_layer()
+    parts: tuple[Any, Any, Any] = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    magnitudes: Any = layer.lora_magnitude_vector
+    return _Operands(
+        weight=base.weight,
+        bias=base.bias,
+        lora_A=parts[0].weight,
+        lora_B=parts[1].weight,
+        magnitude=magnitudes[adapter].weight if adapter in magnitudes else None,
+        scale=layer.scaling[adapter],
+        dropout=float(parts[2].p) if isinstance(parts[2], nn.Dropout) else 0.0,
+    )
+
+
+def _state(layer: PeftLinear) -> _CoreState:
+    return vars(layer)[_STATE]
+
+
+def _active_adapter(layer: PeftLinear) -> str:
+    return next(name for name in layer.active_adapters if name in layer.lora_A)
+
+
+def _core_layer(layer: PeftLinear, adapter: str) -> DoRALinear:
+    """The layer over an adapter's parameters, built again when PEFT has put others in their place."""
+    state, operands = _state(layer), _operands(layer, adapter)
+    core = state.cores.get(adapter)
+    if core is None or not core.operands.are(operands):
+        core = _Core(_over(operands, state.dropout_mode), operands)
+        state.cores = {name: kept for name, kept in state.cores.items() if name in layer.lora_A} | {adapter: core}
+        core.layer.family = state.families.setdefault((operands.weight.shape, adapter), GainFamily())
+        core.layer.family.join(core.layer)
+    if core.layer.training != layer.training:
+        core.layer.train(layer.training)
+    return core.layer
+
+
+def _kept_layer(layer: PeftLinear) -> DoRALinear | None:
+    """The layer over the active adapter as far as it stands; None where it must be built, which no graph can hold."""
+    adapter = _active_adapter(layer)
+    core = _state(layer).cores.get(adapter)
+    if core is None or core.layer.training != layer.training:
+        return None
+    return core.layer if core.operands.are(_operands(layer, adapter)) else None
+
+
+def _over(operands: _Operands, dropout_mode: DropoutMode) -> DoRALinear:
+    rank, columns = operands.lora_A.shape
+    config = DoRAConfig(
+        targets=("*",),
+        method="lora" if operands.magnitude is None else "dora",
+        rank=rank,
+        alpha=operands.scale * rank,
+        dropout=operands.dropout,
+        dropout_mode=dropout_mode,
+    )
+    # Built without memory and without drawing a number, then given PEFT's tensors.
+    empty = nn.Linear(columns, len(operands.weight), bias=operands.bias is not None, device="meta")
+    core = DoRALinear(empty, config)
+    for leaf in ("weight", "bias", "lora_A", "lora_B", "magnitude"):
+        setattr(core, leaf, getattr(operands, leaf))
+    core.forget_norms(frozen=True)
+    return core

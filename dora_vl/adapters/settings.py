@@ -1,0 +1,290 @@
+"""An adapter folder's two JSON files: what PEFT has fields for, and what only we know; written and read back.
+
+Where PEFT would compute something else from the same tensors (magnitudes alone, DVoRA, extras that are not whole
+modules, dilated convolutions), `peft_type` is one that PEFT does not know, so that it refuses instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+
+from dora_vl.adapters.agreement import layers_beyond_peft
+from dora_vl.adapters.names import LEAVES
+from dora_vl.core.config import DoRAConfig
+from dora_vl.core.dvora import SHARED_NAME
+from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.trainable import adapted_layers, kept_tensors, trained_parts
+from dora_vl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
+OWN_TYPE = "DORA_VL"
+READ_TYPES = frozenset({"LORA", OWN_TYPE, *OWN_TYPES.values()})
+"""Every `peft_type` that is read."""
+OWN_FIELDS = (
+    "method", "rank", "alpha", "dropout", "dropout_mode", "detach_norm", "rank_scaling", "init", "random_seed",
+    "kinds", "opaque_layers",
+)  # fmt: skip
+REFUSED_FIELDS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
+    "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+"""PEFT fields that mean another forward pass when they are set."""
+STARTS_BESIDE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""PEFT's values of `init_lora_weights` that leave the base alone; pissa, olora, corda, lora_ga and loftq do not."""
+KNOWN_FIELDS = frozenset((
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", *REFUSED_FIELDS,
+))  # fmt: skip
+
+
+# -- writing -------------------------------------------------------------------------------------------------
+
+
+def peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
+    """The stable subset of PEFT 0.21's `adapter_config.json`, from the model as it is adapted now."""
+    layers = dict(adapted_layers(model))
+    parts = trained_parts(model)
+    extras = {name for part in parts if not part.name.startswith("dora.") for name in part.parameters}
+    common = {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(layers),
+        "task_type": None,
+    }
+    whole = whole_modules(model, extras)
+    common["modules_to_save"] = whole or None
+    common["fan_in_fan_out"] = any(_is_transposed(layer) for layer in layers.values())
+    if not layers:
+        return {"peft_type": OWN_TYPES["full"], **common}
+    ranks = {name: layer.adapter.rank * _copies(layer) for name, layer in layers.items()}
+    alphas = {name: _file_alpha(layer) for name, layer in layers.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    first = _main_layer(layers).adapter
+    return {
+        "peft_type": _peft_type(model, layers, extras, whole),
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "lora_dropout": first.dropout,
+        "use_dora": first.method == "dora",
+        "use_rslora": first.rank_scaling == "sqrt",
+        "init_lora_weights": True,
+        **common,
+    }
+
+
+def own_settings(model: nn.Module) -> dict[str, Any]:
+    """What `recipe.json` holds under `adapter`: what the tensors' names and PEFT's fields do not say."""
+    layers = dict(adapted_layers(model))
+    parts: dict[str, list[str]] = {}
+    for part in trained_parts(model):
+        if not part.name.startswith("dora."):
+            parts.setdefault(part.name, []).extend(part.parameters)
+    common = {"parts": parts, "kept": list(kept_tensors(model))}
+    if not layers:
+        return {"method": "full", **common}
+    first = _main_layer(layers)
+    alone = [name for name, layer in layers.items() if layer.adapter.method == "magnitude"]
+    differing = {name: layer.adapter for name, layer in layers.items() if name not in alone}
+    return {
+        **{field: getattr(first.adapter, field) for field in OWN_FIELDS},
+        "rank_pattern": {name: a.rank for name, a in differing.items() if a.rank != first.adapter.rank},
+        "alpha_pattern": {name: a.alpha for name, a in differing.items() if a.alpha != first.adapter.alpha},
+        "magnitude_targets": alone if first.adapter.method != "magnitude" else [],
+        **common,
+    }
+
+
+def _main_layer(layers: Mapping[str, AdaptedLayer]) -> AdaptedLayer:
+    """The first layer that has more than a magnitude, whose settings are the folder's; else the first."""
+    found = (layer for layer in layers.values() if layer.adapter.method != "magnitude")
+    return next(found, next(iter(layers.values())))
+
+
+def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
+    """The topmost modules all of whose parameters are named; what PEFT calls `modules_to_save`."""
+    chosen: list[str] = []
+    for name, module in model.named_modules():
+        own = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
+        inside = any(name.startswith(f"{outer}.") for outer in chosen)
+        if name and own and own <= parameters and not inside:
+            chosen.append(name)
+    return chosen
+
+
+def _peft_type(model: nn.Module, layers: Mapping[str, AdaptedLayer], extras: set[str], whole: list[str]) -> str:
+    methods = {layer.adapter.method for layer in layers.values()}
+    if methods == {"magnitude"}:
+        return OWN_TYPES["magnitude"]
+    loose = [name for name in extras if not any(name.startswith(f"{module}.") for module in whole)]
+    transposed = {_is_transposed(layer) for layer in layers.values()}
+    known = (
+        len(methods) == 1
+        and methods <= {"dora", "lora"}
+        and not loose
+        and not kept_tensors(model)
+        and len(transposed) == 1
+        and not _named_as_beyond_peft(layers)
+    )
+    return "LORA" if known else OWN_TYPE
+
+
+def _named_as_beyond_peft(layers: Mapping[str, AdaptedLayer]) -> bool:
+    beyond = layers_beyond_peft(layers)
+    if beyond:
+        name, setting = next(iter(beyond.items()))
+        log.warning(
+            "%s has %s (%d such layers), which PEFT leaves out of its low-rank path: peft_type is %s, which "
+            "load_adapter reads and PEFT refuses. For PEFT, take such layers out of targets or merge the adapter.",
+            *(name, setting, len(beyond), OWN_TYPE),
+        )
+    return bool(beyond)
+
+
+def _is_transposed(layer: AdaptedLayer) -> bool:
+    return type(layer).__name__ == "TransposedLinear"
+
+
+def _copies(layer: AdaptedLayer) -> int:
+    """2 where the file holds A and B beside their start (PiSSA): to others, a change of the whole weight."""
+    return 2 if "start_A" in layer._buffers else 1
+
+
+def _file_alpha(layer: AdaptedLayer) -> float:
+    """alpha that gives the same scale at the file's rank."""
+    copies, adapter = _copies(layer), layer.adapter
+    return adapter.alpha * (copies if adapter.rank_scaling == "linear" else copies**0.5)
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def read_config(
+    source: str, peft: Mapping[str, Any], own: Mapping[str, Any], named: Mapping[str, Tensor]
+) -> DoRAConfig:
+    """The configuration that a folder was written with; layers and parts are read from the tensors' names.
+
+    Raises:
+        UserError: the configuration asks for a computation that is not ours, or contradicts the tensors.
+    """
+    check_peft_fields(source, peft)
+    owners = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] in LEAVES}
+    extras = [name for name in named if name.rpartition(".")[2] not in LEAVES]
+    kept = tuple(own.get("kept", ()))
+    parts = {part: tuple(names) for part, names in own.get("parts", {}).items()}
+    unnamed = tuple(n for n in extras if n not in kept and all(n not in names for names in parts.values()))
+    if unnamed:
+        parts["extra"] = unnamed
+    full = tuple(parts.pop("full", ()))
+    method = own.get("method") or ("dora" if peft.get("use_dora") else "lora")
+    alone = tuple(own.get("magnitude_targets", ()))
+    targets = {name.rpartition(".")[0] for name in full} if method == "full" else owners - set(alone)
+    if not targets:
+        raise UserError(f"{source} holds no adapter tensor (lora_A, lora_B, lora_magnitude_vector)")
+    ranks, alphas = _patterns(source, peft, own, {n: t for n, t in named.items() if n.endswith(".lora_A")})
+    return DoRAConfig(
+        targets=tuple(sorted(targets)),
+        method=method,
+        rank=int(own.get("rank", peft.get("r", 1))),
+        alpha=float(own.get("alpha", peft.get("lora_alpha", 1.0))),
+        dropout=float(peft.get("lora_dropout", 0.0)),
+        dropout_mode=own.get("dropout_mode", "whole_change"),
+        detach_norm=own.get("detach_norm", True),
+        rank_scaling="sqrt" if peft.get("use_rslora") else "linear",
+        kinds=tuple(own.get("kinds", ("linear", "embedding", "conv"))),
+        magnitude_targets=alone,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        init=own.get("init", "kaiming"),
+        random_seed=own.get("random_seed", 0),
+        opaque_layers=tuple(own.get("opaque_layers", ())),
+        also_train=parts,
+        also_keep=tuple(name for name in kept if not name.startswith(f"{SHARED_NAME}.")),
+    )
+
+
+def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
+    """Refuses a configuration that this package would compute differently from PEFT.
+
+    Raises:
+        UserError: another method, a field that changes the forward pass, or an unknown field that is set.
+    """
+    kind = peft.get("peft_type", "LORA")
+    if kind not in READ_TYPES:
+        raise UserError(f"{source}: peft_type is {kind!r}; only LORA (with or without DoRA) is read")
+    _refuse_changed_base(source, peft)
+    changing = sorted(name for name in REFUSED_FIELDS if peft.get(name))
+    if changing:
+        raise UserError(f"{source}: {', '.join(changing)} is set, which changes the forward pass; not supported")
+    unknown = sorted(name for name, value in peft.items() if name not in KNOWN_FIELDS and value not in (None, False))
+    if unknown:
+        nearest = get_close_matches(unknown[0], KNOWN_FIELDS, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"{source}: unknown field {', '.join(map(repr, unknown))} (nearest known: {nearest!r}); rename or remove it"
+        )
+
+
+def _refuse_changed_base(source: str, peft: Mapping[str, Any]) -> None:
+    """A start that PEFT took out of the base's weights: over the original base the tensors mean something else.
+
+    Our own PiSSA folders hold the change of the original weight and say `true`, as PEFT's conversion does.
+    """
+    start = peft.get("init_lora_weights")
+    if start in STARTS_BESIDE_THE_BASE:
+        return
+    # PEFT's conversion writes A and B alone, and LoftQ's quantised base is no sum with its start.
+    convertible = start != "loftq" and not peft.get("use_dora") and not peft.get("modules_to_save")
+    way = (
+        "save it as a change of the original base, in PEFT: save_pretrained(folder, "
+        "path_initial_model_for_weight_conversion=folder_saved_before_training)"
+        if convertible
+        else "merge it in PEFT (merge_and_unload), whose conversion would lose a part of this one"
+    )
+    raise UserError(f"{source}: init_lora_weights is {start!r}, a start that is taken out of the base's weights; {way}")
+
+
+def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
+    """A layer's value in PEFT's `rank_pattern` or `alpha_pattern`: a regular expression at the name's end."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default
+
+
+def _patterns(
+    source: str, peft: Mapping[str, Any], own: Mapping[str, Any], factors: Mapping[str, Tensor]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and alpha of the layers that differ, by full name; every rank must be its tensor's."""
+    if own:
+        return dict(own.get("rank_pattern", {})), dict(own.get("alpha_pattern", {}))
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, tensor in factors.items():
+        layer = name.rpartition(".")[0]
+        rank = int(by_peft_pattern(peft.get("rank_pattern"), layer, peft.get("r", 1)))
+        if rank != tensor.shape[0]:
+            raise UserError(f"{source}: {layer} has rank {rank} in the configuration, and {tensor.shape[0]} in {name}")
+        if rank != peft.get("r"):
+            ranks[layer] = rank
+        alpha = float(by_peft_pattern(peft.get("alpha_pattern"), layer, peft.get("lora_alpha", 1.0)))
+        if alpha != peft.get("lora_alpha"):
+            alphas[layer] = alpha
+    return ranks, alphas

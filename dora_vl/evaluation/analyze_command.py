@@ -1,0 +1,91 @@
+"""`dora-vl analyze`: how training changed the weights, in magnitude and in direction (the DoRA paper, section 3)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dora_vl.adapters.adapter import write_json
+from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.decomposition import Panel, Request, as_json, layers_to_compare, measured
+from dora_vl.adapters.tuned_weights import refuse_saved_on_another_base, saved_in
+from dora_vl.errors import UserError
+
+DESCRIPTION = """\
+Measures, for every layer and every checkpoint, the mean change of the weight's magnitudes (dM) and of its directions
+(dD, 1 - cosine), fits dM over dD, and draws the models side by side: section 3 of the DoRA paper. There the query
+weights of VL-BART had a slope below 0 with full fine-tuning and with DoRA, above 0 with LoRA.
+
+  dora-vl analyze llava-base/ runs/full runs/lora runs/dora --to decomposition
+  dora-vl analyze llama/ llama-tuned/ adapter/ --label "full tuning" --label DoRA --layers '*.q_proj'
+
+A TUNED is a model folder in safetensors, an adapter folder (PEFT's or ours, any method), or a run: each of its
+checkpoints is one point a layer. Weights are read one tensor at a time. Writes NAME.png and NAME.json.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dora-vl analyze`."""
+    parser.add_argument("base", type=Path, metavar="BASE", help="the model folder that training started from")
+    parser.add_argument("tuned", type=Path, nargs="+", metavar="TUNED", help="what came of it; one panel each")
+    parser.add_argument("--label", action="append", metavar="TEXT", help="one for each TUNED; default: its path")
+    parser.add_argument(
+        "--layers", action="append", default=[], metavar="GLOB", help="full names; default: what the adapters adapt"
+    )
+    parser.add_argument(
+        "--axis", choices=("output", "input"), default="output", help="one vector for each output (default) or input"
+    )
+    parser.add_argument("--to", type=Path, default=Path("decomposition"), metavar="NAME", help="of the files")
+    parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Measures, draws and writes; yields the lines to print."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the picture needs matplotlib: pip install 'dora-vl[demo]'")
+    requests = _requests(arguments.tuned, arguments.label)
+    if not arguments.to.resolve().parent.is_dir():
+        raise UserError(f"--to {arguments.to}: there is no folder {arguments.to.resolve().parent}")
+    with BaseWeights(arguments.base) as base:
+        if not arguments.any_base:
+            for request in requests:
+                refuse_saved_on_another_base(request.saved[-1], base)
+        layers = layers_to_compare(requests, base, arguments.layers)
+        yield f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+        total = len(layers) * sum(len(request.saved) for request in requests)
+        with tqdm(total=total, desc="comparing", unit="layer") as progress:
+            panels = [
+                measured(request, base, layers, axis=arguments.axis, done=progress.update) for request in requests
+            ]
+    for panel in panels:
+        yield _line(panel)
+    yield from _write(panels, layers, arguments)
+
+
+def _requests(paths: Sequence[Path], labels: Sequence[str] | None) -> list[Request]:
+    if labels is not None and len(labels) != len(paths):
+        raise UserError(f"{len(paths)} times TUNED and {len(labels)} times --label; give one for each")
+    named = zip(labels or [str(path) for path in paths], paths, strict=True)
+    return [Request(label, path, saved_in(path)) for label, path in named]
+
+
+def _line(panel: Panel) -> str:
+    fitted = panel.line
+    numbers = "no line" if fitted is None else f"slope {fitted.slope:.4g}, correlation {fitted.correlation:.3f}"
+    unchanged = f", {panel.unchanged} unchanged" if panel.unchanged else ""
+    return f"{panel.label} ({panel.method}): {numbers} over {len(panel.points)} points{unchanged}"
+
+
+def _write(panels: Sequence[Panel], layers: Sequence[str], arguments: argparse.Namespace) -> Iterator[str]:
+    from dora_vl.evaluation.decomposition_picture import draw_panels
+
+    picture, numbers = (arguments.to.with_name(f"{arguments.to.name}{suffix}") for suffix in (".png", ".json"))
+    draw_panels(panels, layers, picture)
+    beside = numbers.with_name(f".{numbers.name}.writing")
+    write_json(beside, as_json(panels, arguments.base, arguments.axis))
+    beside.replace(numbers)
+    yield f"{picture}, {numbers}"

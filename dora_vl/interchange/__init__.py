@@ -1,1 +1,0 @@
-"""Adapters in and out of other tools' formats: convert, merge, combine, and PEFT models on this core."""

@@ -1,0 +1,202 @@
+"""Visual instructions for any vision-language model of transformers, as a task that training can run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of
+from dora_vl.backbones.image_text import (
+    IMAGE_TEXT,
+    ImageTextBackbone,
+    language_targets,
+    load_image_text,
+    projector_patterns,
+    weights_out_of_reach,
+)
+from dora_vl.backbones.image_text_encode import ImageTextEncoder
+from dora_vl.backbones.module import Backbone
+from dora_vl.core import DoRAConfig
+from dora_vl.data.dataset import Encoded, LlavaDataset
+from dora_vl.data.processor_inputs import ProcessorCollator
+from dora_vl.data.sampler import sampling_lengths
+from dora_vl.data.stored_pictures import StoredPictures, open_picture
+from dora_vl.data.train_files import train_name
+from dora_vl.data.training_rows import SampleRows
+from dora_vl.data.turns import Conversation
+from dora_vl.errors import UserError
+from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.run.adapting import core_config
+from dora_vl.run.arguments import order_seed
+from dora_vl.run.assembly import build_sampler, processor_encoder, read_samples, recipe_record
+from dora_vl.run.base_loading import load_base
+from dora_vl.run.recipe import RunConfig
+from dora_vl.training.memory_estimate import Activations
+from dora_vl.training.task import Task, TrainingData
+from dora_vl.training.task_model import GenerationTask
+
+logger = logging.getLogger(__name__)
+
+
+def instruct_task(config: RunConfig) -> Task:
+    """The task of a run's base: LLaVA-1.5's own path, or the one of every other vision-language model.
+
+    Raises: UserError for a model type that cannot be trained; nothing but the base's config is read.
+    """
+    model = config.model
+    if model.compose is not None:
+        return LlavaTask(config)
+    model_type = model_type_of(model.base, model.revision)
+    if model_type == LLAVA:
+        return LlavaTask(config)
+    check_trained(model.base, model_type)
+    return ImageTextTask(config)
+
+
+class ImageTextTask(Task):
+    """Conversations about pictures, put to a model through its own processor and chat template."""
+
+    def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
+        self._config = config
+        self._name = name
+        self._dora_config: DoRAConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """As `recipe.json` says it."""
+        return self._name
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return self._config
+
+    def prepare(self, arguments: TrainingArguments) -> None:
+        """Refuses what only LLaVA-1.5's path has, and a processor or chat template that cannot be trained on."""
+        check_settings(self.config)
+        read_samples(self.config, seed=order_seed(arguments))
+        processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+
+    def load(self) -> Backbone[Any]:
+        """The model; what is adapted in it is looked up at once."""
+        backbone = load_base(load_image_text, self.config.model)
+        self._dora_config = self._adapted(backbone)
+        return backbone
+
+    def dora_config(self) -> DoRAConfig:
+        """Every linear of the decoder and the projector, unless the settings say otherwise."""
+        if self._dora_config is None:
+            raise RuntimeError("load() comes first: which layers there are is known from the model alone")
+        return self._dora_config
+
+    def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
+        """The training file's conversations, grouped by modality and length."""
+        data = self.config.data
+        positions = max_positions(backbone.model.config)
+        encoder = processor_encoder(self.config.model, max_tokens=min(data.max_tokens, positions or data.max_tokens))
+        dummy = encoder.dummy()
+        train, held_out = read_samples(self.config, seed=order_seed(arguments))
+        samples = partial(_samples, encoder=encoder, folder=Path(data.image_folder), seed=arguments.seed)
+        train_samples = samples(train)
+        lengths = sampling_lengths(train.rows, tokens_per_image=len(dummy.input_ids))
+        sampler = build_sampler(lengths, arguments, share_pictures=False) if data.group_by_modality_length else None
+        illustrated = bool(lengths.is_multimodal.any())
+        return TrainingData(
+            train=train_samples,
+            validation=None if held_out is None else samples(held_out),
+            collate=ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy if illustrated else None),
+            sampler=sampler,
+            set_epoch=(train_samples.set_epoch, *(() if sampler is None else (sampler.set_epoch,))),
+            samples=len(train.rows),
+            source=train_name(data.train),
+            longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
+        )
+
+    def loss(self, backbone: Backbone[Any]) -> GenerationTask:
+        """Next-token loss."""
+        return GenerationTask(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
+
+    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
+        """The language model's."""
+        text: Any = backbone.model.config.get_text_config()
+        return Activations(
+            tokens=arguments.per_device_train_batch_size * longest_tokens,
+            layers=text.num_hidden_layers,
+            hidden_width=text.hidden_size,
+            element_bytes=backbone.model.dtype.itemsize,
+            recomputed=bool(arguments.gradient_checkpointing),
+        )
+
+    def recipe(self) -> dict[str, Any]:
+        """Base and backbone; prompts and pictures are the base's own processor's."""
+        record = recipe_record(self.config, self.name)
+        own = {"backbone": IMAGE_TEXT, "template": None, "image_aspect": None}
+        return {**record, **own}
+
+    def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """Refused in `prepare`."""
+        raise UserError("evaluation.file is for a LLaVA-1.5 so far; ask the adapter with tasks/image_qa.py")
+
+    def _adapted(self, backbone: ImageTextBackbone) -> DoRAConfig:
+        adapter, model = self.config.adapter, backbone.model
+        targets = adapter.targets if adapter.targets is not None else language_targets(model)
+        if lost := weights_out_of_reach(model):
+            logger.warning(
+                "%d tensors of the decoder, %s weights, first %s, are no linear layers and get no adapter",
+                len(lost),
+                f"{sum(lost.values()):,}",
+                next(iter(lost)),
+            )
+        if not adapter.train_projector or adapter.method == "full":
+            return core_config(adapter, targets=targets)
+        projector = projector_patterns(model)
+        if not projector:
+            logger.warning(
+                "no projector is known in a %s, so none trains; adapter.train_projector: false says that it is meant",
+                type(model).__name__,
+            )
+        return core_config(adapter, targets=targets, also_train={"projector": projector} if projector else {})
+
+
+def check_settings(config: RunConfig) -> None:
+    """Refuses settings that this path does not follow.
+
+    Raises: UserError; it names the setting and what to do.
+    """
+    refused = {
+        "data.cache_features": (config.data.cache_features, "pictures go through the model whole"),
+        "data.share_pictures": (config.data.share_pictures, "each sample brings its own pictures"),
+        "model.image_aspect": (config.model.image_aspect != "pad", "the model's own processor prepares pictures"),
+        "model.template": (
+            config.model.template not in ("vicuna_v1", "tokenizer"),
+            "prompts come from the processor's own chat template",
+        ),
+        "evaluation.file": (config.evaluation.file is not None, "ask the adapter with tasks/image_qa.py instead"),
+    }
+    for setting, (asked, reason) in refused.items():
+        if asked:
+            raise UserError(
+                f"{setting} is for a LLaVA-1.5 alone, and {config.model.base} is none: {reason}; leave it out"
+            )
+    if config.adapter.method == "full" and config.adapter.targets is None:
+        raise UserError("adapter.method: full needs adapter.targets, the modules whose weights train")
+    if not Path(config.data.image_folder).is_dir():
+        raise UserError(f"picture folder {config.data.image_folder} does not exist; set data.image_folder")
+
+
+def encode_from_folder(
+    conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path, stored: StoredPictures
+) -> Encoded:
+    """A conversation with its pictures read; a top-level function, so that worker processes can receive it."""
+    return encoder.encode(conversation, [open_picture(folder, name, stored) for name in conversation.images])
+
+
+def _samples(samples: SampleRows, *, encoder: ImageTextEncoder, folder: Path, seed: int) -> LlavaDataset:
+    encode = partial(encode_from_folder, encoder=encoder, folder=folder, stored=samples.stored)
+    return LlavaDataset(samples.rows, encode=encode, seed=seed)

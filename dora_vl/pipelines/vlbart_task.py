@@ -1,0 +1,307 @@
+"""Tasks of a VL-BART, alone or mixed, as one task that training can run; a task file says which there are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import TrainingArguments
+
+from dora_vl.adapters.folder import load_adapter
+from dora_vl.adapters.provenance import content_hash, versions
+from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.language_source import load_tokenizer
+from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
+from dora_vl.backbones.vlbart_compose import compose_vlbart
+from dora_vl.backbones.vlbart_config import VlBartConfig
+from dora_vl.core import DoRAConfig
+from dora_vl.data.example_file import ExampleFile
+from dora_vl.data.mixture import MixturePlan, Source
+from dora_vl.errors import UserError
+from dora_vl.evaluation.seq2seq_check import check_tests, open_test
+from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
+from dora_vl.run.adapting import core_config
+from dora_vl.run.arguments import order_seed
+from dora_vl.run.base_loading import make_base
+from dora_vl.run.run_folder import ADAPTER, run_folder_of
+from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.run.zero import loading_in
+from dora_vl.tasks.seq2seq import MixtureDataset, Seq2SeqCollator, ValidationBatches
+from dora_vl.tasks.subtask import Subtask, with_input_tokens
+from dora_vl.training.memory_estimate import Activations
+from dora_vl.training.seq2seq_loss import Seq2SeqTask
+from dora_vl.training.task import Task, TrainingData
+from dora_vl.vision.named_features import NamedFeatures
+
+ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
+EVERYTHING = ("*",)
+
+
+class VlBartTask(Task):
+    """One task or a mixture of them.
+
+    Args:
+        config: the run's settings.
+        subtasks: every task that the task file knows, by name.
+        name: the task file's.
+
+    Raises:
+        UserError: the settings name a task that it does not know, or no features for one, or a batch size elsewhere.
+    """
+
+    labels_shift = False
+
+    def __init__(self, config: VlBartRunConfig, subtasks: Mapping[str, Subtask], *, name: str) -> None:
+        _check_names(config, subtasks)
+        check_same_features(config.data.features, config.evaluation.features)
+        if set_elsewhere := [one for one in ONE_AT_A_TIME if config.training.get(one, 1) != 1]:
+            raise UserError(f"training.{set_elsewhere[0]} is not used here: set data.batch_size, samples of a step")
+        # A loader's item is a whole micro-batch here.
+        training = {**config.training, **dict.fromkeys(ONE_AT_A_TIME, 1)}
+        self._config = dataclasses.replace(config, training=training)
+        self._subtasks = {one: _with_settings(subtask, config) for one, subtask in subtasks.items()}
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """As `recipe.json` says it."""
+        return self._name
+
+    @property
+    def config(self) -> VlBartRunConfig:
+        """The run's settings."""
+        return self._config
+
+    def prepare(self, arguments: TrainingArguments) -> None:
+        """Reads the test's files, composes the base where it is not there yet, and tries what the test will need."""
+        files = self._test_files()
+        make_base(compose_vlbart, self.config.model.compose, self.config.model.base, arguments)
+        if self.config.evaluation.files:
+            width = VlBartConfig.from_pretrained(self.config.model.base).feature_width
+            check_tests(self._tested(files, width), self.encoder(), max_bad_share=self.config.data.max_bad_share)
+
+    def load(self) -> VlBartBackbone:
+        """The VL-BART."""
+        model, dtype = self.config.model, getattr(torch, self.config.model.dtype)
+        with loading_in(dtype):
+            return load_vlbart(model.base, dtype=dtype, attn_implementation=model.attn_implementation)
+
+    def dora_config(self) -> DoRAConfig:
+        """Queries and values, the visual embedding, and BART's biases and norms as the settings say."""
+        config = VlBartConfig.from_pretrained(self.config.model.base)
+        return vlbart_dora_config(self.config, config)
+
+    def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
+        """The mixture of all training files."""
+        data, parts = self.config.data, arguments.world_size * arguments.gradient_accumulation_steps
+        names = list(data.train)
+        subtasks = [self._subtasks[name] for name in names]
+        files = self._files(data.train, limit=data.limit)
+        sources = [
+            Source(name=one.name, items=len(file), batch_size=max(1, int(data.batch_size * one.batch_share)))
+            for one, file in zip(subtasks, files, strict=True)
+        ]
+        encoder, width = self.encoder(), cast(VlBartBackbone, backbone).config.feature_width
+        plan = MixturePlan(sources, parts=parts, mixing=data.mixing, seed=order_seed(arguments))
+        train = MixtureDataset(
+            plan, subtasks, files, encoder=encoder, readers=self._readers(names, width), seed=arguments.seed
+        )
+        return TrainingData(
+            train=train,
+            validation=self._validation(encoder, width, arguments.world_size),
+            collate=Seq2SeqCollator(encoder.pad_token_id, (data.feature_tokens, width)),
+            sampler=SequentialSampler(train),
+            set_epoch=(train.set_epoch,),
+            samples=sum(source.items for source in sources),
+            read_in_a_pass=plan.items,
+            source=", ".join(str(path) for file in data.train.values() for path in paths_of(file)),
+            longest_tokens=max(one.input_tokens or 64 for one in subtasks) + data.feature_tokens,
+        )
+
+    def loss(self, backbone: Backbone[Any]) -> Seq2SeqTask:
+        """Cross-entropy, as each task normalises it."""
+        return Seq2SeqTask(backbone)
+
+    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
+        """Of encoder and decoder."""
+        config: Any = cast(VlBartBackbone, backbone).config
+        parts = arguments.world_size * arguments.gradient_accumulation_steps
+        return Activations(
+            tokens=-(-self.config.data.batch_size // parts) * longest_tokens,
+            layers=config.encoder_layers + config.decoder_layers,
+            hidden_width=config.d_model,
+            element_bytes=backbone.model.dtype.itemsize,
+            recomputed=bool(arguments.gradient_checkpointing),
+        )
+
+    def recipe(self) -> dict[str, Any]:
+        """Base, tasks and their settings."""
+        model, data = self.config.model, self.config.data
+        return {
+            "task": self.name,
+            "backbone": VlBartConfig.model_type,
+            "tasks": list(data.train),
+            "base": model.base,
+            "base_sha256": content_hash(Path(model.base)),
+            "compose": None if model.compose is None else dataclasses.asdict(model.compose),
+            "dtype": model.dtype,
+            "feature_tokens": data.feature_tokens,
+            "features": {name: feature_settings(Path(folder)) for name, folder in data.features.items()},
+            "settings": named_settings(self.config),
+            "training": dict(self.config.training),
+            "versions": versions(),
+        }
+
+    def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """Answers every file of `evaluation.files` with the saved adapter on the base loaded again."""
+        config, run_folder = self.config, run_folder_of(self.config)
+        files = self._test_files()
+        backbone = self.load()
+        load_adapter(backbone.model, run_folder / ADAPTER)
+        backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return evaluate_subtasks(
+            backbone,
+            self.encoder(),
+            self._tested(files, backbone.config.feature_width),
+            run_folder=run_folder,
+            evaluation=config.evaluation,
+            settings=named_settings(config),
+            numbers=numbers,
+        )
+
+    def encoder(self) -> Seq2SeqEncoder:
+        """Tokens of prompts and labels."""
+        base = self.config.model.base
+        return Seq2SeqEncoder(
+            load_tokenizer(base),
+            subtitles_first=self.config.data.subtitles_first,
+            max_positions=max_positions(VlBartConfig.from_pretrained(base)),
+        )
+
+    def _tested(self, files: Sequence[ExampleFile], width: int) -> list[Tested]:
+        evaluation = self.config.evaluation
+        places = {**self.config.data.features, **evaluation.features}
+        return [
+            (self._subtasks[name], file, self._reader(places[name], width))
+            for name, file in zip(evaluation.files, files, strict=True)
+        ]
+
+    def _validation(self, encoder: Seq2SeqEncoder, width: int, ranks: int) -> ValidationBatches | None:
+        files = self.config.data.validation_files
+        if not files:
+            return None
+        return ValidationBatches(
+            [self._subtasks[name] for name in files],
+            self._files(files, limit=None),
+            encoder=encoder,
+            readers=self._readers(list(files), width),
+            batch_size=self.config.evaluation.batch_size,
+            ranks=ranks,
+        )
+
+    def _test_files(self) -> list[ExampleFile]:
+        evaluation = self.config.evaluation
+        return [
+            open_test(self._subtasks[name], Path(path), limit=evaluation.limit)
+            for name, path in evaluation.files.items()
+        ]
+
+    def _files(self, files: Mapping[str, str | tuple[str, ...]], *, limit: int | None) -> list[ExampleFile]:
+        return [
+            ExampleFile(paths_of(file), each_answer=self._subtasks[name].each_answer, limit=limit)
+            for name, file in files.items()
+        ]
+
+    def _readers(self, names: Sequence[str], width: int) -> list[NamedFeatures]:
+        return [self._reader(self.config.data.features[name], width) for name in names]
+
+    def _reader(self, folder: str, width: int) -> NamedFeatures:
+        return NamedFeatures(Path(folder), tokens=self.config.data.feature_tokens, width=width)
+
+
+def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
+    """A task's records file or files."""
+    return (Path(files),) if isinstance(files, str) else tuple(Path(file) for file in files)
+
+
+def vlbart_dora_config(run: VlBartRunConfig, config: VlBartConfig) -> DoRAConfig:
+    """What a run adapts and trains in a VL-BART of this config."""
+    adapter = run.adapter
+    if adapter.method == "full":
+        return core_config(adapter, targets=EVERYTHING)
+    trained = also_trained(config, biases=adapter.train_biases, norm_weights=adapter.train_norm_weights)
+    if not adapter.train_projector:
+        del trained["projector"]
+    return core_config(adapter, targets=DORA_TARGETS, also_train=trained, also_keep=KEPT_ROWS)
+
+
+def named_settings(config: VlBartRunConfig) -> dict[str, Any]:
+    """What `metrics.json` says of where a run may differ from the published ones."""
+    return {
+        "task_prompt": config.data.task_prompt,
+        "subtitles_first": config.data.subtitles_first,
+        "input_tokens": config.data.input_tokens,
+        "choice_by_likelihood": config.evaluation.choice_by_likelihood,
+        "mixing": config.data.mixing,
+        "batch_size": config.data.batch_size,
+        "weight_decay_on": config.optim.weight_decay_on,
+    }
+
+
+def feature_settings(folder: Path) -> dict[str, Any] | None:
+    """What a folder of features was computed with, where it says so."""
+    from dora_vl.vision.feature_shards import SETTINGS_FILE, read_settings
+
+    return read_settings(folder) if (folder / SETTINGS_FILE).is_file() else None
+
+
+def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -> None:
+    """Refuses test features that were computed in another way than those of training, where both say how.
+
+    Args:
+        trained: each task's folder, as `data.features` names it; `tested`: as `evaluation.features` does.
+
+    Raises:
+        UserError: a setting differs; both folders and values are named.
+    """
+    from dora_vl.vision.feature_shards import first_difference
+
+    for task, folder in tested.items():
+        before = feature_settings(Path(trained[task])) if task in trained else None
+        now = feature_settings(Path(folder))
+        if before is None or now is None or (name := first_difference(before, now)) is None:
+            continue
+        raise UserError(
+            f"evaluation.features: {task} is to be tested on {folder}, whose {name} is {now.get(name)!r}, and is "
+            f"trained on {trained[task]}, with {before.get(name)!r}; compute both with the same settings"
+        )
+
+
+def _with_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:
+    answer_by = subtask.answer_by
+    if answer_by == "choice" and not config.evaluation.choice_by_likelihood:
+        answer_by = "text"
+    return dataclasses.replace(with_input_tokens(subtask, config.data.input_tokens), answer_by=answer_by)
+
+
+def _check_names(config: VlBartRunConfig, subtasks: Mapping[str, Subtask]) -> None:
+    data, evaluation = config.data, config.evaluation
+    if not data.train:
+        raise UserError("data.train names no task; give a records file for one of " + ", ".join(subtasks))
+    named = {
+        "data.train": data.train,
+        "data.validation_files": data.validation_files,
+        "evaluation.files": evaluation.files,
+    }
+    for section, files in named.items():
+        if unknown := sorted(set(files) - set(subtasks)):
+            raise UserError(f"{section}: no task {unknown[0]!r} here; there are {', '.join(subtasks)}")
+        known = {**data.features, **(evaluation.features if section == "evaluation.files" else {})}
+        if without := sorted(set(files) - set(known)):
+            raise UserError(f"{section} names {without[0]}, but data.features has no folder for it")

@@ -1,0 +1,195 @@
+"""`training:` of a run becomes `transformers.TrainingArguments`; what would not work is refused first."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from transformers import TrainingArguments
+
+from dora_vl.errors import UserError
+from dora_vl.run.deepspeed_checks import check_agreement, check_deepspeed, read_deepspeed
+from dora_vl.run.launch import several_ranks, stand_alone_environment, start_cpu_communication
+from dora_vl.run.run_folder import run_folder_of
+from dora_vl.run.settings import RunSettings
+
+logger = logging.getLogger(__name__)
+
+# Fields of earlier transformers that people still write, and what to write now (transformers 5 migration guide).
+RENAMED = {
+    "evaluation_strategy": "training.eval_strategy",
+    "warmup_ratio": "training.warmup_steps as a number below 1, such as 0.03",
+    "group_by_length": "data.group_by_modality_length",
+    "overwrite_output_dir": "the top-level overwrite: true",
+    "resume_from_checkpoint": "the top-level resume: last",
+    "logging_dir": "nothing: log.jsonl is in training.output_dir",
+    "no_cuda": "training.use_cpu",
+    "per_gpu_train_batch_size": "training.per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
+    "save_safetensors": "nothing: adapters are always safetensors",
+    "adafactor": "training.optim: adafactor",
+    "half_precision_backend": "nothing: it has no replacement",
+    "fp16_backend": "nothing: it has no replacement",
+    "dataloader_num_workers": "data.workers",
+}
+# What is ours to decide; a user's value would break the run.
+OWNED = {
+    "remove_unused_columns": "batches are read whole",
+    "label_smoothing_factor": "the loss is computed at labelled positions only",
+    "use_liger_kernel": "the loss is computed at labelled positions only",
+    "auto_find_batch_size": "the batch size is part of the recipe",
+    "push_to_hub": "upload training.output_dir/adapter with `hf upload` afterwards",
+    "fsdp": "sharding is DeepSpeed's here; set training.deepspeed",
+    "local_rank": "the launcher sets it",
+    "neftune_noise_alpha": "the Trainer adds its noise to plain language models only; raise adapter.dropout",
+}
+STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
+LENGTH_STRATEGIES = ("group_by_length", "batch_rebalance")
+MEASURED = ("loss", "eval_loss")  # all that validation gives a run to choose a checkpoint by
+# Defaults that differ from the library's: a log line that can be drawn, a loss that shows when it is not a number.
+OURS: dict[str, Any] = {
+    "logging_steps": 10,
+    "logging_nan_inf_filter": False,
+    "report_to": "none",
+    "save_total_limit": 2,
+}
+
+
+def training_fields() -> list[str]:
+    """Names of every field `training:` takes."""
+    return [one.name for one in dataclasses.fields(TrainingArguments) if one.init and one.name not in OWNED]
+
+
+def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with each value in its field's type.
+
+    Raises:
+        UserError: unknown, renamed or refused fields, and values of the wrong type.
+    """
+    known = {one.name for one in dataclasses.fields(TrainingArguments)}
+    section = {_accepted_name(key, known): value for key, value in section.items()}
+    # YAML reads an unquoted `no` as false.
+    section = {key: "no" if key in STRATEGIES and value is False else value for key, value in section.items()}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainingArguments, "training", instantiate=False)
+    try:
+        parsed = parser.parse_object({"training": section}).training
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split()).replace("Parser key ", "")) from error
+    values = {key: getattr(parsed, key) for key in section}
+    _check_values(values)
+    return values
+
+
+def _check_values(section: Mapping[str, Any]) -> None:
+    """Refuses what would end in the library's own error, some of it only at the first validation."""
+    if (strategy := section.get("train_sampling_strategy")) in LENGTH_STRATEGIES:
+        raise UserError(
+            f"training.train_sampling_strategy: {strategy} cannot read the lengths of these samples; set "
+            "data.group_by_modality_length: true (LLaVA) or data.packing: true (commonsense) instead"
+        )
+    if (metric := section.get("metric_for_best_model")) not in (None, *MEASURED):
+        raise UserError(
+            f"training.metric_for_best_model is {metric}, but validation measures the loss alone; write loss, or "
+            "compare checkpoints' adapters by another metric afterwards"
+        )
+
+
+def _accepted_name(key: str, known: set[str]) -> str:
+    if key in RENAMED:
+        raise UserError(f"training.{key} is not a setting here; use {RENAMED[key]}")
+    if key in OWNED:
+        raise UserError(f"training.{key} cannot be set: {OWNED[key]}")
+    if key == "activation_checkpointing" and key not in known:  # the name before transformers 5.22
+        return "gradient_checkpointing"
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        hint = f"did you mean training.{close[0]}?" if close else "see transformers.TrainingArguments"
+        raise UserError(f"training.{key} is not a setting; {hint}")
+    return key
+
+
+def training_arguments(config: RunSettings) -> TrainingArguments:
+    """Makes the arguments, which also starts the process group and tells transformers about ZeRO-3.
+
+    Must run before the model is loaded, or ZeRO-3 would hold a whole model on every rank.
+    """
+    section = check_training_section(config.training)
+    _check_precision(config, section)
+    given = {**OURS, **_evaluation_defaults(config, section), **_device_defaults(), **section}
+    if not torch.cuda.is_available():
+        given.pop("tf32", None)  # CUDA's alone: a GPU recipe also runs, slowly, on a CPU
+    if given.get("deepspeed") is not None:
+        given["deepspeed"] = read_deepspeed(given["deepspeed"])
+        check_deepspeed(given["deepspeed"], method=config.adapter.method, bf16=bool(section.get("bf16")))
+        _choose_deepspeed_device(given)
+        stand_alone_environment()
+        start_cpu_communication()
+    elif several_ranks() and not torch.cuda.is_available():
+        given["use_cpu"] = True  # or accelerate would not see that the ranks belong together
+    run_folder_of(config)
+    # Ranks draw different dropout, from the seed that they set; the order of samples must be one for all of them.
+    given.setdefault("data_seed", given.get("seed", TrainingArguments.seed))
+    given.update(remove_unused_columns=False, dataloader_num_workers=config.data.workers)
+    try:
+        made = TrainingArguments(**given)
+    except ValueError as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+    if given.get("deepspeed") is not None:
+        check_agreement(given["deepspeed"], made)
+    if made.n_gpu > 1:  # one process that sees several GPUs: torch's DataParallel would take them all
+        made._n_gpu = 1
+        logger.warning(
+            "this one process trains on one GPU of %d; start it with `deepspeed` to use all", torch.cuda.device_count()
+        )
+    return made
+
+
+def order_seed(arguments: TrainingArguments) -> int:
+    """The seed of the samples' order, one for all ranks."""
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
+
+
+def _choose_deepspeed_device(given: dict[str, Any]) -> None:
+    """On a machine without CUDA accelerate counts DeepSpeed's ranks rightly only where it is told to use the CPU."""
+    if given.get("use_cpu") and torch.cuda.is_available():
+        raise UserError(
+            "training.use_cpu does not work with training.deepspeed where there is CUDA; remove it and start with "
+            "CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+        )
+    given["use_cpu"] = not torch.cuda.is_available()
+
+
+def _check_precision(config: RunSettings, section: Mapping[str, Any]) -> None:
+    method = config.adapter.method
+    if method != "full" and (section.get("bf16") or section.get("fp16")):
+        flag = "bf16" if section.get("bf16") else "fp16"
+        raise UserError(
+            f"training.{flag} is for adapter.method: full; with {method} the frozen weights take model.dtype and what "
+            f"trains stays float32: remove training.{flag} and set model.dtype"
+        )
+    if method == "full" and config.model.dtype != "float32" and not (section.get("bf16") or section.get("fp16")):
+        raise UserError(
+            f"adapter.method: full with model.dtype {config.model.dtype} would train without float32 masters: set "
+            "training.bf16: true (with training.deepspeed), or model.dtype: float32"
+        )
+    if method == "full" and section.get("bf16") and section.get("deepspeed") is None:
+        raise UserError("training.bf16 with adapter.method: full needs training.deepspeed, which keeps float32 masters")
+
+
+def _evaluation_defaults(config: RunSettings, section: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = section.get("eval_strategy", "epoch" if config.data.held_out else "no")
+    if wanted != "no" and config.data.held_out is None:
+        raise UserError(f"training.eval_strategy is {wanted}, but data.validation names no file")
+    return {"eval_strategy": wanted}
+
+
+def _device_defaults() -> dict[str, Any]:
+    on_cuda = torch.cuda.is_available()
+    return {"dataloader_pin_memory": on_cuda, "tf32": True} if on_cuda else {"dataloader_pin_memory": False}

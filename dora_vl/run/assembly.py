@@ -1,0 +1,122 @@
+"""Builds the parts of a LLaVA run from its sections: model, adapter, encoder, data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import TrainingArguments
+
+from dora_vl.adapters.provenance import content_hash, local_folder, versions
+from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.encode import LlavaEncoder
+from dora_vl.backbones.image_text_encode import ImageTextEncoder, load_processor
+from dora_vl.backbones.language_source import load_tokenizer
+from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, load_llava
+from dora_vl.backbones.templates import get_template
+from dora_vl.core import DoRAConfig
+from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
+from dora_vl.data.train_files import train_files
+from dora_vl.data.training_rows import SampleRows, load_rows, load_training_rows
+from dora_vl.errors import UserError
+from dora_vl.run.adapting import core_config
+from dora_vl.run.arguments import order_seed
+from dora_vl.run.base_loading import load_base
+from dora_vl.run.recipe import AdapterConfig, ModelConfig, RunConfig
+
+
+def load_backbone(model: ModelConfig, *, cached_features: bool) -> LlavaBackbone:
+    """The base, with pictures put in as pixels or as the tower's stored output."""
+    return load_base(load_llava, model, picture_source="image_features" if cached_features else "pixel_values")
+
+
+def dora_config(adapter: AdapterConfig) -> DoRAConfig:
+    """The core's config of a run's adapter section, with LLaVA's own targets and projector.
+
+    Raises:
+        UserError: full training without saying of what.
+    """
+    if adapter.method == "full" and adapter.targets is None:
+        raise UserError(
+            "adapter.method: full needs adapter.targets, the modules whose weights train, such as "
+            '["model.language_model*", "lm_head", "model.multi_modal_projector*"]'
+        )
+    trains_projector = adapter.train_projector and adapter.method != "full"
+    return core_config(adapter, targets=DORA_TARGETS, also_train=ALSO_TRAIN if trains_projector else {})
+
+
+def build_encoder(model: ModelConfig, backbone: LlavaBackbone, *, max_tokens: int) -> LlavaEncoder:
+    """Tokens and labels for this base and template; what the model has no positions for is cut as by `max_tokens`."""
+    tokenizer = load_tokenizer(model.base, revision=model.revision)
+    return LlavaEncoder(
+        tokenizer,
+        get_template(model.template, tokenizer),
+        tokens_per_image=backbone.tokens_per_image,
+        image_token_id=backbone.config.image_token_id,
+        max_tokens=min(max_tokens, max_positions(backbone.config) or max_tokens),
+    )
+
+
+def pad_token_id(encoder: LlavaEncoder) -> int:
+    """What fills short rows; masked, so any id does where the tokenizer names none."""
+    tokenizer: Any = encoder.tokenizer
+    return int(next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None))
+
+
+def read_samples(config: RunConfig, *, seed: int) -> tuple[SampleRows, SampleRows | None]:
+    """The training samples and those whose loss is measured meanwhile, memory-mapped.
+
+    Raises:
+        UserError: a file that cannot be read, or two ways of validation.
+    """
+    data = config.data
+    if data.validation is not None and data.validation_share:
+        raise UserError("set data.validation or data.validation_share, not both")
+    train, held_out = load_training_rows(
+        train_files(data.train), limit=data.limit, share=data.validation_share, seed=seed
+    )
+    if data.validation is not None:
+        held_out = load_rows(data.validation, data.validation_limit)
+    elif held_out is not None and data.validation_limit is not None:
+        held_out = dataclasses.replace(
+            held_out, rows=held_out.rows.take(min(data.validation_limit, len(held_out.rows)))
+        )
+    return train, held_out
+
+
+def build_sampler(
+    lengths: SamplingLengths, arguments: TrainingArguments, *, share_pictures: bool
+) -> ModalityLengthSampler:
+    """LLaVA's grouping by modality and length for this run's global batch, or by modality and picture."""
+    return ModalityLengthSampler(
+        lengths.lengths,
+        lengths.is_multimodal,
+        pictures=lengths.pictures if share_pictures else None,
+        batch_size=arguments.per_device_train_batch_size,
+        world_size=arguments.world_size,
+        accumulation=arguments.gradient_accumulation_steps,
+        seed=order_seed(arguments),
+    )
+
+
+def recipe_record(config: RunConfig, task: str) -> dict[str, Any]:
+    """What `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""
+    model = config.model
+    return {
+        "task": task,
+        "base": model.base,
+        "revision": model.revision,
+        "base_sha256": content_hash(local_folder(model.base, model.revision)),
+        "compose": None if model.compose is None else dataclasses.asdict(model.compose),
+        "template": model.template,
+        "image_aspect": model.image_aspect,
+        "dtype": model.dtype,
+        "max_tokens": config.data.max_tokens,
+        "training": dict(config.training),
+        "versions": versions(),
+    }
+
+
+def processor_encoder(model: ModelConfig, *, max_tokens: int) -> ImageTextEncoder:
+    """The encoder over the base's own processor."""
+    return ImageTextEncoder(load_processor(model.base, model.revision), model.base, max_tokens=max_tokens)

@@ -1,0 +1,77 @@
+"""Loads the base that a run adapts, as its model section says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from transformers import TrainingArguments
+
+from dora_vl.backbones.written_base import check_made_from
+from dora_vl.errors import UserError
+from dora_vl.run.settings import ModelSection
+from dora_vl.run.zero import loading_in, without_sharding
+
+Backbone = TypeVar("Backbone")
+
+
+@runtime_checkable
+class LoadedModelSection(ModelSection, Protocol):
+    """What the `model:` section also says where transformers loads the base."""
+
+    @property
+    def revision(self) -> str | None:
+        """Git revision of a Hugging Face id."""
+        ...
+
+    @property
+    def attn_implementation(self) -> str:
+        """Attention kernel."""
+        ...
+
+
+def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments: TrainingArguments) -> None:
+    """Writes the base that a run's `model.compose` or `model.source` describes, where it is not there yet.
+
+    For one rank alone.
+
+    Args:
+        make: writes a folder by such settings.
+        spec: the settings; None is a run whose base is there.
+
+    Raises:
+        UserError: the base is there and says that it was made with other settings.
+    """
+    if spec is None:
+        return
+    if Path(base).exists():
+        check_made_from(Path(base), spec)
+        return
+    with without_sharding(arguments):
+        make(spec, Path(base))
+
+
+def load_base(load: Callable[..., Backbone], model: LoadedModelSection, **more: Any) -> Backbone:
+    """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3.
+
+    Args:
+        load: the backbone's own loader.
+        model: the run's model section.
+        more: what that loader takes besides.
+
+    Raises:
+        UserError: the attention kernel does not run on this machine.
+    """
+    if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
+        raise UserError("model.attn_implementation: flash_attention_2 needs CUDA; sdpa runs everywhere")
+    dtype = getattr(torch, model.dtype)
+    with loading_in(dtype):
+        return load(
+            model.base,
+            dtype=dtype,
+            attn_implementation=model.attn_implementation,
+            revision=model.revision,
+            **more,
+        )

@@ -1,0 +1,158 @@
+"""Reads one run's settings: `--config FILE`, `--variant NAME` of it, then `--section.key value`; says what was meant.
+
+Where a key is wrong, the nearest is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from dora_vl.errors import UserError
+from dora_vl.run.arguments import check_training_section, training_fields
+from dora_vl.run.recipe import RunConfig
+from dora_vl.run.recipe_file import with_variant
+
+Settings = TypeVar("Settings")
+
+FOR_ALL = ", or null for all of them"
+COUNTS = {"limit": FOR_ALL, "validation_limit": FOR_ALL, "batch_size": "", "max_new_tokens": ""}
+"""Settings of any section that count what is read or asked -> what else they take than numbers."""
+
+
+def run_parser(program: str, description: str, settings: type[Any] = RunConfig) -> ArgumentParser:
+    """The parser of a training task; its help text comes from the fields of the settings' dataclasses."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file with the run's settings, or a recipe's name"
+    )
+    # The deepspeed launcher adds --local_rank=N to every command; the environment says it better.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_class_arguments(settings, None)
+    return parser
+
+
+def read_run(arguments: Sequence[str], *, program: str = "run", description: str = "") -> RunConfig:
+    """A LLaVA run's settings from command-line arguments; see `read_settings`."""
+    return read_settings(arguments, RunConfig, program=program, description=description)
+
+
+def read_settings(
+    arguments: Sequence[str], settings: type[Settings], *, program: str = "run", description: str = ""
+) -> Settings:
+    """Settings of a run's dataclass from command-line arguments; they win over the file's.
+
+    Raises:
+        UserError: a key that is not a setting (with the nearest one), a value of the wrong type, or a count below 1.
+    """
+    parser = run_parser(program, description, settings)
+    try:
+        config = _instantiate(parser, parser.parse_args(files_first(arguments)), settings)
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        raise UserError(explain(str(error), setting_names(settings))) from error
+    _check_counts(config)
+    checked: Any = config  # a dataclass with a `training` section, as every run's
+    return dataclasses.replace(checked, training=check_training_section(checked.training))
+
+
+def _check_counts(config: object) -> None:
+    """A limit of 0 would be an empty test that looks like a whole one."""
+    for section in dataclasses.fields(cast(Any, config)):
+        value = getattr(config, section.name)
+        for name, hint in COUNTS.items() if dataclasses.is_dataclass(value) else ():
+            number = getattr(value, name, None)
+            if number is not None and number < 1:
+                raise UserError(f"{section.name}.{name} is {number}; at least 1 is needed{hint}")
+
+
+def files_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with each `--config` in front, under its variant, so that a setting wins wherever it stands."""
+    files, others = _taken(arguments, "--config")
+    variants, _ = _taken(others, "--variant")
+    return [f"--config={one}" for one in with_variant(files, variants[-1] if variants else None)] + others
+
+
+def _taken(arguments: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """The values of an option, and the arguments without them; an option without a value stays for the parser."""
+    values: list[str] = []
+    others: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument.startswith(f"{option}="):
+            values.append(argument.partition("=")[2])
+        elif argument == option and (following := list(itertools.islice(waiting, 1))):
+            values += following
+        else:
+            others.append(argument)
+    return values, others
+
+
+def read_run_file(path: str | Path, *overrides: str) -> RunConfig:
+    """Settings of a YAML file, with `--section.key=value` overrides."""
+    return read_run([f"--config={path}", *overrides])
+
+
+def _instantiate(parser: ArgumentParser, parsed: Namespace, settings: type[Settings]) -> Settings:
+    built, kind = parser.instantiate(parsed), cast(Any, settings)
+    return kind(**{one.name: getattr(built, one.name) for one in dataclasses.fields(kind)})
+
+
+def setting_names(settings: type[Any] = RunConfig) -> list[str]:
+    """Every dotted name a run understands, `training.*` included."""
+    parser = run_parser("run", "", settings)
+    skipped = {"help", "config", "print_config", "local_rank"}
+    # Only leaf settings: a name such as "model" also stands for a whole section.
+    named = [action.dest for action in parser._actions if action.dest not in skipped]
+    leaves = [name for name in named if not any(other.startswith(f"{name}.") for other in named)]
+    return leaves + [f"training.{name}" for name in training_fields()]
+
+
+def explain(message: str, names: Iterable[str]) -> str:
+    """One line from the parser's message, with the nearest settings where a key is unknown."""
+    line = " ".join(message.split())
+    unknown = _unknown_key(line)
+    if unknown is None:
+        return line.replace('Parser key "', '"', 1)
+    close = nearest(unknown, names)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "; --help lists the settings"
+    return f"{unknown} is not a setting{hint}"
+
+
+def _unknown_key(line: str) -> str | None:
+    """The key a parser message complains about, dotted and without dashes; None for other complaints."""
+    if found := re.search(r"unrecognized arguments: --?([\w.\-]+)", line):
+        return found[1]
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line):
+        return f"{found[1]}.{found[2]}"
+    if found := re.search(r"Option '([\w.]+)' is not accepted", line):
+        return found[1]
+    return None
+
+
+def nearest(unknown: str, names: Iterable[str]) -> list[str]:
+    """Up to two settings whose dotted name, or whose last word, is close to `unknown`, best first.
+
+    A word that a name holds as a whole (`mm_projector_lr` and `optim.projector_learning_rate`) counts too.
+    """
+    spelled_out = re.sub(r"\blr\b|(?<=_)lr\b", "learning_rate", unknown.replace("-", "_"))
+    last = spelled_out.rsplit(".", 1)[-1]
+    section = spelled_out.rsplit(".", 1)[0] if "." in spelled_out else ""
+
+    def likeness(name: str) -> float:
+        theirs = name.rsplit(".", 1)[-1]
+        alike = difflib.SequenceMatcher(None, last, theirs).ratio()
+        return alike + 0.1 * (section != "" and name.startswith(f"{section}."))
+
+    ranked = sorted(names, key=likeness, reverse=True)
+    best = [name for name in ranked[:2] if likeness(name) >= 0.6]
+    exact = [name for name in best if name.rsplit(".", 1)[-1] == last]
+    return exact or best

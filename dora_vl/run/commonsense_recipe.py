@@ -1,0 +1,104 @@
+"""The settings of one run on instructions with a plain language model; the text under each field is `--help`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dora_vl.backbones.causal_lm import LanguageSource
+from dora_vl.backbones.instruction_prompt import PromptName, TrainOn
+from dora_vl.run.recipe import AdapterConfig, OptimConfig, ResumableRun
+from dora_vl.scores.commonsense import Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """Which language model is adapted."""
+
+    base: str
+    """Folder or Hugging Face id of a causal language model. With `source`, the folder it is written to."""
+    source: LanguageSource | None = None
+    """Writes `base` from this model, such as a GGUF file, if the folder is not there yet."""
+    revision: str | None = None
+    """Git revision of a Hugging Face id (a commit pins the run)."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageAdapterConfig(AdapterConfig):
+    """What trains, and how. Without `targets`: q, k, v, up and down, the paper's five, as LLaMA names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionDataConfig:
+    """Instructions with outputs in LLM-Adapters' form (instruction, input, output, answer), JSON or JSONL."""
+
+    train: tuple[str, ...]
+    """Files with the training instructions, one after another."""
+    validation_file: str | None = None
+    """File with instructions whose loss is measured while training."""
+    validation_size: int = 0
+    """Takes so many samples out of the training files for validation instead, with the reference's seed 42."""
+    prompt: PromptName = "nvlabs"
+    """What stands around an instruction: `nvlabs` and `llm_adapters` are the published runs' to the last space (they
+    differ in the first line of the training prompt), `alpaca` is Stanford's own, the same in training and test."""
+    train_on: TrainOn = "all"
+    """all: prompt and output are trained on, as in the published runs; answer: the output alone."""
+    max_tokens: int = 256
+    """Longest sample, prompt and output together; what lies beyond is cut and reported."""
+    packing: bool = False
+    """Samples of a micro-batch stand behind each other in rows as long as the longest; each sees itself alone and
+    counts its positions from 0, so the loss is the same, with hardly any padding."""
+    max_bad_share: float = 0.001
+    """Largest share of unusable samples (empty output, no text...) that is skipped; above it the run stops."""
+    workers: int = 2
+    """Processes that read and prepare samples on each rank; 0 does it in the training process."""
+    limit: int | None = None
+    """Uses only the first so many training samples."""
+
+    @property
+    def held_out(self) -> str | None:
+        """What the loss is measured on while training, for messages; None: nothing."""
+        return self.validation_file or (f"{self.validation_size} training samples" if self.validation_size else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonsenseEvaluationConfig:
+    """The test after training."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Test file of each set, by LLM-Adapters' name for it: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy,
+    ARC-Challenge, openbookqa (its name says what an answer looks like); empty: no test."""
+    scoring: tuple[Literal["generation", "likelihood"], ...] = ("generation",)
+    """generation: the answer is looked for in generated text, as the published scripts do; likelihood: the most
+    likely of the outputs that the question's last line (`Answer format: a/b/...`) admits."""
+    rule: Rule = "nvlabs"
+    """Which published script's part of the generated text is searched; they differ after a second `### Response:`."""
+    batch_size: int = 32
+    """Questions answered at once."""
+    max_new_tokens: int = 32
+    """Longest answer."""
+    beams: int = 1
+    """Beams of the search; the published scripts use 4, and no sampling."""
+    limit: int | None = None
+    """Asks only the first so many questions of each set."""
+
+    @property
+    def file(self) -> str | None:
+        """The test files, for messages; None: no test."""
+        return ", ".join(self.files.values()) or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonsenseRunConfig(ResumableRun):
+    """One run: what its YAML file holds."""
+
+    model: LanguageModelConfig
+    adapter: LanguageAdapterConfig = field(default_factory=LanguageAdapterConfig)
+    data: InstructionDataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: CommonsenseEvaluationConfig = field(default_factory=CommonsenseEvaluationConfig)

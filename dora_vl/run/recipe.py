@@ -1,0 +1,180 @@
+"""The settings of one run: a frozen dataclass for each section of its YAML file.
+
+Read by `dora_vl.run.command_line`; the text under each field is what `--help` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dora_vl.backbones.compose import ComposeSpec
+from dora_vl.backbones.template_table import TemplateName
+from dora_vl.core.config import Init, Method
+from dora_vl.data.train_files import TrainFile, train_name
+
+Decayed = Literal["matrices", "all_but_biases"]
+"""What weight decay acts on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is adapted, and how text and pictures are put to it."""
+
+    base: str
+    """Folder or Hugging Face id of a LLaVA or another vision-language model. With `compose`, the folder the composed
+    LLaVA is written to."""
+    revision: str | None = None
+    """Git revision of a Hugging Face id (a commit pins the run)."""
+    compose: ComposeSpec | None = None
+    """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
+    template: TemplateName = "vicuna_v1"
+    """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
+    own. Other models have their processor's chat template."""
+    image_aspect: Literal["pad", "square"] = "pad"
+    """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What trains, and how."""
+
+    method: Method = "dora"
+    """dora: A, B and magnitudes; lora: A and B; magnitude: magnitudes alone; full: the targets' own weights; dvora:
+    one frozen random A and B for all layers, with trained vectors and magnitudes."""
+    rank: int = 16
+    """Rows of A (columns of B)."""
+    alpha: float = 32.0
+    """Scale: the low-rank product is multiplied by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on the low-rank path's input."""
+    targets: tuple[str, ...] | None = None
+    """Full-name patterns of the adapted modules, each must hit; null: all linears of the language model."""
+    magnitude_targets: tuple[str, ...] = ()
+    """Full-name patterns of further linears that get a magnitude alone, beside the targets (paper's table 6)."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Full-name pattern -> rank, for layers that differ; the first pattern that matches counts."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Full-name pattern -> alpha, likewise."""
+    init: Init = "kaiming"
+    """How A and B start: kaiming or gaussian with B = 0; orthogonal with B A = 0; pissa from the weight's largest
+    singular vectors, which leave the frozen weight."""
+    train_projector: bool = True
+    """Trains the projector between vision and language too, in float32, and keeps it in the adapter folder."""
+    dropout_mode: Literal["low_rank", "whole_change"] = "low_rank"
+    """low_rank: dropout on the low-rank path only (one frozen product); whole_change: as PEFT and the reference."""
+    detach_norm: bool = True
+    """Treats the weight norm as a constant in the backward pass, as the paper's section 4.3."""
+    rank_scaling: Literal["linear", "sqrt"] = "linear"
+    """linear divides alpha by rank; sqrt divides by its square root (rsLoRA)."""
+    initial: str | None = None
+    """Adapter folder to start from, such as stage 1's projector; its weights are loaded before training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training and validation data, in any format that docs/data.md lists under "Your own data"."""
+
+    train: str | tuple[TrainFile, ...]
+    """The training samples: a file, a folder of shards, or hub:OWNER/NAME; or a list of {path, weight}."""
+    validation: str | None = None
+    """Likewise the samples whose loss is measured while training."""
+    validation_share: float = 0.0
+    """Holds this share of the training samples out for validation instead, chosen by training.seed; samples of one
+    picture stay on one side."""
+    image_folder: str = "."
+    """Root that the pictures' paths in the files are relative to."""
+    max_tokens: int = 2048
+    """Longest sequence, image tokens included; the tail of the text beyond it is cut and reported."""
+    cache_features: bool = False
+    """Computes the frozen vision tower's output once for each picture and reads it from disk afterwards."""
+    feature_cache: str | None = None
+    """Folder of the cached features; null: `<training.output_dir>/features`."""
+    max_bad_share: float = 0.001
+    """Largest share of unusable samples (missing picture, empty answer...) that is skipped; above it the run stops."""
+    workers: int = 4
+    """Processes that read and prepare samples on each rank; 0 does it in the training process."""
+    group_by_modality_length: bool = True
+    """Batches hold samples of like length, and either all with pictures or all without."""
+    share_pictures: bool = False
+    """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
+    limit: int | None = None
+    """Uses only the first so many training samples (of several files, of each)."""
+    validation_limit: int | None = None
+    """Uses only the first so many validation samples."""
+
+    @property
+    def held_out(self) -> str | None:
+        """What the loss is measured on while training, for messages; None: nothing."""
+        share = f"{self.validation_share:g} of {train_name(self.train)}" if self.validation_share else None
+        return self.validation or share
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Learning rates by part; `training.learning_rate` is everybody else's."""
+
+    projector_learning_rate: float | None = None
+    """Peak learning rate of the projector; null: training.learning_rate."""
+    magnitude_learning_rate: float | None = None
+    """Peak learning rate of DoRA's magnitudes; null: training.learning_rate."""
+    b_learning_rate_ratio: float = 1.0
+    """B's learning rate as a multiple of training.learning_rate (LoRA+; 16 is its paper's choice)."""
+    loss_normalisation: Literal["micro_batch", "step_tokens"] = "micro_batch"
+    """micro_batch: mean over a micro-batch's labelled tokens, then over accumulation and ranks (as LLaVA);
+    step_tokens: one mean over all labelled tokens of the step."""
+    weight_decay_on: Decayed = "matrices"
+    """What training.weight_decay shrinks. matrices: vectors (magnitudes, norms, biases) never; all_but_biases:
+    magnitudes and norm weights too, as the published VL-BART runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The test after training."""
+
+    file: str | None = None
+    """Questions with answers, in LLaVA's format; null: no test."""
+    image_folder: str | None = None
+    """Root of their pictures; null: data.image_folder."""
+    answer_after: str | None = None
+    """In answers that reason first, such as "blue circle, so no", what stands before the answer that is scored."""
+    batch_size: int = 32
+    """Questions answered at once."""
+    max_new_tokens: int = 16
+    """Longest answer."""
+    limit: int | None = None
+    """Asks only the first so many questions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumableRun:
+    """What every run has besides its own sections."""
+
+    variant: str | None = None
+    """Named variant of the --config file, one of its `variants`, laid over the rest of it; --section.key value wins
+    over both. null: the file's own choice, or the file as it stands."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
+    file, or zero0, zero2, zero3, zero3_offload, the shipped ones."""
+    resume: str | None = None
+    """`last` goes on from the run folder's last complete checkpoint; or a checkpoint folder."""
+    overwrite: bool = False
+    """Removes what an earlier run left in training.output_dir; otherwise that is refused."""
+    test_only: bool = False
+    """Trains nothing: tests the adapter in training.output_dir again, or goes on with a test that was stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ResumableRun):
+    """One run: what its YAML file holds."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

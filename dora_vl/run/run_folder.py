@@ -1,0 +1,108 @@
+"""The folder a run writes to: whether it may start there, and what an earlier run left."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_vl.adapters.checkpoints import WRITING, complete_checkpoints
+from dora_vl.adapters.folder import refuse_to_replace_adapter
+from dora_vl.errors import UserError
+from dora_vl.run.settings import RunSettings
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "adapter"
+LOSS_LOG = "log.jsonl"
+METRICS = "metrics.json"
+SKIPPED = "skipped.jsonl"
+SETTINGS = "settings.json"
+PREDICTED = ("predictions", "predictions.jsonl", "predictions_likelihood.jsonl")
+RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, *PREDICTED, "loss_curve.png", "contact_sheet.png")
+
+
+def run_folder_of(config: RunSettings) -> Path:
+    """Where a run writes: `training.output_dir`, which every run names."""
+    if "output_dir" not in config.training:
+        raise UserError("training.output_dir is missing: name the folder for checkpoints, adapter and logs")
+    return Path(config.training["output_dir"])
+
+
+def results_in(folder: Path) -> list[Path]:
+    """What an earlier run left in a folder: results and complete checkpoints."""
+    return [folder / name for name in RESULTS if (folder / name).exists()] + complete_checkpoints(folder)
+
+
+def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes the folder; half-written checkpoints of a crash go, results of an earlier run only on request.
+
+    Raises:
+        UserError: results are there and neither `resume` nor `overwrite` is asked for; or both are; or the adapter
+            folder holds somebody else's files.
+    """
+    if resume and overwrite:
+        raise UserError("resume and overwrite exclude each other: one goes on, the other starts anew")
+    earlier = results_in(folder)
+    if earlier and not resume and not overwrite:
+        raise UserError(
+            f"{folder} holds an earlier run's {earlier[0].name}; --resume last goes on with it, --overwrite true "
+            "removes it, --training.output_dir names another folder"
+        )
+    refuse_to_replace_adapter(folder / ADAPTER)  # not at the end, after hours of training
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [*(earlier if overwrite else ()), folder / WRITING]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if resume:  # results of the steps still to come would look as if they were this run's
+        for name in (ADAPTER, METRICS):
+            if (folder / name).exists():
+                logger.info("%s is of the run before this resume; it is replaced at the end", folder / name)
+
+
+def write_settings(folder: Path, config: Any) -> None:
+    """Writes the settings that a run was started with, defaults and the variant included.
+
+    Args:
+        config: the run's dataclass.
+    """
+    write_json(folder / SETTINGS, dataclasses.asdict(config))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes under a temporary name, then renames."""
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def add_metrics(path: Path, numbers: Mapping[str, Any]) -> None:
+    """Adds numbers to a metrics file, or makes it."""
+    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, {**there, **numbers})
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a loss log; a last line cut short by a crash is left out."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            logger.warning("%s: line %d is not whole; left out", path, len(lines) + 1)
+            break
+    return lines
+
+
+def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Replaces a loss log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,225 @@
+"""Caption metrics: CIDEr, BLEU, ROUGE-L and METEOR, times 100, as COCO's and VALUE's official code gives them.
+
+CIDEr, ROUGE-L and METEOR are pycocoevalcap's (equal to the official Python 2 code to 1e-13); BLEU is counted here, so
+that a bootstrap can add the counts up, and agrees with it to rounding. METEOR needs Java; without it it is left out.
+
+- Captions belong together by `extra["clip_id"]` (TVC, YC2C) or `extra["image_id"]` (COCO), else by the example's id:
+  all answers of a clip's examples are its references, and it has one prediction, the first. (The loaders of VL-Adapter
+  flatten the captions, so its training log compares each with one reference; those numbers are not these.)
+- `value` replaces every character outside ASCII by a space and rounds to two decimals, as VALUE's server does; `coco`
+  does neither. The server needs the references' order; here the ids match.
+- CIDEr takes its document frequencies from the references given: on a part of a split it is another number than on the
+  whole, and with one clip it is 0. An interval keeps the whole set's frequencies.
+- METEOR is a statistic of the whole set; its interval moves it in proportion to the mean over the drawn clips.
+- A clip without a prediction counts as an empty caption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from dora_vl.data.examples import Example
+from dora_vl.errors import UserError
+from dora_vl.scores.caption_tokens import Tokenizer, tokenized, tokenizer_here
+from dora_vl.scores.scored import PERCENT, Formula, Numbers, Ratio, Scored, Sums, Tally
+
+log = logging.getLogger(__name__)
+
+Style = Literal["coco", "value"]
+ORDERS = (1, 2, 3, 4)
+VALUE_DECIMALS = 2
+_ALMOST_ZERO, _SMALL = 1e-15, 1e-9  # the official code's guards against division by zero
+
+
+@dataclass(frozen=True)
+class Bleu:
+    """Corpus BLEU of one order, brevity against the reference of the closest length."""
+
+    order: int
+    decimals: int | None = None
+
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        """The score of each draw; every draw has clips."""
+        product = np.ones_like(sums["words"])
+        for order in ORDERS[: self.order]:
+            product = product * (sums[f"matched {order}"] + _ALMOST_ZERO) / (sums[f"said {order}"] + _SMALL)
+        ratio = (sums["words"] + _ALMOST_ZERO) / (sums["reference words"] + _SMALL)
+        brevity = np.where(ratio < 1, np.exp(np.minimum(0.0, 1 - 1 / ratio)), 1.0)
+        return _rounded(PERCENT * product ** (1 / self.order) * brevity, self.decimals)
+
+
+@dataclass(frozen=True)
+class Meteor:
+    """The whole set's METEOR, moved in proportion to the mean of the drawn clips' own."""
+
+    whole: float
+    mean: float
+    decimals: int | None = None
+
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        """The score of each draw; every draw has clips."""
+        moved = sums["meteor"] / sums["clips"] / self.mean if self.mean else np.ones_like(sums["clips"])
+        return _rounded(PERCENT * self.whole * moved, self.decimals)
+
+
+@dataclass
+class _Clip:
+    references: list[str] = field(default_factory=list)
+    prediction: str | None = None
+
+
+def score(
+    examples: Sequence[Example],
+    answers: Mapping[str, str],
+    *,
+    style: Style = "coco",
+    tokenizer: Tokenizer | None = None,
+    with_meteor: bool | None = None,
+) -> Scored:
+    """Every caption metric over the clips.
+
+    Args:
+        tokenizer: None takes the official one where Java is, else the fallback.
+        with_meteor: None computes it where the official tokenizer is used.
+
+    Raises:
+        UserError: pycocoevalcap is missing, or a clip has no reference.
+    """
+    tokenizer = tokenizer or tokenizer_here()
+    clips = _clips(examples, answers)
+    text = _ascii if style == "value" else str
+    references = tokenized({clip: [text(one) for one in it.references] for clip, it in clips.items()}, tokenizer)
+    predictions = tokenized({clip: [text(it.prediction or "")] for clip, it in clips.items()}, tokenizer)
+    cider, rouge = _cider_and_rouge(references, predictions)
+    meteor = None
+    if with_meteor or (with_meteor is None and tokenizer == "ptb"):
+        meteor = _meteor(references, predictions)
+    tally = Tally()
+    for place, (clip, it) in enumerate(clips.items()):
+        columns = {"clips": 1.0, "cider": cider[place], "rouge": rouge[place]}
+        columns |= bleu_counts(predictions[clip][0], references[clip])
+        columns |= {"meteor": meteor[1][place]} if meteor else {}
+        tally.add(clip, PERCENT * cider[place], columns, failed=it.prediction is None)
+    decimals = VALUE_DECIMALS if style == "value" else None
+    formulas: dict[str, Formula] = {"CIDEr": Ratio("cider", "clips", decimals=decimals)}
+    formulas |= {f"BLEU-{order}": Bleu(order, decimals) for order in ORDERS}
+    formulas["ROUGE-L"] = Ratio("rouge", "clips", decimals=decimals)
+    if meteor:
+        formulas["METEOR"] = Meteor(meteor[0], float(np.mean(meteor[1])), decimals)
+    return tally.scored(formulas, settings={"style": style, "tokenizer": _TOKENIZER_NAMES[tokenizer]})
+
+
+_TOKENIZER_NAMES: Mapping[Tokenizer, str] = {
+    "ptb": "PTBTokenizer (CoreNLP 3.4.1)",
+    "fallback": "fallback without Java; compare only with scores made by it",
+}
+
+
+def score_value(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """TVC and YC2C as VALUE's server scores them."""
+    return score(examples, answers, style="value")
+
+
+def check_scoring(examples: Sequence[Example]) -> None:
+    """Tells what `score` would miss, without starting its Java programs.
+
+    Raises:
+        UserError: as `score`.
+    """
+    _clips(examples, {})
+    _scorers()
+
+
+def clip_of(example: Example) -> str:
+    """What an example's captions belong to."""
+    return str(example.extra.get("clip_id", example.extra.get("image_id", example.id)))
+
+
+def bleu_counts(prediction: str, references: Sequence[str]) -> dict[str, float]:
+    """One caption's n-grams, those of them that a reference has (clipped), and lengths in words."""
+    words, others = prediction.split(), [reference.split() for reference in references]
+    closest = min((abs(len(other) - len(words)), len(other)) for other in others)[1]
+    counts = {"words": float(len(words)), "reference words": float(closest)}
+    for order in ORDERS:
+        most: Counter[tuple[str, ...]] = Counter()
+        for other in others:
+            most |= _ngrams(other, order)
+        said = _ngrams(words, order)
+        counts |= {f"said {order}": float(said.total()), f"matched {order}": float((said & most).total())}
+    return counts
+
+
+def _ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[start : start + order]) for start in range(len(words) - order + 1))
+
+
+def _clips(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, _Clip]:
+    clips: dict[str, _Clip] = {}
+    for example in examples:
+        clip = clips.setdefault(clip_of(example), _Clip())
+        clip.references += [answer.text for answer in example.answers]
+        if clip.prediction is None:
+            clip.prediction = answers.get(example.id)
+    without = [name for name, clip in clips.items() if not clip.references]
+    if without:
+        raise UserError(
+            f"{len(without)} clips have no reference caption, first {without[0]}; they cannot be scored here"
+        )
+    return clips
+
+
+def _ascii(caption: str) -> str:
+    return "".join(character if character.isascii() else " " for character in caption)
+
+
+def _scorers() -> tuple[Any, Any]:
+    """CIDEr and ROUGE-L of pycocoevalcap."""
+    try:
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ModuleNotFoundError as error:
+        raise UserError("caption metrics need pycocoevalcap: pip install 'dora-vl[caption]'") from error
+    return Cider(), Rouge()
+
+
+def _cider_and_rouge(
+    references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
+) -> tuple[list[float], list[float]]:
+    cider, rouge = _scorers()
+    return (
+        list(cider.compute_score(references, predictions)[1]),
+        list(rouge.compute_score(references, predictions)[1]),
+    )
+
+
+def _meteor(
+    references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
+) -> tuple[float, list[float]] | None:
+    """The whole set's and each clip's; a Java process runs meanwhile. None, and a warning, where that fails."""
+    from pycocoevalcap.meteor.meteor import Meteor as Official
+
+    separator = "|||"  # of its protocol
+    safe = {clip: [one.replace(separator, "") for one in several] for clip, several in references.items()}
+    official = Official()
+    try:
+        whole, each = official.compute_score(safe, predictions)
+    except (OSError, ValueError) as error:
+        official.lock.release()  # it holds its lock, and its end would wait for it
+        stdin = official.meteor_p.stdin
+        if stdin is not None:
+            with contextlib.suppress(OSError):
+                stdin.close()
+        log.warning("METEOR is left out: its Java program failed (%s); it needs 2 GB of memory", error)
+        return None
+    return whole, each
+
+
+def _rounded(values: Numbers, decimals: int | None) -> Numbers:
+    return values if decimals is None else np.round(values, decimals)

@@ -1,0 +1,124 @@
+"""Scores for a benchmark of one's own: each is the best over an example's right answers; everything in percent.
+
+- `exact`: the answer, letter case, spaces between words and final periods aside.
+- `choice`: the letter of the right choice, or its text, as MMBench's current rules read it.
+- `anls`: average normalised Levenshtein similarity (Biten et al., 2019; DocVQA): one minus the edit distance over the
+  longer one's length, letter case and spaces aside, and nothing where that is not above one half.
+- `relaxed`: ChartQA's (Masry et al., 2022): numbers, "%" read as hundredths, may be off by 5 % of the true one, others
+  must be equal but for letter case; so must a number whose true value is zero.
+- `caption`: CIDEr, BLEU, ROUGE-L and METEOR, in `caption`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from string import ascii_uppercase
+
+from dora_vl.data.examples import Example
+from dora_vl.scores import caption, mmbench
+from dora_vl.scores.choices import correct_index
+from dora_vl.scores.exact_match import normalised
+from dora_vl.scores.scored import ACCURACY, Scored, Tally, by_kind, kind_columns, unit_of
+
+LEAST_SIMILARITY = 0.5
+TOLERANCE = 0.05
+_EPSILON = 1e-9  # 105 against 100 is five percent, whatever float division makes of it
+
+Points = Callable[[str, str], float]
+"""An answer and a right one -> points from 0 to 1."""
+
+
+def exact(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """Accuracy over all, and by `extra["kind"]`."""
+    return _best(examples, answers, lambda said, true: float(normalised(said) == normalised(true)), "accuracy")
+
+
+def anls(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """ANLS over all, and by `extra["kind"]`."""
+    return _best(examples, answers, similarity, "anls")
+
+
+def relaxed(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """Relaxed accuracy over all, and by `extra["kind"]`."""
+    return _best(examples, answers, lambda said, true: float(is_close(said, true)), "relaxed accuracy")
+
+
+def choice(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """Accuracy over all, and by `extra["kind"]`."""
+    return _tally(examples, answers, _right_choice, "accuracy")
+
+
+def _best(examples: Sequence[Example], answers: Mapping[str, str], points: Points, headline: str) -> Scored:
+    def of_example(example: Example, said: str) -> float:
+        return max((points(said, answer.text) for answer in example.answers), default=0.0)
+
+    return _tally(examples, answers, of_example, headline)
+
+
+def _tally(
+    examples: Sequence[Example],
+    answers: Mapping[str, str],
+    points: Callable[[Example, str], float],
+    headline: str,
+) -> Scored:
+    tally, kinds = Tally(), []
+    for example in examples:
+        said = answers.get(example.id)
+        share = 0.0 if said is None else points(example, said)
+        kind = [str(example.extra["kind"])] if "kind" in example.extra else []
+        kinds += kind
+        tally.add(example.id, share, kind_columns(share, *kind), unit=unit_of(example), failed=said is None)
+    return tally.scored({headline: ACCURACY, **by_kind("kind", kinds)})
+
+
+def _right_choice(example: Example, said: str) -> float:
+    choices = dict(zip(ascii_uppercase, example.choices, strict=False))
+    return float(mmbench.chosen(said, choices, "2025") == ascii_uppercase[correct_index(example)])
+
+
+def similarity(said: str, true: str) -> float:
+    """One answer's ANLS against one right one, from 0 to 1."""
+    said, true = (" ".join(text.lower().split()) for text in (said, true))
+    longer = max(len(said), len(true))
+    if abs(len(said) - len(true)) * 2 > longer:  # at least so many insertions
+        return 0.0
+    share = 1.0 - _edits(said, true) / longer if longer else 1.0
+    return share if share > LEAST_SIMILARITY else 0.0
+
+
+def _edits(first: str, second: str) -> int:
+    """Levenshtein's distance, a row of its table at a time."""
+    row = list(range(len(second) + 1))
+    for place, letter in enumerate(first, start=1):
+        corner, row[0] = row[0], place
+        for column, other in enumerate(second, start=1):
+            changed = corner + (letter != other)
+            corner = row[column]
+            row[column] = min(changed, corner + 1, row[column - 1] + 1)
+    return row[-1]
+
+
+def is_close(said: str, true: str) -> bool:
+    """ChartQA's relaxed equality."""
+    found, wanted = _number(said), _number(true)
+    if found is None or not wanted:
+        return said.strip().lower() == true.strip().lower()
+    return abs(found - wanted) <= (TOLERANCE + _EPSILON) * abs(wanted)
+
+
+def _number(text: str) -> float | None:
+    text = text.strip()
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+
+
+SCORINGS: Mapping[str, Callable[[Sequence[Example], Mapping[str, str]], Scored]] = {
+    "exact": exact,
+    "choice": choice,
+    "anls": anls,
+    "relaxed": relaxed,
+    "caption": caption.score,
+}
+"""What `scoring:` may say in a benchmark's YAML."""

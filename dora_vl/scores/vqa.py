@@ -1,0 +1,51 @@
+"""VQAv2 accuracy as the official script gives it, before and after its change of 2021.
+
+Source: github.com/GT-Vision-Lab/VQA, PythonEvaluationTools. The two versions disagree on about a fifth of tricky
+questions, so a number needs its version beside it:
+
+- `before_2021` (also VL-T5's and VL-Adapter's `evaluate_raw`, so the paper's VL-BART numbers): the prediction is always
+  normalised. The people's answers get punctuation handling only, and that only if they differ: an answer such as
+  "Two" or "the dog" can never be matched.
+- `after_2021`: both sides get the whole treatment, but only if the ten answers differ. If all ten agree, nothing is
+  normalised: "No" against ten "no" scores 0.
+
+The script rounds to two decimals; here nothing is rounded. A question without an answer counts as wrong (the script
+stops there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from dora_vl.data.examples import Example
+from dora_vl.scores.human_answers import human_answers, leave_one_out
+from dora_vl.scores.scored import ACCURACY, Scored, Tally, by_kind, kind_columns, unit_of
+from dora_vl.scores.vqa_normaliser import normalise, one_line, strip_punctuation
+
+Version = Literal["after_2021", "before_2021"]
+
+
+def score(examples: Sequence[Example], answers: Mapping[str, str], *, version: Version = "after_2021") -> Scored:
+    """Accuracy over all questions, and by `extra["answer_type"]` (yes/no, number, other) where there is one."""
+    tally, kinds = Tally(), []
+    for example in examples:
+        answer = answers.get(example.id)
+        points = 0.0 if answer is None else accuracy(answer, human_answers(example), version)
+        kind = str(example.extra.get("answer_type", ""))
+        kinds += [kind] if kind else []
+        columns = kind_columns(points, *([kind] if kind else []))
+        tally.add(example.id, points, columns, unit=unit_of(example), failed=answer is None)
+    formulas = {"accuracy": ACCURACY, **by_kind("answer type", kinds)}
+    return tally.scored(formulas, settings={"vqa_version": version})
+
+
+def accuracy(prediction: str, people: Sequence[str], version: Version) -> float:
+    """One question's points, from 0 to 1."""
+    if version == "before_2021":
+        references = [strip_punctuation(one) for one in people] if len(set(people)) > 1 else people
+        return leave_one_out(normalise(prediction), references)
+    stripped = [one_line(one) for one in people]
+    if len(set(stripped)) > 1:
+        return leave_one_out(normalise(prediction), [normalise(one) for one in stripped])
+    return leave_one_out(one_line(prediction), stripped)

@@ -1,0 +1,170 @@
+"""`accelerate_peft` under `torch.compile`: one graph, and PEFT's eager numbers and gradients.
+
+Run by test_peft_compile.py. PEFT's own DoRA needs several graphs (it asks a parameter's class for its module's name),
+its LoRA one.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
+from torch import nn
+
+from dora_vl.adapters.peft_model import accelerate_peft
+from tests.adapters.peft_folders import moved_peft
+
+FORMS = {"dora": {}, "lora": {"use_dora": False}, "rslora": {"use_rslora": True}}
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Pair(nn.Module):
+    """A layer with a bias and one without, a third that stays frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 4, bias=False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(torch.tanh(self.first(x))))
+
+
+def peft_pair(**settings) -> nn.Module:
+    return moved_peft(Pair(), target_modules=["first", "second"], **settings)
+
+
+def twins(**settings) -> tuple[nn.Module, nn.Module]:
+    """PEFT's model and the same one accelerated."""
+    plain = peft_pair(**settings)
+    fast = copy.deepcopy(plain)
+    assert len(accelerate_peft(fast).layers) == 2
+    return plain, fast
+
+
+def compiled(model: nn.Module):
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def assert_equal_to_peft(plain: nn.Module, fast: nn.Module, graph) -> None:
+    wanted, found = plain(X), graph(X)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    for model, y in ((plain, wanted), (fast, found)):
+        model.zero_grad()
+        y.square().sum().backward()
+    gradients = dict(fast.named_parameters())
+    for name, parameter in plain.named_parameters():
+        assert (parameter.grad is None) == (gradients[name].grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("eager_first", [True, False])
+def test_one_graph_equals_peft(form, training, eager_first):
+    plain, fast = twins(**FORMS[form])
+    plain.train(training)
+    fast.train(training)
+    if eager_first:
+        fast(X)
+    assert_equal_to_peft(plain, fast, compiled(fast))
+
+
+def test_eval_after_training_in_the_same_graph_and_back():
+    plain, fast = twins(lora_dropout=0.4)
+    graph = compiled(fast)
+    for training in (False, True, False):
+        plain.train(training)
+        graph.train(training)
+        if training:
+            assert not torch.equal(graph(X), graph(X))
+        else:
+            torch.testing.assert_close(graph(X), plain(X), rtol=1e-5, atol=1e-6)
+
+
+def test_fresh_after_every_step():
+    plain, fast = twins()
+    graph = compiled(fast.train())
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in (plain, fast)]
+    start = plain(X).detach()
+    for _ in range(4):
+        assert_equal_to_peft(plain.train(), fast, graph)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (plain(X) - start).abs().max() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(graph.eval()(X), plain.eval()(X), rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_switch_scale_disable_and_merge_after_compiling():
+    plain = peft_pair()
+    plain.add_adapter("other", LoraConfig(r=2, lora_alpha=5, use_dora=True, target_modules=["first", "second"]))
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "other" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    fast = copy.deepcopy(plain)
+    accelerate_peft(fast)
+    graph = torch.compile(fast, backend="aot_eager")
+
+    def equal(what: str) -> torch.Tensor:
+        expected = plain(X)
+        torch.testing.assert_close(graph(X), expected, rtol=1e-5, atol=1e-6, msg=lambda text: f"{what}: {text}")
+        return expected.detach()
+
+    def on_both(change) -> None:
+        for model in (plain, fast):
+            change(model)
+
+    def halve(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, PeftLinear):
+                module.set_scale("default", 0.5)
+
+    seen = [equal("first")]
+    on_both(lambda model: model.set_adapter("other"))
+    seen.append(equal("other"))
+    with plain.disable_adapter(), fast.disable_adapter():
+        seen.append(equal("disabled"))
+    on_both(lambda model: model.set_adapter("default"))
+    torch.testing.assert_close(equal("back"), seen[0])
+    on_both(halve)
+    seen.append(equal("half the scale"))
+    on_both(lambda model: model.base_model.set_adapter(["default", "other"]))
+    seen.append(equal("both"))
+    on_both(lambda model: model.merge_adapter())
+    equal("merged")
+    assert all((one - two).abs().max() > 1e-3 for at, one in enumerate(seen) for two in seen[:at])
+
+
+def test_an_adapter_added_after_compiling():
+    plain, fast = twins()
+    graph = torch.compile(fast, backend="aot_eager")
+    graph(X)
+    for model in (plain, fast):
+        torch.manual_seed(3)
+        settings = {"init_lora_weights": False, "use_dora": True, "target_modules": ["first", "second"]}
+        model.add_adapter("late", LoraConfig(r=4, lora_alpha=3, **settings))
+        model.set_adapter("late")
+    torch.testing.assert_close(graph(X), plain(X), rtol=1e-5, atol=1e-6)
+    fast(X)
+    assert_equal_to_peft(plain, fast, graph)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_the_default_compiler(form):
+    plain, fast = twins(**FORMS[form])
+    assert_equal_to_peft(plain.train(), fast, torch.compile(fast.train(), fullgraph=True))

@@ -1,0 +1,200 @@
+"""Convolutions of every geometry and PEFT, both ways: the same numbers, or a refusal, never other numbers.
+
+PEFT 0.21 builds its A with the layer's kernel, stride and padding, without its dilation and padding mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from torch import nn
+
+from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
+from dora_vl.errors import UserError
+from tests.adapters.peft_folders import moved_peft
+
+MODES = ("zeros", "reflect", "replicate", "circular")
+SIDES = (9, 11)
+
+
+class One(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+@st.composite
+def convolutions(draw) -> nn.Module:
+    """A convolution of one or two dimensions whose settings differ by axis."""
+    dims = draw(st.integers(1, 2))
+
+    def axes(least: int, most: int) -> tuple[int, ...]:
+        return tuple(draw(st.lists(st.integers(least, most), min_size=dims, max_size=dims)))
+
+    padding = draw(st.sampled_from(["numbers", "same", "valid"]))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    return (nn.Conv1d, nn.Conv2d)[dims - 1](
+        6,
+        4,
+        axes(1, 3),
+        stride=1 if padding == "same" else axes(1, 2),
+        padding=axes(0, 2) if padding == "numbers" else padding,
+        dilation=axes(1, 2),
+        padding_mode=draw(st.sampled_from(MODES)),
+        bias=draw(st.booleans()),
+    )
+
+
+def adapted(conv: nn.Module, method: str) -> nn.Module:
+    model = One(copy.deepcopy(conv))
+    config = DoRAConfig(targets=("conv",), kinds=("conv",), rank=3, alpha=4.0, dropout=0.0, method=method)
+    apply_dora(model, config)
+    with torch.no_grad():
+        for _, layer in adapted_layers(model):
+            layer.lora_B.normal_(std=0.4)
+            if layer.magnitude is not None:
+                layer.magnitude.mul_(torch.linspace(0.5, 1.6, 4))
+            layer.forget_norms()
+    return model.eval()
+
+
+def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    error = {torch.float64: 1e-10, torch.float32: 1e-6}[wanted.dtype] * max(1.0, float(wanted.abs().max()))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=error)
+
+
+def peft_type(folder) -> str:
+    return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+
+
+def pefts_output(conv: nn.Module, folder, x: torch.Tensor) -> torch.Tensor:
+    return PeftModel.from_pretrained(One(copy.deepcopy(conv)), folder).eval()(x).detach()
+
+
+def outcome(call, refusal: type[Exception]) -> tuple[str, Any]:
+    """What a call refuses with, or what it returns."""
+    try:
+        return "", call()
+    except refusal as error:
+        return str(error), None
+
+
+def rewritten(folder, field: str, value: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions(), st.sampled_from(["dora", "lora"]), st.sampled_from([torch.float32, torch.float64]))
+def test_peft_computes_the_same_or_refuses(tmp_path_factory, conv, method, dtype):
+    folder = tmp_path_factory.mktemp("conv") / "adapter"
+    conv = conv.to(dtype)
+    x = torch.randn(2, 6, *SIDES[: conv.weight.ndim - 2], dtype=dtype)
+    ours = adapted(conv, method)
+    expected = ours(x).detach()
+    save_adapter(ours, folder)
+    again = One(copy.deepcopy(conv))
+    load_adapter(again, folder)
+    torch.testing.assert_close(again.eval()(x), expected, rtol=0, atol=0)
+    if peft_type(folder) == "LORA":
+        assert_same(pefts_output(conv, folder, x), expected)
+        return
+    with pytest.raises(KeyError, match="DORA_VL"):
+        pefts_output(conv, folder, x)
+    # Not refused without need: under PEFT's name it is another result, or none.
+    rewritten(folder, "peft_type", "LORA")
+    error, other = outcome(lambda: pefts_output(conv, folder, x), RuntimeError)
+    if other is None:
+        assert "must match the size" in error
+    else:
+        assert (other - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+@settings(max_examples=40, deadline=None)
+@given(convolutions(), st.booleans())
+def test_a_folder_of_pefts_loads_with_its_numbers_or_is_refused(tmp_path_factory, conv, use_dora):
+    folder = tmp_path_factory.mktemp("conv") / "adapter"
+    theirs = moved_peft(One(copy.deepcopy(conv)), target_modules=["conv"], use_dora=use_dora).eval()
+    theirs.save_pretrained(folder)
+    x = torch.randn(2, 6, *SIDES[: conv.weight.ndim - 2])
+    model = One(copy.deepcopy(conv)).eval()
+    before = model(x)
+    error, loaded = outcome(lambda: load_adapter(model, folder), UserError)
+    if loaded is not None:
+        assert_same(model.eval()(x).detach(), theirs(x).detach())
+        return
+    assert re.search("conv has .* leaves out of its low-rank path", error)
+    assert len(error) <= 500
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    # A model that is adapted already refuses the tensors as well.
+    rewritten(folder, "lora_alpha", 4.0)
+    with pytest.raises(UserError, match="leaves out of its low-rank path"):
+        load_adapter(adapted(conv, "dora" if use_dora else "lora"), folder)
+
+
+@pytest.mark.parametrize(
+    ("conv", "setting"),
+    [
+        (nn.Conv1d(6, 4, 3, dilation=2, padding="same"), r"dilation=\(2,\)"),
+        (nn.Conv2d(6, 4, (1, 3), dilation=(1, 3)), r"dilation=\(1, 3\)"),
+        (nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular"), "padding_mode='circular'"),
+    ],
+)
+def test_saving_says_why_peft_refuses_the_folder(tmp_path, caplog, conv, setting):
+    save_adapter(adapted(conv, "dora"), tmp_path / "adapter")
+    (message,) = caplog.messages
+    assert re.match(rf"conv has {setting} \(1 such layers\), .* take such layers out", message)
+
+
+def test_a_magnitude_alone_needs_no_geometry_of_pefts(tmp_path, caplog):
+    conv = nn.Conv1d(6, 4, 3, dilation=2)
+    model = One(conv)
+    apply_dora(model, DoRAConfig(targets=("conv",), kinds=("conv",), method="magnitude"))
+    save_adapter(model, tmp_path / "adapter")
+    assert peft_type(tmp_path / "adapter") == "DORA_VL_MAGNITUDE"
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("padding_mode", MODES)
+def test_a_kernel_of_width_one_has_no_dilation(tmp_path, padding_mode):
+    conv = nn.Conv2d(6, 4, 1, dilation=3, padding_mode=padding_mode)
+    save_adapter(adapted(conv, "dora"), tmp_path / "adapter")
+    assert peft_type(tmp_path / "adapter") == "LORA"
+
+
+def test_groups_are_refused_with_the_layers_name():
+    with pytest.raises(UserError, match=r"^conv: a convolution with groups=2 cannot be adapted"):
+        adapted(nn.Conv1d(6, 4, 3, groups=2), "dora")
+
+
+def test_three_dimensions_are_refused_both_ways(tmp_path):
+    conv = nn.Conv3d(2, 4, 3)
+    with pytest.raises(UserError, match="targets"):
+        adapted(conv, "dora")
+    moved_peft(One(copy.deepcopy(conv)), target_modules=["conv"]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="targets"):
+        load_adapter(One(conv), tmp_path)
+
+
+def test_stride_alone_is_pefts(tmp_path):
+    """The geometry that most convolutions have stays exchangeable, with the shapes that stride gives."""
+    conv = nn.Conv2d(6, 4, (3, 2), stride=(2, 1), padding=(1, 0)).double()
+    ours = adapted(conv, "dora")
+    save_adapter(ours, tmp_path / "adapter")
+    x = torch.randn(2, 6, *SIDES, dtype=torch.float64)
+    expected = ours(x).detach()
+    assert math.prod(expected.shape) == 2 * 4 * 5 * 10
+    assert_same(pefts_output(conv, tmp_path / "adapter", x), expected)

@@ -1,0 +1,164 @@
+"""Several adapters on one model: switching is exact in both directions, a combination is the sum of changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dora_vl.adapters.folder import save_adapter
+from dora_vl.adapters.several import AdapterSet
+from dora_vl.core import DoRAConfig, apply_dora, merge_dora, trained_parts, unmerge_dora
+from dora_vl.errors import UserError
+from tests.adapters.foreign_files import DOWN, Q, tiny_llama
+from tests.core.dense_dora import move
+
+SETTINGS = {
+    "attention": {"targets": ("*.q_proj", "*.v_proj"), "rank": 2, "alpha": 5.0},
+    "mlp": {"targets": ("*.q_proj", "*.down_proj"), "also_train": {"norms": ("*.input_layernorm.weight",)}},
+}
+IDS = torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two adapters that overlap in one kind of layer, one of them with trained norms; and what each answers."""
+    answers = {}
+    for name, settings in SETTINGS.items():
+        model = tiny_llama()
+        apply_dora(model, DoRAConfig(dropout=0.0, **settings))
+        torch.manual_seed(len(name))
+        move(model)
+        with torch.no_grad():
+            if name == "mlp":
+                model.model.layers[0].input_layernorm.weight.mul_(1.4)
+            answers[name] = model.eval()(IDS).logits
+        save_adapter(model, tmp_path / name)
+    return tmp_path, answers
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(IDS).logits
+
+
+def loaded(folder) -> tuple[AdapterSet, torch.Tensor]:
+    model = tiny_llama()
+    base = logits(model)
+    adapters = AdapterSet(model)
+    for name in SETTINGS:
+        adapters.load(name, folder / name)
+    return adapters, base
+
+
+def test_switching_is_bitwise_in_every_direction(folders):
+    folder, answers = folders
+    adapters, base = loaded(folder)
+    assert adapters.active == "mlp"
+    for name in ("attention", None, "mlp", "attention", "mlp", None):
+        adapters.switch(name)
+        assert torch.equal(logits(adapters.model), base if name is None else answers[name]), name
+
+
+def test_active_adapter_trains_alone_and_keeps_what_it_learned(folders):
+    folder, answers = folders
+    adapters, _ = loaded(folder)
+    names = {name for part in trained_parts(adapters.model) for name in part.parameters}
+    assert {n for n, p in adapters.model.named_parameters() if p.requires_grad} == names
+    assert f"{DOWN}.lora_A" in names
+    optimizer = torch.optim.SGD([p for part in trained_parts(adapters.model) for p in part.parameters.values()], lr=0.1)
+    adapters.model.train()(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    learned = logits(adapters.model)
+    assert not torch.equal(learned, answers["mlp"])
+    adapters.switch("attention")
+    assert torch.equal(logits(adapters.model), answers["attention"])
+    adapters.switch("mlp")
+    assert torch.equal(logits(adapters.model), learned)
+
+
+def test_combination_is_the_weighted_sum_of_changes(folders):
+    folder, _ = folders
+    adapters, _ = loaded(folder)
+    weights = {}
+    for name in (None, *SETTINGS):
+        adapters.switch(name)
+        merge_dora(adapters.model)
+        weights[name] = {
+            key: adapters.model.get_parameter(f"{key}.weight").detach().clone()
+            for key in (Q, DOWN, "model.layers.0.input_layernorm")
+        }
+        unmerge_dora(adapters.model)
+    adapters.combine("both", {"attention": 0.8, "mlp": 0.5})
+    merge_dora(adapters.model)
+    for key, base in weights[None].items():
+        expected = base + 0.8 * (weights["attention"][key] - base) + 0.5 * (weights["mlp"][key] - base)
+        found = adapters.model.get_parameter(f"{key}.weight").detach()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="is merged into the weights; unmerge"):
+        adapters.switch("mlp")
+
+
+def test_weight_one_is_the_adapter_itself(folders):
+    folder, answers = folders
+    adapters, _ = loaded(folder)
+    adapters.combine("copy", {"attention": 1.0, "mlp": 0.0})
+    assert torch.equal(logits(adapters.model), answers["attention"])
+
+
+def test_names_are_checked(folders):
+    folder, _ = folders
+    adapters, base = loaded(folder)
+    with pytest.raises(UserError, match="an adapter 'mlp' is loaded already"):
+        adapters.load("mlp", folder / "mlp")
+    with pytest.raises(UserError, match=r"no adapter 'other' is loaded; there are \['attention', 'mlp'\]"):
+        adapters.switch("other")
+    with pytest.raises(UserError, match="cannot combine"):
+        adapters.combine("x", {"other": 1.0})
+    with pytest.raises(UserError, match="does not exist"):
+        adapters.load("missing", folder / "missing")
+    adapters.switch(None)
+    assert torch.equal(logits(adapters.model), base)
+    apply_dora(model := tiny_llama(), DoRAConfig(targets=("*.q_proj",)))
+    with pytest.raises(UserError, match="adapted already"):
+        AdapterSet(model)
+
+
+def test_a_pissa_adapter_leaves_the_base_as_it_was(folders):
+    folder, answers = folders
+    source = tiny_llama()
+    apply_dora(source, DoRAConfig(targets=("*.q_proj",), rank=2, alpha=5.0, dropout=0.0, init="pissa"))
+    with torch.no_grad():
+        for layer in source.model.layers:
+            layer.self_attn.q_proj.lora_B.add_(0.1)
+    expected = logits(source)
+    save_adapter(source, folder / "pissa")
+    adapters, base = loaded(folder)
+    adapters.load("pissa", folder / "pissa")
+    torch.testing.assert_close(logits(adapters.model), expected, rtol=1e-4, atol=1e-5)
+    for name in (None, "attention"):
+        adapters.switch(name)
+        assert torch.equal(logits(adapters.model), base if name is None else answers[name])
+    adapters.combine("half", {"pissa": 0.5})
+    merge_dora(adapters.model)
+    fresh = tiny_llama()
+    half = fresh.get_parameter(f"{Q}.weight") / 2
+    merge_dora(source)
+    half = half + source.get_parameter(f"{Q}.weight") / 2
+    torch.testing.assert_close(adapters.model.get_parameter(f"{Q}.weight"), half, rtol=1e-4, atol=1e-5)
+
+
+def test_a_combination_that_is_refused_changes_nothing(folders):
+    folder, answers = folders
+    source = tiny_llama()
+    targets = ("*.q_proj", "*.embed_tokens")
+    apply_dora(source, DoRAConfig(targets=targets, rank=2, dropout=0.0, kinds=("linear", "embedding")))
+    save_adapter(source, folder / "words")
+    adapters, _ = loaded(folder)
+    adapters.load("words", folder / "words")
+    adapters.switch("attention")
+    modules = dict(adapters.model.named_modules())
+    with pytest.raises(UserError, match=r"model\.embed_tokens is no linear layer"):
+        adapters.combine("both", {"attention": 0.5, "words": 0.5})
+    assert adapters.active == "attention"
+    assert dict(adapters.model.named_modules()) == modules
+    assert torch.equal(logits(adapters.model), answers["attention"])

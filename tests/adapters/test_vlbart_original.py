@@ -1,0 +1,122 @@
+"""The originals' dictionaries out of an adapter: scales, and what they cannot hold; rows of the token embedding in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dora_vl.adapters.adapter import read_adapter
+from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.folder import save_adapter
+from dora_vl.adapters.read import ReadOptions, read_any
+from dora_vl.adapters.vlbart_original import original_dictionary, write_original
+from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.core.trainable import adapted_layers
+from dora_vl.errors import UserError
+from tests.backbones.tiny_vlbart import tiny
+
+Q = "model.decoder.layers.1.encoder_attn.q_proj"
+V = "model.encoder.layers.0.self_attn.v_proj"
+CONFIG = DoRAConfig(targets=(Q, V), rank=3, alpha=4.0, also_keep=("model.shared.weight[-200:]",))
+ALIAS = "model.encoder.visual_embedding.obj_order_embedding.weight"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny(seed=2).save_pretrained(folder)
+    return folder
+
+
+def adapter(folder: Path, **changes: Any) -> Path:
+    model = tiny(seed=2)
+    apply_dora(model, DoRAConfig(**{**vars(CONFIG), **changes}))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for _, layer in adapted_layers(model):
+            for parameter in layer._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+    save_adapter(model, folder)
+    return folder
+
+
+def written(folder: Path, base: Path, form: str, **options: Any) -> dict[str, Tensor]:
+    with BaseWeights(base) as opened:
+        return original_dictionary(read_adapter(folder), opened, form, **options).tensors
+
+
+def test_b_takes_a_scale_that_the_form_does_not_have(tmp_path: Path, base: Path) -> None:
+    found, own = read_adapter(adapter(tmp_path / "a")), tiny(seed=2).get_parameter(f"{Q}.weight").detach()
+    state = written(tmp_path / "a", base, "nvlabs-vlbart")
+    factors = found.factors[Q]
+    assert factors.magnitude is not None
+    assert factors.lora_A is not None
+    assert factors.lora_B is not None
+    direction = state[f"{Q}.weight_v"] + state[f"{Q}.lora_B"] @ state[f"{Q}.lora_A"]
+    torch.testing.assert_close(direction, own + 4.0 / 3 * factors.lora_B @ factors.lora_A, atol=1e-6, rtol=1e-6)
+    assert torch.equal(state[f"{Q}.weight_m"][:, 0], factors.magnitude)
+    assert f"{Q}.weight" not in state
+
+
+def test_layers_of_two_alphas_need_one_for_vl_adapter(tmp_path: Path, base: Path) -> None:
+    folder = adapter(tmp_path / "a", method="lora", alpha_pattern={V: 9.0})
+    with pytest.raises(UserError, match=r"alpha is \d in model.* and \d in model.*: give it as --alpha"):
+        written(folder, base, "vl-adapter", tasks=("vqa",))
+    state, found = written(folder, base, "vl-adapter", tasks=("vqa", "gqa"), alpha=4.0), read_adapter(folder)
+    for name, ratio in ((Q, 1.0), (V, 9.0 / 4.0)):
+        b = found.factors[name].lora_B
+        assert b is not None
+        assert torch.equal(state[f"{name}.lora_Bs.gqa"], b * ratio)
+        assert torch.equal(state[f"{name}.lora_As.vqa"], found.factors[name].lora_A)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "form", "told"),
+    [
+        ({}, "vl-adapter", "method is 'dora'; vl-adapter holds the factors of lora alone"),
+        ({"method": "lora"}, "nvlabs-vlbart", "method is 'lora'; nvlabs-vlbart holds the factors of dora alone"),
+        ({"method": "lora"}, "vl-adapter", "needs --task, VL-Adapter's --tasks"),
+        ({"rank_pattern": {V: 2}}, "nvlabs-vlbart", r"rank is \d in model.* and \d in model.*; the original has one"),
+        ({"magnitude_targets": ("model.encoder.layers.1.fc1",)}, "nvlabs-vlbart", "1 layers are no dora with A and B"),
+    ],
+)
+def test_what_the_form_cannot_hold_is_refused(tmp_path: Path, base: Path, changes: Any, form: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        written(adapter(tmp_path / "a", **changes), base, form)
+
+
+def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path, base: Path) -> None:
+    with BaseWeights(base) as opened:
+        found = original_dictionary(read_adapter(adapter(tmp_path / "a")), opened, "nvlabs-vlbart")
+    write_original(found, tmp_path / "LAST.pth")
+    before = (tmp_path / "LAST.pth").read_bytes()
+    with pytest.raises(UserError, match=r"LAST\.pth is there already"):
+        write_original(found, tmp_path / "LAST.pth")
+    assert (tmp_path / "LAST.pth").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LAST.pth", "a"]
+
+
+def test_the_token_embeddings_names_must_agree_and_one_be_there(tmp_path: Path, base: Path) -> None:
+    state = written(adapter(tmp_path / "a"), base, "nvlabs-vlbart")
+    torch.save({**state, ALIAS: state[ALIAS] + 1}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"the last rows of model\.shared\.weight and of model\.encoder\.visual"):
+        read_any(tmp_path / "other.pth", ReadOptions())
+    names = [name for name in state if state[name].shape == state[ALIAS].shape]
+    assert len(names) == 5
+    for name in names:
+        del state[name]
+    torch.save(state, tmp_path / "none.pth")
+    with pytest.raises(UserError, match="whose last rows the pictures' tokens need"):
+        read_any(tmp_path / "none.pth", ReadOptions())
+
+
+def test_a_scale_gives_back_the_alpha_that_it_came_from(tmp_path: Path) -> None:
+    assert 16 / 49 * 49 != 16
+    file = {"q_proj.lora_As.vqa": torch.randn(49, 60), "q_proj.lora_Bs.vqa": torch.randn(60, 49)}
+    torch.save(file, tmp_path / "LAST.pth")
+    assert read_any(tmp_path / "LAST.pth", ReadOptions(alpha=16.0)).config["lora_alpha"] == 16.0

@@ -1,0 +1,200 @@
+"""A product in two halves of its rows is the product, taken only where it is faster and no bit of it differs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.core.fast import products
+from dora_vl.core.fast.products import (
+    RowHalves,
+    halved_product,
+    halves_are_faster,
+    halves_have_the_bits,
+    whole_product,
+)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The question is asked with several threads alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def operands(rows: int = 515, inner: int = 391, columns: int = 400, dtype: torch.dtype = torch.bfloat16):
+    generator = torch.Generator().manual_seed(3)
+    shapes = (rows, inner), (columns, inner), (columns,)
+    x, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return x, weight.t(), bias
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, answer: bool) -> list[tuple[int, ...]]:
+    """Answers every question with `answer`; the shapes that were asked about are listed."""
+    shapes: list[tuple[int, ...]] = []
+
+    def answered(rows: Tensor, *_: Tensor | None) -> bool:
+        shapes.append(tuple(rows.shape))
+        return answer
+
+    monkeypatch.setattr(products, "SIGHTINGS", 1)
+    monkeypatch.setattr(products, "halves_are_faster", answered)
+    monkeypatch.setattr(products, "halves_have_the_bits", lambda *_: True)
+    return shapes
+
+
+@pytest.mark.parametrize("rows", [515, 512])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_halves_are_the_product(monkeypatch, rows, with_bias, transposed):
+    asked(monkeypatch, True)
+    x, matrix, bias = operands(rows)
+    matrix = matrix if transposed else matrix.contiguous()
+    found = RowHalves().product(x, matrix, bias if with_bias else None)
+    expected = x.double() @ matrix.double() + (bias.double() if with_bias else 0)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-2)
+    assert found.is_contiguous()
+
+
+def test_a_layer_gives_the_same_with_halves_and_without(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(391, 400)).to(torch.bfloat16)
+    apply_dora(model, DoRAConfig(targets=("*",), rank=3, alpha=5.0, dropout=0.0))
+    with torch.no_grad():
+        model[0].lora_B.normal_(std=0.1)
+        model[0].magnitude.mul_(1.2)
+    x = torch.randn(2, 300, 391).to(torch.bfloat16).requires_grad_()
+    results = []
+    for answer in (False, True):
+        shapes = asked(monkeypatch, answer)
+        monkeypatch.setattr(products.ROW_HALVES, "_halved", {})
+        output = model(x)
+        gradients = torch.autograd.grad(output.float().square().sum(), [x, *model[0].factors()])
+        with torch.no_grad():
+            results.append([output, model.eval()(x), *gradients])
+        model.train()
+        assert shapes == [(600, 391), (600, 400)], "forward and backward are asked about, and evaluation knows"
+    for whole, halves in zip(*results, strict=True):
+        torch.testing.assert_close(halves, whole, rtol=2**-7, atol=2**-7 * whole.detach().abs().max().item())
+
+
+def test_a_shape_is_asked_about_once_and_other_products_again(monkeypatch):
+    shapes = asked(monkeypatch, True)
+    taken = RowHalves()
+    x, matrix, bias = operands(639)
+    for _ in range(3):
+        taken.product(x, matrix, bias)
+    assert shapes == [(639, 391)]
+    taken.product(x[:300], matrix, bias)
+    taken.product(x, matrix)
+    taken.product(x, matrix.contiguous(), bias)
+    taken.product(x.half(), matrix.half(), bias.half())
+    torch.set_num_threads(3)
+    taken.product(x, matrix, bias)
+    assert shapes == [(639, 391), (300, 391), (639, 391), (639, 391), (639, 391), (639, 391)]
+
+
+def test_a_shape_is_asked_about_when_it_comes_again_and_again_and_few_are_remembered(monkeypatch):
+    shapes = asked(monkeypatch, True)
+    monkeypatch.setattr(products, "SIGHTINGS", 3)
+    monkeypatch.setattr(products, "MOST_SHAPES", 4)
+    taken = RowHalves()
+    x, matrix, _ = operands(600)
+    for count in range(300, 400):  # batches of varying length
+        taken.product(x[:count], matrix)
+    assert shapes == []
+    assert len(taken._halved) == 4
+    for _ in range(5):
+        taken.product(x, matrix)
+        assert torch.equal(taken.product(x[:301], matrix), whole_product(x[:301], matrix, None))
+    assert shapes == [(600, 391), (301, 391)]
+    assert list(taken._halved.values())[-2:] == [True, True]
+
+
+def test_where_nothing_can_be_won_nothing_is_asked(monkeypatch):
+    shapes = asked(monkeypatch, True)
+    taken = RowHalves()
+    x, matrix, _ = operands()
+    taken.product(x[:255], matrix)
+    taken.product(x.expand(8, *x.shape).reshape(-1, 391), matrix)  # 4,120 rows
+    taken.product(x.float(), matrix.float())
+    taken.product(x, matrix[:, :300])
+    taken.product(x[:, ::2], matrix[::2])
+    taken.product(x[:, :390].contiguous(), matrix[:390])
+    torch.set_num_threads(1)
+    taken.product(x, matrix)
+    assert shapes == []
+
+
+def test_the_best_of_several_timings_decides(monkeypatch):
+    timed = {whole_product: iter([9.0, 1.0, 9.0]), halved_product: iter([0.99, 5.0, 0.92])}
+    monkeypatch.setattr(products, "_seconds", lambda way, *_: next(timed[way]))
+    assert halves_are_faster(*operands()) is True
+    timed.update({whole_product: iter([1.0] * 3), halved_product: iter([0.94] * 3)})
+    assert halves_are_faster(*operands()) is False
+
+
+def test_halves_with_other_bits_are_never_taken(monkeypatch):
+    monkeypatch.setattr(products, "halves_are_faster", lambda *_: True)
+    monkeypatch.setattr(products, "halves_have_the_bits", lambda *_: False)
+    monkeypatch.setattr(products, "halved_product", None)
+    x, matrix, bias = operands()
+    assert torch.equal(RowHalves().product(x, matrix, bias), whole_product(x, matrix, bias))
+
+
+def in_parts(parts: int, backwards: bool = False):
+    """A product as a library could take it: the terms of a sum in several parts, one after the other in float32."""
+
+    def product(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        sums = torch.zeros(len(rows), matrix.shape[1])
+        for part in torch.arange(len(matrix)).chunk(parts):
+            partial = torch.zeros_like(sums)
+            for term in part.flip(0) if backwards else part:
+                partial.addr_(rows[:, term].float(), matrix[term].float())
+            sums += partial
+        return (sums if bias is None else sums + bias.float()).to(rows.dtype)
+
+    return product
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("inner", [91, 128])
+def test_another_order_of_sums_is_found(monkeypatch, inner, with_bias):
+    """Two parts are the trap: terms that cancel between the parts would leave zero in any order within them."""
+    x, matrix, bias = operands(100, inner, 90)
+    given = (torch.zeros_like(x), matrix, bias if with_bias else None)  # as a gradient may be: not what is compared
+    monkeypatch.setattr(products, "whole_product", in_parts(2))
+    for halves, equal in (in_parts(2), True), (in_parts(2, True), False), (in_parts(1), False), (in_parts(3), False):
+        monkeypatch.setattr(products, "halved_product", halves)
+        assert halves_have_the_bits(*given) is equal
+
+
+def test_asking_moves_neither_the_operands_nor_the_seed():
+    x, matrix, bias = operands()
+    before, state = [operand.clone() for operand in (x, matrix, bias)], torch.get_rng_state()
+    halves_have_the_bits(x, matrix, bias)
+    halves_are_faster(x, matrix, bias)
+    assert all(torch.equal(*pair) for pair in zip(before, (x, matrix, bias), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "inner"), [(600, 576, 576), (768, 192, 576), (515, 400, 391), (300, 768, 3072)]
+)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_what_was_found_equal_once_is_equal_for_other_numbers(rows, columns, inner, transposed):
+    generator = torch.Generator().manual_seed(rows)
+
+    def drawn() -> tuple[Tensor, Tensor, Tensor]:
+        x, matrix, bias = operands(rows, inner, columns)
+        x, matrix = (operand.clone().normal_(generator=generator) for operand in (x, matrix))
+        return x, matrix if transposed else matrix.contiguous(), bias
+
+    claimed = halves_have_the_bits(*drawn())
+    samples = [drawn() for _ in range(5)]
+    equal = all(torch.equal(whole_product(*given), halved_product(*given)) for given in samples)
+    assert equal or not claimed

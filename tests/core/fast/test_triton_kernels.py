@@ -1,0 +1,92 @@
+"""The fused kernels equal plain torch: on CPU through Triton's interpreter, on a GPU as they are compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_vl.core.fast import fused
+from dora_vl.core.fast.fused import SWITCH, fused_kernels
+
+ROOT = Path(__file__).parents[2]
+CHECKS = ("triton_checks.py", "triton_dropout_checks.py", "triton_norm_checks.py", "triton_layer_checks.py")
+
+
+def run_checks(file: str, *more: str, **environment: str) -> None:
+    """In a process of its own: Triton decides when it is imported whether it interprets."""
+    pytest.importorskip("triton", reason="torch's CPU builds bring no Triton: pip install triton")
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**os.environ, "PYTHONPATH": path, **environment}
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file)), *more]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.fixture
+def undecided():
+    """As in a process that asked for no kernels yet."""
+    fused.decided.cache_clear()
+    yield
+    fused.decided.cache_clear()
+
+
+@pytest.mark.parametrize("file", CHECKS)
+def test_kernels_equal_torch_in_the_interpreter(file):
+    run_checks(file, TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_become_machine_code_without_a_gpu(monkeypatch, which):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run_checks("triton_compile_checks.py", "-m", which)
+
+
+@pytest.mark.usefixtures("undecided")
+def test_cpu_without_the_interpreter_is_eager(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert fused_kernels(torch.empty(1)) is None
+
+
+@pytest.mark.usefixtures("undecided")
+def test_the_switch(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv(SWITCH, "0")
+    assert fused_kernels(torch.empty(1)) is None
+    fused.decided.cache_clear()
+    monkeypatch.delenv(SWITCH)
+    assert fused.are_wanted(torch.device("cpu"), torch.bfloat16)
+    assert not fused.are_wanted(torch.device("cpu"), torch.float64)
+    assert not fused.are_wanted(torch.device("meta"), torch.float32)
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_block_without_kernels(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv(SWITCH, raising=False)
+    with fused.without_kernels():
+        assert fused_kernels(torch.empty(1)) is None
+    assert fused.are_wanted(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("undecided")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("file", CHECKS)
+@pytest.mark.parametrize("tiles", ["fixed", "timed"])
+def test_kernels_on_a_gpu(monkeypatch, file, tiles):
+    monkeypatch.delenv(SWITCH, raising=False)
+    assert fused_kernels(torch.empty(1, device="cuda")) is not None
+    assert fused_kernels(torch.empty(1, device="cuda", dtype=torch.float64)) is None
+    run_checks(file, CHECKED_DEVICE="cuda", DORA_VL_TRITON_TILES=tiles)

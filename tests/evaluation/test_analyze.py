@@ -1,0 +1,155 @@
+"""`dora-vl analyze`: the same numbers from an adapter and from its merged folder, runs, and wrong inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dora_vl.adapters.adapter import read_adapter
+from dora_vl.adapters.folder import save_adapter
+from dora_vl.adapters.merge_folder import merge_to_folder
+from dora_vl.cli import main
+from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
+from dora_vl.core.analysis import weight_change
+from tests.adapters.foreign_files import DOWN, Q, saved, tiny_llama
+from tests.adapters.peft_folders import moved_peft
+from tests.test_cli import failed
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A base, and a PEFT DoRA adapter on it, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    saved(tiny_llama(), tmp_path / "base")
+    moved_peft(tiny_llama()).save_pretrained(tmp_path / "dora")
+    return tmp_path
+
+
+def numbers(*words: object) -> dict:
+    main(["analyze", *(str(word) for word in words), "--to", "out"])
+    return json.loads(Path("out.json").read_text())
+
+
+def by_layer(panel: dict) -> dict[str, tuple[float, float]]:
+    return {p["layer"]: (p["magnitude_change"], p["direction_change"]) for p in panel["points"]}
+
+
+def test_an_adapter_is_its_merged_folder(folders, capsys):
+    merge_to_folder(read_adapter(folders / "dora"), folders / "base", folders / "merged", shard_bytes=10_000)
+    found = numbers("base", "dora", "merged", "--label", "DoRA", "--label", "merged")
+    assert [(panel["label"], panel["method"]) for panel in found["panels"]] == [("DoRA", "dora"), ("merged", "model")]
+    adapter, merged = (by_layer(panel) for panel in found["panels"])
+    assert len(adapter) == 4
+    for layer, values in adapter.items():
+        assert merged[layer] == pytest.approx(values, rel=1e-5), layer
+    weights = (
+        load_file(folders / "base" / "model.safetensors"),
+        folders / "merged" / "model-00001-of-00002.safetensors",
+    )
+    before, after = weights[0][f"{Q}.weight"], read_one(folders / "merged", f"{Q}.weight")
+    change = weight_change(before, after, axis="output")
+    assert adapter[Q] == pytest.approx((change.magnitude, change.direction), rel=1e-5)
+    assert found["panels"][0]["regression"]["slope"] == pytest.approx(
+        found["panels"][1]["regression"]["slope"], rel=1e-4
+    )
+    with Image.open("out.png") as picture:
+        assert picture.size[0] > 2 * 400
+    assert sorted(p.name for p in folders.iterdir()) == ["base", "dora", "merged", "out.json", "out.png"]
+    assert "4 layers, model.layers.0.mlp.down_proj to" in capsys.readouterr().out
+
+
+def read_one(folder, name: str) -> torch.Tensor:
+    return next(tensors[name] for file in sorted(folder.glob("*.safetensors")) if name in (tensors := load_file(file)))
+
+
+def test_the_magnitude_change_of_dora_is_its_magnitudes_change(folders):
+    """m is the norm of W' by construction, so dM needs no weight: mean |m - m_0|, written out."""
+    found = by_layer(numbers("base", "dora")["panels"][0])
+    m = load_file(folders / "dora" / "adapter_model.safetensors")[f"base_model.model.{DOWN}.lora_magnitude_vector"]
+    norms = load_file(folders / "base" / "model.safetensors")[f"{DOWN}.weight"].norm(dim=1)
+    assert found[DOWN][0] == pytest.approx(float((m - norms).abs().mean()), rel=1e-5)
+
+
+@torch.no_grad()
+def test_every_method_and_whole_models_side_by_side(folders):
+    """LoRA, a magnitude alone, DVoRA, whole weights as an adapter, and a tuned model folder: the same two layers."""
+    for method in ("lora", "magnitude", "dvora", "full"):
+        model = tiny_llama()
+        targets = ("*.q_proj",)
+        apply_dora(model, DoRAConfig(targets=targets, rank=2, alpha=3.0, method=method))
+        for _, layer in adapted_layers(model):
+            for name, parameter in layer.named_parameters(recurse=False):
+                if name in ("lora_B", "lambda_b", "magnitude"):
+                    parameter.add_(torch.rand_like(parameter))
+        if method == "full":
+            model.model.layers[1].self_attn.q_proj.weight.mul_(2)
+        save_adapter(model, folders / method)
+    tuned = tiny_llama()
+    for layer in tuned.model.layers:
+        layer.self_attn.q_proj.weight.mul_(1.5)
+        layer.mlp.up_proj.weight.mul_(1.1)
+    saved(tuned, folders / "tuned")
+    names = ("lora", "magnitude", "dvora", "full", "tuned")
+    panels = {panel["method"]: panel for panel in numbers("base", *names)["panels"]}
+    assert list(panels) == ["lora", "magnitude", "dvora", "full", "model"]
+    assert [len(panel["points"]) for panel in panels.values()] == [2, 2, 2, 1, 2]
+    assert panels["full"]["unchanged_matrices"] == 1
+    assert panels["magnitude"]["points"][0]["direction_change"] == pytest.approx(0, abs=1e-12)
+    norms = load_file("base/model.safetensors")["model.layers.1.self_attn.q_proj.weight"].norm(dim=1)
+    assert by_layer(panels["full"]) == {
+        "model.layers.1.self_attn.q_proj": pytest.approx((float(norms.mean()), 0), abs=1e-6)
+    }
+    every = numbers("base", "tuned")["panels"][0]
+    assert len(every["points"]) == 4
+    assert every["unchanged_matrices"] == 12
+    only = numbers("base", "tuned", "--layers", "*.1.mlp.up_proj", "--axis", "input")
+    assert list(by_layer(only["panels"][0])) == ["model.layers.1.mlp.up_proj"]
+    assert only["axis"] == "input"
+
+
+def test_a_runs_checkpoints_are_points_of_one_panel(folders):
+    """Ours hold an adapter folder inside, PEFT's Trainer writes the adapter straight into the checkpoint."""
+    for step, inside in ((3, "adapter"), (20, "")):
+        checkpoint = folders / "run" / f"checkpoint-{step}"
+        moved_peft(tiny_llama(), seed=step).save_pretrained(checkpoint / inside)
+        (checkpoint / "trainer_state.json").write_text("{}")
+    (folders / "run" / "checkpoint-90").mkdir()  # not whole: no trainer_state.json
+    points = numbers("base", "run")["panels"][0]["points"]
+    assert [point["step"] for point in points] == [3] * 4 + [20] * 4
+    alone = numbers("base", "run/checkpoint-20")["panels"][0]
+    assert by_layer(alone) == {p["layer"]: (p["magnitude_change"], p["direction_change"]) for p in points[4:]}
+
+
+def failed_under_way(capsys, *words: str) -> str:
+    """The line after the progress bar."""
+    with pytest.raises(SystemExit) as status:
+        main(list(words))
+    assert status.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_wrong_inputs_are_one_line_and_write_nothing(folders, capsys):
+    assert "no such folder" in failed(capsys, "analyze", "base", "nothing")
+    assert "no such folder" in failed(capsys, "analyze", "nothing", "dora")
+    (folders / "empty").mkdir()
+    assert "empty is no model folder" in failed(capsys, "analyze", "base", "empty")
+    assert "2 times TUNED and 1 times --label" in failed(capsys, "analyze", "base", "dora", "dora", "--label", "a")
+    assert "matches none of" in failed(capsys, "analyze", "base", "dora", "--layers", "*.q_porj")
+    assert "there is no folder" in failed(capsys, "analyze", "base", "dora", "--to", "a/b/c")
+    assert "changes none of the 4 layers" in failed_under_way(capsys, "analyze", "base", "dora", "base")
+    tensors = load_file("base/model.safetensors")
+    q = tensors[f"{Q}.weight"].clone()
+    q[0, 0] = float("nan")
+    (folders / "broken").mkdir()
+    save_file({**tensors, f"{Q}.weight": q}, folders / "broken" / "model.safetensors", metadata={"format": "pt"})
+    assert f"{Q} holds NaN or infinity in broken" in failed_under_way(capsys, "analyze", "base", "broken")
+    save_file({f"{Q}.weight": q[:3].nan_to_num()}, folders / "broken" / "model.safetensors")
+    assert "is [3, 16], the base's [16, 16]" in failed_under_way(capsys, "analyze", "base", "broken")
+    (folders / "dora" / "recipe.json").write_text(json.dumps({"base_sha256": "0" * 64}))
+    assert "was trained on another base" in failed(capsys, "analyze", "base", "dora")
+    assert not list(folders.glob("*.png")) + list(folders.glob("*.json"))

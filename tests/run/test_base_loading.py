@@ -1,0 +1,63 @@
+"""A run's base is made and loaded as its model section says, and not with a kernel that the machine has not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from dora_vl.backbones.causal_lm import LanguageSource
+from dora_vl.backbones.written_base import written_base
+from dora_vl.errors import UserError
+from dora_vl.run.base_loading import load_base, make_base
+from dora_vl.run.commonsense_recipe import LanguageModelConfig
+from dora_vl.run.recipe import ModelConfig
+
+
+@pytest.mark.parametrize("section", [ModelConfig, LanguageModelConfig])
+def test_every_setting_reaches_the_loader(section):
+    model = section(base="folder", revision="abc", dtype="float16", attn_implementation="eager")
+    given: dict[str, Any] = load_base(lambda base, **settings: {"base": base, **settings}, model, beams=4)
+    assert given == {
+        "base": "folder",
+        "revision": "abc",
+        "dtype": torch.float16,
+        "attn_implementation": "eager",
+        "beams": 4,
+    }
+
+
+def test_flash_attention_without_a_card_is_refused_before_loading(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="flash_attention_2 needs CUDA; sdpa"):
+        load_base(pytest.fail, ModelConfig(base="folder", attn_implementation="flash_attention_2"))
+
+
+def test_a_base_is_made_once_and_only_by_the_settings_that_it_has(tmp_path: Path):
+    made: list[LanguageSource] = []
+
+    def make(spec: LanguageSource, folder: Path) -> None:
+        with written_base(folder, spec) as unfinished:
+            made.append(spec)
+            (unfinished / "model.safetensors").write_bytes(b"1")
+
+    arguments, base = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True), str(tmp_path / "new" / "base")
+    spec = LanguageSource(folder="here", gguf_file="a.gguf", dtype="bfloat16")
+    make_base(make, None, base, arguments)
+    for _ in range(2):
+        make_base(make, spec, base, arguments)
+    assert made == [spec]
+    other = LanguageSource(folder="here", gguf_file="b.gguf", dtype="bfloat16")
+    with pytest.raises(UserError, match=r"another gguf_file than the run says \('b\.gguf'\); remove the folder"):
+        make_base(make, other, base, arguments)
+    (tmp_path / "downloaded").mkdir()  # says nothing of its settings
+    make_base(make, other, str(tmp_path / "downloaded"), arguments)
+
+
+def test_a_base_that_was_not_finished_is_not_there(tmp_path: Path):
+    with pytest.raises(RuntimeError), written_base(tmp_path / "base", LanguageSource(folder="here")):
+        raise RuntimeError("disk full")
+    assert not (tmp_path / "base").exists()

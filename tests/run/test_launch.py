@@ -1,0 +1,62 @@
+"""What a launch sets in the process: a step's memory stays for the next, a run alone takes no other run's port."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dora_vl.run.launch import stand_alone_environment
+
+FAULTS = """
+import resource, sys, torch
+from dora_vl.run.launch import keep_freed_memory
+if sys.argv[1] == "kept":
+    print(keep_freed_memory())
+def step():
+    kept = [torch.zeros(2 ** 22) for _ in range(6)]
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(mode: str) -> list[str]:
+    finished = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
+    return finished.stdout.split()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the GNU C library's allocator")
+def test_freed_memory_is_kept_for_the_next_step():
+    (left_alone,) = page_faults("alone")
+    kept, faults = page_faults("kept")
+    if kept == "False":
+        pytest.skip("freed memory is kept on machines without a GPU and with the GNU C library alone")
+    assert int(left_alone) > 10_000  # 3 x 100 MB come back page by page
+    assert int(faults) < int(left_alone) / 4
+
+
+def test_one_rank_takes_a_free_port_and_keeps_what_the_launcher_said(monkeypatch: pytest.MonkeyPatch):
+    launched = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    stand_alone_environment()
+    port = os.environ["MASTER_PORT"]
+    assert {**launched, "MASTER_PORT": port} == {name: os.environ[name] for name in launched}
+    assert int(port) != 29500
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stand_alone_environment()  # two ranks meet at the launcher's port
+    assert os.environ["MASTER_PORT"] == port
+
+
+def test_a_process_without_a_launcher_is_the_only_rank(monkeypatch: pytest.MonkeyPatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    stand_alone_environment()
+    assert (os.environ["WORLD_SIZE"], os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("1", "0", "0")
+    assert int(os.environ["MASTER_PORT"]) > 0

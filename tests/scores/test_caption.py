@@ -1,0 +1,210 @@
+"""Caption metrics agree with pycocoevalcap and with hand-worked counts; captions are grouped by clip."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dora_vl.data.examples import Answer, Example
+from dora_vl.errors import UserError
+from dora_vl.scores import caption
+from dora_vl.scores.caption_tokens import DROPPED, fallback_tokens, one_line, tokenized
+from tests.shared_data import shared
+
+pytest.importorskip("pycocoevalcap", reason="pip install 'dora-vl[caption]'")
+
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="the official PTB tokenizer and METEOR need Java")
+
+ROWS = [  # references, prediction
+    (["a cat sits on the mat", "the cat is on the mat"], "the cat sits on a mat"),
+    (["a man rides a horse"], "a man rides a horse"),
+    (["two dogs run in the park", "dogs running"], "a dog runs"),
+    (["stir the pan"], "stir stir stir stir"),
+    (["add salt and pepper", "season the meat"], "add salt"),
+    (["a red bus on a street"], "a red bus on a street with people and many cars"),
+    (["chop the onion finely"], ""),
+    (["a bird in the sky", "the bird flies"], "an airplane in the sky"),
+    (["pour the oil into the pan"], "pour oil in a pan"),
+    (["a boy kicks a ball"], "ball a kicks boy a"),
+]
+
+
+def ten() -> tuple[list[Example], dict[str, str]]:
+    examples = [
+        Example(id=str(n), answers=tuple(Answer(text=one) for one in references), extra={"image_id": 100 + n})
+        for n, (references, _) in enumerate(ROWS)
+    ]
+    return examples, {str(n): prediction for n, (_, prediction) in enumerate(ROWS)}
+
+
+def official(references: dict[str, list[str]], predictions: dict[str, list[str]]) -> dict[str, float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    bleu, _ = Bleu(4).compute_score(references, predictions, verbose=0)
+    metrics = {f"BLEU-{order}": 100 * float(value) for order, value in enumerate(bleu, 1)}
+    metrics["CIDEr"] = 100 * float(Cider().compute_score(references, predictions)[0])
+    metrics["ROUGE-L"] = 100 * float(Rouge().compute_score(references, predictions)[0])
+    return metrics
+
+
+def test_ten_rows_as_pycocoevalcap_scores_them() -> None:
+    examples, answers = ten()
+    scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=False)
+    references = {str(100 + n): rows for n, (rows, _) in enumerate(ROWS)}
+    predictions = {str(100 + n): [text] for n, (_, text) in enumerate(ROWS)}
+    assert scored.metrics == pytest.approx(official(references, predictions), abs=1e-9)
+    assert next(iter(scored.metrics)) == "CIDEr"
+    assert "without Java" in scored.settings["tokenizer"]
+    assert scored.n == 10
+
+
+def test_bleu_counts_by_hand() -> None:
+    counts = caption.bleu_counts("the the the cat", ["the cat sat on the mat", "the cat"])
+    assert [counts[f"said {n}"] for n in (1, 2, 3, 4)] == [4, 3, 2, 1]
+    assert [counts[f"matched {n}"] for n in (1, 2, 3, 4)] == [
+        3,
+        1,
+        0,
+        0,
+    ]  # "the" at most twice, as one reference has it
+    assert (counts["words"], counts["reference words"]) == (4, 2)  # 2 and 6 are as far from 4: the shorter
+
+
+def test_real_captions_as_pycocoevalcap_scores_them() -> None:
+    examples, answers = yc2c()
+    scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=False)
+    references = {one.id: [" ".join(fallback_tokens(a.text)) for a in one.answers] for one in examples}
+    predictions = {name: [" ".join(fallback_tokens(text))] for name, text in answers.items()}
+    assert scored.n == 200
+    assert scored.metrics == pytest.approx(official(references, predictions), abs=1e-9)
+    value = caption.score(examples, answers, tokenizer="fallback", style="value", with_meteor=False)
+    assert value.metrics == {name: round(number, 2) for name, number in scored.metrics.items()}
+
+
+def yc2c() -> tuple[list[Example], dict[str, str]]:
+    """The clips that VALUE's sample submission for YC2C's validation split holds."""
+    with shared("value/yc2c_val_predictions_sample.jsonl").open() as file:
+        answers = {str(row["clip_id"]): row["descs"][0]["desc"] for row in map(json.loads, file)}
+    with shared("value/yc2c_val_release.jsonl").open() as file:
+        rows = [json.loads(line) for line in file]
+    assert len(rows) == 3492
+    examples = [
+        Example(
+            id=str(row["clip_id"]),
+            answers=tuple(Answer(text=one["desc"]) for one in row["descs"]),
+            extra={"clip_id": row["clip_id"]},
+        )
+        for row in rows
+        if str(row["clip_id"]) in answers
+    ]
+    return examples, answers
+
+
+@needs_java
+def test_with_java_the_official_tokenizer_and_meteor_are_used() -> None:
+    examples, answers = yc2c()
+    scored = caption.score_value(examples, answers)
+    assert scored.settings == {"style": "value", "tokenizer": "PTBTokenizer (CoreNLP 3.4.1)"}
+    assert 0 < scored.metrics["METEOR"] < 100
+    fallback = caption.score(examples, answers, tokenizer="fallback", style="value", with_meteor=False)
+    assert {name: scored.metrics[name] for name in fallback.metrics} == pytest.approx(fallback.metrics, abs=0.5)
+
+
+@needs_java
+def test_the_official_tokenizers_quirks_and_how_near_the_fallback_is() -> None:
+    captions = [
+        "A man (in red) rides a horse.",
+        "Wow!! What?! Really?",
+        "It costs £5 or €6, ½ price",
+        "He isn't here; she'll cannot go -- ok...",
+        'the sign says "STOP"',
+        "a well-known dog's toy, 3.5 inches",
+        "",
+    ]
+    ours, theirs = (tokenized({"clip": captions}, tokenizer)["clip"] for tokenizer in ("fallback", "ptb"))
+    assert theirs[0] == "a man -lrb- in red -rrb- rides a horse"
+    assert theirs[1] == "wow !! what ?! really"
+    assert theirs[2].startswith("it costs # 5 or $ 6 ")
+    assert theirs[3] == "he is n't here she 'll can not go ok"
+    assert [ours[n] for n in (0, 1, 3, 4, 5, 6)] == [theirs[n] for n in (0, 1, 3, 4, 5, 6)]
+
+
+def test_a_java_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(UserError, match="Java's tokenizer lost captions of 1 clips, first clip"):
+        tokenized({"clip": ["a cat", "a dog"]}, "ptb")
+    examples, answers = ten()
+    scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=True)
+    assert "METEOR" not in scored.metrics
+    assert "METEOR is left out" in caplog.text
+
+
+@needs_java
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\r\n", "\v", "\f", "\u2028", "\u2029", "\x85", "\x1c"])
+def test_a_line_break_does_not_shift_the_captions_after_it(line_break: str) -> None:
+    captions = {"1": [f"one{line_break}two"], "2": ["three", f"{line_break}four"], "3": ["five"]}
+    assert tokenized(captions, "ptb") == {"1": ["one two"], "2": ["three", "four"], "3": ["five"]}
+
+
+def test_flattened_captions_come_together_by_clip() -> None:
+    examples = [
+        Example(id=f"clip-{clip}-{n}", answers=(Answer(text=text),), extra={"clip_id": clip})
+        for clip, texts in enumerate([["a b c d", "a b x y"], ["e f g h", "z f g h"]])
+        for n, text in enumerate(texts)
+    ]
+    answers = {"clip-0-1": "a b c d", "clip-1-0": "e f g h", "clip-1-1": "another"}
+    scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=False)
+    assert scored.n == 2
+    assert scored.metrics["BLEU-4"] == pytest.approx(100.0)
+    assert scored.failed == ()
+
+
+def test_a_clip_without_a_caption_counts_as_empty_and_without_a_reference_is_refused() -> None:
+    examples, answers = ten()
+    del answers["1"]
+    scored = caption.score(examples, answers, tokenizer="fallback", with_meteor=False)
+    assert scored.failed == ("101",)
+    assert scored.per_item["101"] == 0.0
+    with pytest.raises(UserError, match="1 clips have no reference caption, first 7"):
+        caption.score([*examples, Example(id="7")], answers, tokenizer="fallback")
+
+
+def test_value_takes_other_letters_for_spaces() -> None:
+    examples = [
+        Example(id="1", answers=(Answer(text="caf bar here now"),)),
+        Example(id="2", answers=(Answer(text="x"),)),
+    ]
+    answers = {"1": "caféébar here now", "2": "x"}
+    value = caption.score(examples, answers, tokenizer="fallback", style="value", with_meteor=False)
+    coco = caption.score(examples, answers, tokenizer="fallback", with_meteor=False)
+    assert value.metrics["BLEU-1"] == 100.0
+    assert coco.metrics["BLEU-1"] < 100.0
+
+
+@given(st.text(max_size=80))
+def test_any_caption_becomes_one_line_of_counted_words(text: str) -> None:
+    assert len(one_line(text).splitlines()) <= 1
+    assert not DROPPED & set(fallback_tokens(text))
+
+
+@given(st.lists(st.text("ab ", max_size=12), min_size=1, max_size=4), st.text("ab ", max_size=12))
+def test_bleu_is_the_librarys_on_any_captions(references: list[str], prediction: str) -> None:
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    counts = caption.bleu_counts(prediction, references)
+    theirs, _ = Bleu(4).compute_score({"1": references}, {"1": [prediction]}, verbose=0)
+    ours = [
+        caption.Bleu(order)({name: np.array([value]) for name, value in counts.items()})[0] for order in (1, 2, 3, 4)
+    ]
+    assert ours == pytest.approx([100 * float(value) for value in theirs], abs=1e-9)

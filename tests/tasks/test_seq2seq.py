@@ -1,0 +1,256 @@
+"""Texts, targets, features and batches of an encoder-decoder's tasks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from dora_vl.backbones.seq2seq_text import Prompt, Seq2SeqEncoder
+from dora_vl.backbones.vlbart_compose import small_tokenizer
+from dora_vl.data.dataset import Skipped
+from dora_vl.data.example_file import ExampleFile
+from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
+from dora_vl.data.feature_input import Stored, features_of, fixed_length
+from dora_vl.data.mixture import MixturePlan, Source
+from dora_vl.errors import BadSample, UserError
+from dora_vl.sources.video_captions import convert_clip
+from dora_vl.tasks import vlbart_image, vlbart_video
+from dora_vl.tasks.seq2seq import MixtureDataset, Seq2SeqCollator, over_step
+from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter
+from dora_vl.vision.named_features import NamedFeatures
+
+WORDS = (
+    "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"
+)
+
+
+class Features:
+    shape = (4, 3)
+
+    def read(self, path: str) -> Tensor:
+        if "missing" in path:
+            raise BadSample(path, "no features")
+        return torch.full((4, 3), float(len(path)))
+
+    def stored(self, path: str) -> Stored:
+        return Stored(4, 3, 1)
+
+    def part(self, path: str) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Seq2SeqEncoder:
+    return Seq2SeqEncoder(small_tokenizer(iter([WORDS] * 4), vocabulary=420))
+
+
+def text(encoder: Seq2SeqEncoder, ids: Tensor) -> str:
+    return str(encoder.tokenizer.decode(ids.tolist()))
+
+
+VIDEO = Example(
+    id="7",
+    video=Clip(path="clip.mp4"),
+    question="is it red?",
+    choices=("red ", "blue.", "green . ", "a dog", "none"),
+    subtitles=tuple(Subtitle(f"hello number {index}") for index in range(400)),
+    extra={"ts": "1.5-2.5", "correct": 2},
+)
+TAIL = " [Q] is it red? [TS] (1.5-2.5) [Choices] a0: red. a1: blue. a2: green. a3: a dog. a4: none. tvqa: </s>"
+
+
+def test_a_long_text_loses_subtitles_and_keeps_question_choices_and_prompt(encoder: Seq2SeqEncoder) -> None:
+    task = vlbart_video.subtasks()["tvqa"]
+    prompt = task.prompt(VIDEO)
+    ids, cut = encoder.encode(prompt, max_tokens=600)
+    assert len(ids) == 600
+    assert text(encoder, ids).endswith(TAIL)
+    assert text(encoder, ids).startswith("<s>[Subs] hello number 0 hello number 1")
+    whole, none = encoder.encode(prompt, max_tokens=None)
+    assert none == 0
+    assert len(whole) - cut == 600
+    plain = Seq2SeqEncoder(encoder.tokenizer, subtitles_first=False)
+    published, _ = plain.encode(prompt, max_tokens=600)
+    assert "[Q]" not in text(encoder, published)
+    assert torch.equal(plain.encode(prompt, max_tokens=None)[0], whole)  # the pieces' tokens are the whole text's
+    assert task.target(VIDEO, None, Random(0)).text == "a2"
+
+
+def test_the_published_texts(encoder: Seq2SeqEncoder) -> None:
+    images, videos = vlbart_image.subtasks(), vlbart_video.subtasks()
+    example = Example(id="1", images=("a.png",), question="is it red?", answers=(Answer(text="True"),))
+    said = {name: images[name].prompt(example).text for name in ("vqav2", "gqa", "nlvr2", "coco_caption")}
+    assert said == {
+        "vqav2": "vqa: is it red?",
+        "gqa": "gpa: is it red?",
+        "nlvr2": "nlvr: is it red?",
+        "coco_caption": "caption: ",
+    }
+    assert vlbart_image.subtasks(task_prompt=False)["vqav2"].prompt(example).text == "is it red?"
+    clip = Example(id="2", video=Clip(path="a.mp4"), subtitles=(Subtitle("hello"),), extra={"ts": [1.5, 2.0]})
+    for name, expected in (("tvc", "[Subs] hello [TS] ([1.5, 2.0]) tvc: "), ("yc2c", "[Subs] hello yc2c: ")):
+        prompt = videos[name].prompt(clip)
+        assert prompt.subtitles_before + prompt.subtitles + prompt.text == expected
+    assert [images[name].batch_share * 300 for name in ("vqav2", "gqa", "nlvr2", "coco_caption")] == pytest.approx(
+        [300, 500, 100, 250]
+    )
+    ids, cut = encoder.encode(images["vqav2"].prompt(Example(id="3", question="is it red? " * 20)), max_tokens=20)
+    assert len(ids) == 20
+    assert ids[0] == 0
+    assert ids[-1] == 2
+    assert cut > 0
+
+
+def said_by(prompt: Prompt) -> str:
+    return prompt.subtitles_before + prompt.subtitles + prompt.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "heard"),
+    [((), "[Subs] "), (("hello", " you there "), "[Subs] hello you there"), (("hello", ""), "[Subs] hello ")],
+    ids=["nothing is said", "two lines", "an empty line"],
+)
+def test_video_texts_are_the_published_ones_to_the_last_space(
+    encoder: Seq2SeqEncoder, lines: tuple[str, ...], heard: str
+) -> None:
+    """VL-Adapter joins `[Subs] `, the stripped lines, the stripped question, the times and the choices by spaces."""
+    shared = {"id": "1", "video": Clip(path="a.mp4"), "subtitles": tuple(Subtitle(line) for line in lines)}
+    question = Example(
+        **shared, question=" who comes in?\n", choices=(" ann. ", "ben"), extra={"ts": "1.5-2.5", "correct": 0}
+    )
+    clip = Example(**shared, extra={"ts": [1.5, 2.5]})
+    tail = "[Q] who comes in? [TS] (1.5-2.5) [Choices] a0: ann. a1: ben."
+    tasks = vlbart_video.subtasks()
+    for name, example, expected in (
+        ("tvqa", question, f"{heard} {tail} tvqa: "),
+        ("how2qa", question, f"{heard} {tail} how2qa: "),
+        ("tvc", clip, f"{heard} [TS] ([1.5, 2.5]) tvc: "),
+        ("yc2c", clip, f"{heard} yc2c: "),
+    ):
+        prompt = tasks[name].prompt(example)
+        assert said_by(prompt) == expected
+        whole = encoder.tokenizer(expected).input_ids
+        assert encoder.encode(prompt, max_tokens=600)[0].tolist() == whole  # in pieces as at once
+
+
+def test_a_descriptions_leading_space_is_in_its_first_token(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
+    """TVC's descriptions as its files have them, some with a space before them."""
+    row = {"clip_id": 7, "vid_name": "a", "descs": [{"desc": " hello is it"}, {"desc": "hello"}, {"desc": " "}]}
+    write_examples(tmp_path / "tvc.jsonl", [convert_clip(row, answered=True)])
+    file, task = ExampleFile(tmp_path / "tvc.jsonl", each_answer=True), vlbart_video.subtasks()["tvc"]
+    said = [task.target(file[place], file.answer_of(place), Random(0)).text for place in range(len(file))]
+    assert said == [" hello is it", "hello"]
+    first = encoder.tokenizer.convert_ids_to_tokens(encoder.labels(said[0], max_tokens=20).tolist())[1]
+    assert first == "\u0120hello"
+
+
+def test_an_answer_is_drawn_as_often_as_its_score_says_and_weighs_so() -> None:
+    answers = (Answer(text="red", weight=0.9), Answer(text="blue", weight=0.3), Answer(text="never", weight=0.0))
+    example = Example(id="1", images=("a.png",), answers=answers)
+    images = vlbart_image.subtasks()
+    drawn = [images["vqav2"].target(example, None, Random(number)) for number in range(4000)]
+    share = Counter(one.text for one in drawn)["red"] / 4000
+    assert abs(share - 0.75) < 0.03
+    assert {(one.text, one.weight) for one in drawn} == {("red", 0.9), ("blue", 0.3)}
+    assert {images["gqa"].target(example, None, Random(n)).weight for n in range(20)} == {1.0}
+    with pytest.raises(BadSample, match="no answer to train on"):
+        images["vqav2"].target(Example(id="2", images=("a.png",)), None, Random(0))
+
+
+def test_frames_are_filled_up_with_zeros_or_pooled_to_the_largest() -> None:
+    short = torch.arange(6.0).view(3, 2)
+    assert torch.equal(fixed_length(short, 5, frames=3), torch.cat([short, torch.zeros(2, 2)]))
+    long = torch.randn(128, 2).half()
+    torch.testing.assert_close(fixed_length(long, 64, frames=128), long.float().view(64, 2, 2).amax(1))
+    assert torch.equal(fixed_length(long[:64], 64, frames=64), long[:64].float())
+
+
+def test_each_place_of_a_grid_is_pooled_over_time_by_itself() -> None:
+    grids = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))  # six frames of 2 x 2 tokens
+    pooled = fixed_length(grids.flatten(0, 1), 12, frames=6)
+    assert torch.equal(pooled, grids.view(3, 2, 4, 3).amax(1).flatten(0, 1))
+    with pytest.raises(UserError, match=r"6 frames of 4 tokens have to become 10 .* no multiple of 4"):
+        fixed_length(grids.flatten(0, 1), 10, frames=6)
+
+
+def test_stored_grids_are_pooled_frame_by_frame_too(tmp_path: Path) -> None:
+    grids = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1)).half()
+    writer = FeatureWriter(tmp_path, {})
+    writer.add(FeatureRow("a", grids.flatten(0, 1), "pyav", tuple(range(6)), tuple(map(float, range(6)))))
+    writer.flush()
+    made = features_of(Example(id="1", video=Clip(path="a.mp4")), NamedFeatures(tmp_path, tokens=12, width=3))
+    assert torch.equal(made[0], grids.float().view(3, 2, 4, 3).amax(1).flatten(0, 1))
+    with pytest.raises(BadSample, match="sample 1: 6 frames of 4 tokens have to become 10"):
+        features_of(Example(id="1", video=Clip(path="a.mp4")), NamedFeatures(tmp_path, tokens=10, width=3))
+
+
+def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> None:
+    writer = FeatureWriter(tmp_path, {})
+    for name, part in (("whole", (0.0, None)), ("some", (1.5, 4.0))):
+        writer.add(FeatureRow(name, torch.randn(2, 3), "pyav", (0, 9), (0.0, 0.9), part))
+    writer.flush()
+    reader = NamedFeatures(tmp_path, tokens=2, width=3)
+    part = {"start_seconds": 1.5, "end_seconds": 4.0}
+    for clip in (Clip(path="whole.mp4"), Clip(path="whole.mp4", start_seconds=0.0), Clip(path="some.mp4", **part)):
+        assert features_of(Example(id="1", video=clip), reader).shape == (1, 2, 3)
+    stated = Example(id="1", video=Clip(path="whole.mp4", **part), extra={"ts": "1.5-4"})
+    assert features_of(stated, reader).shape == (1, 2, 3)  # the text says which part is meant
+    for clip, told in (
+        (
+            Clip(path="whole.mp4", **part),
+            r"sample 1: it is about 1\.5 to 4 s of whole\.mp4, .* features are of the whole;",
+        ),
+        (Clip(path="some.mp4", start_seconds=2.0), r"about all from 2 s on of some\.mp4, .* are of 1\.5 to 4 s;"),
+    ):
+        with pytest.raises(BadSample, match=told):
+            features_of(Example(id="1", video=clip), reader)
+
+
+def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Path) -> None:
+    examples = [
+        Example(id=str(number), images=("a.png",), answers=tuple(Answer(text=f"{number} {n}") for n in range(number)))
+        for number in (1, 3, 2)
+    ]
+    write_examples(tmp_path / "c.jsonl", examples)
+    captions = ExampleFile(tmp_path / "c.jsonl", each_answer=True)
+    task = vlbart_image.subtasks()["coco_caption"]
+    said = [task.target(captions[i], captions.answer_of(i), Random(0)).text for i in range(len(captions))]
+    assert said == ["1 0", "3 0", "3 1", "3 2", "2 0", "2 1"]
+    assert [example.id for example in ExampleFile(tmp_path / "c.jsonl")] == ["1", "3", "2"]
+    assert len(ExampleFile(tmp_path / "c.jsonl", each_answer=True, limit=4)) == 4
+    twice = ExampleFile((tmp_path / "c.jsonl", tmp_path / "c.jsonl"), each_answer=True)
+    assert [twice[place].id for place in (5, 6, 7)] == ["2", "1", "3"]
+    with pytest.raises(UserError, match="does not exist"):
+        ExampleFile(tmp_path / "none.jsonl")
+
+
+def test_a_batch_counts_what_is_usable_and_names_what_it_skips(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
+    pictures = ("a.png", "missing.png", "bb.png", "ccc.png", "d.png")
+    examples = [
+        Example(id=str(n), images=(name,), question="is it red?", answers=(Answer(text="red", weight=0.5),))
+        for n, name in enumerate(pictures)
+    ]
+    write_examples(tmp_path / "v.jsonl", examples)
+    task, file = vlbart_image.subtasks()["vqav2"], ExampleFile(tmp_path / "v.jsonl")
+    plan = MixturePlan([Source(name="vqav2", items=5, batch_size=5)], parts=6, mixing="proportional", seed=0)
+    data = MixtureDataset(plan, [task], [file], encoder=encoder, readers=[Features()], seed=0)
+    collate = Seq2SeqCollator(encoder.pad_token_id, Features.shape)
+    batches = [collate([data[number]]) for number in range(len(data))]
+    assert sum(batch["samples"] for batch in batches) == 4
+    assert [name for batch in batches for name, _ in batch["skipped"]] == ["1"]
+    assert {float(batch["sample_weights"].sum()) for batch in batches if batch["samples"]} == {0.5}
+    shared = over_step(batches, torch.device("cpu"))
+    assert [float(batch["sample_weights"].sum()) for batch in shared] == pytest.approx(
+        [0.5 * batch["samples"] / 4 for batch in batches]
+    )
+    nothing = [batch for batch in batches if batch["samples"] == 0]
+    assert len(nothing) == 2  # five items in six parts, one of them skipped
+    assert all(bool((batch["labels"] == -100).all()) for batch in nothing)
+    two = data._item(0, 0, 0)
+    assert not isinstance(two, Skipped)
+    assert torch.equal(two.labels, encoder.labels("red", max_tokens=10))
