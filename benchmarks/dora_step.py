@@ -5,7 +5,7 @@
 
 The model is SmolLM2-135M's shapes with all seven projections adapted, unless `--model FOLDER` names another. A step
 is forward, backward and AdamW, logits at the labelled places alone. The allocator keeps a step's memory for the next,
-for everybody, as training here does. Contenders take turns in one process; quoted are
+for all contenders, as training here does. Contenders take turns in one process; quoted are
 medians over rounds of the ratios inside one round. On a CUDA machine the table adds kernel times, the share of the
 card's peak (`--peak-tflops`) and peak memory.
 """
@@ -56,7 +56,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--layer", default=None, help="INxOUT: one linear layer instead of a model")
-    parser.add_argument("--rounds", type=int, default=5, help="how often everybody takes a turn")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each contender takes a turn")
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn; its time is their median")
     parser.add_argument(
         "--clock",
