@@ -33,11 +33,13 @@ class Scheme:
         package: what pip installs for it.
         layer: a linear layer with its weight quantised as it is loaded in a number type, on a device.
         values: the weight that such a layer multiplies by.
+        width: what a layer's number of inputs must be a multiple of; others stay whole.
     """
 
     package: str
     layer: Callable[[nn.Linear, torch.dtype, torch.device], nn.Module]
     values: Callable[[Any], Float[Tensor, "out in_"]]
+    width: int = 1
 
 
 def _bitsandbytes_layers() -> Any:
@@ -53,7 +55,17 @@ def _nf4(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Modu
     made: Any = layers.Linear4bit(width, height, linear.bias is not None, dtype, quant_type="nf4", device="meta")
     made.weight = layers.Params4bit(linear.weight.data.to(dtype), requires_grad=False, quant_type="nf4", module=made)
     made.bias = linear.bias
+    keep_packing(made)
     return made.to(device)
+
+
+def keep_packing(layer: Any) -> None:
+    """Stops bitsandbytes (0.50) from packing a 4-bit weight anew at the first pass without gradients.
+
+    On a CPU with AVX512-BF16 it does so for speed, in place: scales are rounded to bfloat16 for good, so that training,
+    asking and merging would each see other values; and it ends where the outputs are no multiple of 32.
+    """
+    layer.support_avx512bf16_for_cpu = False
 
 
 def _nf4_values(layer: Any) -> Tensor:
@@ -94,7 +106,8 @@ def _hqq(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Modu
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
-        "nf4": Scheme("bitsandbytes", _nf4, _nf4_values),
+        # On a CPU bitsandbytes 0.50 gives weights back with other blocks' scales where a row ends inside a block of 64.
+        "nf4": Scheme("bitsandbytes", _nf4, _nf4_values, width=64),
         "int8": Scheme("bitsandbytes", _int8, _int8_values),
         "hqq": Scheme("hqq", _hqq, lambda layer: layer.dequantize()),
     }
@@ -129,13 +142,22 @@ def check_runs_here(kind: Quantisation, dtype: torch.dtype) -> None:
         ) from error
 
 
-def quantised_layers(config: Mapping[str, Any], source: str) -> tuple[str, ...]:
-    """Full names of what is quantised in a model: every linear of its language model's layers, nothing else.
+@dataclass(frozen=True)
+class QuantisedLayers:
+    """Full names of the linear layers of a language model: the quantised ones, and those that are too narrow for it."""
+
+    quantised: tuple[str, ...]
+    whole: tuple[str, ...]
+
+
+def quantised_layers(config: Mapping[str, Any], kind: str, source: str) -> QuantisedLayers:
+    """What is quantised in a model: the linears of its language model's layers, nothing else.
 
     The vision tower, the projector and the output head stay as they are.
 
     Args:
         config: the content of its config.json.
+        kind: one of `SCHEMES`.
         source: what to call it in messages.
 
     Raises:
@@ -146,16 +168,18 @@ def quantised_layers(config: Mapping[str, Any], source: str) -> tuple[str, ...]:
         raise UserError(f"{source} is stored quantised; leave model.quantisation null, or take the weights before it")
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    names = tuple(
-        name
+    fits = {
+        name: module.in_features % SCHEMES[kind].width == 0
         for name, module in decoder.named_modules(prefix=prefix)
         if type(module) is nn.Linear and module is not head
-    )
-    if not names:
+    }
+    if not any(fits.values()):
         raise UserError(
-            f"{source}: no linear layer of its language model can be quantised; leave model.quantisation null"
+            f"{source}: none of its language model's {len(fits)} linear layers can be quantised by {kind} (widths that "
+            f"are multiples of {SCHEMES[kind].width}); set model.quantisation to another kind, or null"
         )
-    return names
+    names = {fit: tuple(name for name, one in fits.items() if one == fit) for fit in (True, False)}
+    return QuantisedLayers(quantised=names[True], whole=names[False])
 
 
 def _language_skeleton(config: Mapping[str, Any], source: str) -> Any:
@@ -198,7 +222,7 @@ class QuantisedWeights(BaseWeights):
         check_runs_here(kind, dtype)
         super().__init__(folder)
         self._kind, self._dtype = kind, dtype
-        self._quantised = {f"{name}.weight" for name in quantised_layers(self.config, str(folder))}
+        self._quantised = {f"{name}.weight" for name in quantised_layers(self.config, kind, str(folder)).quantised}
 
     def read(self, name: str) -> Tensor:
         """One tensor by the model's name for it; see `BaseWeights.read`."""

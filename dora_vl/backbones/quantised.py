@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,9 +13,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from dora_vl.adapters.quantised_base import SCHEMES, Quantisation, here, kept_whole, quantised_layers
+from dora_vl.adapters.quantised_base import SCHEMES, Quantisation, here, keep_packing, kept_whole, quantised_layers
 from dora_vl.core.opaque import is_quantised
 from dora_vl.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class QuantisedLoading:
         """
         if self.kind == "hqq":
             self._replace_layers(model)
+        elif self.kind == "nf4":
+            for name in self.layers:
+                keep_packing(model.get_submodule(name))
         found = {name for name, module in model.named_modules() if is_quantised(module)}
         if other := sorted(found ^ set(self.layers)):
             raise UserError(
@@ -60,7 +66,18 @@ def quantised_loading(
     if quantisation is None:
         return QuantisedLoading()
     config: Any = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0]
-    layers = quantised_layers(config, folder_or_id)
+    found = quantised_layers(config, quantisation, folder_or_id)
+    layers = found.quantised
+    if found.whole:
+        log.warning(
+            "%d of the language model's %d linear layers stay whole, first %s: %s takes widths that are multiples "
+            "of %d",
+            len(found.whole),
+            len(found.whole) + len(layers),
+            found.whole[0],
+            quantisation,
+            SCHEMES[quantisation].width,
+        )
     options: dict[str, Any] = {}
     if quantisation != "hqq":
         whole = kept_whole(config, layers, folder_or_id)

@@ -223,7 +223,7 @@ def _refuse_packed_weights(model: nn.Module, by_part: Mapping[str, list[str]]) -
         packed = [name for name in names if not parameters[name].is_floating_point()]
         if packed:
             raise UserError(
-                f"{part}: {len(packed)} of the parameters to train are quantised, first {packed[0]}, and take no gradient; "
+                f"{part}: {len(packed)} of the parameters to train are quantised, such as {packed[0]}, and cannot; "
                 "adapt their layers instead, or load the base whole"
             )
 
