@@ -35,7 +35,7 @@ from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.adapting import core_config
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler, processor_encoder, read_samples, recipe_record
-from dora_vl.run.base_loading import load_base
+from dora_vl.run.base_loading import check_quantisation, load_base
 from dora_vl.run.recipe import RunConfig
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.task import Task, TrainingData
@@ -80,6 +80,7 @@ class ImageTextTask(Task):
     def prepare(self, arguments: TrainingArguments) -> None:
         """Refuses what only LLaVA-1.5's path has, and a processor or chat template that cannot be trained on."""
         check_settings(self.config)
+        check_quantisation(self.config.model)
         read_samples(self.config, seed=order_seed(arguments))
         processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.compose import ComposeSpec
 from dora_vl.backbones.template_table import TemplateName
 from dora_vl.core.config import AdapterSettings
@@ -36,6 +37,9 @@ class ModelConfig:
     """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
+    quantisation: Quantisation | None = None
+    """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
+    QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
     attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
 
