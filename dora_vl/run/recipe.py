@@ -69,6 +69,12 @@ class DataConfig:
     picture stay on one side."""
     image_folder: str = "."
     """Root that the pictures' paths in the files are relative to."""
+    video_folder: str | None = None
+    """Root of the videos' paths; null: image_folder."""
+    video_frames: int = 8
+    """Frames taken of each video, in the middles of so many equal parts; with video_fps the most that are taken."""
+    video_fps: float | None = None
+    """Frames a second instead, at most video_frames; for base models that take videos of any length."""
     max_tokens: int = 2048
     """Longest sequence, image tokens included; the tail of the text beyond it is cut and reported."""
     cache_features: bool = False
