@@ -25,6 +25,7 @@ from dora_vl.backbones.video_inputs import (
     displaced_inputs,
     grey_video,
     marked,
+    repeated,
     video_arguments,
 )
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample
@@ -109,6 +110,17 @@ class ImageTextEncoder:
         frames = self.dummy_video().inputs.get(ONE_LENGTH)
         return frames is not None and frames.dim() == 5
 
+    @functools.cached_property
+    def _lengths_must_agree(self) -> bool:
+        """Whether the processor refuses a sample with videos of several lengths."""
+        videos = [grey_video(GREY, DUMMY_SIDE, frames) for frames in (2, 3)]
+        turns = marked([Turn("user", f"{VIDEO_PLACEHOLDER}\n" * len(videos) + ".")])
+        try:
+            self._process(self._render(turns, "dummy", generation_prompt=True), (), videos, "dummy")
+        except BadSample:
+            return True
+        return False
+
     def encode(
         self, conversation: Conversation, pictures: Sequence[Image.Image], videos: Sequence[Video] = ()
     ) -> Encoded:
@@ -184,6 +196,9 @@ class ImageTextEncoder:
             except ValueError as error:
                 raise BadSample(sample, str(error)) from error
             videos = ()
+        longest = max((len(video.pictures) for video in videos), default=0)
+        if any(len(video.pictures) < longest for video in videos) and self._lengths_must_agree:
+            videos = [repeated(video, longest) for video in videos]
         chat = self._render(marked(turns) if videos else turns, sample, generation_prompt=generation_prompt)
         return chat, self._process(chat, pictures, videos, sample)
 
