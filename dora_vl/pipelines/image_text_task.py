@@ -35,7 +35,7 @@ from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.adapting import core_config
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler, processor_encoder, read_samples, recipe_record
-from dora_vl.run.base_loading import load_base
+from dora_vl.run.base_loading import check_quantisation, load_base
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.video_reading import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.training.memory_estimate import Activations
@@ -81,6 +81,7 @@ class ImageTextTask(Task):
     def prepare(self, arguments: TrainingArguments) -> None:
         """Refuses what only LLaVA-1.5's path has, and a processor or chat template that cannot be trained on."""
         check_settings(self.config)
+        check_quantisation(self.config.model)
         train, held_out = read_samples(self.config, seed=order_seed(arguments))
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
         if any(rows.has_videos for rows in (train, held_out) if rows is not None):
