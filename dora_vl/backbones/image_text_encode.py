@@ -24,6 +24,7 @@ from dora_vl.backbones.video_inputs import (
     as_pictures,
     displaced_inputs,
     grey_video,
+    has_place_for_video,
     marked,
     repeated,
     video_arguments,
@@ -98,7 +99,7 @@ class ImageTextEncoder:
         if processor.get("video_processor") is None:
             return f"{type(self.processor).__name__} has no video processor"
         token = processor.get("video_token")
-        if not isinstance(token, str) or not self._chat.takes_video(token):
+        if not isinstance(token, str) or not has_place_for_video(self._chat.render, token):
             return "the chat template has no place for a video"
         return None
 

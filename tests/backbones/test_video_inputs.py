@@ -226,8 +226,9 @@ def test_the_loss_is_the_model_s_own_and_reaches_all_that_trains(
     folders: dict[str, Path], family: str, talks: Sequence[str]
 ) -> None:
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
-    dummies = {"dummy": encoder.dummy(), "dummy_video": encoder.dummy_video(4)}
-    collate = ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, **dummies)
+    collate = ProcessorCollator(
+        encoder.pad_token_id, aligned=ALIGNED, dummy=encoder.dummy(), dummy_video=encoder.dummy_video(4)
+    )
     batch = inputs_of(collate([sample_of(encoder, TALKS[talk]) for talk in talks]))
     features = backbone(**batch)
     loss = generation_loss(features.logits, features.targets).loss
