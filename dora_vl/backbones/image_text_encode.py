@@ -112,6 +112,16 @@ class ImageTextEncoder:
         return frames is not None and frames.dim() == 5
 
     @functools.cached_property
+    def one_kind_in_a_batch(self) -> bool:
+        """Whether the model cannot tell pictures from videos of one batch: one token, and inputs of their own (GLM)."""
+        if self.why_no_videos:
+            return False
+        video = self.dummy_video()
+        own = frozenset(self.dummy().inputs).difference(ALIGNED)
+        picture_token = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        return own.isdisjoint(video.inputs) and bool((video.input_ids == picture_token).any())
+
+    @functools.cached_property
     def _lengths_must_agree(self) -> bool:
         """Whether the processor refuses a sample with videos of several lengths."""
         videos = [grey_video(GREY, DUMMY_SIDE, frames) for frames in (2, 3)]
