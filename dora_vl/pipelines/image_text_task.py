@@ -84,8 +84,9 @@ class ImageTextTask(Task):
         check_quantisation(self.config.model)
         train, held_out = read_samples(self.config, seed=order_seed(arguments))
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
-        if any(rows.has_videos for rows in (train, held_out) if rows is not None):
-            _check_videos(self.config, encoder)
+        read = [rows for rows in (train, held_out) if rows is not None]
+        if any(rows.has_videos for rows in read):
+            _check_videos(self.config, encoder, pictures=any(rows.has_pictures for rows in read))
 
     def load(self) -> Backbone[Any]:
         """The model; what is adapted in it is looked up at once."""
@@ -223,7 +224,7 @@ def _dummies(train: SampleRows, encoder: ImageTextEncoder) -> tuple[Sample | Non
     return encoder.dummy() if pictures else None, encoder.dummy_video() if videos else None
 
 
-def _check_videos(config: RunConfig, encoder: ImageTextEncoder) -> None:
+def _check_videos(config: RunConfig, encoder: ImageTextEncoder, *, pictures: bool) -> None:
     """Refuses videos that the base does not take in any way, and says in which it takes them.
 
     Raises: UserError; one line, before weights are read.
@@ -236,6 +237,11 @@ def _check_videos(config: RunConfig, encoder: ImageTextEncoder) -> None:
         raise UserError(
             f"data.video_fps: {base} takes videos of equally many frames in a batch; leave it out, data.video_frames "
             "says how many"
+        )
+    elif encoder.one_kind_in_a_batch and pictures:
+        raise UserError(
+            f"{base} cannot tell pictures from videos of one batch, and data.train (or data.validation) holds both; "
+            "train on one kind"
         )
     try:
         encoder.dummy_video(config.data.video_frames)
