@@ -11,6 +11,13 @@ from torch import Tensor
 
 from dora_vl.data.dataset import IGNORED_LABEL, Sample, Skipped
 
+BY_ROW = "cross_attention_mask"
+"""A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
+
+
+IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
+"""Pixels whose patches all stand in one row, one picture behind another, and the input that tells it (MiniCPM-V)."""
+
 
 @dataclass(frozen=True)
 class ProcessorCollator:
@@ -64,10 +71,15 @@ class ProcessorCollator:
             "input_ids": self._tokens([row.input_ids[None] for row in rows], self.pad_token_id),
             "labels": self._tokens([row.labels[None] for row in rows], IGNORED_LABEL),
         }
+        crossing = any(BY_ROW in row.inputs for row in rows)
         for name in dict.fromkeys(name for row in rows for name in row.inputs):
             values = [row.inputs[name] for row in rows if name in row.inputs]
+            if crossing and name not in self.aligned:
+                values = [row.inputs[name] if name in row.inputs else torch.zeros_like(values[0]) for row in rows]
             if name in self.aligned:
                 joined[name] = self._tokens([_of_row(row, name, like=values[0]) for row in rows], 0)
+            elif any(IN_ONE_ROW.get(name) in row.inputs for row in rows):
+                joined[name] = torch.cat(values, dim=-1)
             else:
                 joined[name] = joined_values(values)
         return joined

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import max_positions
-from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of
+from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of, sees_pictures
 from dora_vl.backbones.image_text import (
     IMAGE_TEXT,
     ImageTextBackbone,
@@ -22,6 +22,7 @@ from dora_vl.backbones.image_text import (
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.prompt_formats import FORMATS
 from dora_vl.core import DoRAConfig
 from dora_vl.data.dataset import Encoded, LlavaDataset
 from dora_vl.data.processor_inputs import ProcessorCollator
@@ -100,11 +101,11 @@ class ImageTextTask(Task):
         data = self.config.data
         positions = max_positions(backbone.model.config)
         encoder = processor_encoder(self.config.model, max_tokens=min(data.max_tokens, positions or data.max_tokens))
-        dummy = encoder.dummy()
+        dummy = encoder.dummy() if encoder.sees_pictures else None
         train, held_out = read_samples(self.config, seed=order_seed(arguments))
         samples = partial(_samples, encoder=encoder, folder=Path(data.image_folder), seed=arguments.seed)
         train_samples = samples(train)
-        lengths = sampling_lengths(train.rows, tokens_per_image=len(dummy.input_ids))
+        lengths = sampling_lengths(train.rows, tokens_per_image=0 if dummy is None else len(dummy.input_ids))
         sampler = build_sampler(lengths, arguments, share_pictures=False) if data.group_by_modality_length else None
         illustrated = bool(lengths.is_multimodal.any())
         return TrainingData(
@@ -136,7 +137,8 @@ class ImageTextTask(Task):
     def recipe(self) -> dict[str, Any]:
         """Base and backbone; prompts and pictures are the base's own processor's."""
         record = recipe_record(self.config, self.name)
-        own = {"backbone": IMAGE_TEXT, "template": None, "image_aspect": None}
+        template = self.config.model.template
+        own = {"backbone": IMAGE_TEXT, "template": template if template in FORMATS else None, "image_aspect": None}
         return {**record, **own}
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +158,7 @@ class ImageTextTask(Task):
         if not adapter.train_projector or adapter.method == "full":
             return core_config(adapter, targets=targets)
         projector = projector_patterns(model)
-        if not projector:
+        if not projector and sees_pictures(self.config.model.base, self.config.model.revision):
             logger.warning(
                 "no projector is known in a %s, so none trains; adapter.train_projector: false says that it is meant",
                 type(model).__name__,
@@ -174,8 +176,8 @@ def check_settings(config: RunConfig) -> None:
         "data.share_pictures": (config.data.share_pictures, "each sample brings its own pictures"),
         "model.image_aspect": (config.model.image_aspect != "pad", "the model's own processor prepares pictures"),
         "model.template": (
-            config.model.template not in ("vicuna_v1", "tokenizer"),
-            "prompts come from the processor's own chat template",
+            config.model.template not in ("vicuna_v1", "tokenizer", *FORMATS),
+            f"prompts come from the processor's own chat template, or are {' or '.join(FORMATS)}",
         ),
         "evaluation.file": (config.evaluation.file is not None, "ask the adapter with tasks/image_qa.py instead"),
     }
