@@ -74,6 +74,7 @@ PROJECTORS = (
     "multi_modal_projector",
     "connector",
     "merger",
+    "patch_merger",
     "deepstack_merger_list",
     "mm_projector",
     "projector",

@@ -19,6 +19,12 @@ IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_siz
 """Pixels whose patches all stand in one row, one picture behind another, and the input that tells it (MiniCPM-V)."""
 
 
+FIRST_TILE = "aspect_ratio_mask"
+"""Of mllama's missing pictures the first tile counts as there, as its processor says, or attention divides by zero."""
+POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
+"""Places among the patches of a batch's pixels, -1 for none, so those of a later sample begin further on (Molmo 2)."""
+
+
 @dataclass(frozen=True)
 class ProcessorCollator:
     """Joins samples' inputs by name: tokens are padded, pictures stand one after another.
@@ -80,8 +86,13 @@ class ProcessorCollator:
                 joined[name] = self._tokens([_of_row(row, name, like=values[0]) for row in rows], 0)
             elif any(IN_ONE_ROW.get(name) in row.inputs for row in rows):
                 joined[name] = torch.cat(values, dim=-1)
+            elif name in POINTING:
+                pixels = [row.inputs[POINTING[name]] for row in rows if name in row.inputs]
+                joined[name] = stacked(_further_on(values, [one.shape[0] * one.shape[1] for one in pixels]), -1)
             else:
                 joined[name] = joined_values(values)
+        if crossing and FIRST_TILE in joined:
+            joined[FIRST_TILE][:, :, 0] = 1
         return joined
 
     def _tokens(self, rows: Sequence[Tensor], value: int) -> Tensor:
@@ -96,6 +107,12 @@ def _of_row(row: Sample, name: str, *, like: Tensor) -> Tensor:
     if name in found:
         return found[name]
     return torch.zeros(1, len(row.input_ids), *like.shape[2:], dtype=like.dtype)
+
+
+def _further_on(places: Sequence[Tensor], patches: Sequence[int]) -> list[Tensor]:
+    """Each sample's places behind the patches of those before it."""
+    starts = [sum(patches[:number]) for number in range(len(patches))]
+    return [torch.where(one >= 0, one + start, one) for one, start in zip(places, starts, strict=True)]
 
 
 def joined_values(values: Sequence[Any]) -> Any:

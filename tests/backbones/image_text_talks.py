@@ -123,9 +123,9 @@ def batch_of(encoder: ImageTextEncoder, talks: Sequence[Talk]) -> dict[str, Any]
     return inputs_of(collate([sample_of(encoder, talk) for talk in talks]))
 
 
-def adapted_backbone(folder: Path) -> ImageTextBackbone:
+def adapted_backbone(folder: Path, attn_implementation: str = "sdpa") -> ImageTextBackbone:
     """With an adapter away from its start, and the projector too (Gemma 3's own projection begins with zeros)."""
-    backbone = load_image_text(str(folder))
+    backbone = load_image_text(str(folder), attn_implementation=attn_implementation)
     model = backbone.model
     projector = projector_patterns(model)
     config = DoRAConfig(

@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from dora_vl import DoRAConfig, apply_dora, trained_parts
 from dora_vl.backbones.families import ALIGNED
-from dora_vl.backbones.image_text import decoder_of, language_targets, load_image_text, weights_out_of_reach
+from dora_vl.backbones.image_text import (
+    decoder_of,
+    language_targets,
+    load_image_text,
+    projector_patterns,
+    weights_out_of_reach,
+)
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.heads.generation import generation_loss
@@ -38,22 +45,25 @@ def test_the_loss_is_the_model_s_own_and_reaches_all_that_trains(folders: Folder
         backbone.zero_grad()
         features = backbone(**batch)
         loss = generation_loss(features.logits, features.targets).loss
-        torch.testing.assert_close(loss, backbone.model(**batch).loss, rtol=0, atol=1e-5)
         assert len(features.logits) == int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
         loss.backward()
+        with torch.no_grad():  # and after it: Gemma 3n writes to a weight in its forward
+            torch.testing.assert_close(loss.detach(), backbone.model(**batch).loss, rtol=0, atol=1e-5)
         for part in trained_parts(backbone.model):
             for name, parameter in part.parameters.items():
                 # a batch of words alone too: a rank under ZeRO-3 must not wait
                 assert parameter.grad is not None or name.startswith(FAMILIES[family].idle), (talks, name)
                 if parameter.grad is not None and bool(parameter.grad.any()):
                     learned.add(name)
-                    assert talks != ("no picture",) or part.name != "projector", name
+                    assert talks != ("no picture",) or part.name != "projector" or family == "mllama", name
     trained = {name for part in trained_parts(backbone.model) for name in part.parameters}
     assert {name for name in trained - learned if not name.startswith(FAMILIES[family].idle)} == set()
 
 
 @families
 def test_the_further_row_of_a_batch_without_pictures_changes_no_loss(folders: Folders, family: str) -> None:
+    if "no picture" not in talks_of(family) or family == "mllama":
+        pytest.skip("takes no words without a picture, or shows them the row's empty one")
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
     sample, losses = sample_of(encoder, TALKS["no picture"]), []
     for dummy in (encoder.dummy(), None):
@@ -68,10 +78,13 @@ def test_the_further_row_of_a_batch_without_pictures_changes_no_loss(folders: Fo
 def test_every_linear_of_the_decoder_is_adapted_and_no_other(folders: Folders, family: str) -> None:
     model = load_image_text(str(folders[family])).model
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    inside = {id(module) for module in decoder_of(model).modules()}
+    decoder, modules = set(decoder_of(model).modules()), dict(model.named_modules())
+    bypassed = (".altup.correction_coefs",)  # Gemma 3n clamps its weight and multiplies by hand
+    inside = [name for name in linears if modules[name] in decoder and not name.endswith(bypassed)]
+    assert bool(weights_out_of_reach(model)) == bool(FAMILIES[family].unadapted)
+    assert bool(projector_patterns(model)) == FAMILIES[family].projector
     names = apply_dora(model, DoRAConfig(targets=language_targets(model), rank=2, alpha=5.0))
-    modules = dict(model.named_modules())
-    assert names == [name for name in linears if id(modules[name]) in inside or (".layers." in name and name in names)]
+    assert names == inside
     assert len(names) == FAMILIES[family].adapted
 
 

@@ -85,7 +85,7 @@ def test_a_family_trains_opens_merges_and_answers(tmp_path: Path, family: str) -
     check_adapter(base, adapter, prompt, tmp_path / "merged")
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "gemma2", "lfm2"])
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma", "lfm2"])
 def test_a_language_model_trains_opens_merges_and_answers(tmp_path: Path, model_type: str) -> None:
     assert model_type in LANGUAGE_MODELS
     base = write_tiny_language(model_type, tmp_path / model_type)

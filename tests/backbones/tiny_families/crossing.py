@@ -127,9 +127,34 @@ EMU3_NAMES = {**JANUS_NAMES, "image_wrapper_token": "<img_wrap>", "eof_token": "
 
 
 FAMILIES: Mapping[str, Family] = {
-    "mllama": Family(_mllama_config, _mllama, "<|image|>"),
-    "molmo2": Family(_molmo2_config, _molmo2, "<|image|>"),
-    "hunyuan_vl": Family(_hunyuan_vl_config, _hunyuan_vl, "<boi><image><eoi>", names=HUNYUAN_NAMES),
-    "chameleon": Family(_chameleon_config, _chameleon, names=JANUS_NAMES, format="question_answer"),
-    "emu3": Family(_emu3_config, _emu3, names=EMU3_NAMES),
+    "mllama": Family(
+        _mllama_config,
+        _mllama,
+        "<|image|>",
+        remark="pictures through cross attention; in a batch with pictures, words alone see an empty one",
+    ),
+    "molmo2": Family(_molmo2_config, _molmo2, "<|image|>", video=True),
+    "hunyuan_vl": Family(
+        _hunyuan_vl_config,
+        _hunyuan_vl,
+        "<boi><image><eoi>",
+        names=HUNYUAN_NAMES,
+        idle=("model.vision_tower.patch_merger.image_sep",),
+    ),
+    "chameleon": Family(
+        _chameleon_config,
+        _chameleon,
+        names=JANUS_NAMES,
+        format="question_answer",
+        unadapted="convolutions of the picture codes",
+        projector=False,
+        remark="pictures are codes of a frozen VQ-VAE; no projector",
+    ),
+    "emu3": Family(
+        _emu3_config,
+        _emu3,
+        names=EMU3_NAMES,
+        projector=False,
+        remark="pictures are codes of a frozen VQ-VAE; no projector",
+    ),
 }

@@ -87,11 +87,11 @@ class Family:
     adapted: int = 14
     """Linear layers of the tiny decoder: the seven of LLaMA, twice."""
     idle: tuple[str, ...] = ()
-    """Beginnings of names that are adapted and take part in no loss, such as a layer whose output nobody reads."""
+    """Beginnings of names that train and take part in no picture's features."""
     unadapted: str = ""
     """What holds weights of the decoder and is no linear layer."""
-    projector: str = "trained"
-    """What becomes of the part between vision and language."""
+    projector: bool = True
+    """Whether something stands between vision and language, and trains."""
     video: bool = False
     """Whether the processor takes videos as such; else their frames go in as pictures."""
     remark: str = ""

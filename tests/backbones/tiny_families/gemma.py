@@ -146,8 +146,18 @@ def _paligemma(t: PreTrainedTokenizerFast) -> Any:
 
 FAMILIES: Mapping[str, Family] = {
     "gemma3": Family(_gemma3_config, _gemma3, "<boi>", names=GEMMA3_NAMES),
-    "gemma4": Family(_gemma4_config, _gemma4, names=AUDIO_NAMES),
-    "gemma4_unified": Family(_gemma4_unified_config, _gemma4_unified, names=AUDIO_NAMES),
-    "gemma3n": Family(_gemma3n_config, _gemma3n, names=AUDIO_NAMES),
+    "gemma4": Family(_gemma4_config, _gemma4, names=AUDIO_NAMES, adapted=19, video=True, remark="sound is left out"),
+    "gemma4_unified": Family(
+        _gemma4_unified_config, _gemma4_unified, names=AUDIO_NAMES, video=True, remark="sound is left out"
+    ),
+    "gemma3n": Family(
+        _gemma3n_config,
+        _gemma3n,
+        names=AUDIO_NAMES,
+        adapted=29,
+        unadapted="AltUp's correction coefficients",
+        idle=("model.embed_vision.embedding", "model.embed_vision.hard_embedding_norm"),
+        remark="sound is left out; its forward clamps a frozen weight in training",
+    ),
     "paligemma": Family(_paligemma_config, _paligemma, names={"image_token": "<image>"}, format="paligemma"),
 }

@@ -81,7 +81,17 @@ def _lfm3_vl(t: PreTrainedTokenizerFast) -> Any:
 
 KIMI_NAMES = {"image_token": "<|media_pad|>", "video_token": "<|video_pad|>"}
 FAMILIES: Mapping[str, Family] = {
-    "kimi_k25": Family(_kimi_k25_config, _kimi_k25, "<|media_pad|>", names=KIMI_NAMES),
-    "cohere_compass": Family(_cohere_compass_config, _cohere_compass, "<|VISION_START|><|IMAGE_PAD|><|VISION_END|>"),
-    "lfm3_vl": Family(_lfm3_vl_config, _lfm3_vl, QWEN_PICTURE),
+    "kimi_k25": Family(
+        _kimi_k25_config,
+        _kimi_k25,
+        "<|media_pad|>",
+        names=KIMI_NAMES,
+        adapted=16,
+        unadapted="experts and their router",
+        video=True,
+    ),
+    "cohere_compass": Family(
+        _cohere_compass_config, _cohere_compass, "<|VISION_START|><|IMAGE_PAD|><|VISION_END|>", video=True
+    ),
+    "lfm3_vl": Family(_lfm3_vl_config, _lfm3_vl, QWEN_PICTURE, adapted=13, unadapted="convolutions", video=True),
 }

@@ -26,9 +26,11 @@ LANGUAGE_MODELS: Mapping[str, Mapping[str, Any]] = {
     "glm4": ONE_HEAD,
     "starcoder2": {},
     "stablelm": {},
-    "exaone4": {"sliding_window": None, "sliding_window_pattern": None},
+    "exaone4": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "gpt_oss": {**ONE_HEAD, "num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": ONE_HEAD,
 }
 """Model types of `AutoModelForCausalLM`, written and trained from tokenizer and chat template alone."""
+EAGER = ("gemma2", "gpt_oss")
+"""Those that transformers runs with `model.attn_implementation: eager` alone."""

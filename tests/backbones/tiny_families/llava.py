@@ -186,13 +186,13 @@ MEDIA_NAMES = {"image_token": "<image>", "video_token": "<video>"}
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llava": Family(_llava_config, _llava),
+    "llava": Family(_llava_config, _llava, remark="LLaVA-1.5 has its own path, with its exact pixels and wording"),
     "vipllava": Family(_vipllava_config, _llava),
     "llava_next": Family(_llava_next_config, _llava_next),
-    "llava_next_video": Family(_llava_next_video_config, _llava_next_video),
-    "llava_onevision": Family(_onevision_config, _onevision),
-    "video_llava": Family(_video_llava_config, _video_llava),
-    "perception_lm": Family(_perception_lm_config, _perception_lm, names=MEDIA_NAMES),
+    "llava_next_video": Family(_llava_next_video_config, _llava_next_video, video=True),
+    "llava_onevision": Family(_onevision_config, _onevision, video=True),
+    "video_llava": Family(_video_llava_config, _video_llava, video=True),
+    "perception_lm": Family(_perception_lm_config, _perception_lm, names=MEDIA_NAMES, video=True),
     "fast_vlm": Family(_fast_vlm_config, _fast_vlm),
     "granite4_vision": Family(_granite4_vision_config, _granite4_vision, adapted=35),
 }

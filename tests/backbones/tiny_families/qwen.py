@@ -256,16 +256,36 @@ def _minicpmv4_7(t: PreTrainedTokenizerFast) -> Any:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen2_vl": Family(_qwen2_vl_config, _qwen2_vl, QWEN_PICTURE),
-    "qwen2_5_vl": Family(_qwen2_5_vl_config, _qwen2_5_vl, QWEN_PICTURE),
-    "qwen3_vl": Family(_qwen3_vl_config, _qwen3_vl, QWEN_PICTURE),
-    "qwen3_5": Family(_qwen3_5_config, _qwen3_vl, QWEN_PICTURE),
-    "qwen3_vl_moe": Family(_qwen3_vl_moe_config, _qwen3_vl, QWEN_PICTURE),
-    "qwen3_5_moe": Family(_qwen3_5_moe_config, _qwen3_vl, QWEN_PICTURE),
-    "exaone4_5": Family(_exaone4_5_config, _exaone4_5, QWEN_PICTURE),
-    "video_llama_3": Family(_video_llama_3_config, _video_llama_3, "<|image_pad|>"),
+    "qwen2_vl": Family(_qwen2_vl_config, _qwen2_vl, QWEN_PICTURE, video=True),
+    "qwen2_5_vl": Family(_qwen2_5_vl_config, _qwen2_5_vl, QWEN_PICTURE, video=True),
+    "qwen3_vl": Family(_qwen3_vl_config, _qwen3_vl, QWEN_PICTURE, video=True),
+    "qwen3_5": Family(_qwen3_5_config, _qwen3_vl, QWEN_PICTURE, adapted=15, unadapted="convolutions", video=True),
+    "qwen3_vl_moe": Family(
+        _qwen3_vl_moe_config, _qwen3_vl, QWEN_PICTURE, adapted=8, unadapted="experts and their router", video=True
+    ),
+    "qwen3_5_moe": Family(
+        _qwen3_5_moe_config,
+        _qwen3_vl,
+        QWEN_PICTURE,
+        adapted=17,
+        unadapted="experts and their router, convolutions",
+        video=True,
+    ),
+    "exaone4_5": Family(_exaone4_5_config, _exaone4_5, QWEN_PICTURE, video=True),
+    "video_llama_3": Family(_video_llama_3_config, _video_llama_3, "<|image_pad|>", video=True),
     "paddleocr_vl": Family(_paddleocr_vl_config, _paddleocr_vl, QWEN_PICTURE, names=PADDLE_NAMES),
-    "ernie4_5_vl_moe": Family(_ernie4_5_vl_config, _ernie4_5_vl, QWEN_PICTURE, names=ERNIE_NAMES),
-    "minicpmv4_6": Family(_minicpmv4_6_config, _minicpmv4_6, names=MINICPM_NAMES),
-    "minicpmv4_7": Family(_minicpmv4_7_config, _minicpmv4_7, names=MINICPM_NAMES),
+    "ernie4_5_vl_moe": Family(
+        _ernie4_5_vl_config,
+        _ernie4_5_vl,
+        QWEN_PICTURE,
+        names=ERNIE_NAMES,
+        unadapted="experts and their router",
+        video=True,
+    ),
+    "minicpmv4_6": Family(
+        _minicpmv4_6_config, _minicpmv4_6, names=MINICPM_NAMES, adapted=15, unadapted="convolutions", video=True
+    ),
+    "minicpmv4_7": Family(
+        _minicpmv4_7_config, _minicpmv4_7, names=MINICPM_NAMES, adapted=15, unadapted="convolutions", video=True
+    ),
 }

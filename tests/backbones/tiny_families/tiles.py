@@ -223,15 +223,17 @@ IMAGE_NAMES = {"image_token": "<image>"}
 
 
 FAMILIES: Mapping[str, Family] = {
-    "internvl": Family(_internvl_config, _internvl, "<IMG_CONTEXT>", names=INTERNVL_NAMES),
+    "internvl": Family(_internvl_config, _internvl, "<IMG_CONTEXT>", names=INTERNVL_NAMES, video=True),
     "idefics3": Family(_idefics3_config, _idefics3),
-    "smolvlm": Family(_idefics3_config, _smolvlm, needs="num2words"),
+    "smolvlm": Family(_idefics3_config, _smolvlm, needs="num2words", video=True),
     "aya_vision": Family(_aya_vision_config, _aya_vision),
     "cohere2_vision": Family(_cohere2_vision_config, _cohere2_vision, "<|IMG_PATCH|>", names=COHERE2_NAMES),
-    "lfm2_vl": Family(_lfm2_vl_config, _lfm2_vl),
-    "idefics2": Family(_idefics2_config, _idefics2),
+    "lfm2_vl": Family(_lfm2_vl_config, _lfm2_vl, adapted=12, unadapted="convolutions"),
+    "idefics2": Family(
+        _idefics2_config, _idefics2, remark="its processor tells no characters, so an answer costs it two further calls"
+    ),
     "qianfan_ocr": Family(_qianfan_ocr_config, _qianfan_ocr, names=INTERNVL_NAMES),
     "granite_docling": Family(_granite_docling_config, _granite_docling),
     "ovis2": Family(_ovis2_config, _ovis2),
-    "aria": Family(_aria_config, _aria, names=IMAGE_NAMES),
+    "aria": Family(_aria_config, _aria, names=IMAGE_NAMES, unadapted="experts and their router"),
 }
