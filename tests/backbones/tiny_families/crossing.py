@@ -133,7 +133,14 @@ FAMILIES: Mapping[str, Family] = {
         "<|image|>",
         remark="pictures through cross attention; in a batch with pictures, words alone see an empty one",
     ),
-    "molmo2": Family(_molmo2_config, _molmo2, "<|image|>", video=True),
+    "molmo2": Family(
+        _molmo2_config,
+        _molmo2,
+        "<|image|>",
+        video=True,
+        merges=False,
+        remark="its adapter cannot be merged: transformers splits the tensors of its files when it loads them",
+    ),
     "hunyuan_vl": Family(
         _hunyuan_vl_config,
         _hunyuan_vl,

@@ -92,6 +92,8 @@ class Family:
     """What holds weights of the decoder and is no linear layer."""
     projector: bool = True
     """Whether something stands between vision and language, and trains."""
+    merges: bool = True
+    """Whether an adapter can be merged: not where transformers splits the files' tensors when it loads them."""
     video: bool = False
     """Whether the processor takes videos as such; else their frames go in as pictures."""
     remark: str = ""
