@@ -17,7 +17,7 @@ from transformers.processing_utils import ProcessorMixin
 from dora_vl.backbones.families import ALIGNED, sees_pictures
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.processor_chat import Chat
-from dora_vl.backbones.prompt_formats import prompts_of
+from dora_vl.backbones.prompt_formats import PROCESSOR_OPTIONS, prompts_of
 from dora_vl.backbones.rendered import Span
 from dora_vl.backbones.text_processor import TextProcessor
 from dora_vl.backbones.token_characters import Characters, from_chat, from_prefixes, from_token_types
@@ -141,6 +141,7 @@ class ImageTextEncoder:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         if self._chat.bos_token is not None and chat.text.startswith(self._chat.bos_token):
             options["add_special_tokens"] = False  # as transformers' own apply_chat_template
+        options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})
         if chat.suffix is not None:
             options["suffix"] = [chat.suffix]
         if pictures and not self.sees_pictures:

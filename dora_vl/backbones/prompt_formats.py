@@ -104,6 +104,9 @@ class PaliGemma:
 FORMATS: Mapping[str, type[QuestionAnswer] | type[PaliGemma]] = MappingProxyType(
     {"question_answer": QuestionAnswer, "paligemma": PaliGemma}
 )
+PROCESSOR_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"ChameleonProcessor": {"return_for_text_completion": True}}  # or it puts a separator behind every text
+)
 OWN_FORMAT: Mapping[str, FormatName] = MappingProxyType({"PaliGemmaProcessor": "paligemma"})
 """Processors that take one format and no other, whatever the settings say of chat templates."""
 

@@ -95,6 +95,7 @@ def processor_inputs(encoder: ImageTextEncoder, family: str, talks: Sequence[Tal
         )
     texts, suffixes = zip(*(_plain(talk, encoder, prompt) for talk in talks), strict=True)
     many |= {"suffix": list(suffixes)} if prompt == "paligemma" else {}
+    many |= {"return_for_text_completion": True} if family == "chameleon" else {}
     images = [list(pictures) for _, pictures in talks if pictures] or None
     found = dict(processor(text=list(texts), images=images, return_tensors="pt", **many))
     found.pop("labels", None)
