@@ -13,12 +13,15 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Features, labelled_positions, output_layer_sees, pad_token_id
 from dora_vl.backbones.families import BYPASSED, PROJECTORS, sees_pictures
 from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.core import DoRAConfig
 from dora_vl.core.kinds import adaptable
 from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.opaque import is_quantised
 from dora_vl.errors import UserError, one_line
 from dora_vl.model_files import check_model_folder
 
@@ -140,11 +143,12 @@ def weights_out_of_reach(model: PreTrainedModel) -> dict[str, int]:
     """
     decoder = decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    held = {
-        id(one.weight)
+    layers = [
+        one
         for name, one in decoder.named_modules()
         if isinstance(one, nn.Embedding) or (_is_adapted(one) and not name.endswith(BYPASSED))
-    }
+    ]
+    held = {id(weight) for one in layers for weight in one.parameters()}
     parameters = decoder.named_parameters(prefix=prefix)
     return {
         name: math.prod(weight_shape(weight))
@@ -155,7 +159,7 @@ def weights_out_of_reach(model: PreTrainedModel) -> dict[str, int]:
 
 def _is_adapted(module: nn.Module) -> bool:
     """Whether the core adapts it as a linear layer; not so of classes made from one (Llama 4's router)."""
-    if isinstance(module, AdaptedLayer):
+    if isinstance(module, AdaptedLayer) or is_quantised(module):
         return True
     return isinstance(module, nn.Linear) and adaptable(module, DoRAConfig(targets=("*",))) is not None
 
@@ -183,20 +187,25 @@ def load_image_text(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     revision: str | None = None,
+    quantisation: Quantisation | None = None,
 ) -> ImageTextBackbone:
     """A vision-language or causal language model's folder or hub id, every weight in `dtype`, in eval mode.
 
-    Raises: UserError if it is none or some of its weights are missing.
+    With `quantisation` the linear layers of its language model are quantised.
+
+    Raises: UserError if it is none, some of its weights are missing, or it cannot be quantised.
     """
     check_model_folder(folder_or_id)
     auto: Any = AutoModelForImageTextToText if sees_pictures(folder_or_id, revision) else AutoModelForCausalLM
     try:
+        quantised = quantised_loading(folder_or_id, quantisation, dtype=dtype, revision=revision)
         loaded: Any = auto.from_pretrained(
             folder_or_id,
             dtype=dtype,
             attn_implementation=attn_implementation,
             revision=revision or "main",
             output_loading_info=True,
+            **quantised.options,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.base {folder_or_id!r} cannot be opened: {one_line(str(error), 300)}") from error
@@ -205,4 +214,5 @@ def load_image_text(
         raise UserError(
             f"{folder_or_id}: {len(missing)} weights are missing, first {missing[:3]}; the folder is broken"
         )
+    quantised.finish(model)
     return ImageTextBackbone(model)
