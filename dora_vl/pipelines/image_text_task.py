@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import max_positions
-from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of
+from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of, sees_pictures
 from dora_vl.backbones.image_text import (
     IMAGE_TEXT,
     ImageTextBackbone,
@@ -22,6 +22,7 @@ from dora_vl.backbones.image_text import (
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.prompt_formats import FORMATS
 from dora_vl.core import DoRAConfig
 from dora_vl.data.dataset import Encoded, LlavaDataset, Sample
 from dora_vl.data.processor_inputs import ProcessorCollator
@@ -111,8 +112,10 @@ class ImageTextTask(Task):
         dummy, dummy_video = _dummies(train, encoder)
         lengths = sampling_lengths(
             train.rows,
-            tokens_per_image=len(encoder.dummy().input_ids),
-            tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if train.has_videos else 0,
+            tokens_per_image=len(encoder.dummy().input_ids) if encoder.sees_pictures else 0,
+            tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids)
+            if train.has_videos and encoder.sees_pictures
+            else 0,
         )
         sampler = build_sampler(lengths, arguments, share_pictures=False) if data.group_by_modality_length else None
         return TrainingData(
@@ -144,7 +147,8 @@ class ImageTextTask(Task):
     def recipe(self) -> dict[str, Any]:
         """Base and backbone; prompts and pictures are the base's own processor's."""
         record = recipe_record(self.config, self.name)
-        own = {"backbone": IMAGE_TEXT, "template": None, "image_aspect": None}
+        template = self.config.model.template
+        own = {"backbone": IMAGE_TEXT, "template": template if template in FORMATS else None, "image_aspect": None}
         own |= {"video_frames": self.config.data.video_frames, "video_fps": self.config.data.video_fps}
         return {**record, **own}
 
@@ -165,7 +169,7 @@ class ImageTextTask(Task):
         if not adapter.train_projector or adapter.method == "full":
             return core_config(adapter, targets=targets)
         projector = projector_patterns(model)
-        if not projector:
+        if not projector and sees_pictures(self.config.model.base, self.config.model.revision):
             logger.warning(
                 "no projector is known in a %s, so none trains; adapter.train_projector: false says that it is meant",
                 type(model).__name__,
@@ -183,8 +187,8 @@ def check_settings(config: RunConfig) -> None:
         "data.share_pictures": (config.data.share_pictures, "each sample brings its own pictures"),
         "model.image_aspect": (config.model.image_aspect != "pad", "the model's own processor prepares pictures"),
         "model.template": (
-            config.model.template not in ("vicuna_v1", "tokenizer"),
-            "prompts come from the processor's own chat template",
+            config.model.template not in ("vicuna_v1", "tokenizer", *FORMATS),
+            f"prompts come from the processor's own chat template, or are {' or '.join(FORMATS)}",
         ),
         "evaluation.file": (config.evaluation.file is not None, "ask the adapter with tasks/image_qa.py instead"),
     }
@@ -219,6 +223,8 @@ def _samples(samples: SampleRows, *, config: RunConfig, encoder: ImageTextEncode
 
 def _dummies(train: SampleRows, encoder: ImageTextEncoder) -> tuple[Sample | None, Sample | None]:
     """Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's."""
+    if not encoder.sees_pictures:
+        return None, None
     videos = train.has_videos and encoder.why_no_videos is None
     pictures = train.has_pictures or (train.has_videos and not videos)
     return encoder.dummy() if pictures else None, encoder.dummy_video() if videos else None

@@ -119,5 +119,6 @@ def recipe_record(config: RunConfig, task: str) -> dict[str, Any]:
 
 
 def processor_encoder(model: ModelConfig, *, max_tokens: int) -> ImageTextEncoder:
-    """The encoder over the base's own processor."""
-    return ImageTextEncoder(load_processor(model.base, model.revision), model.base, max_tokens=max_tokens)
+    """The encoder over the base's own processor, or a language model's tokenizer."""
+    processor = load_processor(model.base, model.revision)
+    return ImageTextEncoder(processor, model.base, max_tokens=max_tokens, template=model.template)
