@@ -23,18 +23,15 @@ from dora_vl.backbones.image_text import (
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.module import Backbone
 from dora_vl.core import DoRAConfig
-from dora_vl.data.dataset import Encoded, LlavaDataset
+from dora_vl.data.dataset import Encoded, LlavaDataset, Rows
 from dora_vl.data.processor_inputs import ProcessorCollator
-from dora_vl.data.sampler import sampling_lengths
-from dora_vl.data.stored_pictures import StoredPictures, open_picture
-from dora_vl.data.train_files import train_name
-from dora_vl.data.training_rows import SampleRows
+from dora_vl.data.stored_pictures import HeldPictures, open_picture
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import UserError
+from dora_vl.pipelines.instruct_data import InstructData
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.adapting import core_config
-from dora_vl.run.arguments import order_seed
-from dora_vl.run.assembly import build_sampler, processor_encoder, read_samples, recipe_record
+from dora_vl.run.assembly import processor_encoder, recipe_record
 from dora_vl.run.base_loading import load_base
 from dora_vl.run.recipe import RunConfig
 from dora_vl.training.memory_estimate import Activations
@@ -66,6 +63,7 @@ class ImageTextTask(Task):
         self._config = config
         self._name = name
         self._dora_config: DoRAConfig | None = None
+        self._data: InstructData | None = None
 
     @property
     def name(self) -> str:
@@ -80,8 +78,14 @@ class ImageTextTask(Task):
     def prepare(self, arguments: TrainingArguments) -> None:
         """Refuses what only LLaVA-1.5's path has, and a processor or chat template that cannot be trained on."""
         check_settings(self.config)
-        read_samples(self.config, seed=order_seed(arguments))
+        self._samples(arguments).describe()
         processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+
+    def _samples(self, arguments: TrainingArguments) -> InstructData:
+        """The run's data, read at the first call."""
+        if self._data is None:
+            self._data = InstructData(self.config, arguments)
+        return self._data
 
     def load(self) -> Backbone[Any]:
         """The model; what is adapted in it is looked up at once."""
@@ -100,22 +104,13 @@ class ImageTextTask(Task):
         data = self.config.data
         positions = max_positions(backbone.model.config)
         encoder = processor_encoder(self.config.model, max_tokens=min(data.max_tokens, positions or data.max_tokens))
-        dummy = encoder.dummy()
-        train, held_out = read_samples(self.config, seed=order_seed(arguments))
-        samples = partial(_samples, encoder=encoder, folder=Path(data.image_folder), seed=arguments.seed)
-        train_samples = samples(train)
-        lengths = sampling_lengths(train.rows, tokens_per_image=len(dummy.input_ids))
-        sampler = build_sampler(lengths, arguments, share_pictures=False) if data.group_by_modality_length else None
-        illustrated = bool(lengths.is_multimodal.any())
-        return TrainingData(
-            train=train_samples,
-            validation=None if held_out is None else samples(held_out),
-            collate=ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy if illustrated else None),
-            sampler=sampler,
-            set_epoch=(train_samples.set_epoch, *(() if sampler is None else (sampler.set_epoch,))),
-            samples=len(train.rows),
-            source=train_name(data.train),
-            longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
+        dummy, samples = encoder.dummy(), self._samples(arguments)
+        return samples.training_data(
+            partial(_illustrated, encoder=encoder, folder=Path(data.image_folder)),
+            collate=ProcessorCollator(
+                encoder.pad_token_id, aligned=ALIGNED, dummy=dummy if samples.illustrated else None
+            ),
+            tokens_per_image=len(dummy.input_ids),
         )
 
     def loss(self, backbone: Backbone[Any]) -> GenerationTask:
@@ -191,12 +186,11 @@ def check_settings(config: RunConfig) -> None:
 
 
 def encode_from_folder(
-    conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path, stored: StoredPictures
+    conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path, stored: HeldPictures
 ) -> Encoded:
     """A conversation with its pictures read; a top-level function, so that worker processes can receive it."""
     return encoder.encode(conversation, [open_picture(folder, name, stored) for name in conversation.images])
 
 
-def _samples(samples: SampleRows, *, encoder: ImageTextEncoder, folder: Path, seed: int) -> LlavaDataset:
-    encode = partial(encode_from_folder, encoder=encoder, folder=folder, stored=samples.stored)
-    return LlavaDataset(samples.rows, encode=encode, seed=seed)
+def _illustrated(rows: Rows, stored: HeldPictures, *, encoder: ImageTextEncoder, folder: Path) -> LlavaDataset:
+    return LlavaDataset(rows, encode=partial(encode_from_folder, encoder=encoder, folder=folder, stored=stored))

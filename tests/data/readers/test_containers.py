@@ -196,7 +196,8 @@ def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
 ) -> None:
     asked: list[tuple[str, str]] = []
 
-    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, *, split: str, streaming: bool) -> datasets.Dataset:
+        assert not streaming
         asked.append((name, split))
         if name == "no/such":
             raise FileNotFoundError("no such set,\nand no network")
