@@ -12,11 +12,11 @@ import datasets
 import pyarrow as pa
 
 from dora_vl.data.arrow_cache import cached_table
-from dora_vl.data.plain_lines import HELD_PICTURE, NotPlainError, plain_batches
+from dora_vl.data.plain_lines import HELD_PICTURE, NAMED_VIDEO, NotPlainError, plain_batches
 from dora_vl.data.readers.containers import DataFiles, find_files
 from dora_vl.data.sample_rows import SampleRow, SampleRowReader, check_usable
 
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 """Part of the cache's key: raise it when columns or their meaning change."""
 
 ROWS_A_BATCH = 4096
@@ -27,7 +27,7 @@ _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("images", pa.list_(pa.string())),
-        ("video", pa.list_(pa.string())),
+        ("video", pa.list_(NAMED_VIDEO)),
         ("conversations", pa.list_(_TURN)),
         ("length", pa.int32()),
         ("is_multimodal", pa.bool_()),
@@ -128,7 +128,7 @@ def _columns(rows: list[SampleRow]) -> pa.RecordBatch:
     columns = [
         pa.array([row.id for row in rows], pa.string()),
         pa.array([row.images for row in rows], pa.list_(pa.string())),
-        pa.array([row.video for row in rows], pa.list_(pa.string())),
+        pa.array([[vars(clip) for clip in row.video] for row in rows], pa.list_(NAMED_VIDEO)),
         pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), turn_structs),
         pa.array([sum(len(text.split()) for _, text in row.turns) for row in rows], pa.int32()),
         pa.array([bool(row.images or row.video) for row in rows], pa.bool_()),

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
+from dora_vl.data.clips import Clip, row_clips
 from dora_vl.data.examples import Example
 from dora_vl.data.readers.row_formats import FORMATS, format_of, id_of, read_row, turns_of
 from dora_vl.data.readers.row_pictures import row_pictures
-from dora_vl.data.turns import SPEAKERS, raw_turns, read_paths
+from dora_vl.data.turns import SPEAKERS, raw_turns
 from dora_vl.errors import BadSample, UserError
 
 
@@ -22,7 +23,7 @@ class SampleRow:
 
     id: str
     images: tuple[str, ...] = ()
-    video: tuple[str, ...] = ()
+    video: tuple[Clip, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
     problem: str | None = None
     format: str | None = None
@@ -30,7 +31,8 @@ class SampleRow:
 
     def strings(self) -> Iterator[str]:
         """All of its text, the problem left out."""
-        return chain((self.id,), self.images, self.video, chain.from_iterable(self.turns))
+        names = (clip.path for clip in self.video)
+        return chain((self.id,), self.images, names, chain.from_iterable(self.turns))
 
     def size(self) -> int:
         """Characters and bytes that it holds."""
@@ -39,7 +41,7 @@ class SampleRow:
     def record(self) -> dict[str, object]:
         """The row as `turns.read_llava` takes it."""
         turns = [{"from": speaker, "value": text} for speaker, text in self.turns]
-        media = {"images": list(self.images), "video": list(self.video)}
+        media = {"images": list(self.images), "video": [vars(clip) for clip in self.video]}
         return {"id": self.id, **media, "conversations": turns, "problem": self.problem}
 
     def encodable(self) -> SampleRow:
@@ -116,7 +118,7 @@ def _llava_row(record: Mapping[str, object], sample_id: str) -> SampleRow:
     return SampleRow(
         id=sample_id,
         images=tuple(pictures.names),
-        video=read_paths(record, ("video",), sample_id),
+        video=row_clips(record, sample_id),
         turns=tuple(raw_turns(record, sample_id)),
         format=FORMATS[0].name,
         held=pictures.held,
@@ -127,7 +129,7 @@ def _example_row(example: Example, form: str | None) -> SampleRow:
     return SampleRow(
         id=example.id,
         images=example.images,
-        video=() if example.video is None else (example.video.path,),
+        video=example.clips,
         turns=tuple((SPEAKERS[turn.role], turn.text) for turn in turns_of(example)),
         format=form,
         held=example.image_bytes,

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from itertools import chain, count, islice
 
 import torch
@@ -17,7 +19,7 @@ import torch
 from dora_vl.data.dataset import LlavaDataset, Rows, Sample, Skipped
 from dora_vl.data.sample_rows import SampleRow
 from dora_vl.data.stored_pictures import HeldPictures, RowPictureBytes
-from dora_vl.data.stream_sources import StreamSource, generator
+from dora_vl.data.stream_sources import FIRST_ROWS, StreamSource, generator
 from dora_vl.errors import UserError
 
 BUFFER_BYTES = 1 << 28
@@ -51,6 +53,14 @@ class SampleStream:
             total += source.samples
         return total
 
+    @cached_property
+    def has_videos(self) -> bool:
+        """Whether a first row of any file names a video; if none does, later ones that do cannot be used.
+
+        Ranks that did not expect videos would wait for each other under ZeRO-3.
+        """
+        return any(row.video for source in self.sources for row in source.first_rows)
+
     def rows(self, epoch: int) -> Iterator[SampleRow]:
         """Yields an epoch's rows, an order that is a function of (seed, epoch) alone.
 
@@ -67,7 +77,13 @@ class SampleStream:
             [source.estimate * share for source, share, _ in passes],
             generator(self._seed, epoch, "files"),
         )
-        return shuffled(mixed, self._buffer, generator(self._seed, epoch, "buffer"))
+        rows = shuffled(mixed, self._buffer, generator(self._seed, epoch, "buffer"))
+        return rows if self.has_videos else map(_without_video, rows)
+
+
+def _without_video(row: SampleRow) -> SampleRow:
+    unexpected = f"it has a video, and none of a file's first {FIRST_ROWS} rows has; put one among them"
+    return replace(row, problem=unexpected) if row.video and row.problem is None else row
 
 
 def interleaved(

@@ -23,17 +23,18 @@ from dora_vl.backbones.image_text import (
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.module import Backbone
 from dora_vl.core import DoRAConfig
-from dora_vl.data.dataset import Encoded, LlavaDataset, Rows
+from dora_vl.data.dataset import Encoded, LlavaDataset, Rows, Sample
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.stored_pictures import HeldPictures, open_picture
 from dora_vl.data.turns import Conversation
-from dora_vl.errors import UserError
+from dora_vl.errors import BadSample, UserError
 from dora_vl.pipelines.instruct_data import InstructData
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.adapting import core_config
 from dora_vl.run.assembly import processor_encoder, recipe_record
-from dora_vl.run.base_loading import load_base
+from dora_vl.run.base_loading import check_quantisation, load_base
 from dora_vl.run.recipe import RunConfig
+from dora_vl.run.video_reading import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.task_model import GenerationTask
@@ -57,7 +58,7 @@ def instruct_task(config: RunConfig) -> Task:
 
 
 class ImageTextTask(Task):
-    """Conversations about pictures, put to a model through its own processor and chat template."""
+    """Conversations about pictures and videos, put to a model through its own processor and chat template."""
 
     def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
         self._config = config
@@ -78,8 +79,12 @@ class ImageTextTask(Task):
     def prepare(self, arguments: TrainingArguments) -> None:
         """Refuses what only LLaVA-1.5's path has, and a processor or chat template that cannot be trained on."""
         check_settings(self.config)
-        self._samples(arguments).describe()
-        processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+        check_quantisation(self.config.model)
+        samples = self._samples(arguments)
+        samples.describe()
+        encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+        if samples.has_videos:
+            _check_videos(self.config, encoder)
 
     def _samples(self, arguments: TrainingArguments) -> InstructData:
         """The run's data, read at the first call."""
@@ -104,13 +109,15 @@ class ImageTextTask(Task):
         data = self.config.data
         positions = max_positions(backbone.model.config)
         encoder = processor_encoder(self.config.model, max_tokens=min(data.max_tokens, positions or data.max_tokens))
-        dummy, samples = encoder.dummy(), self._samples(arguments)
+        samples = self._samples(arguments)
+        exactly = data.video_frames if samples.has_videos and encoder.videos_of_one_length else None
+        videos = VideoReading(folder=video_folder(data), sampling=video_sampling(data), frames=exactly)
+        dummy, dummy_video = _dummies(samples, encoder)
         return samples.training_data(
-            partial(_illustrated, encoder=encoder, folder=Path(data.image_folder)),
-            collate=ProcessorCollator(
-                encoder.pad_token_id, aligned=ALIGNED, dummy=dummy if samples.illustrated else None
-            ),
-            tokens_per_image=len(dummy.input_ids),
+            partial(_illustrated, encoder=encoder, folder=Path(data.image_folder), videos=videos),
+            collate=ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy, dummy_video=dummy_video),
+            tokens_per_image=len(encoder.dummy().input_ids),
+            tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if samples.has_videos else 0,
         )
 
     def loss(self, backbone: Backbone[Any]) -> GenerationTask:
@@ -132,6 +139,7 @@ class ImageTextTask(Task):
         """Base and backbone; prompts and pictures are the base's own processor's."""
         record = recipe_record(self.config, self.name)
         own = {"backbone": IMAGE_TEXT, "template": None, "image_aspect": None}
+        own |= {"video_frames": self.config.data.video_frames, "video_fps": self.config.data.video_fps}
         return {**record, **own}
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,11 +194,44 @@ def check_settings(config: RunConfig) -> None:
 
 
 def encode_from_folder(
-    conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path, stored: HeldPictures
+    conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path, stored: HeldPictures, videos: VideoReading
 ) -> Encoded:
-    """A conversation with its pictures read; a top-level function, so that worker processes can receive it."""
-    return encoder.encode(conversation, [open_picture(folder, name, stored) for name in conversation.images])
+    """A conversation, pictures and videos read; a top-level function, so that worker processes can receive it."""
+    pictures = [open_picture(folder, name, stored) for name in conversation.images]
+    return encoder.encode(conversation, pictures, videos.read(conversation.videos))
 
 
-def _illustrated(rows: Rows, stored: HeldPictures, *, encoder: ImageTextEncoder, folder: Path) -> LlavaDataset:
-    return LlavaDataset(rows, encode=partial(encode_from_folder, encoder=encoder, folder=folder, stored=stored))
+def _illustrated(
+    rows: Rows, stored: HeldPictures, *, encoder: ImageTextEncoder, folder: Path, videos: VideoReading
+) -> LlavaDataset:
+    encode = partial(encode_from_folder, encoder=encoder, folder=folder, stored=stored, videos=videos)
+    return LlavaDataset(rows, encode=encode)
+
+
+def _dummies(samples: InstructData, encoder: ImageTextEncoder) -> tuple[Sample | None, Sample | None]:
+    """Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's."""
+    videos = samples.has_videos and encoder.why_no_videos is None
+    pictures = samples.has_pictures or (samples.has_videos and not videos)
+    return encoder.dummy() if pictures else None, encoder.dummy_video() if videos else None
+
+
+def _check_videos(config: RunConfig, encoder: ImageTextEncoder) -> None:
+    """Refuses videos that the base does not take in any way, and says in which it takes them.
+
+    Raises: UserError; one line, before weights are read.
+    """
+    check_videos(config.data)
+    base = config.model.base
+    if encoder.why_no_videos:
+        logger.warning("frames of videos go into %s as pictures: %s", base, encoder.why_no_videos)
+    elif encoder.videos_of_one_length and config.data.video_fps is not None:
+        raise UserError(
+            f"data.video_fps: {base} takes videos of equally many frames in a batch; leave it out, data.video_frames "
+            "says how many"
+        )
+    try:
+        encoder.dummy_video(config.data.video_frames)
+    except BadSample as error:
+        raise UserError(
+            f"{base} takes no video of {config.data.video_frames} frames (data.video_frames): {error.reason}"
+        ) from error

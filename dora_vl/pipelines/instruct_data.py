@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from dora_vl.data.dataset import LlavaDataset, Rows
 from dora_vl.data.overlap import overlap, overlap_warning
-from dora_vl.data.sampler import SamplingLengths, sampling_lengths
+from dora_vl.data.sampler import sampling_lengths
 from dora_vl.data.stored_pictures import HeldPictures, StoredPictures
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
 from dora_vl.data.train_files import train_files, train_name
@@ -54,9 +54,15 @@ class InstructData:
             self._train, self._held_out = read_samples(config, seed=order_seed(arguments))
 
     @property
-    def illustrated(self) -> bool:
-        """Whether any sample has a picture; of a stream nobody knows, so it counts as one that has."""
-        return self._train is None or bool(self._lengths(self._train).is_multimodal.any())
+    def has_pictures(self) -> bool:
+        """Whether any training sample has a picture; of a stream nobody knows, so it counts as one that has."""
+        return self._train is None or self._train.has_pictures
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether any sample names a video; of a stream the first rows tell (`SampleStream.has_videos`)."""
+        tables = [table.has_videos for table in (self._train, self._held_out) if table is not None]
+        return any(tables) or (self._stream is not None and self._stream.has_videos)
 
     @property
     def pictures(self) -> list[str]:
@@ -97,20 +103,25 @@ class InstructData:
             logger.warning(overlap_warning(found, train_name(data.train), str(evaluation.file)))
 
     def training_data(
-        self, make: MakeDataset, *, collate: Callable[[list[Any]], Mapping[str, Any]], tokens_per_image: int
+        self,
+        make: MakeDataset,
+        *,
+        collate: Callable[[list[Any]], Mapping[str, Any]],
+        tokens_per_image: int,
+        tokens_per_video: int = 0,
     ) -> TrainingData:
         """What the Trainer takes.
 
         Args:
             make: samples of rows.
             collate: a batch of samples.
-            tokens_per_image: for the lengths that group samples.
+            tokens_per_image: with `tokens_per_video` for the lengths that group samples.
         """
         held_out = None if self._held_out is None else make(self._held_out.rows, self._held_out.stored)
         if self._train is None:
             return self._streamed(make, collate, held_out)
         data, train = self._config.data, self._train
-        lengths = self._lengths(train, tokens_per_image)
+        lengths = sampling_lengths(train.rows, tokens_per_image=tokens_per_image, tokens_per_video=tokens_per_video)
         grouped = data.group_by_modality_length or data.share_pictures
         sampler = build_sampler(lengths, self._arguments, share_pictures=data.share_pictures) if grouped else None
         return TrainingData(
@@ -144,7 +155,3 @@ class InstructData:
             source=train_name(data.train),
             longest_tokens=data.max_tokens,
         )
-
-    @staticmethod
-    def _lengths(train: SampleRows, tokens_per_image: int = 0) -> SamplingLengths:
-        return sampling_lengths(train.rows, tokens_per_image=tokens_per_image)

@@ -23,7 +23,7 @@ from dora_vl.evaluation.questions import read_questions
 from dora_vl.evaluation.run import evaluate_run
 from dora_vl.pipelines.instruct_data import InstructData
 from dora_vl.run.assembly import build_encoder, dora_config, load_backbone, pad_token_id, recipe_record
-from dora_vl.run.base_loading import make_base
+from dora_vl.run.base_loading import check_quantisation, make_base
 from dora_vl.run.picture_reading import PictureReader, picture_reader
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
@@ -55,6 +55,7 @@ class LlavaTask(Task):
 
         All data is read first, and the test's questions: what is wrong with them shows now, not after hours.
         """
+        check_quantisation(self.config.model)
         samples = self._samples(arguments)
         samples.describe()
         if self.config.evaluation.file is not None:

@@ -32,7 +32,7 @@ class TrainingData:
             (`BatchStatistics`).
         sampler: order of `train`, what its items are asked for by; None leaves it to the Trainer.
         stream: `sampler` where it is a stream that begins its next epoch by itself.
-        set_epoch: each is told the epoch before its first batch.
+        set_epoch: each gets the epoch before its first batch.
         samples: training samples in an epoch.
         read_in_a_pass: how many an epoch reads over all ranks; None: `samples`, and what accelerate repeats of them.
         source: the training file, for messages.

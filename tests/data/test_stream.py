@@ -259,3 +259,16 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, name: str) -> Non
     assert len(checksums) == 11
     assert {int(one) for batch in alone for one in batch} == checksums
     assert batches(1) == batches(3) == alone
+
+
+def test_videos_stream_where_a_first_row_has_one_and_are_named_elsewhere(tmp_path: Path) -> None:
+    with_video: dict[str, object] = {**question_rows(1, "v")[0], "video": {"path": "a.mp4", "start_seconds": 1.5}}
+    found = opened(source(lines(tmp_path / "first.jsonl", [with_video, *question_rows(3)])))
+    (row,) = [row for row in found.rows(0) if row.id == "v0"]
+    assert (row.problem, row.record()["video"]) == (
+        None,
+        [{"path": "a.mp4", "start_seconds": 1.5, "end_seconds": None}],
+    )
+    late = opened(source(lines(tmp_path / "late.jsonl", [*question_rows(64), with_video])))
+    problems = {row.id: row.problem for row in late.rows(0) if row.problem}
+    assert problems == {"v0": "it has a video, and none of a file's first 64 rows has; put one among them"}
