@@ -207,6 +207,7 @@ def test_a_file_of_mixed_formats_ends_the_run_with_the_first_row_of_each(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("name", "port"), [("messages", 29631), ("parquet", 29641)])
 def test_two_ranks_read_disjoint_samples_and_resume_exactly(tmp_path: Path, base: Path, name: str, port: int) -> None:
     made = items(20)
