@@ -25,7 +25,9 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     """
     try:
         with pq.ParquetFile(path) as file:
-            yield from _rows(file.iter_batches(batch_size=ROWS_AT_ONCE))
+            # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
+            for group in range(file.num_row_groups):
+                yield from _rows(file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group]))
     except READING_ERRORS as error:
         raise _unreadable(path, "Parquet", error) from None
 
