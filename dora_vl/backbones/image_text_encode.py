@@ -28,7 +28,9 @@ from dora_vl.backbones.video_inputs import (
     as_pictures,
     displaced_inputs,
     grey_video,
+    has_place_for_video,
     marked,
+    repeated,
     video_arguments,
 )
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample
@@ -105,7 +107,7 @@ class ImageTextEncoder:
         if processor.get("video_processor") is None:
             return f"{type(self.processor).__name__} has no video processor"
         token = processor.get("video_token")
-        if not isinstance(token, str) or not self._chat.takes_video(token):
+        if not isinstance(token, str) or not has_place_for_video(self._chat.render, token):
             return "the chat template has no place for a video"
         return None
 
@@ -116,6 +118,27 @@ class ImageTextEncoder:
             return False
         frames = self.dummy_video().inputs.get(ONE_LENGTH)
         return frames is not None and frames.dim() == 5
+
+    @functools.cached_property
+    def one_kind_in_a_batch(self) -> bool:
+        """Whether the model cannot tell pictures from videos of one batch: one token, and inputs of their own (GLM)."""
+        if self.why_no_videos:
+            return False
+        video = self.dummy_video()
+        own = frozenset(self.dummy().inputs).difference(ALIGNED)
+        picture_token = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        return own.isdisjoint(video.inputs) and bool((video.input_ids == picture_token).any())
+
+    @functools.cached_property
+    def _lengths_must_agree(self) -> bool:
+        """Whether the processor refuses a sample with videos of several lengths."""
+        videos = [grey_video(GREY, DUMMY_SIDE, frames) for frames in (2, 3)]
+        turns = marked([Turn("user", f"{VIDEO_PLACEHOLDER}\n" * len(videos) + ".")])
+        try:
+            self._process(self._render(turns, "dummy", generation_prompt=True), (), videos, "dummy")
+        except BadSample:
+            return True
+        return False
 
     def encode(
         self, conversation: Conversation, pictures: Sequence[Image.Image], videos: Sequence[Video] = ()
@@ -192,6 +215,9 @@ class ImageTextEncoder:
             except ValueError as error:
                 raise BadSample(sample, str(error)) from error
             videos = ()
+        longest = max((len(video.pictures) for video in videos), default=0)
+        if any(len(video.pictures) < longest for video in videos) and self._lengths_must_agree:
+            videos = [repeated(video, longest) for video in videos]
         chat = self._render(marked(turns) if videos else turns, sample, generation_prompt=generation_prompt)
         return chat, self._process(chat, pictures, videos, sample)
 

@@ -23,7 +23,6 @@ PROBE = (
     Turn("assistant", "It is a square."),
 )
 PICTURE_PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
-VIDEO_PROBE = (Turn("user", f"{VIDEO_MARK}\nWhich colour is it?"), Turn("assistant", "It is purple."))
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
 
 
@@ -92,13 +91,6 @@ class ProcessorChat:
         self._check_nothing_lost(turns, whole)
         spans = [self._answer_span(messages[:end], whole) for end in range(2, len(messages) + 1, 2)]
         return Chat(whole, tuple(spans))
-
-    def takes_video(self, token: str) -> bool:
-        """Whether the template writes `token` once where a video goes (`VIDEO_MARK`)."""
-        try:
-            return self.render(VIDEO_PROBE).text.count(token) == 1 and token not in self.render(PROBE[:2]).text
-        except (ValueError, TypeError, TemplateError):
-            return False
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         pieces = MEDIA.split(turn.text)

@@ -90,6 +90,12 @@ class DataConfig:
     """Batches hold samples of like length, and either all with pictures or all without."""
     share_pictures: bool = False
     """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
+    streaming: bool = False
+    """Reads training samples as they come, never a whole file first: for files larger than the disk's free space, and
+    hub sets too large to fetch. Needs group_by_modality_length: false, and training.max_steps where a file does not
+    say how many rows it has (all but Parquet and Arrow)."""
+    shuffle_buffer: int = 2048
+    """Streamed samples among which the next one is drawn; fewer where they hold more than 256 MiB; 1: as they come."""
     limit: int | None = None
     """Uses only the first so many training samples (of several files, of each)."""
     validation_limit: int | None = None
