@@ -132,6 +132,7 @@ def _example(question: Question) -> Example:
     return Example(
         id=question.id,
         images=question.images,
+        video=question.video,
         question=question.text,
         turns=question.turns,
         answers=(Answer(text=question.truth),),

@@ -24,7 +24,7 @@ class Question:
         turns: the prompt: everything up to and with the last question; earlier rounds keep their true answers.
         truth: the answer to the last question.
         kind: the record's `kind`, if it has one; scores are also given by kind.
-        video: shown before everything else as frames, each a picture; their placeholders are not in `turns`.
+        video: shown before everything else; no placeholder stands for it in `turns`.
     """
 
     id: str
@@ -49,8 +49,6 @@ def question_of(record: Mapping[str, object]) -> Question:
     example = read_row(record)
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
-    if example.video is not None:
-        raise BadSample(example.id, "it has a video, which this task cannot read yet; leave the sample out")
     conversation = as_conversation(example.id, example.images, turns_of(example))
     *prompt, answer = conversation.turns
     kind = record.get("kind")
@@ -60,6 +58,7 @@ def question_of(record: Mapping[str, object]) -> Question:
         turns=tuple(prompt),
         truth=answer.text,
         kind=None if kind is None else str(kind),
+        video=example.video,
     )
 
 

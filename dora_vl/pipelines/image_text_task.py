@@ -13,7 +13,6 @@ from transformers import TrainingArguments
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of
 from dora_vl.backbones.image_text import (
-    IMAGE_TEXT,
     ImageTextBackbone,
     language_targets,
     load_image_text,
@@ -31,12 +30,18 @@ from dora_vl.data.train_files import train_name
 from dora_vl.data.training_rows import SampleRows
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import UserError
-from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.open_asker import with_adapter
+from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
+from dora_vl.evaluation.run import check_test, pictures_of_test, run_test
+from dora_vl.pipelines.llava_task import LlavaTask, warn_of_overlap
 from dora_vl.run.adapting import core_config
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler, processor_encoder, read_samples, recipe_record
+from dora_vl.run.base_kinds import IMAGE_TEXT
 from dora_vl.run.base_loading import load_base
 from dora_vl.run.recipe import RunConfig
+from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.task_model import GenerationTask
@@ -80,7 +85,9 @@ class ImageTextTask(Task):
     def prepare(self, arguments: TrainingArguments) -> None:
         """Refuses what only LLaVA-1.5's path has, and a processor or chat template that cannot be trained on."""
         check_settings(self.config)
-        read_samples(self.config, seed=order_seed(arguments))
+        train, _ = read_samples(self.config, seed=order_seed(arguments))
+        if self.config.evaluation.file is not None:
+            warn_of_overlap(self.config, train, check_test(self.config.evaluation, pictures_of_test(self.config)))
         processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
 
     def load(self) -> Backbone[Any]:
@@ -140,8 +147,12 @@ class ImageTextTask(Task):
         return {**record, **own}
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
-        """Refused in `prepare`."""
-        raise UserError("evaluation.file is for a LLaVA-1.5 so far; ask the adapter with tasks/image_qa.py")
+        """Answers `evaluation.file` with the saved adapter on the base loaded again, as `LlavaTask.test`."""
+        config = self.config
+        check_test(config.evaluation, pictures_of_test(config))
+        encoder = processor_encoder(config.model, max_tokens=config.data.max_tokens)
+        backbone, _ = with_adapter(load_base(load_image_text, config.model), run_folder_of(config) / ADAPTER)
+        return run_test(Assistant(backbone, ImageTextPrompts(encoder)), config, numbers=numbers)
 
     def _adapted(self, backbone: ImageTextBackbone) -> DoRAConfig:
         adapter, model = self.config.adapter, backbone.model
@@ -177,7 +188,6 @@ def check_settings(config: RunConfig) -> None:
             config.model.template not in ("vicuna_v1", "tokenizer"),
             "prompts come from the processor's own chat template",
         ),
-        "evaluation.file": (config.evaluation.file is not None, "ask the adapter with tasks/image_qa.py instead"),
     }
     for setting, (asked, reason) in refused.items():
         if asked:

@@ -138,7 +138,7 @@ class EvaluationConfig:
     """The test after training."""
 
     file: str | None = None
-    """Questions with answers, in LLaVA's format; null: no test."""
+    """Questions with answers, in any format that training reads; null: no test."""
     image_folder: str | None = None
     """Root of their pictures; null: data.image_folder."""
     answer_after: str | None = None
@@ -149,6 +149,8 @@ class EvaluationConfig:
     """Longest answer."""
     limit: int | None = None
     """Asks only the first so many questions."""
+    frames: int = 4
+    """Frames of a question's video that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
