@@ -77,14 +77,6 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
             self.tower.eval()
         return self
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Recomputes the language model's layers in the backward pass, as transformers' Trainer asks for it."""
-        self.model.gradient_checkpointing_enable(**options)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keeps all activations again."""
-        self.model.gradient_checkpointing_disable()
-
     @property
     def tower(self) -> nn.Module:
         """The vision tower."""

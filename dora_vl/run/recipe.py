@@ -117,7 +117,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Learning rates by part; `training.learning_rate` is everybody else's."""
+    """Learning rates by part; `training.learning_rate` is the default."""
 
     projector_learning_rate: float | None = None
     """Peak learning rate of the projector; null: training.learning_rate."""
@@ -164,11 +164,11 @@ class ResumableRun:
     """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
     file, or zero0, zero2, zero3, zero3_offload, the shipped ones."""
     resume: str | None = None
-    """`last` goes on from the run folder's last complete checkpoint; or a checkpoint folder."""
+    """`last` resumes from the run folder's last complete checkpoint; or a checkpoint folder."""
     overwrite: bool = False
     """Removes what an earlier run left in training.output_dir; otherwise that is refused."""
     test_only: bool = False
-    """Trains nothing: tests the adapter in training.output_dir again, or goes on with a test that was stopped."""
+    """Trains nothing: tests the adapter in training.output_dir again, or resumes a test that was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
