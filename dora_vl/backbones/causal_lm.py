@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,6 +16,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from dora_vl.backbones.base import Features, labelled_positions, layout_attention, output_layer_sees
 from dora_vl.backbones.language_source import PlainLanguageModel, read_language_model
+from dora_vl.backbones.language_spec import LanguageSource as LanguageSource
 from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.new_tokens import new_tokens
 from dora_vl.backbones.written_base import written_base
@@ -34,18 +34,6 @@ PAPER_TARGETS = (
     f"{LAYERS}.mlp.down_proj",
 )
 """The five of the paper's commonsense runs (table 8), in the names of LLaMA 1, 2, 3 and everything built like it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageSource:
-    """A causal language model that is written once as a plain Hugging Face folder: a GGUF file, or another dtype."""
-
-    folder: str
-    """Folder or hub id of the model; with `gguf_file`, the folder that file lies in."""
-    gguf_file: str | None = None
-    """A GGUF file in `folder`; it is dequantised."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the written weights; None keeps the folder's own (float32 for GGUF)."""
 
 
 class CausalLMBackbone(Backbone[PreTrainedModel]):

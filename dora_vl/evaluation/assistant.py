@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import FunctionType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,20 +19,18 @@ from dora_vl.data.examples import Example
 from dora_vl.data.media import open_image
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.ask import Asking, ask
 from dora_vl.evaluation.asker import Asked, View, Write
-from dora_vl.evaluation.choose_letters import choose_letters
-from dora_vl.evaluation.evaluation_set import EvaluationSet
-from dora_vl.evaluation.predict import Decoding, predict
+from dora_vl.evaluation.predict import Decoding
 from dora_vl.evaluation.prompt_inputs import Prompts, model_inputs
-from dora_vl.evaluation.prompts import Prompt, about_video, turns_of
-from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.shown import MediaReader, Shown
+from dora_vl.evaluation.prompts import about_video, turns_of
+from dora_vl.evaluation.shown import Shown
 from dora_vl.vision.frame_sampling import Uniform
 
+if TYPE_CHECKING:
+    from dora_vl.evaluation.ask import Asking
+    from dora_vl.evaluation.evaluation_set import EvaluationSet
+
 NOT_YET_A_CHARACTER = "\ufffd"  # what decoding gives for the first bytes of a character whose last are still to come
-MIDDLE_FRAME = "middle_frame"
-"""In an example's `extra`: the picture that LLaVA-1.5 takes for its video."""
 
 
 class TextStreamer(BaseStreamer):
@@ -164,51 +160,9 @@ class Assistant:
 
     def ask(self, one: EvaluationSet, asking: Asking) -> Asked:
         """See `Asker.ask`: greedily and left-padded, or the likeliest letter of each question's choices."""
-        prompt = one.benchmark.prompt
-        examples = [with_middle_frame(example) for example in one.examples if example.id not in one.unreadable]
-        media = MediaReader(folder=asking.pictures, sampling=Uniform(asking.frames))
-        decoding = self.decoding(
-            batch_size=asking.batch_size, max_new_tokens=asking.max_new_tokens, workers=asking.workers
-        )
-        choices = {example.id: len(example.choices) for example in examples}
-        way = partial(choose_letters, choices=choices) if asking.by_likelihood else predict
-        try:
-            asked = ask(
-                [question(example, prompt) for example in examples],
-                lambda share, file: way(self, share, media=media, file=file, decoding=decoding),
-                folder=asking.folder,
-                settings={
-                    **asking.settings(one),
-                    "prompt": prompt.__name__ if isinstance(prompt, FunctionType) else repr(prompt),
-                    **({"frames": asking.frames} if any(example.video for example in examples) else {}),
-                    **({"answers": "likelihood"} if asking.by_likelihood else {}),
-                },
-            )
-        finally:
-            media.close()
-        return replace(asked, failed={**one.unreadable, **asked.failed})
+        from dora_vl.evaluation.ask_decoder import ask_decoder
 
-
-def with_middle_frame(example: Example) -> Example:
-    """The example with its video's middle frame as its picture, where the record names one, as SEED-Bench's do."""
-    frame = example.extra.get(MIDDLE_FRAME)
-    if example.video is None or not isinstance(frame, str):
-        return example
-    return replace(example, images=(frame,), video=None)
-
-
-def question(example: Example, prompt: Prompt) -> Question:
-    """An example as the model is asked it."""
-    truth = example.answers[0].text if example.answers else ""
-    kind = example.extra.get("kind")
-    return Question(
-        id=example.id,
-        images=example.images,
-        turns=turns_of(example, prompt),
-        truth=truth,
-        kind=None if kind is None else str(kind),
-        video=example.video,
-    )
+        return ask_decoder(self, one, asking)
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -12,6 +12,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, read_json
@@ -32,6 +34,8 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     VLBART: ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings"),
 }
 """What `recipe.json` must say so that a model of each kind can be asked."""
+ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
+"""Types that transformers also calls causal language models, where their decoder is asked for alone."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -123,9 +127,10 @@ def kind_of_base(place: str, revision: str | None = None) -> str:
         return model_type
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type not in NOT_TRAINED:
         return IMAGE_TEXT
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in (*NOT_TRAINED, *ENCODERS):
         return CAUSAL_LM
-    reason = NOT_TRAINED.get(model_type, "transformers knows it as no image-text-to-text and no causal language model")
+    reasons = {**dict.fromkeys(ENCODERS, "it has an encoder, which reads a text as a whole"), **NOT_TRAINED}
+    reason = reasons.get(model_type, "transformers knows it as no image-text-to-text and no causal language model")
     raise UserError(
         f"{place} is a {model_type!r}, which cannot be asked here: {reason}; take a model that answers chats, such as "
         "qwen2_5_vl, smolvlm, internvl, gemma3, llava or llama"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dora_vl.backbones.compose import ComposeSpec
+from dora_vl.backbones.compose_spec import ComposeSpec
 from dora_vl.backbones.template_table import TemplateName
 from dora_vl.core.config import Init, Method
 from dora_vl.data.train_files import TrainFile, train_name

@@ -167,7 +167,7 @@ def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path,
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of all questions that are put to a model."""
-    from dora_vl.evaluation import assistant as asking
+    from dora_vl.evaluation import ask_decoder as asking
 
     ids: list[str] = []
     predict = asking.predict
