@@ -65,7 +65,7 @@ class Asking:
     Attributes:
         folder: receives `predictions.jsonl`.
         pictures: root of the examples' pictures and videos.
-        sha256: what tells the model's answers from others', by what was hashed (`asker.Opened`).
+        sha256: what tells the model's answers from others', by what was hashed (`model_source.hashes`).
         batch_size: questions at once.
         max_new_tokens: longest answer.
         workers: processes that read pictures ahead.

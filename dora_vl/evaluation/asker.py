@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -98,12 +98,10 @@ class Opened:
     Attributes:
         adapted: what is asked.
         base: the model without the adapter.
-        sha256: what tells the answers from others': of `base` and, with one, `adapter`.
     """
 
     adapted: Asker
     base: Asker | None = None
-    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

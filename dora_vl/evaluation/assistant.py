@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -59,34 +59,17 @@ class TextStreamer(BaseStreamer):
             self._written = text
 
 
-@runtime_checkable
-class Decoder(Protocol):
-    """A backbone, as far as asking needs it; the inputs beside ids and mask have its processor's names."""
-
-    @property
-    def config(self) -> Any:
-        """The model's config."""
-        ...
-
-    def generate(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"],
-        *,
-        max_new_tokens: int = 16,
-        streamer: BaseStreamer | None = None,
-        **inputs: Any,
-    ) -> Int[Tensor, "batch new"]:
-        """New token ids of left-padded prompts, greedy; a row that ended earlier is filled up."""
-        ...
-
-
 @dataclass(frozen=True)
 class Assistant:
-    """A backbone with what turns words and pictures into its inputs; an `asker.Asker`."""
+    """A backbone with what turns words and pictures into its inputs; an `asker.Asker`.
+
+    Attributes:
+        backbone: a `LlavaBackbone`, `ImageTextBackbone` or `CausalLMBackbone`: a module whose `generate` gives the new
+            ids of left-padded prompts and whose forward gives `Features`, both from the inputs that `prompts` makes.
+        prompts: of the backbone's kind.
+    """
 
     backbone: Any
-    """A `Decoder` and a module, whose forward gives `Features`."""
     prompts: Prompts
 
     # -- one question ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, read
 from dora_vl.adapters.provenance import content_hash, local_folder
 from dora_vl.adapters.settings import check_peft_fields
 from dora_vl.backbones.families import NOT_TRAINED, model_type_of
+from dora_vl.backbones.template_table import TEMPLATES
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.predictions_file import file_sha256
@@ -36,6 +37,8 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
 """What `recipe.json` must say so that a model of each kind can be asked."""
 ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
 """Types that transformers also calls causal language models, where their decoder is asked for alone."""
+OWN_TEMPLATE = "tokenizer"
+"""The name of a language model's own chat template."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -68,9 +71,26 @@ def find_source(wanted: Wanted) -> ModelSource:
     if (wanted.adapter is None) == (wanted.model is None):
         raise UserError("give --adapter DIR, or --model FOLDER for a model without an adapter, one of the two")
     if wanted.adapter is None:
-        return _model(wanted, str(wanted.model))
-    recipe = read_recipe(wanted.adapter)
-    return _of_run(wanted, wanted.adapter, recipe) if "base" in recipe else _of_peft(wanted, wanted.adapter)
+        source = _model(wanted, str(wanted.model))
+    elif "base" in (recipe := read_recipe(wanted.adapter)):
+        source = _of_run(wanted, wanted.adapter, recipe)
+    else:
+        source = _of_peft(wanted, wanted.adapter)
+    if wanted.template is not None:
+        _check_template(wanted.template, source)
+    return source
+
+
+def _check_template(template: str, source: ModelSource) -> None:
+    """Refuses a prompt format where the model has its own, or of a name that there is not."""
+    if source.recipe:
+        raise UserError(
+            f"--template {shown(template)}: {source.wanted.adapter} says how its model is asked; leave it out"
+        )
+    if source.kind == IMAGE_TEXT:
+        raise UserError(f"--template {shown(template)}: {source.place} is asked by its own chat template; leave it out")
+    if template not in TEMPLATES and template != OWN_TEMPLATE:
+        raise UserError(f"--template {shown(template)}: there are {', '.join(TEMPLATES)} and {OWN_TEMPLATE}")
 
 
 def _model(wanted: Wanted, model: str) -> ModelSource:

@@ -42,11 +42,14 @@ def open_source(source: ModelSource) -> Opened:
 
 
 def _open_llava(source: ModelSource) -> Opened:
+    from dora_vl.backbones.language_source import load_tokenizer
+    from dora_vl.backbones.templates import get_template
     from dora_vl.evaluation.prompt_inputs import LlavaPrompts
     from dora_vl.run.assembly import build_encoder, load_backbone
     from dora_vl.vision.images import ImagePreparation
 
     model = _model_config(source)
+    get_template(model.template, load_tokenizer(source.place, revision=source.revision))  # refused before the weights
     preparation = ImagePreparation.from_folder(source.place, aspect=model.image_aspect, revision=model.revision)
 
     def prompts(backbone: Any) -> Prompts:
@@ -103,12 +106,12 @@ OPENERS: Mapping[str, Callable[[ModelSource], Opened]] = {
 
 
 def _model_config(source: ModelSource) -> ModelConfig:
-    template: Any = source.recipe.get("template") or source.wanted.template
+    template: Any = source.recipe.get("template") or source.wanted.template or ModelConfig.template
     dtype: Any = source.dtype
     return ModelConfig(
         base=source.place,
         revision=source.revision,
-        template=template or ModelConfig.template,
+        template=template,
         image_aspect=source.recipe.get("image_aspect") or "pad",
         dtype=dtype,
     )

@@ -19,9 +19,13 @@ from dora_vl.data.turns import Turn
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.evaluation.predictions_file import read_predictions
+from dora_vl.evaluation.predictions_file import Prediction, read_predictions
 from dora_vl.evaluation.prompt_inputs import model_inputs
-from dora_vl.evaluation.shown import Shown
+from dora_vl.evaluation.run import evaluate_run
+from dora_vl.evaluation.shown import MediaReader, Shown
+from dora_vl.run.recipe import EvaluationConfig
+from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.vision.video import VideoReader
 from dora_vl.vision.video_decoding import Frames
 from tasks import image_qa
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
@@ -57,9 +61,14 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def opened(folder: Path) -> Assistant:
-    assistant = open_asker(Wanted(model=str(folder), template="vicuna_v1")).adapted
+    template = "vicuna_v1" if is_language(folder) else None
+    assistant = open_asker(Wanted(model=str(folder), template=template)).adapted
     assert isinstance(assistant, Assistant)
     return assistant
+
+
+def is_language(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text())["model_type"] == "llama"
 
 
 def conversations(name: str) -> Iterator[tuple[list[Turn], Shown]]:
@@ -200,8 +209,7 @@ def peft_adapter(base: Path, folder: Path, *, use_dora: bool, targets: Sequence[
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    is_language = json.loads((base / "config.json").read_text())["model_type"] == "llama"
-    loader = AutoModelForCausalLM if is_language else AutoModelForImageTextToText
+    loader = AutoModelForCausalLM if is_language(base) else AutoModelForImageTextToText
     config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=list(targets), use_dora=use_dora)
     wrapped = peft.get_peft_model(loader.from_pretrained(base), config)
     random = torch.Generator().manual_seed(2)
@@ -220,7 +228,8 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path, capsy
     base = write_model(name, tmp_path / "base")
     adapter = peft_adapter(base, tmp_path / "adapter", use_dora=use_dora)
     assert not (adapter / "recipe.json").exists()
-    ours = open_asker(Wanted(adapter=adapter, with_base=True, template="vicuna_v1"))
+    template = "vicuna_v1" if name == "language" else None
+    ours = open_asker(Wanted(adapter=adapter, with_base=True, template=template))
     assert isinstance(ours.adapted, Assistant)
     assert isinstance(ours.base, Assistant)
     turns, seen = list(conversations(name))[-1]
@@ -236,7 +245,7 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path, capsy
         return
     Image.new("RGB", (21, 15), "red").save(tmp_path / "red.png")
     asked = ["--adapter", str(adapter), "--image", str(tmp_path / "red.png"), "--question", "What colour is it?"]
-    image_qa.main([*asked, "--template", "vicuna_v1", "--max-new-tokens", "3", "--compare-base"])
+    image_qa.main([*asked, "--max-new-tokens", "3", "--compare-base"])
     with_adapter, without = capsys.readouterr().out.splitlines()[-2:]
     assert with_adapter.split(":")[1] != without.split(":")[1]
 
@@ -245,8 +254,7 @@ def peft_logits(base: Path, adapter: Path, batch: dict[str, Any]) -> torch.Tenso
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    is_language = json.loads((base / "config.json").read_text())["model_type"] == "llama"
-    loader = AutoModelForCausalLM if is_language else AutoModelForImageTextToText
+    loader = AutoModelForCausalLM if is_language(base) else AutoModelForImageTextToText
     return PeftModel.from_pretrained(loader.from_pretrained(base), str(adapter)).eval()(**batch).logits
 
 
@@ -309,6 +317,12 @@ def test_what_is_missing_is_named_before_weights_are_read(data: Path, tmp_path: 
     assert not (tmp_path / "to" / "metrics.json").exists()
     language = without_weights(write_tiny_language(tmp_path / "language"))
     assert "chat template" in refused(capsys, image_qa.main, ["--model", language, "--question", "q"])
+    llava = without_weights(write_tiny_llava(tmp_path / "llava"))
+    own = ["--model", llava, "--template", "tokenizer", "--question", "q"]
+    assert "has no chat template" in refused(capsys, image_qa.main, own)
+    assert "there are vicuna_v1" in refused(capsys, image_qa.main, [*own[:3], "odd", *own[4:]])
+    other = ["--model", bare, "--template", "vicuna_v1", "--question", "q"]
+    assert "its own chat template; leave it out" in refused(capsys, image_qa.main, other)
 
 
 def test_options_that_do_not_fit_are_named(data: Path, tmp_path: Path, capsys: Any) -> None:
@@ -357,4 +371,23 @@ def test_a_benchmark_about_videos_shows_frames(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "to" / "metrics.json").read_text())
     assert list(metrics["benchmarks"]["clips"]["failed"]) == ["gone"]
     assert metrics["asked_with"]["clips"]["frames"] == 3
-    assert list(read_predictions(tmp_path / "to" / "clips" / "predictions.jsonl")) == ["there"]
+    (answered,) = read_predictions(tmp_path / "to" / "clips" / "predictions.jsonl").values()
+    assert answered.id == "there"
+    tested_after_training(opened(folder), tmp_path, answered)
+
+
+def tested_after_training(assistant: Assistant, folder: Path, answered: Prediction) -> None:
+    """The same question in a run's own test file gives the same answer."""
+    (folder / "run" / "adapter").mkdir(parents=True)
+    (folder / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"any")
+    (folder / "run" / "log.jsonl").write_text("")
+    said = [{"from": "human", "value": answered.question}, {"from": "gpt", "value": "red"}]
+    rows = [{"id": "a", "video": "clips/test-00000.mp4", "conversations": said}]
+    (folder / "test.json").write_text(json.dumps(rows))
+    evaluation = EvaluationConfig(file=str(folder / "test.json"), max_new_tokens=3, frames=3)
+    with VideoReader() as videos:
+        media = MediaReader(folder=folder / "data", sampling=Uniform(3), videos=videos)
+        metrics = evaluate_run(assistant, evaluation, run_folder=folder / "run", media=media)
+    assert (metrics["n"], metrics["failed_questions"]) == (1, {})
+    assert read_predictions(folder / "run" / "predictions.jsonl")["a"].prediction == answered.prediction
+    assert json.loads((folder / "run" / "predictions.settings.json").read_text())["frames"] == 3
