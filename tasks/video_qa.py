@@ -89,7 +89,7 @@ def ask(opened: Opened, clips: ClipReader, path: Path, question: str, options: a
     print(f"{path} ({times}, {frames.backend})  {question}")
 
     def answer(_: str, asker: Asker) -> str:
-        seen = Shown(video=frames)
+        seen = Shown(videos=(frames,))
         return asker.answer_example(view.example, seen, max_new_tokens=options.max_new_tokens, write=write_piece)
 
     print_answers(opened, answer)

@@ -10,6 +10,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from dora_vl.adapters.agreement import layers_beyond_peft
 from dora_vl.adapters.names import LEAVES
-from dora_vl.core.config import DoRAConfig
+from dora_vl.core.config import AdapterSettings, DoRAConfig
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.trainable import adapted_layers, kept_tensors, trained_parts
@@ -29,10 +30,12 @@ OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
 OWN_TYPE = "DORA_VL"
 READ_TYPES = frozenset({"LORA", OWN_TYPE, *OWN_TYPES.values()})
 """Every `peft_type` that is read."""
-OWN_FIELDS = (
-    "method", "rank", "alpha", "dropout", "dropout_mode", "detach_norm", "rank_scaling", "init", "random_seed",
-    "kinds", "opaque_layers",
-)  # fmt: skip
+BY_NAME = frozenset(("magnitude_targets", "rank_pattern", "alpha_pattern", "also_train", "also_keep"))
+"""Settings that name layers or tensors, which a folder holds resolved."""
+OWN_FIELDS = tuple(one.name for one in fields(AdapterSettings) if one.name not in BY_NAME)
+"""Settings that `recipe.json` holds as they are."""
+WITHOUT_RECIPE: Mapping[str, Any] = {"dropout_mode": "whole_change", "kinds": ("linear", "embedding", "conv")}
+"""What a folder without a `recipe.json`, PEFT's, means where its own default is another than ours."""
 REFUSED_FIELDS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
@@ -200,25 +203,29 @@ def read_config(
     if not targets:
         raise UserError(f"{source} holds no adapter tensor (lora_A, lora_B, lora_magnitude_vector)")
     ranks, alphas = _patterns(source, peft, own, {n: t for n, t in named.items() if n.endswith(".lora_A")})
+    stated = {
+        "method": method,
+        "rank": int(peft.get("r", 1)),
+        "alpha": float(peft.get("lora_alpha", 1.0)),
+        **WITHOUT_RECIPE,
+        **{name: _from_json(own[name]) for name in OWN_FIELDS if name in own},
+        "dropout": float(peft.get("lora_dropout", 0.0)),
+        "rank_scaling": "sqrt" if peft.get("use_rslora") else "linear",
+    }
     return DoRAConfig(
         targets=tuple(sorted(targets)),
-        method=method,
-        rank=int(own.get("rank", peft.get("r", 1))),
-        alpha=float(own.get("alpha", peft.get("lora_alpha", 1.0))),
-        dropout=float(peft.get("lora_dropout", 0.0)),
-        dropout_mode=own.get("dropout_mode", "whole_change"),
-        detach_norm=own.get("detach_norm", True),
-        rank_scaling="sqrt" if peft.get("use_rslora") else "linear",
-        kinds=tuple(own.get("kinds", ("linear", "embedding", "conv"))),
         magnitude_targets=alone,
         rank_pattern=ranks,
         alpha_pattern=alphas,
-        init=own.get("init", "kaiming"),
-        random_seed=own.get("random_seed", 0),
-        opaque_layers=tuple(own.get("opaque_layers", ())),
         also_train=parts,
         also_keep=tuple(name for name in kept if not name.startswith(f"{SHARED_NAME}.")),
+        **stated,
     )
+
+
+def _from_json(value: Any) -> Any:
+    """A setting as JSON holds it, lists as the tuples that they were."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What an adapter is: one frozen dataclass, shared by every backbone."""
+"""What an adapter is: one frozen dataclass, shared by every backbone and by the `adapter:` section of a run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Value = TypeVar("Value", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoRAConfig:
-    """How a model is adapted; comparisons between methods differ in `method` alone."""
+class AdapterSettings:
+    """How a model is adapted; where is what `DoRAConfig` and a run's `adapter:` section add.
 
-    targets: tuple[str, ...]
-    """Full-name globs of the modules to adapt, e.g. `*language_model*.q_proj`; each must hit at least one."""
+    A field that is added here is in both, in `--help` and in the adapter folder.
+    """
+
     method: Method = "dora"
     """`dora`: A, B and magnitude; `lora`: A and B; `magnitude`: magnitude alone; `full`: the targets' own weights;
     `dvora`: frozen random A and B shared by all layers, with trained vectors (VeRA) and magnitudes."""
@@ -56,7 +57,7 @@ class DoRAConfig:
     opaque_layers: tuple[str, ...] = ()
     """Class paths of further linear layers to adapt through their own forward pass, e.g. `package.module.Class`."""
     also_train: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Further trained parts: name -> full-name globs of parameters, each hitting at least one."""
+    """Further parts whose whole weights train: name -> full-name globs of parameters, each hitting at least one."""
     also_keep: tuple[str, ...] = ()
     """Full-name globs of frozen tensors that the result depends on, carried by the adapter folder as well; with rows
     at the end (`*.shared.weight[-200:]`) no others of the tensor are."""
@@ -65,7 +66,6 @@ class DoRAConfig:
         problems = [
             message
             for wrong, message in (
-                (not self.targets, "targets is empty; name at least one module, e.g. '*.q_proj'"),
                 (self.rank < 1, f"rank is {self.rank}; it must be 1 or more"),
                 (not math.isfinite(self.alpha) or self.alpha <= 0, f"alpha is {self.alpha}; it must be above 0"),
                 (not 0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1"),
@@ -79,11 +79,27 @@ class DoRAConfig:
             )
             if wrong
         ]
+        problems += self._where_problems()
         if problems:
             raise UserError("adapter: " + "; ".join(problems))
 
+    def _where_problems(self) -> list[str]:
+        """What is wrong with where the adapter goes."""
+        return []
+
     def _some_rank_is_odd(self) -> bool:
         return any(rank % 2 for rank in (self.rank, *self.rank_pattern.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRAConfig(AdapterSettings):
+    """How and where a model is adapted; comparisons between methods differ in `method` alone."""
+
+    targets: tuple[str, ...]
+    """Full-name globs of the modules to adapt, e.g. `*language_model*.q_proj`; each must hit at least one."""
+
+    def _where_problems(self) -> list[str]:
+        return [] if self.targets else ["targets is empty; name at least one module, e.g. '*.q_proj'"]
 
     def for_layer(self, name: str, *, magnitude_alone: bool = False) -> DoRAConfig:
         """The settings of one layer, its patterns resolved."""

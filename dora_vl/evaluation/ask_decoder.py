@@ -15,7 +15,8 @@ from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.predict import predict
 from dora_vl.evaluation.prompts import Prompt, turns_of
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.shown import MediaReader
+from dora_vl.evaluation.shown import MediaReader, videos_placed
+from dora_vl.run.video_reading import VideoReading
 from dora_vl.vision.frame_sampling import Uniform
 
 MIDDLE_FRAME = "middle_frame"
@@ -26,7 +27,9 @@ def ask_decoder(assistant: Assistant, one: EvaluationSet, asking: Asking) -> Ask
     """Puts a benchmark's questions to the model; see `Asker.ask`."""
     prompt = one.benchmark.prompt
     examples = [with_middle_frame(example) for example in one.examples if example.id not in one.unreadable]
-    media = MediaReader(folder=asking.pictures, sampling=Uniform(asking.frames))
+    same = asking.frames if assistant.prompts.videos_of_one_length else None
+    videos = VideoReading(folder=asking.pictures, sampling=Uniform(asking.frames), frames=same)
+    media = MediaReader(folder=asking.pictures, videos=videos)
     decoding = assistant.decoding(
         batch_size=asking.batch_size, max_new_tokens=asking.max_new_tokens, workers=asking.workers
     )
@@ -40,7 +43,7 @@ def ask_decoder(assistant: Assistant, one: EvaluationSet, asking: Asking) -> Ask
             settings={
                 **asking.settings(one),
                 "prompt": prompt.__name__ if isinstance(prompt, FunctionType) else repr(prompt),
-                **({"frames": asking.frames} if any(example.video for example in examples) else {}),
+                **({"frames": asking.frames} if any(example.clips for example in examples) else {}),
                 **({"answers": "likelihood"} if asking.by_likelihood else {}),
             },
         )
@@ -64,8 +67,8 @@ def question(example: Example, prompt: Prompt) -> Question:
     return Question(
         id=example.id,
         images=example.images,
-        turns=turns_of(example, prompt),
+        turns=tuple(videos_placed(turns_of(example, prompt), len(example.clips))),
         truth=truth,
         kind=None if kind is None else str(kind),
-        video=example.video,
+        videos=example.clips,
     )

@@ -52,7 +52,7 @@ def _question(example: Example) -> Question:
         turns=(Turn("user", example.question),),
         truth=example.answers[0].text if example.answers else "",
         kind=None if "kind" not in example.extra else str(example.extra["kind"]),
-        video=example.video,
+        videos=example.clips,
     )
 
 

@@ -23,7 +23,7 @@ from dora_vl.evaluation.asker import Asked, View, Write
 from dora_vl.evaluation.predict import Decoding
 from dora_vl.evaluation.prompt_inputs import Prompts, model_inputs
 from dora_vl.evaluation.prompts import about_video, turns_of
-from dora_vl.evaluation.shown import Shown
+from dora_vl.evaluation.shown import Shown, videos_placed
 from dora_vl.vision.frame_sampling import Uniform
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ class Assistant:
         self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None
     ) -> str:
         """See `Asker.answer_example`."""
-        turns = turns_of(replace(example, images=("",) * len(seen.pictures)), about_video)
+        asked = turns_of(replace(example, images=("",) * len(seen.pictures)), about_video)
+        turns = videos_placed(asked, len(seen.videos))
         return self._answer(turns, seen, max_new_tokens=max_new_tokens, write=write)
 
     def _answer(self, turns: Sequence[Turn], seen: Shown, *, max_new_tokens: int, write: Write | None) -> str:

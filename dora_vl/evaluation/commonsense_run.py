@@ -28,6 +28,7 @@ from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.shown import MediaReader
 from dora_vl.run.commonsense_recipe import CommonsenseEvaluationConfig
 from dora_vl.run.run_folder import ADAPTER, METRICS, write_json
+from dora_vl.run.video_reading import VideoReading
 from dora_vl.scores.bootstrap import intervals
 from dora_vl.scores.commonsense import PATTERNS, extracted, score
 from dora_vl.scores.scored import Scored
@@ -127,7 +128,7 @@ def _generate(
     return predict(
         assistant,
         [one.question for one in asked],
-        media=MediaReader(folder=Path(), sampling=Uniform(1)),  # they show nothing
+        media=MediaReader(folder=Path(), videos=VideoReading(folder=Path(), sampling=Uniform(1))),  # they show nothing
         file=file,
         decoding=assistant.decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
     )

@@ -114,6 +114,7 @@ def _model_config(source: ModelSource) -> ModelConfig:
         template=template,
         image_aspect=source.recipe.get("image_aspect") or "pad",
         dtype=dtype,
+        quantisation=source.recipe.get("quantisation"),
     )
 
 

@@ -163,8 +163,8 @@ def unanswered(questions: Sequence[Question], file: PredictionsFile) -> list[Que
     return todo
 
 
-def _length(question: Question) -> tuple[bool, int, int]:
-    return question.video is not None, len(question.images), sum(len(turn.text) for turn in question.turns)
+def _length(question: Question) -> tuple[int, int, int]:
+    return len(question.videos), len(question.images), sum(len(turn.text) for turn in question.turns)
 
 
 def note_failures(skipped: Sequence[Skipped], failed: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.shown import Shown, frames_first, refuse_media
+from dora_vl.evaluation.shown import Shown, frames_as_pictures, refuse_media
 
 if TYPE_CHECKING:
     from dora_vl.backbones.encode import LlavaEncoder
@@ -35,6 +35,11 @@ _NO_PICTURES = "this is a language model, which sees no pictures and videos"
 @runtime_checkable
 class Prompts(Protocol):
     """A kind of model's encoder as asking needs it; holds no model, and may be sent to data workers."""
+
+    @property
+    def videos_of_one_length(self) -> bool:
+        """Whether the videos of a batch must have equally many frames."""
+        ...
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         """Turns that end with a question, up to where the answer begins, without labels; never cut.
@@ -74,6 +79,11 @@ class _TokenPrompts:
 
     encoder: Any
 
+    @property
+    def videos_of_one_length(self) -> bool:
+        """See `Prompts`: frames are pictures."""
+        return False
+
     def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
         """See `Prompts.collate`."""
         return {**Collator(PADDING_ID, pad_side=side)(samples)}
@@ -92,12 +102,12 @@ class LlavaPrompts(_TokenPrompts):
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         """See `Prompts.sample`."""
-        turns, pictures = frames_first(turns, seen)
+        turns, pictures = frames_as_pictures(turns, seen)
         return _unlabelled(self.encoder.encode_prompt(turns), **self._seen(pictures, seen))
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """See `Prompts.with_answer`."""
-        turns, pictures = frames_first(turns, seen)
+        turns, pictures = frames_as_pictures(turns, seen)
         return _labelled(self.encoder.encode(_answered(turns, answer)), **self._seen(pictures, seen))
 
     def _seen(self, pictures: Sequence[Any], seen: Shown) -> dict[str, Any]:
@@ -108,21 +118,24 @@ class LlavaPrompts(_TokenPrompts):
 
 @dataclass(frozen=True)
 class ImageTextPrompts:
-    """Whatever a model's own processor makes of text and pictures."""
+    """Whatever a model's own processor makes of text, pictures and videos; to one without videos, of their frames."""
 
     encoder: ImageTextEncoder
 
+    @property
+    def videos_of_one_length(self) -> bool:
+        """See `Prompts`."""
+        return self.encoder.videos_of_one_length
+
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         """See `Prompts.sample`."""
-        turns, pictures = frames_first(turns, seen)
-        inputs = self.encoder.encode_prompt(turns, pictures)
+        inputs = self.encoder.encode_prompt(turns, seen.pictures, seen.videos)
         ids = inputs.pop("input_ids")[0]
         return _unlabelled(ids, inputs=inputs)
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """See `Prompts.with_answer`."""
-        turns, pictures = frames_first(turns, seen)
-        return _labelled(self.encoder.encode(_answered(turns, answer), pictures))
+        return _labelled(self.encoder.encode(_answered(turns, answer), seen.pictures, seen.videos))
 
     def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
         """See `Prompts.collate`."""

@@ -24,8 +24,8 @@ from dora_vl.evaluation.questions import Question, read_questions
 from dora_vl.evaluation.shown import MediaReader, check_pictures
 from dora_vl.run.recipe import EvaluationConfig, RunConfig
 from dora_vl.run.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
+from dora_vl.run.video_reading import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.scores.exact_match import Answered, ExactMatch, exact_match, final_answer
-from dora_vl.vision.frame_sampling import Uniform
 from dora_vl.vision.video import VideoReader
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ def evaluate_run(
     """
     questions, failed = read_test(evaluation)
     settings = _settings(evaluation, run_folder)
-    if any(question.video for question in questions):
-        settings["frames"] = evaluation.frames
+    if any(question.videos for question in questions):
+        settings["frames"] = repr(media.videos.sampling)
     with PredictionsFile(run_folder / PREDICTIONS, settings) as file:
         asked = _ask(assistant, questions, evaluation, media=media, file=file)
         done = [file.done[name] for name in asked.answers]
@@ -93,16 +93,19 @@ def run_test(
     Args:
         features: a picture's stored features by its path, where the run keeps some.
     """
-    sampling = Uniform(config.evaluation.frames)
-    with VideoReader() as videos:
-        media = MediaReader(folder=pictures_of_test(config), sampling=sampling, videos=videos, features=features)
+    data, folder = config.data, pictures_of_test(config)
+    same = data.video_frames if assistant.prompts.videos_of_one_length else None
+    root = folder if config.evaluation.image_folder else video_folder(data)
+    with VideoReader() as reader:
+        videos = VideoReading(folder=root, sampling=video_sampling(data), frames=same, reader=reader)
+        media = MediaReader(folder=folder, videos=videos, features=features)
         return evaluate_run(
             assistant, config.evaluation, run_folder=run_folder_of(config), media=media, numbers=numbers
         )
 
 
 def pictures_of_test(config: RunConfig) -> Path:
-    """Root of the test's pictures and videos."""
+    """Root of the test's pictures."""
     return Path(config.evaluation.image_folder or config.data.image_folder)
 
 
@@ -117,14 +120,17 @@ def read_test(evaluation: EvaluationConfig) -> tuple[list[Question], dict[str, s
     return read_questions(Path(evaluation.file), evaluation.limit)
 
 
-def check_test(evaluation: EvaluationConfig, image_folder: Path) -> list[Question]:
+def check_test(config: RunConfig) -> list[Question]:
     """The questions of a run's test, before it trains: what is wrong with them shows now, not after hours.
 
     Raises:
-        UserError: as `read_test`; or the picture folder is none, or holds none of their pictures.
+        UserError: as `read_test`; the picture folder is none, or holds none of their pictures; or nothing decodes their
+            videos.
     """
-    questions, _ = read_test(evaluation)
-    check_pictures(questions, image_folder, setting="evaluation.image_folder (or data.image_folder)")
+    questions, _ = read_test(config.evaluation)
+    check_pictures(questions, pictures_of_test(config), setting="evaluation.image_folder (or data.image_folder)")
+    if any(question.videos for question in questions):
+        check_videos(config.data)
     return questions
 
 

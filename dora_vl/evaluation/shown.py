@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from dora_vl.data.examples import Clip
+from dora_vl.backbones.video_inputs import Video, as_pictures
 from dora_vl.data.media import any_is_there
 from dora_vl.data.stored_pictures import open_picture
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+from dora_vl.data.turns import VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.questions import Question
-from dora_vl.vision.frame_sampling import Sampling
-from dora_vl.vision.video import VideoReader
-from dora_vl.vision.video_decoding import Frames
+from dora_vl.run.video_reading import VideoReading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,22 +23,19 @@ class Shown:
     """What one prompt shows.
 
     Attributes:
-        pictures: RGB, in the order of the prompt's placeholders.
+        pictures: RGB, in the order of the prompt's `<image>`.
         features: `[tokens, width]` of each picture instead, as a frozen vision tower's output was stored.
-        video: frames with their times; they come before everything else, and no placeholder stands for them.
+        videos: frames with their times, in the order of the prompt's `<video>`.
     """
 
     pictures: tuple[Image.Image, ...] = ()
     features: tuple[Tensor, ...] = ()
-    video: Frames[Image.Image] | None = None
+    videos: tuple[Video, ...] = ()
 
     @property
     def frames(self) -> tuple[Image.Image, ...]:
-        """The video's frames; none without one."""
-        return () if self.video is None else self.video.pictures
-
-
-NOTHING = Shown()
+        """Every video's frames."""
+        return tuple(frame for video in self.videos for frame in video.pictures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,47 +43,52 @@ class MediaReader:
     """Reads what questions show; it may be sent to data workers.
 
     Attributes:
-        folder: root of pictures and videos.
-        sampling: which frames of a video.
+        folder: root of the pictures.
+        videos: which frames of a video, and from which root.
         features: a picture's stored features by its path; None opens the picture.
     """
 
     folder: Path
-    sampling: Sampling
-    videos: VideoReader = field(default_factory=VideoReader)
+    videos: VideoReading
     features: Callable[[str], Tensor] | None = None
 
     def read(self, question: Question) -> Shown:
         """Everything that a question shows.
 
         Raises:
-            BadSample: a picture or the video is missing or broken.
+            BadSample: a picture or a video is missing or broken.
         """
-        video = None if question.video is None else self.video(question.video)
+        videos = tuple(self.videos.read(question.videos))
         if self.features is not None:
-            return Shown(features=tuple(self.features(path) for path in question.images), video=video)
-        return Shown(pictures=tuple(open_picture(self.folder, path) for path in question.images), video=video)
-
-    def video(self, clip: Clip) -> Frames[Image.Image]:
-        """The frames of a clip.
-
-        Raises:
-            BadSample: it cannot be read.
-        """
-        return self.videos.read(self.folder, clip, self.sampling)
+            return Shown(features=tuple(self.features(path) for path in question.images), videos=videos)
+        return Shown(pictures=tuple(open_picture(self.folder, path) for path in question.images), videos=videos)
 
     def close(self) -> None:
         """Ends the decoder's process."""
-        self.videos.close()
+        self.videos.reader.close()
 
 
-def frames_first(turns: Sequence[Turn], seen: Shown) -> tuple[Sequence[Turn], tuple[Image.Image, ...]]:
-    """The turns and pictures of a prompt in which a video's frames are so many pictures before everything else."""
+def videos_placed(turns: Sequence[Turn], videos: int) -> Sequence[Turn]:
+    """The turns with `<video>` for so many videos, which come before everything else where no turn has a place."""
     asked = next((place for place, turn in enumerate(turns) if turn.role == "user"), None)
-    if not seen.frames or asked is None:
+    if not videos or asked is None or any(VIDEO_PLACEHOLDER in turn.text for turn in turns):
+        return turns
+    first = Turn("user", f"{VIDEO_PLACEHOLDER}\n" * videos + turns[asked].text)
+    return [*turns[:asked], first, *turns[asked + 1 :]]
+
+
+def frames_as_pictures(turns: Sequence[Turn], seen: Shown) -> tuple[Sequence[Turn], Sequence[Image.Image]]:
+    """The turns and pictures of a prompt in which a video is so many pictures.
+
+    Raises:
+        BadSample: the turns' places are not as many as what is shown.
+    """
+    if not seen.videos:
         return turns, seen.pictures
-    first = Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(seen.frames) + turns[asked].text)
-    return [*turns[:asked], first, *turns[asked + 1 :]], (*seen.frames, *seen.pictures)
+    try:
+        return as_pictures(turns, seen.pictures, seen.videos)
+    except ValueError as error:
+        raise BadSample("question", str(error)) from error
 
 
 def check_pictures(questions: Iterable[Question], folder: Path, *, setting: str) -> None:
@@ -112,5 +112,5 @@ def check_pictures(questions: Iterable[Question], folder: Path, *, setting: str)
 
 def refuse_media(seen: Shown, reason: str) -> None:
     """Raises a `BadSample` where a model of words alone is shown anything."""
-    if seen.pictures or seen.features or seen.video is not None:
+    if seen.pictures or seen.features or seen.videos:
         raise BadSample("question", reason)

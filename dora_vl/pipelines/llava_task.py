@@ -38,7 +38,7 @@ from dora_vl.run.assembly import (
     recipe_record,
 )
 from dora_vl.run.base_kinds import LLAVA
-from dora_vl.run.base_loading import make_base
+from dora_vl.run.base_loading import check_quantisation, make_base
 from dora_vl.run.picture_reading import image_preparation, picture_reader
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
@@ -71,6 +71,7 @@ class LlavaTask(Task):
 
         All data is read first, and the test's questions: what is wrong with them shows now, not after hours.
         """
+        check_quantisation(self.config.model)
         seed = order_seed(arguments)
         train, held_out = read_samples(self.config, seed=seed)
         for file in train_files(self.config.data.train):
@@ -79,7 +80,7 @@ class LlavaTask(Task):
             counts = len(held_out.rows), len(held_out.pictures), seed
             _log.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
         if self.config.evaluation.file is not None:
-            questions = check_test(self.config.evaluation, pictures_of_test(self.config))
+            questions = check_test(self.config)
             warn_of_overlap(self.config, train, questions)
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
 
@@ -140,7 +141,7 @@ class LlavaTask(Task):
         ZeRO stage it was trained under.
         """
         config = self.config
-        check_test(config.evaluation, pictures_of_test(config))
+        check_test(config)
         backbone, _ = with_adapter(
             load_backbone(config.model, cached_features=config.data.cache_features), run_folder_of(config) / ADAPTER
         )

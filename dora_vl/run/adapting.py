@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, own_name, read_jso
 from dora_vl.adapters.names import LEAVES
 from dora_vl.adapters.settings import read_config
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
+from dora_vl.core.config import AdapterSettings
 from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
 from dora_vl.errors import UserError
 from dora_vl.run.recipe import AdapterConfig
@@ -36,23 +38,13 @@ def core_config(
 
     Args:
         targets: the backbone's, unless the section names others.
+        also_train: the backbone's further parts, beside the section's; one of the same name is the section's.
+        also_keep: the backbone's frozen tensors that the folder carries, beside the section's.
     """
-    return DoRAConfig(
-        method=adapter.method,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        targets=targets if adapter.targets is None else adapter.targets,
-        magnitude_targets=adapter.magnitude_targets,
-        rank_pattern=adapter.rank_pattern,
-        alpha_pattern=adapter.alpha_pattern,
-        init=adapter.init,
-        also_train=also_train or {},
-        also_keep=also_keep,
-        dropout_mode=adapter.dropout_mode,
-        detach_norm=adapter.detach_norm,
-        rank_scaling=adapter.rank_scaling,
-    )
+    own = {one.name: getattr(adapter, one.name) for one in fields(AdapterSettings)}
+    own["also_train"] = {**(also_train or {}), **adapter.also_train}
+    own["also_keep"] = (*also_keep, *adapter.also_keep)
+    return DoRAConfig(targets=targets if adapter.targets is None else adapter.targets, **own)
 
 
 def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.compose_spec import ComposeSpec
 from dora_vl.backbones.template_table import TemplateName
-from dora_vl.core.config import Init, Method
+from dora_vl.core.config import AdapterSettings
 from dora_vl.data.train_files import TrainFile, train_name
 
 Decayed = Literal["matrices", "all_but_biases"]
@@ -36,42 +37,21 @@ class ModelConfig:
     """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
+    quantisation: Quantisation | None = None
+    """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
+    QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
     attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class AdapterConfig(AdapterSettings):
     """What trains, and how."""
 
-    method: Method = "dora"
-    """dora: A, B and magnitudes; lora: A and B; magnitude: magnitudes alone; full: the targets' own weights; dvora:
-    one frozen random A and B for all layers, with trained vectors and magnitudes."""
-    rank: int = 16
-    """Rows of A (columns of B)."""
-    alpha: float = 32.0
-    """Scale: the low-rank product is multiplied by alpha / rank."""
-    dropout: float = 0.05
-    """Dropout on the low-rank path's input."""
     targets: tuple[str, ...] | None = None
     """Full-name patterns of the adapted modules, each must hit; null: all linears of the language model."""
-    magnitude_targets: tuple[str, ...] = ()
-    """Full-name patterns of further linears that get a magnitude alone, beside the targets (paper's table 6)."""
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Full-name pattern -> rank, for layers that differ; the first pattern that matches counts."""
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    """Full-name pattern -> alpha, likewise."""
-    init: Init = "kaiming"
-    """How A and B start: kaiming or gaussian with B = 0; orthogonal with B A = 0; pissa from the weight's largest
-    singular vectors, which leave the frozen weight."""
     train_projector: bool = True
     """Trains the projector between vision and language too, in float32, and keeps it in the adapter folder."""
-    dropout_mode: Literal["low_rank", "whole_change"] = "low_rank"
-    """low_rank: dropout on the low-rank path only (one frozen product); whole_change: as PEFT and the reference."""
-    detach_norm: bool = True
-    """Treats the weight norm as a constant in the backward pass, as the paper's section 4.3."""
-    rank_scaling: Literal["linear", "sqrt"] = "linear"
-    """linear divides alpha by rank; sqrt divides by its square root (rsLoRA)."""
     initial: str | None = None
     """Adapter folder to start from, such as stage 1's projector; its weights are loaded before training."""
 
@@ -89,6 +69,12 @@ class DataConfig:
     picture stay on one side."""
     image_folder: str = "."
     """Root that the pictures' paths in the files are relative to."""
+    video_folder: str | None = None
+    """Root of the videos' paths; null: image_folder."""
+    video_frames: int = 8
+    """Frames taken of each video, in the middles of so many equal parts; with video_fps the most that are taken."""
+    video_fps: float | None = None
+    """Frames a second instead, at most video_frames; for base models that take videos of any length."""
     max_tokens: int = 2048
     """Longest sequence, image tokens included; the tail of the text beyond it is cut and reported."""
     cache_features: bool = False
@@ -149,8 +135,6 @@ class EvaluationConfig:
     """Longest answer."""
     limit: int | None = None
     """Asks only the first so many questions."""
-    frames: int = 4
-    """Frames of a question's video that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)

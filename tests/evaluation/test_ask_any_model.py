@@ -24,12 +24,13 @@ from dora_vl.evaluation.prompt_inputs import model_inputs
 from dora_vl.evaluation.run import evaluate_run
 from dora_vl.evaluation.shown import MediaReader, Shown
 from dora_vl.run.recipe import EvaluationConfig
+from dora_vl.run.video_reading import VideoReading
 from dora_vl.vision.frame_sampling import Uniform
 from dora_vl.vision.video import VideoReader
-from dora_vl.vision.video_decoding import Frames
 from tasks import image_qa
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
 from tests.backbones.tiny_language import write_tiny_language
+from tests.backbones.tiny_video import coloured_video, write_tiny_video
 from tests.training.tiny_run import write_tiny_llava
 
 MODELS = ("qwen2_5_vl", "smolvlm", "internvl", "llava", "language")
@@ -80,8 +81,7 @@ def conversations(name: str) -> Iterator[tuple[list[Turn], Shown]]:
     red, wide = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
     yield [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(red,))
     yield [Turn("user", "<image>\n<image>\nWhich is red? Say it.")], Shown(pictures=(wide, red))
-    frames = Frames(pictures=(red, wide), indices=(0, 5), seconds=(0.0, 1.0), backend="none", duration=2.0)
-    yield [Turn("user", "What moves?")], Shown(video=frames)
+    yield [Turn("user", "<video>\nWhat moves?")], Shown(videos=(coloured_video(2),))
 
 
 def test_a_batch_answers_as_one_by_one_to_the_id(model: tuple[str, Path]) -> None:
@@ -94,6 +94,27 @@ def test_a_batch_answers_as_one_by_one_to_the_id(model: tuple[str, Path]) -> Non
     ]
     assert len({tuple(ids.tolist()) for ids in alone}) > 1
     together = assistant.new_ids(assistant.prompts.collate(samples, "left"), max_new_tokens=NEW_TOKENS)
+    for own, row in zip(alone, together, strict=True):
+        assert row[: len(own)].tolist() == own.tolist()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision"])
+def test_a_family_with_videos_is_shown_videos(name: str, tmp_path: Path) -> None:
+    assistant = opened(spread(write_tiny_video(name, tmp_path / "model")))
+    picture, clip = Image.new("RGB", (21, 15), "red"), coloured_video(4)
+    asked = [
+        ([Turn("user", "<video>\nWhat moves?")], Shown(videos=(clip,))),
+        ([Turn("user", "<image>\nIs it here: <video>\nSay it.")], Shown(pictures=(picture,), videos=(clip,))),
+        ([Turn("user", "What colour is it?")], Shown()),
+    ]
+    samples = [assistant.prompts.sample(*one) for one in asked]
+    assert ["pixel_values_videos" in sample.inputs for sample in samples] == [True, True, False]
+    assert assistant.prompts.videos_of_one_length is (name == "llava_onevision")
+    together = assistant.new_ids(assistant.prompts.collate(samples, "left"), max_new_tokens=NEW_TOKENS)
+    alone = [
+        assistant.new_ids(assistant.prompts.collate([one], "left"), max_new_tokens=NEW_TOKENS)[0] for one in samples
+    ]
+    assert len({tuple(ids.tolist()) for ids in alone}) > 1
     for own, row in zip(alone, together, strict=True):
         assert row[: len(own)].tolist() == own.tolist()
 
@@ -384,10 +405,11 @@ def tested_after_training(assistant: Assistant, folder: Path, answered: Predicti
     said = [{"from": "human", "value": answered.question}, {"from": "gpt", "value": "red"}]
     rows = [{"id": "a", "video": "clips/test-00000.mp4", "conversations": said}]
     (folder / "test.json").write_text(json.dumps(rows))
-    evaluation = EvaluationConfig(file=str(folder / "test.json"), max_new_tokens=3, frames=3)
-    with VideoReader() as videos:
-        media = MediaReader(folder=folder / "data", sampling=Uniform(3), videos=videos)
+    evaluation = EvaluationConfig(file=str(folder / "test.json"), max_new_tokens=3)
+    with VideoReader() as reader:
+        videos = VideoReading(folder=folder / "data", sampling=Uniform(3), reader=reader)
+        media = MediaReader(folder=folder / "data", videos=videos)
         metrics = evaluate_run(assistant, evaluation, run_folder=folder / "run", media=media)
     assert (metrics["n"], metrics["failed_questions"]) == (1, {})
     assert read_predictions(folder / "run" / "predictions.jsonl")["a"].prediction == answered.prediction
-    assert json.loads((folder / "run" / "predictions.settings.json").read_text())["frames"] == 3
+    assert json.loads((folder / "run" / "predictions.settings.json").read_text())["frames"] == "Uniform(frames=3)"

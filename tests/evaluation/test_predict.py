@@ -23,6 +23,7 @@ from dora_vl.evaluation.prompt_inputs import Side
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.shown import MediaReader, Shown
 from dora_vl.run.picture_reading import PictureReader
+from dora_vl.run.video_reading import VideoReading
 from dora_vl.vision.frame_sampling import Uniform
 
 END = 1
@@ -31,6 +32,8 @@ FIRST_LETTER = 10
 
 class LetterPrompts:
     """One token a letter; a picture, as many pixels wide as its number, contributes no token."""
+
+    videos_of_one_length = False
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         if "\ufdd0" in turns[-1].text:
@@ -81,12 +84,12 @@ def ask(folder: Path, questions: list[Question], model: LastWordModel, *, worker
     for number in range(10):
         Image.new("RGB", (number + 1, 2)).save(folder / f"{number}.png")
     (folder / "broken").write_bytes(b"no picture")
-    features = settings.pop("features", None)
+    features, videos = settings.pop("features", None), VideoReading(folder=folder, sampling=Uniform(2))
     with PredictionsFile(folder / "predictions.jsonl", {}) as file:
         failed = predict(
             Assistant(model, LetterPrompts()),
             questions,
-            media=MediaReader(folder=folder, sampling=Uniform(2), features=features),
+            media=MediaReader(folder=folder, videos=videos, features=features),
             file=file,
             decoding=Decoding(batch_size=4, max_new_tokens=3, workers=workers, **settings),
         )
