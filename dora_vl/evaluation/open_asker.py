@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters.folder import load_adapter, own_name, read_weights
 from dora_vl.backbones.module import Backbone
+from dora_vl.core.opaque import loose_tensors
 from dora_vl.evaluation.asker import Opened, Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.model_source import ModelSource, find_source
@@ -151,4 +152,5 @@ def without_adapter(backbone: AnyBackbone, adapter: Path) -> AnyBackbone:
     replaced = {own_name(key) for key in read_weights(adapter)}
     tensors = [*backbone.model.named_parameters(), *backbone.model.named_buffers()]
     shared = {id(tensor): tensor for name, tensor in tensors if name not in replaced}
+    shared |= {id(tensor): tensor for tensor in loose_tensors(backbone.model)}
     return copy.deepcopy(backbone, shared)
