@@ -23,7 +23,7 @@ from typing import Any
 from report import table, write_json
 
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.evaluation.commonsense_run import PREDICTIONS, Asked, read_sets
+from dora_vl.evaluation.commonsense_run import PREDICTIONS, SetQuestion, read_sets
 from dora_vl.evaluation.predictions_file import read_predictions
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
@@ -136,7 +136,7 @@ class Run:
         found: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         return found
 
-    def right(self, way: str, asked: Sequence[Asked]) -> dict[str, float]:
+    def right(self, way: str, asked: Sequence[SetQuestion]) -> dict[str, float]:
         """1 or 0 for each question."""
         predictions = read_predictions(self.folder / PREDICTIONS[way])
         rule = self.config.evaluation.rule
@@ -149,7 +149,7 @@ class Run:
         }
 
 
-def over_seeds(runs: Sequence[Run], way: str, asked: Sequence[Asked]) -> Scored:
+def over_seeds(runs: Sequence[Run], way: str, asked: Sequence[SetQuestion]) -> Scored:
     """A method's score: of each question the share of seeds that got it right, so that questions are what is drawn."""
     rights = [one.right(way, asked) for one in runs]
     tally = Tally()

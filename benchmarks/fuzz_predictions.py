@@ -52,7 +52,7 @@ OWN_LIKE = {"choice": "seed", "caption": "coco_caption"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Asked:
+class _Benchmark:
     """A benchmark's records and the right answers to them."""
 
     name: str
@@ -81,12 +81,12 @@ class _Asked:
 def prediction_targets(scratch: Path) -> list[Target]:
     """Every benchmark in every form; where no fixture is of it, records of one like it."""
     records = _records(scratch / "records")
-    sets: dict[str, _Asked] = {}
+    sets: dict[str, _Benchmark] = {}
     for name in BENCHMARKS:
         path = next((path for path in records if path.parent.name == LIKE.get(name, name)), None)
         if path is None:
             raise UserError(f"{FIXTURES}: no records for the benchmark {name}")
-        sets[name] = _Asked(name=name, path=path, examples=list(iterate_examples(path)))
+        sets[name] = _Benchmark(name=name, path=path, examples=list(iterate_examples(path)))
     made = [target for one in sets.values() for target in _targets(one)]
     made += [_own(sets[OWN_LIKE.get(scoring, "textvqa")], scoring) for scoring in SCORINGS]
     made += [_conversations(sets["textvqa"]), _compared(sets["gqa"])]
@@ -104,7 +104,7 @@ def _records(to: Path) -> list[Path]:
     return sorted(found, key=lambda path: not next(iterate_examples(path)).answers)
 
 
-def _targets(one: _Asked) -> Iterator[Target]:
+def _targets(one: _Benchmark) -> Iterator[Target]:
     """Lines of id and answer, the server's file, LLaVA's answers, and its questions with them."""
     plain = {ANSWERS: _lines({"id": name, "answer": answer} for name, answer in one.answers.items())}
     yield one.target("", plain)
@@ -125,11 +125,11 @@ def _lines(rows: Iterator[dict[str, object]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _llava_id(one: _Asked, example: Example, place: int) -> object:
+def _llava_id(one: _Benchmark, example: Example, place: int) -> object:
     return LLAVA_IDS[one.name](example, place) if one.name in LLAVA_IDS else example.id
 
 
-def _llava_answers(one: _Asked) -> Iterator[dict[str, object]]:
+def _llava_answers(one: _Benchmark) -> Iterator[dict[str, object]]:
     for place, example in enumerate(one.examples):
         yield {
             "question_id": _llava_id(one, example, place),
@@ -141,7 +141,7 @@ def _llava_answers(one: _Asked) -> Iterator[dict[str, object]]:
         }
 
 
-def _records_told_apart(one: _Asked) -> dict[str, bytes]:
+def _records_told_apart(one: _Benchmark) -> dict[str, bytes]:
     """POPE's questions with other words each, as the order of its categories is found by them."""
     if one.name != "pope":
         return {}
@@ -149,11 +149,11 @@ def _records_told_apart(one: _Asked) -> dict[str, bytes]:
     return {RECORDS: _lines(map(to_record, apart))}
 
 
-def _words_of(one: _Asked, example: Example, place: int) -> str:
+def _words_of(one: _Benchmark, example: Example, place: int) -> str:
     return f"{place}: {example.question}" if one.name == "pope" else example.question
 
 
-def _llava_questions(one: _Asked) -> Iterator[dict[str, object]]:
+def _llava_questions(one: _Benchmark) -> Iterator[dict[str, object]]:
     for place, example in enumerate(one.examples):
         row: dict[str, object] = {"question_id": _llava_id(one, example, place)}
         row |= {"image": example.images[0]} if example.images else {}
@@ -164,7 +164,7 @@ def _llava_questions(one: _Asked) -> Iterator[dict[str, object]]:
         }
 
 
-def _own(one: _Asked, scoring: str) -> Target:
+def _own(one: _Benchmark, scoring: str) -> Target:
     """A benchmark of one's own."""
     said = {ANSWERS: _lines({"id": name, "answer": answer} for name, answer in one.answers.items())}
     prompt = "letter" if scoring == "choice" else "short"
@@ -176,7 +176,7 @@ def _own(one: _Asked, scoring: str) -> Target:
     )
 
 
-def _conversations(one: _Asked) -> Target:
+def _conversations(one: _Benchmark) -> Target:
     """Questions in LLaVA's JSON with their answers."""
     rows = [
         {
@@ -194,7 +194,7 @@ def _conversations(one: _Asked) -> Target:
     return one.target("as conversations", files, questions="exact_match={files}/conversations.json")
 
 
-def _compared(one: _Asked) -> Target:
+def _compared(one: _Benchmark) -> Target:
     """Two files of predictions against each other."""
     said = _lines({"id": name, "answer": answer} for name, answer in one.answers.items())
     others = _lines({"id": name, "answer": "no"} for name in one.answers)

@@ -24,9 +24,12 @@ from dora_vl.adapters.folder import RECIPE_FILE, load_adapter, read_json
 from dora_vl.backbones.llava import load_llava
 from dora_vl.core import merge_dora
 from dora_vl.data.media import open_image
-from dora_vl.errors import exit_on_user_error
-from dora_vl.evaluation.assistant import Assistant, open_assistants
+from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.evaluation.questions import Question, read_questions
+from dora_vl.evaluation.shown import Shown
 from dora_vl.whole_numbers import positive
 
 Inputs = tuple[Tensor, Tensor]
@@ -51,7 +54,9 @@ def main() -> None:
 
 def compare(adapter: Path, questions: Sequence[Question], images: Path) -> dict[str, dict[str, float]]:
     """Every comparison, each absolute and relative."""
-    assistant, base = open_assistants(adapter).adapted, read_json(adapter / RECIPE_FILE)["base"]
+    assistant, base = open_asker(Wanted(adapter=adapter)).adapted, read_json(adapter / RECIPE_FILE)["base"]
+    if not isinstance(assistant, Assistant):
+        raise UserError(f"{adapter} is no LLaVA's adapter")
     inputs = [inputs_of(assistant, question, images) for question in questions]
     here, merged = unmerged_and_merged(base, adapter, inputs, torch.float32)
     plain = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
@@ -82,8 +87,9 @@ def unmerged_and_merged(
 
 def inputs_of(assistant: Assistant, question: Question, images: Path) -> Inputs:
     """One question as the model reads it."""
-    pixels = torch.stack([assistant.preparation.prepare(open_image(images, path)) for path in question.images])
-    return assistant.encoder.encode_prompt(question.turns)[None], pixels
+    shown = Shown(pictures=tuple(open_image(images, path) for path in question.images))
+    sample = assistant.prompts.sample(question.turns, shown)
+    return sample.input_ids[None], torch.stack(sample.pictures)
 
 
 @torch.inference_mode()

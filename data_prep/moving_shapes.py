@@ -63,7 +63,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ShapeQuestion:
     """A question, its answer, all answers that could be given, and the shape that it is about."""
 
     question: str
@@ -94,24 +94,25 @@ def caption(shown: Sequence[Mover]) -> str:
     return ", then ".join(f"{mover.color} {mover.shape} {mover.direction}" for mover in shown)
 
 
-def questions_of(kind: str, shown: Sequence[Mover]) -> list[Asked]:
+def questions_of(kind: str, shown: Sequence[Mover]) -> list[ShapeQuestion]:
     """Every question of a kind that a clip has an answer to."""
     if kind == "color":
-        return [Asked(f"what color is the {one.shape}?", one.color, tuple(COLORS), one) for one in shown]
+        return [ShapeQuestion(f"what color is the {one.shape}?", one.color, tuple(COLORS), one) for one in shown]
     if kind == "shape":
-        return [Asked(f"what shape is {one.color}?", one.shape, SHAPES, one) for one in shown]
+        return [ShapeQuestion(f"what shape is {one.color}?", one.shape, SHAPES, one) for one in shown]
     if kind == "direction":
         return [
-            Asked(f"which way does the {one.color} shape move?", one.direction, tuple(DIRECTIONS), one) for one in shown
+            ShapeQuestion(f"which way does the {one.color} shape move?", one.direction, tuple(DIRECTIONS), one)
+            for one in shown
         ]
     if kind == "count":
-        return [Asked("how many shapes are there?", NUMBERS[len(shown) - 1], NUMBERS)]
+        return [ShapeQuestion("how many shapes are there?", NUMBERS[len(shown) - 1], NUMBERS)]
     if kind == "spoken":
-        return [Asked("what shape is the one they talk about?", one.shape, SHAPES, one) for one in shown]
+        return [ShapeQuestion("what shape is the one they talk about?", one.shape, SHAPES, one) for one in shown]
     if len(shown) == 1:
         return []
     ends = (("first", shown[0]), ("last", shown[-1]))
-    return [Asked(f"which color comes {place}?", one.color, tuple(COLORS), one) for place, one in ends]
+    return [ShapeQuestion(f"which color comes {place}?", one.color, tuple(COLORS), one) for place, one in ends]
 
 
 def four_choices(answer: str, possible: Sequence[str], shown: Sequence[Mover], order: random.Random) -> tuple[str, ...]:

@@ -1,11 +1,11 @@
-"""Asks a trained adapter about pictures of your own.
+"""Asks a model about pictures of your own.
 
 python tasks/image_qa.py --adapter runs/demo/adapter --image cat.png --question "what color is the shape?"
 
 Every question is put to every picture, each on its own; `--together` puts all pictures into one prompt, and
 `--conversation` lets later questions see the earlier ones with their answers. Without --question it asks for
-questions until an empty line. The adapter is a LLaVA's or a VL-BART's; what a VL-BART reads of a picture is computed
-on the way.
+questions until an empty line. The adapter is any run's, or PEFT's; --model asks a model without one. What a VL-BART
+reads of a picture is computed on the way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_vl.data.turns import Turn
-    from dora_vl.evaluation.asking import AnyAssistant, AnyAssistants
+    from dora_vl.evaluation.asker import Asker, Opened
 
 PICTURE_COMMAND = ":image "
 
@@ -70,39 +70,39 @@ def prompt(topic: Topic, speaker: str, question: str) -> list[Turn]:
     return [*earlier, Turn("user", text)]
 
 
-def ask(assistants: AnyAssistants, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
+def ask(opened: Opened, topic: Topic, question: str, *, max_new_tokens: int, conversation: bool) -> None:
     """Puts one question to one topic."""
     from dora_vl.data.turns import Turn
 
-    def answer(speaker: str, assistant: AnyAssistant) -> str:
+    def answer(speaker: str, asker: Asker) -> str:
         turns = prompt(topic, speaker, question)
-        return assistant.answer(turns, topic.pictures, max_new_tokens=max_new_tokens, write=write_piece)
+        return asker.answer(turns, topic.pictures, max_new_tokens=max_new_tokens, write=write_piece)
 
-    for speaker, said in print_answers(assistants, answer).items():
+    for speaker, said in print_answers(opened, answer).items():
         if conversation and said:
             topic.said[speaker] = [*prompt(topic, speaker, question), Turn("assistant", said)]
 
 
-def talk(assistants: AnyAssistants, topics: list[Topic], options: argparse.Namespace) -> None:
+def talk(opened: Opened, topics: list[Topic], options: argparse.Namespace) -> None:
     """Answers typed questions, and opens the pictures that are typed between them."""
 
     def answer(line: str) -> None:
         if line.startswith(PICTURE_COMMAND):
             topics[:] = read_topics([Path(line.removeprefix(PICTURE_COMMAND).strip())], together=False)
         else:
-            ask_all(assistants, topics, line, options)
+            ask_all(opened, topics, line, options)
 
     hint = f"Type a question, `{PICTURE_COMMAND}FILE` for another picture, or an empty line to leave."
     answer_typed(answer, hint=hint)
 
 
-def ask_all(assistants: AnyAssistants, topics: Sequence[Topic], question: str, options: argparse.Namespace) -> None:
+def ask_all(opened: Opened, topics: Sequence[Topic], question: str, options: argparse.Namespace) -> None:
     """Puts one question to every topic."""
     for topic in topics:
         if len(topics) > 1 or options.question:
             print(f"{', '.join(topic.names)}  {question}".strip())
         ask(
-            assistants,
+            opened,
             topic,
             question,
             max_new_tokens=options.max_new_tokens,
@@ -115,11 +115,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Opens the pictures and the model, then answers."""
     options = parser().parse_args(arguments)
     topics = read_topics(options.image, together=options.together)  # a wrong path shows before the model loads
-    assistants = open_model(options)
+    opened = open_model(options)
     if not options.question:
-        talk(assistants, topics, options)
+        talk(opened, topics, options)
     for question in options.question:
-        ask_all(assistants, topics, question, options)
+        ask_all(opened, topics, question, options)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Asks a trained adapter about videos of your own.
+"""Asks a model about videos of your own.
 
 python tasks/video_qa.py --adapter runs/demo-video/adapter --video clip.mp4 --question "which color comes first?" \\
     --choice red --choice blue
 
-A LLaVA sees `--frames` frames as so many pictures; a VL-BART sees the frames that it was trained to see, as features
+The model sees `--frames` frames as so many pictures; a VL-BART sees the frames that it was trained to see, as features
 that are computed on the way. `--start` and `--end` name a part of the video, `--subtitle` says what is said in it. A
 model of TVQA, How2QA or TVC needs a part: it sees the whole video and reads in its text which part is meant.
 Without --question it asks for questions until an empty line.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dora_vl.data.examples import Clip
-    from dora_vl.evaluation.asking import AnyAssistant, AnyAssistants
+    from dora_vl.evaluation.asker import Asker, Opened
     from dora_vl.vision.frame_sampling import Sampling
     from dora_vl.vision.video import VideoReader
     from dora_vl.vision.video_decoding import Frames
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--start", type=float, help="seconds into the video where to begin")
     made.add_argument("--end", type=float, help="seconds into the video where to stop")
-    made.add_argument("--frames", type=int, default=DEFAULT_FRAMES, help="frames that a LLaVA sees")
+    made.add_argument("--frames", type=int, default=DEFAULT_FRAMES, help="frames that a model of pictures sees")
     made.add_argument("--choice", action="append", default=[], help="a possible answer; may be given several times")
     made.add_argument("--subtitle", action="append", default=[], help="what is said; may be given several times")
     return made
@@ -65,41 +65,34 @@ class ClipReader:
         return self._read[wanted]
 
 
-def ask_all(assistants: AnyAssistants, clips: ClipReader, question: str, options: argparse.Namespace) -> None:
+def ask_all(opened: Opened, clips: ClipReader, question: str, options: argparse.Namespace) -> None:
     """Puts one question to every video."""
     for path in options.video:
-        ask(assistants, clips, path, question, options)
+        ask(opened, clips, path, question, options)
 
 
-def ask(assistants: AnyAssistants, clips: ClipReader, path: Path, question: str, options: argparse.Namespace) -> None:
+def ask(opened: Opened, clips: ClipReader, path: Path, question: str, options: argparse.Namespace) -> None:
     """Puts one question to one video."""
     from dora_vl.data.examples import Clip, Example, Subtitle
-    from dora_vl.data.feature_input import clip_of_features
-    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-    from dora_vl.vision.frame_sampling import Uniform
+    from dora_vl.evaluation.shown import Shown
 
-    model, clip = assistants.adapted, Clip(path=path.name, start_seconds=options.start, end_seconds=options.end)
     example = Example(
         id="question",
         question=question,
         choices=tuple(options.choice),
         subtitles=tuple(Subtitle(text) for text in options.subtitle),
-        video=clip,
+        video=Clip(path=path.name, start_seconds=options.start, end_seconds=options.end),
     )
-    sampling: Sampling = Uniform(options.frames)
-    if isinstance(model, VlBartAssistant):
-        example, sampling = model.with_span(example), model.sampling(example)
-        _, clip = clip_of_features(example) or ("", clip)
-    frames = clips.frames(path, clip, sampling)
+    view = opened.adapted.view(example, frames=options.frames)
+    frames = clips.frames(path, view.clip, view.sampling)
     times = f"{len(frames.seconds)} frames, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
     print(f"{path} ({times}, {frames.backend})  {question}")
 
-    def answer(_: str, assistant: AnyAssistant) -> str:
-        return assistant.answer_example(
-            example, frames.pictures, max_new_tokens=options.max_new_tokens, write=write_piece
-        )
+    def answer(_: str, asker: Asker) -> str:
+        seen = Shown(videos=(frames,))
+        return asker.answer_example(view.example, seen, max_new_tokens=options.max_new_tokens, write=write_piece)
 
-    print_answers(assistants, answer)
+    print_answers(opened, answer)
 
 
 @exit_on_user_error
@@ -111,14 +104,14 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"video {path} is missing")
     from dora_vl.vision.video import VideoReader
 
-    assistants = open_model(options)
+    opened = open_model(options)
     with VideoReader() as reader:
         clips = ClipReader(reader)
         for question in options.question:
-            ask_all(assistants, clips, question, options)
+            ask_all(opened, clips, question, options)
         if not options.question:
             answer_typed(
-                lambda line: ask_all(assistants, clips, line, options),
+                lambda line: ask_all(opened, clips, line, options),
                 hint="Type a question, or an empty line to leave.",
             )
 

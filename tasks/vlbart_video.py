@@ -21,7 +21,8 @@ def task_of(config: VlBartRunConfig) -> Task:
     """The run's task; imports what takes seconds."""
     from dora_vl.pipelines.vlbart_task import VlBartTask
 
-    return VlBartTask(config, subtasks(task_prompt=config.data.task_prompt), name="vlbart_video")
+    known = subtasks(task_prompt=config.data.task_prompt)
+    return VlBartTask(config, known, name="vlbart_video", is_video=True)
 
 
 def main() -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -16,9 +15,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.base import Features, labelled_positions, layout_attention, output_layer_sees, pad_token_id
+from dora_vl.backbones.base import Features, labelled_positions, layout_attention, output_layer_sees
 from dora_vl.backbones.language_source import PlainLanguageModel, read_language_model
+from dora_vl.backbones.language_spec import LanguageSource as LanguageSource
 from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.new_tokens import new_tokens
 from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.backbones.written_base import written_base
 from dora_vl.errors import UserError
@@ -35,18 +36,6 @@ PAPER_TARGETS = (
     f"{LAYERS}.mlp.down_proj",
 )
 """The five of the paper's commonsense runs (table 8), in the names of LLaMA 1, 2, 3 and everything built like it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageSource:
-    """A causal language model that is written once as a plain Hugging Face folder: a GGUF file, or another dtype."""
-
-    folder: str
-    """Folder or hub id of the model; with `gguf_file`, the folder that file lies in."""
-    gguf_file: str | None = None
-    """A GGUF file in `folder`; it is dequantised."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the written weights; None keeps the folder's own (float32 for GGUF)."""
 
 
 class CausalLMBackbone(Backbone[PreTrainedModel]):
@@ -97,27 +86,19 @@ class CausalLMBackbone(Backbone[PreTrainedModel]):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         *,
-        pixel_values: None = None,
-        image_features: None = None,
         max_new_tokens: int = 32,
         streamer: BaseStreamer | None = None,
         **options: Any,
     ) -> Int[Tensor, "batch new"]:
-        """New token ids of left-padded prompts, greedy unless `options` or the run's `generation` say otherwise.
-
-        `pixel_values` and `image_features` are there for callers that ask any backbone; this one takes neither.
-        """
-        chosen = {"do_sample": False, "pad_token_id": pad_token_id(self.model), **self.generation, **options}
-        with torch.no_grad():
-            model: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
-            whole = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                **chosen,
-            )
-        return whole[:, input_ids.shape[1] :]
+        """New token ids of left-padded prompts, greedy unless `options` or the run's `generation` say otherwise."""
+        return new_tokens(
+            self.model,
+            input_ids,
+            attention_mask,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            options={**self.generation, **options},
+        )
 
     def _attention(self, attention_mask: Tensor, layout: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Mask and positions; padding on the right needs no mask, since attention is causal."""

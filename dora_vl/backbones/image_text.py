@@ -14,9 +14,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.base import Features, labelled_positions, output_layer_sees, pad_token_id
+from dora_vl.backbones.base import Features, labelled_positions, output_layer_sees
 from dora_vl.backbones.families import BYPASSED, PROJECTORS, sees_pictures
 from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.new_tokens import new_tokens
 from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.core import DoRAConfig
 from dora_vl.core.kinds import adaptable
@@ -24,9 +25,6 @@ from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.opaque import is_quantised
 from dora_vl.errors import UserError, one_line
 from dora_vl.model_files import check_model_folder
-
-IMAGE_TEXT = "image_text"
-"""What `recipe.json` calls this backbone."""
 
 
 class ImageTextBackbone(Backbone[PreTrainedModel]):
@@ -86,18 +84,15 @@ class ImageTextBackbone(Backbone[PreTrainedModel]):
         **inputs: Any,
     ) -> Int[Tensor, "batch new"]:
         """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise."""
-        chosen = {"do_sample": False, "pad_token_id": pad_token_id(self.model), **(options or {})}
-        with torch.no_grad():
-            model: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
-            whole = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                **self._in_own_dtype(inputs),
-                **chosen,
-            )
-        return whole[:, input_ids.shape[1] :]
+        return new_tokens(
+            self.model,
+            input_ids,
+            attention_mask,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            options=options,
+            **self._in_own_dtype(inputs),
+        )
 
     def _in_own_dtype(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of floating numbers (pixels) in the model's dtype, as `BatchFeature.to` gives them."""

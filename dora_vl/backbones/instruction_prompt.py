@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -18,13 +17,11 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.encode import ControlTokenizer
+from dora_vl.backbones.language_spec import PromptName, TrainOn
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded
 from dora_vl.data.instructions import Instruction
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-
-PromptName = Literal["nvlabs", "llm_adapters", "alpaca"]
-TrainOn = Literal["all", "answer"]
 
 PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 PAIRED = (

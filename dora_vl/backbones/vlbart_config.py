@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from transformers.models.bart.configuration_bart import BartConfig
 
+from dora_vl.backbones.vlbart_spec import Boxes as Boxes
+
 VisualNorm = Literal["each", "sum", "none"]
-Boxes = Literal["zeros", "grid", "strip"]
 PUBLISHED_DROPOUT = 0.1
 FEATURE_WIDTHS = {"clip_rn101": 2048, "clip_rn50": 2048, "clip_rn50x4": 2560, "clip_vit_b32": 512, "faster_rcnn": 2048}
 

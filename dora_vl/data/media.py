@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -67,6 +68,17 @@ def path_inside(root: Path, relative: str, *, follow_links: bool = False, kind: 
     if not real.is_relative_to(real_root):
         raise BadSample(relative, f"{kind} {relative} is a link that leads out of {root}, to {real}")
     return path
+
+
+def any_is_there(names: Iterable[str], root: Path) -> bool:
+    """Whether any of these paths leads to something from `root`; a root that is another one has none."""
+    for name in names:
+        try:
+            if (root / name).exists():
+                return True
+        except (OSError, ValueError):  # a name that no file system takes
+            continue
+    return False
 
 
 def _is_below(root: Path, path: Path) -> bool:

@@ -15,7 +15,7 @@ from dora_vl.errors import one_line
 
 
 @runtime_checkable
-class Asked(Protocol):
+class QuestionAboutPictures(Protocol):
     """What is read of a test's question."""
 
     @property
@@ -28,7 +28,7 @@ class Asked(Protocol):
     def text(self) -> str: ...  # noqa: D102
 
 
-def overlap(rows: datasets.Dataset, questions: Iterable[Asked]) -> list[tuple[str, str]]:
+def overlap(rows: datasets.Dataset, questions: Iterable[QuestionAboutPictures]) -> list[tuple[str, str]]:
     """The ids of a training sample and of the test's question that it holds, for each such sample.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dora_vl.errors import UserError
+from dora_vl.evaluation.asker import Asked
 from dora_vl.evaluation.benchmarks import FRAMES
 from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.predictions_file import (
@@ -58,24 +59,18 @@ def joined_launch() -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """The answers by id, and the reason for each question that could not be asked."""
-
-    answers: dict[str, str]
-    failed: dict[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Asking:
     """How a benchmark is put to a model.
 
     Attributes:
         folder: receives `predictions.jsonl`.
         pictures: root of the examples' pictures and videos.
+        sha256: what tells the model's answers from others', by what was hashed (`model_source.hashes`).
         batch_size: questions at once.
         max_new_tokens: longest answer.
         workers: processes that read pictures ahead.
-        frames: how many frames of a video a model of pictures is shown.
+        frames: how many frames of a video a model is shown that was not trained to see certain ones.
+        by_likelihood: of choices the likeliest letter is taken, instead of what is generated.
 
     Raises:
         UserError: no folder of pictures.
@@ -87,16 +82,17 @@ class Asking:
     max_new_tokens: int
     workers: int = 0
     frames: int = FRAMES
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    by_likelihood: bool = False
 
     def __post_init__(self) -> None:
         if not self.pictures.is_dir():
             raise UserError(f"picture folder {self.pictures} does not exist; name the pictures' root with --images")
 
-    def settings(self, one: EvaluationSet, *, adapter_sha256: str, base_sha256: str) -> dict[str, object]:
+    def settings(self, one: EvaluationSet) -> dict[str, object]:
         """What any model's answers depend on."""
         return {
-            "adapter_sha256": adapter_sha256,
-            "base_sha256": base_sha256,
+            **{f"{name}_sha256": digest for name, digest in self.sha256.items()},
             "questions_sha256": file_sha256(one.file),
             "images": str(self.pictures.resolve()),
             "max_new_tokens": self.max_new_tokens,
@@ -121,6 +117,7 @@ def ask(questions: Sequence[Question], answer_share: Share, *, folder: Path, set
     whole, order = folder / PREDICTIONS, [question.id for question in questions]
     on_first_rank(partial(_join_parts, folder, settings, order))
     done = read_predictions(whole)
+    before = sum(name in done for name in order)
     rank, ranks = rank_and_ranks()
     share = [question for question in questions if question.id not in done][rank::ranks]
     with PredictionsFile(folder / PART.format(rank), settings) as part:
@@ -129,7 +126,8 @@ def ask(questions: Sequence[Question], answer_share: Share, *, folder: Path, set
     on_first_rank(partial(_join_parts, folder, settings, order))
     done = read_predictions(whole)
     wait_for_everyone()
-    return Asked(answers={name: done[name].prediction for name in order if name in done}, failed=failed)
+    answers = {name: done[name].prediction for name in order if name in done}
+    return Asked(answers=answers, failed=failed, answered_before=before)
 
 
 def _join_parts(folder: Path, settings: Mapping[str, object], order: Sequence[str]) -> None:

@@ -1,41 +1,35 @@
-"""A trained adapter on its base, ready to be asked; and, beside it, the base without the adapter."""
+"""A decoder, ready to be asked: a LLaVA-1.5, any other vision-language model, or a plain language model."""
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
-from dora_vl.adapters.folder import RECIPE_FILE, WEIGHTS_FILE, load_adapter, own_name, read_json, read_weights
-from dora_vl.adapters.provenance import content_hash, local_folder
-from dora_vl.backbones.base import max_positions
-from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.backbones.llava import LlavaBackbone
-from dora_vl.backbones.module import Backbone
-from dora_vl.core.opaque import loose_tensors
+from dora_vl.backbones.base import Features, max_positions
+from dora_vl.data.dataset import Sample
 from dora_vl.data.examples import Example
 from dora_vl.data.media import open_image
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.asker import Asked, View, Write
 from dora_vl.evaluation.predict import Decoding
-from dora_vl.evaluation.prompts import about_video
-from dora_vl.run.assembly import build_encoder, load_backbone
-from dora_vl.run.recipe import ModelConfig
-from dora_vl.vision.images import ImagePreparation
+from dora_vl.evaluation.prompt_inputs import Prompts, model_inputs
+from dora_vl.evaluation.prompts import about_video, turns_of
+from dora_vl.evaluation.shown import Shown, videos_placed
+from dora_vl.vision.frame_sampling import Uniform
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
-LLAVA_ENTRIES = ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens")
-AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
-AnyAssistant = TypeVar("AnyAssistant", covariant=True)
+if TYPE_CHECKING:
+    from dora_vl.evaluation.ask import Asking
+    from dora_vl.evaluation.evaluation_set import EvaluationSet
+
 NOT_YET_A_CHARACTER = "\ufffd"  # what decoding gives for the first bytes of a character whose last are still to come
 
 
@@ -67,11 +61,18 @@ class TextStreamer(BaseStreamer):
 
 @dataclass(frozen=True)
 class Assistant:
-    """A backbone with what turns words and pictures into its inputs."""
+    """A backbone with what turns words and pictures into its inputs; an `asker.Asker`.
 
-    backbone: LlavaBackbone
-    encoder: LlavaEncoder
-    preparation: ImagePreparation
+    Attributes:
+        backbone: a `LlavaBackbone`, `ImageTextBackbone` or `CausalLMBackbone`: a module whose `generate` gives the new
+            ids of left-padded prompts and whose forward gives `Features`, both from the inputs that `prompts` makes.
+        prompts: of the backbone's kind.
+    """
+
+    backbone: Any
+    prompts: Prompts
+
+    # -- one question ----------------------------------------------------------------------------------------
 
     def answer(
         self,
@@ -79,175 +80,73 @@ class Assistant:
         pictures: Sequence[Image.Image],
         *,
         max_new_tokens: int = 64,
-        write: Callable[[str], object] | None = None,
+        write: Write | None = None,
     ) -> str:
-        """The answer to turns that end with a question; one `<image>` in them for each picture.
+        """See `Asker.answer`."""
+        return self._answer(turns, Shown(pictures=tuple(pictures)), max_new_tokens=max_new_tokens, write=write)
 
-        Args:
-            turns: the conversation so far, its last turn the question.
-            pictures: RGB pictures in the order of their placeholders.
-            max_new_tokens: longest answer.
-            write: receives the answer piece by piece while it is made.
-
-        Raises:
-            UserError: the turns cannot be put to this model.
-        """
-        try:
-            ids = self.encoder.encode_prompt(turns)[None].to(self.backbone.model.device)
-            room = Decoding(max_new_tokens=max_new_tokens, max_positions=max_positions(self.backbone.config))
-            room.check_room(ids.shape[1], "question")
-        except BadSample as error:
-            raise UserError(f"the question cannot be put to this model: {error.reason}") from error
-        pixels = None
-        if pictures:
-            prepared = [self.preparation.prepare(picture) for picture in pictures]
-            pixels = torch.stack(prepared).to(self.backbone.model.device)
-        streamer = None if write is None else TextStreamer(self.encoder.decode, write)
-        new_ids = self.backbone.generate(
-            ids,
-            torch.ones_like(ids),
-            pixel_values=pixels,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-        )
-        return self.encoder.decode(new_ids[0])
+    def view(self, example: Example, *, frames: int) -> View:
+        """See `Asker.view`: so many frames of the example's own clip."""
+        if example.video is None:
+            raise ValueError(f"example {example.id} has no video")
+        return View(example=example, clip=example.video, sampling=Uniform(frames))
 
     def answer_example(
-        self,
-        example: Example,
-        pictures: Sequence[Image.Image],
-        *,
-        max_new_tokens: int = 64,
-        write: Callable[[str], object] | None = None,
+        self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None
     ) -> str:
-        """The answer to an example's question about these pictures; see `answer`."""
-        turns = [Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(pictures) + about_video(example))]
-        return self.answer(turns, pictures, max_new_tokens=max_new_tokens, write=write)
+        """See `Asker.answer_example`."""
+        asked = turns_of(replace(example, images=("",) * len(seen.pictures)), about_video)
+        turns = videos_placed(asked, len(seen.videos))
+        return self._answer(turns, seen, max_new_tokens=max_new_tokens, write=write)
 
+    def _answer(self, turns: Sequence[Turn], seen: Shown, *, max_new_tokens: int, write: Write | None) -> str:
+        try:
+            sample = self.prompts.sample(turns, seen)
+            self.decoding(max_new_tokens=max_new_tokens).check_room(len(sample.input_ids), "question")
+        except BadSample as error:
+            raise UserError(f"the question cannot be put to this model: {error.reason}") from error
+        streamer = None if write is None else TextStreamer(self.prompts.decode, write)
+        batch = self.prompts.collate([sample], "left")
+        return self.prompts.decode(self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)[0])
 
-@dataclass(frozen=True)
-class Assistants(Generic[AnyAssistant]):
-    """The model with its adapter, and without where that was asked for."""
+    # -- many questions --------------------------------------------------------------------------------------
 
-    adapted: AnyAssistant
-    base: AnyAssistant | None
+    def decoding(self, **settings: Any) -> Decoding:
+        """How questions are answered, within what the model has positions for."""
+        return Decoding(**settings, max_positions=max_positions(self.backbone.config))
 
+    @torch.inference_mode()
+    def new_ids(
+        self, batch: Mapping[str, Any], *, max_new_tokens: int, streamer: BaseStreamer | None = None
+    ) -> Int[Tensor, "batch new"]:
+        """The ids that the model adds to left-padded prompts, greedily."""
+        inputs = model_inputs(batch, self.device)
+        more = {} if streamer is None else {"streamer": streamer}
+        return self.backbone.generate(**inputs, max_new_tokens=max_new_tokens, **more).cpu()
 
-def open_assistants(
-    adapter: Path, *, base: str | None = None, with_base: bool = False, any_base: bool = False
-) -> Assistants[Assistant]:
-    """Builds the LLaVA that an adapter folder's `recipe.json` describes, on the GPU where there is one.
+    def answers(self, batch: Mapping[str, Any], *, max_new_tokens: int) -> list[str]:
+        """The text of each row's answer; the rows are padded on the left."""
+        return [self.prompts.decode(row) for row in self.new_ids(batch, max_new_tokens=max_new_tokens)]
 
-    Args:
-        adapter: the folder that training wrote.
-        base: where the base model is now; None looks at the recipe's place.
-        with_base: also gives the model without the adapter; it shares all weights that the adapter leaves alone.
-        any_base: accepts a base with other content than the one trained on.
+    @torch.inference_mode()
+    def log_likelihoods(self, samples: Sequence[Sample]) -> Float[Tensor, " samples"]:
+        """The log-likelihood of each sample's labelled tokens behind what stands before them."""
+        batch = self.prompts.collate(samples, "right")
+        found: Features = self.backbone(**model_inputs(batch, self.device), labels=batch["labels"].to(self.device))
+        each = found.logits.float().log_softmax(-1).gather(1, found.targets.unsqueeze(1)).squeeze(1)
+        return torch.zeros(len(samples), device=each.device).index_add_(0, found.rows, each).cpu()
 
-    Raises:
-        UserError: the folder is incomplete, the base is not there, or is another one.
-    """
-    recipe = read_recipe(adapter, needed=LLAVA_ENTRIES)
-    place = base_of(adapter, recipe, base=base, any_base=any_base)
-    model = ModelConfig(
-        base=place,
-        revision=None if base else recipe["revision"],
-        template=recipe["template"],
-        image_aspect=recipe["image_aspect"],
-        dtype=recipe["dtype"],
-        quantisation=recipe.get("quantisation"),
-    )
-    adapted, plain = with_adapter(load_backbone(model, cached_features=False), adapter, with_base=with_base)
-    encoder = build_encoder(model, adapted, max_tokens=recipe["max_tokens"])
-    preparation = ImagePreparation.from_folder(place, aspect=model.image_aspect, revision=model.revision)
-    return Assistants(
-        adapted=Assistant(adapted, encoder, preparation),
-        base=None if plain is None else Assistant(plain, encoder, preparation),
-    )
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        module: nn.Module = self.backbone
+        return next(module.parameters()).device
 
+    def ask(self, one: EvaluationSet, asking: Asking) -> Asked:
+        """See `Asker.ask`: greedily and left-padded, or the likeliest letter of each question's choices."""
+        from dora_vl.evaluation.ask_decoder import ask_decoder
 
-def with_adapter(backbone: AnyBackbone, adapter: Path, *, with_base: bool) -> tuple[AnyBackbone, AnyBackbone | None]:
-    """The backbone with the adapter loaded, and one without it where that is asked for, ready to answer."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plain = without_adapter(backbone, adapter).to(device).eval() if with_base else None
-    load_adapter(backbone.model, adapter, change_base=not with_base)  # the two share the frozen weights
-    return backbone.to(device).eval(), plain
-
-
-def base_of(adapter: Path, recipe: Mapping[str, Any], *, base: str | None, any_base: bool) -> str:
-    """Where the adapter's base is, checked to be the one that it was trained on.
-
-    Raises:
-        UserError: it is not there, or is another one.
-    """
-    place = find_base(base or recipe["base"], adapter)
-    if not any_base:
-        check_base(recipe, place, adapter)
-    return place
-
-
-def read_recipe(adapter: Path, *, needed: Sequence[str] = ()) -> Mapping[str, Any]:
-    """The adapter's recipe, with every entry that asking needs.
-
-    Raises:
-        UserError: the folder, the recipe or an entry is missing.
-    """
-    if not adapter.is_dir():
-        raise UserError(f"{adapter} is not a folder; give the adapter folder of a run, such as runs/demo/adapter")
-    if not (adapter / WEIGHTS_FILE).is_file():
-        raise UserError(f"{adapter} has no {WEIGHTS_FILE}; the folder is incomplete, copy it again or train again")
-    recipe = read_json(adapter / RECIPE_FILE)
-    missing = [name for name in needed if name not in recipe]
-    if missing:
-        raise UserError(f"{adapter / RECIPE_FILE} lacks {', '.join(missing)}; it was not written by a training run")
-    return recipe
-
-
-def find_base(base: str, adapter: Path) -> str:
-    """The base as a path, tried as given and under the repository; else as a hub id.
-
-    Raises:
-        UserError: no such folder, and the name cannot be a hub id; it lists the places.
-    """
-    places = [Path(base), REPOSITORY / base]
-    for place in places:
-        if place.is_dir():
-            return str(place)
-    if HUB_ID.fullmatch(base):
-        return base
-    looked = " and ".join(dict.fromkeys(str(place.resolve()) for place in places))
-    raise UserError(
-        f"{adapter} was trained on {base}, which is not at {looked}; say where it is now with --base FOLDER"
-    )
-
-
-def check_base(recipe: Mapping[str, Any], base: str, adapter: Path) -> None:
-    """Refuses a base whose weights or config are not those the adapter was trained on.
-
-    Raises:
-        UserError: it is another one; both hashes are named.
-    """
-    try:
-        found = content_hash(local_folder(base, recipe.get("revision")))
-    except OSError:
-        return  # a hub id that is not in the cache yet; loading it says what is wrong, or fetches that revision
-    if found != recipe["base_sha256"]:
-        raise UserError(
-            f"{adapter} was trained on a base with sha256 {recipe['base_sha256'][:12]}…, {base} has {found[:12]}…; "
-            "name the right one with --base FOLDER, or add --any-base to try it all the same"
-        )
-
-
-def without_adapter(backbone: AnyBackbone, adapter: Path) -> AnyBackbone:
-    """A second backbone that shares every weight but those the adapter folder replaces (such as the projector).
-
-    Call it before the adapter is loaded.
-    """
-    replaced = {own_name(key) for key in read_weights(adapter)}
-    tensors = [*backbone.model.named_parameters(), *backbone.model.named_buffers()]
-    shared = {id(tensor): tensor for name, tensor in tensors if name not in replaced}
-    shared |= {id(tensor): tensor for tensor in loose_tensors(backbone.model)}
-    return copy.deepcopy(backbone, shared)
+        return ask_decoder(self, one, asking)
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -19,16 +19,20 @@ from dora_vl.data.examples import Answer, Example
 from dora_vl.data.instructions import iterate_instructions
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.likelihood import choose
-from dora_vl.evaluation.predict import Decoding, predict
+from dora_vl.evaluation.predict import predict
 from dora_vl.evaluation.predictions_file import PredictionsFile
+from dora_vl.evaluation.prompt_inputs import InstructionPrompts
 from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.shown import MediaReader
 from dora_vl.run.commonsense_recipe import CommonsenseEvaluationConfig
-from dora_vl.run.picture_reading import PictureReader
 from dora_vl.run.run_folder import ADAPTER, METRICS, write_json
+from dora_vl.run.video_reading import VideoReading
 from dora_vl.scores.bootstrap import intervals
 from dora_vl.scores.commonsense import PATTERNS, extracted, score
 from dora_vl.scores.scored import Scored
+from dora_vl.vision.frame_sampling import Uniform
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ PREDICTIONS = {"generation": "predictions.jsonl", "likelihood": "predictions_lik
 
 
 @dataclass(frozen=True)
-class Asked:
+class SetQuestion:
     """One question of a set, what the scorer needs of it, and the answer that is looked for."""
 
     question: Question
@@ -44,7 +48,7 @@ class Asked:
     answer: str
 
 
-def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[Asked], dict[str, str]]:
+def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[SetQuestion], dict[str, str]]:
     """The questions of every set, and the reason for each that cannot be read, by id (`openbookqa/17`).
 
     Raises:
@@ -52,7 +56,7 @@ def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[Asked], dic
     """
     if unknown := sorted(set(evaluation.files) - set(PATTERNS)):
         raise UserError(f"evaluation.files: no commonsense set {unknown[0]!r}; there are {', '.join(PATTERNS)}")
-    asked: list[Asked] = []
+    asked: list[SetQuestion] = []
     unreadable: dict[str, str] = {}
     for task, file in evaluation.files.items():
         for record in iterate_instructions(Path(file), evaluation.limit):
@@ -64,7 +68,7 @@ def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[Asked], dic
             turns = [Turn("user", text) for text in (record.instruction, record.input) if text]
             question = Question(id=name, images=(), turns=tuple(turns), truth=record.output, kind=task)
             example = Example(id=name, answers=(Answer(text=answer),), extra={"task": task})
-            asked.append(Asked(question, example, answer))
+            asked.append(SetQuestion(question, example, answer))
     if not asked:
         raise UserError(f"{evaluation.file}: no question can be asked; the first: {next(iter(unreadable.items()))}")
     return asked, unreadable
@@ -116,28 +120,24 @@ def evaluate_commonsense(
 def _generate(
     backbone: Any,
     encoder: InstructionEncoder,
-    asked: Sequence[Asked],
+    asked: Sequence[SetQuestion],
     evaluation: CommonsenseEvaluationConfig,
     file: PredictionsFile,
 ) -> dict[str, str]:
+    assistant = Assistant(backbone, InstructionPrompts(encoder))
     return predict(
-        backbone,
-        encoder,
+        assistant,
         [one.question for one in asked],
-        pictures=PictureReader(pixels=_no_picture),
+        media=MediaReader(folder=Path(), videos=VideoReading(folder=Path(), sampling=Uniform(1))),  # they show nothing
         file=file,
-        decoding=Decoding(
-            batch_size=evaluation.batch_size,
-            max_new_tokens=evaluation.max_new_tokens,
-            max_positions=max_positions(backbone.config),
-        ),
+        decoding=assistant.decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
     )
 
 
 def _choose(
     backbone: Any,
     encoder: InstructionEncoder,
-    asked: Sequence[Asked],
+    asked: Sequence[SetQuestion],
     evaluation: CommonsenseEvaluationConfig,
     file: PredictionsFile,
 ) -> dict[str, str]:
@@ -154,10 +154,6 @@ def _choose(
     return choose(backbone, encode, questions, file=file, batch_size=evaluation.batch_size)
 
 
-def _no_picture(path: str) -> Tensor:
-    raise BadSample(path, "a plain language model reads no pictures")
-
-
 def _entries(scored: Scored) -> dict[str, Any]:
     return {
         "accuracy": scored.metrics,
@@ -166,7 +162,9 @@ def _entries(scored: Scored) -> dict[str, Any]:
     }
 
 
-def _without_answer(asked: Sequence[Asked], answers: Mapping[str, str], evaluation: CommonsenseEvaluationConfig) -> int:
+def _without_answer(
+    asked: Sequence[SetQuestion], answers: Mapping[str, str], evaluation: CommonsenseEvaluationConfig
+) -> int:
     """Questions whose generated text holds nothing of the set's pattern; they count as wrong."""
     return sum(
         not extracted(answers[one.example.id], str(one.question.kind), evaluation.rule)

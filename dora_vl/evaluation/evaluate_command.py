@@ -1,16 +1,18 @@
-"""`dora-vl evaluate`: a trained adapter, or a file of predictions, scored on published benchmarks."""
+"""`dora-vl evaluate`: an adapter, a model without one, or a file of predictions, scored on benchmarks."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_vl.data.media import any_is_there
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.answer_joins import join
 from dora_vl.evaluation.answers_file import read_rows
+from dora_vl.evaluation.asking import add_model_options
 from dora_vl.evaluation.evaluation_set import EvaluationSet, read_set
 from dora_vl.evaluation.finish import Answers, finish
 from dora_vl.evaluation.metrics_file import METRICS, refuse_anothers
@@ -19,14 +21,14 @@ from dora_vl.evaluation.predictions_file import file_sha256
 from dora_vl.whole_numbers import positive
 
 if TYPE_CHECKING:
-    from dora_vl.evaluation.ask_model import Model
-    from dora_vl.evaluation.ask_vlbart import VlBartModel
+    from dora_vl.evaluation.asker import Opened, Wanted
 
 DESCRIPTION = """\
-Scores a trained adapter on published benchmarks, as their official scripts do, with 95 % intervals.
+Scores a model on published benchmarks, or one of your own, as official scripts do, with 95 % intervals.
 
   dora-vl evaluate --adapter runs/my/adapter --benchmarks pope,gqa --images data --to runs/my/evaluation
   dora-vl evaluate --adapter runs/my/adapter --benchmarks pope --against runs/other/adapter
+  dora-vl evaluate --model OWNER/NAME --benchmarks pope --images data --to runs/base
   dora-vl evaluate --benchmarks yc2c --predictions my_captions.jsonl
   dora-vl evaluate --adapter runs/demo/adapter --benchmarks exact_match=runs/demo/data/test.json \\
       --images runs/demo/assets/easy_vqa --answer-after ", so "
@@ -43,9 +45,10 @@ in it while they are true.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("--benchmarks", required=True, help="NAME, NAME:SPLIT, NAME=FILE or FILE.yaml, commas between")
-    parser.add_argument("--adapter", type=Path, help="adapter folder of a LLaVA run")
+    parser.add_argument("--adapter", type=Path, help="adapter folder of a run, or of PEFT")
+    parser.add_argument("--model", help="folder or hub id of a model that is asked without an adapter")
     parser.add_argument("--predictions", type=Path, help="scores this file instead of asking a model (one benchmark)")
-    parser.add_argument("--against", type=Path, help="another adapter folder or predictions file: paired difference")
+    parser.add_argument("--against", type=Path, help="another adapter, model or predictions file: paired difference")
     parser.add_argument("--records", type=Path, default=Path("records"), help="folder of records (default: records)")
     parser.add_argument("--images", type=Path, default=Path(), help="root of the pictures (default: here)")
     parser.add_argument("--to", type=Path, help="results (default: `evaluation` beside the adapter or predictions)")
@@ -53,13 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, help="only the first so many examples of each benchmark")
     parser.add_argument("--batch-size", type=positive, default=32, help="questions at once (default: 32)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest answer (default: the benchmark's own)")
-    parser.add_argument(
-        "--frames", type=positive, help="frames of a video that a LLaVA sees (default: benchmark's own)"
-    )
+    parser.add_argument("--frames", type=positive, help="frames of a video that are shown (default: benchmark's own)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead (default: 0)")
     parser.add_argument("--answer-after", help="exact_match: scores what follows the last of this text in an answer")
-    parser.add_argument("--base", help="where the base model is, if it moved since training")
-    parser.add_argument("--any-base", action="store_true", help="accepts a base with other content than in training")
+    parser.add_argument(
+        "--answer-by",
+        choices=("generation", "likelihood"),
+        default="generation",
+        help="likelihood: of choices the likeliest letter (default: generation)",
+    )
+    add_model_options(parser)
     parser.add_argument("--all-metrics", action="store_true", help="the table shows parts of sets too")
 
 
@@ -88,14 +94,40 @@ def _ask_and_score(options: argparse.Namespace) -> Iterator[str]:
 
     with first_rank_speaks(), joined_launch():
         sets = _sets(options)
-        to = options.to or options.adapter.parent / "evaluation"
+        to = _results(options)
         refuse_anothers(to / METRICS)
-        answered = _asked(sets, options.adapter, options, to)
+        check_media(sets, options.images)
+        answered = _asked(sets, _wanted(options, adapter=options.adapter, model=options.model), options, to)
         other = _other_file(sets, options)
         if other is None and options.against is not None:
-            other = _asked(sets, options.against, options, to / "against")
+            other = _asked(sets, _against(options), options, to / "against")
         if is_first_rank():
             yield from finish(sets, answered, other, options, to)
+
+
+def _results(options: argparse.Namespace) -> Path:
+    if options.to is None and options.adapter is None:
+        raise UserError("say with --to where the results go; beside --model there is no run they belong to")
+    return options.to or options.adapter.parent / "evaluation"
+
+
+def _wanted(options: argparse.Namespace, *, adapter: Path | None, model: str | None) -> Wanted:
+    from dora_vl.evaluation.asker import Wanted
+
+    about_adapter = {} if adapter is None else {"base": options.base, "any_base": options.any_base}
+    return Wanted(adapter=adapter, model=model, template=options.template, **about_adapter)
+
+
+def _against(options: argparse.Namespace) -> Wanted:
+    """The other model: an adapter's folder, or a model's."""
+    from dora_vl.adapters.folder import WEIGHTS_FILE
+
+    is_adapter = (options.against / WEIGHTS_FILE).is_file() and not (options.against / "config.json").is_file()
+    return _wanted(
+        options,
+        adapter=options.against if is_adapter else None,
+        model=None if is_adapter else str(options.against),
+    )
 
 
 def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
@@ -106,16 +138,23 @@ def _sets(options: argparse.Namespace) -> list[EvaluationSet]:
         raise UserError(f"--benchmarks {shown(options.benchmarks)} must name at least one benchmark, each once")
     if strange := sorted(modes.keys() - set(names)):
         raise UserError(f"--mode names {strange[0]}, which --benchmarks does not")
-    if (options.adapter is None) == (options.predictions is None):
-        raise UserError("give --adapter DIR to ask a model, or --predictions FILE to score answers, one of the two")
+    if sum(one is not None for one in (options.adapter, options.model, options.predictions)) != 1:
+        raise UserError(
+            "give --adapter DIR or --model FOLDER to ask a model, or --predictions FILE to score answers, one of these"
+        )
     if options.predictions is not None and len(requests) > 1:
         raise UserError(f"--predictions holds one benchmark's answers; --benchmarks names {len(requests)}")
     if options.against is not None and not options.against.exists():
-        raise UserError(f"--against {options.against}: no such adapter folder or predictions file")
-    return [
+        raise UserError(f"--against {options.against}: no such adapter, model or predictions file")
+    sets = [
         read_set(request, options.records, mode=modes.get(name), limit=options.limit)
         for request, name in zip(requests, names, strict=True)
     ]
+    if options.answer_by == "likelihood" and (without := [one.name for one in sets if not one.benchmark.chooses]):
+        raise UserError(
+            f"--answer-by likelihood compares the letters of choices, and {without[0]} has none; leave it out"
+        )
+    return sets
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -149,15 +188,22 @@ def _other_file(sets: Sequence[EvaluationSet], options: argparse.Namespace) -> d
     return {sets[0].name: _from_file(options.against, sets[0], options)}
 
 
-def _asked(sets: Sequence[EvaluationSet], adapter: Path, options: argparse.Namespace, to: Path) -> dict[str, Answers]:
+def _asked(sets: Sequence[EvaluationSet], wanted: Wanted, options: argparse.Namespace, to: Path) -> dict[str, Answers]:
     """Every benchmark put to one model."""
-    from dora_vl.evaluation.ask_model import open_model
+    from dora_vl.evaluation.model_source import find_source, hashes
+    from dora_vl.evaluation.open_asker import open_source
+    from dora_vl.run.base_kinds import VLBART
 
-    model = open_model(adapter, base=options.base, any_base=options.any_base)
-    return {one.name: _ask(model, one, options, to) for one in sets}
+    source = find_source(wanted)
+    if options.answer_by == "likelihood" and source.kind == VLBART:
+        raise UserError(f"{wanted.adapter}: a VL-BART answers each task as it was trained; leave --answer-by out")
+    opened, sha256 = open_source(source), hashes(source)
+    return {one.name: _ask(opened, sha256, one, options, to) for one in sets}
 
 
-def _ask(model: Model | VlBartModel, one: EvaluationSet, options: argparse.Namespace, to: Path) -> Answers:
+def _ask(
+    opened: Opened, sha256: Mapping[str, str], one: EvaluationSet, options: argparse.Namespace, to: Path
+) -> Answers:
     from dora_vl.evaluation.ask import Asking
 
     asking = Asking(
@@ -167,17 +213,37 @@ def _ask(model: Model | VlBartModel, one: EvaluationSet, options: argparse.Names
         max_new_tokens=options.max_new_tokens or one.benchmark.max_new_tokens,
         workers=options.workers,
         frames=options.frames or one.benchmark.frames,
+        sha256=sha256,
+        by_likelihood=options.answer_by == "likelihood",
     )
-    asked = model.ask(one, asking)
+    asked = opened.adapted.ask(one, asking)
     return Answers(
         answers=asked.answers,
         failed=asked.failed,
-        sha256={"adapter": model.adapter_sha256, "base": model.base_sha256},
+        sha256=sha256,
         asked_with={
             "images": str(options.images),
             "max_new_tokens": asking.max_new_tokens,
             "batch_size": asking.batch_size,
             **({"frames": asking.frames} if one.has_videos else {}),
+            **({"answer_by": options.answer_by} if asking.by_likelihood else {}),
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
         },
     )
+
+
+def check_media(sets: Sequence[EvaluationSet], images: Path) -> None:
+    """Sees before a model is loaded that the root of the pictures is there, and holds any of each benchmark's.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not images.is_dir():
+        raise UserError(f"picture folder {images} does not exist; name the pictures' root with --images")
+    for one in sets:
+        names = list(dict.fromkeys(path for example in one.examples for path in example.images))
+        if names and not any_is_there(names, images):
+            raise UserError(
+                f"{one.name}: not one of {len(names)} pictures is in {images}, first {shown(names[0])}; name the "
+                "folder that their paths start from with --images"
+            )

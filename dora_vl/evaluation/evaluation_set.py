@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from dora_vl.data.examples import Answer, Example, iterate_examples
+from dora_vl.data.examples import Answer, Example, clip_fields, iterate_examples
 from dora_vl.data.records import stream_values
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import Benchmark, Scorer
@@ -51,7 +51,7 @@ class EvaluationSet:
     @property
     def has_videos(self) -> bool:
         """Whether any example is about a video."""
-        return any(example.video is not None for example in self.examples)
+        return any(example.clips for example in self.examples)
 
     @property
     def scorer(self) -> Scorer | None:
@@ -132,6 +132,7 @@ def _example(question: Question) -> Example:
     return Example(
         id=question.id,
         images=question.images,
+        **clip_fields(question.videos),
         question=question.text,
         turns=question.turns,
         answers=(Answer(text=question.truth),),

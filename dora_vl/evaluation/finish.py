@@ -164,7 +164,7 @@ def _origin(
 ) -> Origin:
     """What the numbers are of: all benchmarks of a command have the same two models."""
     return Origin(
-        answers_of=str(options.adapter or options.predictions),
+        answers_of=str(options.adapter or options.model or options.predictions),
         answers_sha256=answered[name].sha256,
         against=None if options.against is None else str(options.against),
         against_sha256=None if other is None else other[name].sha256,

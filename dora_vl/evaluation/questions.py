@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from dora_vl.data.examples import Clip
+from dora_vl.data.clips import Clip
 from dora_vl.data.readers.containers import find_files
 from dora_vl.data.readers.row_formats import read_row, turns_of
 from dora_vl.data.records import stream_values
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn, as_conversation
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, as_conversation
 from dora_vl.errors import BadSample, UserError, shown
 
 
@@ -24,7 +24,7 @@ class Question:
         turns: the prompt: everything up to and with the last question; earlier rounds keep their true answers.
         truth: the answer to the last question.
         kind: the record's `kind`, if it has one; scores are also given by kind.
-        video: shown before everything else as frames, each a picture; their placeholders are not in `turns`.
+        videos: in the order of their `<video>` in `turns`.
     """
 
     id: str
@@ -32,12 +32,13 @@ class Question:
     turns: tuple[Turn, ...]
     truth: str
     kind: str | None = None
-    video: Clip | None = None
+    videos: tuple[Clip, ...] = ()
 
     @property
     def text(self) -> str:
         """The last question's words, without placeholders."""
-        return self.turns[-1].text.replace(IMAGE_PLACEHOLDER, "").strip()
+        text = self.turns[-1].text.replace(IMAGE_PLACEHOLDER, "")
+        return (text.replace(VIDEO_PLACEHOLDER, "") if self.videos else text).strip()
 
 
 def question_of(record: Mapping[str, object]) -> Question:
@@ -49,9 +50,7 @@ def question_of(record: Mapping[str, object]) -> Question:
     example = read_row(record)
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
-    if example.clips:
-        raise BadSample(example.id, "it has a video, which this task cannot read yet; leave the sample out")
-    conversation = as_conversation(example.id, example.images, turns_of(example))
+    conversation = as_conversation(example.id, example.images, turns_of(example), example.clips)
     *prompt, answer = conversation.turns
     kind = record.get("kind")
     return Question(
@@ -60,6 +59,7 @@ def question_of(record: Mapping[str, object]) -> Question:
         turns=tuple(prompt),
         truth=answer.text,
         kind=None if kind is None else str(kind),
+        videos=conversation.videos,
     )
 
 

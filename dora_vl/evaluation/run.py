@@ -5,26 +5,28 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
-from dora_vl.backbones.base import max_positions
-from dora_vl.backbones.module import Backbone
 from dora_vl.data.media import open_image
 from dora_vl.errors import UserError
-from dora_vl.evaluation.predict import Answerer, Decoding, PromptEncoder, predict
+from dora_vl.evaluation.asker import Asked
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.predict import predict
 from dora_vl.evaluation.predictions_file import Prediction, PredictionsFile, file_sha256
 from dora_vl.evaluation.questions import Question, read_questions
-from dora_vl.run.picture_reading import PictureReader
-from dora_vl.run.recipe import EvaluationConfig
-from dora_vl.run.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, write_json
+from dora_vl.evaluation.shown import MediaReader, check_pictures
+from dora_vl.run.recipe import EvaluationConfig, RunConfig
+from dora_vl.run.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
+from dora_vl.run.video_reading import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.scores.exact_match import Answered, ExactMatch, exact_match, final_answer
+from dora_vl.vision.video import VideoReader
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +34,11 @@ PREDICTIONS, LOSS_CURVE, CONTACT_SHEET = "predictions.jsonl", "loss_curve.png", 
 
 
 def evaluate_run(
-    backbone: Answerer,
-    encoder: PromptEncoder,
+    assistant: Assistant,
     evaluation: EvaluationConfig,
     *,
     run_folder: Path,
-    pictures: PictureReader,
-    image_folder: Path,
+    media: MediaReader,
     numbers: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
     """Answers the test questions with the trained model and writes everything that shows how the run went.
@@ -47,7 +47,7 @@ def evaluate_run(
 
     Args:
         run_folder: holds `adapter/` and `log.jsonl`; receives the predictions, metrics and pictures.
-        image_folder: root of the pictures; the contact sheet draws from it.
+        media: reads the questions' pictures and videos; the contact sheet draws from its folder.
         numbers: more entries for `metrics.json`, such as `train_seconds`.
 
     Returns:
@@ -56,11 +56,15 @@ def evaluate_run(
     Raises:
         UserError: `evaluation.file` is not set, missing, or holds no question.
     """
-    questions, failed = _questions(evaluation)
-    with PredictionsFile(run_folder / PREDICTIONS, _settings(evaluation, run_folder)) as file:
-        asked = _ask(backbone, encoder, questions, evaluation, pictures=pictures, file=file)
+    questions, failed = read_test(evaluation)
+    settings = _settings(evaluation, run_folder)
+    if any(question.videos for question in questions):
+        settings["frames"] = repr(media.videos.sampling)
+    with PredictionsFile(run_folder / PREDICTIONS, settings) as file:
+        asked = _ask(assistant, questions, evaluation, media=media, file=file)
+        done = [file.done[name] for name in asked.answers]
     failed |= asked.failed
-    answered = [_answered(prediction, evaluation.answer_after) for prediction in asked.done]
+    answered = [_answered(prediction, evaluation.answer_after) for prediction in done]
     score = exact_match([*answered, *(_unanswered(name, questions) for name in failed)])
     metrics = {
         **_score_entries(score),
@@ -73,47 +77,82 @@ def evaluate_run(
     }
     write_json(run_folder / METRICS, metrics)
     _report(score, run_folder)
-    draw_run(asked.done, score, run_folder=run_folder, image_folder=image_folder, answer_after=evaluation.answer_after)
+    draw_run(done, score, run_folder=run_folder, image_folder=media.folder, answer_after=evaluation.answer_after)
     return metrics
 
 
-def _questions(evaluation: EvaluationConfig) -> tuple[list[Question], dict[str, str]]:
+def run_test(
+    assistant: Assistant,
+    config: RunConfig,
+    *,
+    numbers: Mapping[str, object],
+    features: Callable[[str], Tensor] | None = None,
+) -> dict[str, Any]:
+    """The test of a run whose adapter is saved, by the model with that adapter; see `evaluate_run`.
+
+    Args:
+        features: a picture's stored features by its path, where the run keeps some.
+    """
+    data, folder = config.data, pictures_of_test(config)
+    same = data.video_frames if assistant.prompts.videos_of_one_length else None
+    root = folder if config.evaluation.image_folder else video_folder(data)
+    with VideoReader() as reader:
+        videos = VideoReading(folder=root, sampling=video_sampling(data), frames=same, reader=reader)
+        media = MediaReader(folder=folder, videos=videos, features=features)
+        return evaluate_run(
+            assistant, config.evaluation, run_folder=run_folder_of(config), media=media, numbers=numbers
+        )
+
+
+def pictures_of_test(config: RunConfig) -> Path:
+    """Root of the test's pictures."""
+    return Path(config.evaluation.image_folder or config.data.image_folder)
+
+
+def read_test(evaluation: EvaluationConfig) -> tuple[list[Question], dict[str, str]]:
+    """The questions of `evaluation.file`, and the reason for each that cannot be read, by id.
+
+    Raises:
+        UserError: it is not set, missing, malformed or empty.
+    """
     if evaluation.file is None:
-        raise UserError("evaluation.file is not set; give a LLaVA JSON file of questions with answers")
+        raise UserError("evaluation.file is not set; give a file of questions with answers")
     return read_questions(Path(evaluation.file), evaluation.limit)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Answers in the questions' order, why some have none, how many an earlier run gave, and how long it took."""
+def check_test(config: RunConfig) -> list[Question]:
+    """The questions of a run's test, before it trains: what is wrong with them shows now, not after hours.
 
-    done: list[Prediction]
-    failed: dict[str, str]
-    answered_before: int
-    seconds: float
+    Raises:
+        UserError: as `read_test`; the picture folder is none, or holds none of their pictures; or nothing decodes their
+            videos.
+    """
+    questions, _ = read_test(config.evaluation)
+    check_pictures(questions, pictures_of_test(config), setting="evaluation.image_folder (or data.image_folder)")
+    if any(question.videos for question in questions):
+        check_videos(config.data)
+    return questions
 
 
 def _ask(
-    backbone: Answerer,
-    encoder: PromptEncoder,
+    assistant: Assistant,
     questions: Sequence[Question],
     evaluation: EvaluationConfig,
     *,
-    pictures: PictureReader,
+    media: MediaReader,
     file: PredictionsFile,
-) -> _Asked:
-    decoding = Decoding(
-        batch_size=evaluation.batch_size,
-        max_new_tokens=evaluation.max_new_tokens,
-        max_positions=max_positions(backbone.model.config) if isinstance(backbone, Backbone) else None,
-    )
+) -> Asked:
+    decoding = assistant.decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens)
     started = time.monotonic()
-    if isinstance(backbone, nn.Module):
-        backbone.eval()
     answered_before = len(file.done)
-    failed = predict(backbone, encoder, questions, pictures=pictures, file=file, decoding=decoding)
-    done = [file.done[question.id] for question in questions if question.id in file.done]
-    return _Asked(done, failed, min(answered_before, len(done)), time.monotonic() - started)
+    failed = predict(assistant, questions, media=media, file=file, decoding=decoding)
+    answers = {one.id: file.done[one.id].prediction for one in questions if one.id in file.done}
+    return Asked(
+        answers=answers,
+        failed=failed,
+        answered_before=min(answered_before, len(answers)),
+        seconds=time.monotonic() - started,
+    )
 
 
 def draw_run(

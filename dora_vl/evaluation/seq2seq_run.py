@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +19,7 @@ from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example, whole_file
 from dora_vl.data.feature_input import FeatureReader
 from dora_vl.errors import BadSample
+from dora_vl.evaluation.asker import Asked
 from dora_vl.evaluation.seq2seq_answers import answers_of
 from dora_vl.evaluation.seq2seq_pictures import Shown, draw
 from dora_vl.run.run_folder import METRICS, write_json
@@ -33,16 +33,6 @@ log = logging.getLogger(__name__)
 PREDICTIONS = "predictions"
 FAILED_SHOWN = 10
 Tested = tuple[Subtask, ExampleFile, FeatureReader]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A task's examples, the answers by id, why the others have none, and the tokens that each cut text lost."""
-
-    examples: list[Example]
-    answers: dict[str, str]
-    failed: dict[str, str]
-    cut: dict[str, int]
 
 
 @runtime_checkable
@@ -83,12 +73,12 @@ def evaluate_subtasks(
     headlines: dict[str, dict[str, Any]] = {}
     metrics: dict[str, Any] = {}
     for subtask, file, reader in tested:
-        done = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
-        examples, answers = done.examples, done.answers
+        examples, done = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
+        answers = done.answers
         _write(run_folder / PREDICTIONS / f"{subtask.name}.jsonl", answers)
         _tell_failed(subtask, done.failed, run_folder / METRICS)
         scored = _score(subtask, examples, answers)
-        tasks[subtask.name] = _entries(subtask, scored, done)
+        tasks[subtask.name] = _entries(subtask, scored, done, asked=len(examples))
         if scored is not None and "accuracy" in scored.metrics:
             headlines[subtask.name] = _headline(scored, examples)
         shown.append(Shown(subtask.name, examples, answers, scored))
@@ -115,14 +105,15 @@ def answer(
     reader: FeatureReader,
     *,
     batch_size: int,
-) -> Asked:
-    """Answers every example that can be asked."""
+) -> tuple[list[Example], Asked]:
+    """Answers every example that can be asked; all examples, and what came of them."""
     collate = Seq2SeqCollator(encoder.pad_token_id, reader.shape)
-    done = Asked([], {}, {}, {})
+    examples: list[Example] = []
+    done = Asked()
     device = next(backbone.parameters()).device
     with torch.inference_mode(), tqdm(total=len(file), desc=subtask.name, unit="question") as progress:
         for rows in _batches(file, batch_size):
-            done.examples.extend(rows)
+            examples.extend(rows)
             items = [asked(example, subtask, encoder, reader) for example in rows]
             done.failed.update({one.id: one.reason for one in items if isinstance(one, Skipped)})
             usable = [row for row, item in zip(rows, items, strict=True) if isinstance(item, Seq2SeqSample)]
@@ -136,7 +127,7 @@ def answer(
     if done.cut:
         name, tokens = next(iter(done.cut.items()))
         log.warning("%s: %d texts were cut, such as that of %s by %d tokens", subtask.name, len(done.cut), name, tokens)
-    return done
+    return examples, done
 
 
 def asked(
@@ -172,12 +163,12 @@ def _tell_failed(subtask: Subtask, failed: Mapping[str, str], metrics_file: Path
         log.warning("%s: %d could not be asked; %s names all", subtask.name, len(failed), metrics_file)
 
 
-def _entries(subtask: Subtask, scored: Scored | None, done: Asked) -> dict[str, Any]:
+def _entries(subtask: Subtask, scored: Scored | None, done: Asked, *, asked: int) -> dict[str, Any]:
     """What `metrics.json` says of a task."""
     losses = {"failed": done.failed, "cut_texts": len(done.cut)}
     if scored is None:
         note = "the publisher keeps the answers of this file"
-        return {"metrics": {}, "n": len(done.examples), **losses, "note": note}
+        return {"metrics": {}, "n": asked, **losses, "note": note}
     return {
         "metrics": scored.metrics,
         "intervals_95": intervals(scored),

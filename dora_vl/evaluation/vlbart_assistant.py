@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,11 +17,17 @@ from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
 from dora_vl.data.examples import Example
-from dora_vl.data.feature_input import fixed_length
+from dora_vl.data.feature_input import clip_of_features, fixed_length
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.assistant import Assistants, base_of, read_recipe, with_adapter
+from dora_vl.evaluation.ask import Asking
+from dora_vl.evaluation.asker import Asked, Opened, View, Write
+from dora_vl.evaluation.evaluation_set import EvaluationSet
+from dora_vl.evaluation.model_source import ModelSource
+from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.seq2seq_answers import answers_of
+from dora_vl.evaluation.shown import Shown
+from dora_vl.evaluation.task_files import subtasks_of
 from dora_vl.evaluation.trained_features import open_encoders
 from dora_vl.tasks.subtask import Subtask, with_input_tokens
 from dora_vl.vision.feature_encoder import FeatureEncoder
@@ -30,20 +35,8 @@ from dora_vl.vision.frame_sampling import Sampling
 
 log = logging.getLogger(__name__)
 
-VLBART_ENTRIES = ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings")
-"""What `recipe.json` must say so that a VL-BART can be asked."""
-
-
-@runtime_checkable
-class SubtasksOf(Protocol):
-    """Gives every task of a task file, by the file's name, with prompts as in training."""
-
-    def __call__(self, task: str, *, task_prompt: bool) -> Mapping[str, Subtask]:
-        """The tasks by name."""
-        ...
-
-
-VIDEO_TASK = "vlbart_video"
+FRAMES_TASK = "vlbart_video"
+"""Whose older folders do not say that pictures are a video's frames."""
 CHOOSING = frozenset({"choice", "words"})
 WITH_CHOICES = "a question with its choices (--choice, several times)"
 FREE = "a question without choices"
@@ -68,14 +61,23 @@ class VlBartAssistant:
     feature_tokens: int
     is_video: bool
 
-    def with_span(self, example: Example, task: str = "") -> Example:
-        """A question about a video as its task's records have it: where the prompt states the part, that is in it.
+    def view(self, example: Example, *, frames: int, task: str = "") -> View:
+        """See `Asker.view`: what its features were trained on, whatever `frames` says.
 
-        `clip_of_features` then gives the part that the features are of, the whole file.
+        A question about a part of a video is as its task's records have it: where the prompt states the part, that is
+        in it, and the features are of the whole file.
 
         Raises:
-            UserError: no task fits, or the prompt needs a part and the example's video names none.
+            UserError: no task fits, or nothing says how its features were computed, or the prompt needs a part and the
+                example's video names none.
         """
+        example = self._with_span(example, task)
+        clip = clip_of_features(example)
+        if clip is None or example.video is None:
+            raise ValueError(f"example {example.id} has no video")
+        return View(example=example, clip=clip[1], sampling=self.sampling(example, task))
+
+    def _with_span(self, example: Example, task: str) -> Example:
         subtask, video = self._subtask(example, task), example.video
         if subtask.state_span is None or video is None or "ts" in example.extra:
             return example
@@ -98,9 +100,9 @@ class VlBartAssistant:
         pictures: Sequence[Image.Image],
         *,
         max_new_tokens: int = 64,
-        write: Callable[[str], object] | None = None,
+        write: Write | None = None,
     ) -> str:
-        """The answer to one question; `assistant.Assistant.answer` takes the same.
+        """See `Asker.answer`: to one question.
 
         Raises:
             UserError: there is more than one question, or no picture.
@@ -109,23 +111,21 @@ class VlBartAssistant:
             raise UserError("a VL-BART reads one question at a time; ask without --conversation")
         question = turns[0].text.replace(IMAGE_PLACEHOLDER, "").strip()
         return self.answer_example(
-            Example(id="question", question=question), pictures, max_new_tokens=max_new_tokens, write=write
+            Example(id="question", question=question),
+            Shown(pictures=tuple(pictures)),
+            max_new_tokens=max_new_tokens,
+            write=write,
         )
 
     def answer_example(
-        self,
-        example: Example,
-        pictures: Sequence[Image.Image],
-        *,
-        max_new_tokens: int = 64,
-        write: Callable[[str], object] | None = None,
+        self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None
     ) -> str:
-        """The answer to an example's question about these pictures; of its choices one, where it has some.
+        """See `Asker.answer_example`: of the example's choices one, where it has some.
 
         Raises:
             UserError: as `said`.
         """
-        said = self.said(example, pictures)
+        said = self.said(example, seen.frames or seen.pictures)
         if self.answers_by_label(example):
             said = example.choices[int(said.removeprefix("a"))]
         if write is not None:
@@ -157,6 +157,12 @@ class VlBartAssistant:
         inputs = [ids[None].to(device), torch.ones_like(ids)[None].to(device), features]
         (answer,) = answers_of(self.backbone, self.encoder, subtask, [example], inputs)
         return answer
+
+    def ask(self, one: EvaluationSet, asking: Asking) -> Asked:
+        """See `Asker.ask`: as in training."""
+        from dora_vl.evaluation.ask_vlbart import ask_vlbart
+
+        return ask_vlbart(self, one, asking)
 
     def answers_by_label(self, example: Example, task: str = "") -> bool:
         """Whether `said` gives the label of a choice."""
@@ -208,26 +214,20 @@ def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:
     return {"choice": (WITH_CHOICES,), "words": (WITH_CHOICES, FREE)}.get(subtask.answer_by, (FREE,))
 
 
-def open_vlbart_assistants(
-    adapter: Path, subtasks: SubtasksOf, *, base: str | None = None, with_base: bool = False, any_base: bool = False
-) -> Assistants[VlBartAssistant]:
-    """Builds the VL-BART that an adapter folder's `recipe.json` describes; see `assistant.open_assistants`.
-
-    Args:
-        subtasks: every task of a task file, by the file's name.
+def open_vlbart(source: ModelSource) -> Opened:
+    """Builds the VL-BART that an adapter folder's `recipe.json` describes.
 
     Raises:
-        UserError: the folder is incomplete, the base or a vision tower is not there or another one, or nothing says
-            how the features were computed.
+        UserError: a vision tower is not there or another one, or nothing says how the features were computed.
     """
-    recipe = read_recipe(adapter, needed=VLBART_ENTRIES)
-    place = base_of(adapter, recipe, base=base, any_base=any_base)
-    loaded = load_vlbart(place, dtype=getattr(torch, recipe["dtype"]))
-    adapted, plain = with_adapter(loaded, adapter, with_base=with_base)
+    wanted, recipe, place = source.wanted, source.recipe, source.place
+    adapter = Path(str(wanted.adapter))
+    loaded = load_vlbart(place, dtype=getattr(torch, source.dtype))
+    adapted, plain = with_adapter(loaded, adapter, with_base=wanted.with_base)
     trained_with = recipe["settings"]
     device = next(adapted.parameters()).device
-    encoders = open_encoders(adapter, recipe, device=device, any_tower=any_base)
-    known = subtasks(recipe["task"], task_prompt=trained_with["task_prompt"])
+    encoders = open_encoders(adapter, recipe, device=device, any_tower=wanted.any_base)
+    known = subtasks_of(recipe["task"], task_prompt=trained_with["task_prompt"])
     own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
     first = VlBartAssistant(
         backbone=adapted,
@@ -239,6 +239,6 @@ def open_vlbart_assistants(
         features=encoders,
         subtasks=tuple(own),
         feature_tokens=recipe["feature_tokens"],
-        is_video=recipe["task"] == VIDEO_TASK,
+        is_video=bool(recipe.get("is_video", recipe["task"] == FRAMES_TASK)),
     )
-    return Assistants(adapted=first, base=None if plain is None else replace(first, backbone=plain))
+    return Opened(adapted=first, base=None if plain is None else replace(first, backbone=plain))

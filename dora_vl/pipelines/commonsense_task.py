@@ -25,6 +25,7 @@ from dora_vl.data.instructions import load_instructions
 from dora_vl.errors import UserError
 from dora_vl.evaluation.commonsense_run import evaluate_commonsense, read_sets
 from dora_vl.run.adapting import core_config
+from dora_vl.run.base_kinds import CAUSAL_LM
 from dora_vl.run.base_loading import check_quantisation, load_base, make_base
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig, InstructionDataConfig, LanguageModelConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
@@ -114,6 +115,7 @@ class CommonsenseTask(Task):
         model, data = self.config.model, self.config.data
         return {
             "task": self.name,
+            "backbone": CAUSAL_LM,
             "base": model.base,
             "revision": model.revision,
             "base_sha256": content_hash(local_folder(model.base, model.revision)),

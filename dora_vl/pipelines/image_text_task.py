@@ -13,7 +13,6 @@ from transformers import TrainingArguments
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of, sees_pictures
 from dora_vl.backbones.image_text import (
-    IMAGE_TEXT,
     ImageTextBackbone,
     language_targets,
     load_image_text,
@@ -29,12 +28,18 @@ from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.stored_pictures import HeldPictures, open_picture
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.open_asker import with_adapter
+from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
+from dora_vl.evaluation.run import check_test, run_test
 from dora_vl.pipelines.instruct_data import InstructData
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.adapting import core_config
 from dora_vl.run.assembly import processor_encoder, recipe_record
+from dora_vl.run.base_kinds import IMAGE_TEXT
 from dora_vl.run.base_loading import check_quantisation, load_base
 from dora_vl.run.recipe import RunConfig
+from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.video_reading import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.task import Task, TrainingData
@@ -83,6 +88,8 @@ class ImageTextTask(Task):
         check_quantisation(self.config.model)
         samples = self._samples(arguments)
         samples.describe()
+        if self.config.evaluation.file is not None:
+            samples.warn_of_overlap(check_test(self.config))
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
         if samples.has_videos:
             _check_videos(self.config, encoder, pictures=samples.has_pictures)
@@ -146,8 +153,12 @@ class ImageTextTask(Task):
         return {**record, **own}
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
-        """Refused in `prepare`."""
-        raise UserError("evaluation.file is for a LLaVA-1.5 so far; ask the adapter with tasks/image_qa.py")
+        """Answers `evaluation.file` with the saved adapter on the base loaded again, as `LlavaTask.test`."""
+        config = self.config
+        check_test(config)
+        encoder = processor_encoder(config.model, max_tokens=config.data.max_tokens)
+        backbone, _ = with_adapter(load_base(load_image_text, config.model), run_folder_of(config) / ADAPTER)
+        return run_test(Assistant(backbone, ImageTextPrompts(encoder)), config, numbers=numbers)
 
     def _adapted(self, backbone: ImageTextBackbone) -> DoRAConfig:
         adapter, model = self.config.adapter, backbone.model
@@ -183,7 +194,6 @@ def check_settings(config: RunConfig) -> None:
             config.model.template not in ("vicuna_v1", "tokenizer", *FORMATS),
             f"prompts come from the processor's own chat template, or are {' or '.join(FORMATS)}",
         ),
-        "evaluation.file": (config.evaluation.file is not None, "ask the adapter with tasks/image_qa.py instead"),
     }
     for setting, (asked, reason) in refused.items():
         if asked:

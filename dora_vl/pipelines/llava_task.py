@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
+from torch import Tensor
 from transformers import TrainingArguments
 
-from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.compose import compose_llava
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone
@@ -19,12 +18,15 @@ from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import LlavaDataset, Rows
 from dora_vl.data.stored_pictures import HeldPictures
-from dora_vl.evaluation.questions import read_questions
-from dora_vl.evaluation.run import evaluate_run
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.open_asker import with_adapter
+from dora_vl.evaluation.prompt_inputs import LlavaPrompts
+from dora_vl.evaluation.run import check_test, pictures_of_test, read_test, run_test
 from dora_vl.pipelines.instruct_data import InstructData
 from dora_vl.run.assembly import build_encoder, dora_config, load_backbone, pad_token_id, recipe_record
+from dora_vl.run.base_kinds import LLAVA
 from dora_vl.run.base_loading import check_quantisation, make_base
-from dora_vl.run.picture_reading import PictureReader, picture_reader
+from dora_vl.run.picture_reading import PictureReader, image_preparation, picture_reader
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.memory_estimate import Activations
@@ -59,8 +61,7 @@ class LlavaTask(Task):
         samples = self._samples(arguments)
         samples.describe()
         if self.config.evaluation.file is not None:
-            questions, _ = read_questions(Path(self.config.evaluation.file), self.config.evaluation.limit)
-            samples.warn_of_overlap(questions)
+            samples.warn_of_overlap(check_test(self.config))
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
 
     def _samples(self, arguments: TrainingArguments) -> InstructData:
@@ -115,7 +116,7 @@ class LlavaTask(Task):
 
     def recipe(self) -> dict[str, Any]:
         """Base, template and picture settings."""
-        return recipe_record(self.config, self.name)
+        return {**recipe_record(self.config, self.name), "backbone": LLAVA}
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Answers `evaluation.file` with the saved adapter.
@@ -123,24 +124,28 @@ class LlavaTask(Task):
         The base is loaded again and the adapter folder put on it: what is tested is what was saved, whole, whatever
         ZeRO stage it was trained under.
         """
-        config, run_folder = self.config, run_folder_of(self.config)
-        backbone = load_backbone(config.model, cached_features=config.data.cache_features)
-        load_adapter(backbone.model, run_folder / ADAPTER)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        backbone.to(device)
-        encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
-        questions, _ = read_questions(Path(str(config.evaluation.file)), config.evaluation.limit)
-        names = dict.fromkeys(path for question in questions for path in question.images)
-        image_folder = Path(config.evaluation.image_folder or config.data.image_folder)
-        return evaluate_run(
-            backbone,
-            encoder,
-            config.evaluation,
-            run_folder=run_folder,
-            pictures=picture_reader(config, backbone, names, folder=image_folder, device=device),
-            image_folder=image_folder,
-            numbers=numbers,
+        config = self.config
+        check_test(config)
+        backbone, _ = with_adapter(
+            load_backbone(config.model, cached_features=config.data.cache_features), run_folder_of(config) / ADAPTER
         )
+        encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
+        return run_test(
+            Assistant(backbone, LlavaPrompts(encoder, image_preparation(config.model))),
+            config,
+            numbers=numbers,
+            features=self._stored(backbone),
+        )
+
+    def _stored(self, backbone: LlavaBackbone) -> Callable[[str], Tensor] | None:
+        """The stored features of the test's pictures, where the run keeps some; missing ones are computed."""
+        config = self.config
+        if not config.data.cache_features:
+            return None
+        questions, _ = read_test(config.evaluation)
+        names = dict.fromkeys(path for question in questions for path in question.images)
+        device = next(backbone.parameters()).device
+        return picture_reader(config, backbone, names, folder=pictures_of_test(config), device=device).features
 
 
 def _illustrated(rows: Rows, stored: HeldPictures, *, encoder: LlavaEncoder, pictures: PictureReader) -> LlavaDataset:

@@ -28,6 +28,7 @@ from dora_vl.evaluation.seq2seq_check import check_tests, open_test
 from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
 from dora_vl.run.adapting import core_config
 from dora_vl.run.arguments import order_seed
+from dora_vl.run.base_kinds import VLBART
 from dora_vl.run.base_loading import make_base
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
@@ -50,6 +51,7 @@ class VlBartTask(Task):
         config: the run's settings.
         subtasks: every task that the task file knows, by name.
         name: the task file's.
+        is_video: a sample's pictures are the frames of one video, not inputs of their own.
 
     Raises:
         UserError: the settings name a task that it does not know, or no features for one, or a batch size elsewhere.
@@ -57,7 +59,9 @@ class VlBartTask(Task):
 
     labels_shift = False
 
-    def __init__(self, config: VlBartRunConfig, subtasks: Mapping[str, Subtask], *, name: str) -> None:
+    def __init__(
+        self, config: VlBartRunConfig, subtasks: Mapping[str, Subtask], *, name: str, is_video: bool = False
+    ) -> None:
         _check_names(config, subtasks)
         check_same_features(config.data.features, config.evaluation.features)
         if set_elsewhere := [one for one in ONE_AT_A_TIME if config.training.get(one, 1) != 1]:
@@ -67,6 +71,7 @@ class VlBartTask(Task):
         self._config = dataclasses.replace(config, training=training)
         self._subtasks = {one: _with_settings(subtask, config) for one, subtask in subtasks.items()}
         self._name = name
+        self._is_video = is_video
 
     @property
     def name(self) -> str:
@@ -145,7 +150,8 @@ class VlBartTask(Task):
         model, data = self.config.model, self.config.data
         return {
             "task": self.name,
-            "backbone": VlBartConfig.model_type,
+            "backbone": VLBART,
+            "is_video": self._is_video,
             "tasks": list(data.train),
             "base": model.base,
             "base_sha256": content_hash(Path(model.base)),

@@ -17,7 +17,6 @@ from typing import Any, TypeVar, cast
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from dora_vl.errors import UserError
-from dora_vl.run.arguments import check_training_section, training_fields
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.recipe_file import with_variant
 
@@ -60,6 +59,8 @@ def read_settings(
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         raise UserError(explain(str(error), setting_names(settings))) from error
     _check_counts(config)
+    from dora_vl.run.arguments import check_training_section  # transformers: not for --help
+
     checked: Any = config  # a dataclass with a `training` section, as every run's
     return dataclasses.replace(checked, training=check_training_section(checked.training))
 
@@ -108,6 +109,8 @@ def _instantiate(parser: ArgumentParser, parsed: Namespace, settings: type[Setti
 
 def setting_names(settings: type[Any] = RunConfig) -> list[str]:
     """Every dotted name a run understands, `training.*` included."""
+    from dora_vl.run.arguments import training_fields
+
     parser = run_parser("run", "", settings)
     skipped = {"help", "config", "print_config", "local_rank"}
     # Only leaf settings: a name such as "model" also stands for a whole section.

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.causal_lm import LanguageSource
-from dora_vl.backbones.instruction_prompt import PromptName, TrainOn
+from dora_vl.backbones.language_spec import LanguageSource, PromptName, TrainOn
 from dora_vl.run.recipe import AdapterConfig, OptimConfig, ResumableRun
 from dora_vl.scores.commonsense import Rule
 

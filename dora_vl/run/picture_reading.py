@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dora_vl.backbones.llava import LlavaBackbone
-from dora_vl.data.examples import Clip
 from dora_vl.data.stored_pictures import HeldPictures, StoredPictures, open_picture
 from dora_vl.errors import UserError
 from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
@@ -28,12 +27,10 @@ class PictureReader:
     """How a picture's path becomes what the backbone takes: pixels or stored tower features, exactly one.
 
     `pixels` gives `[3, height, width]`, `features` `[tokens, width]`; both raise `BadSample` for a broken picture.
-    `frames` gives a video's frames as `pixels` gives pictures, likewise; None: videos cannot be asked about.
     """
 
     pixels: Callable[..., Tensor] | None = None
     features: Callable[[str], Tensor] | None = None
-    frames: Callable[[Clip], Sequence[Tensor]] | None = None
 
     def __post_init__(self) -> None:
         if (self.pixels is None) == (self.features is None):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.compose import ComposeSpec
+from dora_vl.backbones.compose_spec import ComposeSpec
 from dora_vl.backbones.prompt_formats import FormatName
 from dora_vl.backbones.template_table import TemplateName
 from dora_vl.core.config import AdapterSettings
@@ -131,7 +131,7 @@ class EvaluationConfig:
     """The test after training."""
 
     file: str | None = None
-    """Questions with answers, in LLaVA's format; null: no test."""
+    """Questions with answers, in any format that training reads; null: no test."""
     image_folder: str | None = None
     """Root of their pictures; null: data.image_folder."""
     answer_after: str | None = None

@@ -6,7 +6,8 @@ from typing import Any, Literal, no_type_check
 
 from transformers.configuration_utils import PreTrainedConfig
 
-VisionLibrary = Literal["timm", "open_clip", "transformers"]
+from dora_vl.vision.tower_spec import VisionLibrary as VisionLibrary
+
 Layout = Literal["NCHW", "NHWC", "NLC"]
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from dora_vl.cli import main
 from dora_vl.data.examples import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.ask_model import open_model
+from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.assistant import open_picture
+from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.evaluation.predictions_file import read_predictions
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.command_line import read_run_file
@@ -42,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(LlavaTask(read_run_file(path)))
     move(folder / "run" / "adapter" / "adapter_model.safetensors")
     rows = json.loads(questions.read_text())
-    model = open_model(folder / "run" / "adapter").assistant
+    model = open_asker(Wanted(adapter=folder / "run" / "adapter")).adapted
     for number, row in enumerate(rows):
         row["conversations"][0]["value"] += f" {chr(65 + number)} {number * 37}"
     for row in rows[::2]:
@@ -166,14 +167,14 @@ def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path,
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of all questions that are put to a model."""
-    from dora_vl.evaluation import ask_model as asking
+    from dora_vl.evaluation import ask_decoder as asking
 
     ids: list[str] = []
     predict = asking.predict
 
-    def counting(backbone: Any, encoder: Any, questions: Any, **options: Any) -> dict[str, str]:
+    def counting(assistant: Any, questions: Any, **options: Any) -> dict[str, str]:
         ids.extend(question.id for question in questions)
-        return predict(backbone, encoder, questions, **options)
+        return predict(assistant, questions, **options)
 
     monkeypatch.setattr(asking, "predict", counting)
     return ids

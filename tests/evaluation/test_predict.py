@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from dora_vl.data.collate import Collator
+from dora_vl.data.dataset import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.predict import Decoding, predict
 from dora_vl.evaluation.predictions_file import PredictionsFile
+from dora_vl.evaluation.prompt_inputs import Side
 from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.shown import MediaReader, Shown
 from dora_vl.run.picture_reading import PictureReader
+from dora_vl.run.video_reading import VideoReading
+from dora_vl.vision.frame_sampling import Uniform
 
 END = 1
 FIRST_LETTER = 10
 
 
-class LetterEncoder:
-    """One token a letter; a picture contributes no token."""
+class LetterPrompts:
+    """One token a letter; a picture, as many pixels wide as its number, contributes no token."""
 
-    def encode_prompt(self, turns: Sequence[Turn]) -> Tensor:
+    videos_of_one_length = False
+
+    def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         if "\ufdd0" in turns[-1].text:
             raise BadSample("prompt", "a noncharacter")
-        return torch.tensor([FIRST_LETTER + ord(letter) for letter in turns[-1].text])
+        ids = torch.tensor([FIRST_LETTER + ord(letter) for letter in turns[-1].text])
+        pixels = tuple(torch.full((3, 2, 2), float(picture.width - 1)) for picture in seen.pictures)
+        return Sample(index=0, id="", input_ids=ids, labels=ids, pictures=pixels, features=seen.features)
+
+    def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
+        raise NotImplementedError
+
+    def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
+        return {**Collator(0, pad_side=side)(samples)}
 
     def decode(self, ids: Tensor) -> str:
         return "".join(chr(int(token) - FIRST_LETTER) for token in ids if token > END)
@@ -43,6 +62,7 @@ class LastWordModel(torch.nn.Module):
         self.stop_after: int | None = None
 
     def generate(self, input_ids, attention_mask, *, pixel_values=None, image_features=None, max_new_tokens=16):
+        assert max_new_tokens == 3
         if self.stop_after is not None and len(self.batches) >= self.stop_after:
             raise KeyboardInterrupt
         lengths = attention_mask.sum(1)
@@ -60,21 +80,18 @@ def question(number: int, text: str = "") -> Question:
     return Question(id=f"q{number}", images=(f"{number % 10}.png",), turns=(Turn("user", words),), truth="a0")
 
 
-def pixels(path: str) -> Tensor:
-    if path == "broken":
-        raise BadSample(path, "picture broken cannot be decoded")
-    return torch.full((3, 2, 2), float(path[0]))
-
-
-def ask(folder: Path, questions: list[Question], model: LastWordModel, reader: PictureReader | None = None):
+def ask(folder: Path, questions: list[Question], model: LastWordModel, *, workers: int = 0, **settings: Any):
+    for number in range(10):
+        Image.new("RGB", (number + 1, 2)).save(folder / f"{number}.png")
+    (folder / "broken").write_bytes(b"no picture")
+    features, videos = settings.pop("features", None), VideoReading(folder=folder, sampling=Uniform(2))
     with PredictionsFile(folder / "predictions.jsonl", {}) as file:
         failed = predict(
-            model,
-            LetterEncoder(),
+            Assistant(model, LetterPrompts()),
             questions,
-            pictures=reader or PictureReader(pixels=pixels),
+            media=MediaReader(folder=folder, videos=videos, features=features),
             file=file,
-            decoding=Decoding(batch_size=4, max_new_tokens=3),
+            decoding=Decoding(batch_size=4, max_new_tokens=3, workers=workers, **settings),
         )
     return file.done, failed
 
@@ -92,8 +109,8 @@ def test_every_question_gets_its_own_answer_longest_prompts_first(tmp_path: Path
 
 
 def test_stored_features_are_used_in_place_of_pixels(tmp_path: Path) -> None:
-    reader = PictureReader(features=lambda path: torch.full((5, 3), float(path[0])))
-    done, _ = ask(tmp_path, [question(4)], LastWordModel(), reader)
+    features = lambda path: torch.full((5, 3), float(path[0]))  # noqa: E731
+    done, _ = ask(tmp_path, [question(4)], LastWordModel(), features=features)
     assert done["q4"].prediction == "e4"
 
 
@@ -103,7 +120,9 @@ def test_what_cannot_be_asked_is_named_and_never_an_empty_answer(tmp_path: Path,
     odd = question(3, text="\ufdd0")
     done, failed = ask(tmp_path, [broken, odd, question(1)], LastWordModel())
     assert list(done) == ["q1"]
-    assert failed == {"bad picture": "picture broken cannot be decoded", "q3": "a noncharacter"}
+    assert failed.keys() == {"bad picture", "q3"}
+    assert failed["bad picture"].startswith("picture broken in ")
+    assert failed["q3"] == "a noncharacter"
     assert "question bad picture could not be asked: picture broken" in caplog.text
 
 
@@ -130,20 +149,12 @@ def test_pictures_come_one_way() -> None:
     with pytest.raises(ValueError, match="exactly one"):
         PictureReader()
     with pytest.raises(ValueError, match="exactly one"):
-        PictureReader(pixels=pixels, features=pixels)
+        PictureReader(pixels=torch.zeros, features=torch.zeros)
 
 
 def test_a_prompt_longer_than_the_model_is_named_and_the_others_are_asked(tmp_path: Path) -> None:
     questions = [question(1, "fits"), question(2, "x" * 18), question(3, "also")]
-    with PredictionsFile(tmp_path / "predictions.jsonl", {}) as file:
-        failed = predict(
-            LastWordModel(),
-            LetterEncoder(),
-            questions,
-            pictures=PictureReader(pixels=pixels),
-            file=file,
-            decoding=Decoding(batch_size=4, max_new_tokens=3, max_positions=20),
-        )
+    done, failed = ask(tmp_path, questions, LastWordModel(), max_positions=20)
     assert failed.keys() == {"q2"}
     assert failed["q2"].startswith("its prompt takes 18 tokens and its answer up to 3, but the model has 20 positions")
-    assert {name: one.prediction for name, one in file.done.items()} == {"q1": "s1", "q3": "o3"}
+    assert {name: one.prediction for name, one in done.items()} == {"q1": "s1", "q3": "o3"}

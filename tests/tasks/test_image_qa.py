@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.assistant import TextStreamer, open_assistants, open_picture
+from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.assistant import Assistant, TextStreamer, open_picture
+from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run
@@ -56,7 +58,7 @@ def test_every_question_is_put_to_every_picture(adapter: Path, pictures: list[st
 def test_the_printed_answer_is_the_model_s_whole_answer(adapter: Path, pictures: list[str], capsys: Any) -> None:
     ask("--adapter", str(adapter), "--image", pictures[0], "--question", "Say the colour.")
     printed = capsys.readouterr().out.splitlines()[1].strip()
-    assistant = open_assistants(adapter).adapted
+    assistant = open_asker(Wanted(adapter=adapter)).adapted
     turns = [Turn("user", "<image>\nSay the colour.")]
     assert printed == assistant.answer(turns, [open_picture(Path(pictures[0]))], max_new_tokens=4)
 
@@ -64,8 +66,9 @@ def test_the_printed_answer_is_the_model_s_whole_answer(adapter: Path, pictures:
 def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], capsys: Any) -> None:
     from dora_vl.backbones.llava import load_llava
 
-    both = open_assistants(adapter, with_base=True)
-    assert both.base is not None
+    both = open_asker(Wanted(adapter=adapter, with_base=True))
+    assert isinstance(both.base, Assistant)
+    assert isinstance(both.adapted, Assistant)
     recipe = json.loads((adapter / "recipe.json").read_text())
     untouched = load_llava(recipe["base"]).model.state_dict()
     shown = both.base.backbone.model.state_dict()

@@ -15,7 +15,8 @@ from data_prep.moving_shapes import Settings, make
 from dora_vl import cli
 from dora_vl.data.dataset import Sample
 from dora_vl.data.examples import Answer, Clip, Example, iterate_examples, write_examples
-from dora_vl.evaluation.ask_vlbart import subtasks_of
+from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.evaluation.predictions_file import read_predictions
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.command_line import read_run_file, read_settings
@@ -119,11 +120,13 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
 
     from dora_vl.data.examples import Clip, Example
     from dora_vl.errors import UserError
-    from dora_vl.evaluation.vlbart_assistant import open_vlbart_assistants
+    from dora_vl.evaluation.shown import Shown
+    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
     from dora_vl.vision.feature_files import open_features
     from dora_vl.vision.video import VideoReader
 
-    assistant = open_vlbart_assistants(vlbart, subtasks_of).adapted
+    assistant = open_asker(Wanted(adapter=vlbart)).adapted
+    assert isinstance(assistant, VlBartAssistant)
     words = assistant.subtasks[0]
     with VideoReader() as reader:
         clip = Clip(path="clips/test-00000.mp4")
@@ -140,13 +143,13 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     torch.testing.assert_close(halves, torch.stack([made[:2].amax(0), made[1:].amax(0)]))  # pooled over time
     labels_alone = replace(assistant, subtasks=(vlbart_video.subtasks()["tvqa"],))
     with pytest.raises(UserError, match="trained for tvqa; ask a question with its choices"):
-        labels_alone.answer_example(Example(id="1", question="which?"), frames)
+        labels_alone.answer_example(Example(id="1", question="which?"), Shown(pictures=frames))
     without = replace(assistant, features={"video_caption": assistant.features["video_caption"]})
     with pytest.raises(UserError, match=r"nothing says how the features of video_words .*; video_caption can"):
-        without.answer_example(Example(id="1", question="which?"), frames)
+        without.answer_example(Example(id="1", question="which?"), Shown(pictures=frames))
     with pytest.raises(UserError, match=r"ask a question with its choices .* or for a caption"):
         replace(labels_alone, subtasks=(*labels_alone.subtasks, vlbart_video.subtasks()["tvc"])).answer_example(
-            Example(id="1", question="which?"), frames
+            Example(id="1", question="which?"), Shown(pictures=frames)
         )
 
 
@@ -162,10 +165,11 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
 def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
     vlbart: Path, clip: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, task: str, asked: list[str], stated: str
 ) -> None:
-    from dora_vl.evaluation.assistant import Assistants
-    from dora_vl.evaluation.vlbart_assistant import open_vlbart_assistants
+    from dora_vl.evaluation.asker import Opened
+    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 
-    trained = open_vlbart_assistants(vlbart, subtasks_of).adapted
+    trained = open_asker(Wanted(adapter=vlbart)).adapted
+    assert isinstance(trained, VlBartAssistant)
     texts: list[str] = []
     encode = trained.encoder.encode
     monkeypatch.setattr(
@@ -176,7 +180,7 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
         subtasks=(vlbart_video.subtasks()[task],),
         features={task: trained.features["video_words"]},
     )
-    monkeypatch.setattr(video_qa, "open_model", lambda options: Assistants(adapted=one, base=None))
+    monkeypatch.setattr(video_qa, "open_model", lambda options: Opened(adapted=one))
     common = ["--adapter", str(vlbart), "--video", clip, *asked]
     video_qa.main([*common, "--start", "0.5", "--end", "2"])
     assert stated in texts[-1]
@@ -188,6 +192,19 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
         video_qa.main([*common, "--start", "0.5"])
     assert stopped.value.code == 2
     assert f"{task} was trained with the part of the video that is meant" in capsys.readouterr().err
+
+
+def test_frames_or_pictures_is_a_fact_of_the_recipe(vlbart: Path, tmp_path: Path) -> None:
+    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
+
+    adapter = shutil.copytree(vlbart, tmp_path / "adapter")
+    recipe = json.loads((adapter / "recipe.json").read_text())
+    assert recipe.pop("is_video") is True
+    for stated, expected in (({}, True), ({"is_video": False}, False)):  # older folders say it by their task alone
+        (adapter / "recipe.json").write_text(json.dumps({**recipe, **stated}))
+        assistant = open_asker(Wanted(adapter=adapter)).adapted
+        assert isinstance(assistant, VlBartAssistant)
+        assert assistant.is_video is expected
 
 
 def test_another_tower_is_refused(vlbart: Path, clip: str, tmp_path: Path, capsys: Any) -> None:
@@ -255,7 +272,7 @@ def test_a_llava_is_evaluated_on_frames(
     from dora_vl.evaluation import predict
 
     shown: list[list[int]] = []
-    pictures = predict.Prompts.__getitem__
+    pictures = predict.QuestionSamples.__getitem__
 
     def counted(self: Any, index: int) -> Any:
         sample = pictures(self, index)
@@ -263,7 +280,7 @@ def test_a_llava_is_evaluated_on_frames(
             shown.append([len(sample.pictures), len(sample.input_ids)])
         return sample
 
-    monkeypatch.setattr(predict.Prompts, "__getitem__", counted)
+    monkeypatch.setattr(predict.QuestionSamples, "__getitem__", counted)
     metrics = evaluated(llava, own_benchmark, place, tmp_path, "--batch-size", 2)
     entry = metrics["benchmarks"]["moving"]
     assert (entry["n"], entry["failed"].keys()) == (2, {"gone"})

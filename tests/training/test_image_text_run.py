@@ -12,11 +12,15 @@ import yaml
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from dora_vl import cli
 from dora_vl.adapters import merge_command
 from dora_vl.adapters.folder import read_weights
 from dora_vl.errors import UserError
-from dora_vl.evaluation.assistant import open_picture
-from dora_vl.evaluation.image_text_assistant import ImageTextAssistant, open_image_text_assistants
+from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.assistant import Assistant, open_picture
+from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.predictions_file import read_predictions
+from dora_vl.evaluation.shown import Shown
 from dora_vl.pipelines.image_text_task import ImageTextTask, instruct_task
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.command_line import read_run_file
@@ -86,12 +90,13 @@ def test_a_resumed_run_ends_where_a_whole_one_does(there: Path) -> None:
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
 
 
-def answer_of(assistant: ImageTextAssistant, picture: Path) -> torch.Tensor:
+def answer_of(assistant: Assistant, picture: Path) -> torch.Tensor:
     from dora_vl.data.turns import Turn
 
-    inputs = assistant.encoder.encode_prompt([Turn("user", "<image>\nSay the colour.")], [open_picture(picture)])
+    shown = Shown(pictures=(open_picture(picture),))
+    sample = assistant.prompts.sample([Turn("user", "<image>\nSay the colour.")], shown)
     with torch.no_grad():
-        return assistant.backbone.model(**inputs).logits
+        return assistant.backbone.model(input_ids=sample.input_ids[None], **sample.inputs).logits
 
 
 def test_a_merged_folder_is_the_adapted_model(there: Path, tmp_path: Path) -> None:
@@ -102,12 +107,13 @@ def test_a_merged_folder_is_the_adapted_model(there: Path, tmp_path: Path) -> No
     merge_command.add_arguments(parser)
     list(merge_command.run(parser.parse_args(["--adapter", str(adapter), "--to", str(tmp_path / "merged")])))
     Image.new("RGB", (21, 15), "red").save(tmp_path / "red.png")
-    opened = open_image_text_assistants(adapter, with_base=True)
+    opened = open_asker(Wanted(adapter=adapter, with_base=True))
+    assert isinstance(opened.adapted, Assistant)
     ours = answer_of(opened.adapted, tmp_path / "red.png")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
-    plain = ImageTextAssistant(type(opened.adapted.backbone)(merged.eval()), opened.adapted.encoder)
+    plain = Assistant(type(opened.adapted.backbone)(merged.eval()), opened.adapted.prompts)
     torch.testing.assert_close(answer_of(plain, tmp_path / "red.png"), ours, rtol=0, atol=1e-4)
-    assert opened.base is not None
+    assert isinstance(opened.base, Assistant)
     assert (answer_of(opened.base, tmp_path / "red.png") - ours).abs().max() > 1e-2
 
 
@@ -122,7 +128,7 @@ def test_it_is_asked_from_the_command_line(there: Path, tmp_path: Path, capsys: 
     asked = ["--adapter", str(adapter), *images, "--together", "--question", "Say the colour.", "--max-new-tokens", "4"]
     image_qa.main(asked)
     printed = capsys.readouterr().out.splitlines()[1].strip()
-    assistant = open_image_text_assistants(adapter).adapted
+    assistant = open_asker(Wanted(adapter=adapter)).adapted
     turns = [Turn("user", "<image>\n<image>\nSay the colour.")]
     assert printed == assistant.answer(turns, [open_picture(path) for path in pictures], max_new_tokens=4)
 
@@ -166,7 +172,6 @@ def test_a_missing_chat_template_is_told_before_weights_are_read(there: Path, tm
         ("data", "share_pictures", True),
         ("model", "template", "plain"),
         ("model", "image_aspect", "square"),
-        ("evaluation", "file", "questions.json"),
     ],
 )
 def test_settings_of_the_llava_path_are_refused(there: Path, section: str, setting: str, value: object) -> None:
@@ -175,8 +180,75 @@ def test_settings_of_the_llava_path_are_refused(there: Path, section: str, setti
         run(task)
 
 
-def test_a_benchmark_is_not_put_to_it_yet(there: Path) -> None:
-    from dora_vl.evaluation.ask_model import open_model
+@pytest.fixture(scope="module")
+def tested(there: Path) -> Path:
+    """A run that was tested on its own data by its settings, one picture of which is broken."""
+    questions = json.loads((there / "data" / "train.json").read_text())
+    pictured = [row for row in questions if "image" in row]
+    for number, question in enumerate(questions):
+        question["kind"] = ("even", "odd")[number % 2]
+    (there / "data" / "broken.png").write_bytes(b"no picture")
+    pictured[2]["image"] = "broken.png"
+    (there / "test.json").write_text(json.dumps(questions))
+    evaluation = {"file": str(there / "test.json"), "batch_size": 5, "max_new_tokens": 4}
+    path = settings(there, "tested", training={"max_steps": 4}, evaluation=evaluation)
+    assert run(instruct_task(read_run_file(path))) is None
+    return path
 
-    with pytest.raises(UserError, match="image_qa"):
-        open_model(trained(there, "whole"))
+
+def test_its_settings_test_it_as_they_do_a_llava(there: Path, tested: Path) -> None:
+    output = there / "tested"
+    metrics = json.loads((output / "metrics.json").read_text())
+    predictions = read_predictions(output / "predictions.jsonl")
+    right = sum(one.prediction == one.truth for one in predictions.values())
+    assert (metrics["n"], len(predictions), metrics["unanswered"]) == (24, 23, 1)
+    assert metrics["accuracy"] == pytest.approx(right / 24)
+    low, high = metrics["interval_95"]
+    assert low <= metrics["accuracy"] <= high
+    assert {kind: part["n"] for kind, part in metrics["by_kind"].items()} == {"even": 12, "odd": 12}
+    (reason,) = metrics["failed_questions"].values()
+    assert "broken.png" in reason
+    assert metrics["train_seconds"] > 0
+    for name in ("loss_curve.png", "contact_sheet.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    again = instruct_task(read_run_file(tested)).test({})
+    assert (again["answers_from_earlier_run"], again["accuracy"]) == (23, metrics["accuracy"])
+
+
+def test_evaluate_gives_the_answers_of_the_run_s_own_test(there: Path, tested: Path, tmp_path: Path) -> None:
+    adapter = there / "tested" / "adapter"
+    options = ["--adapter", adapter, "--benchmarks", f"exact_match={there / 'test.json'}", "--images", there / "data"]
+    cli.main(["evaluate", *map(str, options), "--to", str(tmp_path), "--max-new-tokens", "4", "--batch-size", "7"])
+    theirs = read_predictions(tmp_path / "exact_match" / "predictions.jsonl")
+    own = read_predictions(there / "tested" / "predictions.jsonl")
+    assert {name: one.prediction for name, one in theirs.items()} == {n: one.prediction for n, one in own.items()}
+    entry = json.loads((tmp_path / "metrics.json").read_text())["benchmarks"]["exact_match"]
+    accuracy = json.loads((there / "tested" / "metrics.json").read_text())["accuracy"]
+    assert entry["metrics"]["accuracy"]["value"] == pytest.approx(100 * accuracy)
+
+
+@pytest.mark.parametrize(
+    ("written", "folder", "said"),
+    [
+        ("[]", "data", "holds no questions"),
+        ("{", "data", "questions.json"),
+        (None, "data", "questions.json"),
+        ("whole", "gone", "picture folder .* does not exist"),
+        ("whole", "empty", "not one of 12 pictures is in"),
+    ],
+)
+def test_a_wrong_test_is_told_before_weights_are_read(
+    there: Path, tmp_path: Path, written: str | None, folder: str, said: str
+) -> None:
+    base = write_tiny("qwen2_5_vl", tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    (tmp_path / "empty").mkdir()
+    questions = tmp_path / "questions.json"
+    if written is not None:
+        questions.write_text((there / "data" / "train.json").read_text() if written == "whole" else written)
+    pictures = there / "data" if folder == "data" else tmp_path / folder
+    evaluation = {"file": str(questions), "image_folder": str(pictures)}
+    records = there / "data" / "train.json"
+    path = write_run(tmp_path / "run.yaml", base, records, training=CPU, evaluation=evaluation)
+    with pytest.raises(UserError, match=said):
+        run(instruct_task(read_run_file(path)))

@@ -20,8 +20,10 @@ from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.backbones.causal_lm import load_causal_lm
 from dora_vl.backbones.image_text import load_image_text
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.assistant import Assistant, open_assistants, open_picture
-from dora_vl.evaluation.image_text_assistant import ImageTextAssistant, open_image_text_assistants
+from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.assistant import Assistant, open_picture
+from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.shown import Shown
 from dora_vl.pipelines.commonsense_task import CommonsenseTask
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
@@ -84,10 +86,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: Any, path: Path, *more: str
     return told
 
 
-def logits_of(assistant: ImageTextAssistant, picture: Path) -> torch.Tensor:
-    inputs = assistant.encoder.encode_prompt(TURNS, [open_picture(picture)])
+def logits_of(assistant: Assistant, picture: Path) -> torch.Tensor:
+    sample = assistant.prompts.sample(TURNS, Shown(pictures=(open_picture(picture),)))
     with torch.no_grad():
-        return assistant.backbone.model(**inputs).logits
+        return assistant.backbone.model(input_ids=sample.input_ids[None], **sample.inputs).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,21 +112,22 @@ def test_the_merged_plain_model_is_the_trained_one(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     adapter = trained(there, monkeypatch, "qwen2_5_vl", kind)
-    opened = open_image_text_assistants(adapter, with_base=True)
+    opened = open_asker(Wanted(adapter=adapter, with_base=True))
+    assert isinstance(opened.adapted, Assistant)
     ours = logits_of(opened.adapted, there / "red.png")
     plain = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
-    assistant = ImageTextAssistant(type(opened.adapted.backbone)(plain), opened.adapted.encoder)
+    assistant = Assistant(type(opened.adapted.backbone)(plain), opened.adapted.prompts)
     # LLM.int8 rounds inputs as well, which no plain model does.
     tolerance = 0.05 * float(ours.abs().max()) if kind == "int8" else 1e-4
     torch.testing.assert_close(logits_of(assistant, there / "red.png"), ours, rtol=0, atol=tolerance)
-    assert opened.base is not None
+    assert isinstance(opened.base, Assistant)
     alone = load_image_text(str(there / "qwen2_5_vl"), quantisation=kind)  # pyright: ignore[reportArgumentType]
-    untouched = logits_of(ImageTextAssistant(alone.eval(), opened.adapted.encoder), there / "red.png")
+    untouched = logits_of(Assistant(alone.eval(), opened.adapted.prompts), there / "red.png")
     torch.testing.assert_close(logits_of(opened.base, there / "red.png"), untouched, rtol=0, atol=1e-6)
     assert float((untouched - ours).abs().max()) > 1e-2
     stored = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "b", "--base-values", "stored"))
-    other = ImageTextAssistant(type(opened.adapted.backbone)(stored.eval()), opened.adapted.encoder)
+    other = Assistant(type(opened.adapted.backbone)(stored.eval()), opened.adapted.prompts)
     assert float((logits_of(other, there / "red.png") - logits_of(assistant, there / "red.png")).abs().max()) > 1e-3
 
 
@@ -154,15 +157,16 @@ def test_it_is_asked_from_the_command_line(there: Path, monkeypatch: pytest.Monk
     question = ["--image", str(there / "red.png"), "--question", "Say the colour.", "--max-new-tokens", "4"]
     image_qa.main(["--adapter", str(adapter), *question])
     printed = capsys.readouterr().out.split("\n")[1].strip()
-    assistant = open_image_text_assistants(adapter).adapted
+    assistant = open_asker(Wanted(adapter=adapter)).adapted
     assert printed == assistant.answer(TURNS, [open_picture(there / "red.png")], max_new_tokens=4).strip()
 
 
 def test_a_llava_too(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = trained(there, monkeypatch, "llava", "nf4")
-    ours: Assistant = open_assistants(adapter).adapted
-    ids = ours.encoder.encode_prompt(TURNS)[None]
-    pixels = ours.preparation.prepare(open_picture(there / "red.png"))[None]
+    ours = open_asker(Wanted(adapter=adapter)).adapted
+    assert isinstance(ours, Assistant)
+    sample = ours.prompts.sample(TURNS, Shown(pictures=(open_picture(there / "red.png"),)))
+    ids, pixels = sample.input_ids[None], torch.stack(sample.pictures)
     model = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
     with torch.no_grad():
         expected = ours.backbone.model(input_ids=ids, pixel_values=pixels).logits

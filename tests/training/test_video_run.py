@@ -14,7 +14,10 @@ from dora_vl.adapters.folder import read_weights
 from dora_vl.data.clips import Clip
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.image_text_assistant import open_image_text_assistants
+from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.shown import Shown
 from dora_vl.pipelines.image_text_task import instruct_task
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run
@@ -65,14 +68,14 @@ def test_three_steps_are_trained_saved_and_opened_again(there: Path, monkeypatch
     assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
     recipe = json.loads((run_folder / "adapter" / "recipe.json").read_text())
     assert (recipe["video_frames"], recipe["video_fps"]) == (4, None)
-    opened = open_image_text_assistants(run_folder / "adapter", with_base=True)
+    opened = open_asker(Wanted(adapter=run_folder / "adapter", with_base=True))
     video = read_frames(there / "data", Clip(path="red.mp4"), Uniform(4))
     answers: list[torch.Tensor] = []
     for assistant in (opened.adapted, opened.base):
-        assert assistant is not None
-        inputs = assistant.encoder.encode_prompt([Turn("user", "<video>\nSay the colour.")], (), (video,))
+        assert isinstance(assistant, Assistant)
+        sample = assistant.prompts.sample([Turn("user", "<video>\nSay the colour.")], Shown(videos=(video,)))
         with torch.no_grad():
-            answers.append(assistant.backbone.model(**inputs).logits)
+            answers.append(assistant.backbone.model(input_ids=sample.input_ids[None], **sample.inputs).logits)
     assert (answers[0] - answers[1]).abs().max() > 1e-4
 
 

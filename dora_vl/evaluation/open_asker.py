@@ -1,0 +1,156 @@
+"""Opens a model of any kind, ready to be asked; what a kind needs is imported for it alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from dora_vl.adapters.folder import load_adapter, own_name, read_weights
+from dora_vl.backbones.module import Backbone
+from dora_vl.core.opaque import loose_tensors
+from dora_vl.evaluation.asker import Opened, Wanted
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.model_source import ModelSource, find_source
+from dora_vl.evaluation.prompt_inputs import Prompts
+from dora_vl.run.base_kinds import CAUSAL_LM, IMAGE_TEXT, LLAVA, VLBART
+from dora_vl.run.base_loading import load_base
+from dora_vl.run.recipe import ModelConfig
+
+AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
+LONGEST_ANSWERED = 1 << 20
+"""Tokens of a prompt with an answer behind it, where no run said how many: none is cut."""
+
+
+def open_asker(wanted: Wanted) -> Opened:
+    """The model that is wanted, on the GPU where there is one.
+
+    Raises:
+        UserError: as `find_source`; or its weights, processor or tokenizer cannot be used.
+    """
+    return open_source(find_source(wanted))
+
+
+def open_source(source: ModelSource) -> Opened:
+    """The model of a source, quietly; see `open_asker`."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    return OPENERS[source.kind](source)
+
+
+def _open_llava(source: ModelSource) -> Opened:
+    from dora_vl.backbones.language_source import load_tokenizer
+    from dora_vl.backbones.templates import get_template
+    from dora_vl.evaluation.prompt_inputs import LlavaPrompts
+    from dora_vl.run.assembly import build_encoder, load_backbone
+    from dora_vl.vision.images import ImagePreparation
+
+    model = _model_config(source)
+    get_template(model.template, load_tokenizer(source.place, revision=source.revision))  # refused before the weights
+    preparation = ImagePreparation.from_folder(source.place, aspect=model.image_aspect, revision=model.revision)
+
+    def prompts(backbone: Any) -> Prompts:
+        return LlavaPrompts(build_encoder(model, backbone, max_tokens=_max_tokens(source)), preparation)
+
+    return _opened(source, load_backbone(model, cached_features=False), prompts)
+
+
+def _open_image_text(source: ModelSource) -> Opened:
+    from dora_vl.backbones.image_text import load_image_text
+    from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
+    from dora_vl.run.assembly import processor_encoder
+
+    model = _model_config(source)
+    encoder = processor_encoder(model, max_tokens=_max_tokens(source))  # before the weights: it may refuse
+    return _opened(source, load_base(load_image_text, model), lambda _: ImageTextPrompts(encoder))
+
+
+def _open_causal_lm(source: ModelSource) -> Opened:
+    from dora_vl.backbones.causal_lm import load_causal_lm
+
+    prompts = _language_prompts(source)
+    return _opened(source, load_base(load_causal_lm, _model_config(source)), lambda _: prompts)
+
+
+def _language_prompts(source: ModelSource) -> Prompts:
+    """A run's instruction prompt, or a chat by a template."""
+    from dora_vl.backbones.encode import LlavaEncoder
+    from dora_vl.backbones.instruction_prompt import InstructionEncoder
+    from dora_vl.backbones.language_source import load_tokenizer
+    from dora_vl.backbones.templates import get_template
+    from dora_vl.evaluation.prompt_inputs import ChatPrompts, InstructionPrompts
+
+    tokenizer, most = load_tokenizer(source.place, revision=source.revision), _max_tokens(source)
+    if source.recipe:
+        prompt, train_on = source.recipe["prompt"], source.recipe["train_on"]
+        return InstructionPrompts(InstructionEncoder(tokenizer, prompt=prompt, train_on=train_on, max_tokens=most))
+    template = get_template(source.wanted.template or "tokenizer", tokenizer)
+    return ChatPrompts(LlavaEncoder(tokenizer, template, tokens_per_image=0, image_token_id=-1, max_tokens=most))
+
+
+def _open_vlbart(source: ModelSource) -> Opened:
+    from dora_vl.evaluation.vlbart_assistant import open_vlbart
+
+    return open_vlbart(source)
+
+
+OPENERS: Mapping[str, Callable[[ModelSource], Opened]] = {
+    LLAVA: _open_llava,
+    IMAGE_TEXT: _open_image_text,
+    CAUSAL_LM: _open_causal_lm,
+    VLBART: _open_vlbart,
+}
+
+
+def _model_config(source: ModelSource) -> ModelConfig:
+    template: Any = source.recipe.get("template") or source.wanted.template or ModelConfig.template
+    dtype: Any = source.dtype
+    return ModelConfig(
+        base=source.place,
+        revision=source.revision,
+        template=template,
+        image_aspect=source.recipe.get("image_aspect") or "pad",
+        dtype=dtype,
+        quantisation=source.recipe.get("quantisation"),
+    )
+
+
+def _max_tokens(source: ModelSource) -> int:
+    return int(source.recipe.get("max_tokens", LONGEST_ANSWERED))
+
+
+def _opened(source: ModelSource, backbone: Backbone[Any], prompts: Callable[[Any], Prompts]) -> Opened:
+    adapted, plain = with_adapter(backbone, source.wanted.adapter, with_base=source.wanted.with_base)
+    said = prompts(adapted)
+    return Opened(
+        adapted=Assistant(adapted, said),
+        base=None if plain is None else Assistant(plain, said),
+    )
+
+
+def with_adapter(
+    backbone: AnyBackbone, adapter: Path | None, *, with_base: bool = False
+) -> tuple[AnyBackbone, AnyBackbone | None]:
+    """The backbone with the adapter loaded, and one without it where that is asked for, ready to answer."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if adapter is None:
+        return backbone.to(device).eval(), None
+    plain = without_adapter(backbone, adapter).to(device).eval() if with_base else None
+    load_adapter(backbone.model, adapter, change_base=not with_base)  # the two share the frozen weights
+    return backbone.to(device).eval(), plain
+
+
+def without_adapter(backbone: AnyBackbone, adapter: Path) -> AnyBackbone:
+    """A second backbone that shares every weight but those the adapter folder replaces (such as the projector).
+
+    Call it before the adapter is loaded.
+    """
+    replaced = {own_name(key) for key in read_weights(adapter)}
+    tensors = [*backbone.model.named_parameters(), *backbone.model.named_buffers()]
+    shared = {id(tensor): tensor for name, tensor in tensors if name not in replaced}
+    shared |= {id(tensor): tensor for tensor in loose_tensors(backbone.model)}
+    return copy.deepcopy(backbone, shared)

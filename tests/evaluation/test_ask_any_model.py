@@ -1,0 +1,415 @@
+"""One way to ask every model: batches as one by one, letters by likelihood, with an adapter, PEFT's, or none."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dora_vl.cli import main
+from dora_vl.data.examples import Answer, Clip, Example, write_examples
+from dora_vl.data.turns import Turn
+from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.predictions_file import Prediction, read_predictions
+from dora_vl.evaluation.prompt_inputs import model_inputs
+from dora_vl.evaluation.run import evaluate_run
+from dora_vl.evaluation.shown import MediaReader, Shown
+from dora_vl.run.recipe import EvaluationConfig
+from dora_vl.run.video_reading import VideoReading
+from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.vision.video import VideoReader
+from tasks import image_qa
+from tests.backbones.tiny_image_text import FAMILIES, write_tiny
+from tests.backbones.tiny_language import write_tiny_language
+from tests.backbones.tiny_video import coloured_video, write_tiny_video
+from tests.training.tiny_run import write_tiny_llava
+
+MODELS = ("qwen2_5_vl", "smolvlm", "internvl", "llava", "language")
+NEW_TOKENS = 6
+LETTERS = string.ascii_uppercase
+
+
+def spread(folder: Path) -> Path:
+    """Larger weights, so that a random model's answers differ from question to question."""
+    weights = load_file(folder / "model.safetensors")
+    scaled = {name: tensor * (4 if tensor.dim() == 2 else 1) for name, tensor in weights.items()}
+    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_model(name: str, folder: Path) -> Path:
+    if name == "language":
+        return spread(write_tiny_language(folder))
+    if name == "llava":
+        return spread(write_tiny_llava(folder))
+    if FAMILIES[name].needs:
+        pytest.importorskip(FAMILIES[name].needs)
+    return spread(write_tiny(name, folder))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, write_model(request.param, tmp_path_factory.mktemp(request.param) / "model")
+
+
+def opened(folder: Path) -> Assistant:
+    template = "vicuna_v1" if is_language(folder) else None
+    assistant = open_asker(Wanted(model=str(folder), template=template)).adapted
+    assert isinstance(assistant, Assistant)
+    return assistant
+
+
+def is_language(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def conversations(name: str) -> Iterator[tuple[list[Turn], Shown]]:
+    """Prompts of many lengths: no picture, one, two, of different sizes; a second question."""
+    yield [Turn("user", "What colour is it?")], Shown()
+    yield [Turn("user", "Say " * 9), Turn("assistant", "red"), Turn("user", "And the shape?")], Shown()
+    if name == "language":
+        return
+    red, wide = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
+    yield [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(red,))
+    yield [Turn("user", "<image>\n<image>\nWhich is red? Say it.")], Shown(pictures=(wide, red))
+    yield [Turn("user", "<video>\nWhat moves?")], Shown(videos=(coloured_video(2),))
+
+
+def test_a_batch_answers_as_one_by_one_to_the_id(model: tuple[str, Path]) -> None:
+    name, folder = model
+    assistant = opened(folder)
+    samples = [assistant.prompts.sample(*one) for one in conversations(name)]
+    assert len({len(sample.input_ids) for sample in samples}) > 1  # or nothing is padded
+    alone = [
+        assistant.new_ids(assistant.prompts.collate([one], "left"), max_new_tokens=NEW_TOKENS)[0] for one in samples
+    ]
+    assert len({tuple(ids.tolist()) for ids in alone}) > 1
+    together = assistant.new_ids(assistant.prompts.collate(samples, "left"), max_new_tokens=NEW_TOKENS)
+    for own, row in zip(alone, together, strict=True):
+        assert row[: len(own)].tolist() == own.tolist()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision"])
+def test_a_family_with_videos_is_shown_videos(name: str, tmp_path: Path) -> None:
+    assistant = opened(spread(write_tiny_video(name, tmp_path / "model")))
+    picture, clip = Image.new("RGB", (21, 15), "red"), coloured_video(4)
+    asked = [
+        ([Turn("user", "<video>\nWhat moves?")], Shown(videos=(clip,))),
+        ([Turn("user", "<image>\nIs it here: <video>\nSay it.")], Shown(pictures=(picture,), videos=(clip,))),
+        ([Turn("user", "What colour is it?")], Shown()),
+    ]
+    samples = [assistant.prompts.sample(*one) for one in asked]
+    assert ["pixel_values_videos" in sample.inputs for sample in samples] == [True, True, False]
+    assert assistant.prompts.videos_of_one_length is (name == "llava_onevision")
+    together = assistant.new_ids(assistant.prompts.collate(samples, "left"), max_new_tokens=NEW_TOKENS)
+    alone = [
+        assistant.new_ids(assistant.prompts.collate([one], "left"), max_new_tokens=NEW_TOKENS)[0] for one in samples
+    ]
+    assert len({tuple(ids.tolist()) for ids in alone}) > 1
+    for own, row in zip(alone, together, strict=True):
+        assert row[: len(own)].tolist() == own.tolist()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "smolvlm", "internvl"])
+def test_ids_are_those_of_transformers_own_generate(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = write_model(name, tmp_path / "model")
+    assistant, picture = opened(folder), Image.new("RGB", (21, 15), "red")
+    plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    content = [{"type": "image"}, {"type": "text", "text": "Say the colour."}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=[text], images=[[picture]], return_tensors="pt")
+    whole = plain.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    sample = assistant.prompts.sample([Turn("user", "<image>\nSay the colour.")], Shown(pictures=(picture,)))
+    ours = assistant.new_ids(assistant.prompts.collate([sample], "left"), max_new_tokens=NEW_TOKENS)
+    assert ours[0].tolist() == whole[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_a_likelihood_is_the_sum_over_the_answer_and_what_closes_it(model: tuple[str, Path]) -> None:
+    name, folder = model
+    assistant = opened(folder)
+    turns, seen = list(conversations(name))[-1]
+    choices = ["A", "B because it is", "C it"]
+    samples = [assistant.prompts.with_answer(turns, seen, text) for text in choices]
+    together = assistant.log_likelihoods(samples)
+    prompt = len(assistant.prompts.sample(turns, seen).input_ids)
+    for sample, found in zip(samples, together, strict=True):
+        batch = model_inputs(assistant.prompts.collate([sample], "right"), "cpu")
+        batch.pop("attention_mask")
+        with torch.no_grad():
+            logits = whole_logits(assistant, batch).log_softmax(-1)[0]
+        labelled = (sample.labels != -100).nonzero().flatten()
+        assert int(labelled[0]) == prompt  # the answer begins where the prompt ends
+        expected = sum(float(logits[place - 1, sample.input_ids[place]]) for place in labelled.tolist())
+        assert float(found) == pytest.approx(expected, abs=1e-3)
+    assert len({round(float(one), 3) for one in together}) == len(choices)
+
+
+def whole_logits(assistant: Assistant, batch: dict[str, Any]) -> torch.Tensor:
+    """The model's own forward, every place."""
+    return assistant.backbone.model(**batch).logits
+
+
+# -- from the command line -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A benchmark of one's own: questions with choices about pictures, one broken, one without."""
+    folder = tmp_path_factory.mktemp("own")
+    examples: list[Example] = []
+    for number, colour in enumerate(("red", "green", "blue", "white", "red", "blue")):
+        Image.new("RGB", (9 + 7 * number, 12), colour).save(folder / f"{number}.png")
+        examples.append(
+            Example(
+                id=f"q{number}",
+                images=() if number == 3 else (f"{number}.png",),
+                question="Which colour?" + " Say." * number,
+                choices=("red", "green", "blue"),
+                answers=(Answer(text=colour),),
+                extra={"correct": number % 3, "kind": ("even", "odd")[number % 2]},
+            )
+        )
+    (folder / "1.png").write_bytes(b"no picture")
+    write_examples(folder / "colours.jsonl", examples)
+    (folder / "colours.yaml").write_text("name: colours\nscoring: choice\nfile: colours.jsonl\nmax_new_tokens: 5\n")
+    return folder
+
+
+def evaluate(data: Path, to: Path, *more: object) -> dict[str, Any]:
+    options = ["--benchmarks", data / "colours.yaml", "--images", data, "--to", to, *more]
+    main(["evaluate", *map(str, options)])
+    return json.loads((to / "metrics.json").read_text())
+
+
+def answers(to: Path) -> dict[str, str]:
+    return {name: one.prediction for name, one in read_predictions(to / "colours" / "predictions.jsonl").items()}
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "llava"])
+def test_a_model_without_an_adapter_is_evaluated(name: str, data: Path, tmp_path: Path) -> None:
+    folder = write_model(name, tmp_path / "model")
+    metrics = evaluate(data, tmp_path / "one", "--model", folder, "--batch-size", 1)
+    entry = metrics["benchmarks"]["colours"]
+    assert (entry["n"], entry["without_answer"], list(entry["failed"])) == (6, 1, ["q1"])
+    assert metrics["answers_of"] == str(folder)
+    assert list(metrics["answers_sha256"]) == ["base"]
+    assert {"accuracy", "kind/even", "kind/odd"} <= set(entry["metrics"])
+    evaluate(data, tmp_path / "four", "--model", folder, "--batch-size", 4, "--workers", 2)
+    assert answers(tmp_path / "four") == answers(tmp_path / "one")
+    assert len(answers(tmp_path / "one")) == 5
+
+    likeliest = evaluate(data, tmp_path / "letters", "--model", folder, "--answer-by", "likelihood")
+    assert set(answers(tmp_path / "letters").values()) <= {"A", "B", "C"}
+    assert likeliest["asked_with"]["colours"]["answer_by"] == "likelihood"
+    assistant = opened(folder)
+    turns = [Turn("user", "<image>\nWhich colour?\nA. red\nB. green\nC. blue\n" + LETTER)]
+    shown = Shown(pictures=(Image.open(data / "0.png").convert("RGB"),))
+    scores = [
+        float(assistant.log_likelihoods([assistant.prompts.with_answer(turns, shown, letter)])[0]) for letter in "ABC"
+    ]
+    assert answers(tmp_path / "letters")["q0"] == "ABC"[scores.index(max(scores))]
+
+
+LETTER = "Answer with the option's letter from the given choices directly."
+
+
+def peft_adapter(base: Path, folder: Path, *, use_dora: bool, targets: Sequence[str] = ("q_proj", "up_proj")) -> Path:
+    """Two files as PEFT itself writes them, B moved from zero."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    loader = AutoModelForCausalLM if is_language(base) else AutoModelForImageTextToText
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=list(targets), use_dora=use_dora)
+    wrapped = peft.get_peft_model(loader.from_pretrained(base), config)
+    random = torch.Generator().manual_seed(2)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=random, std=0.5)
+    wrapped.save_pretrained(folder)
+    stated = json.loads((folder / "adapter_config.json").read_text())
+    assert stated["base_model_name_or_path"] == str(base)
+    return folder
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "language"])
+def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path, capsys: Any) -> None:
+    base = write_model(name, tmp_path / "base")
+    adapter = peft_adapter(base, tmp_path / "adapter", use_dora=use_dora)
+    assert not (adapter / "recipe.json").exists()
+    template = "vicuna_v1" if name == "language" else None
+    ours = open_asker(Wanted(adapter=adapter, with_base=True, template=template))
+    assert isinstance(ours.adapted, Assistant)
+    assert isinstance(ours.base, Assistant)
+    turns, seen = list(conversations(name))[-1]
+    sample = ours.adapted.prompts.sample(turns, seen)
+    batch = model_inputs(ours.adapted.prompts.collate([sample], "left"), "cpu")
+    with torch.no_grad():
+        mine = whole_logits(ours.adapted, batch)
+        bare = whole_logits(ours.base, batch)
+        theirs = peft_logits(base, adapter, batch)
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    assert (mine - bare).abs().max() > 1e-2
+    if name == "language":
+        return
+    Image.new("RGB", (21, 15), "red").save(tmp_path / "red.png")
+    asked = ["--adapter", str(adapter), "--image", str(tmp_path / "red.png"), "--question", "What colour is it?"]
+    image_qa.main([*asked, "--max-new-tokens", "3", "--compare-base"])
+    with_adapter, without = capsys.readouterr().out.splitlines()[-2:]
+    assert with_adapter.split(":")[1] != without.split(":")[1]
+
+
+def peft_logits(base: Path, adapter: Path, batch: dict[str, Any]) -> torch.Tensor:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    loader = AutoModelForCausalLM if is_language(base) else AutoModelForImageTextToText
+    return PeftModel.from_pretrained(loader.from_pretrained(base), str(adapter)).eval()(**batch).logits
+
+
+def test_a_peft_adapter_is_evaluated_against_its_base(data: Path, tmp_path: Path) -> None:
+    base = write_model("qwen2_5_vl", tmp_path / "base")
+    adapter = peft_adapter(base, tmp_path / "adapter", use_dora=True)
+    metrics = evaluate(data, tmp_path / "to", "--adapter", adapter, "--against", base)
+    assert set(metrics["answers_sha256"]) == {"adapter", "base"}
+    assert metrics["against_sha256"] == {"base": metrics["answers_sha256"]["base"]}
+    assert "difference" in metrics["benchmarks"]["colours"]
+
+
+# -- what cannot be asked ------------------------------------------------------------------------------------
+
+
+def refused(capsys: Any, command: Any, arguments: Sequence[object]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        command([str(one) for one in arguments])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert len(said) <= 500
+    return said
+
+
+def without_weights(folder: Path) -> Path:
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["florence2", "blip-2", "bert", "vlbart"])
+def test_a_model_that_cannot_be_asked_is_named_before_its_weights(
+    model_type: str, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    asked = ["--model", tmp_path / "model", "--question", "q"]
+    expected = "is a VL-BART" if model_type == "vlbart" else f"{model_type!r}, which cannot be asked here"
+    assert expected in refused(capsys, image_qa.main, asked)
+    options = ["evaluate", "--model", tmp_path / "model", "--benchmarks", data / "colours.yaml", "--images", data]
+    assert expected in refused(capsys, main, [*options, "--to", tmp_path / "to"])
+
+
+def test_what_is_missing_is_named_before_weights_are_read(data: Path, tmp_path: Path, capsys: Any) -> None:
+    bare = without_weights(write_tiny("qwen2_5_vl", tmp_path / "bare"))
+    evaluated = ["evaluate", "--model", bare, "--benchmarks", data / "colours.yaml"]
+    to = ["--to", tmp_path / "to"]
+    assert "picture folder" in refused(capsys, main, [*evaluated, *to, "--images", tmp_path / "gone"])
+    (tmp_path / "empty").mkdir()
+    said = refused(capsys, main, [*evaluated, *to, "--images", tmp_path / "empty"])
+    assert "colours: not one of 5 pictures is in" in said
+    assert "--to" in refused(capsys, main, [*evaluated, "--images", data])
+    pope = ["evaluate", "--model", bare, "--benchmarks", f"pope={data / 'colours.jsonl'}", *to, "--images", data]
+    assert "--answer-by likelihood" in refused(capsys, main, [*pope, "--answer-by", "likelihood"])
+    gone = ["evaluate", "--model", bare, "--benchmarks", f"pope={data / 'gone.jsonl'}", *to, "--images", data]
+    assert "gone.jsonl" in refused(capsys, main, gone)
+    (bare / "chat_template.jinja").unlink()
+    assert "has no chat template" in refused(capsys, main, [*evaluated, *to, "--images", data])
+    assert not (tmp_path / "to" / "metrics.json").exists()
+    language = without_weights(write_tiny_language(tmp_path / "language"))
+    assert "chat template" in refused(capsys, image_qa.main, ["--model", language, "--question", "q"])
+    llava = without_weights(write_tiny_llava(tmp_path / "llava"))
+    own = ["--model", llava, "--template", "tokenizer", "--question", "q"]
+    assert "has no chat template" in refused(capsys, image_qa.main, own)
+    assert "there are vicuna_v1" in refused(capsys, image_qa.main, [*own[:3], "odd", *own[4:]])
+    other = ["--model", bare, "--template", "vicuna_v1", "--question", "q"]
+    assert "its own chat template; leave it out" in refused(capsys, image_qa.main, other)
+
+
+def test_options_that_do_not_fit_are_named(data: Path, tmp_path: Path, capsys: Any) -> None:
+    base = write_tiny("qwen2_5_vl", tmp_path / "base")
+    asked = ["--question", "q"]
+    assert "--adapter DIR, or --model FOLDER" in refused(capsys, image_qa.main, asked)
+    both = ["--adapter", tmp_path, "--model", base, *asked]
+    assert "one of the two" in refused(capsys, image_qa.main, both)
+    assert "--compare-base" in refused(capsys, image_qa.main, ["--model", base, "--compare-base", *asked])
+    assert "no such folder" in refused(capsys, image_qa.main, ["--model", "./gone", *asked])
+    (tmp_path / "adapter").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "--adapter" in refused(capsys, image_qa.main, ["--model", tmp_path / "adapter", *asked])
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    assert "--base FOLDER" in refused(capsys, image_qa.main, ["--adapter", tmp_path / "adapter", *asked])
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    assert "peft_type is 'IA3'" in refused(capsys, image_qa.main, ["--adapter", tmp_path / "adapter", *asked])
+
+
+def test_a_language_model_is_asked_and_sees_no_pictures(tmp_path: Path, capsys: Any) -> None:
+    folder = write_model("language", tmp_path / "model")
+    asked = ["--model", str(folder), "--template", "vicuna_v1", "--question", "What?", "--max-new-tokens", "3"]
+    image_qa.main(asked)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit):
+        image_qa.main([*asked, "--image", str(tmp_path / "a.png")])
+    assert "sees no pictures" in capsys.readouterr().err
+
+
+def test_a_benchmark_about_videos_shows_frames(tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+    from data_prep.moving_shapes import Settings, make
+
+    make(tmp_path / "data", Settings(pretrain=1, adapt=1, test=1, seed=1), workers=1)
+    clip = Clip(path="clips/test-00000.mp4")
+    examples = [
+        Example(id=name, video=video, question="What moves?", answers=(Answer(text="red"),))
+        for name, video in (("there", clip), ("gone", Clip(path="gone.mp4")))
+    ]
+    write_examples(tmp_path / "clips.jsonl", examples)
+    (tmp_path / "clips.yaml").write_text("name: clips\nscoring: exact\nprompt: video\nmax_new_tokens: 3\nframes: 3\n")
+    folder = write_model("qwen2_5_vl", tmp_path / "model")
+    options = ["--benchmarks", f"{tmp_path / 'clips.yaml'}={tmp_path / 'clips.jsonl'}", "--images", tmp_path / "data"]
+    main(["evaluate", *map(str, ["--model", folder, *options, "--to", tmp_path / "to"])])
+    metrics = json.loads((tmp_path / "to" / "metrics.json").read_text())
+    assert list(metrics["benchmarks"]["clips"]["failed"]) == ["gone"]
+    assert metrics["asked_with"]["clips"]["frames"] == 3
+    (answered,) = read_predictions(tmp_path / "to" / "clips" / "predictions.jsonl").values()
+    assert answered.id == "there"
+    tested_after_training(opened(folder), tmp_path, answered)
+
+
+def tested_after_training(assistant: Assistant, folder: Path, answered: Prediction) -> None:
+    """The same question in a run's own test file gives the same answer."""
+    (folder / "run" / "adapter").mkdir(parents=True)
+    (folder / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"any")
+    (folder / "run" / "log.jsonl").write_text("")
+    said = [{"from": "human", "value": answered.question}, {"from": "gpt", "value": "red"}]
+    rows = [{"id": "a", "video": "clips/test-00000.mp4", "conversations": said}]
+    (folder / "test.json").write_text(json.dumps(rows))
+    evaluation = EvaluationConfig(file=str(folder / "test.json"), max_new_tokens=3)
+    with VideoReader() as reader:
+        videos = VideoReading(folder=folder / "data", sampling=Uniform(3), reader=reader)
+        media = MediaReader(folder=folder / "data", videos=videos)
+        metrics = evaluate_run(assistant, evaluation, run_folder=folder / "run", media=media)
+    assert (metrics["n"], metrics["failed_questions"]) == (1, {})
+    assert read_predictions(folder / "run" / "predictions.jsonl")["a"].prediction == answered.prediction
+    assert json.loads((folder / "run" / "predictions.settings.json").read_text())["frames"] == "Uniform(frames=3)"

@@ -1,0 +1,100 @@
+"""What an adapter folder says it is: a fact in its recipe, its base's config where an older one says nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dora_vl import DoRAConfig, apply_dora, save_adapter
+from dora_vl.adapters.provenance import content_hash
+from dora_vl.backbones.causal_lm import load_causal_lm
+from dora_vl.backbones.instruction_prompt import InstructionEncoder
+from dora_vl.backbones.language_source import load_tokenizer
+from dora_vl.backbones.vlbart_config import VlBartConfig
+from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError
+from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.model_source import find_source
+from dora_vl.run.base_kinds import VLBART
+from tasks import image_qa
+from tests.backbones.tiny_language import write_tiny_language
+
+LANGUAGE = {"prompt": "alpaca", "train_on": "answer"}
+LLAVA = {"template": "vicuna_v1", "image_aspect": "pad"}
+
+
+def folders(where: Path, model_type: str, **recipe: object) -> Path:
+    """A base of a config alone, and an adapter folder that names it."""
+    (where / "base").mkdir()
+    (where / "base" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (where / "adapter").mkdir()
+    save_file({"a": torch.zeros(1)}, where / "adapter" / "adapter_model.safetensors")
+    common = {"base": str(where / "base"), "revision": None, "dtype": "float32", "max_tokens": 64}
+    stated = {**common, "base_sha256": content_hash(where / "base"), **recipe}
+    (where / "adapter" / "recipe.json").write_text(json.dumps(stated))
+    return where / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "recipe", "kind"),
+    [
+        ("llava", {"backbone": "llava", **LLAVA}, "llava"),
+        ("llava", LLAVA, "llava"),  # older folders say no backbone
+        ("llama", {"backbone": "causal_lm", **LANGUAGE}, "causal_lm"),
+        ("llama", {"task": "commonsense", **LANGUAGE}, "causal_lm"),
+        ("qwen2_5_vl", {"backbone": "image_text"}, "image_text"),
+        ("llava", {"backbone": "image_text", **LLAVA}, "image_text"),  # what is stated counts
+    ],
+)
+def test_the_kind_is_stated_or_the_base_s(
+    model_type: str, recipe: dict[str, object], kind: str, tmp_path: Path
+) -> None:
+    adapter = folders(tmp_path, model_type, **recipe)
+    source = find_source(Wanted(adapter=adapter))
+    assert (source.kind, source.place) == (kind, str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "recipe", "said"),
+    [
+        ("llava", {"backbone": "other"}, "backbone is 'other'; there are llava, image_text, causal_lm, vlbart"),
+        ("llama", {"backbone": "causal_lm"}, "lacks prompt, train_on"),
+        ("bert", {}, "'bert', which cannot be asked here"),
+    ],
+)
+def test_what_cannot_be_asked_is_named(model_type: str, recipe: dict[str, object], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        find_source(Wanted(adapter=folders(tmp_path, model_type, **recipe)))
+
+
+def test_the_name_of_a_vlbart_is_its_config_s() -> None:
+    assert VlBartConfig.model_type == VLBART
+
+
+def test_a_language_run_s_adapter_is_asked_with_its_prompt(tmp_path: Path, capsys: Any) -> None:
+    base = write_tiny_language(tmp_path / "base")
+    backbone = load_causal_lm(str(base))
+    apply_dora(backbone.model, DoRAConfig(targets=("*.q_proj", "*.up_proj"), rank=3, alpha=7.0))
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in backbone.model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(generator=random, std=0.5)
+    recipe = {"task": "commonsense", "backbone": "causal_lm", "base": str(base), "revision": None, **LANGUAGE}
+    recipe |= {"base_sha256": content_hash(base), "dtype": "float32", "max_tokens": 512}
+    save_adapter(backbone.model, tmp_path / "adapter", base_model=str(base), recipe=recipe)
+    asked = ["--adapter", str(tmp_path / "adapter"), "--question", "Which answer?", "--max-new-tokens", "4"]
+    image_qa.main([*asked, "--compare-base"])
+    with_adapter, without = (line.split(":", 1)[1].strip() for line in capsys.readouterr().out.splitlines()[-2:])
+    encoder = InstructionEncoder(load_tokenizer(str(base)), prompt="alpaca", train_on="answer", max_tokens=512)
+    ids = encoder.encode_prompt([Turn("user", "Which answer?")])[None]
+    new = backbone.eval().generate(ids, torch.ones_like(ids), max_new_tokens=4)[0]
+    assert " ".join(encoder.decode(new).split()) == " ".join(with_adapter.split())
+    assert with_adapter != without
+    with pytest.raises(SystemExit):
+        image_qa.main([*asked, "--question", "Another?", "--conversation"])
+    assert "ask one question at a time" in capsys.readouterr().err

@@ -1,0 +1,65 @@
+"""How light the scripts are: help comes soon, and asking a model loads nothing of another kind's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.backbones.tiny_image_text import write_tiny
+
+ROOT = Path(__file__).parents[2]
+TASKS = ("llava_instruct", "vlbart_image", "vlbart_video", "commonsense", "image_qa", "video_qa")
+MOST_SECONDS = 3.0
+LOADED = """
+import json, sys
+from tasks import image_qa
+image_qa.main(sys.argv[1:])
+print(json.dumps(sorted(name for name in sys.modules if name.startswith("dora_vl"))))
+"""
+
+
+def in_a_process(*command: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_image_qa_loads_nothing_of_a_vlbart(tmp_path: Path) -> None:
+    base = write_tiny("internvl", tmp_path / "base")
+    Image.new("RGB", (20, 16), "red").save(tmp_path / "red.png")
+    asked = ["--model", str(base), "--image", str(tmp_path / "red.png"), "--question", "q", "--max-new-tokens", "2"]
+    loaded: list[str] = json.loads(in_a_process("-c", LOADED, *asked).splitlines()[-1])
+    assert "dora_vl.evaluation.assistant" in loaded
+    others = (
+        "vlbart",
+        "seq2seq",
+        "dora_vl.tasks",
+        "dora_vl.training",
+        "dora_vl.heads",
+        "dora_vl.scores",
+        "dora_vl.pipelines",
+    )
+    assert [name for name in loaded if any(part in name for part in others)] == []
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_help_comes_soon(task: str) -> None:
+    """CPU seconds of the process and those that it starts; a second try, since the first may read from the disk."""
+    seconds = min(cpu_seconds_of_help(task) for _ in range(2))
+    assert seconds <= MOST_SECONDS
+
+
+def cpu_seconds_of_help(task: str) -> float:
+    before = os.times()
+    assert "--" in in_a_process(f"tasks/{task}.py", "--help")
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
