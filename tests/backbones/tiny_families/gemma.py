@@ -139,7 +139,7 @@ def _paligemma_config(t: PreTrainedTokenizerFast) -> dict[str, Any]:
 def _paligemma(t: PreTrainedTokenizerFast) -> Any:
     from transformers import PaliGemmaProcessor, SiglipImageProcessor
 
-    images = SiglipImageProcessor(size={"height": 16, "width": 16})
+    images: Any = SiglipImageProcessor(size={"height": 16, "width": 16})
     images.image_seq_length = 16
     return PaliGemmaProcessor(images, t)
 

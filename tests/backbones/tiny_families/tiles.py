@@ -216,7 +216,8 @@ def _aria(t: PreTrainedTokenizerFast) -> Any:
     from transformers.models.aria.image_processing_aria import AriaImageProcessor
     from transformers.models.aria.processing_aria import AriaProcessor
 
-    return AriaProcessor(AriaImageProcessor(), t, size_conversion={980: 4})  # its processor knows 490 and 980 alone
+    words: Any = t  # typed there for another class
+    return AriaProcessor(AriaImageProcessor(), words, size_conversion={980: 4})  # its processor knows 490 and 980 alone
 
 
 IMAGE_NAMES = {"image_token": "<image>"}
