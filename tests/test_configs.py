@@ -39,8 +39,8 @@ from dora_vl.run.recipe_file import variants_of
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.vision.tower_sources import load_tower
 from dora_vl.vision.towers import register_towers
-from tests.backbones.tiny_image_text import FAMILIES as TINY_FAMILIES
-from tests.backbones.tiny_image_text import SIGLIP, TEXT, tiny_tokenizer
+from tests.backbones.tiny_families.table import FAMILIES as TINY_FAMILIES
+from tests.backbones.tiny_image_text import tiny_tokenizer
 from tests.backbones.tiny_vlbart import BART_BASE
 
 ROOT = Path(__file__).parents[1]
@@ -119,11 +119,6 @@ FAMILIES = {
     "google/paligemma2-3b-pt-448": "paligemma",
 }
 """The model type of each published base of configs/image_text; a tiny one of it stands in."""
-PALIGEMMA: dict[str, Any] = {
-    "text_config": {"model_type": "gemma2", **TEXT, "head_dim": 8, "vocab_size": 400},
-    "vision_config": SIGLIP,
-    "projection_dim": 32,
-}
 SETTINGS: dict[str, Any] = {
     "image_text": RunConfig,
     "llava": RunConfig,
@@ -169,8 +164,8 @@ def meta_vlbart(config: VlBartRunConfig) -> VlBartForConditionalGeneration:
 def meta_image_text(config: RunConfig) -> PreTrainedModel:
     """A tiny model of the base's family, which has the names of the published one's layers."""
     model_type = FAMILIES[config.model.base]
-    tiny = TINY_FAMILIES.get(model_type)
-    settings = PALIGEMMA if tiny is None else tiny.config(tiny_tokenizer(tiny.names))
+    tiny = TINY_FAMILIES[model_type]
+    settings = tiny.config(tiny_tokenizer(tiny.names))
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **settings))
 
