@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PreTrainedModel
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from dora_vl.backbones.causal_lm import CausalLMBackbone
 from dora_vl.backbones.vlbart_config import VlBartConfig
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
@@ -115,7 +116,7 @@ def meta_model(model: ModelConfig) -> LlavaForConditionalGeneration:
         return LlavaForConditionalGeneration(config)
 
 
-def meta_language_model(config: CommonsenseRunConfig) -> torch.nn.Module:
+def meta_language_model(config: CommonsenseRunConfig) -> PreTrainedModel:
     source = config.model.base if config.model.source is None else config.model.source.folder
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(LlamaConfig(**LANGUAGE_SHAPES[source]))
@@ -145,13 +146,13 @@ def adapted(config: Any) -> Any:
     """The model of these settings on the meta device, adapted as they say."""
     if isinstance(config, VlBartRunConfig):
         model = meta_vlbart(config)
-        adapt(model, vlbart_dora_config(config, model.settings))
+        adapt(model, vlbart_dora_config(config, model))
     elif isinstance(config, CommonsenseRunConfig):
         model = meta_language_model(config)
-        adapt(model, CommonsenseTask(config).dora_config())
+        adapt(model, CommonsenseTask(config).dora_config(CausalLMBackbone(model)))
     else:
         model = meta_model(config.model)
-        adapt(model, dora_config(config.adapter))
+        adapt(model, dora_config(config.adapter, model))
     return model
 
 
@@ -186,7 +187,7 @@ def test_loads_and_builds_on_the_meta_device(recipe: Recipe) -> None:
 def test_trains_the_published_number_of_parameters(name: str, expected: int) -> None:
     config = read(named(f"llava/llava15:{name}"))
     model = meta_model(config.model)
-    adapt(model, dora_config(config.adapter))
+    adapt(model, dora_config(config.adapter, model))
     assert trained_count(model) == expected
 
 

@@ -162,7 +162,7 @@ class AdapterSet:
     def _keep(self, name: str) -> None:
         parts: dict[str, tuple[str, ...]] = {}
         for part in trained_parts(self.model):
-            if not part.name.startswith("dora."):
+            if not part.adapts:
                 parts[part.name] = (*parts.get(part.name, ()), *part.parameters)
         kept = tuple(kept_tensors(self.model))
         tensors = self._tensors()

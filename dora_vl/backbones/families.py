@@ -57,6 +57,7 @@ PROJECTORS = (
     "vision_projection",
     "aligner",
     "mlp1",
+    "visual_embedding",
 )
 """Ends of the name of what stands between vision and language, as transformers' families call it."""
 

@@ -8,17 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of
 from dora_vl.backbones.image_text import (
     IMAGE_TEXT,
-    ImageTextBackbone,
     language_targets,
     load_image_text,
     projector_patterns,
-    weights_out_of_reach,
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.module import Backbone
@@ -65,7 +63,6 @@ class ImageTextTask(Task):
     def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
         self._config = config
         self._name = name
-        self._dora_config: DoRAConfig | None = None
 
     @property
     def name(self) -> str:
@@ -84,16 +81,19 @@ class ImageTextTask(Task):
         processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
 
     def load(self) -> Backbone[Any]:
-        """The model; what is adapted in it is looked up at once."""
-        backbone = load_base(load_image_text, self.config.model)
-        self._dora_config = self._adapted(backbone)
-        return backbone
+        """The model."""
+        return load_base(load_image_text, self.config.model)
 
-    def dora_config(self) -> DoRAConfig:
+    def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Every linear of the decoder and the projector, unless the settings say otherwise."""
-        if self._dora_config is None:
-            raise RuntimeError("load() comes first: which layers there are is known from the model alone")
-        return self._dora_config
+        adapter, model = self.config.adapter, backbone.model
+        if adapter.method == "full":
+            return core_config(adapter, model, targets=())
+        targets = () if adapter.targets is not None else language_targets(model)
+        also_train = {}
+        if adapter.train_projector and not {"projector"} & {*adapter.parts, *adapter.also_train}:
+            also_train = self._projector(model)
+        return core_config(adapter, model, targets=targets, also_train=also_train)
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training file's conversations, grouped by modality and length."""
@@ -143,25 +143,15 @@ class ImageTextTask(Task):
         """Refused in `prepare`."""
         raise UserError("evaluation.file is for a LLaVA-1.5 so far; ask the adapter with tasks/image_qa.py")
 
-    def _adapted(self, backbone: ImageTextBackbone) -> DoRAConfig:
-        adapter, model = self.config.adapter, backbone.model
-        targets = adapter.targets if adapter.targets is not None else language_targets(model)
-        if lost := weights_out_of_reach(model):
-            logger.warning(
-                "%d tensors of the decoder, %s weights, first %s, are no linear layers and get no adapter",
-                len(lost),
-                f"{sum(lost.values()):,}",
-                next(iter(lost)),
-            )
-        if not adapter.train_projector or adapter.method == "full":
-            return core_config(adapter, targets=targets)
-        projector = projector_patterns(model)
-        if not projector:
-            logger.warning(
-                "no projector is known in a %s, so none trains; adapter.train_projector: false says that it is meant",
-                type(model).__name__,
-            )
-        return core_config(adapter, targets=targets, also_train={"projector": projector} if projector else {})
+    def _projector(self, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+        """What trains beside the adapters, where its name is known."""
+        if patterns := projector_patterns(model):
+            return {"projector": patterns}
+        logger.warning(
+            "no projector is known in a %s, so none trains; adapter.train_projector: false says that it is meant",
+            type(model).__name__,
+        )
+        return {}
 
 
 def check_settings(config: RunConfig) -> None:

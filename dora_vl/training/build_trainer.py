@@ -22,9 +22,10 @@ from dora_vl.run.run_folder import LOSS_LOG, run_folder_of
 from dora_vl.run.zero import gather_to_read, gather_to_write
 from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
-from dora_vl.training.memory_estimate import Activations, describe_plan
-from dora_vl.training.optim import LearningRates, learning_rates, with_decay
+from dora_vl.training.memory_estimate import Activations, estimate_memory, memory_table
+from dora_vl.training.optim import LearningRates, learning_rates, refuse_unknown_parts, with_decay
 from dora_vl.training.task import Task, TrainingData
+from dora_vl.training.trained_table import frozen_table, trained_table
 from dora_vl.training.trainer import AdapterTrainer, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 
@@ -46,7 +47,9 @@ def build_trainer(
     statistics = BatchStatistics(ledger)
     held_out, validation = _validation(data, arguments, source=str(config.data.held_out))
     stop = StopOnSignal()
-    log_plan(backbone, task.activations(backbone, arguments, longest_tokens=data.longest_tokens), arguments)
+    rates = _rates(config.optim, arguments)
+    refuse_unknown_parts(trained_parts(backbone.model), rates)
+    log_plan(backbone, rates, task.activations(backbone, arguments, longest_tokens=data.longest_tokens), arguments)
     trainer = AdapterTrainer(
         model=task.loss(backbone),
         args=arguments,
@@ -59,7 +62,7 @@ def build_trainer(
             stop,
             SaveAfterValidation(),
         ],
-        rates=_rates(config.optim, arguments),
+        rates=rates,
         parts=with_decay(trained_parts(backbone.model), config.optim.weight_decay_on),
         sampler=data.sampler,
         persistence=_persistence(task, backbone.model, run_folder, writes=arguments.process_index == 0),
@@ -74,13 +77,19 @@ def build_trainer(
     return trainer, stop
 
 
-def log_plan(backbone: Backbone[Any], activations: Activations, arguments: TrainingArguments) -> None:
+def log_plan(
+    backbone: Backbone[Any], rates: LearningRates, activations: Activations, arguments: TrainingArguments
+) -> None:
     """Logs what trains and what it will take, before the first step."""
     zero = (deepspeed_config() or {}).get("zero_optimization")
-    plan = describe_plan(
-        backbone, trained_parts(backbone.model), activations, zero=zero, world_size=arguments.world_size
+    parts, stage = trained_parts(backbone.model), int((zero or {}).get("stage", 0))
+    estimate = estimate_memory(backbone, activations, zero=zero, world_size=arguments.world_size)
+    tables = (
+        trained_table(backbone.model, parts, rates),
+        frozen_table(backbone.model),
+        memory_table(estimate, world_size=arguments.world_size, stage=stage),
     )
-    logger.info("what trains, and what it takes:\n%s", plan)
+    logger.info("what trains, and what it takes:\n%s", "\n".join(tables))
 
 
 def _validation(
@@ -110,6 +119,7 @@ def _rates(optim: OptimConfig, arguments: TrainingArguments) -> LearningRates:
         projector=optim.projector_learning_rate,
         magnitude=optim.magnitude_learning_rate,
         b_ratio=optim.b_learning_rate_ratio,
+        by_part=optim.rates,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run will hold in memory on each rank, before the first step; and what trains, as a table."""
+"""What a run will hold in memory on each rank, before the first step."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-
-from dora_vl.core import TrainedPart
 
 ADAM_STATES = 2
 FLOAT32_BYTES = 4
@@ -92,17 +90,6 @@ def _offloads(zero: Mapping[str, Any] | None, what: str) -> bool:
     return (zero or {}).get(what, {}).get("device", "none") != "none"
 
 
-def trained_table(model: nn.Module, parts: Sequence[TrainedPart]) -> str:
-    """Trained parameters by part: count and share of all parameters."""
-    total = sum(map(parameter_count, model.parameters()))
-    counts: dict[str, int] = {}
-    for part in parts:
-        counts[part.name] = counts.get(part.name, 0) + sum(map(parameter_count, part.parameters.values()))
-    rows = [(name, count) for name, count in counts.items() if count]
-    rows += [("trained", sum(counts.values())), ("frozen", total - sum(counts.values())), ("all", total)]
-    return _table(("part", "parameters", "share"), ((n, f"{c:,}", f"{c / total:.3%}") for n, c in rows))
-
-
 def memory_table(estimate: MemoryEstimate, *, world_size: int, stage: int) -> str:
     """The estimate in GiB for one rank."""
     named = {
@@ -115,10 +102,11 @@ def memory_table(estimate: MemoryEstimate, *, world_size: int, stage: int) -> st
     if estimate.on_host:
         named["on the host"] = estimate.on_host
     title = f"memory a rank ({world_size} ranks, ZeRO-{stage})"
-    return _table((title, "GiB"), ((name, f"{size / GIB:.2f}") for name, size in named.items()))
+    return table((title, "GiB"), ((name, f"{size / GIB:.2f}") for name, size in named.items()))
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lines in columns, the first one's words at the left, numbers at the right."""
     lines = [tuple(header), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -128,17 +116,3 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         )
         for line in lines
     )
-
-
-def describe_plan(
-    model: nn.Module,
-    parts: Sequence[TrainedPart],
-    activations: Activations,
-    *,
-    zero: Mapping[str, Any] | None,
-    world_size: int,
-) -> str:
-    """Both tables, as they are logged before the first step."""
-    estimate = estimate_memory(model, activations, zero=zero, world_size=world_size)
-    stage = int((zero or {}).get("stage", 0))
-    return f"{trained_table(model, parts)}\n{memory_table(estimate, world_size=world_size, stage=stage)}"
