@@ -54,7 +54,7 @@ FINISHED = "finished.json"
 def main() -> None:
     """Runs what is not finished, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=CONFIG, help="the run that everybody shares")
+    parser.add_argument("--config", default=CONFIG, help="the run that all share")
     parser.add_argument("--data", type=Path, required=True, help="LLM-Adapters' dataset folder")
     parser.add_argument("--runs", type=Path, default=Path("runs/commonsense_benchmark"), help="where runs stay")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")

@@ -142,7 +142,7 @@ def _move_from_start(model: nn.Module) -> None:
 
 
 def loss_of(model: Any, tokens: Tokens) -> Tensor:
-    """Cross-entropy at the labelled places; logits exist only there, for everybody."""
+    """Cross-entropy at the labelled places; logits exist only there, for all contenders."""
     embeds = model.get_input_embeddings()(tokens.ids).detach().requires_grad_()
     hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     chosen = hidden[:, tokens.places].flatten(0, 1)

@@ -5,7 +5,7 @@
 
 The model is SmolLM2-135M's shapes with all seven projections adapted, unless `--model FOLDER` names another. A step
 is forward, backward and AdamW, logits at the labelled places alone. The allocator keeps a step's memory for the next,
-for everybody, as training here does. Contenders take turns in one process; quoted are
+for all contenders, as training here does. Contenders take turns in one process; quoted are
 medians over rounds of the ratios inside one round. On a CUDA machine the table adds kernel times, the share of the
 card's peak (`--peak-tflops`) and peak memory.
 """
@@ -37,6 +37,7 @@ from benchmarks.single_layer import layer_of_shape, single_layer_loss
 from dora_vl.run.launch import keep_freed_memory
 
 DECODED = ("frozen", "peft_lora", "peft_dora", "ours", "ours_merged")
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -55,8 +56,14 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--layer", default=None, help="INxOUT: one linear layer instead of a model")
-    parser.add_argument("--rounds", type=int, default=5, help="how often everybody takes a turn")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each contender takes a turn")
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn; its time is their median")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="processor: for a machine that others use; set OMP_NUM_THREADS=1",
+    )
     parser.add_argument("--peak-tflops", type=float, default=None, help="the card's dense peak, for the share used")
     return parser.parse_args()
 
@@ -130,17 +137,20 @@ def take_turns(steps: dict[str, Callable[[], None]], options: argparse.Namespace
         step()
     rounds = []
     for _ in range(options.rounds):
-        rounds.append({name: median([seconds(step) for _ in range(options.steps)]) for name, step in steps.items()})
+        rounds.append(
+            {name: median([seconds(step, options.clock) for _ in range(options.steps)]) for name, step in steps.items()}
+        )
     return Turns(rounds)
 
 
-def seconds(step: Callable[[], None]) -> float:
-    """Wall time of one step, the card's work included."""
-    started = time.perf_counter()
+def seconds(step: Callable[[], None], clock: str = "wall") -> float:
+    """Time of one step, the card's work included."""
+    now = CLOCKS[clock]
+    started = now()
     step()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return now() - started
 
 
 def train_step(model: Any, loss: Callable[[Any], torch.Tensor]) -> Callable[[], None]:

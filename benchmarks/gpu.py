@@ -128,7 +128,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: whether the script runs, no figure to quote")
     parser.add_argument("--minutes", type=float, default=9.0, help="time it may take")
-    parser.add_argument("--rounds", type=int, default=7, help="how often everybody takes a turn")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each contender takes a turn")
     parser.add_argument("--to", type=Path, default=RESULTS, help="where the JSON and the PNG go, without the ending")
     options = parser.parse_args()
     if options.device == "cpu" and not options.smoke:
@@ -202,7 +202,7 @@ def timed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def take_turns(steps: dict[str, Steps], what: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Milliseconds of each contender in each round; everybody warms up first, which compiles and times tiles."""
+    """Milliseconds of each contender in each round; each warms up first, which compiles and times tiles."""
     work = {name: (getattr(one, what), one.around) for name, one in steps.items()}
     for step, around in work.values():
         with around():

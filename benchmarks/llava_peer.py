@@ -1,6 +1,6 @@
 """The peer that `llava_run.py` times: transformers' LLaVA, PEFT, and the plain Trainer, as their guides put them.
 
-Only tokens and pictures come from this project, so that everybody trains on the same ones.
+Only tokens and pictures come from this project, so that all train on the same ones.
 """
 
 from __future__ import annotations

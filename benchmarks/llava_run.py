@@ -4,14 +4,14 @@
         --model.compose.grid_pool null --model.base runs/demo/base_49_tokens --training.per_device_train_batch_size 32 \
         --model.attn_implementation eager --json benchmarks/results/llava_run.json
 
-Same composed LLaVA, conversations, tokens, batch, number types and attention kernel for everybody. The peers are
+Same composed LLaVA, conversations, tokens, batch, number types and attention kernel for all contenders. The peers are
 `LlavaForConditionalGeneration` with PEFT's DoRA and LoRA (`autocast_adapter_dtype=False`, PEFT's faster setting):
 they run the vision tower at every step and compute logits at every position, because that is what those parts do.
 `ours` deals batches as the peers do. `ours_shared` is the same run with `data.share_pictures`, which runs a picture
 once for all questions about it in a batch; its batches hold fewer different pictures, so it learns less a sample.
 Contenders take turns, each in its own process, a few steps at a time; quoted are medians of the ratios inside one
 round. The one-off feature pass of this project is timed too and counted in `with_feature_pass`. Any further
-`--section.key value` changes the run for everybody.
+`--section.key value` changes the run for all contenders.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the run to time; its base is composed if it is not there")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each contender in each round")
-    parser.add_argument("--rounds", type=int, default=3, help="how often everybody takes a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each contender takes a turn")
     parser.add_argument("--json", default=None, help="file for the figures")
     options, settings = parser.parse_known_args()
     timed = TimedRun(options.config, options.steps, tuple(settings))
@@ -65,7 +65,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class TimedRun:
-    """What everybody trains."""
+    """What all contenders train."""
 
     config: str
     steps: int
@@ -73,7 +73,7 @@ class TimedRun:
 
     @property
     def samples(self) -> int:
-        """Training samples that the steps read, so that everybody sees the same ones."""
+        """Training samples that the steps read, so that all see the same ones."""
         training = read_run(["--config", self.config, *self.settings]).training
         micro_batch = int(training["per_device_train_batch_size"])
         return self.steps * micro_batch * int(training.get("gradient_accumulation_steps", 1))

@@ -32,7 +32,7 @@ def conversation_of(example: Example, prompt: Prompt) -> dict[str, JSON]:
     Raises:
         BadSample: it has no answer, or is about a video.
     """
-    if example.video is not None:
+    if example.clips:
         raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
     turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in turns_of(example, prompt)]
     answer = {"from": SPEAKERS["assistant"], "value": reply_of(example)}

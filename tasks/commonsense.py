@@ -4,7 +4,7 @@ deepspeed tasks/commonsense.py --config configs/commonsense/<run>.yaml [--varian
 
 The paper's commonsense reasoning runs are in configs/commonsense; data of one's own is JSON or JSONL of instruction,
 input, output and answer. It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`,
-`metrics.json` and checkpoints to training.output_dir; `--resume last` goes on from the last checkpoint.
+`metrics.json` and checkpoints to training.output_dir; `--resume last` resumes from the last checkpoint.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ alone, or its full weights.
 deepspeed tasks/llava_instruct.py --config configs/llava/<run>.yaml [--variant NAME] [--section.key value ...]
 
 It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`, `metrics.json` and checkpoints to
-training.output_dir; `--resume last` goes on from the last checkpoint.
+training.output_dir; `--resume last` resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def instruct(config: RunConfig) -> Task:
-    """The base's task; its imports take seconds, so they come after mistakes in the settings were told."""
+    """The base's task; its imports take seconds, so they come after mistakes in the settings were reported."""
     from dora_vl.pipelines.image_text_task import instruct_task
 
     return instruct_task(config)

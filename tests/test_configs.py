@@ -10,15 +10,24 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dora_vl.backbones.causal_lm import CausalLMBackbone
+from dora_vl.backbones.image_text import ImageTextBackbone
 from dora_vl.backbones.vlbart_config import VlBartConfig
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
 from dora_vl.pipelines.commonsense_task import CommonsenseTask
+from dora_vl.pipelines.image_text_task import ImageTextTask
 from dora_vl.pipelines.vlbart_task import vlbart_dora_config
 from dora_vl.run.adapting import adapt
 from dora_vl.run.arguments import check_training_section
@@ -31,6 +40,8 @@ from dora_vl.run.recipe_file import variants_of
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.vision.tower_sources import load_tower
 from dora_vl.vision.towers import register_towers
+from tests.backbones.tiny_image_text import FAMILIES as TINY_FAMILIES
+from tests.backbones.tiny_image_text import SIGLIP, TEXT, tiny_tokenizer
 from tests.backbones.tiny_vlbart import BART_BASE
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +104,33 @@ LANGUAGE_SHAPES = {
     "meta-llama/Llama-2-7b-hf": LLAMA_7B,
     "meta-llama/Meta-Llama-3-8B": LLAMA3_8B,
 }
-SETTINGS: dict[str, Any] = {"llava": RunConfig, "commonsense": CommonsenseRunConfig, "vlbart": VlBartRunConfig}
+FAMILIES = {
+    "HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm",
+    "HuggingFaceTB/SmolVLM-500M-Instruct": "smolvlm",
+    "HuggingFaceTB/SmolVLM-Instruct": "smolvlm",
+    "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
+    "Qwen/Qwen3-VL-2B-Instruct": "qwen3_vl",
+    "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl",
+    "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl",
+    "OpenGVLab/InternVL3-2B-hf": "internvl",
+    "OpenGVLab/InternVL3-8B-hf": "internvl",
+    "google/gemma-3-4b-it": "gemma3",
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": "llava_onevision",
+    "google/paligemma2-3b-pt-448": "paligemma",
+}
+"""The model type of each published base of configs/image_text; a tiny one of it stands in."""
+PALIGEMMA: dict[str, Any] = {
+    "text_config": {"model_type": "gemma2", **TEXT, "head_dim": 8, "vocab_size": 400},
+    "vision_config": SIGLIP,
+    "projection_dim": 32,
+}
+SETTINGS: dict[str, Any] = {
+    "image_text": RunConfig,
+    "llava": RunConfig,
+    "commonsense": CommonsenseRunConfig,
+    "vlbart": VlBartRunConfig,
+}
 """A folder of configs/ -> the settings of its task."""
 
 
@@ -130,6 +167,15 @@ def meta_vlbart(config: VlBartRunConfig) -> VlBartForConditionalGeneration:
         return VlBartForConditionalGeneration(VlBartConfig(**{**BART_BASE, **visual}))
 
 
+def meta_image_text(config: RunConfig) -> PreTrainedModel:
+    """A tiny model of the base's family, which has the names of the published one's layers."""
+    model_type = FAMILIES[config.model.base]
+    tiny = TINY_FAMILIES.get(model_type)
+    settings = PALIGEMMA if tiny is None else tiny.config(tiny_tokenizer(tiny.names))
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **settings))
+
+
 @functools.cache
 def read(recipe: Recipe) -> Any:
     """A file's settings under its variant, of the task that its folder is for."""
@@ -150,6 +196,9 @@ def adapted(config: Any) -> Any:
     elif isinstance(config, CommonsenseRunConfig):
         model = meta_language_model(config)
         adapt(model, CommonsenseTask(config).dora_config(CausalLMBackbone(model)))
+    elif config.model.base in FAMILIES:
+        model = meta_image_text(config)
+        adapt(model, ImageTextTask(config).dora_config(ImageTextBackbone(model)))
     else:
         model = meta_model(config.model)
         adapt(model, dora_config(config.adapter, model))
@@ -285,8 +334,11 @@ def test_a_published_full_recipe_says_the_bytes_of_a_checkpoint(recipe: Recipe) 
 
 @pytest.mark.parametrize("recipe", CONFIGS, ids=lambda recipe: recipe.name)
 def test_the_table_names_it(recipe: Recipe) -> None:
-    row = f"| `{recipe.path.relative_to(ROOT / 'configs')}` | {f'`{recipe.variant}`' if recipe.variant else ''} |"
-    assert row in (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    """In the second column of a row of its file, alone or among others."""
+    table = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("|") for line in table if line.startswith(f"| `{recipe.path.relative_to(ROOT / 'configs')}` |")]
+    named = [name.strip() for row in rows for name in row[2].split(",")]
+    assert named.count(f"`{recipe.variant}`" if recipe.variant else "") == 1
 
 
 def test_every_deepspeed_json_has_a_short_name_and_is_safe() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: written beside, renamed when whole, found again."""
+"""Checkpoints to resume from: written beside, renamed when whole, found again."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.combine import combine
 from dora_vl.adapters.convert_command import add_reading_arguments, reading_options
 from dora_vl.adapters.merge_folder import SHARD_BYTES, merge_to_folder, refuse_target
+from dora_vl.adapters.quantised_base import as_trained
 from dora_vl.adapters.read import read_any
 from dora_vl.adapters.stated_base import base_of, refuse_other_base
 from dora_vl.errors import UserError
@@ -42,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; default: each tensor's own")
     parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="largest output file")
+    parser.add_argument(
+        "--base-values",
+        choices=("trained", "stored"),
+        default="trained",
+        help="of a base that was quantised for training: trained (default) merges into the values after quantisation, "
+        "so that the result is the trained model; stored into the folder's own, which the adapter never saw",
+    )
     parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
     add_reading_arguments(parser)
 
@@ -55,21 +64,33 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     if not arguments.any_base:
         for adapter in adapters:
             refuse_other_base(adapter.recipe, base, adapter.source)
-    adapter = _one(adapters, arguments.weight or [1.0] * len(adapters), base)
+    open_base = _opener(adapters, stored=arguments.base_values == "stored")
+    adapter = _one(adapters, arguments.weight or [1.0] * len(adapters), base, open_base)
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-    merged = merge_to_folder(adapter, base, arguments.to, dtype=dtype, shard_bytes=arguments.shard_bytes)
+    merged = merge_to_folder(
+        adapter, base, arguments.to, dtype=dtype, shard_bytes=arguments.shard_bytes, open_base=open_base
+    )
     yield (
         f"{arguments.to}: {merged.layers} layers merged, {merged.replaced} other tensors taken from the adapter, "
         f"{merged.files} files, {merged.bytes:,} bytes"
     )
 
 
-def _one(adapters: list[Adapter], weights: list[float], base: Path) -> Adapter:
+def _opener(adapters: list[Adapter], *, stored: bool) -> Callable[[Path], BaseWeights]:
+    """What opens the base: with the values that the adapters were trained on, or with the stored ones."""
+    if stored:
+        return BaseWeights
+    return partial(as_trained, recipes={adapter.source: adapter.recipe for adapter in adapters})
+
+
+def _one(
+    adapters: list[Adapter], weights: list[float], base: Path, open_base: Callable[[Path], BaseWeights]
+) -> Adapter:
     if len(weights) != len(adapters):
         raise UserError(f"{len(adapters)} times --adapter and {len(weights)} times --weight; give one for each")
     if len(adapters) == 1 and weights == [1.0]:
         return adapters[0]
     by_name = {str(index): adapter for index, adapter in enumerate(adapters)}
     shares = {str(index): weight for index, weight in enumerate(weights)}
-    with BaseWeights(base) as opened:
+    with open_base(base) as opened:
         return combine(by_name, shares, opened).adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,18 +48,23 @@ def merge_to_folder(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    open_base: Callable[[Path], BaseWeights] = BaseWeights,
 ) -> Merged:
     """Writes `base` with `adapter` folded in as a plain folder that transformers opens.
 
     Every product is computed in float32 and rounded once, to `dtype` or the base's own. Configuration, tokenizer
     and processor files are copied. The folder appears under its name when it is whole.
 
+    Args:
+        dtype: of the result; None keeps each tensor's own.
+        open_base: gives the values to merge into, where they are not the stored ones.
+
     Raises:
         UserError: a layer or an extra that the base lacks, a shape that does not fit, a quantised base, or a target
             that is there already and was not written by a merge. Nothing is written then.
     """
     refuse_target(target, base_folder)
-    with BaseWeights(base_folder) as base:
+    with open_base(base_folder) as base:
         factors = factors_on(base, adapter, adapter.matrix_factors)
         check_fit(base, adapter, factors)
         check_experts(base, adapter)

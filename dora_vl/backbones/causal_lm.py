@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Features, labelled_positions, layout_attention, output_layer_sees, pad_token_id
 from dora_vl.backbones.language_source import PlainLanguageModel, read_language_model
 from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.backbones.written_base import written_base
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
@@ -139,20 +141,25 @@ def load_causal_lm(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     revision: str | None = None,
+    quantisation: Quantisation | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> CausalLMBackbone:
     """A causal language model's folder or hub id, every weight in `dtype`, in eval mode.
 
-    Raises: UserError if it is none or some of its weights are missing.
+    With `quantisation` the linear layers below its head are quantised.
+
+    Raises: UserError if it is none, some of its weights are missing, or it cannot be quantised.
     """
     check_model_folder(folder_or_id)
     try:
+        quantised = quantised_loading(folder_or_id, quantisation, dtype=dtype, revision=revision)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder_or_id,
             dtype=dtype,
             attn_implementation=attn_implementation,
             revision=revision or "main",
             output_loading_info=True,
+            **quantised.options,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.base {folder_or_id!r} cannot be opened as a causal language model: {error}") from error
@@ -161,6 +168,7 @@ def load_causal_lm(
         raise UserError(
             f"{folder_or_id}: {len(missing)} weights are missing, first {missing[:3]}; the folder is broken"
         )
+    quantised.finish(model)
     return CausalLMBackbone(model, generation=generation)
 
 

@@ -139,6 +139,8 @@ class LlavaEncoder:
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
         """
         sample = conversation.id
+        if conversation.videos:
+            raise BadSample(sample, "it has a video, which a LLaVA-1.5 is not trained on; leave the sample out")
         tokens = self._tokens(self._rendered(conversation.turns, sample, generation_prompt=False))
         cut = max(0, len(tokens.ids) - self.max_tokens)
         if tokens.pictures_end > self.max_tokens:

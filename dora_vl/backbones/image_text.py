@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
 
+from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Features, labelled_positions, output_layer_sees, pad_token_id
 from dora_vl.backbones.families import PROJECTORS
 from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.quantised import quantised_loading
+from dora_vl.core.opaque import is_quantised
 from dora_vl.errors import UserError, one_line
 from dora_vl.model_files import check_model_folder
 
@@ -123,7 +126,7 @@ def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
     head = model.get_output_embeddings()
     patterns: dict[str, None] = {}
     for name, module in decoder.named_modules(prefix=prefix):
-        if isinstance(module, nn.Linear) and module is not head:
+        if (isinstance(module, nn.Linear) or is_quantised(module)) and module is not head:
             patterns[".".join("*" if part.isdecimal() else part for part in name.split("."))] = None
     if not patterns:
         raise UserError(f"no linear layer was found in {prefix} of {type(model).__name__}; set adapter.targets")
@@ -137,7 +140,8 @@ def weights_out_of_reach(model: PreTrainedModel) -> dict[str, int]:
     """
     decoder = decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    held = {id(one.weight) for one in decoder.modules() if isinstance(one, nn.Linear | nn.Embedding)}
+    layers = [one for one in decoder.modules() if isinstance(one, nn.Linear | nn.Embedding) or is_quantised(one)]
+    held = {id(weight) for one in layers for weight in one.parameters()}
     parameters = decoder.named_parameters(prefix=prefix)
     return {
         name: math.prod(weight_shape(weight))
@@ -169,19 +173,24 @@ def load_image_text(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     revision: str | None = None,
+    quantisation: Quantisation | None = None,
 ) -> ImageTextBackbone:
     """A vision-language model's folder or hub id, every weight in `dtype`, in eval mode.
 
-    Raises: UserError if it is none or some of its weights are missing.
+    With `quantisation` the linear layers of its language model are quantised.
+
+    Raises: UserError if it is none, some of its weights are missing, or it cannot be quantised.
     """
     check_model_folder(folder_or_id)
     try:
+        quantised = quantised_loading(folder_or_id, quantisation, dtype=dtype, revision=revision)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder_or_id,
             dtype=dtype,
             attn_implementation=attn_implementation,
             revision=revision or "main",
             output_loading_info=True,
+            **quantised.options,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.base {folder_or_id!r} cannot be opened: {one_line(str(error), 300)}") from error
@@ -190,4 +199,5 @@ def load_image_text(
         raise UserError(
             f"{folder_or_id}: {len(missing)} weights are missing, first {missing[:3]}; the folder is broken"
         )
+    quantised.finish(model)
     return ImageTextBackbone(model)

@@ -1,7 +1,8 @@
-"""Conversations and their pictures as a processor's own inputs, with labels on the answers."""
+"""Conversations, their pictures and videos as a processor's own inputs, with labels on the answers."""
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,17 @@ from transformers.processing_utils import ProcessorMixin
 from dora_vl.backbones.families import ALIGNED
 from dora_vl.backbones.processor_chat import Chat, ProcessorChat
 from dora_vl.backbones.rendered import Span
+from dora_vl.backbones.video_inputs import (
+    ONE_LENGTH,
+    Video,
+    as_pictures,
+    displaced_inputs,
+    grey_video,
+    marked,
+    video_arguments,
+)
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 
 DUMMY_SIDE = 64
@@ -34,8 +44,8 @@ class _Processed:
     inputs: dict[str, Any]
     """Everything but the ids, by the processor's own names."""
     offsets: list[Span]
-    pictures: list[tuple[Span, Span]]
-    """Each picture's characters in the template's text and in the text that was tokenised."""
+    media: list[tuple[Span, Span]]
+    """Characters of each picture and video in the template's text and in the text that was tokenised."""
 
 
 def load_processor(base: str, revision: str | None = None) -> Any:
@@ -53,10 +63,12 @@ def load_processor(base: str, revision: str | None = None) -> Any:
 
 
 class ImageTextEncoder:
-    """Turns and pictures into what a processor gives for them, and labels; holds no model and can be pickled.
+    """Turns, pictures and videos into what a processor gives for them, and labels; holds no model and can be pickled.
 
     The template's text and the pictures go to the processor together, so that pictures become as many tokens as the
-    family makes of their size. What comes back is not touched, except that a long text loses its end.
+    family makes of their size. So do the frames of videos, with their times; where a family has no place for videos
+    (`why_no_videos`), their frames go in as pictures. What comes back is not touched, except that a long text loses
+    its end.
 
     Args:
         processor: of the model.
@@ -78,21 +90,48 @@ class ImageTextEncoder:
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return int(next(one for one in known if one is not None))
 
-    def encode(self, conversation: Conversation, pictures: Sequence[Image.Image]) -> Encoded:
+    @functools.cached_property
+    def why_no_videos(self) -> str | None:
+        """Why videos go in as pictures; None where the family takes videos."""
+        processor = vars(self.processor)
+        if processor.get("video_processor") is None:
+            return f"{type(self.processor).__name__} has no video processor"
+        token = processor.get("video_token")
+        if not isinstance(token, str) or not self._chat.takes_video(token):
+            return "the chat template has no place for a video"
+        return None
+
+    @functools.cached_property
+    def videos_of_one_length(self) -> bool:
+        """Whether the videos of a batch must have equally many frames."""
+        if self.why_no_videos:
+            return False
+        frames = self.dummy_video().inputs.get(ONE_LENGTH)
+        return frames is not None and frames.dim() == 5
+
+    def encode(
+        self, conversation: Conversation, pictures: Sequence[Image.Image], videos: Sequence[Video] = ()
+    ) -> Encoded:
         """Inputs and labels of a whole conversation, the labels -100 except on answers and what closes them.
+
+        Args:
+            conversation: with `<image>` and, where it has videos, `<video>` in the order of the next two.
+            pictures: RGB.
+            videos: frames of each.
 
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
         """
-        chat = self._render(conversation.turns, conversation.id, generation_prompt=False)
-        found = self._process(chat, pictures, conversation.id)
-        spans = [_moved(span, found.pictures) for span in chat.answer_spans]
+        chat, found = self._processed(conversation.turns, pictures, videos, conversation.id, generation_prompt=False)
+        spans = [_moved(span, found.media) for span in chat.answer_spans]
         trained = [any(first < end and start < last for start, end in spans) for first, last in found.offsets]
-        end = self._end_of_pictures(found)
+        end = self._end_of_media(found)
         if end > self.max_tokens:
+            what = f"{len(pictures)} pictures" + (f" and {len(videos)} videos" if videos else "")
+            fewer = "take fewer frames (data.video_frames)" if videos else "have the processor make fewer of a picture"
             raise BadSample(
                 conversation.id,
-                f"its {len(pictures)} pictures and the text before the last one take {end} tokens of "
-                f"{self.max_tokens}; raise data.max_tokens, or have the processor make fewer tokens of a picture",
+                f"its {what} and the text before the last one take {end} tokens of "
+                f"{self.max_tokens}; raise data.max_tokens, or {fewer}",
             )
         kept = min(len(found.ids), self.max_tokens)
         if not any(trained[:kept]):
@@ -105,17 +144,24 @@ class ImageTextEncoder:
         inputs = {name: value[:, :kept] if name in ALIGNED else value for name, value in found.inputs.items()}
         return Encoded(ids, labels, len(found.ids) - kept, inputs)
 
-    def encode_prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    def encode_prompt(
+        self, turns: Sequence[Turn], pictures: Sequence[Image.Image], videos: Sequence[Video] = ()
+    ) -> dict[str, Any]:
         """The processor's inputs of turns that end with a question, up to where the answer begins; never cut."""
-        chat = self._render(turns, "prompt", generation_prompt=True)
-        found = self._process(chat, pictures, "prompt")
+        _, found = self._processed(turns, pictures, videos, "prompt", generation_prompt=True)
         return {"input_ids": found.ids[None], **found.inputs}
 
     def dummy(self) -> Sample:
         """A row with a small picture and no label: it takes a batch of words alone through the vision part too."""
-        picture = Image.new("RGB", (DUMMY_SIDE, DUMMY_SIDE), GREY)
-        chat = self._render((Turn("user", f"{IMAGE_PLACEHOLDER}\n."),), "dummy", generation_prompt=True)
-        found = self._process(chat, [picture], "dummy")
+        return self._dummy(IMAGE_PLACEHOLDER, [Image.new("RGB", (DUMMY_SIDE, DUMMY_SIDE), GREY)])
+
+    def dummy_video(self, frames: int = 2) -> Sample:
+        """Likewise with a small video."""
+        return self._dummy(VIDEO_PLACEHOLDER, videos=[grey_video(GREY, DUMMY_SIDE, frames)])
+
+    def _dummy(self, placeholder: str, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> Sample:
+        turns = (Turn("user", f"{placeholder}\n."),)
+        _, found = self._processed(turns, pictures, videos, "dummy", generation_prompt=True)
         unlabelled = torch.full_like(found.ids, IGNORED_LABEL)
         return Sample(index=-1, id="dummy", input_ids=found.ids, labels=unlabelled, inputs=found.inputs)
 
@@ -123,24 +169,44 @@ class ImageTextEncoder:
         """The text of an answer, without special tokens and surrounding space."""
         return str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)).strip()
 
+    def _processed(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Image.Image],
+        videos: Sequence[Video],
+        sample: str,
+        *,
+        generation_prompt: bool,
+    ) -> tuple[Chat, _Processed]:
+        if videos and self.why_no_videos:
+            try:
+                turns, pictures = as_pictures(turns, pictures, videos)
+            except ValueError as error:
+                raise BadSample(sample, str(error)) from error
+            videos = ()
+        chat = self._render(marked(turns) if videos else turns, sample, generation_prompt=generation_prompt)
+        return chat, self._process(chat, pictures, videos, sample)
+
     def _render(self, turns: Sequence[Turn], sample: str, *, generation_prompt: bool) -> Chat:
         try:
             return self._chat.render(turns, generation_prompt=generation_prompt)
         except ValueError as error:
             raise BadSample(sample, str(error)) from error
 
-    def _process(self, chat: Chat, pictures: Sequence[Image.Image], sample: str) -> _Processed:
+    def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> _Processed:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         if self._chat.bos_token is not None and chat.text.startswith(self._chat.bos_token):
             options["add_special_tokens"] = False  # as transformers' own apply_chat_template
         images = [list(pictures)] if pictures else None
         try:
+            options |= video_arguments(videos)
             found = dict(self.processor(text=[chat.text], images=images, return_tensors="pt", **options))
+            found |= displaced_inputs(self.processor, found, pictures, videos)
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise BadSample(sample, f"the processor refuses it: {one_line(str(error), 200)}") from error
         offsets, replaced = found.pop("offset_mapping", None), found.pop("text_replacement_offsets", None)
         places = replaced[0] if isinstance(replaced, list) and replaced else []  # without any, it may be a tensor
-        if offsets is None or (pictures and not places):
+        if offsets is None or ((pictures or videos) and not places):
             raise UserError(
                 f"{type(self.processor).__name__} does not say which characters its tokens stand for, so answers "
                 "cannot be told from questions; this family is not trained yet"
@@ -151,17 +217,17 @@ class ImageTextEncoder:
         found.setdefault("attention_mask", torch.ones_like(ids))
         return _Processed(ids[0], found, spans, moves)
 
-    def _end_of_pictures(self, found: _Processed) -> int:
-        """The first place after every picture's tokens."""
-        if not found.pictures:
+    def _end_of_media(self, found: _Processed) -> int:
+        """The first place after the tokens of every picture and video."""
+        if not found.media:
             return 0
-        last = found.pictures[-1][1][1]
+        last = found.media[-1][1][1]
         return max(place for place, (start, end) in enumerate(found.offsets, 1) if start < last and end > start)
 
 
-def _moved(span: Span, pictures: Sequence[tuple[Span, Span]]) -> Span:
-    """Characters of the template's text, in the text in which pictures stand as their tokens."""
-    ends = [old[1] for old, _ in pictures]
-    gained = [0, *(new[1] - old[1] for old, new in pictures)]
+def _moved(span: Span, media: Sequence[tuple[Span, Span]]) -> Span:
+    """Characters of the template's text, in the text in which pictures and videos stand as their tokens."""
+    ends = [old[1] for old, _ in media]
+    gained = [0, *(new[1] - old[1] for old, new in media)]
     first, last = (place + gained[bisect_right(ends, place)] for place in span)
     return first, last

@@ -17,9 +17,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Features, labelled_positions, layout_attention, pad_token_id
 from dora_vl.backbones.families import LLAVA
 from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
 from dora_vl.vision.towers import register_towers
@@ -76,14 +78,6 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
         if not self.tower_trains:
             self.tower.eval()
         return self
-
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Recomputes the language model's layers in the backward pass, as transformers' Trainer asks for it."""
-        self.model.gradient_checkpointing_enable(**options)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keeps all activations again."""
-        self.model.gradient_checkpointing_disable()
 
     @property
     def tower(self) -> nn.Module:
@@ -258,11 +252,14 @@ def load_llava(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     revision: str | None = None,
+    quantisation: Quantisation | None = None,
     picture_source: PictureSource = "pixel_values",
 ) -> LlavaBackbone:
     """A LLaVA folder or hub id, every weight in `dtype`, in eval mode.
 
-    Raises: UserError if it is no LLaVA or some of its weights are missing.
+    With `quantisation` the linear layers of its language model are quantised.
+
+    Raises: UserError if it is no LLaVA, some of its weights are missing, or it cannot be quantised.
     """
     register_towers()
     check_model_folder(folder_or_id)
@@ -270,6 +267,7 @@ def load_llava(
         found = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0].get("model_type")
     if found not in (LLAVA, None):
         raise UserError(f"{folder_or_id!r} is a {found!r}, and as a {LLAVA!r} it would give other numbers than its own")
+    quantised = quantised_loading(folder_or_id, quantisation, dtype=dtype, revision=revision)
     with _user_errors(folder_or_id):
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder_or_id,
@@ -277,10 +275,12 @@ def load_llava(
             attn_implementation=attn_implementation,
             revision=revision or "main",
             output_loading_info=True,
+            **quantised.options,
         )
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"{folder_or_id}: {len(missing)} weights are missing, first {missing[:3]}; the folder is broken"
         )
+    quantised.finish(model)
     return LlavaBackbone(model, picture_source=picture_source)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dora_vl.backbones.image_text import projector_patterns
 from dora_vl.core.experts import expert_projections
+from dora_vl.core.opaque import is_quantised
 from dora_vl.errors import UserError
 
 Place = Mapping[str, nn.Module]
@@ -97,7 +98,7 @@ def _as_patterns(names: list[str], all_names: Iterable[str]) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+    return isinstance(module, nn.Linear) or is_quantised(module)
 
 
 def _layers_in(model: PreTrainedModel, place: Place) -> list[str]:

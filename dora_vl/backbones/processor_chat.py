@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from dora_vl.backbones.rendered import Span, check_order
+from dora_vl.backbones.rendered import VIDEO_MARK, Span, check_order
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 
@@ -23,6 +23,8 @@ PROBE = (
     Turn("assistant", "It is a square."),
 )
 PICTURE_PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
+VIDEO_PROBE = (Turn("user", f"{VIDEO_MARK}\nWhich colour is it?"), Turn("assistant", "It is purple."))
+MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,24 @@ class ProcessorChat:
         spans = [self._answer_span(messages[:end], whole) for end in range(2, len(messages) + 1, 2)]
         return Chat(whole, tuple(spans))
 
+    def takes_video(self, token: str) -> bool:
+        """Whether the template writes `token` once where a video goes (`VIDEO_MARK`)."""
+        try:
+            return self.render(VIDEO_PROBE).text.count(token) == 1 and token not in self.render(PROBE[:2]).text
+        except (ValueError, TypeError, TemplateError):
+            return False
+
     def _message(self, turn: Turn) -> dict[str, Any]:
-        pieces = turn.text.split(IMAGE_PLACEHOLDER)
+        pieces = MEDIA.split(turn.text)
         closing = self._closing if turn.role == "assistant" else ""
         if len(pieces) == 1 and not self._as_parts:
             return {"role": turn.role, "content": turn.text + closing}
         parts: list[dict[str, str]] = []
         for number, piece in enumerate(pieces):
+            if number % 2:
+                parts.append({"type": "image" if piece == IMAGE_PLACEHOLDER else "video"})
+                continue
             if number:
-                parts.append({"type": "image"})
                 piece = piece.removeprefix("\n")  # what records write between a picture and its question
             if piece:
                 parts.append({"type": "text", "text": piece})
@@ -113,7 +124,7 @@ class ProcessorChat:
     def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
         place = 0
         for number, turn in enumerate(turns):
-            for piece in turn.text.split(IMAGE_PLACEHOLDER):
+            for piece in MEDIA.split(turn.text)[::2]:
                 found = whole.find(piece.strip(), place)
                 if found < 0 and whole.find(piece.strip()) < 0:
                     raise ValueError(f"the chat template leaves out or changes the text of turn {number}")

@@ -10,6 +10,7 @@ from dora_vl.data.turns import Turn
 
 Span = tuple[int, int]
 
+VIDEO_MARK = "\ufdd1"  # as BREAK; stands where a video goes, since `<video>` is also what HTML's text holds
 BREAK = "\ufdd0"  # a Unicode noncharacter: no text may hold it, so it can mark one that must not become a token
 
 

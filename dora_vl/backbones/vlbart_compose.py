@@ -1,4 +1,4 @@
-"""Makes a VL-BART folder: from a BART and a fresh visual embedding, from an original checkpoint, or small from nothing.
+"""Makes a VL-BART folder: from a BART and a fresh visual embedding, from an original checkpoint, or small and random.
 
 The published runs start from `facebook/bart-base`, whose tokens and weights are kept, with 200 new tokens and a
 visual embedding drawn at random.
@@ -84,7 +84,8 @@ class VlBartSpec:
     """All of BART's dropouts; the published runs set all three to this."""
     standardise: str | None = None
     """Folder of features: the fresh visual embedding begins as if each of their numbers had mean 0 and spread 1.
-    Deep features of simple pictures have much in common, which a model from nothing first has to learn to look past."""
+    Deep features of simple pictures have much in common, which a randomly initialised model has
+    to learn to look past."""
     seed: int = 9595
     """Draws the visual embedding and the new tokens' rows."""
 

@@ -15,7 +15,7 @@ from dora_vl.core.embedding import SCALED_EMBEDDINGS, DoRAEmbedding
 from dora_vl.core.experts import expert_projections
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import DoRALinear, TransposedLinear
-from dora_vl.core.opaque import OPAQUE_KINDS, TENSOR_SUBCLASS, UNKNOWN_LINEAR, OpaqueKind, OpaqueLinear
+from dora_vl.core.opaque import OPAQUE_KINDS, TENSOR_SUBCLASS, UNKNOWN_LINEAR, OpaqueKind, OpaqueLinear, class_path
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
 
 
 def _row(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
-    path = f"{type(module).__module__}.{type(module).__qualname__}"
+    path = class_path(module)
     if path in OPAQUE_KINDS:
         return _opaque(OPAQUE_KINDS[path])
     if path in config.opaque_layers:

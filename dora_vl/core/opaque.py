@@ -65,6 +65,16 @@ UNKNOWN_LINEAR = OpaqueKind(lambda layer: torch.float32)
 """A class that the user named."""
 
 
+def class_path(module: nn.Module) -> str:
+    """A module's class as the tables write it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module is a quantised linear layer of a class known here."""
+    return class_path(module) in OPAQUE_KINDS
+
+
 class OpaqueLinear(AdaptedLayer):
     """An adapter around a linear layer that is only ever called; the layer stays whole, as the child `base`."""
 

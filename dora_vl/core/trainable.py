@@ -111,6 +111,7 @@ def choose_trained(
         by_part[part] = matching(candidates, patterns, f"also_train.{part}")
     _refuse_overlap(by_part)
     _refuse_adapted_weights(model, by_part)
+    _refuse_packed_weights(model, by_part)
     kept = _kept_names(_tensor_names(model), also_keep)
     extras = [name for part in also_train for name in by_part[part]]
     train_in_float32(model, extras, gather)
@@ -241,6 +242,18 @@ def _refuse_adapted_weights(model: nn.Module, by_part: Mapping[str, list[str]]) 
                 raise UserError(
                     f"{part}: {name} is the frozen weight of the adapted layer {owner}; take one of them out"
                 )
+
+
+def _refuse_packed_weights(model: nn.Module, by_part: Mapping[str, list[str]]) -> None:
+    """Quantised weights are integers, to which no gradient can be added."""
+    parameters = dict(model.named_parameters())
+    for part, names in by_part.items():
+        packed = [name for name in names if not parameters[name].is_floating_point()]
+        if packed:
+            raise UserError(
+                f"{part}: {len(packed)} of the parameters to train are quantised, such as {packed[0]}, and cannot; "
+                "adapt their layers instead, or load the base whole"
+            )
 
 
 def _split_by_decay(

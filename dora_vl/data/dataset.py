@@ -78,7 +78,7 @@ def sample_random(seed: int, epoch: int, index: int) -> random.Random:
 
 
 class LlavaDataset(torch.utils.data.Dataset["Sample | Skipped"]):
-    """Reads, encodes and illustrates one row at a time.
+    """Reads and encodes one row at a time, with its images.
 
     Args:
         rows: the records, as `records.load_llava` gives them.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar
 from uuid import uuid4
 
+from dora_vl.data.clips import Clip
 from dora_vl.data.right_choice import right_choice
 from dora_vl.data.text_file import json_lines
 from dora_vl.data.turns import Turn
@@ -34,15 +35,6 @@ class Answer:
     weight: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Clip:
-    """A video, or the part of it between two times; None is its beginning or its end."""
-
-    path: str
-    start_seconds: float | None = None
-    end_seconds: float | None = None
-
-
 @dataclass(frozen=True)
 class Subtitle:
     """What is said between two times of the video; None where the publisher gives no times."""
@@ -59,6 +51,8 @@ class Example:
     Attributes:
         id: unique in its file.
         images: paths relative to one root.
+        video: the one that it is about.
+        videos: instead of `video`, several; `clips` are either.
         question: or a sentence to judge; empty for captions.
         turns: instead of question and answers, for conversations.
         answers: empty only where the publisher keeps them.
@@ -70,6 +64,7 @@ class Example:
     id: str
     images: tuple[str, ...] = ()
     video: Clip | None = None
+    videos: tuple[Clip, ...] = ()
     question: str = ""
     turns: tuple[Turn, ...] = ()
     answers: tuple[Answer, ...] = ()
@@ -77,6 +72,16 @@ class Example:
     subtitles: tuple[Subtitle, ...] = ()
     extra: Mapping[str, JSON] = field(default_factory=dict)
     image_bytes: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def clips(self) -> tuple[Clip, ...]:
+        """Its videos in order."""
+        return self.videos or (() if self.video is None else (self.video,))
+
+
+def clip_fields(clips: Sequence[Clip]) -> dict[str, Any]:
+    """An example's fields for the videos of a row: `video` for one, `videos` for several."""
+    return {"video": clips[0]} if len(clips) == 1 else {"videos": tuple(clips)}
 
 
 FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"}
@@ -95,6 +100,7 @@ def to_record(example: Example) -> dict[str, JSON]:
         "id": example.id,
         "images": list(example.images),
         "video": example.video and _clip_record(example.video),
+        "videos": [_clip_record(clip) for clip in example.videos],
         "question": example.question,
         "turns": [{"role": turn.role, "text": turn.text} for turn in example.turns],
         "answers": [_answer_record(answer) for answer in example.answers],
@@ -120,12 +126,15 @@ def from_record(record: Mapping[str, JSON]) -> Example:
     fields = _Fields(record, sample_id)
     choices = fields.parts("choices", _text)
     extra = _object(record.get("extra", {}), "extra", sample_id)
+    if record.get("video") and record.get("videos"):
+        raise BadSample(sample_id, "it has 'video' and 'videos'; name all of them in one")
     if choices and "correct" in extra:
         right_choice(extra["correct"], choices, sample_id)
     return Example(
         id=sample_id,
         images=fields.parts("images", _text),
         video=_clip(record["video"], "video", sample_id) if record.get("video") else None,
+        videos=fields.parts("videos", _clip),
         question=_text(record.get("question", ""), "question", sample_id),
         turns=fields.parts("turns", _turn),
         answers=fields.parts("answers", _answer),

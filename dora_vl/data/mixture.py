@@ -95,11 +95,6 @@ class MixturePlan:
         first, last = (len(items) * edge // self.parts for edge in (part, part + 1))
         return Part(task, tuple(items[first:last].tolist()))
 
-    def task_of_step(self, step: int, *, epoch: int) -> str:
-        """The task that a step is about."""
-        self._plan(epoch)
-        return self.sources[self._tasks[step]].name
-
     def _plan(self, epoch: int) -> None:
         if self._epoch == epoch:
             return

@@ -1,8 +1,9 @@
 """LLaVA records in their plainest form, JSON lines without a surprise, read by Arrow's own parser: six times as fast.
 
 Plain is what `dora-vl prepare` writes and most published files hold: each id is text, each record has at most one
-picture as text, and turns that hold text. A file with anything else is read by `record_table` record by record, so
-what a row means is decided there alone, and this module must give the same columns (a test holds it to that).
+picture as text, no video, and turns that hold text. A file with anything else is read by `record_table` record by
+record, so what a row means is decided there alone, and this module must give the same columns (a test holds it to
+that).
 """
 
 from __future__ import annotations
@@ -15,19 +16,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
+from dora_vl.data.clips import VIDEO_KEYS
+from dora_vl.data.readers.row_pictures import PICTURE_KEYS
+
 BLOCK_BYTES = 8 << 20
 """Read at once; a record longer than that makes a file not plain."""
 
 PLAIN_FORMAT = "conversations"
+NAMED_VIDEO = pa.struct([("path", pa.string()), ("start_seconds", pa.float64()), ("end_seconds", pa.float64())])
 HELD_PICTURE = pa.struct([("name", pa.string()), ("content", pa.large_binary())])
 _TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
+_ELSEWHERE = (*(name for name in PICTURE_KEYS if name != "image"), *VIDEO_KEYS, "system")
+"""Where a record may have what plain ones have not; a column that is not named here would be passed over."""
 _FORM = pa.schema(
     [
         ("id", pa.string()),
         ("image", pa.string()),
-        ("images", pa.list_(pa.string())),
-        ("video", pa.string()),
         ("conversations", pa.list_(_TURN)),
+        *((name, pa.list_(pa.string()) if name.endswith("s") else pa.string()) for name in _ELSEWHERE),
     ]
 )
 
@@ -58,7 +64,7 @@ def _columns(block: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     ids, images, conversations = (block.column(name) for name in ("id", "image", "conversations"))
     turns = conversations.flatten()
     texts, speakers = turns.field("value"), turns.field("from")
-    others = [block.column(name).null_count for name in ("images", "video")]
+    others = [block.column(name).null_count for name in _ELSEWHERE]
     offsets = _offsets(conversations)
     if (
         ids.null_count
@@ -66,13 +72,13 @@ def _columns(block: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         or turns.null_count
         or texts.null_count
         or speakers.null_count
-        or others != [len(block)] * 2
+        or others != [len(block)] * len(others)
         or (np.diff(offsets) == 0).any()
     ):
         raise NotPlainError
     given = np.array(pc.call_function("binary_length", [images]).fill_null(0)) > 0
     listed = pa.ListArray.from_arrays(_lengths_to_offsets(given), images.filter(pa.array(given)))
-    none = pa.ListArray.from_arrays(_lengths_to_offsets(np.zeros(len(block), bool)), pa.array([], pa.string()))
+    none = pa.ListArray.from_arrays(_lengths_to_offsets(np.zeros(len(block), bool)), pa.array([], NAMED_VIDEO))
     columns = [
         ids,
         listed,

@@ -19,26 +19,30 @@ class ProcessorCollator:
     Tensors are joined along their first dimension and filled with zeros where other dimensions differ (tiles of a
     picture, pictures of a row), which is what processors do in a batch of their own. A batch without pictures gets a
     further row, `dummy`: under ZeRO-3 every rank must run the vision part, and what trains in it gets gradients of
-    zero instead of none.
+    zero instead of none. A batch without videos gets `dummy_video`, since ranks must run it equally often, and in many
+    families pictures and videos are a pass each; where they have the same inputs, either will do.
 
     Args:
         pad_token_id: fills short rows.
         aligned: names of inputs that hold an entry for each token.
         dummy: a row with a picture and without labels; None where no rank ever sees a picture, and in decoding.
+        dummy_video: likewise with a video.
         pad_side: training pads on the right; decoding needs the left.
     """
 
     pad_token_id: int
     aligned: tuple[str, ...]
     dummy: Sample | None = None
+    dummy_video: Sample | None = None
     pad_side: Literal["right", "left"] = "right"
 
     def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
         """One batch and its bookkeeping; None is left out."""
         samples = [item for item in items if isinstance(item, Sample)]
         rows = list(samples)
-        if self.dummy is not None and not any(self._sees(sample) for sample in samples):
-            rows.append(self.dummy)
+        for dummy in (self.dummy, self.dummy_video):
+            if dummy is not None and not any(self._media(dummy) <= self._media(row) for row in rows):
+                rows.append(dummy)
         if not rows:
             rows = [self._nothing()]
         batch = self._joined(rows)
@@ -51,8 +55,9 @@ class ProcessorCollator:
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
         }
 
-    def _sees(self, sample: Sample) -> bool:
-        return any(name not in self.aligned for name in sample.inputs)
+    def _media(self, row: Sample) -> frozenset[str]:
+        """Names of a row's inputs for pictures and videos."""
+        return frozenset(row.inputs).difference(self.aligned)
 
     def _nothing(self) -> Sample:
         ids = torch.tensor([self.pad_token_id])

@@ -12,14 +12,15 @@ import datasets
 import pyarrow as pa
 
 from dora_vl.data.arrow_cache import cached_table
-from dora_vl.data.plain_lines import HELD_PICTURE, NotPlainError, plain_batches
+from dora_vl.data.clips import Clip, row_clips
+from dora_vl.data.plain_lines import HELD_PICTURE, NAMED_VIDEO, NotPlainError, plain_batches
 from dora_vl.data.readers.containers import DataFiles, find_files
 from dora_vl.data.readers.row_formats import FORMATS, format_of, id_of, read_row, turns_of
 from dora_vl.data.readers.row_pictures import row_pictures
-from dora_vl.data.turns import SPEAKERS, raw_turns, read_paths
+from dora_vl.data.turns import SPEAKERS, raw_turns
 from dora_vl.errors import BadSample, UserError
 
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 """Part of the cache's key: raise it when columns or their meaning change."""
 
 ROWS_A_BATCH = 4096
@@ -30,7 +31,7 @@ _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("images", pa.list_(pa.string())),
-        ("video", pa.list_(pa.string())),
+        ("video", pa.list_(NAMED_VIDEO)),
         ("conversations", pa.list_(_TURN)),
         ("length", pa.int32()),
         ("is_multimodal", pa.bool_()),
@@ -47,14 +48,15 @@ class _Row:
 
     id: str
     images: tuple[str, ...] = ()
-    video: tuple[str, ...] = ()
+    video: tuple[Clip, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
     problem: str | None = None
     format: str | None = None
     held: Mapping[str, bytes] = field(default_factory=dict)
 
     def strings(self) -> Iterator[str]:
-        return chain((self.id,), self.images, self.video, chain.from_iterable(self.turns))
+        names = (clip.path for clip in self.video)
+        return chain((self.id,), self.images, names, chain.from_iterable(self.turns))
 
     def size(self) -> int:
         """Characters and bytes that it holds."""
@@ -140,7 +142,7 @@ def _llava_row(record: Mapping[str, object], sample_id: str) -> _Row:
     return _Row(
         id=sample_id,
         images=tuple(pictures.names),
-        video=read_paths(record, ("video",), sample_id),
+        video=row_clips(record, sample_id),
         turns=tuple(raw_turns(record, sample_id)),
         format=FORMATS[0].name,
         held=pictures.held,
@@ -152,7 +154,7 @@ def _example_row(record: Mapping[str, object], number: int) -> _Row:
     return _Row(
         id=example.id,
         images=example.images,
-        video=() if example.video is None else (example.video.path,),
+        video=example.clips,
         turns=tuple((SPEAKERS[turn.role], turn.text) for turn in turns_of(example)),
         format=None if form is None else form.name,
         held=example.image_bytes,
@@ -213,7 +215,7 @@ def _columns(rows: list[_Row]) -> pa.RecordBatch:
     columns = [
         pa.array([row.id for row in rows], pa.string()),
         pa.array([row.images for row in rows], pa.list_(pa.string())),
-        pa.array([row.video for row in rows], pa.list_(pa.string())),
+        pa.array([[vars(clip) for clip in row.video] for row in rows], pa.list_(NAMED_VIDEO)),
         pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), turn_structs),
         pa.array([sum(len(text.split()) for _, text in row.turns) for row in rows], pa.int32()),
         pa.array([bool(row.images or row.video) for row in rows], pa.bool_()),

@@ -28,15 +28,17 @@ class SamplingLengths(NamedTuple):
     """A number for each different list of pictures; samples with the same number can share their tokens."""
 
 
-def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int) -> SamplingLengths:
-    """Lengths of `records.load_llava`'s rows: words of the text plus the tokens of its pictures.
+def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_per_video: int = 0) -> SamplingLengths:
+    """Lengths of `records.load_llava`'s rows: words of the text plus the tokens of its pictures and videos.
 
     Words stand for tokens, as in LLaVA: near enough to sort by, and known without a tokenizer.
     """
-    columns = rows.select_columns(["length", "is_multimodal", "images"]).with_format("arrow")[:]
+    columns = rows.select_columns(["length", "is_multimodal", "images", "video"]).with_format("arrow")[:]
     words, is_multimodal = (columns[name].to_numpy() for name in ("length", "is_multimodal"))
-    images = columns["images"].combine_chunks().value_lengths().to_numpy()
-    lengths = torch.tensor(words, dtype=torch.int64) + tokens_per_image * torch.tensor(images, dtype=torch.int64)
+    lengths = torch.tensor(words, dtype=torch.int64)
+    for name, tokens in (("images", tokens_per_image), ("video", tokens_per_video)):
+        named = columns[name].combine_chunks().value_lengths().to_numpy()
+        lengths = lengths + tokens * torch.tensor(named, dtype=torch.int64)
     return SamplingLengths(lengths, torch.tensor(is_multimodal), _picture_numbers(columns["images"]))
 
 

@@ -30,6 +30,20 @@ class SampleRows:
         """Each picture's name once, in order."""
         return list(dict.fromkeys(path for paths in self.rows["images"] for path in paths))
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any row has a picture."""
+        return self._any("images")
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether any row names a video."""
+        return self._any("video")
+
+    def _any(self, name: str) -> bool:
+        column = self.rows.select_columns([name]).with_format("arrow")[:][name]
+        return any(len(chunk.flatten()) for chunk in column.chunks)
+
 
 def load_rows(path: str, limit: int | None = None, *, cache_folder: Path | None = None) -> SampleRows:
     """The samples of one path, the first `limit` of them.
@@ -68,7 +82,11 @@ def load_training_rows(
     found = [load_rows(file.path, limit, cache_folder=cache_folder) for file in files]
     rows = datasets.concatenate_datasets([one.rows for one in found]) if len(found) > 1 else found[0].rows
     stored = found[0].stored if len(found) == 1 else StoredPictures.joined([one.stored for one in found])
-    held = held_out_places(rows["id"], rows["images"], share=share, seed=seed) if share else np.zeros(0, np.int64)
+    media = (
+        [*images, *(f"video/{clip['path']}" for clip in clips)]
+        for images, clips in zip(rows["images"], rows["video"], strict=True)
+    )
+    held = held_out_places(rows["id"], media, share=share, seed=seed) if share else np.zeros(0, np.int64)
     kept = np.setdiff1d(np.arange(len(rows)), held)
     edges = np.cumsum([0, *(len(one.rows) for one in found)])
     places = [
@@ -92,7 +110,7 @@ def weighted(places: np.ndarray, file: TrainFile, *, seed: int) -> np.ndarray:
 
 
 def held_out_places(ids: Iterable[str], images: Iterable[Sequence[str]], *, share: float, seed: int) -> np.ndarray:
-    """Places of the samples held out: about `share` of all, and no picture on both sides.
+    """Places of the samples held out: about `share` of all, and no picture or video on both sides.
 
     Samples that share a picture, directly or through others, stay together; those without pictures go by their id.
     Which groups are held out is decided by a hash of (seed, group), so another order of the file changes nothing.

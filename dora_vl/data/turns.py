@@ -1,6 +1,7 @@
-"""A published LLaVA record as typed turns: who speaks, what is said, where a picture goes.
+"""A published LLaVA record as typed turns: who speaks, what is said, where pictures and videos go.
 
-Turns hold no special token except `<image>`: templates and tokens belong to the backbone.
+Turns hold no special token except `<image>` and, where a sample has videos, `<video>`: templates and tokens belong to
+the backbone. Without videos `<video>` is text, such as HTML's.
 Source of the rules: LLaVA c121f04, `llava/train/train.py` (`preprocess_multimodal`, `preprocess_v1`).
 """
 
@@ -10,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dora_vl.data.clips import Clip, row_clips
 from dora_vl.errors import BadSample, shown
 
 IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
 
 Role = Literal["system", "user", "assistant"]
 
@@ -27,7 +30,7 @@ _ROLES: Mapping[str, Role] = {
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance; `text` holds `<image>` at each place where a picture goes."""
+    """One utterance; `text` holds `<image>` at each place where a picture goes, `<video>` where a video does."""
 
     role: Role
     text: str
@@ -35,15 +38,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A sample without its pictures' pixels: `images` are paths relative to the picture folder.
+    """A sample without its pixels: `images` are paths relative to the picture folder, `videos` to that of the videos.
 
     Turns alternate, begin with the user and end with a non-empty answer; a system turn may stand before them. The
-    placeholders in them are as many as `images`, in the same order.
+    placeholders in them are as many as `images` and `videos`, each in the same order.
     """
 
     id: str
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
+    videos: tuple[Clip, ...] = ()
 
 
 def read_llava(record: Mapping[str, object]) -> Conversation:
@@ -54,21 +58,23 @@ def read_llava(record: Mapping[str, object]) -> Conversation:
     every placeholder stays where it is, because moving them would lose which picture the text speaks of. Where no
     turn has a placeholder, the pictures come before the first question. The original folds repeated placeholders of
     one turn into one; here any other count that differs from the pictures is an error. An empty or null `image`
-    means text only.
+    means text only. Videos (`video` or `videos`) have `<video>`, which stays where it is, or go before the first
+    question; where a sample has no picture, `<image>` may stand for them, as in LLaVA-Video's sets.
 
     Raises:
         BadSample: a speaker who is neither human, gpt nor system, turns that do not alternate, a last turn without
-            an answer, an empty answer, placeholders that are not as many as the pictures, or a video.
+            an answer, an empty answer, or placeholders that are not as many as the pictures or videos.
     """
     sample_id = _id(record)
     if record.get("problem"):  # `records.load_llava` found it while converting the file
         raise BadSample(sample_id, str(record["problem"]))
-    if read_paths(record, ("video",), sample_id):
-        raise BadSample(sample_id, "it has a video, which this task cannot read yet; leave the sample out")
-    return as_conversation(sample_id, read_paths(record, ("images", "image"), sample_id), _turns(record, sample_id))
+    images = read_paths(record, ("images", "image"), sample_id)
+    return as_conversation(sample_id, images, _turns(record, sample_id), row_clips(record, sample_id))
 
 
-def as_conversation(sample_id: str, images: Sequence[str], turns: Sequence[Turn]) -> Conversation:
+def as_conversation(
+    sample_id: str, images: Sequence[str], turns: Sequence[Turn], videos: Sequence[Clip] = ()
+) -> Conversation:
     """Turns of any origin, checked and their placeholders put in order; see `read_llava`.
 
     Raises:
@@ -78,14 +84,30 @@ def as_conversation(sample_id: str, images: Sequence[str], turns: Sequence[Turn]
     talk = _alternating(_without_leading_answer([*turns[len(system) :]]), sample_id)
     if system and not system[0].text.strip():
         system = []
-    if images and not any(IMAGE_PLACEHOLDER in turn.text for turn in [*system, *talk]):
-        talk[0] = Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(images) + talk[0].text)
-    _check_placeholders([*system, *talk], images, sample_id)
-    if any(IMAGE_PLACEHOLDER in turn.text for turn in system):
-        raise BadSample(sample_id, f"its system turn holds {IMAGE_PLACEHOLDER}; pictures belong to a question")
-    if len(images) == 1:
+    talk = _with_places(system, talk, images, videos)
+    counted = {IMAGE_PLACEHOLDER: (len(images), "pictures")}
+    if videos:
+        counted[VIDEO_PLACEHOLDER] = len(videos), "videos"
+    for placeholder, (named, what) in counted.items():
+        _check_placeholders([*system, *talk], placeholder, named, what, sample_id)
+        if any(placeholder in turn.text for turn in system):
+            raise BadSample(sample_id, f"its system turn holds {placeholder}; {what} belong to a question")
+    if len(images) == 1 and not videos:
         talk = [Turn(turn.role, _placeholder_first(turn.text)) for turn in talk]
-    return Conversation(sample_id, tuple(images), (*system, *talk))
+    return Conversation(sample_id, tuple(images), (*system, *talk), tuple(videos))
+
+
+def _with_places(system: Sequence[Turn], talk: list[Turn], images: Sequence[str], videos: Sequence[Clip]) -> list[Turn]:
+    """Pictures and videos that no turn has a place for come before the first question."""
+
+    def places(placeholder: str) -> int:
+        return sum(turn.text.count(placeholder) for turn in [*system, *talk])
+
+    if videos and not images and not places(VIDEO_PLACEHOLDER) and places(IMAGE_PLACEHOLDER) == len(videos):
+        talk = [Turn(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)) for turn in talk]
+    front = "" if places(IMAGE_PLACEHOLDER) else f"{IMAGE_PLACEHOLDER}\n" * len(images)
+    front += "" if places(VIDEO_PLACEHOLDER) else f"{VIDEO_PLACEHOLDER}\n" * len(videos)
+    return [Turn("user", front + talk[0].text), *talk[1:]] if front else talk
 
 
 def _id(record: Mapping[str, object]) -> str:
@@ -171,11 +193,12 @@ def _alternating(turns: list[Turn], sample_id: str) -> list[Turn]:
     return turns
 
 
-def _check_placeholders(turns: Sequence[Turn], images: Sequence[str], sample_id: str) -> None:
-    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
-    if placeholders != len(images):
-        counts = f"{placeholders} {IMAGE_PLACEHOLDER} placeholders, but it names {len(images)} pictures"
-        raise BadSample(sample_id, f"its text has {counts}")
+def _check_placeholders(turns: Sequence[Turn], placeholder: str, named: int, what: str, sample_id: str) -> None:
+    placeholders = sum(turn.text.count(placeholder) for turn in turns)
+    if placeholders != named:
+        raise BadSample(
+            sample_id, f"its text has {placeholders} {placeholder} placeholders, but it names {named} {what}"
+        )
 
 
 def _placeholder_first(text: str) -> str:

@@ -154,6 +154,7 @@ def open_assistants(
         template=recipe["template"],
         image_aspect=recipe["image_aspect"],
         dtype=recipe["dtype"],
+        quantisation=recipe.get("quantisation"),
     )
     adapted, plain = with_adapter(load_backbone(model, cached_features=False), adapter, with_base=with_base)
     encoder = build_encoder(model, adapted, max_tokens=recipe["max_tokens"])

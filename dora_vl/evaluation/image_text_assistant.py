@@ -109,7 +109,12 @@ def open_image_text_assistants(
     """
     recipe = read_recipe(adapter, needed=ENTRIES)
     place = base_of(adapter, recipe, base=base, any_base=any_base)
-    model = ModelConfig(base=place, revision=None if base else recipe["revision"], dtype=recipe["dtype"])
+    model = ModelConfig(
+        base=place,
+        revision=None if base else recipe["revision"],
+        dtype=recipe["dtype"],
+        quantisation=recipe.get("quantisation"),
+    )
     encoder = processor_encoder(model, max_tokens=recipe["max_tokens"])
     adapted, plain = with_adapter(load_base(load_image_text, model), adapter, with_base=with_base)
     return Assistants(

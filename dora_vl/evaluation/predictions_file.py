@@ -1,4 +1,4 @@
-"""`predictions.jsonl`: one answered question a line, safe to append to, to cut short and to go on with."""
+"""`predictions.jsonl`: one answered question a line, safe to append to, to cut short and to resume."""
 
 from __future__ import annotations
 

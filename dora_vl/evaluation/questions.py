@@ -49,7 +49,7 @@ def question_of(record: Mapping[str, object]) -> Question:
     example = read_row(record)
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
-    if example.video is not None:
+    if example.clips:
         raise BadSample(example.id, "it has a video, which this task cannot read yet; leave the sample out")
     conversation = as_conversation(example.id, example.images, turns_of(example))
     *prompt, answer = conversation.turns

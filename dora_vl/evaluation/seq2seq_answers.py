@@ -13,8 +13,7 @@ from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.data.examples import Example
-from dora_vl.heads.choice import likeliest
-from dora_vl.heads.pair import says_true
+from dora_vl.heads.choice import likeliest, says_true
 from dora_vl.tasks.subtask import Subtask
 
 TRUE, FALSE = "true", "false"

@@ -1,8 +1,8 @@
-"""Choice among given answers by their likelihood: always a valid choice, without any search."""
+"""Choice among given answers, always a valid one, without any search: by likelihood, or true or false by two logits."""
 
 from __future__ import annotations
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -11,10 +11,6 @@ def likeliest(log_probabilities: Float[Tensor, "batch choices"]) -> Int[Tensor, 
     return log_probabilities.argmax(1)
 
 
-def choice_margin(
-    log_probabilities: Float[Tensor, "batch choices"], correct: Int[Tensor, " batch"]
-) -> Float[Tensor, " batch"]:
-    """How much likelier the right choice is than the best wrong one, in natural logarithms; above 0 is right."""
-    right = log_probabilities.gather(1, correct[:, None])[:, 0]
-    others = log_probabilities.scatter(1, correct[:, None], float("-inf"))
-    return right - others.amax(1)
+def says_true(logits: Float[Tensor, "batch vocab"], *, true_token: int, false_token: int) -> Bool[Tensor, " batch"]:
+    """Whether each row prefers the token of "true" (NLVR2 in VL-T5); of equals it is false."""
+    return logits[:, true_token] > logits[:, false_token]

@@ -25,7 +25,7 @@ from dora_vl.data.instructions import load_instructions
 from dora_vl.errors import UserError
 from dora_vl.evaluation.commonsense_run import evaluate_commonsense, read_sets
 from dora_vl.run.adapting import core_config
-from dora_vl.run.base_loading import load_base, make_base
+from dora_vl.run.base_loading import check_quantisation, load_base, make_base
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig, InstructionDataConfig, LanguageModelConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.memory_estimate import Activations
@@ -56,6 +56,7 @@ class CommonsenseTask(Task):
 
         The test sets are read first: what is wrong with them shows now, not after hours of training.
         """
+        check_quantisation(self.config.model)
         if self.config.evaluation.files:
             read_sets(self.config.evaluation)
         model = self.config.model
@@ -120,6 +121,7 @@ class CommonsenseTask(Task):
             "prompt": data.prompt,
             "train_on": data.train_on,
             "dtype": model.dtype,
+            "quantisation": model.quantisation,
             "max_tokens": data.max_tokens,
             "training": dict(self.config.training),
             "versions": versions(),

@@ -21,20 +21,21 @@ from dora_vl.backbones.image_text import (
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.module import Backbone
 from dora_vl.core import DoRAConfig
-from dora_vl.data.dataset import Encoded, LlavaDataset
+from dora_vl.data.dataset import Encoded, LlavaDataset, Sample
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.sampler import sampling_lengths
 from dora_vl.data.stored_pictures import StoredPictures, open_picture
 from dora_vl.data.train_files import train_name
 from dora_vl.data.training_rows import SampleRows
 from dora_vl.data.turns import Conversation
-from dora_vl.errors import UserError
+from dora_vl.errors import BadSample, UserError
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.adapting import core_config
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler, processor_encoder, read_samples, recipe_record
-from dora_vl.run.base_loading import load_base
+from dora_vl.run.base_loading import check_quantisation, load_base
 from dora_vl.run.recipe import RunConfig
+from dora_vl.run.video_reading import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.task_model import GenerationTask
@@ -58,7 +59,7 @@ def instruct_task(config: RunConfig) -> Task:
 
 
 class ImageTextTask(Task):
-    """Conversations about pictures, put to a model through its own processor and chat template."""
+    """Conversations about pictures and videos, put to a model through its own processor and chat template."""
 
     def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
         self._config = config
@@ -77,8 +78,11 @@ class ImageTextTask(Task):
     def prepare(self, arguments: TrainingArguments) -> None:
         """Refuses what only LLaVA-1.5's path has, and a processor or chat template that cannot be trained on."""
         check_settings(self.config)
-        read_samples(self.config, seed=order_seed(arguments))
-        processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+        check_quantisation(self.config.model)
+        train, held_out = read_samples(self.config, seed=order_seed(arguments))
+        encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+        if any(rows.has_videos for rows in (train, held_out) if rows is not None):
+            _check_videos(self.config, encoder)
 
     def load(self) -> Backbone[Any]:
         """The model."""
@@ -100,17 +104,20 @@ class ImageTextTask(Task):
         data = self.config.data
         positions = max_positions(backbone.model.config)
         encoder = processor_encoder(self.config.model, max_tokens=min(data.max_tokens, positions or data.max_tokens))
-        dummy = encoder.dummy()
         train, held_out = read_samples(self.config, seed=order_seed(arguments))
-        samples = partial(_samples, encoder=encoder, folder=Path(data.image_folder), seed=arguments.seed)
+        samples = partial(_samples, config=self.config, encoder=encoder, seed=arguments.seed)
         train_samples = samples(train)
-        lengths = sampling_lengths(train.rows, tokens_per_image=len(dummy.input_ids))
+        dummy, dummy_video = _dummies(train, encoder)
+        lengths = sampling_lengths(
+            train.rows,
+            tokens_per_image=len(encoder.dummy().input_ids),
+            tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if train.has_videos else 0,
+        )
         sampler = build_sampler(lengths, arguments, share_pictures=False) if data.group_by_modality_length else None
-        illustrated = bool(lengths.is_multimodal.any())
         return TrainingData(
             train=train_samples,
             validation=None if held_out is None else samples(held_out),
-            collate=ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy if illustrated else None),
+            collate=ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy, dummy_video=dummy_video),
             sampler=sampler,
             set_epoch=(train_samples.set_epoch, *(() if sampler is None else (sampler.set_epoch,))),
             samples=len(train.rows),
@@ -137,6 +144,7 @@ class ImageTextTask(Task):
         """Base and backbone; prompts and pictures are the base's own processor's."""
         record = recipe_record(self.config, self.name)
         own = {"backbone": IMAGE_TEXT, "template": None, "image_aspect": None}
+        own |= {"video_frames": self.config.data.video_frames, "video_fps": self.config.data.video_fps}
         return {**record, **own}
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,12 +189,47 @@ def check_settings(config: RunConfig) -> None:
 
 
 def encode_from_folder(
-    conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path, stored: StoredPictures
+    conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path, stored: StoredPictures, videos: VideoReading
 ) -> Encoded:
-    """A conversation with its pictures read; a top-level function, so that worker processes can receive it."""
-    return encoder.encode(conversation, [open_picture(folder, name, stored) for name in conversation.images])
+    """A conversation, pictures and videos read; a top-level function, so that worker processes can receive it."""
+    pictures = [open_picture(folder, name, stored) for name in conversation.images]
+    return encoder.encode(conversation, pictures, videos.read(conversation.videos))
 
 
-def _samples(samples: SampleRows, *, encoder: ImageTextEncoder, folder: Path, seed: int) -> LlavaDataset:
-    encode = partial(encode_from_folder, encoder=encoder, folder=folder, stored=samples.stored)
+def _samples(samples: SampleRows, *, config: RunConfig, encoder: ImageTextEncoder, seed: int) -> LlavaDataset:
+    data = config.data
+    exactly = data.video_frames if samples.has_videos and encoder.videos_of_one_length else None
+    videos = VideoReading(folder=video_folder(data), sampling=video_sampling(data), frames=exactly)
+    encode = partial(
+        encode_from_folder, encoder=encoder, folder=Path(data.image_folder), stored=samples.stored, videos=videos
+    )
     return LlavaDataset(samples.rows, encode=encode, seed=seed)
+
+
+def _dummies(train: SampleRows, encoder: ImageTextEncoder) -> tuple[Sample | None, Sample | None]:
+    """Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's."""
+    videos = train.has_videos and encoder.why_no_videos is None
+    pictures = train.has_pictures or (train.has_videos and not videos)
+    return encoder.dummy() if pictures else None, encoder.dummy_video() if videos else None
+
+
+def _check_videos(config: RunConfig, encoder: ImageTextEncoder) -> None:
+    """Refuses videos that the base does not take in any way, and says in which it takes them.
+
+    Raises: UserError; one line, before weights are read.
+    """
+    check_videos(config.data)
+    base = config.model.base
+    if encoder.why_no_videos:
+        logger.warning("frames of videos go into %s as pictures: %s", base, encoder.why_no_videos)
+    elif encoder.videos_of_one_length and config.data.video_fps is not None:
+        raise UserError(
+            f"data.video_fps: {base} takes videos of equally many frames in a batch; leave it out, data.video_frames "
+            "says how many"
+        )
+    try:
+        encoder.dummy_video(config.data.video_frames)
+    except BadSample as error:
+        raise UserError(
+            f"{base} takes no video of {config.data.video_frames} frames (data.video_frames): {error.reason}"
+        ) from error

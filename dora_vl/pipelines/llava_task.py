@@ -35,7 +35,7 @@ from dora_vl.run.assembly import (
     read_samples,
     recipe_record,
 )
-from dora_vl.run.base_loading import make_base
+from dora_vl.run.base_loading import check_quantisation, make_base
 from dora_vl.run.picture_reading import picture_reader
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
@@ -68,6 +68,7 @@ class LlavaTask(Task):
 
         All data is read first, and the test's questions: what is wrong with them shows now, not after hours.
         """
+        check_quantisation(self.config.model)
         seed = order_seed(arguments)
         train, held_out = read_samples(self.config, seed=seed)
         for file in train_files(self.config.data.train):

@@ -157,7 +157,7 @@ def order_seed(arguments: TrainingArguments) -> int:
 
 
 def _choose_deepspeed_device(given: dict[str, Any]) -> None:
-    """On a machine without CUDA accelerate counts DeepSpeed's ranks rightly only where it is told to use the CPU."""
+    """On a machine without CUDA accelerate counts DeepSpeed's ranks rightly only where `use_cpu` is set."""
     if given.get("use_cpu") and torch.cuda.is_available():
         raise UserError(
             "training.use_cpu does not work with training.deepspeed where there is CUDA; remove it and start with "

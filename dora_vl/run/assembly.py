@@ -111,6 +111,7 @@ def recipe_record(config: RunConfig, task: str) -> dict[str, Any]:
         "template": model.template,
         "image_aspect": model.image_aspect,
         "dtype": model.dtype,
+        "quantisation": model.quantisation,
         "max_tokens": config.data.max_tokens,
         "training": dict(config.training),
         "versions": versions(),

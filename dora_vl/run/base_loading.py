@@ -8,7 +8,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from dora_vl.adapters.quantised_base import Quantisation, check_runs_here
 from dora_vl.backbones.written_base import check_made_from
 from dora_vl.errors import UserError
 from dora_vl.run.settings import ModelSection
@@ -29,6 +31,11 @@ class LoadedModelSection(ModelSection, Protocol):
     @property
     def attn_implementation(self) -> str:
         """Attention kernel."""
+        ...
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """How the language model's linear layers are quantised."""
         ...
 
 
@@ -53,6 +60,22 @@ def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments
         make(spec, Path(base))
 
 
+def check_quantisation(model: LoadedModelSection) -> None:
+    """Refuses `model.quantisation` where it cannot work, before any weight is read.
+
+    Raises:
+        UserError: its package is missing, it does not run on this device, or the run uses ZeRO-3.
+    """
+    if model.quantisation is None:
+        return
+    if is_deepspeed_zero3_enabled():
+        raise UserError(
+            f"model.quantisation: {model.quantisation} with ZeRO-3: packed weights cannot be split among ranks; set "
+            "training.deepspeed: zero2, under which each GPU holds the quantised base whole"
+        )
+    check_runs_here(model.quantisation, getattr(torch, model.dtype))
+
+
 def load_base(load: Callable[..., Backbone], model: LoadedModelSection, **more: Any) -> Backbone:
     """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3.
 
@@ -62,10 +85,11 @@ def load_base(load: Callable[..., Backbone], model: LoadedModelSection, **more: 
         more: what that loader takes besides.
 
     Raises:
-        UserError: the attention kernel does not run on this machine.
+        UserError: the attention kernel or the quantisation does not run on this machine.
     """
     if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
         raise UserError("model.attn_implementation: flash_attention_2 needs CUDA; sdpa runs everywhere")
+    check_quantisation(model)
     dtype = getattr(torch, model.dtype)
     with loading_in(dtype):
         return load(
@@ -73,5 +97,6 @@ def load_base(load: Callable[..., Backbone], model: LoadedModelSection, **more: 
             dtype=dtype,
             attn_implementation=model.attn_implementation,
             revision=model.revision,
+            quantisation=model.quantisation,
             **more,
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.causal_lm import LanguageSource
 from dora_vl.backbones.instruction_prompt import PromptName, TrainOn
 from dora_vl.run.recipe import AdapterConfig, OptimConfig, ResumableRun
@@ -24,6 +25,9 @@ class LanguageModelConfig:
     """Git revision of a Hugging Face id (a commit pins the run)."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
+    quantisation: Quantisation | None = None
+    """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
+    QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
     attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
 

@@ -1,4 +1,4 @@
-"""This process among those of a launch: its share of the cores, its rank, the way out."""
+"""This process among those of a launch: its share of the cores, its rank, its shutdown."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def log_to_stderr() -> None:
 
 @contextlib.contextmanager
 def first_rank_speaks() -> Iterator[None]:
-    """A mistake that all ranks find is told once: the others wait before they tell theirs.
+    """A mistake that all ranks find is reported once: the others wait before they report theirs.
 
-    The launcher ends them as soon as the first rank has; what a later rank alone has found is told after the wait.
+    The launcher ends them as soon as the first rank has; what a later rank alone has found is reported after the wait.
     """
     try:
         yield
@@ -133,7 +133,7 @@ def wait_for_everyone() -> None:
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Does something on the first rank while the others wait; its mistake, if it finds one, is everybody's.
+    """Does something on the first rank while the others wait; its mistake, if it finds one, is raised on all.
 
     Raises:
         UserError: on every rank, what `action` raised on the first.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.compose import ComposeSpec
 from dora_vl.backbones.template_table import TemplateName
 from dora_vl.core.config import AdapterSettings
@@ -36,6 +37,9 @@ class ModelConfig:
     """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
+    quantisation: Quantisation | None = None
+    """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
+    QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
     attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
 
@@ -68,6 +72,12 @@ class DataConfig:
     picture stay on one side."""
     image_folder: str = "."
     """Root that the pictures' paths in the files are relative to."""
+    video_folder: str | None = None
+    """Root of the videos' paths; null: image_folder."""
+    video_frames: int = 8
+    """Frames taken of each video, in the middles of so many equal parts; with video_fps the most that are taken."""
+    video_fps: float | None = None
+    """Frames a second instead, at most video_frames; for base models that take videos of any length."""
     max_tokens: int = 2048
     """Longest sequence, image tokens included; the tail of the text beyond it is cut and reported."""
     cache_features: bool = False
@@ -96,7 +106,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Learning rates by part; `training.learning_rate` is everybody else's."""
+    """Learning rates by part; `training.learning_rate` is the default."""
 
     rates: Mapping[str, float] = field(default_factory=dict)
     """Peak learning rate by part: a name of adapter.parts or adapter.also_train, dora (adapter.targets), projector;
@@ -144,11 +154,11 @@ class ResumableRun:
     """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
     file, or zero0, zero2, zero3, zero3_offload, the shipped ones."""
     resume: str | None = None
-    """`last` goes on from the run folder's last complete checkpoint; or a checkpoint folder."""
+    """`last` resumes from the run folder's last complete checkpoint; or a checkpoint folder."""
     overwrite: bool = False
     """Removes what an earlier run left in training.output_dir; otherwise that is refused."""
     test_only: bool = False
-    """Trains nothing: tests the adapter in training.output_dir again, or goes on with a test that was stopped."""
+    """Trains nothing: tests the adapter in training.output_dir again, or resumes a test that was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)

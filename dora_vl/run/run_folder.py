@@ -50,7 +50,7 @@ def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     earlier = results_in(folder)
     if earlier and not resume and not overwrite:
         raise UserError(
-            f"{folder} holds an earlier run's {earlier[0].name}; --resume last goes on with it, --overwrite true "
+            f"{folder} holds an earlier run's {earlier[0].name}; --resume last resumes it, --overwrite true "
             "removes it, --training.output_dir names another folder"
         )
     refuse_to_replace_adapter(folder / ADAPTER)  # not at the end, after hours of training

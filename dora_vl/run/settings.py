@@ -89,7 +89,7 @@ class RunSettings(Protocol):
 
     @property
     def resume(self) -> str | None:
-        """The checkpoint to go on from."""
+        """The checkpoint to resume from."""
         ...
 
     @property

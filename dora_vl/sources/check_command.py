@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; else not looked at"
     )
+    parser.add_argument("--videos", type=Path, metavar="FOLDER", help="the root of videos, where it is another")
     parser.add_argument(
         "--decode", action="store_true", help="decode each picture whole too: slower, finds damage inside"
     )
@@ -50,17 +51,22 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         SystemExit: with status 1, after the table, when something was found.
     """
     files = data_files(arguments.paths)
-    if arguments.media is not None and not arguments.media.is_dir():
-        raise UserError(f"{arguments.media}: no such folder; --media takes the root of the samples' paths")
-    media = MediaCheck(arguments.media, decode=arguments.decode) if arguments.media is not None else None
-    checks = [_check(file, limits_of(arguments, file), media) for file in files]
+    looked_in = {"--media": arguments.media, "--videos": arguments.videos}
+    for option, folder in looked_in.items():
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; {option} takes the root of the samples' paths")
+    media, videos = (
+        None if folder is None else MediaCheck(folder, decode=arguments.decode) for folder in looked_in.values()
+    )
+    checks = [_check(file, limits_of(arguments, file), media, videos) for file in files]
     found = [(check.path, finding) for check in checks for finding in check.findings.values()]
     for first, second in pairs(checks):
         shared = overlap(first, second)
         if shared is not None:
             found.append((first.path, shared))
     rows = sum(check.rows for check in checks)
-    looked = f", {media.looked_at:,} media files" if media is not None else ""
+    roots = [one for one in (media, videos) if one is not None]
+    looked = f", {sum(one.looked_at for one in roots):,} media files" if roots else ""
     if not found:
         yield f"{len(files)} files, {rows:,} samples{looked}: nothing found"
         return
@@ -115,9 +121,9 @@ def table(found: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
         yield "  ".join([*cells, row[4]]).rstrip()
 
 
-def _check(file: Path, limits: Limits, media: MediaCheck | None) -> FileCheck:
+def _check(file: Path, limits: Limits, media: MediaCheck | None, videos: MediaCheck | None) -> FileCheck:
     with tqdm(total=file.stat().st_size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
-        return FileCheck(file, limits, media).run(bar.update)
+        return FileCheck(file, limits, media, videos).run(bar.update)
 
 
 def _words(text: str) -> int:

@@ -43,10 +43,13 @@ class MediaCheck:
         """How many files."""
         return len(self._known)
 
-    def trouble(self, name: str, content: bytes | None = None) -> Trouble | None:
-        """What is wrong with a file, or with a picture whose `content` the data file holds; None where nothing is."""
+    def trouble(self, name: str, content: bytes | None = None, video: bool = False) -> Trouble | None:
+        """What is wrong with a file, or with a picture whose `content` the data file holds; None where nothing is.
+
+        A `video` is looked at as one, whatever its name ends in.
+        """
         if name not in self._known:
-            self._known[name] = self._look(name) if content is None else self._look_into(content)
+            self._known[name] = self._look(name, video) if content is None else self._look_into(content)
         return self._known[name]
 
     def _look_into(self, content: bytes) -> Trouble | None:
@@ -55,7 +58,7 @@ class MediaCheck:
             return decoding_trouble(BytesIO(content))
         return quick
 
-    def _look(self, name: str) -> Trouble | None:
+    def _look(self, name: str, video: bool) -> Trouble | None:
         parts = PurePosixPath(name)
         below = not parts.is_absolute() or parts.is_relative_to(self._root.resolve())
         if not below or ".." in parts.parts or "\0" in name or not name:
@@ -69,7 +72,7 @@ class MediaCheck:
             return Trouble("missing media", f"not in {self._root}")
         if size == 0:
             return Trouble("zero-byte media", "0 bytes")
-        if path.suffix.lower() in VIDEO_ENDINGS:
+        if video or path.suffix.lower() in VIDEO_ENDINGS:
             return video_trouble(path, size)
         quick = quick_trouble(path, size)
         if self._decode and (quick is None or quick.kind == BROKEN):  # a format unknown here may be one to Pillow

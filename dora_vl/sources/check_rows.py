@@ -9,7 +9,7 @@ from pathlib import Path
 from dora_vl.data.examples import FIELDS, JSON, Example, from_record
 from dora_vl.data.readers.containers import find_files
 from dora_vl.data.readers.row_formats import format_of, id_of, read_row, turns_of
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, as_conversation
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, as_conversation
 from dora_vl.errors import BadSample, shown_text
 from dora_vl.sources.check_media import MediaCheck
 
@@ -39,6 +39,8 @@ class Sample:
 
     id: str
     media: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
+    """Those of the media that are videos."""
     asked: str = ""
     answers: tuple[str, ...] = ()
     text: str = ""
@@ -65,13 +67,14 @@ class Limits:
 class FileCheck:
     """Checks one file's samples one after another; `findings` grow with them."""
 
-    def __init__(self, path: Path, limits: Limits, media: MediaCheck | None) -> None:
+    def __init__(self, path: Path, limits: Limits, media: MediaCheck | None, videos: MediaCheck | None = None) -> None:
         self.path = path
         self.rows = 0
         self.findings: dict[str, Finding] = {}
         self.samples: dict[int, str] = {}  # hash of what is asked, with its media -> id
         self._limits = limits
         self._media = media
+        self._videos = videos or media
         self._ids: set[str] = set()
 
     def run(self, progress: Callable[[int], object]) -> FileCheck:
@@ -102,8 +105,9 @@ class FileCheck:
             self._add(
                 f"longer than {self._limits.most:,} {self._limits.unit}", sample.id, f"{length:,} {self._limits.unit}"
             )
-        for name in sample.media if self._media is not None else ():
-            trouble = self._media.trouble(name, sample.held.get(name)) if self._media is not None else None
+        for name in sample.media:
+            check = self._videos if name in sample.videos else self._media
+            trouble = None if check is None else check.trouble(name, sample.held.get(name), name in sample.videos)
             if trouble is not None:
                 self._add(trouble.kind, sample.id, f"{name}: {trouble.detail}")
         if sample.asked or sample.media:
@@ -117,6 +121,8 @@ def _kind(problem: str) -> str:
     """The column of the table for a reason why a sample cannot be read."""
     if IMAGE_PLACEHOLDER in problem:
         return "placeholders differ from pictures"
+    if VIDEO_PLACEHOLDER in problem:
+        return "placeholders differ from videos"
     return "empty answer" if "empty" in problem else "not a sample"
 
 
@@ -133,13 +139,14 @@ def read_sample(record: Mapping[str, JSON], number: int, *, answers_needed: bool
 
 
 def _talk(example: Example) -> Sample:
-    if example.video is not None:
-        raise BadSample(example.id, "it has a video, which only records are trained with")
-    conversation = as_conversation(example.id, example.images, turns_of(example))
+    conversation = as_conversation(example.id, example.images, turns_of(example), example.clips)
+    asked = [turn.text for turn in conversation.turns if turn.role == "user"]
+    videos = tuple(clip.path for clip in example.clips)
     return Sample(
         id=example.id,
-        media=conversation.images,
-        asked="\n".join(turn.text for turn in conversation.turns if turn.role == "user"),
+        media=conversation.images + videos,
+        videos=videos,
+        asked="\n".join([*asked, *_spans(example)]),
         answers=tuple(turn.text for turn in conversation.turns if turn.role == "assistant"),
         text="\n".join(turn.text for turn in conversation.turns),
         held=example.image_bytes,
@@ -155,16 +162,21 @@ def _example(example: Example, *, answers_needed: bool) -> Sample:
     subtitles = " ".join(subtitle.text for subtitle in example.subtitles)
     if answers_needed and not answers:
         raise BadSample(example.id, "its answer is empty: it has none")
-    media = example.images + (() if example.video is None else (example.video.path,))
-    span = "" if example.video is None else f"{example.video.start_seconds}-{example.video.end_seconds}"
+    videos = tuple(clip.path for clip in example.clips)
     order = str(example.extra.get("order", ""))
     return Sample(
         id=example.id,
-        media=media,
-        asked="\n".join(part for part in (asked, span, order) if part.strip()),
+        media=example.images + videos,
+        videos=videos,
+        asked="\n".join(part for part in (asked, *_spans(example), order) if part.strip()),
         answers=answers,
         text="\n".join(part for part in (subtitles, asked, max(answers, key=len, default="")) if part),
     )
+
+
+def _spans(example: Example) -> list[str]:
+    """Which part of each video is meant: the same question about another part is another one."""
+    return [f"{clip.start_seconds}-{clip.end_seconds}" for clip in example.clips]
 
 
 def overlap(first: FileCheck, second: FileCheck) -> Finding | None:

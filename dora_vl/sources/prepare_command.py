@@ -105,7 +105,7 @@ def summary(prepared: Prepared) -> Iterator[str]:
     entry = prepared.entry
     state = "already there" if prepared.already_there else "written"
     if prepared.resumed_after:
-        state += f" (went on after row {prepared.resumed_after:,})"
+        state += f" (resumed after row {prepared.resumed_after:,})"
     yield f"{prepared.path}: {entry['written']:,} records of {entry['rows']:,} rows, {state}"
     if entry["renamed_ids"]:
         yield f"  {entry['renamed_ids']:,} repeated ids were numbered"

@@ -143,7 +143,7 @@ class ProgressLine(TrainerCallback):
 class SaveAfterValidation(TrainerCallback):
     """Where validation follows an epoch, the checkpoint of its last step is written after it.
 
-    The Trainer saves at the step and validates afterwards: a run that goes on from there would never hear of this
+    The Trainer saves at the step and validates afterwards: a run resumed from there would never hear of this
     validation, neither in its log nor when it chooses the best checkpoint.
     """
 
@@ -187,7 +187,7 @@ class StopOnSignal(TrainerCallback):
             self._before[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Asks all ranks whether one of them was told to stop."""
+        """Asks all ranks whether one of them received a signal to stop."""
         heard = torch.tensor(self._heard or 0, device=args.device)
         if args.world_size > 1:
             torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)

@@ -26,7 +26,7 @@ def start(program: str, description: str, settings: type[Settings], task_of: Cal
     Args:
         program: the file's name, for --help.
         settings: the dataclass of the task's run.
-        task_of: makes the task; it may import what takes seconds, since mistakes in the settings were told before.
+        task_of: makes the task; it may import what takes seconds, since mistakes in the settings were reported before.
     """
     log_to_stderr()
     with first_rank_speaks():
@@ -38,6 +38,6 @@ def start(program: str, description: str, settings: type[Settings], task_of: Cal
         stopped_by = run(task)
     if stopped_by is not None:
         logging.getLogger(__name__).info(
-            "stopped by %s; --resume last goes on from there", signal.Signals(stopped_by).name
+            "stopped by %s; --resume last resumes from there", signal.Signals(stopped_by).name
         )
         sys.exit(STATUS_OF_A_SIGNAL + stopped_by)

@@ -30,7 +30,7 @@ class TrainingData:
         collate: a batch from items: the loss's inputs by name (`input_ids` and `labels` among them) and bookkeeping
             (`BatchStatistics`).
         sampler: order of `train`; None leaves it to the Trainer.
-        set_epoch: each is told the epoch before its first batch.
+        set_epoch: each gets the epoch before its first batch.
         samples: training samples in an epoch.
         read_in_a_pass: how many an epoch reads over all ranks; None: `samples`, and what accelerate repeats of them.
         source: the training file, for messages.

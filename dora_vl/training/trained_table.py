@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 
 from torch import nn
 
@@ -55,13 +56,13 @@ def _share(count: int, total: int) -> tuple[str, str]:
 
 
 def frozen_table(model: nn.Module) -> str:
-    """What is not adapted and does not train: a line for each kind of weight, with its share and an example."""
+    """What is not adapted and does not train: a line for each kind of weight, with its share and its largest."""
     total = sum(map(parameter_count, model.parameters()))
     found: dict[str, list[tuple[str, int]]] = {}
     for kind, name, count in _out_of_reach(model):
         found.setdefault(kind, []).append((name, count))
     rows = [
-        (kind, *_share(sum(count for _, count in found[kind]), total), found[kind][0][0])
+        (kind, *_share(sum(count for _, count in found[kind]), total), max(found[kind], key=itemgetter(1))[0])
         for kind in (EXPERTS, TIED, EMBEDDINGS, LINEARS, CONVOLUTIONS, OTHERS)
         if kind in found
     ]

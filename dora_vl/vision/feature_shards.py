@@ -1,4 +1,4 @@
-"""Writes features as Parquet shards, each whole or not there, so that a run can be stopped and gone on with."""
+"""Writes features as Parquet shards, each whole or not there, so that a run can be stopped and resumed."""
 
 from __future__ import annotations
 

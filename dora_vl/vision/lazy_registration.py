@@ -3,7 +3,7 @@
 A composed LLaVA must open with plain `transformers` after `import dora_vl`, in whichever order the two are imported.
 transformers has no plug-in entry point, so there are two ways:
 
-- import transformers here and register at once: two and a half seconds and torch for everybody who writes
+- import transformers here and register at once: two and a half seconds and torch for all who write
   `import dora_vl`, and `dora_vl.core` could no longer be used where transformers is missing;
 - watch for the import (this module): one entry at the front of `sys.meta_path`, which answers for the two modules that
   hold the auto classes' tables and for nothing else, and takes itself out after them. The price is that a reader has
@@ -43,7 +43,7 @@ def _register_model() -> None:
 
 
 class _TableWatcher(MetaPathFinder):
-    """Finds the tables as everybody else would, and registers once each has been executed."""
+    """Finds the tables as any importer would, and registers once each has been executed."""
 
     def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
         self.waiting = waiting

@@ -39,6 +39,11 @@ class OpenVideo(Protocol):
         """When the last frame ends."""
         ...
 
+    @property
+    def count(self) -> int:
+        """How many frames it has."""
+        ...
+
     def locate(self, seconds: Sequence[float]) -> list[int]:
         """The frames that are shown at these moments, by their place in the order of showing."""
         ...
@@ -69,6 +74,7 @@ class DecordVideo:
         with _named(*self._errors):
             times = self._reader.get_frame_timestamp(list(range(len(self._reader))))
         self._begins = [float(begin) for begin in times[:, 0] - times[0, 0]]
+        self.count = len(self._begins)
         self.duration = _end_of(self._begins, stated=float(times[-1, 1] - times[0, 0]))
 
     def _open(self) -> None:
@@ -111,24 +117,24 @@ class TorchcodecVideo:
             stated = self._decoder.metadata
             self._first = float(stated.begin_stream_seconds)
             self.duration = float(stated.end_stream_seconds) - self._first
-            self._count = len(self._decoder)
-        if not self._count:
+            self.count = len(self._decoder)
+        if not self.count:
             raise Unreadable("it holds no frame")
 
     def locate(self, seconds: Sequence[float]) -> list[int]:
         """See `OpenVideo`."""
         places: list[int] = []
         for moment in (asked + ROUNDING_SECONDS for asked in seconds):
-            guess = min(int(moment / self.duration * self._count), self._count - 1) if self.duration else 0
+            guess = min(int(moment / self.duration * self.count), self.count - 1) if self.duration else 0
             begin, end = self._begin(guess), self._begin(guess + 1)
             if not begin <= moment < end:
-                low, high = (guess, self._count) if moment >= end else (0, guess)
-                guess = max(0, bisect_right(range(self._count), moment, low, high, key=self._begin) - 1)
+                low, high = (guess, self.count) if moment >= end else (0, guess)
+                guess = max(0, bisect_right(range(self.count), moment, low, high, key=self._begin) - 1)
             places.append(guess)
         return _without_repeats(places)
 
     def _begin(self, index: int) -> float:
-        return float("inf") if index >= self._count else self._frame(index).pts_seconds - self._first
+        return float("inf") if index >= self.count else self._frame(index).pts_seconds - self._first
 
     def _frame(self, index: int) -> Any:
         if index not in self._decoded:
@@ -163,6 +169,7 @@ class PyavVideo:
         self._keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
         self._tick = float(self._stream.time_base)
         self._begins = [(pts - self._pts[0]) * self._tick for pts in self._pts]
+        self.count = len(self._begins)
         self.duration = _end_of(self._begins, stated=self._begins[-1] + (shown[-1].duration or 0) * self._tick)
 
     def _open(self) -> None:

@@ -15,7 +15,7 @@ from dora_vl.data.examples import Clip
 from dora_vl.data.media import path_inside
 from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.frame_sampling import Sampling, clip_span, moments
-from dora_vl.vision.video_backends import BackendMissing, open_video
+from dora_vl.vision.video_backends import BackendMissing, Unreadable, open_video
 
 MP4_BRANDS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 READY = "ready"
@@ -33,6 +33,8 @@ class Frames(Generic[Kept]):
         seconds: when each begins, from the file's first frame.
         backend: which library decoded them.
         duration: of the file, in seconds.
+        count: of all frames of the file.
+        span: the part of the file that was meant, in seconds from its first frame.
     """
 
     pictures: tuple[Kept, ...]
@@ -40,6 +42,8 @@ class Frames(Generic[Kept]):
     seconds: tuple[float, ...]
     backend: str
     duration: float
+    count: int = 0
+    span: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Decoded:
     seconds: float
     pixels: UInt8[np.ndarray, "height width 3"]
     duration: float
+    count: int
+    span: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ def decode(request: Request, backend: str) -> Iterator[Decoded]:
             raise BadSample(clip.path, f"video {clip.path}: {error}") from None
         indices = video.locate(wanted)
         for index, (seconds, pixels) in zip(indices, video.frames(indices), strict=True):
-            yield Decoded(backend, index, seconds, pixels, video.duration)
+            yield Decoded(backend, index, seconds, pixels, video.duration, video.count, (start, end))
 
 
 def no_backend_reads(clip: Clip, reasons: Mapping[str, Exception]) -> UserError:
@@ -135,15 +141,19 @@ def gathered(frames: Iterable[Decoded], prepare: Callable[[Image.Image], Kept]) 
     """The frames together, each turned into what is kept of it as it comes."""
     kept: list[Kept] = []
     taken: list[tuple[int, float]] = []
-    backend, duration = "", 0.0
+    last: Decoded | None = None
     for frame in frames:
         kept.append(prepare(Image.fromarray(frame.pixels)))
         taken.append((frame.index, frame.seconds))
-        backend, duration = frame.backend, frame.duration
+        last = frame
+    if last is None:  # every sampling has a moment, and every moment a frame
+        raise Unreadable("it gave no frame")
     return Frames(
         pictures=tuple(kept),
         indices=tuple(index for index, _ in taken),
         seconds=tuple(seconds for _, seconds in taken),
-        backend=backend,
-        duration=duration,
+        backend=last.backend,
+        duration=last.duration,
+        count=last.count,
+        span=last.span,
     )

@@ -187,7 +187,7 @@ class TestTraining:
         self.loss(backbone, **inputs).backward()
         plain = {name: w.grad.clone() for name, w in backbone.model.named_parameters() if w.grad is not None}
         backbone.zero_grad()
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         assert any(getattr(module, "gradient_checkpointing", False) for module in backbone.model.modules())
         self.loss(backbone, **inputs).backward()
         again = {name: w.grad for name, w in backbone.model.named_parameters() if w.grad is not None}

@@ -102,12 +102,21 @@ def tiny_tokenizer(names: Mapping[str, str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def write_tiny(model_type: str, folder: Path, *, template: str | None = None) -> Path:
-    """Model and processor of one family; the same weights at every call."""
+def write_tiny(model_type: str, folder: Path, *, template: str | None = None, width: int = TEXT["hidden_size"]) -> Path:
+    """Model and processor of one family; the same weights at every call.
+
+    Args:
+        width: of the language model's hidden states.
+    """
     family = FAMILIES[model_type]
     tokenizer = tiny_tokenizer(family.names)
     settings = family.config(tokenizer)
     settings["text_config"] = {"vocab_size": len(tokenizer), **settings["text_config"]}
+    if width != TEXT["hidden_size"]:
+        heads = width // 8
+        settings["text_config"] |= {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": 2 * width}
+        if "out_hidden_size" in settings["vision_config"]:
+            settings["vision_config"] = {**settings["vision_config"], "out_hidden_size": width}
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **settings))
     model.generation_config.eos_token_id = tokenizer.eos_token_id

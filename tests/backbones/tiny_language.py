@@ -31,11 +31,11 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-def tiny_language(family: str = "llama", *, vocab_size: int = 300, seed: int = 0) -> Any:
-    """A random model in eval mode whose weights are large enough to make logits differ."""
+def tiny_language(family: str = "llama", *, vocab_size: int = 300, seed: int = 0, **sizes: int) -> Any:
+    """A random model in eval mode whose weights are large enough to make logits differ; `sizes` replace `SIZES`."""
     kind, extra = FAMILIES[family]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(kind(**SIZES, vocab_size=vocab_size, **extra))
+    model = AutoModelForCausalLM.from_config(kind(**{**SIZES, **sizes}, vocab_size=vocab_size, **extra))
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
@@ -63,9 +63,9 @@ def byte_tokenizer(*, begin: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def write_tiny_language(folder: Path) -> Path:
+def write_tiny_language(folder: Path, **sizes: int) -> Path:
     """A LLaMA folder with that tokenizer."""
     tokenizer = byte_tokenizer()
-    tiny_language(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tiny_language(vocab_size=len(tokenizer), **sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

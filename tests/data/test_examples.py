@@ -87,6 +87,16 @@ def test_the_form_on_disk() -> None:
     }
 
 
+def test_several_videos_are_written_and_read() -> None:
+    clips = (Clip(path="a.mp4", start_seconds=1.5), Clip(path="b.mp4"))
+    record = to_record(Example(id="1", videos=clips, question="q"))
+    assert record["videos"] == [{"path": "a.mp4", "start_seconds": 1.5}, {"path": "b.mp4"}]
+    assert from_record(record).clips == clips
+    assert from_record({"id": "1", "video": record["videos"][1]}).clips == clips[1:]
+    with pytest.raises(BadSample, match="it has 'video' and 'videos'"):
+        from_record({**record, "video": {"path": "c.mp4"}})
+
+
 def test_two_examples_of_one_id_name_both_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with pytest.raises(UserError, match=r"a\.jsonl: id 'x' in lines 1 and 3"):

@@ -59,7 +59,7 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 
 def test_balanced_gives_every_task_as_many_steps() -> None:
     plan = MixturePlan(SOURCES, parts=1, mixing="balanced", seed=0)
-    tasks = Counter(plan.task_of_step(step, epoch=0) for step in range(len(plan)))
+    tasks = Counter(SOURCES[plan.part(step, epoch=0).source].name for step in range(len(plan)))
     assert tasks == {"vqav2": 4, "gqa": 4, "nlvr2": 4}
     items = [index for step in steps(plan, 0) for source, indices in step if source == 2 for index in indices]
     assert len(items) == 5 + 2  # three steps are the whole set, the fourth begins it anew

@@ -143,6 +143,16 @@ def test_lengths_of_rows_count_the_pictures(tmp_path: Path) -> None:
     assert (lengths.tolist(), is_multimodal.tolist()) == ([25, 5], [True, False])
 
 
+def test_lengths_of_rows_count_the_videos(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "two words"}, {"from": "gpt", "value": "one"}]
+    videos: list[dict[str, object]] = [{}, {"video": "a.mp4"}, {"videos": ["a.mp4", "b.mp4"], "image": "a.png"}]
+    rows = [{"id": str(number), "conversations": turns, **video} for number, video in enumerate(videos)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = load_llava(tmp_path / "a.jsonl", cache_folder=tmp_path / "cache")
+    lengths, is_multimodal, _ = sampling_lengths(table, tokens_per_image=100, tokens_per_video=1000)
+    assert (lengths.tolist(), is_multimodal.tolist()) == ([3, 1003, 2103], [False, True, True])
+
+
 def test_sizes_must_be_positive() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         sampler([(1, True)], (1, 0, 1))

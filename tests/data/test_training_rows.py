@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dora_vl.data.clips import Clip
 from dora_vl.data.overlap import overlap
 from dora_vl.data.train_files import TrainFile
 from dora_vl.data.training_rows import described, held_out_places, load_rows, load_training_rows
+from dora_vl.data.turns import read_llava
 from dora_vl.errors import UserError
 from dora_vl.evaluation.questions import question_of
 
@@ -84,6 +86,23 @@ def test_what_is_held_out_is_not_trained_whatever_the_weight(tmp_path: Path) -> 
     assert not set(train.pictures) & set(held.pictures)
     assert Counter(train.rows["id"]).most_common(1)[0][1] == 3
     assert len(train.rows) == 6 + 18
+
+
+def test_no_video_stands_on_both_sides(tmp_path: Path) -> None:
+    """Twelve samples, three parts of each of four files."""
+    rows: list[dict[str, object]] = [
+        {"id": f"a{row}", "video": {"path": f"{row % 4}.mp4", "start_seconds": row}} for row in range(12)
+    ]
+    train, held = load_training_rows(
+        [TrainFile(path=write(tmp_path / "a.jsonl", rows))], share=0.25, seed=0, cache_folder=tmp_path / "cache"
+    )
+    assert held is not None
+    paths = [{clip["path"] for clips in one.rows["video"] for clip in clips} for one in (train, held)]
+    assert (len(train.rows), len(held.rows), paths[0] & paths[1]) == (9, 3, set())
+    assert [one.has_videos for one in (train, held)] == [True, True]
+    assert [one.has_pictures for one in (train, held)] == [False, False]
+    found = read_llava(train.rows[0])
+    assert found.videos == (Clip(path=next(iter(found.videos)).path, start_seconds=float(found.id[1:])),)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])

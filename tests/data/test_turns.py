@@ -90,7 +90,10 @@ def said(*speakers: str) -> dict[str, object]:
         (record("<image>", "a", image=["a.png", "b.png"]), "1 <image> placeholders, but it names 2 pictures"),
         (record("<image>", "a", image=7), "'image' must be a path or a list of paths, got 7"),
         (record("<image>", "a", image=["a.png", None]), "'image' must be a path or a list of paths"),
-        (record("q", "a", video="a.mp4"), "it has a video"),
+        (record("<video>", "a", video=["a.mp4", "b.mp4"]), "1 <video> placeholders, but it names 2 videos"),
+        (record("<image>", "a", video=["a.mp4", "b.mp4"]), "1 <image> placeholders, but it names 0 pictures"),
+        (record("<image> <video>", "a", video="a.mp4"), "1 <image> placeholders, but it names 0 pictures"),
+        (record("q", "a", video=7), "'video' must be a path or a list of paths, got 7"),
         ({"id": "sample 7"}, "'conversations' must be a list of turns, got None"),
         ({"id": "sample 7", "conversations": "text"}, "'conversations' must be a list of turns, got 'text'"),
         ({"id": "sample 7", "conversations": []}, "'conversations' must be a list of turns, got []"),
@@ -116,6 +119,35 @@ def test_pictures_without_a_place_come_before_the_first_question() -> None:
     sample = {"id": 1, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
     assert read_llava({**sample, "image": "a.png"}).turns[1].text == "<image>\nq"
     assert read_llava({**sample, "images": ["a.png", "b.png"]}).turns[1].text == "<image>\n<image>\nq"
+
+
+@pytest.mark.parametrize(
+    ("asked", "media", "expected"),
+    [
+        ("q", {"video": "a.mp4"}, "<video>\nq"),
+        ("q <video>", {"video": "a.mp4"}, "q <video>"),
+        ("<image>\nq", {"video": "a.mp4"}, "<video>\nq"),  # as LLaVA-Video's sets write it
+        ("q", {"videos": ["a.mp4", "b.mp4"], "image": "a.png"}, "<image>\n<video>\n<video>\nq"),
+        ("q <image>", {"video": "a.mp4", "image": "a.png"}, "<video>\nq <image>"),
+        ("q <video> and <image>?", {"video": "a.mp4", "image": "a.png"}, "q <video> and <image>?"),
+        ("q <video>", {}, "q <video>"),  # HTML
+        ("<video> <image>", {"image": "a.png"}, "<image>\n<video>"),
+    ],
+)
+def test_where_videos_go(asked: str, media: dict[str, object], expected: str) -> None:
+    found = read_llava(record(asked, "a", **media))
+    assert found.turns[0].text == expected
+    assert [clip.path for clip in found.videos] == [
+        name for name in ("a.mp4", "b.mp4") if name in str(media.get("video", media.get("videos")))
+    ]
+
+
+def test_a_video_belongs_to_a_question() -> None:
+    turns = [("system", "<video>"), ("human", "q"), ("gpt", "a")]
+    sample = {"id": 1, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+    with pytest.raises(BadSample, match="its system turn holds <video>; videos belong to a question"):
+        read_llava({**sample, "video": "a.mp4"})
+    assert read_llava(sample).turns[0].text == "<video>"
 
 
 @given(st.lists(st.tuples(FREE_TEXT, ANSWER), min_size=1, max_size=5))

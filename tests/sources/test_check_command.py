@@ -225,7 +225,8 @@ def test_lengths_are_tokens_where_a_tokenizer_is_given(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["none.json"], "none.json: neither a data file nor a folder"),
-        (["rows.jsonl", "--media", "nowhere"], "nowhere: no such folder"),
+        (["rows.jsonl", "--media", "nowhere"], "nowhere: no such folder; --media"),
+        (["rows.jsonl", "--videos", "nowhere"], "nowhere: no such folder; --videos"),
         (["rows.jsonl", "--tokenizer", "nowhere"], "nowhere: no such file"),
         (["rows.jsonl", "--longest", "0"], "--longest is 0"),
         (["broken.jsonl"], "broken.jsonl, line 1: not the JSON list"),
@@ -258,6 +259,38 @@ def test_every_format_and_container_is_checked_alike(tmp_path: Path) -> None:
         assert any("truncated media" in line and "n0" in line for line in lines), (name, lines)
         assert any("empty answer" in line and "n1" in line for line in lines), (name, lines)
         assert lines[-1].endswith(": 2 problems"), (name, lines)
+
+
+def test_videos_are_looked_for_in_their_own_folder(tmp_path: Path, media: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in ("whole.mp4", "cut.mp4"):
+        (media / name).rename(tmp_path / "videos" / name)
+    (media / "whole.png").rename(media / "odd.mp4")  # a picture by its content
+    (tmp_path / "videos" / "no_ending").write_bytes((tmp_path / "videos" / "whole.mp4").read_bytes())
+    named: dict[str, dict[str, object]] = {
+        "fine": {"videos": ["whole.mp4", "no_ending"]},
+        "cut": {"video": "cut.mp4"},
+        "gone": {"video": {"path": "none.mp4", "start_seconds": 3}, "image": "whole.jpeg"},
+        "out": {"video": "../media/no_index.mp4"},
+        "fewer": {"videos": ["whole.mp4", "cut.mp4"]},
+    }
+    rows = [{**llava(sample_id, f"Q of {sample_id}?", "A cat."), **videos} for sample_id, videos in named.items()]
+    rows[-1]["conversations"] = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "A cat."}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    words = [str(tmp_path / "train.json"), "--media", str(media), "--videos", str(tmp_path / "videos")]
+    lines, status = check(*words)
+    found = {kind: line for line in lines[1:-1] for kind in KINDS if f"  {kind}  " in line}
+    assert {kind: KINDS[kind] in line for kind, line in found.items()} == dict.fromkeys(KINDS, True)
+    assert lines[-1] == "1 files, 5 samples, 6 media files: 4 problems"
+    assert status == 1
+
+
+KINDS = {
+    "truncated media": "cut",
+    "missing media": "gone",
+    "path leaves the folder": "out",
+    "placeholders differ from videos": "fewer",
+}
 
 
 def test_rows_of_mixed_formats_are_found(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_disk_that_fills_leaves_nothing_that_looks_whole_and_the_next_run_goes
     assert left_over(tmp_path / "records" / "llava") == [".a.jsonl.partial", ".a.jsonl.progress"]
     monkeypatch.undo()
     said = prepare(file, tmp_path / "records", "--workers", "0")
-    assert said[0].endswith("2,000 records of 2,000 rows, written (went on after row 1,024)")
+    assert said[0].endswith("2,000 records of 2,000 rows, written (resumed after row 1,024)")
     assert ids(tmp_path / "records" / "llava" / "a.jsonl") == [f"r{number}" for number in range(2000)]
     assert left_over(tmp_path / "records" / "llava") == ["a.jsonl", "manifest.json"]
 
@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_where_it_was_and_the_result_is_the_same(tmp_path: 
     """)
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
     assert left_over(tmp_path / "cut" / "llava") == [".a.jsonl.partial", ".a.jsonl.progress"]
-    assert "went on after row 2,048" in prepare(file, tmp_path / "cut", "--workers", "0")[0]
+    assert "resumed after row 2,048" in prepare(file, tmp_path / "cut", "--workers", "0")[0]
     whole, cut = tmp_path / "whole" / "llava", tmp_path / "cut" / "llava"
     assert (whole / "a.jsonl").read_bytes() == (cut / "a.jsonl").read_bytes()
     for key in ("rows", "written", "renamed_ids", "dropped_rows", "sha256"):

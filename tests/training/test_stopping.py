@@ -39,7 +39,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_as_if_nothing_had_been(
     folder = tmp_path / "run"
     stderr = stop_after_two_steps(run_file, folder)
     assert "SIGINT: finishing the step and saving it first" in stderr
-    assert stderr.count("stopped by SIGINT; --resume last goes on from there") == 1
+    assert stderr.count("stopped by SIGINT; --resume last resumes from there") == 1
     (checkpoint,) = complete_checkpoints(folder)
     assert not (folder / "adapter").exists()  # nothing that looks like the result of a whole run
     assert (checkpoint / "adapter" / "adapter_model.safetensors").is_file()

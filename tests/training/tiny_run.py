@@ -20,8 +20,12 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 220), 
 IMAGE_PIXELS = 8
 
 
-def write_tiny_llava(folder: Path) -> Path:
-    """A LLaVA of 20,000 random parameters: CLIP tower with 4 patches, two Llama layers, a word tokenizer."""
+def write_tiny_llava(folder: Path, *, width: int = 32) -> Path:
+    """A LLaVA of 20,000 random parameters: CLIP tower with 4 patches, two Llama layers, a word tokenizer.
+
+    Args:
+        width: of the language model's hidden states.
+    """
     texts = ["USER: What colour is it? Say the colour. ASSISTANT: A chat between", *COLOURS]
     words = Tokenizer(models.BPE(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,10 +50,10 @@ def write_tiny_llava(folder: Path) -> Path:
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=width // 8,
         num_key_value_heads=2,
         max_position_embeddings=512,
         bos_token_id=1,

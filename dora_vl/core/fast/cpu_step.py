@@ -132,15 +132,19 @@ def compiled_operations() -> Any | None:
 
 
 def _compile() -> None:
-    from torch.utils.cpp_extension import load
+    from torch.utils.cpp_extension import get_default_build_root, load
 
     name = f"dora_vl_cpu_{_identity()}"
-    log.info("compiling the DoRA step for this machine, once (about 20 seconds; %s=0 turns it off)", SWITCH)
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root(), name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / f"{name}.so").exists():
+        log.info("compiling the DoRA step for this machine, once (about 20 seconds; %s=0 turns it off)", SWITCH)
     path = os.environ.get("PATH", "")
     # The builder looks for ninja on the path, where it is only in an activated environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
     try:
-        load(name, [str(source) for source in SOURCES], extra_cflags=list(FLAGS), is_python_module=False, verbose=False)
+        sources, flags = [str(source) for source in SOURCES], list(FLAGS)
+        load(name, sources, extra_cflags=flags, build_directory=str(folder), is_python_module=False, verbose=False)
     finally:
         os.environ["PATH"] = path
 

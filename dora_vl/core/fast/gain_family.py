@@ -1,4 +1,4 @@
-"""Layers of one shape compute their gains together: a few batched operations instead of a score for each layer.
+"""Layers of one shape compute their gains together: a few batched operations instead of about twenty for each layer.
 
 A gain is due once an optimizer step, for every layer at once. One layer takes some twenty operations on small
 tensors, and a model has hundreds of layers: dispatched one by one that is a twentieth of a training step of a
@@ -49,7 +49,7 @@ class GainFamily:
         self._members[id(layer)] = layer
 
     def refresh(self, caller: ProductLayer, dtype: torch.dtype) -> bool:
-        """Brings `caller` and all of its kin that are out of date up to date; False if it has none to do it with.
+        """Updates `caller` and all other layers of its shape that are out of date; False if there are none.
 
         Layers whose tensors are not here in whole and at rest are left out: the next shards of ZeRO-3 and FSDP may be
         on their way, and offloaded weights are elsewhere.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dora_vl.data.examples import Clip, Example
-from dora_vl.data.readers.row_pictures import VIDEO_KEYS, RowPictures, row_pictures
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Role, Turn
+from dora_vl.data.clips import Clip, read_clip, row_clips
+from dora_vl.data.examples import Example, clip_fields
+from dora_vl.data.readers.row_pictures import RowPictures, row_pictures
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Role, Turn
 from dora_vl.errors import BadSample, shown
 
 ROLES: Mapping[str, Role] = {
@@ -21,20 +22,24 @@ ROLES: Mapping[str, Role] = {
 TEXT_PARTS = ("text", "input_text", "output_text")
 PICTURE_PARTS = ("image", "image_url", "input_image")
 PAYLOADS = ("image", "image_url", "url", "path", "bytes", "data")
+VIDEO_PARTS = ("video", "video_url", "input_video")
+VIDEO_PAYLOADS = ("video", "video_url", "url", "path")
 
 
 class MessageReader:
-    """Reads the messages of one row; its pictures come out in the order of their places."""
+    """Reads the messages of one row; its pictures and videos come out in the order of their places."""
 
     def __init__(self, row: Mapping[str, object], sample_id: str) -> None:
         self.sample_id = sample_id
         self._beside = row_pictures(row, sample_id)
         self._next_beside = 0
         self._pictures = RowPictures(sample_id)
-        self._videos = [*_videos(row, sample_id)]
+        self._videos: list[Clip] = []
+        self._videos_beside = row_clips(row, sample_id)
+        self._next_video = 0
 
     def turns(self, messages: object) -> tuple[Turn, ...]:
-        """The turns of a list of messages, `<image>` where a part is a picture.
+        """The turns of a list of messages, `<image>` where a part is a picture, `<video>` where it is a video.
 
         Raises:
             BadSample: no list of objects, a role that is none of `ROLES`, or content that is neither text nor parts.
@@ -46,15 +51,12 @@ class MessageReader:
     def example(self, turns: tuple[Turn, ...]) -> Example:
         """The example of these turns, with the pictures seen in them and those beside them."""
         left = self._beside.names[self._next_beside :]
-        video = Clip(path=self._videos[0]) if self._videos else None
-        if len(self._videos) > 1:
-            raise BadSample(self.sample_id, f"it has {len(self._videos)} videos; one is read")
         return Example(
             id=self.sample_id,
             turns=turns,
             images=(*self._pictures.names, *left),
             image_bytes={**self._beside.held, **self._pictures.held},
-            video=video,
+            **clip_fields((*self._videos, *self._videos_beside[self._next_video :])),
         )
 
     def _turn(self, message: object, number: int) -> Turn:
@@ -66,7 +68,7 @@ class MessageReader:
             raise BadSample(self.sample_id, f"turn {number} has the role {shown(said)}; only {known} are known")
         content = message.get("content")
         if isinstance(content, str):
-            self._take_beside(content.count(IMAGE_PLACEHOLDER))
+            self._take_beside(content)
             return Turn(role, content)
         if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
             raise BadSample(self.sample_id, f"the content of turn {number} is neither text nor parts: {shown(content)}")
@@ -77,29 +79,31 @@ class MessageReader:
             return part
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(part, Mapping) and kind in TEXT_PARTS and isinstance(text := part.get("text"), str):
-            self._take_beside(text.count(IMAGE_PLACEHOLDER))
+            self._take_beside(text)
             return text
         if isinstance(part, Mapping) and kind in PICTURE_PARTS:
             payload = next((value for key in PAYLOADS if (value := part.get(key)) is not None), None)
             if payload is None:
-                self._take_beside(1)
+                self._take_beside(IMAGE_PLACEHOLDER)
             else:
                 self._pictures.add(payload, f"part of turn {number}")
             return IMAGE_PLACEHOLDER
-        if isinstance(part, Mapping) and kind == "video" and isinstance(part.get("video"), str):
-            self._videos.append(str(part["video"]))
-            return ""
+        if isinstance(part, Mapping) and kind in VIDEO_PARTS:
+            if all(part.get(key) is None for key in VIDEO_PAYLOADS):
+                self._take_beside(VIDEO_PLACEHOLDER)
+            else:
+                self._videos.append(read_clip(part, f"part of turn {number}", self.sample_id))
+            return VIDEO_PLACEHOLDER
         raise BadSample(self.sample_id, f"turn {number} has a part that is no text, picture or video: {shown(part)}")
 
-    def _take_beside(self, count: int) -> None:
-        """Pictures that stand beside the messages take the places without a picture of their own, in order."""
-        taken = self._beside.names[self._next_beside : self._next_beside + count]
+    def _take_beside(self, text: str) -> None:
+        """Pictures and videos that stand beside the messages take the places without one of their own, in order."""
+        taken = self._beside.names[self._next_beside : self._next_beside + text.count(IMAGE_PLACEHOLDER)]
         self._pictures.names += taken
         self._next_beside += len(taken)
-
-
-def _videos(row: Mapping[str, object], sample_id: str) -> Sequence[str]:
-    return [name for key in VIDEO_KEYS for name in row_pictures(row, sample_id, (key,)).names]
+        clips = self._videos_beside[self._next_video : self._next_video + text.count(VIDEO_PLACEHOLDER)]
+        self._videos += clips
+        self._next_video += len(clips)
 
 
 def read_messages(row: Mapping[str, object], sample_id: str, key: str = "messages") -> Example:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from dora_vl.data.examples import Answer, Clip, Example
+from dora_vl.data.clips import row_clips
+from dora_vl.data.examples import Answer, Example, clip_fields
 from dora_vl.data.readers.messages import MessageReader
-from dora_vl.data.readers.row_pictures import VIDEO_KEYS, row_pictures
+from dora_vl.data.readers.row_pictures import row_pictures
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, shown
 
@@ -78,17 +79,14 @@ def _with_media(
     row: Mapping[str, object], sample_id: str, *, turns: tuple[Turn, ...] = (), question: str = "", answer: str = ""
 ) -> Example:
     pictures = row_pictures(row, sample_id)
-    videos = row_pictures(row, sample_id, VIDEO_KEYS).names
-    if len(videos) > 1:
-        raise BadSample(sample_id, f"it has {len(videos)} videos; one is read")
     return Example(
         id=sample_id,
         images=tuple(pictures.names),
         image_bytes=pictures.held,
-        video=Clip(path=videos[0]) if videos else None,
         turns=turns,
         question=question,
         answers=() if turns else (Answer(text=answer),),
+        **clip_fields(row_clips(row, sample_id)),
     )
 
 

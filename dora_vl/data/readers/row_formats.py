@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dora_vl.data.examples import FIELDS, Clip, Example, from_record
+from dora_vl.data.clips import VIDEO_KEYS, row_clips
+from dora_vl.data.examples import FIELDS, Example, clip_fields, from_record
 from dora_vl.data.readers.messages import read_messages
 from dora_vl.data.readers.question_answer import (
     ANSWERS,
@@ -19,7 +20,7 @@ from dora_vl.data.readers.question_answer import (
     read_texts,
 )
 from dora_vl.data.readers.row_pictures import PICTURE_KEYS, row_pictures
-from dora_vl.data.turns import Turn, raw_turns, read_paths, speaker_role
+from dora_vl.data.turns import Turn, raw_turns, speaker_role
 from dora_vl.errors import BadSample, shown
 
 Row = Mapping[str, object]
@@ -60,7 +61,7 @@ def _is_columns(row: Row) -> bool:
 
 
 def _is_caption(row: Row) -> bool:
-    return first_of(row, PICTURE_KEYS) is not None and first_of(row, CAPTIONS) is not None
+    return first_of(row, (*PICTURE_KEYS, *VIDEO_KEYS)) is not None and first_of(row, CAPTIONS) is not None
 
 
 def _read_conversations(row: Row, sample_id: str) -> Example:
@@ -74,13 +75,12 @@ def _read_conversations(row: Row, sample_id: str) -> Example:
     if isinstance(system := row.get("system"), str) and system:
         turns = (Turn("system", system), *turns)
     pictures = row_pictures(row, sample_id)
-    video = read_paths(row, ("video", "videos"), sample_id)
     return Example(
         id=sample_id,
         turns=turns,
         images=tuple(pictures.names),
         image_bytes=pictures.held,
-        video=Clip(path=video[0]) if video else None,
+        **clip_fields(row_clips(row, sample_id)),
     )
 
 
@@ -114,7 +114,7 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat(
         "question/answer", f"one of {', '.join(QUESTIONS)} and of {', '.join(ANSWERS)}", _is_columns, read_columns
     ),
-    RowFormat("captions", f"a picture and one of {', '.join(CAPTIONS)}", _is_caption, read_caption),
+    RowFormat("captions", f"a picture or video and one of {', '.join(CAPTIONS)}", _is_caption, read_caption),
 )
 """Asked from the top: the first that fits is the row's."""
 

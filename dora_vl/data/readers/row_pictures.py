@@ -12,7 +12,6 @@ from dora_vl.errors import BadSample, shown
 
 PICTURE_KEYS = ("images", "image", "image_path", "img", "picture", "jpg", "jpeg", "png", "webp")
 """Where pictures stand in a row; the first of them that holds any counts."""
-VIDEO_KEYS = ("videos", "video")
 STORED = "bytes:"
 
 

@@ -21,12 +21,12 @@ ASKED = Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A cat.")
 
 def talk(row: dict[str, object]) -> Conversation:
     example = read_row(row)
-    return as_conversation(example.id, example.images, turns_of(example))
+    return as_conversation(example.id, example.images, turns_of(example), example.clips)
 
 
-def documented_rows() -> list[str]:
+def documented_rows(kind: str = "rows") -> list[str]:
     text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    return text.partition("<!-- rows -->\n```json\n")[2].partition("```")[0].splitlines()
+    return text.partition(f"<!-- {kind} -->\n```json\n")[2].partition("```")[0].splitlines()
 
 
 @pytest.mark.parametrize("line", documented_rows())
@@ -36,6 +36,15 @@ def test_each_row_of_the_documentation_is_the_same_sample(line: str) -> None:
     assert system == ([Turn("system", "Be brief.")] if "system" in line else [])
     expected = Turn("user", "<image>") if '"caption"' in line else ASKED[0]
     assert (asked, answer, found.images) == (expected, ASKED[1], ("cat.jpg",))
+
+
+@pytest.mark.parametrize("line", documented_rows("video rows"))
+def test_each_row_with_a_video_of_the_documentation_is_the_same_sample(line: str) -> None:
+    found = talk(json.loads(line))
+    assert found.turns[0].text.replace("\n", "") == "<video>" + ("" if '"caption"' in line else "What is it?")
+    assert found.turns[1:] == ASKED[1:]
+    assert [clip.path for clip in found.videos] == ["cat.mp4"]
+    assert read_row(json.loads(line)).video is not None  # what a test about one video reads
 
 
 def test_the_documentation_has_a_row_of_every_format() -> None:
@@ -56,6 +65,31 @@ def test_pictures_in_parts_and_beside_them_keep_their_order() -> None:
     assert found.turns[0].text == "<image>and<image>and <image>?"
     assert found.images[0] == "first.png"
     assert [found.image_bytes[name] for name in found.images[1:]] == [b"pixels", b"third"]
+
+
+def test_videos_in_parts_and_beside_them_keep_their_order() -> None:
+    parts = [
+        {"type": "video"},
+        {"type": "text", "text": "and"},
+        {"type": "video", "video": "second.mp4", "video_start": 1, "video_end": 2.5},
+        {"type": "text", "text": "and <video> or "},
+        {"type": "image", "image": "a.png"},
+    ]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "so"}]
+    found = read_row({"messages": messages, "videos": ["first.mp4", "third.mp4"]})
+    assert found.turns[0].text == "<video>and<video>and <video> or <image>"
+    assert [clip.path for clip in found.clips] == ["first.mp4", "second.mp4", "third.mp4"]
+    assert (found.clips[1].start_seconds, found.clips[1].end_seconds) == (1.0, 2.5)
+    assert (found.video, found.images) == (None, ("a.png",))
+    placed = as_conversation(found.id, found.images, turns_of(found), found.clips)
+    assert (len(placed.videos), placed.turns[0].text) == (3, found.turns[0].text)
+
+
+def test_a_caption_may_be_a_video_s() -> None:
+    assert talk({"video": "a.mp4", "caption": "A cat."}).turns == (
+        Turn("user", "<video>\n"),
+        Turn("assistant", "A cat."),
+    )
 
 
 def test_tables_fill_parts_with_null() -> None:
@@ -100,7 +134,7 @@ def test_the_most_frequent_answer_counts_and_numbers_are_text() -> None:
         ({"question": "q", "answer": "a", "image": "data:image/png,x"}, "cannot be read: it is not base64"),
         ({"question": "q", "answer": "a", "image": "data:;base64,?"}, "cannot be read: "),
         ({"question": "q", "answer": "a", "image": {"bytes": None, "path": None}}, "must be a path or a list of paths"),
-        ({"question": "q", "answer": "a", "videos": ["a.mp4", "b.mp4"]}, "it has 2 videos"),
+        ({"question": "q", "answer": "a", "videos": ["a.mp4", 7]}, "'videos' must be a path or a list of paths, got 7"),
         ({"id": "r", "question": "q", "answers": [{"text": "a"}], "choices": ["a", "b"]}, "it has choices"),
     ],
 )

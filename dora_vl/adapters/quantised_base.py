@@ -1,0 +1,256 @@
+"""A base that is quantised when it is loaded (QDoRA): which of its layers, how, and the values that they then have.
+
+Loading and merging ask here, so that what is merged is what was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dora_vl.adapters.base_weights import BaseWeights, skeleton
+from dora_vl.errors import UserError, one_line, shown
+
+Quantisation = Literal["nf4", "int8", "hqq"]
+"""`nf4`: 4-bit NormalFloat, its block scales quantised too (QLoRA); `int8`: LLM.int8; `hqq`: 4 bits in groups of 64."""
+HQQ_BITS, HQQ_GROUP = 4, 64
+TRIAL_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to quantise a linear layer.
+
+    Attributes:
+        package: what pip installs for it.
+        layer: a linear layer with its weight quantised as it is loaded in a number type, on a device.
+        values: the weight that such a layer multiplies by.
+        width: what a layer's number of inputs must be a multiple of; others stay whole.
+    """
+
+    package: str
+    layer: Callable[[nn.Linear, torch.dtype, torch.device], nn.Module]
+    values: Callable[[Any], Float[Tensor, "out in_"]]
+    width: int = 1
+
+
+def _bitsandbytes_layers() -> Any:
+    """Its classes, whose parameters pyright takes for modules."""
+    import bitsandbytes.nn
+
+    return bitsandbytes.nn
+
+
+def _nf4(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    layers = _bitsandbytes_layers()
+    width, height = linear.in_features, linear.out_features
+    made: Any = layers.Linear4bit(width, height, linear.bias is not None, dtype, quant_type="nf4", device="meta")
+    made.weight = layers.Params4bit(linear.weight.data.to(dtype), requires_grad=False, quant_type="nf4", module=made)
+    made.bias = linear.bias
+    keep_packing(made)
+    return made.to(device)
+
+
+def keep_packing(layer: Any) -> None:
+    """Stops bitsandbytes (0.50) from packing a 4-bit weight anew at the first pass without gradients.
+
+    On a CPU with AVX512-BF16 it does so for speed, in place: scales are rounded to bfloat16 for good, so that training,
+    asking and merging would each see other values; and it ends where the outputs are no multiple of 32.
+    """
+    layer.support_avx512bf16_for_cpu = False
+
+
+def _nf4_values(layer: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def _int8(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    layers = _bitsandbytes_layers()
+    width, height = linear.in_features, linear.out_features
+    made: Any = layers.Linear8bitLt(
+        width, height, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
+    )
+    made.weight = layers.Int8Params(linear.weight.data.to(dtype), requires_grad=False, has_fp16_weights=False).to(
+        device
+    )
+    made.bias = linear.bias
+    return made
+
+
+def _int8_values(layer: Any) -> Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    return int8_vectorwise_dequant(layer.weight.CB, layer.weight.SCB)
+
+
+def _hqq(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")  # HQQ empties what it is given
+    copy.weight, copy.bias = nn.Parameter(linear.weight.data.to(dtype), requires_grad=False), linear.bias
+    settings = BaseQuantizeConfig(nbits=HQQ_BITS, group_size=HQQ_GROUP)
+    made: Any = HQQLinear(copy, settings, compute_dtype=dtype, device=str(device))
+    made.in_features, made.out_features = linear.in_features, linear.out_features
+    return made
+
+
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        # On a CPU bitsandbytes 0.50 gives weights back with other blocks' scales where a row ends inside a block of 64.
+        "nf4": Scheme("bitsandbytes", _nf4, _nf4_values, width=64),
+        "int8": Scheme("bitsandbytes", _int8, _int8_values),
+        "hqq": Scheme("hqq", _hqq, lambda layer: layer.dequantize()),
+    }
+)
+
+
+def here() -> torch.device:
+    """Where quantised layers are made: the GPU of this process, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def check_runs_here(kind: Quantisation, dtype: torch.dtype) -> None:
+    """Tries one small layer, forward and backward.
+
+    Raises:
+        UserError: the package is missing, or cannot do it on this device.
+    """
+    scheme = SCHEMES[kind]
+    if find_spec(scheme.package) is None:
+        raise UserError(
+            f"model.quantisation: {kind} needs the package {scheme.package}: pip install {scheme.package} "
+            "(or 'dora-vl[quantised]')"
+        )
+    try:
+        layer = scheme.layer(nn.Linear(TRIAL_WIDTH, TRIAL_WIDTH, bias=False), dtype, here())
+        rows = torch.ones(2, TRIAL_WIDTH, dtype=dtype, device=here(), requires_grad=True)
+        layer(rows).sum().backward()
+    except (RuntimeError, NotImplementedError, ValueError, AttributeError, ImportError) as error:
+        raise UserError(
+            f"model.quantisation: {kind} does not run on this {here().type} in {str(dtype).removeprefix('torch.')} "
+            f"({one_line(str(error), 200)}); take another kind, or null"
+        ) from error
+
+
+@dataclass(frozen=True)
+class QuantisedLayers:
+    """Full names of the linear layers of a language model: the quantised ones, and those that are too narrow for it."""
+
+    quantised: tuple[str, ...]
+    whole: tuple[str, ...]
+
+
+def quantised_layers(config: Mapping[str, Any], kind: str, source: str) -> QuantisedLayers:
+    """What is quantised in a model: the linears of its language model's layers, nothing else.
+
+    The vision tower, the projector and the output head stay as they are.
+
+    Args:
+        config: the content of its config.json.
+        kind: one of `SCHEMES`.
+        source: what to call it in messages.
+
+    Raises:
+        UserError: it is quantised already, transformers does not know its class, or it has no such layers.
+    """
+    model = None if config.get("quantization_config") else _language_skeleton(config, source)
+    if model is None:
+        raise UserError(f"{source} is stored quantised; leave model.quantisation null, or take the weights before it")
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    fits = {
+        name: module.in_features % SCHEMES[kind].width == 0
+        for name, module in decoder.named_modules(prefix=prefix)
+        if type(module) is nn.Linear and module is not head
+    }
+    if not any(fits.values()):
+        raise UserError(
+            f"{source}: none of its language model's {len(fits)} linear layers can be quantised by {kind} (widths that "
+            f"are multiples of {SCHEMES[kind].width}); set model.quantisation to another kind, or null"
+        )
+    names = {fit: tuple(name for name, one in fits.items() if one == fit) for fit in (True, False)}
+    return QuantisedLayers(quantised=names[True], whole=names[False])
+
+
+def _language_skeleton(config: Mapping[str, Any], source: str) -> Any:
+    model = skeleton(config)
+    if model is None:
+        raise UserError(
+            f"{source}: transformers has no class {shown(config.get('architectures'))} that it could quantise"
+        )
+    return model
+
+
+def kept_whole(config: Mapping[str, Any], layers: tuple[str, ...], source: str) -> list[str]:
+    """Names of the outermost modules with linear layers of which none is quantised, as transformers asks for them."""
+    from transformers.pytorch_utils import Conv1D
+
+    parts = [name.split(".") for name in layers]
+    above = {".".join(one[:count]) for one in parts for count in range(len(one) + 1)}
+    return [
+        name
+        for name, module in _language_skeleton(config, source).named_modules()
+        if name not in above
+        and name.rpartition(".")[0] in above
+        and any(isinstance(one, nn.Linear | Conv1D) for one in module.modules())
+    ]
+
+
+def quantised_values(weight: Float[Tensor, "out in_"], kind: str, dtype: torch.dtype) -> Float[Tensor, "out in_"]:
+    """What a weight becomes where it is loaded in `dtype` and quantised, in float32 on the CPU."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    scheme = SCHEMES[kind]
+    with torch.no_grad():
+        return scheme.values(scheme.layer(linear, dtype, here())).float().cpu()
+
+
+class QuantisedWeights(BaseWeights):
+    """A base's folder read with the values that its layers have in a run of `model.quantisation`."""
+
+    def __init__(self, folder: Path, kind: Quantisation, dtype: torch.dtype) -> None:
+        check_runs_here(kind, dtype)
+        super().__init__(folder)
+        self._kind, self._dtype = kind, dtype
+        self._quantised = {f"{name}.weight" for name in quantised_layers(self.config, kind, str(folder)).quantised}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by the model's name for it; see `BaseWeights.read`."""
+        tensor = super().read(name)
+        return quantised_values(tensor, self._kind, self._dtype) if name in self._quantised else tensor
+
+
+def as_trained(folder: Path, recipes: Mapping[str, Mapping[str, Any]]) -> BaseWeights:
+    """A base's folder with the values that adapters were trained on: quantised and back where their recipes say so.
+
+    Args:
+        recipes: what each adapter's `recipe.json` holds, by its name for messages.
+
+    Raises:
+        UserError: they were trained on different values, or those cannot be made on this machine.
+    """
+    stated = {name: (one.get("quantisation"), one.get("dtype")) for name, one in recipes.items()}
+    kinds = {(kind, dtype if kind else None) for kind, dtype in stated.values()}
+    if len(kinds) > 1:
+        raise UserError(
+            f"these adapters were trained on different values of the base: {shown(stated, 200)}; merge one at a time, "
+            "or all into the stored values with --base-values stored"
+        )
+    kind, dtype = kinds.pop()
+    if kind is None:
+        return BaseWeights(folder)
+    if kind not in SCHEMES or dtype is None:
+        raise UserError(
+            f"recipe.json says quantisation {shown(kind)} in {shown(dtype)}; known are {', '.join(SCHEMES)}"
+        )
+    return QuantisedWeights(folder, kind, getattr(torch, dtype))

@@ -1,0 +1,162 @@
+"""A video's frames as a processor takes them: with their times, as a video of its own, or as so many pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+from transformers.video_utils import VideoMetadata
+
+from dora_vl.backbones.rendered import VIDEO_MARK
+from dora_vl.data.processor_inputs import stacked
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+from dora_vl.vision.video_decoding import Frames
+
+Video: TypeAlias = Frames[Image.Image]
+"""RGB frames of one video, as `VideoReader.read` gives them."""
+
+DRIFT_SECONDS = 0.01
+"""A file whose frames are farther than that from where its mean rate puts them is timed by a clock instead."""
+CLOCK_RATE = 1000
+ONE_LENGTH = "pixel_values_videos"
+"""Holds `[videos, frames, channels, height, width]` where a family takes videos of one length only."""
+
+
+def metadata(video: Video) -> VideoMetadata:
+    """What transformers' processors ask of a video whose frames are chosen already.
+
+    They take frame index / rate for a frame's time, and frames / all frames * rate for how densely they were taken. So
+    the indices are the file's and the rate its mean rate; where frames do not come at a steady rate, both are of a
+    clock of milliseconds. All frames are those of the part that was meant, and times count from the file's beginning.
+    """
+    rate = video.count / video.duration if video.duration > 0 else 0.0
+    indices = list(video.indices)  # a fresh list each time: processors lengthen it in place
+    steady = rate > 0 and all(
+        abs(index / rate - seconds) < DRIFT_SECONDS for index, seconds in zip(indices, video.seconds, strict=True)
+    )
+    if not steady:
+        rate, indices = CLOCK_RATE, [round(seconds * CLOCK_RATE) for seconds in video.seconds]
+    start, end = video.span
+    return VideoMetadata(
+        total_num_frames=max(round((end - start) * rate), len(indices)),
+        fps=rate,
+        width=video.pictures[0].width,
+        height=video.pictures[0].height,
+        duration=video.duration,
+        video_backend=video.backend,
+        frames_indices=indices,
+    )
+
+
+def pixels(video: Video) -> UInt8[np.ndarray, "frames height width 3"]:
+    """The frames as one array."""
+    return np.stack([np.asarray(picture) for picture in video.pictures])
+
+
+def video_arguments(videos: Sequence[Video]) -> dict[str, Any]:
+    """What a processor is called with for videos whose frames are chosen already; nothing without any."""
+    if not videos:
+        return {}
+    chosen = {"video_metadata": [metadata(video) for video in videos], "do_sample_frames": False}
+    return {"videos": [pixels(video) for video in videos], "videos_kwargs": chosen}
+
+
+def marked(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns of a sample with videos, each `<video>` as the mark that is no text."""
+    return [Turn(turn.role, turn.text.replace(VIDEO_PLACEHOLDER, VIDEO_MARK)) for turn in turns]
+
+
+def as_pictures(
+    turns: Sequence[Turn], pictures: Sequence[Image.Image], videos: Sequence[Video]
+) -> tuple[list[Turn], list[Image.Image]]:
+    """The turns with `<image>` for each frame of each video, and all pictures in the order of their places.
+
+    Raises: ValueError if the places are not as many as pictures and videos.
+    """
+    left, frames = iter(pictures), iter(videos)
+    shown: list[Image.Image] = []
+    written: list[Turn] = []
+    for turn in turns:
+        text = ""
+        for number, piece in enumerate(turn.text.split(VIDEO_PLACEHOLDER)):
+            if number:
+                found = _next(frames).pictures
+                shown += found
+                text += "\n".join([IMAGE_PLACEHOLDER] * len(found))
+            shown += [_next(left) for _ in range(piece.count(IMAGE_PLACEHOLDER))]
+            text += piece
+        written.append(Turn(turn.role, text))
+    if len(shown) != len(pictures) + sum(len(video.pictures) for video in videos):
+        raise ValueError("its text has fewer places than it has pictures and videos")
+    return written, shown
+
+
+def _next(left: Any) -> Any:
+    found = next(left, None)
+    if found is None:
+        raise ValueError("its text has more places than it has pictures and videos")
+    return found
+
+
+def repeated(video: Video, frames: int) -> Video:
+    """So many frames, each of the video's as often as the others or once more, where it has fewer of them."""
+    have = len(video.pictures)
+    if have >= frames:
+        return video
+    places = [number * have // frames for number in range(frames)]
+    return replace(
+        video,
+        pictures=tuple(video.pictures[place] for place in places),
+        indices=tuple(video.indices[place] for place in places),
+        seconds=tuple(video.seconds[place] for place in places),
+    )
+
+
+def grey_video(colour: tuple[int, int, int], side: int, frames: int = 2) -> Video:
+    """A still video of one colour, a frame a second."""
+    return Frames(
+        pictures=(Image.new("RGB", (side, side), colour),) * frames,
+        indices=tuple(range(frames)),
+        seconds=tuple(float(number) for number in range(frames)),
+        backend="",
+        duration=float(frames),
+        count=frames,
+        span=(0.0, float(frames)),
+    )
+
+
+def displaced_inputs(
+    processor: Any, found: Mapping[str, Any], pictures: Sequence[Image.Image], videos: Sequence[Video]
+) -> dict[str, Tensor]:
+    """What a sample's pictures lost to its videos, where the processor has inputs of one name for both (SmolVLM).
+
+    Its model reads them by the order of their tokens, so they are made one by one and joined in the order of the text.
+
+    Args:
+        processor: its own picture and video processors make the inputs.
+        found: what it gave for the whole sample.
+        pictures: in order.
+        videos: likewise.
+
+    Returns: the inputs by that name, `[1, tiles and frames, ...]`; nothing where none was lost.
+    """
+    if not (pictures and videos):
+        return {}
+    names = set(processor.image_processor.model_input_names) & set(processor.video_processor.model_input_names)
+    kinds = [one["type"] for one in (found.get("text_replacement_offsets") or [[]])[0]]
+    left, frames = iter(pictures), iter(videos)
+    made: list[Any] = []
+    for kind in kinds if names else ():
+        if kind == "image":
+            made.append(processor.image_processor([[next(left)]], return_tensors="pt"))
+        else:
+            arguments = video_arguments([next(frames)])
+            made.append(
+                processor.video_processor(arguments["videos"], return_tensors="pt", **arguments["videos_kwargs"])
+            )
+    return {name: stacked([one[name][0] for one in made], 0)[None] for name in sorted(names)}

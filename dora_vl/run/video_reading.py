@@ -1,0 +1,85 @@
+"""How a run reads its videos: which frames, from which folder, by a decoding process of each data worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dora_vl.backbones.video_inputs import Video, repeated
+from dora_vl.data.clips import Clip
+from dora_vl.errors import UserError
+from dora_vl.run.recipe import DataConfig
+from dora_vl.vision.frame_sampling import EverySeconds, Sampling, Uniform
+from dora_vl.vision.video import VideoReader
+from dora_vl.vision.video_backends import BACKENDS, BackendMissing, import_backend
+from dora_vl.vision.video_decoding import no_backend_reads
+
+LEAST_FRAMES = 2
+"""With `data.video_fps`: what moves needs two, and families that join frames in pairs take no less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoReading:
+    """Reads clips as frames; worker processes may have it, each starts a decoder of its own at its first video.
+
+    Attributes:
+        folder: the root of the videos' paths.
+        sampling: which frames.
+        frames: a video that has fewer shows some of them again, for families that take videos of one length only.
+    """
+
+    folder: Path
+    sampling: Sampling
+    frames: int | None = None
+    reader: VideoReader = field(default_factory=VideoReader, repr=False)
+
+    def read(self, clips: Sequence[Clip]) -> list[Video]:
+        """The frames of each.
+
+        Raises:
+            BadSample: one is missing, cannot be decoded in time, or has no such part.
+        """
+        found = [self.reader.read(self.folder, clip, self.sampling) for clip in clips]
+        return found if self.frames is None else [repeated(video, self.frames) for video in found]
+
+
+def video_folder(data: DataConfig) -> Path:
+    """The root of the videos' paths."""
+    return Path(data.video_folder or data.image_folder)
+
+
+def video_sampling(data: DataConfig) -> Sampling:
+    """Which frames `data.video_frames` and `data.video_fps` mean.
+
+    Raises:
+        UserError: they mean none.
+    """
+    if data.video_frames < 1:
+        raise UserError(f"data.video_frames is {data.video_frames}; at least 1 frame of a video is needed")
+    if data.video_fps is None:
+        return Uniform(data.video_frames)
+    if not 0 < data.video_fps < float("inf"):
+        raise UserError(f"data.video_fps is {data.video_fps}; it must be above 0")
+    least = min(LEAST_FRAMES, data.video_frames)
+    return EverySeconds(period=1 / data.video_fps, least=least, most=data.video_frames)
+
+
+def check_videos(data: DataConfig) -> None:
+    """Refuses what would make every video a bad sample.
+
+    Raises:
+        UserError: no library that decodes videos can be imported, or the folder is not there.
+    """
+    video_sampling(data)
+    if not video_folder(data).is_dir():
+        raise UserError(f"video folder {video_folder(data)} does not exist; set data.video_folder")
+    reasons: dict[str, Exception] = {}
+    for backend in BACKENDS:
+        try:
+            import_backend(backend)
+        except BackendMissing as error:
+            reasons[backend] = error
+        else:
+            return
+    raise no_backend_reads(Clip(path=""), reasons)

@@ -1,0 +1,164 @@
+"""Bases that are quantised for a run: which layers, the values that they have then, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dora_vl.adapters import quantised_base
+from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.quantised_base import (
+    SCHEMES,
+    QuantisedWeights,
+    Scheme,
+    as_trained,
+    check_runs_here,
+    kept_whole,
+    quantised_layers,
+    quantised_values,
+)
+from dora_vl.errors import UserError
+from tests.backbones.tiny_image_text import write_tiny
+from tests.backbones.tiny_language import write_tiny_language
+
+KINDS = sorted(SCHEMES)
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+PARTS = {
+    "qwen2_5_vl": ["lm_head", "model.visual"],
+    "internvl": ["lm_head", "model.multi_modal_projector", "model.vision_tower"],
+    "idefics3": ["lm_head", "model.connector", "model.vision_model"],
+}
+
+
+def needs(kind: str) -> None:
+    pytest.importorskip(SCHEMES[kind].package)
+
+
+def config_of(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("family", sorted(PARTS))
+def test_only_the_language_models_linears_are_quantised(tmp_path: Path, family: str) -> None:
+    config = config_of(write_tiny(family, tmp_path))
+    layers = quantised_layers(config, "int8", "base").quantised
+    assert len(layers) == 2 * 7
+    assert all("language_model.layers" in name or "text_model.layers" in name for name in layers)
+    assert sorted(kept_whole(config, layers, "base")) == PARTS[family]
+
+
+def test_a_plain_language_models_head_is_kept(tmp_path: Path) -> None:
+    write_tiny_language(tmp_path)
+    config = config_of(tmp_path)
+    layers = quantised_layers(config, "int8", "base").quantised
+    assert layers[0] == "model.layers.0.self_attn.q_proj"
+    assert len(layers) == 14
+    assert kept_whole(config, layers, "base") == ["lm_head"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_are_what_the_layer_multiplies_by(kind: str, dtype: torch.dtype) -> None:
+    """One-hot rows, which even LLM.int8 passes exactly, read the weight out of the layer's own forward."""
+    needs(kind)
+    torch.manual_seed(0)
+    linear = nn.Linear(192, 64, bias=False)
+    with torch.no_grad():
+        linear.weight[3] *= 40
+        layer = SCHEMES[kind].layer(linear, dtype, torch.device("cpu"))
+        seen = layer(torch.eye(192, dtype=dtype)).t().float()
+    values = quantised_values(linear.weight.detach(), kind, dtype)
+    torch.testing.assert_close(seen, values, rtol=1e-2 if kind == "int8" else 1e-6, atol=1e-6)
+    error = ((values - linear.weight.detach()).norm(dim=1) / linear.weight.detach().norm(dim=1)).tolist()
+    assert all(1e-3 < one < 0.15 for one in error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_packed_weight_is_small(kind: str) -> None:
+    needs(kind)
+    layer = SCHEMES[kind].layer(nn.Linear(256, 256, bias=False), torch.float32, torch.device("cpu"))
+    held = sum(one.numel() * one.element_size() for one in layer.parameters())
+    assert held == (256 * 256 if kind == "int8" else 256 * 128)
+
+
+def test_a_folder_is_read_with_the_trained_values(tmp_path: Path) -> None:
+    needs("nf4")
+    write_tiny_language(tmp_path, **WIDE)
+    name, head = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
+    with BaseWeights(tmp_path) as stored, QuantisedWeights(tmp_path, "nf4", torch.float32) as trained:
+        assert torch.equal(trained.read(name), quantised_values(stored.read(name), "nf4", torch.float32))
+        assert not torch.equal(trained.read(name), stored.read(name))
+        assert torch.equal(trained.read(head), stored.read(head))
+
+
+def test_adapters_that_saw_other_values_do_not_merge_together(tmp_path: Path) -> None:
+    needs("nf4")
+    write_tiny_language(tmp_path, **WIDE)
+    four = {"quantisation": "nf4", "dtype": "float32"}
+    assert type(as_trained(tmp_path, {"a": {"dtype": "float32"}, "b": {"quantisation": None}})) is BaseWeights
+    assert type(as_trained(tmp_path, {"a": four, "b": four})) is QuantisedWeights
+    for other in ({"dtype": "float32"}, {**four, "dtype": "bfloat16"}, {**four, "quantisation": "int8"}):
+        with pytest.raises(UserError, match="different values of the base"):
+            as_trained(tmp_path, {"a": four, "b": other})
+    with pytest.raises(UserError, match="quantisation 'fp3'"):
+        as_trained(tmp_path, {"a": {**four, "quantisation": "fp3"}})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_package_is_named_with_the_command(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised_base, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"{kind} needs the package {SCHEMES[kind].package}: pip install"):
+        check_runs_here(kind, torch.float32)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_device_that_cannot_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object) -> nn.Module:
+        raise NotImplementedError("no kernel\nfor this device")
+
+    monkeypatch.setattr(quantised_base, "SCHEMES", {"int8": Scheme("torch", fails, lambda layer: layer)})
+    with pytest.raises(UserError, match=r"int8 does not run on this cpu in bfloat16 \(no kernel for this device\)"):
+        check_runs_here("int8", torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_kind_runs_on_a_cpu(kind: str, dtype: torch.dtype) -> None:
+    needs(kind)
+    check_runs_here(kind, dtype)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_is_quantised_already_is_refused() -> None:
+    with pytest.raises(UserError, match="base is stored quantised"):
+        quantised_layers({"quantization_config": {"bits": 4}}, "nf4", "base")
+    with pytest.raises(UserError, match="no class"):
+        quantised_layers({"architectures": ["NobodysModel"]}, "nf4", "base")
+
+
+def test_layers_too_narrow_for_nf4_stay_whole(tmp_path: Path) -> None:
+    write_tiny_language(tmp_path, hidden_size=32, intermediate_size=64)
+    found = quantised_layers(config_of(tmp_path), "nf4", "base")
+    assert found.quantised == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
+    assert len(found.whole) == 12
+    assert sorted(kept_whole(config_of(tmp_path), found.quantised, "base"))[1:3] == [
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.up_proj",
+    ]
+    write_tiny_language(tmp_path / "narrow")
+    with pytest.raises(UserError, match="none of its language model's 14 linear layers can be quantised by nf4"):
+        quantised_layers(config_of(tmp_path / "narrow"), "nf4", "base")
+
+
+def test_widths_that_nf4_takes_are_those_that_come_back_right(tmp_path: Path) -> None:
+    """Codes and scales multiplied by hand; on a CPU rows that end inside a block come back with others' scales."""
+    functional: Any = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    weight = torch.randn(48, 3 * SCHEMES["nf4"].width) * torch.rand(48, 1)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=False, blocksize=64)
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten().long()
+    expected = (state.code[codes].view(-1, 64) * state.absmax[:, None]).view_as(weight)
+    torch.testing.assert_close(functional.dequantize_4bit(packed, state), expected, rtol=0, atol=0)

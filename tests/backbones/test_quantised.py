@@ -1,0 +1,145 @@
+"""A base loaded quantised is the model whose weights are the dequantised ones, and takes less memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dora_vl.adapters.quantised_base import SCHEMES, quantised_layers, quantised_values
+from dora_vl.backbones import quantised
+from dora_vl.backbones.causal_lm import load_causal_lm
+from dora_vl.backbones.image_text import language_targets, load_image_text, weights_out_of_reach
+from dora_vl.backbones.llava import load_llava
+from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.core.opaque import is_quantised
+from dora_vl.errors import UserError
+from tests.backbones.tiny_image_text import write_tiny
+from tests.backbones.tiny_language import write_tiny_language
+from tests.training.tiny_run import write_tiny_llava
+
+LOADERS: dict[str, Any] = {
+    "qwen2_5_vl": load_image_text,
+    "gemma3": load_image_text,
+    "llava": load_llava,
+    "llama": load_causal_lm,
+}
+
+
+def write_base(family: str, folder: Path) -> Path:
+    if family == "llama":
+        write_tiny_language(folder, hidden_size=64, intermediate_size=128)
+    elif family == "llava":
+        write_tiny_llava(folder, width=64)
+    else:
+        write_tiny(family, folder, width=64)
+    return folder
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    torch.manual_seed(1)
+    ids = torch.randint(60, 250, (2, 9))  # no special token
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEMES))
+@pytest.mark.parametrize("family", sorted(LOADERS))
+def test_it_computes_with_the_dequantised_weights(tmp_path: Path, family: str, kind: str) -> None:
+    pytest.importorskip(SCHEMES[kind].package)
+    base = write_base(family, tmp_path / "base")
+    layers = quantised_layers(json.loads((base / "config.json").read_text()), kind, "base").quantised
+    plain = LOADERS[family](str(base)).model
+    before = logits_of(plain)
+    with torch.no_grad():
+        for name in layers:
+            weight = plain.get_submodule(name).weight
+            weight.copy_(quantised_values(weight.detach(), kind, torch.float32))
+    model = LOADERS[family](str(base), quantisation=kind).model
+    assert {name for name, module in model.named_modules() if is_quantised(module)} == set(layers)
+    found = logits_of(model)
+    assert float((found - before).abs().max()) > 1e-3
+    # LLM.int8 rounds its inputs too, to 127 steps of each row's largest.
+    tolerance = 0.05 * float(before.abs().max()) if kind == "int8" else 1e-4
+    torch.testing.assert_close(found, logits_of(plain), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("nf4", 8), ("hqq", 8), ("int8", 4)])
+def test_the_frozen_weights_take_less_memory(tmp_path: Path, kind: str, factor: int) -> None:
+    """Of float32; what stays whole is not touched."""
+    pytest.importorskip(SCHEMES[kind].package)
+    base = write_tiny("qwen2_5_vl", tmp_path / "base", width=64)
+    layers = quantised_layers(json.loads((base / "config.json").read_text()), kind, "base").quantised
+
+    def held(model: torch.nn.Module) -> tuple[int, int]:
+        """Bytes of the layers' weights, and of all other modules' parameters."""
+        inside = {name: dict(model.get_submodule(name).named_parameters()) for name in layers}
+        weights = [one for own in inside.values() for leaf, one in own.items() if leaf != "bias"]
+        known = {id(one) for own in inside.values() for one in own.values()}
+        rest = [one for one in model.parameters() if id(one) not in known]
+        sizes = [sum(one.numel() * one.element_size() for one in part) for part in (weights, rest)]
+        return sizes[0], sizes[1]
+
+    whole, other = held(load_image_text(str(base)).model)
+    packed, same = held(load_image_text(str(base), quantisation=kind).model)  # pyright: ignore[reportArgumentType]
+    assert packed * factor == whole
+    assert same == other
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEMES))
+def test_the_same_layers_are_adapted(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip(SCHEMES[kind].package)
+    base = write_tiny("qwen2_5_vl", tmp_path / "base", width=64)
+    plain = load_image_text(str(base)).model
+    model = load_image_text(str(base), quantisation=kind).model  # pyright: ignore[reportArgumentType]
+    assert language_targets(model) == language_targets(plain)
+    assert weights_out_of_reach(model) == {}
+    config = DoRAConfig(targets=language_targets(model), rank=2)
+    before = logits_of(model)
+    assert apply_dora(model, config) == apply_dora(plain, config)
+    torch.testing.assert_close(logits_of(model), before, rtol=0, atol=1e-5)
+
+
+def test_packed_weights_do_not_train_themselves(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = write_tiny("qwen2_5_vl", tmp_path / "base", width=64)
+    model = load_image_text(str(base), quantisation="nf4").model
+    with pytest.raises(
+        UserError, match=r"full: 14 of the parameters to train are quantised, such as model\.language_model\.layers\.0"
+    ):
+        apply_dora(model, DoRAConfig(method="full", targets=("model.language_model*",)))
+    assert apply_dora(model, DoRAConfig(method="full", targets=("lm_head",))) == ["lm_head"]
+
+
+def test_other_layers_than_meant_are_not_taken_silently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = write_tiny("qwen2_5_vl", tmp_path / "base", width=64)
+    monkeypatch.setattr(quantised, "kept_whole", lambda *given: [])
+    with pytest.raises(UserError, match=r"layers are quantised instead of 14, first \['lm_head"):
+        load_image_text(str(base), quantisation="nf4")
+
+
+def test_what_stays_whole_for_its_width_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("bitsandbytes")
+    write_tiny_language(tmp_path, hidden_size=32, intermediate_size=64)
+    model = load_causal_lm(str(tmp_path), quantisation="nf4").model
+    assert sum(is_quantised(module) for module in model.modules()) == 2
+    assert (
+        "12 of the language model's 14 linear layers stay whole, first model.layers.0.self_attn.q_proj" in caplog.text
+    )
+
+
+def test_asking_does_not_pack_the_weights_anew(tmp_path: Path) -> None:
+    """As bitsandbytes would on a CPU with AVX512-BF16, at the first pass in eval mode."""
+    pytest.importorskip("bitsandbytes")
+    write_tiny_language(tmp_path, hidden_size=64, intermediate_size=128)
+    model = load_causal_lm(str(tmp_path), quantisation="nf4").model.eval()
+    layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.support_avx512bf16_for_cpu is False
+    before = layer.weight.detach().clone()
+    logits_of(model)
+    assert torch.equal(layer.weight, before)
+    assert layer.weight.quant_state.nested

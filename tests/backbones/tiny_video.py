@@ -1,0 +1,121 @@
+"""Tiny random models of the families that take videos, each a folder with its processor and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+
+from dora_vl.backbones.video_inputs import Video
+from tests.backbones.tiny_image_text import CHATML, tiny_tokenizer, write_tiny
+
+PICTURE_PART = "{% if part.type == 'image' %}PICTURE{% else %}"
+QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+
+
+@dataclass(frozen=True)
+class VideoFamily:
+    """What differs from the family's set-up for pictures.
+
+    `settings` are its video processor's: sizes that give few tokens.
+    """
+
+    picture: str = "<image>"
+    video: str = "<video>"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    needs: str | None = None
+    one_length: bool = False
+    """Whether the videos of a batch must have equally many frames."""
+
+
+LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0, "tie_word_embeddings": False}
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SQUARE: Mapping[str, Any] = {"size": {"height": 16, "width": 16}}
+CROPPED: Mapping[str, Any] = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+VIDEO_FAMILIES: Mapping[str, VideoFamily] = {
+    "qwen2_vl": VideoFamily(QWEN_PICTURE, QWEN_VIDEO, {"size": {"shortest_edge": 64, "longest_edge": 512}}),
+    "qwen2_5_vl": VideoFamily(QWEN_PICTURE, QWEN_VIDEO, {"size": {"shortest_edge": 64, "longest_edge": 512}}),
+    "qwen3_vl": VideoFamily(QWEN_PICTURE, "<|video_pad|>", {"size": {"shortest_edge": 64, "longest_edge": 4096}}),
+    "internvl": VideoFamily("<IMG_CONTEXT>", "<video>", SQUARE),
+    "smolvlm": VideoFamily(
+        settings={"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}, needs="num2words"
+    ),
+    "llava_onevision": VideoFamily(settings=SQUARE, one_length=True),
+    "llava_next_video": VideoFamily(settings=CROPPED, one_length=True),
+    "video_llava": VideoFamily(one_length=True),
+}
+
+
+def video_template(picture: str, video: str) -> str:
+    """ChatML with a place for pictures and one for videos."""
+    both = PICTURE_PART.replace("PICTURE", picture).replace(
+        "{% else %}", "{% elif part.type == 'video' %}VIDEO{% else %}".replace("VIDEO", video)
+    )
+    assert PICTURE_PART in CHATML
+    return CHATML.replace(PICTURE_PART, both)
+
+
+def write_tiny_video(model_type: str, folder: Path) -> Path:
+    """Model and processor of one family; the same weights at every call."""
+    family = VIDEO_FAMILIES[model_type]
+    template = video_template(family.picture, family.video)
+    if model_type == "video_llava":
+        return _write_video_llava(folder, template)
+    write_tiny(model_type, folder, template=template)
+    processor = AutoProcessor.from_pretrained(folder)
+    for name, value in family.settings.items():
+        setattr(processor.video_processor, name, value)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _write_video_llava(folder: Path, template: str) -> Path:
+    from transformers import VideoLlavaImageProcessor, VideoLlavaProcessor
+    from transformers.models.video_llava.video_processing_video_llava import VideoLlavaVideoProcessor
+
+    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer({})
+    config = AutoConfig.for_model(
+        "video_llava",
+        text_config={"model_type": "llama", "vocab_size": len(tokenizer), **LLAMA},
+        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, **TOWER},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_seq_length=16,
+        video_seq_length=17 * 8,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor = VideoLlavaProcessor(
+        VideoLlavaImageProcessor(**CROPPED),
+        VideoLlavaVideoProcessor(**CROPPED),
+        tokenizer,
+        patch_size=4,
+        chat_template=template,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def coloured_video(
+    frames: int, *, every: int = 7, rate: float = 25.0, count: int = 100, size: tuple[int, int] = (30, 22)
+) -> Video:
+    """Frames that differ, taken from a file of steady rate; its first is the file's fourth."""
+    indices = tuple(3 + every * number for number in range(frames))
+    return Video(
+        pictures=tuple(Image.new("RGB", size, (index * 2 % 256, 255 - index, 60 + index)) for index in indices),
+        indices=indices,
+        seconds=tuple(index / rate for index in indices),
+        backend="pyav",
+        duration=count / rate,
+        count=count,
+        span=(0.0, count / rate),
+    )

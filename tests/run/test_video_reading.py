@@ -1,0 +1,107 @@
+"""A run's videos: which frames its settings mean, the part that was meant, and what is refused at once."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from dora_vl.data.clips import Clip
+from dora_vl.errors import BadSample, UserError
+from dora_vl.run import video_reading
+from dora_vl.run.recipe import DataConfig
+from dora_vl.run.video_reading import VideoReading, check_videos, video_folder, video_sampling
+from dora_vl.vision.frame_sampling import EverySeconds, Uniform
+from dora_vl.vision.video_backends import BackendMissing
+from tests.vision.video_files import write_video
+
+pytest.importorskip("av")
+CLIP = Clip(path="a.mp4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip of two seconds, 25 frames a second, and one of three frames."""
+    made = tmp_path_factory.mktemp("clips")
+    write_video(made / "a.mp4")
+    write_video(made / "short.mp4", [0.0, 0.04, 0.08])
+    (made / "cut.mp4").write_bytes((made / "a.mp4").read_bytes()[:-300])
+    return made
+
+
+def settings(folder: Path, **more: object) -> DataConfig:
+    return DataConfig(train="train.json", image_folder=str(folder), **more)  # pyright: ignore[reportArgumentType]
+
+
+def reading(folder: Path, **more: object) -> VideoReading:
+    data = settings(folder, **more)
+    return VideoReading(folder=video_folder(data), sampling=video_sampling(data))
+
+
+def test_settings_choose_the_frames(folder: Path) -> None:
+    assert video_sampling(settings(folder)) == Uniform(8)
+    assert video_sampling(settings(folder, video_frames=12, video_fps=4.0)) == EverySeconds(0.25, least=2, most=12)
+    assert reading(folder, video_frames=2).read([CLIP])[0].indices == (12, 37)
+    assert len(reading(folder, video_frames=20, video_fps=4.0).read([CLIP])[0].indices) == 8
+    assert len(reading(folder, video_frames=5, video_fps=4.0).read([CLIP])[0].indices) == 5
+
+
+def test_a_part_is_read_as_one_and_knows_its_file(folder: Path) -> None:
+    part = Clip(path="a.mp4", start_seconds=1.0, end_seconds=1.4)
+    (found,) = reading(folder, video_frames=2).read([part])
+    assert found.indices == (27, 32)
+    assert found.seconds == pytest.approx((1.08, 1.28))
+    assert (found.count, found.duration, found.span) == (50, pytest.approx(2.0), (1.0, 1.4))
+
+
+def test_short_videos_are_filled_up_where_all_must_have_one_length(folder: Path) -> None:
+    clips = [Clip(path="short.mp4"), CLIP]
+    assert [len(video.pictures) for video in reading(folder).read(clips)] == [3, 8]
+    filled = VideoReading(folder=folder, sampling=Uniform(8), frames=8)
+    assert [len(video.pictures) for video in filled.read(clips)] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("clip", "reason"),
+    [
+        (Clip(path="none.mp4"), "video none.mp4 is missing in"),
+        (Clip(path="../a.mp4"), "must not leave"),
+        (Clip(path="cut.mp4"), "is cut off"),
+        (Clip(path="a.mp4", start_seconds=9.0), "it has no part from 9.00"),
+    ],
+)
+def test_what_is_wrong_with_a_video_is_named(folder: Path, clip: Clip, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        reading(folder).read([CLIP, clip])
+
+
+def test_it_can_be_sent_to_a_data_worker(folder: Path) -> None:
+    ours = reading(folder)
+    expected = ours.read([CLIP])[0]
+    theirs = pickle.loads(pickle.dumps(ours)).read([CLIP])[0]
+    assert (theirs.indices, theirs.pictures[0].tobytes()) == (expected.indices, expected.pictures[0].tobytes())
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"video_frames": 0}, "data.video_frames is 0"),
+        ({"video_fps": 0.0}, r"data.video_fps is 0\.0"),
+        ({"video_fps": float("nan")}, "data.video_fps is nan"),
+        ({"video_folder": "nowhere"}, "video folder nowhere does not exist"),
+    ],
+)
+def test_settings_that_mean_no_frame_are_refused(folder: Path, more: dict[str, object], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        check_videos(settings(folder, **more))
+    check_videos(settings(folder, video_folder=str(folder)))
+
+
+def test_a_machine_without_a_decoder_is_told_before_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(backend: str) -> None:
+        raise BackendMissing(f"no module for {backend}")
+
+    monkeypatch.setattr(video_reading, "import_backend", missing)
+    with pytest.raises(UserError, match=r"no library that decodes videos.*pip install 'dora-vl\[video\]'"):
+        check_videos(settings(folder))

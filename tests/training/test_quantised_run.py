@@ -1,0 +1,214 @@
+"""QDoRA through the scripts: trained over a quantised base, resumed, asked, merged to plain weights, or refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from data_prep import generated_commonsense
+from dora_vl.adapters import merge_command
+from dora_vl.adapters.folder import load_adapter, read_weights
+from dora_vl.adapters.quantised_base import SCHEMES
+from dora_vl.backbones.causal_lm import load_causal_lm
+from dora_vl.data.turns import Turn
+from dora_vl.evaluation.assistant import Assistant, open_assistants, open_picture
+from dora_vl.evaluation.image_text_assistant import ImageTextAssistant, open_image_text_assistants
+from dora_vl.run.command_line import read_settings
+from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
+from tasks import commonsense, image_qa, llava_instruct
+from tests.backbones.tiny_image_text import write_tiny
+from tests.backbones.tiny_language import write_tiny_language
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+
+SMOKE = Path(__file__).parents[2] / "configs" / "commonsense" / "smoke.yaml"
+CPU: dict[str, object] = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+TURNS = [Turn("user", "<image>\nSay the colour.")]
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny bases of two kinds, and data in which every second block of four samples has no picture."""
+    folder = tmp_path_factory.mktemp("quantised")
+    write_tiny("qwen2_5_vl", folder / "qwen2_5_vl", width=64)
+    write_tiny_llava(folder / "llava", width=64)
+    write_tiny_data(folder / "data", samples=24, text_only_blocks=4)
+    Image.new("RGB", (21, 15), "red").save(folder / "red.png")
+    return folder
+
+
+def settings(there: Path, base: str, name: str, **changes: Any) -> Path:
+    sections = {**changes, "training": {**CPU, **changes.get("training", {})}}
+    return write_run(there / f"{name}.yaml", there / base, there / "data" / "train.json", **sections)
+
+
+def start(monkeypatch: pytest.MonkeyPatch, task: Any, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", [task.__file__, *arguments])
+    task.main()
+
+
+def trained(there: Path, monkeypatch: pytest.MonkeyPatch, base: str, kind: str) -> Path:
+    """The adapter of a run of the script, made once."""
+    pytest.importorskip(SCHEMES[kind].package)
+    adapter = there / f"{base}-{kind}" / "adapter"
+    if not adapter.is_dir():
+        path = settings(there, base, f"{base}-{kind}", model={"quantisation": kind})
+        start(monkeypatch, llava_instruct, "--config", str(path))
+    return adapter
+
+
+def merged(adapter: Path, to: Path, *more: str) -> Path:
+    parser = argparse.ArgumentParser()
+    merge_command.add_arguments(parser)
+    list(merge_command.run(parser.parse_args(["--adapter", str(adapter), "--to", str(to), *more])))
+    return to
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: Any, path: Path, *more: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        start(monkeypatch, llava_instruct, "--config", str(path), *more)
+    assert ended.value.code == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return told
+
+
+def logits_of(assistant: ImageTextAssistant, picture: Path) -> torch.Tensor:
+    inputs = assistant.encoder.encode_prompt(TURNS, [open_picture(picture)])
+    with torch.no_grad():
+        return assistant.backbone.model(**inputs).logits
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEMES))
+def test_it_trains_the_decoder_and_the_whole_projector(there: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    adapter = trained(there, monkeypatch, "qwen2_5_vl", kind)
+    weights = read_weights(adapter)
+    assert sum("lora_B" in name for name in weights) == 14
+    assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
+    assert any("merger" in name for name in weights)
+    recipe = json.loads((adapter / "recipe.json").read_text())
+    assert recipe["quantisation"] == kind
+    assert recipe["adapter"]["method"] == "dora"
+    losses = [json.loads(line).get("loss") for line in (adapter.parent / "log.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEMES))
+def test_the_merged_plain_model_is_the_trained_one(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    adapter = trained(there, monkeypatch, "qwen2_5_vl", kind)
+    opened = open_image_text_assistants(adapter, with_base=True)
+    ours = logits_of(opened.adapted, there / "red.png")
+    plain = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assistant = ImageTextAssistant(type(opened.adapted.backbone)(plain), opened.adapted.encoder)
+    # LLM.int8 rounds inputs as well, which no plain model does.
+    tolerance = 0.05 * float(ours.abs().max()) if kind == "int8" else 1e-4
+    torch.testing.assert_close(logits_of(assistant, there / "red.png"), ours, rtol=0, atol=tolerance)
+    assert opened.base is not None
+    assert float((logits_of(opened.base, there / "red.png") - ours).abs().max()) > 1e-2
+    stored = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "b", "--base-values", "stored"))
+    other = ImageTextAssistant(type(opened.adapted.backbone)(stored.eval()), opened.adapted.encoder)
+    assert float((logits_of(other, there / "red.png") - logits_of(assistant, there / "red.png")).abs().max()) > 1e-3
+
+
+def test_a_resumed_run_ends_where_a_whole_one_does(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read_weights(trained(there, monkeypatch, "qwen2_5_vl", "nf4"))
+    path = settings(there, "qwen2_5_vl", "half", model={"quantisation": "nf4"})
+    start(monkeypatch, llava_instruct, "--config", str(path))
+    start(monkeypatch, llava_instruct, "--config", str(path), "--resume", str(there / "half" / "checkpoint-2"))
+    resumed = read_weights(there / "half" / "adapter")
+    assert resumed.keys() == whole.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_zero_2_trains_what_one_process_trains(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = read_weights(trained(there, monkeypatch, "qwen2_5_vl", "nf4"))
+    path = settings(there, "qwen2_5_vl", "zero2", model={"quantisation": "nf4"}, training={"deepspeed": "zero2"})
+    start(monkeypatch, llava_instruct, "--config", str(path))
+    for name, tensor in read_weights(there / "zero2" / "adapter").items():
+        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5)
+
+
+def test_it_is_asked_from_the_command_line_beside_its_base(
+    there: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    adapter = trained(there, monkeypatch, "qwen2_5_vl", "nf4")
+    capsys.readouterr()
+    question = ["--image", str(there / "red.png"), "--question", "Say the colour.", "--max-new-tokens", "4"]
+    image_qa.main(["--adapter", str(adapter), *question])
+    printed = capsys.readouterr().out.splitlines()[1].strip()
+    assistant = open_image_text_assistants(adapter).adapted
+    assert printed == assistant.answer(TURNS, [open_picture(there / "red.png")], max_new_tokens=4)
+
+
+def test_a_llava_too(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = trained(there, monkeypatch, "llava", "nf4")
+    ours: Assistant = open_assistants(adapter).adapted
+    ids = ours.encoder.encode_prompt(TURNS)[None]
+    pixels = ours.preparation.prepare(open_picture(there / "red.png"))[None]
+    model = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
+    with torch.no_grad():
+        expected = ours.backbone.model(input_ids=ids, pixel_values=pixels).logits
+        found = model(input_ids=ids, pixel_values=pixels).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_plain_language_model_trains_is_tested_and_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    write_tiny_language(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    generated_commonsense.main(["--to", str(tmp_path / "data")])
+    given = {
+        "model": {"base": str(tmp_path / "base"), "source": None, "dtype": "float32", "quantisation": "nf4"},
+        "adapter": {"rank": 4},
+        "data": {"train": [str(tmp_path / "data" / "train.json")], "max_tokens": 512},
+        "evaluation": {"files": {"openbookqa": str(tmp_path / "data" / "test.json")}, "limit": 4},
+        "training": {"output_dir": str(tmp_path / "run"), "max_steps": 3, "learning_rate": 1e-2},
+    }
+    flat = [f"--{part}.{key}={json.dumps(value)}" for part, keys in given.items() for key, value in keys.items()]
+    start(monkeypatch, commonsense, f"--config={SMOKE}", *flat)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_steps"] == 3
+    adapter = tmp_path / "run" / "adapter"
+    ours = load_causal_lm(str(tmp_path / "base"), quantisation="nf4").model
+    load_adapter(ours, adapter)
+    model = AutoModelForCausalLM.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        found, expected = model(input_ids=ids).logits, ours.eval()(input_ids=ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert float((base - expected).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("base", ["qwen2_5_vl", "llava"])
+def test_zero_3_is_refused_before_weights_are_read(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, base: str
+) -> None:
+    path = settings(there, base, f"zero3-{base}", model={"quantisation": "nf4"}, training={"deepspeed": "zero3"})
+    content = yaml.safe_load(path.read_text())
+    emptied = tmp_path / "base"
+    emptied.mkdir()
+    for file in (there / base).iterdir():
+        if file.suffix != ".safetensors":
+            (emptied / file.name).write_bytes(file.read_bytes())
+    path.write_text(yaml.safe_dump({**content, "model": {**content["model"], "base": str(emptied)}}))
+    assert "nf4 with ZeRO-3: packed weights cannot be split" in refused(monkeypatch, capsys, path)
+
+
+def test_a_kind_that_is_none_is_refused(there: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    path = settings(there, "qwen2_5_vl", "fp3", model={"quantisation": "fp3"})
+    assert "quantisation" in refused(monkeypatch, capsys, path)
+
+
+def test_the_commonsense_settings_have_it_too() -> None:
+    given = ["--model.base=a", "--data.train=[]", "--model.quantisation=hqq"]
+    assert read_settings(given, CommonsenseRunConfig).model.quantisation == "hqq"

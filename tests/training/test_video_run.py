@@ -1,0 +1,143 @@
+"""Videos through the training script: mixed with pictures and words, saved, resumed; broken ones named; or refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dora_vl.adapters.folder import read_weights
+from dora_vl.data.clips import Clip
+from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError
+from dora_vl.evaluation.image_text_assistant import open_image_text_assistants
+from dora_vl.pipelines.image_text_task import instruct_task
+from dora_vl.run.command_line import read_run_file
+from dora_vl.training.run import run
+from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.vision.video import read_frames
+from tasks import llava_instruct
+from tests.backbones.tiny_image_text import write_tiny
+from tests.backbones.tiny_video import write_tiny_video
+from tests.training.tiny_run import write_run, write_tiny_llava
+from tests.training.video_run import write_video_data
+
+pytest.importorskip("av")
+CPU: dict[str, object] = {"use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 4}
+FRAMES: dict[str, object] = {"video_frames": 4, "max_tokens": 512, "max_bad_share": 0.0}
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL, and data of every kind."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_tiny_video("qwen2_5_vl", folder / "base")
+    write_video_data(folder / "data")
+    return folder
+
+
+def settings(there: Path, name: str, base: Path | None = None, **changes: dict[str, object]) -> Path:
+    sections = {
+        **changes,
+        "training": {**CPU, **changes.get("training", {})},
+        "data": {**FRAMES, **changes.get("data", {})},
+    }
+    return write_run(there / f"{name}.yaml", base or there / "base", there / "data" / "train.json", **sections)
+
+
+def losses(run_folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_three_steps_are_trained_saved_and_opened_again(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = settings(there, "whole", data={"workers": 2})
+    monkeypatch.setattr("sys.argv", ["llava_instruct.py", "--config", str(path)])
+    llava_instruct.main()
+    run_folder = there / "whole"
+    assert len(losses(run_folder)) == 3
+    assert not (run_folder / "skipped.jsonl").is_file() or not (run_folder / "skipped.jsonl").read_text()
+    weights = read_weights(run_folder / "adapter")
+    assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
+    recipe = json.loads((run_folder / "adapter" / "recipe.json").read_text())
+    assert (recipe["video_frames"], recipe["video_fps"]) == (4, None)
+    opened = open_image_text_assistants(run_folder / "adapter", with_base=True)
+    video = read_frames(there / "data", Clip(path="red.mp4"), Uniform(4))
+    answers: list[torch.Tensor] = []
+    for assistant in (opened.adapted, opened.base):
+        assert assistant is not None
+        inputs = assistant.encoder.encode_prompt([Turn("user", "<video>\nSay the colour.")], (), (video,))
+        with torch.no_grad():
+            answers.append(assistant.backbone.model(**inputs).logits)
+    assert (answers[0] - answers[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "llava_next_video", "idefics3"])
+def test_other_ways_that_videos_go_in(
+    there: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str
+) -> None:
+    """Frames among the pictures, videos of one length, and frames as pictures, which is said."""
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    write = write_tiny if family == "idefics3" else write_tiny_video
+    base = write(family, tmp_path / "base")
+    with caplog.at_level(logging.WARNING):
+        run(instruct_task(read_run_file(settings(there, family, base, data={"video_frames": 8}))))
+    assert len(losses(there / family)) == 3
+    said = [message for message in caplog.messages if "as pictures" in message]
+    assert bool(said) == (family == "idefics3")
+    assert len(said) <= 1
+
+
+def test_a_broken_video_is_a_bad_sample_and_named(there: Path) -> None:
+    records = json.loads((there / "data" / "train.json").read_text())
+    broken = {2: "none.mp4", 6: "../data/red.mp4", 11: "cut.mp4"}
+    (there / "data" / "cut.mp4").write_bytes((there / "data" / "white.mp4").read_bytes()[:-200])
+    for index, name in broken.items():
+        records[index]["video"] = name
+    (there / "data" / "broken.json").write_text(json.dumps(records))
+    data: dict[str, object] = {"train": str(there / "data" / "broken.json"), "max_bad_share": 0.5}
+    run(instruct_task(read_run_file(settings(there, "broken", data=data, training={"max_steps": 4}))))
+    lines = [json.loads(line) for line in (there / "broken" / "skipped.jsonl").read_text().splitlines()]
+    reasons = {line["id"]: line["reason"] for line in lines}
+    assert "video none.mp4 is missing" in reasons["sample-2"]
+    assert "must not leave" in reasons["sample-6"]
+    assert "is cut off" in reasons["sample-11"]
+    assert len(reasons) == 3
+
+
+def refused(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
+    monkeypatch.setattr("sys.argv", ["llava_instruct.py", "--config", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        llava_instruct.main()
+    assert ended.value.code == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return told
+
+
+@pytest.mark.parametrize(
+    ("family", "data", "reason"),
+    [
+        ("qwen2_5_vl", {"video_folder": "nowhere"}, "video folder nowhere does not exist"),
+        ("qwen2_5_vl", {"video_frames": 0}, "data.video_frames is 0"),
+        ("llava_next_video", {"video_fps": 2.0}, "takes videos of equally many frames in a batch"),
+        ("qwen3_vl", {"video_frames": 1}, "takes no video of 1 frames"),
+    ],
+)
+def test_what_no_video_could_be_trained_with_ends_in_one_line_before_weights_are_read(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, family: str, data: dict[str, object],
+    reason: str,
+) -> None:  # fmt: skip
+    base = write_tiny_video(family, tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    assert reason in refused(settings(there, "refused", base, data=data), monkeypatch, capsys)
+
+
+def test_a_llava_takes_no_videos(there: Path, tmp_path: Path) -> None:
+    base = write_tiny_llava(tmp_path / "llava")
+    with pytest.raises(UserError, match=r"it has a video, which a LLaVA-1\.5 is not trained on"):
+        run(instruct_task(read_run_file(settings(there, "llava", base))))
