@@ -48,7 +48,7 @@ class AdapterSettings:
     """`dora`: A, B and magnitude; `lora`: A and B; `magnitude`: magnitude alone; `full`: the targets' own weights;
     `dvora`: frozen random A and B shared by all layers, with trained vectors (VeRA) and magnitudes."""
     rank: int = 16
-    """Rows of A; the change of a weight has at most this rank before normalisation."""
+    """Rows of A (columns of B); the change of a weight has at most this rank before normalisation."""
     alpha: float = 32.0
     """Numerator of the scale s that multiplies B A; see `rank_scaling`."""
     dropout: float = 0.05

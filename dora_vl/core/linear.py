@@ -150,9 +150,9 @@ class ProductLayer(AdaptedLayer):
         kept = self._factors  # dropped with the gain, where there is one, so that is not asked twice
         if kept is not None and kept.dtype == dtype and (self._gain is not None or self.still_holds(kept.snapshot)):
             return kept
-        assert self.lora_A is not None
-        assert self.lora_B is not None
-        cast_factors = self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype) * self.scale()
+        own = self.factors()
+        assert own is not None
+        cast_factors = own[0].detach().to(dtype), own[1].detach().to(dtype) * self.scale()
         compiled = not self.training and output_is_compiled(self, dtype)
         factors = CastFactors(*cast_factors, dtype, self.snapshot(), compiled)
         self._factors = None if self.training else factors

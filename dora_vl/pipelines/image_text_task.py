@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of
 from dora_vl.backbones.image_text import (
     IMAGE_TEXT,
+    ImageTextBackbone,
     language_targets,
     load_image_text,
     projector_patterns,
+    skeleton_of,
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.module import Backbone
-from dora_vl.core import DoRAConfig
+from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.data.dataset import Encoded, LlavaDataset, Sample
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.sampler import sampling_lengths
@@ -36,7 +39,9 @@ from dora_vl.run.assembly import build_sampler, processor_encoder, read_samples,
 from dora_vl.run.base_loading import check_quantisation, load_base
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.video_reading import VideoReading, check_videos, video_folder, video_sampling
+from dora_vl.run.zero import without_sharding
 from dora_vl.training.memory_estimate import Activations
+from dora_vl.training.optim import rates_of, refuse_unknown_parts
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.task_model import GenerationTask
 
@@ -81,8 +86,20 @@ class ImageTextTask(Task):
         check_quantisation(self.config.model)
         train, held_out = read_samples(self.config, seed=order_seed(arguments))
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+        self._check_parts(arguments)
         if any(rows.has_videos for rows in (train, held_out) if rows is not None):
             _check_videos(self.config, encoder)
+
+    def _check_parts(self, arguments: TrainingArguments) -> None:
+        """Refuses patterns and rates of parts that the model does not have, on a model without weights."""
+        adapter, model = self.config.adapter, self.config.model
+        named = adapter.targets or adapter.parts or adapter.also_train or adapter.also_keep
+        if not named and not self.config.optim.rates:
+            return
+        with without_sharding(arguments):
+            backbone = ImageTextBackbone(skeleton_of(model.base, revision=model.revision))
+        apply_dora(backbone.model, replace(self.dora_config(backbone), init="kaiming"))
+        refuse_unknown_parts(trained_parts(backbone.model), rates_of(self.config.optim, arguments.learning_rate))
 
     def load(self) -> Backbone[Any]:
         """The model."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
-from dora_vl.run.recipe import Decayed
+from dora_vl.run.recipe import Decayed, OptimConfig
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,17 @@ def learning_rates(
     if twice := sorted(set(short) & set(by_part or {})):
         raise UserError(f"optim.rates.{twice[0]} and optim.{twice[0]}_learning_rate say the same; leave one out")
     return LearningRates(default, {**short, **(by_part or {})}, b_ratio)
+
+
+def rates_of(optim: OptimConfig, default: float) -> LearningRates:
+    """The rates that a run's `optim:` section says, `training.learning_rate` being the default."""
+    return learning_rates(
+        default,
+        projector=optim.projector_learning_rate,
+        magnitude=optim.magnitude_learning_rate,
+        b_ratio=optim.b_learning_rate_ratio,
+        by_part=optim.rates,
+    )
 
 
 def refuse_unknown_parts(parts: Sequence[TrainedPart], rates: LearningRates) -> None:

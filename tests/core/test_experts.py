@@ -83,10 +83,15 @@ def moved(model: nn.Module, amount: float = 0.3) -> None:
                 parameter.add_(torch.randn_like(parameter) * amount)
 
 
+def layers(model: nn.Module) -> dict[str, Any]:
+    """The adapted layers; their A, B and magnitude are there."""
+    return dict(adapted_layers(model))
+
+
 def dense(model: nn.Module, base: nn.Module, *, detached: bool) -> dict[str, Tensor]:
     """W' of each adapted weight, written out: m V / ||V|| in each expert, V = W + s B A."""
     weights: dict[str, Tensor] = {}
-    for name, layer in adapted_layers(model):
+    for name, layer in layers(model).items():
         stored = base.get_parameter(name)
         w = stored.mT if layer.transposed else stored
         direction = w
@@ -128,7 +133,7 @@ def test_nothing_changes_at_the_start(kind: str, dtype: torch.dtype) -> None:
     model, base = Layer(kind, dtype), Layer(kind, dtype)
     apply_dora(model, config())
     with torch.no_grad():
-        for layer in (one for _, one in adapted_layers(model)):
+        for layer in layers(model).values():
             assert torch.equal(layer.gain(), torch.ones_like(layer.gain()))
         given = inputs(dtype)
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
@@ -168,7 +173,7 @@ def test_rows_that_cancel_are_taken_dense() -> None:
     model, base = Layer("qwen3_moe"), Layer("qwen3_moe")
     apply_dora(model, config(rank=6))
     moved(model)
-    layer = dict(adapted_layers(model))["experts.down_proj"]
+    layer = layers(model)["experts.down_proj"]
     with torch.no_grad():  # V is nearly 0 in two rows of two experts
         layer.lora_A[[1, 4]] = torch.eye(6, dtype=torch.float64)
         layer.lora_B[1, 2] = -base.get_parameter("experts.down_proj")[1, 2] / layer.scale() * (1 - 1e-6)
@@ -182,7 +187,7 @@ def test_the_norm_is_computed_once_a_step_and_follows_edits(monkeypatch: pytest.
     model = Layer("qwen3_moe")
     apply_dora(model, config())
     moved(model)
-    layer = dict(adapted_layers(model))["experts.gate_up_proj"]
+    layer = layers(model)["experts.gate_up_proj"]
     counted: list[int] = []
     true_norms = layer.norms_squared
     monkeypatch.setattr(layer, "norms_squared", lambda: counted.append(1) or true_norms())
@@ -220,7 +225,7 @@ def test_starts_leave_the_output_as_it_was(init: str) -> None:
     apply_dora(model, config(init=init))
     given = inputs()
     torch.testing.assert_close(model(*given), base(*given), rtol=1e-9, atol=1e-9)
-    a = dict(adapted_layers(model))["experts.down_proj"].lora_A
+    a = layers(model)["experts.down_proj"].lora_A
     assert not torch.equal(a[0], a[1])
 
 
@@ -249,7 +254,7 @@ def tiny_qwen() -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             vocab_size=40, hidden_size=16, intermediate_size=12, moe_intermediate_size=8, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
+            num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2,
         )
     ).eval()  # fmt: skip
 

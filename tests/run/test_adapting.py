@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_vl import load_adapter, save_adapter, trained_parts
 from dora_vl.adapters.settings import BY_NAME, OWN_FIELDS
-from dora_vl.core import apply_dora
+from dora_vl.core import adapted_layers, apply_dora
 from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.errors import UserError
 from dora_vl.run.adapting import core_config
@@ -44,7 +44,12 @@ OTHER: dict[str, Any] = {
 
 def tiny() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=30, num_hidden_layers=2, **sizes))
 
 
@@ -124,7 +129,8 @@ def test_each_part_has_its_rank_scale_and_name() -> None:
     model = tiny()
     names = apply_dora(model, CONFIG)
     assert len(names) == 4 + 3 + 2
-    layers = {name: model.get_submodule(name).adapter for name in names}
+    layers = {name: layer.adapter for name, layer in adapted_layers(model)}
+    assert list(layers) == names
     assert {(name.split(".")[-1], one.rank, one.scale) for name, one in layers.items()} == {
         ("q_proj", 6, 1.5), ("v_proj", 6, 1.5), ("v_proj", 3, 3.0), ("k_proj", 6, 1.5),
         ("gate_proj", 2, 4.0), ("up_proj", 2, 4.0), ("down_proj", 2, 4.0),

@@ -130,8 +130,14 @@ def test_a_merged_folder_is_the_adapted_model(there: Path, adapter: Path, tmp_pa
         ({"adapter": {"also_train": {"norms": ["*.norrm.*"]}}, "optim": {}}, r"also_train\.norms.*matches none"),
     ],
 )
-def test_parts_that_are_not_there_are_refused_before_a_step(there: Path, changes: dict[str, Any], said: str) -> None:
-    path = settings(there, f"refused{abs(hash(said))}", **changes)
+def test_parts_that_are_not_there_are_refused_before_weights_are_loaded(
+    there: Path, tmp_path: Path, changes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*positional: object, **named: object) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr("dora_vl.pipelines.image_text_task.load_base", load)
+    path = settings(there, f"refused_{tmp_path.name}", **changes)
     with pytest.raises(UserError, match=said):
         run(instruct_task(read_run_file(path)))
     log = json.loads(path.with_suffix("").joinpath("settings.json").read_text())
