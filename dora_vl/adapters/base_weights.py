@@ -174,7 +174,8 @@ def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     """The model's own names of the keys in its files, and what is stored otherwise than it is in the model.
 
     The model is built from its configuration without memory. A folder whose class transformers does not have
-    keeps the files' names.
+    keeps the files' names, and so do tensors that transformers joins into one when it loads them (a matrix for each
+    expert): under the joined name only the last would be left.
 
     Args:
         shapes: of the stored tensors, by key.

@@ -31,6 +31,7 @@ from dora_vl.core.config import DoRAConfig
 from dora_vl.core.initialise import take_from_weight
 from dora_vl.core.inject import apply_dora, refuse_unwritable
 from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.opaque import loose_tensors
 from dora_vl.core.precision import Gather, no_gather
 from dora_vl.core.trainable import adapted_layers, is_adapted, kept_rows, kept_tensors, trained_parts
 from dora_vl.errors import UserError
@@ -262,8 +263,8 @@ def _without_values(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter.data, device="meta"), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for tensor in (*model.buffers(), *loose_tensors(model)):
+        memo[id(tensor)] = torch.empty_like(tensor, device="meta")
     return copy.deepcopy(model, memo)
 
 

@@ -90,9 +90,11 @@ def _int8(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Mod
 def _int8_values(layer: Any) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
-    return int8_vectorwise_dequant(layer.weight.CB, layer.weight.SCB)
+    codes, scales = (layer.weight.CB, layer.weight.SCB) if layer.state.CB is None else (layer.state.CB, layer.state.SCB)
+    return int8_vectorwise_dequant(codes, scales)
 
 
+@torch.no_grad()
 def _hqq(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 

@@ -40,6 +40,10 @@ class QuantisedLoading:
         elif self.kind == "nf4":
             for name in self.layers:
                 keep_packing(model.get_submodule(name))
+        elif self.kind == "int8":
+            for name in self.layers:
+                layer: Any = model.get_submodule(name)
+                layer.init_8bit_state()  # else the first of two copies that share a weight takes its codes along
         found = {name for name, module in model.named_modules() if is_quantised(module)}
         if other := sorted(found ^ set(self.layers)):
             raise UserError(

@@ -50,11 +50,22 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(one)
 
 
+def four_bit_dtype(layer: Any) -> torch.dtype:
+    """The dtype that a 4-bit weight comes back in; a copy of the layer without values has no state that says so."""
+    state = vars(layer.weight).get("quant_state")
+    return state.dtype if state is not None else layer.compute_dtype or torch.float32
+
+
+FOUR_BITS = OpaqueKind(four_bit_dtype)
 OPAQUE_KINDS: Mapping[str, OpaqueKind] = {
-    "bitsandbytes.nn.modules.Linear4bit": OpaqueKind(lambda layer: layer.weight.quant_state.dtype),
-    "bitsandbytes.nn.modules.LinearNF4": OpaqueKind(lambda layer: layer.weight.quant_state.dtype),
-    "bitsandbytes.nn.modules.LinearFP4": OpaqueKind(lambda layer: layer.weight.quant_state.dtype),
-    "bitsandbytes.nn.modules.Linear8bitLt": OpaqueKind(lambda layer: torch.float16, rounds_input=True),
+    "bitsandbytes.nn.modules.Linear4bit": FOUR_BITS,
+    "bitsandbytes.nn.modules.LinearNF4": FOUR_BITS,
+    "bitsandbytes.nn.modules.LinearFP4": FOUR_BITS,
+    "bitsandbytes.nn.modules.Linear8bitLt": OpaqueKind(
+        lambda layer: torch.float16,
+        rounds_input=True,
+        loose_tensors=lambda layer: tensors_in({"codes": layer.state.CB, "scales": layer.state.SCB}),
+    ),  # there once the layer has run
     "hqq.core.quantize.HQQLinear": OpaqueKind(
         lambda layer: layer.compute_dtype, loose_tensors=lambda layer: tensors_in(layer.meta)
     ),  # scales and zeros, which may be quantised themselves
@@ -73,6 +84,13 @@ def class_path(module: nn.Module) -> str:
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module is a quantised linear layer of a class known here."""
     return class_path(module) in OPAQUE_KINDS
+
+
+def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """What quantised layers hold that is neither parameter nor buffer; for whoever copies a model."""
+    for module in model.modules():
+        if is_quantised(module):
+            yield from OPAQUE_KINDS[class_path(module)].loose_tensors(module)
 
 
 class OpaqueLinear(AdaptedLayer):

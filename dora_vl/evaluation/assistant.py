@@ -20,6 +20,7 @@ from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.backbones.module import Backbone
+from dora_vl.core.opaque import loose_tensors
 from dora_vl.data.examples import Example
 from dora_vl.data.media import open_image
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
@@ -245,6 +246,7 @@ def without_adapter(backbone: AnyBackbone, adapter: Path) -> AnyBackbone:
     replaced = {own_name(key) for key in read_weights(adapter)}
     tensors = [*backbone.model.named_parameters(), *backbone.model.named_buffers()]
     shared = {id(tensor): tensor for name, tensor in tensors if name not in replaced}
+    shared |= {id(tensor): tensor for tensor in loose_tensors(backbone.model)}
     return copy.deepcopy(backbone, shared)
 
 

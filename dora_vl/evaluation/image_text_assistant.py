@@ -113,6 +113,7 @@ def open_image_text_assistants(
         base=place,
         revision=None if base else recipe["revision"],
         dtype=recipe["dtype"],
+        template=recipe.get("template") or "tokenizer",  # the chat template, where no format is named
         quantisation=recipe.get("quantisation"),
     )
     encoder = processor_encoder(model, max_tokens=recipe["max_tokens"])

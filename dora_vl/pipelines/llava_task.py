@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,32 +17,19 @@ from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.backbones.module import Backbone
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import LlavaDataset
-from dora_vl.data.overlap import overlap, overlap_warning
-from dora_vl.data.sampler import sampling_lengths
-from dora_vl.data.train_files import train_files, train_name
-from dora_vl.data.training_rows import SampleRows, described, load_rows
-from dora_vl.evaluation.questions import Question, read_questions
+from dora_vl.data.dataset import LlavaDataset, Rows
+from dora_vl.data.stored_pictures import HeldPictures
+from dora_vl.evaluation.questions import read_questions
 from dora_vl.evaluation.run import evaluate_run
-from dora_vl.run.arguments import order_seed
-from dora_vl.run.assembly import (
-    build_encoder,
-    build_sampler,
-    dora_config,
-    load_backbone,
-    pad_token_id,
-    read_samples,
-    recipe_record,
-)
+from dora_vl.pipelines.instruct_data import InstructData
+from dora_vl.run.assembly import build_encoder, dora_config, load_backbone, pad_token_id, recipe_record
 from dora_vl.run.base_loading import check_quantisation, make_base
-from dora_vl.run.picture_reading import picture_reader
+from dora_vl.run.picture_reading import PictureReader, picture_reader
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.task_model import GenerationTask
-
-_log = logging.getLogger(__name__)
 
 
 class LlavaTask(Task):
@@ -52,6 +38,7 @@ class LlavaTask(Task):
     def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
         self._config = config
         self._name = name
+        self._data: InstructData | None = None
 
     @property
     def name(self) -> str:
@@ -69,25 +56,18 @@ class LlavaTask(Task):
         All data is read first, and the test's questions: what is wrong with them shows now, not after hours.
         """
         check_quantisation(self.config.model)
-        seed = order_seed(arguments)
-        train, held_out = read_samples(self.config, seed=seed)
-        for file in train_files(self.config.data.train):
-            _log.info(described(file, load_rows(file.path, self.config.data.limit).rows))
-        if held_out is not None and self.config.data.validation_share:
-            counts = len(held_out.rows), len(held_out.pictures), seed
-            _log.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
+        samples = self._samples(arguments)
+        samples.describe()
         if self.config.evaluation.file is not None:
             questions, _ = read_questions(Path(self.config.evaluation.file), self.config.evaluation.limit)
-            self._warn_of_overlap(train, questions)
+            samples.warn_of_overlap(questions)
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
 
-    def _warn_of_overlap(self, train: SampleRows, questions: Sequence[Question]) -> None:
-        data, evaluation = self.config.data, self.config.evaluation
-        if Path(evaluation.image_folder or data.image_folder).resolve() != Path(data.image_folder).resolve():
-            return  # one name there is another picture
-        found = overlap(train.rows, questions)
-        if found:
-            _log.warning(overlap_warning(found, train_name(data.train), str(evaluation.file)))
+    def _samples(self, arguments: TrainingArguments) -> InstructData:
+        """The run's data, read at the first call."""
+        if self._data is None:
+            self._data = InstructData(self.config, arguments)
+        return self._data
 
     def load(self) -> Backbone[Any]:
         """The LLaVA."""
@@ -101,23 +81,21 @@ class LlavaTask(Task):
         """The training file's conversations, grouped by modality and length."""
         llava, data = cast(LlavaBackbone, backbone), self.config.data
         encoder = build_encoder(self.config.model, llava, max_tokens=data.max_tokens)
-        train, held_out = read_samples(self.config, seed=order_seed(arguments))
-        samples = partial(_samples, config=self.config, encoder=encoder, backbone=llava, arguments=arguments)
-        train_samples = samples(train)
-        lengths = sampling_lengths(train.rows, tokens_per_image=llava.tokens_per_image)
-        grouped = data.group_by_modality_length or data.share_pictures
-        sampler = build_sampler(lengths, arguments, share_pictures=data.share_pictures) if grouped else None
-        return TrainingData(
-            train=train_samples,
-            validation=None if held_out is None else samples(held_out),
+        samples = self._samples(arguments)
+        pictures = picture_reader(
+            self.config,
+            llava,
+            samples.pictures if data.cache_features else (),
+            folder=Path(data.image_folder),
+            device=arguments.device,
+            stored=samples.stored if data.cache_features else None,
+        )
+        return samples.training_data(
+            partial(_illustrated, encoder=encoder, pictures=pictures),
             collate=Collator(
                 pad_token_id(encoder), share_pictures_by=encoder.image_token_id if data.share_pictures else None
             ),
-            sampler=sampler,
-            set_epoch=(train_samples.set_epoch, *(() if sampler is None else (sampler.set_epoch,))),
-            samples=len(train.rows),
-            source=train_name(data.train),
-            longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
+            tokens_per_image=llava.tokens_per_image,
         )
 
     def loss(self, backbone: Backbone[Any]) -> GenerationTask:
@@ -165,18 +143,7 @@ class LlavaTask(Task):
         )
 
 
-def _samples(
-    samples: SampleRows,
-    *,
-    config: RunConfig,
-    encoder: LlavaEncoder,
-    backbone: LlavaBackbone,
-    arguments: TrainingArguments,
-) -> LlavaDataset:
-    folder = Path(config.data.image_folder)
-    pictures = picture_reader(
-        config, backbone, samples.pictures, folder=folder, device=arguments.device, stored=samples.stored
-    )
-    return LlavaDataset(
-        samples.rows, encode=encoder.encode, picture=pictures.pixels, features=pictures.features, seed=arguments.seed
-    )
+def _illustrated(rows: Rows, stored: HeldPictures, *, encoder: LlavaEncoder, pictures: PictureReader) -> LlavaDataset:
+    """Samples with pixels, or with features that are stored by the picture's name."""
+    pixels = None if pictures.pixels is None else partial(pictures.pixels, stored=stored)
+    return LlavaDataset(rows, encode=encoder.encode, picture=pixels, features=pictures.features)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.data.examples import Clip
-from dora_vl.data.stored_pictures import StoredPictures, open_picture
+from dora_vl.data.stored_pictures import HeldPictures, StoredPictures, open_picture
 from dora_vl.errors import UserError
 from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
 from dora_vl.run.recipe import ModelConfig, RunConfig
@@ -31,7 +31,7 @@ class PictureReader:
     `frames` gives a video's frames as `pixels` gives pictures, likewise; None: videos cannot be asked about.
     """
 
-    pixels: Callable[[str], Tensor] | None = None
+    pixels: Callable[..., Tensor] | None = None
     features: Callable[[str], Tensor] | None = None
     frames: Callable[[Clip], Sequence[Tensor]] | None = None
 
@@ -74,7 +74,7 @@ def image_preparation(model: ModelConfig) -> ImagePreparation:
 
 
 def read_pixels(
-    path: str, *, folder: Path, preparation: ImagePreparation, stored: StoredPictures | None = None
+    path: str, *, folder: Path, preparation: ImagePreparation, stored: HeldPictures | None = None
 ) -> Tensor:
     """Pixels of one picture; a top-level function, so that worker processes can receive it."""
     return preparation.prepare(open_picture(folder, path, stored))
