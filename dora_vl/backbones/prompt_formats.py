@@ -27,10 +27,6 @@ class Prompts(Protocol):
         """
         ...
 
-    def takes_video(self, token: str) -> bool:
-        """Whether `token` is written once where a video goes; else its frames go in as pictures."""
-        ...
-
 
 class QuestionAnswer:
     """`Question: ... Answer: ...`, a line for each round, pictures where the question has them.
@@ -66,10 +62,6 @@ class QuestionAnswer:
                 text += f" {turn.text}{self._end}"
                 spans.append((start, len(text)))
         return Chat(text, tuple(spans))
-
-    def takes_video(self, token: str) -> bool:
-        """Never."""
-        return False
 
 
 class PaliGemma:
@@ -107,10 +99,6 @@ class PaliGemma:
         if generation_prompt:
             return Chat(text, (), by_token_types=True)
         return Chat(text, ((len(text), len(text) + 1),), suffix=turns[1].text, by_token_types=True)
-
-    def takes_video(self, token: str) -> bool:
-        """Never."""
-        return False
 
 
 FORMATS: Mapping[str, type[QuestionAnswer] | type[PaliGemma]] = MappingProxyType(

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from dora_vl.core.opaque import is_quantised
+
 ADAM_STATES = 2
 FLOAT32_BYTES = 4
 # Vectors of hidden width that a layer keeps for each token: norm inputs, q, k, v and attention output, and four of the
@@ -54,6 +56,22 @@ class Activations:
 def parameter_count(parameter: nn.Parameter) -> int:
     """Numbers in a parameter; under ZeRO-3 the whole, not this rank's shard."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def weight_count(model: nn.Module) -> int:
+    """Numbers in all of a model's parameters; a quantised layer's weight counts as what it stands for, unpacked."""
+    unpacked = unpacked_sizes(model)
+    return sum(unpacked.get(id(one), parameter_count(one)) for one in model.parameters())
+
+
+def unpacked_sizes(model: nn.Module) -> dict[int, int]:
+    """Identity of each quantised weight -> the numbers that it stands for."""
+    unpacked: dict[int, int] = {}
+    for module in model.modules():
+        if is_quantised(module):
+            layer: Any = module
+            unpacked[id(next(layer.parameters()))] = layer.in_features * layer.out_features
+    return unpacked
 
 
 def estimate_memory(

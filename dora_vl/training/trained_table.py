@@ -9,7 +9,7 @@ from torch import nn
 
 from dora_vl.core import TrainedPart, adapted_layers
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.training.memory_estimate import parameter_count, table
+from dora_vl.training.memory_estimate import parameter_count, table, unpacked_sizes, weight_count
 from dora_vl.training.optim import LearningRates
 
 EXPERTS, EMBEDDINGS, LINEARS, CONVOLUTIONS, OTHERS = (
@@ -24,7 +24,7 @@ TIED = "embeddings, tied to the head"
 
 def trained_table(model: nn.Module, parts: Sequence[TrainedPart], rates: LearningRates) -> str:
     """A line for each part that trains: layers, numbers, their share of all, rank and learning rate."""
-    total = sum(map(parameter_count, model.parameters()))
+    total = weight_count(model)
     layers = dict(adapted_layers(model))
     lines: dict[str, list[TrainedPart]] = {}
     for part in parts:
@@ -57,7 +57,7 @@ def _share(count: int, total: int) -> tuple[str, str]:
 
 def frozen_table(model: nn.Module) -> str:
     """What is not adapted and does not train: a line for each kind of weight, with its share and its largest."""
-    total = sum(map(parameter_count, model.parameters()))
+    total = weight_count(model)
     found: dict[str, list[tuple[str, int]]] = {}
     for kind, name, count in _out_of_reach(model):
         found.setdefault(kind, []).append((name, count))
@@ -73,13 +73,18 @@ def _out_of_reach(model: nn.Module) -> Iterator[tuple[str, str, int]]:
     """Kind, name and size of every frozen weight that no adapter changes."""
     heads = {id(one.weight) for one in model.modules() if isinstance(one, nn.Linear)}
     adapted = {id(layer.weight) for _, layer in adapted_layers(model)}
+    unpacked = unpacked_sizes(model)
     seen: set[int] = set()
     for owner, module in model.named_modules():
         for leaf, weight in module.named_parameters(recurse=False):
             if weight.requires_grad or id(weight) in adapted or id(weight) in seen:
                 continue
             seen.add(id(weight))
-            yield _kind(module, weight, heads), f"{owner}.{leaf}".strip("."), parameter_count(weight)
+            yield (
+                _kind(module, weight, heads),
+                f"{owner}.{leaf}".strip("."),
+                unpacked.get(id(weight), parameter_count(weight)),
+            )
 
 
 def _kind(module: nn.Module, weight: nn.Parameter, heads: set[int]) -> str:

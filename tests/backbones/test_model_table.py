@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.backbones.model_table import PAGE, page
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
-from tests.backbones.tiny_families.table import FAMILIES
+from tests.backbones.tiny_families.table import FAMILIES, families
+from tests.backbones.tiny_image_text import tiny_tokenizer
 
 
 def test_the_page_is_written_from_the_table() -> None:
@@ -14,3 +15,10 @@ def test_the_page_is_written_from_the_table() -> None:
 def test_fifty_families_see_pictures() -> None:
     assert len(FAMILIES) >= 50
     assert not set(FAMILIES) & set(LANGUAGE_MODELS)
+
+
+@families
+def test_a_family_takes_videos_where_its_processor_has_a_part_for_them(family: str) -> None:
+    row = FAMILIES[family]
+    processor = row.processor(tiny_tokenizer(row.names))
+    assert (vars(processor).get("video_processor") is not None) == row.video

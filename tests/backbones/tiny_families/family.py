@@ -92,6 +92,8 @@ class Family:
     """What holds weights of the decoder and is no linear layer."""
     projector: bool = True
     """Whether something stands between vision and language, and trains."""
+    slow: bool = False
+    """Whether its tests take more than ten seconds."""
     merges: bool = True
     """Whether an adapter can be merged: not where transformers splits the files' tensors when it loads them."""
     video: bool = False

@@ -155,6 +155,7 @@ FAMILIES: Mapping[str, Family] = {
         _gemma3n,
         names=AUDIO_NAMES,
         adapted=29,
+        slow=True,
         unadapted="AltUp's correction coefficients",
         idle=("model.embed_vision.embedding", "model.embed_vision.hard_embedding_norm"),
         remark="sound is left out; its forward clamps a frozen weight in training",

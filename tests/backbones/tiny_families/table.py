@@ -26,7 +26,8 @@ FAMILIES: Mapping[str, Family] = {
 def _param(family: str) -> object:
     needs = FAMILIES[family].needs
     missing = needs is not None and importlib.util.find_spec(needs) is None
-    return pytest.param(family, marks=pytest.mark.skipif(missing, reason=f"needs {needs}"))
+    slow = (pytest.mark.slow,) if FAMILIES[family].slow else ()
+    return pytest.param(family, marks=(pytest.mark.skipif(missing, reason=f"needs {needs}"), *slow))
 
 
 families = pytest.mark.parametrize("family", [_param(family) for family in FAMILIES])
