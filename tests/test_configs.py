@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from dora_vl.backbones.causal_lm import CausalLMBackbone
 from dora_vl.backbones.image_text import ImageTextBackbone
 from dora_vl.backbones.vlbart_config import VlBartConfig
 from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
@@ -147,7 +148,7 @@ def meta_model(model: ModelConfig) -> LlavaForConditionalGeneration:
         return LlavaForConditionalGeneration(config)
 
 
-def meta_language_model(config: CommonsenseRunConfig) -> torch.nn.Module:
+def meta_language_model(config: CommonsenseRunConfig) -> PreTrainedModel:
     source = config.model.base if config.model.source is None else config.model.source.folder
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(LlamaConfig(**LANGUAGE_SHAPES[source]))
@@ -186,16 +187,16 @@ def adapted(config: Any) -> Any:
     """The model of these settings on the meta device, adapted as they say."""
     if isinstance(config, VlBartRunConfig):
         model = meta_vlbart(config)
-        adapt(model, vlbart_dora_config(config, model.settings))
+        adapt(model, vlbart_dora_config(config, model))
     elif isinstance(config, CommonsenseRunConfig):
         model = meta_language_model(config)
-        adapt(model, CommonsenseTask(config).dora_config())
+        adapt(model, CommonsenseTask(config).dora_config(CausalLMBackbone(model)))
     elif config.model.base in FAMILIES:
         model = meta_image_text(config)
-        adapt(model, ImageTextTask(config)._adapted(ImageTextBackbone(model)))
+        adapt(model, ImageTextTask(config).dora_config(ImageTextBackbone(model)))
     else:
         model = meta_model(config.model)
-        adapt(model, dora_config(config.adapter))
+        adapt(model, dora_config(config.adapter, model))
     return model
 
 
@@ -230,7 +231,7 @@ def test_loads_and_builds_on_the_meta_device(recipe: Recipe) -> None:
 def test_trains_the_published_number_of_parameters(name: str, expected: int) -> None:
     config = read(named(f"llava/llava15:{name}"))
     model = meta_model(config.model)
-    adapt(model, dora_config(config.adapter))
+    adapt(model, dora_config(config.adapter, model))
     assert trained_count(model) == expected
 
 

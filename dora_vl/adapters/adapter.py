@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dora_vl.adapters.factors import Factors
+from dora_vl.adapters.factors import ExpertFactors, Factors
 from dora_vl.adapters.folder import (
     CONFIG_FILE,
     PEFT_PREFIX,
@@ -93,9 +93,40 @@ class Adapter:
         """The adapted layers as the equation reads them, by full name.
 
         Raises:
-            UserError: half a pair, a missing magnitude, or a rank that disagrees with its tensor.
+            UserError: half a pair, a missing magnitude, a rank that disagrees with its tensor, or experts that are one
+                tensor, which are no matrices.
         """
-        return {layer: self._factors(layer, found) for layer, found in self.layers.items()}
+        if self.experts:
+            raise UserError(
+                f"{self.source}: {next(iter(self.experts))} (and {len(self.experts) - 1} more) are experts that are "
+                "one tensor; they load (load_adapter) and merge into their base (dora-vl merge), and nothing else"
+            )
+        return self.matrix_factors
+
+    @cached_property
+    def matrix_factors(self) -> dict[str, Factors]:
+        """Those of `factors`, for whoever takes `experts` as well."""
+        return {layer: self._factors(layer, found) for layer, found in self.layers.items() if layer not in self.experts}
+
+    @cached_property
+    def experts(self) -> dict[str, ExpertFactors]:
+        """The adapted weights of experts that are one tensor, by full name."""
+        names = self.recipe.get("adapter", {}).get("experts", ())
+        return {name: self._expert_factors(name, self.layers.get(name, {})) for name in names}
+
+    def _expert_factors(self, layer: str, found: Mapping[str, Tensor]) -> ExpertFactors:
+        a, b, magnitude = (found.get(leaf) for leaf in ("A", "B", "magnitude"))
+        rank = 0 if a is None else a.shape[1]
+        if (
+            (a is None) != (b is None)
+            or (a is None and magnitude is None)
+            or rank not in (0, rank_of(self.config, layer))
+        ):
+            raise UserError(
+                f"{self.source}: {layer} lacks a tensor or has another rank than stated; copy the file again"
+            )
+        scale = scale_of(self.config, layer, rank) if rank else 1.0
+        return ExpertFactors(lora_A=a, lora_B=b, magnitude=magnitude, scale=scale)
 
     def _factors(self, layer: str, found: Mapping[str, Tensor]) -> Factors:
         if "d" in found or "b" in found:
@@ -186,7 +217,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
     adapter = Adapter(tensors, config, recipe, str(source))
     refuse_not_finite(tensors, str(weights))
-    if not adapter.factors and not adapter.extras:
+    if not adapter.matrix_factors and not adapter.experts and not adapter.extras:
         raise UserError(f"{weights} holds no tensor")
     return adapter
 

@@ -7,10 +7,11 @@ Files may use older names than the class that loads them (`language_model.model.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dora_vl.adapters.folder import read_json
+from dora_vl.core.experts import expert_projections
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_whole
 
@@ -70,14 +72,16 @@ class BaseWeights:
         self.stem = self._stem()
         """How its weight files begin."""
         self.stored = tuple(self._list())
-        rename, transposed = model_names(self.config, [entry[0] for entry in self.stored])
+        layout = layout_of(self.config, {key: shape for key, _, shape, _ in self.stored})
         self.tensors = {
             name: StoredTensor(key, name, file, shape, dtype)
             for key, file, shape, dtype in self.stored
-            for name in [rename.get(key, key)]
+            for name in [layout.names.get(key, key)]
         }
-        self.transposed_layers = transposed
+        self.transposed_layers = layout.transposed
         """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
+        self.expert_pieces = layout.pieces
+        """Stored tensors that are, or are a piece of, the weight of experts that are one tensor in the model."""
 
     def __enter__(self) -> BaseWeights:
         return self
@@ -141,16 +145,44 @@ class BaseWeights:
         return [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
 
 
-def model_names(config: Mapping[str, Any], keys: list[str]) -> tuple[dict[str, str], frozenset[str]]:
-    """The model's own name of each key in its files, and the layers that store [in, out].
+@dataclass(frozen=True)
+class ExpertPiece:
+    """Where a stored tensor stands in the weight of experts that are one tensor in the model."""
+
+    layer: str
+    """Full name of that weight, `...experts.gate_up_proj`."""
+    expert: int | None
+    """Whose it is; None: all experts'."""
+    part: int
+    parts: int
+    """Of the output rows it holds the `part`-th of `parts` (gate and up)."""
+    in_out: bool
+    """It is stored as [in, out]."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a folder's keys are in the model."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    """The model's own name of each key; of one of several pieces of a weight, the key."""
+    transposed: frozenset[str] = frozenset()
+    pieces: Mapping[str, ExpertPiece] = field(default_factory=dict)
+
+
+def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """The model's own names of the keys in its files, and what is stored otherwise than it is in the model.
 
     The model is built from its configuration without memory. A folder whose class transformers does not have
     keeps the files' names, and so do tensors that transformers joins into one when it loads them (a matrix for each
     expert): under the joined name only the last would be left.
+
+    Args:
+        shapes: of the stored tensors, by key.
     """
     model = skeleton(config)
     if model is None:
-        return {}, frozenset()
+        return Layout()
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     from transformers.pytorch_utils import Conv1D
@@ -159,10 +191,33 @@ def model_names(config: Mapping[str, Any], keys: list[str]) -> tuple[dict[str, s
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     own = dict(model.state_dict())
-    names = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, own)[0] for key in keys}
+    found = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, own) for key in shapes}
+    keys_of = Counter(name for name, _ in found.values())
+    names = {key: name if name in own and keys_of[name] == 1 else key for key, (name, _) in found.items()}
+    experts = {
+        f"{n}.{leaf}": vars(m)["is_transposed"] for n, m in model.named_modules() for leaf in expert_projections(m)
+    }
+    sources = [list(converter.source_patterns) for converter in converters]
+    pieces = {
+        key: _piece(key, name, pattern, sources, in_out=experts[name] != _is_reversed(shapes[key], own[name]))
+        for key, (name, pattern) in found.items()
+        if name in experts
+    }
     transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D | nn.Embedding))
-    sources = Counter(names.values())
-    return {key: name if name in own and sources[name] == 1 else key for key, name in names.items()}, transposed
+    return Layout(names, transposed, pieces)
+
+
+def _is_reversed(stored: tuple[int, ...], own: Tensor) -> bool:
+    """Whether all experts are stored in the other of the two layouts than the model has them in."""
+    return len(stored) == own.ndim and stored != tuple(own.shape)
+
+
+def _piece(key: str, name: str, pattern: str | None, sources: list[list[str]], *, in_out: bool) -> ExpertPiece:
+    number = re.search(r"experts\.(\d+)\.", key)
+    together = next((patterns for patterns in sources if pattern in patterns), [])
+    part = together.index(pattern) if pattern in together else 0
+    expert = None if number is None else int(number[1])
+    return ExpertPiece(name, expert, part, max(1, len(together)), in_out)
 
 
 def skeleton(config: Mapping[str, Any]) -> Any:

@@ -83,3 +83,31 @@ class Factors:
         if self.magnitude is None:
             return torch.ones(len(matrix), dtype=direction.dtype)
         return functional.gain(self.magnitude, functional.root(functional.row_norms_squared(direction)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFactors:
+    """A, B and magnitude of experts that are one tensor in the model."""
+
+    lora_A: Float[Tensor, "experts rank in_"] | None
+    lora_B: Float[Tensor, "experts out rank"] | None
+    magnitude: Float[Tensor, "experts out"] | None
+    scale: float
+
+    @property
+    def experts_and_rows(self) -> tuple[int, int]:
+        """How many experts there are, and output rows of each."""
+        known = self.lora_B if self.lora_B is not None else self.magnitude
+        assert known is not None
+        return known.shape[0], known.shape[1]
+
+    def of(self, expert: int, part: int = 0, parts: int = 1) -> Factors:
+        """Those of one expert's matrix, or of the `part`-th of `parts` of its output rows."""
+        size = self.experts_and_rows[1] // parts
+        rows = slice(part * size, (part + 1) * size)
+        return Factors(
+            lora_A=None if self.lora_A is None else self.lora_A[expert],
+            lora_B=None if self.lora_B is None else self.lora_B[expert, rows],
+            magnitude=None if self.magnitude is None else self.magnitude[expert, rows],
+            scale=self.scale,
+        )

@@ -6,15 +6,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter
-from dora_vl.adapters.base_weights import STEMS, BaseWeights, StoredTensor, index_file, single_file
-from dora_vl.adapters.factors import Factors
+from dora_vl.adapters.base_weights import STEMS, BaseWeights, ExpertPiece, StoredTensor, index_file, single_file
+from dora_vl.adapters.factors import ExpertFactors, Factors
 from dora_vl.adapters.folder import read_json
 from dora_vl.adapters.folder_replacing import refuse_to_replace, replace_folder
 from dora_vl.adapters.safetensors_stream import DTYPES, SafetensorsStream, byte_size
@@ -65,19 +65,20 @@ def merge_to_folder(
     """
     refuse_target(target, base_folder)
     with open_base(base_folder) as base:
-        factors = factors_on(base, adapter)
+        factors = factors_on(base, adapter, adapter.matrix_factors)
         check_fit(base, adapter, factors)
+        check_experts(base, adapter)
         staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         _copy_other_files(base_folder, staging, dtype)
         shards = _plan(base, dtype, shard_bytes)
         for file, entries in shards.items():
-            _write_shard(staging / file, entries, base, factors, adapter.extras)
+            _write_shard(staging / file, entries, base, factors, adapter)
         total = _write_index(staging, shards, base.stem)
     _write_manifest(staging)
     replace_folder(staging, target)
-    return Merged(len(factors), len(adapter.extras), len(shards), total)
+    return Merged(len(factors) + len(adapter.experts), len(adapter.extras), len(shards), total)
 
 
 def refuse_target(target: Path, base_folder: Path) -> None:
@@ -93,10 +94,10 @@ def _write_manifest(staging: Path) -> None:
     (staging / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def factors_on(base: BaseWeights, adapter: Adapter) -> dict[str, Factors]:
-    """The adapter's factors, turned the way that each layer's class stores its weight."""
+def factors_on(base: BaseWeights, adapter: Adapter, chosen: Mapping[str, Factors] | None = None) -> dict[str, Factors]:
+    """The adapter's factors, or the chosen ones, turned the way that each layer's class stores its weight."""
     found: dict[str, Factors] = {}
-    for name, factors in adapter.factors.items():
+    for name, factors in (adapter.factors if chosen is None else chosen).items():
         stored = base.tensors.get(f"{name}.weight")
         transposed = name in base.transposed_layers
         found[name] = factors if stored is None else factors.on_weight(stored.shape, transposed=transposed)
@@ -124,6 +125,41 @@ def check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors
         needed = (len(range(shape[0])[rows]), *shape[1:]) if rows != slice(None) else shape
         if tuple(tensor.shape) != needed:
             raise UserError(f"{adapter.source}: {name} is {list(tensor.shape)}, the base's {needed}")
+
+
+def check_experts(base: BaseWeights, adapter: Adapter) -> None:
+    """Raises a `UserError` unless every row of the adapted experts has its place in the base."""
+    stored = {one.key: one for one in base.tensors.values()}
+    held: dict[str, int] = {}
+    for key, piece in base.expert_pieces.items():
+        found = adapter.experts.get(piece.layer)
+        if found is None:
+            continue
+        experts, rows = found.experts_and_rows
+        shape = stored[key].shape
+        out, width = reversed(shape[-2:]) if piece.in_out else shape[-2:]
+        fits = out * piece.parts == rows and (found.lora_A is None or found.lora_A.shape[-1] == width)
+        if not fits or (piece.expert is None and shape[0] != experts):
+            raise UserError(f"{adapter.source}: {piece.layer} does not fit {base.folder}'s {key} {list(shape)}")
+        held[piece.layer] = held.get(piece.layer, 0) + out * (experts if piece.expert is None else 1)
+    for name, found in adapter.experts.items():
+        experts, rows = found.experts_and_rows
+        if held.get(name) != experts * rows:
+            raise UserError(
+                f"{adapter.source}: {base.folder} holds {held.get(name, 0):,} of the {experts * rows:,} rows of "
+                f"{name}; is it the right base?"
+            )
+
+
+def _merged_experts(found: ExpertFactors, piece: ExpertPiece, stored: Tensor) -> Tensor:
+    """A stored tensor of experts' weights with the adapter folded in, in the layout that it has."""
+    numbers = range(len(stored)) if piece.expert is None else (piece.expert,)
+    weights = stored if piece.expert is None else stored.unsqueeze(0)
+    merged = [
+        replace(found.of(number, piece.part, piece.parts), transposed=piece.in_out).merged(weight)
+        for number, weight in zip(numbers, weights, strict=True)
+    ]
+    return torch.stack(merged) if piece.expert is None else merged[0]
 
 
 def _copy_other_files(base_folder: Path, staging: Path, dtype: torch.dtype | None) -> None:
@@ -175,21 +211,22 @@ def _output_dtype(stored: StoredTensor, dtype: torch.dtype | None, folder: Path)
 
 
 def _write_shard(
-    path: Path, entries: Entries, base: BaseWeights, factors: Mapping[str, Factors], extras: Mapping[str, Tensor]
+    path: Path, entries: Entries, base: BaseWeights, factors: Mapping[str, Factors], adapter: Adapter
 ) -> None:
     announced = {stored.key: (stored.shape, dtype) for stored, dtype in entries}
     with SafetensorsStream(path, announced) as stream:
-        for (stored, dtype), tensor in zip(entries, _merged(entries, base, factors, extras), strict=True):
+        for (stored, dtype), tensor in zip(entries, _merged(entries, base, factors, adapter), strict=True):
             stream.write(stored.key, tensor.to(dtype))
 
 
-def _merged(
-    entries: Entries, base: BaseWeights, factors: Mapping[str, Factors], extras: Mapping[str, Tensor]
-) -> Iterator[Tensor]:
+def _merged(entries: Entries, base: BaseWeights, factors: Mapping[str, Factors], adapter: Adapter) -> Iterator[Tensor]:
+    extras, experts = adapter.extras, adapter.experts
     partial = {split_rows(name)[0]: name for name in extras if split_rows(name)[0] != name}
     for stored, _ in entries:
-        layer = stored.name.removesuffix(".weight")
-        if stored.name in extras:
+        layer, piece = stored.name.removesuffix(".weight"), base.expert_pieces.get(stored.key)
+        if piece is not None and piece.layer in experts:
+            yield _merged_experts(experts[piece.layer], piece, base.read(stored.name))
+        elif stored.name in extras:
             yield extras[stored.name]
         elif stored.name in partial:
             whole, name = base.read(stored.name).clone(), partial[stored.name]

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from dora_vl.adapters.agreement import layers_beyond_peft
 from dora_vl.adapters.names import LEAVES
-from dora_vl.core.config import AdapterSettings, DoRAConfig
+from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.core.dvora import SHARED_NAME
+from dora_vl.core.experts import ExpertsProjection
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.trainable import adapted_layers, kept_tensors, trained_parts
 from dora_vl.errors import UserError
@@ -30,7 +31,7 @@ OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
 OWN_TYPE = "DORA_VL"
 READ_TYPES = frozenset({"LORA", OWN_TYPE, *OWN_TYPES.values()})
 """Every `peft_type` that is read."""
-BY_NAME = frozenset(("magnitude_targets", "rank_pattern", "alpha_pattern", "also_train", "also_keep"))
+BY_NAME = frozenset(("magnitude_targets", "rank_pattern", "alpha_pattern", "parts", "also_train", "also_keep"))
 """Settings that name layers or tensors, which a folder holds resolved."""
 OWN_FIELDS = tuple(one.name for one in fields(AdapterSettings) if one.name not in BY_NAME)
 """Settings that `recipe.json` holds as they are."""
@@ -59,7 +60,7 @@ def peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
     """The stable subset of PEFT 0.21's `adapter_config.json`, from the model as it is adapted now."""
     layers = dict(adapted_layers(model))
     parts = trained_parts(model)
-    extras = {name for part in parts if not part.name.startswith("dora.") for name in part.parameters}
+    extras = {name for part in parts if not part.adapts for name in part.parameters}
     common = {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -94,13 +95,20 @@ def own_settings(model: nn.Module) -> dict[str, Any]:
     """What `recipe.json` holds under `adapter`: what the tensors' names and PEFT's fields do not say."""
     layers = dict(adapted_layers(model))
     parts: dict[str, list[str]] = {}
+    adapted: dict[str, dict[str, None]] = {}
     for part in trained_parts(model):
-        if not part.name.startswith("dora."):
+        if not part.adapts:
             parts.setdefault(part.name, []).extend(part.parameters)
+        elif part.part != MAIN_PART:
+            owners = adapted.setdefault(part.part, {})
+            owners.update(dict.fromkeys(name.rpartition(".")[0] for name in part.parameters))
     common = {"parts": parts, "kept": list(kept_tensors(model))}
+    common |= {"adapted_parts": {name: list(owners) for name, owners in adapted.items()}} if adapted else {}
     if not layers:
         return {"method": "full", **common}
     first = _main_layer(layers)
+    if experts := [name for name, layer in layers.items() if isinstance(layer, ExpertsProjection)]:
+        common["experts"] = experts
     alone = [name for name, layer in layers.items() if layer.adapter.method == "magnitude"]
     differing = {name: layer.adapter for name, layer in layers.items() if name not in alone}
     return {
@@ -199,8 +207,10 @@ def read_config(
     full = tuple(parts.pop("full", ()))
     method = own.get("method") or ("dora" if peft.get("use_dora") else "lora")
     alone = tuple(own.get("magnitude_targets", ()))
-    targets = {name.rpartition(".")[0] for name in full} if method == "full" else owners - set(alone)
-    if not targets:
+    adapted = {part: AdaptedPart(targets=tuple(names)) for part, names in own.get("adapted_parts", {}).items()}
+    in_parts = {name for part in adapted.values() for name in part.targets}
+    targets = {name.rpartition(".")[0] for name in full} if method == "full" else owners - set(alone) - in_parts
+    if not targets and not adapted:
         raise UserError(f"{source} holds no adapter tensor (lora_A, lora_B, lora_magnitude_vector)")
     ranks, alphas = _patterns(source, peft, own, {n: t for n, t in named.items() if n.endswith(".lora_A")})
     stated = {
@@ -217,6 +227,7 @@ def read_config(
         magnitude_targets=alone,
         rank_pattern=ranks,
         alpha_pattern=alphas,
+        parts=adapted,
         also_train=parts,
         also_keep=tuple(name for name in kept if not name.startswith(f"{SHARED_NAME}.")),
         **stated,

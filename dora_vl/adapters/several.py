@@ -37,6 +37,8 @@ class _Loaded:
     """Values of the other tensors that the adapter carries."""
     parts: dict[str, tuple[str, ...]]
     kept: tuple[str, ...]
+    part_of: dict[str, str]
+    """The part that each adapted layer belongs to."""
 
 
 class AdapterSet:
@@ -77,6 +79,8 @@ class AdapterSet:
             raise UserError(
                 f"{folder} is a DVoRA adapter, one for a model: its layers share matrices; use load_adapter"
             )
+        if adapter.experts:
+            raise UserError(f"{folder} adapts experts that are one tensor, which cannot be switched; use load_adapter")
         self.switch(None)
         modules, tensors = dict(self.model.named_modules()), self._tensors()
         for layer in adapter.layers:
@@ -146,7 +150,14 @@ class AdapterSet:
         chosen = self._loaded[name]
         for layer, module in chosen.layers.items():
             self._put(layer, module)
-        choose_trained(self.model, full_modules=(), also_train=chosen.parts, also_keep=chosen.kept, gather=no_gather)
+        choose_trained(
+            self.model,
+            full_modules=(),
+            also_train=chosen.parts,
+            also_keep=chosen.kept,
+            gather=no_gather,
+            part_of=lambda layer: chosen.part_of[layer],
+        )
         self._set_values(chosen.extras)
         self.active = name
 
@@ -161,13 +172,16 @@ class AdapterSet:
 
     def _keep(self, name: str) -> None:
         parts: dict[str, tuple[str, ...]] = {}
+        part_of: dict[str, str] = {}
         for part in trained_parts(self.model):
-            if not part.name.startswith("dora."):
+            if part.adapts:
+                part_of |= {parameter.rpartition(".")[0]: part.part for parameter in part.parameters}
+            else:
                 parts[part.name] = (*parts.get(part.name, ()), *part.parameters)
         kept = tuple(kept_tensors(self.model))
         tensors = self._tensors()
         extras = {extra: named_tensor(tensors, extra).detach().clone() for extra in (*sum(parts.values(), ()), *kept)}
-        self._loaded[name] = _Loaded(dict(adapted_layers(self.model)), extras, parts, kept)
+        self._loaded[name] = _Loaded(dict(adapted_layers(self.model)), extras, parts, kept, part_of)
         self.active = name
 
     def _to_base(self) -> None:

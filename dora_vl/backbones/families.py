@@ -86,6 +86,7 @@ PROJECTORS = (
     "vision_projection",
     "aligner",
     "mlp1",
+    "visual_embedding",
 )
 """Last part of the name of what stands between vision and language, as transformers' families call it."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -211,3 +211,11 @@ def load_image_text(
         )
     quantised.finish(model)
     return ImageTextBackbone(model)
+
+
+def skeleton_of(folder_or_id: str, *, revision: str | None = None) -> PreTrainedModel:
+    """The model of a folder or hub id with nothing in its weights: on the meta device, made from its config alone."""
+    config = AutoConfig.from_pretrained(folder_or_id, revision=revision or "main")
+    auto: Any = AutoModelForImageTextToText if sees_pictures(folder_or_id, revision) else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)

@@ -14,9 +14,27 @@ Method = Literal["dora", "lora", "full", "magnitude", "dvora"]
 DropoutMode = Literal["low_rank", "whole_change"]
 RankScaling = Literal["linear", "sqrt"]
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa"]
-LayerKind = Literal["linear", "embedding", "conv"]
+LayerKind = Literal["linear", "embedding", "conv", "experts"]
 
 Value = TypeVar("Value", int, float)
+
+
+MAIN_PART = "dora"
+"""What the layers of `targets` are called among the parts that train."""
+RESERVED = frozenset((MAIN_PART, "full", "magnitude"))
+"""Names that no part of one's own may have: what trains is called `dora.A`, `vision.magnitude`, `full`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedPart:
+    """Layers that are adapted under a name of their own, with their own rank, alpha and learning rate."""
+
+    targets: tuple[str, ...]
+    """Full-name globs of its modules, each of which must hit; what a part names, `targets` leaves to it."""
+    rank: int | None = None
+    """Rows of A; null: the adapter's."""
+    alpha: float | None = None
+    """Numerator of the scale; null: the adapter's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +48,7 @@ class AdapterSettings:
     """`dora`: A, B and magnitude; `lora`: A and B; `magnitude`: magnitude alone; `full`: the targets' own weights;
     `dvora`: frozen random A and B shared by all layers, with trained vectors (VeRA) and magnitudes."""
     rank: int = 16
-    """Rows of A; the change of a weight has at most this rank before normalisation."""
+    """Rows of A (columns of B); the change of a weight has at most this rank before normalisation."""
     alpha: float = 32.0
     """Numerator of the scale s that multiplies B A; see `rank_scaling`."""
     dropout: float = 0.05
@@ -42,13 +60,16 @@ class AdapterSettings:
     rank_scaling: RankScaling = "linear"
     """`linear`: s = alpha / rank; `sqrt`: s = alpha / sqrt(rank) (rsLoRA)."""
     kinds: tuple[LayerKind, ...] = ("linear",)
-    """What the globs of `targets` may hit; embeddings and convolutions only where they are asked for."""
+    """What the globs of `targets` may hit; embeddings, convolutions and experts that are one tensor (by the name of the
+    tensor, `*.experts.down_proj`) only where they are asked for."""
     magnitude_targets: tuple[str, ...] = ()
     """Full-name globs of further layers that get a magnitude alone, beside the full ones (paper table 6)."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Full-name glob -> rank, for layers that differ; the first glob that matches counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Full-name glob -> alpha, likewise."""
+    parts: Mapping[str, AdaptedPart] = field(default_factory=dict)
+    """Further adapted parts by name, beside `targets`: {targets, rank, alpha} each."""
     init: Init = "kaiming"
     """How A and B start: `kaiming` and `gaussian` with B = 0; `orthogonal` with B A = 0; `pissa` from the weight's
     largest singular vectors, which leave the frozen weight. The model's output is unchanged at the start."""
@@ -71,10 +92,11 @@ class AdapterSettings:
                 (not 0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1"),
                 (any(rank < 1 for rank in self.rank_pattern.values()), "rank_pattern holds a rank below 1"),
                 (any(alpha <= 0 for alpha in self.alpha_pattern.values()), "alpha_pattern holds an alpha of 0 or less"),
+                *self._part_problems(),
                 (self.init == "orthogonal" and self._some_rank_is_odd(), "init: orthogonal needs even ranks"),
                 (
-                    self.method == "dvora" and (self.init != "kaiming" or bool(self.rank_pattern)),
-                    "method: dvora shares one random A and B: no init and no rank_pattern",
+                    self.method == "dvora" and (self.init != "kaiming" or len(set(self._ranks())) > 1),
+                    "method: dvora shares one random A and B: no init, and one rank",
                 ),
             )
             if wrong
@@ -87,8 +109,28 @@ class AdapterSettings:
         """What is wrong with where the adapter goes."""
         return []
 
+    def _part_problems(self) -> list[tuple[bool, str]]:
+        """Whether something is wrong with the parts' names and numbers, and what."""
+        names = (*self.parts, *self.also_train)
+        wrong = [name for name in names if name in RESERVED or not name or "." in name]
+        twice = sorted(set(self.parts) & set(self.also_train))
+        empty = [name for name, part in self.parts.items() if not part.targets]
+        low = [name for name, part in self.parts.items() if part.rank is not None and part.rank < 1]
+        flat = [name for name, part in self.parts.items() if part.alpha is not None and not part.alpha > 0]
+        return [
+            (bool(wrong), f"a part may not be called {wrong[:1]}: {', '.join(sorted(RESERVED))} and dots are taken"),
+            (bool(twice), f"{twice[:1]} is in parts (adapted) and in also_train (whole); choose one"),
+            (bool(empty), f"parts.{empty[:1]} has no targets"),
+            (bool(low), f"parts.{low[:1]} has a rank below 1"),
+            (bool(flat), f"parts.{flat[:1]} has an alpha of 0 or less"),
+            (self.method == "full" and bool(self.parts), "method: full adapts nothing: name parts in also_train"),
+        ]
+
+    def _ranks(self) -> list[int]:
+        return [self.rank, *self.rank_pattern.values(), *(one.rank for one in self.parts.values() if one.rank)]
+
     def _some_rank_is_odd(self) -> bool:
-        return any(rank % 2 for rank in (self.rank, *self.rank_pattern.values()))
+        return any(rank % 2 for rank in self._ranks())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +141,19 @@ class DoRAConfig(AdapterSettings):
     """Full-name globs of the modules to adapt, e.g. `*language_model*.q_proj`; each must hit at least one."""
 
     def _where_problems(self) -> list[str]:
-        return [] if self.targets else ["targets is empty; name at least one module, e.g. '*.q_proj'"]
+        named = self.targets or self.parts
+        return [] if named else ["targets is empty; name at least one module, e.g. '*.q_proj'"]
+
+    def part_of(self, name: str) -> str:
+        """The part that a layer belongs to: the first whose globs match, else `dora`."""
+        found = (part for part, one in self.parts.items() if any(fnmatchcase(name, glob) for glob in one.targets))
+        return next(found, MAIN_PART)
 
     def for_layer(self, name: str, *, magnitude_alone: bool = False) -> DoRAConfig:
-        """The settings of one layer, its patterns resolved."""
-        rank = first_match(self.rank_pattern, name, self.rank)
-        alpha = first_match(self.alpha_pattern, name, self.alpha)
+        """The settings of one layer, its patterns and its part resolved; a pattern wins over a part."""
+        part = self.parts.get(self.part_of(name))
+        rank = first_match(self.rank_pattern, name, (part and part.rank) or self.rank)
+        alpha = first_match(self.alpha_pattern, name, (part and part.alpha) or self.alpha)
         method: Method = "magnitude" if magnitude_alone else self.method
         if (rank, alpha, method) == (self.rank, self.alpha, self.method):
             return self

@@ -91,7 +91,7 @@ def with_growth(
     return torch.add(weight_norms_squared, change.view_as(weight_norms_squared), alpha=2 * scale)
 
 
-def root(squared: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+def root(squared: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     """Square root that is 0, with gradient 0 and not infinite, where rounding or a zero row leaves no length."""
     positive = squared > 0
     return torch.where(positive, squared, 1.0).sqrt() * positive
@@ -110,7 +110,9 @@ def dense_direction(
     return weight.to(dtype) + scale * (lora_B.to(dtype) @ lora_A.to(dtype))
 
 
-def gain(magnitude: Float[Tensor, " out"], norms: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+def gain(
+    magnitude: Float[Tensor, "*experts out"], norms: Float[Tensor, "*experts out"]
+) -> Float[Tensor, "*experts out"]:
     """g = m / n; a row of V that is all zero has no direction and keeps g = 1 instead of 0/0."""
     smallest = torch.finfo(norms.dtype).tiny
     return torch.where(norms > 0, magnitude.to(norms.dtype) / norms.clamp_min(smallest), 1.0)

@@ -20,22 +20,20 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def initialise(layer: AdaptedLayer) -> None:
     """Fills A and B as `layer.adapter.init` says; with `pissa` A is zero until `fill_from_weights`."""
-    a, b = layer.lora_A, layer.lora_B
-    assert a is not None
-    assert b is not None
-    if a.device.type == "meta":
-        return
-    match layer.adapter.init:
-        case "kaiming":
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        case "gaussian":
-            nn.init.normal_(a, std=1 / layer.adapter.rank)
-        case "orthogonal":
-            start_A, start_B = orthogonal_factors(layer.matrix_shape(), layer.adapter.rank)
-            a.copy_(start_A.view_as(a))
-            b.copy_(start_B.view_as(b))
-        case "pissa":
-            nn.init.zeros_(a)
+    for a, b in layer.factor_pairs():
+        if a.device.type == "meta":
+            return
+        match layer.adapter.init:
+            case "kaiming":
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            case "gaussian":
+                nn.init.normal_(a, std=1 / layer.adapter.rank)
+            case "orthogonal":
+                start_A, start_B = orthogonal_factors(layer.matrix_shape(), layer.adapter.rank)
+                a.copy_(start_A.view_as(a))
+                b.copy_(start_B.view_as(b))
+            case "pissa":
+                nn.init.zeros_(a)
 
 
 def orthogonal_factors(

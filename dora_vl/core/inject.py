@@ -9,9 +9,10 @@ from torch import nn
 
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.dvora import SHARED_NAME, DVoRALinear, SharedRandom, share_random
+from dora_vl.core.experts import AdaptedExperts, expert_projections
 from dora_vl.core.fast.gain_family import found_families
 from dora_vl.core.initialise import OriginalWeight, fill_from_weights, start_loftq, take_starts
-from dora_vl.core.kinds import adaptable
+from dora_vl.core.kinds import adaptable, adaptable_names
 from dora_vl.core.linear import ProductLayer
 from dora_vl.core.precision import Gather, no_gather, train_in_own_dtype
 from dora_vl.core.trainable import (
@@ -56,10 +57,11 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
     if config.method == "full":
         names = matching((name for name, _ in model.named_modules()), config.targets, "targets")
     else:
-        names, methods = _plan(model, config)
+        layers = _plan(model, config)
+        names = list(layers)
         refuse_unwritable(model, config)
         shared = _share_random(model, names, config)
-        for name, layer_config in methods.items():
+        for name, layer_config in layers.items():
             _adapt(model, name, layer_config, shared, gather)
         fill_from_weights(dict(adapted_layers(model)))
         found_families(layer for _, layer in adapted_layers(model) if isinstance(layer, ProductLayer))
@@ -70,26 +72,33 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
         also_train=config.also_train,
         also_keep=also_keep,
         gather=gather,
+        part_of=config.part_of,
     )
     take_starts(dict(adapted_layers(model)))  # last, because what it takes out of the weights is not put back
     return names
 
 
-def adaptable_names(model: nn.Module, patterns: tuple[str, ...], config: DoRAConfig, what: str) -> list[str]:
+def matching_layers(model: nn.Module, patterns: tuple[str, ...], config: DoRAConfig, what: str) -> list[str]:
     """Full names of the layers that the globs match, of the kinds that `config` admits.
 
     Raises:
         UserError: a glob matches none.
     """
-    names = [name for name, module in model.named_modules() if adaptable(module, config) is not None]
-    return matching(names, patterns, f"{what} ({', '.join(config.kinds)} layers)")
+    return matching(adaptable_names(model, config), patterns, f"{what} ({', '.join(config.kinds)} layers)")
 
 
 def refuse_unwritable(model: nn.Module, config: DoRAConfig) -> None:
     """Raises a `UserError` where `init="pissa"` would write to a weight that is quantised, sharded or shared."""
     if config.init != "pissa" or config.method not in ("dora", "lora"):
         return
-    layers = {name: model.get_submodule(name) for name in adaptable_names(model, config.targets, config, "targets")}
+    patterns = (*config.targets, *(glob for part in config.parts.values() for glob in part.targets))
+    names = matching_layers(model, patterns, config, "targets")
+    if experts := [name for name in names if _experts_of(model, name) is not None]:
+        raise UserError(
+            f"init: pissa rewrites {experts[0]}, which is no matrix but experts that are one tensor; use kaiming, "
+            "gaussian or orthogonal"
+        )
+    layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
         row = adaptable(layer, config)
         if row is not None and not row.weight_is_readable:
@@ -111,20 +120,38 @@ def loftq(model: nn.Module, original_weight: OriginalWeight) -> None:
         start_loftq(layer, original_weight(name))
 
 
-def _plan(model: nn.Module, config: DoRAConfig) -> tuple[list[str], dict[str, DoRAConfig]]:
+def _plan(model: nn.Module, config: DoRAConfig) -> dict[str, DoRAConfig]:
     """The layers to adapt in the model's order, and the settings of each."""
-    full = adaptable_names(model, config.targets, config, "targets")
-    alone = adaptable_names(model, config.magnitude_targets, config, "magnitude_targets")
-    both = sorted(set(full) & set(alone))
+    by_part = _part_layers(model, config)
+    main = matching_layers(model, config.targets, config, "targets")
+    full = {*main, *(name for names in by_part.values() for name in names)}
+    if main and all(config.part_of(name) in config.parts for name in main):
+        raise UserError(f"targets: all {len(main)} layers that they match are in parts; leave targets empty: []")
+    alone = set(matching_layers(model, config.magnitude_targets, config, "magnitude_targets"))
+    both = sorted(full & alone)
     if both:
         raise UserError(f"{both[0]} (and {len(both) - 1} more) is in targets and in magnitude_targets; name it once")
     if alone and config.method not in ("dora", "dvora"):
         raise UserError(f"magnitude_targets stand beside method dora or dvora, not {config.method}")
     matching(full, config.rank_pattern, "rank_pattern (adapted layers)")
     matching(full, config.alpha_pattern, "alpha_pattern (adapted layers)")
-    chosen = set(alone)
-    names = [name for name, _ in model.named_modules() if name in chosen or name in set(full)]
-    return names, {name: config.for_layer(name, magnitude_alone=name in chosen) for name in names}
+    names = [name for name in adaptable_names(model, config) if name in alone or name in full]
+    return {name: config.for_layer(name, magnitude_alone=name in alone) for name in names}
+
+
+def _part_layers(model: nn.Module, config: DoRAConfig) -> dict[str, list[str]]:
+    """The layers of each named part.
+
+    Raises:
+        UserError: a part's pattern hits nothing, or two parts hit the same layer.
+    """
+    by_part = {part: matching_layers(model, one.targets, config, f"parts.{part}") for part, one in config.parts.items()}
+    for part, names in by_part.items():
+        other = [name for name in names if config.part_of(name) != part]
+        if other:
+            first = config.part_of(other[0])
+            raise UserError(f"{other[0]} (and {len(other) - 1} more) is in parts.{first} and in parts.{part}")
+    return by_part
 
 
 def merge_dora(model: nn.Module, *, keep_base: bool = True) -> None:
@@ -171,6 +198,9 @@ def strip_adapters(model: nn.Module) -> None:
 
 def _put_plain_layers_back(model: nn.Module) -> None:
     train_in_own_dtype(model)  # while the layers that hold trained biases know of what dtype those were
+    for module in list(model.modules()):
+        if isinstance(module, AdaptedExperts):
+            _put(model, module, module.plain())
     for name, layer in list(adapted_layers(model)):
         _put(model, model.get_submodule(name), layer.plain())
     if SHARED_NAME in dict(model.named_children()):
@@ -181,7 +211,7 @@ def _put_plain_layers_back(model: nn.Module) -> None:
 def _share_random(model: nn.Module, names: Iterable[str], config: DoRAConfig) -> SharedRandom | None:
     if config.method != "dvora":
         return None
-    layers = [model.get_submodule(name) for name in names]
+    layers = [_experts_of(model, name) or model.get_submodule(name) for name in names]
     other = [type(layer).__name__ for layer in layers if type(layer) is not nn.Linear]
     if other:
         raise UserError(f"method: dvora adapts nn.Linear alone, and targets hit a {other[0]}")
@@ -189,6 +219,11 @@ def _share_random(model: nn.Module, names: Iterable[str], config: DoRAConfig) ->
 
 
 def _adapt(model: nn.Module, name: str, config: DoRAConfig, shared: SharedRandom | None, gather: Gather) -> None:
+    experts = _experts_of(model, name)
+    if experts is not None:
+        with gather(list(experts.parameters(recurse=False))):
+            _adapt_experts(model, experts, name.rpartition(".")[2], config)
+        return
     base = model.get_submodule(name)
     row = adaptable(base, config)
     assert row is not None
@@ -201,6 +236,20 @@ def _adapt(model: nn.Module, name: str, config: DoRAConfig, shared: SharedRandom
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
             _put(model, base, adapted)
+
+
+def _experts_of(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of experts whose weight has this full name; None for a layer's name."""
+    owner, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    return parent if leaf in expert_projections(parent) else None
+
+
+def _adapt_experts(model: nn.Module, experts: nn.Module, leaf: str, config: DoRAConfig) -> None:
+    adapted = experts if isinstance(experts, AdaptedExperts) else AdaptedExperts(experts)
+    adapted.adapt(leaf, config)
+    if adapted is not experts:
+        _put(model, experts, adapted)
 
 
 def _needed_tensors(model: nn.Module) -> list[str]:

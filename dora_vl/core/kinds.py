@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dora_vl.core.config import DoRAConfig, LayerKind
 from dora_vl.core.conv import DoRAConv1d, DoRAConv2d
 from dora_vl.core.embedding import SCALED_EMBEDDINGS, DoRAEmbedding
+from dora_vl.core.experts import expert_projections
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import DoRALinear, TransposedLinear
 from dora_vl.core.opaque import OPAQUE_KINDS, TENSOR_SUBCLASS, UNKNOWN_LINEAR, OpaqueKind, OpaqueLinear, class_path
@@ -35,6 +36,17 @@ ADAPTABLE: Mapping[str, Adaptable] = {
     "torch.nn.modules.sparse.Embedding": Adaptable("embedding", DoRAEmbedding),
     **{path: Adaptable("embedding", DoRAEmbedding) for path in SCALED_EMBEDDINGS},
 }
+
+
+def adaptable_names(model: nn.Module, config: DoRAConfig) -> list[str]:
+    """Full names of all that can be adapted, in the model's order: layers, and experts' weights that are one tensor."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if adaptable(module, config) is not None:
+            names.append(name)
+        if "experts" in config.kinds:
+            names += [f"{name}.{leaf}".lstrip(".") for leaf in expert_projections(module)]
+    return names
 
 
 def adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:

@@ -83,7 +83,7 @@ class AdaptedLayer(nn.Module):
         """(out, in) of the weight as a matrix."""
         raise NotImplementedError
 
-    def as_matrix(self, weight: Tensor) -> Float[Tensor, "out in_"]:
+    def as_matrix(self, weight: Tensor) -> Float[Tensor, "*experts out in_"]:
         """A weight in this layer's own layout as a matrix [out, in]; a view where it can be."""
         return weight
 
@@ -108,11 +108,15 @@ class AdaptedLayer(nn.Module):
         """The dtype that the frozen weight multiplies in."""
         return self.weight.dtype
 
-    def factors(self) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]] | None:
+    def factors(self) -> tuple[Float[Tensor, "*experts rank in_"], Float[Tensor, "*experts out rank"]] | None:
         """A and B as matrices, with their gradients; None for a magnitude alone."""
         if self.lora_A is None or self.lora_B is None:
             return None
         return self.lora_A.flatten(1), self.lora_B.flatten(1)
+
+    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B of each matrix that the layer multiplies by, as views: one pair, or one for each expert."""
+        return [] if self.lora_A is None or self.lora_B is None else [(self.lora_A, self.lora_B)]
 
     def scale(self) -> float:
         """s, the factor of B A."""
@@ -132,13 +136,13 @@ class AdaptedLayer(nn.Module):
         weight = self.as_matrix(self._frozen_weight())
         return weight.detach().to(functional.accumulation_dtype(weight.dtype))
 
-    def frozen_norms_squared(self) -> Float[Tensor, " out"]:
+    def frozen_norms_squared(self) -> Float[Tensor, "*experts out"]:
         """||W_i||^2 of every row, computed."""
         return functional.row_norms_squared(self.as_matrix(self._frozen_weight()))
 
     # -- norm and gain ---------------------------------------------------------------------------------------
 
-    def weight_norms_squared(self) -> Float[Tensor, " out"]:
+    def weight_norms_squared(self) -> Float[Tensor, "*experts out"]:
         """||W_i||^2 in float32; computed once, since W is frozen, and again after an edit."""
         tensors = self.frozen_tensors()
         if self._norms_squared is None or not self._norms_squared[1].holds(tensors):
@@ -159,18 +163,18 @@ class AdaptedLayer(nn.Module):
         if frozen:
             self._norms_squared = None
 
-    def norms(self) -> Float[Tensor, " out"]:
+    def norms(self) -> Float[Tensor, "*experts out"]:
         """n without a gradient, computed once per optimizer step."""
         if self._norms is None or not self.still_holds(self._norms[1]):
             with torch.no_grad():
                 self._norms = self.live_norms(), self.snapshot()
         return self._norms[0]
 
-    def live_norms(self) -> Float[Tensor, " out"]:
+    def live_norms(self) -> Float[Tensor, "*experts out"]:
         """n with its gradient in A and B."""
         return self.trusted_norms(self.norms_squared())
 
-    def trusted_norms(self, norms_squared: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+    def trusted_norms(self, norms_squared: Float[Tensor, "*experts out"]) -> Float[Tensor, "*experts out"]:
         """n from `norms_squared`, the rows that cancel taken from the dense direction."""
         norms, cancelled = functional.direction_norms(self.weight_norms_squared(), norms_squared)
         factors = self.factors()
@@ -181,7 +185,7 @@ class AdaptedLayer(nn.Module):
             norms = norms.index_copy(0, cancelled, functional.root(dense.square().sum(dim=1)))
         return norms
 
-    def norms_squared(self) -> Float[Tensor, " out"]:
+    def norms_squared(self) -> Float[Tensor, "*experts out"]:
         """n^2 from the factors alone, with its gradient: exact but for rows that cancel."""
         a, b = self.factors() or (None, None)
         if a is None or b is None:
@@ -192,13 +196,20 @@ class AdaptedLayer(nn.Module):
             on_A = self.frozen_on_rows(a)
             return functional.factored_norms_squared(self.weight_norms_squared(), a, b, on_A, self.scale())
 
-    def gain(self) -> Float[Tensor, " out"] | None:
+    def gain(self) -> Float[Tensor, "*experts out"] | None:
         """g with its gradient in m (and through the norm, unless `detach_norm`); None for LoRA."""
         if self.magnitude is None:
             return None
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return compiled_gain(self)
         return functional.gain(self.magnitude, self.norms() if self.adapter.detach_norm else self.live_norms())
+
+    def magnitude_over_live_norm(self) -> Float[Tensor, "*experts out"] | None:
+        """m n / n_live: m's value, with the gradient through the norm that `detach_norm` leaves out."""
+        if self.magnitude is None:
+            return None
+        live = self.live_norms()
+        return self.magnitude * torch.where(live > 0, live.detach() / torch.where(live > 0, live, 1.0), 1.0)
 
     def snapshot(self, *also: object) -> Snapshot:
         """All that the norm and the gain depend on, as it is now."""

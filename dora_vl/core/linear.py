@@ -80,7 +80,7 @@ class ProductLayer(AdaptedLayer):
         gain = None if self.magnitude is None else self._current_gain(x.dtype)
         if not probability and not torch.is_grad_enabled():
             return self._infer(x, weight, bias, gain)
-        magnitude = self.magnitude if self.adapter.detach_norm else self._magnitude_over_live_norm()
+        magnitude = self.magnitude if self.adapter.detach_norm else self.magnitude_over_live_norm()
         a, b = factors or (None, None)
         product = functional.AdaptedProduct.apply(x, weight, bias, a, b, magnitude, gain, self.scale(), dropped)
         return cast(Tensor, product)
@@ -114,13 +114,6 @@ class ProductLayer(AdaptedLayer):
         return functional.changed_output(F.linear(x, weight, bias), F.linear(dropped_x, weight), low_rank, gain)
 
     # -- gain and cast factors, kept between calls ---------------------------------------------------------------
-
-    def _magnitude_over_live_norm(self) -> Float[Tensor, " out"] | None:
-        """m n / n_live: m's value, with the gradient through the norm that `detach_norm` leaves out."""
-        if self.magnitude is None:
-            return None
-        live = self.live_norms()
-        return self.magnitude * torch.where(live > 0, live.detach() / torch.where(live > 0, live, 1.0), 1.0)
 
     def _current_gain(self, dtype: torch.dtype) -> Gain:
         if self._gain is None or self._gain[1] != dtype or not self.still_holds(self._gain[2]):
@@ -157,9 +150,9 @@ class ProductLayer(AdaptedLayer):
         kept = self._factors  # dropped with the gain, where there is one, so that is not asked twice
         if kept is not None and kept.dtype == dtype and (self._gain is not None or self.still_holds(kept.snapshot)):
             return kept
-        assert self.lora_A is not None
-        assert self.lora_B is not None
-        cast_factors = self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype) * self.scale()
+        own = self.factors()
+        assert own is not None
+        cast_factors = own[0].detach().to(dtype), own[1].detach().to(dtype) * self.scale()
         compiled = not self.training and output_is_compiled(self, dtype)
         factors = CastFactors(*cast_factors, dtype, self.snapshot(), compiled)
         self._factors = None if self.training else factors

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from dora_vl.core.config import MAIN_PART
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.precision import Gather, train_in_float32
 from dora_vl.errors import UserError
 
 _ATTRIBUTE = "_dora_vl_trained"
 _ROWS = re.compile(r"(.+)\[(-?\d+)?:(-?\d+)?\]")
-FACTOR_PARTS = (
-    ("dora.A", "lora_A"),
-    ("dora.B", "lora_B"),
-    ("dora.d", "lambda_d"),
-    ("dora.b", "lambda_b"),
-    ("dora.magnitude", "magnitude"),
+FACTORS = (
+    ("A", "lora_A"),
+    ("B", "lora_B"),
+    ("d", "lambda_d"),
+    ("b", "lambda_b"),
+    ("magnitude", "magnitude"),
 )
-"""Part -> the layers' own name of its tensor; `dora.d` and `dora.b` are DVoRA's vectors."""
+"""What a trained part of adapted layers is called behind the part's name, `dora.A` -> the layers' own name of its
+tensor; `d` and `b` are DVoRA's vectors."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,21 @@ class TrainedPart:
     """
 
     name: str
+    """`dora.A`, `vision.magnitude` of adapted layers; `projector` of whole weights."""
     parameters: dict[str, nn.Parameter]
     weight_decay: bool
+    adapts: bool = False
+    """Whether these are what adapted layers add, not weights of the model's own."""
+
+    @property
+    def part(self) -> str:
+        """The part as a run's settings name it: `dora` for `targets`, `vision`, `projector`."""
+        return self.name.rpartition(".")[0] if self.adapts else self.name
+
+    @property
+    def factor(self) -> str | None:
+        """`A`, `B`, `magnitude`... of adapted layers; None for whole weights."""
+        return self.name.rpartition(".")[2] if self.adapts else None
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ class _PartNames:
     name: str
     parameters: tuple[str, ...]
     weight_decay: bool
+    adapts: bool
 
 
 @dataclass(frozen=True)
@@ -76,14 +92,16 @@ def choose_trained(
     also_train: Mapping[str, tuple[str, ...]],
     also_keep: tuple[str, ...],
     gather: Gather,
+    part_of: Callable[[str], str] = lambda layer: MAIN_PART,
 ) -> None:
-    """Freezes everything, then makes the adapters, `full_modules`' own weights and the extras train."""
+    """Freezes everything, then makes the adapters, `full_modules`' own weights and the extras train.
+
+    Args:
+        part_of: the part that an adapted layer belongs to.
+    """
     model.requires_grad_(False)
-    by_part: dict[str, list[str]] = {name: [] for name, _ in FACTOR_PARTS}
-    for module_name, module in adapted_layers(model):
-        for part, leaf in FACTOR_PARTS:
-            if module._parameters.get(leaf) is not None:
-                by_part[part].append(f"{module_name}.{leaf}")
+    by_part = _adapted_parts(model, part_of)
+    adapting = frozenset(by_part)
     full = set(full_modules)
     by_part["full"] = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in full]
     if full and not by_part["full"]:
@@ -97,10 +115,20 @@ def choose_trained(
     kept = _kept_names(_tensor_names(model), also_keep)
     extras = [name for part in also_train for name in by_part[part]]
     train_in_float32(model, extras, gather)
-    setattr(model, _ATTRIBUTE, _TrainedList(tuple(_split_by_decay(model, by_part, gather)), kept))
+    setattr(model, _ATTRIBUTE, _TrainedList(tuple(_split_by_decay(model, by_part, adapting, gather)), kept))
     for part in trained_parts(model):
         for parameter in part.parameters.values():
             parameter.requires_grad_(True)
+
+
+def _adapted_parts(model: nn.Module, part_of: Callable[[str], str]) -> dict[str, list[str]]:
+    """What adapted layers train, by part and factor: `dora.A`, `dora.B`, ... before `vision.A`."""
+    by_part: dict[str, list[str]] = {f"{MAIN_PART}.{factor}": [] for factor, _ in FACTORS}
+    for layer, module in adapted_layers(model):
+        for factor, leaf in FACTORS:
+            if module._parameters.get(leaf) is not None:
+                by_part.setdefault(f"{part_of(layer)}.{factor}", []).append(f"{layer}.{leaf}")
+    return by_part
 
 
 def refuse_unmatched(model: nn.Module, also_train: Mapping[str, tuple[str, ...]], also_keep: tuple[str, ...]) -> None:
@@ -118,7 +146,7 @@ def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return tuple(
-        TrainedPart(part.name, {name: parameters[name] for name in part.parameters}, part.weight_decay)
+        TrainedPart(part.name, {name: parameters[name] for name in part.parameters}, part.weight_decay, part.adapts)
         for part in _trained_list(model).parts
     )
 
@@ -191,7 +219,7 @@ def _tensor_names(model: nn.Module) -> list[str]:
 
 def _belongs_to_adapter(model: nn.Module, parameter: str) -> bool:
     owner, _, leaf = parameter.rpartition(".")
-    return isinstance(model.get_submodule(owner), AdaptedLayer) and leaf in {leaf for _, leaf in FACTOR_PARTS}
+    return isinstance(model.get_submodule(owner), AdaptedLayer) and leaf in {leaf for _, leaf in FACTORS}
 
 
 def _refuse_overlap(by_part: Mapping[str, list[str]]) -> None:
@@ -228,13 +256,21 @@ def _refuse_packed_weights(model: nn.Module, by_part: Mapping[str, list[str]]) -
             )
 
 
-def _split_by_decay(model: nn.Module, by_part: Mapping[str, list[str]], gather: Gather) -> Iterator[_PartNames]:
+def _split_by_decay(
+    model: nn.Module, by_part: Mapping[str, list[str]], adapting: frozenset[str], gather: Gather
+) -> Iterator[_PartNames]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for part, names in by_part.items():
+        adapts = part in adapting
         with gather([parameters[name] for name in names]):
-            matrices = tuple(name for name in names if parameters[name].ndim >= 2)
+            matrices = tuple(name for name in names if not _is_vector(parameters[name], name, adapts=adapts))
         vectors = tuple(name for name in names if name not in set(matrices))
         if matrices:
-            yield _PartNames(part, matrices, weight_decay=True)
+            yield _PartNames(part, matrices, True, adapts)
         if vectors:
-            yield _PartNames(part, vectors, weight_decay=False)
+            yield _PartNames(part, vectors, False, adapts)
+
+
+def _is_vector(parameter: nn.Parameter, name: str, *, adapts: bool) -> bool:
+    """Whether there is no direction in it; a stack of magnitudes is a stack of vectors."""
+    return parameter.ndim < 2 or (adapts and name.endswith(".magnitude"))

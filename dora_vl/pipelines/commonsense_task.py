@@ -67,7 +67,7 @@ class CommonsenseTask(Task):
         """The language model."""
         return load_backbone(self.config.model, beams=self.config.evaluation.beams)
 
-    def dora_config(self) -> DoRAConfig:
+    def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """The paper's five linears, unless the settings say otherwise.
 
         Raises:
@@ -79,7 +79,7 @@ class CommonsenseTask(Task):
                 "adapter.method: full needs adapter.targets, the modules whose weights train, such as "
                 '["model*", "lm_head"]'
             )
-        return core_config(adapter, targets=PAPER_TARGETS)
+        return core_config(adapter, backbone.model, targets=PAPER_TARGETS)
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training files' instructions, in the Trainer's random order."""

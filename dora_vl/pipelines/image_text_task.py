@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of, sees_pictures
@@ -17,12 +18,12 @@ from dora_vl.backbones.image_text import (
     language_targets,
     load_image_text,
     projector_patterns,
-    weights_out_of_reach,
+    skeleton_of,
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.prompt_formats import FORMATS
-from dora_vl.core import DoRAConfig
+from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.data.dataset import Encoded, LlavaDataset, Rows, Sample
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.stored_pictures import HeldPictures, open_picture
@@ -41,7 +42,9 @@ from dora_vl.run.base_loading import check_quantisation, load_base
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.video_reading import VideoReading, check_videos, video_folder, video_sampling
+from dora_vl.run.zero import without_sharding
 from dora_vl.training.memory_estimate import Activations
+from dora_vl.training.optim import rates_of, refuse_unknown_parts
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.task_model import GenerationTask
 
@@ -69,7 +72,6 @@ class ImageTextTask(Task):
     def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
         self._config = config
         self._name = name
-        self._dora_config: DoRAConfig | None = None
         self._data: InstructData | None = None
 
     @property
@@ -91,6 +93,7 @@ class ImageTextTask(Task):
         if self.config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(self.config))
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+        self._check_parts(arguments)
         if samples.has_videos:
             _check_videos(self.config, encoder, pictures=samples.has_pictures)
 
@@ -100,17 +103,31 @@ class ImageTextTask(Task):
             self._data = InstructData(self.config, arguments)
         return self._data
 
-    def load(self) -> Backbone[Any]:
-        """The model; what is adapted in it is looked up at once."""
-        backbone = load_base(load_image_text, self.config.model)
-        self._dora_config = self._adapted(backbone)
-        return backbone
+    def _check_parts(self, arguments: TrainingArguments) -> None:
+        """Refuses patterns and rates of parts that the model does not have, on a model without weights."""
+        adapter, model = self.config.adapter, self.config.model
+        named = adapter.targets or adapter.parts or adapter.also_train or adapter.also_keep
+        if not named and not self.config.optim.rates:
+            return
+        with without_sharding(arguments):
+            backbone = ImageTextBackbone(skeleton_of(model.base, revision=model.revision))
+        apply_dora(backbone.model, replace(self.dora_config(backbone), init="kaiming"))
+        refuse_unknown_parts(trained_parts(backbone.model), rates_of(self.config.optim, arguments.learning_rate))
 
-    def dora_config(self) -> DoRAConfig:
+    def load(self) -> Backbone[Any]:
+        """The model."""
+        return load_base(load_image_text, self.config.model)
+
+    def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Every linear of the decoder and the projector, unless the settings say otherwise."""
-        if self._dora_config is None:
-            raise RuntimeError("load() comes first: which layers there are is known from the model alone")
-        return self._dora_config
+        adapter, model = self.config.adapter, backbone.model
+        if adapter.method == "full":
+            return core_config(adapter, model, targets=())
+        targets = () if adapter.targets is not None else language_targets(model)
+        also_train = {}
+        if adapter.train_projector and not {"projector"} & {*adapter.parts, *adapter.also_train}:
+            also_train = self._projector(model)
+        return core_config(adapter, model, targets=targets, also_train=also_train)
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training file's conversations, grouped by modality and length."""
@@ -160,25 +177,16 @@ class ImageTextTask(Task):
         backbone, _ = with_adapter(load_base(load_image_text, config.model), run_folder_of(config) / ADAPTER)
         return run_test(Assistant(backbone, ImageTextPrompts(encoder)), config, numbers=numbers)
 
-    def _adapted(self, backbone: ImageTextBackbone) -> DoRAConfig:
-        adapter, model = self.config.adapter, backbone.model
-        targets = adapter.targets if adapter.targets is not None else language_targets(model)
-        if lost := weights_out_of_reach(model):
-            logger.warning(
-                "%d tensors of the decoder, %s weights, first %s, are no linear layers and get no adapter",
-                len(lost),
-                f"{sum(lost.values()):,}",
-                next(iter(lost)),
-            )
-        if not adapter.train_projector or adapter.method == "full":
-            return core_config(adapter, targets=targets)
-        projector = projector_patterns(model)
-        if not projector and sees_pictures(self.config.model.base, self.config.model.revision):
+    def _projector(self, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+        """What trains beside the adapters, where its name is known."""
+        if patterns := projector_patterns(model):
+            return {"projector": patterns}
+        if sees_pictures(self.config.model.base, self.config.model.revision):
             logger.warning(
                 "no projector is known in a %s, so none trains; adapter.train_projector: false says that it is meant",
                 type(model).__name__,
             )
-        return core_config(adapter, targets=targets, also_train={"projector": projector} if projector else {})
+        return {}
 
 
 def check_settings(config: RunConfig) -> None:

@@ -74,9 +74,9 @@ class LlavaTask(Task):
         """The LLaVA."""
         return load_backbone(self.config.model, cached_features=self.config.data.cache_features)
 
-    def dora_config(self) -> DoRAConfig:
+    def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """The language model's linears and the projector, unless the settings say otherwise."""
-        return dora_config(self.config.adapter)
+        return dora_config(self.config.adapter, backbone.model)
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training file's conversations, grouped by modality and length."""

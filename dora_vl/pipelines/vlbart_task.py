@@ -20,6 +20,7 @@ from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
 from dora_vl.backbones.vlbart_compose import compose_vlbart
 from dora_vl.backbones.vlbart_config import VlBartConfig
+from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
 from dora_vl.core import DoRAConfig
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.mixture import MixturePlan, Source
@@ -97,10 +98,9 @@ class VlBartTask(Task):
         with loading_in(dtype):
             return load_vlbart(model.base, dtype=dtype, attn_implementation=model.attn_implementation)
 
-    def dora_config(self) -> DoRAConfig:
+    def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Queries and values, the visual embedding, and BART's biases and norms as the settings say."""
-        config = VlBartConfig.from_pretrained(self.config.model.base)
-        return vlbart_dora_config(self.config, config)
+        return vlbart_dora_config(self.config, backbone.model)
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The mixture of all training files."""
@@ -236,15 +236,15 @@ def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
     return (Path(files),) if isinstance(files, str) else tuple(Path(file) for file in files)
 
 
-def vlbart_dora_config(run: VlBartRunConfig, config: VlBartConfig) -> DoRAConfig:
-    """What a run adapts and trains in a VL-BART of this config."""
+def vlbart_dora_config(run: VlBartRunConfig, model: VlBartForConditionalGeneration) -> DoRAConfig:
+    """What a run adapts and trains in a VL-BART."""
     adapter = run.adapter
     if adapter.method == "full":
-        return core_config(adapter, targets=EVERYTHING)
-    trained = also_trained(config, biases=adapter.train_biases, norm_weights=adapter.train_norm_weights)
+        return core_config(adapter, model, targets=EVERYTHING)
+    trained = also_trained(model.settings, biases=adapter.train_biases, norm_weights=adapter.train_norm_weights)
     if not adapter.train_projector:
         del trained["projector"]
-    return core_config(adapter, targets=DORA_TARGETS, also_train=trained, also_keep=KEPT_ROWS)
+    return core_config(adapter, model, targets=DORA_TARGETS, also_train=trained, also_keep=KEPT_ROWS)
 
 
 def named_settings(config: VlBartRunConfig) -> dict[str, Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dora_vl.adapters.agreement import fields_of_the_change, first_difference, refuse_pefts_other_result
 from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, own_name, read_json, read_weights
 from dora_vl.adapters.names import LEAVES
 from dora_vl.adapters.settings import read_config
+from dora_vl.backbones.places import names_experts, resolved_targets, resolved_weights
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.config import AdapterSettings
 from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
@@ -29,6 +31,7 @@ FACTORS = LEAVES - {"magnitude"}
 
 def core_config(
     adapter: AdapterConfig,
+    model: PreTrainedModel,
     *,
     targets: tuple[str, ...],
     also_train: Mapping[str, tuple[str, ...]] | None = None,
@@ -37,14 +40,32 @@ def core_config(
     """The core's config of a run's adapter section; a backbone says what its own places are.
 
     Args:
+        model: where presets (`language`, `vision`...) are looked up.
         targets: the backbone's, unless the section names others.
-        also_train: the backbone's further parts, beside the section's; one of the same name is the section's.
+        also_train: the backbone's further parts, beside the section's; one of the same name, adapted or whole, is the
+            section's.
         also_keep: the backbone's frozen tensors that the folder carries, beside the section's.
+
+    Raises:
+        UserError: a preset that the model has no place for.
     """
     own = {one.name: getattr(adapter, one.name) for one in fields(AdapterSettings)}
-    own["also_train"] = {**(also_train or {}), **adapter.also_train}
+    default = {name: globs for name, globs in (also_train or {}).items() if name not in adapter.parts}
+    chosen = {
+        name: resolved_weights(model, globs, f"adapter.also_train.{name}") for name, globs in adapter.also_train.items()
+    }
+    own["also_train"] = {**default, **chosen}
     own["also_keep"] = (*also_keep, *adapter.also_keep)
-    return DoRAConfig(targets=targets if adapter.targets is None else adapter.targets, **own)
+    own["parts"] = {
+        name: replace(part, targets=resolved_targets(model, part.targets, f"adapter.parts.{name}.targets"))
+        for name, part in adapter.parts.items()
+    }
+    if adapter.targets is not None:
+        targets = resolved_targets(model, adapter.targets, "adapter.targets", whole=adapter.method == "full")
+    named = (*targets, *(glob for part in own["parts"].values() for glob in part.targets))
+    if "experts" not in adapter.kinds and names_experts(model, named):
+        own["kinds"] = (*adapter.kinds, "experts")
+    return DoRAConfig(targets=targets, **own)
 
 
 def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:

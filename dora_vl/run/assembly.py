@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.adapters.provenance import content_hash, local_folder, versions
 from dora_vl.backbones.base import max_positions
@@ -28,7 +28,7 @@ def load_backbone(model: ModelConfig, *, cached_features: bool) -> LlavaBackbone
     return load_base(load_llava, model, picture_source="image_features" if cached_features else "pixel_values")
 
 
-def dora_config(adapter: AdapterConfig) -> DoRAConfig:
+def dora_config(adapter: AdapterConfig, model: PreTrainedModel) -> DoRAConfig:
     """The core's config of a run's adapter section, with LLaVA's own targets and projector.
 
     Raises:
@@ -40,7 +40,7 @@ def dora_config(adapter: AdapterConfig) -> DoRAConfig:
             '["model.language_model*", "lm_head", "model.multi_modal_projector*"]'
         )
     trains_projector = adapter.train_projector and adapter.method != "full"
-    return core_config(adapter, targets=DORA_TARGETS, also_train=ALSO_TRAIN if trains_projector else {})
+    return core_config(adapter, model, targets=DORA_TARGETS, also_train=ALSO_TRAIN if trains_projector else {})
 
 
 def build_encoder(model: ModelConfig, backbone: LlavaBackbone, *, max_tokens: int) -> LlavaEncoder:

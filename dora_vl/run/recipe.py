@@ -50,9 +50,12 @@ class AdapterConfig(AdapterSettings):
     """What trains, and how."""
 
     targets: tuple[str, ...] | None = None
-    """Full-name patterns of the adapted modules, each must hit; null: all linears of the language model."""
+    """Full-name patterns of the adapted modules, each must hit, or presets: language (the decoder's linears), vision,
+    projector, experts (those that are one tensor), all-linear (experts too, without the output head); null: the model's
+    own default, for most language."""
     train_projector: bool = True
-    """Trains the projector between vision and language too, in float32, and keeps it in the adapter folder."""
+    """Trains the projector between vision and language whole, in float32, as the part `projector`, unless `parts` or
+    `also_train` has one of that name."""
     initial: str | None = None
     """Adapter folder to start from, such as stage 1's projector; its weights are loaded before training."""
 
@@ -112,12 +115,15 @@ class DataConfig:
 class OptimConfig:
     """Learning rates by part; `training.learning_rate` is the default."""
 
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Peak learning rate by part: a name of adapter.parts or adapter.also_train, dora (adapter.targets), projector;
+    magnitude, A, B: those of every part; vision.magnitude: that of one. The more exact name counts."""
     projector_learning_rate: float | None = None
     """Peak learning rate of the projector; null: training.learning_rate."""
     magnitude_learning_rate: float | None = None
     """Peak learning rate of DoRA's magnitudes; null: training.learning_rate."""
     b_learning_rate_ratio: float = 1.0
-    """B's learning rate as a multiple of training.learning_rate (LoRA+; 16 is its paper's choice)."""
+    """B's learning rate as a multiple of its part's (LoRA+; 16 is its paper's choice)."""
     loss_normalisation: Literal["micro_batch", "step_tokens"] = "micro_batch"
     """micro_batch: mean over a micro-batch's labelled tokens, then over accumulation and ranks (as LLaVA);
     step_tokens: one mean over all labelled tokens of the step."""

@@ -17,14 +17,14 @@ from dora_vl.backbones.module import Backbone
 from dora_vl.core import trained_parts
 from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.run.launch import on_first_rank
-from dora_vl.run.recipe import OptimConfig
 from dora_vl.run.run_folder import LOSS_LOG, run_folder_of
 from dora_vl.run.zero import gather_to_read, gather_to_write
 from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
-from dora_vl.training.memory_estimate import Activations, describe_plan
-from dora_vl.training.optim import LearningRates, learning_rates, with_decay
+from dora_vl.training.memory_estimate import Activations, estimate_memory, memory_table
+from dora_vl.training.optim import LearningRates, rates_of, refuse_unknown_parts, with_decay
 from dora_vl.training.task import Task, TrainingData
+from dora_vl.training.trained_table import frozen_table, trained_table
 from dora_vl.training.trainer import AdapterTrainer, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 
@@ -46,7 +46,9 @@ def build_trainer(
     statistics = BatchStatistics(ledger)
     held_out, validation = _validation(data, arguments, source=str(config.data.held_out))
     stop = StopOnSignal()
-    log_plan(backbone, task.activations(backbone, arguments, longest_tokens=data.longest_tokens), arguments)
+    rates = rates_of(config.optim, arguments.learning_rate)
+    refuse_unknown_parts(trained_parts(backbone.model), rates)
+    log_plan(backbone, rates, task.activations(backbone, arguments, longest_tokens=data.longest_tokens), arguments)
     trainer = AdapterTrainer(
         model=task.loss(backbone),
         args=arguments,
@@ -59,7 +61,7 @@ def build_trainer(
             stop,
             SaveAfterValidation(),
         ],
-        rates=_rates(config.optim, arguments),
+        rates=rates,
         parts=with_decay(trained_parts(backbone.model), config.optim.weight_decay_on),
         sampler=data.sampler,
         persistence=_persistence(task, backbone.model, run_folder, writes=arguments.process_index == 0),
@@ -76,13 +78,19 @@ def build_trainer(
     return trainer, stop
 
 
-def log_plan(backbone: Backbone[Any], activations: Activations, arguments: TrainingArguments) -> None:
+def log_plan(
+    backbone: Backbone[Any], rates: LearningRates, activations: Activations, arguments: TrainingArguments
+) -> None:
     """Logs what trains and what it will take, before the first step."""
     zero = (deepspeed_config() or {}).get("zero_optimization")
-    plan = describe_plan(
-        backbone, trained_parts(backbone.model), activations, zero=zero, world_size=arguments.world_size
+    parts, stage = trained_parts(backbone.model), int((zero or {}).get("stage", 0))
+    estimate = estimate_memory(backbone, activations, zero=zero, world_size=arguments.world_size)
+    tables = (
+        trained_table(backbone.model, parts, rates),
+        frozen_table(backbone.model),
+        memory_table(estimate, world_size=arguments.world_size, stage=stage),
     )
-    logger.info("what trains, and what it takes:\n%s", plan)
+    logger.info("what trains, and what it takes:\n%s", "\n".join(tables))
 
 
 def _validation(
@@ -104,15 +112,6 @@ def _read_in_a_pass(samples: int, arguments: TrainingArguments) -> int:
     together = arguments.per_device_train_batch_size * arguments.world_size
     whole = samples - samples % together
     return whole if arguments.dataloader_drop_last or whole == samples else whole + together
-
-
-def _rates(optim: OptimConfig, arguments: TrainingArguments) -> LearningRates:
-    return learning_rates(
-        arguments.learning_rate,
-        projector=optim.projector_learning_rate,
-        magnitude=optim.magnitude_learning_rate,
-        b_ratio=optim.b_learning_rate_ratio,
-    )
 
 
 def _persistence(task: Task, model: nn.Module, run_folder: Path, *, writes: bool) -> Persistence:

@@ -1,4 +1,4 @@
-"""What a run will hold in memory on each rank, before the first step; and what trains, as a table."""
+"""What a run will hold in memory on each rank, before the first step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from dora_vl.core import TrainedPart
 from dora_vl.core.opaque import is_quantised
 
 ADAM_STATES = 2
@@ -61,12 +60,18 @@ def parameter_count(parameter: nn.Parameter) -> int:
 
 def weight_count(model: nn.Module) -> int:
     """Numbers in all of a model's parameters; a quantised layer's weight counts as what it stands for, unpacked."""
+    unpacked = unpacked_sizes(model)
+    return sum(unpacked.get(id(one), parameter_count(one)) for one in model.parameters())
+
+
+def unpacked_sizes(model: nn.Module) -> dict[int, int]:
+    """Identity of each quantised weight -> the numbers that it stands for."""
     unpacked: dict[int, int] = {}
     for module in model.modules():
         if is_quantised(module):
             layer: Any = module
             unpacked[id(next(layer.parameters()))] = layer.in_features * layer.out_features
-    return sum(unpacked.get(id(one), parameter_count(one)) for one in model.parameters())
+    return unpacked
 
 
 def estimate_memory(
@@ -103,17 +108,6 @@ def _offloads(zero: Mapping[str, Any] | None, what: str) -> bool:
     return (zero or {}).get(what, {}).get("device", "none") != "none"
 
 
-def trained_table(model: nn.Module, parts: Sequence[TrainedPart]) -> str:
-    """Trained parameters by part: count and share of all parameters."""
-    total = weight_count(model)
-    counts: dict[str, int] = {}
-    for part in parts:
-        counts[part.name] = counts.get(part.name, 0) + sum(map(parameter_count, part.parameters.values()))
-    rows = [(name, count) for name, count in counts.items() if count]
-    rows += [("trained", sum(counts.values())), ("frozen", total - sum(counts.values())), ("all", total)]
-    return _table(("part", "parameters", "share"), ((n, f"{c:,}", f"{c / total:.3%}") for n, c in rows))
-
-
 def memory_table(estimate: MemoryEstimate, *, world_size: int, stage: int) -> str:
     """The estimate in GiB for one rank."""
     named = {
@@ -126,10 +120,11 @@ def memory_table(estimate: MemoryEstimate, *, world_size: int, stage: int) -> st
     if estimate.on_host:
         named["on the host"] = estimate.on_host
     title = f"memory a rank ({world_size} ranks, ZeRO-{stage})"
-    return _table((title, "GiB"), ((name, f"{size / GIB:.2f}") for name, size in named.items()))
+    return table((title, "GiB"), ((name, f"{size / GIB:.2f}") for name, size in named.items()))
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lines in columns, the first one's words at the left, numbers at the right."""
     lines = [tuple(header), *(tuple(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -139,17 +134,3 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         )
         for line in lines
     )
-
-
-def describe_plan(
-    model: nn.Module,
-    parts: Sequence[TrainedPart],
-    activations: Activations,
-    *,
-    zero: Mapping[str, Any] | None,
-    world_size: int,
-) -> str:
-    """Both tables, as they are logged before the first step."""
-    estimate = estimate_memory(model, activations, zero=zero, world_size=world_size)
-    stage = int((zero or {}).get("stage", 0))
-    return f"{trained_table(model, parts)}\n{memory_table(estimate, world_size=world_size, stage=stage)}"

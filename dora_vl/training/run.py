@@ -80,7 +80,7 @@ def train(task: Task) -> RunResult:
 
     backbone = task.load()
     torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
-    adapt(backbone.model, task.dora_config(), initial=config.adapter.initial)
+    adapt(backbone.model, task.dora_config(backbone), initial=config.adapter.initial)
     trainer, stop = build_trainer(task, arguments, backbone)
     if checkpoint is not None:
         trainer.progress.go_on_from(checkpoint)

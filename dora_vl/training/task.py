@@ -76,7 +76,7 @@ class Task(ABC):
         """The base, in `model.dtype`, sharded while loading under ZeRO-3."""
 
     @abstractmethod
-    def dora_config(self) -> DoRAConfig:
+    def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """What is adapted in it and what else trains."""
 
     @abstractmethod

@@ -111,7 +111,7 @@ def test_the_smoke_run_is_tested_again_without_training(
     (run / "adapter").mkdir(parents=True)
     task = commonsense.task_of(settings(folder, "tested"))
     backbone = task.load()
-    apply_dora(backbone.model, task.dora_config())
+    apply_dora(backbone.model, task.dora_config(backbone))
     save_adapter(backbone.model, run / "adapter")
     weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     (run / "metrics.json").write_text(json.dumps({"train_steps": 7, "generation": {"n": 1}}))
@@ -170,8 +170,9 @@ def test_granular_magnitudes(folder: Path) -> None:
         json.dumps(["model.layers.*.self_attn.o_proj", "model.layers.*.mlp.*_proj"]),
     )
     task = CommonsenseTask(config)
-    model = task.load().model
-    apply_dora(model, task.dora_config())
+    backbone = task.load()
+    model = backbone.model
+    apply_dora(model, task.dora_config(backbone))
     names = {part.name: set(part.parameters) for part in trained_parts(model)}
     assert "model.layers.0.mlp.gate_proj.magnitude" in names["dora.magnitude"]
     assert "model.layers.0.self_attn.o_proj.magnitude" in names["dora.magnitude"]

@@ -8,8 +8,9 @@ from torch import nn
 
 from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, also_trained
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
+from dora_vl.core.config import AdaptedPart
 from dora_vl.errors import UserError
-from dora_vl.training.optim import Decayed, learning_rates, parameter_groups, with_decay
+from dora_vl.training.optim import Decayed, LearningRates, learning_rates, parameter_groups, with_decay
 from tests.backbones.tiny_vlbart import tiny
 
 
@@ -41,15 +42,42 @@ def test_every_trained_parameter_is_in_exactly_one_group() -> None:
     torch.optim.AdamW(groups, lr=1e-3)
 
 
+def rates_of(rates: LearningRates, model: nn.Module) -> dict[str, float]:
+    return {group["name"]: group["lr"] for group in parameter_groups(trained_parts(model), rates, weight_decay=0.0)}
+
+
 def test_magnitudes_do_not_follow_the_ratio_of_b() -> None:
-    assert learning_rates(1e-3, b_ratio=16.0).of("dora.magnitude") == 1e-3
+    assert rates_of(learning_rates(1e-3, b_ratio=16.0), adapted())["dora.magnitude"] == 1e-3
 
 
-def test_a_rate_for_a_part_that_does_not_train_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(6, 5))
-    apply_dora(model, DoRAConfig(targets=("0",), rank=2))
-    with pytest.raises(UserError, match="a learning rate is set for projector"):
-        parameter_groups(trained_parts(model), learning_rates(1e-3, projector=1e-5), weight_decay=0.0)
+def in_parts() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 4), nn.LayerNorm(4))
+    parts = {"eyes": AdaptedPart(targets=("1",), rank=3), "hands": AdaptedPart(targets=("2",))}
+    apply_dora(model, DoRAConfig(targets=("0",), rank=2, parts=parts, also_train={"norm": ("3.*",)}))
+    return model
+
+
+def test_the_more_exact_name_of_a_rate_counts() -> None:
+    by_part = {"eyes": 1e-5, "eyes.magnitude": 7e-5, "magnitude": 5e-4, "norm": 3e-5}
+    assert rates_of(learning_rates(1e-3, b_ratio=4.0, by_part=by_part), in_parts()) == {
+        "dora.A": 1e-3, "dora.B": 4e-3, "dora.magnitude": 5e-4,
+        "eyes.A": 1e-5, "eyes.B": 4e-5, "eyes.magnitude": 7e-5,
+        "hands.A": 1e-3, "hands.B": 4e-3, "hands.magnitude": 5e-4,
+        "norm": 3e-5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("unknown", ["eye", "eyes.magnitud", "projector"])
+def test_a_rate_for_a_part_that_does_not_train_is_refused(unknown: str) -> None:
+    said = f"a learning rate is set for {unknown}, but what trains is dora, eyes, hands, norm"
+    with pytest.raises(UserError, match=said) as refused:
+        parameter_groups(trained_parts(in_parts()), learning_rates(1e-3, by_part={unknown: 1e-5}), weight_decay=0.0)
+    assert ("did you mean eyes" in str(refused.value)) == unknown.startswith("eye")
+
+
+def test_a_rate_that_is_said_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"optim\.rates\.projector and optim\.projector_learning_rate say the same"):
+        learning_rates(1e-3, projector=1e-5, by_part={"projector": 1e-5})
 
 
 DECODER = ("self_attn", "encoder_attn")

@@ -1,0 +1,195 @@
+"""Names for places in a model that people adapt: `language`, `vision`, `projector`, `experts`, `all-linear`.
+
+Each stands for full-name patterns, found in the model itself, wherever a run's settings take such patterns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dora_vl.backbones.image_text import projector_patterns
+from dora_vl.core.experts import expert_projections
+from dora_vl.core.opaque import is_quantised
+from dora_vl.errors import UserError
+
+Place = Mapping[str, nn.Module]
+"""The modules of a place by full name."""
+NamesIn = Callable[[PreTrainedModel, Place], list[str]]
+
+
+def resolved_targets(
+    model: PreTrainedModel, patterns: Iterable[str], where: str, *, whole: bool = False
+) -> tuple[str, ...]:
+    """Patterns of layers to adapt, each preset replaced by those that it stands for.
+
+    Args:
+        where: the setting, for messages.
+        whole: any module with weights, not layers that can be adapted alone.
+
+    Raises: UserError if the model has no such place, or a word is neither a preset nor a module.
+    """
+    if whole:
+        return _resolved(model, patterns, where, dict.fromkeys(PRESETS, _owners_in))
+    return _resolved(model, patterns, where, {**dict.fromkeys(PRESETS, _layers_in), **ASKED_FOR})
+
+
+def resolved_weights(model: PreTrainedModel, patterns: Iterable[str], where: str) -> tuple[str, ...]:
+    """Patterns of parameters to train whole, each preset replaced by those that it stands for.
+
+    Raises: UserError as `resolved_targets`.
+    """
+    return _resolved(model, patterns, where, dict.fromkeys(PRESETS, _parameters_in))
+
+
+def names_experts(model: PreTrainedModel, patterns: Iterable[str]) -> bool:
+    """Whether some of the resolved patterns hit experts that are one tensor and no layer."""
+    layers = [name for name, module in model.named_modules() if _is_linear(module)]
+    experts = [f"{name}.{leaf}" for name, module in _experts(model).items() for leaf in expert_projections(module)]
+    return any(_hits(experts, pattern) and not _hits(layers, pattern) for pattern in patterns)
+
+
+def _hits(names: Iterable[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _resolved(
+    model: PreTrainedModel, patterns: Iterable[str], where: str, names_in: Mapping[str, NamesIn]
+) -> tuple[str, ...]:
+    found: list[str] = []
+    for pattern in patterns:
+        if pattern not in PRESETS:
+            _refuse_misspelt(model, pattern, where)
+            found.append(pattern)
+            continue
+        names = names_in[pattern](model, PRESETS[pattern](model))
+        if not names:
+            raise UserError(f"{where}: {pattern} is no place in a {type(model).__name__}; name its layers by patterns")
+        found += _as_patterns(names, [name for name, _ in (*model.named_modules(), *model.named_parameters())])
+    return tuple(dict.fromkeys(found))
+
+
+def _refuse_misspelt(model: PreTrainedModel, pattern: str, where: str) -> None:
+    if any(sign in pattern for sign in "*?[.") or pattern in dict(model.named_modules()):
+        return
+    close = get_close_matches(pattern, PRESETS, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"{where}: {pattern!r} is neither a module nor one of {', '.join(PRESETS)}; did you mean {close}, or a pattern "
+        f"such as '*.{pattern}'?"
+    )
+
+
+def _as_patterns(names: list[str], all_names: Iterable[str]) -> list[str]:
+    """A pattern for each place in a layer, numbers as `*`; the names themselves where a pattern would hit more."""
+    by_pattern: dict[str, list[str]] = {}
+    for name in names:
+        starred = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        by_pattern.setdefault(starred, []).append(name)
+    others = set(all_names) - set(names)
+    patterns: list[str] = []
+    for pattern, own in by_pattern.items():
+        patterns += own if _hits(others, pattern) else [pattern]
+    return patterns
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_quantised(module)
+
+
+def _layers_in(model: PreTrainedModel, place: Place) -> list[str]:
+    return [name for name, module in place.items() if _is_linear(module)]
+
+
+def _layers_and_experts_in(model: PreTrainedModel, place: Place) -> list[str]:
+    names: list[str] = []
+    for name, module in place.items():
+        names += [name] if _is_linear(module) else [f"{name}.{leaf}" for leaf in expert_projections(module)]
+    return names
+
+
+def _owners_in(model: PreTrainedModel, place: Place) -> list[str]:
+    return [name for name, module in place.items() if any(True for _ in module.parameters(recurse=False))]
+
+
+def _parameters_in(model: PreTrainedModel, place: Place) -> list[str]:
+    """The place's parameters, without those that a module outside of it uses too (tied embeddings)."""
+    outside = {
+        id(weight)
+        for name, module in model.named_modules()
+        if name not in place
+        for weight in module.parameters(recurse=False)
+    }
+    return [
+        f"{name}.{leaf}"
+        for name, module in place.items()
+        for leaf, weight in module.named_parameters(recurse=False)
+        if id(weight) not in outside
+    ]
+
+
+# -- the places ----------------------------------------------------------------------------------------------
+
+
+def _language(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder's layers, of an encoder-decoder the encoder's too; never the output head."""
+    parts = [model.get_decoder(), *([model.get_encoder()] if model.config.is_encoder_decoder else ())]
+    inside = {id(one) for part in parts for one in part.modules()}
+    head, beside = model.get_output_embeddings(), {*_vision(model), *_projector(model)}
+    return {n: m for n, m in model.named_modules() if id(m) in inside and m is not head and n not in beside}
+
+
+def _vision(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The vision encoder, without the projector where that is a part of it."""
+    if model.config.is_encoder_decoder:
+        return {}
+    encoder = model.get_encoder(modality="image")
+    if encoder is model or encoder is model.base_model:
+        return {}
+    inside, projector = {id(one) for one in encoder.modules()}, _projector(model)
+    return {name: one for name, one in model.named_modules() if id(one) in inside and name not in projector}
+
+
+def _projector(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What stands between vision and language."""
+    if model.get_decoder() is model:
+        return {}
+    patterns = projector_patterns(model)
+    outer = {pattern.removesuffix(".*") for pattern in patterns}
+    return {
+        name: one
+        for name, one in model.named_modules()
+        if name in outer or any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def _experts(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Experts that are one tensor."""
+    return {name: one for name, one in model.named_modules() if expert_projections(one)}
+
+
+def _all_linear(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear layer but the output head, and experts that are one tensor."""
+    head = model.get_output_embeddings()
+    linears = {name: one for name, one in model.named_modules() if _is_linear(one) and one is not head}
+    return {**linears, **_experts(model)}
+
+
+PRESETS: Mapping[str, Callable[[PreTrainedModel], dict[str, nn.Module]]] = MappingProxyType(
+    {
+        "language": _language,
+        "vision": _vision,
+        "projector": _projector,
+        "experts": _experts,
+        "all-linear": _all_linear,
+    }
+)
+"""Preset -> the modules of its place, by full name."""
+ASKED_FOR: Mapping[str, NamesIn] = MappingProxyType(
+    {"experts": _layers_and_experts_in, "all-linear": _layers_and_experts_in}
+)
+"""Presets that take experts that are one tensor too; the others leave those out."""

@@ -1,0 +1,331 @@
+"""Experts of a mixture that are one tensor: DoRA in each of them, around the two products of the experts' own forward.
+
+transformers keeps the weights of a layer's experts as `gate_up_proj` (or `up_proj`) and `down_proj`, [experts, out, in]
+or transposed, and says in attributes how its forward uses them (its `use_experts_implementation`). By these a layer is
+known here, whatever its class: rows sorted by expert, first product, gate, second product, weighted sum.
+
+For each expert e the equation is `functional`'s, with its own A_e [rank, in], B_e [out, rank] and m_e [out]; the norms
+of all experts are taken in one batch, from the factors. Products go expert by expert, over those that got rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dora_vl.core import functional
+from dora_vl.core.config import DoRAConfig
+from dora_vl.core.freshness import Snapshot, unwatch
+from dora_vl.core.gain import Gain, careful_gain, quick_gains
+from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.linear import SHARED_DROPOUT
+from dora_vl.errors import UserError
+
+STATED = frozenset(("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts"))
+"""Attributes by which transformers says how a layer's experts compute."""
+
+
+def expert_projections(module: nn.Module) -> tuple[str, ...]:
+    """Names of the 3-D weights that a module of experts multiplies by and that can be adapted; of others none."""
+    stated = vars(module)
+    if not stated.keys() >= STATED:
+        return ()
+    names = ("gate_up_proj" if stated["has_gate"] else "up_proj", "down_proj")
+    return tuple(name for name in names if module._parameters.get(name) is not None)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What one pass takes of every expert: its weight as [out, in], bias, factors, magnitude and gain."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    factors: Sequence[tuple[Tensor, Tensor] | tuple[None, None]]
+    magnitudes: Sequence[Tensor | None]
+    gains: Sequence[Gain | None]
+
+
+class ExpertsProjection(AdaptedLayer):
+    """One 3-D weight of a layer's experts with A, B and magnitude for each of them."""
+
+    setting_of_peft: ClassVar[str] = "experts that are one tensor"
+
+    def __init__(self, experts: nn.Module, leaf: str, config: DoRAConfig) -> None:
+        super().__init__()
+        self.weight = cast(Tensor, experts._parameters[leaf])
+        self.bias = None
+        self.transposed = bool(vars(experts)["is_transposed"])
+        count, first, second = self.weight.shape
+        self.experts = count
+        self.out_features, self.in_features = (second, first) if self.transposed else (first, second)
+        self.start_adapter(experts, config)
+
+    # -- what the norm and the file need -----------------------------------------------------------------------
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of one expert."""
+        return self.out_features, self.in_features
+
+    def as_matrix(self, weight: Tensor) -> Float[Tensor, "*experts out in_"]:
+        """[out, in], of one expert or of all."""
+        return weight.transpose(-2, -1) if self.transposed else weight
+
+    def from_matrix(self, matrix: Float[Tensor, "*experts out in_"]) -> Tensor:
+        """The opposite of `as_matrix`."""
+        return self.as_matrix(matrix)
+
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """[experts, rank, in] and [experts, out, rank]."""
+        return (self.experts, rank, self.in_features), (self.experts, self.out_features, rank)
+
+    def magnitude_file_shape(self) -> tuple[int, ...]:
+        """[experts, out]."""
+        return self.experts, self.out_features
+
+    def setting_beyond_peft(self) -> str | None:
+        """PEFT adapts no magnitudes here, and lays out A and B otherwise."""
+        return self.setting_of_peft
+
+    def factors(self) -> tuple[Float[Tensor, "experts rank in_"], Float[Tensor, "experts out rank"]] | None:
+        """A and B of all experts."""
+        return None if self.lora_A is None or self.lora_B is None else (self.lora_A, self.lora_B)
+
+    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B of each expert."""
+        factors = self.factors()
+        return [] if factors is None else list(zip(*factors, strict=True))
+
+    def dense_weight(self) -> Float[Tensor, "out in_"]:
+        """Refused: what asks for it knows one matrix a layer."""
+        raise UserError("LoftQ and PiSSA start from one matrix a layer; experts that are one tensor start otherwise")
+
+    def frozen_norms_squared(self) -> Float[Tensor, "experts out"]:
+        """||W_e,i||^2 of every row of every expert."""
+        return torch.stack([functional.row_norms_squared(one) for one in self.as_matrix(self._frozen_weight())])
+
+    def norms_squared(self) -> Float[Tensor, "experts out"]:
+        """n^2 of all experts in one batch, from the factors alone; exact but for rows that cancel."""
+        factors = self.factors()
+        if factors is None:
+            return self.weight_norms_squared()
+        weight = self.as_matrix(self._frozen_weight())
+        with torch.autocast(weight.device.type, enabled=False):
+            a, b = (factor.to(weight.dtype) for factor in factors)
+            on_A, gram = torch.bmm(weight, a.mT), torch.bmm(a, a.mT)
+            return functional.with_growth(self.weight_norms_squared(), b, on_A, gram, self.scale())
+
+    def trusted_norms(self, norms_squared: Float[Tensor, "experts out"]) -> Float[Tensor, "experts out"]:
+        """n from `norms_squared`, the rows that cancel taken from the dense direction."""
+        frozen = self.weight_norms_squared()
+        norms, cancelled = functional.direction_norms(frozen.flatten(), norms_squared.flatten())
+        factors = self.factors()
+        if factors is not None and cancelled.numel():
+            dense = torch.cat([one.square().sum(dim=1) for one in self._dense_rows(cancelled, *factors)])
+            norms = norms.index_copy(0, cancelled, functional.root(dense))
+        return norms.view_as(frozen)
+
+    def _dense_rows(self, index: Int[Tensor, " rows"], a: Tensor, b: Tensor) -> Iterator[Float[Tensor, "rows in_"]]:
+        """V of some rows, by their number over all experts, an expert at a time."""
+        weight = self.as_matrix(self._frozen_weight())
+        owners = index // self.out_features
+        for expert in owners.unique_consecutive().tolist():
+            rows = index[owners == expert] - expert * self.out_features
+            yield functional.dense_direction(weight[expert, rows], a[expert], b[expert, rows], self.scale())
+
+    # -- forward -----------------------------------------------------------------------------------------------
+
+    def forget_norms(self, *, frozen: bool = False) -> None:
+        """Drops what was computed from A, B and the magnitude, and with `frozen` from the frozen weight too."""
+        super().forget_norms(frozen=frozen)
+        self._gains: tuple[Sequence[Gain], torch.dtype, Snapshot] | None = None
+
+    def forward(
+        self, rows: Float[Tensor, "rows in_"], counts: Sequence[int], bias: Float[Tensor, "experts out"] | None
+    ) -> Float[Tensor, "rows out"]:
+        """y = g_e (W_e x + s B_e A_e x) + b_e of rows that stand in their experts' order, `counts` of each."""
+        if torch.is_autocast_enabled(rows.device.type):
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        if self.merged:
+            self.refuse_training_while_merged()
+            return products(rows, counts, self.as_matrix(self.weight), bias)
+        operands = self._operands(rows.dtype, bias)
+        pieces = (self._one_expert(x, expert, operands) for expert, x in enumerate(rows.split(list(counts))) if len(x))
+        return torch.cat(list(pieces)) if len(rows) else rows.new_zeros(0, self.out_features)
+
+    def _operands(self, dtype: torch.dtype, bias: Tensor | None) -> _Operands:
+        none = [None] * self.experts
+        factors = self.factors()
+        magnitude = self.magnitude if self.adapter.detach_norm else self.magnitude_over_live_norm()
+        # unbind, not an index for each expert: the backward pass of an index is as large as all experts.
+        return _Operands(
+            weights=[one.to(dtype) for one in self.as_matrix(self.weight).unbind()],
+            biases=none if bias is None else [one.to(dtype) for one in bias.unbind()],
+            factors=[(None, None)] * self.experts
+            if factors is None
+            else list(zip(factors[0].unbind(), factors[1].unbind(), strict=True)),
+            magnitudes=none if magnitude is None else magnitude.unbind(),
+            gains=none if magnitude is None else self._current_gains(dtype, bias),
+        )
+
+    def _one_expert(self, x: Tensor, expert: int, of: _Operands) -> Float[Tensor, "rows out"]:
+        a, b = of.factors[expert]
+        probability = self.adapter.dropout if self.training and a is not None else 0.0
+        if probability and self.adapter.dropout_mode == "whole_change" and of.gains[expert] is not None:
+            return self._whole_change(x, expert, of, probability)
+        dropped = SHARED_DROPOUT.draw(x, probability, id(self)) if probability else None
+        weight, bias, m, g = of.weights[expert], of.biases[expert], of.magnitudes[expert], of.gains[expert]
+        return cast(Tensor, functional.AdaptedProduct.apply(x, weight, bias, a, b, m, g, self.scale(), dropped))
+
+    def _whole_change(self, x: Tensor, expert: int, of: _Operands, probability: float) -> Float[Tensor, "rows out"]:
+        (a, b), weight, m = of.factors[expert], of.weights[expert], of.magnitudes[expert]
+        assert a is not None
+        assert b is not None
+        assert m is not None
+        dropped = F.dropout(x, probability)
+        low_rank = F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype)) * self.scale()
+        gain = functional.gain(m, self.norms()[expert])
+        output = F.linear(x, weight, of.biases[expert])
+        return functional.changed_output(output, F.linear(dropped, weight), low_rank, gain)
+
+    def _current_gains(self, dtype: torch.dtype, bias: Tensor | None) -> Sequence[Gain]:
+        if self._gains is None or self._gains[1] != dtype or not self.still_holds(self._gains[2]):
+            with torch.no_grad():
+                self._gains = self._new_gains(dtype, bias), dtype, self.snapshot()
+        return self._gains[0]
+
+    def _new_gains(self, dtype: torch.dtype, bias: Tensor | None) -> Sequence[Gain]:
+        """The gains of all experts in one go; those with a row that needs more care again, each alone."""
+        assert self.magnitude is not None
+        magnitude, squared = self.magnitude.detach(), self.norms_squared()
+        bias = None if bias is None else bias.detach()
+        quick = quick_gains(magnitude, self.weight_norms_squared(), squared, bias, dtype)
+        if all(one is not None for one in quick):
+            return cast("list[Gain]", quick)
+        norms = self.trusted_norms(squared)
+        full = functional.gain(magnitude, norms)
+        biases = [None] * self.experts if bias is None else bias.unbind()
+        rows = zip(quick, full, norms, biases, strict=True)
+        return [one or careful_gain(gain, norm, own, dtype) for one, gain, norm, own in rows]
+
+    # -- merging -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, *, keep_base: bool = True) -> None:
+        """Folds the adapter into `weight`, an expert at a time."""
+        if self.merged:
+            return
+        factors = self.factors()
+        self._base_weight = self.weight.detach().clone() if keep_base else None
+        for expert, weight in enumerate(self.as_matrix(self.weight)):
+            a, b = (None, None) if factors is None else (factors[0][expert], factors[1][expert])
+            m = None if self.magnitude is None else self.magnitude[expert]
+            weight.copy_(functional.merged_weight(weight, a, b, m, self.scale()))
+        self.merged = True
+
+
+def products(
+    rows: Float[Tensor, "rows in_"],
+    counts: Sequence[int],
+    weight: Float[Tensor, "experts out in_"],
+    bias: Float[Tensor, "experts out"] | None,
+) -> Float[Tensor, "rows out"]:
+    """W_e x + b_e of rows in their experts' order."""
+    pieces = [
+        F.linear(x, weight[expert].to(x.dtype), None if bias is None else bias[expert].to(x.dtype))
+        for expert, x in enumerate(rows.split(list(counts)))
+        if len(x)
+    ]
+    return torch.cat(pieces) if pieces else rows.new_zeros(0, weight.shape[1])
+
+
+class AdaptedExperts(nn.Module):
+    """A layer's experts with an adapter around one or both of their products, in the place of the module of before.
+
+    What is not adapted keeps its name. An adapted weight becomes the child of that name, so its own name gets
+    `.weight` behind it.
+    """
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+    post_expert_norm: nn.Module
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        if vars(base).get("_is_expert_parallel"):
+            raise UserError("experts that are spread over ranks (expert parallelism) cannot be adapted; use ZeRO")
+        self._replaced = (base,)  # in a tuple, so that torch does not see it
+        vars(self).update({name: value for name, value in vars(base).items() if not name.startswith("_")})
+        for name, parameter in base._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in base._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in base._non_persistent_buffers_set)
+        for name, child in base._modules.items():
+            self.add_module(name, child)
+
+    def adapt(self, leaf: str, config: DoRAConfig) -> None:
+        """Puts an adapter around the product with one of the weights."""
+        projection = ExpertsProjection(self, leaf, config)
+        del self._parameters[leaf]
+        self.add_module(leaf, projection)
+
+    def plain(self) -> nn.Module:
+        """The module of before, with the weights as they are now, merged or not."""
+        (base,) = self._replaced
+        for name, child in self._modules.items():
+            if isinstance(child, ExpertsProjection):
+                unwatch(child.weight)
+                base.register_parameter(name, cast(nn.Parameter, child.weight))
+        for name, parameter in self._parameters.items():
+            base.register_parameter(name, parameter)
+        return base.train(self.training)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "tokens width"],
+        top_k_index: Int[Tensor, "tokens chosen"],
+        top_k_weights: Float[Tensor, "tokens chosen"],
+    ) -> Float[Tensor, "tokens width"]:
+        """The weighted sum of what each token's experts say of it."""
+        return self._weighted_sum(hidden_states, top_k_index, top_k_weights)  # pyright: ignore[reportCallIssue]
+
+    @torch.compiler.disable  # how many rows each expert gets is no shape that a graph can hold
+    def _weighted_sum(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        chosen = top_k_index.shape[-1]
+        order = top_k_index.flatten().argsort(stable=True)
+        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
+        rows = self._product(expert_names(self)[0], hidden_states[order // chosen], counts)
+        rows = self._product("down_proj", self._gated(rows), counts)
+        if self.has_post_expert_norm:
+            rows = self.post_expert_norm(rows)
+        weighted = rows * top_k_weights.flatten()[order].unsqueeze(-1)
+        by_token = torch.empty_like(order)
+        by_token[order] = torch.arange(len(order), device=order.device)
+        summed = weighted[by_token].view(*top_k_index.shape, -1).sum(dim=1)
+        return summed.to(hidden_states.dtype)
+
+    def _gated(self, rows: Tensor) -> Tensor:
+        """What stands between the products, by the module of before."""
+        base: Any = self._replaced[0]
+        return base._apply_gate(rows) if self.has_gate else base.act_fn(rows)
+
+    def _product(self, leaf: str, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        bias = self._parameters[f"{leaf}_bias"] if self.has_bias else None
+        child = self._modules.get(leaf)
+        if child is not None:
+            return child(rows, counts, bias)
+        weight = cast(Tensor, self._parameters[leaf])
+        return products(rows, counts, weight.mT if self.is_transposed else weight, bias)
+
+
+def expert_names(experts: AdaptedExperts) -> tuple[str, str]:
+    """Names of the first and the second weight."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"

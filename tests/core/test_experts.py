@@ -1,0 +1,305 @@
+"""Experts that are one tensor: DoRA in each equals a dense DoRA written out over transformers' own forward, float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from dora_vl import DoRAConfig, apply_dora, load_adapter, merge_dora, save_adapter, strip_adapters, trained_parts
+from dora_vl.core import adapted_layers, unmerge_dora
+from dora_vl.core.experts import AdaptedExperts
+from dora_vl.errors import UserError
+
+EXPERTS, WIDTH, INNER, TOKENS, CHOSEN = 5, 7, 6, 23, 2
+
+
+def qwen() -> nn.Module:
+    return Qwen3MoeExperts(
+        Qwen3MoeConfig(num_experts=EXPERTS, hidden_size=WIDTH, moe_intermediate_size=INNER, hidden_act="silu")
+    )
+
+
+def gpt_oss() -> nn.Module:
+    return GptOssExperts(GptOssConfig(num_local_experts=EXPERTS, hidden_size=WIDTH, intermediate_size=INNER))
+
+
+def nemotron() -> nn.Module:
+    return NemotronHExperts(
+        NemotronHConfig(
+            n_routed_experts=EXPERTS, hidden_size=WIDTH, moe_intermediate_size=INNER, moe_latent_size=None,
+            mlp_hidden_act="relu2",
+        )
+    )  # fmt: skip
+
+
+KINDS: Mapping[str, Callable[[], nn.Module]] = {"qwen3_moe": qwen, "gpt_oss": gpt_oss, "nemotron_h": nemotron}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+class Layer(nn.Module):
+    def __init__(self, kind: str, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = KINDS[kind]()
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        self.to(dtype)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return self.experts(x, index, weights)
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Routed so that expert 3 gets no row."""
+    torch.manual_seed(5)
+    x = torch.randn(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
+    scores = torch.rand(TOKENS, EXPERTS, dtype=dtype)
+    scores[:, 3] = -1
+    weights, index = scores.topk(CHOSEN)
+    return x, index, weights.requires_grad_()
+
+
+def config(**changes: Any) -> DoRAConfig:
+    given = {"targets": ("experts.*",), "kinds": ("experts",), "rank": 2, "alpha": 5.0, "dropout": 0.0, **changes}
+    return DoRAConfig(**given)
+
+
+def moved(model: nn.Module, amount: float = 0.3) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for part in trained_parts(model):
+            for parameter in part.parameters.values():
+                parameter.add_(torch.randn_like(parameter) * amount)
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    """The adapted layers; their A, B and magnitude are there."""
+    return dict(adapted_layers(model))
+
+
+def dense(model: nn.Module, base: nn.Module, *, detached: bool) -> dict[str, Tensor]:
+    """W' of each adapted weight, written out: m V / ||V|| in each expert, V = W + s B A."""
+    weights: dict[str, Tensor] = {}
+    for name, layer in layers(model).items():
+        stored = base.get_parameter(name)
+        w = stored.mT if layer.transposed else stored
+        direction = w
+        if layer.lora_A is not None:
+            direction = w + layer.adapter.alpha / layer.adapter.rank * torch.einsum(
+                "eor,eri->eoi", layer.lora_B, layer.lora_A
+            )
+        if layer.magnitude is not None:
+            norm = (direction**2).sum(-1, keepdim=True).sqrt()
+            direction = layer.magnitude.unsqueeze(-1) / (norm.detach() if detached else norm) * direction
+        weights[name] = direction.mT if layer.transposed else direction
+    return weights
+
+
+@kinds
+@pytest.mark.parametrize("changes", [{}, {"method": "lora"}, {"method": "magnitude"}, {"detach_norm": False}], ids=str)
+def test_output_and_gradients_equal_the_dense_form(kind: str, changes: dict[str, Any]) -> None:
+    model, base = Layer(kind), Layer(kind)
+    names = apply_dora(model, config(**changes))
+    assert len(names) == 2
+    moved(model)
+    trained = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
+    x, index, weights = inputs()
+    ours = model(x, index, weights)
+    theirs = functional_call(base, dense(model, base, detached=changes.get("detach_norm", True)), (x, index, weights))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    seed = torch.randn_like(ours)
+    wanted = [x, weights, *trained.values()]
+    got = torch.autograd.grad(ours, wanted, seed)
+    expected = torch.autograd.grad(theirs, wanted, seed)
+    for name, one, other in zip(["x", "weights", *trained], got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        assert float(other.abs().max()) > 0, name
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_nothing_changes_at_the_start(kind: str, dtype: torch.dtype) -> None:
+    model, base = Layer(kind, dtype), Layer(kind, dtype)
+    apply_dora(model, config())
+    with torch.no_grad():
+        for layer in layers(model).values():
+            assert torch.equal(layer.gain(), torch.ones_like(layer.gain()))
+        given = inputs(dtype)
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+        torch.testing.assert_close(model(*given), base(*given), rtol=tolerance, atol=tolerance)
+
+
+@kinds
+def test_merging_gives_plain_experts_with_the_same_output_and_unmerging_the_base(kind: str) -> None:
+    model, base = Layer(kind), Layer(kind)
+    apply_dora(model, config())
+    moved(model)
+    given = inputs()
+    with torch.no_grad():
+        before = model(*given)
+        merge_dora(model)
+        torch.testing.assert_close(model(*given), before, rtol=1e-11, atol=1e-11)
+        unmerge_dora(model)
+        assert torch.equal(model(*given), before)
+        merge_dora(model)
+        strip_adapters(model)
+    assert type(model.experts) is type(base.experts)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    torch.testing.assert_close(model(*given), before, rtol=1e-11, atol=1e-11)
+
+
+def test_one_of_the_two_weights_may_be_adapted_alone() -> None:
+    model, base = Layer("gpt_oss"), Layer("gpt_oss")
+    assert apply_dora(model, config(targets=("*.down_proj",))) == ["experts.down_proj"]
+    assert dict(model.named_parameters()).keys() >= {"experts.gate_up_proj", "experts.down_proj.weight"}
+    moved(model)
+    given = inputs()
+    expected = functional_call(base, dense(model, base, detached=True), given)
+    torch.testing.assert_close(model(*given), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_rows_that_cancel_are_taken_dense() -> None:
+    model, base = Layer("qwen3_moe"), Layer("qwen3_moe")
+    apply_dora(model, config(rank=6))
+    moved(model)
+    layer = layers(model)["experts.down_proj"]
+    with torch.no_grad():  # V is nearly 0 in two rows of two experts
+        layer.lora_A[[1, 4]] = torch.eye(6, dtype=torch.float64)
+        layer.lora_B[1, 2] = -base.get_parameter("experts.down_proj")[1, 2] / layer.scale() * (1 - 1e-6)
+        layer.lora_B[4, 5] = -base.get_parameter("experts.down_proj")[4, 5] / layer.scale() * (1 - 1e-6)
+    given = inputs()
+    expected = functional_call(base, dense(model, base, detached=True), given)
+    torch.testing.assert_close(model(*given), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_norm_is_computed_once_a_step_and_follows_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Layer("qwen3_moe")
+    apply_dora(model, config())
+    moved(model)
+    layer = layers(model)["experts.gate_up_proj"]
+    counted: list[int] = []
+    true_norms = layer.norms_squared
+    monkeypatch.setattr(layer, "norms_squared", lambda: counted.append(1) or true_norms())
+    given = inputs()
+    optimizer = torch.optim.SGD([one for part in trained_parts(model) for one in part.parameters.values()], lr=0.1)
+    for _ in range(2):
+        for _ in range(3):
+            model(*given).sum().backward()
+        optimizer.step()
+    assert len(counted) == 2
+    first = model(*given)
+    with torch.no_grad():
+        layer.lora_B.mul_(1.5)
+    assert not torch.allclose(first, model(*given))
+
+
+def test_dropout_keeps_the_mean_and_acts_in_training_alone() -> None:
+    for mode in ("low_rank", "whole_change"):
+        model = Layer("qwen3_moe")
+        apply_dora(model, config(dropout=0.4, dropout_mode=mode, targets=("*.down_proj",)))
+        moved(model)
+        given = inputs()
+        with torch.no_grad():
+            whole = model.eval()(*given)
+            model.train()
+            torch.manual_seed(2)
+            draws = torch.stack([model(*given) for _ in range(250)])
+        assert float(draws.std(0).max()) > 1e-3
+        torch.testing.assert_close(draws.mean(0), whole, rtol=0, atol=6 * float(draws.std(0).max()) / 250**0.5)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
+def test_starts_leave_the_output_as_it_was(init: str) -> None:
+    model, base = Layer("gpt_oss"), Layer("gpt_oss")
+    apply_dora(model, config(init=init))
+    given = inputs()
+    torch.testing.assert_close(model(*given), base(*given), rtol=1e-9, atol=1e-9)
+    a = layers(model)["experts.down_proj"].lora_A
+    assert not torch.equal(a[0], a[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"init": "pissa"}, "no matrix but experts"), ({"method": "dvora"}, "nn.Linear alone")]
+)
+def test_what_experts_cannot_is_refused_and_the_model_is_as_it_was(changes: dict[str, Any], said: str) -> None:
+    model = Layer("qwen3_moe")
+    with pytest.raises(UserError, match=said):
+        apply_dora(model, config(**changes))
+    assert type(model.experts) is Qwen3MoeExperts
+
+
+def tiny_mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=4,
+        )
+    ).eval()  # fmt: skip
+
+
+def tiny_qwen() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=12, moe_intermediate_size=8, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2,
+        )
+    ).eval()  # fmt: skip
+
+
+BOTH = DoRAConfig(
+    targets=("*.q_proj", "*.mlp.experts.*"), kinds=("linear", "experts"), rank=3, alpha=7.0, dropout=0.0,
+    rank_pattern={"*.1.mlp.experts.down_proj": 2},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tiny", [tiny_mixtral, tiny_qwen])
+def test_a_model_trains_saves_and_loads_bit_by_bit(tiny: Callable[[], Any], tmp_path: Path) -> None:
+    model, ids = tiny(), torch.arange(24).view(2, 12) % 40
+    names = apply_dora(model.train(), BOTH)
+    assert sum("experts" in name for name in names) == 4
+    assert sum(isinstance(module, AdaptedExperts) for module in model.modules()) == 2
+    optimizer = torch.optim.Adam([one for part in trained_parts(model) for one in part.parameters.values()], lr=0.02)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05
+    save_adapter(model.eval(), tmp_path / "adapter")
+    other = tiny()
+    assert load_adapter(other, tmp_path / "adapter") == names
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert torch.equal(other(input_ids=ids).logits, expected)
+        merge_dora(other, keep_base=False)
+        strip_adapters(other)
+        other.save_pretrained(tmp_path / "merged")
+        merged = type(other).from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    decayed = {part.name: part.weight_decay for part in trained_parts(model)}
+    assert decayed == {"dora.A": True, "dora.B": True, "dora.magnitude": False}
+
+
+def test_a_mistaken_folder_leaves_a_mixture_as_it_was(tmp_path: Path) -> None:
+    model = tiny_qwen()
+    apply_dora(model, BOTH)
+    save_adapter(model, tmp_path / "adapter")
+    other = tiny_mixtral()
+    with pytest.raises(UserError):
+        load_adapter(other, tmp_path / "adapter")
+    assert not any(isinstance(module, AdaptedExperts) for module in other.modules())

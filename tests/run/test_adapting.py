@@ -1,0 +1,185 @@
+"""A run's adapter section is the core's own settings: each reaches the core, `--help` and the adapter folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dora_vl import load_adapter, save_adapter, trained_parts
+from dora_vl.adapters.settings import BY_NAME, OWN_FIELDS
+from dora_vl.core import adapted_layers, apply_dora
+from dora_vl.core.config import AdaptedPart, AdapterSettings, DoRAConfig
+from dora_vl.errors import UserError
+from dora_vl.run.adapting import core_config
+from dora_vl.run.command_line import read_settings, run_parser
+from dora_vl.run.recipe import AdapterConfig, RunConfig
+
+OTHER: dict[str, Any] = {
+    "method": "lora",
+    "rank": 6,
+    "alpha": 5.0,
+    "dropout": 0.25,
+    "dropout_mode": "whole_change",
+    "detach_norm": False,
+    "rank_scaling": "sqrt",
+    "kinds": ("linear", "embedding"),
+    "magnitude_targets": ("*.o_proj",),
+    "rank_pattern": {"*.v_proj": 4},
+    "alpha_pattern": {"*.v_proj": 3.0},
+    "parts": {"heads": AdaptedPart(targets=("*.k_proj",), rank=2, alpha=7.0)},
+    "init": "orthogonal",
+    "random_seed": 9,
+    "opaque_layers": ("a.B",),
+    "also_train": {"norms": ("*layernorm.weight",)},
+    "also_keep": ("*.norm.weight",),
+}
+"""A value of each setting that is not its default."""
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=30, num_hidden_layers=2, **sizes))
+
+
+def test_every_setting_reaches_the_core() -> None:
+    assert OTHER.keys() == {one.name for one in dataclasses.fields(AdapterSettings)}
+    defaults = AdapterSettings()
+    assert all(getattr(defaults, name) != value for name, value in OTHER.items())
+    config = core_config(AdapterConfig(**OTHER), tiny(), targets=("*.q_proj",))
+    assert config == DoRAConfig(targets=("*.q_proj",), **OTHER)
+    assert core_config(AdapterConfig(targets=("*.up_proj",)), tiny(), targets=("*.q_proj",)).targets == ("*.up_proj",)
+
+
+def test_every_setting_is_in_the_help_with_its_text() -> None:
+    text = " ".join(run_parser("run", "", RunConfig).format_help().split())
+    for name in OTHER:
+        assert f"--adapter.{name} " in text, name
+    assert "Probability of dropping an element" in text
+
+
+def test_every_setting_is_in_the_folder_by_itself_or_by_names() -> None:
+    assert set(OWN_FIELDS) | BY_NAME == OTHER.keys()
+    assert not set(OWN_FIELDS) & BY_NAME
+
+
+def test_yaml_gives_parts_with_what_they_leave_out(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(
+        "model: {base: b}\ndata: {train: t.json}\n"
+        "adapter: {targets: [language], parts: {vision: {targets: [vision], rank: 8}},\n"
+        "  also_train: {tokens: ['*embed*']}}\n"
+        "optim: {rates: {vision: 1.0e-5, tokens: 2.0e-5}}\n"
+    )
+    config = read_settings([f"--config={tmp_path / 'my.yaml'}"], RunConfig)
+    assert config.adapter.parts == {"vision": AdaptedPart(targets=("vision",), rank=8, alpha=None)}
+    assert config.adapter.also_train == {"tokens": ("*embed*",)}
+    assert config.optim.rates == {"vision": 1e-5, "tokens": 2e-5}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"parts": {"magnitude": AdaptedPart(targets=("*",))}}, "a part may not be called"),
+        ({"parts": {"a.b": AdaptedPart(targets=("*",))}}, "a part may not be called"),
+        ({"parts": {"x": AdaptedPart(targets=())}}, r"parts\.\['x'\] has no targets"),
+        ({"parts": {"x": AdaptedPart(targets=("*",), rank=0)}}, "has a rank below 1"),
+        ({"parts": {"x": AdaptedPart(targets=("*",))}, "also_train": {"x": ("*",)}}, "choose one"),
+        ({"parts": {"x": AdaptedPart(targets=("*",))}, "method": "full"}, "name parts in also_train"),
+        ({"parts": {"x": AdaptedPart(targets=("*",), rank=3)}, "method": "dvora"}, "one rank"),
+        ({"parts": {"x": AdaptedPart(targets=("*",), rank=3)}, "init": "orthogonal"}, "even ranks"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_at_once(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        AdapterConfig(**given)
+
+
+CONFIG = DoRAConfig(
+    targets=("*.q_proj", "*.v_proj"),
+    rank=6,
+    alpha=9.0,
+    dropout=0.0,
+    rank_pattern={"*.1.self_attn.v_proj": 3},
+    parts={"feed": AdaptedPart(targets=("*.0.mlp.*",), rank=2, alpha=8.0), "keys": AdaptedPart(targets=("*.k_proj",))},
+    also_train={"tokens": ("model.embed_tokens.weight",)},
+)
+
+
+def moved(model: torch.nn.Module) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for part in trained_parts(model):
+            for parameter in part.parameters.values():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def test_each_part_has_its_rank_scale_and_name() -> None:
+    model = tiny()
+    names = apply_dora(model, CONFIG)
+    assert len(names) == 4 + 3 + 2
+    layers = {name: layer.adapter for name, layer in adapted_layers(model)}
+    assert list(layers) == names
+    assert {(name.split(".")[-1], one.rank, one.scale) for name, one in layers.items()} == {
+        ("q_proj", 6, 1.5), ("v_proj", 6, 1.5), ("v_proj", 3, 3.0), ("k_proj", 6, 1.5),
+        ("gate_proj", 2, 4.0), ("up_proj", 2, 4.0), ("down_proj", 2, 4.0),
+    }  # fmt: skip
+    counts = {part.name: len(part.parameters) for part in trained_parts(model)}
+    expected = {f"{part}.{factor}": n for part, n in (("dora", 4), ("feed", 3), ("keys", 2)) for factor in ("A", "B")}
+    assert counts == {**expected, "dora.magnitude": 4, "feed.magnitude": 3, "keys.magnitude": 2, "tokens": 1}
+    assert {(part.part, part.factor) for part in trained_parts(model) if not part.adapts} == {("tokens", None)}
+
+
+def test_parts_come_back_from_a_folder_bit_by_bit(tmp_path: Path) -> None:
+    model, ids = tiny().eval(), torch.arange(7)[None]
+    apply_dora(model, CONFIG)
+    moved(model)
+    save_adapter(model, tmp_path / "adapter")
+    peft = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert peft["rank_pattern"]["model.layers.0.mlp.up_proj"] == 2
+    other = tiny().eval()
+    load_adapter(other, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, model(ids).logits)
+    assert [part.name for part in trained_parts(other)] == [part.name for part in trained_parts(model)]
+    again = tiny().eval()
+    apply_dora(again, CONFIG)
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("parts", "targets", "said"),
+    [
+        ({"x": ("*.qq_proj",)}, ("*.q_proj",), r"parts\.x.*'\*\.qq_proj' matches none"),
+        ({"x": ("*.k_proj",), "y": ("*.layers.0.*",)}, ("*.q_proj",), r"k_proj .*is in parts\.x and in parts\.y"),
+        ({"x": ("*_proj",)}, ("*.q_proj",), "leave targets empty"),
+    ],
+)
+def test_parts_that_hit_nothing_or_each_other_are_refused(
+    parts: dict[str, tuple[str, ...]], targets: tuple[str, ...], said: str
+) -> None:
+    model = tiny()
+    before = [name for name, _ in model.named_parameters()]
+    given = {name: AdaptedPart(targets=globs) for name, globs in parts.items()}
+    with pytest.raises(UserError, match=said):
+        apply_dora(model, DoRAConfig(targets=targets, parts=given))
+    assert [name for name, _ in model.named_parameters()] == before
+
+
+def test_parts_alone_are_enough() -> None:
+    model = tiny()
+    apply_dora(model, DoRAConfig(targets=(), parts={"keys": AdaptedPart(targets=("*.k_proj",))}))
+    assert [part.name for part in trained_parts(model)] == ["keys.A", "keys.B", "keys.magnitude"]
