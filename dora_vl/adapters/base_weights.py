@@ -7,6 +7,7 @@ Files may use older names than the class that loads them (`language_model.model.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -144,7 +145,8 @@ def model_names(config: Mapping[str, Any], keys: list[str]) -> tuple[dict[str, s
     """The model's own name of each key in its files, and the layers that store [in, out].
 
     The model is built from its configuration without memory. A folder whose class transformers does not have
-    keeps the files' names.
+    keeps the files' names, and so do tensors that transformers joins into one when it loads them (a matrix for each
+    expert): under the joined name only the last would be left.
     """
     model = skeleton(config)
     if model is None:
@@ -159,7 +161,8 @@ def model_names(config: Mapping[str, Any], keys: list[str]) -> tuple[dict[str, s
     own = dict(model.state_dict())
     names = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, own)[0] for key in keys}
     transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D | nn.Embedding))
-    return {key: name if name in own else key for key, name in names.items()}, transposed
+    sources = Counter(names.values())
+    return {key: name if name in own and sources[name] == 1 else key for key, name in names.items()}, transposed
 
 
 def skeleton(config: Mapping[str, Any]) -> Any:

@@ -22,6 +22,27 @@ LLAVA = "llava"
 
 _ENCODER_DECODER = "its decoder reads what an encoder made of the pictures, and its labels do not shift"
 _NO_CHAT = "it answers no conversation"
+_NOT_TEXT = "it hears, or reads lines of print, and is the decoder of another model"
+_NOT_CAUSAL = "it reads in both directions, or predicts something else than the next token of a text"
+
+_ENCODERS = (
+    *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert"),
+    *(
+        "data2vec-text",
+        "electra",
+        "ernie",
+        "marian",
+        "mbart",
+        "megatron-bert",
+        "mvp",
+        "pegasus",
+        "plbart",
+        "prophetnet",
+    ),
+    *("reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta"),
+    *("xlm-roberta-xl", "xlnet", "xmod"),
+)
+_SPEECH = ("moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "trocr", "whisper")
 
 NOT_TRAINED: Mapping[str, str] = MappingProxyType(
     {
@@ -36,31 +57,49 @@ NOT_TRAINED: Mapping[str, str] = MappingProxyType(
         "instructblipvideo": _NO_CHAT,
         "kosmos-2": _NO_CHAT,
         "kosmos-2.5": _NO_CHAT,
-        "paligemma": "it reads a prompt in both directions, so its answers must be given apart from the questions",
+        "llama4": "its forward in transformers 5.24 ends in an error (no image_outputs)",
         "pi0": "it gives movements, no text",
         "pix2struct": _ENCODER_DECODER,
         "pp_formulanet": _ENCODER_DECODER,
         "t5gemma2": _ENCODER_DECODER,
         "udop": _ENCODER_DECODER,
         "vision-encoder-decoder": _ENCODER_DECODER,
+        **dict.fromkeys(_ENCODERS, _NOT_CAUSAL),
+        **dict.fromkeys(_SPEECH, _NOT_TEXT),
     }
 )
-"""Image-text-to-text models of transformers that this path does not fit, and why."""
+"""Image-text-to-text and causal language models of transformers that this path does not fit, and why."""
 
 PROJECTORS = (
     "multi_modal_projector",
     "connector",
-    "visual.merger",
+    "merger",
+    "patch_merger",
     "deepstack_merger_list",
     "mm_projector",
+    "projector",
+    "layerwise_projectors",
+    "spatial_projectors",
+    "visual_embeddings_table",
+    "resampler_model",
     "embed_vision",
     "vision_projection",
     "aligner",
     "mlp1",
 )
-"""Ends of the name of what stands between vision and language, as transformers' families call it."""
+"""Last part of the name of what stands between vision and language, as transformers' families call it."""
 
-ALIGNED = ("attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+BYPASSED = (".altup.correction_coefs",)
+"""Ends of names of linear layers whose weight the model uses without calling them (Gemma 3n while it trains): an
+adapter there would be passed over in silence."""
+
+ALIGNED = (
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "cross_attention_mask",
+)
 """A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
 
 
@@ -79,8 +118,23 @@ def model_type_of(base: str, revision: str | None = None) -> str:
     return stated
 
 
+def sees_pictures(base: str, revision: str | None = None) -> bool:
+    """Whether a folder or hub id is a vision-language model's; a language model takes words alone.
+
+    Raises: UserError if there is no config, or it states no type.
+    """
+    model_type = model_type_of(base, revision)
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or not is_language_model(model_type)
+
+
+def is_language_model(model_type: str) -> bool:
+    """Whether transformers knows the type as a causal language model, and as no vision-language model."""
+    known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return known and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
 def check_trained(base: str, model_type: str) -> None:
-    """Refuses a model type that cannot be trained on pictures, before its weights are loaded.
+    """Refuses a model type that cannot be trained on conversations, before its weights are loaded.
 
     Raises: UserError; it names the type, the reason and what can be trained.
     """
@@ -88,8 +142,7 @@ def check_trained(base: str, model_type: str) -> None:
     can = "take a vision-language model that answers chats, such as qwen2_5_vl, smolvlm, internvl, gemma3 or llava"
     if model_type in NOT_TRAINED:
         raise UserError(f"{what}: {NOT_TRAINED[model_type]}; {can}")
-    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"{what}: it is a language model and sees no pictures (tasks/commonsense.py trains it); {can}")
-    raise UserError(f"{what}: transformers knows it as no image-text-to-text model; {can}")
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not is_language_model(model_type):
+        raise UserError(
+            f"{what}: transformers knows it neither as an image-text-to-text nor as a causal language model; {can}"
+        )

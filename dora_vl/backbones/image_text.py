@@ -1,4 +1,4 @@
-"""Any vision-language model of transformers, run by its own forward with logits only where a label needs them."""
+"""Any vision-language or language model of transformers, by its own forward, with logits where a label needs them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
-from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Features, labelled_positions, output_layer_sees
-from dora_vl.backbones.families import PROJECTORS
+from dora_vl.backbones.families import BYPASSED, PROJECTORS, sees_pictures
 from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.new_tokens import new_tokens
 from dora_vl.backbones.quantised import quantised_loading
+from dora_vl.core import DoRAConfig
+from dora_vl.core.kinds import adaptable
+from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.opaque import is_quantised
 from dora_vl.errors import UserError, one_line
 from dora_vl.model_files import check_model_folder
 
 
 class ImageTextBackbone(Backbone[PreTrainedModel]):
-    """Runs a model of `AutoModelForImageTextToText` from its processor's inputs to the positions that predict a label.
+    """Runs a model of `AutoModelForImageTextToText` or `AutoModelForCausalLM` to the positions that predict a label.
 
     The inputs keep the processor's names and go to the model's own forward, so that grids, tiles, positions in two
     dimensions and token types are the model's business. What is frozen outside the decoder stays in eval mode.
@@ -121,7 +124,7 @@ def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
     head = model.get_output_embeddings()
     patterns: dict[str, None] = {}
     for name, module in decoder.named_modules(prefix=prefix):
-        if (isinstance(module, nn.Linear) or is_quantised(module)) and module is not head:
+        if _is_adapted(module) and module is not head and not name.endswith(BYPASSED):
             patterns[".".join("*" if part.isdecimal() else part for part in name.split("."))] = None
     if not patterns:
         raise UserError(f"no linear layer was found in {prefix} of {type(model).__name__}; set adapter.targets")
@@ -135,7 +138,11 @@ def weights_out_of_reach(model: PreTrainedModel) -> dict[str, int]:
     """
     decoder = decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    layers = [one for one in decoder.modules() if isinstance(one, nn.Linear | nn.Embedding) or is_quantised(one)]
+    layers = [
+        one
+        for name, one in decoder.named_modules()
+        if isinstance(one, nn.Embedding) or (_is_adapted(one) and not name.endswith(BYPASSED))
+    ]
     held = {id(weight) for one in layers for weight in one.parameters()}
     parameters = decoder.named_parameters(prefix=prefix)
     return {
@@ -143,6 +150,13 @@ def weights_out_of_reach(model: PreTrainedModel) -> dict[str, int]:
         for name, weight in parameters
         if len(weight_shape(weight)) > 1 and id(weight) not in held
     }
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether the core adapts it as a linear layer; not so of classes made from one (Llama 4's router)."""
+    if isinstance(module, AdaptedLayer) or is_quantised(module):
+        return True
+    return isinstance(module, nn.Linear) and adaptable(module, DoRAConfig(targets=("*",))) is not None
 
 
 def weight_shape(weight: nn.Parameter) -> tuple[int, ...]:
@@ -156,7 +170,7 @@ def projector_patterns(model: PreTrainedModel) -> tuple[str, ...]:
     names = [
         name
         for name, module in model.named_modules()
-        if name.endswith(PROJECTORS) and module not in decoder and any(True for _ in module.parameters())
+        if name.rpartition(".")[2] in PROJECTORS and module not in decoder and any(True for _ in module.parameters())
     ]
     outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     return tuple(f"{name}.*" for name in outer)
@@ -170,16 +184,17 @@ def load_image_text(
     revision: str | None = None,
     quantisation: Quantisation | None = None,
 ) -> ImageTextBackbone:
-    """A vision-language model's folder or hub id, every weight in `dtype`, in eval mode.
+    """A vision-language or causal language model's folder or hub id, every weight in `dtype`, in eval mode.
 
     With `quantisation` the linear layers of its language model are quantised.
 
     Raises: UserError if it is none, some of its weights are missing, or it cannot be quantised.
     """
     check_model_folder(folder_or_id)
+    auto: Any = AutoModelForImageTextToText if sees_pictures(folder_or_id, revision) else AutoModelForCausalLM
     try:
         quantised = quantised_loading(folder_or_id, quantisation, dtype=dtype, revision=revision)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             folder_or_id,
             dtype=dtype,
             attn_implementation=attn_implementation,

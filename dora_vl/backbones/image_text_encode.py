@@ -15,16 +15,22 @@ from torch import Tensor
 from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from dora_vl.backbones.families import ALIGNED
-from dora_vl.backbones.processor_chat import Chat, ProcessorChat
+from dora_vl.backbones.families import ALIGNED, sees_pictures
+from dora_vl.backbones.language_source import load_tokenizer
+from dora_vl.backbones.processor_chat import Chat
+from dora_vl.backbones.prompt_formats import PROCESSOR_OPTIONS, prompts_of
 from dora_vl.backbones.rendered import Span
+from dora_vl.backbones.text_processor import TextProcessor
+from dora_vl.backbones.token_characters import Characters, from_chat, from_prefixes, from_token_types
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,
     Video,
     as_pictures,
     displaced_inputs,
     grey_video,
+    has_place_for_video,
     marked,
+    repeated,
     video_arguments,
 )
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample
@@ -49,10 +55,12 @@ class _Processed:
 
 
 def load_processor(base: str, revision: str | None = None) -> Any:
-    """The processor of a folder or hub id.
+    """The processor of a folder or hub id; a language model's tokenizer in that place.
 
     Raises: UserError if there is none, or a package that it needs is not installed.
     """
+    if not sees_pictures(base, revision):
+        return TextProcessor(load_tokenizer(base, revision=revision))
     try:
         processor = AutoProcessor.from_pretrained(base, revision=revision or "main")
     except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
@@ -74,15 +82,17 @@ class ImageTextEncoder:
         processor: of the model.
         name: of the model, for messages.
         max_tokens: a longer sample loses text at its end; pictures are never cut.
+        template: a prompt format (`prompt_formats.FORMATS`); anything else is the chat template.
 
-    Raises: UserError for a chat template that cannot be trained on (`ProcessorChat`).
+    Raises: UserError for a chat template that cannot be trained on (`ProcessorChat`), or where there is none.
     """
 
-    def __init__(self, processor: Any, name: str, *, max_tokens: int) -> None:
+    def __init__(self, processor: Any, name: str, *, max_tokens: int, template: str | None = None) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_tokens = max_tokens
-        self._chat = ProcessorChat(processor, name)
+        self.sees_pictures = not isinstance(processor, TextProcessor)
+        self._chat = prompts_of(processor, name, template, pictures=self.sees_pictures)
 
     @property
     def pad_token_id(self) -> int:
@@ -97,7 +107,7 @@ class ImageTextEncoder:
         if processor.get("video_processor") is None:
             return f"{type(self.processor).__name__} has no video processor"
         token = processor.get("video_token")
-        if not isinstance(token, str) or not self._chat.takes_video(token):
+        if not isinstance(token, str) or not has_place_for_video(self._chat.render, token):
             return "the chat template has no place for a video"
         return None
 
@@ -108,6 +118,27 @@ class ImageTextEncoder:
             return False
         frames = self.dummy_video().inputs.get(ONE_LENGTH)
         return frames is not None and frames.dim() == 5
+
+    @functools.cached_property
+    def one_kind_in_a_batch(self) -> bool:
+        """Whether the model cannot tell pictures from videos of one batch: one token, and inputs of their own (GLM)."""
+        if self.why_no_videos:
+            return False
+        video = self.dummy_video()
+        own = frozenset(self.dummy().inputs).difference(ALIGNED)
+        picture_token = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        return own.isdisjoint(video.inputs) and bool((video.input_ids == picture_token).any())
+
+    @functools.cached_property
+    def _lengths_must_agree(self) -> bool:
+        """Whether the processor refuses a sample with videos of several lengths."""
+        videos = [grey_video(GREY, DUMMY_SIDE, frames) for frames in (2, 3)]
+        turns = marked([Turn("user", f"{VIDEO_PLACEHOLDER}\n" * len(videos) + ".")])
+        try:
+            self._process(self._render(turns, "dummy", generation_prompt=True), (), videos, "dummy")
+        except BadSample:
+            return True
+        return False
 
     def encode(
         self, conversation: Conversation, pictures: Sequence[Image.Image], videos: Sequence[Video] = ()
@@ -184,6 +215,9 @@ class ImageTextEncoder:
             except ValueError as error:
                 raise BadSample(sample, str(error)) from error
             videos = ()
+        longest = max((len(video.pictures) for video in videos), default=0)
+        if any(len(video.pictures) < longest for video in videos) and self._lengths_must_agree:
+            videos = [repeated(video, longest) for video in videos]
         chat = self._render(marked(turns) if videos else turns, sample, generation_prompt=generation_prompt)
         return chat, self._process(chat, pictures, videos, sample)
 
@@ -197,6 +231,11 @@ class ImageTextEncoder:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         if self._chat.bos_token is not None and chat.text.startswith(self._chat.bos_token):
             options["add_special_tokens"] = False  # as transformers' own apply_chat_template
+        options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})
+        if chat.suffix is not None:
+            options["suffix"] = [chat.suffix]
+        if pictures and not self.sees_pictures:
+            raise BadSample(sample, f"it has {len(pictures)} pictures, and this model is a language model without eyes")
         images = [list(pictures)] if pictures else None
         try:
             options |= video_arguments(videos)
@@ -206,16 +245,34 @@ class ImageTextEncoder:
             raise BadSample(sample, f"the processor refuses it: {one_line(str(error), 200)}") from error
         offsets, replaced = found.pop("offset_mapping", None), found.pop("text_replacement_offsets", None)
         places = replaced[0] if isinstance(replaced, list) and replaced else []  # without any, it may be a tensor
-        if offsets is None or ((pictures or videos) and not places):
-            raise UserError(
-                f"{type(self.processor).__name__} does not say which characters its tokens stand for, so answers "
-                "cannot be told from questions; this family is not trained yet"
-            )
-        spans = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
-        moves = [(tuple(one["span"]), tuple(one["new_span"])) for one in places]
-        ids = found.pop("input_ids")
+        ids = torch.as_tensor(found.pop("input_ids"))
+        found.pop("labels", None)  # PaliGemma's processor makes some, uncut; ours are the same
         found.setdefault("attention_mask", torch.ones_like(ids))
+        for name in found.keys() & ALIGNED:
+            found[name] = torch.as_tensor(found[name])  # Ernie's processor leaves one an array
+        if chat.by_token_types:
+            spans, moves = from_token_types(chat, found["token_type_ids"][0].tolist())
+        elif offsets is None or ((pictures or videos) and not places):
+            spans, moves = self._by_prefixes(chat, ids[0].tolist(), pictures, videos, sample)
+        else:
+            told = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
+            moved = [(tuple(one["span"]), tuple(one["new_span"])) for one in places]
+            spans, moves = from_chat(chat, told, moved, begin=self._chat.bos_token or "")
         return _Processed(ids[0], found, spans, moves)
+
+    def _by_prefixes(
+        self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str
+    ) -> Characters:
+        if videos:
+            raise BadSample(sample, f"{type(self.processor).__name__} does not say where its videos stand")
+        token = self.processor.image_token
+        if not chat.answer_spans:  # a prompt, or one of the beginnings
+            return Characters([(0, 0)] * len(ids), [])
+
+        def ids_of(text: str) -> list[int]:
+            return self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
+
+        return from_prefixes(chat, ids, ids_of, picture=token)
 
     def _end_of_media(self, found: _Processed) -> int:
         """The first place after the tokens of every picture and video."""

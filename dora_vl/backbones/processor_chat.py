@@ -23,7 +23,6 @@ PROBE = (
     Turn("assistant", "It is a square."),
 )
 PICTURE_PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
-VIDEO_PROBE = (Turn("user", f"{VIDEO_MARK}\nWhich colour is it?"), Turn("assistant", "It is purple."))
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
 
 
@@ -36,6 +35,10 @@ class Chat:
 
     text: str
     answer_spans: tuple[Span, ...]
+    suffix: str | None = None
+    """An answer that the processor takes apart from the text; its span then stands behind the text."""
+    by_token_types: bool = False
+    """Whether the processor marks the answer's tokens itself, by `token_type_ids` of one."""
 
 
 class ProcessorChat:
@@ -47,24 +50,31 @@ class ProcessorChat:
     since what the model saw there is in no single text. Where a template closes an answer with no special token, the
     tokenizer's end token is put behind it, or a trained model would not stop.
 
+    Args:
+        processor: of a vision-language model, or a language model's tokenizer in the same form.
+        name: of the model, for messages.
+        pictures: whether the model sees any; a template that leaves them out is refused.
+
     Raises: UserError for such a template, or where there is none.
     """
 
-    def __init__(self, processor: Any, name: str) -> None:
+    def __init__(self, processor: Any, name: str, *, pictures: bool = True) -> None:
         self._processor = processor
         self._name = name
         self._template = processor.chat_template or processor.tokenizer.chat_template
         if not self._template:
             raise UserError(
                 f"{name} has no chat template, which says how questions and answers are put to the model; put its "
-                "chat_template.jinja into the folder, or take a model that is made for chats (its -Instruct or -it)"
+                "chat_template.jinja into the folder, take a model that is made for chats (its -Instruct or -it), or "
+                "set model.template: question_answer"
             )
         self.bos_token: str | None = processor.tokenizer.bos_token
-        self._special = _special_tokens(processor)
+        self._special = special_tokens(processor)
         self._closing = ""
         self._as_parts = self._wants_parts()
         self._try_answers()
-        self._try_picture()
+        if pictures:
+            self._try_picture()
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
         """The turns as text; `generation_prompt` opens the next answer.
@@ -72,9 +82,7 @@ class ProcessorChat:
         Raises: ValueError if the turns do not fit the template, or hold one of the tokenizer's special tokens.
         """
         check_order(turns, generation_prompt=generation_prompt)
-        for number, turn in enumerate(turns):
-            if found := self._special.search(turn.text.replace(IMAGE_PLACEHOLDER, "")):
-                raise ValueError(f"turn {number} holds {found[0]!r}, which is a special token of this model")
+        refuse_special(turns, self._special)
         messages = [self._message(turn) for turn in turns]
         try:
             whole = self._apply(messages, generation_prompt=generation_prompt)
@@ -83,13 +91,6 @@ class ProcessorChat:
         self._check_nothing_lost(turns, whole)
         spans = [self._answer_span(messages[:end], whole) for end in range(2, len(messages) + 1, 2)]
         return Chat(whole, tuple(spans))
-
-    def takes_video(self, token: str) -> bool:
-        """Whether the template writes `token` once where a video goes (`VIDEO_MARK`)."""
-        try:
-            return self.render(VIDEO_PROBE).text.count(token) == 1 and token not in self.render(PROBE[:2]).text
-        except (ValueError, TypeError, TemplateError):
-            return False
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         pieces = MEDIA.split(turn.text)
@@ -179,7 +180,17 @@ class ProcessorChat:
         return text
 
 
-def _special_tokens(processor: Any) -> re.Pattern[str]:
+def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
+    """Refuses words that the tokenizer would take for one of its special tokens.
+
+    Raises: ValueError; it names the turn and the token.
+    """
+    for number, turn in enumerate(turns):
+        if found := special.search(turn.text.replace(IMAGE_PLACEHOLDER, "")):
+            raise ValueError(f"turn {number} holds {found[0]!r}, which is a special token of this model")
+
+
+def special_tokens(processor: Any) -> re.Pattern[str]:
     """Matches whatever the tokenizer would take for a special token, and what the processor takes for a picture."""
     tokenizer = processor.tokenizer
     tokens = set(tokenizer.all_special_tokens)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
+from dora_vl.backbones.processor_chat import Chat
 from dora_vl.backbones.rendered import VIDEO_MARK
 from dora_vl.data.processor_inputs import stacked
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
@@ -64,6 +66,16 @@ def video_arguments(videos: Sequence[Video]) -> dict[str, Any]:
         return {}
     chosen = {"video_metadata": [metadata(video) for video in videos], "do_sample_frames": False}
     return {"videos": [pixels(video) for video in videos], "videos_kwargs": chosen}
+
+
+def has_place_for_video(render: Callable[[Sequence[Turn]], Chat], token: str) -> bool:
+    """Whether a chat writes a processor's `token` once where a video goes."""
+    asked, said = "Which colour is it?", Turn("assistant", "It is purple.")
+    try:
+        with_video, without = (render([Turn("user", text), said]).text for text in (f"{VIDEO_MARK}\n{asked}", asked))
+    except (ValueError, TypeError, TemplateError):
+        return False
+    return with_video.count(token) == 1 and token not in without
 
 
 def marked(turns: Sequence[Turn]) -> list[Turn]:

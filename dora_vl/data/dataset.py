@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from dora_vl.data.turns import Conversation, read_llava
@@ -69,9 +69,6 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, object]: ...
 
 
-Augment = Callable[[Float[Tensor, "3 height width"], random.Random], Float[Tensor, "3 height width"]]
-
-
 def sample_random(seed: int, epoch: int, index: int) -> random.Random:
     """The generator of one sample in one epoch: the same on any rank, in any worker, after any resume."""
     return random.Random(f"{seed}/{epoch}/{index}")
@@ -85,8 +82,6 @@ class LlavaDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         encode: the backbone's tokens and labels of a conversation.
         picture: pixels of a picture by its relative path. Raises `BadSample` for a broken one.
         features: a frozen tower's features of a picture by its relative path; give this or `picture`.
-        augment: changes pixels at random, with the generator of (seed, epoch, index).
-        seed: the run's seed.
     """
 
     def __init__(
@@ -96,28 +91,16 @@ class LlavaDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         encode: Callable[[Conversation], Encoded],
         picture: Callable[[str], Tensor] | None = None,
         features: Callable[[str], Tensor] | None = None,
-        augment: Augment | None = None,
-        seed: int = 0,
     ) -> None:
         if picture is not None and features is not None:
             raise ValueError("give 'picture' or 'features', not both")
-        if augment is not None and picture is None:
-            raise ValueError("'augment' changes pixels, so it needs 'picture'; stored features cannot change")
         self._rows = rows
         self._encode = encode
         self._picture = picture
         self._features = features
-        self._augment = augment
-        self._seed = seed
-        # Shared memory: persistent workers keep a copy of this object and would not see a plain attribute.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Moves the random choices of every worker to this epoch."""
-        self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> Sample | Skipped:
         conversation_id = str(index)
@@ -140,18 +123,9 @@ class LlavaDataset(torch.utils.data.Dataset["Sample | Skipped"]):
             id=conversation.id,
             input_ids=encoded.input_ids,
             labels=encoded.labels,
-            pictures=self._pixels(index, conversation),
+            pictures=tuple(self._picture(path) for path in conversation.images) if self._picture else (),
             features=tuple(self._features(path) for path in conversation.images) if self._features else (),
             cut_tokens=encoded.cut_tokens,
             images=conversation.images,
             inputs=encoded.inputs,
         )
-
-    def _pixels(self, index: int, conversation: Conversation) -> tuple[Tensor, ...]:
-        if self._picture is None:
-            return ()
-        pixels = tuple(self._picture(path) for path in conversation.images)
-        if self._augment is None:
-            return pixels
-        generator = sample_random(self._seed, int(self._epoch), index)
-        return tuple(self._augment(picture, generator) for picture in pixels)

@@ -11,6 +11,19 @@ from torch import Tensor
 
 from dora_vl.data.dataset import IGNORED_LABEL, Sample, Skipped
 
+BY_ROW = "cross_attention_mask"
+"""A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
+
+
+IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
+"""Pixels whose patches all stand in one row, one picture behind another, and the input that tells it (MiniCPM-V)."""
+
+
+FIRST_TILE = "aspect_ratio_mask"
+"""Of mllama's missing pictures the first tile counts as there, as its processor says, or attention divides by zero."""
+POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
+"""Places among the patches of a batch's pixels, -1 for none, so those of a later sample begin further on (Molmo 2)."""
+
 
 @dataclass(frozen=True)
 class ProcessorCollator:
@@ -69,12 +82,22 @@ class ProcessorCollator:
             "input_ids": self._tokens([row.input_ids[None] for row in rows], self.pad_token_id),
             "labels": self._tokens([row.labels[None] for row in rows], IGNORED_LABEL),
         }
+        crossing = any(BY_ROW in row.inputs for row in rows)
         for name in dict.fromkeys(name for row in rows for name in row.inputs):
             values = [row.inputs[name] for row in rows if name in row.inputs]
+            if crossing and name not in self.aligned:
+                values = [row.inputs[name] if name in row.inputs else torch.zeros_like(values[0]) for row in rows]
             if name in self.aligned:
                 joined[name] = self._tokens([_of_row(row, name, like=values[0]) for row in rows], 0)
+            elif any(IN_ONE_ROW.get(name) in row.inputs for row in rows):
+                joined[name] = torch.cat(values, dim=-1)
+            elif name in POINTING:
+                pixels = [row.inputs[POINTING[name]] for row in rows if name in row.inputs]
+                joined[name] = stacked(_further_on(values, [one.shape[0] * one.shape[1] for one in pixels]), -1)
             else:
                 joined[name] = joined_values(values)
+        if crossing and FIRST_TILE in joined:
+            joined[FIRST_TILE][:, :, 0] = 1
         return joined
 
     def _tokens(self, rows: Sequence[Tensor], value: int) -> Tensor:
@@ -89,6 +112,12 @@ def _of_row(row: Sample, name: str, *, like: Tensor) -> Tensor:
     if name in found:
         return found[name]
     return torch.zeros(1, len(row.input_ids), *like.shape[2:], dtype=like.dtype)
+
+
+def _further_on(places: Sequence[Tensor], patches: Sequence[int]) -> list[Tensor]:
+    """Each sample's places behind the patches of those before it."""
+    starts = [sum(patches[:number]) for number in range(len(patches))]
+    return [torch.where(one >= 0, one + start, one) for one, start in zip(places, starts, strict=True)]
 
 
 def joined_values(values: Sequence[Any]) -> Any:

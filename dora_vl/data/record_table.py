@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -12,13 +12,9 @@ import datasets
 import pyarrow as pa
 
 from dora_vl.data.arrow_cache import cached_table
-from dora_vl.data.clips import Clip, row_clips
 from dora_vl.data.plain_lines import HELD_PICTURE, NAMED_VIDEO, NotPlainError, plain_batches
 from dora_vl.data.readers.containers import DataFiles, find_files
-from dora_vl.data.readers.row_formats import FORMATS, format_of, id_of, read_row, turns_of
-from dora_vl.data.readers.row_pictures import row_pictures
-from dora_vl.data.turns import SPEAKERS, raw_turns
-from dora_vl.errors import BadSample, UserError
+from dora_vl.data.sample_rows import SampleRow, SampleRowReader, check_usable
 
 TABLE_VERSION = 3
 """Part of the cache's key: raise it when columns or their meaning change."""
@@ -42,27 +38,6 @@ _SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """A sample in the columns' shape; `problem` says why it could not be brought into it."""
-
-    id: str
-    images: tuple[str, ...] = ()
-    video: tuple[Clip, ...] = ()
-    turns: tuple[tuple[str, str], ...] = ()
-    problem: str | None = None
-    format: str | None = None
-    held: Mapping[str, bytes] = field(default_factory=dict)
-
-    def strings(self) -> Iterator[str]:
-        names = (clip.path for clip in self.video)
-        return chain((self.id,), self.images, names, chain.from_iterable(self.turns))
-
-    def size(self) -> int:
-        """Characters and bytes that it holds."""
-        return sum(map(len, self.strings())) + sum(map(len, self.held.values()))
-
-
 def load_table(path: Path, cache_folder: Path | None) -> datasets.Dataset:
     """See `records.load_llava`."""
     found = find_files(path)
@@ -76,7 +51,7 @@ class _Writer:
 
     def __init__(self, found: DataFiles) -> None:
         self._found = found
-        self._first_of_format: dict[str, str] = {}
+        self._reader = SampleRowReader(found.name)
         self._held: set[str] = set()
 
     def write(self, path: Path, file: BinaryIO) -> int:
@@ -92,73 +67,22 @@ class _Writer:
     def write_any(self, path: Path, file: BinaryIO) -> int:
         """As `write`, row by row."""
         rows = usable = 0
-        first_problem = ""
+        first_problem: str | None = None
         with pa.ipc.new_stream(file, _SCHEMA) as writer:
             for batch in _batches(self._row(record, number) for number, record in enumerate(self._found.rows())):
                 writer.write_batch(_record_batch(batch))
                 rows += len(batch)
                 usable += sum(row.problem is None for row in batch)
-                first_problem = first_problem or next((row.problem for row in batch if row.problem), "")
-        if not rows:
-            raise UserError(f"{path}: holds no records")
-        if not usable:
-            raise UserError(f"{path}: none of its {rows} records is a sample; the first one: {first_problem}")
+                first_problem = first_problem or next((row.problem for row in batch if row.problem), None)
+        check_usable(str(path), rows, usable, first_problem)
         return rows
 
-    def _row(self, record: Mapping[str, object], number: int) -> _Row:
-        sample_id = id_of(record, number)
-        form = format_of(record)
-        if form is not None:
-            self._check_format(form.name, f"row {number + 1} ({sample_id})")
-        try:
-            row = _llava_row(record, sample_id) if _is_llava(record) else _example_row(record, number)
-        except BadSample as error:
-            return _Row(id=sample_id, problem=error.reason, format=None if form is None else form.name)
+    def _row(self, record: Mapping[str, object], number: int) -> SampleRow:
+        """The row with the pictures that no earlier one held."""
+        row = self._reader.read(record, number)
         held = {name: content for name, content in row.held.items() if name not in self._held}
         self._held |= held.keys()
-        return _Row(**{**vars(row), "held": held})
-
-    def _check_format(self, name: str, row: str) -> None:
-        self._first_of_format.setdefault(name, row)
-        if len(self._first_of_format) > 1:
-            firsts = "; ".join(f"{one}: {first}" for one, first in self._first_of_format.items())
-            raise UserError(
-                f"{self._found.name}: rows of mixed formats, first of each {firsts}; write one file a format"
-            )
-
-
-def _is_llava(record: Mapping[str, object]) -> bool:
-    """Whether its turns are kept as they stand; `turns.read_llava` decides what they mean."""
-    turns = record.get("conversations")
-    if turns is None or record.get("system"):
-        return False
-    return not (
-        isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and turns[0].get("role") is not None
-    )
-
-
-def _llava_row(record: Mapping[str, object], sample_id: str) -> _Row:
-    pictures = row_pictures(record, sample_id)
-    return _Row(
-        id=sample_id,
-        images=tuple(pictures.names),
-        video=row_clips(record, sample_id),
-        turns=tuple(raw_turns(record, sample_id)),
-        format=FORMATS[0].name,
-        held=pictures.held,
-    )
-
-
-def _example_row(record: Mapping[str, object], number: int) -> _Row:
-    example, form = read_row(record, number=number), format_of(record)
-    return _Row(
-        id=example.id,
-        images=example.images,
-        video=example.clips,
-        turns=tuple((SPEAKERS[turn.role], turn.text) for turn in turns_of(example)),
-        format=None if form is None else form.name,
-        held=example.image_bytes,
-    )
+        return dataclasses.replace(row, held=held)
 
 
 def _write_plain(path: Path, file: BinaryIO) -> int:
@@ -172,8 +96,8 @@ def _write_plain(path: Path, file: BinaryIO) -> int:
     return rows
 
 
-def _batches(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
-    batch: list[_Row] = []
+def _batches(rows: Iterable[SampleRow]) -> Iterator[list[SampleRow]]:
+    batch: list[SampleRow] = []
     size = 0
     for row in rows:
         batch.append(row)
@@ -185,25 +109,14 @@ def _batches(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
         yield batch
 
 
-def _record_batch(rows: list[_Row]) -> pa.RecordBatch:
+def _record_batch(rows: list[SampleRow]) -> pa.RecordBatch:
     try:
         return _columns(rows)
     except UnicodeEncodeError:
-        return _columns([_encodable(row) for row in rows])
+        return _columns([row.encodable() for row in rows])
 
 
-def _encodable(row: _Row) -> _Row:
-    """JSON can spell half of a surrogate pair (`\\ud83d`), which is no text and which Arrow cannot store."""
-    try:
-        "".join([*row.strings(), row.problem or ""]).encode()
-    except UnicodeEncodeError:
-        readable_id = row.id.encode("utf-8", "backslashreplace").decode()
-        problem = "its text holds half of a surrogate pair, which is no character"
-        return _Row(id=readable_id, problem=problem, format=row.format)
-    return row
-
-
-def _columns(rows: list[_Row]) -> pa.RecordBatch:
+def _columns(rows: list[SampleRow]) -> pa.RecordBatch:
     offsets = [0]
     for row in rows:
         offsets.append(offsets[-1] + len(row.turns))

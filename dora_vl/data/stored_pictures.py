@@ -1,11 +1,12 @@
-"""Pictures that a data file itself holds, read by name from its memory-mapped Arrow table."""
+"""Pictures that a data file itself holds, by name: of its memory-mapped Arrow table, or of a row that was streamed."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -13,6 +14,31 @@ from dora_vl.data.media import decode_image, open_image
 
 if TYPE_CHECKING:
     import datasets
+
+
+@runtime_checkable
+class HeldPictures(Protocol):
+    """Bytes by the name that a row gives them."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a picture that is there."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowPictureBytes:
+    """The pictures of one row."""
+
+    held: Mapping[str, bytes]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.held
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a picture that is there."""
+        return self.held[name]
 
 
 class StoredPictures:
@@ -48,7 +74,7 @@ class StoredPictures:
         return pictures.field("content")[place].as_py()
 
 
-def open_picture(root: Path, name: str, stored: StoredPictures | None = None) -> Image.Image:
+def open_picture(root: Path, name: str, stored: HeldPictures | None = None) -> Image.Image:
     """A picture of the data file itself, or the file at `name` under `root`; see `media.open_image`.
 
     Raises:

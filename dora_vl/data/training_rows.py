@@ -74,11 +74,7 @@ def load_training_rows(
     Raises:
         UserError: a file or a weight that cannot be used, or a split that leaves one side empty.
     """
-    if not files:
-        raise UserError("data.train names no file")
-    for file in files:
-        if not (math.isfinite(file.weight) and file.weight > 0):
-            raise UserError(f"data.train: {file.path} has the weight {file.weight}; it must be above 0")
+    check_weights(files)
     found = [load_rows(file.path, limit, cache_folder=cache_folder) for file in files]
     rows = datasets.concatenate_datasets([one.rows for one in found]) if len(found) > 1 else found[0].rows
     stored = found[0].stored if len(found) == 1 else StoredPictures.joined([one.stored for one in found])
@@ -99,6 +95,15 @@ def load_training_rows(
     whole = len(trained) == len(rows) and len(files) == 1 and not share
     train = SampleRows(rows if whole else rows.select(trained), stored)
     return train, SampleRows(rows.select(held), stored) if share else None
+
+
+def check_weights(files: Sequence[TrainFile]) -> None:
+    """Raises UserError where there is no file, or a weight that is not above 0."""
+    if not files:
+        raise UserError("data.train names no file")
+    for file in files:
+        if not (math.isfinite(file.weight) and file.weight > 0):
+            raise UserError(f"data.train: {file.path} has the weight {file.weight}; it must be above 0")
 
 
 def weighted(places: np.ndarray, file: TrainFile, *, seed: int) -> np.ndarray:

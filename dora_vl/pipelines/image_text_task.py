@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import max_positions
-from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of
+from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of, sees_pictures
 from dora_vl.backbones.image_text import (
     ImageTextBackbone,
     language_targets,
@@ -21,23 +21,21 @@ from dora_vl.backbones.image_text import (
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.prompt_formats import FORMATS
 from dora_vl.core import DoRAConfig
-from dora_vl.data.dataset import Encoded, LlavaDataset, Sample
+from dora_vl.data.dataset import Encoded, LlavaDataset, Rows, Sample
 from dora_vl.data.processor_inputs import ProcessorCollator
-from dora_vl.data.sampler import sampling_lengths
-from dora_vl.data.stored_pictures import StoredPictures, open_picture
-from dora_vl.data.train_files import train_name
-from dora_vl.data.training_rows import SampleRows
+from dora_vl.data.stored_pictures import HeldPictures, open_picture
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
 from dora_vl.evaluation.run import check_test, run_test
-from dora_vl.pipelines.llava_task import LlavaTask, warn_of_overlap
+from dora_vl.pipelines.instruct_data import InstructData
+from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.adapting import core_config
-from dora_vl.run.arguments import order_seed
-from dora_vl.run.assembly import build_sampler, processor_encoder, read_samples, recipe_record
+from dora_vl.run.assembly import processor_encoder, recipe_record
 from dora_vl.run.base_kinds import IMAGE_TEXT
 from dora_vl.run.base_loading import check_quantisation, load_base
 from dora_vl.run.recipe import RunConfig
@@ -72,6 +70,7 @@ class ImageTextTask(Task):
         self._config = config
         self._name = name
         self._dora_config: DoRAConfig | None = None
+        self._data: InstructData | None = None
 
     @property
     def name(self) -> str:
@@ -87,12 +86,19 @@ class ImageTextTask(Task):
         """Refuses what only LLaVA-1.5's path has, and a processor or chat template that cannot be trained on."""
         check_settings(self.config)
         check_quantisation(self.config.model)
-        train, held_out = read_samples(self.config, seed=order_seed(arguments))
+        samples = self._samples(arguments)
+        samples.describe()
         if self.config.evaluation.file is not None:
-            warn_of_overlap(self.config, train, check_test(self.config))
+            samples.warn_of_overlap(check_test(self.config))
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
-        if any(rows.has_videos for rows in (train, held_out) if rows is not None):
-            _check_videos(self.config, encoder)
+        if samples.has_videos:
+            _check_videos(self.config, encoder, pictures=samples.has_pictures)
+
+    def _samples(self, arguments: TrainingArguments) -> InstructData:
+        """The run's data, read at the first call."""
+        if self._data is None:
+            self._data = InstructData(self.config, arguments)
+        return self._data
 
     def load(self) -> Backbone[Any]:
         """The model; what is adapted in it is looked up at once."""
@@ -111,25 +117,16 @@ class ImageTextTask(Task):
         data = self.config.data
         positions = max_positions(backbone.model.config)
         encoder = processor_encoder(self.config.model, max_tokens=min(data.max_tokens, positions or data.max_tokens))
-        train, held_out = read_samples(self.config, seed=order_seed(arguments))
-        samples = partial(_samples, config=self.config, encoder=encoder, seed=arguments.seed)
-        train_samples = samples(train)
-        dummy, dummy_video = _dummies(train, encoder)
-        lengths = sampling_lengths(
-            train.rows,
-            tokens_per_image=len(encoder.dummy().input_ids),
-            tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if train.has_videos else 0,
-        )
-        sampler = build_sampler(lengths, arguments, share_pictures=False) if data.group_by_modality_length else None
-        return TrainingData(
-            train=train_samples,
-            validation=None if held_out is None else samples(held_out),
+        samples = self._samples(arguments)
+        exactly = data.video_frames if samples.has_videos and encoder.videos_of_one_length else None
+        videos = VideoReading(folder=video_folder(data), sampling=video_sampling(data), frames=exactly)
+        dummy, dummy_video = _dummies(samples, encoder)
+        seen_videos = samples.has_videos and encoder.sees_pictures
+        return samples.training_data(
+            partial(_illustrated, encoder=encoder, folder=Path(data.image_folder), videos=videos),
             collate=ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy, dummy_video=dummy_video),
-            sampler=sampler,
-            set_epoch=(train_samples.set_epoch, *(() if sampler is None else (sampler.set_epoch,))),
-            samples=len(train.rows),
-            source=train_name(data.train),
-            longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
+            tokens_per_image=len(encoder.dummy().input_ids) if encoder.sees_pictures else 0,
+            tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if seen_videos else 0,
         )
 
     def loss(self, backbone: Backbone[Any]) -> GenerationTask:
@@ -150,7 +147,8 @@ class ImageTextTask(Task):
     def recipe(self) -> dict[str, Any]:
         """Base and backbone; prompts and pictures are the base's own processor's."""
         record = recipe_record(self.config, self.name)
-        own = {"backbone": IMAGE_TEXT, "template": None, "image_aspect": None}
+        template = self.config.model.template
+        own = {"backbone": IMAGE_TEXT, "template": template if template in FORMATS else None, "image_aspect": None}
         own |= {"video_frames": self.config.data.video_frames, "video_fps": self.config.data.video_fps}
         return {**record, **own}
 
@@ -175,7 +173,7 @@ class ImageTextTask(Task):
         if not adapter.train_projector or adapter.method == "full":
             return core_config(adapter, targets=targets)
         projector = projector_patterns(model)
-        if not projector:
+        if not projector and sees_pictures(self.config.model.base, self.config.model.revision):
             logger.warning(
                 "no projector is known in a %s, so none trains; adapter.train_projector: false says that it is meant",
                 type(model).__name__,
@@ -193,8 +191,8 @@ def check_settings(config: RunConfig) -> None:
         "data.share_pictures": (config.data.share_pictures, "each sample brings its own pictures"),
         "model.image_aspect": (config.model.image_aspect != "pad", "the model's own processor prepares pictures"),
         "model.template": (
-            config.model.template not in ("vicuna_v1", "tokenizer"),
-            "prompts come from the processor's own chat template",
+            config.model.template not in ("vicuna_v1", "tokenizer", *FORMATS),
+            f"prompts come from the processor's own chat template, or are {' or '.join(FORMATS)}",
         ),
     }
     for setting, (asked, reason) in refused.items():
@@ -209,31 +207,30 @@ def check_settings(config: RunConfig) -> None:
 
 
 def encode_from_folder(
-    conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path, stored: StoredPictures, videos: VideoReading
+    conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path, stored: HeldPictures, videos: VideoReading
 ) -> Encoded:
     """A conversation, pictures and videos read; a top-level function, so that worker processes can receive it."""
     pictures = [open_picture(folder, name, stored) for name in conversation.images]
     return encoder.encode(conversation, pictures, videos.read(conversation.videos))
 
 
-def _samples(samples: SampleRows, *, config: RunConfig, encoder: ImageTextEncoder, seed: int) -> LlavaDataset:
-    data = config.data
-    exactly = data.video_frames if samples.has_videos and encoder.videos_of_one_length else None
-    videos = VideoReading(folder=video_folder(data), sampling=video_sampling(data), frames=exactly)
-    encode = partial(
-        encode_from_folder, encoder=encoder, folder=Path(data.image_folder), stored=samples.stored, videos=videos
-    )
-    return LlavaDataset(samples.rows, encode=encode, seed=seed)
+def _illustrated(
+    rows: Rows, stored: HeldPictures, *, encoder: ImageTextEncoder, folder: Path, videos: VideoReading
+) -> LlavaDataset:
+    encode = partial(encode_from_folder, encoder=encoder, folder=folder, stored=stored, videos=videos)
+    return LlavaDataset(rows, encode=encode)
 
 
-def _dummies(train: SampleRows, encoder: ImageTextEncoder) -> tuple[Sample | None, Sample | None]:
+def _dummies(samples: InstructData, encoder: ImageTextEncoder) -> tuple[Sample | None, Sample | None]:
     """Rows that take a batch through the vision part as other ranks' batches may be taken: a picture's, a video's."""
-    videos = train.has_videos and encoder.why_no_videos is None
-    pictures = train.has_pictures or (train.has_videos and not videos)
+    if not encoder.sees_pictures:
+        return None, None
+    videos = samples.has_videos and encoder.why_no_videos is None
+    pictures = samples.has_pictures or (samples.has_videos and not videos)
     return encoder.dummy() if pictures else None, encoder.dummy_video() if videos else None
 
 
-def _check_videos(config: RunConfig, encoder: ImageTextEncoder) -> None:
+def _check_videos(config: RunConfig, encoder: ImageTextEncoder, *, pictures: bool) -> None:
     """Refuses videos that the base does not take in any way, and says in which it takes them.
 
     Raises: UserError; one line, before weights are read.
@@ -246,6 +243,11 @@ def _check_videos(config: RunConfig, encoder: ImageTextEncoder) -> None:
         raise UserError(
             f"data.video_fps: {base} takes videos of equally many frames in a batch; leave it out, data.video_frames "
             "says how many"
+        )
+    elif encoder.one_kind_in_a_batch and pictures:
+        raise UserError(
+            f"{base} cannot tell pictures from videos of one batch, and data.train (or data.validation) holds both; "
+            "train on one kind"
         )
     try:
         encoder.dummy_video(config.data.video_frames)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,36 +16,22 @@ from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.backbones.module import Backbone
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import LlavaDataset
-from dora_vl.data.overlap import overlap, overlap_warning
-from dora_vl.data.sampler import sampling_lengths
-from dora_vl.data.train_files import train_files, train_name
-from dora_vl.data.training_rows import SampleRows, described, load_rows
+from dora_vl.data.dataset import LlavaDataset, Rows
+from dora_vl.data.stored_pictures import HeldPictures
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import LlavaPrompts
-from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.run import check_test, pictures_of_test, read_test, run_test
-from dora_vl.run.arguments import order_seed
-from dora_vl.run.assembly import (
-    build_encoder,
-    build_sampler,
-    dora_config,
-    load_backbone,
-    pad_token_id,
-    read_samples,
-    recipe_record,
-)
+from dora_vl.pipelines.instruct_data import InstructData
+from dora_vl.run.assembly import build_encoder, dora_config, load_backbone, pad_token_id, recipe_record
 from dora_vl.run.base_kinds import LLAVA
 from dora_vl.run.base_loading import check_quantisation, make_base
-from dora_vl.run.picture_reading import image_preparation, picture_reader
+from dora_vl.run.picture_reading import PictureReader, image_preparation, picture_reader
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.task_model import GenerationTask
-
-_log = logging.getLogger(__name__)
 
 
 class LlavaTask(Task):
@@ -55,6 +40,7 @@ class LlavaTask(Task):
     def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
         self._config = config
         self._name = name
+        self._data: InstructData | None = None
 
     @property
     def name(self) -> str:
@@ -72,17 +58,17 @@ class LlavaTask(Task):
         All data is read first, and the test's questions: what is wrong with them shows now, not after hours.
         """
         check_quantisation(self.config.model)
-        seed = order_seed(arguments)
-        train, held_out = read_samples(self.config, seed=seed)
-        for file in train_files(self.config.data.train):
-            _log.info(described(file, load_rows(file.path, self.config.data.limit).rows))
-        if held_out is not None and self.config.data.validation_share:
-            counts = len(held_out.rows), len(held_out.pictures), seed
-            _log.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
+        samples = self._samples(arguments)
+        samples.describe()
         if self.config.evaluation.file is not None:
-            questions = check_test(self.config)
-            warn_of_overlap(self.config, train, questions)
+            samples.warn_of_overlap(check_test(self.config))
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
+
+    def _samples(self, arguments: TrainingArguments) -> InstructData:
+        """The run's data, read at the first call."""
+        if self._data is None:
+            self._data = InstructData(self.config, arguments)
+        return self._data
 
     def load(self) -> Backbone[Any]:
         """The LLaVA."""
@@ -96,23 +82,21 @@ class LlavaTask(Task):
         """The training file's conversations, grouped by modality and length."""
         llava, data = cast(LlavaBackbone, backbone), self.config.data
         encoder = build_encoder(self.config.model, llava, max_tokens=data.max_tokens)
-        train, held_out = read_samples(self.config, seed=order_seed(arguments))
-        samples = partial(_samples, config=self.config, encoder=encoder, backbone=llava, arguments=arguments)
-        train_samples = samples(train)
-        lengths = sampling_lengths(train.rows, tokens_per_image=llava.tokens_per_image)
-        grouped = data.group_by_modality_length or data.share_pictures
-        sampler = build_sampler(lengths, arguments, share_pictures=data.share_pictures) if grouped else None
-        return TrainingData(
-            train=train_samples,
-            validation=None if held_out is None else samples(held_out),
+        samples = self._samples(arguments)
+        pictures = picture_reader(
+            self.config,
+            llava,
+            samples.pictures if data.cache_features else (),
+            folder=Path(data.image_folder),
+            device=arguments.device,
+            stored=samples.stored if data.cache_features else None,
+        )
+        return samples.training_data(
+            partial(_illustrated, encoder=encoder, pictures=pictures),
             collate=Collator(
                 pad_token_id(encoder), share_pictures_by=encoder.image_token_id if data.share_pictures else None
             ),
-            sampler=sampler,
-            set_epoch=(train_samples.set_epoch, *(() if sampler is None else (sampler.set_epoch,))),
-            samples=len(train.rows),
-            source=train_name(data.train),
-            longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
+            tokens_per_image=llava.tokens_per_image,
         )
 
     def loss(self, backbone: Backbone[Any]) -> GenerationTask:
@@ -164,28 +148,7 @@ class LlavaTask(Task):
         return picture_reader(config, backbone, names, folder=pictures_of_test(config), device=device).features
 
 
-def _samples(
-    samples: SampleRows,
-    *,
-    config: RunConfig,
-    encoder: LlavaEncoder,
-    backbone: LlavaBackbone,
-    arguments: TrainingArguments,
-) -> LlavaDataset:
-    folder = Path(config.data.image_folder)
-    pictures = picture_reader(
-        config, backbone, samples.pictures, folder=folder, device=arguments.device, stored=samples.stored
-    )
-    return LlavaDataset(
-        samples.rows, encode=encoder.encode, picture=pictures.pixels, features=pictures.features, seed=arguments.seed
-    )
-
-
-def warn_of_overlap(config: RunConfig, train: SampleRows, questions: Sequence[Question]) -> None:
-    """Reports training samples that the test asks again."""
-    data = config.data
-    if pictures_of_test(config).resolve() != Path(data.image_folder).resolve():
-        return  # one name there is another picture
-    found = overlap(train.rows, questions)
-    if found:
-        _log.warning(overlap_warning(found, train_name(data.train), str(config.evaluation.file)))
+def _illustrated(rows: Rows, stored: HeldPictures, *, encoder: LlavaEncoder, pictures: PictureReader) -> LlavaDataset:
+    """Samples with pixels, or with features that are stored by the picture's name."""
+    pixels = None if pictures.pixels is None else partial(pictures.pixels, stored=stored)
+    return LlavaDataset(rows, encode=encoder.encode, picture=pixels, features=pictures.features)

@@ -16,8 +16,6 @@ from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, loa
 from dora_vl.backbones.templates import get_template
 from dora_vl.core import DoRAConfig
 from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
-from dora_vl.data.train_files import train_files
-from dora_vl.data.training_rows import SampleRows, load_rows, load_training_rows
 from dora_vl.errors import UserError
 from dora_vl.run.adapting import core_config
 from dora_vl.run.arguments import order_seed
@@ -63,27 +61,6 @@ def pad_token_id(encoder: LlavaEncoder) -> int:
     return int(next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None))
 
 
-def read_samples(config: RunConfig, *, seed: int) -> tuple[SampleRows, SampleRows | None]:
-    """The training samples and those whose loss is measured meanwhile, memory-mapped.
-
-    Raises:
-        UserError: a file that cannot be read, or two ways of validation.
-    """
-    data = config.data
-    if data.validation is not None and data.validation_share:
-        raise UserError("set data.validation or data.validation_share, not both")
-    train, held_out = load_training_rows(
-        train_files(data.train), limit=data.limit, share=data.validation_share, seed=seed
-    )
-    if data.validation is not None:
-        held_out = load_rows(data.validation, data.validation_limit)
-    elif held_out is not None and data.validation_limit is not None:
-        held_out = dataclasses.replace(
-            held_out, rows=held_out.rows.take(min(data.validation_limit, len(held_out.rows)))
-        )
-    return train, held_out
-
-
 def build_sampler(
     lengths: SamplingLengths, arguments: TrainingArguments, *, share_pictures: bool
 ) -> ModalityLengthSampler:
@@ -119,5 +96,6 @@ def recipe_record(config: RunConfig, task: str) -> dict[str, Any]:
 
 
 def processor_encoder(model: ModelConfig, *, max_tokens: int) -> ImageTextEncoder:
-    """The encoder over the base's own processor."""
-    return ImageTextEncoder(load_processor(model.base, model.revision), model.base, max_tokens=max_tokens)
+    """The encoder over the base's own processor, or a language model's tokenizer."""
+    processor = load_processor(model.base, model.revision)
+    return ImageTextEncoder(processor, model.base, max_tokens=max_tokens, template=model.template)

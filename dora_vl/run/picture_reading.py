@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.backbones.llava import LlavaBackbone
-from dora_vl.data.stored_pictures import StoredPictures, open_picture
+from dora_vl.data.stored_pictures import HeldPictures, StoredPictures, open_picture
 from dora_vl.errors import UserError
 from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
 from dora_vl.run.recipe import ModelConfig, RunConfig
@@ -29,7 +29,7 @@ class PictureReader:
     `pixels` gives `[3, height, width]`, `features` `[tokens, width]`; both raise `BadSample` for a broken picture.
     """
 
-    pixels: Callable[[str], Tensor] | None = None
+    pixels: Callable[..., Tensor] | None = None
     features: Callable[[str], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ def image_preparation(model: ModelConfig) -> ImagePreparation:
 
 
 def read_pixels(
-    path: str, *, folder: Path, preparation: ImagePreparation, stored: StoredPictures | None = None
+    path: str, *, folder: Path, preparation: ImagePreparation, stored: HeldPictures | None = None
 ) -> Tensor:
     """Pixels of one picture; a top-level function, so that worker processes can receive it."""
     return preparation.prepare(open_picture(folder, path, stored))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.compose_spec import ComposeSpec
+from dora_vl.backbones.prompt_formats import FormatName
 from dora_vl.backbones.template_table import TemplateName
 from dora_vl.core.config import AdapterSettings
 from dora_vl.data.train_files import TrainFile, train_name
@@ -30,9 +31,9 @@ class ModelConfig:
     """Git revision of a Hugging Face id (a commit pins the run)."""
     compose: ComposeSpec | None = None
     """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
-    template: TemplateName = "vicuna_v1"
+    template: TemplateName | FormatName = "vicuna_v1"
     """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
-    own. Other models have their processor's chat template."""
+    own. Other models have their processor's chat template, or where it has none `question_answer` or `paligemma`."""
     image_aspect: Literal["pad", "square"] = "pad"
     """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -89,6 +90,12 @@ class DataConfig:
     """Batches hold samples of like length, and either all with pictures or all without."""
     share_pictures: bool = False
     """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
+    streaming: bool = False
+    """Reads training samples as they come, never a whole file first: for files larger than the disk's free space, and
+    hub sets too large to fetch. Needs group_by_modality_length: false, and training.max_steps where a file does not
+    say how many rows it has (all but Parquet and Arrow)."""
+    shuffle_buffer: int = 2048
+    """Streamed samples among which the next one is drawn; fewer where they hold more than 256 MiB; 1: as they come."""
     limit: int | None = None
     """Uses only the first so many training samples (of several files, of each)."""
     validation_limit: int | None = None

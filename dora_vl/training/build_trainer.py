@@ -67,6 +67,8 @@ def build_trainer(
         validation=validation,
         labels_shift=task.labels_shift,
     )
+    if data.stream is not None and not arguments.ignore_data_skip:
+        trainer.progress.follow(data.stream)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:

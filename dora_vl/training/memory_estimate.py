@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dora_vl.core import TrainedPart
+from dora_vl.core.opaque import is_quantised
 
 ADAM_STATES = 2
 FLOAT32_BYTES = 4
@@ -58,6 +59,16 @@ def parameter_count(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def weight_count(model: nn.Module) -> int:
+    """Numbers in all of a model's parameters; a quantised layer's weight counts as what it stands for, unpacked."""
+    unpacked: dict[int, int] = {}
+    for module in model.modules():
+        if is_quantised(module):
+            layer: Any = module
+            unpacked[id(next(layer.parameters()))] = layer.in_features * layer.out_features
+    return sum(unpacked.get(id(one), parameter_count(one)) for one in model.parameters())
+
+
 def estimate_memory(
     model: nn.Module,
     activations: Activations,
@@ -94,7 +105,7 @@ def _offloads(zero: Mapping[str, Any] | None, what: str) -> bool:
 
 def trained_table(model: nn.Module, parts: Sequence[TrainedPart]) -> str:
     """Trained parameters by part: count and share of all parameters."""
-    total = sum(map(parameter_count, model.parameters()))
+    total = weight_count(model)
     counts: dict[str, int] = {}
     for part in parts:
         counts[part.name] = counts.get(part.name, 0) + sum(map(parameter_count, part.parameters.values()))

@@ -18,6 +18,7 @@ from dora_vl.backbones.module import Backbone
 from dora_vl.core import DoRAConfig
 from dora_vl.run.settings import RunSettings
 from dora_vl.training.memory_estimate import Activations
+from dora_vl.training.progress import EndlessOrder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class TrainingData:
         validation: the same, for the loss while training.
         collate: a batch from items: the loss's inputs by name (`input_ids` and `labels` among them) and bookkeeping
             (`BatchStatistics`).
-        sampler: order of `train`; None leaves it to the Trainer.
+        sampler: order of `train`, what its items are asked for by; None leaves it to the Trainer.
+        stream: `sampler` where it is a stream that begins its next epoch by itself.
         set_epoch: each gets the epoch before its first batch.
         samples: training samples in an epoch.
         read_in_a_pass: how many an epoch reads over all ranks; None: `samples`, and what accelerate repeats of them.
@@ -40,7 +42,8 @@ class TrainingData:
     train: Dataset[Any]
     validation: Dataset[Any] | None = None
     collate: Callable[[list[Any]], Mapping[str, Any]]
-    sampler: Sampler[int] | None = None
+    sampler: Sampler[Any] | None = None
+    stream: EndlessOrder | None = None
     set_epoch: tuple[Callable[[int], None], ...] = ()
     samples: int
     source: str

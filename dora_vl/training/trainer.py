@@ -60,7 +60,7 @@ class AdapterTrainer(Trainer):
         self,
         *,
         rates: LearningRates,
-        sampler: Sampler[int] | None,
+        sampler: Sampler[Any] | None,
         parts: Sequence[TrainedPart],
         persistence: Persistence,
         statistics: BatchStatistics,
@@ -89,7 +89,7 @@ class AdapterTrainer(Trainer):
 
     # ---- what a step sees
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
 
     def get_batch_samples(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.backbones.template_table import VICUNA_SYSTEM
 from dora_vl.backbones.templates import get_template
+from tests.backbones.tiny_image_text import write_tiny
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -127,3 +129,16 @@ def backbone() -> LlavaBackbone:
             if weight.dim() > 1:
                 weight.mul_(8)
     return LlavaBackbone(model.eval())
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Tiny families' folders, each written when it is first asked for."""
+    root = tmp_path_factory.mktemp("families")
+
+    class Written(dict[str, Path]):
+        def __missing__(self, family: str) -> Path:
+            self[family] = write_tiny(family, root / family)
+            return self[family]
+
+    return Written()

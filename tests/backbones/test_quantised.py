@@ -17,6 +17,7 @@ from dora_vl.backbones.llava import load_llava
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.opaque import is_quantised
 from dora_vl.errors import UserError
+from dora_vl.training.memory_estimate import weight_count
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.tiny_run import write_tiny_llava
@@ -101,6 +102,13 @@ def test_the_same_layers_are_adapted(tmp_path: Path, kind: str) -> None:
     before = logits_of(model)
     assert apply_dora(model, config) == apply_dora(plain, config)
     torch.testing.assert_close(logits_of(model), before, rtol=0, atol=1e-5)
+    biases = sum(
+        one.numel()
+        for name, one in plain.named_parameters()
+        if "language_model" in name and name.endswith("_proj.bias")
+    )
+    hidden = biases if kind == "hqq" else 0  # whose biases are no parameters
+    assert weight_count(model) == weight_count(plain) - hidden
 
 
 def test_packed_weights_do_not_train_themselves(tmp_path: Path) -> None:

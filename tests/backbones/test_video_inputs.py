@@ -226,8 +226,11 @@ def test_the_loss_is_the_model_s_own_and_reaches_all_that_trains(
     folders: dict[str, Path], family: str, talks: Sequence[str]
 ) -> None:
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
-    dummies = {"dummy": encoder.dummy(), "dummy_video": encoder.dummy_video(4)}
-    collate = ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, **dummies)
+    one_kind = VIDEO_FAMILIES[family].one_kind
+    if one_kind and any(TALKS[talk][1] for talk in talks):
+        pytest.skip("pictures and videos of one batch are refused before training")
+    dummy = None if one_kind else encoder.dummy()
+    collate = ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy, dummy_video=encoder.dummy_video(4))
     batch = inputs_of(collate([sample_of(encoder, TALKS[talk]) for talk in talks]))
     features = backbone(**batch)
     loss = generation_loss(features.logits, features.targets).loss
@@ -260,6 +263,7 @@ def test_which_families_take_videos_of_one_length(folders: dict[str, Path], fami
     encoder = encoder_of(folders[family])
     assert encoder.why_no_videos is None
     assert encoder.videos_of_one_length == VIDEO_FAMILIES[family].one_length
+    assert encoder.one_kind_in_a_batch == VIDEO_FAMILIES[family].one_kind
     if not encoder.videos_of_one_length:  # then videos of several lengths are one batch
         talks = [(TALKS["one video"][0], (), (video,)) for video in (LONG, SHORT)]
         batch = ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED)([sample_of(encoder, one) for one in talks])
@@ -271,6 +275,24 @@ def test_which_families_take_videos_of_one_length(folders: dict[str, Path], fami
         ]
         expected = torch.cat([one.logits for one in alone])
         torch.testing.assert_close(features.logits, expected, rtol=0, atol=1e-5)
+
+
+@families
+def test_videos_of_several_lengths_in_one_sample(folders: dict[str, Path], family: str) -> None:
+    """Where the processor refuses them the shorter shows a frame twice; elsewhere all is the processor's own."""
+    encoder = encoder_of(folders[family])
+    turns = TALKS["two videos"][0]
+    found = sample_of(encoder, (turns, (), (LONG, SHORT)))
+    filled = family in ("internvl", "llava_onevision", "llava_next_video", "video_llava")
+    same = repeated(SHORT, 4) if filled else SHORT
+    torch.testing.assert_close(
+        found.input_ids[None], theirs_of(encoder, [(turns, (), (LONG, same))])["input_ids"], rtol=0, atol=0
+    )
+    backbone = adapted_backbone(folders[family])
+    batch = inputs_of(ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED)([found]))
+    features = backbone(**batch)
+    loss = generation_loss(features.logits, features.targets).loss
+    torch.testing.assert_close(loss, backbone.model(**batch).loss, rtol=0, atol=1e-5)
 
 
 def text_of(encoder: ImageTextEncoder, video: Video) -> str:
@@ -378,6 +400,19 @@ def test_the_prompt_is_the_conversation_up_to_its_answer(folders: dict[str, Path
     sample, prompt = sample_of(encoder, (turns, pictures, videos)), encoder.encode_prompt(turns[:1], pictures, videos)
     first = int((sample.labels != IGNORED_LABEL).nonzero()[0])
     assert torch.equal(prompt["input_ids"][0], sample.input_ids[:first])
+
+
+def test_a_video_whose_frames_change_their_size_is_a_bad_sample(folders: dict[str, Path]) -> None:
+    """As a recording of a call whose line got worse."""
+    odd = replace(LONG, pictures=(*LONG.pictures[:3], RED))
+    with pytest.raises(BadSample, match="the processor refuses it: all input arrays must have the same shape"):
+        sample_of(encoder_of(folders["qwen2_5_vl"]), (TALKS["one video"][0], (), (odd,)))
+
+
+def test_a_file_without_duration_has_a_clock_of_its_own() -> None:
+    found = metadata(replace(LONG, duration=0.0, span=(0.0, 0.0)))
+    assert found.timestamps == pytest.approx(LONG.seconds, abs=1e-3)
+    assert found.total_num_frames == 4
 
 
 def test_short_videos_repeat_frames() -> None:

@@ -32,6 +32,8 @@ class VideoFamily:
     needs: str | None = None
     one_length: bool = False
     """Whether the videos of a batch must have equally many frames."""
+    one_kind: bool = False
+    """Whether its model cannot tell pictures from videos of one batch."""
 
 
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -43,6 +45,14 @@ VIDEO_FAMILIES: Mapping[str, VideoFamily] = {
     "qwen2_vl": VideoFamily(QWEN_PICTURE, QWEN_VIDEO, {"size": {"shortest_edge": 64, "longest_edge": 512}}),
     "qwen2_5_vl": VideoFamily(QWEN_PICTURE, QWEN_VIDEO, {"size": {"shortest_edge": 64, "longest_edge": 512}}),
     "qwen3_vl": VideoFamily(QWEN_PICTURE, "<|video_pad|>", {"size": {"shortest_edge": 64, "longest_edge": 4096}}),
+    "qwen3_vl_moe": VideoFamily(QWEN_PICTURE, "<|video_pad|>", {"size": {"shortest_edge": 64, "longest_edge": 4096}}),
+    "qwen3_5": VideoFamily(QWEN_PICTURE, "<|video_pad|>", {"size": {"shortest_edge": 64, "longest_edge": 4096}}),
+    "glm4v": VideoFamily(
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        "<|begin_of_video|><|video|><|end_of_video|>",
+        {"size": {"shortest_edge": 64, "longest_edge": 4096}},
+        one_kind=True,
+    ),
     "internvl": VideoFamily("<IMG_CONTEXT>", "<video>", SQUARE),
     "smolvlm": VideoFamily(
         settings={"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}, needs="num2words"

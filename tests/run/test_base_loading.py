@@ -12,22 +12,27 @@ from transformers import TrainingArguments
 from dora_vl.backbones.causal_lm import LanguageSource
 from dora_vl.backbones.written_base import written_base
 from dora_vl.errors import UserError
+from dora_vl.run import base_loading
 from dora_vl.run.base_loading import load_base, make_base
 from dora_vl.run.commonsense_recipe import LanguageModelConfig
 from dora_vl.run.recipe import ModelConfig
 
 
 @pytest.mark.parametrize("section", [ModelConfig, LanguageModelConfig])
-def test_every_setting_reaches_the_loader(section):
-    model = section(base="folder", revision="abc", dtype="float16", attn_implementation="eager")
+def test_every_setting_reaches_the_loader(section, monkeypatch):
+    tried = []
+    monkeypatch.setattr(base_loading, "check_runs_here", lambda *given: tried.append(given))
+    model = section(base="folder", revision="abc", dtype="float16", attn_implementation="eager", quantisation="int8")
     given: dict[str, Any] = load_base(lambda base, **settings: {"base": base, **settings}, model, beams=4)
     assert given == {
         "base": "folder",
         "revision": "abc",
         "dtype": torch.float16,
         "attn_implementation": "eager",
+        "quantisation": "int8",
         "beams": 4,
     }
+    assert tried == [("int8", torch.float16)]
 
 
 def test_flash_attention_without_a_card_is_refused_before_loading(monkeypatch):

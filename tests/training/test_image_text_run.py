@@ -140,7 +140,7 @@ def test_every_base_goes_its_own_way(there: Path, tmp_path: Path) -> None:
     assert isinstance(instruct_task(read_run_file(settings(there, "which"))), ImageTextTask)
 
 
-@pytest.mark.parametrize("model_type", ["florence2", "blip-2", "llama", "bert"])
+@pytest.mark.parametrize("model_type", ["florence2", "blip-2", "llama4", "bert"])
 def test_a_base_that_cannot_be_trained_ends_in_one_line_before_its_weights(
     tmp_path: Path, there: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, model_type: str
 ) -> None:

@@ -129,6 +129,7 @@ def refused(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
         ("qwen2_5_vl", {"video_frames": 0}, "data.video_frames is 0"),
         ("llava_next_video", {"video_fps": 2.0}, "takes videos of equally many frames in a batch"),
         ("qwen3_vl", {"video_frames": 1}, "takes no video of 1 frames"),
+        ("glm4v", {}, "cannot tell pictures from videos of one batch"),
     ],
 )
 def test_what_no_video_could_be_trained_with_ends_in_one_line_before_weights_are_read(

@@ -25,7 +25,9 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     """
     try:
         with pq.ParquetFile(path) as file:
-            yield from _rows(file.iter_batches(batch_size=ROWS_AT_ONCE))
+            # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
+            for group in range(file.num_row_groups):
+                yield from _rows(file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group]))
     except READING_ERRORS as error:
         raise _unreadable(path, "Parquet", error) from None
 
@@ -38,14 +40,36 @@ def arrow_rows(path: Path) -> Iterator[dict[str, object]]:
     """
     try:
         with pa.memory_map(str(path)) as source:
-            if source.read(6) == b"ARROW1":
-                reader = pa.ipc.open_file(source)
-                yield from _rows(reader.get_batch(number) for number in range(reader.num_record_batches))
-            else:
-                source.seek(0)
-                yield from _rows(pa.ipc.open_stream(source))
+            yield from _rows(_arrow_batches(source))
     except READING_ERRORS as error:
         raise _unreadable(path, "Arrow", error) from None
+
+
+def count_rows(path: Path) -> int | None:
+    """How many rows a Parquet or Arrow file has, without reading them; None for any other file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    kind = {".parquet": "Parquet", ".arrow": "Arrow"}.get(path.suffix.lower())
+    if kind is None:
+        return None
+    try:
+        if kind == "Parquet":
+            return pq.read_metadata(path).num_rows
+        with pa.memory_map(str(path)) as source:
+            return sum(map(len, _arrow_batches(source)))
+    except READING_ERRORS as error:
+        raise _unreadable(path, kind, error) from None
+
+
+def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+    if source.read(6) == b"ARROW1":
+        reader = pa.ipc.open_file(source)
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        source.seek(0)
+        yield from pa.ipc.open_stream(source)
 
 
 def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:

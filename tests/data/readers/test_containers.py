@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def test_large_pictures_are_written_in_batches_of_bounded_size(tmp_path: Path, m
     assert table.data.column("held_pictures").num_chunks > 1
     stored = StoredPictures([table])
     assert [stored.read(names[0]) for names in table["images"]] == [item.content for item in MADE]
+
+
+def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    schema = pa.schema([("id", pa.string()), ("image", pa.binary())])
+    with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
+        for group in range(16):
+            rows = [{"id": f"{group}-{row}", "image": random.Random(row).randbytes(1 << 15)} for row in range(32)]
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+    before, most = pa.total_allocated_bytes(), 0
+    for number, _ in enumerate(READERS[".parquet"](tmp_path / "a.parquet")):
+        most = max(most, pa.total_allocated_bytes() - before) if number % 32 == 0 else most
+    assert 1 << 20 <= most < 5 << 20  # of 16 MiB; a group has one
 
 
 def test_rows_of_mixed_formats_are_refused_with_the_first_of_each(tmp_path: Path) -> None:
@@ -196,7 +209,8 @@ def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
 ) -> None:
     asked: list[tuple[str, str]] = []
 
-    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, *, split: str, streaming: bool) -> datasets.Dataset:
+        assert not streaming
         asked.append((name, split))
         if name == "no/such":
             raise FileNotFoundError("no such set,\nand no network")

@@ -1,0 +1,157 @@
+"""The data of a run about pictures and talk, whatever its model: read once, as tables or as a stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from dora_vl.data.dataset import LlavaDataset, Rows
+from dora_vl.data.overlap import overlap, overlap_warning
+from dora_vl.data.sampler import sampling_lengths
+from dora_vl.data.stored_pictures import HeldPictures, StoredPictures
+from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
+from dora_vl.data.train_files import train_files, train_name
+from dora_vl.data.training_rows import SampleRows, described, load_rows
+from dora_vl.evaluation.questions import Question
+from dora_vl.run.arguments import order_seed
+from dora_vl.run.assembly import build_sampler
+from dora_vl.run.recipe import RunConfig
+from dora_vl.run.samples import check_streaming, open_stream, read_samples, read_validation, samples_of_a_run
+from dora_vl.training.task import TrainingData
+
+MakeDataset = Callable[[Rows, HeldPictures], LlavaDataset]
+"""The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
+
+logger = logging.getLogger(__name__)
+
+
+class InstructData:
+    """A run's training and validation samples.
+
+    Args:
+        config: the run's settings.
+        arguments: its arguments; their seed is that of every order.
+
+    Raises:
+        UserError: data that cannot be read, and settings that do not go together.
+    """
+
+    def __init__(self, config: RunConfig, arguments: TrainingArguments) -> None:
+        self._config = config
+        self._arguments = arguments
+        self._train: SampleRows | None = None
+        self._stream: SampleStream | None = None
+        if config.data.streaming:
+            check_streaming(config.data)
+            self._stream = open_stream(config.data, seed=order_seed(arguments))
+            self._total = samples_of_a_run(self._stream, config.data, arguments)
+            self._held_out = read_validation(config.data)
+        else:
+            self._train, self._held_out = read_samples(config, seed=order_seed(arguments))
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any training sample has a picture; of a stream nobody knows, so it counts as one that has."""
+        return self._train is None or self._train.has_pictures
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether any sample names a video; of a stream the first rows tell (`SampleStream.has_videos`)."""
+        tables = [table.has_videos for table in (self._train, self._held_out) if table is not None]
+        return any(tables) or (self._stream is not None and self._stream.has_videos)
+
+    @property
+    def pictures(self) -> list[str]:
+        """All that tables name, each once."""
+        tables = [table for table in (self._train, self._held_out) if table is not None]
+        return list(dict.fromkeys(name for table in tables for name in table.pictures))
+
+    @property
+    def stored(self) -> StoredPictures:
+        """Those that the tables' files hold themselves."""
+        return StoredPictures.joined([table.stored for table in (self._train, self._held_out) if table is not None])
+
+    def describe(self) -> None:
+        """Says of each file what it holds, and what is held out."""
+        data, seed = self._config.data, order_seed(self._arguments)
+        if self._stream is not None:
+            for source in self._stream.sources:
+                logger.info(source.described())
+            return
+        for file in train_files(data.train):
+            logger.info(described(file, load_rows(file.path, data.limit).rows))
+        if self._held_out is not None and data.validation_share:
+            counts = len(self._held_out.rows), len(self._held_out.pictures), seed
+            logger.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
+
+    def warn_of_overlap(self, questions: Sequence[Question]) -> None:
+        """Counts and names training samples that the test asks again."""
+        data, evaluation = self._config.data, self._config.evaluation
+        if Path(evaluation.image_folder or data.image_folder).resolve() != Path(data.image_folder).resolve():
+            return  # one name there is another picture
+        if self._train is None:
+            logger.warning(
+                "data.streaming does not look ahead: whether training samples are asked again in %s is not known; "
+                "`dora-vl check-data` on both files tells it",
+                evaluation.file,
+            )
+        elif found := overlap(self._train.rows, questions):
+            logger.warning(overlap_warning(found, train_name(data.train), str(evaluation.file)))
+
+    def training_data(
+        self,
+        make: MakeDataset,
+        *,
+        collate: Callable[[list[Any]], Mapping[str, Any]],
+        tokens_per_image: int,
+        tokens_per_video: int = 0,
+    ) -> TrainingData:
+        """What the Trainer takes.
+
+        Args:
+            make: samples of rows.
+            collate: a batch of samples.
+            tokens_per_image: with `tokens_per_video` for the lengths that group samples.
+        """
+        held_out = None if self._held_out is None else make(self._held_out.rows, self._held_out.stored)
+        if self._train is None:
+            return self._streamed(make, collate, held_out)
+        data, train = self._config.data, self._train
+        lengths = sampling_lengths(train.rows, tokens_per_image=tokens_per_image, tokens_per_video=tokens_per_video)
+        grouped = data.group_by_modality_length or data.share_pictures
+        sampler = build_sampler(lengths, self._arguments, share_pictures=data.share_pictures) if grouped else None
+        return TrainingData(
+            train=make(train.rows, train.stored),
+            validation=held_out,
+            collate=collate,
+            sampler=sampler,
+            set_epoch=() if sampler is None else (sampler.set_epoch,),
+            samples=len(train.rows),
+            source=train_name(data.train),
+            longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
+        )
+
+    def _streamed(
+        self,
+        make: MakeDataset,
+        collate: Callable[[list[Any]], Mapping[str, Any]],
+        held_out: LlavaDataset | None,
+    ) -> TrainingData:
+        if self._stream is None:
+            raise RuntimeError("no stream has been opened")
+        data, order = self._config.data, StreamOrder(self._stream, total=self._total)
+        return TrainingData(
+            train=StreamedDataset(make, length=len(order)),
+            validation=held_out,
+            collate=collate,
+            sampler=order,
+            stream=order,
+            set_epoch=(order.set_epoch,),
+            samples=len(order),
+            source=train_name(data.train),
+            longest_tokens=data.max_tokens,
+        )

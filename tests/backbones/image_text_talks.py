@@ -1,0 +1,145 @@
+"""Conversations about pictures, and what a family's own processor and our encoder make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dora_vl import DoRAConfig, apply_dora, trained_parts
+from dora_vl.backbones.families import ALIGNED
+from dora_vl.backbones.image_text import ImageTextBackbone, language_targets, load_image_text, projector_patterns
+from dora_vl.backbones.image_text_encode import ImageTextEncoder, load_processor
+from dora_vl.data.dataset import Sample
+from dora_vl.data.processor_inputs import ProcessorCollator
+from dora_vl.data.turns import Conversation, Turn
+from tests.backbones.tiny_families.table import FAMILIES
+
+RED, BLUE = Image.new("RGB", (40, 24), (200, 30, 30)), Image.new("RGB", (18, 35), (20, 40, 220))
+ASKED, SAID = "What colour is it?", "It is red."
+BOOKKEEPING = {"samples", "padding_tokens", "skipped", "cut"}
+
+Talk = tuple[tuple[Turn, ...], tuple[Image.Image, ...]]
+TWO_QUESTIONS = "two pictures, two questions"
+TALKS: dict[str, Talk] = {
+    "one picture": ((Turn("user", f"<image>\n{ASKED}"), Turn("assistant", SAID)), (RED,)),
+    "no picture": ((Turn("user", "Say the colour red."), Turn("assistant", "red")), ()),
+    "two pictures": ((Turn("user", "<image>\n<image>\nWhich is blue?"), Turn("assistant", "Two.")), (RED, BLUE)),
+    TWO_QUESTIONS: (
+        (
+            Turn("user", "Is <image>\nor <image>\nblue?"),
+            Turn("assistant", "The second is blue."),
+            Turn("user", "Sure?"),
+            Turn("assistant", "Yes"),
+        ),
+        (RED, BLUE),
+    ),
+}
+
+
+def talks_of(family: str) -> tuple[str, ...]:
+    """The talks that a family takes."""
+    if FAMILIES[family].format == "paligemma":
+        return ("one picture", "two pictures")
+    return tuple(TALKS)
+
+
+def encoder_of(folder: Path, max_tokens: int = 2048, template: str | None = None) -> ImageTextEncoder:
+    """The encoder of a tiny family's folder, with the prompt format that the family needs."""
+    chosen = template or (FAMILIES[folder.name].format if folder.name in FAMILIES else None)
+    return ImageTextEncoder(load_processor(str(folder)), folder.name, max_tokens=max_tokens, template=chosen)
+
+
+def sample_of(encoder: ImageTextEncoder, talk: Talk) -> Sample:
+    turns, pictures = talk
+    encoded = encoder.encode(Conversation("talk", tuple("a.png" for _ in pictures), turns), pictures)
+    return Sample(
+        index=0,
+        id="talk",
+        input_ids=encoded.input_ids,
+        labels=encoded.labels,
+        cut_tokens=encoded.cut_tokens,
+        inputs=encoded.inputs,
+    )
+
+
+def messages_of(talk: Talk) -> list[dict[str, Any]]:
+    """The same in transformers' own form, pictures in their places."""
+    turns, pictures = talk
+    left = iter(pictures)
+    messages = []
+    for turn in turns:
+        parts: list[dict[str, Any]] = []
+        for number, piece in enumerate(turn.text.split("<image>")):
+            if number:
+                parts.append({"type": "image", "image": next(left)})
+            text = piece.removeprefix("\n") if number else piece
+            parts += [{"type": "text", "text": text}] if text else []
+        messages.append({"role": turn.role, "content": parts})
+    return messages
+
+
+def processor_inputs(encoder: ImageTextEncoder, family: str, talks: Sequence[Talk]) -> dict[str, Any]:
+    """What the family's own processor makes of the talks, padded on the right."""
+    many: dict[str, Any] = {"padding": True, "padding_side": "right"} if len(talks) > 1 else {}
+    processor, prompt = encoder.processor, FAMILIES[family].format
+    if prompt is None:
+        conversations = [messages_of(talk) for talk in talks]
+        return dict(
+            processor.apply_chat_template(
+                conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=many
+            )
+        )
+    texts, suffixes = zip(*(_plain(talk, encoder, prompt) for talk in talks), strict=True)
+    many |= {"suffix": list(suffixes)} if prompt == "paligemma" else {}
+    many |= {"return_for_text_completion": True} if family == "chameleon" else {}
+    images = [list(pictures) for _, pictures in talks if pictures] or None
+    found = dict(processor(text=list(texts), images=images, return_tensors="pt", **many))
+    found.pop("labels", None)
+    return found
+
+
+def _plain(talk: Talk, encoder: ImageTextEncoder, prompt: str) -> tuple[str, str]:
+    """A talk in a prompt format, and the answer that PaliGemma's processor takes apart."""
+    turns, _ = talk
+    token = encoder.processor.image_token
+    texts = [turn.text.replace("<image>\n", token).replace("<image>", token) for turn in turns]
+    if prompt == "paligemma":
+        return texts[0], texts[1]
+    rounds = zip(texts[::2], texts[1::2], strict=True)
+    return "\n".join(f"Question: {asked} Answer: {said}<|im_end|>" for asked, said in rounds), ""
+
+
+def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
+
+
+def batch_of(encoder: ImageTextEncoder, talks: Sequence[Talk]) -> dict[str, Any]:
+    """The talks as training batches them, with the further row where no talk has a picture."""
+    dummy = encoder.dummy() if encoder.sees_pictures else None
+    collate = ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy)
+    return inputs_of(collate([sample_of(encoder, talk) for talk in talks]))
+
+
+def adapted_backbone(folder: Path, attn_implementation: str = "sdpa") -> ImageTextBackbone:
+    """With an adapter away from its start, and the projector too (Gemma 3's own projection begins with zeros)."""
+    backbone = load_image_text(str(folder), attn_implementation=attn_implementation)
+    model = backbone.model
+    projector = projector_patterns(model)
+    config = DoRAConfig(
+        targets=language_targets(model),
+        rank=3,
+        alpha=7.0,
+        dropout=0.0,
+        also_train={"projector": projector} if projector else {},
+    )
+    apply_dora(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for part in trained_parts(model):
+            for parameter in part.parameters.values():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return backbone.train()

@@ -1,0 +1,68 @@
+"""Every family: our inputs are the processor's own, and the labels are the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dora_vl.data.dataset import IGNORED_LABEL
+from tests.backbones.image_text_talks import (
+    TALKS,
+    batch_of,
+    encoder_of,
+    processor_inputs,
+    sample_of,
+    talks_of,
+)
+from tests.backbones.tiny_families.table import FAMILIES, families
+
+Folders = Mapping[str, Path]
+
+
+def assert_same(ours: Mapping[str, object], theirs: Mapping[str, object]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0, check_dtype=name != "input_ids")
+
+
+@families
+@pytest.mark.parametrize("talk", TALKS)
+def test_inputs_are_what_the_processor_makes_of_the_conversation(folders: Folders, family: str, talk: str) -> None:
+    if talk not in talks_of(family):
+        pytest.skip("takes one question alone")
+    encoder = encoder_of(folders[family])
+    sample = sample_of(encoder, TALKS[talk])
+    assert_same(
+        {"input_ids": sample.input_ids[None], **sample.inputs}, processor_inputs(encoder, family, [TALKS[talk]])
+    )
+    pixels = [one for one in sample.inputs.values() if isinstance(one, Tensor) and one.is_floating_point()]
+    assert bool(pixels) == (talk != "no picture")
+
+
+@families
+def test_answers_and_what_closes_them_are_labelled_and_nothing_else(folders: Folders, family: str) -> None:
+    encoder = encoder_of(folders[family])
+    for talk in talks_of(family):
+        turns, _ = TALKS[talk]
+        sample = sample_of(encoder, TALKS[talk])
+        trained = sample.labels != IGNORED_LABEL
+        assert torch.equal(sample.labels[trained], sample.input_ids[trained])
+        space = " " if FAMILIES[family].format == "question_answer" else ""
+        said = "".join(f"{space}{turn.text}<|im_end|>" for turn in turns if turn.role == "assistant")
+        assert encoder.tokenizer.decode(sample.labels[trained]) == said
+
+
+@families
+def test_a_batch_is_the_processor_s_own(folders: Folders, family: str) -> None:
+    encoder = encoder_of(folders[family])
+    talks = [TALKS["one picture"], TALKS[talks_of(family)[-1]]]
+    batch = batch_of(encoder, talks)
+    del batch["labels"]
+    theirs = processor_inputs(encoder, family, talks)
+    if "cross_attention_mask" in theirs:  # the processor lets what fills short rows see pictures too; nobody reads it
+        theirs["cross_attention_mask"] *= theirs["attention_mask"][:, :, None, None]
+    assert_same(batch, theirs)

@@ -1,0 +1,121 @@
+"""Every family: the loss is transformers' own, and what trains is the decoder and the projector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_vl import DoRAConfig, apply_dora, trained_parts
+from dora_vl.backbones.families import ALIGNED
+from dora_vl.backbones.image_text import (
+    decoder_of,
+    language_targets,
+    load_image_text,
+    projector_patterns,
+    weights_out_of_reach,
+)
+from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.data.processor_inputs import ProcessorCollator
+from dora_vl.heads.generation import generation_loss
+from tests.backbones.image_text_talks import (
+    TALKS,
+    adapted_backbone,
+    batch_of,
+    encoder_of,
+    inputs_of,
+    sample_of,
+    talks_of,
+)
+from tests.backbones.tiny_families.table import FAMILIES, families
+
+Folders = Mapping[str, Path]
+
+
+@families
+def test_the_loss_is_the_model_s_own_and_reaches_all_that_trains(folders: Folders, family: str) -> None:
+    encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
+    taken = talks_of(family)
+    learned: set[str] = set()
+    for talks in (*((talk,) for talk in taken), taken):
+        batch = batch_of(encoder, [TALKS[talk] for talk in talks])
+        backbone.zero_grad()
+        features = backbone(**batch)
+        loss = generation_loss(features.logits, features.targets).loss
+        assert len(features.logits) == int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+        loss.backward()
+        with torch.no_grad():  # and after it: Gemma 3n writes to a weight in its forward
+            torch.testing.assert_close(loss.detach(), backbone.model(**batch).loss, rtol=0, atol=1e-5)
+        for part in trained_parts(backbone.model):
+            for name, parameter in part.parameters.items():
+                # a batch of words alone too: a rank under ZeRO-3 must not wait
+                assert parameter.grad is not None or name.startswith(FAMILIES[family].idle), (talks, name)
+                if parameter.grad is not None and bool(parameter.grad.any()):
+                    learned.add(name)
+                    assert talks != ("no picture",) or part.name != "projector" or family == "mllama", name
+    trained = {name for part in trained_parts(backbone.model) for name in part.parameters}
+    assert {name for name in trained - learned if not name.startswith(FAMILIES[family].idle)} == set()
+
+
+@families
+def test_the_further_row_of_a_batch_without_pictures_changes_no_loss(folders: Folders, family: str) -> None:
+    if "no picture" not in talks_of(family) or family == "mllama":
+        pytest.skip("takes no words without a picture, or shows them the row's empty one")
+    encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
+    sample, losses = sample_of(encoder, TALKS["no picture"]), []
+    for dummy in (encoder.dummy(), None):
+        collated = ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy)([sample])
+        assert collated["input_ids"].numel() - collated["padding_tokens"] == len(sample.input_ids)
+        features = backbone(**inputs_of(collated))
+        losses.append(generation_loss(features.logits, features.targets).loss)
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
+
+
+@families
+def test_every_linear_of_the_decoder_is_adapted_and_no_other(folders: Folders, family: str) -> None:
+    model = load_image_text(str(folders[family])).model
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    decoder, modules = set(decoder_of(model).modules()), dict(model.named_modules())
+    bypassed = (".altup.correction_coefs",)  # Gemma 3n clamps its weight and multiplies by hand
+    inside = [name for name in linears if modules[name] in decoder and not name.endswith(bypassed)]
+    assert bool(weights_out_of_reach(model)) == bool(FAMILIES[family].unadapted)
+    assert bool(projector_patterns(model)) == FAMILIES[family].projector
+    names = apply_dora(model, DoRAConfig(targets=language_targets(model), rank=2, alpha=5.0))
+    assert names == inside
+    assert len(names) == FAMILIES[family].adapted
+
+
+def test_experts_that_are_one_tensor_are_named(folders: Folders) -> None:
+    found = weights_out_of_reach(load_image_text(str(folders["qwen3_vl_moe"])).model)
+    experts = {name.rpartition("layers.")[2]: size for name, size in found.items() if "experts" in name}
+    assert experts["0.mlp.experts.gate_up_proj"] == 4 * 32 * 2 * 16
+    assert experts["1.mlp.experts.down_proj"] == 4 * 16 * 32
+    assert weights_out_of_reach(load_image_text(str(folders["qwen3_vl"])).model) == {}
+
+
+@families
+def test_an_answer_sees_nothing_after_it(folders: Folders, family: str) -> None:
+    encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
+    sample = sample_of(encoder, TALKS["one picture"])
+    closing = int((sample.labels != IGNORED_LABEL).nonzero()[-1])
+    other = sample.input_ids.clone()
+    other[closing] = encoder.tokenizer.convert_tokens_to_ids("?")  # the token that closes the answer
+    collate = ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED)
+    first, second = (
+        backbone(**inputs_of(collate([replace(sample, input_ids=ids)]))).logits for ids in (sample.input_ids, other)
+    )
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
+@families
+def test_frozen_parts_beside_the_decoder_stay_in_eval(folders: Folders, family: str) -> None:
+    backbone = adapted_backbone(folders[family])
+    decoder = {id(module) for module in decoder_of(backbone.model).modules()}
+    for name, module in backbone.model.named_modules():
+        if id(module) in decoder:
+            assert module.training, name
+        elif not any(weight.requires_grad for weight in module.parameters()) and not list(module.children()):
+            assert not module.training or not list(module.parameters()), name

@@ -1,0 +1,113 @@
+"""Chat templates of many forms: which answers they let train, and which are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.errors import BadSample, UserError
+from tests.backbones.image_text_talks import SAID, TALKS, encoder_of, sample_of
+from tests.backbones.published_chat import GEMMA3, LLAVA_NEXT_MISTRAL, LLAVA_NEXT_VICUNA, QWEN2_VL, SMOLVLM
+from tests.backbones.tiny_image_text import CHATML, write_tiny
+
+TURN = "{{ m.role }}: {% for p in m.content %}{% if p.type == 'image' %}PICTURE{% else %}{{ p.text }}{% endif %}"
+
+
+OPEN = "{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+PLAIN = "{% for m in messages %}" + TURN + "{% endfor %} {% endfor %}" + OPEN
+
+
+def test_a_template_that_closes_no_answer_gets_the_end_token(tmp_path: Path) -> None:
+    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "open", template=PLAIN))
+    turns, pictures = TALKS["two pictures, two questions"]
+    sample = sample_of(encoder, (turns, pictures))
+    assert encoder.tokenizer.decode(sample.labels[sample.labels != IGNORED_LABEL]) == (
+        "The second is blue.<|im_end|>Yes<|im_end|>"
+    )
+
+
+STRIPPING = CHATML.replace(
+    "{% if m.content is string %}", "{% if m.role != 'user' and m != messages[-1] %}...{% elif m.content is string %}"
+)
+
+
+REWRITING = CHATML.replace(
+    "{% for part in m.content %}",
+    "{% if m.role == 'assistant' and m == messages[-1] %}<think></think>{% endif %}{% for part in m.content %}",
+)
+
+
+NO_PICTURES = CHATML.replace("PICTURE", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (NO_PICTURES, "leaves pictures out"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_on_is_refused_by_name(tmp_path: Path, template: str, message: str) -> None:
+    folder = write_tiny("qwen2_5_vl", tmp_path / "odd", template=template)
+    with pytest.raises(UserError, match=message):
+        encoder_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (STRIPPING, "leaves out or changes the text of turn 1"),
+        (REWRITING, "writes an earlier answer differently once later turns follow"),
+    ],
+)
+def test_a_template_that_rewrites_earlier_answers_takes_one_question_at_a_time(
+    tmp_path: Path, template: str, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "odd", template=template))
+    assert f"conversations of several questions are skipped: the chat template {message}" in caplog.text
+    sample = sample_of(encoder, TALKS["one picture"])
+    assert encoder.tokenizer.decode(sample.labels[sample.labels != IGNORED_LABEL]).endswith(f"{SAID}<|im_end|>")
+    with pytest.raises(BadSample, match=message):
+        sample_of(encoder, TALKS["two pictures, two questions"])
+
+
+THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}").replace(
+    "{% for part in m.content %}",
+    "{% if m.role == 'assistant' and m == messages[-1] %}<think>\n\n</think>\n\n{% endif %}{% for part in m.content %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (QWEN2_VL, "It is red.<|im_end|>"),
+        (SMOLVLM, " It is red.<end_of_utterance>"),
+        (LLAVA_NEXT_VICUNA, " It is red.<|im_end|>"),
+        (LLAVA_NEXT_MISTRAL, " It is red.<|im_end|>"),
+        (GEMMA3, "It is red.<eoi>"),
+        (THINKING, "It is red.<|im_end|>"),
+    ],
+    ids=["qwen2_vl", "smolvlm", "llava_next_vicuna", "llava_next_mistral", "gemma3", "thinking"],
+)
+def test_published_templates(tmp_path: Path, template: str, said: str) -> None:
+    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "published", template=template))
+    turns, pictures = TALKS["one picture"]
+    sample = sample_of(encoder, (turns, pictures))
+    assert encoder.tokenizer.decode(sample.labels[sample.labels != IGNORED_LABEL]) == said
+    begin = encoder.tokenizer.bos_token_id
+    assert int((sample.input_ids == begin).sum()) == (1 if template == GEMMA3 else 0)
+    prompt = encoder.encode_prompt(turns[:1], pictures)["input_ids"][0]
+    assert torch.equal(prompt, sample.input_ids[: len(prompt)])
+    assert int((sample.labels != IGNORED_LABEL).nonzero()[0]) == len(prompt)
+
+
+def test_a_missing_template_is_one_line(tmp_path: Path) -> None:
+    folder = write_tiny("qwen2_5_vl", tmp_path / "mute")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        encoder_of(folder)

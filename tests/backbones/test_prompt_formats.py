@@ -1,0 +1,86 @@
+"""Prompts of models without a chat template: what the formats write, take and refuse."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample, UserError
+from tests.backbones.image_text_talks import RED, SAID, TALKS, TWO_QUESTIONS, adapted_backbone, encoder_of, sample_of
+
+Folders = Mapping[str, Path]
+
+
+def test_question_answer_writes_a_line_for_each_round(folders: Folders) -> None:
+    encoder = encoder_of(folders["chameleon"])
+    sample = sample_of(encoder, TALKS[TWO_QUESTIONS])
+    picture = "<boi>" + "<image>" * 64 + "<eoi>"
+    assert encoder.tokenizer.decode(sample.input_ids) == (
+        f"Question: Is {picture}or {picture}blue? Answer: The second is blue.<|im_end|>\n"
+        "Question: Sure? Answer: Yes<|im_end|>"
+    )
+    trained = sample.labels != IGNORED_LABEL
+    assert encoder.tokenizer.decode(sample.labels[trained]) == " The second is blue.<|im_end|> Yes<|im_end|>"
+
+
+@pytest.mark.parametrize("family", ["chameleon", "paligemma"])
+def test_a_prompt_is_the_beginning_of_what_is_trained(folders: Folders, family: str) -> None:
+    encoder = encoder_of(folders[family])
+    turns, pictures = TALKS["one picture"]
+    sample, prompt = sample_of(encoder, (turns, pictures)), encoder.encode_prompt(turns[:1], pictures)
+    asked = prompt["input_ids"][0]
+    assert torch.equal(asked, sample.input_ids[: len(asked)])
+    assert int((sample.labels != IGNORED_LABEL).nonzero()[0]) == len(asked)
+
+
+def test_paligemma_sees_the_question_both_ways_and_the_answer_one_way(folders: Folders) -> None:
+    encoder, backbone = encoder_of(folders["paligemma"]), adapted_backbone(folders["paligemma"]).eval()
+    sample = sample_of(encoder, TALKS["one picture"])
+    types = sample.inputs["token_type_ids"][0]
+    answer = sample.labels != IGNORED_LABEL
+    assert torch.equal(types == 1, answer)
+    assert encoder.tokenizer.decode(sample.input_ids[answer]) == f"{SAID}<|im_end|>"
+    inputs = {name: value for name, value in sample.inputs.items() if name != "attention_mask"}
+    mask = torch.ones(1, len(types), dtype=torch.int64)
+    last_asked = int((~answer).nonzero()[-2])  # before the break that ends the question
+    with torch.no_grad():
+        whole = backbone.model(input_ids=sample.input_ids[None], attention_mask=mask, **inputs).logits[0]
+        changed = sample.input_ids.clone()
+        changed[last_asked] = 300
+        question = backbone.model(input_ids=changed[None], attention_mask=mask, **inputs).logits[0]
+    assert (whole[:last_asked] - question[:last_asked]).abs().max() > 1e-4  # what comes later in it is seen
+
+
+@pytest.mark.parametrize(
+    ("turns", "pictures", "reason"),
+    [
+        (TALKS[TWO_QUESTIONS][0], 2, "takes one question"),
+        ((Turn("user", "Is <image> red?"), Turn("assistant", "yes")), 1, "a picture stands behind words"),
+        (TALKS["no picture"][0], 0, "takes no words without one"),
+        ((Turn("user", "<image>\nWhat is <eos>?"), Turn("assistant", "<|im_end|>")), 1, "special token"),
+    ],
+    ids=["two questions", "picture inside", "no picture", "special token"],
+)
+def test_what_paligemma_does_not_take_is_refused_by_id(
+    folders: Folders, turns: tuple[Turn, ...], pictures: int, reason: str
+) -> None:
+    with pytest.raises(BadSample, match=f"sample talk: .*{reason}"):
+        sample_of(encoder_of(folders["paligemma"]), (turns, (RED,) * pictures))
+
+
+def test_neither_template_nor_format_is_one_line(folders: Folders, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["chameleon"], tmp_path / "without_format")
+    with pytest.raises(UserError, match=r"has no chat template.*model\.template: question_answer"):
+        encoder_of(folder)
+
+
+def test_a_format_goes_before_the_chat_template(folders: Folders) -> None:
+    encoder = encoder_of(folders["qwen2_5_vl"], template="question_answer")
+    ids = sample_of(encoder, TALKS["no picture"]).input_ids
+    assert encoder.tokenizer.decode(ids) == "Question: Say the colour red. Answer: red<|im_end|>"

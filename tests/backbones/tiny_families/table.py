@@ -1,0 +1,34 @@
+"""Every family that has a tiny model, from the files beside this one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+
+import pytest
+
+from tests.backbones.tiny_families import crossing, deepseek, gemma, glm, grids, llava, mistral, qwen, tiles
+from tests.backbones.tiny_families.family import Family
+
+FAMILIES: Mapping[str, Family] = {
+    **llava.FAMILIES,
+    **qwen.FAMILIES,
+    **tiles.FAMILIES,
+    **gemma.FAMILIES,
+    **mistral.FAMILIES,
+    **glm.FAMILIES,
+    **deepseek.FAMILIES,
+    **crossing.FAMILIES,
+    **grids.FAMILIES,
+}
+
+
+def _param(family: str) -> object:
+    needs = FAMILIES[family].needs
+    missing = needs is not None and importlib.util.find_spec(needs) is None
+    slow = (pytest.mark.slow,) if FAMILIES[family].slow else ()
+    return pytest.param(family, marks=(pytest.mark.skipif(missing, reason=f"needs {needs}"), *slow))
+
+
+families = pytest.mark.parametrize("family", [_param(family) for family in FAMILIES])
+"""A test of every family."""

@@ -1,0 +1,274 @@
+"""A stream gives the rows that a table of the same file has, each as often, in an order made of seed and epoch."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dora_vl.data.collate import Collator
+from dora_vl.data.dataset import Encoded, LlavaDataset, Rows
+from dora_vl.data.records import load_llava
+from dora_vl.data.sample_rows import SampleRow
+from dora_vl.data.stored_pictures import HeldPictures, StoredPictures
+from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, interleaved, shuffled
+from dora_vl.data.stream_sources import StreamSource
+from dora_vl.data.train_files import TrainFile
+from dora_vl.data.turns import Conversation
+from dora_vl.errors import UserError
+from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines
+
+MADE = items(11)
+
+
+def source(path: Path | str, *, weight: float = 1.0, limit: int | None = None, seed: int = 5) -> StreamSource:
+    return StreamSource(TrainFile(path=str(path), weight=float(weight)), limit=limit, seed=seed)
+
+
+def opened(*sources: StreamSource, buffer: int = 4, seed: int = 5) -> SampleStream:
+    return SampleStream(sources, buffer=buffer, seed=seed)
+
+
+def ids(rows: Iterator[SampleRow]) -> list[str]:
+    return [row.id for row in rows]
+
+
+def question_rows(count: int, prefix: str = "q") -> list[dict[str, object]]:
+    return [{"id": f"{prefix}{number}", "question": "q?", "answer": "yes"} for number in range(count)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_container_gives_the_rows_of_its_table(tmp_path: Path, name: str) -> None:
+    path = WRITERS[name](tmp_path, MADE)
+    table, found = load_llava(path, cache_folder=tmp_path / "cache"), list(source(path).rows())
+    records = [row.record() for row in found]
+    for column in ("id", "images", "video", "conversations", "problem"):
+        assert [record[column] for record in records] == table[column][:]
+    assert [row.format for row in found] == table["format"][:]
+    stored = StoredPictures([table])
+    for row in found:
+        assert {held: content == stored.read(held) for held, content in row.held.items()} == dict.fromkeys(
+            row.images if name in HOLD_PICTURES else (), True
+        )
+
+
+def test_a_set_of_the_hub_comes_as_a_stream_with_its_pictures(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    WRITERS["parquet"](tmp_path / "set", MADE)
+    hub = source(f"hub:{tmp_path / 'set'}")
+    found = list(opened(hub).rows(0))
+    assert sorted(ids(iter(found))) == sorted(item.id for item in MADE)
+    contents = {item.id: item.content for item in MADE}
+    assert all([*row.held.values()] == [contents[row.id]] for row in found)
+    assert hub.samples is None
+    with pytest.raises(UserError, match=r"hub:\S+none: cannot be read by `datasets`"):
+        source(f"hub:{tmp_path / 'none'}")
+
+
+def test_an_epoch_is_every_row_once_and_each_has_its_own_order(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", question_rows(50))
+    stream = opened(source(path), buffer=8)
+    first, second = ids(stream.rows(0)), ids(stream.rows(1))
+    assert sorted(first) == sorted(second) == sorted(f"q{number}" for number in range(50))
+    assert first != second
+    assert first == ids(opened(source(path), buffer=8).rows(0))
+    assert first != ids(opened(source(path), buffer=8, seed=6).rows(0))
+    assert ids(opened(source(path), buffer=1).rows(3)) == [f"q{number}" for number in range(50)]
+
+
+def test_a_buffer_reads_ahead_by_its_size_and_no_further() -> None:
+    taken: list[int] = []
+
+    def rows() -> Iterator[SampleRow]:
+        for number in range(100):
+            taken.append(number)
+            yield SampleRow(id=str(number), turns=(("human", "x" * 10),))
+
+    found = shuffled(rows(), 16, random.Random(0))
+    assert int(next(found).id) < 16
+    assert len(taken) == 16
+    taken.clear()
+    few = shuffled(rows(), 16, random.Random(0), most_bytes=60)  # a row has 16 characters
+    first = next(few)
+    assert len(taken) == 4
+    assert sorted(int(row.id) for row in [first, *few]) == [*range(100)]
+
+
+def test_files_are_mixed_by_their_weighted_sizes_and_each_ends(tmp_path: Path) -> None:
+    small = source(lines(tmp_path / "small.jsonl", question_rows(40, "s")), weight=3)
+    large = source(lines(tmp_path / "large.jsonl", question_rows(240, "l")))
+    found = ids(opened(small, large, buffer=1).rows(0))
+    assert Counter(Counter(found).values()) == {3: 40, 1: 240}
+    half = Counter(one[0] for one in found[:180])
+    assert 40 < half["s"] < 80  # a third of them, as of all
+    assert large.estimate == pytest.approx(240, rel=0.1)
+
+
+def test_interleaving_goes_on_with_what_is_left() -> None:
+    rows = [[SampleRow(id=f"{name}{number}") for number in range(count)] for name, count in (("a", 2), ("b", 30))]
+    found = ids(interleaved([iter(one) for one in rows], [30.0, 1.0], random.Random(0)))
+    assert [one for one in found if one[0] == "b"] == [f"b{number}" for number in range(30)]
+    assert len(found) == 32
+
+
+def test_a_fraction_takes_the_same_rows_in_every_epoch(tmp_path: Path) -> None:
+    stream = opened(source(lines(tmp_path / "a.jsonl", question_rows(400)), weight=1.25))
+    counts = [Counter(ids(stream.rows(epoch))) for epoch in (0, 1)]
+    assert counts[0] == counts[1]
+    twice = [one for one, times in counts[0].items() if times == 2]
+    assert len(counts[0]) == 400
+    assert 70 < len(twice) < 130
+    other = Counter(ids(opened(source(tmp_path / "a.jsonl", weight=1.25, seed=6)).rows(0)))
+    assert twice != [one for one, times in other.items() if times == 2]
+
+
+def test_shards_come_in_another_order_each_epoch_and_rows_without_an_id_have_names_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for shard in range(6):
+        rows: list[dict[str, object]] = [{"question": f"{shard}", "answer": "yes"}] * 3
+        lines(tmp_path / "shards" / f"{shard}.jsonl", rows)
+    stream = opened(source(tmp_path / "shards"), buffer=1)
+    orders = [[row.turns[0][1] for row in stream.rows(epoch)][::3] for epoch in range(3)]
+    assert [sorted(order) for order in orders] == [[str(shard) for shard in range(6)]] * 3
+    assert len({tuple(order) for order in orders}) == 3
+    found = ids(stream.rows(0))
+    assert len({*found}) == 18
+    assert "2.jsonl, record 1" in found
+
+
+def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", question_rows(30))
+    assert sorted(ids(opened(source(path, limit=4)).rows(1))) == ["q0", "q1", "q2", "q3"]
+    parquet = source(WRITERS["parquet"](tmp_path, MADE), limit=4)
+    assert (parquet.samples, source(tmp_path / "table.parquet", limit=40).samples) == (4, 11)
+
+
+@pytest.mark.parametrize(("name", "known"), [("parquet", 22), ("saved", 22), ("messages", None), ("webdataset", None)])
+def test_samples_are_known_where_the_file_says_how_many_rows_it_has(
+    tmp_path: Path, name: str, known: int | None
+) -> None:
+    path = WRITERS[name](tmp_path, MADE)
+    assert opened(source(path, weight=2)).samples == known
+    assert opened(source(path, weight=0.5)).samples is None
+    assert len(StreamOrder(opened(source(path, weight=2)), total=500)) == (known or 500)
+
+
+def test_rows_of_a_second_format_end_the_stream_with_the_first_row_of_each(tmp_path: Path) -> None:
+    rows = [*question_rows(70), {"id": "m", "messages": [{"role": "user", "content": "q"}]}]
+    found = source(lines(tmp_path / "a.jsonl", rows))
+    assert len(found.first_rows) == 64
+    with pytest.raises(UserError, match=r"first of each question/answer: row 1 \(q0\); messages: row 71 \(m\)"):
+        list(opened(found).rows(0))
+
+
+def test_a_file_is_read_no_further_than_it_is_used(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{**row, "answer": "yes " * 2000} for row in question_rows(400)])
+    with path.open("a") as file:
+        file.write("{ cut")
+    stream = opened(source(path), buffer=100)
+    rows = stream.rows(0)
+    assert len(list(islice(rows, 150))) == 150
+    with pytest.raises(UserError, match=r"a\.jsonl, line 401"):
+        list(rows)
+
+
+def test_rows_that_cannot_be_samples_are_named_and_none_that_can_is_one_line(tmp_path: Path) -> None:
+    half = '{"id": "half", "question": "q \\ud83d", "answer": "a"}\n'
+    path = lines(tmp_path / "a.jsonl", [*question_rows(2), {"id": "empty", "question": "q"}])
+    path.write_text(path.read_text() + half)
+    problems = {row.id: row.problem for row in source(path).rows()}
+    assert problems["q0"] is None
+    assert "fit no format" in str(problems["empty"])
+    assert problems["half"] == "its text holds half of a surrogate pair, which is no character"
+    with pytest.raises(UserError, match=r"none of its 64 records is a sample; the first one: its keys"):
+        _ = source(lines(tmp_path / "b.jsonl", [{"query": "q"}] * 90)).first_rows
+    (tmp_path / "c.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"c.jsonl: holds no records"):
+        _ = source(tmp_path / "c.jsonl").first_rows
+
+
+def test_a_run_of_unknown_epochs_goes_from_one_to_the_next(tmp_path: Path) -> None:
+    stream = opened(source(lines(tmp_path / "a.jsonl", question_rows(10))))
+    order = StreamOrder(stream, total=25)
+    found = ids(iter(order))
+    assert found == [*ids(stream.rows(0)), *ids(stream.rows(1)), *ids(stream.rows(2))[:5]]
+    assert (len(order), order.epoch_samples) == (25, 10)
+    with pytest.raises(UserError, match="weights leave no sample"):
+        list(StreamOrder(opened(source(tmp_path / "a.jsonl", weight=1e-9)), total=5))
+
+
+def test_a_resumed_run_leaves_whole_epochs_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = opened(source(lines(tmp_path / "a.jsonl", question_rows(10))))
+    whole = ids(iter(StreamOrder(stream, total=40)))
+    read: list[int] = []
+    rows = SampleStream.rows
+    monkeypatch.setattr(SampleStream, "rows", lambda self, epoch: read.append(epoch) or rows(self, epoch))
+    order = StreamOrder(stream, total=40)
+    order.resume(taken=23, epoch_samples=10)
+    assert ids(islice(iter(order), 23, None)) == whole[23:]
+    assert read == [2, 3]
+    unknown = StreamOrder(stream, total=40)
+    unknown.resume(taken=3, epoch_samples=None)
+    assert ids(islice(iter(unknown), 3, None)) == whole[3:]
+
+
+def encode(conversation: Conversation) -> Encoded:
+    tokens = torch.tensor([7, *map(len, conversation.turns[-1].text.split())])
+    return Encoded(tokens, tokens.clone())
+
+
+class Illustrated:
+    """Samples whose pixels are a checksum of their picture's bytes."""
+
+    def __call__(self, rows: Rows, stored: HeldPictures) -> LlavaDataset:
+        def picture(path: str) -> Tensor:
+            return torch.full((3, 1, 1), float(crc32(stored.read(path)) % 9973))
+
+        return LlavaDataset(rows, encode=encode, picture=picture)
+
+
+@pytest.mark.parametrize("name", ["parquet", "webdataset"])
+def test_the_number_of_workers_changes_nothing(tmp_path: Path, name: str) -> None:
+    stream = opened(source(WRITERS[name](tmp_path, MADE)))
+
+    def batches(workers: int) -> list[Sequence[float]]:
+        order = StreamOrder(stream, total=11)
+        loader = DataLoader(
+            StreamedDataset(Illustrated(), length=11),  # pyright: ignore[reportArgumentType]
+            batch_size=3,
+            sampler=order,
+            num_workers=workers,
+            collate_fn=Collator(0),
+        )
+        found = []
+        for epoch in (0, 1):
+            order.set_epoch(epoch)
+            found += [batch["pixel_values"][:, 0, 0, 0].tolist() for batch in loader]
+        return found
+
+    alone = batches(0)
+    checksums = {crc32(item.content) % 9973 for item in MADE}
+    assert len(checksums) == 11
+    assert {int(one) for batch in alone for one in batch} == checksums
+    assert batches(1) == batches(3) == alone
+
+
+def test_videos_stream_where_a_first_row_has_one_and_are_named_elsewhere(tmp_path: Path) -> None:
+    with_video: dict[str, object] = {**question_rows(1, "v")[0], "video": {"path": "a.mp4", "start_seconds": 1.5}}
+    found = opened(source(lines(tmp_path / "first.jsonl", [with_video, *question_rows(3)])))
+    (row,) = [row for row in found.rows(0) if row.id == "v0"]
+    assert (row.problem, row.record()["video"]) == (
+        None,
+        [{"path": "a.mp4", "start_seconds": 1.5, "end_seconds": None}],
+    )
+    late = opened(source(lines(tmp_path / "late.jsonl", [*question_rows(64), with_video])))
+    problems = {row.id: row.problem for row in late.rows(0) if row.problem}
+    assert problems == {"v0": "it has a video, and none of a file's first 64 rows has; put one among them"}

@@ -1,0 +1,237 @@
+"""Runs that read their samples as they come: the same losses however they are read, and resumed at the exact sample."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dora_vl.errors import UserError
+from dora_vl.pipelines.image_text_task import instruct_task
+from dora_vl.run import picture_reading
+from dora_vl.run.command_line import read_run_file
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.run import train
+from tasks import llava_instruct
+from tests.backbones.tiny_image_text import write_tiny
+from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines, write_pictures
+from tests.training.test_two_ranks import launch, losses
+from tests.training.tiny_run import write_run, write_tiny_llava
+
+STREAMED = {"streaming": True, "group_by_modality_length": False, "shuffle_buffer": 5}
+OFTEN = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 9}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llava(tmp_path_factory.mktemp("streamed") / "llava")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_cache_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    caplog.set_level("INFO")
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_file(tmp_path: Path, base: Path, train_on: object, *, data: dict[str, object], **training: object) -> Path:
+    """A run over what is in `tmp_path`, its pictures too."""
+    path = write_run(
+        tmp_path / "run.yaml",
+        base,
+        tmp_path / "data.json",
+        data={**STREAMED, **data},
+        training={"use_cpu": True, "max_steps": 4, **training},
+    )
+    told = yaml.safe_load(path.read_text())
+    told["data"]["train"] = train_on if isinstance(train_on, list) else str(train_on)
+    path.write_text(yaml.safe_dump(told))
+    return path
+
+
+def trained(path: Path, name: str, *overrides: str) -> list[float]:
+    """The losses of a run in a folder of its own."""
+    folder = path.parent / name
+    train(instruct_task(read_run_file(path, f"--training.output_dir={folder}", *overrides)))
+    return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
+
+
+def test_every_container_and_any_number_of_workers_give_the_same_losses(tmp_path: Path, base: Path) -> None:
+    made, found = items(12), {}
+    write_pictures(tmp_path, made)
+    for name in ("messages", "csv", "parquet", "webdataset"):
+        path = run_file(tmp_path, base, WRITERS[name](tmp_path, made), data={})
+        for workers in (0, 2) if name in ("csv", "parquet") else (0,):
+            found[name, workers] = trained(path, f"{name}-{workers}", f"--data.workers={workers}")
+    losses_of_one = found["messages", 0]
+    assert len({*losses_of_one}) == 4
+    assert found == dict.fromkeys(found, losses_of_one)  # the fourth step is in the second epoch
+    plain = trained(path, "table", "--data.streaming=false")
+    assert sorted(plain[:3]) != sorted(losses_of_one[:3])
+
+
+@pytest.mark.parametrize(("name", "step"), [("messages", 2), ("messages", 4), ("messages", 6), ("parquet", 4)])
+def test_a_resumed_run_has_the_losses_of_a_whole_one(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int
+) -> None:
+    """Three steps an epoch: in the first epoch, in the second, and at the end of the second."""
+    made = items(12)
+    write_pictures(tmp_path, made)
+    path = run_file(tmp_path, base, WRITERS[name](tmp_path, made), data={}, max_steps=8, **OFTEN)
+    dropout = "--adapter.dropout=0.2"
+    whole = trained(path, "whole", dropout)
+    decoded: list[str] = []
+    read_pixels = picture_reading.open_picture
+    monkeypatch.setattr(
+        picture_reading,
+        "open_picture",
+        lambda root, picture, *more: decoded.append(picture) or read_pixels(root, picture, *more),
+    )
+    again = trained(path, "again", dropout, f"--resume={tmp_path / 'whole' / f'checkpoint-{step}'}")
+    assert len(whole) == 8
+    assert again == whole[step:]
+    assert 4 * (8 - step) <= len(decoded) <= 4 * (9 - step)  # none of those that were skipped; one batch ahead
+    metrics = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("whole", "again")]
+    assert [one["train_samples"] for one in metrics] == [32, 32]
+
+
+def test_files_are_mixed_and_bad_rows_are_counted_and_named(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = items(16)
+    write_pictures(tmp_path, made)
+    rows = [json.loads(line) for line in WRITERS["messages"](tmp_path, made[:8]).read_text().splitlines()]
+    rows[3]["messages"][1]["content"][0]["text"] = ""
+    files = [
+        {"path": str(lines(tmp_path / "talks.jsonl", rows)), "weight": 2.0},
+        {"path": str(WRITERS["parquet"](tmp_path, made[8:]))},
+    ]
+    path = run_file(tmp_path, base, files, data={"max_bad_share": 0.2}, max_steps=6, logging_steps=6)
+    assert len(trained(path, "run")) == 1
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [one["id"] for one in skipped] == ["n3"]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["train_samples"], metrics["skipped_samples"]) == (22, 2)
+    assert "talks.jsonl: messages, streamed, weight 2" in caplog.text
+    assert "table.parquet: question/answer, 8 rows, streamed" in caplog.text
+    assert "epoch 1 has been read" not in caplog.text  # 24 samples end exactly with it
+
+
+def test_epochs_are_enough_where_the_file_says_how_many_rows_it_has(tmp_path: Path, base: Path) -> None:
+    path = run_file(tmp_path, base, WRITERS["parquet"](tmp_path, items(12)), data={}, max_steps=-1, num_train_epochs=2)
+    assert len(trained(path, "run")) == 6
+
+
+def test_another_model_streams_and_resumes_too(tmp_path: Path) -> None:
+    write_tiny("qwen2_5_vl", tmp_path / "base")
+    made = items(10)
+    rows: list[dict[str, object]] = [
+        {"id": item.id, "question": item.question, "answer": item.answer, "images": [item.picture] * (number % 3 > 0)}
+        for number, item in enumerate(made)
+    ]
+    write_pictures(tmp_path, made)
+    path = run_file(tmp_path, tmp_path / "base", lines(tmp_path / "own.jsonl", rows), data={}, **OFTEN)
+    path = path.rename(tmp_path / "other.yaml")
+    whole = trained(path, "whole")
+    assert trained(path, "again", f"--resume={tmp_path / 'whole' / 'checkpoint-2'}") == whole[2:]
+    assert len(whole) == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "training", "said"),
+    [
+        ({"group_by_modality_length": True}, {}, "data.group_by_modality_length sorts by the lengths of all samples"),
+        ({"share_pictures": True}, {}, "data.share_pictures looks for the samples of each picture"),
+        ({"cache_features": True}, {}, "data.cache_features needs all pictures before the first step"),
+        ({"validation_share": 0.1}, {}, "data.validation_share chooses among all samples; name a data.validation file"),
+        ({"shuffle_buffer": 0}, {}, "data.shuffle_buffer is 0; it must be at least 1"),
+        ({}, {"max_steps": -1}, "is known only after reading it; set training.max_steps (a step takes 4)"),
+        ({"train": [{"path": "data.jsonl", "weight": 0}]}, {}, "has the weight 0.0; it must be above 0"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_one_line_and_status_two_before_weights(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    data: dict[str, object],
+    training: dict[str, object],
+    said: str,
+) -> None:
+    made = items(4)
+    write_pictures(tmp_path, made)
+    train_on = data.pop("train", WRITERS["messages"](tmp_path, made))
+    base = write_tiny_llava(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    path = run_file(tmp_path, base, train_on, data=data, **training)
+    monkeypatch.setattr(sys, "argv", ["llava_instruct.py", "--config", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        llava_instruct.main()
+    assert ended.value.code == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert said in told[0]
+    assert len(told[0]) <= 500
+
+
+def test_that_a_test_may_ask_training_samples_again_is_said(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = items(8)
+    write_pictures(tmp_path, made)
+    path = run_file(tmp_path, base, WRITERS["messages"](tmp_path, made), data={}, max_steps=1)
+    trained(path, "run", f"--evaluation.file={WRITERS['llava'](tmp_path, made)}")
+    assert "data.streaming does not look ahead: whether training samples are asked again" in caplog.text
+
+
+def test_a_file_of_mixed_formats_ends_the_run_with_the_first_row_of_each(tmp_path: Path, base: Path) -> None:
+    made = items(80)
+    write_pictures(tmp_path, made)
+    plain: list[dict[str, object]] = [
+        {"id": item.id, "image": item.picture, "question": item.question, "answer": item.answer} for item in made
+    ]
+    mixed = [*plain, {"id": "last", "messages": [{"role": "user", "content": "q"}]}]
+    path = run_file(tmp_path, base, lines(tmp_path / "mixed.jsonl", mixed), data={}, max_steps=30)
+    with pytest.raises(UserError, match=r"question/answer: row 1 \(n0\); messages: row 81 \(last\)"):
+        trained(path, "run")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "port"), [("messages", 29631), ("parquet", 29641)])
+def test_two_ranks_read_disjoint_samples_and_resume_exactly(tmp_path: Path, base: Path, name: str, port: int) -> None:
+    made = items(20)
+    if name not in HOLD_PICTURES:
+        write_pictures(tmp_path, made)
+    path = run_file(
+        tmp_path,
+        base,
+        WRITERS[name](tmp_path, made),
+        data={"workers": 1},
+        max_steps=8,
+        **OFTEN,
+        per_device_train_batch_size=2,
+    )
+
+    def launched(folder: str, ranks: int, number: int, *overrides: str) -> torch.Tensor:
+        result = launch(path, f"--training.output_dir={tmp_path / folder}", *overrides, ranks=ranks, port=port + number)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return losses(tmp_path / folder)
+
+    two = launched("two", 2, 0, "--training.deepspeed=zero2")
+    one = launched("one", 1, 1, "--training.deepspeed=zero0", "--training.gradient_accumulation_steps=2")
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
+    resume = f"--resume={tmp_path / 'two' / 'checkpoint-6'}"  # in the second epoch of five steps
+    again = launched("again", 2, 2, "--training.deepspeed=zero2", resume)
+    assert torch.equal(again, two[6:])
+    assert len(two) == 8

@@ -1,0 +1,115 @@
+"""Every family trains three steps in a run, and its adapter opens, merges and answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dora_vl.adapters import merge_command
+from dora_vl.adapters.folder import load_adapter
+from dora_vl.backbones.image_text import load_image_text
+from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError
+from dora_vl.pipelines.image_text_task import ImageTextTask
+from dora_vl.run.command_line import read_run_file
+from dora_vl.training.run import run
+from tests.backbones.image_text_talks import TWO_QUESTIONS, encoder_of, talks_of
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_families.table import FAMILIES
+from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
+from tests.training.test_image_text_run import losses
+from tests.training.tiny_run import write_run
+
+TRAINING = {"use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 2e-2, "warmup_steps": 0}
+
+
+def write_talks(folder: Path, *, pictures: tuple[int, ...], rounds: int) -> Path:
+    """Six conversations, of so many pictures in turn."""
+    folder.mkdir()
+    records = []
+    for index in range(6):
+        shown = pictures[index % len(pictures)]
+        names = [f"{index}-{number}.png" for number in range(shown)]
+        for number, name in enumerate(names):
+            Image.new("RGB", (30 + 4 * number, 22 + index), (200, 30 * number, 40)).save(folder / name)
+        turns = [("human", "<image>\n" * shown + "Say the colour."), ("gpt", "It is red.")]
+        turns += [("human", "Sure?"), ("gpt", "Yes")] if rounds > 1 and index % 2 else []
+        conversation = [{"from": who, "value": text} for who, text in turns]
+        records.append({"id": str(index), **({"image": names} if names else {}), "conversations": conversation})
+    (folder / "train.json").write_text(json.dumps(records))
+    return folder / "train.json"
+
+
+def trained(
+    base: Path, folder: Path, *, template: str | None, pictures: tuple[int, ...], rounds: int, projector: bool
+) -> Path:
+    records = write_talks(folder / "data", pictures=pictures, rounds=rounds)
+    path = write_run(
+        folder / "run.yaml",
+        base,
+        records,
+        training=TRAINING,
+        model={"template": template} if template else {},
+        data={"max_tokens": 1024},
+        optim={"projector_learning_rate": 1e-3 if projector else None},
+    )
+    run(ImageTextTask(read_run_file(path)))
+    assert len(losses(folder / "run")) == 3
+    return folder / "run" / "adapter"
+
+
+def merged(adapter: Path, to: Path) -> Path:
+    parser = argparse.ArgumentParser()
+    merge_command.add_arguments(parser)
+    list(merge_command.run(parser.parse_args(["--adapter", str(adapter), "--to", str(to)])))
+    return to
+
+
+def check_adapter(base: Path, adapter: Path, prompt: dict[str, Tensor], to: Path, *, merges: bool = True) -> None:
+    """The adapted model, opened again, differs from the base and is what merging gives; it answers."""
+    plain, adapted = load_image_text(str(base)), load_image_text(str(base))
+    load_adapter(adapted.model, adapter)
+    with torch.no_grad():
+        before, ours = plain.eval()(**prompt).logits, adapted.eval()(**prompt).logits
+        if merges:
+            theirs = load_image_text(str(merged(adapter, to))).eval()(**prompt).logits
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+        else:
+            with pytest.raises(UserError, match="tensors are not in the base"):
+                merged(adapter, to)
+    assert (ours - before).abs().max() > 1e-3
+    answer = adapted.generate(**prompt, max_new_tokens=3)
+    assert 1 <= answer.shape[1] <= 3
+
+
+QUICK = ("llava_next", "qwen3_vl", "qwen3_5_moe", "internvl", "smolvlm", "idefics2", "gemma3", "paligemma", "mllama")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) for family in FAMILIES]
+)
+def test_a_family_trains_opens_merges_and_answers(tmp_path: Path, family: str) -> None:
+    base = write_tiny(family, tmp_path / family)
+    row, taken = FAMILIES[family], talks_of(family)
+    pictures = (0, 1, 2) if "no picture" in taken else (1, 2)
+    rounds = 2 if TWO_QUESTIONS in taken else 1
+    adapter = trained(base, tmp_path, template=row.format, pictures=pictures, rounds=rounds, projector=row.projector)
+    encoder = encoder_of(base)
+    picture = Image.new("RGB", (33, 21), (10, 200, 30))
+    prompt = encoder.encode_prompt([Turn("user", "<image>\nSay the colour.")], [picture])
+    check_adapter(base, adapter, prompt, tmp_path / "merged", merges=row.merges)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma", "lfm2"])
+def test_a_language_model_trains_opens_merges_and_answers(tmp_path: Path, model_type: str) -> None:
+    assert model_type in LANGUAGE_MODELS
+    base = write_tiny_language(model_type, tmp_path / model_type)
+    adapter = trained(base, tmp_path, template=None, pictures=(0,), rounds=2, projector=False)
+    prompt = encoder_of(base).encode_prompt([Turn("user", "Say the colour.")], [])
+    check_adapter(base, adapter, prompt, tmp_path / "merged")
