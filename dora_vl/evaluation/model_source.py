@@ -20,6 +20,7 @@ from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, read
 from dora_vl.adapters.provenance import content_hash, local_folder
 from dora_vl.adapters.settings import check_peft_fields
 from dora_vl.backbones.families import NOT_TRAINED, model_type_of
+from dora_vl.backbones.prompt_formats import FORMATS
 from dora_vl.backbones.template_table import TEMPLATES
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.asker import Wanted
@@ -87,6 +88,8 @@ def _check_template(template: str, source: ModelSource) -> None:
         raise UserError(
             f"--template {shown(template)}: {source.wanted.adapter} says how its model is asked; leave it out"
         )
+    if source.kind == IMAGE_TEXT and template in FORMATS:
+        return
     if source.kind == IMAGE_TEXT:
         raise UserError(f"--template {shown(template)}: {source.place} is asked by its own chat template; leave it out")
     if template not in TEMPLATES and template != OWN_TEMPLATE:
