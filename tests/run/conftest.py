@@ -1,0 +1,6 @@
+"""Fixtures: the tiny model and data of the training tests."""
+
+from __future__ import annotations
+
+from tests.training.conftest import tiny_data as tiny_data
+from tests.training.conftest import tiny_llava as tiny_llava
