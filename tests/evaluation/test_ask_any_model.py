@@ -41,7 +41,7 @@ LETTERS = string.ascii_uppercase
 def spread(folder: Path) -> Path:
     """Larger weights, so that a random model's answers differ from question to question."""
     weights = load_file(folder / "model.safetensors")
-    scaled = {name: tensor * (4 if tensor.dim() == 2 else 1) for name, tensor in weights.items()}
+    scaled = {name: tensor * (8 if tensor.dim() == 2 else 1) for name, tensor in weights.items()}
     save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -394,10 +394,10 @@ def test_a_benchmark_about_videos_shows_frames(tmp_path: Path) -> None:
     assert metrics["asked_with"]["clips"]["frames"] == 3
     (answered,) = read_predictions(tmp_path / "to" / "clips" / "predictions.jsonl").values()
     assert answered.id == "there"
-    tested_after_training(opened(folder), tmp_path, answered)
+    check_run_test(opened(folder), tmp_path, answered)
 
 
-def tested_after_training(assistant: Assistant, folder: Path, answered: Prediction) -> None:
+def check_run_test(assistant: Assistant, folder: Path, answered: Prediction) -> None:
     """The same question in a run's own test file gives the same answer."""
     (folder / "run" / "adapter").mkdir(parents=True)
     (folder / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"any")
