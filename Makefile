@@ -64,7 +64,7 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 
 test: $(INSTALLED) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The package as `pip install dora-vl` brings it, no extra: the published 7B recipes on a stand-in of Vicuna, and the merge.
 FRESH := runs/fresh-install

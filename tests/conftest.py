@@ -24,3 +24,17 @@ def no_launch_left_behind() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+FIRST = ("tests/training/", "tests/tasks/", "tests/core/fast/", "tests/adapters/")
+"""Folders of the long tests: begun last, one process would still be at them while the others have nothing left."""
+
+
+def place_of(item: pytest.Item) -> int:
+    """Where in `FIRST` its folder stands; behind all of them if it does not."""
+    return next((place for place, folder in enumerate(FIRST) if item.nodeid.startswith(folder)), len(FIRST))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first; within a folder the order stays."""
+    items.sort(key=place_of)

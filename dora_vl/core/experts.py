@@ -297,7 +297,9 @@ class AdaptedExperts(nn.Module):
         """The weighted sum of what each token's experts say of it."""
         return self._weighted_sum(hidden_states, top_k_index, top_k_weights)  # pyright: ignore[reportCallIssue]
 
-    @torch.compiler.disable  # how many rows each expert gets is no shape that a graph can hold
+    # How many rows each expert gets is no shape that a graph can hold. `torch.compiler.disable` is the same, but
+    # imports the compiler with this file, a second for every program.
+    @torch._disable_dynamo
     def _weighted_sum(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         chosen = top_k_index.shape[-1]
         order = top_k_index.flatten().argsort(stable=True)

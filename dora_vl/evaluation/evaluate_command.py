@@ -192,9 +192,15 @@ def _asked(sets: Sequence[EvaluationSet], wanted: Wanted, options: argparse.Name
     """Every benchmark put to one model."""
     from dora_vl.evaluation.model_source import find_source, hashes
     from dora_vl.evaluation.open_asker import open_source
-    from dora_vl.run.base_kinds import VLBART
+    from dora_vl.run.base_kinds import CAUSAL_LM, VLBART
 
     source = find_source(wanted)
+    shows = next((one.name for one in sets if any(example.images or example.clips for example in one.examples)), None)
+    if source.kind == CAUSAL_LM and shows is not None:
+        raise UserError(
+            f"{shows} shows pictures or videos, and {wanted.adapter or source.place} is a language model, which takes "
+            "none; a run of tasks/commonsense.py is tested by itself, with --test_only true"
+        )
     if options.answer_by == "likelihood" and source.kind == VLBART:
         raise UserError(f"{wanted.adapter}: a VL-BART answers each task as it was trained; leave --answer-by out")
     opened, sha256 = open_source(source), hashes(source)

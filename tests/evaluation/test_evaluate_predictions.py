@@ -12,6 +12,7 @@ import pytest
 
 from dora_vl.cli import main
 from dora_vl.data.examples import Answer, Example, write_examples
+from tests.backbones.tiny_language import write_tiny_language
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,7 +122,7 @@ def test_a_version_can_be_chosen_and_is_written_down(tmp_path: Path, capsys: Any
         (["--benchmarks", "textvqa", "--predictions", "x"], "no validation split of textvqa in records/textvqa"),
         (["--benchmarks", "pope:dev", "--predictions", "x"], "no dev split of pope in records/pope"),
         (["--benchmarks", "pope=none.jsonl", "--predictions", "x"], "none.jsonl: no such file"),
-        (["--benchmarks", "pope"], "give --adapter DIR to ask a model, or --predictions FILE"),
+        (["--benchmarks", "pope"], "give --adapter DIR or --model FOLDER to ask a model, or --predictions FILE"),
         (["--benchmarks", "pope,gqa", "--predictions", "x"], "--predictions holds one benchmark's answers"),
         (["--benchmarks", "pope,pope", "--predictions", "x"], "each once"),
         (["--benchmarks", "pope", "--predictions", "x", "--mode", "gqa=llava"], "--mode names gqa"),
@@ -139,24 +140,27 @@ def test_mistakes_are_one_line(words: list[str], message: str, tmp_path: Path, m
     assert message in error
 
 
-@pytest.mark.parametrize(
-    ("task", "instead"),
-    [
-        ("commonsense", "{run}/metrics.json holds the scores of its run's own test"),
-    ],
-)
-def test_an_adapter_that_takes_no_pictures_is_named(
-    pope: Path, tmp_path: Path, capsys: Any, task: str, instead: str
-) -> None:
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "recipe.json").write_text(json.dumps({"task": task, "base": "b"}))
-    with pytest.raises(SystemExit):
-        main(["evaluate", "--benchmarks", f"pope={pope}", "--adapter", str(adapter)])
+def test_a_language_model_is_not_asked_about_pictures(pope: Path, tmp_path: Path, capsys: Any) -> None:
+    model = write_tiny_language(tmp_path / "model")
+    (tmp_path / "0.jpg").touch()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        main(
+            [
+                "evaluate",
+                "--benchmarks",
+                f"pope={pope}",
+                "--model",
+                str(model),
+                "--images",
+                str(tmp_path),
+                "--to",
+                str(tmp_path / "out"),
+            ]
+        )
+    assert status.value.code == 2
     error = capsys.readouterr().err
-    assert f"was trained as {task}, which takes no pictures: {instead.format(run=tmp_path)}" in error
-    command = f"python tasks/{task}.py --config RUN.yaml --training.output_dir {tmp_path} --test_only true"
-    assert error.endswith(f"{command}\n")
+    assert f"pope shows pictures or videos, and {model} is a language model, which takes none" in error
     assert error.count("\n") == 1
 
 
