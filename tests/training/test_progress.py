@@ -90,6 +90,7 @@ def test_a_resumed_run_ends_with_the_sums_of_a_whole_one(run_file: Path) -> None
     assert skipped == before[1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ranks_carry_over_what_both_skipped(run_file: Path) -> None:
     whole, resumed = run_file.parent / "whole", run_file.parent / "resumed"

@@ -63,7 +63,7 @@ def one_rank(mixed_run: Path) -> Path:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("stage", "port"), [("zero2", 29612), ("zero3", 29613)])
+@pytest.mark.parametrize(("stage", "port"), [pytest.param("zero2", 29612, marks=pytest.mark.slow), ("zero3", 29613)])
 def test_two_ranks_train_what_one_rank_trains(mixed_run: Path, one_rank: Path, stage: str, port: int) -> None:
     folder = mixed_run.parent / stage
     result = launch(mixed_run, f"--training.output_dir={folder}", f"--training.deepspeed={stage}", ranks=2, port=port)
@@ -162,7 +162,7 @@ def torchrun(config: Path, *overrides: str, port: int) -> subprocess.CompletedPr
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_two_ranks_without_deepspeeds_engine_are_one_run(
     mixed_run: Path, one_rank: Path, launcher: str, tmp_path: Path
 ) -> None:

@@ -44,7 +44,15 @@ def one_rank(run_file: Path) -> Path:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("stage", "port"), [("zero0", 29642), ("zero2", 29643), ("zero3", 29644), ("null", 29647)])
+@pytest.mark.parametrize(
+    ("stage", "port"),
+    [
+        pytest.param("zero0", 29642, marks=pytest.mark.slow),
+        ("zero2", 29643),
+        pytest.param("zero3", 29644, marks=pytest.mark.slow),
+        pytest.param("null", 29647, marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_take_the_steps_of_one(run_file: Path, one_rank: Path, stage: str, port: int) -> None:
     folder = run_file.parent / stage
     launch(run_file, f"--training.output_dir={folder}", f"--training.deepspeed={stage}", ranks=2, port=port)

@@ -57,7 +57,9 @@ def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
     )
 
 
-@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("zero0", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow), "zero3"]
+)
 def test_adapters_are_float32_over_a_bfloat16_base(run_file: Path, stage: str) -> None:
     types = types_after_training(run_file, f"--training.deepspeed={stage}")
     assert types == {"trained": ["torch.float32"], "frozen": ["torch.bfloat16"]}
