@@ -33,7 +33,7 @@ from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
 from dora_vl.evaluation.run import check_test, run_test
-from dora_vl.pipelines.instruct_data import InstructData
+from dora_vl.pipelines.instruct_data import InstructData, InstructTask
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.adapting import core_config
 from dora_vl.run.assembly import processor_encoder, recipe_record
@@ -46,7 +46,6 @@ from dora_vl.run.zero import without_sharding
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.optim import rates_of, refuse_unknown_parts
 from dora_vl.training.task import Task, TrainingData
-from dora_vl.training.task_model import GenerationTask
 
 logger = logging.getLogger(__name__)
 
@@ -66,23 +65,8 @@ def instruct_task(config: RunConfig) -> Task:
     return ImageTextTask(config)
 
 
-class ImageTextTask(Task):
+class ImageTextTask(InstructTask):
     """Conversations about pictures and videos, put to a model through its own processor and chat template."""
-
-    def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
-        self._config = config
-        self._name = name
-        self._data: InstructData | None = None
-
-    @property
-    def name(self) -> str:
-        """As `recipe.json` says it."""
-        return self._name
-
-    @property
-    def config(self) -> RunConfig:
-        """The run's settings."""
-        return self._config
 
     def prepare(self, arguments: TrainingArguments) -> None:
         """Refuses what only LLaVA-1.5's path has, and a processor or chat template that cannot be trained on."""
@@ -96,12 +80,6 @@ class ImageTextTask(Task):
         self._check_parts(arguments)
         if samples.has_videos:
             _check_videos(self.config, encoder, pictures=samples.has_pictures)
-
-    def _samples(self, arguments: TrainingArguments) -> InstructData:
-        """The run's data, read at the first call."""
-        if self._data is None:
-            self._data = InstructData(self.config, arguments)
-        return self._data
 
     def _check_parts(self, arguments: TrainingArguments) -> None:
         """Refuses patterns and rates of parts that the model does not have, on a model without weights."""
@@ -145,10 +123,6 @@ class ImageTextTask(Task):
             tokens_per_image=len(encoder.dummy().input_ids) if encoder.sees_pictures else 0,
             tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if seen_videos else 0,
         )
-
-    def loss(self, backbone: Backbone[Any]) -> GenerationTask:
-        """Next-token loss."""
-        return GenerationTask(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
 
     def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
         """The language model's."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from dora_vl.backbones.module import Backbone
 from dora_vl.data.dataset import LlavaDataset, Rows
 from dora_vl.data.overlap import overlap, overlap_warning
 from dora_vl.data.sampler import sampling_lengths
@@ -21,7 +22,8 @@ from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.samples import check_streaming, open_stream, read_samples, read_validation, samples_of_a_run
-from dora_vl.training.task import TrainingData
+from dora_vl.training.task import Task, TrainingData
+from dora_vl.training.task_model import GenerationTask
 
 MakeDataset = Callable[[Rows, HeldPictures], LlavaDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
@@ -155,3 +157,32 @@ class InstructData:
             source=train_name(data.train),
             longest_tokens=data.max_tokens,
         )
+
+
+class InstructTask(Task):
+    """What runs about pictures and talk share, whatever the model: settings, data read once, next-token loss."""
+
+    def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
+        self._config = config
+        self._name = name
+        self._data: InstructData | None = None
+
+    @property
+    def name(self) -> str:
+        """As `recipe.json` says it."""
+        return self._name
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return self._config
+
+    def _samples(self, arguments: TrainingArguments) -> InstructData:
+        """The run's data, read at the first call."""
+        if self._data is None:
+            self._data = InstructData(self.config, arguments)
+        return self._data
+
+    def loss(self, backbone: Backbone[Any]) -> GenerationTask:
+        """Next-token loss."""
+        return GenerationTask(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")

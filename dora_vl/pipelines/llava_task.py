@@ -22,35 +22,18 @@ from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import LlavaPrompts
 from dora_vl.evaluation.run import check_test, pictures_of_test, read_test, run_test
-from dora_vl.pipelines.instruct_data import InstructData
+from dora_vl.pipelines.instruct_data import InstructTask
 from dora_vl.run.assembly import build_encoder, dora_config, load_backbone, pad_token_id, recipe_record
 from dora_vl.run.base_kinds import LLAVA
 from dora_vl.run.base_loading import check_quantisation, make_base
 from dora_vl.run.picture_reading import PictureReader, image_preparation, picture_reader
-from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.memory_estimate import Activations
-from dora_vl.training.task import Task, TrainingData
-from dora_vl.training.task_model import GenerationTask
+from dora_vl.training.task import TrainingData
 
 
-class LlavaTask(Task):
+class LlavaTask(InstructTask):
     """Conversations about pictures, in LLaVA's own format."""
-
-    def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
-        self._config = config
-        self._name = name
-        self._data: InstructData | None = None
-
-    @property
-    def name(self) -> str:
-        """As `recipe.json` says it."""
-        return self._name
-
-    @property
-    def config(self) -> RunConfig:
-        """The run's settings."""
-        return self._config
 
     def prepare(self, arguments: TrainingArguments) -> None:
         """Composes the base where it is not there yet.
@@ -63,12 +46,6 @@ class LlavaTask(Task):
         if self.config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(self.config))
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
-
-    def _samples(self, arguments: TrainingArguments) -> InstructData:
-        """The run's data, read at the first call."""
-        if self._data is None:
-            self._data = InstructData(self.config, arguments)
-        return self._data
 
     def load(self) -> Backbone[Any]:
         """The LLaVA."""
@@ -98,10 +75,6 @@ class LlavaTask(Task):
             ),
             tokens_per_image=llava.tokens_per_image,
         )
-
-    def loss(self, backbone: Backbone[Any]) -> GenerationTask:
-        """Next-token loss."""
-        return GenerationTask(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
 
     def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
         """The language model's."""
