@@ -24,7 +24,7 @@ from report import table, write_json
 
 from dora_vl.errors import UserError, exit_on_user_error
 from dora_vl.evaluation.commonsense_run import PREDICTIONS, SetQuestion, read_sets
-from dora_vl.evaluation.predictions_file import read_predictions
+from dora_vl.evaluation.result_files import read_predictions
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.scores.bootstrap import intervals, paired_differences

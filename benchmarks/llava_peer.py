@@ -25,8 +25,8 @@ from dora_vl.data.train_files import train_files
 from dora_vl.data.training_rows import load_training_rows
 from dora_vl.run.assembly import build_encoder, pad_token_id
 from dora_vl.run.command_line import read_run
-from dora_vl.run.picture_reading import image_preparation, read_pixels
 from dora_vl.run.recipe import RunConfig
+from dora_vl.run.samples import image_preparation, read_pixels
 from dora_vl.vision.towers import register_towers
 from dora_vl.whole_numbers import positive
 

@@ -25,11 +25,10 @@ from dora_vl.backbones.llava import load_llava
 from dora_vl.core import merge_dora
 from dora_vl.data.media import open_image
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.evaluation.questions import Question, read_questions
-from dora_vl.evaluation.shown import Shown
 from dora_vl.whole_numbers import positive
 
 Inputs = tuple[Tensor, Tensor]

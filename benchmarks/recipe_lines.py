@@ -11,7 +11,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_vl.run.recipe_file import variants_of
+from dora_vl.run.command_line import variants_of
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import Any
 sys.path.insert(0, str(Path.cwd()))
 PACKAGE = str(Path.cwd() / "dora_vl")
 BELOW = {
-    "a row to a sample": ("data/dataset.py", "__getitem__"),
-    "a batch to the loss": ("training/task_model.py", "forward"),
+    "a row to a sample": (("data/dataset.py",), "__getitem__"),
+    "a batch to the loss": (("training/task_model.py", "training/task.py"), "forward"),
 }
-"""Part -> the function whose calls belong to it."""
+"""Part -> the function whose calls belong to it, and the file it is in, in the one version or the other."""
 
 
 class Trace:
@@ -41,8 +41,8 @@ class Trace:
         if event not in ("call", "return") or not _is_function(code):
             return
         path = code.co_filename[len(PACKAGE) + 1 :]
-        for part, (file, function) in BELOW.items():
-            if path == file and code.co_name == function:
+        for part, (files, function) in BELOW.items():
+            if path in files and code.co_name == function:
                 if event == "call" and part not in self._open:
                     self._open[part] = frame
                 elif event == "return" and self._open.get(part) is frame:

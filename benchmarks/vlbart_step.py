@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.report import median, table, write_json
 from dora_vl.backbones.vlbart import DORA_TARGETS, VlBartBackbone, also_trained
 from dora_vl.backbones.vlbart_compose import drawn
-from dora_vl.backbones.vlbart_config import VlBartConfig
+from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.training.seq2seq_loss import Seq2SeqTask
 

@@ -74,7 +74,7 @@ def ask_all(opened: Opened, clips: ClipReader, question: str, options: argparse.
 def ask(opened: Opened, clips: ClipReader, path: Path, question: str, options: argparse.Namespace) -> None:
     """Puts one question to one video."""
     from dora_vl.data.examples import Clip, Example, Subtitle
-    from dora_vl.evaluation.shown import Shown
+    from dora_vl.evaluation.asker import Shown
 
     example = Example(
         id="question",

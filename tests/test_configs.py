@@ -23,20 +23,17 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.causal_lm import CausalLMBackbone
 from dora_vl.backbones.image_text import ImageTextBackbone
-from dora_vl.backbones.vlbart_config import VlBartConfig
-from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
+from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
 from dora_vl.pipelines.commonsense_task import CommonsenseTask
 from dora_vl.pipelines.image_text_task import ImageTextTask
 from dora_vl.pipelines.vlbart_task import vlbart_dora_config
 from dora_vl.run.adapting import adapt
-from dora_vl.run.arguments import check_training_section
+from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, check_training_section, read_deepspeed
 from dora_vl.run.assembly import dora_config
-from dora_vl.run.command_line import read_settings
+from dora_vl.run.command_line import read_settings, variants_of
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
-from dora_vl.run.deepspeed_checks import SHORT_NAMES, check_deepspeed, read_deepspeed
 from dora_vl.run.recipe import ModelConfig, RunConfig
-from dora_vl.run.recipe_file import variants_of
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.vision.tower_sources import load_tower
 from dora_vl.vision.towers import register_towers

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dora_vl.adapters.checkpoints import replace_folder
 from dora_vl.adapters.factors import ExpertFactors, Factors
 from dora_vl.adapters.folder import (
     CONFIG_FILE,
@@ -27,7 +28,6 @@ from dora_vl.adapters.folder import (
     read_json,
     refuse_to_replace_adapter,
 )
-from dora_vl.adapters.folder_replacing import replace_folder
 from dora_vl.adapters.peft_config import rank_of, scale_of
 from dora_vl.adapters.settings import check_peft_fields
 from dora_vl.adapters.tensor_files import read_tensors

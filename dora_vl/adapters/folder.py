@@ -21,11 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dora_vl.adapters.agreement import refuse_other_settings, refuse_pefts_other_result, whole_change
-from dora_vl.adapters.folder_replacing import refuse_to_replace, replace_folder
-from dora_vl.adapters.names import PEFT_PREFIX as PEFT_PREFIX
-from dora_vl.adapters.names import file_name
-from dora_vl.adapters.names import own_name as own_name
+from dora_vl.adapters.agreement import PEFT_PREFIX as PEFT_PREFIX
+from dora_vl.adapters.agreement import file_name, refuse_other_settings, refuse_pefts_other_result, whole_change
+from dora_vl.adapters.agreement import own_name as own_name
+from dora_vl.adapters.checkpoints import refuse_to_replace, replace_folder
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.initialise import take_from_weight

@@ -14,9 +14,9 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.combine import combine
 from dora_vl.adapters.convert_command import add_reading_arguments, reading_options
 from dora_vl.adapters.merge_folder import SHARD_BYTES, merge_to_folder, refuse_target
+from dora_vl.adapters.provenance import base_of, refuse_other_base
 from dora_vl.adapters.quantised_base import as_trained
 from dora_vl.adapters.read import read_any
-from dora_vl.adapters.stated_base import base_of, refuse_other_base
 from dora_vl.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter
 from dora_vl.adapters.base_weights import STEMS, BaseWeights, ExpertPiece, StoredTensor, index_file, single_file
+from dora_vl.adapters.checkpoints import refuse_to_replace, replace_folder
 from dora_vl.adapters.factors import ExpertFactors, Factors
 from dora_vl.adapters.folder import read_json
-from dora_vl.adapters.folder_replacing import refuse_to_replace, replace_folder
-from dora_vl.adapters.safetensors_stream import DTYPES, SafetensorsStream, byte_size
+from dora_vl.adapters.tensor_files import DTYPES, SafetensorsStream, byte_size
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core.config import DropoutMode
 from dora_vl.core.fast.gain_family import GainFamily
-from dora_vl.core.freshness import is_plain_parameter, unwatch
+from dora_vl.core.gain import is_plain_parameter, unwatch
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ from dora_vl.adapters.adapter import PICKLED_WEIGHTS_FILE, Adapter, names_adapte
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, read_json
 from dora_vl.adapters.foreign import to_adapter
-from dora_vl.adapters.foreign_layouts import LAYOUTS
-from dora_vl.adapters.foreign_names import from_kohya, from_torchtune, from_vl_adapter
+from dora_vl.adapters.foreign_layouts import LAYOUTS, from_kohya, from_torchtune, from_vl_adapter
 from dora_vl.adapters.settings import READ_TYPES
 from dora_vl.adapters.tensor_files import read_tensors
 from dora_vl.errors import UserError

@@ -16,8 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_vl.adapters.agreement import layers_beyond_peft
-from dora_vl.adapters.names import LEAVES
+from dora_vl.adapters.agreement import LEAVES, layers_beyond_peft
 from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.core.experts import ExpertsProjection

@@ -1,10 +1,18 @@
-"""Tensors from a file of any tool: safetensors, or torch's pickle with nothing but tensors allowed in it."""
+"""Tensors in files: read from any tool's, no pickled code run; written one tensor at a time.
+
+The format of safetensors (github.com/huggingface/safetensors, README): eight bytes of header length, little-endian; a
+JSON object of name -> dtype, shape and byte range; then the bytes, in the order of the ranges, without gaps.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -56,3 +64,71 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if others:
         raise UserError(f"{path}: {others[:3]} are no tensors; save the state dictionary alone")
     return {str(key): tensor.detach() for key, tensor in content.items()}
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def byte_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of one tensor in the file."""
+    return math.prod(shape) * dtype.itemsize
+
+
+class SafetensorsStream:
+    """Writes a file's tensors in the order that was announced.
+
+    Args:
+        path: Of the file.
+        entries: Name -> (shape, dtype), in writing order.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self._entries = dict(entries)
+        self._waiting = list(entries)
+        self._file = path.open("wb")
+        self._file.write(self._header())
+
+    def _header(self) -> bytes:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (shape, dtype) in self._entries.items():
+            end = offset + byte_size(shape, dtype)
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Appends the next announced tensor."""
+        expected = self._waiting.pop(0)
+        shape, dtype = self._entries[expected]
+        if name != expected or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"announced {expected} {shape} {dtype}, got {name} {tuple(tensor.shape)} {tensor.dtype}")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            self._file.write(flat.view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> SafetensorsStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if error is None and self._waiting:
+            raise ValueError(f"{len(self._waiting)} announced tensors were not written, first {self._waiting[0]}")

@@ -19,7 +19,7 @@ from dora_vl.adapters.checkpoints import complete_checkpoints, step_of
 from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from dora_vl.adapters.merge_folder import check_fit, factors_on
-from dora_vl.adapters.stated_base import refuse_other_base
+from dora_vl.adapters.provenance import refuse_other_base
 from dora_vl.core import functional
 from dora_vl.errors import UserError
 

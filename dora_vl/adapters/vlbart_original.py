@@ -17,8 +17,8 @@ from torch import Tensor
 from dora_vl.adapters.adapter import Adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.factors import Factors
+from dora_vl.adapters.foreign_layouts import ALIASES, EMBEDDING
 from dora_vl.adapters.merge_folder import check_fit, factors_on
-from dora_vl.adapters.vlbart_tensors import ALIASES, EMBEDDING
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
 

@@ -1,19 +1,28 @@
-"""What a backbone hands to a head."""
+"""What every backbone is: a Hugging Face model that hands features to a head, and generates."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
+from dora_vl.data.collate import visible
 from dora_vl.data.dataset import IGNORED_LABEL
-from dora_vl.data.shared_prefix import visible
 from dora_vl.errors import UserError
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class Backbone(nn.Module, Generic[Model]):
+    """Holds a Hugging Face model under `model`; adapters, files and parameter names are that model's."""
+
+    model: Model
 
 
 class Features(NamedTuple):
@@ -86,7 +95,7 @@ def pad_token_id(model: PreTrainedModel) -> int | None:
 
 
 def layout_attention(layout: Int[Tensor, "batch 3 seq"], *, kernel: str, dtype: torch.dtype) -> Tensor:
-    """The mask of rows that hold several samples (`data.shared_prefix`), in the form that the attention kernel takes.
+    """The mask of rows that hold several samples (`data.collate`), in the form that the attention kernel takes.
 
     Raises: UserError for a kernel that takes no mask of its own.
     """
@@ -100,3 +109,51 @@ def layout_attention(layout: Int[Tensor, "batch 3 seq"], *, kernel: str, dtype: 
         return mask
     smallest = torch.finfo(dtype).min
     return torch.zeros(mask.shape, device=mask.device, dtype=dtype).masked_fill_(~mask, smallest)
+
+
+class WithoutPrompt(BaseStreamer):
+    """Hands on what is generated: generate's first call brings the prompt."""
+
+    def __init__(self, streamer: BaseStreamer) -> None:
+        self._streamer = streamer
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt, then one token after another."""
+        if self._prompt_seen:
+            self._streamer.put(value)
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Hands on the end."""
+        self._streamer.end()
+
+
+def new_tokens(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch seq"],
+    attention_mask: Int[Tensor, "batch seq"],
+    *,
+    max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
+    options: Mapping[str, Any] | None = None,
+    **inputs: Any,
+) -> Int[Tensor, "batch new"]:
+    """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise.
+
+    Args:
+        streamer: receives the new tokens alone.
+        inputs: what else the model's forward takes of the prompts, such as pixels.
+    """
+    chosen = {"do_sample": False, "pad_token_id": pad_token_id(model), **(options or {})}
+    generating: Any = model  # generate is typed for a protocol that pyright cannot match to the class
+    with torch.no_grad():
+        whole = generating.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            streamer=None if streamer is None else WithoutPrompt(streamer),
+            **inputs,
+            **chosen,
+        )
+    return whole[:, input_ids.shape[1] :]

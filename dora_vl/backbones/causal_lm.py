@@ -15,12 +15,17 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.base import Features, labelled_positions, layout_attention, output_layer_sees
+from dora_vl.backbones.base import (
+    Backbone,
+    Features,
+    labelled_positions,
+    layout_attention,
+    new_tokens,
+    output_layer_sees,
+)
 from dora_vl.backbones.language_source import PlainLanguageModel, read_language_model
-from dora_vl.backbones.language_spec import LanguageSource as LanguageSource
-from dora_vl.backbones.module import Backbone
-from dora_vl.backbones.new_tokens import new_tokens
 from dora_vl.backbones.quantised import quantised_loading
+from dora_vl.backbones.specs import LanguageSource as LanguageSource
 from dora_vl.backbones.written_base import written_base
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
@@ -67,7 +72,7 @@ class CausalLMBackbone(Backbone[PreTrainedModel]):
         """Hidden states and logits at the positions that predict a label.
 
         `labels[b, t]` is the token at `t`, or -100; the shift by one happens here. `layout` says what each token
-        sees where rows hold several samples (`data.shared_prefix`).
+        sees where rows hold several samples (`data.collate`).
         """
         rows, places, targets = labelled_positions(labels, attention_mask)
         embeds = self.model.get_input_embeddings()(input_ids)

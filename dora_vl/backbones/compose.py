@@ -11,8 +11,8 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 from transformers.models.llava.processing_llava import LlavaProcessor
 
-from dora_vl.backbones.compose_spec import ComposeSpec as ComposeSpec
 from dora_vl.backbones.language_source import LanguageModel, load_language_model
+from dora_vl.backbones.specs import ComposeSpec as ComposeSpec
 from dora_vl.backbones.written_base import written_base
 from dora_vl.vision.images import image_processor
 from dora_vl.vision.tower_sources import LoadedTower, load_tower

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
-from dora_vl.backbones.rendered import BREAK, Rendered, Span, Template
+from dora_vl.backbones.templates import BREAK, Rendered, Span, Template
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample, UserError

@@ -14,10 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.base import Features, labelled_positions, output_layer_sees
+from dora_vl.backbones.base import Backbone, Features, labelled_positions, new_tokens, output_layer_sees
 from dora_vl.backbones.families import BYPASSED, PROJECTORS, sees_pictures
-from dora_vl.backbones.module import Backbone
-from dora_vl.backbones.new_tokens import new_tokens
 from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.core import DoRAConfig
 from dora_vl.core.kinds import adaptable

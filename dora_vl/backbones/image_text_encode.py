@@ -19,9 +19,8 @@ from dora_vl.backbones.families import ALIGNED, sees_pictures
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.processor_chat import Chat
 from dora_vl.backbones.prompt_formats import PROCESSOR_OPTIONS, prompts_of
-from dora_vl.backbones.rendered import Span
-from dora_vl.backbones.text_processor import TextProcessor
-from dora_vl.backbones.token_characters import Characters, from_chat, from_prefixes, from_token_types
+from dora_vl.backbones.templates import Span
+from dora_vl.backbones.text_processor import Characters, TextProcessor, from_chat, from_prefixes, from_token_types
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,
     Video,

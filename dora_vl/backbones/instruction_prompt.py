@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.encode import ControlTokenizer
-from dora_vl.backbones.language_spec import PromptName, TrainOn
+from dora_vl.backbones.specs import PromptName, TrainOn
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded
 from dora_vl.data.instructions import Instruction
 from dora_vl.data.turns import Turn

@@ -18,9 +18,8 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.base import Features, labelled_positions, layout_attention, pad_token_id
+from dora_vl.backbones.base import Backbone, Features, labelled_positions, layout_attention, pad_token_id
 from dora_vl.backbones.families import LLAVA
-from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
@@ -150,7 +149,7 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
         """Hidden states and logits at the positions that predict a label.
 
         `labels[b, t]` is the token at `t`, or -100; the shift by one happens here. `layout` says what each token
-        sees where rows hold several samples (`data.shared_prefix`).
+        sees where rows hold several samples (`data.collate`).
         """
         embeds = self.embed(input_ids, pixel_values=pixel_values, image_features=image_features)
         if pixel_values is None and image_features is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from dora_vl.backbones.rendered import VIDEO_MARK, Span, check_order
+from dora_vl.backbones.templates import VIDEO_MARK, Span, check_order
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 

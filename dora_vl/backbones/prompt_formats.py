@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from dora_vl.backbones.processor_chat import Chat, ProcessorChat, refuse_special, special_tokens
-from dora_vl.backbones.rendered import check_order
+from dora_vl.backbones.templates import check_order
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 

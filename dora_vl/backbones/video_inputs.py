@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
 from dora_vl.backbones.processor_chat import Chat
-from dora_vl.backbones.rendered import VIDEO_MARK
+from dora_vl.backbones.templates import VIDEO_MARK
 from dora_vl.data.processor_inputs import stacked
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from dora_vl.vision.video_decoding import Frames

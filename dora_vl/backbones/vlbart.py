@@ -10,11 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from dora_vl.adapters.vlbart_tensors import ADDED_ROWS
-from dora_vl.backbones.base import Features, max_positions
-from dora_vl.backbones.module import Backbone
-from dora_vl.backbones.vlbart_config import VlBartConfig
-from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration, joint_mask
+from dora_vl.adapters.foreign_layouts import ADDED_ROWS
+from dora_vl.backbones.base import Backbone, Features, max_positions
+from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration, joint_mask
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder

@@ -7,27 +7,130 @@ visual embedding drawn at random.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.bart.modeling_bart import BartForConditionalGeneration
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dora_vl.backbones.feature_spread import measured, standardise
-from dora_vl.backbones.vlbart_config import VisualNorm, VlBartConfig
-from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
-from dora_vl.backbones.vlbart_names import load_original, original_state
-from dora_vl.backbones.vlbart_spec import SmallBart as SmallBart
-from dora_vl.backbones.vlbart_spec import VlBartSpec as VlBartSpec
+from dora_vl.adapters.foreign_layouts import ALIASES, EMBEDDING
+from dora_vl.adapters.tensor_files import read_tensors
+from dora_vl.backbones.specs import SmallBart as SmallBart
+from dora_vl.backbones.specs import VlBartSpec as VlBartSpec
+from dora_vl.backbones.vlbart_model import VisualNorm, VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.backbones.written_base import written_base
 from dora_vl.data.examples import Example, iterate_examples
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
+from dora_vl.vision.feature_files import open_features
+
+RAW_WEIGHT = ".weight_v"  # NVlabs' DoRA keeps the frozen weight under this name
+ADAPTER_LEAVES = (".weight_m", ".lora_A", ".lora_B")
+TASK_ADAPTER_PARTS = (".lora_As.", ".lora_Bs.")
+
+
+@dataclass(frozen=True)
+class OriginalState:
+    """A file's weights of the base, and how its visual embedding is normed."""
+
+    tensors: dict[str, Tensor]
+    visual_norm: VisualNorm
+    source: str
+
+    @property
+    def feature_width(self) -> int:
+        """Numbers of a picture token."""
+        return self.tensors[f"{EMBEDDING}.feat_embedding.0.weight"].shape[1]
+
+
+def original_state(path: Path) -> OriginalState:
+    """Reads a `.pth` (with `weights_only=True`) or safetensors file.
+
+    Raises:
+        UserError: it cannot be read or is no VL-BART.
+    """
+    return as_original(read_tensors(path), source=str(path))
+
+
+def as_original(tensors: Mapping[str, Tensor], *, source: str) -> OriginalState:
+    """The base's weights of a dictionary; adapters in it are left to `dora-vl convert`."""
+    own = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("module.")
+        if name.endswith(ADAPTER_LEAVES) or any(part in name for part in TASK_ADAPTER_PARTS):
+            continue
+        own[f"{name.removesuffix(RAW_WEIGHT)}.weight" if name.endswith(RAW_WEIGHT) else name] = tensor
+    if f"{EMBEDDING}.feat_embedding.0.weight" not in own:
+        raise UserError(
+            f"{source} holds no {EMBEDDING}.feat_embedding.0.weight; it is no VL-BART of VL-T5 or VL-Adapter"
+        )
+    return OriginalState(own, visual_norm_of(own), source)
+
+
+def visual_norm_of(tensors: Mapping[str, Tensor]) -> VisualNorm:
+    """Which layer norms the visual embedding has, from the keys."""
+    if f"{EMBEDDING}.feat_embedding.1.weight" in tensors:
+        return "each"
+    return "sum" if f"{EMBEDDING}.layer_norm.weight" in tensors else "none"
+
+
+def load_original(model: VlBartForConditionalGeneration, state: OriginalState) -> None:
+    """Loads strictly; a name for the shared tensor that the file leaves out is filled from another.
+
+    Raises:
+        UserError: names or shapes do not fit; both are listed.
+    """
+    found = dict(state.tensors)
+    tokens = next((found[name] for name in ALIASES if name in found), None)
+    if tokens is not None:
+        found = {**dict.fromkeys(ALIASES, tokens), **found}
+    expected = model.state_dict()
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    shapes = [
+        f"{name} is {list(found[name].shape)}, here {list(expected[name].shape)}"
+        for name in sorted(set(expected) & set(found))
+        if found[name].shape != expected[name].shape
+    ]
+    if missing or unexpected or shapes:
+        raise UserError(
+            f"{state.source} does not fit: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected "
+            f"{unexpected[:3]}, {len(shapes)} of another shape {shapes[:2]}; is feature_width {state.feature_width}, "
+            f"visual_norm {state.visual_norm}?"
+        )
+    model.load_state_dict(found, strict=True)
+
+
+MOST_FILES = 2000
+LEAST_SPREAD = 0.1
+"""Of all numbers' own spread: what hardly ever varies is not blown up into noise."""
+
+
+def measured(folder: Path) -> tuple[Float[Tensor, " channels"], Float[Tensor, " channels"]]:
+    """Mean and spread of each number of a token, over the tokens of the folder's first files.
+
+    Raises:
+        UserError: the folder holds no features.
+    """
+    source = open_features(folder)
+    tokens = torch.cat([source.read(name).double() for name in islice(source.names(), MOST_FILES)])
+    spread = tokens.std(dim=0, correction=0)
+    least = LEAST_SPREAD * float(tokens.std(correction=0))
+    return tokens.mean(dim=0).float(), spread.clamp_min(least).float()
+
+
+@torch.no_grad()
+def standardise(linear: nn.Linear, mean: Float[Tensor, " channels"], spread: Float[Tensor, " channels"]) -> None:
+    """Changes a layer so that it does with raw numbers what it did with standardised ones."""
+    linear.weight.div_(spread)
+    linear.bias.sub_(linear.weight @ mean)
+
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.freshness import Snapshot, unwatch
-from dora_vl.core.gain import Gain, careful_gain, quick_gains
+from dora_vl.core.gain import Gain, Snapshot, careful_gain, quick_gains, unwatch
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import SHARED_DROPOUT
 from dora_vl.errors import UserError

@@ -26,8 +26,7 @@ from torch.autograd.function import once_differentiable
 from dora_vl.core.fast.dropout import Dropped
 from dora_vl.core.fast.fused import fused_kernels
 from dora_vl.core.fast.products import ROW_HALVES, factor_gradient, scaled_product
-from dora_vl.core.freshness import EditsInPlace
-from dora_vl.core.gain import CANCELLATION, Gain, apply_gain, scaled_with_sums
+from dora_vl.core.gain import CANCELLATION, EditsInPlace, Gain, apply_gain, scaled_with_sums
 
 NORM_CHUNK_ROWS = 1024
 """Rows of W turned to float32 at a time, so that a norm never needs a second copy of the weight."""

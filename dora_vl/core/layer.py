@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.fast.compiled import compiled_gain
-from dora_vl.core.freshness import OPTIMIZER_STEPS, Snapshot, unwatch
+from dora_vl.core.gain import OPTIMIZER_STEPS, Snapshot, unwatch
 from dora_vl.core.initialise import initialise
 
 Self = TypeVar("Self", bound="AdaptedLayer")

@@ -16,8 +16,7 @@ from dora_vl.core.fast.cpu_step import compiled_pass, output_is_compiled
 from dora_vl.core.fast.dropout import SharedDropout
 from dora_vl.core.fast.gain_family import GainFamily
 from dora_vl.core.fast.products import ROW_HALVES
-from dora_vl.core.freshness import Snapshot
-from dora_vl.core.gain import Gain, careful_gain, quick_gains
+from dora_vl.core.gain import Gain, Snapshot, careful_gain, quick_gains
 from dora_vl.core.layer import AdaptedLayer
 
 SHARED_DROPOUT = SharedDropout()

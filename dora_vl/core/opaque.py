@@ -19,8 +19,7 @@ from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.fast.fused import fused_kernels
 from dora_vl.core.fast.fused_change import FusedChange, gain_over_norm
-from dora_vl.core.freshness import Snapshot
-from dora_vl.core.gain import Gain
+from dora_vl.core.gain import Gain, Snapshot
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import SHARED_DROPOUT
 from dora_vl.errors import UserError

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar
 from uuid import uuid4
 
-from dora_vl.data.clips import Clip
 from dora_vl.data.right_choice import right_choice
 from dora_vl.data.text_file import json_lines
-from dora_vl.data.turns import Turn
+from dora_vl.data.turns import Clip, Turn
 from dora_vl.errors import BadSample, UserError, shown
 
 JSON: TypeAlias = Any

@@ -1,22 +1,22 @@
-"""Instructions with one output each, in the form of LLM-Adapters and Alpaca: JSON list or JSON lines.
-
-A record holds `instruction`, `input` (may be empty or absent), `output` (what the model should write) and, in
-LLM-Adapters' commonsense sets, `answer` (the part of the output that is scored). An `id` is optional.
-"""
+"""Instructions with one output each, in the form of LLM-Adapters and Alpaca: the file, and its rows as samples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import torch
+
+from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Rows, Sample, Skipped
 from dora_vl.data.records import stream_records
 from dora_vl.errors import BadSample, UserError
 
 if TYPE_CHECKING:
     import datasets
+
 
 COLUMNS = ("id", "instruction", "input", "output", "answer", "problem")
 TABLE_VERSION = 1
@@ -67,7 +67,7 @@ def load_instructions(path: Path, *, cache_folder: Path | None = None) -> datase
     Raises:
         UserError: no such file, malformed JSON (with its line), no record in it, or no record of this form.
     """
-    from dora_vl.data.arrow_cache import cached_table  # needs pyarrow and datasets
+    from dora_vl.data.record_table import cached_table  # needs pyarrow and datasets
 
     check_file(path)
     return cached_table(path, kind=f"instructions {TABLE_VERSION}", write=_write, cache_folder=cache_folder)
@@ -129,3 +129,38 @@ def _write(path: Path, file: BinaryIO) -> int:
     if not usable:
         raise UserError(f"{path}: none of its {rows} records is an instruction; the first one: {first_problem}")
     return rows
+
+
+class InstructionDataset(torch.utils.data.Dataset["Sample | Skipped"]):
+    """Reads and encodes one row at a time.
+
+    Args:
+        rows: the records, as `instructions.load_instructions` gives them.
+        encode: tokens and labels of an instruction.
+    """
+
+    def __init__(self, rows: Rows, *, encode: Callable[[Instruction], Encoded]) -> None:
+        self._rows = rows
+        self._encode = encode
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample | Skipped:
+        sample_id = str(index)
+        try:
+            row = self._rows[index]
+            sample_id = str(row.get("id", index))
+            encoded = self._encode(read_instruction(row))
+        except BadSample as error:
+            return Skipped(index, sample_id, error.reason)
+        # The first position has nothing before it to be predicted from, so its label cannot train.
+        if not bool((encoded.labels[1:] != IGNORED_LABEL).any()):
+            return Skipped(index, sample_id, f"nothing is left to train on in its {len(encoded.labels)} tokens")
+        return Sample(
+            index=index,
+            id=sample_id,
+            input_ids=encoded.input_ids,
+            labels=encoded.labels,
+            cut_tokens=encoded.cut_tokens,
+        )

@@ -1,14 +1,23 @@
-"""Opening a sample's picture: kept inside its folder, decoded as a whole, as plain RGB."""
+"""Pictures of a sample: as a row names or holds them, below their folder or in the data file; decoded as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import base64
+import binascii
+import hashlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from PIL import Image
 
-from dora_vl.errors import DECODING_ERRORS, BadSample
+from dora_vl.errors import DECODING_ERRORS, BadSample, shown
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Image.Image:
@@ -100,3 +109,138 @@ def _brightest(image: Image.Image) -> float:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+@runtime_checkable
+class HeldPictures(Protocol):
+    """Bytes by the name that a row gives them."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a picture that is there."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowPictureBytes:
+    """The pictures of one row."""
+
+    held: Mapping[str, bytes]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.held
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a picture that is there."""
+        return self.held[name]
+
+
+class StoredPictures:
+    """Bytes by the name that a row gives them, which is made of their content; worker processes may have it.
+
+    Args:
+        tables: whole tables of `records.load_llava`; each picture stands in the first row that has it.
+    """
+
+    def __init__(self, tables: Sequence[datasets.Dataset]) -> None:
+        self._tables = [table.select_columns(["held_pictures"]) for table in tables]
+        self._places: dict[str, tuple[int, int, int]] = {}
+        for number, table in enumerate(self._tables):
+            for chunk_number, chunk in enumerate(table.data.column("held_pictures").chunks):
+                names = chunk.flatten().field("name").to_pylist()
+                self._places |= {name: (number, chunk_number, place) for place, name in enumerate(names)}
+
+    @classmethod
+    def joined(cls, parts: Sequence[StoredPictures]) -> StoredPictures:
+        """The pictures of several files."""
+        return cls([table for part in parts for table in part._tables])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a picture that is there."""
+        table, chunk, place = self._places[name]
+        pictures = self._tables[table].data.column("held_pictures").chunk(chunk).flatten()
+        return pictures.field("content")[place].as_py()
+
+
+def open_picture(root: Path, name: str, stored: HeldPictures | None = None) -> Image.Image:
+    """A picture of the data file itself, or the file at `name` under `root`; see `media.open_image`.
+
+    Raises:
+        BadSample: as `open_image`.
+    """
+    if stored is not None and name in stored:
+        return decode_image(io.BytesIO(stored.read(name)), name, "the data file")
+    return open_image(root, name)
+
+
+PICTURE_KEYS = ("images", "image", "image_path", "img", "picture", "jpg", "jpeg", "png", "webp")
+"""Where pictures stand in a row; the first of them that holds any counts."""
+STORED = "bytes:"
+
+
+@dataclass
+class RowPictures:
+    """Pictures in order: `names` are paths, or made of the content where `held` has the bytes."""
+
+    sample_id: str
+    names: list[str] = field(default_factory=list)
+    held: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, value: object, key: str) -> None:
+        """Takes a path, bytes, an object with `bytes`, `path` or `url`, or a data URL.
+
+        Raises:
+            BadSample: anything else, or an address on the web.
+        """
+        if isinstance(value, Mapping):
+            given = [value.get(name) for name in ("bytes", "path", "url")]
+            value = next((one for one in given if one is not None), None)
+        if isinstance(value, bytes | bytearray) and value:
+            self._hold(bytes(value))
+        elif isinstance(value, str) and value.startswith("data:"):
+            self._hold(self._from_data_url(value))
+        elif isinstance(value, str) and value.startswith(("http://", "https://")):
+            raise BadSample(self.sample_id, f"{key!r} is on the web, {shown(value)}; fetch it and name the file")
+        elif isinstance(value, str) and value:
+            self.names.append(value.removeprefix("file://"))
+        else:
+            raise BadSample(self.sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
+
+    def _hold(self, data: bytes) -> None:
+        name = STORED + hashlib.sha256(data).hexdigest()[:32]
+        self.names.append(name)
+        self.held[name] = data
+
+    def _from_data_url(self, url: str) -> bytes:
+        header, comma, content = url.partition(",")
+        try:
+            if not comma or not header.endswith(";base64"):
+                raise ValueError("it is not base64")
+            return base64.b64decode(content, validate=True)
+        except (ValueError, binascii.Error) as error:
+            raise BadSample(self.sample_id, f"its data URL {shown(url)} cannot be read: {error}") from None
+
+
+def row_pictures(row: Mapping[str, object], sample_id: str, keys: Sequence[str] = PICTURE_KEYS) -> RowPictures:
+    """The pictures under the first of `keys` that holds any; one that is no list counts as a list of one.
+
+    Raises:
+        BadSample: see `RowPictures.add`.
+    """
+    pictures = RowPictures(sample_id)
+    for key in keys:
+        value = row.get(key)
+        if value is None or value == "" or value == [] or value == b"":
+            continue
+        listed = value if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) else [value]
+        for one in listed:
+            pictures.add(one, key)
+        break
+    return pictures

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from dora_vl.data.clips import VIDEO_KEYS
-from dora_vl.data.readers.row_pictures import PICTURE_KEYS
+from dora_vl.data.media import PICTURE_KEYS
+from dora_vl.data.turns import VIDEO_KEYS
 
 BLOCK_BYTES = 8 << 20
 """Read at once; a record longer than that makes a file not plain."""

@@ -17,8 +17,8 @@ from itertools import chain, count, islice
 import torch
 
 from dora_vl.data.dataset import LlavaDataset, Rows, Sample, Skipped
+from dora_vl.data.media import HeldPictures, RowPictureBytes
 from dora_vl.data.sample_rows import SampleRow
-from dora_vl.data.stored_pictures import HeldPictures, RowPictureBytes
 from dora_vl.data.stream_sources import FIRST_ROWS, StreamSource, generator
 from dora_vl.errors import UserError
 

@@ -16,11 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from dora_vl.data.readers.columns import count_rows
-from dora_vl.data.readers.containers import HUB, DataFiles, find_files
-from dora_vl.data.readers.hub import hub_rows, hub_stream
-from dora_vl.data.readers.row_formats import ID_KEYS
-from dora_vl.data.sample_rows import SampleRow, SampleRowReader, check_usable
+from dora_vl.data.readers.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_stream
+from dora_vl.data.sample_rows import ID_KEYS, SampleRow, SampleRowReader, check_usable
 from dora_vl.data.train_files import TrainFile
 
 if TYPE_CHECKING:

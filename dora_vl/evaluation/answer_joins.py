@@ -25,7 +25,7 @@ from dora_vl.whole_numbers import number_of
 Key = Hashable | None
 MOST_CATEGORIES = 4  # whose orders are tried
 REPEATED = re.compile(r"#\d+$")
-"""How `question_file` tells questions of one id apart."""
+"""How `questions` tells questions of one id apart."""
 _SUFFIXES = (prompts.SHORT, prompts.LETTER, prompts.LETTER_CN, prompts.UNANSWERABLE, prompts.YES_OR_NO)
 _OCR = re.compile(r"^Reference OCR token:.*$", re.MULTILINE)
 

@@ -16,7 +16,8 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Asked
 from dora_vl.evaluation.benchmarks import FRAMES
 from dora_vl.evaluation.evaluation_set import EvaluationSet
-from dora_vl.evaluation.predictions_file import (
+from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.result_files import (
     PredictionsFile,
     cut_broken_tail,
     file_sha256,
@@ -25,7 +26,6 @@ from dora_vl.evaluation.predictions_file import (
     settings_file,
     write_in_order,
 )
-from dora_vl.evaluation.questions import Question
 from dora_vl.run.launch import (
     leave_process_group,
     on_first_rank,

@@ -21,8 +21,8 @@ from dora_vl.evaluation.ask import Asking, ask
 from dora_vl.evaluation.asker import Asked
 from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.predict import note_failures, prediction_of
-from dora_vl.evaluation.predictions_file import PredictionsFile
 from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.result_files import PredictionsFile
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.vision.video import VideoReader
 

@@ -19,11 +19,10 @@ from dora_vl.data.examples import Example
 from dora_vl.data.media import open_image
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.asker import Asked, View, Write
+from dora_vl.evaluation.asker import Asked, Shown, View, Write, videos_placed
 from dora_vl.evaluation.predict import Decoding
 from dora_vl.evaluation.prompt_inputs import Prompts, model_inputs
 from dora_vl.evaluation.prompts import about_video, turns_of
-from dora_vl.evaluation.shown import Shown, videos_placed
 from dora_vl.vision.frame_sampling import Uniform
 
 if TYPE_CHECKING:

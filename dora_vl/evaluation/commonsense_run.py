@@ -19,16 +19,16 @@ from dora_vl.data.examples import Answer, Example
 from dora_vl.data.instructions import iterate_instructions
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.likelihood import choose
 from dora_vl.evaluation.predict import predict
-from dora_vl.evaluation.predictions_file import PredictionsFile
 from dora_vl.evaluation.prompt_inputs import InstructionPrompts
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.shown import MediaReader
+from dora_vl.evaluation.result_files import PredictionsFile
 from dora_vl.run.commonsense_recipe import CommonsenseEvaluationConfig
 from dora_vl.run.run_folder import ADAPTER, METRICS, write_json
-from dora_vl.run.video_reading import VideoReading
+from dora_vl.run.samples import VideoReading
 from dora_vl.scores.bootstrap import intervals
 from dora_vl.scores.commonsense import PATTERNS, extracted, score
 from dora_vl.scores.scored import Scored

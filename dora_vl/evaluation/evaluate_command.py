@@ -15,9 +15,8 @@ from dora_vl.evaluation.answers_file import read_rows
 from dora_vl.evaluation.asking import add_model_options
 from dora_vl.evaluation.evaluation_set import EvaluationSet, read_set
 from dora_vl.evaluation.finish import Answers, finish
-from dora_vl.evaluation.metrics_file import METRICS, refuse_anothers
 from dora_vl.evaluation.other_benchmarks import find_benchmark
-from dora_vl.evaluation.predictions_file import file_sha256
+from dora_vl.evaluation.result_files import METRICS, file_sha256, refuse_anothers
 from dora_vl.whole_numbers import positive
 
 if TYPE_CHECKING:
@@ -192,7 +191,7 @@ def _asked(sets: Sequence[EvaluationSet], wanted: Wanted, options: argparse.Name
     """Every benchmark put to one model."""
     from dora_vl.evaluation.model_source import find_source, hashes
     from dora_vl.evaluation.open_asker import open_source
-    from dora_vl.run.base_kinds import CAUSAL_LM, VLBART
+    from dora_vl.run.adapting import CAUSAL_LM, VLBART
 
     source = find_source(wanted)
     shows = next((one.name for one in sets if any(example.images or example.clips for example in one.examples)), None)

@@ -14,8 +14,7 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import Benchmark, Scorer
 from dora_vl.evaluation.other_benchmarks import find_benchmark
 from dora_vl.evaluation.prompts import LETTER, LETTER_CN, letter_cn
-from dora_vl.evaluation.question_file import is_question, read_question_file, with_choices
-from dora_vl.evaluation.questions import Question, read_questions
+from dora_vl.evaluation.questions import Question, is_question, read_question_file, read_questions, with_choices
 from dora_vl.scores.choices import check_choices
 from dora_vl.scores.known_truth import has_answer, has_right_choice, not_scored
 

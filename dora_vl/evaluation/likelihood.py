@@ -16,8 +16,8 @@ from tqdm import tqdm
 from dora_vl.backbones.base import Features
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.predictions_file import Prediction, PredictionsFile
 from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.result_files import Prediction, PredictionsFile
 
 FORMAT = re.compile(r"Answer format:\s*(\S.*?)\s*$")
 
@@ -27,7 +27,7 @@ EncodeChoice = Callable[[Question, str], tuple[Tensor, int]]
 
 @dataclass(frozen=True)
 class Branches:
-    """One question as a row: what its outputs have in common once, then the rest of each (`data.shared_prefix`)."""
+    """One question as a row: what its outputs have in common once, then the rest of each (`data.collate`)."""
 
     input_ids: Int[Tensor, " seq"]
     labels: Int[Tensor, " seq"]

@@ -24,8 +24,8 @@ from dora_vl.backbones.prompt_formats import FORMATS
 from dora_vl.backbones.template_table import TEMPLATES
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.asker import Wanted
-from dora_vl.evaluation.predictions_file import file_sha256
-from dora_vl.run.base_kinds import CAUSAL_LM, IMAGE_TEXT, LLAVA, VLBART
+from dora_vl.evaluation.result_files import file_sha256
+from dora_vl.run.adapting import CAUSAL_LM, IMAGE_TEXT, LLAVA, VLBART
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
@@ -48,7 +48,7 @@ class ModelSource:
     """A model that can be opened.
 
     Attributes:
-        kind: of the backbone, as `run.base_kinds` and `recipe.json` call it.
+        kind: of the backbone, as `run.adapting` and `recipe.json` call it.
         place: folder or hub id of the base, or of the model itself.
         recipe: the adapter's; empty where no training run of ours wrote one.
         dtype: of the weights.

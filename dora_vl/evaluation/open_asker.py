@@ -11,14 +11,13 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters.folder import load_adapter, own_name, read_weights
-from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.base import Backbone
 from dora_vl.core.opaque import loose_tensors
 from dora_vl.evaluation.asker import Opened, Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.model_source import ModelSource, find_source
 from dora_vl.evaluation.prompt_inputs import Prompts
-from dora_vl.run.base_kinds import CAUSAL_LM, IMAGE_TEXT, LLAVA, VLBART
-from dora_vl.run.base_loading import load_base
+from dora_vl.run.adapting import CAUSAL_LM, IMAGE_TEXT, LLAVA, VLBART, load_base
 from dora_vl.run.recipe import ModelConfig
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
@@ -44,7 +43,7 @@ def open_source(source: ModelSource) -> Opened:
 
 def _open_llava(source: ModelSource) -> Opened:
     from dora_vl.backbones.language_source import load_tokenizer
-    from dora_vl.backbones.templates import get_template
+    from dora_vl.backbones.template_table import get_template
     from dora_vl.evaluation.prompt_inputs import LlavaPrompts
     from dora_vl.run.assembly import build_encoder, load_backbone
     from dora_vl.vision.images import ImagePreparation
@@ -81,7 +80,7 @@ def _language_prompts(source: ModelSource) -> Prompts:
     from dora_vl.backbones.encode import LlavaEncoder
     from dora_vl.backbones.instruction_prompt import InstructionEncoder
     from dora_vl.backbones.language_source import load_tokenizer
-    from dora_vl.backbones.templates import get_template
+    from dora_vl.backbones.template_table import get_template
     from dora_vl.evaluation.prompt_inputs import ChatPrompts, InstructionPrompts
 
     tokenizer, most = load_tokenizer(source.place, revision=source.revision), _max_tokens(source)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.predictions_file import Prediction
+from dora_vl.evaluation.result_files import Prediction
 from dora_vl.scores.exact_match import Answered, final_answer, is_match
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from dora_vl.data.dataset import Sample, Skipped
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.predictions_file import Prediction, PredictionsFile
+from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.prompt_inputs import Prompts
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.shown import MediaReader
+from dora_vl.evaluation.result_files import Prediction, PredictionsFile
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.shown import Shown, frames_as_pictures, refuse_media
+from dora_vl.evaluation.asker import Shown, frames_as_pictures, refuse_media
 
 if TYPE_CHECKING:
     from dora_vl.backbones.encode import LlavaEncoder

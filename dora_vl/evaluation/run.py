@@ -16,15 +16,14 @@ from torch import Tensor
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.data.media import open_image
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import Asked
+from dora_vl.evaluation.asker import Asked, MediaReader, check_pictures
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.predict import predict
-from dora_vl.evaluation.predictions_file import Prediction, PredictionsFile, file_sha256
 from dora_vl.evaluation.questions import Question, read_questions
-from dora_vl.evaluation.shown import MediaReader, check_pictures
+from dora_vl.evaluation.result_files import Prediction, PredictionsFile, file_sha256
 from dora_vl.run.recipe import EvaluationConfig, RunConfig
 from dora_vl.run.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
-from dora_vl.run.video_reading import VideoReading, check_videos, video_folder, video_sampling
+from dora_vl.run.samples import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.scores.exact_match import Answered, ExactMatch, exact_match, final_answer
 from dora_vl.vision.video import VideoReader
 

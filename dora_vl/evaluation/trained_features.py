@@ -1,16 +1,32 @@
-"""What computes the features that a trained VL-BART reads, each task's as the folder's that it was trained on."""
+"""What a trained VL-BART was trained on: its tasks, and what computes the features that it reads."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dora_vl.errors import UserError
+from dora_vl.tasks.subtask import Subtask
 from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
+
+TASK_FILES = {"vlbart_image": "dora_vl.tasks.vlbart_image", "vlbart_video": "dora_vl.tasks.vlbart_video"}
+
+
+def subtasks_of(task: str, *, task_prompt: bool) -> Mapping[str, Subtask]:
+    """Every task of a VL-BART task file, by the file's name; `task_prompt` as in training.
+
+    Raises:
+        UserError: no such task file.
+    """
+    if task not in TASK_FILES:
+        raise UserError(f"the adapter was trained by {task!r}; there are {', '.join(TASK_FILES)}")
+    return import_module(TASK_FILES[task]).subtasks(task_prompt=task_prompt)
+
 
 HASH = "sha256"
 

@@ -21,14 +21,12 @@ from dora_vl.data.feature_input import clip_of_features, fixed_length
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Asking
-from dora_vl.evaluation.asker import Asked, Opened, View, Write
+from dora_vl.evaluation.asker import Asked, Opened, Shown, View, Write
 from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.model_source import ModelSource
 from dora_vl.evaluation.open_asker import with_adapter
-from dora_vl.evaluation.seq2seq_answers import answers_of
-from dora_vl.evaluation.shown import Shown
-from dora_vl.evaluation.task_files import subtasks_of
-from dora_vl.evaluation.trained_features import open_encoders
+from dora_vl.evaluation.seq2seq_run import answers_of
+from dora_vl.evaluation.trained_features import open_encoders, subtasks_of
 from dora_vl.tasks.subtask import Subtask, with_input_tokens
 from dora_vl.vision.feature_encoder import FeatureEncoder
 from dora_vl.vision.frame_sampling import Sampling

@@ -13,25 +13,20 @@ from transformers import TrainingArguments
 
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.provenance import content_hash, local_folder, versions
-from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.causal_lm import PAPER_TARGETS, CausalLMBackbone, load_causal_lm, write_causal_lm
 from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.backbones.language_source import load_tokenizer
-from dora_vl.backbones.module import Backbone
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
-from dora_vl.data.instruction_dataset import InstructionDataset
-from dora_vl.data.instructions import load_instructions
+from dora_vl.data.instructions import InstructionDataset, load_instructions
 from dora_vl.errors import UserError
 from dora_vl.evaluation.commonsense_run import evaluate_commonsense, read_sets
-from dora_vl.run.adapting import core_config
-from dora_vl.run.base_kinds import CAUSAL_LM
-from dora_vl.run.base_loading import check_quantisation, load_base, make_base
+from dora_vl.run.adapting import CAUSAL_LM, check_quantisation, core_config, load_base, make_base
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig, InstructionDataConfig, LanguageModelConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.memory_estimate import Activations
-from dora_vl.training.task import Task, TrainingData
-from dora_vl.training.task_model import GenerationTask
+from dora_vl.training.task import GenerationTask, Task, TrainingData
 
 REFERENCE_SPLIT_SEED = 42  # of LLM-Adapters' and NVlabs' `train_test_split`
 

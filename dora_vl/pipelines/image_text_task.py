@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of, sees_pictures
 from dora_vl.backbones.image_text import (
     ImageTextBackbone,
@@ -21,12 +21,11 @@ from dora_vl.backbones.image_text import (
     skeleton_of,
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
-from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.prompt_formats import FORMATS
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.data.dataset import Encoded, LlavaDataset, Rows, Sample
+from dora_vl.data.media import HeldPictures, open_picture
 from dora_vl.data.processor_inputs import ProcessorCollator
-from dora_vl.data.stored_pictures import HeldPictures, open_picture
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.assistant import Assistant
@@ -35,14 +34,12 @@ from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
 from dora_vl.evaluation.run import check_test, run_test
 from dora_vl.pipelines.instruct_data import InstructData, InstructTask
 from dora_vl.pipelines.llava_task import LlavaTask
-from dora_vl.run.adapting import core_config
+from dora_vl.run.adapting import IMAGE_TEXT, check_quantisation, core_config, load_base
 from dora_vl.run.assembly import processor_encoder, recipe_record
-from dora_vl.run.base_kinds import IMAGE_TEXT
-from dora_vl.run.base_loading import check_quantisation, load_base
+from dora_vl.run.launch import without_sharding
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
-from dora_vl.run.video_reading import VideoReading, check_videos, video_folder, video_sampling
-from dora_vl.run.zero import without_sharding
+from dora_vl.run.samples import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.optim import rates_of, refuse_unknown_parts
 from dora_vl.training.task import Task, TrainingData

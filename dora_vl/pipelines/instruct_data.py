@@ -9,21 +9,19 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.base import Backbone
 from dora_vl.data.dataset import LlavaDataset, Rows
-from dora_vl.data.overlap import overlap, overlap_warning
+from dora_vl.data.media import HeldPictures, StoredPictures
 from dora_vl.data.sampler import sampling_lengths
-from dora_vl.data.stored_pictures import HeldPictures, StoredPictures
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
 from dora_vl.data.train_files import train_files, train_name
-from dora_vl.data.training_rows import SampleRows, described, load_rows
+from dora_vl.data.training_rows import SampleRows, described, load_rows, overlap, overlap_warning
 from dora_vl.evaluation.questions import Question
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.samples import check_streaming, open_stream, read_samples, read_validation, samples_of_a_run
-from dora_vl.training.task import Task, TrainingData
-from dora_vl.training.task_model import GenerationTask
+from dora_vl.training.task import GenerationTask, Task, TrainingData
 
 MakeDataset = Callable[[Rows, HeldPictures], LlavaDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""

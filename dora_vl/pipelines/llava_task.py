@@ -10,24 +10,23 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import TrainingArguments
 
+from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.compose import compose_llava
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone
-from dora_vl.backbones.module import Backbone
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import LlavaDataset, Rows
-from dora_vl.data.stored_pictures import HeldPictures
+from dora_vl.data.media import HeldPictures
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import LlavaPrompts
 from dora_vl.evaluation.run import check_test, pictures_of_test, read_test, run_test
 from dora_vl.pipelines.instruct_data import InstructTask
+from dora_vl.run.adapting import LLAVA, check_quantisation, make_base
 from dora_vl.run.assembly import build_encoder, dora_config, load_backbone, pad_token_id, recipe_record
-from dora_vl.run.base_kinds import LLAVA
-from dora_vl.run.base_loading import check_quantisation, make_base
-from dora_vl.run.picture_reading import PictureReader, image_preparation, picture_reader
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
+from dora_vl.run.samples import PictureReader, image_preparation, picture_reader
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.task import TrainingData
 

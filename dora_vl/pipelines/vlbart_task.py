@@ -13,27 +13,23 @@ from transformers import TrainingArguments
 
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.provenance import content_hash, versions
-from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.language_source import load_tokenizer
-from dora_vl.backbones.module import Backbone
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
 from dora_vl.backbones.vlbart_compose import compose_vlbart
-from dora_vl.backbones.vlbart_config import VlBartConfig
-from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
+from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import DoRAConfig
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.errors import UserError
 from dora_vl.evaluation.seq2seq_check import check_tests, open_test
 from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
-from dora_vl.run.adapting import core_config
+from dora_vl.run.adapting import VLBART, core_config, make_base
 from dora_vl.run.arguments import order_seed
-from dora_vl.run.base_kinds import VLBART
-from dora_vl.run.base_loading import make_base
+from dora_vl.run.launch import loading_in
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
-from dora_vl.run.zero import loading_in
 from dora_vl.tasks.seq2seq import MixtureDataset, Seq2SeqCollator, ValidationBatches
 from dora_vl.tasks.subtask import Subtask, with_input_tokens
 from dora_vl.training.memory_estimate import Activations

@@ -1,27 +1,126 @@
-"""Puts a run's adapter into its model, and starts it from an earlier run's weights where that is asked for."""
+"""The base that a run adapts, loaded as its model section says, and the adapter put into it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from dora_vl.adapters.agreement import fields_of_the_change, first_difference, refuse_pefts_other_result
+from dora_vl.adapters.agreement import LEAVES, fields_of_the_change, first_difference, refuse_pefts_other_result
 from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, own_name, read_json, read_weights
-from dora_vl.adapters.names import LEAVES
+from dora_vl.adapters.quantised_base import Quantisation, check_runs_here
 from dora_vl.adapters.settings import read_config
 from dora_vl.backbones.places import names_experts, resolved_targets, resolved_weights
+from dora_vl.backbones.written_base import check_made_from
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.config import AdapterSettings
 from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
 from dora_vl.errors import UserError
-from dora_vl.run.recipe import AdapterConfig
-from dora_vl.run.zero import gather_to_read, gather_to_write
+from dora_vl.run.launch import gather_to_read, gather_to_write, loading_in, without_sharding
+from dora_vl.run.recipe import AdapterConfig, ModelSection
+
+LLAVA = "llava"
+"""LLaVA-1.5: its own wording, pictures and masks."""
+IMAGE_TEXT = "image_text"
+"""Any other image-text-to-text model of transformers, through its own processor."""
+CAUSAL_LM = "causal_lm"
+"""A plain language model."""
+VLBART = "vlbart"
+"""An encoder-decoder over visual features."""
+
+
+Backbone = TypeVar("Backbone")
+
+
+@runtime_checkable
+class LoadedModelSection(ModelSection, Protocol):
+    """What the `model:` section also says where transformers loads the base."""
+
+    @property
+    def revision(self) -> str | None:
+        """Git revision of a Hugging Face id."""
+        ...
+
+    @property
+    def attn_implementation(self) -> str:
+        """Attention kernel."""
+        ...
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """How the language model's linear layers are quantised."""
+        ...
+
+
+def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments: TrainingArguments) -> None:
+    """Writes the base that a run's `model.compose` or `model.source` describes, where it is not there yet.
+
+    For one rank alone.
+
+    Args:
+        make: writes a folder by such settings.
+        spec: the settings; None is a run whose base is there.
+
+    Raises:
+        UserError: the base is there and says that it was made with other settings.
+    """
+    if spec is None:
+        return
+    if Path(base).exists():
+        check_made_from(Path(base), spec)
+        return
+    with without_sharding(arguments):
+        make(spec, Path(base))
+
+
+def check_quantisation(model: LoadedModelSection) -> None:
+    """Refuses `model.quantisation` where it cannot work, before any weight is read.
+
+    Raises:
+        UserError: its package is missing, it does not run on this device, or the run uses ZeRO-3.
+    """
+    if model.quantisation is None:
+        return
+    if is_deepspeed_zero3_enabled():
+        raise UserError(
+            f"model.quantisation: {model.quantisation} with ZeRO-3: packed weights cannot be split among ranks; set "
+            "training.deepspeed: zero2, under which each GPU holds the quantised base whole"
+        )
+    check_runs_here(model.quantisation, getattr(torch, model.dtype))
+
+
+def load_base(load: Callable[..., Backbone], model: LoadedModelSection, **more: Any) -> Backbone:
+    """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3.
+
+    Args:
+        load: the backbone's own loader.
+        model: the run's model section.
+        more: what that loader takes besides.
+
+    Raises:
+        UserError: the attention kernel or the quantisation does not run on this machine.
+    """
+    if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
+        raise UserError("model.attn_implementation: flash_attention_2 needs CUDA; sdpa runs everywhere")
+    check_quantisation(model)
+    dtype = getattr(torch, model.dtype)
+    with loading_in(dtype):
+        return load(
+            model.base,
+            dtype=dtype,
+            attn_implementation=model.attn_implementation,
+            revision=model.revision,
+            quantisation=model.quantisation,
+            **more,
+        )
+
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,12 @@ from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.image_text_encode import ImageTextEncoder, load_processor
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, load_llava
-from dora_vl.backbones.templates import get_template
+from dora_vl.backbones.template_table import get_template
 from dora_vl.core import DoRAConfig
 from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
 from dora_vl.errors import UserError
-from dora_vl.run.adapting import core_config
+from dora_vl.run.adapting import core_config, load_base
 from dora_vl.run.arguments import order_seed
-from dora_vl.run.base_loading import load_base
 from dora_vl.run.recipe import AdapterConfig, ModelConfig, RunConfig
 
 

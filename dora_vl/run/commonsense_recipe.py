@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.language_spec import LanguageSource, PromptName, TrainOn
+from dora_vl.backbones.specs import LanguageSource, PromptName, TrainOn
 from dora_vl.run.recipe import AdapterConfig, OptimConfig, ResumableRun
 from dora_vl.scores.commonsense import Rule
 

@@ -7,14 +7,110 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.compose_spec import ComposeSpec
 from dora_vl.backbones.prompt_formats import FormatName
+from dora_vl.backbones.specs import ComposeSpec
 from dora_vl.backbones.template_table import TemplateName
 from dora_vl.core.config import AdapterSettings
 from dora_vl.data.train_files import TrainFile, train_name
+
+
+@runtime_checkable
+class ModelSection(Protocol):
+    """What training reads of a run's `model:` section."""
+
+    @property
+    def base(self) -> str:
+        """Folder or hub id of the model."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Number type of the frozen weights."""
+        ...
+
+
+@runtime_checkable
+class DataSection(Protocol):
+    """What training reads of a run's `data:` section."""
+
+    @property
+    def held_out(self) -> str | None:
+        """What the loss is measured on while training, for messages; None: nothing."""
+        ...
+
+    @property
+    def max_bad_share(self) -> float:
+        """Largest share of unusable samples."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """Processes that prepare samples."""
+        ...
+
+
+@runtime_checkable
+class EvaluationSection(Protocol):
+    """What training reads of a run's `evaluation:` section."""
+
+    @property
+    def file(self) -> str | None:
+        """What the trained model is tested on; None: no test."""
+        ...
+
+
+@runtime_checkable
+class RunSettings(Protocol):
+    """The settings every run has, whatever its backbone; its sections may hold more."""
+
+    @property
+    def model(self) -> ModelSection:
+        """The model."""
+        ...
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """What trains, and how."""
+        ...
+
+    @property
+    def data(self) -> DataSection:
+        """Training and validation data."""
+        ...
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Learning rates by part."""
+        ...
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """Fields of transformers.TrainingArguments."""
+        ...
+
+    @property
+    def evaluation(self) -> EvaluationSection:
+        """The test after training."""
+        ...
+
+    @property
+    def resume(self) -> str | None:
+        """The checkpoint to resume from."""
+        ...
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether an earlier run's results go."""
+        ...
+
+    @property
+    def test_only(self) -> bool:
+        """Whether the adapter that is there is tested and nothing trained."""
+        ...
+
 
 Decayed = Literal["matrices", "all_but_biases"]
 """What weight decay acts on."""

@@ -13,7 +13,7 @@ from typing import Any
 from dora_vl.adapters.checkpoints import WRITING, complete_checkpoints
 from dora_vl.adapters.folder import refuse_to_replace_adapter
 from dora_vl.errors import UserError
-from dora_vl.run.settings import RunSettings
+from dora_vl.run.recipe import RunSettings
 
 logger = logging.getLogger(__name__)
 

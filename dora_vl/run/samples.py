@@ -1,17 +1,183 @@
-"""What a run's `data:` section names: samples in memory-mapped tables, or a stream of them."""
+"""A run's samples: what `data:` names, in tables or a stream, and how their pictures and videos are read."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import TrainingArguments
 
+from dora_vl.backbones.llava import LlavaBackbone
+from dora_vl.backbones.video_inputs import Video, repeated
+from dora_vl.data.media import HeldPictures, StoredPictures, open_picture
 from dora_vl.data.stream import SampleStream
 from dora_vl.data.stream_sources import StreamSource
 from dora_vl.data.train_files import train_files, train_name
 from dora_vl.data.training_rows import SampleRows, check_weights, load_rows, load_training_rows
+from dora_vl.data.turns import Clip
 from dora_vl.errors import UserError
-from dora_vl.run.recipe import DataConfig, RunConfig
+from dora_vl.run.launch import gather_to_read, rank_and_ranks, wait_for_everyone
+from dora_vl.run.recipe import DataConfig, ModelConfig, RunConfig
+from dora_vl.run.run_folder import run_folder_of
+from dora_vl.vision.compute_features import compute_features, open_store
+from dora_vl.vision.features import FeatureStore
+from dora_vl.vision.frame_sampling import EverySeconds, Sampling, Uniform
+from dora_vl.vision.images import ImagePreparation
+from dora_vl.vision.video import VideoReader
+from dora_vl.vision.video_backends import BACKENDS, BackendMissing, import_backend
+from dora_vl.vision.video_decoding import no_backend_reads
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureReader:
+    """How a picture's path becomes what the backbone takes: pixels or stored tower features, exactly one.
+
+    `pixels` gives `[3, height, width]`, `features` `[tokens, width]`; both raise `BadSample` for a broken picture.
+    """
+
+    pixels: Callable[..., Tensor] | None = None
+    features: Callable[[str], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.pixels is None) == (self.features is None):
+            raise ValueError("give pixels or features, exactly one")
+
+
+def picture_reader(
+    config: RunConfig,
+    backbone: LlavaBackbone,
+    pictures: Iterable[str],
+    *,
+    folder: Path,
+    device: torch.device,
+    stored: StoredPictures | None = None,
+) -> PictureReader:
+    """The reader of pictures below `folder`, and of those `stored` in the data file itself.
+
+    With `data.cache_features` missing features are computed first.
+    Every rank must call it: they share the computing.
+    """
+    if not folder.is_dir():
+        raise UserError(f"picture folder {folder} does not exist; set data.image_folder (evaluation.image_folder)")
+    preparation = image_preparation(config.model)
+    if not config.data.cache_features:
+        return PictureReader(pixels=partial(read_pixels, folder=folder, preparation=preparation, stored=stored))
+    if backbone.tower_trains:
+        raise UserError("data.cache_features needs a frozen vision tower, but adapter.targets trains it; set it false")
+    cache = Path(config.data.feature_cache or run_folder_of(config) / "features")
+    store = _filled_store(
+        cache, backbone, pictures, folder=folder, preparation=preparation, device=device, stored=stored
+    )
+    return PictureReader(features=store.read)
+
+
+def image_preparation(model: ModelConfig) -> ImagePreparation:
+    """The base's picture size and colours, with the run's aspect."""
+    return ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
+
+
+def read_pixels(
+    path: str, *, folder: Path, preparation: ImagePreparation, stored: HeldPictures | None = None
+) -> Tensor:
+    """Pixels of one picture; a top-level function, so that worker processes can receive it."""
+    return preparation.prepare(open_picture(folder, path, stored))
+
+
+def _filled_store(
+    cache: Path,
+    backbone: LlavaBackbone,
+    pictures: Iterable[str],
+    *,
+    folder: Path,
+    preparation: ImagePreparation,
+    device: torch.device,
+    stored: StoredPictures | None,
+) -> FeatureStore:
+    rank, ranks = rank_and_ranks()
+    # ZeRO-3 has sharded the tower already and its hooks come only with the engine: make it whole meanwhile.
+    with gather_to_read(backbone.tower.parameters()):
+        backbone.tower.to(device)
+        store = open_store(cache, tower=backbone, preparation=preparation, root=folder, stored=stored)
+        wait_for_everyone()  # each must see the same features missing, before one adds some
+        compute_features(store, pictures, tower=backbone, preparation=preparation, part=(rank, ranks))
+    wait_for_everyone()
+    store.reload()
+    return store
+
+
+LEAST_FRAMES = 2
+"""With `data.video_fps`: what moves needs two, and families that join frames in pairs take no less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoReading:
+    """Reads clips as frames; worker processes may have it, each starts a decoder of its own at its first video.
+
+    Attributes:
+        folder: the root of the videos' paths.
+        sampling: which frames.
+        frames: a video that has fewer shows some of them again, for families that take videos of one length only.
+    """
+
+    folder: Path
+    sampling: Sampling
+    frames: int | None = None
+    reader: VideoReader = field(default_factory=VideoReader, repr=False)
+
+    def read(self, clips: Sequence[Clip]) -> list[Video]:
+        """The frames of each.
+
+        Raises:
+            BadSample: one is missing, cannot be decoded in time, or has no such part.
+        """
+        found = [self.reader.read(self.folder, clip, self.sampling) for clip in clips]
+        return found if self.frames is None else [repeated(video, self.frames) for video in found]
+
+
+def video_folder(data: DataConfig) -> Path:
+    """The root of the videos' paths."""
+    return Path(data.video_folder or data.image_folder)
+
+
+def video_sampling(data: DataConfig) -> Sampling:
+    """Which frames `data.video_frames` and `data.video_fps` mean.
+
+    Raises:
+        UserError: they mean none.
+    """
+    if data.video_frames < 1:
+        raise UserError(f"data.video_frames is {data.video_frames}; at least 1 frame of a video is needed")
+    if data.video_fps is None:
+        return Uniform(data.video_frames)
+    if not 0 < data.video_fps < float("inf"):
+        raise UserError(f"data.video_fps is {data.video_fps}; it must be above 0")
+    least = min(LEAST_FRAMES, data.video_frames)
+    return EverySeconds(period=1 / data.video_fps, least=least, most=data.video_frames)
+
+
+def check_videos(data: DataConfig) -> None:
+    """Refuses what would make every video a bad sample.
+
+    Raises:
+        UserError: no library that decodes videos can be imported, or the folder is not there.
+    """
+    video_sampling(data)
+    if not video_folder(data).is_dir():
+        raise UserError(f"video folder {video_folder(data)} does not exist; set data.video_folder")
+    reasons: dict[str, Exception] = {}
+    for backend in BACKENDS:
+        try:
+            import_backend(backend)
+        except BackendMissing as error:
+            reasons[backend] = error
+        else:
+            return
+    raise no_backend_reads(Clip(path=""), reasons)
 
 
 def read_samples(config: RunConfig, *, seed: int) -> tuple[SampleRows, SampleRows | None]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dora_vl.backbones.vlbart_spec import VlBartSpec
+from dora_vl.backbones.specs import VlBartSpec
 from dora_vl.data.mixture import Mixing
 from dora_vl.run.recipe import AdapterConfig, OptimConfig, ResumableRun
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dora_vl.data.examples import FIELDS, JSON, Example, from_record
 from dora_vl.data.readers.containers import find_files
-from dora_vl.data.readers.row_formats import format_of, id_of, read_row, turns_of
+from dora_vl.data.sample_rows import format_of, id_of, read_row, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, as_conversation
 from dora_vl.errors import BadSample, shown_text
 from dora_vl.sources.check_media import MediaCheck

@@ -31,9 +31,9 @@ from dora_vl.data.examples import JSON, Answer, Example
 from dora_vl.data.turns import Turn, read_llava
 from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text
 from dora_vl.sources.fields import UNKNOWN_ID, given, identifier, index_of, integer
+from dora_vl.sources.joins import soft_answers
 from dora_vl.sources.media_files import save_picture
 from dora_vl.sources.published import Progress, Raw, Split
-from dora_vl.sources.soft_answers import soft_answers
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 NAMES: Mapping[str, tuple[str, ...]] = {

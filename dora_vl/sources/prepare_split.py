@@ -16,12 +16,14 @@ from typing import BinaryIO
 
 from dora_vl.data.examples import JSON, json_line, whole_file
 from dora_vl.errors import UserError, shown, shown_text
-from dora_vl.sources.conversion import ConvertedRow, Line, converted_rows
-from dora_vl.sources.manifest import (
+from dora_vl.sources.conversion import (
     FORMAT,
     MEBIBYTE,
+    ConvertedRow,
+    Line,
     add_to_manifest,
     content,
+    converted_rows,
     file_sha256,
     fingerprints,
     read_manifest,

@@ -20,9 +20,8 @@ from pathlib import Path
 
 from dora_vl.data.examples import Example
 from dora_vl.sources.fields import filled, identifier, if_text, integer, kept, key, text, texts
-from dora_vl.sources.joins import column_by_id, numbered, refusing
+from dora_vl.sources.joins import column_by_id, numbered, refusing, soft_answers, somebody_answered
 from dora_vl.sources.published import Progress, Raw, Split, json_rows, present, some_present
-from dora_vl.sources.soft_answers import soft_answers, somebody_answered
 
 SPLITS = {"train": ("train", 34_602), "val": ("validation", 5_000), "test": ("test", 5_734)}
 LLAVA_FILE = "llava_textvqa_val_v051_ocr.jsonl"

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from dora_vl.data.examples import Example
 from dora_vl.sources.fields import filled, identifier, kept
+from dora_vl.sources.joins import people_answers, soft_answers
 from dora_vl.sources.published import Raw, Split, json_rows, present, some_present
-from dora_vl.sources.soft_answers import people_answers, soft_answers
 
 FILES = {"train": ("train.json", 20_523), "validation": ("val.json", 4_319), "test": ("test.json", 8_000)}
 

@@ -22,9 +22,8 @@ from pathlib import Path
 from dora_vl.data.examples import JSON, Example
 from dora_vl.errors import UserError, shown
 from dora_vl.sources.fields import filled, given, identifier, integer, kept, key
-from dora_vl.sources.joins import numbered, refusing
+from dora_vl.sources.joins import numbered, people_answers, refusing, soft_answers
 from dora_vl.sources.published import Progress, Raw, Split, json_rows, some_present
-from dora_vl.sources.soft_answers import people_answers, soft_answers
 
 SIZES = {"train2014": 443_757, "val2014": 214_354, "test2015": 447_793, "test-dev2015": 107_394}
 NAMES = {"train2014": "train", "val2014": "validation", "test2015": "test", "test-dev2015": "test_dev"}

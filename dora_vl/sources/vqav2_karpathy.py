@@ -26,9 +26,9 @@ from dora_vl.data.text_file import json_object
 from dora_vl.errors import BadSample, UserError
 from dora_vl.sources import vqav2
 from dora_vl.sources.fields import filled, given, identifier, kept, key, optional, scalar, text, weights
+from dora_vl.sources.joins import people_answers, soft_answers
 from dora_vl.sources.karpathy import FILE, split_of_pictures
 from dora_vl.sources.published import WANTED, Progress, Raw, Split, json_rows, present
-from dora_vl.sources.soft_answers import people_answers, soft_answers
 
 SIZES = {"train": 605_102, "validation": 26_729, "test": 26_280}
 VLT5_FILES = {"train": "karpathy_train.json", "validation": "karpathy_val.json", "test": "karpathy_test.json"}

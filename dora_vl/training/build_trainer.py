@@ -13,18 +13,23 @@ from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_vl.adapters.folder import load_adapter, load_kept, save_adapter
-from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.base import Backbone
 from dora_vl.core import trained_parts
 from dora_vl.data.bad_samples import BadSampleLedger
-from dora_vl.run.launch import on_first_rank
+from dora_vl.run.launch import gather_to_read, gather_to_write, on_first_rank
 from dora_vl.run.run_folder import LOSS_LOG, run_folder_of
-from dora_vl.run.zero import gather_to_read, gather_to_write
-from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
 from dora_vl.training.memory_estimate import Activations, estimate_memory, memory_table
-from dora_vl.training.optim import LearningRates, rates_of, refuse_unknown_parts, with_decay
+from dora_vl.training.optim import (
+    LearningRates,
+    frozen_table,
+    rates_of,
+    refuse_unknown_parts,
+    trained_table,
+    with_decay,
+)
+from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.task import Task, TrainingData
-from dora_vl.training.trained_table import frozen_table, trained_table
 from dora_vl.training.trainer import AdapterTrainer, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 

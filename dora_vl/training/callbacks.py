@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.run.run_folder import read_log, write_log
-from dora_vl.training.batch_statistics import BatchStatistics, Counts
+from dora_vl.training.progress import BatchStatistics, Counts
 
 logger = logging.getLogger(__name__)
 

@@ -1,17 +1,109 @@
-"""What a run has read and skipped so far, kept in its checkpoints: a resumed run ends with a whole run's sums."""
+"""Counts of what batches held, was skipped or cut; kept in checkpoints, so that a resumed run ends with all sums."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from dora_vl.training.batch_statistics import BatchStatistics, Counts
+from dora_vl.data.bad_samples import BadSampleCounts, BadSampleLedger
+
+BOOKKEEPING = ("samples", "padding_tokens", "skipped", "cut")
+
+
+@dataclass
+class Counts:
+    """Sums over batches of one rank, or of all ranks."""
+
+    samples: int = 0
+    tokens: int = 0
+    padding_tokens: int = 0
+    labelled_tokens: int = 0
+    skipped: int = 0
+    cut_samples: int = 0
+
+    def __sub__(self, earlier: Counts) -> Counts:
+        return Counts(*(getattr(self, one.name) - getattr(earlier, one.name) for one in fields(self)))
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+    @property
+    def padding_share(self) -> float:
+        """Share of all positions that held padding."""
+        return self.padding_tokens / max(1, self.tokens + self.padding_tokens)
+
+
+@dataclass
+class BatchStatistics:
+    """Takes the bookkeeping out of batches, so that what is left are the model's inputs.
+
+    The ledger, if there is one, hears of every skipped sample by id and reason.
+    """
+
+    ledger: BadSampleLedger | None = None
+    counts: Counts = field(default_factory=Counts)
+    """This rank's, since the start of the process."""
+    earlier: Counts = field(default_factory=Counts)
+    """All ranks', before the process: of the run that is resumed."""
+
+    def carry_over(self, skipped: Mapping[str, str], counts: Counts | None = None) -> None:
+        """Goes on from the sums over all ranks of the run that is resumed."""
+        self.earlier = counts or Counts()
+        if self.ledger is not None:
+            self.ledger.carry_over(skipped)
+
+    def take(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch's tensors; its counts are added to `counts`."""
+        held = {name: batch[name] for name in BOOKKEEPING if name in batch}
+        padding = int(held.get("padding_tokens", 0))
+        samples, skipped = int(held.get("samples", len(batch["input_ids"]))), held.get("skipped", ())
+        if self.ledger is not None:
+            self.ledger.record(samples=samples, skipped=skipped)
+        self.counts.samples += samples
+        self.counts.padding_tokens += padding
+        self.counts.tokens += batch["input_ids"].numel() - padding
+        self.counts.labelled_tokens += int((batch["labels"] != -100).sum())
+        self.counts.skipped += len(skipped)
+        self.counts.cut_samples += len(held.get("cut", ()))
+        return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
+
+    def judge(self, counts: Counts) -> None:
+        """Ends the run where too many samples were unusable; `counts` are of all ranks, so that all end together.
+
+        Raises:
+            UserError: more than `data.max_bad_share`.
+        """
+        if self.ledger is not None:
+            self.ledger.judge(BadSampleCounts(seen=counts.samples + counts.skipped, bad=counts.skipped))
+
+    def over_ranks(self, device: torch.device) -> Counts:
+        """The sums over all ranks, with those before a resume; every rank must call it."""
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return self.earlier + self.counts
+        mine = torch.tensor([getattr(self.counts, one.name) for one in fields(Counts)], device=device)
+        torch.distributed.all_reduce(mine)
+        return self.earlier + Counts(*mine.tolist())
+
+    def skipped_here(self) -> dict[str, str]:
+        """Reason of every sample that this rank skipped, by id."""
+        return {} if self.ledger is None else dict(self.ledger.reasons)
+
+    def skipped_on_all_ranks(self) -> dict[str, str]:
+        """Reason of every skipped sample, by id; every rank must call it."""
+        mine = self.skipped_here()
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return mine
+        everyone: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(everyone, mine)
+        return {name: reason for one in everyone for name, reason in one.items()}
+
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from dora_vl.backbones.module import Backbone
+from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.tasks.subtask import NormaliseBy
-from dora_vl.training.task_model import TaskModel
+from dora_vl.training.task import TaskModel
 
 
 class Seq2SeqTask(TaskModel):

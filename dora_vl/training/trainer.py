@@ -14,15 +14,13 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dora_vl.adapters.checkpoints import STATE_FILE, WRITING, drop_old_checkpoints
-from dora_vl.adapters.folder_replacing import replace_folder
+from dora_vl.adapters.checkpoints import STATE_FILE, WRITING, drop_old_checkpoints, replace_folder
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
 from dora_vl.run.run_folder import ADAPTER
 from dora_vl.tasks.seq2seq import over_step
-from dora_vl.training.batch_statistics import BatchStatistics
 from dora_vl.training.optim import LearningRates, parameter_groups
-from dora_vl.training.progress import Progress
+from dora_vl.training.progress import BatchStatistics, Progress
 from dora_vl.training.validation import ValidationLoss, random_state_kept
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.errors import UserError
-from dora_vl.training.batch_statistics import BatchStatistics
+from dora_vl.training.progress import BatchStatistics
 
 
 class WholeSteps(Dataset[Any]):

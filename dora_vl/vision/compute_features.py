@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dora_vl.data.stored_pictures import StoredPictures, open_picture
+from dora_vl.data.media import StoredPictures, open_picture
 from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.features import SHARD_BYTES, FeatureStore, PictureEntry, file_state, store_key
 from dora_vl.vision.images import ImagePreparation

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dora_vl.data.stored_pictures import StoredPictures
+from dora_vl.data.media import StoredPictures
 from dora_vl.errors import BadSample
 from dora_vl.model_files import check_whole
 

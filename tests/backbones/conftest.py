@@ -14,8 +14,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone
-from dora_vl.backbones.template_table import VICUNA_SYSTEM
-from dora_vl.backbones.templates import get_template
+from dora_vl.backbones.template_table import VICUNA_SYSTEM, get_template
 from tests.backbones.tiny_image_text import write_tiny
 
 SPECIAL = ["<unk>", "<s>", "</s>"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dora_vl.backbones.processor_chat import Chat
-from dora_vl.backbones.token_characters import from_chat, from_prefixes, from_token_types
+from dora_vl.backbones.text_processor import from_chat, from_prefixes, from_token_types
 
 TEXT = "<i>ask:yes.more:no."
 CHAT = Chat(TEXT, ((7, 11), (16, 19)))

@@ -18,10 +18,9 @@ from dora_vl.backbones.families import ALIGNED
 from dora_vl.backbones.image_text import ImageTextBackbone, language_targets, load_image_text, projector_patterns
 from dora_vl.backbones.image_text_encode import ImageTextEncoder, load_processor
 from dora_vl.backbones.video_inputs import Video, as_pictures, metadata, pixels, repeated
-from dora_vl.data.clips import Clip
 from dora_vl.data.dataset import IGNORED_LABEL, Sample
 from dora_vl.data.processor_inputs import ProcessorCollator
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.data.turns import Clip, Conversation, Turn
 from dora_vl.errors import BadSample
 from dora_vl.heads.generation import generation_loss
 from dora_vl.vision.video_decoding import Frames

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.backbones.visual_embedding import grid_boxes, pool_grid, strip_boxes
 from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
+from dora_vl.backbones.vlbart_model import grid_boxes, pool_grid, strip_boxes
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.errors import UserError
 from tests.backbones.tiny_vlbart import batch, meta_bart_base, tiny

@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from dora_vl.backbones.feature_spread import measured, standardise
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import load_vlbart
-from dora_vl.backbones.vlbart_compose import SmallBart, VlBartSpec, compose_vlbart, small_tokenizer
+from dora_vl.backbones.vlbart_compose import (
+    SmallBart,
+    VlBartSpec,
+    compose_vlbart,
+    measured,
+    small_tokenizer,
+    standardise,
+)
 from dora_vl.data.examples import Answer, Example, write_examples
 from dora_vl.errors import UserError
 from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_vl.backbones.vlbart_config import VlBartConfig
-from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
+from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 
 BART_BASE: dict[str, Any] = {
     "vocab_size": 50465,

@@ -12,7 +12,7 @@ from torch.nn.utils import parameters_to_vector, parametrize, vector_to_paramete
 from torch.utils.checkpoint import checkpoint
 
 from dora_vl.core import DoRAConfig, DoRALinear, apply_dora
-from dora_vl.core.freshness import WatchedParameter, unwatch
+from dora_vl.core.gain import WatchedParameter, unwatch
 from tests.core.dense_dora import assert_same_gradients, dense_dora, moved_layer, reference_of
 
 

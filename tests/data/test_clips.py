@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dora_vl.data.clips import Clip, row_clips
+from dora_vl.data.turns import Clip, row_clips
 from dora_vl.errors import BadSample
 
 LATE = Clip(path="a.mp4", start_seconds=1.5)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from dora_vl.data.instruction_dataset import InstructionDataset
-from dora_vl.data.instructions import iterate_instructions, load_instructions, read_instruction
+from dora_vl.data.instructions import InstructionDataset, iterate_instructions, load_instructions, read_instruction
 from dora_vl.errors import BadSample, UserError
 from tests.shared_data import shared
 

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.collate import Collator
+from dora_vl.data.collate import Collator, shared_rows, visible
 from dora_vl.data.dataset import IGNORED_LABEL, Sample
-from dora_vl.data.shared_prefix import shared_rows, visible
 
 PICTURE = 99
 IGNORED = IGNORED_LABEL

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import Encoded, LlavaDataset, Rows
+from dora_vl.data.media import HeldPictures, StoredPictures
 from dora_vl.data.records import load_llava
 from dora_vl.data.sample_rows import SampleRow
-from dora_vl.data.stored_pictures import HeldPictures, StoredPictures
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, interleaved, shuffled
 from dora_vl.data.stream_sources import StreamSource
 from dora_vl.data.train_files import TrainFile

@@ -10,11 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.clips import Clip
-from dora_vl.data.overlap import overlap
 from dora_vl.data.train_files import TrainFile
-from dora_vl.data.training_rows import described, held_out_places, load_rows, load_training_rows
-from dora_vl.data.turns import read_llava
+from dora_vl.data.training_rows import described, held_out_places, load_rows, load_training_rows, overlap
+from dora_vl.data.turns import Clip, read_llava
 from dora_vl.errors import UserError
 from dora_vl.evaluation.questions import question_of
 

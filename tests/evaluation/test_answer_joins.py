@@ -50,7 +50,7 @@ def test_textvqa_by_picture_and_question(tmp_path: Path) -> None:
     assert found.answers == {"34604": "dakota", "34603": "1999", "34602": "nous"}
     assert (found.by, found.strangers) == ("picture and question", {"ffff": "none"})
     asked = [{"id": "003a8ae2ef43b901#2", "question": f"What year is it?\n{SHORT}", "prediction": "2000"}]
-    assert joined("textvqa", examples, asked, tmp_path).answers == {"34603": "2000"}  # of `question_file`
+    assert joined("textvqa", examples, asked, tmp_path).answers == {"34603": "2000"}  # of `questions`
 
 
 def test_equal_keys_are_told_apart_by_their_order_if_all_are_there(tmp_path: Path) -> None:

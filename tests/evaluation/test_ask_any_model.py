@@ -16,15 +16,14 @@ from safetensors.torch import load_file, save_file
 from dora_vl.cli import main
 from dora_vl.data.examples import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.asker import MediaReader, Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.evaluation.predictions_file import Prediction, read_predictions
 from dora_vl.evaluation.prompt_inputs import model_inputs
+from dora_vl.evaluation.result_files import Prediction, read_predictions
 from dora_vl.evaluation.run import evaluate_run
-from dora_vl.evaluation.shown import MediaReader, Shown
 from dora_vl.run.recipe import EvaluationConfig
-from dora_vl.run.video_reading import VideoReading
+from dora_vl.run.samples import VideoReading
 from dora_vl.vision.frame_sampling import Uniform
 from dora_vl.vision.video import VideoReader
 from tasks import image_qa

@@ -20,7 +20,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.assistant import open_picture
 from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.evaluation.predictions_file import read_predictions
+from dora_vl.evaluation.result_files import read_predictions
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run

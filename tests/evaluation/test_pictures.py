@@ -12,7 +12,7 @@ from PIL import Image
 
 from dora_vl.adapters.decomposition import Panel
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.decomposition_picture import draw_panels
+from dora_vl.evaluation.analyze_command import draw_panels
 from dora_vl.evaluation.pictures import (
     COLUMNS,
     SHEET_CELLS,
@@ -24,7 +24,7 @@ from dora_vl.evaluation.pictures import (
     write_contact_sheet,
     write_loss_curve,
 )
-from dora_vl.evaluation.predictions_file import Prediction
+from dora_vl.evaluation.result_files import Prediction
 
 
 def prediction(number: int, answer: str = "red") -> Prediction:

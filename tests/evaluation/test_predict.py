@@ -16,14 +16,13 @@ from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
+from dora_vl.evaluation.asker import MediaReader, Shown
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.predict import Decoding, predict
-from dora_vl.evaluation.predictions_file import PredictionsFile
 from dora_vl.evaluation.prompt_inputs import Side
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.shown import MediaReader, Shown
-from dora_vl.run.picture_reading import PictureReader
-from dora_vl.run.video_reading import VideoReading
+from dora_vl.evaluation.result_files import PredictionsFile
+from dora_vl.run.samples import PictureReader, VideoReading
 from dora_vl.vision.frame_sampling import Uniform
 
 END = 1

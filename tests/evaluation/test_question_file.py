@@ -13,7 +13,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation import prompts
 from dora_vl.evaluation.evaluation_set import EvaluationSet, read_set
-from dora_vl.evaluation.question_file import read_question_file
+from dora_vl.evaluation.questions import read_question_file
 
 SHORT, LETTER = prompts.SHORT, prompts.LETTER
 

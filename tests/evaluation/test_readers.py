@@ -19,9 +19,8 @@ from dora_vl.errors import LONGEST_MESSAGE, UserError
 from dora_vl.evaluation.answers_file import read_answers
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.evaluation_set import read_set
-from dora_vl.evaluation.predictions_file import read_predictions
-from dora_vl.evaluation.question_file import read_question_file
-from dora_vl.evaluation.questions import read_questions
+from dora_vl.evaluation.questions import read_question_file, read_questions
+from dora_vl.evaluation.result_files import read_predictions
 
 Reader = Callable[[Path], object]
 

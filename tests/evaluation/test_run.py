@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.predictions_file import read_predictions
+from dora_vl.evaluation.result_files import read_predictions
 from dora_vl.evaluation.run import evaluate_run
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.command_line import read_run_file

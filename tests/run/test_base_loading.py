@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from dora_vl.backbones.causal_lm import LanguageSource
 from dora_vl.backbones.written_base import written_base
 from dora_vl.errors import UserError
-from dora_vl.run import base_loading
-from dora_vl.run.base_loading import load_base, make_base
+from dora_vl.run import adapting
+from dora_vl.run.adapting import load_base, make_base
 from dora_vl.run.commonsense_recipe import LanguageModelConfig
 from dora_vl.run.recipe import ModelConfig
 
@@ -21,7 +21,7 @@ from dora_vl.run.recipe import ModelConfig
 @pytest.mark.parametrize("section", [ModelConfig, LanguageModelConfig])
 def test_every_setting_reaches_the_loader(section, monkeypatch):
     tried = []
-    monkeypatch.setattr(base_loading, "check_runs_here", lambda *given: tried.append(given))
+    monkeypatch.setattr(adapting, "check_runs_here", lambda *given: tried.append(given))
     model = section(base="folder", revision="abc", dtype="float16", attn_implementation="eager", quantisation="int8")
     given: dict[str, Any] = load_base(lambda base, **settings: {"base": base, **settings}, model, beams=4)
     assert given == {

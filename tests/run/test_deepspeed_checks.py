@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.run.arguments import training_arguments
+from dora_vl.run.arguments import check_agreement, check_deepspeed, read_deepspeed, training_arguments, zero_stage
 from dora_vl.run.command_line import read_run_file
-from dora_vl.run.deepspeed_checks import check_agreement, check_deepspeed, read_deepspeed, zero_stage
 from tests.training.tiny_run import write_run
 
 

@@ -12,8 +12,7 @@ import yaml
 
 from dora_vl.errors import UserError
 from dora_vl.pipelines.llava_task import LlavaTask
-from dora_vl.run.command_line import read_run
-from dora_vl.run.recipe_file import find_recipe, merged, recipe_names, variants_of
+from dora_vl.run.command_line import find_recipe, merged, read_run, recipe_names, variants_of
 from dora_vl.training.run import train
 from tests.training.tiny_run import write_run
 

@@ -376,7 +376,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pyt
     def unreadable(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "dev.json")
 
-    monkeypatch.setattr("dora_vl.sources.manifest.file_sha256", unreadable)
+    monkeypatch.setattr("dora_vl.sources.conversion.file_sha256", unreadable)
     with pytest.raises(UserError, match=r"dev\.json: cannot be read \(Permission denied\)"):
         prepare("nlvr2", FIXTURES / "nlvr2", tmp_path)
     assert [path.name for path in tmp_path.rglob(".*") if path.name != ".prepare.lock"] == []

@@ -14,8 +14,8 @@ from dora_vl.cli import main
 from dora_vl.errors import BadSample, UserError
 from dora_vl.sources import coco_caption
 from dora_vl.sources.commonsense import labels_of, options_of
+from dora_vl.sources.joins import soft_answers
 from dora_vl.sources.nlvr import read_shares, share_of
-from dora_vl.sources.soft_answers import soft_answers
 from dora_vl.sources.subtitles import Subtitles, parse_srt, span, subtitles_of
 
 LINE = st.text(st.characters(categories=["L", "N", "P"], include_characters=" "), min_size=1, max_size=20).filter(

@@ -14,7 +14,7 @@ import yaml
 
 from dora_vl.errors import UserError
 from dora_vl.pipelines.image_text_task import instruct_task
-from dora_vl.run import picture_reading
+from dora_vl.run import samples
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.run import train
@@ -92,9 +92,9 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
     dropout = "--adapter.dropout=0.2"
     whole = trained(path, "whole", dropout)
     decoded: list[str] = []
-    read_pixels = picture_reading.open_picture
+    read_pixels = samples.open_picture
     monkeypatch.setattr(
-        picture_reading,
+        samples,
         "open_picture",
         lambda root, picture, *more: decoded.append(picture) or read_pixels(root, picture, *more),
     )

@@ -17,7 +17,7 @@ from dora_vl.data.dataset import Sample
 from dora_vl.data.examples import Answer, Clip, Example, iterate_examples, write_examples
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.evaluation.predictions_file import read_predictions
+from dora_vl.evaluation.result_files import read_predictions
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.command_line import read_run_file, read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
@@ -120,7 +120,7 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
 
     from dora_vl.data.examples import Clip, Example
     from dora_vl.errors import UserError
-    from dora_vl.evaluation.shown import Shown
+    from dora_vl.evaluation.asker import Shown
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
     from dora_vl.vision.feature_files import open_features
     from dora_vl.vision.video import VideoReader

@@ -16,11 +16,10 @@ from dora_vl import cli
 from dora_vl.adapters import merge_command
 from dora_vl.adapters.folder import read_weights
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant, open_picture
 from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.evaluation.predictions_file import read_predictions
-from dora_vl.evaluation.shown import Shown
+from dora_vl.evaluation.result_files import read_predictions
 from dora_vl.pipelines.image_text_task import ImageTextTask, instruct_task
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.command_line import read_run_file

@@ -15,9 +15,8 @@ from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import LlavaDataset
 from dora_vl.run.assembly import build_encoder, pad_token_id
 from dora_vl.run.command_line import read_run_file
-from dora_vl.run.picture_reading import image_preparation, read_pixels
 from dora_vl.run.recipe import RunConfig
-from dora_vl.run.samples import read_samples
+from dora_vl.run.samples import image_preparation, read_pixels, read_samples
 from tests.training.test_run import one_thread, run_folder, train_file
 from tests.training.tiny_run import write_run, write_tiny_data
 

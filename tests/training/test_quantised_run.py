@@ -20,10 +20,9 @@ from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.backbones.causal_lm import load_causal_lm
 from dora_vl.backbones.image_text import load_image_text
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant, open_picture
 from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.evaluation.shown import Shown
 from dora_vl.pipelines.commonsense_task import CommonsenseTask
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig

@@ -7,8 +7,7 @@ from torch import nn
 
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.core.config import AdaptedPart
-from dora_vl.training.optim import learning_rates
-from dora_vl.training.trained_table import frozen_table, trained_table
+from dora_vl.training.optim import frozen_table, learning_rates, trained_table
 
 
 class Small(nn.Module):

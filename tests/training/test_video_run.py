@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from dora_vl.adapters.folder import read_weights
-from dora_vl.data.clips import Clip
-from dora_vl.data.turns import Turn
+from dora_vl.data.turns import Clip, Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.evaluation.shown import Shown
 from dora_vl.pipelines.image_text_task import instruct_task
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run

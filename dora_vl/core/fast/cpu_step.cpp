@@ -210,7 +210,7 @@ class AdaptedProduct : public torch::autograd::Function<AdaptedProduct> {
     ctx->saved_data["scale"] = pass.scale;
     ctx->saved_data["magnitude_dtype"] = magnitude.scalar_type();
     ctx->saved_data["halved"] = pass.halved_backward;
-    // Shares the output's count of edits, without its memory: freshness.py's EditsInPlace.
+    // Shares the output's count of edits, without its memory: gain.py's EditsInPlace.
     Tensor probe = at::empty({0}, y.options());
     probe.unsafeGetTensorImpl()->set_version_counter(output.unsafeGetTensorImpl()->version_counter());
     ctx->saved_data["probe"] = probe;

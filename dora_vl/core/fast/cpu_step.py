@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dora_vl.core.fast.dropout import Dropped
 from dora_vl.core.fast.products import ROW_HALVES
-from dora_vl.core.freshness import SHARD_MARKS, is_plain_parameter
+from dora_vl.core.gain import SHARD_MARKS, is_plain_parameter
 
 if TYPE_CHECKING:
     from dora_vl.core.linear import ProductLayer

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_vl.core.fast.fused import dropout_kernels
-from dora_vl.core.freshness import version_of
+from dora_vl.core.gain import version_of
 
 
 class Dropped:

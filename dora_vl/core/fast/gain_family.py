@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from dora_vl.core import functional
 from dora_vl.core.fast.fused import norm_kernels
-from dora_vl.core.freshness import SHARD_MARKS, is_plain_parameter
-from dora_vl.core.gain import Gain, quick_gains
+from dora_vl.core.gain import SHARD_MARKS, Gain, is_plain_parameter, quick_gains
 
 if TYPE_CHECKING:
     from dora_vl.core.linear import ProductLayer

@@ -1,1 +1,1 @@
-"""Readers of the files that people have: `containers` gives rows, and `row_formats` makes each an `Example`."""
+"""Readers of the files that people have: `containers` gives rows, which `data.sample_rows` makes into samples."""

@@ -6,14 +6,168 @@ WebDataset archives, and sets of the hub by `hub:OWNER/NAME`, or `hub:OWNER/NAME
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dora_vl.data.readers.delimited import delimited_rows
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from dora_vl.data.readers.webdataset import webdataset_rows
 from dora_vl.data.records import stream_records
-from dora_vl.errors import UserError
+from dora_vl.data.text_file import LONGEST_REASON, json_of, table_rows
+from dora_vl.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import datasets
+
+
+ROWS_AT_ONCE = 64
+"""Rows in memory as Python objects; with pictures each may be megabytes."""
+READING_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError)
+"""What pyarrow raises on files that are cut, damaged, or of another kind."""
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
+    """Yields the rows of a Parquet file.
+
+    Raises:
+        UserError: it cannot be read to its end.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
+            for group in range(file.num_row_groups):
+                yield from _rows(file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group]))
+    except READING_ERRORS as error:
+        raise _unreadable_columns(path, "Parquet", error) from None
+
+
+def arrow_rows(path: Path) -> Iterator[dict[str, object]]:
+    """Yields the rows of an Arrow file, a stream (as `datasets` writes it) or a file with a footer.
+
+    Raises:
+        UserError: it cannot be read to its end.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            yield from _rows(_arrow_batches(source))
+    except READING_ERRORS as error:
+        raise _unreadable_columns(path, "Arrow", error) from None
+
+
+def count_rows(path: Path) -> int | None:
+    """How many rows a Parquet or Arrow file has, without reading them; None for any other file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    kind = {".parquet": "Parquet", ".arrow": "Arrow"}.get(path.suffix.lower())
+    if kind is None:
+        return None
+    try:
+        if kind == "Parquet":
+            return pq.read_metadata(path).num_rows
+        with pa.memory_map(str(path)) as source:
+            return sum(map(len, _arrow_batches(source)))
+    except READING_ERRORS as error:
+        raise _unreadable_columns(path, kind, error) from None
+
+
+def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+    if source.read(6) == b"ARROW1":
+        reader = pa.ipc.open_file(source)
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        source.seek(0)
+        yield from pa.ipc.open_stream(source)
+
+
+def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
+    for batch in batches:
+        batch.validate(full=True)  # offsets that lead out of a damaged file's memory would end the process
+        for start in range(0, len(batch), ROWS_AT_ONCE):
+            yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
+
+
+def _unreadable_columns(path: Path, kind: str, error: BaseException) -> UserError:
+    reason = one_line(str(error), LONGEST_REASON) or type(error).__name__
+    return UserError(f"{path}: cannot be read as {kind} ({reason}); fetch or write it again")
+
+
+LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "choices", "subtitles"})
+OBJECTS = frozenset({"extra", "video"})
+"""Columns whose cells may hold JSON; any other cell is text as it stands."""
+
+
+def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
+    """Yields the rows of a table; an empty cell is null where its column may hold JSON or an id.
+
+    Raises:
+        UserError: as `table_rows`, or JSON that cannot be read.
+    """
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    for line, cells in table_rows(path, "samples", delimiter=delimiter):
+        yield {name: _value(name, cell, f"{path}, line {line}, column {name}") for name, cell in cells.items()}
+
+
+def _value(name: str, cell: str, where: str) -> object:
+    if name in LISTS or name in OBJECTS:
+        opening = "[" if name in LISTS else "{"
+        if cell.lstrip().startswith(opening):
+            return json_of(cell, where)
+        return cell or None
+    return None if name == "id" and not cell else cell
+
+
+def hub_files(name: str) -> tuple[Path, ...]:
+    """The Arrow files of a set's split, fetched where they are not there yet.
+
+    Args:
+        name: `OWNER/NAME` or `OWNER/NAME:SPLIT`; the split is `train` where none is named.
+
+    Raises:
+        UserError: whatever `datasets` says against it.
+    """
+    found: Any = _opened(name, streaming=False)
+    return tuple(Path(one["filename"]) for one in found.cache_files)
+
+
+def hub_stream(name: str) -> datasets.IterableDataset:
+    """A set's split, to be fetched while it is read; pictures stay bytes or paths. See `hub_files`.
+
+    Raises:
+        UserError: whatever `datasets` says against it.
+    """
+    return _opened(name, streaming=True).decode(False)
+
+
+def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, object]]:
+    """Yields the rows of a stream.
+
+    Raises:
+        UserError: whatever `datasets` says against it, such as a connection that breaks.
+    """
+    try:
+        yield from stream
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _opened(name: str, *, streaming: bool) -> Any:
+    import datasets
+
+    repository, _, split = name.partition(":")
+    try:
+        return datasets.load_dataset(repository, split=split or "train", streaming=streaming)
+    except Exception as error:  # its loaders raise of every kind
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    return UserError(f"hub:{name}: cannot be read by `datasets`: {one_line(str(error), 300)}")
+
 
 HUB = "hub:"
 Progress = Callable[[int], object]
@@ -21,13 +175,11 @@ Reader = Callable[[Path], Iterator[dict[str, object]]]
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, object]]:
-    from dora_vl.data.readers.columns import parquet_rows  # needs pyarrow, which JSON alone does not
 
     return parquet_rows(path)
 
 
 def _arrow_rows(path: Path) -> Iterator[dict[str, object]]:
-    from dora_vl.data.readers.columns import arrow_rows
 
     return arrow_rows(path)
 
@@ -83,8 +235,6 @@ def find_files(path: Path) -> DataFiles:
         UserError: nothing is there, or files of several kinds.
     """
     if str(path).startswith(HUB):
-        from dora_vl.data.readers.hub import hub_files
-
         return DataFiles(str(path), hub_files(str(path).removeprefix(HUB)))
     if path.is_file():
         return DataFiles(str(path), (path,))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
-from dora_vl.data.readers.row_pictures import PICTURE_KEYS
+from dora_vl.data.media import PICTURE_KEYS
 from dora_vl.data.text_file import LONGEST_REASON, json_of, opened, text_of
 from dora_vl.errors import UserError, one_line
 

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_vl.data import record_table
+from dora_vl.data.media import StoredPictures
 from dora_vl.data.readers.containers import READERS, find_files
 from dora_vl.data.records import load_llava
-from dora_vl.data.stored_pictures import StoredPictures
 from dora_vl.errors import UserError
 from tests.training.own_data import (
     HOLD_PICTURES,

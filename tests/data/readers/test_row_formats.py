@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_vl.data.examples import Example, to_record
-from dora_vl.data.readers.row_formats import FORMATS, format_of, read_row, turns_of
+from dora_vl.data.sample_rows import FORMATS, format_of, read_row, turns_of
 from dora_vl.data.turns import Conversation, Turn, as_conversation
 from dora_vl.errors import BadSample, UserError
 
