@@ -1,4 +1,4 @@
-"""Computes features of pictures and videos with a frozen vision tower and writes them as sharded Parquet.
+"""Computes features of pictures and videos with a frozen vision tower and writes them as safetensors shards.
 
 What a VL-BART reads, for example VL-Adapter's picture features (CLIP RN101's 7x7 grid, pictures squashed to 224 x 224):
 
@@ -25,79 +25,25 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from dora_vl.data.bad_samples import BadSampleLedger, write_skipped
 from dora_vl.data.examples import Clip, iterate_examples
-from dora_vl.data.feature_input import Part, clip_of_features, in_words, part_of
-from dora_vl.data.media import open_image
-from dora_vl.errors import BadSample, UserError, exit_on_user_error
+from dora_vl.data.feature_input import clip_of_features, in_words
+from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.vision.compute_features import Media, Medium, computed
 from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
-from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter, written
+from dora_vl.vision.feature_files import open_shards
+from dora_vl.vision.features import HASH, FeatureWriter
 from dora_vl.vision.tower_sources import TowerSpec
 from dora_vl.vision.video import LIMIT_SECONDS, VideoReader
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 VIDEOS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".flv"})
-PICTURE_BACKEND = "pillow"
-
-
-@dataclass(frozen=True)
-class Medium:
-    """A picture's path or a clip, and the name of its features."""
-
-    name: str
-    path: str
-    clip: Clip | None = None
-
-    @property
-    def part(self) -> Part:
-        """Of the video; a picture is whole."""
-        return (0.0, None) if self.clip is None else part_of(self.clip)
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What came of one medium: prepared frames with where they are from, or why there are none."""
-
-    medium: Medium
-    pixels: Tensor | None = None
-    backend: str = ""
-    indices: tuple[int, ...] = ()
-    seconds: tuple[float, ...] = ()
-    problem: str = ""
-
-
-class _Media(Dataset[_Read]):
-    """Reads and prepares media; what cannot be read comes back named."""
-
-    def __init__(self, media: Sequence[Medium], root: Path, encoder: FeatureEncoder, reader: VideoReader) -> None:
-        self._media = media
-        self._root = root
-        self._preparation = encoder.preparation
-        self._sampling = encoder.settings.sampling
-        self._reader = reader
-
-    def __len__(self) -> int:
-        return len(self._media)
-
-    def __getitem__(self, index: int) -> _Read:
-        medium = self._media[index]
-        try:
-            if medium.clip is None:
-                picture = open_image(self._root, medium.path)
-                return _Read(medium, self._preparation.prepare(picture)[None], PICTURE_BACKEND)
-            frames = self._reader.read_prepared(self._root, medium.clip, self._sampling, self._preparation.prepare)
-        except BadSample as error:
-            return _Read(medium, problem=error.reason)
-        return _Read(medium, torch.stack(frames.pictures), frames.backend, frames.indices, frames.seconds)
 
 
 def media_in_records(files: Iterable[Path]) -> list[Medium]:
@@ -149,9 +95,9 @@ def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
     Raises:
         UserError: it holds those of another part of a video under the same name.
     """
-    done = written(to)
+    done = open_shards(to)
     for medium in media:
-        stored = done.get(medium.name)
+        stored = done[medium.name].part if medium.name in done else None
         if stored is not None and stored != medium.part:
             raise UserError(
                 f"{to} holds features of {in_words(stored)} of {medium.path} as {medium.name!r}, and those of "
@@ -174,25 +120,33 @@ def compute(
         UserError: too many files cannot be read, or the folder holds other features of their names.
     """
     part, parts = options.part
-    settings = {**encoder.settings.to_record(), "sha256": encoder.fingerprint()}
-    writer = FeatureWriter(to, settings)
-    own = missing(media[part::parts], to)
-    ledger = BadSampleLedger(
-        max_bad_share=options.max_bad_share, total_samples=max(1, len(media[part::parts])), source=str(root)
-    )
-    reader = VideoReader(limit_seconds=options.limit_seconds)
-    loader = DataLoader(
-        _Media(own, root, encoder, reader), batch_size=None, num_workers=options.workers, prefetch_factor=None
-    )
-    try:
-        with tqdm(total=len(own), unit="file", desc="features", disable=part != 0) as progress:
-            for read in loader:
-                _take(read, encoder, writer, ledger, batch_size=options.batch_size)
-                progress.update(1)
-    finally:  # also when it is interrupted: what is computed need not be computed again
-        reader.close()
-        writer.flush()
-        write_skipped(to / f"skipped-{part}.jsonl", ledger.reasons)
+    total = max(1, len(media[part::parts]))
+    ledger = BadSampleLedger(max_bad_share=options.max_bad_share, total_samples=total, source=str(root))
+
+    def encode(clips: list[Tensor]) -> list[Tensor]:
+        return [
+            encoder.sequence(torch.cat([encoder.encode(pixels) for pixels in clip.split(options.batch_size)]))
+            for clip in clips
+        ]
+
+    # Closed also when it is interrupted: what is computed need not be computed again.
+    with (
+        FeatureWriter(to, {**encoder.settings.to_record(), HASH: encoder.fingerprint()}) as writer,
+        VideoReader(limit_seconds=options.limit_seconds) as reader,
+    ):
+        own = missing(media[part::parts], to)
+        files = Media(
+            media=own, root=root, preparation=encoder.preparation, sampling=encoder.settings.sampling, reader=reader
+        )
+        rows = computed(files, encode, at_once=1, workers=options.workers, progress=part == 0)
+        try:
+            for medium, row in zip(own, rows, strict=True):
+                ledger.record(samples=int(not row.broken), skipped=[(medium.path, row.broken)] if row.broken else [])
+                ledger.judge()
+                if not row.broken:
+                    writer.add(row)
+        finally:
+            write_skipped(to / f"skipped-{part}.jsonl", ledger.reasons)
     return ledger
 
 
@@ -208,20 +162,6 @@ def ended_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _take(
-    read: _Read, encoder: FeatureEncoder, writer: FeatureWriter, ledger: BadSampleLedger, *, batch_size: int
-) -> None:
-    ledger.record(
-        samples=int(read.pixels is not None), skipped=[(read.medium.path, read.problem)] if read.problem else []
-    )
-    ledger.judge()
-    if read.pixels is None:
-        return
-    frames = torch.cat([encoder.encode(pixels) for pixels in read.pixels.split(batch_size)])
-    medium, features = read.medium, encoder.sequence(frames)
-    writer.add(FeatureRow(medium.name, features, read.backend, read.indices, read.seconds, medium.part))
 
 
 def feature_settings(options: argparse.Namespace) -> FeatureSettings:

@@ -119,7 +119,7 @@ def measured(folder: Path) -> tuple[Float[Tensor, " channels"], Float[Tensor, " 
         UserError: the folder holds no features.
     """
     source = open_features(folder)
-    tokens = torch.cat([source.read(name).double() for name in islice(source.names(), MOST_FILES)])
+    tokens = torch.cat([source.read(name).double() for name in islice(source.held, MOST_FILES)])
     spread = tokens.std(dim=0, correction=0)
     least = LEAST_SPREAD * float(tokens.std(correction=0))
     return tokens.mean(dim=0).float(), spread.clamp_min(least).float()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -31,25 +31,89 @@ class Stored:
 
 
 @runtime_checkable
-class FeatureReader(Protocol):
-    """Stored features of a picture or a video, by an example's path."""
+class Held(Protocol):
+    """One picture's or video's stored features; both methods raise `BadSample` where they are damaged."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Tokens and numbers of each token."""
+    def part(self) -> Part | None:
+        """Of the video; None where nothing says it."""
         ...
+
+    def stored(self) -> Stored:
+        """What they are, without reading them; where nothing says it, each token is a frame."""
+        ...
+
+    def read(self) -> Float[Tensor, "tokens width"]:
+        """All of them, in the dtype they are stored in."""
+        ...
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Stored features by the name of their picture or video, in whatever form; worker processes may have it."""
+
+    folder: Path
+    held: Mapping[str, Held]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.held
+
+    def __getitem__(self, name: str) -> Held:
+        """Raises `BadSample` where there are none."""
+        if name not in self.held:
+            reason = f"{self.folder} holds no features of {name}; python -m data_prep.features computes them"
+            raise BadSample(name, reason)
+        return self.held[name]
+
+    def read(self, name: str) -> Float[Tensor, "tokens width"]:
+        """One picture's or video's features; raises `BadSample` where there are none, or they cannot be read."""
+        return self[name].read()
+
+
+@dataclass(frozen=True)
+class FeatureReader:
+    """Features by an example's path: the file's name without folder and ending counts.
+
+    Attributes:
+        tokens: how many every input gets.
+        width: numbers of each, as the model takes them.
+    """
+
+    source: FeatureStore
+    tokens: int
+    width: int
 
     def read(self, path: str) -> Float[Tensor, "tokens channels"]:
-        """The features; raises `BadSample` where there are none."""
-        ...
+        """The features of one file, in float32.
+
+        Raises:
+            BadSample: there are none, or of another width, or they are no numbers.
+        """
+        features = self.source.read(Path(path).stem).float()
+        self._refuse_other_width(path, features.shape[1])
+        if not bool(torch.isfinite(features).all()):
+            raise BadSample(path, f"its features in {self.source.folder} hold NaN or infinity; compute them again")
+        return features
 
     def stored(self, path: str) -> Stored:
-        """What those features are, without reading them; likewise raises `BadSample`."""
-        ...
+        """What they are, without reading them.
+
+        Raises:
+            BadSample: there are none, or of another width.
+        """
+        found = self.source[Path(path).stem].stored()
+        self._refuse_other_width(path, found.width)
+        return found
 
     def part(self, path: str) -> Part | None:
         """The part of a video that they are of; None where nothing says it."""
-        ...
+        name = Path(path).stem
+        return self.source[name].part if name in self.source else None
+
+    def _refuse_other_width(self, path: str, width: int) -> None:
+        if width != self.width:
+            reason = f"its features in {self.source.folder} have {width} numbers a token; the model takes {self.width}"
+            raise BadSample(path, reason)
 
 
 def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "images tokens channels"]:
@@ -79,7 +143,7 @@ def check_features(example: Example, reader: FeatureReader) -> None:
     _check_pictures(example, [one.tokens for one in found], reader)
     try:
         for one in found:
-            pooled_frames(one.tokens, reader.shape[0], frames=one.frames)
+            pooled_frames(one.tokens, reader.tokens, frames=one.frames)
     except UserError as error:
         raise BadSample(example.id, str(error)) from None
 
@@ -99,10 +163,10 @@ def feature_paths(example: Example) -> tuple[str, ...]:
 
 def _check_pictures(example: Example, tokens: Sequence[int], reader: FeatureReader) -> None:
     """A picture must have exactly as many tokens as every input gets."""
-    if example.video is None and any(one != reader.shape[0] for one in tokens):
+    if example.video is None and any(one != reader.tokens for one in tokens):
         have = "its picture has" if len(tokens) == 1 else "its pictures have"
         counts = " and ".join(str(one) for one in dict.fromkeys(tokens))
-        raise BadSample(example.id, f"{have} {counts} tokens; data.feature_tokens is {reader.shape[0]}")
+        raise BadSample(example.id, f"{have} {counts} tokens; data.feature_tokens is {reader.tokens}")
 
 
 def part_of(clip: Clip) -> Part:
@@ -133,9 +197,9 @@ def in_words(part: Part) -> str:
 
 
 def _fitted(features: Tensor, path: str, reader: FeatureReader) -> Float[Tensor, "tokens channels"]:
-    length = reader.shape[0]
-    frames = reader.stored(path).frames if len(features) > length else 1  # it may have to look into the file again
-    return fixed_length(features, length, frames=frames)
+    # What is stored is asked only where frames count: a file of its own is looked into again.
+    frames = reader.stored(path).frames if len(features) > reader.tokens else 1
+    return fixed_length(features, reader.tokens, frames=frames)
 
 
 def clip_of_features(example: Example) -> tuple[str, Clip] | None:

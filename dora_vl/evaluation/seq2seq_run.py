@@ -181,7 +181,7 @@ def answer(
     batch_size: int,
 ) -> tuple[list[Example], Asked]:
     """Answers every example that can be asked; all examples, and what came of them."""
-    collate = Seq2SeqCollator(encoder.pad_token_id, reader.shape)
+    collate = Seq2SeqCollator(encoder.pad_token_id, (reader.tokens, reader.width))
     examples: list[Example] = []
     done = Asked()
     device = next(backbone.parameters()).device

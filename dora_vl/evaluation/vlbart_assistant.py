@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -26,15 +27,15 @@ from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.model_source import ModelSource
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.seq2seq_run import answers_of
-from dora_vl.evaluation.trained_features import open_encoders, subtasks_of
 from dora_vl.tasks.subtask import Subtask, with_input_tokens
-from dora_vl.vision.feature_encoder import FeatureEncoder
+from dora_vl.vision.feature_encoder import FeatureEncoder, open_encoders
 from dora_vl.vision.frame_sampling import Sampling
 
 log = logging.getLogger(__name__)
 
 FRAMES_TASK = "vlbart_video"
 """Whose older folders do not say that pictures are a video's frames."""
+TASK_FILES = {"vlbart_image": "dora_vl.tasks.vlbart_image", "vlbart_video": "dora_vl.tasks.vlbart_video"}
 CHOOSING = frozenset({"choice", "words"})
 WITH_CHOICES = "a question with its choices (--choice, several times)"
 FREE = "a question without choices"
@@ -210,6 +211,17 @@ def _ways_to_ask(subtask: Subtask) -> tuple[str, ...]:
     if not subtask.reads_question:
         return (CAPTION,)
     return {"choice": (WITH_CHOICES,), "words": (WITH_CHOICES, FREE)}.get(subtask.answer_by, (FREE,))
+
+
+def subtasks_of(task: str, *, task_prompt: bool) -> Mapping[str, Subtask]:
+    """Every task of a VL-BART task file, by the file's name; `task_prompt` as in training.
+
+    Raises:
+        UserError: no such task file.
+    """
+    if task not in TASK_FILES:
+        raise UserError(f"the adapter was trained by {task!r}; there are {', '.join(TASK_FILES)}")
+    return import_module(TASK_FILES[task]).subtasks(task_prompt=task_prompt)
 
 
 def open_vlbart(source: ModelSource) -> Opened:

@@ -21,6 +21,7 @@ from dora_vl.backbones.vlbart_compose import compose_vlbart
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import DoRAConfig
 from dora_vl.data.example_file import ExampleFile
+from dora_vl.data.feature_input import FeatureReader
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.errors import UserError
 from dora_vl.evaluation.seq2seq_check import check_tests, open_test
@@ -35,7 +36,8 @@ from dora_vl.tasks.subtask import Subtask, with_input_tokens
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.seq2seq_loss import Seq2SeqTask
 from dora_vl.training.task import Task, TrainingData
-from dora_vl.vision.named_features import NamedFeatures
+from dora_vl.vision.feature_files import open_features
+from dora_vl.vision.features import first_difference, read_settings
 
 ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
 EVERYTHING = ("*",)
@@ -154,7 +156,7 @@ class VlBartTask(Task):
             "compose": None if model.compose is None else dataclasses.asdict(model.compose),
             "dtype": model.dtype,
             "feature_tokens": data.feature_tokens,
-            "features": {name: feature_settings(Path(folder)) for name, folder in data.features.items()},
+            "features": {name: read_settings(Path(folder)) for name, folder in data.features.items()},
             "settings": named_settings(self.config),
             "training": dict(self.config.training),
             "versions": versions(),
@@ -220,11 +222,11 @@ class VlBartTask(Task):
             for name, file in files.items()
         ]
 
-    def _readers(self, names: Sequence[str], width: int) -> list[NamedFeatures]:
+    def _readers(self, names: Sequence[str], width: int) -> list[FeatureReader]:
         return [self._reader(self.config.data.features[name], width) for name in names]
 
-    def _reader(self, folder: str, width: int) -> NamedFeatures:
-        return NamedFeatures(Path(folder), tokens=self.config.data.feature_tokens, width=width)
+    def _reader(self, folder: str, width: int) -> FeatureReader:
+        return FeatureReader(open_features(Path(folder)), self.config.data.feature_tokens, width)
 
 
 def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
@@ -256,13 +258,6 @@ def named_settings(config: VlBartRunConfig) -> dict[str, Any]:
     }
 
 
-def feature_settings(folder: Path) -> dict[str, Any] | None:
-    """What a folder of features was computed with, where it says so."""
-    from dora_vl.vision.feature_shards import SETTINGS_FILE, read_settings
-
-    return read_settings(folder) if (folder / SETTINGS_FILE).is_file() else None
-
-
 def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -> None:
     """Refuses test features that were computed in another way than those of training, where both say how.
 
@@ -272,11 +267,9 @@ def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -
     Raises:
         UserError: a setting differs; both folders and values are named.
     """
-    from dora_vl.vision.feature_shards import first_difference
-
     for task, folder in tested.items():
-        before = feature_settings(Path(trained[task])) if task in trained else None
-        now = feature_settings(Path(folder))
+        before = read_settings(Path(trained[task])) if task in trained else None
+        now = read_settings(Path(folder))
         if before is None or now is None or (name := first_difference(before, now)) is None:
             continue
         raise UserError(

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.backbones.video_inputs import Video, repeated
+from dora_vl.data.feature_input import FeatureStore
 from dora_vl.data.media import HeldPictures, StoredPictures, open_picture
 from dora_vl.data.stream import SampleStream
 from dora_vl.data.stream_sources import StreamSource
@@ -24,8 +25,7 @@ from dora_vl.errors import UserError
 from dora_vl.run.launch import gather_to_read, rank_and_ranks, wait_for_everyone
 from dora_vl.run.recipe import DataConfig, ModelConfig, RunConfig
 from dora_vl.run.run_folder import run_folder_of
-from dora_vl.vision.compute_features import compute_features, open_store
-from dora_vl.vision.features import FeatureStore
+from dora_vl.vision.compute_features import FeatureCache
 from dora_vl.vision.frame_sampling import EverySeconds, Sampling, Uniform
 from dora_vl.vision.images import ImagePreparation
 from dora_vl.vision.video import VideoReader
@@ -102,12 +102,11 @@ def _filled_store(
     # ZeRO-3 has sharded the tower already and its hooks come only with the engine: make it whole meanwhile.
     with gather_to_read(backbone.tower.parameters()):
         backbone.tower.to(device)
-        store = open_store(cache, tower=backbone, preparation=preparation, root=folder, stored=stored)
+        kept = FeatureCache(cache, tower=backbone, preparation=preparation, root=folder, held=stored)
         wait_for_everyone()  # each must see the same features missing, before one adds some
-        compute_features(store, pictures, tower=backbone, preparation=preparation, part=(rank, ranks))
+        kept.fill(pictures, part=(rank, ranks))
     wait_for_everyone()
-    store.reload()
-    return store
+    return kept.open()
 
 
 LEAST_FRAMES = 2

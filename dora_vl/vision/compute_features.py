@@ -1,12 +1,11 @@
-"""Fills a feature store: reads the pictures it lacks, runs the frozen tower over them in batches, shard by shard."""
+"""Runs a frozen tower over pictures and clips: workers read and prepare them, what it makes goes into a store."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,17 +15,97 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dora_vl.data.media import StoredPictures, open_picture
+from dora_vl.data.examples import Clip
+from dora_vl.data.feature_input import FeatureStore, Part, part_of
+from dora_vl.data.media import HeldPictures, open_picture
 from dora_vl.errors import BadSample, UserError
-from dora_vl.vision.features import SHARD_BYTES, FeatureStore, PictureEntry, file_state, store_key
+from dora_vl.vision.features import HASH, WHOLE, FeatureRow, FeatureWriter, file_state, shard_rows, store_key
+from dora_vl.vision.frame_sampling import Sampling
 from dora_vl.vision.images import ImagePreparation
+from dora_vl.vision.video import VideoReader
 
 log = logging.getLogger(__name__)
+
+PICTURE_BACKEND = "pillow"
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture's path or a clip, and the name of its features."""
+
+    name: str
+    path: str
+    clip: Clip | None = None
+
+    @property
+    def part(self) -> Part:
+        """Of the video; a picture is whole."""
+        return WHOLE if self.clip is None else part_of(self.clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Media(Dataset[tuple[FeatureRow, Tensor | None]]):
+    """Reads and prepares media: a row yet without features, and `[frames, 3, height, width]`; None where it is broken.
+
+    Attributes:
+        root: the folder of their paths.
+        held: pictures that the data file itself holds.
+        sampling: which frames of a clip; `reader` decodes it.
+    """
+
+    media: Sequence[Medium]
+    root: Path
+    preparation: ImagePreparation
+    held: HeldPictures | None = None
+    sampling: Sampling | None = None
+    reader: VideoReader | None = None
+
+    def __len__(self) -> int:
+        return len(self.media)
+
+    def __getitem__(self, index: int) -> tuple[FeatureRow, Tensor | None]:
+        medium = self.media[index]
+        row = FeatureRow(medium.name, None, part=medium.part, state=file_state(self.root, medium.path))
+        try:
+            return self._read(medium, row)
+        except BadSample as error:
+            return replace(row, broken=error.reason), None
+
+    def _read(self, medium: Medium, row: FeatureRow) -> tuple[FeatureRow, Tensor]:
+        prepare = self.preparation.prepare
+        if medium.clip is None:
+            return replace(row, backend=PICTURE_BACKEND), prepare(open_picture(self.root, medium.path, self.held))[None]
+        if self.reader is None or self.sampling is None:
+            raise ValueError("clips need a reader and a sampling")
+        frames = self.reader.read_prepared(self.root, medium.clip, self.sampling, prepare)
+        read = replace(row, backend=frames.backend, indices=frames.indices, seconds=frames.seconds)
+        return read, torch.stack(frames.pictures)
+
+
+def computed(
+    media: Media, encode: Callable[[list[Tensor]], Iterable[Tensor]], *, at_once: int, workers: int, progress: bool
+) -> Iterator[FeatureRow]:
+    """The media's rows in their order, those that could not be read without features.
+
+    Args:
+        encode: pixels of several media, `[frames, 3, height, width]` each, as the features of each.
+        at_once: how many media `encode` gets.
+        workers: processes that read; 0 reads here.
+        progress: shows a bar.
+    """
+    loader: Iterable[Any] = DataLoader(media, batch_size=at_once, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(media), unit="file", desc="features", disable=not progress) as bar:
+        for batch in loader:
+            pixels = [one for _, one in batch if one is not None]
+            features = iter(encode(pixels) if pixels else ())
+            for row, one in batch:
+                yield row if one is None else replace(row, features=next(features))
+            bar.update(len(batch))
 
 
 @runtime_checkable
 class FrozenTower(Protocol):
-    """The part of a backbone that this needs."""
+    """The part of a backbone that a cache of its pictures' features needs."""
 
     @property
     def tower(self) -> nn.Module:
@@ -55,91 +134,68 @@ class FrozenTower(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _ReadPicture:
-    """One picture's pixels, or why there are none, with the state of its file before it was read."""
-
-    picture: str
-    size: int
-    changed: int
-    pixels: Tensor | None
-    broken: str
-
-
-class _Pictures(Dataset[_ReadPicture]):
-    """Reads and prepares pictures; what cannot be read comes back named."""
-
-    def __init__(self, pictures: Sequence[str], store: FeatureStore, preparation: ImagePreparation) -> None:
-        self._pictures = pictures
-        self._root, self._stored = store.root, store.stored
-        self._preparation = preparation
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def __getitem__(self, index: int) -> _ReadPicture:
-        picture = self._pictures[index]
-        size, changed = file_state(self._root, picture)
-        try:
-            pixels = self._preparation.prepare(open_picture(self._root, picture, self._stored))
-        except BadSample as error:
-            return _ReadPicture(picture, size, changed, None, error.reason)
-        return _ReadPicture(picture, size, changed, pixels, "")
-
-
-def open_store(
-    folder: Path,
-    *,
-    tower: FrozenTower,
-    preparation: ImagePreparation,
-    root: Path,
-    stored: StoredPictures | None = None,
-) -> FeatureStore:
-    """The store of this tower and preparation under `folder`, empty where nothing has been computed yet.
-
-    Pictures are files below `root`, or `stored` in the data file itself.
-    """
-    key = store_key(tower.tower, {**tower.tower_settings, "preparation": preparation.fingerprint()})
-    (folder / key).mkdir(parents=True, exist_ok=True)
-    return FeatureStore(folder / key, root=root, stored=stored)
-
-
-def compute_features(
-    store: FeatureStore,
-    pictures: Iterable[str],
-    *,
-    tower: FrozenTower,
-    preparation: ImagePreparation,
-    batch_size: int = 32,
-    workers: int = 0,
-    part: tuple[int, int] = (0, 1),
-) -> None:
-    """Computes what the store lacks of these pictures, with a progress bar; may be stopped and started again.
+class FeatureCache:
+    """Features of a backbone's pictures in a folder of stores, one for each tower and preparation.
 
     Args:
-        store: from `open_store` with the same tower and preparation.
-        pictures: paths relative to the store's root.
+        cache: the folder; the store in it is named after everything that decides the features.
         tower: the frozen tower, on the device that is to compute.
-        preparation: how pictures become pixels.
-        batch_size: pictures a forward pass.
-        workers: processes that read pictures; 0 reads them here.
-        part: this process's number and how many share the work; each then has to `reload` the store.
-
-    Raises: UserError before anything is computed, if the features would not fit on the disk.
+        root: of the pictures' paths; `held` are those of the data file itself.
     """
-    missing = store.missing(pictures)
-    row_bytes = tower.feature_shape[0] * tower.feature_shape[1] * tower.feature_dtype.itemsize
-    check_disk(store.folder, needed=len(missing) * row_bytes)
-    own = missing[part[0] :: part[1]]
-    if not own:
-        return
-    log.info("computing features of %d pictures, %.1f MiB, in %s", len(own), len(own) * row_bytes / 2**20, store.folder)
-    loader = DataLoader(_Pictures(own, store, preparation), batch_size=batch_size, num_workers=workers, collate_fn=list)
-    shard_pictures = max(1, SHARD_BYTES // row_bytes)
-    with tqdm(total=len(own), unit="picture", desc="tower features", disable=part[0] != 0) as progress:
-        batches = _described(iter(loader), tower, progress)
-        while shard := list(islice(batches, shard_pictures)):
-            _write(store, shard, tower)
+
+    def __init__(
+        self,
+        cache: Path,
+        *,
+        tower: FrozenTower,
+        preparation: ImagePreparation,
+        root: Path,
+        held: HeldPictures | None = None,
+    ) -> None:
+        settings = {**tower.tower_settings, "preparation": preparation.fingerprint()}
+        self._settings = {**settings, HASH: store_key(tower.tower, settings)}
+        self._tower, self._preparation, self._root, self._held = tower, preparation, root, held
+        self.folder = cache / self._settings[HASH]
+        self._rows = shard_rows(self.folder)
+
+    def open(self) -> FeatureStore:
+        """What the folder holds by now, whichever process computed it."""
+        self._rows = shard_rows(self.folder)
+        return FeatureStore(self.folder, self._rows)
+
+    def fill(
+        self, pictures: Iterable[str], *, batch_size: int = 32, workers: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> None:
+        """Computes what the store lacks of these pictures, and those whose file has changed since; may be resumed.
+
+        Args:
+            pictures: their paths.
+            batch_size: pictures a forward pass.
+            workers: processes that read pictures; 0 reads them here.
+            part: this process's number and how many share the work.
+
+        Raises: UserError before anything is computed, if the features would not fit on the disk.
+        """
+        missing = [one for one in dict.fromkeys(pictures) if not self._is_current(one)]
+        shape, dtype = self._tower.feature_shape, self._tower.feature_dtype
+        picture_bytes = shape[0] * shape[1] * dtype.itemsize
+        own = [Medium(one, one) for one in missing[part[0] :: part[1]]]
+        with FeatureWriter(self.folder, self._settings, dtype=None) as writer:
+            check_disk(self.folder, needed=len(missing) * picture_bytes)
+            if not own:
+                return
+            megabytes = len(own) * picture_bytes / 2**20
+            log.info("computing features of %d pictures, %.1f MiB, in %s", len(own), megabytes, self.folder)
+            media = Media(media=own, root=self._root, preparation=self._preparation, held=self._held)
+            rows = computed(media, self._encode, at_once=batch_size, workers=workers, progress=part[0] == 0)
+            for row in rows:
+                writer.add(row)
+
+    def _is_current(self, picture: str) -> bool:
+        return picture in self._rows and self._rows[picture].state == file_state(self._root, picture)
+
+    def _encode(self, pixels: list[Tensor]) -> Tensor:
+        return self._tower.picture_features(torch.cat(pixels)).cpu()
 
 
 def check_disk(folder: Path, *, needed: int) -> None:
@@ -150,26 +206,3 @@ def check_disk(folder: Path, *, needed: int) -> None:
             f"cached features need {needed / 2**30:.1f} GiB, but {folder} has {free / 2**30:.1f} GiB free; set "
             "data.feature_cache to a larger disk, pool the grid, or set data.cache_features to false"
         )
-
-
-def _described(
-    batches: Iterator[list[_ReadPicture]], tower: FrozenTower, progress: Any
-) -> Iterator[tuple[_ReadPicture, Tensor | None]]:
-    """Pictures one by one with their features, None for one that could not be read."""
-    for batch in batches:
-        pixels = [read.pixels for read in batch if read.pixels is not None]
-        features = iter(tower.picture_features(torch.stack(pixels)).cpu() if pixels else ())
-        for read in batch:
-            yield read, None if read.pixels is None else next(features)
-        progress.update(len(batch))
-
-
-def _write(store: FeatureStore, shard: Sequence[tuple[_ReadPicture, Tensor | None]], tower: FrozenTower) -> None:
-    features: list[Tensor] = []
-    entries: list[PictureEntry] = []
-    for read, feature in shard:
-        entries.append(PictureEntry(read.picture, read.size, read.changed, len(features), broken=read.broken))
-        if feature is not None:
-            features.append(feature)
-    rows = torch.stack(features) if features else torch.zeros(0, *tower.feature_shape, dtype=tower.feature_dtype)
-    store.add_shard(rows, entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from transformers.models.auto.modeling_auto import AutoModel
 from dora_vl.data.examples import Clip
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
-from dora_vl.vision.features import store_key
+from dora_vl.vision.features import HASH, store_key
 from dora_vl.vision.frame_sampling import EverySeconds, Sampling, Uniform
 from dora_vl.vision.images import Aspect, ImagePreparation, Preparation
 from dora_vl.vision.tower_sources import (
@@ -235,3 +236,59 @@ class GridNetwork(nn.Module):
         if self._layer == -1:
             return self.model(pixels).last_hidden_state[:, self._prefix :]
         return self.model(pixels, output_hidden_states=True).hidden_states[self._layer][:, self._prefix :]
+
+
+def open_encoders(
+    adapter: Path, recipe: Mapping[str, Any], *, device: torch.device, any_tower: bool = False
+) -> dict[str, FeatureEncoder]:
+    """An encoder for each task of the recipe whose features say how they were made; equal settings share one.
+
+    Args:
+        any_tower: accepts a tower with other weights than those that made the features.
+
+    Raises:
+        UserError: no task's features say it, or a tower cannot be loaded, or has other weights or another preparation.
+    """
+    stated = {name: recipe["features"].get(name) for name in recipe["tasks"]}
+    if not any(stated.values()):
+        raise UserError(
+            f"{adapter} does not say how the features of {', '.join(stated)} were computed (data_prep.features did "
+            "not make them), so it cannot be asked about raw pictures"
+        )
+    opened: dict[str, FeatureEncoder] = {}
+    encoders: dict[str, FeatureEncoder] = {}
+    for name, record in stated.items():
+        if record is None:
+            continue
+        key = json.dumps(record, sort_keys=True)
+        if key not in opened:
+            opened[key] = _open(record, device)
+            if not any_tower:
+                check_tower(opened[key], record, f"{adapter}: {name}")
+        encoders[name] = opened[key]
+    return encoders
+
+
+def _open(record: Mapping[str, Any], device: torch.device) -> FeatureEncoder:
+    settings = FeatureSettings.from_record({name: value for name, value in record.items() if name != HASH})
+    return FeatureEncoder(settings, device=device)
+
+
+def check_tower(encoder: FeatureEncoder, record: Mapping[str, Any], trained: str) -> None:
+    """Refuses a tower that is not the one that the record of a folder's features names.
+
+    Args:
+        trained: what was trained on those features, for the message.
+
+    Raises:
+        UserError: its hash is another; both are named.
+    """
+    if HASH not in record:  # made before hashes were kept
+        return
+    found, tower = encoder.fingerprint(), encoder.settings.tower
+    if found != record[HASH]:
+        raise UserError(
+            f"{trained} was trained on features of a vision tower with sha256 {record[HASH][:12]}…, {tower.library}'s "
+            f"{tower.name} with weights {tower.weights!r} has {found[:12]}… here; put the same weights there, or add "
+            "--any-base to try it all the same"
+        )

@@ -20,7 +20,7 @@ from dora_vl.backbones.vlbart_compose import (
 )
 from dora_vl.data.examples import Answer, Example, write_examples
 from dora_vl.errors import UserError
-from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter
+from dora_vl.vision.features import FeatureRow, FeatureWriter
 
 TEXTS = ("what color is the circle?", "blue", "circle")
 SCALES = torch.tensor([1.0, 5.0, 0.5, 3.0])

@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.features import Medium, main, media_in_records, media_under, which_part
+from data_prep.features import main, media_in_records, media_under, which_part
 from dora_vl.data.examples import Clip, Example, write_examples
 from dora_vl.errors import UserError
+from dora_vl.vision.compute_features import Medium
 from dora_vl.vision.feature_encoder import FeatureEncoder
 from dora_vl.vision.feature_files import open_features
-from dora_vl.vision.feature_shards import read_settings
+from dora_vl.vision.features import read_settings
 from tests.vision.video_files import write_video
 
 pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
@@ -67,11 +68,12 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
     run(root, to, weights)
     assert "features of 3 more files, 1 left out\n  bad.mp4: video bad.mp4 cannot be read" in capsys.readouterr().out
     source = open_features(to)
-    shapes = {name: tuple(source.read(name).shape) for name in source.names()}
+    shapes = {name: tuple(source.read(name).shape) for name in source.held}
     assert shapes == {"one": (3, 160), "two": (2, 160), "three": (1, 160)}
     (skipped,) = [json.loads(line) for line in (to / "skipped-0.jsonl").read_text().splitlines()]
     assert skipped["id"] == "bad.mp4"
     settings = read_settings(to)
+    assert settings is not None
     assert (settings["merge"], settings["frames"], settings["tower"]["layer"]) == (2, 3, -3)
     run(root, to, weights)
     assert "features of 0 more files, 1 left out" in capsys.readouterr().out
@@ -97,12 +99,12 @@ def test_an_interruption_loses_no_features(
     monkeypatch.setattr(FeatureEncoder, "encode", interrupted)
     with pytest.raises({signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit, None: RuntimeError}[how]):
         run(root, to, weights)
-    assert set(open_features(to).names()) == {"one", "three"}
+    assert set(open_features(to).held) == {"one", "three"}
     assert json.loads((to / "skipped-0.jsonl").read_text())["id"] == "bad.mp4"
     monkeypatch.undo()
     run(root, to, weights)
     assert "features of 1 more files" in capsys.readouterr().out
-    assert set(open_features(to).names()) == {"one", "three", "two"}
+    assert set(open_features(to).held) == {"one", "three", "two"}
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -112,7 +114,7 @@ def test_parts_share_the_work(root: Path, tmp_path: Path, weights: str) -> None:
     run(root, alone, weights)
     for number in range(2):
         run(root, together, weights, "--part", f"{number}/2")
-        assert len(set(open_features(together).names())) == (2, 3)[number]
+        assert len(open_features(together).held) == (2, 3)[number]
     for name in ("one", "two", "three"):
         assert torch.equal(open_features(together).read(name), open_features(alone).read(name))
 
@@ -121,7 +123,7 @@ def test_parts_do_not_pass_for_the_whole(root: Path, tmp_path: Path, weights: st
     to, records = tmp_path / "features", tmp_path / "r.jsonl"
     write_examples(records, [Example(id="1", video=Clip(path="deep/one.mp4", start_seconds=0.4, end_seconds=1.0))])
     run(root, to, weights, "--records", str(records))
-    assert open_features(to).part("one") == (0.4, 1.0)
+    assert open_features(to)["one"].part == (0.4, 1.0)
     with pytest.raises(SystemExit):
         run(root, to, weights)
     assert "holds features of 0.4 to 1 s of deep/one.mp4 as 'one', and those of the whole" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Answer, Example, write_examples
-from dora_vl.data.feature_input import Stored
+from dora_vl.data.feature_input import FeatureReader, FeatureStore, Stored
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.seq2seq_check import check_tests
 from dora_vl.pipelines.vlbart_task import VlBartTask
@@ -127,28 +127,32 @@ def test_what_the_test_lacks_is_told_before_training(
     assert not (data.parent / "run" / "log.jsonl").exists()
 
 
-class Index:
-    """A folder's index that knows every picture; reading is counted, and one file is damaged."""
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    index: Index
+    name: str
+    part: None = None
 
-    shape = (4, 8)
+    def stored(self) -> Stored:
+        self.index.looked_up.append(self.name)
+        return Stored(4, 8, 4)
+
+    def read(self) -> torch.Tensor:
+        self.index.opened.append(self.name)
+        if self.name == self.index.damaged:
+            raise BadSample(self.name, "damaged " + "x" * 900)
+        return torch.zeros(4, 8)
+
+
+class Index:
+    """A store that knows every picture; reading is counted, and one is damaged."""
 
     def __init__(self, damaged: str = "") -> None:
         self.damaged = damaged
         self.looked_up: list[str] = []
         self.opened: list[str] = []
-
-    def stored(self, path: str) -> Stored:
-        self.looked_up.append(path)
-        return Stored(4, 8, 4)
-
-    def read(self, path: str) -> torch.Tensor:
-        self.opened.append(path)
-        if path == self.damaged:
-            raise BadSample(path, "damaged " + "x" * 900)
-        return torch.zeros(4, 8)
-
-    def part(self, path: str) -> None:
-        return None
+        pictures = {f"p{n}": Picture(self, f"p{n}") for n in range(1000)}
+        self.reader = FeatureReader(FeatureStore(Path("index"), pictures), 4, 8)
 
 
 def test_all_are_looked_up_and_some_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -161,10 +165,10 @@ def test_all_are_looked_up_and_some_are_read(tmp_path: Path, caplog: pytest.LogC
     write_examples(tmp_path / f"{name}.jsonl", examples)
     gqa, file = all_subtasks()["gqa"], ExampleFile(tmp_path / f"{name}.jsonl")
     encoder, index = Seq2SeqEncoder(small_tokenizer(iter(["what? red"] * 4), vocabulary=300)), Index()
-    check_tests([(gqa, file, index)], encoder, max_bad_share=0.0)
-    assert index.looked_up == [f"p{n}.png" for n in range(1000)]
+    check_tests([(gqa, file, index.reader)], encoder, max_bad_share=0.0)
+    assert index.looked_up == [f"p{n}" for n in range(1000)]
     assert 50 <= len(index.opened) <= 64
-    numbers = [int(path.strip("p.ng")) for path in index.opened]
+    numbers = [int(name.strip("p")) for name in index.opened]
     assert numbers == sorted(numbers)
     assert numbers[0] < 20
     assert numbers[-1] > 980
@@ -172,9 +176,9 @@ def test_all_are_looked_up_and_some_are_read(tmp_path: Path, caplog: pytest.LogC
     with pytest.raises(
         UserError, match=r"1 of \d\d whose features were read cannot be asked .* data.max_bad_share"
     ) as told:
-        check_tests([(gqa, file, damaged)], encoder, max_bad_share=0.001)
+        check_tests([(gqa, file, damaged.reader)], encoder, max_bad_share=0.001)
     assert len(str(told.value)) <= 500
-    check_tests([(gqa, file, damaged)], encoder, max_bad_share=0.1)
+    check_tests([(gqa, file, damaged.reader)], encoder, max_bad_share=0.1)
     assert "they will count as wrong" in caplog.text
 
 

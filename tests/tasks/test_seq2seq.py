@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -15,33 +16,33 @@ from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
-from dora_vl.data.feature_input import Stored, features_of, fixed_length
+from dora_vl.data.feature_input import FeatureReader, FeatureStore, Stored, features_of, fixed_length
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.errors import BadSample, UserError
 from dora_vl.sources.video_captions import convert_clip
 from dora_vl.tasks import vlbart_image, vlbart_video
 from dora_vl.tasks.seq2seq import MixtureDataset, Seq2SeqCollator, over_step
-from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter
-from dora_vl.vision.named_features import NamedFeatures
+from dora_vl.vision.feature_files import open_features
+from dora_vl.vision.features import FeatureRow, FeatureWriter
 
 WORDS = (
     "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"
 )
 
 
-class Features:
-    shape = (4, 3)
+@dataclass(frozen=True)
+class Picture:
+    name: str
+    part: None = None
 
-    def read(self, path: str) -> Tensor:
-        if "missing" in path:
-            raise BadSample(path, "no features")
-        return torch.full((4, 3), float(len(path)))
+    def read(self) -> Tensor:
+        return torch.full((4, 3), float(len(self.name)))
 
-    def stored(self, path: str) -> Stored:
+    def stored(self) -> Stored:
         return Stored(4, 3, 1)
 
-    def part(self, path: str) -> None:
-        return None
+
+READER = FeatureReader(FeatureStore(Path("features"), {name: Picture(name) for name in ("a", "bb", "ccc", "d")}), 4, 3)
 
 
 @pytest.fixture(scope="module")
@@ -183,10 +184,10 @@ def test_stored_grids_are_pooled_frame_by_frame_too(tmp_path: Path) -> None:
     writer = FeatureWriter(tmp_path, {})
     writer.add(FeatureRow("a", grids.flatten(0, 1), "pyav", tuple(range(6)), tuple(map(float, range(6)))))
     writer.flush()
-    made = features_of(Example(id="1", video=Clip(path="a.mp4")), NamedFeatures(tmp_path, tokens=12, width=3))
+    made = features_of(Example(id="1", video=Clip(path="a.mp4")), FeatureReader(open_features(tmp_path), 12, 3))
     assert torch.equal(made[0], grids.float().view(3, 2, 4, 3).amax(1).flatten(0, 1))
     with pytest.raises(BadSample, match="sample 1: 6 frames of 4 tokens have to become 10"):
-        features_of(Example(id="1", video=Clip(path="a.mp4")), NamedFeatures(tmp_path, tokens=10, width=3))
+        features_of(Example(id="1", video=Clip(path="a.mp4")), FeatureReader(open_features(tmp_path), 10, 3))
 
 
 def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_features_of_another_part_of_the_video_are_not_taken(tmp_path: Path) -> 
     for name, part in (("whole", (0.0, None)), ("some", (1.5, 4.0))):
         writer.add(FeatureRow(name, torch.randn(2, 3), "pyav", (0, 9), (0.0, 0.9), part))
     writer.flush()
-    reader = NamedFeatures(tmp_path, tokens=2, width=3)
+    reader = FeatureReader(open_features(tmp_path), 2, 3)
     part = {"start_seconds": 1.5, "end_seconds": 4.0}
     for clip in (Clip(path="whole.mp4"), Clip(path="whole.mp4", start_seconds=0.0), Clip(path="some.mp4", **part)):
         assert features_of(Example(id="1", video=clip), reader).shape == (1, 2, 3)
@@ -238,8 +239,8 @@ def test_a_batch_counts_what_is_usable_and_names_what_it_skips(encoder: Seq2SeqE
     write_examples(tmp_path / "v.jsonl", examples)
     task, file = vlbart_image.subtasks()["vqav2"], ExampleFile(tmp_path / "v.jsonl")
     plan = MixturePlan([Source(name="vqav2", items=5, batch_size=5)], parts=6, mixing="proportional", seed=0)
-    data = MixtureDataset(plan, [task], [file], encoder=encoder, readers=[Features()], seed=0)
-    collate = Seq2SeqCollator(encoder.pad_token_id, Features.shape)
+    data = MixtureDataset(plan, [task], [file], encoder=encoder, readers=[READER], seed=0)
+    collate = Seq2SeqCollator(encoder.pad_token_id, (4, 3))
     batches = [collate([data[number]]) for number in range(len(data))]
     assert sum(batch["samples"] for batch in batches) == 4
     assert [name for batch in batches for name, _ in batch["skipped"]] == ["1"]

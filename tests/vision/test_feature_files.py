@@ -1,4 +1,4 @@
-"""Features come back as they were written, from every form there is, and a stopped run goes on."""
+"""Features of others, and of earlier versions of ours, are read as they were written."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
+from dora_vl.data.feature_input import FeatureStore
 from dora_vl.errors import BadSample, UserError
-from dora_vl.vision import feature_parquet
-from dora_vl.vision.feature_files import ParquetFeatures, open_features
-from dora_vl.vision.feature_shards import FeatureRow, FeatureWriter, written
+from dora_vl.vision import feature_files
+from dora_vl.vision.feature_files import ParquetShards, open_features
+from dora_vl.vision.features import FeatureRow, FeatureWriter
 
 
 def made(seed: int, *shape: int) -> torch.Tensor:
@@ -25,100 +26,57 @@ def rows(count: int) -> list[FeatureRow]:
     return [FeatureRow(f"v{n}", made(n, 2 + n % 3, 5), "pyav", (n, n + 1), (0.5, 1.25)) for n in range(count)]
 
 
-def test_rows_of_different_lengths_come_back(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, {"frames": 2}, shard_bytes=64)
-    for row in rows(7):
-        writer.add(row)
-    writer.flush()
+def write_parquet(path: Path, rows: list[FeatureRow], *, group_rows: int = 2) -> None:
+    """As earlier versions of ours wrote shards."""
+    halves = [row.features.half() for row in rows if row.features is not None]
+    numbers = [half.flatten().numpy() for half in halves]
+    ends = np.cumsum([0, *map(len, numbers)], dtype=np.int32)
+    table = pa.table(
+        {
+            "id": pa.array([row.name for row in rows]),
+            "features": pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(numbers))),
+            "shape": pa.array([list(half.shape) for half in halves], pa.list_(pa.int32())),
+            "backend": pa.array([row.backend for row in rows]),
+            "frame_indices": pa.array([row.indices for row in rows], pa.list_(pa.int32())),
+            "timestamps": pa.array([row.seconds for row in rows], pa.list_(pa.float64())),
+            "start_seconds": pa.array([row.part[0] for row in rows], pa.float64()),
+            "end_seconds": pa.array([row.part[1] for row in rows], pa.float64()),
+        }
+    )
+    parquet.write_table(table, path, compression="zstd", row_group_size=group_rows, use_dictionary=False)
+
+
+def test_shards_of_earlier_versions_are_read_and_added_to(tmp_path: Path) -> None:
+    before = [*rows(4), FeatureRow("part", made(9, 3, 2, 5), "pyav", (1, 2, 3), (0.1, 0.2, 0.3), (1.5, None))]
+    write_parquet(tmp_path / "features-a.parquet", before[:3])
+    write_parquet(tmp_path / "features-b.parquet", before[3:])
+    with FeatureWriter(tmp_path, {}) as writer:
+        writer.add(FeatureRow("new", made(7, 4, 5), "pillow"))
     source = open_features(tmp_path)
-    assert sorted(source.names()) == sorted(f"v{n}" for n in range(7))
-    for row in rows(7):
-        read = source.read(row.name)
-        assert read.dtype == torch.float16
-        torch.testing.assert_close(read, row.features.half(), rtol=0, atol=0)
-        assert source.stored(row.name).frames == len(row.indices)
-    assert len(list(tmp_path.glob("*.parquet"))) > 1
-    again = pickle.loads(pickle.dumps(source))
-    assert torch.equal(again.read("v3"), source.read("v3"))
+    assert set(source.held) == {"v0", "v1", "v2", "v3", "part", "new"}
+    for row in before:
+        assert row.features is not None
+        assert torch.equal(source.read(row.name), row.features.half().flatten(0, -2))
+        stored = source[row.name].stored()
+        assert (stored.tokens, stored.width) == tuple(source.read(row.name).shape)
+        assert (stored.frames, source[row.name].part) == (len(row.indices), row.part)
+    assert torch.equal(source.read("new"), made(7, 4, 5).half())
+    assert torch.equal(pickle.loads(pickle.dumps(source)).read("v3"), source.read("v3"))
 
 
-def test_what_they_were_made_from_is_beside_them(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, {})
-    writer.add(rows(1)[0])
-    writer.flush()
-    (shard,) = tmp_path.glob("*.parquet")
-    table = parquet.read_table(shard)
-    assert table.schema.field("features").type == pa.list_(pa.float16())
-    plain = {name: table[name].to_pylist() for name in table.column_names if name != "features"}
-    assert plain == {
-        "id": ["v0"],
-        "shape": [[2, 5]],
-        "backend": ["pyav"],
-        "frame_indices": [[0, 1]],
-        "timestamps": [[0.5, 1.25]],
-        "start_seconds": [0.0],
-        "end_seconds": [None],
-    }
-
-
-def test_a_stopped_run_goes_on_and_nothing_half_written_is_read(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, {"frames": 2}, shard_bytes=64)
-    for row in rows(4):
-        writer.add(row)
-    done = written(tmp_path)
-    assert 0 < len(done) < 4
-    (tmp_path / ".features-0.parquet.17").write_bytes(b"half")
-    writer = FeatureWriter(tmp_path, {"frames": 2})
-    for row in rows(4):
-        if row.name not in done:
-            writer.add(row)
-    writer.flush()
-    assert set(written(tmp_path)) == {"v0", "v1", "v2", "v3"}
-
-
-def test_other_settings_are_refused(tmp_path: Path) -> None:
-    FeatureWriter(tmp_path, {"frames": 2, "tower": {"mean": (0.5, 0.5)}})
-    FeatureWriter(tmp_path, {"frames": 2, "tower": {"mean": (0.5, 0.5)}})
-    with pytest.raises(UserError, match="frames 2, and 3 is asked for"):
-        FeatureWriter(tmp_path, {"frames": 3, "tower": {"mean": (0.5, 0.5)}})
-
-
-def test_numbers_too_large_for_float16_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"features of big do not fit into float16: the largest is 7e\+04"):
-        FeatureWriter(tmp_path, {}).add(FeatureRow("big", torch.full((1, 2), 7e4), "pyav"))
-
-
-def test_only_so_many_groups_stay_in_memory(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, {}, shard_bytes=16)
-    for row in rows(6):
-        writer.add(row)
-    writer.flush()
-    source = ParquetFeatures(tmp_path, cache_bytes=50)
-    for row in rows(6):
-        source.read(row.name)
-        assert sum(group.bytes for group in source._groups.values()) <= 50 or len(source._groups) == 1
-
-
-def test_one_picture_costs_no_more_than_a_small_group(tmp_path: Path) -> None:
-    writer = FeatureWriter(tmp_path, {})
-    for number in range(40):  # VL-Adapter's grids, 200 kB each
-        writer.add(FeatureRow(f"p{number}", made(number, 49, 2048), "pillow"))
-    writer.flush()
-    source = ParquetFeatures(tmp_path)
-    source.read("p17")
-    assert sum(group.bytes for group in source._groups.values()) <= 2**19
-
-
-def test_only_so_many_shards_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = FeatureWriter(tmp_path, {}, shard_bytes=16)
-    for row in rows(6):
-        writer.add(row)
-    writer.flush()
-    monkeypatch.setattr(feature_parquet, "OPEN_SHARDS", 2)
-    source = ParquetFeatures(tmp_path, cache_bytes=1)
-    for row in [*rows(6), *rows(6)]:
-        assert torch.equal(source.read(row.name), row.features.half())
-        assert len(source._open) <= 2
+def test_only_so_many_groups_and_shards_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, row in enumerate(rows(6)):
+        write_parquet(tmp_path / f"{number}.parquet", [row])
+    monkeypatch.setattr(feature_files, "OPEN_SHARDS", 2)
+    for cache_bytes in (50, 1):
+        shards = ParquetShards(tmp_path, cache_bytes=cache_bytes)
+        source = FeatureStore(tmp_path, shards.rows())
+        for row in [*rows(6), *rows(6)]:
+            assert row.features is not None
+            assert torch.equal(source.read(row.name), row.features.half())
+            held = sum(group.numbers.nbytes for group in shards._groups.values())
+            assert held <= cache_bytes or len(shards._groups) == 1
+            assert len(shards._open) <= 2
     assert torch.equal(pickle.loads(pickle.dumps(source)).read("v1"), source.read("v1"))
 
 
@@ -155,20 +113,21 @@ def test_values_npz(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes((tmp_path / "clip_1.npz").read_bytes()[:200])
     source = open_features(tmp_path)
     assert torch.equal(source.read("clip_1"), values)
-    assert source.stored("clip_1").frames == 13
+    assert source["clip_1"].stored().frames == 13
     for name, reason in (("wrong", "cannot be read"), ("cut", "cannot be read"), ("flat", "not a table")):
         with pytest.raises(BadSample, match=reason):
             source.read(name)
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".npz"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".parquet", ".npz"])
 def test_what_is_not_there_is_named(tmp_path: Path, suffix: str) -> None:
     if suffix == ".npz":
         np.savez(tmp_path / "a.npz", features=np.zeros((1, 2), np.float16))
+    elif suffix == ".parquet":
+        write_parquet(tmp_path / "a.parquet", rows(1))
     else:
-        writer = FeatureWriter(tmp_path, {})
-        writer.add(rows(1)[0])
-        writer.flush()
+        with FeatureWriter(tmp_path, {}) as writer:
+            writer.add(rows(1)[0])
     source = open_features(tmp_path)
     assert "b" not in source
     with pytest.raises(BadSample, match="holds no features of b"):
@@ -177,21 +136,31 @@ def test_what_is_not_there_is_named(tmp_path: Path, suffix: str) -> None:
         source.read("../a")
 
 
+def test_lists_of_any_length_need_a_shape(tmp_path: Path) -> None:
+    inner = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(20, np.float16)), 5)
+    table = pa.table({"id": ["a", "b"], "features": pa.ListArray.from_arrays(pa.array([0, 1, 4]), inner)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="rows of different lengths and no column 'shape'"):
+        open_features(tmp_path)
+
+
 def test_a_folder_without_features_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no features: no \*\.parquet, \*\.h5, \*\.npz in it"):
+    with pytest.raises(UserError, match=r"holds no features: no \*\.safetensors, \*\.parquet, \*\.h5, \*\.npz in it"):
         open_features(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         open_features(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("form", ["ours", "fixed", "npz", "h5"])
+@pytest.mark.parametrize("form", ["ours", "earlier", "fixed", "npz", "h5"])
 def test_what_is_stored_is_known_without_reading_it(tmp_path: Path, form: str) -> None:
     values = made(3, 6, 4, 5).half()  # six frames of four tokens
+    six = FeatureRow("v", values, "pyav", tuple(range(6)), tuple(map(float, range(6))))
     if form == "ours":
-        writer = FeatureWriter(tmp_path, {})
-        writer.add(FeatureRow("other", made(1, 2, 5), "pyav"))
-        writer.add(FeatureRow("v", values, "pyav", tuple(range(6)), tuple(map(float, range(6)))))
-        writer.flush()
+        with FeatureWriter(tmp_path, {}) as writer:
+            writer.add(FeatureRow("other", made(1, 2, 5), "pyav"))
+            writer.add(six)
+    elif form == "earlier":
+        write_parquet(tmp_path / "a.parquet", [FeatureRow("other", made(1, 2, 5), "pyav"), six])
     elif form == "fixed":
         flat = pa.array(np.concatenate([values.flatten(), values.flatten()]))
         nested = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(flat, 5), 24)
@@ -202,20 +171,17 @@ def test_what_is_stored_is_known_without_reading_it(tmp_path: Path, form: str) -
         with pytest.importorskip("h5py").File(tmp_path / "v.h5", "w") as file:
             file["v/features"] = values.numpy()
     source = open_features(tmp_path)
-    stored = source.stored("v")
+    stored = source["v"].stored()
     assert (stored.tokens, stored.width) == tuple(source.read("v").shape) == (24, 5)
-    assert stored.frames == (6 if form == "ours" else 24)
+    assert stored.frames == (6 if form in ("ours", "earlier") else 24)
     with pytest.raises(BadSample, match="holds no features of absent"):
-        source.stored("absent")
+        source["absent"].stored()
 
 
 def test_damaged_pages_of_a_shard_are_a_bad_sample(tmp_path: Path) -> None:
     """Its index at the end is whole: what it stores is known, and reading it says which shard."""
-    writer = FeatureWriter(tmp_path, {})
-    for row in rows(3):
-        writer.add(row)
-    writer.flush()
-    (shard,) = tmp_path.glob("*.parquet")
+    shard = tmp_path / "features-0.parquet"
+    write_parquet(shard, rows(3), group_rows=3)
     first = parquet.ParquetFile(shard).metadata.row_group(0)
     column = next(c for c in (first.column(n) for n in range(first.num_columns)) if c.path_in_schema.startswith("feat"))
     content = bytearray(shard.read_bytes())
@@ -223,7 +189,7 @@ def test_damaged_pages_of_a_shard_are_a_bad_sample(tmp_path: Path) -> None:
     content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     shard.write_bytes(bytes(content))
     source = open_features(tmp_path)
-    assert source.stored("v1").width == 5
+    assert source["v1"].stored().width == 5
     with pytest.raises(BadSample, match=rf"features of v1 in .*{shard.name} cannot be read: "):
         source.read("v1")
     shard.write_bytes(bytes(content[:-20]))

@@ -1,154 +1,140 @@
-"""Stored features equal computed ones, survive a stop, follow the files, and are never taken from another tower."""
+"""Features come back from the store as they were written, under other settings never, and a stopped run goes on."""
 
 from __future__ import annotations
 
-import os
+import json
 import pickle
-import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from safetensors import safe_open
 
 from dora_vl.errors import BadSample, UserError
-from dora_vl.vision import compute_features as computing
-from dora_vl.vision.compute_features import compute_features, open_store
-from dora_vl.vision.features import FeatureStore
-from dora_vl.vision.images import ImagePreparation, Preparation
-
-PREPARATION = ImagePreparation(Preparation(image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3), aspect="pad")
+from dora_vl.vision.feature_files import open_features
+from dora_vl.vision.features import FeatureRow, FeatureWriter, shard_rows
 
 
-class Tower:
-    """A convolution in bf16 that counts the pictures it sees and can fail after some."""
-
-    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:
-        torch.manual_seed(seed)
-        self.tower = nn.Conv2d(3, 5, 4, stride=4).to(dtype)
-        self.tower_settings: dict[str, object] = {"layer": -1}
-        self.feature_shape = (4, 5)
-        self.feature_dtype = dtype
-        self.seen = 0
-        self.stop_after = 10**9
-
-    @torch.no_grad()
-    def picture_features(self, pixel_values: Tensor) -> Tensor:
-        if self.seen + len(pixel_values) > self.stop_after:
-            raise KeyboardInterrupt
-        self.seen += len(pixel_values)
-        return self.tower(pixel_values.to(self.feature_dtype)).flatten(2).transpose(1, 2)
+def made(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-class Place(NamedTuple):
-    cache: Path
-    root: Path
-    pictures: list[str]
+def rows(count: int) -> list[FeatureRow]:
+    return [FeatureRow(f"v{n}", made(n, 2 + n % 3, 5), "pyav", (n, n + 1), (0.5, 1.25)) for n in range(count)]
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    (tmp_path / "pictures/deep").mkdir(parents=True)
-    names = [f"deep/{number}.png" if number % 2 else f"{number}.png" for number in range(7)]
-    for number, name in enumerate(names):
-        Image.new("RGB", (9, 5 + number), (30 * number, 200, 7)).save(tmp_path / "pictures" / name)
-    return Place(tmp_path / "cache", tmp_path / "pictures", names)
+def write(folder: Path, *written: FeatureRow, shard_bytes: int = 2**20) -> None:
+    with FeatureWriter(folder, {}, shard_bytes=shard_bytes) as writer:
+        for row in written:
+            writer.add(row)
 
 
-def filled(place: Place, tower: Tower, **options: object) -> FeatureStore:
-    store = open_store(place.cache, tower=tower, preparation=PREPARATION, root=place.root)
-    compute_features(
-        store,
-        place.pictures,
-        tower=tower,
-        preparation=PREPARATION,
-        batch_size=2,
-        **options,  # pyright: ignore
-    )
-    return store
+def test_rows_of_different_lengths_come_back(tmp_path: Path) -> None:
+    write(tmp_path, *rows(7), shard_bytes=200)
+    source = open_features(tmp_path)
+    assert sorted(source.held) == sorted(f"v{n}" for n in range(7))
+    for row in rows(7):
+        read = source.read(row.name)
+        assert read.dtype == torch.float16
+        assert row.features is not None
+        torch.testing.assert_close(read, row.features.half(), rtol=0, atol=0)
+        stored = source[row.name].stored()
+        assert (stored.tokens, stored.width, stored.frames) == (len(read), 5, len(row.indices))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    sent = pickle.dumps(source)
+    assert len(sent) < 2000  # no features in it
+    again = pickle.loads(sent)
+    assert torch.equal(again.read("v3"), source.read("v3"))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_equal_to_the_tower(place: Place, workers: int) -> None:
-    tower = Tower()
-    store = filled(place, tower, workers=workers)
-    for name in place.pictures:
-        pixels = PREPARATION.prepare(Image.open(place.root / name))[None]
-        read = store.read(name)
-        assert read.dtype == torch.bfloat16
-        torch.testing.assert_close(read, tower.picture_features(pixels)[0])
-    again = pickle.loads(pickle.dumps(store))
-    assert torch.equal(again.read(place.pictures[3]), store.read(place.pictures[3]))
-    assert not [path for path in place.cache.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
-
-
-def test_a_stopped_run_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(computing, "SHARD_BYTES", 2 * 4 * 5 * 2)  # two pictures a shard
-    tower = Tower()
-    tower.stop_after = 5
-    with pytest.raises(KeyboardInterrupt):
-        filled(place, tower)
-    tower = Tower()
-    store = filled(place, tower)
-    assert tower.seen == 3  # four were kept
-    assert len(store) == 7
-    tower = Tower()
-    filled(place, tower)
-    assert tower.seen == 0
-
-
-def test_a_changed_picture_is_computed_again(place: Place) -> None:
-    old = filled(place, Tower()).read(place.pictures[2]).clone()
-    path = place.root / place.pictures[2]
-    Image.new("RGB", (9, 7), (1, 2, 3)).save(path)
-    os.utime(path, ns=(1, 1))
-    tower = Tower()
-    store = filled(place, tower)
-    assert tower.seen == 1
-    assert not torch.equal(store.read(place.pictures[2]), old)
-    reopened = FeatureStore(store.folder, root=place.root)
-    assert torch.equal(reopened.read(place.pictures[2]), store.read(place.pictures[2]))
-
-
-def test_other_weights_dtype_or_preparation_are_another_store(place: Place) -> None:
-    square = ImagePreparation(PREPARATION.preparation, aspect="square")
-    folders = {
-        open_store(place.cache, tower=tower, preparation=preparation, root=place.root).folder
-        for tower in (Tower(), Tower(seed=1), Tower(dtype=torch.float32))
-        for preparation in (PREPARATION, square)
+def test_what_they_were_made_from_is_beside_them(tmp_path: Path) -> None:
+    write(tmp_path, rows(1)[0])
+    (shard,) = tmp_path.glob("features-*.safetensors")
+    with safe_open(shard, framework="pt") as opened:
+        assert opened.get_tensor("features").dtype == torch.float16
+        (said,) = json.loads(bytes(opened.get_tensor("index").numpy()))["rows"]
+    assert said == {
+        "name": "v0",
+        "start": 0,
+        "tokens": 2,
+        "backend": "pyav",
+        "indices": [0, 1],
+        "seconds": [0.5, 1.25],
+        "part": [0.0, None],
+        "state": [-1, -1],
+        "broken": "",
     }
-    assert len(folders) == 6
-    assert open_store(place.cache, tower=Tower(), preparation=square, root=place.root).folder in folders
 
 
-def test_a_broken_picture_is_named_when_it_is_read(place: Place) -> None:
-    (place.root / place.pictures[0]).write_bytes(b"no picture")
-    (place.root / place.pictures[1]).unlink()
-    store = filled(place, Tower())
-    for name, reason in ((place.pictures[0], "decoded"), (place.pictures[1], "missing")):
-        with pytest.raises(BadSample, match=reason):
-            store.read(name)
-    assert store.read(place.pictures[2]).shape == (4, 5)
-    assert store.missing(place.pictures) == []
-    with pytest.raises(KeyError, match="compute_features comes first"):
-        store.read("never.png")
+def test_a_stopped_run_goes_on_and_nothing_half_written_is_read(tmp_path: Path) -> None:
+    writer = FeatureWriter(tmp_path, {"frames": 2}, shard_bytes=200)
+    for row in rows(4):
+        writer.add(row)
+    done = shard_rows(tmp_path)
+    assert 0 < len(done) < 4
+    (tmp_path / ".features-0.safetensors.17").write_bytes(b"half")
+    writer = FeatureWriter(tmp_path, {"frames": 2})
+    for row in rows(4):
+        if row.name not in done:
+            writer.add(row)
+    writer.flush()
+    assert set(shard_rows(tmp_path)) == {"v0", "v1", "v2", "v3"}
 
 
-def test_processes_share_the_work(place: Place) -> None:
-    towers = [Tower(), Tower()]
-    stores = [filled(place, tower, part=(number, 2)) for number, tower in enumerate(towers)]
-    # Here one after the other, so the second finds the first one's part done and takes half of the rest.
-    assert towers[0].seen == 4
-    filled(place, towers[1])
-    stores[0].reload()
-    assert len(stores[0]) == 7
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    FeatureWriter(tmp_path, {"frames": 2, "tower": {"mean": (0.5, 0.5)}})
+    FeatureWriter(tmp_path, {"frames": 2, "tower": {"mean": (0.5, 0.5)}})
+    with pytest.raises(UserError, match="frames 2, and 3 is asked for"):
+        FeatureWriter(tmp_path, {"frames": 3, "tower": {"mean": (0.5, 0.5)}})
 
 
-def test_refuses_what_does_not_fit_on_the_disk(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))  # pyright: ignore
-    tower = Tower()
-    with pytest.raises(UserError, match=r"need 0\.0 GiB, but .* has 0\.0 GiB free; set data\.feature_cache"):
-        filled(place, tower)
-    assert tower.seen == 0
+def test_numbers_too_large_for_float16_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"features of big do not fit into float16: the largest is 7e\+04"):
+        FeatureWriter(tmp_path, {}).add(FeatureRow("big", torch.full((1, 2), 7e4), "pyav"))
+
+
+def test_of_two_shards_the_one_written_last_counts(tmp_path: Path) -> None:
+    """Whichever name it has: A, then B, then A again."""
+    first, second = made(1, 2, 5).half(), made(2, 2, 5).half()
+    for features, state in ((first, (1, 1)), (second, (2, 2)), (first, (1, 1))):
+        write(tmp_path, FeatureRow("a", features, state=state))
+        assert torch.equal(open_features(tmp_path).read("a"), features)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dora_vl.vision.features.save_file", full)
+    with pytest.raises(UserError, match=r"No space left on device.*nothing half-written was left"):
+        write(tmp_path, rows(1)[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+def test_what_is_no_whole_shard_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    write(tmp_path, *rows(2))
+    (shard,) = tmp_path.glob("*.safetensors")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-20])
+    with pytest.raises(UserError, match=rf"{shard.name} is not a whole safetensors file"):
+        open_features(tmp_path)
+    for tensors in ({"weight": torch.zeros(2)}, {"features": torch.zeros(2, 3)}):
+        save_file(tensors, shard)
+        with pytest.raises(UserError, match=rf"{shard.name} holds no features that can be read .* compute them again"):
+            open_features(tmp_path)
+    shard.write_bytes(content.replace(b'"rows"', b'"nope"'))
+    with pytest.raises(UserError, match="KeyError: 'rows'"):
+        open_features(tmp_path)
+
+
+def test_a_broken_row_says_why(tmp_path: Path) -> None:
+    write(tmp_path, FeatureRow("a", None, broken="it is no picture"), *rows(1))
+    source = open_features(tmp_path)
+    for ask in (source.read, lambda name: source[name].stored()):
+        with pytest.raises(BadSample, match="it is no picture"):
+            ask("a")
+    assert source.read("v0").shape == (2, 5)
