@@ -221,7 +221,7 @@ def _read_index(path: Path) -> tuple[int, list[ShardRow]]:
             else:
                 index = {"written": 0, "rows": _rows_of_pictures(json.loads(older), tokens=shape[1])}
         shard = Shard(path)
-        return index["written"], [_shard_row(row, shard, shape[-1]) for row in index["rows"]]
+        return int(index["written"]), [_shard_row(row, shard, shape[-1]) for row in index["rows"]]
     except (SafetensorError, ValueError, TypeError, KeyError, IndexError) as error:
         raise UserError(
             f"{path} holds no features that can be read ({type(error).__name__}: {error}); copy it again, or delete it "
