@@ -19,7 +19,8 @@ from dora_vl.errors import UserError
 from dora_vl.vision.compute_features import Medium
 from dora_vl.vision.feature_encoder import FeatureEncoder
 from dora_vl.vision.feature_files import open_features
-from dora_vl.vision.features import read_settings
+from dora_vl.vision.features import FeatureRow, read_settings
+from tests.vision.parquet_shards import write_parquet
 from tests.vision.video_files import write_video
 
 pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
@@ -106,6 +107,22 @@ def test_an_interruption_loses_no_features(
     assert "features of 1 more files" in capsys.readouterr().out
     assert set(open_features(to).held) == {"one", "three", "two"}
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_folder_of_an_earlier_version_is_completed(root: Path, tmp_path: Path, weights: str, capsys) -> None:
+    """Its Parquet shards stay, what is missing comes beside them, and other settings are refused as ever."""
+    to, before = tmp_path / "features", torch.full((3, 160), 0.5)
+    run(root, to, weights)
+    for shard in to.glob("*.safetensors"):
+        shard.unlink()
+    write_parquet(to / "features-0.parquet", [FeatureRow("one", before, "pyav", (0, 1, 2), (0.0, 0.1, 0.2))])
+    capsys.readouterr()
+    run(root, to, weights)
+    assert "features of 2 more files" in capsys.readouterr().out
+    assert set(open_features(to).held) == {"one", "two", "three"}
+    assert torch.equal(open_features(to).read("one"), before.half())
+    with pytest.raises(SystemExit):
+        run(root, to, weights, "--aspect", "square")
 
 
 def test_parts_share_the_work(root: Path, tmp_path: Path, weights: str) -> None:

@@ -16,6 +16,7 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.vision import feature_files
 from dora_vl.vision.feature_files import ParquetShards, open_features
 from dora_vl.vision.features import FeatureRow, FeatureWriter
+from tests.vision.parquet_shards import write_parquet
 
 
 def made(seed: int, *shape: int) -> torch.Tensor:
@@ -24,26 +25,6 @@ def made(seed: int, *shape: int) -> torch.Tensor:
 
 def rows(count: int) -> list[FeatureRow]:
     return [FeatureRow(f"v{n}", made(n, 2 + n % 3, 5), "pyav", (n, n + 1), (0.5, 1.25)) for n in range(count)]
-
-
-def write_parquet(path: Path, rows: list[FeatureRow], *, group_rows: int = 2) -> None:
-    """As earlier versions of ours wrote shards."""
-    halves = [row.features.half() for row in rows if row.features is not None]
-    numbers = [half.flatten().numpy() for half in halves]
-    ends = np.cumsum([0, *map(len, numbers)], dtype=np.int32)
-    table = pa.table(
-        {
-            "id": pa.array([row.name for row in rows]),
-            "features": pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(numbers))),
-            "shape": pa.array([list(half.shape) for half in halves], pa.list_(pa.int32())),
-            "backend": pa.array([row.backend for row in rows]),
-            "frame_indices": pa.array([row.indices for row in rows], pa.list_(pa.int32())),
-            "timestamps": pa.array([row.seconds for row in rows], pa.list_(pa.float64())),
-            "start_seconds": pa.array([row.part[0] for row in rows], pa.float64()),
-            "end_seconds": pa.array([row.part[1] for row in rows], pa.float64()),
-        }
-    )
-    parquet.write_table(table, path, compression="zstd", row_group_size=group_rows, use_dictionary=False)
 
 
 def test_shards_of_earlier_versions_are_read_and_added_to(tmp_path: Path) -> None:
