@@ -107,8 +107,7 @@ class FeatureReader:
 
     def part(self, path: str) -> Part | None:
         """The part of a video that they are of; None where nothing says it."""
-        name = Path(path).stem
-        return self.source[name].part if name in self.source else None
+        return self.source[Path(path).stem].part
 
     def _refuse_other_width(self, path: str, width: int) -> None:
         if width != self.width:

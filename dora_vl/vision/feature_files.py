@@ -75,12 +75,10 @@ class ParquetShards:
         Raises:
             UserError: a file cannot be read, or is no shard of features.
         """
-        import pyarrow.parquet as parquet
-
         found: dict[str, ParquetRow] = {}
         for path in self._paths:
             try:
-                with parquet.ParquetFile(path) as opened:
+                with _parquet_file(path) as opened:
                     found |= self._rows_of(path, opened)
             except (OSError, ValueError) as error:  # pyarrow's own errors are these
                 raise UserError(f"{path} cannot be read ({_first_line(error)}); copy it again") from error
@@ -110,18 +108,17 @@ class ParquetShards:
         key = (path, number)
         if key not in self._groups:
             self._groups[key] = _read_group(self._opened(path), number)
-            while (
-                len(self._groups) > 1 and sum(one.numbers.nbytes for one in self._groups.values()) > self._cache_bytes
-            ):
+            while len(self._groups) > 1 and self._group_bytes() > self._cache_bytes:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
 
-    def _opened(self, path: Path) -> Any:
-        import pyarrow.parquet as parquet
+    def _group_bytes(self) -> int:
+        return sum(group.numbers.nbytes for group in self._groups.values())
 
+    def _opened(self, path: Path) -> Any:
         if path not in self._open:
-            self._open[path] = parquet.ParquetFile(path)
+            self._open[path] = _parquet_file(path)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(path)
@@ -154,6 +151,12 @@ class ParquetRow:
         except (OSError, ValueError) as error:
             reason = f"features of {self.name} in {self.path} cannot be read: {_first_line(error)}"
             raise BadSample(self.name, reason) from None
+
+
+def _parquet_file(path: Path) -> Any:
+    import pyarrow.parquet as parquet
+
+    return parquet.ParquetFile(path)
 
 
 def _first_line(error: Exception) -> str:
