@@ -35,7 +35,7 @@ def register_with_transformers() -> None:
 
 
 def _register_config() -> None:
-    import_module("dora_vl.vision.towers").register_config()
+    import_module("dora_vl.vision.tower_config").register_config()
 
 
 def _register_model() -> None:
