@@ -21,6 +21,7 @@ from filelock import FileLock
 from dora_vl.data.plain_lines import HELD_PICTURE, NAMED_VIDEO, NotPlainError, plain_batches
 from dora_vl.data.readers.containers import DataFiles, find_files
 from dora_vl.data.sample_rows import SampleRow, SampleRowReader, check_usable
+from dora_vl.data.turns import INPUT_CHARACTERS
 from dora_vl.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def _convert(
     )
 
 
-TABLE_VERSION = 3
+TABLE_VERSION = 4
 """Part of the cache's key: raise it when columns or their meaning change."""
 
 ROWS_A_BATCH = 4096
@@ -104,6 +105,7 @@ _SCHEMA = pa.schema(
         ("images", pa.list_(pa.string())),
         ("video", pa.list_(NAMED_VIDEO)),
         ("conversations", pa.list_(_TURN)),
+        (INPUT_CHARACTERS, pa.int32()),
         ("length", pa.int32()),
         ("is_multimodal", pa.bool_()),
         ("problem", pa.string()),
@@ -155,6 +157,8 @@ class _Writer:
     def _row(self, record: Mapping[str, object], number: int) -> SampleRow:
         """The row with the pictures that no earlier one held."""
         row = self._reader.read(record, number)
+        if not row.held:
+            return row
         held = {name: content for name, content in row.held.items() if name not in self._held}
         self._held |= held.keys()
         return dataclasses.replace(row, held=held)
@@ -205,6 +209,7 @@ def _columns(rows: list[SampleRow]) -> pa.RecordBatch:
         pa.array([row.images for row in rows], pa.list_(pa.string())),
         pa.array([[vars(clip) for clip in row.video] for row in rows], pa.list_(NAMED_VIDEO)),
         pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), turn_structs),
+        pa.array([row.input_characters for row in rows], pa.int32()),
         pa.array([sum(len(text.split()) for _, text in row.turns) for row in rows], pa.int32()),
         pa.array([bool(row.images or row.video) for row in rows], pa.bool_()),
         pa.array([row.problem for row in rows], pa.string()),

@@ -27,12 +27,12 @@ _WHITESPACE = " \t\r\n"
 def load_llava(path: Path, *, cache_folder: Path | None = None) -> datasets.Dataset:
     """A data file of any format and container as memory-mapped rows, converted once and kept in a cache.
 
-    Columns: `id`, `images` (paths), `video` (the fields of a `clips.Clip` each), `conversations` (list of {from,
-    value}, as LLaVA's), `length` (words in all turns), `is_multimodal`, `problem` (why the record is unusable as it
-    stands, else null), `format` (`sample_rows`), `held_pictures` (name and content of the pictures that the
-    file holds, each in the first row that has it). Every row goes into `turns.read_llava`. The cache is keyed by the
-    files' paths, sizes and modification times, so a changed file is converted again; a content hash would read a
-    gigabyte at each start.
+    Columns: `id`, `images` (paths), `video` (the fields of a `turns.Clip` each), `conversations` (list of {from,
+    value}, as LLaVA's), `input_characters` (of the last question; `turns.Turn`), `length` (words in all turns),
+    `is_multimodal`, `problem` (why the record is unusable as it stands, else null), `format` (`sample_rows`),
+    `held_pictures` (name and content of the pictures that the file holds, each in the first row that has it). Every
+    row goes into `turns.read_llava`. The cache is keyed by the files' paths, sizes and modification times, so a
+    changed file is converted again; a content hash would read a gigabyte at each start.
 
     Args:
         path: what `readers.containers.find_files` takes; of JSON the first character decides between list and lines.

@@ -20,7 +20,7 @@ from dora_vl.data.readers.messages import (
     read_prompt_completion,
     read_texts,
 )
-from dora_vl.data.turns import SPEAKERS, VIDEO_KEYS, Clip, Turn, raw_turns, row_clips, speaker_role
+from dora_vl.data.turns import INPUT_CHARACTERS, SPEAKERS, VIDEO_KEYS, Clip, Turn, raw_turns, row_clips, speaker_role
 from dora_vl.errors import BadSample, UserError, shown
 
 Row = Mapping[str, object]
@@ -38,8 +38,8 @@ class RowFormat:
     read: Callable[[Row, str], Example]
 
 
-def _holds(*names: str) -> Callable[[Row], bool]:
-    return lambda row: all(row.get(name) is not None for name in names)
+def _holds(name: str, other: str | None = None) -> Callable[[Row], bool]:
+    return lambda row: row.get(name) is not None and (other is None or row.get(other) is not None)
 
 
 def _roles_in_conversations(row: Row) -> bool:
@@ -54,6 +54,11 @@ def _is_record(row: Row) -> bool:
     answers = row.get("answers")
     first = answers[0] if isinstance(answers, Sequence) and not isinstance(answers, str) and answers else None
     return row.get("turns") is not None or (isinstance(first, Mapping) and "text" in first)
+
+
+def _is_instruction(row: Row) -> bool:
+    """An empty output is still one, and named."""
+    return row.get("instruction") is not None and "output" in row
 
 
 def _is_columns(row: Row) -> bool:
@@ -109,7 +114,7 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat("messages", "messages", _holds("messages"), read_messages),
     RowFormat("texts", "texts", _holds("texts"), read_texts),
     RowFormat("prompt/completion", "prompt, completion", _holds("prompt", "completion"), read_prompt_completion),
-    RowFormat("instructions", "instruction, output", _holds("instruction", "output"), read_instructions),
+    RowFormat("instructions", "instruction, output", _is_instruction, read_instructions),
     RowFormat("records", "answers or turns of `dora-vl prepare`", _is_record, _read_record),
     RowFormat(
         "question/answer", f"one of {', '.join(QUESTIONS)} and of {', '.join(ANSWERS)}", _is_columns, read_columns
@@ -169,13 +174,15 @@ def turns_of(example: Example) -> tuple[Turn, ...]:
 class SampleRow:
     """A sample with its turns as LLaVA's (from, value); `problem` says why the row could not be brought into this form.
 
-    `held` are the pictures that the row itself holds, by their name in `images`.
+    `held` are the pictures that the row itself holds, by their name in `images`; `input_characters` are the last
+    question's (`turns.Turn`).
     """
 
     id: str
     images: tuple[str, ...] = ()
     video: tuple[Clip, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
+    input_characters: int = 0
     problem: str | None = None
     format: str | None = None
     held: Mapping[str, bytes] = field(default_factory=dict)
@@ -193,7 +200,8 @@ class SampleRow:
         """The row as `turns.read_llava` takes it."""
         turns = [{"from": speaker, "value": text} for speaker, text in self.turns]
         media = {"images": list(self.images), "video": [vars(clip) for clip in self.video]}
-        return {"id": self.id, **media, "conversations": turns, "problem": self.problem}
+        own = {"id": self.id, INPUT_CHARACTERS: self.input_characters, "problem": self.problem}
+        return {**own, **media, "conversations": turns}
 
     def encodable(self) -> SampleRow:
         """Itself; a row without text where it holds half of a surrogate pair, which JSON can spell (`\\ud83d`)."""
@@ -277,11 +285,13 @@ def _llava_row(record: Mapping[str, object], sample_id: str) -> SampleRow:
 
 
 def _example_row(example: Example, form: str | None) -> SampleRow:
+    turns = turns_of(example)
     return SampleRow(
         id=example.id,
         images=example.images,
         video=example.clips,
-        turns=tuple((SPEAKERS[turn.role], turn.text) for turn in turns_of(example)),
+        turns=tuple((SPEAKERS[turn.role], turn.text) for turn in turns),
+        input_characters=turns[-2].input_characters if len(turns) > 1 else 0,
         format=form,
         held=example.image_bytes,
     )

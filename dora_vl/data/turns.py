@@ -1,4 +1,4 @@
-"""A published LLaVA record as typed turns: who speaks, what is said, where pictures and videos go.
+"""A row as typed turns: who speaks, what is said, where pictures and videos go.
 
 Turns hold no special token except `<image>` and, where a sample has videos, `<video>`: templates and tokens belong to
 the backbone. Without videos `<video>` is text, such as HTML's.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dora_vl.errors import BadSample, shown
@@ -82,6 +82,8 @@ def _seconds(value: Mapping[str, object], names: Sequence[str], sample_id: str) 
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 
+INPUT_CHARACTERS = "input_characters"
+"""Where a row of `records.load_llava` says it of its last question; see `Turn`."""
 Role = Literal["system", "user", "assistant"]
 
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -95,10 +97,25 @@ _ROLES: Mapping[str, Role] = {
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance; `text` holds `<image>` at each place where a picture goes, `<video>` where a video does."""
+    """One utterance; `text` holds `<image>` at each place where a picture goes, `<video>` where a video does.
+
+    Its last `input_characters` are an instruction's input, which a line break parts from the instruction. Prompts that
+    were published for instructions have a place for each; all others take the text as it stands.
+    """
 
     role: Role
     text: str
+    input_characters: int = 0
+
+    @property
+    def instruction(self) -> str:
+        """The text without its input."""
+        return self.text[: -self.input_characters - 1] if self.input_characters else self.text
+
+    @property
+    def input(self) -> str:
+        """The input; empty where there is none."""
+        return self.text[len(self.text) - self.input_characters :]
 
 
 @dataclass(frozen=True)
@@ -220,10 +237,13 @@ def _raw_turn(entry: object, number: int, sample_id: str) -> tuple[str, str]:
 
 
 def _turns(record: Mapping[str, object], sample_id: str) -> list[Turn]:
-    return [
+    turns = [
         Turn(speaker_role(speaker, number, sample_id), text)
         for number, (speaker, text) in enumerate(raw_turns(record, sample_id), 1)
     ]
+    if isinstance(apart := record.get(INPUT_CHARACTERS), int) and apart and len(turns) > 1:
+        turns[-2] = replace(turns[-2], input_characters=apart)
+    return turns
 
 
 def speaker_role(speaker: str, number: int, sample_id: str) -> Role:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import datasets
@@ -19,7 +18,8 @@ from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
-from dora_vl.data.instructions import InstructionDataset, load_instructions
+from dora_vl.data.dataset import LlavaDataset
+from dora_vl.data.training_rows import load_rows
 from dora_vl.errors import UserError
 from dora_vl.evaluation.commonsense_run import evaluate_commonsense, read_sets
 from dora_vl.run.adapting import CAUSAL_LM, check_quantisation, core_config, load_base, make_base
@@ -82,8 +82,8 @@ class CommonsenseTask(Task):
         encoder = build_encoder(self.config, backbone)
         rows, held_out = read_rows(data)
         return TrainingData(
-            train=InstructionDataset(rows, encode=encoder.encode),
-            validation=None if held_out is None else InstructionDataset(held_out, encode=encoder.encode),
+            train=LlavaDataset(rows, encode=encoder.encode),
+            validation=None if held_out is None else LlavaDataset(held_out, encode=encoder.encode),
             collate=Collator(pad_token_id(encoder), pack=data.packing),
             samples=len(rows),
             source=", ".join(data.train),
@@ -171,8 +171,8 @@ def read_rows(data: InstructionDataConfig) -> tuple[datasets.Dataset, datasets.D
         raise UserError("data.train names no file")
     if data.validation_file is not None and data.validation_size:
         raise UserError("set data.validation_file or data.validation_size, not both")
-    rows = datasets.concatenate_datasets([load_instructions(Path(file)) for file in data.train])
-    held_out = None if data.validation_file is None else load_instructions(Path(data.validation_file))
+    rows = datasets.concatenate_datasets([load_rows(file).samples for file in data.train])
+    held_out = None if data.validation_file is None else load_rows(data.validation_file).samples
     if data.validation_size:
         if data.validation_size >= len(rows):
             raise UserError(f"data.validation_size {data.validation_size} leaves none of {len(rows)} samples")

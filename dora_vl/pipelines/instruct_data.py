@@ -117,7 +117,7 @@ class InstructData:
             collate: a batch of samples.
             tokens_per_image: with `tokens_per_video` for the lengths that group samples.
         """
-        held_out = None if self._held_out is None else make(self._held_out.rows, self._held_out.stored)
+        held_out = None if self._held_out is None else make(self._held_out.samples, self._held_out.stored)
         if self._train is None:
             return self._streamed(make, collate, held_out)
         data, train = self._config.data, self._train
@@ -125,7 +125,7 @@ class InstructData:
         grouped = data.group_by_modality_length or data.share_pictures
         sampler = build_sampler(lengths, self._arguments, share_pictures=data.share_pictures) if grouped else None
         return TrainingData(
-            train=make(train.rows, train.stored),
+            train=make(train.samples, train.stored),
             validation=held_out,
             collate=collate,
             sampler=sampler,

@@ -153,8 +153,8 @@ def test_the_references_validation_split(folder: Path) -> None:
     expected = datasets.load_dataset("json", data_files=config.data.train[0], cache_dir=str(folder / "cache"))
     split = expected["train"].train_test_split(test_size=8, shuffle=True, seed=42)  # type: ignore[index,union-attr]
     assert held_out is not None
-    assert held_out["instruction"][:] == split["test"]["instruction"][:]
-    assert rows["instruction"][:] == split["train"]["instruction"][:]
+    for found, wanted in ((held_out, split["test"]), (rows, split["train"])):
+        assert [turns[0]["value"] for turns in found["conversations"]] == wanted["instruction"][:]
 
 
 def test_granular_magnitudes(folder: Path) -> None:
