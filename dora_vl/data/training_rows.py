@@ -21,7 +21,6 @@ from dora_vl.data.train_files import TrainFile
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, INPUT_CHARACTERS
 from dora_vl.errors import UserError, one_line
 
-
 SAMPLE_COLUMNS = ("id", "images", "video", "conversations", INPUT_CHARACTERS, "problem")
 
 
