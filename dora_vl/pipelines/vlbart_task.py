@@ -16,7 +16,7 @@ from dora_vl.adapters.provenance import content_hash, versions
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
-from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart
+from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart, vlbart_skeleton
 from dora_vl.backbones.vlbart_compose import compose_vlbart
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import DoRAConfig
@@ -87,6 +87,10 @@ class VlBartTask(Task):
         if self.config.evaluation.files:
             width = VlBartConfig.from_pretrained(self.config.model.base).feature_width
             check_tests(self._tested(files, width), self.encoder(), max_bad_share=self.config.data.max_bad_share)
+
+    def skeleton(self) -> VlBartBackbone:
+        """The VL-BART without its weights."""
+        return vlbart_skeleton(self.config.model.base)
 
     def load(self) -> VlBartBackbone:
         """The VL-BART."""
