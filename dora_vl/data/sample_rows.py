@@ -197,7 +197,7 @@ class SampleRow:
         return sum(map(len, self.strings())) + sum(map(len, self.held.values()))
 
     def record(self) -> dict[str, object]:
-        """The row as `turns.read_llava` takes it."""
+        """The row as `turns.read_conversation` takes it."""
         turns = [{"from": speaker, "value": text} for speaker, text in self.turns]
         media = {"images": list(self.images), "video": [vars(clip) for clip in self.video]}
         own = {"id": self.id, INPUT_CHARACTERS: self.input_characters, "problem": self.problem}
@@ -263,7 +263,7 @@ def check_usable(name: str, rows: int, usable: int, first_problem: str | None) -
 
 
 def _is_llava(record: Mapping[str, object]) -> bool:
-    """Whether its turns are kept as they stand; `turns.read_llava` decides what they mean."""
+    """Whether its turns are kept as they stand; `turns.read_conversation` decides what they mean."""
     turns = record.get("conversations")
     if record.get("system"):
         return False

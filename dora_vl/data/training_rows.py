@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dora_vl.data.media import StoredPictures
-from dora_vl.data.records import load_llava
+from dora_vl.data.record_table import load_table
 from dora_vl.data.train_files import TrainFile
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, INPUT_CHARACTERS
 from dora_vl.errors import UserError, one_line
@@ -26,7 +26,7 @@ SAMPLE_COLUMNS = ("id", "images", "video", "conversations", INPUT_CHARACTERS, "p
 
 @dataclass(frozen=True)
 class SampleRows:
-    """Rows of `records.load_llava`, and the pictures that their files hold themselves."""
+    """Rows of `record_table.load_table`, and the pictures that their files hold themselves."""
 
     rows: datasets.Dataset
     stored: StoredPictures
@@ -60,9 +60,9 @@ def load_rows(path: str, limit: int | None = None, *, cache_folder: Path | None 
     """The samples of one path, the first `limit` of them.
 
     Raises:
-        UserError: see `records.load_llava`.
+        UserError: see `record_table.load_table`.
     """
-    table = load_llava(Path(path), cache_folder=cache_folder)
+    table = load_table(Path(path), cache_folder=cache_folder)
     rows = table.remove_columns("held_pictures")
     return SampleRows(rows if limit is None else rows.select(range(min(limit, len(rows)))), StoredPictures([table]))
 
@@ -199,7 +199,7 @@ def overlap(rows: datasets.Dataset, questions: Iterable[QuestionAboutPictures]) 
     """The ids of a training sample and of the test's question that it holds, for each such sample.
 
     Args:
-        rows: of `records.load_llava`; any of a talk's questions counts.
+        rows: of `record_table.load_table`; any of a talk's questions counts.
         questions: pictures named as in `rows`. Those without pictures are left out.
     """
     asked = {(tuple(one.images), _words(one.text)): one.id for one in questions if one.images}

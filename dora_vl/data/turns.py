@@ -83,7 +83,7 @@ IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 
 INPUT_CHARACTERS = "input_characters"
-"""Where a row of `records.load_llava` says it of its last question; see `Turn`."""
+"""Where a row of `record_table.load_table` says it of its last question; see `Turn`."""
 Role = Literal["system", "user", "assistant"]
 
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -132,8 +132,8 @@ class Conversation:
     videos: tuple[Clip, ...] = ()
 
 
-def read_llava(record: Mapping[str, object]) -> Conversation:
-    """One record of LLaVA's JSON, or one row of `records.load_llava`, as a conversation.
+def read_conversation(record: Mapping[str, object]) -> Conversation:
+    """One record of LLaVA's JSON, or one row of `record_table.load_table`, as a conversation.
 
     A first turn from "gpt" is dropped, as the original does. With one picture its placeholder
     moves to the front of its turn, followed by a newline (the published normalisation); with several pictures
@@ -148,7 +148,7 @@ def read_llava(record: Mapping[str, object]) -> Conversation:
             an answer, an empty answer, or placeholders that are not as many as the pictures or videos.
     """
     sample_id = _id(record)
-    if record.get("problem"):  # `records.load_llava` found it while converting the file
+    if record.get("problem"):  # `record_table.load_table` found it while converting the file
         raise BadSample(sample_id, str(record["problem"]))
     images = read_paths(record, ("images", "image"), sample_id)
     return as_conversation(sample_id, images, _turns(record, sample_id), row_clips(record, sample_id))
@@ -157,10 +157,10 @@ def read_llava(record: Mapping[str, object]) -> Conversation:
 def as_conversation(
     sample_id: str, images: Sequence[str], turns: Sequence[Turn], videos: Sequence[Clip] = ()
 ) -> Conversation:
-    """Turns of any origin, checked and their placeholders put in order; see `read_llava`.
+    """Turns of any origin, checked and their placeholders put in order; see `read_conversation`.
 
     Raises:
-        BadSample: as `read_llava`.
+        BadSample: as `read_conversation`.
     """
     system = [turn for turn in turns[:1] if turn.role == "system"]
     talk = _alternating(_without_leading_answer([*turns[len(system) :]]), sample_id)

@@ -19,7 +19,7 @@ from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import LlavaDataset
+from dora_vl.data.dataset import ConversationDataset
 from dora_vl.data.training_rows import load_rows
 from dora_vl.errors import UserError
 from dora_vl.evaluation.commonsense_run import evaluate_commonsense, read_sets
@@ -89,8 +89,8 @@ class CommonsenseTask(Task):
         encoder = build_encoder(self.config, backbone)
         rows, held_out = read_rows(data)
         return TrainingData(
-            train=LlavaDataset(rows, encode=encoder.encode),
-            validation=None if held_out is None else LlavaDataset(held_out, encode=encoder.encode),
+            train=ConversationDataset(rows, encode=encoder.encode),
+            validation=None if held_out is None else ConversationDataset(held_out, encode=encoder.encode),
             collate=Collator(pad_token_id(encoder), pack=data.packing),
             samples=len(rows),
             source=", ".join(data.train),

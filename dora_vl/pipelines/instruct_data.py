@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone
-from dora_vl.data.dataset import LlavaDataset, Rows
+from dora_vl.data.dataset import ConversationDataset, Rows
 from dora_vl.data.media import HeldPictures, StoredPictures
 from dora_vl.data.sampler import sampling_lengths
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
@@ -24,7 +24,7 @@ from dora_vl.run.samples import check_streaming, open_stream, read_samples, read
 from dora_vl.training.memory_estimate import Activations, decoder_activations
 from dora_vl.training.task import GenerationTask, Task, TrainingData
 
-MakeDataset = Callable[[Rows, HeldPictures], LlavaDataset]
+MakeDataset = Callable[[Rows, HeldPictures], ConversationDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class InstructData:
         self,
         make: MakeDataset,
         collate: Callable[[list[Any]], Mapping[str, Any]],
-        held_out: LlavaDataset | None,
+        held_out: ConversationDataset | None,
     ) -> TrainingData:
         if self._stream is None:
             raise RuntimeError("no stream has been opened")

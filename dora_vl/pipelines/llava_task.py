@@ -16,7 +16,7 @@ from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone, llava_skeleton
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import LlavaDataset, Rows
+from dora_vl.data.dataset import ConversationDataset, Rows
 from dora_vl.data.media import HeldPictures
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
@@ -112,7 +112,9 @@ class LlavaTask(InstructTask):
         return picture_reader(config, backbone, names, folder=pictures_of_test(config), device=device).features
 
 
-def _illustrated(rows: Rows, stored: HeldPictures, *, encoder: LlavaEncoder, pictures: PictureReader) -> LlavaDataset:
+def _illustrated(
+    rows: Rows, stored: HeldPictures, *, encoder: LlavaEncoder, pictures: PictureReader
+) -> ConversationDataset:
     """Samples with pixels, or with features that are stored by the picture's name."""
     pixels = None if pictures.pixels is None else partial(pictures.pixels, stored=stored)
-    return LlavaDataset(rows, encode=encoder.encode, picture=pixels, features=pictures.features)
+    return ConversationDataset(rows, encode=encoder.encode, picture=pixels, features=pictures.features)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_vl.backbones.instruction_prompt import PROMPTS, InstructionEncoder
-from dora_vl.data.dataset import LlavaDataset, Sample
+from dora_vl.data.dataset import ConversationDataset, Sample
 from dora_vl.data.training_rows import load_rows
 from dora_vl.data.turns import Clip, Conversation, Turn
 from dora_vl.errors import BadSample
@@ -160,7 +160,9 @@ def test_published_records_as_prompts(tmp_path: Path) -> None:
     }
     path = tmp_path / "train.json"
     path.write_text(json.dumps([row, {**row, "input": " The sun\nshines. \U0001f31e"}], indent=4))
-    samples = LlavaDataset(load_rows(str(path), cache_folder=tmp_path).rows, encode=encoder(max_tokens=900).encode)
+    samples = ConversationDataset(
+        load_rows(str(path), cache_folder=tmp_path).rows, encode=encoder(max_tokens=900).encode
+    )
     for number, added in enumerate(("", " The sun\nshines. \U0001f31e")):
         sample = samples[number]
         assert isinstance(sample, Sample)

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dora_vl.data.dataset import LlavaDataset, Skipped
+from dora_vl.data.dataset import ConversationDataset, Skipped
 from dora_vl.data.sample_rows import SampleRowReader
 from dora_vl.data.training_rows import load_rows
-from dora_vl.data.turns import Conversation, Turn, read_llava
+from dora_vl.data.turns import Conversation, Turn, read_conversation
 from dora_vl.errors import UserError
 from dora_vl.evaluation.questions import read_questions
 from tests.shared_data import shared
@@ -30,7 +30,7 @@ def write(path: Path, rows: list[Any], *, lines: bool = False) -> Path:
 
 def read(path: Path) -> list[Conversation]:
     rows = load_rows(str(path), cache_folder=path.parent / "cache").rows
-    return [read_llava(rows[number]) for number in range(len(rows))]
+    return [read_conversation(rows[number]) for number in range(len(rows))]
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
@@ -64,8 +64,8 @@ def test_rows_as_published_and_in_other_containers(tmp_path: Path, kind: str) ->
 
 def test_a_streamed_row_is_that_of_the_table(tmp_path: Path) -> None:
     row = SampleRowReader("a.json").read(WITH_INPUT, 0).record()
-    assert read_llava(row) == read(write(tmp_path / "a.json", [WITH_INPUT]))[0]
-    assert read_llava(row).turns[0].input == WITH_INPUT["input"]
+    assert read_conversation(row) == read(write(tmp_path / "a.json", [WITH_INPUT]))[0]
+    assert read_conversation(row).turns[0].input == WITH_INPUT["input"]
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_a_streamed_row_is_that_of_the_table(tmp_path: Path) -> None:
 def test_an_unusable_row_is_named_and_the_others_stay(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     path = write(tmp_path / "train.json", [ROW, {**ROW, **change}])
     rows = load_rows(str(path), cache_folder=tmp_path).rows
-    skipped = LlavaDataset(rows, encode=lambda _: pytest.fail("an unusable row is not encoded"))[1]
+    skipped = ConversationDataset(rows, encode=lambda _: pytest.fail("an unusable row is not encoded"))[1]
     assert isinstance(skipped, Skipped)
     assert (skipped.id, reason in skipped.reason) == ("record 1", True)
-    assert read_llava(rows[0]).turns[0].text == "Is it so?"
+    assert read_conversation(rows[0]).turns[0].text == "Is it so?"
     if "surrogate" in reason:
         with pytest.raises(UserError, match=r"train\.json, line 8: .*half of a surrogate pair"):
             read_questions(path)
