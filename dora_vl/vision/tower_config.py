@@ -1,6 +1,7 @@
 """The config of a grid tower; needs transformers' config class and nothing heavier.
 
-A module of its own, because `lazy_registration` asks for it while `transformers.modeling_utils` is being imported.
+A file of its own: `lazy_registration` imports it while transformers' `modeling_utils`, which `towers` needs, may itself
+be halfway through its import.
 """
 
 from __future__ import annotations
