@@ -21,6 +21,7 @@ from dora_vl.data.train_files import TrainFile
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, INPUT_CHARACTERS
 from dora_vl.errors import UserError, one_line
 
+REFERENCE_SPLIT_SEED = 42
 SAMPLE_COLUMNS = ("id", "images", "video", "conversations", INPUT_CHARACTERS, "problem")
 
 
@@ -106,6 +107,20 @@ def load_training_rows(
     whole = len(trained) == len(rows) and len(files) == 1 and not share
     train = SampleRows(rows if whole else rows.select(trained), stored)
     return train, SampleRows(rows.select(held), stored) if share else None
+
+
+def drawn_out(train: SampleRows, size: int) -> tuple[SampleRows, SampleRows]:
+    """What is left of the samples, in a random order, and `size` of them for validation.
+
+    As LLM-Adapters' and NVlabs' scripts part theirs: `train_test_split` with the seed 42.
+
+    Raises:
+        UserError: nothing would be left.
+    """
+    if size >= len(train.rows):
+        raise UserError(f"data.validation_size {size} leaves none of {len(train.rows)} samples")
+    parts = train.rows.train_test_split(test_size=size, shuffle=True, seed=REFERENCE_SPLIT_SEED)
+    return SampleRows(parts["train"], train.stored), SampleRows(parts["test"], train.stored)
 
 
 def check_weights(files: Sequence[TrainFile]) -> None:

@@ -58,7 +58,7 @@ def instruct_task(config: RunConfig) -> Task:
     return ImageTextTask(config)
 
 
-class ImageTextTask(InstructTask):
+class ImageTextTask(InstructTask[RunConfig]):
     """Conversations about pictures and videos, put to a model through its own processor and chat template."""
 
     def prepare(self, arguments: TrainingArguments) -> None:
@@ -68,7 +68,7 @@ class ImageTextTask(InstructTask):
         samples = self._samples(arguments)
         samples.describe()
         if self.config.evaluation.file is not None:
-            samples.warn_of_overlap(check_test(self.config))
+            samples.warn_of_overlap(check_test(self.config), self.config)
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
         if samples.has_videos:
             _check_videos(self.config, encoder, pictures=samples.has_pictures)

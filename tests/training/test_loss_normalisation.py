@@ -27,7 +27,7 @@ PROJECTOR = "model.multi_modal_projector.linear_2.bias"
 def micro_batches(config: RunConfig, backbone: LlavaBackbone, size: int) -> list[dict[str, Any]]:
     encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
     preparation, folder = image_preparation(config.model), Path(config.data.image_folder)
-    train, _ = read_samples(config, seed=0)
+    train, _ = read_samples(config.data, seed=0)
     samples = ConversationDataset(
         train.rows,
         encode=encoder.encode,
