@@ -20,7 +20,7 @@ from dora_vl.data.readers.messages import (
     read_prompt_completion,
     read_texts,
 )
-from dora_vl.data.turns import INPUT_CHARACTERS, SPEAKERS, VIDEO_KEYS, Clip, Turn, raw_turns, row_clips, speaker_role
+from dora_vl.data.turns import INPUT_CHARACTERS, SPEAKERS, VIDEO_KEYS, Clip, Turn, raw_turns, row_clips, spoken_turns
 from dora_vl.errors import BadSample, UserError, shown
 
 Row = Mapping[str, object]
@@ -73,10 +73,7 @@ def _read_conversations(row: Row, sample_id: str) -> Example:
     """LLaVA's and ShareGPT's: `from` and `value`, the pictures in `image` or `images`, a `system` text beside them."""
     if _roles_in_conversations(row):
         return read_messages(row, sample_id, "conversations")
-    turns = tuple(
-        Turn(speaker_role(speaker, number, sample_id), text)
-        for number, (speaker, text) in enumerate(raw_turns(row, sample_id), 1)
-    )
+    turns = tuple(spoken_turns(row, sample_id))
     if isinstance(system := row.get("system"), str) and system:
         turns = (Turn("system", system), *turns)
     pictures = row_pictures(row, sample_id)
@@ -236,7 +233,7 @@ class SampleRowReader:
         if name is not None:
             self._check_format(name, f"row {number + 1} ({sample_id})")
         try:
-            if name == FORMATS[0].name and _is_llava(record):
+            if name == FORMATS[0].name and not record.get("system") and not _roles_in_conversations(record):
                 return _llava_row(record, sample_id)
             example = read_row(record, number=number) if form is None else form.read(record, sample_id)
             return _example_row(example, name)
@@ -262,17 +259,8 @@ def check_usable(name: str, rows: int, usable: int, first_problem: str | None) -
         raise UserError(f"{name}: none of its {rows} records is a sample; the first one: {first_problem}")
 
 
-def _is_llava(record: Mapping[str, object]) -> bool:
-    """Whether its turns are kept as they stand; `turns.read_conversation` decides what they mean."""
-    turns = record.get("conversations")
-    if record.get("system"):
-        return False
-    return not (
-        isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and turns[0].get("role") is not None
-    )
-
-
 def _llava_row(record: Mapping[str, object], sample_id: str) -> SampleRow:
+    """LLaVA's turns are kept as they stand; `turns.read_conversation` decides what they mean."""
     pictures = row_pictures(record, sample_id)
     return SampleRow(
         id=sample_id,

@@ -151,7 +151,7 @@ def read_conversation(record: Mapping[str, object]) -> Conversation:
     if record.get("problem"):  # `record_table.load_table` found it while converting the file
         raise BadSample(sample_id, str(record["problem"]))
     images = read_paths(record, ("images", "image"), sample_id)
-    return as_conversation(sample_id, images, _turns(record, sample_id), row_clips(record, sample_id))
+    return as_conversation(sample_id, images, spoken_turns(record, sample_id), row_clips(record, sample_id))
 
 
 def as_conversation(
@@ -236,9 +236,14 @@ def _raw_turn(entry: object, number: int, sample_id: str) -> tuple[str, str]:
     return speaker, text
 
 
-def _turns(record: Mapping[str, object], sample_id: str) -> list[Turn]:
+def spoken_turns(record: Mapping[str, object], sample_id: str) -> list[Turn]:
+    """The turns by role, as `raw_turns` finds them.
+
+    Raises:
+        BadSample: as `raw_turns`; or a speaker who is neither one of LLaVA's (human, gpt, system) nor a role.
+    """
     turns = [
-        Turn(speaker_role(speaker, number, sample_id), text)
+        Turn(_role(speaker, number, sample_id), text)
         for number, (speaker, text) in enumerate(raw_turns(record, sample_id), 1)
     ]
     if isinstance(apart := record.get(INPUT_CHARACTERS), int) and apart and len(turns) > 1:
@@ -246,12 +251,7 @@ def _turns(record: Mapping[str, object], sample_id: str) -> list[Turn]:
     return turns
 
 
-def speaker_role(speaker: str, number: int, sample_id: str) -> Role:
-    """The role of who speaks turn `number`.
-
-    Raises:
-        BadSample: neither LLaVA's names (human, gpt, system) nor the roles themselves.
-    """
+def _role(speaker: str, number: int, sample_id: str) -> Role:
     if speaker not in _ROLES:
         known = "only 'human', 'gpt' and 'system' are known"
         raise BadSample(sample_id, f"turn {number} is from {shown(speaker)}; {known}")
