@@ -6,29 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.specs import LanguageSource, PromptName, TrainOn
-from dora_vl.run.recipe import AdapterConfig, OptimConfig, ResumableRun, SamplesConfig
+from dora_vl.run.recipe import AdapterConfig, LoadedModelConfig, OptimConfig, ResumableRun, SamplesConfig
 from dora_vl.scores.commonsense import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
+class LanguageModelConfig(LoadedModelConfig):
     """Which language model is adapted."""
 
     base: str
     """Folder or Hugging Face id of a causal language model. With `source`, the folder it is written to."""
     source: LanguageSource | None = None
     """Writes `base` from this model, such as a GGUF file, if the folder is not there yet."""
-    revision: str | None = None
-    """Git revision of a Hugging Face id (a commit pins the run)."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
-    quantisation: Quantisation | None = None
-    """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
-    QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
-    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
 
 
 @dataclass(frozen=True, kw_only=True)

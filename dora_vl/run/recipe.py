@@ -117,21 +117,13 @@ Decayed = Literal["matrices", "all_but_biases"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which model is adapted, and how text and pictures are put to it."""
+class LoadedModelConfig:
+    """A model that transformers loads."""
 
     base: str
-    """Folder or Hugging Face id of a LLaVA or another vision-language model. With `compose`, the folder the composed
-    LLaVA is written to."""
+    """Its folder or Hugging Face id."""
     revision: str | None = None
     """Git revision of a Hugging Face id (a commit pins the run)."""
-    compose: ComposeSpec | None = None
-    """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
-    template: TemplateName | FormatName = "vicuna_v1"
-    """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
-    own. Other models have their processor's chat template, or where it has none `question_answer` or `paligemma`."""
-    image_aspect: Literal["pad", "square"] = "pad"
-    """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
     quantisation: Quantisation | None = None
@@ -139,6 +131,22 @@ class ModelConfig:
     QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
     attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(LoadedModelConfig):
+    """Which model is adapted, and how text and pictures are put to it."""
+
+    base: str
+    """Folder or Hugging Face id of a LLaVA or another vision-language model. With `compose`, the folder the composed
+    LLaVA is written to."""
+    compose: ComposeSpec | None = None
+    """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
+    template: TemplateName | FormatName = "vicuna_v1"
+    """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
+    own. Other models have their processor's chat template, or where it has none `question_answer` or `paligemma`."""
+    image_aspect: Literal["pad", "square"] = "pad"
+    """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
 
 
 @dataclass(frozen=True, kw_only=True)
