@@ -23,7 +23,8 @@ from typing import Any
 from report import table, write_json
 
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.evaluation.commonsense_run import PREDICTIONS, SetQuestion, read_sets
+from dora_vl.evaluation.commonsense_run import PREDICTIONS, read_sets
+from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.result_files import read_predictions
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
@@ -136,25 +137,24 @@ class Run:
         found: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         return found
 
-    def right(self, way: str, asked: Sequence[SetQuestion]) -> dict[str, float]:
+    def right(self, way: str, asked: Sequence[Question]) -> dict[str, float]:
         """1 or 0 for each question."""
         predictions = read_predictions(self.folder / PREDICTIONS[way])
         rule = self.config.evaluation.rule
         return {
-            one.example.id: float(
-                one.example.id in predictions
-                and extracted(predictions[one.example.id].prediction, str(one.question.kind), rule) == one.answer
+            one.id: float(
+                one.id in predictions and extracted(predictions[one.id].prediction, str(one.kind), rule) == one.answer
             )
             for one in asked
         }
 
 
-def over_seeds(runs: Sequence[Run], way: str, asked: Sequence[SetQuestion]) -> Scored:
+def over_seeds(runs: Sequence[Run], way: str, asked: Sequence[Question]) -> Scored:
     """A method's score: of each question the share of seeds that got it right, so that questions are what is drawn."""
     rights = [one.right(way, asked) for one in runs]
     tally = Tally()
     for one in asked:
-        name, kind = one.example.id, str(one.question.kind)
+        name, kind = one.id, str(one.kind)
         share = sum(right[name] for right in rights) / len(rights)
         tally.add(name, share, {f"right {kind}": share, f"asked {kind}": 1.0})
     sets = {name: Ratio(f"right {name}", f"asked {name}") for name in SETS}

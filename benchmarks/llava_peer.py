@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainingArgumen
 
 from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import LlavaDataset
+from dora_vl.data.dataset import ConversationDataset
 from dora_vl.data.train_files import train_files
 from dora_vl.data.training_rows import load_training_rows
 from dora_vl.run.assembly import build_encoder, pad_token_id
@@ -54,7 +54,7 @@ def main() -> None:
     found = load_training_rows(train_files(config.data.train), limit=options.limit)[0]
     folder = Path(config.data.image_folder)
     pixels = partial(read_pixels, folder=folder, preparation=image_preparation(config.model), stored=found.stored)
-    samples = LlavaDataset(found.rows, encode=encoder.encode, picture=pixels)
+    samples = ConversationDataset(found.rows, encode=encoder.encode, picture=pixels)
     tower_seconds = time_tower(backbone, samples, count=min(16, len(samples)))
     adapted = get_peft_model(model, peft_config(config, options.peer), autocast_adapter_dtype=False)
     seconds = train(adapted, samples, config, options.steps, pad=pad_token_id(encoder))
@@ -98,7 +98,7 @@ def pictures_a_sample(config: RunConfig) -> float:
 
 
 @torch.no_grad()
-def time_tower(backbone: LlavaBackbone, samples: LlavaDataset, *, count: int) -> float:
+def time_tower(backbone: LlavaBackbone, samples: ConversationDataset, *, count: int) -> float:
     """Seconds that reading and the vision tower take for one picture."""
     backbone.eval()
     started = time.perf_counter()
@@ -107,7 +107,7 @@ def time_tower(backbone: LlavaBackbone, samples: LlavaDataset, *, count: int) ->
     return (time.perf_counter() - started) / max(1, len(pictures))
 
 
-def train(model: nn.Module, samples: LlavaDataset, config: RunConfig, steps: int, *, pad: int) -> float:
+def train(model: nn.Module, samples: ConversationDataset, config: RunConfig, steps: int, *, pad: int) -> float:
     """Seconds of `Trainer.train` for so many steps."""
     collate = Collator(pad)
 

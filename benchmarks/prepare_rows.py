@@ -63,8 +63,8 @@ started = float(sys.argv[4])
 import torch
 from pathlib import Path
 from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import Encoded, LlavaDataset
-from dora_vl.data.records import load_llava
+from dora_vl.data.dataset import Encoded, ConversationDataset
+from dora_vl.data.record_table import load_table
 from dora_vl.data.sampler import ModalityLengthSampler, sampling_lengths
 
 def encode(conversation):
@@ -75,13 +75,13 @@ def picture(path):
     return torch.zeros(3, 64, 64)
 
 torch.set_num_threads(1)
-rows = load_llava(Path(sys.argv[1]), cache_folder=Path(sys.argv[2]))
+rows = load_table(Path(sys.argv[1]), cache_folder=Path(sys.argv[2]))
 lengths = sampling_lengths(rows, tokens_per_image=16)
 sampler = ModalityLengthSampler(
     lengths.lengths, lengths.is_multimodal, batch_size=32, world_size=1, accumulation=1, seed=0
 )
 loader = torch.utils.data.DataLoader(
-    LlavaDataset(rows, encode=encode, picture=picture),
+    ConversationDataset(rows, encode=encode, picture=picture),
     batch_size=32,
     sampler=sampler,
     collate_fn=Collator(pad_token_id=0),

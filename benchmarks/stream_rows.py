@@ -29,7 +29,7 @@ PICTURE_BYTES = 20_000
 READ = """
 import json, sys, time
 from pathlib import Path
-from dora_vl.data.records import load_llava
+from dora_vl.data.record_table import load_table
 from dora_vl.data.stream import SampleStream
 from dora_vl.data.stream_sources import StreamSource
 from dora_vl.data.train_files import TrainFile
@@ -39,7 +39,7 @@ def peak():  # of this program alone: getrusage's counts what it was before it w
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 before, started = peak(), time.perf_counter()
 if how == "table":
-    found = load_llava(Path(path), cache_folder=Path(cache))
+    found = load_table(Path(path), cache_folder=Path(cache))
     rows = (found[number] for number in range(len(found)))
 else:
     rows = SampleStream([StreamSource(TrainFile(path=path), limit=None, seed=0)], buffer=2048, seed=0).rows(0)

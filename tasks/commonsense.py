@@ -2,8 +2,8 @@
 
 deepspeed tasks/commonsense.py --config configs/commonsense/<run>.yaml [--variant NAME] [--section.key value ...]
 
-The paper's commonsense reasoning runs are in configs/commonsense; data of one's own is JSON or JSONL of instruction,
-input, output and answer. It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`,
+The paper's commonsense reasoning runs are in configs/commonsense; data of one's own is one question and its output a
+sample, in any format of docs/data.md. It also runs under torchrun and plain python. Writes `adapter/`, `log.jsonl`,
 `metrics.json` and checkpoints to training.output_dir; `--resume last` resumes from the last checkpoint.
 """
 

@@ -19,9 +19,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dora_vl.backbones.encode import ControlTokenizer
 from dora_vl.backbones.specs import PromptName, TrainOn
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded
-from dora_vl.data.instructions import Instruction
-from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError
+from dora_vl.data.turns import Conversation, Turn
+from dora_vl.errors import BadSample, UserError, shown_text
 
 PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 PAIRED = (
@@ -103,13 +102,16 @@ class InstructionEncoder:
         self._end_id = end_id
         self._text = ControlTokenizer(tokenizer)  # "</s>" in a question stays characters
 
-    def encode(self, instruction: Instruction) -> Encoded:
+    def encode(self, conversation: Conversation) -> Encoded:
         """Ids and labels of prompt and output.
 
-        Raises: BadSample if the cut leaves nothing to train on.
+        Raises: BadSample for anything but one instruction and its output, or if the cut leaves nothing to train on.
         """
-        before = self.prompt.before_output(instruction.instruction, instruction.input, test=False)
-        ids, first_of_output = self._split(before, instruction.output)
+        name = conversation.id
+        if conversation.images or conversation.videos:
+            raise BadSample(name, "it has pictures or videos, which a language model does not see")
+        before = self._before_output(conversation.turns[:-1], name, test=False)
+        ids, first_of_output = self._split(before, conversation.turns[-1].text)
         if len(ids) < self.max_tokens:
             ids = [*ids, self._end_id]
         cut = max(0, len(ids) - self.max_tokens)
@@ -117,26 +119,42 @@ class InstructionEncoder:
         first_label = 0 if self.train_on == "all" else first_of_output
         if first_label >= len(ids):
             raise BadSample(
-                instruction.id,
+                name,
                 f"no output is left to train on after {cut} of {len(ids) + cut} tokens were cut; raise data.max_tokens",
             )
         labels = [IGNORED_LABEL] * first_label + ids[first_label:]
         return Encoded(torch.tensor(ids), torch.tensor(labels), cut)
 
     def encode_prompt(self, turns: Sequence[Turn]) -> Int[Tensor, " seq"]:
-        """Ids of the test prompt; the first turn is the instruction, a second one its input. Never cut."""
-        text = self.prompt.before_output(turns[0].text, turns[1].text if len(turns) > 1 else "", test=True)
-        return torch.tensor(self._ids(text))
+        """Ids of the test prompt of one instruction. Never cut.
+
+        Raises: BadSample for other turns than that one.
+        """
+        return torch.tensor(self._ids(self._before_output(turns, "question", test=True)))
 
     def encode_choice(self, turns: Sequence[Turn], choice: str) -> tuple[Int[Tensor, " seq"], int]:
-        """Ids of the test prompt with this output and the end token after it, and the place where the output begins."""
-        text = self.prompt.before_output(turns[0].text, turns[1].text if len(turns) > 1 else "", test=True)
-        ids, first_of_output = self._split(text, choice)
+        """Ids of the test prompt with this output and the end token after it, and the place where the output begins.
+
+        Raises: BadSample as `encode_prompt`.
+        """
+        ids, first_of_output = self._split(self._before_output(turns, "question", test=True), choice)
         return torch.tensor([*ids, self._end_id]), first_of_output
 
     def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
         """The text of an output, without special tokens."""
         return str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+
+    def _before_output(self, turns: Sequence[Turn], sample_id: str, *, test: bool) -> str:
+        if len(turns) != 1 or turns[0].role != "user":
+            roles = ", ".join(turn.role for turn in turns)
+            raise BadSample(
+                sample_id,
+                "a prompt of instructions holds one question and its output, but here turns of "
+                f"{shown_text(roles)} stand before the output; ask one question at a time",
+            )
+        if not turns[0].instruction.strip():
+            raise BadSample(sample_id, "'instruction' is empty")
+        return self.prompt.before_output(turns[0].instruction, turns[0].input, test=test)
 
     def _ids(self, text: str) -> list[int]:
         return self._text.start_ids + self._text.encode(text, ())[0]

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dora_vl.data.turns import Conversation, read_llava
+from dora_vl.data.turns import Conversation, read_conversation
 from dora_vl.errors import BadSample
 
 IGNORED_LABEL = -100
@@ -74,11 +74,11 @@ def sample_random(seed: int, epoch: int, index: int) -> random.Random:
     return random.Random(f"{seed}/{epoch}/{index}")
 
 
-class LlavaDataset(torch.utils.data.Dataset["Sample | Skipped"]):
+class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
     """Reads and encodes one row at a time, with its images.
 
     Args:
-        rows: the records, as `records.load_llava` gives them.
+        rows: the records, as `record_table.load_table` gives them.
         encode: the backbone's tokens and labels of a conversation.
         picture: pixels of a picture by its relative path. Raises `BadSample` for a broken one.
         features: a frozen tower's features of a picture by its relative path; give this or `picture`.
@@ -107,7 +107,7 @@ class LlavaDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         try:
             row = self._rows[index]
             conversation_id = str(row.get("id", index))
-            conversation = read_llava(row)
+            conversation = read_conversation(row)
             return self._sample(index, conversation)
         except BadSample as error:
             return Skipped(index, conversation_id, error.reason)

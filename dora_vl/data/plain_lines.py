@@ -84,6 +84,7 @@ def _columns(block: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         listed,
         none,
         pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays([speakers, texts], fields=list(_TURN))),
+        pa.array(np.zeros(len(block), np.int32)),
         pa.array(np.add.reduceat(word_counts(texts), offsets[:-1]), pa.int32()),
         pa.array(given),
         pa.nulls(len(block), pa.string()),

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -21,77 +21,13 @@ from filelock import FileLock
 from dora_vl.data.plain_lines import HELD_PICTURE, NAMED_VIDEO, NotPlainError, plain_batches
 from dora_vl.data.readers.containers import DataFiles, find_files
 from dora_vl.data.sample_rows import SampleRow, SampleRowReader, check_usable
+from dora_vl.data.turns import INPUT_CHARACTERS
 from dora_vl.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 
-def cached_table(
-    path: Path,
-    *,
-    kind: str,
-    write: Callable[[Path, BinaryIO], int],
-    cache_folder: Path | None,
-    files: Sequence[Path] | None = None,
-) -> datasets.Dataset:
-    """The rows of a file, from the cache where it is there.
-
-    Args:
-        path: the data file, or what stands for several.
-        kind: names the columns and their version; with each file's path, size and modification time it is the cache's
-            key (a content hash would read a gigabyte at each start).
-        files: the files themselves; None: `path`.
-        write: writes an Arrow stream of the file's rows and returns their number.
-        cache_folder: where tables stay; default `dora_vl` in the cache folder of `datasets`.
-    """
-    folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE) / "dora_vl"
-    sources = (path,) if files is None else tuple(files)
-    table = folder / f"{path.stem}-{_fingerprint(sources, kind)}.arrow"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{table}.lock"):  # the ranks of a machine: one converts, the others wait for it
-            if not table.exists():
-                _convert(path, sources, table, kind=kind, write=write)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot keep the converted {path.name} there ({error}); set HF_DATASETS_CACHE"
-        ) from error
-    return datasets.Dataset.from_file(str(table))
-
-
-def _fingerprint(files: Sequence[Path], kind: str) -> str:
-    key = kind
-    for file in files:
-        stat = file.stat()
-        key += f"\0{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:24]
-
-
-def _convert(
-    path: Path, files: Sequence[Path], table: Path, *, kind: str, write: Callable[[Path, BinaryIO], int]
-) -> None:
-    """Writes under another name first: what a killed process leaves is never taken for whole."""
-    before, started = _fingerprint(files, kind), time.perf_counter()
-    partial = table.with_suffix(".partial")  # the lock is held: a leftover of this name is nobody's, overwrite it
-    try:
-        with partial.open("wb") as file:
-            rows = write(path, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if _fingerprint(files, kind) != before:
-            raise UserError(f"{path}: changed while it was read; start again when it is complete")
-        partial.replace(table)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-    seconds = time.perf_counter() - started
-    _log.info(
-        "%s: %d records converted in %.1f s (%.0f a second), kept as %s", path, rows, seconds, rows / seconds, table
-    )
-
-
-TABLE_VERSION = 3
+TABLE_VERSION = 4
 """Part of the cache's key: raise it when columns or their meaning change."""
 
 ROWS_A_BATCH = 4096
@@ -104,6 +40,7 @@ _SCHEMA = pa.schema(
         ("images", pa.list_(pa.string())),
         ("video", pa.list_(NAMED_VIDEO)),
         ("conversations", pa.list_(_TURN)),
+        (INPUT_CHARACTERS, pa.int32()),
         ("length", pa.int32()),
         ("is_multimodal", pa.bool_()),
         ("problem", pa.string()),
@@ -113,12 +50,67 @@ _SCHEMA = pa.schema(
 )
 
 
-def load_table(path: Path, cache_folder: Path | None) -> datasets.Dataset:
-    """See `records.load_llava`."""
+def load_table(path: Path, *, cache_folder: Path | None = None) -> datasets.Dataset:
+    """A data file of any format and container as memory-mapped rows, converted once and kept in a cache.
+
+    Columns: `id`, `images` (paths), `video` (the fields of a `turns.Clip` each), `conversations` (list of {from,
+    value}, as LLaVA's), `input_characters` (of the last question; `turns.Turn`), `length` (words in all turns),
+    `is_multimodal`, `problem` (why the record is unusable as it stands, else null), `format` (`sample_rows`),
+    `held_pictures` (name and content of the pictures that the file holds, each in the first row that has it). Every
+    row goes into `turns.read_conversation`. The cache is keyed by the files' paths, sizes and modification times, so a
+    changed file is converted again; a content hash would read a gigabyte at each start.
+
+    Args:
+        path: what `readers.containers.find_files` takes; of JSON the first character decides between list and lines.
+        cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
+
+    Raises:
+        UserError: no such file, one that cannot be read to its end (with the place), no record in it, none of a known
+            format, or records of several.
+    """
     found = find_files(path)
-    writer = _Writer(found)
-    kind = f"samples {TABLE_VERSION}"
-    return cached_table(path, kind=kind, write=writer.write, cache_folder=cache_folder, files=found.files)
+    folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE) / "dora_vl"
+    table = folder / f"{path.stem}-{_fingerprint(found.files)}.arrow"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{table}.lock"):  # the ranks of a machine: one converts, the others wait for it
+            if not table.exists():
+                _convert(path, found, table)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot keep the converted {path.name} there ({error}); set HF_DATASETS_CACHE"
+        ) from error
+    return datasets.Dataset.from_file(str(table))
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    key = f"samples {TABLE_VERSION}"
+    for file in files:
+        stat = file.stat()
+        key += f"\0{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+def _convert(path: Path, found: DataFiles, table: Path) -> None:
+    """Writes under another name first: what a killed process leaves is never taken for whole."""
+    before, started = _fingerprint(found.files), time.perf_counter()
+    partial = table.with_suffix(".partial")  # the lock is held: a leftover of this name is nobody's, overwrite it
+    try:
+        with partial.open("wb") as file:
+            rows = _Writer(found).write(path, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if _fingerprint(found.files) != before:
+            raise UserError(f"{path}: changed while it was read; start again when it is complete")
+        partial.replace(table)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    seconds = time.perf_counter() - started
+    _log.info(
+        "%s: %d records converted in %.1f s (%.0f a second), kept as %s", path, rows, seconds, rows / seconds, table
+    )
 
 
 class _Writer:
@@ -155,6 +147,8 @@ class _Writer:
     def _row(self, record: Mapping[str, object], number: int) -> SampleRow:
         """The row with the pictures that no earlier one held."""
         row = self._reader.read(record, number)
+        if not row.held:
+            return row
         held = {name: content for name, content in row.held.items() if name not in self._held}
         self._held |= held.keys()
         return dataclasses.replace(row, held=held)
@@ -205,6 +199,7 @@ def _columns(rows: list[SampleRow]) -> pa.RecordBatch:
         pa.array([row.images for row in rows], pa.list_(pa.string())),
         pa.array([[vars(clip) for clip in row.video] for row in rows], pa.list_(NAMED_VIDEO)),
         pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), turn_structs),
+        pa.array([row.input_characters for row in rows], pa.int32()),
         pa.array([sum(len(text.split()) for _, text in row.turns) for row in rows], pa.int32()),
         pa.array([bool(row.images or row.video) for row in rows], pa.bool_()),
         pa.array([row.problem for row in rows], pa.string()),

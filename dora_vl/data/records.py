@@ -1,4 +1,4 @@
-"""Reading a publisher's LLaVA file, JSON list or JSON lines, without ever holding it in memory.
+"""Reading a file of records, JSON list or JSON lines, without ever holding it in memory.
 
 Only the standard library at import, so that data preparation can use it alone.
 """
@@ -9,42 +9,16 @@ import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn
 
 from dora_vl.data.text_file import NotUtf8, Progress, opened, refuse_half_pairs
 from dora_vl.errors import UserError, shown
-
-if TYPE_CHECKING:
-    import datasets
 
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_CHARACTERS = 1 << 26
 """A value that is still open after 64 Mi characters is a missing quote or bracket, not a sample."""
 
 _WHITESPACE = " \t\r\n"
-
-
-def load_llava(path: Path, *, cache_folder: Path | None = None) -> datasets.Dataset:
-    """A data file of any format and container as memory-mapped rows, converted once and kept in a cache.
-
-    Columns: `id`, `images` (paths), `video` (the fields of a `clips.Clip` each), `conversations` (list of {from,
-    value}, as LLaVA's), `length` (words in all turns), `is_multimodal`, `problem` (why the record is unusable as it
-    stands, else null), `format` (`sample_rows`), `held_pictures` (name and content of the pictures that the
-    file holds, each in the first row that has it). Every row goes into `turns.read_llava`. The cache is keyed by the
-    files' paths, sizes and modification times, so a changed file is converted again; a content hash would read a
-    gigabyte at each start.
-
-    Args:
-        path: what `readers.containers.find_files` takes; of JSON the first character decides between list and lines.
-        cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
-
-    Raises:
-        UserError: no such file, one that cannot be read to its end (with the place), no record in it, none of a known
-            format, or records of several.
-    """
-    from dora_vl.data.record_table import load_table  # needs pyarrow and datasets
-
-    return load_table(path, cache_folder)
 
 
 def stream_records(

@@ -20,7 +20,7 @@ from dora_vl.data.readers.messages import (
     read_prompt_completion,
     read_texts,
 )
-from dora_vl.data.turns import SPEAKERS, VIDEO_KEYS, Clip, Turn, raw_turns, row_clips, speaker_role
+from dora_vl.data.turns import INPUT_CHARACTERS, SPEAKERS, VIDEO_KEYS, Clip, Turn, raw_turns, row_clips, spoken_turns
 from dora_vl.errors import BadSample, UserError, shown
 
 Row = Mapping[str, object]
@@ -38,8 +38,8 @@ class RowFormat:
     read: Callable[[Row, str], Example]
 
 
-def _holds(*names: str) -> Callable[[Row], bool]:
-    return lambda row: all(row.get(name) is not None for name in names)
+def _holds(name: str, other: str | None = None) -> Callable[[Row], bool]:
+    return lambda row: row.get(name) is not None and (other is None or row.get(other) is not None)
 
 
 def _roles_in_conversations(row: Row) -> bool:
@@ -56,6 +56,11 @@ def _is_record(row: Row) -> bool:
     return row.get("turns") is not None or (isinstance(first, Mapping) and "text" in first)
 
 
+def _is_instruction(row: Row) -> bool:
+    """An empty output is still one, and named."""
+    return row.get("instruction") is not None and "output" in row
+
+
 def _is_columns(row: Row) -> bool:
     return first_of(row, QUESTIONS) is not None and first_of(row, ANSWERS) is not None
 
@@ -68,10 +73,7 @@ def _read_conversations(row: Row, sample_id: str) -> Example:
     """LLaVA's and ShareGPT's: `from` and `value`, the pictures in `image` or `images`, a `system` text beside them."""
     if _roles_in_conversations(row):
         return read_messages(row, sample_id, "conversations")
-    turns = tuple(
-        Turn(speaker_role(speaker, number, sample_id), text)
-        for number, (speaker, text) in enumerate(raw_turns(row, sample_id), 1)
-    )
+    turns = tuple(spoken_turns(row, sample_id))
     if isinstance(system := row.get("system"), str) and system:
         turns = (Turn("system", system), *turns)
     pictures = row_pictures(row, sample_id)
@@ -109,7 +111,7 @@ FORMATS: tuple[RowFormat, ...] = (
     RowFormat("messages", "messages", _holds("messages"), read_messages),
     RowFormat("texts", "texts", _holds("texts"), read_texts),
     RowFormat("prompt/completion", "prompt, completion", _holds("prompt", "completion"), read_prompt_completion),
-    RowFormat("instructions", "instruction, output", _holds("instruction", "output"), read_instructions),
+    RowFormat("instructions", "instruction, output", _is_instruction, read_instructions),
     RowFormat("records", "answers or turns of `dora-vl prepare`", _is_record, _read_record),
     RowFormat(
         "question/answer", f"one of {', '.join(QUESTIONS)} and of {', '.join(ANSWERS)}", _is_columns, read_columns
@@ -169,13 +171,15 @@ def turns_of(example: Example) -> tuple[Turn, ...]:
 class SampleRow:
     """A sample with its turns as LLaVA's (from, value); `problem` says why the row could not be brought into this form.
 
-    `held` are the pictures that the row itself holds, by their name in `images`.
+    `held` are the pictures that the row itself holds, by their name in `images`; `input_characters` are the last
+    question's (`turns.Turn`).
     """
 
     id: str
     images: tuple[str, ...] = ()
     video: tuple[Clip, ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
+    input_characters: int = 0
     problem: str | None = None
     format: str | None = None
     held: Mapping[str, bytes] = field(default_factory=dict)
@@ -190,10 +194,11 @@ class SampleRow:
         return sum(map(len, self.strings())) + sum(map(len, self.held.values()))
 
     def record(self) -> dict[str, object]:
-        """The row as `turns.read_llava` takes it."""
+        """The row as `turns.read_conversation` takes it."""
         turns = [{"from": speaker, "value": text} for speaker, text in self.turns]
         media = {"images": list(self.images), "video": [vars(clip) for clip in self.video]}
-        return {"id": self.id, **media, "conversations": turns, "problem": self.problem}
+        own = {"id": self.id, INPUT_CHARACTERS: self.input_characters, "problem": self.problem}
+        return {**own, **media, "conversations": turns}
 
     def encodable(self) -> SampleRow:
         """Itself; a row without text where it holds half of a surrogate pair, which JSON can spell (`\\ud83d`)."""
@@ -228,7 +233,7 @@ class SampleRowReader:
         if name is not None:
             self._check_format(name, f"row {number + 1} ({sample_id})")
         try:
-            if name == FORMATS[0].name and _is_llava(record):
+            if name == FORMATS[0].name and not record.get("system") and not _roles_in_conversations(record):
                 return _llava_row(record, sample_id)
             example = read_row(record, number=number) if form is None else form.read(record, sample_id)
             return _example_row(example, name)
@@ -254,17 +259,8 @@ def check_usable(name: str, rows: int, usable: int, first_problem: str | None) -
         raise UserError(f"{name}: none of its {rows} records is a sample; the first one: {first_problem}")
 
 
-def _is_llava(record: Mapping[str, object]) -> bool:
-    """Whether its turns are kept as they stand; `turns.read_llava` decides what they mean."""
-    turns = record.get("conversations")
-    if record.get("system"):
-        return False
-    return not (
-        isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and turns[0].get("role") is not None
-    )
-
-
 def _llava_row(record: Mapping[str, object], sample_id: str) -> SampleRow:
+    """LLaVA's turns are kept as they stand; `turns.read_conversation` decides what they mean."""
     pictures = row_pictures(record, sample_id)
     return SampleRow(
         id=sample_id,
@@ -277,11 +273,13 @@ def _llava_row(record: Mapping[str, object], sample_id: str) -> SampleRow:
 
 
 def _example_row(example: Example, form: str | None) -> SampleRow:
+    turns = turns_of(example)
     return SampleRow(
         id=example.id,
         images=example.images,
         video=example.clips,
-        turns=tuple((SPEAKERS[turn.role], turn.text) for turn in turns_of(example)),
+        turns=tuple((SPEAKERS[turn.role], turn.text) for turn in turns),
+        input_characters=turns[-2].input_characters if len(turns) > 1 else 0,
         format=form,
         held=example.image_bytes,
     )

@@ -29,7 +29,7 @@ class SamplingLengths(NamedTuple):
 
 
 def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_per_video: int = 0) -> SamplingLengths:
-    """Lengths of `records.load_llava`'s rows: words of the text plus the tokens of its pictures and videos.
+    """Lengths of `record_table.load_table`'s rows: words of the text plus the tokens of its pictures and videos.
 
     Words stand for tokens, as in LLaVA: near enough to sort by, and known without a tokenizer.
     """

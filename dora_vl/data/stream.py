@@ -16,7 +16,7 @@ from itertools import chain, count, islice
 
 import torch
 
-from dora_vl.data.dataset import LlavaDataset, Rows, Sample, Skipped
+from dora_vl.data.dataset import ConversationDataset, Rows, Sample, Skipped
 from dora_vl.data.media import HeldPictures, RowPictureBytes
 from dora_vl.data.sample_rows import SampleRow
 from dora_vl.data.stream_sources import FIRST_ROWS, StreamSource, generator
@@ -187,7 +187,7 @@ class StreamedDataset(torch.utils.data.Dataset["Sample | Skipped"]):
         length: samples of an epoch.
     """
 
-    def __init__(self, make: Callable[[Rows, HeldPictures], LlavaDataset], *, length: int) -> None:
+    def __init__(self, make: Callable[[Rows, HeldPictures], ConversationDataset], *, length: int) -> None:
         self._make = make
         self._length = length
 

@@ -16,11 +16,12 @@ class TrainFile:
     """How often an epoch sees each of its samples; 0.5: half of them, chosen by the seed; 2: each twice."""
 
 
-def train_files(given: str | Sequence[TrainFile]) -> tuple[TrainFile, ...]:
+def train_files(given: str | Sequence[str | TrainFile]) -> tuple[TrainFile, ...]:
     """What `data.train` names, one path or several files, as a list."""
-    return (TrainFile(path=given),) if isinstance(given, str) else tuple(given)
+    listed = (given,) if isinstance(given, str) else given
+    return tuple(TrainFile(path=one) if isinstance(one, str) else one for one in listed)
 
 
-def train_name(given: str | Sequence[TrainFile]) -> str:
+def train_name(given: str | Sequence[str | TrainFile]) -> str:
     """The files' names, for messages."""
     return ", ".join(file.path for file in train_files(given))

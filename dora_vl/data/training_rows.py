@@ -16,18 +16,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dora_vl.data.media import StoredPictures
-from dora_vl.data.records import load_llava
+from dora_vl.data.record_table import load_table
 from dora_vl.data.train_files import TrainFile
-from dora_vl.data.turns import IMAGE_PLACEHOLDER
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, INPUT_CHARACTERS
 from dora_vl.errors import UserError, one_line
+
+REFERENCE_SPLIT_SEED = 42
+SAMPLE_COLUMNS = ("id", "images", "video", "conversations", INPUT_CHARACTERS, "problem")
 
 
 @dataclass(frozen=True)
 class SampleRows:
-    """Rows of `records.load_llava`, and the pictures that their files hold themselves."""
+    """Rows of `record_table.load_table`, and the pictures that their files hold themselves."""
 
     rows: datasets.Dataset
     stored: StoredPictures
+
+    @property
+    def samples(self) -> datasets.Dataset:
+        """Only what a sample is made of: a quarter less time for each row than with all columns."""
+        return self.rows.select_columns([*SAMPLE_COLUMNS])
 
     @property
     def pictures(self) -> list[str]:
@@ -53,9 +61,9 @@ def load_rows(path: str, limit: int | None = None, *, cache_folder: Path | None 
     """The samples of one path, the first `limit` of them.
 
     Raises:
-        UserError: see `records.load_llava`.
+        UserError: see `record_table.load_table`.
     """
-    table = load_llava(Path(path), cache_folder=cache_folder)
+    table = load_table(Path(path), cache_folder=cache_folder)
     rows = table.remove_columns("held_pictures")
     return SampleRows(rows if limit is None else rows.select(range(min(limit, len(rows)))), StoredPictures([table]))
 
@@ -99,6 +107,20 @@ def load_training_rows(
     whole = len(trained) == len(rows) and len(files) == 1 and not share
     train = SampleRows(rows if whole else rows.select(trained), stored)
     return train, SampleRows(rows.select(held), stored) if share else None
+
+
+def drawn_out(train: SampleRows, size: int) -> tuple[SampleRows, SampleRows]:
+    """What is left of the samples, in a random order, and `size` of them for validation.
+
+    As LLM-Adapters' and NVlabs' scripts part theirs: `train_test_split` with the seed 42.
+
+    Raises:
+        UserError: nothing would be left.
+    """
+    if size >= len(train.rows):
+        raise UserError(f"data.validation_size {size} leaves none of {len(train.rows)} samples")
+    parts = train.rows.train_test_split(test_size=size, shuffle=True, seed=REFERENCE_SPLIT_SEED)
+    return SampleRows(parts["train"], train.stored), SampleRows(parts["test"], train.stored)
 
 
 def check_weights(files: Sequence[TrainFile]) -> None:
@@ -192,7 +214,7 @@ def overlap(rows: datasets.Dataset, questions: Iterable[QuestionAboutPictures]) 
     """The ids of a training sample and of the test's question that it holds, for each such sample.
 
     Args:
-        rows: of `records.load_llava`; any of a talk's questions counts.
+        rows: of `record_table.load_table`; any of a talk's questions counts.
         questions: pictures named as in `rows`. Those without pictures are left out.
     """
     asked = {(tuple(one.images), _words(one.text)): one.id for one in questions if one.images}

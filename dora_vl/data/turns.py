@@ -1,4 +1,4 @@
-"""A published LLaVA record as typed turns: who speaks, what is said, where pictures and videos go.
+"""A row as typed turns: who speaks, what is said, where pictures and videos go.
 
 Turns hold no special token except `<image>` and, where a sample has videos, `<video>`: templates and tokens belong to
 the backbone. Without videos `<video>` is text, such as HTML's.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dora_vl.errors import BadSample, shown
@@ -82,6 +82,8 @@ def _seconds(value: Mapping[str, object], names: Sequence[str], sample_id: str) 
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 
+INPUT_CHARACTERS = "input_characters"
+"""Where a row of `record_table.load_table` says it of its last question; see `Turn`."""
 Role = Literal["system", "user", "assistant"]
 
 SPEAKERS: Mapping[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -95,10 +97,25 @@ _ROLES: Mapping[str, Role] = {
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance; `text` holds `<image>` at each place where a picture goes, `<video>` where a video does."""
+    """One utterance; `text` holds `<image>` at each place where a picture goes, `<video>` where a video does.
+
+    Its last `input_characters` are an instruction's input, which a line break parts from the instruction. Prompts that
+    were published for instructions have a place for each; all others take the text as it stands.
+    """
 
     role: Role
     text: str
+    input_characters: int = 0
+
+    @property
+    def instruction(self) -> str:
+        """The text without its input."""
+        return self.text[: -self.input_characters - 1] if self.input_characters else self.text
+
+    @property
+    def input(self) -> str:
+        """The input; empty where there is none."""
+        return self.text[len(self.text) - self.input_characters :]
 
 
 @dataclass(frozen=True)
@@ -115,8 +132,8 @@ class Conversation:
     videos: tuple[Clip, ...] = ()
 
 
-def read_llava(record: Mapping[str, object]) -> Conversation:
-    """One record of LLaVA's JSON, or one row of `records.load_llava`, as a conversation.
+def read_conversation(record: Mapping[str, object]) -> Conversation:
+    """One record of LLaVA's JSON, or one row of `record_table.load_table`, as a conversation.
 
     A first turn from "gpt" is dropped, as the original does. With one picture its placeholder
     moves to the front of its turn, followed by a newline (the published normalisation); with several pictures
@@ -131,19 +148,19 @@ def read_llava(record: Mapping[str, object]) -> Conversation:
             an answer, an empty answer, or placeholders that are not as many as the pictures or videos.
     """
     sample_id = _id(record)
-    if record.get("problem"):  # `records.load_llava` found it while converting the file
+    if record.get("problem"):  # `record_table.load_table` found it while converting the file
         raise BadSample(sample_id, str(record["problem"]))
     images = read_paths(record, ("images", "image"), sample_id)
-    return as_conversation(sample_id, images, _turns(record, sample_id), row_clips(record, sample_id))
+    return as_conversation(sample_id, images, spoken_turns(record, sample_id), row_clips(record, sample_id))
 
 
 def as_conversation(
     sample_id: str, images: Sequence[str], turns: Sequence[Turn], videos: Sequence[Clip] = ()
 ) -> Conversation:
-    """Turns of any origin, checked and their placeholders put in order; see `read_llava`.
+    """Turns of any origin, checked and their placeholders put in order; see `read_conversation`.
 
     Raises:
-        BadSample: as `read_llava`.
+        BadSample: as `read_conversation`.
     """
     system = [turn for turn in turns[:1] if turn.role == "system"]
     talk = _alternating(_without_leading_answer([*turns[len(system) :]]), sample_id)
@@ -219,19 +236,22 @@ def _raw_turn(entry: object, number: int, sample_id: str) -> tuple[str, str]:
     return speaker, text
 
 
-def _turns(record: Mapping[str, object], sample_id: str) -> list[Turn]:
-    return [
-        Turn(speaker_role(speaker, number, sample_id), text)
-        for number, (speaker, text) in enumerate(raw_turns(record, sample_id), 1)
-    ]
-
-
-def speaker_role(speaker: str, number: int, sample_id: str) -> Role:
-    """The role of who speaks turn `number`.
+def spoken_turns(record: Mapping[str, object], sample_id: str) -> list[Turn]:
+    """The turns by role, as `raw_turns` finds them.
 
     Raises:
-        BadSample: neither LLaVA's names (human, gpt, system) nor the roles themselves.
+        BadSample: as `raw_turns`; or a speaker who is neither one of LLaVA's (human, gpt, system) nor a role.
     """
+    turns = [
+        Turn(_role(speaker, number, sample_id), text)
+        for number, (speaker, text) in enumerate(raw_turns(record, sample_id), 1)
+    ]
+    if isinstance(apart := record.get(INPUT_CHARACTERS), int) and apart and len(turns) > 1:
+        turns[-2] = replace(turns[-2], input_characters=apart)
+    return turns
+
+
+def _role(speaker: str, number: int, sample_id: str) -> Role:
     if speaker not in _ROLES:
         known = "only 'human', 'gpt' and 'system' are known"
         raise BadSample(sample_id, f"turn {number} is from {shown(speaker)}; {known}")

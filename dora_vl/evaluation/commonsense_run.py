@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,14 @@ from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.data.examples import Answer, Example
-from dora_vl.data.instructions import iterate_instructions
-from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.likelihood import choose
 from dora_vl.evaluation.predict import predict
 from dora_vl.evaluation.prompt_inputs import InstructionPrompts
-from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.result_files import PredictionsFile
+from dora_vl.evaluation.questions import Question, read_questions
+from dora_vl.evaluation.result_files import PredictionsFile, file_sha256
 from dora_vl.run.commonsense_recipe import CommonsenseEvaluationConfig
 from dora_vl.run.run_folder import ADAPTER, METRICS, write_json
 from dora_vl.run.samples import VideoReading
@@ -39,36 +36,24 @@ log = logging.getLogger(__name__)
 PREDICTIONS = {"generation": "predictions.jsonl", "likelihood": "predictions_likelihood.jsonl"}
 
 
-@dataclass(frozen=True)
-class SetQuestion:
-    """One question of a set, what the scorer needs of it, and the answer that is looked for."""
+def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[Question], dict[str, str]]:
+    """The questions of every set, of its kind, and the reason for each that cannot be read, by id (`openbookqa/17`).
 
-    question: Question
-    example: Example
-    answer: str
-
-
-def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[SetQuestion], dict[str, str]]:
-    """The questions of every set, and the reason for each that cannot be read, by id (`openbookqa/17`).
+    A row's `answer` is what is looked for; where it names none, what the set's pattern finds in its output.
 
     Raises:
         UserError: a set's name is not known, or its file is missing, malformed or empty.
     """
     if unknown := sorted(set(evaluation.files) - set(PATTERNS)):
         raise UserError(f"evaluation.files: no commonsense set {unknown[0]!r}; there are {', '.join(PATTERNS)}")
-    asked: list[SetQuestion] = []
+    asked: list[Question] = []
     unreadable: dict[str, str] = {}
     for task, file in evaluation.files.items():
-        for record in iterate_instructions(Path(file), evaluation.limit):
-            if isinstance(record, BadSample):
-                unreadable[f"{task}/{record.sample_id}"] = record.reason
-                continue
-            answer = record.answer or extracted(record.output, task, evaluation.rule)
-            name = f"{task}/{record.id}"
-            turns = [Turn("user", text) for text in (record.instruction, record.input) if text]
-            question = Question(id=name, images=(), turns=tuple(turns), truth=record.output, kind=task)
-            example = Example(id=name, answers=(Answer(text=answer),), extra={"task": task})
-            asked.append(SetQuestion(question, example, answer))
+        questions, failed = read_questions(Path(file), evaluation.limit)
+        unreadable |= {f"{task}/{name}": reason for name, reason in failed.items()}
+        for one in questions:
+            answer = one.answer or extracted(one.truth, task, evaluation.rule)
+            asked.append(replace(one, id=f"{task}/{one.id}", kind=task, answer=answer))
     if not asked:
         raise UserError(f"{evaluation.file}: no question can be asked; the first: {next(iter(unreadable.items()))}")
     return asked, unreadable
@@ -104,7 +89,10 @@ def evaluate_commonsense(
             ask = _generate if scoring == "generation" else _choose
             failed = unreadable | ask(backbone, encoder, asked, evaluation, file)
             answers = {name: one.prediction for name, one in file.done.items()}
-        scored = score([one.example for one in asked], answers, rule=evaluation.rule)
+        examples = [
+            Example(id=one.id, answers=(Answer(text=one.answer),), extra={"task": str(one.kind)}) for one in asked
+        ]
+        scored = score(examples, answers, rule=evaluation.rule)
         metrics[scoring] = {
             **_entries(scored),
             "no_answer_found": _without_answer(asked, answers, evaluation),
@@ -120,14 +108,14 @@ def evaluate_commonsense(
 def _generate(
     backbone: Any,
     encoder: InstructionEncoder,
-    asked: Sequence[SetQuestion],
+    asked: Sequence[Question],
     evaluation: CommonsenseEvaluationConfig,
     file: PredictionsFile,
 ) -> dict[str, str]:
     assistant = Assistant(backbone, InstructionPrompts(encoder))
     return predict(
         assistant,
-        [one.question for one in asked],
+        asked,
         media=MediaReader(folder=Path(), videos=VideoReading(folder=Path(), sampling=Uniform(1))),  # they show nothing
         file=file,
         decoding=assistant.decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
@@ -137,7 +125,7 @@ def _generate(
 def _choose(
     backbone: Any,
     encoder: InstructionEncoder,
-    asked: Sequence[SetQuestion],
+    asked: Sequence[Question],
     evaluation: CommonsenseEvaluationConfig,
     file: PredictionsFile,
 ) -> dict[str, str]:
@@ -150,8 +138,7 @@ def _choose(
             raise BadSample(question.id, reason)
         return ids, start
 
-    questions = [(one.question, one.answer) for one in asked]
-    return choose(backbone, encode, questions, file=file, batch_size=evaluation.batch_size)
+    return choose(backbone, encode, asked, file=file, batch_size=evaluation.batch_size)
 
 
 def _entries(scored: Scored) -> dict[str, Any]:
@@ -163,14 +150,10 @@ def _entries(scored: Scored) -> dict[str, Any]:
 
 
 def _without_answer(
-    asked: Sequence[SetQuestion], answers: Mapping[str, str], evaluation: CommonsenseEvaluationConfig
+    asked: Sequence[Question], answers: Mapping[str, str], evaluation: CommonsenseEvaluationConfig
 ) -> int:
     """Questions whose generated text holds nothing of the set's pattern; they count as wrong."""
-    return sum(
-        not extracted(answers[one.example.id], str(one.question.kind), evaluation.rule)
-        for one in asked
-        if one.example.id in answers
-    )
+    return sum(not extracted(answers[one.id], str(one.kind), evaluation.rule) for one in asked if one.id in answers)
 
 
 def _described(scoring: str, evaluation: CommonsenseEvaluationConfig, scored: Scored) -> dict[str, object]:
@@ -193,20 +176,12 @@ def _settings(
     if not weights.is_file():
         raise UserError(f"{weights} is missing; the test needs the finished adapter")
     return {
-        "adapter_sha256": _sha256(weights),
-        "questions_sha256": {task: _sha256(Path(file)) for task, file in evaluation.files.items()},
+        "adapter_sha256": file_sha256(weights),
+        "questions_sha256": {task: file_sha256(Path(file)) for task, file in evaluation.files.items()},
         "prompt": [encoder.prompt.test, encoder.prompt.test_with_input],
         "beams": evaluation.beams,
         "max_new_tokens": evaluation.max_new_tokens,
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _report(scoring: str, scored: Scored) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dora_vl.backbones.base import Features
 from dora_vl.data.dataset import IGNORED_LABEL
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, shown, shown_text
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.result_files import Prediction, PredictionsFile
 
@@ -34,7 +34,7 @@ class Branches:
     layout: Int[Tensor, "3 seq"]
 
 
-def outputs_of(question: Question, answer: str) -> list[str]:
+def outputs_of(question: Question) -> list[str]:
     """The outputs that the question's last line, `Answer format: a/b/...`, admits, in its order.
 
     What stands before the answer in the true output stands before each: "the correct answer is ".
@@ -42,15 +42,16 @@ def outputs_of(question: Question, answer: str) -> list[str]:
     Raises:
         BadSample: no such line, or the true answer is not among them or does not end the true output.
     """
-    found = FORMAT.search(question.turns[0].text)
+    found = FORMAT.search(question.turns[-1].instruction)
     if found is None:
         raise BadSample(question.id, "its last line names no choices (`Answer format: a/b/...`)")
     choices = [choice.strip() for choice in found[1].split("/")]
-    if answer not in choices or not question.truth.endswith(answer):
+    if question.answer not in choices or not question.truth.endswith(question.answer):
+        allowed = shown_text("/".join(choices))
         raise BadSample(
-            question.id, f"its answer {answer!r} is not one of {'/'.join(choices)}, or not its output's end"
+            question.id, f"its answer {shown(question.answer)} is not one of {allowed}, or not its output's end"
         )
-    before = question.truth.removesuffix(answer)
+    before = question.truth.removesuffix(question.answer)
     return [before + choice for choice in choices]
 
 
@@ -103,15 +104,12 @@ def log_likelihoods(
 def choose(
     backbone: nn.Module,
     encode: EncodeChoice,
-    questions: Sequence[tuple[Question, str]],
+    questions: Sequence[Question],
     *,
     file: PredictionsFile,
     batch_size: int,
 ) -> dict[str, str]:
     """Writes the likeliest output of every question that `file` has no prediction for; of equals the first.
-
-    Args:
-        questions: each with its answer, the part of the true output that differs between choices.
 
     Returns:
         The reason for each question that could not be asked, by id.
@@ -119,11 +117,11 @@ def choose(
     device = next(iter(backbone.parameters())).device
     failed: dict[str, str] = {}
     todo: list[tuple[Question, list[str], Branches]] = []
-    for question, answer in questions:
+    for question in questions:
         if question.id in file.done:
             continue
         try:
-            outputs = outputs_of(question, answer)
+            outputs = outputs_of(question)
             todo.append((question, outputs, branches([encode(question, one) for one in outputs])))
         except BadSample as error:
             failed[question.id] = error.reason

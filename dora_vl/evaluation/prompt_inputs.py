@@ -28,7 +28,6 @@ Side = Literal["left", "right"]
 PADDING_ID = 0  # fills shorter rows; masked, so that any id but a picture's does
 BOOKKEEPING = frozenset({"labels", "samples", "padding_tokens", "skipped", "cut"})
 """What a collator adds that no model takes."""
-_ONE_AT_A_TIME = "this model was trained on single instructions; ask one question at a time"
 _NO_PICTURES = "this is a language model, which sees no pictures and videos"
 
 
@@ -165,26 +164,21 @@ class ChatPrompts(_TokenPrompts):
 
 @dataclass(frozen=True)
 class InstructionPrompts(_TokenPrompts):
-    """A language model that was trained on instructions: one, perhaps with its input as a second turn."""
+    """A language model that was trained on instructions, and takes one."""
 
     encoder: InstructionEncoder
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         """See `Prompts.sample`."""
-        self._check(turns, seen)
+        _refuse_pictures(turns, seen)
         return _unlabelled(self.encoder.encode_prompt(turns))
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """See `Prompts.with_answer`."""
-        self._check(turns, seen)
+        _refuse_pictures(turns, seen)
         ids, first = self.encoder.encode_choice(turns, answer)
         labels = torch.where(torch.arange(len(ids)) >= first, ids, IGNORED_LABEL)
         return _labelled(Encoded(ids, labels))
-
-    def _check(self, turns: Sequence[Turn], seen: Shown) -> None:
-        _refuse_pictures(turns, seen)
-        if any(turn.role != "user" for turn in turns):
-            raise BadSample("question", _ONE_AT_A_TIME)
 
 
 def _refuse_pictures(turns: Sequence[Turn], seen: Shown) -> None:

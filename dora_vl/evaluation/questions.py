@@ -13,7 +13,7 @@ from string import ascii_uppercase
 from dora_vl.data.examples import Example
 from dora_vl.data.readers.containers import find_files
 from dora_vl.data.records import stream_values
-from dora_vl.data.sample_rows import read_row, turns_of
+from dora_vl.data.sample_rows import id_of, read_row, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn, as_conversation
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.scores.scienceqa import parsed
@@ -27,6 +27,7 @@ class Question:
         images: paths relative to the picture folder.
         turns: the prompt: everything up to and with the last question; earlier rounds keep their true answers.
         truth: the answer to the last question.
+        answer: the part of it that is scored, where the row says it; else empty.
         kind: the record's `kind`, if it has one; scores are also given by kind.
         videos: in the order of their `<video>` in `turns`.
     """
@@ -35,6 +36,7 @@ class Question:
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
     truth: str
+    answer: str = ""
     kind: str | None = None
     videos: tuple[Clip, ...] = ()
 
@@ -62,6 +64,7 @@ def question_of(record: Mapping[str, object]) -> Question:
         images=conversation.images,
         turns=tuple(prompt),
         truth=answer.text,
+        answer=example.answers[0].text if example.turns and example.answers else "",
         kind=None if kind is None else str(kind),
         videos=conversation.videos,
     )
@@ -84,7 +87,7 @@ def read_questions(path: Path, limit: int | None = None) -> tuple[list[Question]
     for number, (line, record) in enumerate(islice(numbered, limit)):
         if not isinstance(record, Mapping):
             raise UserError(f"{path}, line {line}: a record must be an object, found {type(record).__name__}")
-        name = str(record.get("id", f"record {number}"))
+        name = id_of(record, number)
         first = seen.setdefault(name, line)
         if len(seen) <= number:
             raise UserError(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import datasets
-import torch
 from transformers import TrainingArguments
 
-from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.provenance import content_hash, local_folder, versions
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.causal_lm import PAPER_TARGETS, CausalLMBackbone, load_causal_lm, write_causal_lm
@@ -20,43 +17,35 @@ from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
-from dora_vl.data.instructions import InstructionDataset, load_instructions
+from dora_vl.data.dataset import ConversationDataset, Rows
+from dora_vl.data.media import HeldPictures
 from dora_vl.errors import UserError
 from dora_vl.evaluation.commonsense_run import evaluate_commonsense, read_sets
+from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.model_files import check_model_folder
+from dora_vl.pipelines.instruct_data import InstructTask
 from dora_vl.run.adapting import CAUSAL_LM, check_quantisation, core_config, load_base, make_base
-from dora_vl.run.commonsense_recipe import CommonsenseRunConfig, InstructionDataConfig, LanguageModelConfig
+from dora_vl.run.assembly import pad_token_id
+from dora_vl.run.commonsense_recipe import CommonsenseRunConfig, LanguageModelConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
-from dora_vl.training.memory_estimate import Activations, decoder_activations
-from dora_vl.training.task import GenerationTask, Task, TrainingData
-
-REFERENCE_SPLIT_SEED = 42  # of LLM-Adapters' and NVlabs' `train_test_split`
+from dora_vl.training.task import TrainingData
 
 
-class CommonsenseTask(Task):
-    """Questions with one short answer each, in LLM-Adapters' form."""
+class CommonsenseTask(InstructTask[CommonsenseRunConfig]):
+    """One question and its output each, by a published prompt."""
 
     def __init__(self, config: CommonsenseRunConfig) -> None:
-        self._config = config
-
-    @property
-    def name(self) -> str:
-        """As `recipe.json` says it."""
-        return "commonsense"
-
-    @property
-    def config(self) -> CommonsenseRunConfig:
-        """The run's settings."""
-        return self._config
+        super().__init__(config, name="commonsense")
 
     def prepare(self, arguments: TrainingArguments) -> None:
         """Writes the base from its source where it is not there yet.
 
-        The test sets are read first: what is wrong with them shows now, not after hours of training.
+        All data is read first, and the test sets: what is wrong with them shows now, not after hours of training.
         """
         check_quantisation(self.config.model)
         if self.config.evaluation.files:
             read_sets(self.config.evaluation)
+        self._samples(arguments).describe()
         model = self.config.model
         make_base(write_causal_lm, model.source, model.base, arguments)
 
@@ -84,26 +73,13 @@ class CommonsenseTask(Task):
         return core_config(adapter, backbone.model, targets=PAPER_TARGETS)
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
-        """The training files' instructions, in the Trainer's random order."""
+        """The training files' instructions, in the Trainer's random order unless the settings say otherwise."""
         data = self.config.data
         encoder = build_encoder(self.config, backbone)
-        rows, held_out = read_rows(data)
-        return TrainingData(
-            train=InstructionDataset(rows, encode=encoder.encode),
-            validation=None if held_out is None else InstructionDataset(held_out, encode=encoder.encode),
-            collate=Collator(pad_token_id(encoder), pack=data.packing),
-            samples=len(rows),
-            source=", ".join(data.train),
-            longest_tokens=data.max_tokens,
+        found = self._samples(arguments).training_data(
+            partial(_spoken, encoder=encoder), collate=Collator(pad_token_id(encoder), pack=data.packing)
         )
-
-    def loss(self, backbone: Backbone[Any]) -> GenerationTask:
-        """Next-token loss."""
-        return GenerationTask(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
-
-    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
-        """The language model's."""
-        return decoder_activations(backbone.model, arguments, longest_tokens=longest_tokens)
+        return dataclasses.replace(found, longest_tokens=data.max_tokens)  # words would not count the prompt's tokens
 
     def recipe(self) -> dict[str, Any]:
         """Base, prompt and lengths."""
@@ -131,9 +107,7 @@ class CommonsenseTask(Task):
         ZeRO stage it was trained under.
         """
         config, run_folder = self.config, run_folder_of(self.config)
-        backbone = load_backbone(config.model, beams=config.evaluation.beams)
-        load_adapter(backbone.model, run_folder / ADAPTER)
-        backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        backbone, _ = with_adapter(load_backbone(config.model, beams=config.evaluation.beams), run_folder / ADAPTER)
         return evaluate_commonsense(
             backbone, build_encoder(config, backbone), config.evaluation, run_folder=run_folder, numbers=numbers
         )
@@ -155,27 +129,6 @@ def build_encoder(config: CommonsenseRunConfig, backbone: Backbone[Any]) -> Inst
     )
 
 
-def pad_token_id(encoder: InstructionEncoder) -> int:
-    """What fills short rows; masked, so any id does where the tokenizer names none."""
-    tokenizer: Any = encoder.tokenizer
-    return int(tokenizer.pad_token_id or 0)
-
-
-def read_rows(data: InstructionDataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Rows to train on and rows to measure the loss on, memory-mapped.
-
-    Raises:
-        UserError: no training file; two ways of validation; or fewer samples than `validation_size` leaves any of.
-    """
-    if not data.train:
-        raise UserError("data.train names no file")
-    if data.validation_file is not None and data.validation_size:
-        raise UserError("set data.validation_file or data.validation_size, not both")
-    rows = datasets.concatenate_datasets([load_instructions(Path(file)) for file in data.train])
-    held_out = None if data.validation_file is None else load_instructions(Path(data.validation_file))
-    if data.validation_size:
-        if data.validation_size >= len(rows):
-            raise UserError(f"data.validation_size {data.validation_size} leaves none of {len(rows)} samples")
-        parts = rows.train_test_split(test_size=data.validation_size, shuffle=True, seed=REFERENCE_SPLIT_SEED)
-        rows, held_out = parts["train"], parts["test"]
-    return (rows if data.limit is None else rows.select(range(min(data.limit, len(rows))))), held_out
+def _spoken(rows: Rows, stored: HeldPictures, *, encoder: InstructionEncoder) -> ConversationDataset:
+    """Samples of text; a top-level function, so that worker processes can receive it."""
+    return ConversationDataset(rows, encode=encoder.encode)

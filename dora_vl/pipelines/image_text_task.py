@@ -22,7 +22,7 @@ from dora_vl.backbones.image_text import (
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.prompt_formats import FORMATS
 from dora_vl.core import DoRAConfig
-from dora_vl.data.dataset import Encoded, LlavaDataset, Rows, Sample
+from dora_vl.data.dataset import ConversationDataset, Encoded, Rows, Sample
 from dora_vl.data.media import HeldPictures, open_picture
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.turns import Conversation
@@ -58,7 +58,7 @@ def instruct_task(config: RunConfig) -> Task:
     return ImageTextTask(config)
 
 
-class ImageTextTask(InstructTask):
+class ImageTextTask(InstructTask[RunConfig]):
     """Conversations about pictures and videos, put to a model through its own processor and chat template."""
 
     def prepare(self, arguments: TrainingArguments) -> None:
@@ -68,7 +68,7 @@ class ImageTextTask(InstructTask):
         samples = self._samples(arguments)
         samples.describe()
         if self.config.evaluation.file is not None:
-            samples.warn_of_overlap(check_test(self.config))
+            samples.warn_of_overlap(check_test(self.config), self.config)
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
         if samples.has_videos:
             _check_videos(self.config, encoder, pictures=samples.has_pictures)
@@ -172,9 +172,9 @@ def encode_from_folder(
 
 def _illustrated(
     rows: Rows, stored: HeldPictures, *, encoder: ImageTextEncoder, folder: Path, videos: VideoReading
-) -> LlavaDataset:
+) -> ConversationDataset:
     encode = partial(encode_from_folder, encoder=encoder, folder=folder, stored=stored, videos=videos)
-    return LlavaDataset(rows, encode=encode)
+    return ConversationDataset(rows, encode=encode)
 
 
 def _dummies(samples: InstructData, encoder: ImageTextEncoder) -> tuple[Sample | None, Sample | None]:

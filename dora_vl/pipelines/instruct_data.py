@@ -1,16 +1,16 @@
-"""The data of a run about pictures and talk, whatever its model: read once, as tables or as a stream."""
+"""The data of a run about talk and pictures, whatever its model: read once, as tables or as a stream."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone
-from dora_vl.data.dataset import LlavaDataset, Rows
+from dora_vl.data.dataset import ConversationDataset, Rows
 from dora_vl.data.media import HeldPictures, StoredPictures
 from dora_vl.data.sampler import sampling_lengths
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
@@ -19,13 +19,17 @@ from dora_vl.data.training_rows import SampleRows, described, load_rows, overlap
 from dora_vl.evaluation.questions import Question
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler
+from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.samples import check_streaming, open_stream, read_samples, read_validation, samples_of_a_run
 from dora_vl.training.memory_estimate import Activations, decoder_activations
 from dora_vl.training.task import GenerationTask, Task, TrainingData
 
-MakeDataset = Callable[[Rows, HeldPictures], LlavaDataset]
+MakeDataset = Callable[[Rows, HeldPictures], ConversationDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
+
+InstructConfig = RunConfig | CommonsenseRunConfig
+Settings = TypeVar("Settings", bound=InstructConfig)
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +45,7 @@ class InstructData:
         UserError: data that cannot be read, and settings that do not go together.
     """
 
-    def __init__(self, config: RunConfig, arguments: TrainingArguments) -> None:
+    def __init__(self, config: InstructConfig, arguments: TrainingArguments) -> None:
         self._config = config
         self._arguments = arguments
         self._train: SampleRows | None = None
@@ -52,7 +56,7 @@ class InstructData:
             self._total = samples_of_a_run(self._stream, config.data, arguments)
             self._held_out = read_validation(config.data)
         else:
-            self._train, self._held_out = read_samples(config, seed=order_seed(arguments))
+            self._train, self._held_out = read_samples(config.data, seed=order_seed(arguments))
 
     @property
     def has_pictures(self) -> bool:
@@ -89,9 +93,9 @@ class InstructData:
             counts = len(self._held_out.rows), len(self._held_out.pictures), seed
             logger.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
 
-    def warn_of_overlap(self, questions: Sequence[Question]) -> None:
-        """Counts and names training samples that the test asks again."""
-        data, evaluation = self._config.data, self._config.evaluation
+    def warn_of_overlap(self, questions: Sequence[Question], config: RunConfig) -> None:
+        """Counts and names training samples that the test asks again; `config` says where its pictures are."""
+        data, evaluation = config.data, config.evaluation
         if Path(evaluation.image_folder or data.image_folder).resolve() != Path(data.image_folder).resolve():
             return  # one name there is another picture
         if self._train is None:
@@ -108,8 +112,9 @@ class InstructData:
         make: MakeDataset,
         *,
         collate: Callable[[list[Any]], Mapping[str, Any]],
-        tokens_per_image: int,
+        tokens_per_image: int = 0,
         tokens_per_video: int = 0,
+        share_pictures: bool = False,
     ) -> TrainingData:
         """What the Trainer takes.
 
@@ -117,16 +122,17 @@ class InstructData:
             make: samples of rows.
             collate: a batch of samples.
             tokens_per_image: with `tokens_per_video` for the lengths that group samples.
+            share_pictures: whether the samples of a picture come in one batch.
         """
-        held_out = None if self._held_out is None else make(self._held_out.rows, self._held_out.stored)
+        held_out = None if self._held_out is None else make(self._held_out.samples, self._held_out.stored)
         if self._train is None:
             return self._streamed(make, collate, held_out)
         data, train = self._config.data, self._train
         lengths = sampling_lengths(train.rows, tokens_per_image=tokens_per_image, tokens_per_video=tokens_per_video)
-        grouped = data.group_by_modality_length or data.share_pictures
-        sampler = build_sampler(lengths, self._arguments, share_pictures=data.share_pictures) if grouped else None
+        grouped = data.group_by_modality_length or share_pictures
+        sampler = build_sampler(lengths, self._arguments, share_pictures=share_pictures) if grouped else None
         return TrainingData(
-            train=make(train.rows, train.stored),
+            train=make(train.samples, train.stored),
             validation=held_out,
             collate=collate,
             sampler=sampler,
@@ -140,7 +146,7 @@ class InstructData:
         self,
         make: MakeDataset,
         collate: Callable[[list[Any]], Mapping[str, Any]],
-        held_out: LlavaDataset | None,
+        held_out: ConversationDataset | None,
     ) -> TrainingData:
         if self._stream is None:
             raise RuntimeError("no stream has been opened")
@@ -158,10 +164,10 @@ class InstructData:
         )
 
 
-class InstructTask(Task):
-    """What runs about pictures and talk share, whatever the model: settings, data read once, next-token loss."""
+class InstructTask(Task, Generic[Settings]):
+    """What runs about talk and pictures share, whatever the model: settings, data read once, next-token loss."""
 
-    def __init__(self, config: RunConfig, *, name: str = "llava_instruct") -> None:
+    def __init__(self, config: Settings, *, name: str = "llava_instruct") -> None:
         self._config = config
         self._name = name
         self._data: InstructData | None = None
@@ -172,7 +178,7 @@ class InstructTask(Task):
         return self._name
 
     @property
-    def config(self) -> RunConfig:
+    def config(self) -> Settings:
         """The run's settings."""
         return self._config
 

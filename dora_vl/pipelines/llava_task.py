@@ -16,7 +16,7 @@ from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone, llava_skeleton
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import LlavaDataset, Rows
+from dora_vl.data.dataset import ConversationDataset, Rows
 from dora_vl.data.media import HeldPictures
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
@@ -25,12 +25,13 @@ from dora_vl.evaluation.run import check_test, pictures_of_test, read_test, run_
 from dora_vl.pipelines.instruct_data import InstructTask
 from dora_vl.run.adapting import LLAVA, check_quantisation, make_base
 from dora_vl.run.assembly import build_encoder, dora_config, load_backbone, pad_token_id, recipe_record
+from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.samples import PictureReader, image_preparation, picture_reader
 from dora_vl.training.task import TrainingData
 
 
-class LlavaTask(InstructTask):
+class LlavaTask(InstructTask[RunConfig]):
     """Conversations about pictures, in LLaVA's own format."""
 
     def prepare(self, arguments: TrainingArguments) -> None:
@@ -42,7 +43,7 @@ class LlavaTask(InstructTask):
         samples = self._samples(arguments)
         samples.describe()
         if self.config.evaluation.file is not None:
-            samples.warn_of_overlap(check_test(self.config))
+            samples.warn_of_overlap(check_test(self.config), self.config)
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
 
     def skeleton(self) -> Backbone[Any]:
@@ -76,6 +77,7 @@ class LlavaTask(InstructTask):
                 pad_token_id(encoder), share_pictures_by=encoder.image_token_id if data.share_pictures else None
             ),
             tokens_per_image=llava.tokens_per_image,
+            share_pictures=data.share_pictures,
         )
 
     def recipe(self) -> dict[str, Any]:
@@ -112,7 +114,9 @@ class LlavaTask(InstructTask):
         return picture_reader(config, backbone, names, folder=pictures_of_test(config), device=device).features
 
 
-def _illustrated(rows: Rows, stored: HeldPictures, *, encoder: LlavaEncoder, pictures: PictureReader) -> LlavaDataset:
+def _illustrated(
+    rows: Rows, stored: HeldPictures, *, encoder: LlavaEncoder, pictures: PictureReader
+) -> ConversationDataset:
     """Samples with pixels, or with features that are stored by the picture's name."""
     pixels = None if pictures.pixels is None else partial(pictures.pixels, stored=stored)
-    return LlavaDataset(rows, encode=encoder.encode, picture=pixels, features=pictures.features)
+    return ConversationDataset(rows, encode=encoder.encode, picture=pixels, features=pictures.features)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dora_vl.adapters.agreement import LEAVES, fields_of_the_change, first_difference, refuse_pefts_other_result
 from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, own_name, read_json, read_weights
-from dora_vl.adapters.quantised_base import Quantisation, check_runs_here
+from dora_vl.adapters.quantised_base import check_runs_here
 from dora_vl.adapters.settings import read_config
 from dora_vl.backbones.places import names_experts, resolved_targets, resolved_weights
 from dora_vl.backbones.written_base import check_made_from
@@ -24,7 +24,7 @@ from dora_vl.core.config import AdapterSettings
 from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
 from dora_vl.errors import UserError
 from dora_vl.run.launch import gather_to_read, gather_to_write, loading_in, without_sharding
-from dora_vl.run.recipe import AdapterConfig, ModelSection
+from dora_vl.run.recipe import AdapterConfig, LoadedModelConfig
 
 LLAVA = "llava"
 """LLaVA-1.5: its own wording, pictures and masks."""
@@ -37,26 +37,6 @@ VLBART = "vlbart"
 
 
 Backbone = TypeVar("Backbone")
-
-
-@runtime_checkable
-class LoadedModelSection(ModelSection, Protocol):
-    """What the `model:` section also says where transformers loads the base."""
-
-    @property
-    def revision(self) -> str | None:
-        """Git revision of a Hugging Face id."""
-        ...
-
-    @property
-    def attn_implementation(self) -> str:
-        """Attention kernel."""
-        ...
-
-    @property
-    def quantisation(self) -> Quantisation | None:
-        """How the language model's linear layers are quantised."""
-        ...
 
 
 def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments: TrainingArguments) -> None:
@@ -80,7 +60,7 @@ def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments
         make(spec, Path(base))
 
 
-def check_quantisation(model: LoadedModelSection) -> None:
+def check_quantisation(model: LoadedModelConfig) -> None:
     """Refuses `model.quantisation` where it cannot work, before any weight is read.
 
     Raises:
@@ -96,7 +76,7 @@ def check_quantisation(model: LoadedModelSection) -> None:
     check_runs_here(model.quantisation, getattr(torch, model.dtype))
 
 
-def load_base(load: Callable[..., Backbone], model: LoadedModelSection, **more: Any) -> Backbone:
+def load_base(load: Callable[..., Backbone], model: LoadedModelConfig, **more: Any) -> Backbone:
     """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3.
 
     Args:

@@ -11,6 +11,7 @@ from dora_vl.adapters.provenance import content_hash, local_folder, versions
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.image_text_encode import ImageTextEncoder, load_processor
+from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, load_llava
 from dora_vl.backbones.template_table import get_template
@@ -54,7 +55,7 @@ def build_encoder(model: ModelConfig, backbone: LlavaBackbone, *, max_tokens: in
     )
 
 
-def pad_token_id(encoder: LlavaEncoder) -> int:
+def pad_token_id(encoder: LlavaEncoder | InstructionEncoder) -> int:
     """What fills short rows; masked, so any id does where the tokenizer names none."""
     tokenizer: Any = encoder.tokenizer
     return int(next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None))

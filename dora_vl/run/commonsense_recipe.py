@@ -6,29 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.specs import LanguageSource, PromptName, TrainOn
-from dora_vl.run.recipe import AdapterConfig, OptimConfig, ResumableRun
+from dora_vl.run.recipe import AdapterConfig, LoadedModelConfig, OptimConfig, ResumableRun, SamplesConfig
 from dora_vl.scores.commonsense import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
+class LanguageModelConfig(LoadedModelConfig):
     """Which language model is adapted."""
 
     base: str
     """Folder or Hugging Face id of a causal language model. With `source`, the folder it is written to."""
     source: LanguageSource | None = None
     """Writes `base` from this model, such as a GGUF file, if the folder is not there yet."""
-    revision: str | None = None
-    """Git revision of a Hugging Face id (a commit pins the run)."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
-    quantisation: Quantisation | None = None
-    """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
-    QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
-    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +27,9 @@ class LanguageAdapterConfig(AdapterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructionDataConfig:
-    """Instructions with outputs in LLM-Adapters' form (instruction, input, output, answer), JSON or JSONL."""
+class InstructionDataConfig(SamplesConfig):
+    """One question and its output each: LLM-Adapters' form (instruction, input, output, answer), or any other."""
 
-    train: tuple[str, ...]
-    """Files with the training instructions, one after another."""
-    validation_file: str | None = None
-    """File with instructions whose loss is measured while training."""
-    validation_size: int = 0
-    """Takes so many samples out of the training files for validation instead, with the reference's seed 42."""
     prompt: PromptName = "nvlabs"
     """What stands around an instruction: `nvlabs` and `llm_adapters` are the published runs' to the last space (they
     differ in the first line of the training prompt), `alpaca` is Stanford's own, the same in training and test."""
@@ -56,17 +40,10 @@ class InstructionDataConfig:
     packing: bool = False
     """Samples of a micro-batch stand behind each other in rows as long as the longest; each sees itself alone and
     counts its positions from 0, so the loss is the same, with hardly any padding."""
-    max_bad_share: float = 0.001
-    """Largest share of unusable samples (empty output, no text...) that is skipped; above it the run stops."""
     workers: int = 2
     """Processes that read and prepare samples on each rank; 0 does it in the training process."""
-    limit: int | None = None
-    """Uses only the first so many training samples."""
-
-    @property
-    def held_out(self) -> str | None:
-        """What the loss is measured on while training, for messages; None: nothing."""
-        return self.validation_file or (f"{self.validation_size} training samples" if self.validation_size else None)
+    group_by_modality_length: bool = False
+    """Batches hold samples of like length, instead of any in a random order."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,21 +117,13 @@ Decayed = Literal["matrices", "all_but_biases"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which model is adapted, and how text and pictures are put to it."""
+class LoadedModelConfig:
+    """A model that transformers loads."""
 
     base: str
-    """Folder or Hugging Face id of a LLaVA or another vision-language model. With `compose`, the folder the composed
-    LLaVA is written to."""
+    """Its folder or Hugging Face id."""
     revision: str | None = None
     """Git revision of a Hugging Face id (a commit pins the run)."""
-    compose: ComposeSpec | None = None
-    """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
-    template: TemplateName | FormatName = "vicuna_v1"
-    """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
-    own. Other models have their processor's chat template, or where it has none `question_answer` or `paligemma`."""
-    image_aspect: Literal["pad", "square"] = "pad"
-    """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
     quantisation: Quantisation | None = None
@@ -139,6 +131,22 @@ class ModelConfig:
     QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
     attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(LoadedModelConfig):
+    """Which model is adapted, and how text and pictures are put to it."""
+
+    base: str
+    """Folder or Hugging Face id of a LLaVA or another vision-language model. With `compose`, the folder the composed
+    LLaVA is written to."""
+    compose: ComposeSpec | None = None
+    """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
+    template: TemplateName | FormatName = "vicuna_v1"
+    """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
+    own. Other models have their processor's chat template, or where it has none `question_answer` or `paligemma`."""
+    image_aspect: Literal["pad", "square"] = "pad"
+    """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,38 +165,26 @@ class AdapterConfig(AdapterSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Training and validation data, in any format that docs/data.md lists under "Your own data"."""
+class SamplesConfig:
+    """Training and validation samples, in any format that docs/data.md lists under "Your own data"."""
 
-    train: str | tuple[TrainFile, ...]
-    """The training samples: a file, a folder of shards, or hub:OWNER/NAME; or a list of {path, weight}."""
+    train: str | tuple[str | TrainFile, ...]
+    """The training samples: a file, a folder of shards, or hub:OWNER/NAME; or a list of them or of {path, weight}."""
     validation: str | None = None
     """Likewise the samples whose loss is measured while training."""
     validation_share: float = 0.0
     """Holds this share of the training samples out for validation instead, chosen by training.seed; samples of one
     picture stay on one side."""
-    image_folder: str = "."
-    """Root that the pictures' paths in the files are relative to."""
-    video_folder: str | None = None
-    """Root of the videos' paths; null: image_folder."""
-    video_frames: int = 8
-    """Frames taken of each video, in the middles of so many equal parts; with video_fps the most that are taken."""
-    video_fps: float | None = None
-    """Frames a second instead, at most video_frames; for base models that take videos of any length."""
+    validation_size: int = 0
+    """Holds so many training samples out instead, those that the published runs of language models draw (seed 42)."""
     max_tokens: int = 2048
     """Longest sequence, image tokens included; the tail of the text beyond it is cut and reported."""
-    cache_features: bool = False
-    """Computes the frozen vision tower's output once for each picture and reads it from disk afterwards."""
-    feature_cache: str | None = None
-    """Folder of the cached features; null: `<training.output_dir>/features`."""
     max_bad_share: float = 0.001
     """Largest share of unusable samples (missing picture, empty answer...) that is skipped; above it the run stops."""
     workers: int = 4
     """Processes that read and prepare samples on each rank; 0 does it in the training process."""
     group_by_modality_length: bool = True
     """Batches hold samples of like length, and either all with pictures or all without."""
-    share_pictures: bool = False
-    """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
     streaming: bool = False
     """Reads training samples as they come, never a whole file first: for files larger than the disk's free space, and
     hub sets too large to fetch. Needs group_by_modality_length: false, and training.max_steps where a file does not
@@ -203,8 +199,28 @@ class DataConfig:
     @property
     def held_out(self) -> str | None:
         """What the loss is measured on while training, for messages; None: nothing."""
-        share = f"{self.validation_share:g} of {train_name(self.train)}" if self.validation_share else None
-        return self.validation or share
+        part = self.validation_size or self.validation_share
+        return self.validation or (f"{part:g} of {train_name(self.train)}" if part else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SamplesConfig):
+    """Training and validation data, in any format that docs/data.md lists under "Your own data"."""
+
+    image_folder: str = "."
+    """Root that the pictures' paths in the files are relative to."""
+    video_folder: str | None = None
+    """Root of the videos' paths; null: image_folder."""
+    video_frames: int = 8
+    """Frames taken of each video, in the middles of so many equal parts; with video_fps the most that are taken."""
+    video_fps: float | None = None
+    """Frames a second instead, at most video_frames; for base models that take videos of any length."""
+    cache_features: bool = False
+    """Computes the frozen vision tower's output once for each picture and reads it from disk afterwards."""
+    feature_cache: str | None = None
+    """Folder of the cached features; null: `<training.output_dir>/features`."""
+    share_pictures: bool = False
+    """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,11 @@ from dora_vl.data.media import HeldPictures, StoredPictures, open_picture
 from dora_vl.data.stream import SampleStream
 from dora_vl.data.stream_sources import StreamSource
 from dora_vl.data.train_files import train_files, train_name
-from dora_vl.data.training_rows import SampleRows, check_weights, load_rows, load_training_rows
+from dora_vl.data.training_rows import SampleRows, check_weights, drawn_out, load_rows, load_training_rows
 from dora_vl.data.turns import Clip
 from dora_vl.errors import UserError
 from dora_vl.run.launch import gather_to_read, rank_and_ranks, wait_for_everyone
-from dora_vl.run.recipe import DataConfig, ModelConfig, RunConfig
+from dora_vl.run.recipe import DataConfig, ModelConfig, RunConfig, SamplesConfig
 from dora_vl.run.run_folder import run_folder_of
 from dora_vl.vision.compute_features import FeatureCache
 from dora_vl.vision.frame_sampling import EverySeconds, Sampling, Uniform
@@ -179,18 +179,20 @@ def check_videos(data: DataConfig) -> None:
     raise no_backend_reads(Clip(path=""), reasons)
 
 
-def read_samples(config: RunConfig, *, seed: int) -> tuple[SampleRows, SampleRows | None]:
+def read_samples(data: SamplesConfig, *, seed: int) -> tuple[SampleRows, SampleRows | None]:
     """The training samples and those whose loss is measured meanwhile, memory-mapped.
 
     Raises:
         UserError: a file that cannot be read, or two ways of validation.
     """
-    data = config.data
-    if data.validation is not None and data.validation_share:
-        raise UserError("set data.validation or data.validation_share, not both")
-    train, held_out = load_training_rows(
-        train_files(data.train), limit=data.limit, share=data.validation_share, seed=seed
-    )
+    if sum(map(bool, (data.validation, data.validation_share, data.validation_size))) > 1:
+        raise UserError("set one of data.validation, data.validation_share and data.validation_size")
+    files = train_files(data.train)
+    if data.validation_size and any(file.weight != 1 for file in files):
+        raise UserError("data.validation_size takes no weights of data.train; set data.validation_share")
+    train, held_out = load_training_rows(files, limit=data.limit, share=data.validation_share, seed=seed)
+    if data.validation_size:
+        train, held_out = drawn_out(train, data.validation_size)
     if data.validation is not None:
         held_out = read_validation(data)
     elif held_out is not None and data.validation_limit is not None:
@@ -200,12 +202,12 @@ def read_samples(config: RunConfig, *, seed: int) -> tuple[SampleRows, SampleRow
     return train, held_out
 
 
-def read_validation(data: DataConfig) -> SampleRows | None:
+def read_validation(data: SamplesConfig) -> SampleRows | None:
     """The samples of `data.validation`, where it names a file; they are never streamed."""
     return None if data.validation is None else load_rows(data.validation, data.validation_limit)
 
 
-def open_stream(data: DataConfig, *, seed: int) -> SampleStream:
+def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
     """The training samples as a stream; the first rows of each file have been read.
 
     Raises:
@@ -219,7 +221,7 @@ def open_stream(data: DataConfig, *, seed: int) -> SampleStream:
     return SampleStream(sources, buffer=data.shuffle_buffer, seed=seed)
 
 
-def check_streaming(data: DataConfig) -> None:
+def check_streaming(data: SamplesConfig) -> None:
     """Refuses what needs all samples before the first.
 
     Raises:
@@ -232,16 +234,20 @@ def check_streaming(data: DataConfig) -> None:
             data.group_by_modality_length,
             "sorts by the lengths of all samples; set it false",
         ),
-        "share_pictures": (data.share_pictures, "looks for the samples of each picture; set it false"),
-        "cache_features": (data.cache_features, "needs all pictures before the first step; set it false"),
         "validation_share": (data.validation_share, "chooses among all samples; name a data.validation file"),
+        "validation_size": (data.validation_size, "draws among all samples; name a data.validation file"),
     }
+    if isinstance(data, DataConfig):
+        refused |= {
+            "share_pictures": (data.share_pictures, "looks for the samples of each picture; set it false"),
+            "cache_features": (data.cache_features, "needs all pictures before the first step; set it false"),
+        }
     for setting, (asked, reason) in refused.items():
         if asked:
             raise UserError(f"data.streaming reads samples as they come, and data.{setting} {reason}")
 
 
-def samples_of_a_run(stream: SampleStream, data: DataConfig, arguments: TrainingArguments) -> int:
+def samples_of_a_run(stream: SampleStream, data: SamplesConfig, arguments: TrainingArguments) -> int:
     """How many samples the optimizer steps of a whole run take; 0 where the number of epochs says it.
 
     Raises:

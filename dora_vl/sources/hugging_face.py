@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_vl.data.examples import JSON, Answer, Example
-from dora_vl.data.turns import Turn, read_llava
+from dora_vl.data.turns import Turn, read_conversation
 from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text
 from dora_vl.sources.fields import UNKNOWN_ID, given, identifier, index_of, integer
 from dora_vl.sources.joins import soft_answers
@@ -218,7 +218,7 @@ def _picture(value: JSON, task_folder: Path, sample_id: str) -> str:
 
 def _turns(conversations: JSON, images: Sequence[str], sample_id: str) -> tuple[Turn, ...]:
     record = {"id": sample_id, "image": list(images), "conversations": conversations}
-    return read_llava(record).turns
+    return read_conversation(record).turns
 
 
 def _answers(

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from dora_vl.data.examples import JSON
-from dora_vl.data.turns import read_llava
+from dora_vl.data.turns import read_conversation
 from dora_vl.errors import UserError
 from dora_vl.sources.fields import UNKNOWN_ID, identifier, optional
 from dora_vl.sources.published import Raw, Split, json_rows
@@ -50,8 +50,8 @@ def convert(raw: Raw) -> dict[str, JSON]:
     """The record itself, its id as text, if it can be trained on.
 
     Raises:
-        BadSample: see `turns.read_llava`; or its id is neither text nor a number.
+        BadSample: see `turns.read_conversation`; or its id is neither text nor a number.
     """
     sample_id = optional(raw, "id", identifier, UNKNOWN_ID)
-    conversation = read_llava({**raw, "id": sample_id})
+    conversation = read_conversation({**raw, "id": sample_id})
     return {"id": conversation.id, **{name: value for name, value in raw.items() if name != "id"}}

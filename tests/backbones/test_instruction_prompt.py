@@ -9,37 +9,40 @@ import pytest
 import torch
 
 from dora_vl.backbones.instruction_prompt import PROMPTS, InstructionEncoder
-from dora_vl.data.instructions import Instruction
-from dora_vl.data.turns import Turn
+from dora_vl.data.dataset import ConversationDataset, Sample
+from dora_vl.data.training_rows import load_rows
+from dora_vl.data.turns import Clip, Conversation, Turn
 from dora_vl.errors import BadSample
 from tests.backbones.tiny_language import byte_tokenizer
 
-TASK = Instruction(
-    id="0",
-    instruction="Please answer: is {input} </s> a question?\n\nAnswer format: true/false",
-    output="the correct answer is true",
-    answer="true",
-)
-WITH_INPUT = Instruction(id="1", instruction="Say it.", input="hello {instruction}", output="hello")
+QUESTION = "Please answer: is {input} </s> a question?\n\nAnswer format: true/false"
+
+
+def said(instruction: str, output: str, *, added: str = "") -> Conversation:
+    asked = Turn("user", f"{instruction}\n{added}" if added else instruction, len(added))
+    return Conversation("0", (), (asked, Turn("assistant", output)))
+
+
+TASK = said(QUESTION, "the correct answer is true")
 
 
 def test_the_training_prompts_as_published() -> None:
     """Written out from NVlabs/DoRA's and LLM-Adapters' `generate_prompt`."""
     spaces = " " * 16
-    body = f"\n\n{spaces}### Instruction:\n{spaces}{TASK.instruction}\n{spaces}\n{spaces}### Response:\n{spaces}"
+    body = f"\n\n{spaces}### Instruction:\n{spaces}{QUESTION}\n{spaces}\n{spaces}### Response:\n{spaces}"
     first = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    nvlabs = PROMPTS["nvlabs"].before_output(TASK.instruction, "", test=False)
+    nvlabs = PROMPTS["nvlabs"].before_output(QUESTION, "", test=False)
     assert nvlabs == f"{first}  {body}"
-    adapters = PROMPTS["llm_adapters"].before_output(TASK.instruction, "", test=False)
+    adapters = PROMPTS["llm_adapters"].before_output(QUESTION, "", test=False)
     assert adapters == f"{first}  # noqa: E501{body}"
 
 
 def test_the_test_prompt_as_published() -> None:
     spaces = " " * 16
     first = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
-    expected = f"{first}\n\n{spaces}### Instruction:\n{spaces}{TASK.instruction}\n\n{spaces}### Response:\n{spaces}"
-    assert PROMPTS["nvlabs"].before_output(TASK.instruction, "", test=True) == expected
-    assert PROMPTS["llm_adapters"].before_output(TASK.instruction, "", test=True) == expected
+    expected = f"{first}\n\n{spaces}### Instruction:\n{spaces}{QUESTION}\n\n{spaces}### Response:\n{spaces}"
+    assert PROMPTS["nvlabs"].before_output(QUESTION, "", test=True) == expected
+    assert PROMPTS["llm_adapters"].before_output(QUESTION, "", test=True) == expected
 
 
 def test_with_an_input_as_published() -> None:
@@ -52,9 +55,9 @@ def test_with_an_input_as_published() -> None:
         f"{first} \n\n{spaces}### Instruction:\n{spaces}Say it.\n{spaces}\n{spaces}### Input:\n"
         f"{spaces}hello {{instruction}}\n{spaces}\n{spaces}### Response:\n{spaces}"
     )
-    assert PROMPTS["nvlabs"].before_output("Say it.", WITH_INPUT.input, test=False) == train
+    assert PROMPTS["nvlabs"].before_output("Say it.", "hello {instruction}", test=False) == train
     test = train.replace("request. ", "request.").replace(f"\n{spaces}\n", "\n\n")
-    assert PROMPTS["nvlabs"].before_output("Say it.", WITH_INPUT.input, test=True) == test
+    assert PROMPTS["nvlabs"].before_output("Say it.", "hello {instruction}", test=True) == test
 
 
 def test_alpacas_own_prompt_is_the_same_in_training_and_test() -> None:
@@ -73,16 +76,16 @@ def encoder(**changes: object) -> InstructionEncoder:
 
 def test_ids_are_the_tokenizers_own_and_the_answer_alone_is_labelled() -> None:
     tokenizer = byte_tokenizer()
-    plain = Instruction(id="2", instruction="Is it so?", output="the correct answer is true")
-    prompt = PROMPTS["nvlabs"].before_output(plain.instruction, "", test=False)
-    whole = tokenizer(prompt + plain.output, return_offsets_mapping=True)
+    plain = said("Is it so?", "the correct answer is true")
+    prompt = PROMPTS["nvlabs"].before_output("Is it so?", "", test=False)
+    whole = tokenizer(prompt + "the correct answer is true", return_offsets_mapping=True)
     encoded = encoder().encode(plain)
     assert encoded.input_ids.tolist() == [*whole.input_ids, tokenizer.eos_token_id]
     assert encoded.input_ids[0] == tokenizer.bos_token_id
     labelled = encoded.labels != -100
     # A token that begins in the prompt's last space and ends in the output is the output's, as in the reference.
     assert labelled.tolist() == [*(end > len(prompt) for _, end in whole.offset_mapping), True]
-    assert tokenizer.decode(encoded.labels[labelled]).strip() == "the correct answer is true</s>"
+    assert str(tokenizer.decode(encoded.labels[labelled])).strip() == "the correct answer is true</s>"
     assert torch.equal(encoded.labels[labelled], encoded.input_ids[labelled])
     everything = encoder(train_on="all").encode(plain)
     assert torch.equal(everything.labels, everything.input_ids)
@@ -119,10 +122,34 @@ def test_a_choice_is_tokenised_with_its_prompt(prompt: str) -> None:
     assert asked.encode_prompt(turns).tolist() == byte_tokenizer()(text).input_ids
 
 
-def test_published_records_as_prompts(tmp_path: Path) -> None:
-    """A row of LLM-Adapters' openbookqa: from the file's line to what the model reads."""
-    from dora_vl.data.instructions import load_instructions, read_instruction
+@pytest.mark.parametrize("added", ["", "hello {instruction}", " \n two lines "])
+def test_an_input_has_its_own_place_in_training_and_test(added: str) -> None:
+    conversation = said("Say it.", "hello", added=added)
+    tokenizer = byte_tokenizer()
+    train, test = (PROMPTS["nvlabs"].before_output("Say it.", added, test=test) for test in (False, True))
+    ids = encoder(max_tokens=900).encode(conversation).input_ids
+    assert ids.tolist() == [*tokenizer(f"{train}hello").input_ids, tokenizer.eos_token_id]
+    assert encoder().encode_prompt(conversation.turns[:1]).tolist() == tokenizer(test).input_ids
 
+
+@pytest.mark.parametrize(
+    ("conversation", "reason"),
+    [
+        (Conversation("0", (), (Turn("system", "s"), *TASK.turns)), "turns of system, user stand before the output"),
+        (Conversation("0", (), (*TASK.turns, *TASK.turns)), "turns of user, assistant, user stand before"),
+        (Conversation("0", ("a.png",), TASK.turns), "pictures or videos, which a language model does not see"),
+        (Conversation("0", (), TASK.turns, (Clip(path="a.mp4"),)), "pictures or videos"),
+        (said("  ", "hello"), "'instruction' is empty"),
+        (said("", "hello", added="to this"), "'instruction' is empty"),
+    ],
+)
+def test_what_is_no_single_instruction_is_named(conversation: Conversation, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        encoder(train_on="all").encode(conversation)
+
+
+def test_published_records_as_prompts(tmp_path: Path) -> None:
+    """A row of LLM-Adapters' openbookqa, without and with an input: from the file's line to what the model reads."""
     row = {
         "instruction": "Please choose the correct answer to the question: The sun is responsible for\n\nAnswer1: "
         "puppies learning new tricks Answer2: children growing up and getting old Answer3: flowers wilting in a vase "
@@ -132,8 +159,12 @@ def test_published_records_as_prompts(tmp_path: Path) -> None:
         "answer": "answer4",
     }
     path = tmp_path / "train.json"
-    path.write_text(json.dumps([row], indent=4))
-    read = read_instruction(load_instructions(path, cache_folder=tmp_path)[0])
-    encoded = encoder(max_tokens=600).encode(read)
-    text = str(byte_tokenizer().decode(encoded.input_ids.tolist()))
-    assert text.endswith(f"{' ' * 16}### Response:\n{' ' * 16}the correct answer is answer4</s>")
+    path.write_text(json.dumps([row, {**row, "input": " The sun\nshines. \U0001f31e"}], indent=4))
+    samples = ConversationDataset(
+        load_rows(str(path), cache_folder=tmp_path).rows, encode=encoder(max_tokens=900).encode
+    )
+    for number, added in enumerate(("", " The sun\nshines. \U0001f31e")):
+        sample = samples[number]
+        assert isinstance(sample, Sample)
+        text = PROMPTS["nvlabs"].before_output(row["instruction"], added, test=False) + row["output"]
+        assert sample.input_ids.tolist() == [*byte_tokenizer()(text).input_ids, byte_tokenizer().eos_token_id]

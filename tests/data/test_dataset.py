@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_vl.data.dataset import Encoded, LlavaDataset, Sample, Skipped, sample_random
+from dora_vl.data.dataset import ConversationDataset, Encoded, Sample, Skipped, sample_random
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import BadSample
 
@@ -46,7 +46,7 @@ ROWS = [
 
 
 def test_samples_and_skips() -> None:
-    read = LlavaDataset(ROWS, encode=encode, picture=picture)
+    read = ConversationDataset(ROWS, encode=encode, picture=picture)
     text, one, *skipped = [read[index] for index in range(len(read))]
     assert isinstance(text, Sample)
     assert isinstance(one, Sample)
@@ -65,7 +65,7 @@ def test_samples_and_skips() -> None:
 
 
 def test_stored_features_take_the_place_of_pixels() -> None:
-    sample = LlavaDataset(ROWS, encode=encode, features=features)[1]
+    sample = ConversationDataset(ROWS, encode=encode, features=features)[1]
     assert isinstance(sample, Sample)
     assert sample.pictures == ()
     assert [tuple(f.shape) for f in sample.features] == [(4, 6)]
@@ -78,7 +78,7 @@ def test_nothing_left_to_train_on_is_skipped(labels: list[int]) -> None:
     def masked(conversation: Conversation) -> Encoded:
         return Encoded(torch.tensor([5, 6, 7]), torch.tensor(labels), cut_tokens=9)
 
-    skipped = LlavaDataset(ROWS, encode=masked)[0]
+    skipped = ConversationDataset(ROWS, encode=masked)[0]
     assert isinstance(skipped, Skipped)
     assert skipped.reason == "nothing is left to train on in its 3 tokens after 9 were cut; raise data.max_tokens"
 
@@ -88,12 +88,12 @@ def test_an_error_of_the_program_is_not_taken_for_a_bad_sample() -> None:
         raise KeyError("bug")
 
     with pytest.raises(KeyError):
-        LlavaDataset(ROWS, encode=wrong)[0]
+        ConversationDataset(ROWS, encode=wrong)[0]
 
 
 def test_pixels_and_features_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="not both"):
-        LlavaDataset(ROWS, encode=encode, picture=picture, features=features)
+        ConversationDataset(ROWS, encode=encode, picture=picture, features=features)
 
 
 def test_random_choices_depend_on_seed_epoch_and_index_only() -> None:
@@ -108,7 +108,7 @@ def test_a_missing_picture_folder_names_every_sample(tmp_path: Path) -> None:
 
         return torch.zeros(3, *reversed(open_image(tmp_path / "none", path).size))
 
-    skipped = LlavaDataset(ROWS, encode=encode, picture=read_file)[1]
+    skipped = ConversationDataset(ROWS, encode=encode, picture=read_file)[1]
     assert isinstance(skipped, Skipped)
     assert skipped.id == "one"
     assert "picture a.png is missing in" in skipped.reason

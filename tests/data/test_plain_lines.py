@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dora_vl.data import plain_lines, record_table
 from dora_vl.data.plain_lines import NotPlainError, plain_batches, word_counts
 from dora_vl.data.readers.containers import find_files
-from dora_vl.data.records import load_llava
+from dora_vl.data.record_table import load_table
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 TURN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "cat"]), "value": TEXT})
@@ -91,7 +91,7 @@ def test_a_row_with_a_surprise_sends_the_whole_file_to_the_careful_reader(
     path.write_text("".join(json.dumps(row) + "\n" for row in [PLAIN] * 3 + [{**PLAIN, **other}, PLAIN]))
     with pytest.raises(NotPlainError):
         list(plain_batches(path, record_table._SCHEMA))
-    assert len(load_llava(path, cache_folder=tmp_path / "cache")) == 5
+    assert len(load_table(path, cache_folder=tmp_path / "cache")) == 5
 
 
 def test_a_surprise_in_a_later_block_leaves_no_row_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_a_surprise_in_a_later_block_leaves_no_row_twice(tmp_path: Path, monkeyp
     path = tmp_path / "rows.jsonl"
     rows = [{**PLAIN, "id": f"r{number}"} for number in range(200)] + [{**PLAIN, "image": ["a.png", "b.png"]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = load_llava(path, cache_folder=tmp_path / "cache")
+    table = load_table(path, cache_folder=tmp_path / "cache")
     assert table["id"][:3] == ["r0", "r1", "r2"]
     assert len(table) == 201
     assert table[200]["images"] == ["a.png", "b.png"]

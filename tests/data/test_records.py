@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_vl.data import records
-from dora_vl.data.records import load_llava, stream_records
-from dora_vl.data.turns import read_llava
+from dora_vl.data.record_table import load_table
+from dora_vl.data.records import stream_records
+from dora_vl.data.turns import read_conversation
 from dora_vl.errors import BadSample, UserError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -61,7 +62,7 @@ def test_every_spelling_reads_the_same(
 def test_a_table_row_is_as_good_as_its_record(tmp_path: Path, rows: list[dict[str, object]]) -> None:
     path = tmp_path / "any.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    for record, row in zip(rows, load_llava(path, cache_folder=tmp_path / "cache"), strict=True):
+    for record, row in zip(rows, load_table(path, cache_folder=tmp_path / "cache"), strict=True):
         assert outcome(record) == outcome(row)
         assert row["length"] == sum(len(turn["value"].split()) for turn in record["conversations"])  # pyright: ignore
         assert row["is_multimodal"] == bool(record.get("image"))
@@ -69,7 +70,7 @@ def test_a_table_row_is_as_good_as_its_record(tmp_path: Path, rows: list[dict[st
 
 def outcome(record: object) -> object:
     try:
-        return read_llava(record)  # pyright: ignore[reportArgumentType]
+        return read_conversation(record)  # pyright: ignore[reportArgumentType]
     except BadSample as error:
         return error.sample_id, error.reason
 
@@ -107,7 +108,7 @@ def test_a_broken_file_is_one_clear_line(tmp_path: Path, content: bytes, expecte
     path = tmp_path / "broken.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=expected) as caught:
-        load_llava(path, cache_folder=tmp_path / "cache")
+        load_table(path, cache_folder=tmp_path / "cache")
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [left.suffix for left in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -126,7 +127,7 @@ def test_a_quote_that_never_closes_does_not_read_the_whole_file(
 
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        load_llava(tmp_path / "none.json")
+        load_table(tmp_path / "none.json")
 
 
 NO_FORMAT = (
@@ -140,7 +141,7 @@ def test_one_misshapen_record_is_a_bad_sample_and_the_others_are_read(tmp_path: 
     half = {**GOOD, "id": "half", "conversations": [{"from": "human", "value": "\ud83d"}]}
     path = tmp_path / "mixed.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in [GOOD, *misshapen, half, {**GOOD, "id": None}]))
-    rows = load_llava(path, cache_folder=tmp_path / "cache")
+    rows = load_table(path, cache_folder=tmp_path / "cache")
     assert [row["id"] for row in rows] == ["a", "5", "b", "a", "half", "record 5"]
     assert [row["problem"] is None for row in rows] == [True, False, False, False, False, True]
     assert [outcome(row) for row in rows][1:5] == [
@@ -154,10 +155,10 @@ def test_one_misshapen_record_is_a_bad_sample_and_the_others_are_read(tmp_path: 
 def test_a_changed_file_is_converted_again_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
     path, cache = tmp_path / "a.json", tmp_path / "cache"
     path.write_text(json.dumps([GOOD]))
-    assert len(load_llava(path, cache_folder=cache)) == len(load_llava(path, cache_folder=cache)) == 1
+    assert len(load_table(path, cache_folder=cache)) == len(load_table(path, cache_folder=cache)) == 1
     assert len(list(cache.glob("*.arrow"))) == 1
     path.write_text(json.dumps([GOOD, GOOD]))
-    assert len(load_llava(path, cache_folder=cache)) == 2
+    assert len(load_table(path, cache_folder=cache)) == 2
 
 
 def test_a_killed_conversion_is_not_taken_for_whole(tmp_path: Path) -> None:
@@ -174,11 +175,11 @@ def test_a_killed_conversion_is_not_taken_for_whole(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return columns(rows)
         record_table._columns = columns_or_death
-        record_table.load_table(Path({str(path)!r}), Path({str(cache)!r}))
+        record_table.load_table(Path({str(path)!r}), cache_folder=Path({str(cache)!r}))
     """)
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
     assert len(list(cache.glob("*.partial"))) == 1
-    assert len(load_llava(path, cache_folder=cache)) == 100
+    assert len(load_table(path, cache_folder=cache)) == 100
     assert list(cache.glob("*.partial")) == []
 
 
@@ -188,9 +189,9 @@ def test_ranks_that_start_together_convert_once(tmp_path: Path) -> None:
     rank = textwrap.dedent(f"""
         import logging
         from pathlib import Path
-        from dora_vl.data.records import load_llava
+        from dora_vl.data.record_table import load_table
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        assert len(load_llava(Path({str(path)!r}), cache_folder=Path({str(cache)!r}))) == 2000
+        assert len(load_table(Path({str(path)!r}), cache_folder=Path({str(cache)!r}))) == 2000
     """)
     ranks = [subprocess.Popen([sys.executable, "-c", rank], stderr=subprocess.PIPE, text=True) for _ in range(3)]
     said = "".join(process.communicate()[1] for process in ranks)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from dora_vl.data.records import load_llava
+from dora_vl.data.record_table import load_table
 from dora_vl.data.sampler import ModalityLengthSampler, sampling_lengths
 
 SAMPLES = st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=70)
@@ -133,7 +133,7 @@ def test_lengths_of_rows_count_the_pictures(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "two words"}, {"from": "gpt", "value": " one  two\nthree "}]
     rows = [{"id": n, "image": images, "conversations": turns} for n, images in enumerate([None, "a.png", ["a", "b"]])]
     (tmp_path / "a.json").write_text(json.dumps([*rows, {"id": 3}]))
-    table = load_llava(tmp_path / "a.json", cache_folder=tmp_path / "cache")
+    table = load_table(tmp_path / "a.json", cache_folder=tmp_path / "cache")
     lengths, is_multimodal, pictures = sampling_lengths(table, tokens_per_image=100)
     assert lengths.tolist() == [5, 105, 205, 0]
     assert is_multimodal.tolist() == [False, True, True, False]
@@ -148,7 +148,7 @@ def test_lengths_of_rows_count_the_videos(tmp_path: Path) -> None:
     videos: list[dict[str, object]] = [{}, {"video": "a.mp4"}, {"videos": ["a.mp4", "b.mp4"], "image": "a.png"}]
     rows = [{"id": str(number), "conversations": turns, **video} for number, video in enumerate(videos)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = load_llava(tmp_path / "a.jsonl", cache_folder=tmp_path / "cache")
+    table = load_table(tmp_path / "a.jsonl", cache_folder=tmp_path / "cache")
     lengths, is_multimodal, _ = sampling_lengths(table, tokens_per_image=100, tokens_per_video=1000)
     assert (lengths.tolist(), is_multimodal.tolist()) == ([3, 1003, 2103], [False, True, True])
 

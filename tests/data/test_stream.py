@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import Encoded, LlavaDataset, Rows
+from dora_vl.data.dataset import ConversationDataset, Encoded, Rows
 from dora_vl.data.media import HeldPictures, StoredPictures
-from dora_vl.data.records import load_llava
+from dora_vl.data.record_table import load_table
 from dora_vl.data.sample_rows import SampleRow
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, interleaved, shuffled
 from dora_vl.data.stream_sources import StreamSource
@@ -48,7 +48,7 @@ def question_rows(count: int, prefix: str = "q") -> list[dict[str, object]]:
 @pytest.mark.parametrize("name", WRITERS)
 def test_each_container_gives_the_rows_of_its_table(tmp_path: Path, name: str) -> None:
     path = WRITERS[name](tmp_path, MADE)
-    table, found = load_llava(path, cache_folder=tmp_path / "cache"), list(source(path).rows())
+    table, found = load_table(path, cache_folder=tmp_path / "cache"), list(source(path).rows())
     records = [row.record() for row in found]
     for column in ("id", "images", "video", "conversations", "problem"):
         assert [record[column] for record in records] == table[column][:]
@@ -228,11 +228,11 @@ def encode(conversation: Conversation) -> Encoded:
 class Illustrated:
     """Samples whose pixels are a checksum of their picture's bytes."""
 
-    def __call__(self, rows: Rows, stored: HeldPictures) -> LlavaDataset:
+    def __call__(self, rows: Rows, stored: HeldPictures) -> ConversationDataset:
         def picture(path: str) -> Tensor:
             return torch.full((3, 1, 1), float(crc32(stored.read(path)) % 9973))
 
-        return LlavaDataset(rows, encode=encode, picture=picture)
+        return ConversationDataset(rows, encode=encode, picture=picture)
 
 
 @pytest.mark.parametrize("name", ["parquet", "webdataset"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dora_vl.data.train_files import TrainFile
 from dora_vl.data.training_rows import described, held_out_places, load_rows, load_training_rows, overlap
-from dora_vl.data.turns import Clip, read_llava
+from dora_vl.data.turns import Clip, read_conversation
 from dora_vl.errors import UserError
 from dora_vl.evaluation.questions import question_of
 
@@ -99,7 +99,7 @@ def test_no_video_stands_on_both_sides(tmp_path: Path) -> None:
     assert (len(train.rows), len(held.rows), paths[0] & paths[1]) == (9, 3, set())
     assert [one.has_videos for one in (train, held)] == [True, True]
     assert [one.has_pictures for one in (train, held)] == [False, False]
-    found = read_llava(train.rows[0])
+    found = read_conversation(train.rows[0])
     assert found.videos == (Clip(path=next(iter(found.videos)).path, start_seconds=float(found.id[1:])),)
 
 

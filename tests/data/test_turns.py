@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.turns import Conversation, Turn, read_llava
+from dora_vl.data.turns import Conversation, Turn, read_conversation
 from dora_vl.errors import BadSample
 
 FREE_TEXT = st.text().filter(lambda text: "<image>" not in text)
@@ -28,7 +28,7 @@ def published_normalisation(value: str) -> str:
 
 
 def test_a_two_round_sample_with_a_picture() -> None:
-    found = read_llava(record("What is it? <image>", "A cat.", " And here? ", "Yes. ", image="coco/1.jpg"))
+    found = read_conversation(record("What is it? <image>", "A cat.", " And here? ", "Yes. ", image="coco/1.jpg"))
     assert found == Conversation(
         id="sample 7",
         images=("coco/1.jpg",),
@@ -42,7 +42,7 @@ def test_a_two_round_sample_with_a_picture() -> None:
 
 
 def test_placeholders_of_several_pictures_stay_where_they_are() -> None:
-    found = read_llava(
+    found = read_conversation(
         record("Is <image> like <image>?", "No.", "And <image> ?", "Yes.", image=["a.png", "b.png", "c.png"])
     )
     assert [turn.text for turn in found.turns] == ["Is <image> like <image>?", "No.", "And <image> ?", "Yes."]
@@ -51,17 +51,17 @@ def test_placeholders_of_several_pictures_stay_where_they_are() -> None:
 
 def test_a_first_turn_from_gpt_is_dropped() -> None:
     turns = [{"from": "gpt", "value": "Hello."}, *record("q", "a")["conversations"]]  # pyright: ignore
-    assert read_llava({"id": 1, "conversations": turns}).turns == (Turn("user", "q"), Turn("assistant", "a"))
+    assert read_conversation({"id": 1, "conversations": turns}).turns == (Turn("user", "q"), Turn("assistant", "a"))
 
 
 @pytest.mark.parametrize("empty", [{}, {"image": None}, {"image": ""}, {"image": []}, {"images": [], "video": []}])
 def test_no_picture_is_text_only(empty: dict[str, object]) -> None:
-    assert read_llava(record("q", "a", **empty)).images == ()
+    assert read_conversation(record("q", "a", **empty)).images == ()
 
 
 def test_an_id_may_be_a_number_or_missing() -> None:
-    assert read_llava({**record("q", "a"), "id": 12}).id == "12"
-    assert read_llava({"conversations": record("q", "a")["conversations"]}).id == "(no id)"
+    assert read_conversation({**record("q", "a"), "id": 12}).id == "12"
+    assert read_conversation({"conversations": record("q", "a")["conversations"]}).id == "(no id)"
 
 
 def said(*speakers: str) -> dict[str, object]:
@@ -103,22 +103,22 @@ def said(*speakers: str) -> dict[str, object]:
 )
 def test_what_is_wrong_is_named(broken: dict[str, object], reason: str) -> None:
     with pytest.raises(BadSample) as caught:
-        read_llava(broken)
+        read_conversation(broken)
     assert caught.value.sample_id == "sample 7"
     assert reason in caught.value.reason
 
 
 def test_a_system_turn_comes_first_and_an_answer_after_it_is_dropped() -> None:
     expected = (Turn("system", "text"), Turn("user", "text"), Turn("assistant", "text"))
-    assert read_llava(said("system", "human", "gpt")).turns == expected
-    assert read_llava(said("system", "gpt", "human", "gpt")).turns == expected
+    assert read_conversation(said("system", "human", "gpt")).turns == expected
+    assert read_conversation(said("system", "gpt", "human", "gpt")).turns == expected
 
 
 def test_pictures_without_a_place_come_before_the_first_question() -> None:
     turns = [("system", "s"), ("human", "q"), ("gpt", "a")]
     sample = {"id": 1, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
-    assert read_llava({**sample, "image": "a.png"}).turns[1].text == "<image>\nq"
-    assert read_llava({**sample, "images": ["a.png", "b.png"]}).turns[1].text == "<image>\n<image>\nq"
+    assert read_conversation({**sample, "image": "a.png"}).turns[1].text == "<image>\nq"
+    assert read_conversation({**sample, "images": ["a.png", "b.png"]}).turns[1].text == "<image>\n<image>\nq"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_pictures_without_a_place_come_before_the_first_question() -> None:
     ],
 )
 def test_where_videos_go(asked: str, media: dict[str, object], expected: str) -> None:
-    found = read_llava(record(asked, "a", **media))
+    found = read_conversation(record(asked, "a", **media))
     assert found.turns[0].text == expected
     assert [clip.path for clip in found.videos] == [
         name for name in ("a.mp4", "b.mp4") if name in str(media.get("video", media.get("videos")))
@@ -146,13 +146,13 @@ def test_a_video_belongs_to_a_question() -> None:
     turns = [("system", "<video>"), ("human", "q"), ("gpt", "a")]
     sample = {"id": 1, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
     with pytest.raises(BadSample, match="its system turn holds <video>; videos belong to a question"):
-        read_llava({**sample, "video": "a.mp4"})
-    assert read_llava(sample).turns[0].text == "<video>"
+        read_conversation({**sample, "video": "a.mp4"})
+    assert read_conversation(sample).turns[0].text == "<video>"
 
 
 @given(st.lists(st.tuples(FREE_TEXT, ANSWER), min_size=1, max_size=5))
 def test_free_text_is_kept_to_the_letter(rounds: list[tuple[str, str]]) -> None:
-    found = read_llava(record(*(text for pair in rounds for text in pair)))
+    found = read_conversation(record(*(text for pair in rounds for text in pair)))
     assert [turn.text for turn in found.turns] == [text for pair in rounds for text in pair]
     assert [turn.role for turn in found.turns] == ["user", "assistant"] * len(rounds)
 
@@ -162,7 +162,7 @@ def test_one_picture_is_normalised_as_published(rounds: list[tuple[str, str]], t
     texts = [text for pair in rounds for text in pair]
     at = data.draw(st.integers(0, len(texts) - 1))
     texts[at] = f"{texts[at]}<image>{tail}"
-    found = read_llava(record(*texts, image="a.png"))
+    found = read_conversation(record(*texts, image="a.png"))
     assert [turn.text for turn in found.turns] == [published_normalisation(text) for text in texts]
 
 
@@ -174,13 +174,13 @@ def test_several_placeholders_are_all_kept_or_refused(questions: list[list[str]]
     names = [f"{number}.png" for number in range(pictures)]
     sample = record(*(text for question in asked for text in (question, "yes")), image=names)
     if placeholders == 0 and pictures:
-        found = read_llava(sample).turns
+        found = read_conversation(sample).turns
         assert found[0].text == (
             "<image>\n" * pictures + asked[0] if pictures > 1 else f"<image>\n{asked[0].strip()}".strip()
         )
         assert [turn.text for turn in found[2::2]] == asked[1:]
     elif placeholders != pictures:
         with pytest.raises(BadSample, match=f"{placeholders} <image> placeholders, but it names {pictures} pictures"):
-            read_llava(sample)
+            read_conversation(sample)
     elif pictures > 1:
-        assert [turn.text for turn in read_llava(sample).turns[::2]] == asked
+        assert [turn.text for turn in read_conversation(sample).turns[::2]] == asked

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.llava_conversations import conversation_of, main
 from dora_vl.data.examples import Answer, Clip, Example, write_examples
-from dora_vl.data.records import load_llava
+from dora_vl.data.record_table import load_table
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from dora_vl.scores.prompts import as_is, true_or_false
@@ -60,7 +60,7 @@ def test_the_command_writes_what_the_reader_reads(
     ids = [json.loads(line)["id"] for line in first.splitlines()]
     assert sorted(ids, key=int) == [example.id for example in sound]
     assert ids != [example.id for example in sound], "publishers' order was kept"
-    rows = load_llava(written, cache_folder=tmp_path / "cache")
+    rows = load_table(written, cache_folder=tmp_path / "cache")
     assert rows.num_rows == 20
     assert not any(rows["problem"])
     run(monkeypatch, records, written)

@@ -22,8 +22,9 @@ OUTPUTS = [  # one is the beginning of another but for its end token, 2
 START = [3, 1]
 
 
-def question(text: str, truth: str) -> Question:
-    return Question(id="q", images=(), turns=(Turn("user", text),), truth=truth)
+def question(text: str, truth: str, answer: str, *, name: str = "q", added: str = "") -> Question:
+    asked = Turn("user", f"{text}\n{added}" if added else text, len(added))
+    return Question(id=name, images=(), turns=(asked,), truth=truth, answer=answer)
 
 
 def test_as_each_output_by_itself() -> None:
@@ -40,14 +41,14 @@ def test_as_each_output_by_itself() -> None:
 
 
 def test_the_choices_stand_in_the_questions_last_line() -> None:
-    asked = question(
-        "Is it?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2", "the correct answer is answer2"
-    )
-    assert outputs_of(asked, "answer2") == ["the correct answer is answer1", "the correct answer is answer2"]
+    text, truth = "Is it?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2", "the correct answer is answer2"
+    outputs = ["the correct answer is answer1", "the correct answer is answer2"]
+    assert outputs_of(question(text, truth, "answer2")) == outputs
+    assert outputs_of(question(text, truth, "answer2", added="a text\nabout it")) == outputs  # of the instruction
     with pytest.raises(BadSample, match="names no choices"):
-        outputs_of(question("Is it?", "the correct answer is answer2"), "answer2")
+        outputs_of(question("Is it?", truth, "answer2"))
     with pytest.raises(BadSample, match="'answer3' is not one of answer1/answer2"):
-        outputs_of(asked, "answer3")
+        outputs_of(question(text, truth, "answer3"))
 
 
 def test_writes_the_likeliest_and_names_what_cannot_be_asked(tmp_path: Path) -> None:
@@ -55,10 +56,7 @@ def test_writes_the_likeliest_and_names_what_cannot_be_asked(tmp_path: Path) -> 
     table = {"say a": [5, 6, 2], "say b": [5, 7, 2], "say c": [5, 8, 2]}
     model = tiny_language()
     best = max(table, key=lambda name: likelihood(model, table[name]))
-    questions = [
-        (question(text, "say b"), "b"),
-        (Question(id="bad", images=(), turns=(Turn("user", "?"),), truth="x"), "x"),
-    ]
+    questions = [question(text, "say b", "b"), question("?", "x", "x", name="bad")]
     with PredictionsFile(tmp_path / "predictions.jsonl", {}) as file:
         failed = choose(
             CausalLMBackbone(model),

@@ -21,7 +21,7 @@ import pytest
 from dora_vl.backbones.instruction_prompt import PROMPTS
 from dora_vl.backbones.template_table import TEMPLATES
 from dora_vl.data.examples import Example
-from dora_vl.data.turns import read_llava
+from dora_vl.data.turns import read_conversation
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.evaluation_set import read_set
 from dora_vl.scores import prompts
@@ -96,5 +96,5 @@ def trained_text(template: str, file: Path, name: str) -> tuple[str, list[str]]:
     """A conversation under a template, and the parts of it that carry labels."""
     rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     (record,) = (one for one in rows if one["id"] == name)
-    rendered = TEMPLATES[template].render(read_llava(record).turns)
+    rendered = TEMPLATES[template].render(read_conversation(record).turns)
     return rendered.text, [rendered.text[start:end] for start, end in rendered.answer_spans]

@@ -146,15 +146,44 @@ def test_the_references_validation_split(folder: Path) -> None:
     """The same 8 rows that `train_test_split(test_size=8, shuffle=True, seed=42)` takes out."""
     import datasets
 
-    from dora_vl.pipelines.commonsense_task import read_rows
+    from dora_vl.run.samples import read_samples
 
     config = settings(folder, "split")
-    rows, held_out = read_rows(config.data)
-    expected = datasets.load_dataset("json", data_files=config.data.train[0], cache_dir=str(folder / "cache"))
+    rows, held_out = read_samples(config.data, seed=5)
+    expected = datasets.load_dataset("json", data_files=str(config.data.train[0]), cache_dir=str(folder / "cache"))
     split = expected["train"].train_test_split(test_size=8, shuffle=True, seed=42)  # type: ignore[index,union-attr]
     assert held_out is not None
-    assert held_out["instruction"][:] == split["test"]["instruction"][:]
-    assert rows["instruction"][:] == split["train"]["instruction"][:]
+    for found, wanted in ((held_out, split["test"]), (rows, split["train"])):
+        assert [turns[0]["value"] for turns in found.rows["conversations"]] == wanted["instruction"][:]
+
+
+def test_any_format_of_several_files_streamed(folder: Path) -> None:
+    """What runs about pictures read, an instruction's run reads too: weights, streams and chats of one question."""
+    from dora_vl.pipelines.commonsense_task import CommonsenseTask
+    from dora_vl.training.run import train
+
+    chats = folder / "chats.jsonl"
+    rows = [
+        [{"role": "user", "content": f"Is {number} so?"}, {"role": "assistant", "content": "the answer is true"}]
+        for number in range(12)
+    ]
+    longer = [*rows[0], {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "no"}]
+    chats.write_text("".join(json.dumps({"id": f"chat {len(one)}", "messages": one}) + "\n" for one in [*rows, longer]))
+    files: list[Any] = [{"path": str(folder / "data" / "train.json"), "weight": 0.25}, str(chats)]
+    config = settings(
+        folder,
+        "stream",
+        *("--data.train", json.dumps(files), "--data.streaming", "true", "--data.validation_size", "0"),
+        *("--data.validation", str(folder / "data" / "test.json"), "--data.validation_limit", "4"),
+        *("--data.max_bad_share", "0.5", "--training.max_steps", "4", "--training.eval_steps", "4"),
+        *("--training.use_cpu", "true", "--training.deepspeed", "null"),
+    )
+    train(CommonsenseTask(config))
+    metrics = json.loads((folder / "stream" / "metrics.json").read_text())
+    assert len(losses(folder / "stream")) == metrics["train_steps"] == 4
+    skipped = (folder / "stream" / "skipped.jsonl").read_text()
+    assert "chat 4" in skipped
+    assert "turns of user, assistant, user stand before the output" in skipped
 
 
 def test_granular_magnitudes(folder: Path) -> None:
@@ -186,6 +215,9 @@ def test_granular_magnitudes(folder: Path) -> None:
         (["--evaluation.files", '{"openbookqa": "x.json"}'], r"x\.json: no such file"),
         (["--data.train", "[]"], r"data\.train names no file"),
         (["--data.validation_size", "40"], r"validation_size 40 leaves none of 40 samples"),
+        (["--data.validation", "x.json"], r"set one of data\.validation, .* and data\.validation_size"),
+        (["--data.streaming", "true"], r"data\.validation_size draws among all samples; name a data\.validation file"),
+        (["--data.train", '[{"path": "x.json", "weight": 2}]'], r"data\.validation_size takes no weights"),
         (["--adapter.method", "full", "--training.deepspeed", "null"], r"adapter\.method: full needs adapter\.targets"),
     ],
 )

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dora_vl.backbones.llava import LlavaBackbone, load_llava
 from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import LlavaDataset
+from dora_vl.data.dataset import ConversationDataset
 from dora_vl.run.assembly import build_encoder, pad_token_id
 from dora_vl.run.command_line import read_run_file
 from dora_vl.run.recipe import RunConfig
@@ -27,8 +27,8 @@ PROJECTOR = "model.multi_modal_projector.linear_2.bias"
 def micro_batches(config: RunConfig, backbone: LlavaBackbone, size: int) -> list[dict[str, Any]]:
     encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
     preparation, folder = image_preparation(config.model), Path(config.data.image_folder)
-    train, _ = read_samples(config, seed=0)
-    samples = LlavaDataset(
+    train, _ = read_samples(config.data, seed=0)
+    samples = ConversationDataset(
         train.rows,
         encode=encoder.encode,
         picture=lambda path: read_pixels(path, folder=folder, preparation=preparation),

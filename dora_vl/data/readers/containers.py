@@ -174,21 +174,11 @@ Progress = Callable[[int], object]
 Reader = Callable[[Path], Iterator[dict[str, object]]]
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, object]]:
-
-    return parquet_rows(path)
-
-
-def _arrow_rows(path: Path) -> Iterator[dict[str, object]]:
-
-    return arrow_rows(path)
-
-
 READERS: Mapping[str, Reader] = {
     ".csv": delimited_rows,
     ".tsv": delimited_rows,
-    ".parquet": _parquet_rows,
-    ".arrow": _arrow_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
     ".tar": webdataset_rows,
 }
 """By a file's ending; any other is JSON."""

@@ -152,16 +152,22 @@ def read_texts(row: Mapping[str, object], sample_id: str) -> Example:
 
 
 def read_instructions(row: Mapping[str, object], sample_id: str) -> Example:
-    """`instruction`, `input`, `output`, and where there is one `system` (Alpaca, LLaMA-Factory)."""
-    parts = [_text(row[name], name, sample_id) for name in ("instruction", "input") if row.get(name) is not None]
-    asked = "\n".join(part for part in parts if part)
-    turns = (Turn("user", asked), Turn("assistant", _text(row["output"], "output", sample_id)))
+    """`instruction`, `input`, `output`, and where there is one `system` (Alpaca, LLaMA-Factory).
+
+    `answer`, the part of the output that is scored, is the example's answer where it is text (LLM-Adapters).
+    """
+    instruction, added, output = (_text_or_none(row, name, sample_id) for name in ("instruction", "input", "output"))
+    if not output.strip():
+        raise BadSample(sample_id, "'output' is empty")
+    asked = f"{instruction}\n{added}" if instruction and added else instruction or added
+    turns = (Turn("user", asked, len(added)), Turn("assistant", output))
     if row.get("history"):
         raise BadSample(sample_id, "it has a 'history' of earlier rounds; write the whole talk as 'messages'")
     system = row.get("system")
     if system:
         turns = (Turn("system", _text(system, "system", sample_id)), *turns)
-    return _with_media(row, sample_id, turns=turns)
+    scored = row.get("answer")
+    return _with_media(row, sample_id, turns=turns, answer=scored if isinstance(scored, str) else "")
 
 
 def read_columns(row: Mapping[str, object], sample_id: str) -> Example:
@@ -189,7 +195,7 @@ def _with_media(
         image_bytes=pictures.held,
         turns=turns,
         question=question,
-        answers=() if turns else (Answer(text=answer),),
+        answers=() if turns and not answer else (Answer(text=answer),),
         **clip_fields(row_clips(row, sample_id)),
     )
 
@@ -201,9 +207,17 @@ def _answer(value: object, name: str, sample_id: str) -> str:
     return counted.most_common(1)[0][0] if counted else ""
 
 
+def _text_or_none(row: Mapping[str, object], name: str, sample_id: str) -> str:
+    """A field's text; empty where the row has none."""
+    value = row.get(name)
+    return "" if value is None else _text(value, name, sample_id)
+
+
 def _text(value: object, name: str, sample_id: str) -> str:
     """Text, or a number as text."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadSample(sample_id, f"{name!r} must hold text, got {shown(value)}")
     try:
         return str(value)

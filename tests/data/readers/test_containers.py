@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dora_vl.data import record_table
 from dora_vl.data.media import StoredPictures
 from dora_vl.data.readers.containers import READERS, find_files
-from dora_vl.data.records import load_llava
+from dora_vl.data.record_table import load_table
 from dora_vl.errors import UserError
 from tests.training.own_data import (
     HOLD_PICTURES,
@@ -36,8 +36,8 @@ MADE = items(7)
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_each_container_gives_the_same_table(tmp_path: Path, name: str) -> None:
-    expected = load_llava(write_llava(tmp_path, MADE), cache_folder=tmp_path / "cache")
-    found = load_llava(WRITERS[name](tmp_path, MADE), cache_folder=tmp_path / "cache")
+    expected = load_table(write_llava(tmp_path, MADE), cache_folder=tmp_path / "cache")
+    found = load_table(WRITERS[name](tmp_path, MADE), cache_folder=tmp_path / "cache")
     assert found["id"][:] == expected["id"][:]
     assert found["problem"][:] == [None] * len(MADE)
     asked = [[turn["value"].removeprefix("<image>") for turn in talk] for talk in found["conversations"]]
@@ -52,7 +52,7 @@ def test_each_container_gives_the_same_table(tmp_path: Path, name: str) -> None:
 def test_a_picture_of_several_rows_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_table, "ROWS_A_BATCH", 3)
     made = [item for item in MADE[:2] for _ in range(4)]
-    table = load_llava(write_parquet(tmp_path, made), cache_folder=tmp_path / "cache")
+    table = load_table(write_parquet(tmp_path, made), cache_folder=tmp_path / "cache")
     assert [len(held) for held in table["held_pictures"]] == [1, 0, 0, 0, 1, 0, 0, 0]
     stored = StoredPictures([table])
     assert len(stored) == 2
@@ -61,7 +61,7 @@ def test_a_picture_of_several_rows_is_kept_once(tmp_path: Path, monkeypatch: pyt
 
 def test_large_pictures_are_written_in_batches_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_table, "CHARACTERS_A_BATCH", 500)
-    table = load_llava(write_parquet(tmp_path, MADE), cache_folder=tmp_path / "cache")
+    table = load_table(write_parquet(tmp_path, MADE), cache_folder=tmp_path / "cache")
     assert table.data.column("held_pictures").num_chunks > 1
     stored = StoredPictures([table])
     assert [stored.read(names[0]) for names in table["images"]] == [item.content for item in MADE]
@@ -89,8 +89,8 @@ def test_rows_of_mixed_formats_are_refused_with_the_first_of_each(tmp_path: Path
     with pytest.raises(
         UserError, match=r"mixed formats, first of each question/answer: row 2 \(a\); messages: row 3 \(b"
     ):
-        load_llava(tmp_path / "a.json", cache_folder=tmp_path / "cache")
-    assert len(load_llava(write_json(tmp_path, rows[:2]), cache_folder=tmp_path / "cache")) == 2
+        load_table(tmp_path / "a.json", cache_folder=tmp_path / "cache")
+    assert len(load_table(write_json(tmp_path, rows[:2]), cache_folder=tmp_path / "cache")) == 2
 
 
 def write_json(folder: Path, rows: list[dict[str, object]]) -> Path:
@@ -103,9 +103,9 @@ def test_a_folder_is_its_shards_in_order_and_a_changed_shard_is_read_again(tmp_p
     folder.mkdir()
     for number, part in enumerate((MADE[:3], MADE[3:])):
         write_parquet(folder, part).rename(folder / f"part-{number}.parquet")
-    assert load_llava(folder, cache_folder=tmp_path / "cache")["id"][:] == [item.id for item in MADE]
+    assert load_table(folder, cache_folder=tmp_path / "cache")["id"][:] == [item.id for item in MADE]
     write_parquet(folder, MADE[:1]).rename(folder / "part-1.parquet")
-    assert load_llava(folder, cache_folder=tmp_path / "cache")["id"][:] == ["n0", "n1", "n2", "n0"]
+    assert load_table(folder, cache_folder=tmp_path / "cache")["id"][:] == ["n0", "n1", "n2", "n0"]
     (folder / "more.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"files of several kinds \(.jsonl, .parquet\)"):
         find_files(folder)
@@ -116,7 +116,7 @@ def test_a_saved_dictionary_of_splits_names_them(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "both"))
     with pytest.raises(UserError, match=r"no file of samples in it .*give one of its folders \(test, train\)"):
         find_files(tmp_path / "both")
-    assert len(load_llava(tmp_path / "both" / "test", cache_folder=tmp_path / "cache")) == 1
+    assert len(load_table(tmp_path / "both" / "test", cache_folder=tmp_path / "cache")) == 1
 
 
 def test_messages_in_a_cell_and_in_arrow_columns(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_messages_in_a_cell_and_in_arrow_columns(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f'messages,images\n"{cell}","[""a.png""]"\n')
     pq.write_table(pa.Table.from_pylist([{"messages": messages, "images": ["a.png"]}]), tmp_path / "a.parquet")
     for name in ("a.csv", "a.parquet"):
-        (row,) = load_llava(tmp_path / name, cache_folder=tmp_path / "cache")
+        (row,) = load_table(tmp_path / name, cache_folder=tmp_path / "cache")
         assert row["images"] == ["a.png"]
         assert [turn["value"] for turn in row["conversations"]] == ['q, "r"', "a"]
 
@@ -179,7 +179,7 @@ def whole_files(folder: Path) -> dict[str, bytes]:
 
 def read_whole(path: Path) -> None:
     """Rows of any kind, or a `UserError`; as a table too."""
-    for read in (lambda: list(find_files(path).rows()), lambda: len(load_llava(path, cache_folder=path.parent / "c"))):
+    for read in (lambda: list(find_files(path).rows()), lambda: len(load_table(path, cache_folder=path.parent / "c"))):
         with contextlib.suppress(UserError):
             read()
 
@@ -218,7 +218,7 @@ def test_a_set_of_the_hub_is_read_from_the_files_that_datasets_keeps(
         return datasets.load_from_disk(str(tmp_path / "fetched"))  # pyright: ignore[reportReturnType]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    table = load_llava(Path("hub:own/er:validation"), cache_folder=tmp_path / "cache")
+    table = load_table(Path("hub:own/er:validation"), cache_folder=tmp_path / "cache")
     assert table["id"][:] == [item.id for item in MADE]
     with pytest.raises(UserError, match="hub:no/such: cannot be read by `datasets`: no such set, and no network"):
         find_files(Path("hub:no/such"))
