@@ -19,10 +19,11 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
 from dora_vl.vision.images import Preparation
+from dora_vl.vision.tower_config import GridTowerConfig, Layout
 from dora_vl.vision.tower_spec import PRETRAINED, RANDOM
 from dora_vl.vision.tower_spec import TowerSpec as TowerSpec
 from dora_vl.vision.tower_spec import VisionLibrary as VisionLibrary
-from dora_vl.vision.towers import GridTower, GridTowerConfig, Layout, keep_all_buffers, network_output
+from dora_vl.vision.towers import GridTower, keep_all_buffers, network_output
 from dora_vl.vision.weights import load_weights, read_weights
 
 FeatureSelect = Literal["default", "full"]
