@@ -1,0 +1,315 @@
+"""Tasks answered from a closed list: the list, the loss, the head in the adapter folder, resume, merge and refusals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from dora_vl.adapters.folder import load_adapter
+from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_heads
+from dora_vl.backbones.vlbart_compose import compose_vlbart
+from dora_vl.cli import main
+from dora_vl.data.example_file import ExampleFile
+from dora_vl.data.mixture import MixturePlan, Source
+from dora_vl.errors import UserError
+from dora_vl.pipelines.vlbart_task import VlBartTask
+from dora_vl.run.command_line import read_settings
+from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.tasks.closed_answers import closed
+from dora_vl.tasks.seq2seq import MicroBatch, MixtureDataset, Seq2SeqCollator
+from dora_vl.training.run import run
+from dora_vl.training.seq2seq_loss import Seq2SeqTask
+from dora_vl.vision.named_features import NamedFeatures
+from tests.training.test_two_ranks import losses
+from tests.training.tiny_vlbart_run import (
+    FEATURE_TOKENS,
+    FEATURE_WIDTH,
+    ITEMS,
+    WORDS,
+    all_subtasks,
+    write_vlbart_data,
+    write_vlbart_run,
+)
+
+TASKS = ("vqav2", "gqa", "coco_caption")
+LISTS = {"vqav2": ["blue", "red", "circle", "elsewhere"], "gqa": list(WORDS[:5])}
+OUTSIDE = {"vqav2": [1, 3, 5, 6], "gqa": [5, 6]}
+WEIGHTS = Path("adapter") / "adapter_model.safetensors"
+HEAD = "base_model.model.answer_heads.{}.logit_fc.0.weight"
+
+
+def config_of(file: Path, *overrides: str) -> VlBartRunConfig:
+    return read_settings([f"--config={file}", "--training.use_cpu=true", *overrides], VlBartRunConfig)
+
+
+def train(file: Path, *overrides: str) -> Path:
+    config = config_of(file, *overrides)
+    assert run(VlBartTask(config, all_subtasks(), name="vlbart_image")) is None
+    return Path(config.training["output_dir"])
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps over two closed tasks and captions: VQAv2 by a file of answers, GQA by its five most frequent."""
+    folder = tmp_path_factory.mktemp("closed")
+    data = write_vlbart_data(folder / "data")
+    (folder / "answers.txt").write_text("blue\n red\n\ncircle\nelsewhere\n")
+    tested = {task: str(data / "records" / f"{task}.jsonl") for task in ("vqav2", "gqa")}
+    return write_vlbart_run(
+        folder / "run.yaml",
+        data,
+        TASKS,
+        data={
+            "closed_answers": {"vqav2": str(folder / "answers.txt"), "gqa": 5},
+            "validation_files": {"gqa": tested["gqa"]},
+        },
+        optim={"rates": {"answer_head": 0.1}},
+        training={"num_train_epochs": 2, "optim": "adamw_torch", "learning_rate": 0.01, "eval_strategy": "epoch"},
+        evaluation={"files": tested, "batch_size": 4},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(run_file: Path) -> Path:
+    return train(run_file)
+
+
+def loaded(folder: Path, base: Path) -> VlBartBackbone:
+    """The base with a run's adapter, as a person loads it."""
+    backbone = load_vlbart(base)
+    set_answer_heads(backbone.model, json.loads((folder / "adapter" / "recipe.json").read_text())["closed_answers"])
+    load_adapter(backbone.model, folder / "adapter")
+    return backbone.eval()
+
+
+def scores(backbone: VlBartBackbone, task: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(9)
+    ids = torch.randint(4, 90, (3, 7), generator=generator)
+    features = torch.randn(3, 1, FEATURE_TOKENS, FEATURE_WIDTH, generator=generator)
+    with torch.no_grad():
+        return backbone.answer_head(task)(backbone.first_hidden(ids, torch.ones_like(ids), features))
+
+
+def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(
+    run_file: Path, trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = json.loads((trained / "adapter" / "recipe.json").read_text())
+    assert recipe["closed_answers"] == LISTS
+    names = [name for task in LISTS for name in recipe["adapter"]["parts"]["answer_head"] if f".{task}." in name]
+    assert len(names) == 2 * 6
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["settings"]["closed_answers"] == {
+        "vqav2": {"answers": 4, "outside": 4},
+        "gqa": {"answers": 5, "outside": 2},
+    }
+    left_out = json.loads((trained / "closed_answers.json").read_text())["outside"]
+    assert left_out == {task: [f"{task}-{index}" for index in indices] for task, indices in OUTSIDE.items()}
+    backbone = loaded(trained, run_file.parent / "data" / "base")
+    for task, answers in LISTS.items():
+        assert metrics["tasks"][task]["settings"]["answer_by"] == "closed"
+        said = [json.loads(line) for line in (trained / "predictions" / f"{task}.jsonl").read_text().splitlines()]
+        assert len(said) == ITEMS
+        assert {one["answer"] for one in said} <= set(answers)
+        assert not torch.equal(scores(backbone, task).argmax(1), torch.zeros(3)) or len({*map(str, said)}) > 1
+    shutil.copytree(trained, trained.with_name("again"))
+    (trained.with_name("again") / "metrics.json").unlink()
+    with caplog.at_level(logging.INFO):
+        again = train(run_file, f"--training.output_dir={trained.with_name('again')}", "--test_only=true")
+    assert "gqa: 5 closed answers; 2 training samples have none of them (gqa-5, gqa-6)" in caplog.text
+    assert json.loads((again / "metrics.json").read_text())["tasks"] == metrics["tasks"]
+
+
+@pytest.mark.parametrize("task", ["vqav2", "gqa"])
+def test_the_loss_of_a_step_is_vl_t5s_written_out(run_file: Path, task: str) -> None:
+    """Micro-batches of 5 and 2 samples make one mean over all 7; GQA's answer has one score, VQAv2's less than 1."""
+    folder = run_file.parent / f"one-{task}"
+    overrides = [f"--data.train={json.dumps({task: config_of(run_file).data.train[task]})}"]
+    choice = config_of(run_file).data.closed_answers[task]
+    overrides += [
+        f"--data.closed_answers={json.dumps({task: choice})}",
+        "--data.batch_size=10",
+        "--evaluation.files={}",
+    ]
+    overrides += ["--training.max_steps=1", "--training.gradient_accumulation_steps=2", "--data.validation_files={}"]
+    train(run_file, f"--training.output_dir={folder}", *overrides, "--training.eval_strategy=no")
+    config = config_of(run_file)
+    backbone = load_vlbart(config.model.base)
+    set_answer_heads(backbone.model, {task: LISTS[task]}, seed=3)
+    made = VlBartTask(config, all_subtasks(), name="tiny")
+    reader = NamedFeatures(Path(config.data.features[task]), tokens=FEATURE_TOKENS, width=FEATURE_WIDTH)
+    by_hand = []
+    for example in ExampleFile(Path(str(config.data.train[task]))):
+        ids, _ = made.encoder().encode(all_subtasks()[task].prompt(example), max_tokens=20)
+        features = reader.read(example.images[0])[None, None]
+        encoded, mask = backbone.encode(ids[None], torch.ones_like(ids)[None], features)
+        start = torch.tensor([[backbone.config.decoder_start_token_id]])
+        hidden = backbone.model.model.decoder(
+            input_ids=start, encoder_hidden_states=encoded, encoder_attention_mask=mask
+        )
+        head = backbone.answer_head(task).logit_fc
+        chance = head(hidden.last_hidden_state[0, 0]).sigmoid().double()
+        truth = torch.tensor(
+            [sum(one.weight for one in example.answers if one.text == text) for text in LISTS[task]]
+        ).double()
+        by_hand.append(-(truth * chance.log() + (1 - truth) * (1 - chance).log()).sum())
+    assert losses(folder).tolist() == [pytest.approx(float(torch.stack(by_hand).mean().detach()), rel=1e-5)]
+
+
+def test_without_a_closed_list_batches_and_losses_are_bit_equal_to_the_plain_ones(run_file: Path) -> None:
+    config = config_of(run_file, "--data.closed_answers={}")
+    made = VlBartTask(config, all_subtasks(), name="tiny")
+    backbone = load_vlbart(config.model.base)
+    loss = Seq2SeqTask(backbone)
+    encoder, subtask = made.encoder(), all_subtasks()["vqav2"]
+    file = ExampleFile(Path(str(config.data.train["vqav2"])))
+    reader = NamedFeatures(Path(config.data.features["vqav2"]), tokens=FEATURE_TOKENS, width=FEATURE_WIDTH)
+    collate = Seq2SeqCollator(encoder.pad_token_id, (FEATURE_TOKENS, FEATURE_WIDTH))
+    batches = {}
+    for kind in (subtask, closed(subtask)):
+        plan = MixturePlan([Source(name="vqav2", items=ITEMS, batch_size=ITEMS)], parts=1, mixing="balanced", seed=0)
+        batches[kind.answer_by] = collate(
+            [MixtureDataset(plan, [kind], [file], encoder=encoder, readers=[reader], seed=0)[0]]
+        )
+    assert set(batches["closed"]) - set(batches["text"]) == {"closed"}
+    batch = {name: value for name, value in batches["text"].items() if isinstance(value, torch.Tensor)}
+    found = loss(**batch)["loss"]
+    features = backbone(**{name: value for name, value in batch.items() if name != "sample_weights"})
+    each = functional.cross_entropy(features.logits.float(), features.targets, reduction="none")
+    weights = batch["sample_weights"] / features.rows.bincount(minlength=ITEMS)
+    assert torch.equal(found, (each * weights[features.rows]).sum())
+    # A mixture's head gets a gradient of zero from a batch that it does not answer: ZeRO-3 waits for one.
+    set_answer_heads(backbone.model, {"gqa": LISTS["gqa"]})
+    with_idle_head = loss(**batch)["loss"]
+    assert torch.equal(with_idle_head, found)
+    with_idle_head.backward()
+    for parameter in backbone.model.answer_heads.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+    empty = collate([MicroBatch(closed(all_subtasks()["gqa"]), [])])
+    nothing = loss(
+        **{
+            name: empty[name]
+            for name in ("input_ids", "attention_mask", "labels", "features", "sample_weights", "closed")
+        }
+    )
+    assert float(nothing["loss"]) == 0
+    assert int(nothing["labelled_tokens"]) == 0
+
+
+def test_a_resumed_run_ends_like_one_that_was_not_stopped(run_file: Path, trained: Path) -> None:
+    folder = run_file.parent / "resumed"
+    options = (f"--training.output_dir={folder}", "--training.save_strategy=steps", "--training.save_steps=4")
+    train(run_file, *options, "--training.max_steps=4")
+    shutil.rmtree(folder / "adapter")
+    other = f"--data.closed_answers.gqa={run_file.parent / 'other.txt'}"
+    (run_file.parent / "other.txt").write_text("\n".join(reversed(LISTS["gqa"])))
+    with pytest.raises(
+        UserError, match=r"resume: .*recipe\.json has another list, of 5 answers, than the 5 of this run"
+    ):
+        train(run_file, *options, "--resume=last", other)
+    train(run_file, *options, "--resume=last", f"--data.closed_answers.gqa={folder}/checkpoint-4/adapter/recipe.json")
+    found, expected = load_file(folder / WEIGHTS), load_file(trained / WEIGHTS)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_head_is_merged_into_a_base_that_trains_on(
+    run_file: Path, trained: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, merged = run_file.parent / "data" / "base", run_file.parent / "merged"
+    main(["merge", "--adapter", str(trained / "adapter"), "--to", str(merged)])
+    assert "layers merged" in capsys.readouterr().out
+    plain, adapted = load_vlbart(merged).eval(), loaded(trained, base)
+    assert plain.config.closed_answers == LISTS
+    for task in LISTS:
+        torch.testing.assert_close(scores(plain, task), scores(adapted, task), atol=1e-5, rtol=1e-4)
+    options = (f"--model.base={merged}", "--training.learning_rate=0", "--optim.rates={}", "--model.compose=null")
+    same = f"--data.closed_answers={json.dumps(dict.fromkeys(LISTS, str(merged / 'config.json')))}"
+    on = train(run_file, *options, same, f"--training.output_dir={run_file.parent / 'on'}")
+    assert torch.equal(load_file(on / WEIGHTS)[HEAD.format("gqa")], load_file(trained / WEIGHTS)[HEAD.format("gqa")])
+    with pytest.raises(
+        UserError, match=r"the base answers gqa from a list of 5 answers of its own, and this one has 3"
+    ):
+        train(
+            run_file, *options, "--data.closed_answers={gqa: 3}", f"--training.output_dir={run_file.parent / 'three'}"
+        )
+    in_words = run_file.parent / "words"
+    with caplog.at_level(logging.INFO):
+        train(run_file, *options, "--data.closed_answers={}", f"--training.output_dir={in_words}")
+    assert "gqa, vqav2: answered in words here" in caplog.text
+    assert not [name for name in load_file(in_words / WEIGHTS) if "answer_heads" in name]
+    twice = ["merge", *(["--adapter", str(trained / "adapter"), "--weight", "0.5"] * 2), "--to", str(merged) + "2"]
+    for command in (
+        twice,
+        ["convert", str(trained / "adapter"), "--to", str(merged) + ".pth", "--as", "nvlabs-vlbart"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2
+        assert "dora-vl merge" in capsys.readouterr().err
+
+
+def test_an_adapter_to_start_from_must_mean_the_same_answers(run_file: Path, trained: Path) -> None:
+    initial = f"--adapter.initial={trained / 'adapter'}"
+    options = (f"--training.output_dir={run_file.parent / 'started'}", "--training.max_steps=1")
+    with pytest.raises(UserError, match=r"adapter\.initial: .* has another list, of 5 answers, than the 4 of this run"):
+        train(run_file, initial, *options, "--data.closed_answers.gqa=4")
+    with pytest.raises(UserError, match="12 tensors that do not train here"):
+        train(run_file, initial, *options, "--data.closed_answers={}")
+    train(run_file, initial, *options, "--training.learning_rate=0", "--optim.rates={}", "--overwrite=true")
+    name = HEAD.format("vqav2")
+    started = load_file(run_file.parent / "started" / WEIGHTS)[name]
+    assert torch.equal(started, load_file(trained / WEIGHTS)[name])
+
+
+def test_a_folder_without_a_part_of_its_head_is_refused(run_file: Path, trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "run")
+    tensors = load_file(folder / WEIGHTS)
+    del tensors[HEAD.format("gqa")]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 missing \['answer_heads\.gqa\.logit_fc\.0\.weight'\]"):
+        train(run_file, f"--training.output_dir={folder}", "--test_only=true")
+    with pytest.raises(UserError, match=r"answers vqav2, gqa from a closed list; data\.closed_answers names gqa"):
+        train(run_file, f"--training.output_dir={folder}", "--test_only=true", "--data.closed_answers={gqa: 5}")
+    with pytest.raises(UserError, match=r"0 missing \[\], 1[12] unexpected"):
+        load_adapter(load_vlbart(run_file.parent / "data" / "base").model, trained / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"nlvr2": 2}, "nlvr2 is no question answered in words; vqav2, gqa, short_answer can have a closed list"),
+        ({"coco_caption": 2}, "coco_caption is no question answered in words"),
+        ({"short_answer": 2}, "names short_answer, which data.train does not"),
+        ({"gqa": 1}, "gqa: 1 answers leave nothing to choose; at least 2"),
+        ({"gqa": "missing.txt"}, r"missing\.txt"),
+        ({"gqa": "twice.txt"}, "gqa: the list names red more than once"),
+        (
+            {"gqa": "odd.json"},
+            r"odd\.json: neither a list of answers, nor an object whose closed_answers holds one for gqa",
+        ),
+        ({"gqa": "other.txt"}, "of 7 training samples not one has one of the 2 answers"),
+    ],
+)
+def test_what_cannot_be_closed_is_refused_in_one_line(
+    run_file: Path, tmp_path: Path, setting: dict[str, Any], told: str
+) -> None:
+    for name, text in {"twice.txt": "red\nblue\nred", "odd.json": '{"closed_answers": 3}', "other.txt": "a\nb"}.items():
+        (tmp_path / name).write_text(text)
+    setting = {task: one if isinstance(one, int) else str(tmp_path / one) for task, one in setting.items()}
+    data = {"closed_answers": setting}
+    tasks = ("vqav2", "gqa", "nlvr2", "coco_caption")
+    file = write_vlbart_run(tmp_path / "run.yaml", run_file.parent / "data", tasks, data=data)
+    with pytest.raises(UserError, match=told) as refused:
+        train(file)
+    assert len(str(refused.value)) < 500
+    assert not (tmp_path / "run" / "adapter").exists()
