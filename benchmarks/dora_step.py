@@ -28,12 +28,13 @@ from benchmarks.contenders import (
     add_options,
     base_model,
     contender,
+    layer_of_shape,
     loss_of,
     settings_of,
+    single_layer_loss,
     tokens_of,
 )
 from benchmarks.report import median, table, write_json
-from benchmarks.single_layer import layer_of_shape, single_layer_loss
 from dora_vl.run.launch import keep_freed_memory
 
 DECODED = ("frozen", "peft_lora", "peft_dora", "ours", "ours_merged")

@@ -17,8 +17,8 @@ from benchmarks.fuzz_targets import FIXTURES, OTHER_NAMES, PREDICTIONS, Target
 from dora_vl.cli import main
 from dora_vl.data.examples import Example, iterate_examples, to_record
 from dora_vl.errors import UserError
-from dora_vl.evaluation import prompts, submission
 from dora_vl.evaluation.benchmarks import BENCHMARKS
+from dora_vl.scores import prompts, vqa
 from dora_vl.scores.commonsense import PATTERNS
 from dora_vl.scores.own_scores import SCORINGS
 
@@ -29,7 +29,7 @@ LIKE = {"exact_match": "textvqa", **dict.fromkeys(sorted(PATTERNS.keys() - {"boo
 ANSWERS, RECORDS, OWN = "predictions.jsonl", "records.jsonl", "own.yaml"
 
 LISTED = {
-    "vqav2_karpathy": submission.vqav2,
+    "vqav2_karpathy": vqa.submission,
     **{
         name: benchmark.submission
         for name, benchmark in BENCHMARKS.items()

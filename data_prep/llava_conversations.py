@@ -19,7 +19,7 @@ from pathlib import Path
 from dora_vl.data.examples import JSON, Example, iterate_examples, whole_file
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.prompts import Prompt, turns_of
+from dora_vl.scores.prompts import Prompt, turns_of
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}
 NAMED = 5

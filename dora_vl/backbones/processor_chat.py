@@ -41,14 +41,25 @@ class Chat:
     """Whether the processor marks the answer's tokens itself, by `token_type_ids` of one."""
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """Where an answer stands in the template's text; `asked`, the generation prompt's end, replaces its `opening`."""
+
+    opening: Span
+    asked: str
+    end: int
+
+
 class ProcessorChat:
     """Renders turns by a processor's chat template.
 
     Tried once, with a question and with a picture, so that a template that cannot be trained on is refused before
     anything is loaded: one that leaves out what is said, or knows no pictures. Of one that writes an earlier answer
     differently once later turns follow (reasoning that is stripped) conversations of several questions are refused,
-    since what the model saw there is in no single text. Where a template closes an answer with no special token, the
-    tokenizer's end token is put behind it, or a trained model would not stop.
+    since what the model saw there is in no single text. Where it opens an answer with other white space than it asks
+    for one with (LLaVA-OneVision: a space and a line break, and a line break), the answer is trained behind what is
+    asked. Where it closes an answer with no special token, the tokenizer's end token is put behind it, or a trained
+    model would not stop.
 
     Args:
         processor: of a vision-language model, or a language model's tokenizer in the same form.
@@ -89,8 +100,14 @@ class ProcessorChat:
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
         self._check_nothing_lost(turns, whole)
-        spans = [self._answer_span(messages[:end], whole) for end in range(2, len(messages) + 1, 2)]
-        return Chat(whole, tuple(spans))
+        text, spans, place = "", [], 0
+        for answer in [self._answer(messages[:end], whole) for end in range(2, len(messages) + 1, 2)]:
+            text += whole[place : answer.opening[0]] + answer.asked
+            start = len(text)
+            text += whole[answer.opening[1] : answer.end]
+            spans.append((start, len(text)))
+            place = answer.end
+        return Chat(text + whole[place:], tuple(spans))
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         pieces = MEDIA.split(turn.text)
@@ -110,17 +127,21 @@ class ProcessorChat:
             parts[-1]["text"] += closing
         return {"role": turn.role, "content": parts}
 
-    def _answer_span(self, messages: list[dict[str, Any]], whole: str) -> Span:
+    def _answer(self, messages: list[dict[str, Any]], whole: str) -> _Answer:
         before = self._apply(messages[:-1], generation_prompt=True)
         after = self._apply(messages, generation_prompt=False)
         if not whole.startswith(after):
             raise ValueError("the chat template writes an earlier answer differently once later turns follow")
-        if not after.startswith(before):
+        differing = (place for place, (one, other) in enumerate(zip(before, after, strict=False)) if one != other)
+        shared = next(differing, min(len(before), len(after)))
+        asked, given = before[shared:], after[shared:]
+        first = shared + (len(given) - len(given.lstrip()) if asked else 0)
+        if asked.strip():
             raise ValueError("the chat template opens an answer otherwise when it is asked for than when it is given")
-        closing = [match.end() for match in self._special.finditer(after) if match.start() >= len(before)]
+        closing = [match.end() for match in self._special.finditer(after) if match.start() >= first]
         if not closing:
             raise ValueError("the chat template closes an answer with no special token")
-        return len(before), closing[-1]
+        return _Answer((shared, first), asked, closing[-1])
 
     def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
         place = 0
@@ -158,6 +179,10 @@ class ProcessorChat:
             raise UserError(
                 f"{self._name}: {error}, so its answers cannot be trained on; change chat_template"
             ) from error
+        if self.render(PROBE[:2]).text != self._apply([*map(self._message, PROBE[:2])], generation_prompt=False):
+            log.info(
+                "the chat template of %s opens an answer otherwise than it asks for it; taken as asked", self._name
+            )
         try:
             self.render(PROBE)
         except (ValueError, TemplateError) as error:

@@ -196,6 +196,21 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         return chosen.masked_fill(labels == IGNORED_LABEL, 0.0).sum(-1).view(batch, choices)
 
 
+def vlbart_skeleton(folder: str | Path) -> VlBartBackbone:
+    """A VL-BART of a folder's config, with nothing in its weights: on the meta device.
+
+    Raises:
+        UserError: its config cannot be opened.
+    """
+    check_model_folder(folder)
+    try:
+        config = VlBartConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.base {str(folder)!r} cannot be opened as a VL-BART: {error}") from error
+    with torch.device("meta"):
+        return VlBartBackbone(VlBartForConditionalGeneration(config))
+
+
 def load_vlbart(
     folder: str | Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
 ) -> VlBartBackbone:
@@ -240,7 +255,7 @@ def set_answer_heads(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         new = {
-            task: AnswerHead(int(config.d_model or 0), answers).to(model.dtype)
+            task: AnswerHead(int(config.d_model or 0), answers).to(model.device, model.dtype)
             for task, answers in lists.items()
             if task not in heads
         }

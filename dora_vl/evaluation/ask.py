@@ -14,7 +14,6 @@ import torch
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Asked
-from dora_vl.evaluation.benchmarks import FRAMES
 from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.result_files import (
@@ -33,6 +32,7 @@ from dora_vl.run.launch import (
     threads_of_this_rank,
     wait_for_everyone,
 )
+from dora_vl.scores.benchmark import FRAMES
 
 PREDICTIONS = "predictions.jsonl"
 PART = "predictions.part-{}.jsonl"

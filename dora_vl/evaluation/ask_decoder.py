@@ -22,10 +22,10 @@ from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.predict import Decoding, note_failures, predict, prediction_of, unanswered
 from dora_vl.evaluation.prompt_inputs import Prompts
-from dora_vl.evaluation.prompts import Prompt, turns_of
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.result_files import PredictionsFile
 from dora_vl.run.samples import VideoReading
+from dora_vl.scores.prompts import Prompt, turns_of
 from dora_vl.vision.frame_sampling import Uniform
 
 

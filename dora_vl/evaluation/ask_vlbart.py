@@ -16,7 +16,6 @@ from dora_vl.data.examples import Example
 from dora_vl.data.media import open_image
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.answer_joins import LABELLED
 from dora_vl.evaluation.ask import Asking, ask
 from dora_vl.evaluation.asker import Asked
 from dora_vl.evaluation.evaluation_set import EvaluationSet
@@ -38,7 +37,8 @@ def ask_vlbart(assistant: VlBartAssistant, one: EvaluationSet, asking: Asking) -
     examples = {example.id: example for example in one.examples if example.id not in one.unreadable}
     task = TASKS.get(one.name, one.name)
     with VideoReader() as videos:
-        said = partial(_said, assistant, task=task, root=asking.pictures, videos=videos)
+        letters = not one.benchmark.labels_choices
+        said = partial(_said, assistant, task=task, letters=letters, root=asking.pictures, videos=videos)
         share = partial(_answer_share, examples=examples, said=said)
         questions = [_question(example) for example in examples.values()]
         asked = ask(questions, share, folder=asking.folder, settings=asking.settings(one))
@@ -72,13 +72,15 @@ def _answer_share(
     return failed
 
 
-def _said(assistant: VlBartAssistant, example: Example, *, task: str, root: Path, videos: VideoReader) -> str:
-    """What the benchmark's score takes: of a choice its letter, or its label where the score takes that."""
+def _said(
+    assistant: VlBartAssistant, example: Example, *, task: str, letters: bool, root: Path, videos: VideoReader
+) -> str:
+    """What the benchmark's score takes: of a choice its letter where it takes `letters`, else its label."""
     if example.video is None:
         pictures: Sequence[Image.Image] = [open_image(root, path) for path in example.images]
     else:
         view = assistant.view(example, frames=0, task=task)
         example, pictures = view.example, videos.read(root, view.clip, view.sampling).pictures
     said = assistant.said(example, pictures, task)
-    by_letter = task not in LABELLED and assistant.answers_by_label(example, task)
+    by_letter = letters and assistant.answers_by_label(example, task)
     return ascii_uppercase[int(said.removeprefix("a"))] if by_letter else said

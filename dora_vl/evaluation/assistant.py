@@ -22,7 +22,7 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.asker import Asked, Shown, View, Write, videos_placed
 from dora_vl.evaluation.predict import Decoding
 from dora_vl.evaluation.prompt_inputs import Prompts, model_inputs
-from dora_vl.evaluation.prompts import about_video, turns_of
+from dora_vl.scores.prompts import about_video, turns_of
 from dora_vl.vision.frame_sampling import Uniform
 
 if TYPE_CHECKING:

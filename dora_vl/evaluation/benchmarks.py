@@ -1,27 +1,41 @@
-"""Every benchmark that `dora-vl evaluate` knows: its records, its question, its score and its server's file.
+"""Benchmarks by name: the table, those of installed packages, and one's own as a YAML file of a few lines.
 
-A table by hand. `modes` holds the official versions where there is more than one; the first is taken unless asked.
+What a benchmark is stands in its scorer's file. A package offers benchmarks as entry points of the group
+`dora_vl.benchmarks`, each a `Benchmark`:
+
+    [project.entry-points."dora_vl.benchmarks"]
+    receipts = "my_package.receipts:RECEIPTS"
+
+A file holds `name` and `scoring`, and may say `file` (records, looked for from where the YAML is), `prompt`,
+`max_new_tokens` and `frames`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
-from dora_vl.data.examples import Example
-from dora_vl.evaluation import prompts, submission
-from dora_vl.evaluation.prompts import Prompt
-from dora_vl.evaluation.submission import Submission
+import yaml
+
+from dora_vl.data.text_file import text_lines
+from dora_vl.errors import UserError, one_line, shown
 from dora_vl.scores import (
     caption,
     commonsense,
     exact_match,
     gqa,
+    llava_bench,
     mmbench,
     mme,
+    mmvet,
     nlvr2,
     pope,
+    prompts,
     scienceqa,
     seed,
     textvqa,
@@ -29,145 +43,162 @@ from dora_vl.scores import (
     vizwiz,
     vqa,
 )
-from dora_vl.scores.known_truth import Group
-from dora_vl.scores.scored import Scored
+from dora_vl.scores.benchmark import FRAMES, SHORT_ANSWER_TOKENS, Benchmark
+from dora_vl.scores.own_scores import SCORINGS
+from dora_vl.scores.prompts import Prompt
 
-Scorer = Callable[[Sequence[Example], Mapping[str, str]], Scored]
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "exact_match": exact_match.BENCHMARK,
+    "vqav2": vqa.BENCHMARK,
+    "vqav2_karpathy": vqa.KARPATHY,
+    "gqa": gqa.BENCHMARK,
+    "vizwiz": vizwiz.BENCHMARK,
+    "textvqa": textvqa.BENCHMARK,
+    "scienceqa": scienceqa.BENCHMARK,
+    "pope": pope.BENCHMARK,
+    "mmbench": mmbench.BENCHMARK,
+    "mmbench_cn": mmbench.CHINESE,
+    "mme": mme.BENCHMARK,
+    "seed": seed.BENCHMARK,
+    "llava_bench": llava_bench.BENCHMARK,
+    "mmvet": mmvet.BENCHMARK,
+    "nlvr": nlvr2.NLVR,
+    "nlvr2": nlvr2.NLVR2,
+    "coco_caption": caption.COCO,
+    "tvqa": video_qa.TVQA,
+    "how2qa": video_qa.HOW2QA,
+    "tvc": caption.TVC,
+    "yc2c": caption.YC2C,
+    **dict.fromkeys(commonsense.PATTERNS, commonsense.BENCHMARK),
+}
+"""Every benchmark that `dora-vl evaluate` knows, a row each, written by hand."""
 
-SHORT_ANSWER_TOKENS, LONG_ANSWER_TOKENS = 128, 1024  # LLaVA-1.5's own
-FRAMES = 4  # 2,304 of LLaVA-1.5's 4,096 positions
+GROUP = "dora_vl.benchmarks"
+YAML_ENDINGS = (".yaml", ".yml")
+NAME = re.compile(r"[A-Za-z0-9][\w\-]*")
+CHOICE, CAPTION = "choice", "caption"
+
+PROMPTS: Mapping[str, Prompt] = {
+    "as_is": prompts.as_is,
+    "short": prompts.short,
+    "letter": prompts.letter,
+    "true_or_false": prompts.true_or_false,
+    "caption": prompts.caption,
+    "video": prompts.about_video,
+}
+"""What `prompt:` may say."""
+USUAL_PROMPTS: Mapping[str, str] = {CHOICE: "letter", CAPTION: "caption"}  # else short
 
 
 @dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """One benchmark.
+class Found:
+    """A benchmark as it was asked for.
 
     Attributes:
-        modes: version -> scorer, the usual one first; empty where an external judge scores.
-        prompt: what a LLaVA is asked.
-        max_new_tokens: longest answer.
-        splits: names of the split to look for in `records/<task>/`, the first that is there.
-        submission: the server's file.
-        chooses: every question has choices, and `extra["correct"]` is what is scored.
-        together: examples with equal values are scored as one, so that one without its right answer leaves out all.
-        shares_answers: one right answer serves all of them.
-        frames: how many frames of a video a LLaVA is shown.
+        split: asked for by name, else "".
+        file: its own records; None looks in the folder of records.
     """
 
-    modes: Mapping[str, Scorer]
-    prompt: Prompt = prompts.as_is
+    name: str
+    benchmark: Benchmark
+    split: str = ""
+    file: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnBenchmark:
+    """What a benchmark's YAML says."""
+
+    name: str
+    scoring: str
+    file: str | None = None
+    prompt: str | None = None
     max_new_tokens: int = SHORT_ANSWER_TOKENS
-    splits: tuple[str, ...] = ("test", "validation")
-    submission: Submission | None = None
-    chooses: bool = False
-    together: Group | None = None
-    shares_answers: bool = False
     frames: int = FRAMES
 
 
-def _one(scorer: Scorer) -> Mapping[str, Scorer]:
-    return {"": scorer}
+def find_benchmark(wanted: str) -> Found:
+    """The benchmark of `NAME`, `NAME:SPLIT` or `FILE.yaml`.
+
+    Raises:
+        UserError: there is none of that name, or its file or package is broken.
+    """
+    if wanted.endswith(YAML_ENDINGS):
+        return read_own(Path(wanted))
+    name, _, split = wanted.partition(":")
+    if name in BENCHMARKS:
+        return Found(name=name, benchmark=BENCHMARKS[name], split=split)
+    installed = {point.name: point for point in entry_points(group=GROUP)}
+    if name in installed:
+        return Found(name=name, benchmark=_loaded(installed[name]), split=split)
+    known = [*BENCHMARKS, *installed]
+    nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"no benchmark {shown(name)}; did you mean {nearest!r}? There are {', '.join(known)}; your own is a FILE.yaml"
+    )
 
 
-_COMMONSENSE = {rule: partial(commonsense.score, rule=rule) for rule in ("nvlabs", "llm_adapters")}
+def _loaded(point: EntryPoint) -> Benchmark:
+    try:
+        found = point.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"benchmark {point.name}: {point.value} of an installed package fails: {error}") from error
+    if not isinstance(found, Benchmark):
+        raise UserError(f"benchmark {point.name}: {point.value} is a {type(found).__name__}, it must be a Benchmark")
+    if not NAME.fullmatch(point.name):
+        raise UserError(f"benchmark {shown(point.name)}: a name is letters, digits, _ and -, as folders have it")
+    return found
 
-BENCHMARKS: Mapping[str, Benchmark] = {
-    "exact_match": Benchmark(modes=_one(exact_match.score)),
-    "vqav2": Benchmark(
-        modes={version: partial(vqa.score, version=version) for version in ("after_2021", "before_2021")},
-        prompt=prompts.short,
-        splits=("test_dev", "test", "validation"),
-        submission=submission.vqav2,
-    ),
-    "vqav2_karpathy": Benchmark(
-        modes={version: partial(vqa.score, version=version) for version in ("before_2021", "after_2021")},
-        prompt=prompts.short,
-    ),
-    "gqa": Benchmark(
-        modes={style: partial(gqa.score, conversion=style) for style in ("llava", "vl_t5")},
-        prompt=prompts.short,
-        splits=("testdev", "test", "validation"),
-        submission=submission.gqa_predictions,
-    ),
-    "vizwiz": Benchmark(
-        modes=_one(vizwiz.score),
-        prompt=prompts.short_vizwiz,
-        submission=submission.vizwiz,
-    ),
-    "textvqa": Benchmark(modes=_one(textvqa.score), prompt=prompts.short_textvqa, splits=("validation",)),
-    "scienceqa": Benchmark(
-        modes=_one(scienceqa.score), prompt=prompts.letter_with_context, max_new_tokens=LONG_ANSWER_TOKENS, chooses=True
-    ),
-    "pope": Benchmark(modes=_one(pope.score), prompt=prompts.short),
-    "mmbench": Benchmark(
-        modes={matcher: partial(mmbench.score, matcher=matcher) for matcher in ("2025", "opencompass_2023")},
-        prompt=prompts.letter,
-        max_new_tokens=LONG_ANSWER_TOKENS,
-        splits=("validation", "test"),
-        submission=submission.mmbench,
-        chooses=True,
-        together=mmbench.question_of,
-    ),
-    "mmbench_cn": Benchmark(
-        modes={matcher: partial(mmbench.score, matcher=matcher) for matcher in ("2025", "opencompass_2023")},
-        prompt=prompts.letter_cn,
-        max_new_tokens=LONG_ANSWER_TOKENS,
-        splits=("validation", "test"),
-        submission=submission.mmbench,
-        chooses=True,
-        together=mmbench.question_of,
-    ),
-    "mme": Benchmark(modes=_one(mme.score), prompt=prompts.short_mme, together=mme.picture_of),
-    "seed": Benchmark(modes=_one(seed.score), prompt=prompts.letter, chooses=True),
-    "llava_bench": Benchmark(modes={}, max_new_tokens=LONG_ANSWER_TOKENS, submission=submission.llava_bench_requests),
-    "mmvet": Benchmark(modes={}, max_new_tokens=LONG_ANSWER_TOKENS, submission=submission.mmvet_answers),
-    "nlvr": Benchmark(
-        modes=_one(nlvr2.score_nlvr),
-        prompt=prompts.true_or_false,
-        together=lambda example: nlvr2.sentence_of_nlvr(example.id),
-    ),
-    "nlvr2": Benchmark(
-        modes=_one(nlvr2.score),
-        prompt=prompts.true_or_false,
-        submission=submission.nlvr2,
-        together=lambda example: nlvr2.sentence_of_nlvr2(example.id),
-    ),
-    "coco_caption": Benchmark(
-        modes={style: partial(caption.score, style=style) for style in ("coco", "value")},
-        prompt=prompts.caption,
-        submission=submission.coco_caption,
-        together=caption.clip_of,
-        shares_answers=True,
-    ),
-    "tvqa": Benchmark(
-        modes=_one(video_qa.score),
-        prompt=prompts.about_video,
-        splits=("validation", "test"),
-        submission=submission.tvqa,
-        chooses=True,
-    ),
-    "how2qa": Benchmark(
-        modes=_one(video_qa.score_how2qa),
-        prompt=prompts.about_video,
-        splits=("validation", "test"),
-        submission=submission.how2qa,
-        chooses=True,
-    ),
-    "tvc": Benchmark(
-        modes={style: partial(caption.score, style=style) for style in ("value", "coco")},
-        prompt=prompts.caption_of_video,
-        splits=("validation", "test"),
-        submission=submission.tvc,
-        together=caption.clip_of,
-        shares_answers=True,
-    ),
-    "yc2c": Benchmark(
-        modes={style: partial(caption.score, style=style) for style in ("value", "coco")},
-        prompt=prompts.caption_of_video,
-        splits=("validation", "test"),
-        submission=submission.yc2c,
-        together=caption.clip_of,
-        shares_answers=True,
-    ),
-    **{task: Benchmark(modes=_COMMONSENSE) for task in commonsense.PATTERNS},
-}
+
+def read_own(path: Path) -> Found:
+    """The benchmark of a YAML file.
+
+    Raises:
+        UserError: no such file, or it says something else than it may.
+    """
+    own = _own(_mapping(path), path)
+    for key, value, known in (("scoring", own.scoring, SCORINGS), ("prompt", own.prompt, PROMPTS)):
+        if value is not None and value not in known:
+            raise UserError(f"{path}: {key} is {shown(value)}; there are {', '.join(known)}")
+    if not NAME.fullmatch(own.name) or own.name in BENCHMARKS:
+        raise UserError(f"{path}: name {shown(own.name)} is taken, or not of letters, digits, _ and - alone")
+    for key, number in (("max_new_tokens", own.max_new_tokens), ("frames", own.frames)):
+        if number < 1:
+            raise UserError(f"{path}: {key} is {shown(number)}; at least 1 is needed")
+    benchmark = Benchmark(
+        modes={"": SCORINGS[own.scoring]},
+        prompt=PROMPTS[own.prompt or USUAL_PROMPTS.get(own.scoring, "short")],
+        max_new_tokens=own.max_new_tokens,
+        chooses=own.scoring == CHOICE,
+        together=caption.clip_of if own.scoring == CAPTION else None,
+        shares_answers=own.scoring == CAPTION,
+        frames=own.frames,
+    )
+    return Found(name=own.name, benchmark=benchmark, file=None if own.file is None else path.parent / own.file)
+
+
+def _mapping(path: Path) -> Mapping[Any, Any]:
+    text = "\n".join(line for _, line in text_lines(path, "a benchmark's settings"))
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        raise UserError(f"{path}: not YAML ({one_line(str(error), 200)})") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: must hold settings such as `name: receipts`, found {shown(content)}")
+    return content
+
+
+def _own(content: Mapping[Any, Any], path: Path) -> OwnBenchmark:
+    known = [one.name for one in fields(OwnBenchmark)]
+    strange = [key for key in content if key not in known]
+    if strange:
+        raise UserError(f"{path}: unknown setting {shown(strange[0])}; there are {', '.join(known)}")
+    if missing := [key for key in ("name", "scoring") if key not in content]:
+        raise UserError(f"{path}: {missing[0]} is missing; a benchmark has at least name and scoring")
+    kinds = get_type_hints(OwnBenchmark)
+    for key, value in content.items():
+        allowed = get_args(kinds[key]) or (kinds[key],)
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            wanted = "a whole number" if int in allowed else "text"
+            raise UserError(f"{path}: {key} must be {wanted}, it is {shown(value)}")
+    return OwnBenchmark(**content)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from dora_vl.data.media import any_is_there
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.answer_joins import join
-from dora_vl.evaluation.answers_file import read_rows
 from dora_vl.evaluation.asking import add_model_options
+from dora_vl.evaluation.benchmarks import find_benchmark
 from dora_vl.evaluation.evaluation_set import EvaluationSet, read_set
 from dora_vl.evaluation.finish import Answers, finish
-from dora_vl.evaluation.other_benchmarks import find_benchmark
 from dora_vl.evaluation.result_files import METRICS, file_sha256, refuse_anothers
+from dora_vl.scores.answer_rows import read_rows
 from dora_vl.whole_numbers import positive
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _pair(text: str) -> tuple[str, str]:
 def _from_file(path: Path, one: EvaluationSet, options: argparse.Namespace) -> Answers:
     """A file's answers; one to a record that cannot be read is none, as nothing says what would be right."""
     whole = one if options.limit is None else read_set(one.request, options.records, mode=None, limit=None)
-    joined = join(one.name, whole.examples, read_rows(path), path=path, questions=one.file)
+    joined = join(one.benchmark, whole.examples, read_rows(path), path=path, questions=one.file)
     asked = {example.id for example in one.examples} - one.unreadable.keys()
     answers = {name: answer for name, answer in joined.answers.items() if name in asked}
     return Answers(

@@ -11,12 +11,13 @@ from pathlib import Path
 from dora_vl.data.examples import Answer, Example, clip_fields, iterate_examples
 from dora_vl.data.records import stream_values
 from dora_vl.errors import UserError
-from dora_vl.evaluation.benchmarks import Benchmark, Scorer
-from dora_vl.evaluation.other_benchmarks import find_benchmark
-from dora_vl.evaluation.prompts import LETTER, LETTER_CN, letter_cn
+from dora_vl.evaluation.benchmarks import find_benchmark
 from dora_vl.evaluation.questions import Question, is_question, read_question_file, read_questions, with_choices
+from dora_vl.scores.benchmark import Benchmark, Scorer
 from dora_vl.scores.choices import check_choices
 from dora_vl.scores.known_truth import has_answer, has_right_choice, not_scored
+from dora_vl.scores.mmbench import letter_cn
+from dora_vl.scores.prompts import LETTER, LETTER_CN
 
 LLAVA_KEY = "conversations"
 UNREADABLE_CHOICES = ("",)

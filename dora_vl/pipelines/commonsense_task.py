@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
@@ -15,6 +15,7 @@ from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.provenance import content_hash, local_folder, versions
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.causal_lm import PAPER_TARGETS, CausalLMBackbone, load_causal_lm, write_causal_lm
+from dora_vl.backbones.image_text import skeleton_of
 from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.core import DoRAConfig
@@ -22,10 +23,11 @@ from dora_vl.data.collate import Collator
 from dora_vl.data.instructions import InstructionDataset, load_instructions
 from dora_vl.errors import UserError
 from dora_vl.evaluation.commonsense_run import evaluate_commonsense, read_sets
+from dora_vl.model_files import check_model_folder
 from dora_vl.run.adapting import CAUSAL_LM, check_quantisation, core_config, load_base, make_base
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig, InstructionDataConfig, LanguageModelConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
-from dora_vl.training.memory_estimate import Activations
+from dora_vl.training.memory_estimate import Activations, decoder_activations
 from dora_vl.training.task import GenerationTask, Task, TrainingData
 
 REFERENCE_SPLIT_SEED = 42  # of LLM-Adapters' and NVlabs' `train_test_split`
@@ -57,6 +59,11 @@ class CommonsenseTask(Task):
             read_sets(self.config.evaluation)
         model = self.config.model
         make_base(write_causal_lm, model.source, model.base, arguments)
+
+    def skeleton(self) -> Backbone[Any]:
+        """The language model without its weights."""
+        check_model_folder(self.config.model.base)
+        return CausalLMBackbone(skeleton_of(self.config.model.base, revision=self.config.model.revision))
 
     def load(self) -> Backbone[Any]:
         """The language model."""
@@ -96,14 +103,7 @@ class CommonsenseTask(Task):
 
     def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
         """The language model's."""
-        sizes = cast(CausalLMBackbone, backbone).config
-        return Activations(
-            tokens=arguments.per_device_train_batch_size * longest_tokens,
-            layers=sizes.num_hidden_layers,
-            hidden_width=sizes.hidden_size,
-            element_bytes=backbone.model.dtype.itemsize,
-            recomputed=bool(arguments.gradient_checkpointing),
-        )
+        return decoder_activations(backbone.model, arguments, longest_tokens=longest_tokens)
 
     def recipe(self) -> dict[str, Any]:
         """Base, prompt and lengths."""

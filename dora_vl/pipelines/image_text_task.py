@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from dora_vl.backbones.image_text import (
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.prompt_formats import FORMATS
-from dora_vl.core import DoRAConfig, apply_dora, trained_parts
+from dora_vl.core import DoRAConfig
 from dora_vl.data.dataset import Encoded, LlavaDataset, Rows, Sample
 from dora_vl.data.media import HeldPictures, open_picture
 from dora_vl.data.processor_inputs import ProcessorCollator
@@ -36,12 +35,9 @@ from dora_vl.pipelines.instruct_data import InstructData, InstructTask
 from dora_vl.pipelines.llava_task import LlavaTask
 from dora_vl.run.adapting import IMAGE_TEXT, check_quantisation, core_config, load_base
 from dora_vl.run.assembly import processor_encoder, recipe_record
-from dora_vl.run.launch import without_sharding
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.samples import VideoReading, check_videos, video_folder, video_sampling
-from dora_vl.training.memory_estimate import Activations
-from dora_vl.training.optim import rates_of, refuse_unknown_parts
 from dora_vl.training.task import Task, TrainingData
 
 logger = logging.getLogger(__name__)
@@ -74,20 +70,12 @@ class ImageTextTask(InstructTask):
         if self.config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(self.config))
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
-        self._check_parts(arguments)
         if samples.has_videos:
             _check_videos(self.config, encoder, pictures=samples.has_pictures)
 
-    def _check_parts(self, arguments: TrainingArguments) -> None:
-        """Refuses patterns and rates of parts that the model does not have, on a model without weights."""
-        adapter, model = self.config.adapter, self.config.model
-        named = adapter.targets or adapter.parts or adapter.also_train or adapter.also_keep
-        if not named and not self.config.optim.rates:
-            return
-        with without_sharding(arguments):
-            backbone = ImageTextBackbone(skeleton_of(model.base, revision=model.revision))
-        apply_dora(backbone.model, replace(self.dora_config(backbone), init="kaiming"))
-        refuse_unknown_parts(trained_parts(backbone.model), rates_of(self.config.optim, arguments.learning_rate))
+    def skeleton(self) -> Backbone[Any]:
+        """The model without its weights."""
+        return ImageTextBackbone(skeleton_of(self.config.model.base, revision=self.config.model.revision))
 
     def load(self) -> Backbone[Any]:
         """The model."""
@@ -119,17 +107,6 @@ class ImageTextTask(InstructTask):
             collate=ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy, dummy_video=dummy_video),
             tokens_per_image=len(encoder.dummy().input_ids) if encoder.sees_pictures else 0,
             tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if seen_videos else 0,
-        )
-
-    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
-        """The language model's."""
-        text: Any = backbone.model.config.get_text_config()
-        return Activations(
-            tokens=arguments.per_device_train_batch_size * longest_tokens,
-            layers=text.num_hidden_layers,
-            hidden_width=text.hidden_size,
-            element_bytes=backbone.model.dtype.itemsize,
-            recomputed=bool(arguments.gradient_checkpointing),
         )
 
     def recipe(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.samples import check_streaming, open_stream, read_samples, read_validation, samples_of_a_run
+from dora_vl.training.memory_estimate import Activations, decoder_activations
 from dora_vl.training.task import GenerationTask, Task, TrainingData
 
 MakeDataset = Callable[[Rows, HeldPictures], LlavaDataset]
@@ -180,6 +181,10 @@ class InstructTask(Task):
         if self._data is None:
             self._data = InstructData(self.config, arguments)
         return self._data
+
+    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
+        """The language model's."""
+        return decoder_activations(backbone.model, arguments, longest_tokens=longest_tokens)
 
     def loss(self, backbone: Backbone[Any]) -> GenerationTask:
         """Next-token loss."""

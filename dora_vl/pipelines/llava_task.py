@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.compose import compose_llava
 from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.backbones.llava import LlavaBackbone
+from dora_vl.backbones.llava import LlavaBackbone, llava_skeleton
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import LlavaDataset, Rows
@@ -27,7 +27,6 @@ from dora_vl.run.adapting import LLAVA, check_quantisation, make_base
 from dora_vl.run.assembly import build_encoder, dora_config, load_backbone, pad_token_id, recipe_record
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.samples import PictureReader, image_preparation, picture_reader
-from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.task import TrainingData
 
 
@@ -45,6 +44,10 @@ class LlavaTask(InstructTask):
         if self.config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(self.config))
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
+
+    def skeleton(self) -> Backbone[Any]:
+        """The LLaVA without its weights."""
+        return llava_skeleton(self.config.model.base, revision=self.config.model.revision)
 
     def load(self) -> Backbone[Any]:
         """The LLaVA."""
@@ -73,17 +76,6 @@ class LlavaTask(InstructTask):
                 pad_token_id(encoder), share_pictures_by=encoder.image_token_id if data.share_pictures else None
             ),
             tokens_per_image=llava.tokens_per_image,
-        )
-
-    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
-        """The language model's."""
-        text: Any = cast(LlavaBackbone, backbone).config.text_config
-        return Activations(
-            tokens=arguments.per_device_train_batch_size * longest_tokens,
-            layers=text.num_hidden_layers,
-            hidden_width=text.hidden_size,
-            element_bytes=backbone.model.dtype.itemsize,
-            recomputed=bool(arguments.gradient_checkpointing),
         )
 
     def recipe(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from dora_vl.backbones.vlbart import (
     also_trained,
     load_vlbart,
     set_answer_heads,
+    vlbart_skeleton,
 )
 from dora_vl.backbones.vlbart_compose import compose_vlbart
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
@@ -111,14 +112,21 @@ class VlBartTask(Task):
         if self.config.data.closed_answers:
             self._make_lists()
 
+    def skeleton(self) -> VlBartBackbone:
+        """The VL-BART without its weights."""
+        return self._with_heads(vlbart_skeleton(self.config.model.base))
+
     def load(self) -> VlBartBackbone:
         """The VL-BART, with a head for each closed list of answers."""
-        return self._load(lists_in(self._lists_file) if self.config.data.closed_answers else {})
+        return self._with_heads(self._base())
 
-    def _load(self, lists: Mapping[str, Sequence[str]]) -> VlBartBackbone:
+    def _base(self) -> VlBartBackbone:
         model, dtype = self.config.model, getattr(torch, self.config.model.dtype)
         with loading_in(dtype):
-            backbone = load_vlbart(model.base, dtype=dtype, attn_implementation=model.attn_implementation)
+            return load_vlbart(model.base, dtype=dtype, attn_implementation=model.attn_implementation)
+
+    def _with_heads(self, backbone: VlBartBackbone) -> VlBartBackbone:
+        lists = lists_in(self._lists_file) if self.config.data.closed_answers else {}
         set_answer_heads(backbone.model, lists, seed=int(self.config.training.get("seed", 42)))
         return backbone
 
@@ -212,7 +220,8 @@ class VlBartTask(Task):
         if set(lists) != set(config.data.closed_answers):
             trained, asked = (", ".join(one) or "nothing" for one in (lists, config.data.closed_answers))
             raise UserError(f"{run_folder / ADAPTER} answers {trained} from a closed list; {SETTING} names {asked}")
-        backbone = self._load(lists)
+        backbone = self._base()
+        set_answer_heads(backbone.model, lists)
         load_adapter(backbone.model, run_folder / ADAPTER)
         backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return evaluate_subtasks(

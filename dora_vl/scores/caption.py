@@ -17,17 +17,23 @@ that a bootstrap can add the counts up, and agrees with it to rounding. METEOR n
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
+from dora_vl.scores import prompts
+from dora_vl.scores.benchmark import Benchmark, Submission, json_lines, published_id
 from dora_vl.scores.caption_tokens import Tokenizer, tokenized, tokenizer_here
+from dora_vl.scores.joins import ByKey, Key
+from dora_vl.scores.prompts import Prompt
 from dora_vl.scores.scored import PERCENT, Formula, Numbers, Ratio, Scored, Sums, Tally
 
 log = logging.getLogger(__name__)
@@ -223,3 +229,55 @@ def _meteor(
 
 def _rounded(values: Numbers, decimals: int | None) -> Numbers:
     return values if decimals is None else np.round(values, decimals)
+
+
+def coco_caption(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """COCO's caption server: a caption for each image."""
+    captions = {clip_of(example): answers.get(example.id, "") for example in examples}
+    rows = [{"image_id": published_id(image), "caption": text} for image, text in captions.items()]
+    return "captions_results.json", json.dumps(rows, ensure_ascii=False)
+
+
+def tvc(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """VALUE: one caption for each clip, in the references' order."""
+    return "tvc_test_predictions.jsonl", _described(examples, answers)
+
+
+def yc2c(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """VALUE: one caption for each clip, in the references' order; the video's name is `video_id` there."""
+    return "yc2c_test_predictions.jsonl", _described(examples, answers, video_name="video_id")
+
+
+def _described(examples: Sequence[Example], answers: Mapping[str, str], video_name: str = "vid_name") -> str:
+    rows: dict[str, dict[str, object]] = {}
+    for example in examples:
+        clip = clip_of(example)
+        if clip not in rows:
+            extra = example.extra
+            row: dict[str, object] = {video_name: extra.get("vid_name", ""), "clip_id": published_id(clip)}
+            row |= {"ts": extra["ts"]} if "ts" in extra else {}
+            rows[clip] = {**row, "descs": [{"desc": answers.get(example.id, "")}]}
+    return json_lines(list(rows.values()))
+
+
+def _own_clip(example: Example) -> Key:
+    clip = example.extra.get("clip_id", example.extra.get("image_id"))
+    return None if clip is None else str(clip)
+
+
+def _benchmark(style: Style, prompt: Prompt, submission: Submission, splits: tuple[str, ...]) -> Benchmark:
+    other: Style = "coco" if style == "value" else "value"
+    return Benchmark(
+        modes={style: partial(score, style=style), other: partial(score, style=other)},
+        prompt=prompt,
+        splits=splits,
+        submission=submission,
+        together=clip_of,
+        shares_answers=True,
+        joins=(ByKey("clip_id or image_id", lambda row: row.id, _own_clip),),
+    )
+
+
+COCO = _benchmark("coco", prompts.caption, coco_caption, ("test", "validation"))
+TVC = _benchmark("value", prompts.caption_of_video, tvc, ("validation", "test"))
+YC2C = _benchmark("value", prompts.caption_of_video, yc2c, ("validation", "test"))

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError, shown
+from dora_vl.scores.benchmark import Benchmark
 from dora_vl.scores.known_truth import right_answer
 from dora_vl.scores.scored import Formula, Mean, Ratio, Scored, Tally
 
@@ -85,3 +87,8 @@ def score(examples: Sequence[Example], answers: Mapping[str, str], *, rule: Rule
         tally.add(example.id, right, columns, failed=answer is None)
     tasks: dict[str, Formula] = {one: Ratio(f"right {one}", f"asked {one}") for one in PATTERNS if one in found}
     return tally.scored({"average": Mean(tuple(tasks.values())), **tasks}, settings={"extraction": rule})
+
+
+BENCHMARK = Benchmark(
+    modes={"nvlabs": partial(score, rule="nvlabs"), "llm_adapters": partial(score, rule="llm_adapters")}
+)

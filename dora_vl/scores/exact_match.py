@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dora_vl.data.examples import Example
+from dora_vl.scores.benchmark import Benchmark, only
 from dora_vl.scores.bootstrap import RESAMPLES, intervals
 from dora_vl.scores.known_truth import right_answer
 from dora_vl.scores.scored import ACCURACY, Ratio, Scored, Tally, by_kind, kind_columns, unit_of
@@ -111,3 +112,6 @@ def score(examples: Sequence[Example], answers: Mapping[str, str], *, answer_aft
         tally.add(example.id, right, kind_columns(right, *kind), unit=unit_of(example), failed=prediction is None)
     settings = {"answer_after": answer_after} if answer_after else {}
     return tally.scored({"accuracy": ACCURACY, **by_kind("kind", kinds)}, settings=settings)
+
+
+BENCHMARK = Benchmark(modes=only(score))

@@ -16,13 +16,17 @@ balanced questions are scored; absent means balanced).
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError, shown
+from dora_vl.scores.benchmark import Benchmark
 from dora_vl.scores.known_truth import right_answer
+from dora_vl.scores.prompts import short
 from dora_vl.scores.scored import ACCURACY, Formula, Ratio, Scored, Tally, by_kind, kind_columns, unit_of
 
 Conversion = Literal["llava", "vl_t5"]
@@ -111,3 +115,17 @@ def _distribution(examples: Sequence[Example], said: Mapping[str, str]) -> dict[
         weighted += distance * expected.total()
         everything += expected.total()
     return {"distribution": weighted / everything / 100}
+
+
+def submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """The file of GQA's eval.py and server: answers without final periods, in lower case."""
+    rows = [{"questionId": example.id, "prediction": converted(answers.get(example.id, ""))} for example in examples]
+    return "gqa.json", json.dumps(rows, ensure_ascii=False)
+
+
+BENCHMARK = Benchmark(
+    modes={"llava": partial(score, conversion="llava"), "vl_t5": partial(score, conversion="vl_t5")},
+    prompt=short,
+    splits=("testdev", "test", "validation"),
+    submission=submission,
+)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
+from dora_vl.scores.benchmark import LONG_ANSWER_TOKENS, Benchmark, json_lines
 from dora_vl.scores.scored import Formula, Ratio, Scored, Tally, unit_of
 
 REFERENCE, MODEL = "Assistant 1", "Assistant 2"
@@ -84,3 +85,11 @@ def score_reviews(examples: Sequence[Example], reviews: Mapping[str, str]) -> Sc
     formulas |= {f"category/{one}": Ratio(f"model {one}", f"reference {one}") for one in sorted(set(categories))}
     formulas |= {f"mean/{one}": Ratio(one, "asked", scale=1.0) for one in ("model", "reference")}
     return tally.scored(formulas, settings={"judge": "external"})
+
+
+def submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """One request to the judge a line."""
+    return "llava_bench_judge.jsonl", json_lines(judge_requests(examples, answers))
+
+
+BENCHMARK = Benchmark(modes={}, max_new_tokens=LONG_ANSWER_TOKENS, submission=submission)

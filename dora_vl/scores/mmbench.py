@@ -18,14 +18,19 @@ neither gives a letter the tool asks GPT, or with `exact_matching` gives Z; here
 
 from __future__ import annotations
 
+import csv
+import io
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from string import ascii_uppercase
 from typing import Literal
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError, shown
+from dora_vl.scores.benchmark import LONG_ANSWER_TOKENS, Benchmark
 from dora_vl.scores.choices import correct_index
+from dora_vl.scores.prompts import LETTER_CN, Prompt, letter, lettered
 from dora_vl.scores.scored import ACCURACY, Ratio, Scored, Tally, by_kind, kind_columns
 
 Matcher = Literal["opencompass_2023", "2025"]
@@ -133,3 +138,39 @@ def _letter_2025(answer: str, letters: Collection[str]) -> str | None:
 
 def _only(found: Sequence[str]) -> str | None:
     return found[0] if len(found) == 1 else None
+
+
+def letter_cn(example: Example) -> str:
+    """MMBench-CN's question."""
+    return f"{lettered(example)}\n{LETTER_CN}"
+
+
+def submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """The columns as tab-separated text; a spreadsheet program saves it as the .xlsx that the server takes."""
+    widest = max(len(example.choices) for example in examples)
+    letters = ascii_uppercase[:widest]
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+    writer.writerow(["index", "question", *letters, "hint", "category", "prediction"])
+    for example in examples:
+        choices = [*example.choices, *[""] * (widest - len(example.choices))]
+        extra = [str(example.extra.get(name) or "") for name in ("hint", "category")]
+        index = example.extra.get("index", example.id)
+        writer.writerow([index, example.question, *choices, *extra, answers.get(example.id, "")])
+    return "mmbench.tsv", stream.getvalue()
+
+
+def _benchmark(prompt: Prompt) -> Benchmark:
+    return Benchmark(
+        modes={"2025": score, "opencompass_2023": partial(score, matcher="opencompass_2023")},
+        prompt=prompt,
+        max_new_tokens=LONG_ANSWER_TOKENS,
+        splits=("validation", "test"),
+        submission=submission,
+        chooses=True,
+        together=question_of,
+    )
+
+
+BENCHMARK = _benchmark(letter)
+CHINESE = _benchmark(letter_cn)

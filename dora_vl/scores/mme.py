@@ -16,7 +16,11 @@ from typing import Literal
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
+from dora_vl.scores.answer_rows import AnswerRow
+from dora_vl.scores.benchmark import Benchmark, only
+from dora_vl.scores.joins import REPEATED, ByKey, Key, picture_stem, plain, question_in
 from dora_vl.scores.known_truth import right_answer
+from dora_vl.scores.prompts import SHORT, YES_OR_NO
 from dora_vl.scores.scored import Formula, Ratio, Scored, Tally, Total
 
 PERCEPTION = (
@@ -91,3 +95,27 @@ def _formulas(found: set[str]) -> dict[str, Formula]:
         if there:
             sums[name] = Total(there)
     return {**sums, **tasks}
+
+
+def prompt(example: Example) -> str:
+    """LLaVA's wording: the own "Please answer yes or no." gives way to LLaVA's suffix."""
+    return f"{example.question.replace(YES_OR_NO, '').strip()}\n{SHORT}"
+
+
+def _row_key(row: AnswerRow) -> Key:
+    path, question = REPEATED.sub("", row.id), question_in(row.prompt)
+    return (path.partition("/")[0], picture_stem(path), question) if question else None
+
+
+def _example_key(example: Example) -> Key:
+    if not example.images:
+        return None
+    return str(example.extra.get("category")), picture_stem(example.images[0]), plain(example.question)
+
+
+BENCHMARK = Benchmark(
+    modes=only(score),
+    prompt=prompt,
+    together=picture_of,
+    joins=(ByKey("subtask, picture and question", _row_key, _example_key),),
+)

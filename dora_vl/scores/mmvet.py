@@ -7,10 +7,13 @@ the questions of each capability (rec, ocr, know, gen, spat, math; `extra["capab
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
+from dora_vl.scores.benchmark import LONG_ANSWER_TOKENS, Benchmark
+from dora_vl.scores.joins import ByKey
 from dora_vl.scores.scored import ACCURACY, Formula, Scored, Tally, by_kind, kind_columns, unit_of
 from dora_vl.whole_numbers import number_of
 
@@ -40,3 +43,16 @@ def score_grades(examples: Sequence[Example], grades: Mapping[str, float]) -> Sc
         tally.add(example.id, grade or 0.0, columns, unit=unit_of(example), failed=grade is None)
     formulas: dict[str, Formula] = {"total": ACCURACY, **by_kind("capability", found)}
     return tally.scored(formulas, settings={"judge": "external"})
+
+
+def submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """The grader's file."""
+    return "mmvet.json", json.dumps(judge_file(examples, answers), ensure_ascii=False, indent=1)
+
+
+BENCHMARK = Benchmark(
+    modes={},
+    max_new_tokens=LONG_ANSWER_TOKENS,
+    submission=submission,
+    joins=(ByKey("number, v1_N", lambda row: f"v1_{row.id}", lambda example: example.id),),
+)

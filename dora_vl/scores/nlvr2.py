@@ -17,7 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
+from dora_vl.scores.benchmark import Benchmark, only
+from dora_vl.scores.joins import ByKey
 from dora_vl.scores.known_truth import right_answer
+from dora_vl.scores.prompts import true_or_false
 from dora_vl.scores.scored import ACCURACY, Ratio, Scored, Tally
 
 
@@ -71,3 +74,19 @@ def score(
 def score_nlvr(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
     """NLVR's own grouping of sentences."""
     return score(examples, answers, sentence_of=sentence_of_nlvr)
+
+
+def submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """The script's CSV of identifier and answer; a missing one is False, since the script ends where an id lacks."""
+    rows = [f"{example.id},{' '.join(answers.get(example.id, '').splitlines()) or 'False'}" for example in examples]
+    return "nlvr2.csv", "\n".join(rows) + "\n"
+
+
+NLVR = Benchmark(modes=only(score_nlvr), prompt=true_or_false, together=lambda example: sentence_of_nlvr(example.id))
+NLVR2 = Benchmark(
+    modes=only(score),
+    prompt=true_or_false,
+    submission=submission,
+    together=lambda example: sentence_of_nlvr2(example.id),
+    joins=(ByKey("identifier without .png", lambda row: row.id.removesuffix(".png"), lambda one: one.id),),
+)

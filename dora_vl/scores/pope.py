@@ -19,14 +19,15 @@ from collections.abc import Mapping, Sequence
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError, shown
+from dora_vl.scores.benchmark import Benchmark, only
+from dora_vl.scores.joins import ByOrder
 from dora_vl.scores.known_truth import right_answer
+from dora_vl.scores.prompts import short
 from dora_vl.scores.scored import Formula, Mean, Ratio, Scored, Tally, unit_of
 
-VERSIONS = {
-    (3000, 3000, 2910): "e3e3926 (LLaVA's question file)",
-    (3000, 3000, 3000): "today's files",
-}
-"""Questions that are adversarial, popular and random."""
+CATEGORIES = ("random", "popular", "adversarial")
+VERSIONS: Mapping[tuple[int, ...], str] = {(2910, 3000, 3000): "e3e3926 (LLaVA-1.5's)", (3000, 3000, 3000): "current"}
+"""Label files by their questions in each of `CATEGORIES`."""
 
 
 def says_no(answer: str) -> bool:
@@ -88,5 +89,8 @@ def _of_category(one: str) -> dict[str, Formula]:
 
 def _version(categories: Sequence[str]) -> str:
     counts = Counter(categories)
-    of_each = (counts["adversarial"], counts["popular"], counts["random"])
+    of_each = tuple(counts[one] for one in CATEGORIES)
     return VERSIONS.get(of_each, ", ".join(f"{counts[one]} {one}" for one in sorted(counts)))
+
+
+BENCHMARK = Benchmark(modes=only(score), prompt=short, joins=(ByOrder("order, each prompt being the question's"),))

@@ -18,7 +18,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from dora_vl.data.examples import Example
+from dora_vl.scores.benchmark import LONG_ANSWER_TOKENS, Benchmark, only
 from dora_vl.scores.choices import correct_index, letters
+from dora_vl.scores.prompts import LETTER, lettered
 from dora_vl.scores.scored import ACCURACY, Ratio, Scored, Tally, kind_columns, unit_of
 
 OPTIONS = "ABCDE"
@@ -46,3 +48,11 @@ def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
         tally.add(example.id, float(right), columns, unit=unit_of(example), failed=answer is None)
     image = {"image accuracy": Ratio("right with picture", "asked with picture")}
     return tally.scored({**(image if any(example.images for example in examples) else {}), "accuracy": ACCURACY})
+
+
+def prompt(example: Example) -> str:
+    """LLaVA's wording: the hint stands behind "Context: "."""
+    return f"{lettered(example, before_hint='Context: ')}\n{LETTER}"
+
+
+BENCHMARK = Benchmark(modes=only(score), prompt=prompt, max_new_tokens=LONG_ANSWER_TOKENS, chooses=True)

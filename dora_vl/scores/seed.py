@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dora_vl.data.examples import Example
+from dora_vl.scores.benchmark import Benchmark, only
 from dora_vl.scores.choices import correct_index, letters
+from dora_vl.scores.prompts import letter
 from dora_vl.scores.scored import ACCURACY, Scored, Tally, by_kind, kind_columns, unit_of
 
 
@@ -31,3 +33,6 @@ def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
     by_type = by_kind("type", [f"type {kind}" for kind in types])
     named = {name.replace("type/type ", "type/"): formula for name, formula in by_type.items()}
     return tally.scored({"accuracy": ACCURACY, **by_kind("accuracy", data), **named})
+
+
+BENCHMARK = Benchmark(modes=only(score), prompt=letter, chooses=True)

@@ -12,11 +12,14 @@ server stops). Source: github.com/VALUE-Leaderboard/EvaluationTools. Reads `choi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError, shown
+from dora_vl.scores.benchmark import Benchmark, Scorer, Submission, only
 from dora_vl.scores.choices import correct_index, letters
+from dora_vl.scores.prompts import about_video
 from dora_vl.scores.scored import ACCURACY, Ratio, Scored, Tally, unit_of
 
 SERVER_DECIMALS = 2
@@ -59,3 +62,33 @@ def score_how2qa(examples: Sequence[Example], answers: Mapping[str, str]) -> Sco
     if strangers:
         raise UserError(f"How2QA's server rejects extra answers: {len(strangers)} here, first {shown(strangers[0])}")
     return score(examples, answers)
+
+
+def tvqa(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """VALUE: choice indices by question id."""
+    return "tvqa_test_predictions.json", _indices(examples, answers)
+
+
+def how2qa(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """VALUE: choice indices by question id."""
+    return "how2qa_test_public_predictions.json", _indices(examples, answers)
+
+
+def _indices(examples: Sequence[Example], answers: Mapping[str, str]) -> str:
+    labels = {example.id: label_of(example, answers.get(example.id, "")) for example in examples}
+    return json.dumps({name: submitted_index(label) for name, label in labels.items()})
+
+
+def _benchmark(scorer: Scorer, submission: Submission) -> Benchmark:
+    return Benchmark(
+        modes=only(scorer),
+        prompt=about_video,
+        splits=("validation", "test"),
+        submission=submission,
+        chooses=True,
+        labels_choices=True,
+    )
+
+
+TVQA = _benchmark(score, tvqa)
+HOW2QA = _benchmark(score_how2qa, how2qa)

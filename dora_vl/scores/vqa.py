@@ -15,11 +15,16 @@ stops there).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from dora_vl.data.examples import Example
+from dora_vl.scores import evalai_normaliser
+from dora_vl.scores.benchmark import Benchmark, published_id
 from dora_vl.scores.human_answers import human_answers, leave_one_out
+from dora_vl.scores.prompts import short
 from dora_vl.scores.scored import ACCURACY, Scored, Tally, by_kind, kind_columns, unit_of
 from dora_vl.scores.vqa_normaliser import normalise, one_line, strip_punctuation
 
@@ -49,3 +54,23 @@ def accuracy(prediction: str, people: Sequence[str], version: Version) -> float:
     if len(set(stripped)) > 1:
         return leave_one_out(normalise(prediction), [normalise(one) for one in stripped])
     return leave_one_out(one_line(prediction), stripped)
+
+
+def submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """EvalAI's file: normalised answers for *all* questions of the split, "" where there is none."""
+    rows = [
+        {"question_id": published_id(example.id), "answer": evalai_normaliser.normalise(answers.get(example.id, ""))}
+        for example in examples
+    ]
+    return "vqav2.json", json.dumps(rows, ensure_ascii=False)
+
+
+_AFTER, _BEFORE = partial(score, version="after_2021"), partial(score, version="before_2021")
+
+BENCHMARK = Benchmark(
+    modes={"after_2021": _AFTER, "before_2021": _BEFORE},
+    prompt=short,
+    splits=("test_dev", "test", "validation"),
+    submission=submission,
+)
+KARPATHY = Benchmark(modes={"before_2021": _BEFORE, "after_2021": _AFTER}, prompt=short)

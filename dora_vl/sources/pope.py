@@ -23,11 +23,10 @@ from pathlib import Path
 
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import BadSample, shown
+from dora_vl.scores.pope import CATEGORIES, VERSIONS
 from dora_vl.sources.fields import filled, identifier, scalar
 from dora_vl.sources.published import Progress, Raw, Split, json_rows, present, some_present
 
-CATEGORIES = ("random", "popular", "adversarial")
-VERSIONS: Mapping[tuple[int, ...], str] = {(2910, 3000, 3000): "e3e3926 (LLaVA-1.5's)", (3000, 3000, 3000): "current"}
 SETS = {"coco": "pope", "aokvqa": "pope_aokvqa", "gqa": "pope_gqa"}
 PICTURES = {"coco": "val2014", "aokvqa": "val2014", "gqa": "images"}
 

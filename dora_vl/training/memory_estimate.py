@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.core.opaque import is_quantised
 
@@ -51,6 +52,18 @@ class Activations:
         if self.recomputed:
             return vector * (self.layers + VECTORS_PER_LAYER)
         return vector * self.layers * VECTORS_PER_LAYER
+
+
+def decoder_activations(model: PreTrainedModel, arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
+    """Those of a model's decoder, at the longest sequence."""
+    text: Any = model.config.get_text_config()
+    return Activations(
+        tokens=arguments.per_device_train_batch_size * longest_tokens,
+        layers=text.num_hidden_layers,
+        hidden_width=text.hidden_size,
+        element_bytes=model.dtype.itemsize,
+        recomputed=bool(arguments.gradient_checkpointing),
+    )
 
 
 def parameter_count(parameter: nn.Parameter) -> int:

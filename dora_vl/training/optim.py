@@ -9,12 +9,15 @@ from operator import itemgetter
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 
-from dora_vl.core import TrainedPart, adapted_layers
+from dora_vl.core import TrainedPart, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError
+from dora_vl.run.launch import without_sharding
 from dora_vl.run.recipe import Decayed, OptimConfig
 from dora_vl.training.memory_estimate import parameter_count, table, unpacked_sizes, weight_count
+from dora_vl.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,21 @@ def refuse_unknown_parts(parts: Sequence[TrainedPart], rates: LearningRates) -> 
         names = ", ".join(dict.fromkeys(part.part for part in parts))
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"a learning rate is set for {unknown}, but what trains is {names}{hint}")
+
+
+def check_parts(task: Task, arguments: TrainingArguments) -> None:
+    """Refuses patterns and rates of parts that the model does not have, on a model without weights.
+
+    Raises:
+        UserError: one line, before any weight is read.
+    """
+    adapter, optim = task.config.adapter, task.config.optim
+    if not (adapter.targets or adapter.parts or adapter.also_train or adapter.also_keep or optim.rates):
+        return
+    with without_sharding(arguments):
+        backbone = task.skeleton()
+    apply_dora(backbone.model, replace(task.dora_config(backbone), init="kaiming"))
+    refuse_unknown_parts(trained_parts(backbone.model), rates_of(optim, arguments.learning_rate))
 
 
 def with_decay(parts: Sequence[TrainedPart], decayed: Decayed) -> tuple[TrainedPart, ...]:

@@ -41,6 +41,7 @@ from dora_vl.run.run_folder import (
     write_settings,
 )
 from dora_vl.training.build_trainer import build_trainer
+from dora_vl.training.optim import check_parts
 from dora_vl.training.progress import Counts
 from dora_vl.training.task import Task
 from dora_vl.training.trainer import AdapterTrainer
@@ -83,6 +84,7 @@ def train(task: Task) -> RunResult:
     on_first_rank(partial(prepare_run_folder, run_folder, resume=checkpoint is not None, overwrite=config.overwrite))
     on_first_rank(partial(write_settings, run_folder, config))
     on_first_rank(partial(task.prepare, arguments))
+    on_first_rank(partial(check_parts, task, arguments))
 
     backbone = task.load()
     torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank

@@ -141,6 +141,10 @@ class Task(ABC):
         """Refuses settings it cannot use and makes what the run names and does not find; for one rank alone."""
 
     @abstractmethod
+    def skeleton(self) -> Backbone[Any]:
+        """The model with nothing in its weights, on the meta device: what patterns are checked on before `load`."""
+
+    @abstractmethod
     def load(self) -> Backbone[Any]:
         """The base, in `model.dtype`, sharded while loading under ZeRO-3."""
 

@@ -10,7 +10,14 @@ import torch
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.image_text_talks import SAID, TALKS, encoder_of, sample_of
-from tests.backbones.published_chat import GEMMA3, LLAVA_NEXT_MISTRAL, LLAVA_NEXT_VICUNA, QWEN2_VL, SMOLVLM
+from tests.backbones.published_chat import (
+    GEMMA3,
+    LLAVA_NEXT_MISTRAL,
+    LLAVA_NEXT_VICUNA,
+    LLAVA_ONEVISION,
+    QWEN2_VL,
+    SMOLVLM,
+)
 from tests.backbones.tiny_image_text import CHATML, write_tiny
 
 TURN = "{{ m.role }}: {% for p in m.content %}{% if p.type == 'image' %}PICTURE{% else %}{{ p.text }}{% endif %}"
@@ -89,10 +96,11 @@ THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</thi
         (SMOLVLM, " It is red.<end_of_utterance>"),
         (LLAVA_NEXT_VICUNA, " It is red.<|im_end|>"),
         (LLAVA_NEXT_MISTRAL, " It is red.<|im_end|>"),
+        (LLAVA_ONEVISION, "It is red.<|im_end|>"),
         (GEMMA3, "It is red.<eoi>"),
         (THINKING, "It is red.<|im_end|>"),
     ],
-    ids=["qwen2_vl", "smolvlm", "llava_next_vicuna", "llava_next_mistral", "gemma3", "thinking"],
+    ids=["qwen2_vl", "smolvlm", "llava_next_vicuna", "llava_next_mistral", "llava_onevision", "gemma3", "thinking"],
 )
 def test_published_templates(tmp_path: Path, template: str, said: str) -> None:
     encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "published", template=template))
@@ -104,6 +112,19 @@ def test_published_templates(tmp_path: Path, template: str, said: str) -> None:
     prompt = encoder.encode_prompt(turns[:1], pictures)["input_ids"][0]
     assert torch.equal(prompt, sample.input_ids[: len(prompt)])
     assert int((sample.labels != IGNORED_LABEL).nonzero()[0]) == len(prompt)
+
+
+def test_answers_are_trained_behind_what_is_asked(tmp_path: Path) -> None:
+    """The published LLaVA-OneVision opens an answer with a space and a line break, and asks without the space."""
+    encoder = encoder_of(write_tiny("qwen2_5_vl", tmp_path / "published", template=LLAVA_ONEVISION))
+    turns, pictures = TALKS["two pictures, two questions"]
+    sample = sample_of(encoder, (turns, pictures))
+    text = encoder.tokenizer.decode(sample.input_ids)
+    assert text.count("<|im_start|>assistant\n") == 2
+    assert "assistant \n" not in text
+    assert text.endswith(f"{turns[-1].text}<|im_end|>")
+    said = encoder.tokenizer.decode(sample.labels[sample.labels != IGNORED_LABEL])
+    assert said == "".join(f"{turn.text}<|im_end|>" for turn in turns if turn.role == "assistant")
 
 
 def test_a_missing_template_is_one_line(tmp_path: Path) -> None:

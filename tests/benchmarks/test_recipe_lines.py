@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.recipe_lines import Counted, count
+from benchmarks.structure import Counted, count
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from dora_vl.data.examples import Answer, Clip, Example, write_examples
 from dora_vl.data.records import load_llava
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.prompts import as_is, true_or_false
+from dora_vl.scores.prompts import as_is, true_or_false
 
 TRUE = Answer(text="true")
 

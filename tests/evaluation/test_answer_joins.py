@@ -11,9 +11,10 @@ import pytest
 
 from dora_vl.data.examples import Example
 from dora_vl.errors import UserError
-from dora_vl.evaluation import prompts
 from dora_vl.evaluation.answer_joins import Joined, join
-from dora_vl.evaluation.answers_file import read_answers, read_rows
+from dora_vl.evaluation.benchmarks import BENCHMARKS
+from dora_vl.scores import prompts
+from dora_vl.scores.answer_rows import read_answers, read_rows
 
 SHORT = prompts.SHORT
 
@@ -26,7 +27,7 @@ def joined(name: str, examples: Sequence[Example], content: object, tmp_path: Pa
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
     else:
         path.write_text(json.dumps(content))
-    return join(name, examples, read_rows(path), path=path, questions=Path("records.jsonl"))
+    return join(BENCHMARKS[name], examples, read_rows(path), path=path, questions=Path("records.jsonl"))
 
 
 def llava(question_id: object, prompt: str, text: str) -> dict[str, object]:

@@ -22,9 +22,9 @@ from dora_vl.backbones.instruction_prompt import PROMPTS
 from dora_vl.backbones.template_table import TEMPLATES
 from dora_vl.data.examples import Example
 from dora_vl.data.turns import read_llava
-from dora_vl.evaluation import prompts
 from dora_vl.evaluation.benchmarks import BENCHMARKS
 from dora_vl.evaluation.evaluation_set import read_set
+from dora_vl.scores import prompts
 from dora_vl.scores.commonsense import PATTERNS
 from dora_vl.sources import prepare_command
 from dora_vl.sources.table import SOURCES

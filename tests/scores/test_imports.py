@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCORERS = tuple(sorted(path.stem for path in (ROOT / "dora_vl" / "scores").glob("[a-z]*.py")))
-MODULES = (*(f"scores.{name}" for name in SCORERS), "evaluation.submission", "evaluation.benchmarks")
+MODULES = (*(f"scores.{name}" for name in SCORERS), "evaluation.answer_joins", "evaluation.benchmarks")
 BLOCKED = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "timm", "PIL")
 
 

@@ -98,7 +98,7 @@ def test_the_published_files_by_hand_written_rules() -> None:
                 answers[name] = "No, there is not." if len(row["text"]) % 3 == 0 else "Yes, there is."
     scored = pope.score(examples, answers)
     assert scored.n == 9000
-    assert scored.settings["labels"] == "today's files"
+    assert scored.settings["labels"] == "current"
     for category in ("random", "popular", "adversarial"):
         mine = [(one.answers[0].text, answers[one.id][:2] == "No") for one in examples if one.id.startswith(category)]
         tp = sum(label == "yes" and not no for label, no in mine)

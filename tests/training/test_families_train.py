@@ -1,9 +1,10 @@
-"""Every family trains three steps in a run, and its adapter opens, merges and answers."""
+"""Every family through the scripts: three steps, resumed after the second, merged, opened again and asked."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,11 @@ import torch
 from PIL import Image
 
 from dora_vl.adapters import merge_command
-from dora_vl.adapters.folder import load_adapter
+from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.backbones.image_text import load_image_text
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.pipelines.image_text_task import ImageTextTask
-from dora_vl.run.command_line import read_run_file
-from dora_vl.training.run import run
+from tasks import image_qa, llava_instruct
 from tests.backbones.image_text_talks import TWO_QUESTIONS, encoder_of, talks_of
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES
@@ -26,7 +25,15 @@ from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.training.test_image_text_run import losses
 from tests.training.tiny_run import write_run
 
-TRAINING = {"use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 2e-2, "warmup_steps": 0}
+TRAINING = {
+    "use_cpu": True,
+    "max_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 2e-2,
+    "warmup_steps": 0,
+}
 
 
 def write_talks(folder: Path, *, pictures: tuple[int, ...], rounds: int) -> Path:
@@ -46,9 +53,22 @@ def write_talks(folder: Path, *, pictures: tuple[int, ...], rounds: int) -> Path
     return folder / "train.json"
 
 
+def started(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr("sys.argv", ["llava_instruct.py", *options])
+    llava_instruct.main()
+
+
 def trained(
-    base: Path, folder: Path, *, template: str | None, pictures: tuple[int, ...], rounds: int, projector: bool
+    base: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    template: str | None,
+    pictures: tuple[int, ...],
+    rounds: int,
+    projector: bool,
 ) -> Path:
+    """The adapter of three steps; the third was taken twice, by the run and by one that resumed it."""
     records = write_talks(folder / "data", pictures=pictures, rounds=rounds)
     path = write_run(
         folder / "run.yaml",
@@ -59,9 +79,16 @@ def trained(
         data={"max_tokens": 1024},
         optim={"projector_learning_rate": 1e-3 if projector else None},
     )
-    run(ImageTextTask(read_run_file(path)))
-    assert len(losses(folder / "run")) == 3
-    return folder / "run" / "adapter"
+    adapter = folder / "run" / "adapter"
+    started(monkeypatch, "--config", str(path))
+    whole = losses(folder / "run"), read_weights(adapter)
+    shutil.rmtree(adapter)
+    started(monkeypatch, "--config", str(path), "--resume", str(folder / "run" / "checkpoint-2"))
+    resumed = losses(folder / "run"), read_weights(adapter)
+    assert len(whole[0]) == 3
+    assert resumed[0] == pytest.approx(whole[0], abs=1e-6)
+    torch.testing.assert_close(resumed[1], whole[1], rtol=0, atol=1e-6)
+    return adapter
 
 
 def merged(adapter: Path, to: Path) -> Path:
@@ -94,22 +121,39 @@ QUICK = ("llava_next", "qwen3_vl", "qwen3_5_moe", "internvl", "smolvlm", "idefic
 @pytest.mark.parametrize(
     "family", [pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) for family in FAMILIES]
 )
-def test_a_family_trains_opens_merges_and_answers(tmp_path: Path, family: str) -> None:
+def test_a_family_trains_resumes_opens_merges_and_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
     base = write_tiny(family, tmp_path / family)
     row, taken = FAMILIES[family], talks_of(family)
     pictures = (0, 1, 2) if "no picture" in taken else (1, 2)
     rounds = 2 if TWO_QUESTIONS in taken else 1
-    adapter = trained(base, tmp_path, template=row.format, pictures=pictures, rounds=rounds, projector=row.projector)
+    adapter = trained(
+        base,
+        tmp_path,
+        monkeypatch,
+        template=row.format,
+        pictures=pictures,
+        rounds=rounds,
+        projector=row.projector,
+    )
     encoder = encoder_of(base)
     picture = Image.new("RGB", (33, 21), (10, 200, 30))
     prompt = encoder.encode_prompt([Turn("user", "<image>\nSay the colour.")], [picture])
     check_adapter(base, adapter, prompt, tmp_path / "merged", merges=row.merges)
+    picture.save(tmp_path / "asked.png")
+    asked = ["--image", str(tmp_path / "asked.png"), "--question", "Say the colour.", "--max-new-tokens", "3"]
+    capsys.readouterr()
+    image_qa.main(["--adapter", str(adapter), *asked])
+    assert "Say the colour." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma", "lfm2"])
-def test_a_language_model_trains_opens_merges_and_answers(tmp_path: Path, model_type: str) -> None:
+def test_a_language_model_trains_resumes_opens_merges_and_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
     assert model_type in LANGUAGE_MODELS
     base = write_tiny_language(model_type, tmp_path / model_type)
-    adapter = trained(base, tmp_path, template=None, pictures=(0,), rounds=2, projector=False)
+    adapter = trained(base, tmp_path, monkeypatch, template=None, pictures=(0,), rounds=2, projector=False)
     prompt = encoder_of(base).encode_prompt([Turn("user", "Say the colour.")], [])
     check_adapter(base, adapter, prompt, tmp_path / "merged")

@@ -10,21 +10,20 @@ import pytest
 
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.evaluation import submission
-from dora_vl.scores import llava_bench, mmvet, nlvr2
+from dora_vl.scores import caption, gqa, llava_bench, mmbench, mmvet, nlvr2, video_qa, vizwiz, vqa
 from tests.shared_data import shared
 
 
 def test_vqa_family() -> None:
     examples = [Example(id="7", images=("val/a.jpg",)), Example(id="8", images=("val/b.jpg",))]
-    name, text = submission.vqav2(examples, {"7": "A dog."})
+    name, text = vqa.submission(examples, {"7": "A dog."})
     assert (name, json.loads(text)) == (
         "vqav2.json",
         [{"question_id": 7, "answer": "dog"}, {"question_id": 8, "answer": ""}],
     )
-    _, text = submission.vizwiz(examples, {"8": "two's"})
+    _, text = vizwiz.submission(examples, {"8": "two's"})
     assert json.loads(text) == [{"image": "a.jpg", "answer": ""}, {"image": "b.jpg", "answer": "2 's"}]
-    _, text = submission.gqa_predictions(examples, {"7": "Yes."})
+    _, text = gqa.submission(examples, {"7": "Yes."})
     assert json.loads(text) == [{"questionId": "7", "prediction": "yes"}, {"questionId": "8", "prediction": ""}]
 
 
@@ -42,9 +41,9 @@ def test_vqa_family() -> None:
 )
 def test_an_id_that_is_no_number_stays_text(name: str, written: object) -> None:
     example = Example(id=name, images=("a.jpg",), extra={"image_id": name})
-    assert json.loads(submission.vqav2([example], {})[1]) == [{"question_id": written, "answer": ""}]
-    assert json.loads(submission.coco_caption([example], {})[1]) == [{"image_id": written, "caption": ""}]
-    assert json.loads(submission.yc2c([example], {})[1])["clip_id"] == written
+    assert json.loads(vqa.submission([example], {})[1]) == [{"question_id": written, "answer": ""}]
+    assert json.loads(caption.coco_caption([example], {})[1]) == [{"image_id": written, "caption": ""}]
+    assert json.loads(caption.yc2c([example], {})[1])["clip_id"] == written
     assert list(mmvet.judge_file([example], {})) == [f"v1_{name}" if isinstance(written, int) else name]
 
 
@@ -55,7 +54,7 @@ def test_mmbench_columns() -> None:
         ),
         Example(id="2", question="q", choices=("x", "y", "z"), extra={"index": 2}),
     ]
-    _, text = submission.mmbench(rows, {"1": "A", "2": "tab\there"})
+    _, text = mmbench.submission(rows, {"1": "A", "2": "tab\there"})
     header, first, second = csv.reader(io.StringIO(text), delimiter="\t")
     assert header == ["index", "question", "A", "B", "C", "hint", "category", "prediction"]
     assert first == ["1", "which\tone?", "x", "y", "", "a\nb", "c", "A"]
@@ -65,7 +64,7 @@ def test_mmbench_columns() -> None:
 def test_nlvr2_file_gives_back_the_score() -> None:
     examples = [Example(id=f"dev-1-{n}-0", answers=(Answer(text="True"),)) for n in range(3)]
     answers = {"dev-1-0-0": "True", "dev-1-1-0": "tr\nue"}
-    _, text = submission.nlvr2(examples, answers)
+    _, text = nlvr2.submission(examples, answers)
     assert text == "dev-1-0-0,True\ndev-1-1-0,tr ue\ndev-1-2-0,False\n"
     read = {row[0]: row[1] for row in csv.reader(io.StringIO(text))}
     assert nlvr2.score(examples, read).metrics["accuracy"] == nlvr2.score(examples, answers).metrics["accuracy"]
@@ -73,8 +72,8 @@ def test_nlvr2_file_gives_back_the_score() -> None:
 
 def test_value_files_have_the_published_form() -> None:
     qa = [Example(id=name, choices=("a", "b", "c", "d")) for name in ("11", "12", "13")]
-    assert json.loads(submission.how2qa(qa, {"11": "a3", "12": "nonsense"})[1]) == {"11": 3, "12": 0, "13": 0}
-    assert submission.tvqa(qa, {})[0] == "tvqa_test_predictions.json"
+    assert json.loads(video_qa.how2qa(qa, {"11": "a3", "12": "nonsense"})[1]) == {"11": 3, "12": 0, "13": 0}
+    assert video_qa.tvqa(qa, {})[0] == "tvqa_test_predictions.json"
     with shared("value/yc2c_val_predictions_sample.jsonl").open() as file:
         published = [json.loads(line) for line in file]
     examples, answers = [], {}
@@ -83,7 +82,7 @@ def test_value_files_have_the_published_form() -> None:
         extra = {"clip_id": row["clip_id"], "vid_name": row["video_id"]}
         examples.append(Example(id=name, answers=(Answer(text="x"),), extra=extra))
         answers[name] = row["descs"][0]["desc"]
-    name, text = submission.yc2c(examples, answers)
+    name, text = caption.yc2c(examples, answers)
     assert name == "yc2c_test_predictions.jsonl"
     assert [json.loads(line) for line in text.splitlines()] == published
 
@@ -96,12 +95,12 @@ def test_tvc_file_has_the_published_form() -> None:
         for row in published
     ]
     answers = {str(row["clip_id"]): row["descs"][0]["desc"] for row in published}
-    assert [json.loads(line) for line in submission.tvc(examples, answers)[1].splitlines()] == published
+    assert [json.loads(line) for line in caption.tvc(examples, answers)[1].splitlines()] == published
 
 
 def test_coco_captions_come_once_an_image() -> None:
     examples = [Example(id=f"{image}-{n}", extra={"image_id": image}) for image in (3, 4) for n in range(2)]
-    rows = json.loads(submission.coco_caption(examples, {"3-0": "a", "3-1": "a", "4-1": "b"})[1])
+    rows = json.loads(caption.coco_caption(examples, {"3-0": "a", "3-1": "a", "4-1": "b"})[1])
     assert rows == [{"image_id": 3, "caption": "a"}, {"image_id": 4, "caption": "b"}]
 
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from dora_vl.cli import main
 from dora_vl.data.examples import Answer, Example, write_examples
 from dora_vl.errors import LONGEST_MESSAGE, UserError
-from dora_vl.evaluation import other_benchmarks, prompts
+from dora_vl.evaluation import benchmarks
+from dora_vl.evaluation.benchmarks import find_benchmark, read_own
 from dora_vl.evaluation.evaluation_set import read_set
-from dora_vl.evaluation.other_benchmarks import find_benchmark, read_own
+from dora_vl.scores import prompts
 
 RECEIPTS = "name: receipts\nscoring: anls\nfile: receipts.jsonl\nprompt: as_is\nmax_new_tokens: 24\nframes: 2\n"
 
@@ -92,7 +93,7 @@ def test_any_bytes_are_a_benchmark_or_one_line(tmp_path: Path, content: bytes) -
 
 
 PACKAGE = """
-from dora_vl.evaluation.benchmarks import Benchmark
+from dora_vl.scores.benchmark import Benchmark
 from dora_vl.scores.scored import ACCURACY, Tally
 
 def score(examples, answers):
@@ -153,6 +154,6 @@ def test_a_broken_package_is_named(name: str, said: str) -> None:
 
 
 def test_the_tables_own_come_before_a_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    thief = EntryPoint(name="pope", value="os:getcwd", group=other_benchmarks.GROUP)
-    monkeypatch.setattr(other_benchmarks, "entry_points", lambda *, group: [thief])
+    thief = EntryPoint(name="pope", value="os:getcwd", group=benchmarks.GROUP)
+    monkeypatch.setattr(benchmarks, "entry_points", lambda *, group: [thief])
     assert find_benchmark("pope:test").benchmark.modes

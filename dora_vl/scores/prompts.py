@@ -1,4 +1,4 @@
-"""What a LLaVA is asked for each benchmark: LLaVA-1.5's own wording, to the letter.
+"""What a model is asked: LLaVA-1.5's own wording, to the letter, as far as benchmarks share it.
 
 An example that holds `turns` is asked with them as they are. LLaVA's question files hold the suffixes already; records
 hold the publisher's question, so they are added here. The wordings for captions and for NLVR are of this project.
@@ -31,36 +31,9 @@ def short(example: Example) -> str:
     return f"{example.question}\n{SHORT}"
 
 
-def short_mme(example: Example) -> str:
-    """MME: its own "Please answer yes or no." gives way to LLaVA's suffix."""
-    return f"{example.question.replace(YES_OR_NO, '').strip()}\n{SHORT}"
-
-
-def short_vizwiz(example: Example) -> str:
-    """VizWiz."""
-    return f"{example.question}\n{UNANSWERABLE}\n{SHORT}"
-
-
-def short_textvqa(example: Example) -> str:
-    """TextVQA: with LLaVA's line of OCR tokens where `extra["reference_ocr"]` holds them."""
-    tokens = example.extra.get("reference_ocr")
-    line = "" if tokens is None else f"Reference OCR token: {tokens}\n"
-    return f"{example.question}\n{line}{SHORT}"
-
-
 def letter(example: Example) -> str:
     """SEED, MMBench: hint, question, lettered choices."""
-    return f"{_lettered(example)}\n{LETTER}"
-
-
-def letter_with_context(example: Example) -> str:
-    """ScienceQA: the hint stands behind "Context: "."""
-    return f"{_lettered(example, before_hint='Context: ')}\n{LETTER}"
-
-
-def letter_cn(example: Example) -> str:
-    """MMBench-CN."""
-    return f"{_lettered(example)}\n{LETTER_CN}"
+    return f"{lettered(example)}\n{LETTER}"
 
 
 def caption(_: Example) -> str:
@@ -102,6 +75,7 @@ def _choices(example: Example) -> list[str]:
     return [f"{name}. {text}" for name, text in zip(ascii_uppercase, example.choices, strict=False)]
 
 
-def _lettered(example: Example, before_hint: str = "") -> str:
+def lettered(example: Example, before_hint: str = "") -> str:
+    """Hint, question and choices, a line each."""
     hint = str(example.extra.get("hint") or "")
     return "\n".join([*([before_hint + hint] if hint else []), example.question, *_choices(example)])

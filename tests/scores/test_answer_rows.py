@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.answers_file import read_answers
+from dora_vl.scores.answer_rows import read_answers
 
 
 def test_three_forms(tmp_path: Path) -> None:

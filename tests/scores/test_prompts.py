@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dora_vl.data.examples import Example, Subtitle
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation import prompts
+from dora_vl.scores import mmbench, mme, prompts, scienceqa, textvqa, vizwiz
 
 ASKED = Example(
     id="1",
@@ -24,18 +24,18 @@ def text(prompt: prompts.Prompt) -> str:
 def test_every_suffix() -> None:
     short = "Answer the question using a single word or phrase."
     assert text(prompts.short) == f"<image>\nWhich?\n{short}"
-    assert text(prompts.short_vizwiz) == (
+    assert text(vizwiz.prompt) == (
         f"<image>\nWhich?\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n{short}"
     )
-    assert text(prompts.short_textvqa) == f"<image>\nWhich?\nReference OCR token: stop, go\n{short}"
+    assert text(textvqa.prompt) == f"<image>\nWhich?\nReference OCR token: stop, go\n{short}"
     letter = "Answer with the option's letter from the given choices directly."
     assert text(prompts.letter) == f"<image>\nLook.\nWhich?\nA. red\nB. blue\n{letter}"
-    assert text(prompts.letter_with_context) == f"<image>\nContext: Look.\nWhich?\nA. red\nB. blue\n{letter}"
-    without = prompts.letter_with_context(Example(id="1", question="Which?", choices=("red", "blue")))
+    assert text(scienceqa.prompt) == f"<image>\nContext: Look.\nWhich?\nA. red\nB. blue\n{letter}"
+    without = scienceqa.prompt(Example(id="1", question="Which?", choices=("red", "blue")))
     assert without == f"Which?\nA. red\nB. blue\n{letter}"
-    assert text(prompts.letter_cn) == "<image>\nLook.\nWhich?\nA. red\nB. blue\n请直接回答选项字母。"
-    mme = Example(id="1", images=("a.jpg",), question="Is it red? Please answer yes or no.")
-    assert prompts.short_mme(mme) == f"Is it red?\n{short}"
+    assert text(mmbench.letter_cn) == "<image>\nLook.\nWhich?\nA. red\nB. blue\n请直接回答选项字母。"
+    of_mme = Example(id="1", images=("a.jpg",), question="Is it red? Please answer yes or no.")
+    assert mme.prompt(of_mme) == f"Is it red?\n{short}"
 
 
 def test_two_pictures_and_none() -> None:

@@ -1,0 +1,81 @@
+"""A pattern or rate of a part that is not there ends a run before any weight is read, whatever the base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_prep import generated_commonsense
+from dora_vl.errors import UserError
+from dora_vl.pipelines.commonsense_task import CommonsenseTask
+from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.pipelines.vlbart_task import VlBartTask
+from dora_vl.run.command_line import read_settings
+from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
+from dora_vl.run.recipe import RunConfig
+from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.training.run import train
+from dora_vl.training.task import Task
+from tests.backbones.tiny_language import write_tiny_language
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+
+
+def llava(folder: Path, changes: dict[str, Any]) -> Task:
+    base = write_tiny_llava(folder / "base")
+    path = write_run(folder / "run.yaml", base, write_tiny_data(folder / "data"), **changes)
+    return LlavaTask(read_settings(["--config", str(path)], RunConfig))
+
+
+def commonsense(folder: Path, changes: dict[str, Any]) -> Task:
+    write_tiny_language(folder / "base")
+    generated_commonsense.main(["--to", str(folder / "data")])
+    sections = {
+        "model": {"base": str(folder / "base"), "dtype": "float32"},
+        "data": {"train": [str(folder / "data" / "train.json")]},
+        "training": {"output_dir": str(folder / "run")},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**sections, **changes}))
+    return CommonsenseTask(read_settings(["--config", str(path)], CommonsenseRunConfig))
+
+
+def vlbart(folder: Path, changes: dict[str, Any]) -> Task:
+    path = write_vlbart_run(folder / "run.yaml", write_vlbart_data(folder / "data"), ("vqav2",), **changes)
+    return VlBartTask(read_settings(["--config", str(path)], VlBartRunConfig), all_subtasks(), name="tiny")
+
+
+@pytest.mark.parametrize("make", [llava, commonsense, vlbart], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"adapter": {"targets": ["*.nosuch_proj"]}}, r"\*\.nosuch_proj.*matches none"),
+        ({"adapter": {"also_train": {"norms": ["*.norrm.*"]}}}, r"also_train\.norms.*matches none"),
+        ({"optim": {"rates": {"dorra": 1e-4}}}, "set for dorra, but what trains is .*; did you mean dora"),
+    ],
+    ids=["targets", "also_train", "rates"],
+)
+def test_no_weight_is_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path, dict[str, Any]], Task],
+    changes: dict[str, Any],
+    said: str,
+) -> None:
+    task = make(tmp_path, changes)
+
+    def load() -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(task, "load", load)
+    with pytest.raises(UserError, match=said) as ended:
+        train(task)
+    assert "\n" not in str(ended.value)
+    written = json.loads(next(tmp_path.rglob("settings.json")).read_text())
+    assert written["training"]["output_dir"]
+    assert not list(tmp_path.rglob("adapter"))
