@@ -168,7 +168,8 @@ def test_the_loss_of_a_step_is_vl_t5s_written_out(run_file: Path, task: str) -> 
     )
     expected = -(truth * chance.log() + (1 - truth) * (1 - chance).log()).sum() / ITEMS
     assert losses(folder).tolist() == [pytest.approx(float(expected), rel=1e-5)]
-    moved = load_file(folder / WEIGHTS)[HEAD.format(task)] - backbone.model.get_parameter(f"answer_heads.{task}.logit_fc.0.weight")
+    before = backbone.model.get_parameter(f"answer_heads.{task}.logit_fc.0.weight")
+    moved = load_file(folder / WEIGHTS)[HEAD.format(task)] - before
     assert float(moved.detach().abs().max()) == pytest.approx(0.1, rel=1e-3)  # AdamW's first step is the part's rate
 
 
@@ -236,7 +237,7 @@ def test_the_head_is_merged_into_a_base_that_trains_on(
 ) -> None:
     base, merged = run_file.parent / "data" / "base", run_file.parent / "merged"
     main(["merge", "--adapter", str(trained / "adapter"), "--to", str(merged)])
-    assert "layers merged" in capsys.readouterr().out
+    assert "the closed answer lists of gqa, vqav2 with their heads" in capsys.readouterr().out
     plain, adapted = load_vlbart(merged).eval(), loaded(trained, base)
     assert plain.config.closed_answers == LISTS
     for task in LISTS:
