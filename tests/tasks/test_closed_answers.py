@@ -13,12 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from data_prep import features
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_heads
 from dora_vl.cli import main
 from dora_vl.data.example_file import ExampleFile
+from dora_vl.data.examples import Answer, Example, write_examples
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.errors import UserError
+from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.pipelines.vlbart_task import VlBartTask
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
@@ -27,6 +32,7 @@ from dora_vl.tasks.seq2seq import MicroBatch, MixtureDataset, Seq2SeqCollator
 from dora_vl.training.run import run
 from dora_vl.training.seq2seq_loss import Seq2SeqTask
 from dora_vl.vision.named_features import NamedFeatures
+from tasks import image_qa
 from tests.training.test_two_ranks import losses
 from tests.training.tiny_vlbart_run import (
     FEATURE_TOKENS,
@@ -39,6 +45,7 @@ from tests.training.tiny_vlbart_run import (
 
 TASKS = ("vqav2", "gqa", "coco_caption")
 LISTS = {"vqav2": ["blue", "red", "circle", "elsewhere"], "gqa": ["blue", "yes", "green", "circle", "red"]}
+COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 OUTSIDE = {"vqav2": [1, 3, 5, 6], "gqa": [3, 6]}
 WEIGHTS = Path("adapter") / "adapter_model.safetensors"
 HEAD = "base_model.model.answer_heads.{}.logit_fc.0.weight"
@@ -323,3 +330,62 @@ def test_what_cannot_be_closed_is_refused_in_one_line(
         train(file)
     assert len(str(refused.value)) < 500
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps on features that a tower made of pictures, so that pictures can be asked about."""
+    import timm
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("asked")
+    (folder / "pictures").mkdir()
+    for colour in COLOURS:
+        Image.new("RGB", (32, 32), colour).save(folder / "pictures" / f"{colour}.png")
+    examples = [
+        Example(id=one, images=(f"{one}.png",), question="what color is it?", answers=(Answer(text=one),))
+        for one in COLOURS
+    ]
+    write_examples(folder / "gqa.jsonl", examples)
+    torch.manual_seed(0)
+    tower = folder / "tower.pth"
+    torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), tower)
+    options = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--weights", str(tower), "--image-size", "32"]
+    kept = ["--layer", "-3", "--grid-pool", "2", "--workers", "0"]
+    features.main(["--root", str(folder / "pictures"), "--to", str(folder / "features"), *options, *kept])
+    small = {"texts": [str(folder / "gqa.jsonl")], "vocabulary": 300, "width": 16, "layers": 1, "heads": 2}
+    compose = {"small": {**small, "feedforward": 16}, "feature_width": 40, "pooled_side": None, "dropout": 0.0}
+    file = write_vlbart_run(
+        folder / "run.yaml",
+        folder,
+        (),
+        model={"base": str(folder / "base"), "compose": compose},
+        data={
+            "train": {"gqa": str(folder / "gqa.jsonl")},
+            "features": {"gqa": str(folder / "features")},
+            "closed_answers": {"gqa": 4},
+        },
+        training={"max_steps": 3, "optim": "adamw_torch"},
+        evaluation={"files": {"gqa": str(folder / "gqa.jsonl")}},
+    )
+    train(file)
+    return folder
+
+
+def test_pictures_are_answered_from_the_list_and_by_the_base_in_words(asked: Path, capsys: Any) -> None:
+    adapter, pictures = asked / "run" / "adapter", asked / "pictures"
+    said = [json.loads(line) for line in (asked / "run" / "predictions" / "gqa.jsonl").read_text().splitlines()]
+    images = [part for colour in COLOURS for part in ("--image", str(pictures / f"{colour}.png"))]
+    question = ["--question", "what color is it?", "--compare-base"]
+    image_qa.main(["--adapter", str(adapter), *images, *question])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.removeprefix("  with adapter:").strip() for line in lines[1::3]] == [one["answer"] for one in said]
+    base = open_asker(Wanted(adapter=adapter, with_base=True)).base
+    assert isinstance(base, VlBartAssistant)
+    assert [one.answer_by for one in base.subtasks] == ["text"]
+    options = ["evaluate", "--adapter", str(adapter), "--benchmarks", f"gqa={asked / 'gqa.jsonl'}"]
+    main([*options, "--images", str(pictures), "--to", str(asked / "evaluated")])
+    evaluated = json.loads((asked / "evaluated" / "metrics.json").read_text())
+    tested = json.loads((asked / "run" / "metrics.json").read_text())
+    found = evaluated["benchmarks"]["gqa"]["metrics"]["accuracy"]["value"]
+    assert found == tested["tasks"]["gqa"]["metrics"]["accuracy"]
