@@ -73,7 +73,7 @@ class VlBartConfig(BartConfig):
         self.boxes: Boxes = boxes
         self.max_images = max_images
         self.frame_side = frame_side
-        self.closed_answers = dict(closed_answers or {})
+        self.closed_answers: Mapping[str, Sequence[str]] = dict(closed_answers or {})
 
 
 BOX_NUMBERS = 5  # x1, x2, y1, y2 and the area
