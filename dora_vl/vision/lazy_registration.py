@@ -35,7 +35,6 @@ def register_with_transformers() -> None:
 
 
 def _register_config() -> None:
-    # Not of `towers`: transformers' own models import this table while their base class is being defined.
     import_module("dora_vl.vision.tower_config").register_config()
 
 

@@ -1,4 +1,8 @@
-"""The config of a grid tower; needs transformers' config class and nothing heavier."""
+"""The config of a grid tower; needs transformers' config class and nothing heavier.
+
+A file of its own: `lazy_registration` imports it while transformers' `modeling_utils`, which `towers` needs, may itself
+be halfway through its import.
+"""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_the_import_hook_removes_itself() -> None:
     assert "_TableWatcher" not in run(code)
 
 
-@pytest.mark.parametrize("module", ["tower_config", "towers", "tower_sources"])
+@pytest.mark.parametrize("module", ["images", "tower_config", "towers", "tower_sources"])
 def test_every_vision_module_can_be_the_first_import_of_a_process(module: str) -> None:
     """The hook must not ask a module for its registration while that module is still being imported."""
     done = subprocess.run(
