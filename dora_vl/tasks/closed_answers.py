@@ -67,6 +67,8 @@ def make_lists(
         where, file = f"{SETTING}.{task}", files[task]
         lists[task] = _most_frequent(file, choice) if isinstance(choice, int) else _listed(Path(choice), task)
         _check_list(lists[task], where)
+        if isinstance(choice, int) and len(lists[task]) < choice:
+            log.warning("%s: %d answers are asked for, the training samples have %d", where, choice, len(lists[task]))
         for setting, other in same_as.items():
             _check_same(lists[task], lists_in(other).get(task), f"{setting}: {other}", where)
         outside[task] = _outside(file, frozenset(lists[task]), where)

@@ -275,6 +275,36 @@ def test_the_head_is_merged_into_a_base_that_trains_on(
         assert "dora-vl merge" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        (["--model.dtype=bfloat16"], "answer_head"),
+        (
+            ["--adapter.targets=[all-linear]", "--adapter.train_projector=false", "--adapter.train_biases=false"],
+            "answer_head",
+        ),
+        (["--adapter.method=full", "--optim.rates={}"], "full"),
+    ],
+    ids=["bfloat16", "all-linear", "full"],
+)
+def test_the_head_trains_whole_and_in_float32_whatever_is_adapted(
+    run_file: Path, tmp_path: Path, changes: list[str], part: str
+) -> None:
+    folder = train(run_file, f"--training.output_dir={tmp_path / 'run'}", "--training.max_steps=2", *changes)
+    recipe = json.loads((folder / "adapter" / "recipe.json").read_text())
+    assert sum(name.startswith("answer_heads.") for name in recipe["adapter"]["parts"][part]) == 12
+    assert load_file(folder / WEIGHTS)[HEAD.format("gqa")].dtype == torch.float32
+    main(["merge", "--adapter", str(folder / "adapter"), "--to", str(tmp_path / "merged")])
+    assert load_vlbart(tmp_path / "merged").config.closed_answers == LISTS
+
+
+def test_more_answers_than_there_are_is_said(run_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(
+        run_file, f"--training.output_dir={tmp_path / 'run'}", "--training.max_steps=1", "--data.closed_answers.gqa=90"
+    )
+    assert "data.closed_answers.gqa: 90 answers are asked for, the training samples have 7" in caplog.text
+
+
 def test_an_adapter_to_start_from_must_mean_the_same_answers(run_file: Path, trained: Path) -> None:
     initial = f"--adapter.initial={trained / 'adapter'}"
     options = (f"--training.output_dir={run_file.parent / 'started'}", "--training.max_steps=1")
