@@ -48,6 +48,9 @@ PEFT_LEAVES = {
 }
 """Ends of PEFT's keys -> what they are; the magnitude is written in either spelling by tools in use."""
 
+CLOSED_ANSWERS = "closed_answers"
+"""Answer lists by task, in `recipe.json`, and in the `config.json` of a VL-BART that has their heads."""
+
 SHARED_A, SHARED_B = f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B"
 """Names of the random matrices that all layers of a DVoRA adapter share."""
 
@@ -81,6 +84,14 @@ class Adapter:
     def extras(self) -> dict[str, Tensor]:
         """Every other tensor (projector, trained biases, kept rows) under the model's own name."""
         return {own_extra_name(key): tensor for key, tensor in self.tensors.items() if is_extra(key)}
+
+    @cached_property
+    def answer_heads(self) -> frozenset[str]:
+        """Those of `extras` that are heads of closed answer lists (a VL-BART's), which a base need not have."""
+        tasks = self.recipe.get(CLOSED_ANSWERS, {})
+        return frozenset(
+            name for name in self.extras if name.startswith(tuple(f"answer_heads.{one}." for one in tasks))
+        )
 
     @property
     def method(self) -> str:

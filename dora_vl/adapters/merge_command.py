@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dora_vl.adapters.adapter import Adapter
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.combine import combine
 from dora_vl.adapters.convert_command import add_reading_arguments, reading_options
@@ -74,6 +74,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         f"{arguments.to}: {merged.layers} layers merged, {merged.replaced} other tensors taken from the adapter, "
         f"{merged.files} files, {merged.bytes:,} bytes"
     )
+    if adapter.answer_heads:
+        tasks = ", ".join(adapter.recipe[CLOSED_ANSWERS])
+        yield f"{arguments.to}: it has the closed answer lists of {tasks} with their heads"
 
 
 def _opener(adapters: list[Adapter], *, stored: bool) -> Callable[[Path], BaseWeights]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dora_vl.adapters.adapter import Adapter
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter
 from dora_vl.adapters.base_weights import STEMS, BaseWeights, ExpertPiece, StoredTensor, index_file, single_file
 from dora_vl.adapters.checkpoints import refuse_to_replace, replace_folder
 from dora_vl.adapters.factors import ExpertFactors, Factors
@@ -36,7 +36,7 @@ class Merged:
 
     layers: int
     replaced: int
-    """Other tensors taken from the adapter: projector, biases, norms, embeddings."""
+    """Other tensors taken from the adapter: projector, biases, norms, embeddings, heads of closed answer lists."""
     files: int
     bytes: int
 
@@ -53,7 +53,8 @@ def merge_to_folder(
     """Writes `base` with `adapter` folded in as a plain folder that transformers opens.
 
     Every product is computed in float32 and rounded once, to `dtype` or the base's own. Configuration, tokenizer
-    and processor files are copied. The folder appears under its name when it is whole.
+    and processor files are copied; heads of closed answer lists that the base has not are added, and their lists to the
+    configuration. The folder appears under its name when it is whole.
 
     Args:
         dtype: of the result; None keeps each tensor's own.
@@ -66,13 +67,13 @@ def merge_to_folder(
     refuse_target(target, base_folder)
     with open_base(base_folder) as base:
         factors = factors_on(base, adapter, adapter.matrix_factors)
-        check_fit(base, adapter, factors)
+        check_fit(base, adapter, factors, added=adapter.answer_heads)
         check_experts(base, adapter)
         staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        _copy_other_files(base_folder, staging, dtype)
-        shards = _plan(base, dtype, shard_bytes)
+        _copy_other_files(base_folder, staging, dtype, adapter.recipe.get(CLOSED_ANSWERS))
+        shards = _plan(base, _added_heads(base, adapter), dtype, shard_bytes)
         for file, entries in shards.items():
             _write_shard(staging / file, entries, base, factors, adapter)
         total = _write_index(staging, shards, base.stem)
@@ -104,10 +105,17 @@ def factors_on(base: BaseWeights, adapter: Adapter, chosen: Mapping[str, Factors
     return found
 
 
-def check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
-    """Raises a `UserError` unless every layer and extra has its place in the base."""
+def check_fit(
+    base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors], *, added: frozenset[str] = frozenset()
+) -> None:
+    """Raises a `UserError` unless every layer and extra has its place in the base, but those that are `added` to it."""
     missing = [f"{name}.weight" for name in factors if f"{name}.weight" not in base.tensors]
-    missing += [name for name in adapter.extras if split_rows(name)[0] not in base.tensors]
+    missing += [name for name in adapter.extras if split_rows(name)[0] not in base.tensors and name not in added]
+    if missing and adapter.answer_heads.issuperset(missing):
+        raise UserError(
+            f"{adapter.source} answers {', '.join(adapter.recipe[CLOSED_ANSWERS])} from a closed list, whose head this "
+            "cannot take along; dora-vl merge --adapter alone, with weight 1, writes it into the merged folder"
+        )
     if missing:
         raise UserError(
             f"{adapter.source} does not fit {base.folder}: {len(missing)} tensors are not in the base, first "
@@ -121,6 +129,8 @@ def check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors
             raise UserError(f"{adapter.source}: {name} has A {a} and B {b}, the base's weight is {list(weight.shape)}")
     for name, tensor in adapter.extras.items():
         whole, rows = split_rows(name)
+        if whole not in base.tensors:
+            continue
         shape = base.tensors[whole].shape
         needed = (len(range(shape[0])[rows]), *shape[1:]) if rows != slice(None) else shape
         if tuple(tensor.shape) != needed:
@@ -162,14 +172,28 @@ def _merged_experts(found: ExpertFactors, piece: ExpertPiece, stored: Tensor) ->
     return torch.stack(merged) if piece.expert is None else merged[0]
 
 
-def _copy_other_files(base_folder: Path, staging: Path, dtype: torch.dtype | None) -> None:
+def _added_heads(base: BaseWeights, adapter: Adapter) -> list[StoredTensor]:
+    """Heads of closed answer lists that the base has not, as if it had stored them."""
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    return [
+        StoredTensor(name, name, "", tuple(adapter.extras[name].shape), words[adapter.extras[name].dtype])
+        for name in sorted(adapter.answer_heads - set(base.tensors))
+    ]
+
+
+def _copy_other_files(
+    base_folder: Path, staging: Path, dtype: torch.dtype | None, closed_answers: Mapping[str, list[str]] | None
+) -> None:
     for path in sorted(base_folder.iterdir()):
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in NOT_COPIED:
             shutil.copyfile(path, staging / path.name)
     config = staging / "config.json"
-    if dtype is not None and config.is_file():
+    if (dtype is not None or closed_answers) and config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
-        _state_dtype(content, str(dtype).removeprefix("torch."))
+        if dtype is not None:
+            _state_dtype(content, str(dtype).removeprefix("torch."))
+        if closed_answers:
+            content[CLOSED_ANSWERS] = {**content.get(CLOSED_ANSWERS, {}), **closed_answers}
         config.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -186,11 +210,13 @@ def _state_dtype(config: dict[str, object], dtype: str) -> None:
 Entries = list[tuple[StoredTensor, torch.dtype]]
 
 
-def _plan(base: BaseWeights, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, Entries]:
-    """The output files and what goes where, known from the base's headers alone."""
+def _plan(
+    base: BaseWeights, added: Sequence[StoredTensor], dtype: torch.dtype | None, shard_bytes: int
+) -> dict[str, Entries]:
+    """The output files and what goes where, known from the base's headers and what is added."""
     groups: list[Entries] = [[]]
     filled = 0
-    for stored in base.tensors.values():
+    for stored in (*base.tensors.values(), *added):
         out = _output_dtype(stored, dtype, base.folder)
         size = byte_size(stored.shape, out)
         if groups[-1] and filled + size > shard_bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_vl.adapters.adapter import Adapter
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.foreign_layouts import ALIASES, EMBEDDING
@@ -55,6 +55,8 @@ def original_dictionary(
     """
     if f"{EMBEDDING}.feat_embedding.0.weight" not in base.tensors:
         raise UserError(f"{base.folder} is no VL-BART: it holds no {EMBEDDING}.feat_embedding.0.weight")
+    if adapter.answer_heads or base.config.get(CLOSED_ANSWERS):
+        raise UserError(f"{form} has no place for the heads of closed answer lists; dora-vl merge writes them")
     _check_method(adapter, form, tasks)
     factors = factors_on(base, adapter)
     check_fit(base, adapter, factors)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from dora_vl.adapters.foreign_layouts import ADDED_ROWS
@@ -15,7 +17,10 @@ from dora_vl.backbones.base import Backbone, Features, max_positions
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration, joint_mask
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import UserError
+from dora_vl.heads.answer import AnswerHead
 from dora_vl.model_files import check_model_folder
+
+log = logging.getLogger(__name__)
 
 DORA_TARGETS = (
     "model.encoder.layers.*.self_attn.q_proj",
@@ -37,6 +42,7 @@ VISUAL_NORM = "model.encoder.visual_embedding.layer_norm.*"
 BIASES = ("model.*coder.layers.*.bias", "model.*coder.layernorm_embedding.bias")
 NORM_WEIGHTS = ("model.*coder.layers.*_layer_norm.weight", "model.*coder.layernorm_embedding.weight")
 KEPT_ROWS = (ADDED_ROWS,)
+ANSWER_HEADS = ("answer_heads.*",)
 
 
 def also_trained(config: VlBartConfig, *, biases: bool, norm_weights: bool) -> dict[str, tuple[str, ...]]:
@@ -84,6 +90,21 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
         return self.model.model.decoder(
             input_ids=decoder_input_ids, encoder_hidden_states=encoded, encoder_attention_mask=mask, use_cache=False
         ).last_hidden_state
+
+    def first_hidden(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        features: Float[Tensor, "batch images tokens channels"],
+    ) -> Float[Tensor, "batch width"]:
+        """The decoder's hidden state at its start token, which a closed list of answers is scored from."""
+        encoded, mask = self.encode(input_ids, attention_mask, features)
+        start = torch.full_like(input_ids[:, :1], int(self.config.decoder_start_token_id or 0))
+        return self.decode(start, encoded, mask)[:, 0]
+
+    def answer_head(self, task: str) -> AnswerHead:
+        """What scores a task's closed list of answers."""
+        return cast(AnswerHead, self.model.answer_heads[task])
 
     def logits(self, hidden: Float[Tensor, "*places width"]) -> Float[Tensor, "*places vocab"]:
         """Scores of the whole vocabulary."""
@@ -209,3 +230,34 @@ def load_vlbart(
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{folder}: {len(missing)} weights are missing, first {missing[:3]}; is it a plain BART?")
     return VlBartBackbone(model)
+
+
+def set_answer_heads(
+    model: VlBartForConditionalGeneration, lists: Mapping[str, Sequence[str]], *, seed: int = 0
+) -> None:
+    """Gives the model a head for each of these answer lists by task, and no other; what it has of them stays.
+
+    Args:
+        seed: of the new heads' initial values, so that every rank draws the same.
+
+    Raises:
+        UserError: the base has a head of its own for one of these tasks, with another list.
+    """
+    config, heads = model.settings, model.answer_heads
+    if unused := sorted(set(config.closed_answers) - set(lists)):
+        log.info("%s: answered in words here; the closed list that the base has for it is not used", ", ".join(unused))
+    for task in set(config.closed_answers) & set(lists):
+        if list(config.closed_answers[task]) != list(lists[task]):
+            raise UserError(
+                f"the base answers {task} from a list of {len(config.closed_answers[task]):,} answers of its own, and "
+                f"this one has {len(lists[task]):,} others; give data.closed_answers.{task} the base's config.json"
+            )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = {
+            task: AnswerHead(int(config.d_model or 0), answers).to(model.device, model.dtype)
+            for task, answers in lists.items()
+            if task not in heads
+        }
+    model.answer_heads = nn.ModuleDict({task: new[task] if task in new else heads[task] for task in lists})
+    config.closed_answers = {task: list(answers) for task, answers in lists.items()}

@@ -7,6 +7,7 @@ State-dict names are those of VL-T5 and VL-Adapter, so that their files load as 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from transformers.models.bart.modeling_bart import (
 
 from dora_vl.backbones.specs import Boxes as Boxes
 from dora_vl.errors import UserError
+from dora_vl.heads.answer import AnswerHead
 
 VisualNorm = Literal["each", "sum", "none"]
 PUBLISHED_DROPOUT = 0.1
@@ -46,6 +48,7 @@ class VlBartConfig(BartConfig):
             that it says when.
         frame_side: rows and columns of one frame's tokens on a strip.
         max_images: how many pictures an input may have; each has its own embedding.
+        closed_answers: the answer list of each task that is answered by a head of its own instead of in words.
     """
 
     model_type = "vlbart"
@@ -58,6 +61,7 @@ class VlBartConfig(BartConfig):
         boxes: Boxes = "zeros",
         max_images: int = 2,
         frame_side: int = 1,
+        closed_answers: Mapping[str, Sequence[str]] | None = None,
         **bart: Any,
     ) -> None:
         for name in ("dropout", "attention_dropout", "activation_dropout"):
@@ -69,6 +73,7 @@ class VlBartConfig(BartConfig):
         self.boxes: Boxes = boxes
         self.max_images = max_images
         self.frame_side = frame_side
+        self.closed_answers: Mapping[str, Sequence[str]] = dict(closed_answers or {})
 
 
 BOX_NUMBERS = 5  # x1, x2, y1, y2 and the area
@@ -253,7 +258,10 @@ class VlBartModel(BartModel):
 
 
 class VlBartForConditionalGeneration(BartForConditionalGeneration):
-    """VL-BART with its language-modelling head; `generate` takes `encoder_outputs` and the joint mask."""
+    """VL-BART with its language-modelling head; `generate` takes `encoder_outputs` and the joint mask.
+
+    `answer_heads` holds an `AnswerHead` for each list of `config.closed_answers`, by task.
+    """
 
     config_class = VlBartConfig
     model: VlBartModel
@@ -264,6 +272,9 @@ class VlBartForConditionalGeneration(BartForConditionalGeneration):
         self.model = VlBartModel(config)
         self.final_logits_bias = nn.Buffer(torch.zeros((1, int(config.vocab_size or 0))))
         self.lm_head = nn.Linear(int(config.d_model or 0), int(config.vocab_size or 0), bias=False)
+        self.answer_heads = nn.ModuleDict(
+            {task: AnswerHead(int(config.d_model or 0), answers) for task, answers in config.closed_answers.items()}
+        )
         self.post_init()
 
 

@@ -57,6 +57,9 @@ def answers_of(
             _likeliest_words(backbone, encoder, example, [part[row : row + 1] for part in inputs])
             for row, example in enumerate(examples)
         ]
+    if subtask.answer_by == "closed":
+        head = backbone.answer_head(subtask.name)
+        return head.chosen(head(backbone.first_hidden(ids, mask, features)))
     search = subtask.search
     new = backbone.generate(
         ids,

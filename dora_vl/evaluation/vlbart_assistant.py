@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -13,10 +13,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from dora_vl.adapters.adapter import CLOSED_ANSWERS
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
-from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
+from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_heads
 from dora_vl.data.examples import Example
 from dora_vl.data.feature_input import clip_of_features, fixed_length
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
@@ -27,6 +28,7 @@ from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.model_source import ModelSource
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.seq2seq_run import answers_of
+from dora_vl.tasks.closed_answers import closed
 from dora_vl.tasks.subtask import Subtask, with_input_tokens
 from dora_vl.vision.feature_encoder import FeatureEncoder, open_encoders
 from dora_vl.vision.frame_sampling import Sampling
@@ -233,12 +235,18 @@ def open_vlbart(source: ModelSource) -> Opened:
     wanted, recipe, place = source.wanted, source.recipe, source.place
     adapter = Path(str(wanted.adapter))
     loaded = load_vlbart(place, dtype=getattr(torch, source.dtype))
+    lists, of_base = recipe.get(CLOSED_ANSWERS, {}), set(loaded.config.closed_answers)
+    set_answer_heads(loaded.model, lists)
     adapted, plain = with_adapter(loaded, adapter, with_base=wanted.with_base)
     trained_with = recipe["settings"]
     device = next(adapted.parameters()).device
     encoders = open_encoders(adapter, recipe, device=device, any_tower=wanted.any_base)
     known = subtasks_of(recipe["task"], task_prompt=trained_with["task_prompt"])
     own = [with_input_tokens(known[name], trained_with.get("input_tokens")) for name in recipe["tasks"]]
+
+    def answered(heads: Collection[str]) -> tuple[Subtask, ...]:
+        return tuple(closed(one) if one.name in lists and one.name in heads else one for one in own)
+
     first = VlBartAssistant(
         backbone=adapted,
         encoder=Seq2SeqEncoder(
@@ -247,8 +255,10 @@ def open_vlbart(source: ModelSource) -> Opened:
             max_positions=max_positions(adapted.config),
         ),
         features=encoders,
-        subtasks=tuple(own),
+        subtasks=answered(lists),
         feature_tokens=recipe["feature_tokens"],
         is_video=bool(recipe.get("is_video", recipe["task"] == FRAMES_TASK)),
     )
-    return Opened(adapted=first, base=None if plain is None else replace(first, backbone=plain))
+    # Without the adapter a task is answered in words, unless the base brought a head of its own.
+    without = None if plain is None else replace(first, backbone=plain, subtasks=answered(of_base))
+    return Opened(adapted=first, base=without)

@@ -47,6 +47,15 @@ class AnswerHead(nn.Module):
         return [self.answers[place] for place in best.tolist()]
 
 
-def answer_loss(scores: Float[Tensor, "batch answers"], targets: Float[Tensor, "batch answers"]) -> Float[Tensor, ""]:
-    """Binary cross-entropy against soft scores: summed over the answers, mean over the batch."""
-    return functional.binary_cross_entropy_with_logits(scores.float(), targets, reduction="sum") / len(scores)
+def answer_loss(
+    scores: Float[Tensor, "batch answers"],
+    targets: Float[Tensor, "batch answers"],
+    weights: Float[Tensor, " batch"] | None = None,
+) -> Float[Tensor, ""]:
+    """Binary cross-entropy against soft scores, summed over the answers.
+
+    Args:
+        weights: each sample's share of the loss; None: the mean over the batch.
+    """
+    each = functional.binary_cross_entropy_with_logits(scores.float(), targets, reduction="none").sum(1)
+    return each.mean() if weights is None else (each * weights).sum()

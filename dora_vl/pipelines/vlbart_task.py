@@ -11,12 +11,23 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
-from dora_vl.adapters.folder import load_adapter
+from dora_vl.adapters.adapter import CLOSED_ANSWERS
+from dora_vl.adapters.checkpoints import checkpoint_to_resume
+from dora_vl.adapters.folder import RECIPE_FILE, load_adapter
 from dora_vl.adapters.provenance import content_hash, versions
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
-from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, VlBartBackbone, also_trained, load_vlbart, vlbart_skeleton
+from dora_vl.backbones.vlbart import (
+    ANSWER_HEADS,
+    DORA_TARGETS,
+    KEPT_ROWS,
+    VlBartBackbone,
+    also_trained,
+    load_vlbart,
+    set_answer_heads,
+    vlbart_skeleton,
+)
 from dora_vl.backbones.vlbart_compose import compose_vlbart
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import DoRAConfig
@@ -31,6 +42,14 @@ from dora_vl.run.arguments import order_seed
 from dora_vl.run.launch import loading_in
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.tasks.closed_answers import (
+    SETTING,
+    account,
+    check_closed,
+    closed,
+    lists_in,
+    make_lists,
+)
 from dora_vl.tasks.seq2seq import MixtureDataset, Seq2SeqCollator, ValidationBatches
 from dora_vl.tasks.subtask import Subtask, with_input_tokens
 from dora_vl.training.memory_estimate import Activations
@@ -39,6 +58,8 @@ from dora_vl.training.task import Task, TrainingData
 from dora_vl.vision.feature_files import open_features
 from dora_vl.vision.features import first_difference, read_settings
 
+LISTS_FILE = "closed_answers.json"
+"""In the run folder: the closed answer lists, and the training samples that have no answer on them."""
 ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
 EVERYTHING = ("*",)
 
@@ -62,6 +83,7 @@ class VlBartTask(Task):
         self, config: VlBartRunConfig, subtasks: Mapping[str, Subtask], *, name: str, is_video: bool = False
     ) -> None:
         _check_names(config, subtasks)
+        check_closed(config.data.closed_answers, subtasks, config.data.train)
         check_same_features(config.data.features, config.evaluation.features)
         if set_elsewhere := [one for one in ONE_AT_A_TIME if config.training.get(one, 1) != 1]:
             raise UserError(f"training.{set_elsewhere[0]} is not used here: set data.batch_size, samples of a step")
@@ -89,16 +111,41 @@ class VlBartTask(Task):
         if self.config.evaluation.files:
             width = VlBartConfig.from_pretrained(self.config.model.base).feature_width
             check_tests(self._tested(files, width), self.encoder(), max_bad_share=self.config.data.max_bad_share)
+        if self.config.data.closed_answers:
+            self._make_lists()
 
     def skeleton(self) -> VlBartBackbone:
         """The VL-BART without its weights."""
-        return vlbart_skeleton(self.config.model.base)
+        return self._with_heads(vlbart_skeleton(self.config.model.base))
 
     def load(self) -> VlBartBackbone:
-        """The VL-BART."""
+        """The VL-BART, with a head for each closed list of answers."""
+        return self._with_heads(self._base())
+
+    def _base(self) -> VlBartBackbone:
         model, dtype = self.config.model, getattr(torch, self.config.model.dtype)
         with loading_in(dtype):
             return load_vlbart(model.base, dtype=dtype, attn_implementation=model.attn_implementation)
+
+    def _with_heads(self, backbone: VlBartBackbone) -> VlBartBackbone:
+        lists = lists_in(self._lists_file) if self.config.data.closed_answers else {}
+        set_answer_heads(backbone.model, lists, seed=int(self.config.training.get("seed", 42)))
+        return backbone
+
+    @property
+    def _lists_file(self) -> Path:
+        return run_folder_of(self.config) / LISTS_FILE
+
+    def _make_lists(self) -> None:
+        config, wanted = self.config, self.config.data.closed_answers
+        files = self._files({task: config.data.train[task] for task in wanted}, limit=config.data.limit)
+        checkpoint, initial = checkpoint_to_resume(config.resume, run_folder_of(config)), config.adapter.initial
+        folders = {
+            "adapter.initial": None if initial is None else Path(initial),
+            "resume": None if checkpoint is None else checkpoint / ADAPTER,
+        }
+        heads = {name: one / RECIPE_FILE for name, one in folders.items() if one and (one / RECIPE_FILE).is_file()}
+        make_lists(self._lists_file, wanted, dict(zip(wanted, files, strict=True)), same_as=heads)
 
     def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
         """Queries and values, the visual embedding, and BART's biases and norms as the settings say."""
@@ -164,13 +211,19 @@ class VlBartTask(Task):
             "settings": named_settings(self.config),
             "training": dict(self.config.training),
             "versions": versions(),
+            **({CLOSED_ANSWERS: lists_in(self._lists_file)} if data.closed_answers else {}),
         }
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Answers every file of `evaluation.files` with the saved adapter on the base loaded again."""
         config, run_folder = self.config, run_folder_of(self.config)
         files = self._test_files()
-        backbone = self.load()
+        lists = lists_in(run_folder / ADAPTER / RECIPE_FILE)
+        if set(lists) != set(config.data.closed_answers):
+            trained, asked = (", ".join(one) or "nothing" for one in (lists, config.data.closed_answers))
+            raise UserError(f"{run_folder / ADAPTER} answers {trained} from a closed list; {SETTING} names {asked}")
+        backbone = self._base()
+        set_answer_heads(backbone.model, lists)
         load_adapter(backbone.model, run_folder / ADAPTER)
         backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return evaluate_subtasks(
@@ -179,7 +232,7 @@ class VlBartTask(Task):
             self._tested(files, backbone.config.feature_width),
             run_folder=run_folder,
             evaluation=config.evaluation,
-            settings=named_settings(config),
+            settings=named_settings(config) | ({CLOSED_ANSWERS: account(self._lists_file)} if lists else {}),
             numbers=numbers,
         )
 
@@ -246,6 +299,8 @@ def vlbart_dora_config(run: VlBartRunConfig, model: VlBartForConditionalGenerati
     trained = also_trained(model.settings, biases=adapter.train_biases, norm_weights=adapter.train_norm_weights)
     if not adapter.train_projector:
         del trained["projector"]
+    if run.data.closed_answers:
+        trained["answer_head"] = ANSWER_HEADS
     return core_config(adapter, model, targets=DORA_TARGETS, also_train=trained, also_keep=KEPT_ROWS)
 
 
@@ -286,6 +341,8 @@ def _with_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:
     answer_by = subtask.answer_by
     if answer_by == "choice" and not config.evaluation.choice_by_likelihood:
         answer_by = "text"
+    if subtask.name in config.data.closed_answers:
+        subtask, answer_by = closed(subtask), "closed"
     return dataclasses.replace(with_input_tokens(subtask, config.data.input_tokens), answer_by=answer_by)
 
 

@@ -64,6 +64,10 @@ class VlBartDataConfig:
     subtitles_first: bool = True
     """Takes what does not fit from the subtitles; false cuts the end of the text, question and choices with it, as
     the published video runs do."""
+    closed_answers: Mapping[str, int | str] = field(default_factory=dict)
+    """Answers a task from a list, by a head that trains with the adapter (part `answer_head`), instead of in words; of
+    vqav2, gqa, short_answer. By task: N, its N most frequent training answers; or FILE: one answer a line, a JSON list,
+    or the recipe.json of an adapter that has one."""
     max_bad_share: float = 0.001
     """Largest share of unusable samples (missing features, no answer...) that is skipped; above it the run stops. A
     test that has more of them does not begin."""

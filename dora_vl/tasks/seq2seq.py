@@ -42,7 +42,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Seq2SeqSample:
-    """One item in tensors; `features` is `[images, tokens, channels]`."""
+    """One item in tensors; `features` is `[images, tokens, channels]`; `soft_scores` as its `Target` has them."""
 
     id: str
     input_ids: Int[Tensor, " seq"]
@@ -50,6 +50,15 @@ class Seq2SeqSample:
     features: Float[Tensor, "images tokens channels"]
     weight: float
     cut_tokens: int
+    soft_scores: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class ClosedBatch:
+    """Whose closed list of answers a batch is scored on, and the soft scores of each row's right answers."""
+
+    task: str
+    soft_scores: Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -77,10 +86,13 @@ def make_sample(
     _check_kind(example, subtask)
     ids, cut = encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
     features = features_of(example, reader)
-    labels = torch.full((1,), IGNORED_LABEL)
-    if target is not None:
+    if target is None:
+        return Seq2SeqSample(example.id, ids, torch.full((1,), IGNORED_LABEL), features, 1.0, cut)
+    if target.soft_scores is None:
         labels = encoder.labels(target.text, max_tokens=subtask.target_tokens)
-    return Seq2SeqSample(example.id, ids, labels, features, 1.0 if target is None else target.weight, cut)
+    else:
+        labels = torch.zeros(1, dtype=torch.long)  # one place is scored, which counts as one label
+    return Seq2SeqSample(example.id, ids, labels, features, target.weight, cut, target.soft_scores)
 
 
 def check_sample(example: Example, subtask: Subtask, reader: FeatureReader) -> None:
@@ -207,7 +219,7 @@ class Seq2SeqCollator:
 
     `sample_weights` add up to the mean weight of its usable samples; who has read all micro-batches of all ranks turns
     them into shares of the whole step (`over_step`). A micro-batch without any usable sample becomes one row of padding
-    without labels, so that the ranks stay in step.
+    without labels, so that the ranks stay in step. `closed` is in it where a closed list is scored alone.
     """
 
     pad_token_id: int
@@ -222,7 +234,11 @@ class Seq2SeqCollator:
         labels = [sample.labels for sample in samples] or [torch.tensor([IGNORED_LABEL])]
         features = [sample.features for sample in samples]
         mask = _pad([torch.ones_like(row) for row in ids], 0)
+        closed = {}
+        if batch.subtask.answer_by == "closed":
+            closed["closed"] = ClosedBatch(batch.subtask.name, [one.soft_scores or {} for one in samples] or [{}])
         return {
+            **closed,
             "input_ids": _pad(ids, self.pad_token_id),
             "attention_mask": mask,
             "labels": _pad(labels, IGNORED_LABEL),

@@ -11,16 +11,17 @@ from dora_vl.backbones.seq2seq_text import Prompt
 from dora_vl.data.examples import Example
 from dora_vl.scores.scored import Scored
 
-AnswerBy = Literal["text", "pair", "choice", "words"]
+AnswerBy = Literal["text", "pair", "choice", "words", "closed"]
 NormaliseBy = Literal["samples", "tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What the decoder is to say, and how much the sample counts."""
+    """What the decoder is to say, and how much the sample counts; or the soft score of each right answer of a list."""
 
     text: str
     weight: float = 1.0
+    soft_scores: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Subtask:
         target_tokens: longest label.
         normalise_by: `samples`: mean over a sample's tokens, then over the batch; `tokens`: mean over all tokens.
         answer_by: `text`: what is generated; `pair`: true or false by two logits; `choice`: the likeliest label;
-            `words`: the likeliest of the example's choices, in their own words.
+            `words`: the likeliest of the example's choices, in their own words; `closed`: the best of a list.
         score: the benchmark's scorer.
         check_scoring: tells before training what `score` would miss; None tries `score` itself without answers.
         images: pictures of one input.

@@ -8,18 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.adapters.folder import read_weights
-from tests.backbones.tiny_image_text import write_tiny
+from dora_vl.adapters.folder import load_adapter, read_weights
+from dora_vl.backbones.image_text import load_image_text
+from dora_vl.core import adapted_layers
+from dora_vl.core.experts import ExpertsProjection
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.training.test_two_ranks import launch, losses
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
 PORTS = {"qwen2_5_vl": 29711, "llava": 29713, "smolvlm": 29715, "internvl": 29717}
+EXPERTS = {"glm4v_moe": 29719, "gpt_oss": 29721}
+"""Stored an expert at a time, and as one tensor with biases, input before output."""
 
 
-def write_mixed_data(folder: Path) -> Path:
+def write_mixed_data(folder: Path, *, words_alone: bool = False) -> Path:
     """Blocks of two samples without and with pictures, of which some have two: a rank's batch is one block."""
     data = write_tiny_data(folder, samples=48, text_only_blocks=2)
     records = json.loads(data.read_text())
+    if words_alone:
+        for record in records:
+            record.pop("image", None)
+            record["conversations"][0]["value"] = record["conversations"][0]["value"].replace("<image>", "")
+        data.write_text(json.dumps(records))
+        return data
     for record in records[2::8]:
         record["image"] = [record["image"], record["image"]]
         record["conversations"][0]["value"] = "<image> and <image>\nSay the colour."
@@ -27,12 +39,14 @@ def write_mixed_data(folder: Path) -> Path:
     return data
 
 
-def check_ranks_agree(folder: Path, base: Path, *, steps: int, port: int) -> None:
+def check_ranks_agree(
+    folder: Path, base: Path, *, steps: int, port: int, words_alone: bool = False, **changes: dict[str, object]
+) -> None:
     """A run of two ranks under ZeRO-3 against one of one rank with twice the batch, both by the script."""
-    data = write_mixed_data(folder / "data")
+    data = write_mixed_data(folder / "data", words_alone=words_alone)
     training = {"max_steps": steps, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
     shapes = {"group_by_modality_length": False, "max_tokens": 512}
-    run = write_run(folder / "run.yaml", base, data, data=shapes, training=training)
+    run = write_run(folder / "run.yaml", base, data, data=shapes, training=training, **changes)
     one = (f"--training.output_dir={folder / 'one'}", "--training.deepspeed=zero0")
     two = (f"--training.output_dir={folder / 'two'}", "--training.deepspeed=zero3")
     results = [
@@ -59,3 +73,25 @@ def test_two_ranks_of_zero3_train_what_one_rank_trains(tmp_path: Path) -> None:
 def test_twenty_steps_of_two_ranks(tmp_path: Path, family: str) -> None:
     base = write_tiny_llava(tmp_path / "base") if family == "llava" else write_tiny(family, tmp_path / "base")
     check_ranks_agree(tmp_path, base, steps=20, port=PORTS[family])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_of_two_ranks_that_get_other_rows(tmp_path: Path, family: str) -> None:
+    """Each rank sends its own rows to each expert; the adapter of all experts is whole, and loads into the base."""
+    words_alone = family in LANGUAGE_MODELS
+    base = (write_tiny_language if words_alone else write_tiny)(family, tmp_path / "base")
+    changes: dict[str, dict[str, object]] = {"adapter": {"targets": ["language", "experts"], "rank": 3, "alpha": 7.0}}
+    if words_alone:
+        changes |= {"optim": {"projector_learning_rate": None}, "model": {"attn_implementation": "eager"}}
+    check_ranks_agree(tmp_path, base, steps=8, port=EXPERTS[family], words_alone=words_alone, **changes)
+    loaded = load_image_text(str(base))
+    names = load_adapter(loaded.model, tmp_path / "two" / "adapter")
+    experts = [name for name, layer in adapted_layers(loaded.model) if isinstance(layer, ExpertsProjection)]
+    assert set(experts) < set(names)
+    weights = read_weights(tmp_path / "two" / "adapter")
+    for name in experts:
+        moved = weights[f"base_model.model.{name}.lora_B.weight"]
+        assert len(moved) == 4
+        assert all(bool(one.any()) for one in moved)  # every expert was trained

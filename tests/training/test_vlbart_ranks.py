@@ -1,5 +1,7 @@
 """Two ranks take the steps of one rank with the joined batch, for every task, whatever DeepSpeed splits.
 
+GQA is answered from a closed list, whose head has nothing to do in the other tasks' steps.
+
 Plain SGD without clipping: what a weight has moved is the sum of its gradients, so equal weights after a step of each
 task are equal gradients; a rank that left the other's out, as the published trainer did, would be far off.
 """
@@ -33,7 +35,8 @@ def launch(config: Path, *overrides: str, ranks: int, port: int) -> None:
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vlbart")
-    return write_vlbart_run(folder / "run.yaml", write_vlbart_data(folder / "data"), TASKS)
+    data = write_vlbart_data(folder / "data")
+    return write_vlbart_run(folder / "run.yaml", data, TASKS, data={"closed_answers": {"gqa": 5}})
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,7 @@ def test_two_ranks_take_the_steps_of_one(run_file: Path, one_rank: Path, stage: 
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     ours, theirs = (load_file(one / "adapter" / "adapter_model.safetensors") for one in (folder, one_rank))
     assert ours.keys() == theirs.keys()
+    assert sum(".answer_heads.gqa." in name for name in ours) == 6
     moved = [name for name in ours if name.endswith("lora_B.weight") and bool(ours[name].any())]
     assert len(moved) == 6
     for name, tensor in ours.items():

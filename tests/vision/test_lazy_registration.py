@@ -32,6 +32,7 @@ def test_import_is_light() -> None:
     "before",
     [
         "import dora_vl",
+        "import dora_vl; from transformers import PreTrainedModel",
         "import transformers, dora_vl",
         "import transformers.models.auto.modeling_auto, dora_vl",
         "import dora_vl; from transformers import PreTrainedModel",  # reads the config table before it is defined

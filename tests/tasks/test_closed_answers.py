@@ -1,0 +1,421 @@
+"""Tasks answered from a closed list: the list, the loss, the head in the adapter folder, resume, merge and refusals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dora_vl.vision.named_features import NamedFeatures
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from data_prep import features
+from dora_vl.adapters.folder import load_adapter
+from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_heads
+from dora_vl.cli import main
+from dora_vl.data.example_file import ExampleFile
+from dora_vl.data.examples import Answer, Example, write_examples
+from dora_vl.data.mixture import MixturePlan, Source
+from dora_vl.errors import UserError
+from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
+from dora_vl.pipelines.vlbart_task import VlBartTask
+from dora_vl.run.command_line import read_settings
+from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.tasks.closed_answers import closed
+from dora_vl.tasks.seq2seq import MicroBatch, MixtureDataset, Seq2SeqCollator
+from dora_vl.training.run import run
+from dora_vl.training.seq2seq_loss import Seq2SeqTask
+from tasks import image_qa
+from tests.training.test_two_ranks import losses
+from tests.training.tiny_vlbart_run import (
+    FEATURE_TOKENS,
+    FEATURE_WIDTH,
+    ITEMS,
+    all_subtasks,
+    write_vlbart_data,
+    write_vlbart_run,
+)
+
+TASKS = ("vqav2", "gqa", "coco_caption")
+LISTS = {"vqav2": ["blue", "red", "circle", "elsewhere"], "gqa": ["blue", "yes", "green", "circle", "red"]}
+COLOURS = ("red", "green", "blue", "white", "black", "yellow")
+OUTSIDE = {"vqav2": [1, 3, 5, 6], "gqa": [3, 6]}
+WEIGHTS = Path("adapter") / "adapter_model.safetensors"
+HEAD = "base_model.model.answer_heads.{}.logit_fc.0.weight"
+
+
+def config_of(file: Path, *overrides: str) -> VlBartRunConfig:
+    return read_settings([f"--config={file}", "--training.use_cpu=true", *overrides], VlBartRunConfig)
+
+
+def train(file: Path, *overrides: str) -> Path:
+    config = config_of(file, *overrides)
+    assert run(VlBartTask(config, all_subtasks(), name="vlbart_image")) is None
+    return Path(config.training["output_dir"])
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps over two closed tasks and captions: VQAv2 by a file of answers, GQA by its five most frequent."""
+    folder = tmp_path_factory.mktemp("closed")
+    data = write_vlbart_data(folder / "data")
+    (folder / "answers.txt").write_text("blue\n red\n\ncircle\nelsewhere\n")
+    tested = {task: str(data / "records" / f"{task}.jsonl") for task in ("vqav2", "gqa")}
+    return write_vlbart_run(
+        folder / "run.yaml",
+        data,
+        TASKS,
+        data={
+            "closed_answers": {"vqav2": str(folder / "answers.txt"), "gqa": 5},
+            "validation_files": {"gqa": tested["gqa"]},
+        },
+        optim={"rates": {"answer_head": 0.1}},
+        training={"num_train_epochs": 2, "optim": "adamw_torch", "learning_rate": 0.01, "eval_strategy": "epoch"},
+        evaluation={"files": tested, "batch_size": 4},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(run_file: Path) -> Path:
+    return train(run_file)
+
+
+def loaded(folder: Path, base: Path) -> VlBartBackbone:
+    """The base with a run's adapter, as a person loads it."""
+    backbone = load_vlbart(base)
+    set_answer_heads(backbone.model, json.loads((folder / "adapter" / "recipe.json").read_text())["closed_answers"])
+    load_adapter(backbone.model, folder / "adapter")
+    return backbone.eval()
+
+
+def scores(backbone: VlBartBackbone, task: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(9)
+    ids = torch.randint(4, 90, (3, 7), generator=generator)
+    features = torch.randn(3, 1, FEATURE_TOKENS, FEATURE_WIDTH, generator=generator)
+    with torch.no_grad():
+        return backbone.answer_head(task)(backbone.first_hidden(ids, torch.ones_like(ids), features))
+
+
+@torch.no_grad()
+def by_hand(config: VlBartRunConfig, backbone: VlBartBackbone, task: str) -> torch.Tensor:
+    """Scores of a task's training records, one at a time, by the model's parts alone."""
+    encoder = VlBartTask(config, all_subtasks(), name="tiny").encoder()
+    reader = NamedFeatures(Path(config.data.features[task]), tokens=FEATURE_TOKENS, width=FEATURE_WIDTH)
+    head, model = backbone.answer_head(task).logit_fc, backbone.model.model
+    rows = []
+    for example in ExampleFile(Path(str(config.data.train[task]))):
+        ids, _ = encoder.encode(all_subtasks()[task].prompt(example), max_tokens=20)
+        encoded, mask = backbone.encode(
+            ids[None], torch.ones_like(ids)[None], reader.read(example.images[0])[None, None]
+        )
+        start = torch.tensor([[backbone.config.decoder_start_token_id]])
+        said = model.decoder(input_ids=start, encoder_hidden_states=encoded, encoder_attention_mask=mask)
+        rows.append(head(said.last_hidden_state[0, 0]))
+    return torch.stack(rows)
+
+
+def test_the_head_trains_and_is_saved_with_its_list_and_answers_the_test(
+    run_file: Path, trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = json.loads((trained / "adapter" / "recipe.json").read_text())
+    assert recipe["closed_answers"] == LISTS
+    names = [name for task in LISTS for name in recipe["adapter"]["parts"]["answer_head"] if f".{task}." in name]
+    assert len(names) == 2 * 6
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["settings"]["closed_answers"] == {
+        "vqav2": {"answers": 4, "outside": 4},
+        "gqa": {"answers": 5, "outside": 2},
+    }
+    left_out = json.loads((trained / "closed_answers.json").read_text())["outside"]
+    assert left_out == {task: [f"{task}-{index}" for index in indices] for task, indices in OUTSIDE.items()}
+    backbone = loaded(trained, run_file.parent / "data" / "base")
+    for task, answers in LISTS.items():
+        assert metrics["tasks"][task]["settings"]["answer_by"] == "closed"
+        said = [json.loads(line) for line in (trained / "predictions" / f"{task}.jsonl").read_text().splitlines()]
+        best = by_hand(config_of(run_file), backbone, task).argmax(1)
+        assert [one["answer"] for one in said] == [answers[place] for place in best.tolist()]
+    shutil.copytree(trained, trained.with_name("again"))
+    (trained.with_name("again") / "metrics.json").unlink()
+    with caplog.at_level(logging.INFO):
+        again = train(run_file, f"--training.output_dir={trained.with_name('again')}", "--test_only=true")
+    assert "gqa: 5 closed answers; 2 training samples have none of them (gqa-3, gqa-6)" in caplog.text
+    assert json.loads((again / "metrics.json").read_text())["tasks"] == metrics["tasks"]
+
+
+@pytest.mark.parametrize("task", ["vqav2", "gqa"])
+def test_the_loss_of_a_step_is_vl_t5s_written_out(run_file: Path, task: str) -> None:
+    """Micro-batches of 5 and 2 samples make one mean over all 7; GQA's answer has one score, VQAv2's less than 1."""
+    folder = run_file.parent / f"one-{task}"
+    overrides = [f"--data.train={json.dumps({task: config_of(run_file).data.train[task]})}"]
+    choice = config_of(run_file).data.closed_answers[task]
+    overrides += [
+        f"--data.closed_answers={json.dumps({task: choice})}",
+        "--data.batch_size=10",
+        "--evaluation.files={}",
+    ]
+    overrides += ["--training.max_steps=1", "--training.gradient_accumulation_steps=2", "--data.validation_files={}"]
+    train(run_file, f"--training.output_dir={folder}", *overrides, "--training.eval_strategy=no")
+    config = config_of(run_file)
+    backbone = load_vlbart(config.model.base)
+    set_answer_heads(backbone.model, {task: LISTS[task]}, seed=3)
+    chance = by_hand(config, backbone, task).sigmoid().double()
+    truth = torch.tensor(
+        [
+            [sum(one.weight for one in example.answers if one.text == text) for text in LISTS[task]]
+            for example in ExampleFile(Path(str(config.data.train[task])))
+        ],
+        dtype=torch.float64,
+    )
+    expected = -(truth * chance.log() + (1 - truth) * (1 - chance).log()).sum() / ITEMS
+    assert losses(folder).tolist() == [pytest.approx(float(expected), rel=1e-5)]
+    before = backbone.model.get_parameter(f"answer_heads.{task}.logit_fc.0.weight")
+    moved = load_file(folder / WEIGHTS)[HEAD.format(task)] - before
+    assert float(moved.detach().abs().max()) == pytest.approx(0.1, rel=1e-3)  # AdamW's first step is the part's rate
+
+
+def test_without_a_closed_list_batches_and_losses_are_bit_equal_to_the_plain_ones(run_file: Path) -> None:
+    config = config_of(run_file, "--data.closed_answers={}")
+    made = VlBartTask(config, all_subtasks(), name="tiny")
+    backbone = load_vlbart(config.model.base)
+    loss = Seq2SeqTask(backbone)
+    encoder, subtask = made.encoder(), all_subtasks()["vqav2"]
+    file = ExampleFile(Path(str(config.data.train["vqav2"])))
+    reader = NamedFeatures(Path(config.data.features["vqav2"]), tokens=FEATURE_TOKENS, width=FEATURE_WIDTH)
+    collate = Seq2SeqCollator(encoder.pad_token_id, (FEATURE_TOKENS, FEATURE_WIDTH))
+    batches = {}
+    for kind in (subtask, closed(subtask)):
+        plan = MixturePlan([Source(name="vqav2", items=ITEMS, batch_size=ITEMS)], parts=1, mixing="balanced", seed=0)
+        batches[kind.answer_by] = collate(
+            [MixtureDataset(plan, [kind], [file], encoder=encoder, readers=[reader], seed=0)[0]]
+        )
+    assert set(batches["closed"]) - set(batches["text"]) == {"closed"}
+    batch = {name: value for name, value in batches["text"].items() if isinstance(value, torch.Tensor)}
+    found = loss(**batch)["loss"]
+    features = backbone(**{name: value for name, value in batch.items() if name != "sample_weights"})
+    each = functional.cross_entropy(features.logits.float(), features.targets, reduction="none")
+    weights = batch["sample_weights"] / features.rows.bincount(minlength=ITEMS)
+    assert torch.equal(found, (each * weights[features.rows]).sum())
+    # A mixture's head gets a gradient of zero from a batch that it does not answer: ZeRO-3 waits for one.
+    set_answer_heads(backbone.model, {"gqa": LISTS["gqa"]})
+    with_idle_head = loss(**batch)["loss"]
+    assert torch.equal(with_idle_head, found)
+    with_idle_head.backward()
+    for parameter in backbone.model.answer_heads.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+    empty = collate([MicroBatch(closed(all_subtasks()["gqa"]), [])])
+    nothing = loss(
+        **{
+            name: empty[name]
+            for name in ("input_ids", "attention_mask", "labels", "features", "sample_weights", "closed")
+        }
+    )
+    assert float(nothing["loss"].detach()) == 0
+    assert int(nothing["labelled_tokens"]) == 0
+
+
+def test_a_resumed_run_ends_like_one_that_was_not_stopped(run_file: Path, trained: Path) -> None:
+    folder = run_file.parent / "resumed"
+    options = (f"--training.output_dir={folder}", "--training.save_strategy=steps", "--training.save_steps=4")
+    train(run_file, *options, "--training.max_steps=4")
+    shutil.rmtree(folder / "adapter")
+    other = f"--data.closed_answers.gqa={run_file.parent / 'other.txt'}"
+    (run_file.parent / "other.txt").write_text("\n".join(reversed(LISTS["gqa"])))
+    with pytest.raises(
+        UserError, match=r"resume: .*recipe\.json has another list, of 5 answers, than the 5 of this run"
+    ):
+        train(run_file, *options, "--resume=last", other)
+    train(run_file, *options, "--resume=last", f"--data.closed_answers.gqa={folder}/checkpoint-4/adapter/recipe.json")
+    found, expected = load_file(folder / WEIGHTS), load_file(trained / WEIGHTS)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_head_is_merged_into_a_base_that_trains_on(
+    run_file: Path, trained: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, merged = run_file.parent / "data" / "base", run_file.parent / "merged"
+    main(["merge", "--adapter", str(trained / "adapter"), "--to", str(merged)])
+    assert "the closed answer lists of gqa, vqav2 with their heads" in capsys.readouterr().out
+    plain, adapted = load_vlbart(merged).eval(), loaded(trained, base)
+    assert plain.config.closed_answers == LISTS
+    for task in LISTS:
+        torch.testing.assert_close(scores(plain, task), scores(adapted, task), atol=1e-5, rtol=1e-4)
+    options = (f"--model.base={merged}", "--training.learning_rate=0", "--optim.rates={}", "--model.compose=null")
+    same = f"--data.closed_answers={json.dumps(dict.fromkeys(LISTS, str(merged / 'config.json')))}"
+    on = train(run_file, *options, same, f"--training.output_dir={run_file.parent / 'on'}")
+    assert torch.equal(load_file(on / WEIGHTS)[HEAD.format("gqa")], load_file(trained / WEIGHTS)[HEAD.format("gqa")])
+    with pytest.raises(
+        UserError, match=r"the base answers gqa from a list of 5 answers of its own, and this one has 3"
+    ):
+        train(
+            run_file, *options, "--data.closed_answers={gqa: 3}", f"--training.output_dir={run_file.parent / 'three'}"
+        )
+    in_words = run_file.parent / "words"
+    with caplog.at_level(logging.INFO):
+        train(run_file, *options, "--data.closed_answers={}", f"--training.output_dir={in_words}")
+    assert "gqa, vqav2: answered in words here" in caplog.text
+    assert not [name for name in load_file(in_words / WEIGHTS) if "answer_heads" in name]
+    twice = ["merge", *(["--adapter", str(trained / "adapter"), "--weight", "0.5"] * 2), "--to", str(merged) + "2"]
+    for command in (
+        twice,
+        ["convert", str(trained / "adapter"), "--to", str(merged) + ".pth", "--as", "nvlabs-vlbart"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2
+        assert "dora-vl merge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        (["--model.dtype=bfloat16"], "answer_head"),
+        (
+            ["--adapter.targets=[all-linear]", "--adapter.train_projector=false", "--adapter.train_biases=false"],
+            "answer_head",
+        ),
+        (["--adapter.method=full", "--optim.rates={}"], "full"),
+    ],
+    ids=["bfloat16", "all-linear", "full"],
+)
+def test_the_head_trains_whole_and_in_float32_whatever_is_adapted(
+    run_file: Path, tmp_path: Path, changes: list[str], part: str
+) -> None:
+    folder = train(run_file, f"--training.output_dir={tmp_path / 'run'}", "--training.max_steps=2", *changes)
+    recipe = json.loads((folder / "adapter" / "recipe.json").read_text())
+    assert sum(name.startswith("answer_heads.") for name in recipe["adapter"]["parts"][part]) == 12
+    assert load_file(folder / WEIGHTS)[HEAD.format("gqa")].dtype == torch.float32
+    main(["merge", "--adapter", str(folder / "adapter"), "--to", str(tmp_path / "merged")])
+    assert load_vlbart(tmp_path / "merged").config.closed_answers == LISTS
+
+
+def test_more_answers_than_there_are_is_said(run_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(
+        run_file, f"--training.output_dir={tmp_path / 'run'}", "--training.max_steps=1", "--data.closed_answers.gqa=90"
+    )
+    assert "data.closed_answers.gqa: 90 answers are asked for, the training samples have 7" in caplog.text
+
+
+def test_an_adapter_to_start_from_must_mean_the_same_answers(run_file: Path, trained: Path) -> None:
+    initial = f"--adapter.initial={trained / 'adapter'}"
+    options = (f"--training.output_dir={run_file.parent / 'started'}", "--training.max_steps=1")
+    with pytest.raises(UserError, match=r"adapter\.initial: .* has another list, of 5 answers, than the 4 of this run"):
+        train(run_file, initial, *options, "--data.closed_answers.gqa=4")
+    with pytest.raises(UserError, match="12 tensors that do not train here"):
+        train(run_file, initial, *options, "--data.closed_answers={}", "--optim.rates={}")
+    train(run_file, initial, *options, "--training.learning_rate=0", "--optim.rates={}", "--overwrite=true")
+    name = HEAD.format("vqav2")
+    started = load_file(run_file.parent / "started" / WEIGHTS)[name]
+    assert torch.equal(started, load_file(trained / WEIGHTS)[name])
+
+
+def test_a_folder_without_a_part_of_its_head_is_refused(run_file: Path, trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "run")
+    tensors = load_file(folder / WEIGHTS)
+    del tensors[HEAD.format("gqa")]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 missing \['answer_heads\.gqa\.logit_fc\.0\.weight'\]"):
+        train(run_file, f"--training.output_dir={folder}", "--test_only=true")
+    with pytest.raises(UserError, match=r"answers gqa, vqav2 from a closed list; data\.closed_answers names gqa"):
+        train(run_file, f"--training.output_dir={folder}", "--test_only=true", "--data.closed_answers={gqa: 5}")
+    with pytest.raises(UserError, match=r"also_train\.answer_head: pattern .* matches none"):
+        load_adapter(load_vlbart(run_file.parent / "data" / "base").model, trained / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"nlvr2": 2}, "nlvr2 is no question answered in words; vqav2, gqa, short_answer can have a closed list"),
+        ({"coco_caption": 2}, "coco_caption is no question answered in words"),
+        ({"short_answer": 2}, "names short_answer, which data.train does not"),
+        ({"gqa": 1}, "gqa: 1 answers leave nothing to choose; at least 2"),
+        ({"gqa": "missing.txt"}, r"missing\.txt"),
+        ({"gqa": "twice.txt"}, "gqa: the list names red more than once"),
+        (
+            {"gqa": "odd.json"},
+            r"odd\.json: neither a list of answers, nor an object whose closed_answers holds one for gqa",
+        ),
+        ({"gqa": "other.txt"}, "of 7 training samples not one has one of the 2 answers"),
+    ],
+)
+def test_what_cannot_be_closed_is_refused_in_one_line(
+    run_file: Path, tmp_path: Path, setting: dict[str, Any], told: str
+) -> None:
+    for name, text in {"twice.txt": "red\nblue\nred", "odd.json": '{"closed_answers": 3}', "other.txt": "a\nb"}.items():
+        (tmp_path / name).write_text(text)
+    setting = {task: one if isinstance(one, int) else str(tmp_path / one) for task, one in setting.items()}
+    data = {"closed_answers": setting}
+    tasks = ("vqav2", "gqa", "nlvr2", "coco_caption")
+    file = write_vlbart_run(tmp_path / "run.yaml", run_file.parent / "data", tasks, data=data)
+    with pytest.raises(UserError, match=told) as refused:
+        train(file)
+    assert len(str(refused.value)) < 500
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps on features that a tower made of pictures, so that pictures can be asked about."""
+    import timm
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("asked")
+    (folder / "pictures").mkdir()
+    for colour in COLOURS:
+        Image.new("RGB", (32, 32), colour).save(folder / "pictures" / f"{colour}.png")
+    examples = [
+        Example(id=one, images=(f"{one}.png",), question="what color is it?", answers=(Answer(text=one),))
+        for one in COLOURS
+    ]
+    write_examples(folder / "gqa.jsonl", examples)
+    torch.manual_seed(0)
+    tower = folder / "tower.pth"
+    torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), tower)
+    options = ["--library", "timm", "--name", "tf_efficientnet_lite0", "--weights", str(tower), "--image-size", "32"]
+    kept = ["--layer", "-3", "--grid-pool", "2", "--workers", "0"]
+    features.main(["--root", str(folder / "pictures"), "--to", str(folder / "features"), *options, *kept])
+    small = {"texts": [str(folder / "gqa.jsonl")], "vocabulary": 300, "width": 16, "layers": 1, "heads": 2}
+    compose = {"small": {**small, "feedforward": 16}, "feature_width": 40, "pooled_side": None, "dropout": 0.0}
+    file = write_vlbart_run(
+        folder / "run.yaml",
+        folder,
+        (),
+        model={"base": str(folder / "base"), "compose": compose},
+        data={
+            "train": {"gqa": str(folder / "gqa.jsonl")},
+            "features": {"gqa": str(folder / "features")},
+            "closed_answers": {"gqa": 4},
+        },
+        training={"max_steps": 3, "optim": "adamw_torch"},
+        evaluation={"files": {"gqa": str(folder / "gqa.jsonl")}},
+    )
+    train(file)
+    return folder
+
+
+def test_pictures_are_answered_from_the_list_and_by_the_base_in_words(asked: Path, capsys: Any) -> None:
+    adapter, pictures = asked / "run" / "adapter", asked / "pictures"
+    said = [json.loads(line) for line in (asked / "run" / "predictions" / "gqa.jsonl").read_text().splitlines()]
+    images = [part for colour in COLOURS for part in ("--image", str(pictures / f"{colour}.png"))]
+    question = ["--question", "what color is it?", "--compare-base"]
+    image_qa.main(["--adapter", str(adapter), *images, *question])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.removeprefix("  with adapter:").strip() for line in lines[1::3]] == [one["answer"] for one in said]
+    base = open_asker(Wanted(adapter=adapter, with_base=True)).base
+    assert isinstance(base, VlBartAssistant)
+    assert [one.answer_by for one in base.subtasks] == ["text"]
+    options = ["evaluate", "--adapter", str(adapter), "--benchmarks", f"gqa={asked / 'gqa.jsonl'}"]
+    main([*options, "--images", str(pictures), "--to", str(asked / "evaluated")])
+    evaluated = json.loads((asked / "evaluated" / "metrics.json").read_text())
+    tested = json.loads((asked / "run" / "metrics.json").read_text())
+    found = evaluated["benchmarks"]["gqa"]["metrics"]["accuracy"]["value"]
+    assert found == tested["tasks"]["gqa"]["metrics"]["accuracy"]
