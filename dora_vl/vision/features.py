@@ -118,16 +118,15 @@ class FeatureWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what has been collected as one shard, under a name of its index: the same rows replace it.
+        """Writes what has been collected as one shard under a name of its pictures: computed again they replace it.
 
         Raises:
             UserError: the disk is full, or the folder cannot be written.
         """
         if not self._rows:
             return
-        rows = list(_index_rows(self._rows))
-        named = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:20]
-        index = json.dumps({"written": time.time_ns(), "rows": rows}).encode()
+        named = hashlib.sha256("\n".join(row.name for row in self._rows).encode()).hexdigest()[:20]
+        index = json.dumps({"written": time.time_ns(), "rows": list(_index_rows(self._rows))}).encode()
         tokens = [row.features for row in self._rows if row.features is not None]
         tensors = {
             FEATURES: torch.cat(tokens) if tokens else torch.zeros(0, 1),
@@ -205,8 +204,10 @@ def shard_rows(folder: Path) -> dict[str, ShardRow]:
     Raises:
         UserError: a file was cut, or is no shard of features.
     """
-    indexes = sorted(map(_read_index, sorted(folder.glob(f"*{SHARD_SUFFIX}"))), key=lambda index: index[0])
-    return {row.name: row for _, rows in indexes for row in rows}
+    indexes = [_read_index(path) for path in sorted(folder.glob(f"*{SHARD_SUFFIX}"))]
+    newest = {row.name: row for _, rows in sorted(indexes, key=lambda index: index[0]) for row in rows}
+    # In the order of the shards' names, which is the same whichever process was done first.
+    return {row.name: newest[row.name] for _, rows in indexes for row in rows}
 
 
 def _read_index(path: Path) -> tuple[int, list[ShardRow]]:

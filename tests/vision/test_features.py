@@ -94,12 +94,23 @@ def test_numbers_too_large_for_float16_are_named(tmp_path: Path) -> None:
 
 
 def test_of_two_shards_the_one_written_last_counts(tmp_path: Path) -> None:
-    """Whichever name it has: A, then B, then A again."""
+    """A, then B beside another picture, then A again; the order of the names does not tell who came last."""
     first, second = made(1, 2, 5).half(), made(2, 2, 5).half()
-    for features, state in ((first, (1, 1)), (second, (2, 2)), (first, (1, 1))):
-        write(tmp_path, FeatureRow("a", features, state=state))
+    for features, more in ((first, ()), (second, rows(1)), (first, ())):
+        write(tmp_path, FeatureRow("a", features), *more)
         assert torch.equal(open_features(tmp_path).read("a"), features)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) == 2  # the same pictures again took the place of the first
+
+
+def test_names_come_in_one_order_whoever_was_first(tmp_path: Path) -> None:
+    """A base is standardised by the first names, on whichever number of processes the features were computed."""
+    for folder, order in (("one", (0, 1, 2)), ("other", (2, 0, 1))):
+        for number in order:
+            write(tmp_path / folder, rows(3)[number])
+    one, other = (list(open_features(tmp_path / folder).held) for folder in ("one", "other"))
+    assert one == other
+    assert sorted(one) == ["v0", "v1", "v2"]
 
 
 def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
