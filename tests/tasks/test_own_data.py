@@ -167,7 +167,7 @@ def test_two_ways_of_validation_are_refused(tmp_path: Path) -> None:
     write_pictures(tmp_path, made)
     records = write_llava(tmp_path, made)
     settings = run_file(tmp_path, tmp_path / "none", records, validation=str(records), validation_share=0.5)
-    with pytest.raises(UserError, match=r"data.validation or data.validation_share, not both"):
+    with pytest.raises(UserError, match=r"set one of data\.validation, data\.validation_share and"):
         train(LlavaTask(read_run_file(settings)))
 
 
