@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
-from dora_vl.training.run import start
+from dora_vl.training.start import start
 
 if TYPE_CHECKING:
     from dora_vl.pipelines.commonsense_task import CommonsenseTask

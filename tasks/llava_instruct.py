@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dora_vl.run.recipe import RunConfig
-from dora_vl.training.run import start
+from dora_vl.training.start import start
 
 if TYPE_CHECKING:
     from dora_vl.training.task import Task

@@ -28,7 +28,7 @@ def task_of(config: VlBartRunConfig) -> Task:
 def main() -> None:
     """Reads the settings, trains, tests."""
     from dora_vl.run.vlbart_recipe import VlBartRunConfig
-    from dora_vl.training.run import start
+    from dora_vl.training.start import start
 
     start("vlbart_video.py", __doc__ or "", VlBartRunConfig, task_of)
 

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from dora_vl.backbones.seq2seq_prompt import Prompt
 from dora_vl.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """The encoder's text. `subtitles` may be cut at their end so that the whole fits; `text` follows them."""
-
-    subtitles_before: str = ""
-    subtitles: str = ""
-    text: str
-
 
 logger = logging.getLogger(__name__)
 

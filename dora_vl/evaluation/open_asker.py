@@ -42,8 +42,8 @@ def open_source(source: ModelSource) -> Opened:
 
 
 def _open_llava(source: ModelSource) -> Opened:
+    from dora_vl.backbones.chat_template import get_template
     from dora_vl.backbones.language_source import load_tokenizer
-    from dora_vl.backbones.template_table import get_template
     from dora_vl.evaluation.prompt_inputs import LlavaPrompts
     from dora_vl.run.assembly import build_encoder, load_backbone
     from dora_vl.vision.images import ImagePreparation
@@ -77,10 +77,10 @@ def _open_causal_lm(source: ModelSource) -> Opened:
 
 def _language_prompts(source: ModelSource) -> Prompts:
     """A run's instruction prompt, or a chat by a template."""
+    from dora_vl.backbones.chat_template import get_template
     from dora_vl.backbones.encode import LlavaEncoder
     from dora_vl.backbones.instruction_prompt import InstructionEncoder
     from dora_vl.backbones.language_source import load_tokenizer
-    from dora_vl.backbones.template_table import get_template
     from dora_vl.evaluation.prompt_inputs import ChatPrompts, InstructionPrompts
 
     tokenizer, most = load_tokenizer(source.place, revision=source.revision), _max_tokens(source)

@@ -39,9 +39,9 @@ from dora_vl.evaluation.seq2seq_check import check_tests, open_test
 from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
 from dora_vl.run.adapting import VLBART, core_config, make_base
 from dora_vl.run.arguments import order_seed
-from dora_vl.run.launch import loading_in
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.run.zero import loading_in
 from dora_vl.tasks.closed_answers import (
     SETTING,
     account,

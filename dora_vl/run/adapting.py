@@ -23,8 +23,8 @@ from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.config import AdapterSettings
 from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
 from dora_vl.errors import UserError
-from dora_vl.run.launch import gather_to_read, gather_to_write, loading_in, without_sharding
 from dora_vl.run.recipe import AdapterConfig, LoadedModelConfig
+from dora_vl.run.zero import gather_to_read, gather_to_write, loading_in, without_sharding
 
 LLAVA = "llava"
 """LLaVA-1.5: its own wording, pictures and masks."""

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.adapters.provenance import content_hash, local_folder, versions
 from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.chat_template import get_template
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.image_text_encode import ImageTextEncoder, load_processor
 from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, load_llava
-from dora_vl.backbones.template_table import get_template
 from dora_vl.core import DoRAConfig
 from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
 from dora_vl.errors import UserError

@@ -22,9 +22,10 @@ from dora_vl.data.train_files import train_files, train_name
 from dora_vl.data.training_rows import SampleRows, check_weights, drawn_out, load_rows, load_training_rows
 from dora_vl.data.turns import Clip
 from dora_vl.errors import UserError
-from dora_vl.run.launch import gather_to_read, rank_and_ranks, wait_for_everyone
+from dora_vl.run.launch import rank_and_ranks, wait_for_everyone
 from dora_vl.run.recipe import DataConfig, ModelConfig, RunConfig, SamplesConfig
 from dora_vl.run.run_folder import run_folder_of
+from dora_vl.run.zero import gather_to_read
 from dora_vl.vision.compute_features import FeatureCache
 from dora_vl.vision.frame_sampling import EverySeconds, Sampling, Uniform
 from dora_vl.vision.images import ImagePreparation

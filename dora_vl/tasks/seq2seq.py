@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dora_vl.backbones.seq2seq_text import Prompt
+from dora_vl.backbones.seq2seq_prompt import Prompt
 from dora_vl.data.dataset import IGNORED_LABEL, Skipped, sample_random
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example

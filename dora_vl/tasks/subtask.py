@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
-from dora_vl.backbones.seq2seq_text import Prompt
+from dora_vl.backbones.seq2seq_prompt import Prompt
 from dora_vl.data.examples import Example
 from dora_vl.scores.scored import Scored
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from random import Random
 
-from dora_vl.backbones.seq2seq_text import Prompt
+from dora_vl.backbones.seq2seq_prompt import Prompt
 from dora_vl.data.examples import Example
 from dora_vl.errors import BadSample
 from dora_vl.scores import caption, gqa, nlvr2, vqa

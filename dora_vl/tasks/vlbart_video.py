@@ -12,7 +12,7 @@ from functools import partial
 from random import Random
 from typing import TypeAlias
 
-from dora_vl.backbones.seq2seq_text import Prompt
+from dora_vl.backbones.seq2seq_prompt import Prompt
 from dora_vl.data.examples import Example
 from dora_vl.data.right_choice import right_choice
 from dora_vl.errors import BadSample

@@ -16,8 +16,9 @@ from dora_vl.adapters.folder import load_adapter, load_kept, save_adapter
 from dora_vl.backbones.base import Backbone
 from dora_vl.core import trained_parts
 from dora_vl.data.bad_samples import BadSampleLedger
-from dora_vl.run.launch import gather_to_read, gather_to_write, on_first_rank
+from dora_vl.run.launch import on_first_rank
 from dora_vl.run.run_folder import LOSS_LOG, run_folder_of
+from dora_vl.run.zero import gather_to_read, gather_to_write
 from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
 from dora_vl.training.memory_estimate import Activations, estimate_memory, memory_table
 from dora_vl.training.optim import (

@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 from dora_vl.core import TrainedPart, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError
-from dora_vl.run.launch import without_sharding
 from dora_vl.run.recipe import Decayed, OptimConfig
+from dora_vl.run.zero import without_sharding
 from dora_vl.training.memory_estimate import parameter_count, table, unpacked_sizes, weight_count
 from dora_vl.training.task import Task
 

@@ -1,33 +1,26 @@
-"""One training run from settings to a tested adapter, to be read from top to bottom, and as a program."""
+"""One training run from settings to a tested adapter, to be read from top to bottom."""
 
 from __future__ import annotations
 
 import logging
-import signal
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from dora_vl.adapters.checkpoints import checkpoint_to_resume
 from dora_vl.adapters.folder import WEIGHTS_FILE, read_json
 from dora_vl.data.bad_samples import write_skipped
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.errors import UserError
 from dora_vl.run.adapting import adapt
 from dora_vl.run.arguments import training_arguments
-from dora_vl.run.command_line import read_settings
 from dora_vl.run.launch import (
-    first_rank_speaks,
     is_first_rank,
     keep_freed_memory,
     launched_first,
     leave_process_group,
-    load_whole_models_again,
-    log_to_stderr,
     on_first_rank,
     threads_of_this_rank,
 )
@@ -40,6 +33,7 @@ from dora_vl.run.run_folder import (
     run_folder_of,
     write_settings,
 )
+from dora_vl.run.zero import load_whole_models_again
 from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.optim import check_parts
 from dora_vl.training.progress import Counts
@@ -174,29 +168,3 @@ def numbers_of_whole_run(run_folder: Path, step: int) -> dict[str, Any] | None:
     path = run_folder / METRICS
     there = read_json(path) if path.is_file() else {}
     return {key: there[key] for key in TRAINING_NUMBERS if key in there} if there.get("train_steps") == step else None
-
-
-Settings = TypeVar("Settings")
-STATUS_OF_A_SIGNAL = 128  # as shells count it: 130 after Ctrl-C, 143 after SIGTERM
-
-
-@exit_on_user_error
-def start(program: str, description: str, settings: type[Settings], task_of: Callable[[Settings], Task]) -> None:
-    """Reads the settings, trains, tests.
-
-    Args:
-        program: the file's name, for --help.
-        settings: the dataclass of the task's run.
-        task_of: makes the task; it may import what takes seconds, since mistakes in the settings were reported before.
-    """
-    log_to_stderr()
-    with first_rank_speaks():
-        config = read_settings(sys.argv[1:], settings, program=program, description=description)
-        task = task_of(config)
-
-        stopped_by = run(task)
-    if stopped_by is not None:
-        logging.getLogger(__name__).info(
-            "stopped by %s; --resume last resumes from there", signal.Signals(stopped_by).name
-        )
-        sys.exit(STATUS_OF_A_SIGNAL + stopped_by)

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 
 from dora_vl.backbones import language_source
+from dora_vl.backbones.chat_template import get_template
 from dora_vl.backbones.compose import ComposeSpec, compose_llava
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.language_source import add_image_token, load_tokenizer
 from dora_vl.backbones.llava import load_llava
-from dora_vl.backbones.template_table import get_template
 from dora_vl.errors import UserError
 from tests.backbones.encoded_talk import talk
 from tests.backbones.tiny_sentencepiece import sentencepiece_model, write_tiny_vicuna, write_tokenizer_model

@@ -17,7 +17,7 @@ from dora_vl.core import apply_dora
 from dora_vl.errors import UserError
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
-from dora_vl.training.run import start
+from dora_vl.training.start import start
 from tasks import commonsense
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.test_run import one_thread

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_vl.backbones.seq2seq_text import Prompt, Seq2SeqEncoder
+from dora_vl.backbones.seq2seq_prompt import Prompt
+from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.example_file import ExampleFile

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dora_vl.errors import UserError
 from dora_vl.vision.images import ImagePreparation, Preparation, image_processor
-from dora_vl.vision.towers import CLIP_MEAN, CLIP_STD
+from dora_vl.vision.tower_config import CLIP_MEAN, CLIP_STD
 
 SIDE = 28
 CLIP = Preparation(image_size=SIDE, mean=tuple(CLIP_MEAN), std=tuple(CLIP_STD))
