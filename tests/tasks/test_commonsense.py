@@ -186,6 +186,22 @@ def test_any_format_of_several_files_streamed(folder: Path) -> None:
     assert "turns of user, assistant, user stand before the output" in skipped
 
 
+def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> None:
+    from dora_vl.evaluation.commonsense_run import read_sets
+    from dora_vl.run.commonsense_recipe import CommonsenseEvaluationConfig
+
+    row = {"instruction": "Is it?", "input": "a text", "output": "the correct answer is solution2"}
+    rows = [{**row, "id": "a", "answer": "solution2"}, row, {**row, "output": ""}, {**row, "id": 7, "answer": None}]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    asked, unreadable = read_sets(CommonsenseEvaluationConfig(files={"piqa": str(tmp_path / "test.json")}))
+    assert [one.id for one in asked] == ["piqa/a", "piqa/record 1", "piqa/7"]
+    assert {(one.answer, one.kind, one.truth) for one in asked} == {("solution2", "piqa", row["output"])}
+    assert {(one.turns[0].instruction, one.turns[0].input, one.text) for one in asked} == {
+        ("Is it?", "a text", "Is it?\na text")
+    }
+    assert unreadable == {"piqa/record 2": "'output' is empty"}
+
+
 def test_granular_magnitudes(folder: Path) -> None:
     from dora_vl.core import apply_dora, trained_parts
     from dora_vl.pipelines.commonsense_task import CommonsenseTask
