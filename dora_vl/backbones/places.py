@@ -17,7 +17,6 @@ from dora_vl.backbones.image_text import projector_patterns
 from dora_vl.core.experts import expert_projections
 from dora_vl.core.opaque import is_quantised
 from dora_vl.errors import UserError
-from dora_vl.heads.answer import AnswerHead
 
 Place = Mapping[str, nn.Module]
 """The modules of a place by full name."""
@@ -173,13 +172,10 @@ def _experts(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: one for name, one in model.named_modules() if expert_projections(one)}
 
 
-def _answer_heads(model: PreTrainedModel) -> list[nn.Module]:
-    return [one for one in model.modules() if isinstance(one, AnswerHead)]
-
-
 def _all_linear(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every linear layer but the output heads, and experts that are one tensor."""
-    heads = {model.get_output_embeddings(), *(one for head in _answer_heads(model) for one in head.modules())}
+    closed = dict(model.named_children()).get("answer_heads", nn.Module())  # a VL-BART's
+    heads = {model.get_output_embeddings(), *closed.modules()}
     linears = {name: one for name, one in model.named_modules() if _is_linear(one) and one not in heads}
     return {**linears, **_experts(model)}
 
