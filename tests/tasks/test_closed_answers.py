@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from dora_vl.vision.named_features import NamedFeatures
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -20,6 +19,7 @@ from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_hea
 from dora_vl.cli import main
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Answer, Example, write_examples
+from dora_vl.data.feature_input import FeatureReader
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Wanted
@@ -32,6 +32,7 @@ from dora_vl.tasks.closed_answers import closed
 from dora_vl.tasks.seq2seq import MicroBatch, MixtureDataset, Seq2SeqCollator
 from dora_vl.training.run import run
 from dora_vl.training.seq2seq_loss import Seq2SeqTask
+from dora_vl.vision.feature_files import open_features
 from tasks import image_qa
 from tests.training.test_two_ranks import losses
 from tests.training.tiny_vlbart_run import (
@@ -107,7 +108,7 @@ def scores(backbone: VlBartBackbone, task: str) -> torch.Tensor:
 def by_hand(config: VlBartRunConfig, backbone: VlBartBackbone, task: str) -> torch.Tensor:
     """Scores of a task's training records, one at a time, by the model's parts alone."""
     encoder = VlBartTask(config, all_subtasks(), name="tiny").encoder()
-    reader = NamedFeatures(Path(config.data.features[task]), tokens=FEATURE_TOKENS, width=FEATURE_WIDTH)
+    reader = FeatureReader(open_features(Path(config.data.features[task])), FEATURE_TOKENS, FEATURE_WIDTH)
     head, model = backbone.answer_head(task).logit_fc, backbone.model.model
     rows = []
     for example in ExampleFile(Path(str(config.data.train[task]))):
@@ -187,7 +188,7 @@ def test_without_a_closed_list_batches_and_losses_are_bit_equal_to_the_plain_one
     loss = Seq2SeqTask(backbone)
     encoder, subtask = made.encoder(), all_subtasks()["vqav2"]
     file = ExampleFile(Path(str(config.data.train["vqav2"])))
-    reader = NamedFeatures(Path(config.data.features["vqav2"]), tokens=FEATURE_TOKENS, width=FEATURE_WIDTH)
+    reader = FeatureReader(open_features(Path(config.data.features["vqav2"])), FEATURE_TOKENS, FEATURE_WIDTH)
     collate = Seq2SeqCollator(encoder.pad_token_id, (FEATURE_TOKENS, FEATURE_WIDTH))
     batches = {}
     for kind in (subtask, closed(subtask)):
