@@ -70,6 +70,12 @@ NOT_TRAINED: Mapping[str, str] = MappingProxyType(
 )
 """Image-text-to-text and causal language models of transformers that this path does not fit, and why."""
 
+TURNED_UNDER_ZERO3: Mapping[str, Mapping[str, tuple[str, str, str]]] = MappingProxyType(
+    {"qwen3_vl_moe": {".mlp.experts.down_proj": ("num_experts", "hidden_size", "moe_intermediate_size")}}
+)
+"""Model type -> weight -> its shape in the model, by names of the text config, where transformers 5.24 transposes such
+weights if they are stored in another shape. Under ZeRO-3 it sees none of the model's, and always transposes."""
+
 PROJECTORS = (
     "multi_modal_projector",
     "connector",

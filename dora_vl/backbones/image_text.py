@@ -11,11 +11,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.provenance import local_folder
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Backbone, Features, labelled_positions, new_tokens, output_layer_sees
-from dora_vl.backbones.families import BYPASSED, PROJECTORS, sees_pictures
+from dora_vl.backbones.families import BYPASSED, PROJECTORS, TURNED_UNDER_ZERO3, model_type_of, sees_pictures
 from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.core import DoRAConfig
 from dora_vl.core.kinds import adaptable
@@ -190,6 +193,8 @@ def load_image_text(
     """
     check_model_folder(folder_or_id)
     auto: Any = AutoModelForImageTextToText if sees_pictures(folder_or_id, revision) else AutoModelForCausalLM
+    if is_deepspeed_zero3_enabled():
+        refuse_turned_experts(folder_or_id, revision=revision)
     try:
         quantised = quantised_loading(folder_or_id, quantisation, dtype=dtype, revision=revision)
         loaded: Any = auto.from_pretrained(
@@ -209,6 +214,29 @@ def load_image_text(
         )
     quantised.finish(model)
     return ImageTextBackbone(model)
+
+
+def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> None:
+    """Refuses a base whose experts transformers would load transposed under ZeRO-3 (`TURNED_UNDER_ZERO3`).
+
+    Published folders store them transposed and load rightly; those of `save_pretrained` do not, and of a square matrix
+    no shape tells.
+
+    Raises: UserError; it says what to do.
+    """
+    turned = TURNED_UNDER_ZERO3.get(model_type_of(folder_or_id, revision), {})
+    if not turned:
+        return
+    text = AutoConfig.from_pretrained(folder_or_id, revision=revision or "main").get_text_config()
+    own = {end: tuple(getattr(text, name) for name in names) for end, names in turned.items()}
+    with BaseWeights(local_folder(folder_or_id, revision)) as weights:
+        stored = [(key, shape) for key, _, shape, _ in weights.stored]
+    for key, shape in stored:
+        if any(key.endswith(end) and shape == held for end, held in own.items()):
+            raise UserError(
+                f"{folder_or_id}: under ZeRO-3 transformers would load {key} transposed, since the folder has it as "
+                "save_pretrained writes it; set training.deepspeed: zero2, or take the published folder"
+            )
 
 
 def skeleton_of(folder_or_id: str, *, revision: str | None = None) -> PreTrainedModel:
