@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path.cwd()))
 PACKAGE = str(Path.cwd() / "dora_vl")
 BELOW = {
     "a row to a sample": (("data/dataset.py",), "__getitem__"),
-    "a batch to the loss": (("training/task_model.py", "training/task.py"), "forward"),
+    "a batch to the loss": (("training/task_model.py", "training/pipeline.py"), "forward"),
 }
 """Part -> the function whose calls belong to it, and the file it is in, in the one version or the other."""
 

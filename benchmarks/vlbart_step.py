@@ -21,7 +21,7 @@ from dora_vl.backbones.vlbart import DORA_TARGETS, VlBartBackbone, also_trained
 from dora_vl.backbones.vlbart_compose import drawn
 from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
-from dora_vl.training.seq2seq_loss import Seq2SeqTask
+from dora_vl.training.seq2seq_loss import Seq2SeqLoss
 
 Method = Literal["full", "lora", "dora"]
 METHODS: tuple[Method, ...] = ("full", "lora", "dora")
@@ -60,7 +60,7 @@ def stepper(method: Method, *, layers: int, batch: dict[str, Any], device: str) 
     extras = also_trained(model.settings, biases=True, norm_weights=method == "dora")
     config = DoRAConfig(method=method, rank=128, alpha=128.0, dropout=0.0, targets=DORA_TARGETS, also_train=extras)
     apply_dora(model, DoRAConfig(method="full", targets=("*",)) if method == "full" else config)
-    task = Seq2SeqTask(VlBartBackbone(model)).train()
+    task = Seq2SeqLoss(VlBartBackbone(model)).train()
     parameters = [one for part in trained_parts(model) for one in part.parameters.values()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 

@@ -15,15 +15,15 @@ from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.training.start import start
 
 if TYPE_CHECKING:
-    from dora_vl.pipelines.commonsense_task import CommonsenseTask
+    from dora_vl.pipelines.commonsense import CommonsensePipeline
 
 
-def task_of(config: CommonsenseRunConfig) -> CommonsenseTask:
+def pipeline_of(config: CommonsenseRunConfig) -> CommonsensePipeline:
     """The task of these settings; its imports take seconds, so they wait until the settings are right."""
-    from dora_vl.pipelines.commonsense_task import CommonsenseTask
+    from dora_vl.pipelines.commonsense import CommonsensePipeline
 
-    return CommonsenseTask(config)
+    return CommonsensePipeline(config)
 
 
 if __name__ == "__main__":
-    start("commonsense.py", __doc__ or "", CommonsenseRunConfig, task_of)
+    start("commonsense.py", __doc__ or "", CommonsenseRunConfig, pipeline_of)

@@ -15,14 +15,14 @@ from dora_vl.run.recipe import RunConfig
 from dora_vl.training.start import start
 
 if TYPE_CHECKING:
-    from dora_vl.training.task import Task
+    from dora_vl.training.pipeline import Pipeline
 
 
-def instruct(config: RunConfig) -> Task:
+def instruct(config: RunConfig) -> Pipeline:
     """The base's task; its imports take seconds, so they come after mistakes in the settings were reported."""
-    from dora_vl.pipelines.image_text_task import instruct_task
+    from dora_vl.pipelines.image_text import instruct_pipeline
 
-    return instruct_task(config)
+    return instruct_pipeline(config)
 
 
 def main() -> None:

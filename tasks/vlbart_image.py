@@ -14,14 +14,14 @@ from dora_vl.tasks.vlbart_image import subtasks
 
 if TYPE_CHECKING:
     from dora_vl.run.vlbart_recipe import VlBartRunConfig
-    from dora_vl.training.task import Task
+    from dora_vl.training.pipeline import Pipeline
 
 
-def task_of(config: VlBartRunConfig) -> Task:
+def pipeline_of(config: VlBartRunConfig) -> Pipeline:
     """The run's task; imports what takes seconds."""
-    from dora_vl.pipelines.vlbart_task import VlBartTask
+    from dora_vl.pipelines.vlbart import VlBartPipeline
 
-    return VlBartTask(config, subtasks(task_prompt=config.data.task_prompt), name="vlbart_image")
+    return VlBartPipeline(config, subtasks(task_prompt=config.data.task_prompt), name="vlbart_image")
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     from dora_vl.run.vlbart_recipe import VlBartRunConfig
     from dora_vl.training.start import start
 
-    start("vlbart_image.py", __doc__ or "", VlBartRunConfig, task_of)
+    start("vlbart_image.py", __doc__ or "", VlBartRunConfig, pipeline_of)
 
 
 if __name__ == "__main__":

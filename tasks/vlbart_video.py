@@ -14,15 +14,15 @@ from dora_vl.tasks.vlbart_video import subtasks
 
 if TYPE_CHECKING:
     from dora_vl.run.vlbart_recipe import VlBartRunConfig
-    from dora_vl.training.task import Task
+    from dora_vl.training.pipeline import Pipeline
 
 
-def task_of(config: VlBartRunConfig) -> Task:
+def pipeline_of(config: VlBartRunConfig) -> Pipeline:
     """The run's task; imports what takes seconds."""
-    from dora_vl.pipelines.vlbart_task import VlBartTask
+    from dora_vl.pipelines.vlbart import VlBartPipeline
 
     known = subtasks(task_prompt=config.data.task_prompt)
-    return VlBartTask(config, known, name="vlbart_video", is_video=True)
+    return VlBartPipeline(config, known, name="vlbart_video", is_video=True)
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     from dora_vl.run.vlbart_recipe import VlBartRunConfig
     from dora_vl.training.start import start
 
-    start("vlbart_video.py", __doc__ or "", VlBartRunConfig, task_of)
+    start("vlbart_video.py", __doc__ or "", VlBartRunConfig, pipeline_of)
 
 
 if __name__ == "__main__":

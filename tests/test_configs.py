@@ -25,9 +25,9 @@ from dora_vl.backbones.causal_lm import CausalLMBackbone
 from dora_vl.backbones.image_text import ImageTextBackbone
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
-from dora_vl.pipelines.commonsense_task import CommonsenseTask
-from dora_vl.pipelines.image_text_task import ImageTextTask
-from dora_vl.pipelines.vlbart_task import vlbart_dora_config
+from dora_vl.pipelines.commonsense import CommonsensePipeline
+from dora_vl.pipelines.image_text import ImageTextPipeline
+from dora_vl.pipelines.vlbart import vlbart_dora_config
 from dora_vl.run.adapting import adapt
 from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, check_training_section, read_deepspeed
 from dora_vl.run.assembly import dora_config
@@ -187,10 +187,10 @@ def adapted(config: Any) -> Any:
         adapt(model, vlbart_dora_config(config, model))
     elif isinstance(config, CommonsenseRunConfig):
         model = meta_language_model(config)
-        adapt(model, CommonsenseTask(config).dora_config(CausalLMBackbone(model)))
+        adapt(model, CommonsensePipeline(config).dora_config(CausalLMBackbone(model)))
     elif config.model.base in FAMILIES:
         model = meta_image_text(config)
-        adapt(model, ImageTextTask(config).dora_config(ImageTextBackbone(model)))
+        adapt(model, ImageTextPipeline(config).dora_config(ImageTextBackbone(model)))
     else:
         model = meta_model(config.model)
         adapt(model, dora_config(config.adapter, model))

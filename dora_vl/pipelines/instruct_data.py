@@ -23,7 +23,7 @@ from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.samples import check_streaming, open_stream, read_samples, read_validation, samples_of_a_run
 from dora_vl.training.memory_estimate import Activations, decoder_activations
-from dora_vl.training.task import GenerationTask, Task, TrainingData
+from dora_vl.training.pipeline import NextTokenLoss, Pipeline, TrainingData
 
 MakeDataset = Callable[[Rows, HeldPictures], ConversationDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
@@ -164,7 +164,7 @@ class InstructData:
         )
 
 
-class InstructTask(Task, Generic[Settings]):
+class InstructPipeline(Pipeline, Generic[Settings]):
     """What runs about talk and pictures share, whatever the model: settings, data read once, next-token loss."""
 
     def __init__(self, config: Settings, *, name: str = "llava_instruct") -> None:
@@ -192,6 +192,6 @@ class InstructTask(Task, Generic[Settings]):
         """The language model's."""
         return decoder_activations(backbone.model, arguments, longest_tokens=longest_tokens)
 
-    def loss(self, backbone: Backbone[Any]) -> GenerationTask:
+    def loss(self, backbone: Backbone[Any]) -> NextTokenLoss:
         """Next-token loss."""
-        return GenerationTask(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
+        return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")

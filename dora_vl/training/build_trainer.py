@@ -29,8 +29,8 @@ from dora_vl.training.optim import (
     trained_table,
     with_decay,
 )
+from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.progress import BatchStatistics
-from dora_vl.training.task import Task, TrainingData
 from dora_vl.training.trainer import AdapterTrainer, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 
@@ -38,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_trainer(
-    task: Task, arguments: TrainingArguments, backbone: Backbone[Any]
+    pipeline: Pipeline, arguments: TrainingArguments, backbone: Backbone[Any]
 ) -> tuple[AdapterTrainer, StopOnSignal]:
     """The Trainer of an adapted backbone, with its data; and what tells whether a signal stopped it."""
-    config, run_folder = task.config, run_folder_of(task.config)
-    data = task.data(backbone, arguments)
+    config, run_folder = pipeline.config, run_folder_of(pipeline.config)
+    data = pipeline.data(backbone, arguments)
     ledger = BadSampleLedger(
         max_bad_share=config.data.max_bad_share,
         total_samples=data.samples,
@@ -54,9 +54,9 @@ def build_trainer(
     stop = StopOnSignal()
     rates = rates_of(config.optim, arguments.learning_rate)
     refuse_unknown_parts(trained_parts(backbone.model), rates)
-    log_plan(backbone, rates, task.activations(backbone, arguments, longest_tokens=data.longest_tokens), arguments)
+    log_plan(backbone, rates, pipeline.activations(backbone, arguments, longest_tokens=data.longest_tokens), arguments)
     trainer = AdapterTrainer(
-        model=task.loss(backbone),
+        model=pipeline.loss(backbone),
         args=arguments,
         train_dataset=data.train,
         eval_dataset=held_out,
@@ -70,10 +70,10 @@ def build_trainer(
         rates=rates,
         parts=with_decay(trained_parts(backbone.model), config.optim.weight_decay_on),
         sampler=data.sampler,
-        persistence=_persistence(task, backbone.model, run_folder, writes=arguments.process_index == 0),
+        persistence=_persistence(pipeline, backbone.model, run_folder, writes=arguments.process_index == 0),
         statistics=statistics,
         validation=validation,
-        labels_shift=task.labels_shift,
+        labels_shift=pipeline.labels_shift,
     )
     if data.stream is not None and not arguments.ignore_data_skip:
         trainer.progress.follow(data.stream)
@@ -120,8 +120,8 @@ def _read_in_a_pass(samples: int, arguments: TrainingArguments) -> int:
     return whole if arguments.dataloader_drop_last or whole == samples else whole + together
 
 
-def _persistence(task: Task, model: nn.Module, run_folder: Path, *, writes: bool) -> Persistence:
-    base, recipe = task.config.model.base, task.recipe() if writes else None
+def _persistence(pipeline: Pipeline, model: nn.Module, run_folder: Path, *, writes: bool) -> Persistence:
+    base, recipe = pipeline.config.model.base, pipeline.recipe() if writes else None
 
     def save(folder: Path) -> None:
         save_adapter(model, folder, base_model=base, recipe=recipe, gather=gather_to_read, write=writes)

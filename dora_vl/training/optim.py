@@ -17,7 +17,7 @@ from dora_vl.errors import UserError
 from dora_vl.run.recipe import Decayed, OptimConfig
 from dora_vl.run.zero import without_sharding
 from dora_vl.training.memory_estimate import parameter_count, table, unpacked_sizes, weight_count
-from dora_vl.training.task import Task
+from dora_vl.training.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,18 @@ def refuse_unknown_parts(parts: Sequence[TrainedPart], rates: LearningRates) -> 
         raise UserError(f"a learning rate is set for {unknown}, but what trains is {names}{hint}")
 
 
-def check_parts(task: Task, arguments: TrainingArguments) -> None:
+def check_parts(pipeline: Pipeline, arguments: TrainingArguments) -> None:
     """Refuses patterns and rates of parts that the model does not have, on a model without weights.
 
     Raises:
         UserError: one line, before any weight is read.
     """
-    adapter, optim = task.config.adapter, task.config.optim
+    adapter, optim = pipeline.config.adapter, pipeline.config.optim
     if not (adapter.targets or adapter.parts or adapter.also_train or adapter.also_keep or optim.rates):
         return
     with without_sharding(arguments):
-        backbone = task.skeleton()
-    apply_dora(backbone.model, replace(task.dora_config(backbone), init="kaiming"))
+        backbone = pipeline.skeleton()
+    apply_dora(backbone.model, replace(pipeline.dora_config(backbone), init="kaiming"))
     refuse_unknown_parts(trained_parts(backbone.model), rates_of(optim, arguments.learning_rate))
 
 

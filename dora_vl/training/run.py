@@ -36,8 +36,8 @@ from dora_vl.run.run_folder import (
 from dora_vl.run.zero import load_whole_models_again
 from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.optim import check_parts
+from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.progress import Counts
-from dora_vl.training.task import Task
 from dora_vl.training.trainer import AdapterTrainer
 
 logger = logging.getLogger(__name__)
@@ -64,12 +64,12 @@ class RunResult:
     """What training adds to `metrics.json`."""
 
 
-def train(task: Task) -> RunResult:
-    """Trains as the task's settings say and leaves `adapter/`, checkpoints and `log.jsonl` in the run folder.
+def train(pipeline: Pipeline) -> RunResult:
+    """Trains as the pipeline's settings say and leaves `adapter/`, checkpoints and `log.jsonl` in the run folder.
 
     Every rank of a launch calls it. Raises UserError for whatever in the settings or the data cannot be used.
     """
-    config, threads = task.config, threads_of_this_rank()
+    config, threads = pipeline.config, threads_of_this_rank()
     arguments = training_arguments(config)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -77,13 +77,13 @@ def train(task: Task) -> RunResult:
     checkpoint = checkpoint_to_resume(config.resume, run_folder)
     on_first_rank(partial(prepare_run_folder, run_folder, resume=checkpoint is not None, overwrite=config.overwrite))
     on_first_rank(partial(write_settings, run_folder, config))
-    on_first_rank(partial(task.prepare, arguments))
-    on_first_rank(partial(check_parts, task, arguments))
+    on_first_rank(partial(pipeline.prepare, arguments))
+    on_first_rank(partial(check_parts, pipeline, arguments))
 
-    backbone = task.load()
+    backbone = pipeline.load()
     torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
-    adapt(backbone.model, task.dora_config(backbone), initial=config.adapter.initial)
-    trainer, stop = build_trainer(task, arguments, backbone)
+    adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
+    trainer, stop = build_trainer(pipeline, arguments, backbone)
     if checkpoint is not None:
         trainer.progress.go_on_from(checkpoint)
     keep_freed_memory()
@@ -106,33 +106,33 @@ def train(task: Task) -> RunResult:
     return RunResult(output.global_step, stop.received, numbers)
 
 
-def run(task: Task) -> int | None:
+def run(pipeline: Pipeline) -> int | None:
     """Trains, then tests where `evaluation.file` is set; returns the signal that stopped the run, or None.
 
     With `test_only` it tests what an earlier run left, and nothing else. The process group is gone afterwards: ZeRO-3
     on a CPU aborts at interpreter exit while it is there.
     """
-    if task.config.test_only:
-        test_again(task)
+    if pipeline.config.test_only:
+        test_again(pipeline)
         return None
     try:
-        result = train(task)
+        result = train(pipeline)
         first = is_first_rank()
     finally:
         leave_process_group()
         load_whole_models_again()
-    if result.stopped_by is None and task.config.evaluation.file is not None and first:
-        task.test(result.numbers)
+    if result.stopped_by is None and pipeline.config.evaluation.file is not None and first:
+        pipeline.test(result.numbers)
     return result.stopped_by
 
 
-def test_again(task: Task) -> None:
+def test_again(pipeline: Pipeline) -> None:
     """Tests the adapter in the run folder; what `metrics.json` says of its training stays.
 
     Raises:
         UserError: no adapter is there, nothing says what to test on, or the settings ask for training too.
     """
-    config, folder = task.config, run_folder_of(task.config)
+    config, folder = pipeline.config, run_folder_of(pipeline.config)
     weights, metrics = folder / ADAPTER / WEIGHTS_FILE, folder / METRICS
     if config.resume is not None or config.overwrite:
         raise UserError("test_only trains nothing; leave resume and overwrite out, which are about training")
@@ -142,7 +142,7 @@ def test_again(task: Task) -> None:
         raise UserError(f"test_only: {weights} does not exist; train first, or name the run's training.output_dir")
     if launched_first():
         there = read_json(metrics) if metrics.is_file() else {}
-        task.test({name: there[name] for name in TRAINING_NUMBERS if name in there})
+        pipeline.test({name: there[name] for name in TRAINING_NUMBERS if name in there})
 
 
 def training_numbers(trainer: AdapterTrainer, counts: Counts) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.heads.answer import answer_loss
 from dora_vl.tasks.seq2seq import ClosedBatch
 from dora_vl.tasks.subtask import NormaliseBy
-from dora_vl.training.task import TaskModel
+from dora_vl.training.pipeline import LossModel
 
 
-class Seq2SeqTask(TaskModel):
+class Seq2SeqLoss(LossModel):
     """The loss of one task's micro-batch, normalised over the whole optimizer step, however it is dealt out to ranks.
 
     Args:

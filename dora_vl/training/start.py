@@ -1,4 +1,4 @@
-"""How a training task begins and ends as a program: settings from the command line, a run, an exit status."""
+"""How a training script begins and ends as a program: settings from the command line, a run, an exit status."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from dora_vl.run.command_line import read_settings
 from dora_vl.run.launch import first_rank_speaks, log_to_stderr
 
 if TYPE_CHECKING:
-    from dora_vl.training.task import Task
+    from dora_vl.training.pipeline import Pipeline
 
 Settings = TypeVar("Settings")
 STATUS_OF_A_SIGNAL = 128  # as shells count it: 130 after Ctrl-C, 143 after SIGTERM
 
 
 @exit_on_user_error
-def start(program: str, description: str, settings: type[Settings], task_of: Callable[[Settings], Task]) -> None:
+def start(
+    program: str, description: str, settings: type[Settings], pipeline_of: Callable[[Settings], Pipeline]
+) -> None:
     """Reads the settings, trains, tests.
 
     Args:
         program: the file's name, for --help.
-        settings: the dataclass of the task's run.
-        task_of: makes the task; it may import what takes seconds, since mistakes in the settings were reported before.
+        settings: the dataclass of the pipeline's run.
+        pipeline_of: makes the pipeline; it may import what takes seconds, since mistakes in the settings were reported
+            before.
     """
     log_to_stderr()
     with first_rank_speaks():
         config = read_settings(sys.argv[1:], settings, program=program, description=description)
-        task = task_of(config)
+        pipeline = pipeline_of(config)
 
         from dora_vl.training.run import run
 
-        stopped_by = run(task)
+        stopped_by = run(pipeline)
     if stopped_by is not None:
         logging.getLogger(__name__).info(
             "stopped by %s; --resume last resumes from there", signal.Signals(stopped_by).name

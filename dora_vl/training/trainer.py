@@ -211,7 +211,7 @@ class AdapterTrainer(Trainer):
 
 
 def load_exactly(src: Mapping[str, Tensor], dst: nn.Module) -> None:
-    """Loads what trains (`TaskModel.state_dict` holds nothing else); DeepSpeed calls it with these names.
+    """Loads what trains (`LossModel.state_dict` holds nothing else); DeepSpeed calls it with these names.
 
     Raises:
         UserError: the checkpoint holds other parameters than this run trains.

@@ -16,7 +16,7 @@ from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart
 from dora_vl.backbones.vlbart_compose import SmallBart, VlBartSpec, compose_vlbart
 from dora_vl.cli import main
-from dora_vl.pipelines.vlbart_task import VlBartTask
+from dora_vl.pipelines.vlbart import VlBartPipeline
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.training.run import run
@@ -170,7 +170,9 @@ def trained_on(case: Case, start: Start, initial: Path, folder: Path) -> Path:
         adapter=settings,
         training={"use_cpu": True, "learning_rate": 0.02, "num_train_epochs": 3},
     )
-    assert run(VlBartTask(read_settings([f"--config={file}"], VlBartRunConfig), all_subtasks(), name="tiny")) is None
+    assert (
+        run(VlBartPipeline(read_settings([f"--config={file}"], VlBartRunConfig), all_subtasks(), name="tiny")) is None
+    )
     return folder / "run" / "adapter"
 
 

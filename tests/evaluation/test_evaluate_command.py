@@ -21,7 +21,7 @@ from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.assistant import open_picture
 from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.evaluation.result_files import read_predictions
-from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     base, questions = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data", samples=24)
     path = write_run(folder / "run.yaml", base, questions, training={"use_cpu": True, "max_steps": 1})
-    run(LlavaTask(read_run_file(path)))
+    run(LlavaPipeline(read_run_file(path)))
     move(folder / "run" / "adapter" / "adapter_model.safetensors")
     rows = json.loads(questions.read_text())
     model = open_asker(Wanted(adapter=folder / "run" / "adapter")).adapted

@@ -12,7 +12,7 @@ import pytest
 from dora_vl.errors import UserError
 from dora_vl.evaluation.result_files import read_predictions
 from dora_vl.evaluation.run import evaluate_run
-from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file
 from dora_vl.run.recipe import RunConfig
 from dora_vl.training.run import run
@@ -38,7 +38,7 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         evaluation={"file": str(folder / "test.json"), "batch_size": 5, "max_new_tokens": 4},
     )
     config = read_run_file(path)
-    assert run(LlavaTask(config)) is None
+    assert run(LlavaPipeline(config)) is None
     return config
 
 
@@ -73,11 +73,11 @@ def test_the_pictures_are_drawn(tested: RunConfig) -> None:
 
 def test_testing_again_asks_only_what_failed(tested: RunConfig) -> None:
     before = metrics_of(tested)
-    again = LlavaTask(tested).test({})
+    again = LlavaPipeline(tested).test({})
     assert again["answers_from_earlier_run"] == 23
     assert again["accuracy"] == before["accuracy"]
     fewer = dataclasses.replace(tested, evaluation=dataclasses.replace(tested.evaluation, limit=4))
-    assert LlavaTask(fewer).test({})["n"] == 4
+    assert LlavaPipeline(fewer).test({})["n"] == 4
 
 
 def test_without_a_question_file_or_an_adapter_it_says_so(tested: RunConfig, tmp_path: Path) -> None:

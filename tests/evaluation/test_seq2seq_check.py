@@ -19,7 +19,7 @@ from dora_vl.data.examples import Answer, Example, write_examples
 from dora_vl.data.feature_input import FeatureReader, FeatureStore, Stored
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.seq2seq_check import check_tests
-from dora_vl.pipelines.vlbart_task import VlBartTask
+from dora_vl.pipelines.vlbart import VlBartPipeline
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.training.run import run
@@ -31,7 +31,7 @@ def data(tmp_path: Path) -> Path:
     return write_vlbart_data(tmp_path / "data")
 
 
-def task(data: Path, tested: tuple[str, ...], *overrides: str) -> VlBartTask:
+def task(data: Path, tested: tuple[str, ...], *overrides: str) -> VlBartPipeline:
     files = {name: str(data / "records" / f"{name}.jsonl") for name in tested}
     features = dict.fromkeys(("vqav2", *tested), str(data / "features"))
     path = write_vlbart_run(
@@ -43,7 +43,7 @@ def task(data: Path, tested: tuple[str, ...], *overrides: str) -> VlBartTask:
         evaluation={"files": files},
     )
     config = read_settings([f"--config={path}", *overrides], VlBartRunConfig)
-    return VlBartTask(config, all_subtasks(), name="vlbart_image")
+    return VlBartPipeline(config, all_subtasks(), name="vlbart_image")
 
 
 def no_file(data: Path) -> None:

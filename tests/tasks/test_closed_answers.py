@@ -25,13 +25,13 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-from dora_vl.pipelines.vlbart_task import VlBartTask
+from dora_vl.pipelines.vlbart import VlBartPipeline
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.tasks.closed_answers import closed
 from dora_vl.tasks.seq2seq import MicroBatch, MixtureDataset, Seq2SeqCollator
 from dora_vl.training.run import run
-from dora_vl.training.seq2seq_loss import Seq2SeqTask
+from dora_vl.training.seq2seq_loss import Seq2SeqLoss
 from dora_vl.vision.feature_files import open_features
 from tasks import image_qa
 from tests.training.test_two_ranks import losses
@@ -58,7 +58,7 @@ def config_of(file: Path, *overrides: str) -> VlBartRunConfig:
 
 def train(file: Path, *overrides: str) -> Path:
     config = config_of(file, *overrides)
-    assert run(VlBartTask(config, all_subtasks(), name="vlbart_image")) is None
+    assert run(VlBartPipeline(config, all_subtasks(), name="vlbart_image")) is None
     return Path(config.training["output_dir"])
 
 
@@ -107,7 +107,7 @@ def scores(backbone: VlBartBackbone, task: str) -> torch.Tensor:
 @torch.no_grad()
 def by_hand(config: VlBartRunConfig, backbone: VlBartBackbone, task: str) -> torch.Tensor:
     """Scores of a task's training records, one at a time, by the model's parts alone."""
-    encoder = VlBartTask(config, all_subtasks(), name="tiny").encoder()
+    encoder = VlBartPipeline(config, all_subtasks(), name="tiny").encoder()
     reader = FeatureReader(open_features(Path(config.data.features[task])), FEATURE_TOKENS, FEATURE_WIDTH)
     head, model = backbone.answer_head(task).logit_fc, backbone.model.model
     rows = []
@@ -183,9 +183,9 @@ def test_the_loss_of_a_step_is_vl_t5s_written_out(run_file: Path, task: str) -> 
 
 def test_without_a_closed_list_batches_and_losses_are_bit_equal_to_the_plain_ones(run_file: Path) -> None:
     config = config_of(run_file, "--data.closed_answers={}")
-    made = VlBartTask(config, all_subtasks(), name="tiny")
+    made = VlBartPipeline(config, all_subtasks(), name="tiny")
     backbone = load_vlbart(config.model.base)
-    loss = Seq2SeqTask(backbone)
+    loss = Seq2SeqLoss(backbone)
     encoder, subtask = made.encoder(), all_subtasks()["vqav2"]
     file = ExampleFile(Path(str(config.data.train["vqav2"])))
     reader = FeatureReader(open_features(Path(config.data.features["vqav2"])), FEATURE_TOKENS, FEATURE_WIDTH)

@@ -101,7 +101,7 @@ def test_the_smoke_run_is_tested_again_without_training(
 ) -> None:
     def again(output: str, *more: str) -> None:
         monkeypatch.setattr(sys, "argv", ["commonsense.py", *arguments(folder, output, "--test_only", "true", *more)])
-        start("commonsense.py", "", CommonsenseRunConfig, commonsense.task_of)
+        start("commonsense.py", "", CommonsenseRunConfig, commonsense.pipeline_of)
 
     with pytest.raises(SystemExit):
         again("nothing_here")
@@ -109,7 +109,7 @@ def test_the_smoke_run_is_tested_again_without_training(
     assert not (folder / "nothing_here").exists()
     run = folder / "tested"
     (run / "adapter").mkdir(parents=True)
-    task = commonsense.task_of(settings(folder, "tested"))
+    task = commonsense.pipeline_of(settings(folder, "tested"))
     backbone = task.load()
     apply_dora(backbone.model, task.dora_config(backbone))
     save_adapter(backbone.model, run / "adapter")
@@ -127,12 +127,12 @@ def test_the_smoke_run_is_tested_again_without_training(
 
 
 def test_packing_trains_the_same(folder: Path) -> None:
-    from dora_vl.pipelines.commonsense_task import CommonsenseTask
+    from dora_vl.pipelines.commonsense import CommonsensePipeline
     from dora_vl.training.run import train
 
     more = ("--training.max_steps", "4", "--training.use_cpu", "true", "--training.deepspeed", "null")
     for packing in ("true", "false"):
-        train(CommonsenseTask(settings(folder, f"packing_{packing}", "--data.packing", packing, *more)))
+        train(CommonsensePipeline(settings(folder, f"packing_{packing}", "--data.packing", packing, *more)))
     packed, plain = (losses(folder / f"packing_{one}") for one in ("true", "false"))
     assert packed == pytest.approx(plain, abs=1e-4)
     padding = [
@@ -159,7 +159,7 @@ def test_the_references_validation_split(folder: Path) -> None:
 
 def test_any_format_of_several_files_streamed(folder: Path) -> None:
     """What runs about pictures read, an instruction's run reads too: weights, streams and chats of one question."""
-    from dora_vl.pipelines.commonsense_task import CommonsenseTask
+    from dora_vl.pipelines.commonsense import CommonsensePipeline
     from dora_vl.training.run import train
 
     chats = folder / "chats.jsonl"
@@ -178,7 +178,7 @@ def test_any_format_of_several_files_streamed(folder: Path) -> None:
         *("--data.max_bad_share", "0.5", "--training.max_steps", "4", "--training.eval_steps", "4"),
         *("--training.use_cpu", "true", "--training.deepspeed", "null"),
     )
-    train(CommonsenseTask(config))
+    train(CommonsensePipeline(config))
     metrics = json.loads((folder / "stream" / "metrics.json").read_text())
     assert len(losses(folder / "stream")) == metrics["train_steps"] == 4
     skipped = (folder / "stream" / "skipped.jsonl").read_text()
@@ -204,7 +204,7 @@ def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> Non
 
 def test_granular_magnitudes(folder: Path) -> None:
     from dora_vl.core import apply_dora, trained_parts
-    from dora_vl.pipelines.commonsense_task import CommonsenseTask
+    from dora_vl.pipelines.commonsense import CommonsensePipeline
 
     config = settings(
         folder,
@@ -214,7 +214,7 @@ def test_granular_magnitudes(folder: Path) -> None:
         "--adapter.magnitude_targets",
         json.dumps(["model.layers.*.self_attn.o_proj", "model.layers.*.mlp.*_proj"]),
     )
-    task = CommonsenseTask(config)
+    task = CommonsensePipeline(config)
     backbone = task.load()
     model = backbone.model
     apply_dora(model, task.dora_config(backbone))
@@ -238,11 +238,11 @@ def test_granular_magnitudes(folder: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(folder: Path, more: list[str], said: str) -> None:
-    from dora_vl.pipelines.commonsense_task import CommonsenseTask
+    from dora_vl.pipelines.commonsense import CommonsensePipeline
     from dora_vl.training.run import train
 
     with pytest.raises(UserError, match=said):
-        train(CommonsenseTask(settings(folder, "mistaken", "--overwrite", "true", *more)))
+        train(CommonsensePipeline(settings(folder, "mistaken", "--overwrite", "true", *more)))
 
 
 def test_help_teaches_the_tasks_own_settings() -> None:

@@ -15,7 +15,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.assistant import Assistant, TextStreamer, open_picture
 from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run
 from tasks import image_qa
@@ -28,7 +28,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("asked")
     base, records = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data")
     path = write_run(folder / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 30})
-    run(LlavaTask(read_run_file(path)))
+    run(LlavaPipeline(read_run_file(path)))
     return folder / "run" / "adapter"
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from dora_vl.errors import UserError
-from dora_vl.pipelines.image_text_task import instruct_task
+from dora_vl.pipelines.image_text import instruct_pipeline
 from dora_vl.run import samples
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.callbacks import read_log
@@ -63,7 +63,7 @@ def run_file(tmp_path: Path, base: Path, train_on: object, *, data: dict[str, ob
 def trained(path: Path, name: str, *overrides: str) -> list[float]:
     """The losses of a run in a folder of its own."""
     folder = path.parent / name
-    train(instruct_task(read_run_file(path, f"--training.output_dir={folder}", *overrides)))
+    train(instruct_pipeline(read_run_file(path, f"--training.output_dir={folder}", *overrides)))
     return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
 
 

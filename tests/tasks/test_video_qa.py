@@ -18,7 +18,7 @@ from dora_vl.data.examples import Answer, Clip, Example, iterate_examples, write
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.evaluation.result_files import read_predictions
-from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file, read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.training.run import run
@@ -45,7 +45,7 @@ def clip(place: Path) -> str:
 def llava(place: Path) -> Path:
     base, records = write_tiny_llava(place / "llava"), write_tiny_data(place / "pictures")
     path = write_run(place / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 1})
-    run(LlavaTask(read_run_file(path)))
+    run(LlavaPipeline(read_run_file(path)))
     return place / "run" / "adapter"
 
 
@@ -88,7 +88,7 @@ def vlbart(place: Path) -> Path:
     path = place / "vlbart.yaml"
     path.write_text(json.dumps(settings))
     config = read_settings([f"--config={path}"], VlBartRunConfig, program="vlbart_video.py", description="")
-    run(vlbart_video.task_of(config))
+    run(vlbart_video.pipeline_of(config))
     return place / "vlbart" / "adapter"
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dora_vl.errors import UserError
-from dora_vl.pipelines.vlbart_task import VlBartTask
+from dora_vl.pipelines.vlbart import VlBartPipeline
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.training.callbacks import read_log
@@ -34,7 +34,7 @@ def test_all_tasks_train_in_one_run_and_are_scored(tmp_path: Path) -> None:
         evaluation={"files": files, "batch_size": 4},
     )
     config = read_settings([f"--config={file}"], VlBartRunConfig)
-    assert run(VlBartTask(config, all_subtasks(), name="vlbart_image")) is None
+    assert run(VlBartPipeline(config, all_subtasks(), name="vlbart_image")) is None
     folder = tmp_path / "run"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics["tasks"]) == set(TESTED)
@@ -74,7 +74,7 @@ def test_magnitudes_and_norms_decay_where_the_settings_say_so(tmp_path: Path) ->
             training={"use_cpu": True, "weight_decay": 0.5},
         )
         config = read_settings([f"--config={file}"], VlBartRunConfig)
-        assert run(VlBartTask(config, all_subtasks(), name="tiny")) is None
+        assert run(VlBartPipeline(config, all_subtasks(), name="tiny")) is None
         found[decayed] = load_file(tmp_path / decayed / "adapter" / "adapter_model.safetensors")
     base = load_file(data / "base" / "model.safetensors")
     layer = "model.encoder.layers.0.self_attn"
@@ -101,7 +101,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, section: str, cha
     file = write_vlbart_run(tmp_path / "run.yaml", tmp_path, ("vqav2",), **{section: change})
     config = read_settings([f"--config={file}"], VlBartRunConfig)
     with pytest.raises(UserError, match=told):
-        VlBartTask(config, all_subtasks(), name="vlbart_image")
+        VlBartPipeline(config, all_subtasks(), name="vlbart_image")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_test_file_that_cannot_be_scored_stops_the_run_before_it_trains(
     )
     config = read_settings([f"--config={file}"], VlBartRunConfig)
     with pytest.raises(UserError, match=told):
-        run(VlBartTask(config, all_subtasks(), name="vlbart_image"))
+        run(VlBartPipeline(config, all_subtasks(), name="vlbart_image"))
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -149,6 +149,6 @@ def test_tests_on_features_computed_in_another_way_are_refused(tmp_path: Path) -
         config = read_settings([f"--config={file}"], VlBartRunConfig)
         if folder == "tested":
             with pytest.raises(UserError, match=told):
-                VlBartTask(config, all_subtasks(), name="vlbart_image")
+                VlBartPipeline(config, all_subtasks(), name="vlbart_image")
         else:
-            VlBartTask(config, all_subtasks(), name="vlbart_image")
+            VlBartPipeline(config, all_subtasks(), name="vlbart_image")

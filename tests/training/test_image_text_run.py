@@ -20,8 +20,8 @@ from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant, open_picture
 from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.evaluation.result_files import read_predictions
-from dora_vl.pipelines.image_text_task import ImageTextTask, instruct_task
-from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.pipelines.image_text import ImageTextPipeline, instruct_pipeline
+from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct
@@ -51,7 +51,7 @@ def trained(there: Path, name: str, **training: object) -> Path:
     path = settings(there, name, training={"max_steps": 4, **training})
     adapter = there / name / "adapter"
     if not adapter.is_dir():
-        run(instruct_task(read_run_file(path)))
+        run(instruct_pipeline(read_run_file(path)))
     return adapter
 
 
@@ -78,11 +78,11 @@ def test_a_resumed_run_ends_where_a_whole_one_does(there: Path) -> None:
     whole = read_weights(trained(there, "whole"))
     path = settings(there, "half", training={"max_steps": 4})
     content = yaml.safe_load(path.read_text())
-    run(instruct_task(read_run_file(path)))
+    run(instruct_pipeline(read_run_file(path)))
     checkpoint = there / "half" / "checkpoint-2"
     again = {**content, "resume": str(checkpoint)}
     path.write_text(yaml.safe_dump(again))
-    run(instruct_task(read_run_file(path)))
+    run(instruct_pipeline(read_run_file(path)))
     resumed = read_weights(there / "half" / "adapter")
     assert resumed.keys() == whole.keys()
     for name, tensor in whole.items():
@@ -135,8 +135,8 @@ def test_it_is_asked_from_the_command_line(there: Path, tmp_path: Path, capsys: 
 def test_every_base_goes_its_own_way(there: Path, tmp_path: Path) -> None:
     records = there / "data" / "train.json"
     llava = write_tiny_llava(tmp_path / "llava")
-    assert isinstance(instruct_task(read_run_file(write_run(tmp_path / "a.yaml", llava, records))), LlavaTask)
-    assert isinstance(instruct_task(read_run_file(settings(there, "which"))), ImageTextTask)
+    assert isinstance(instruct_pipeline(read_run_file(write_run(tmp_path / "a.yaml", llava, records))), LlavaPipeline)
+    assert isinstance(instruct_pipeline(read_run_file(settings(there, "which"))), ImageTextPipeline)
 
 
 @pytest.mark.parametrize("model_type", ["florence2", "blip-2", "llama4", "bert"])
@@ -161,7 +161,7 @@ def test_a_missing_chat_template_is_told_before_weights_are_read(there: Path, tm
     (base / "model.safetensors").unlink()
     path = write_run(tmp_path / "run.yaml", base, there / "data" / "train.json", training=CPU)
     with pytest.raises(UserError, match="has no chat template"):
-        run(instruct_task(read_run_file(path)))
+        run(instruct_pipeline(read_run_file(path)))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_missing_chat_template_is_told_before_weights_are_read(there: Path, tm
     ],
 )
 def test_settings_of_the_llava_path_are_refused(there: Path, section: str, setting: str, value: object) -> None:
-    task = instruct_task(read_run_file(settings(there, "refused", **{section: {setting: value}})))
+    task = instruct_pipeline(read_run_file(settings(there, "refused", **{section: {setting: value}})))
     with pytest.raises(UserError, match=f"{section}.{setting} is for a LLaVA-1.5 alone"):
         run(task)
 
@@ -191,7 +191,7 @@ def tested(there: Path) -> Path:
     (there / "test.json").write_text(json.dumps(questions))
     evaluation = {"file": str(there / "test.json"), "batch_size": 5, "max_new_tokens": 4}
     path = settings(there, "tested", training={"max_steps": 4}, evaluation=evaluation)
-    assert run(instruct_task(read_run_file(path))) is None
+    assert run(instruct_pipeline(read_run_file(path))) is None
     return path
 
 
@@ -210,7 +210,7 @@ def test_its_settings_test_it_as_they_do_a_llava(there: Path, tested: Path) -> N
     assert metrics["train_seconds"] > 0
     for name in ("loss_curve.png", "contact_sheet.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
-    again = instruct_task(read_run_file(tested)).test({})
+    again = instruct_pipeline(read_run_file(tested)).test({})
     assert (again["answers_from_earlier_run"], again["accuracy"]) == (23, metrics["accuracy"])
 
 
@@ -250,4 +250,4 @@ def test_a_wrong_test_is_told_before_weights_are_read(
     records = there / "data" / "train.json"
     path = write_run(tmp_path / "run.yaml", base, records, training=CPU, evaluation=evaluation)
     with pytest.raises(UserError, match=said):
-        run(instruct_task(read_run_file(path)))
+        run(instruct_pipeline(read_run_file(path)))

@@ -12,27 +12,27 @@ import yaml
 
 from data_prep import generated_commonsense
 from dora_vl.errors import UserError
-from dora_vl.pipelines.commonsense_task import CommonsenseTask
-from dora_vl.pipelines.llava_task import LlavaTask
-from dora_vl.pipelines.vlbart_task import VlBartTask
+from dora_vl.pipelines.commonsense import CommonsensePipeline
+from dora_vl.pipelines.llava import LlavaPipeline
+from dora_vl.pipelines.vlbart import VlBartPipeline
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.run import train
-from dora_vl.training.task import Task
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
 
 
-def llava(folder: Path, changes: dict[str, Any]) -> Task:
+def llava(folder: Path, changes: dict[str, Any]) -> Pipeline:
     base = write_tiny_llava(folder / "base")
     path = write_run(folder / "run.yaml", base, write_tiny_data(folder / "data"), **changes)
-    return LlavaTask(read_settings(["--config", str(path)], RunConfig))
+    return LlavaPipeline(read_settings(["--config", str(path)], RunConfig))
 
 
-def commonsense(folder: Path, changes: dict[str, Any]) -> Task:
+def commonsense(folder: Path, changes: dict[str, Any]) -> Pipeline:
     write_tiny_language(folder / "base")
     generated_commonsense.main(["--to", str(folder / "data")])
     sections = {
@@ -42,12 +42,12 @@ def commonsense(folder: Path, changes: dict[str, Any]) -> Task:
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump({**sections, **changes}))
-    return CommonsenseTask(read_settings(["--config", str(path)], CommonsenseRunConfig))
+    return CommonsensePipeline(read_settings(["--config", str(path)], CommonsenseRunConfig))
 
 
-def vlbart(folder: Path, changes: dict[str, Any]) -> Task:
+def vlbart(folder: Path, changes: dict[str, Any]) -> Pipeline:
     path = write_vlbart_run(folder / "run.yaml", write_vlbart_data(folder / "data"), ("vqav2",), **changes)
-    return VlBartTask(read_settings(["--config", str(path)], VlBartRunConfig), all_subtasks(), name="tiny")
+    return VlBartPipeline(read_settings(["--config", str(path)], VlBartRunConfig), all_subtasks(), name="tiny")
 
 
 @pytest.mark.parametrize("make", [llava, commonsense, vlbart], ids=lambda make: make.__name__)
@@ -63,7 +63,7 @@ def vlbart(folder: Path, changes: dict[str, Any]) -> Task:
 def test_no_weight_is_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    make: Callable[[Path, dict[str, Any]], Task],
+    make: Callable[[Path, dict[str, Any]], Pipeline],
     changes: dict[str, Any],
     said: str,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import train
 from tests.training.test_two_ranks import launch
@@ -71,19 +71,23 @@ def check(whole: Path, resumed: Path) -> None:
 
 def test_a_resumed_run_ends_with_the_sums_of_a_whole_one(run_file: Path) -> None:
     whole, resumed = run_file.parent / "whole", run_file.parent / "resumed"
-    train(LlavaTask(read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}")))
+    train(LlavaPipeline(read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}")))
     options = (f"--training.output_dir={resumed}", f"--resume={whole / 'checkpoint-6'}")
-    train(LlavaTask(read_run_file(run_file, "--training.use_cpu=true", *options)))
+    train(LlavaPipeline(read_run_file(run_file, "--training.use_cpu=true", *options)))
     check(whole, resumed)
     before = results(whole)
     train(
-        LlavaTask(read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}", "--resume=last"))
+        LlavaPipeline(
+            read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}", "--resume=last")
+        )
     )
     assert results(whole) == before
     (whole / "metrics.json").unlink()  # as if it had been stopped at its last step
     (whole / "skipped.jsonl").unlink()
     train(
-        LlavaTask(read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}", "--resume=last"))
+        LlavaPipeline(
+            read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}", "--resume=last")
+        )
     )
     metrics, skipped = results(whole)
     assert {key: metrics[key] for key in SAME} == {key: before[0][key] for key in SAME}

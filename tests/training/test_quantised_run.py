@@ -23,7 +23,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant, open_picture
 from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.pipelines.commonsense_task import CommonsenseTask
+from dora_vl.pipelines.commonsense import CommonsensePipeline
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.training.run import run
@@ -189,7 +189,7 @@ def test_a_plain_language_model_trains_is_tested_and_merges(tmp_path: Path, monk
         for part, keys in given.items()
         for key, value in keys.items()
     ]
-    run(CommonsenseTask(read_settings([f"--config={SMOKE}", *flat], CommonsenseRunConfig)))
+    run(CommonsensePipeline(read_settings([f"--config={SMOKE}", *flat], CommonsenseRunConfig)))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_steps"] == 3
     adapter = tmp_path / "run" / "adapter"
     ours = load_causal_lm(str(tmp_path / "base"), quantisation="nf4").model

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.llava import load_llava
 from dora_vl.errors import UserError
-from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.run import train
@@ -40,7 +40,7 @@ def run_folder(run_file: Path) -> Path:
 def train_file(run_file: Path, *overrides: str) -> list[float]:
     """Trains and returns the logged losses."""
     config = read_run_file(run_file, *overrides)
-    train(LlavaTask(config))
+    train(LlavaPipeline(config))
     return [line["loss"] for line in read_log(Path(config.training["output_dir"]) / "log.jsonl") if "loss" in line]
 
 

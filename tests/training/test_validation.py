@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dora_vl.errors import UserError
-from dora_vl.pipelines.llava_task import LlavaTask
-from dora_vl.pipelines.vlbart_task import VlBartTask
+from dora_vl.pipelines.llava import LlavaPipeline
+from dora_vl.pipelines.vlbart import VlBartPipeline
 from dora_vl.run.command_line import read_run_file, read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.training.callbacks import read_log
@@ -86,7 +86,7 @@ def vlbart_run(tmp_path: Path) -> Path:
 
 def train_vlbart(run_file: Path, *overrides: str) -> None:
     config = read_settings([f"--config={run_file}", *overrides], VlBartRunConfig)
-    train(VlBartTask(config, all_subtasks(), name="tiny"))
+    train(VlBartPipeline(config, all_subtasks(), name="tiny"))
 
 
 def test_a_vlbart_sample_without_features_is_named_and_not_in_the_mean(vlbart_run: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path
         config = read_run_file(
             llava_run, "--training.use_cpu=true", f"--training.output_dir={folder / name}", *overrides
         )
-        train(LlavaTask(config))
+        train(LlavaPipeline(config))
     (found,), (expected,) = evaluations(folder / "run"), evaluations(folder / "whole")
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=2e-2)  # batches differ: means of token means
     assert (found["eval_samples"], found["eval_skipped"]) == (5, 2)
@@ -150,7 +150,7 @@ def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path
     for picture in (folder / "held").glob("*.png"):
         picture.unlink()
     with pytest.raises(UserError, match=r"train\.json: not one sample can be used; for example sample-0"):
-        train(LlavaTask(read_run_file(llava_run, "--training.use_cpu=true", "--overwrite=true")))
+        train(LlavaPipeline(read_run_file(llava_run, "--training.use_cpu=true", "--overwrite=true")))
 
 
 @pytest.mark.timeout(600)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dora_vl.data.examples import iterate_examples, write_examples
-from dora_vl.pipelines.vlbart_task import VlBartTask
+from dora_vl.pipelines.vlbart import VlBartPipeline
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.training.callbacks import read_log
@@ -64,7 +64,7 @@ def run_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def in_this_process(config: Path, *overrides: str) -> None:
     settings = read_settings([f"--config={config}", "--training.use_cpu=true", *overrides], VlBartRunConfig)
-    assert run(VlBartTask(settings, all_subtasks(), name="tiny")) is None
+    assert run(VlBartPipeline(settings, all_subtasks(), name="tiny")) is None
 
 
 def with_two_ranks(config: Path, *overrides: str) -> None:

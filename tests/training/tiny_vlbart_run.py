@@ -125,11 +125,11 @@ def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], /, **change
 
 
 def main() -> None:
-    from dora_vl.pipelines.vlbart_task import VlBartTask
+    from dora_vl.pipelines.vlbart import VlBartPipeline
     from dora_vl.run.vlbart_recipe import VlBartRunConfig
     from dora_vl.training.start import start
 
-    start("tiny", "", VlBartRunConfig, lambda config: VlBartTask(config, all_subtasks(), name="tiny"))
+    start("tiny", "", VlBartRunConfig, lambda config: VlBartPipeline(config, all_subtasks(), name="tiny"))
 
 
 if __name__ == "__main__":

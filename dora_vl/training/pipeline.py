@@ -1,6 +1,6 @@
-"""What a task gives a training run: its model, what is adapted in it, its data, its loss and its test.
+"""What a pipeline gives a training run: its model, what is adapted in it, its data, its loss and its test.
 
-Training asks for these in the order in which they stand here, and knows nothing else of a backbone or a task.
+Training asks for these in the order in which they stand here, and knows nothing else of a backbone or of what is asked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.progress import EndlessOrder
 
 
-class TaskModel(nn.Module):
+class LossModel(nn.Module):
     """A backbone and a loss. The loss goes through `forward`, so every engine sees it.
 
     A subclass's `forward` takes a batch by name and `num_items_in_batch`, and gives `loss` to go backward from and
@@ -60,7 +60,7 @@ class TaskModel(nn.Module):
         self.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **layers)
 
 
-class GenerationTask(TaskModel):
+class NextTokenLoss(LossModel):
     """Next-token loss of a backbone that gives `Features` for a batch.
 
     With `step_tokens` it is divided by all labelled tokens of the optimizer step, otherwise by this micro-batch's.
@@ -92,7 +92,7 @@ def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """A task's data as the Trainer takes it.
+    """A pipeline's data as the Trainer takes it.
 
     Attributes:
         train: its items are what `collate` makes a batch of: samples, or whole micro-batches of a mixture.
@@ -120,8 +120,8 @@ class TrainingData:
     read_in_a_pass: int | None = None
 
 
-class Task(ABC):
-    """One task with the settings of one run."""
+class Pipeline(ABC):
+    """One kind of run with the settings of one run."""
 
     labels_shift = True
     """Whether the loss predicts the label at t from what stands before t; a decoder with its own input does not."""
@@ -158,7 +158,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, backbone: Backbone[Any]) -> nn.Module:
-        """The module that DeepSpeed wraps (see `task_model.TaskModel`): batch in, `loss` and `labelled_tokens` out."""
+        """The module that DeepSpeed wraps (`LossModel`): batch in, `loss` and `labelled_tokens` out."""
 
     @abstractmethod
     def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:

@@ -1,4 +1,4 @@
-"""Visual instructions for a LLaVA, as a task that training can run."""
+"""Visual instructions for a LLaVA, as a pipeline that training can run."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import LlavaPrompts
 from dora_vl.evaluation.run import check_test, pictures_of_test, read_test, run_test
-from dora_vl.pipelines.instruct_data import InstructTask
+from dora_vl.pipelines.instruct_data import InstructPipeline
 from dora_vl.run.adapting import LLAVA, check_quantisation, make_base
 from dora_vl.run.assembly import build_encoder, dora_config, load_backbone, pad_token_id, recipe_record
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.samples import PictureReader, image_preparation, picture_reader
-from dora_vl.training.task import TrainingData
+from dora_vl.training.pipeline import TrainingData
 
 
-class LlavaTask(InstructTask[RunConfig]):
+class LlavaPipeline(InstructPipeline[RunConfig]):
     """Conversations about pictures, in LLaVA's own format."""
 
     def prepare(self, arguments: TrainingArguments) -> None:

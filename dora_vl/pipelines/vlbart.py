@@ -1,4 +1,4 @@
-"""Tasks of a VL-BART, alone or mixed, as one task that training can run; a task file says which there are."""
+"""Tasks of a VL-BART, alone or mixed, as one pipeline that training can run; a task file says which there are."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ from dora_vl.tasks.closed_answers import (
 from dora_vl.tasks.seq2seq import MixtureDataset, Seq2SeqCollator, ValidationBatches
 from dora_vl.tasks.subtask import Subtask, with_input_tokens
 from dora_vl.training.memory_estimate import Activations
-from dora_vl.training.seq2seq_loss import Seq2SeqTask
-from dora_vl.training.task import Task, TrainingData
+from dora_vl.training.pipeline import Pipeline, TrainingData
+from dora_vl.training.seq2seq_loss import Seq2SeqLoss
 from dora_vl.vision.feature_files import open_features
 from dora_vl.vision.features import first_difference, read_settings
 
@@ -64,7 +64,7 @@ ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
 EVERYTHING = ("*",)
 
 
-class VlBartTask(Task):
+class VlBartPipeline(Pipeline):
     """One task or a mixture of them.
 
     Args:
@@ -178,9 +178,9 @@ class VlBartTask(Task):
             longest_tokens=max(one.input_tokens or 64 for one in subtasks) + data.feature_tokens,
         )
 
-    def loss(self, backbone: Backbone[Any]) -> Seq2SeqTask:
+    def loss(self, backbone: Backbone[Any]) -> Seq2SeqLoss:
         """Cross-entropy, as each task normalises it."""
-        return Seq2SeqTask(backbone)
+        return Seq2SeqLoss(backbone)
 
     def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
         """Of encoder and decoder."""

@@ -1,4 +1,4 @@
-"""Visual instructions for any vision-language model of transformers, as a task that training can run."""
+"""Visual instructions for any vision-language model of transformers, as a pipeline that training can run."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
 from dora_vl.evaluation.run import check_test, run_test
-from dora_vl.pipelines.instruct_data import InstructData, InstructTask
-from dora_vl.pipelines.llava_task import LlavaTask
+from dora_vl.pipelines.instruct_data import InstructData, InstructPipeline
+from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.adapting import IMAGE_TEXT, check_quantisation, core_config, load_base
 from dora_vl.run.assembly import processor_encoder, recipe_record
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.samples import VideoReading, check_videos, video_folder, video_sampling
-from dora_vl.training.task import Task, TrainingData
+from dora_vl.training.pipeline import Pipeline, TrainingData
 
 logger = logging.getLogger(__name__)
 
 
-def instruct_task(config: RunConfig) -> Task:
-    """The task of a run's base: LLaVA-1.5's own path, or the one of every other vision-language model.
+def instruct_pipeline(config: RunConfig) -> Pipeline:
+    """The pipeline of a run's base: LLaVA-1.5's own path, or the one of every other vision-language model.
 
     Raises: UserError for a model type that cannot be trained; nothing but the base's config is read.
     """
     model = config.model
     if model.compose is not None:
-        return LlavaTask(config)
+        return LlavaPipeline(config)
     model_type = model_type_of(model.base, model.revision)
     if model_type == LLAVA:
-        return LlavaTask(config)
+        return LlavaPipeline(config)
     check_trained(model.base, model_type)
-    return ImageTextTask(config)
+    return ImageTextPipeline(config)
 
 
-class ImageTextTask(InstructTask[RunConfig]):
+class ImageTextPipeline(InstructPipeline[RunConfig]):
     """Conversations about pictures and videos, put to a model through its own processor and chat template."""
 
     def prepare(self, arguments: TrainingArguments) -> None:
@@ -118,7 +118,7 @@ class ImageTextTask(InstructTask[RunConfig]):
         return {**record, **own}
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
-        """Answers `evaluation.file` with the saved adapter on the base loaded again, as `LlavaTask.test`."""
+        """Answers `evaluation.file` with the saved adapter on the base loaded again, as `LlavaPipeline.test`."""
         config = self.config
         check_test(config)
         encoder = processor_encoder(config.model, max_tokens=config.data.max_tokens)

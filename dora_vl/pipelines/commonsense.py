@@ -1,4 +1,4 @@
-"""Instructions for a plain language model, as a task that training can run: the paper's commonsense reasoning."""
+"""Instructions for a plain language model, as a pipeline that training can run: the paper's commonsense reasoning."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.commonsense_run import evaluate_commonsense, read_sets
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.model_files import check_model_folder
-from dora_vl.pipelines.instruct_data import InstructTask
+from dora_vl.pipelines.instruct_data import InstructPipeline
 from dora_vl.run.adapting import CAUSAL_LM, check_quantisation, core_config, load_base, make_base
 from dora_vl.run.assembly import pad_token_id
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig, LanguageModelConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
-from dora_vl.training.task import TrainingData
+from dora_vl.training.pipeline import TrainingData
 
 
-class CommonsenseTask(InstructTask[CommonsenseRunConfig]):
+class CommonsensePipeline(InstructPipeline[CommonsenseRunConfig]):
     """One question and its output each, by a published prompt."""
 
     def __init__(self, config: CommonsenseRunConfig) -> None:
