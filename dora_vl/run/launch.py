@@ -15,7 +15,7 @@ import torch
 
 from dora_vl.errors import UserError
 
-SECONDS_FOR_THE_FIRST_RANK = 5.0
+SECONDS_FOR_THE_FIRST_RANK = 15.0  # on a busy machine the first has taken more than five
 SHARED_MEMORY_COLLECTIVES = "deepspeed_shm_comm"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 NEVER, LARGEST_INT = -1, 2**31 - 1
