@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from dora_vl.adapters.provenance import content_hash, local_folder, versions
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.causal_lm import PAPER_TARGETS, CausalLMBackbone, load_causal_lm, write_causal_lm
 from dora_vl.backbones.image_text import skeleton_of
@@ -25,7 +24,7 @@ from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.model_files import check_model_folder
 from dora_vl.pipelines.instruct_data import InstructPipeline
 from dora_vl.run.adapting import CAUSAL_LM, check_quantisation, core_config, load_base, make_base
-from dora_vl.run.assembly import pad_token_id
+from dora_vl.run.assembly import base_record, pad_token_id
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig, LanguageModelConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.training.pipeline import TrainingData
@@ -85,19 +84,11 @@ class CommonsensePipeline(InstructPipeline[CommonsenseRunConfig]):
         """Base, prompt and lengths."""
         model, data = self.config.model, self.config.data
         return {
-            "task": self.name,
+            **base_record(model, self.name, max_tokens=data.max_tokens, training=self.config.training),
             "backbone": CAUSAL_LM,
-            "base": model.base,
-            "revision": model.revision,
-            "base_sha256": content_hash(local_folder(model.base, model.revision)),
             "source": None if model.source is None else dataclasses.asdict(model.source),
             "prompt": data.prompt,
             "train_on": data.train_on,
-            "dtype": model.dtype,
-            "quantisation": model.quantisation,
-            "max_tokens": data.max_tokens,
-            "training": dict(self.config.training),
-            "versions": versions(),
         }
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:

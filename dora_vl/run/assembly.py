@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
@@ -20,7 +21,7 @@ from dora_vl.data.sampler import ModalityLengthSampler, SamplingLengths
 from dora_vl.errors import UserError
 from dora_vl.run.adapting import core_config, load_base
 from dora_vl.run.arguments import order_seed
-from dora_vl.run.recipe import AdapterConfig, ModelConfig, RunConfig
+from dora_vl.run.recipe import AdapterConfig, LoadedModelConfig, ModelConfig, RunConfig
 
 
 def load_backbone(model: ModelConfig, *, cached_features: bool) -> LlavaBackbone:
@@ -80,17 +81,24 @@ def recipe_record(config: RunConfig, task: str) -> dict[str, Any]:
     """What `adapter/recipe.json` says beside the adapter's own settings: enough to ask the model again."""
     model = config.model
     return {
+        **base_record(model, task, max_tokens=config.data.max_tokens, training=config.training),
+        "compose": None if model.compose is None else dataclasses.asdict(model.compose),
+        "template": model.template,
+        "image_aspect": model.image_aspect,
+    }
+
+
+def base_record(model: LoadedModelConfig, task: str, *, max_tokens: int, training: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `recipe_record` that every decoder's run has: the base, its length and number types, the training."""
+    return {
         "task": task,
         "base": model.base,
         "revision": model.revision,
         "base_sha256": content_hash(local_folder(model.base, model.revision)),
-        "compose": None if model.compose is None else dataclasses.asdict(model.compose),
-        "template": model.template,
-        "image_aspect": model.image_aspect,
         "dtype": model.dtype,
         "quantisation": model.quantisation,
-        "max_tokens": config.data.max_tokens,
-        "training": dict(config.training),
+        "max_tokens": max_tokens,
+        "training": dict(training),
         "versions": versions(),
     }
 
