@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": Command(
         "dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"
     ),
-    "merge": Command("dora_vl.adapters.merge_command", "base + adapters as a plain model folder"),
+    "export": Command("dora_vl.evaluation.export_command", "a trained model for vLLM, or as GGUF; checks it"),
+    "merge": Command("dora_vl.evaluation.merge_command", "base + adapters as a plain model folder; checks it"),
     "prepare": Command("dora_vl.sources.prepare_command", "a publisher's files to records"),
 }
