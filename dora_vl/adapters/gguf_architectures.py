@@ -103,7 +103,7 @@ def architecture_of(config: Any, source: str) -> Architecture:
     return found
 
 
-def add_settings(writer: Any, config: Any, found: Architecture, source: str) -> str | None:
+def add_settings(writer: Any, config: Any, found: Architecture, source: str) -> tuple[str, ...]:
     """Writes a language model's settings; returns what the file cannot keep, to be told.
 
     Raises:
@@ -130,18 +130,18 @@ def add_settings(writer: Any, config: Any, found: Architecture, source: str) -> 
     return told
 
 
-def _context(config: Any, found: Architecture) -> tuple[int, str | None]:
+def _context(config: Any, found: Architecture) -> tuple[int, tuple[str, ...]]:
     """Tokens that the file says the model takes: no more than a window that llama.cpp does not know."""
     longest = config.max_position_embeddings
     kinds = getattr(config, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
     if found.name.startswith("gemma") or not slides or config.sliding_window >= longest:
-        return longest, None
+        return longest, ()
     told = (
         f"attention slides over {config.sliding_window} tokens, which llama.cpp's {found.name} does not do: the file "
         f"states that many as its context instead of {longest}"
     )
-    return config.sliding_window, told
+    return config.sliding_window, (told,)
 
 
 def _add_positions(writer: Any, config: Any, head_dim: int) -> None:

@@ -24,7 +24,7 @@ from dora_vl.adapters.gguf_architectures import (
 )
 from dora_vl.adapters.gguf_files import Piece, check_package, kind_for, write_gguf
 from dora_vl.adapters.gguf_tokenizer import add_tokenizer, vocabulary_of
-from dora_vl.adapters.gguf_vision import add_vision, check_vision, vision_pieces
+from dora_vl.adapters.gguf_vision import add_vision, check_vision, known_to_be_misread, vision_pieces
 from dora_vl.adapters.merge_folder import CERTIFICATES
 from dora_vl.adapters.merged_weights import MergedWeights
 from dora_vl.errors import UserError, shown
@@ -41,8 +41,8 @@ class ExportedGguf:
     architecture: str
     files: dict[str, int]
     """Bytes by name."""
-    told: str | None
-    """What the file cannot keep of the model."""
+    told: tuple[str, ...]
+    """What the files cannot keep of the model, and what is known to read them wrongly."""
 
 
 def refuse_gguf_target(target: Path) -> None:
@@ -81,11 +81,11 @@ def export_gguf(
         vocabulary = vocabulary_of(tokenizer, language.vocab_size, str(base_folder))
         weights = MergedWeights(base, adapter)
         pieces = _language_pieces(weights, config, found, kind)
-        told: list[str | None] = []
+        told: list[str] = []
 
         def add_language(writer: Any) -> None:
             writer.add_name(f"{language.model_type} (dora_vl)")
-            told.append(add_settings(writer, language, found, str(base_folder)))
+            told.extend(add_settings(writer, language, found, str(base_folder)))
             add_tokenizer(writer, tokenizer, vocabulary)
 
         staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
@@ -99,10 +99,11 @@ def export_gguf(
                     partial(add_vision, config=config, folder=base_folder),
                 )
                 files[VISION_FILE] = write_gguf(staging / VISION_FILE, "clip", kind, eyes, add_eyes)
+                told.extend(known_to_be_misread(config))
             replace_folder(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return ExportedGguf(found.name, files, told[0])
+    return ExportedGguf(found.name, files, tuple(told))
 
 
 def _config_of(base: BaseWeights) -> Any:

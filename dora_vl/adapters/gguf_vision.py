@@ -134,3 +134,14 @@ def _pieces(weights: MergedWeights, config: Any, kind: str) -> Iterator[Piece]:
 
 def _read(weights: MergedWeights, name: str) -> Tensor:
     return weights.read(weights.base.tensors[name])
+
+
+def known_to_be_misread(config: Any) -> tuple[str, ...]:
+    """What is known of programs that read such a file otherwise than it is meant, to be told."""
+    if config.vision_config.model_type != "clip_vision_model":
+        return ()
+    told = (
+        "llama.cpp as of October 2026 puts a CLIP tower's class token behind the patches instead of before them (its "
+        "issue 25814), whoever wrote the file: it misreads pictures until that is mended; SigLIP towers are right"
+    )
+    return (told,)

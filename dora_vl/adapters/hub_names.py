@@ -63,7 +63,8 @@ def hub_names(
     """
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-    undone = [one.reverse_transform() for one in reversed(hub_conversions(model)) if isinstance(one, WeightRenaming)]
+    conversions = reversed(hub_conversions(model))
+    undone: Any = [one.reverse_transform() for one in conversions if isinstance(one, WeightRenaming)]
     names = {key: apply_renamings(unjoined(key), undone) for key in found}
     safe = {key: name if read_as(name) == found[key] else key for key, name in names.items()}
     return safe if len(set(safe.values())) == len(safe) else {key: key for key in safe}

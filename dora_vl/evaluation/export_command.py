@@ -158,8 +158,8 @@ def _write_gguf(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
     )
     for name, size in exported.files.items():
         yield f"{arguments.to / name}: {exported.architecture if name == 'model.gguf' else 'clip'}, {size:,} bytes"
-    if exported.told is not None:
-        yield f"{arguments.to}: {exported.told}"
+    for line in exported.told:
+        yield f"{arguments.to}: {line}"
 
 
 def _check_gguf(check: Check, source: ModelSource, plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:

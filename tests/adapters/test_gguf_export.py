@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,78 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.quantization_config import GgufConfig
 
 from dora_vl.adapters.adapter import Adapter, read_adapter
-from dora_vl.adapters.folder import save_adapter
 from dora_vl.adapters.gguf_architectures import frequency_factors, in_pairs
 from dora_vl.adapters.gguf_export import MODEL_FILE, VISION_FILE, export_gguf
-from dora_vl.adapters.gguf_tokenizer import SPLITS, vocabulary_of
-from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.adapters.gguf_tokenizer import vocabulary_of
 from dora_vl.errors import UserError
 from dora_vl.evaluation.gguf_reading import folder_of_gguf
+from tests.adapters.gguf_models import MODELS, SIZES, TEXTS, TOKENIZERS, byte_level, dora_on, language, sentencepiece
 from tests.adapters.test_hub_names import adapter_on
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import byte_tokenizer
-from tests.core.dense_dora import move
 from tests.training.tiny_run import write_tiny_llava
 
 gguf = pytest.importorskip("gguf", reason="pip install 'dora-vl[gguf]'")
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
-GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 256, "head_dim": 256, "num_attention_heads": 2, "sliding_window": 64}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "llama of one key head": ("llama", {"num_key_value_heads": 1, "rms_norm_eps": 1e-3}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-    "qwen3": ("qwen3", {"head_dim": 128}),
-    "gemma2": ("gemma2", {**GEMMA, "tie_word_embeddings": True, "num_key_value_heads": 1}),
-    "gemma3_text": (
-        "gemma3_text",
-        {**GEMMA, "tie_word_embeddings": True, "num_hidden_layers": 7, "num_key_value_heads": 1},
-    ),
-}
-
-
-def language(folder: Path, name: str, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A model whose norms and biases are no ones and zeros."""
-    model_type, changes = MODELS[name]
-    settings = {**SIZES, **changes, "vocab_size": len(tokenizer) + 3}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(4) if weight.dim() > 1 else weight.add_(0.2 * torch.randn_like(weight))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@torch.no_grad()
-def dora_on(base: Path, folder: Path) -> tuple[Adapter, Any]:
-    """An adapter of all projections, and the model that it makes."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    apply_dora(model, DoRAConfig(targets=("*_proj",), rank=3, alpha=5.0, also_train={"norm": ("model.norm.weight",)}))
-    move(model)
-    model.model.norm.weight.mul_(1.2)
-    save_adapter(model.eval(), folder, base_model=str(base))
-    return read_adapter(folder), model
 
 
 def read_back(folder: Path) -> Any:
@@ -171,54 +115,7 @@ def test_fields_of_settings_and_tokenizer(tmp_path: Path) -> None:
     assert (tokens[-1], kinds[-1]) == (f"[PAD{len(tokenizer) + 2}]", 5)
 
 
-TEXTS = (
-    "The 12345 answers aren't  right,\n\n twice: <s>Würde it?",
-    " leading space",
-    "tabs\tand 7 more",
-    "def f(x):\n    return x",
-)
-
-
-def byte_level(*steps: Any) -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.BPE(unk_token=None))
-    words.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
-    words.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    words.train_from_iterator([*TEXTS, "12345 123 45 67 right answers aren't"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def sentencepiece(*, prefix: bool) -> PreTrainedTokenizerFast:
-    """As LLaMA 2's (with a space in front) or Gemma's: merges of characters, bytes for what no token has."""
-    words = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    marks = normalizers.Replace(" ", "▁")
-    words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), marks]) if prefix else marks
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words.train_from_iterator([*TEXTS] * 3, trainers.BpeTrainer(vocab_size=420, special_tokens=special))
-    state = json.loads(words.to_str())
-    state["added_tokens"] = state["added_tokens"][:3]
-    words = Tokenizer.from_str(json.dumps(state))
-    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-SPLIT = {name: pattern for pattern, name in SPLITS.items()}
-TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "gpt-2": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)),
-    **{
-        name: lambda pattern=pattern: byte_level(
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        )
-        for name, pattern in SPLIT.items()
-    },
-    "spm": lambda: sentencepiece(prefix=True),
-}
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in ("smollm", "gemma")])
 def test_text_splits_as_before(tmp_path: Path, name: str) -> None:
     tokenizer = TOKENIZERS[name]()
     base = language(tmp_path / "base", "llama", tokenizer)
@@ -386,8 +283,7 @@ def test_a_sliding_window_that_is_not_kept_is_told(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     base = changed(language(tmp_path / "base", "mistral", tokenizer), sliding_window=64)
     exported = export_gguf(empty(), base, tmp_path / "to", tokenizer, kind="f16")
-    assert exported.told is not None
-    assert "attention slides over 64 tokens" in exported.told
+    assert ["attention slides over 64 tokens" in one for one in exported.told] == [True]
     assert fields(tmp_path / "to" / MODEL_FILE)["llama.context_length"] == 64
 
 
