@@ -110,7 +110,10 @@ def _config_of(base: BaseWeights) -> Any:
     """The base's configuration as transformers completes it, of a language model or a LLaVA."""
     model = skeleton(base.config)
     if model is None:
-        raise UserError(f"{base.folder}: transformers has no class {shown(base.config.get('architectures'))}")
+        raise UserError(
+            f"{base.folder} is a {shown(base.config.get('model_type'))}, of which transformers has no class and "
+            "llama.cpp no form; dora-vl merge writes it as a plain folder"
+        )
     config = model.config
     if config.model_type != LLAVA and hasattr(config, "vision_config"):
         raise UserError(

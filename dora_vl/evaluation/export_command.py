@@ -134,7 +134,9 @@ def _language_of(base: Path) -> tuple[frozenset[str], str | None]:
 
     model = skeleton(read_json(base / "config.json"))
     if model is None:
-        raise UserError(f"{base}: transformers has no class for it, so that its language model is not known")
+        raise UserError(
+            f"{base} is of no class of transformers, and vLLM has none for it; dora-vl merge writes a plain folder"
+        )
     head = model.get_output_embeddings()
     return resolved_layers(model, "language"), next((n for n, one in model.named_modules() if one is head), None)
 
