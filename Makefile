@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m data_prep.demo_assets --to $(DEMO)/assets
 	$(BIN)/python -m data_prep.easy_vqa --from $(DEMO)/assets/easy_vqa --to $(DEMO)/data
 	$(BIN)/deepspeed --num_accelerators 1 tasks/llava_instruct.py \
-		--config configs/llava/easyvqa_smollm2_dora.yaml --overwrite true
+		--config configs/llava/easyvqa_smollm2_dora.yaml --resume if_stopped
 	@echo
 	@echo "The adapter is in $(DEMO)/adapter, its scores in $(DEMO)/metrics.json, pictures of the run in"
 	@echo "$(DEMO)/loss_curve.png and $(DEMO)/contact_sheet.png. Ask about a picture of your own, a coloured shape:"

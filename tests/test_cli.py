@@ -151,3 +151,14 @@ def test_wrong_inputs_are_one_line(folders, capsys):
     assert "write OLD=NEW" in failed(capsys, "convert", folders / "one", "--to", folders / "x", "--rename", "a")
     assert "belong to --as lora" in failed(capsys, "convert", folders / "one", "--to", folders / "x", "--rank", 3)
     assert "other" in failed(capsys, "merge", "--adapter", folders / "one", "--base", folders / "other", "--to", "x")
+
+
+@pytest.mark.parametrize("words", [["-m", "dora_vl.cli", "--help"], ["tasks/llava_instruct.py", "--help"]])
+def test_a_reader_that_leaves_early_ends_it_quietly(words):
+    program = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdout.close()  # as `| head -0` does
+    said = program.stderr.read()
+    assert program.wait() == 141
+    assert said == ""
