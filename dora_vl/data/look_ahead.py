@@ -49,12 +49,7 @@ def look_ahead(
     places = np.linspace(0, len(rows) - 1, min(len(rows), MOST)).astype(np.int64)
     for row in _rows(rows if len(places) == len(rows) else rows.select(places)):
         try:
-            conversation = read_conversation(row)
-            for name in conversation.images if pictures else ():
-                if name not in stored:
-                    _find(pictures, name, "picture")
-            for clip in conversation.videos if videos else ():
-                _find(videos, clip.path, "video")
+            _check(row, stored, pictures, videos)
         except BadSample as error:
             bad[str(row["id"])] = error.reason
     ledger = BadSampleLedger(max_bad_share=max_bad_share, total_samples=len(rows), source=source)
@@ -81,6 +76,17 @@ def _rows(rows: datasets.Dataset) -> Iterator[Mapping[str, object]]:
     for start in range(0, len(rows), AT_ONCE):
         columns = rows[start : start + AT_ONCE]
         yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+
+
+def _check(row: Mapping[str, object], stored: HeldPictures, pictures: Path | None, videos: Path | None) -> None:
+    conversation = read_conversation(row)
+    if pictures is not None:
+        for name in conversation.images:
+            if name not in stored:
+                _find(pictures, name, "picture")
+    if videos is not None:
+        for clip in conversation.videos:
+            _find(videos, clip.path, "video")
 
 
 def _find(root: Path, name: str, kind: str) -> None:

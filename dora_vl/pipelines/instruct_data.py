@@ -96,7 +96,7 @@ class InstructData:
             logger.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
 
     def look_ahead(self, *, pictures: Path | None = None, videos: Path | None = None) -> None:
-        """Refuses training samples that a run over them would end for; see `data.look_ahead`. A stream is not looked into.
+        """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
 
         Args:
             pictures: root of their paths.

@@ -79,7 +79,7 @@ def devices() -> Iterator[str]:
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
     try:
         import torch
-    except Exception as error:  # a torch that does not fit its libraries raises of many kinds
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # one that does not fit its libraries
         yield f"devices: torch cannot be imported: {' '.join(str(error).split())[:200]}"
         return
     threads = f"{cores} CPU cores, {torch.get_num_threads()} threads a process"

@@ -13,7 +13,7 @@ from statistics import median
 
 from dora_vl.errors import UserError
 from dora_vl.setup.look import Look, Row, look_at
-from dora_vl.setup.questions_file import find_questions
+from dora_vl.setup.questions_file import RUN_FILE, find_questions
 from dora_vl.setup.run_file import Base, Data, base_of, written
 from dora_vl.setup.split import split, usual_share, write_rows
 
@@ -28,7 +28,7 @@ questions are not touched; pictures that the questions file holds itself are wri
 Questions are any file that training reads (docs/data.md): CSV with the columns image, question, answer, JSON, JSON
 lines, Parquet, Arrow, tar. No picture is in both halves.
 """
-TRAIN, TEST, RUN = "train.jsonl", "test.jsonl", "run.yaml"
+TRAIN, TEST, RUN = "train.jsonl", "test.jsonl", RUN_FILE
 MEDIA = "media"
 
 
@@ -67,12 +67,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         share = usual_share(len(look.rows)) if arguments.test_share is None else arguments.test_share
         train, test = split(look, share=share, seed=arguments.seed)
         yield (
-            f"held out for the test: {len(test):,} rows about {_media(test):,} pictures, chosen by seed {arguments.seed}; "
-            f"{len(train):,} rows about {_media(train):,} to train on"
+            f"held out by seed {arguments.seed}: {len(test):,} rows about {_media(test):,} pictures; to train on: "
+            f"{len(train):,} rows about {_media(train):,}"
         )
-        text = written(
-            base, _data(look, train, to), output_dir=str(to), on_gpu=_on_gpu(), command=f"{command} {to / RUN}"
-        )
+        start = f"{_command()} {to / RUN}"
+        text = written(base, _data(look, train, to), output_dir=str(to), on_gpu=_on_gpu(), command=start)
         _write(staging, to, train, test, text)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

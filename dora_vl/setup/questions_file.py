@@ -18,6 +18,8 @@ SHARDED = (".parquet", ".arrow", ".tar")
 """Of these, several files in one folder are one set."""
 MOST_FILES, MOST_NAMES = 2_000, 200
 EXAMPLE = "image,question,answer"
+RUN_FILE = "run.yaml"
+"""What `dora-vl init` writes: the folder of this file is a run's."""
 
 
 def find_questions(folder: Path) -> Path:
@@ -118,9 +120,12 @@ def _shards(path: Path) -> Path:
 
 
 def _files_below(folder: Path) -> Iterable[Path]:
-    """Files in order, those of hidden folders left out."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+    """Files in order, those of hidden folders and of runs left out."""
+    found = sorted(folder.rglob("*"))
+    runs = {path.parent for path in found if path.name == RUN_FILE}
+    for path in found:
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and runs.isdisjoint(path.parents):
             yield path
 
 

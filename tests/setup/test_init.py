@@ -220,3 +220,22 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(
 def _sound(tmp_path: Path) -> str:
     write_folder(tmp_path / "sound", count=8)
     return "sound"
+
+
+def test_the_current_folder_with_runs_in_it_is_still_one_folder(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path)
+    told(capsys, ".", "--model", base, "--to", "runs/first")
+    assert "answers.csv: question/answer, 24 rows" in told(capsys, ".", "--model", base, "--to", "runs/second")
+
+
+def test_shards_are_one_file_and_videos_are_named(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = items(16)
+    (tmp_path / "my").mkdir()
+    for number, half in enumerate((made[:8], made[8:])):
+        (tmp_path / str(number)).mkdir()
+        WRITERS["parquet"](tmp_path / str(number), half).rename(tmp_path / "my" / f"{number}.parquet")
+    assert "my: question/answer, 16 rows" in told(capsys, "my", "--model", base)
