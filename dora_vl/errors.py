@@ -1,6 +1,6 @@
 """The errors a person can act on, what messages quote, and the one place that makes a line and an exit status of them.
 
-Also the errors of Pillow. Only the standard library.
+Also the errors of Pillow. Only the standard library below it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
+
+from dora_vl.foreign_lines import leave_out_foreign_lines
 
 Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
@@ -173,6 +175,7 @@ def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Resul
 
 
 def _with_output_written(main: Callable[Inputs, Result], *arguments: Inputs.args, **options: Inputs.kwargs) -> Result:
+    leave_out_foreign_lines()
     try:
         return main(*arguments, **options)
     finally:

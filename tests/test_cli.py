@@ -160,5 +160,5 @@ def test_a_reader_that_leaves_early_ends_it_quietly(words):
     assert program.stderr is not None
     program.stdout.close()  # as `| head -0` does
     said = program.stderr.read()
-    assert program.wait() == 141
+    assert program.wait() in (0, 141)  # argparse itself passes over an error in writing its help
     assert said == ""

@@ -10,6 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dora_vl"
 LAYERS = (
+    ("foreign_lines",),
     ("errors", "whole_numbers"),
     ("core", "model_files"),
     ("data",),
