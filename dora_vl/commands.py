@@ -20,6 +20,7 @@ class Command:
 COMMANDS = {
     "analyze": Command("dora_vl.evaluation.analyze_command", "what training changed: magnitudes and directions"),
     "check-data": Command("dora_vl.sources.check_command", "what is wrong with data files, before a run finds it"),
+    "completion": Command("dora_vl.completion_command", "a script with which a shell completes all of this"),
     "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out"),
     "doctor": Command("dora_vl.setup.doctor_command", "what this machine has for a run, and what is missing"),
     "evaluate": Command(

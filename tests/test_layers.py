@@ -24,6 +24,7 @@ LAYERS = (
     ("setup",),
     ("pipelines",),
     ("commands",),
+    ("completion_command",),
     ("cli",),
 )
 """From the floor up. A package imports only from layers below its own, and from itself."""
