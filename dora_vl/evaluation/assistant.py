@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from dora_vl.evaluation.ask import Asking
     from dora_vl.evaluation.evaluation_set import EvaluationSet
 
+_WEB = re.compile(r"(https?):/+(.*)")
+"""An address; as a path it has one slash less."""
 NOT_YET_A_CHARACTER = "\ufffd"  # what decoding gives for the first bytes of a character whose last are still to come
 
 
@@ -157,8 +160,10 @@ def open_picture(path: Path) -> Image.Image:
     """One picture file as RGB.
 
     Raises:
-        UserError: it is missing or no picture.
+        UserError: it is missing or no picture, or an address on the web.
     """
+    if found := _WEB.match(str(path)):
+        raise UserError(f"{found[1]}://{found[2]} is on the web; save the picture and give its file")
     try:
         return open_image(path.parent, path.name, follow_links=True)
     except BadSample as error:
