@@ -26,4 +26,5 @@ COMMANDS = {
     ),
     "merge": Command("dora_vl.adapters.merge_command", "base + adapters as a plain model folder"),
     "prepare": Command("dora_vl.sources.prepare_command", "a publisher's files to records"),
+    "serve": Command("dora_vl.app.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"),
 }

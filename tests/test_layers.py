@@ -21,6 +21,7 @@ LAYERS = (
     ("run",),
     ("training", "evaluation"),
     ("pipelines",),
+    ("app",),
     ("commands",),
     ("cli",),
 )

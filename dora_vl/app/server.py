@@ -1,0 +1,385 @@
+"""The engine over HTTP, as OpenAI's clients speak it: chat completions, models, and adapters loaded and dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from anyio.to_thread import run_sync
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from dora_vl.app.chat_request import ChatRequest, LoadRequest, UnloadRequest
+from dora_vl.app.engine import (
+    Answering,
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    Piece,
+    Prepared,
+    Stopped,
+    TooLate,
+    TooManyRequests,
+)
+from dora_vl.app.request_media import BadRequest, MediaLimits, RequestMedia, TooLarge
+from dora_vl.app.row_decoding import Sampling
+from dora_vl.app.served_model import UnknownModel
+from dora_vl.errors import BadSample, UserError, one_line, shown
+
+log = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=BaseModel)
+LOOK_SECONDS = 0.5
+"""How often it is looked whether a client that waits is still there."""
+FINISH_REASONS = {"stop": "stop", "length": "length", "ended": "stop"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What a client may ask for, and what it gets without asking.
+
+    Attributes:
+        media: what a request may show.
+        body_bytes: largest request.
+        body_seconds: longest time that a client may take to send it.
+        held: most requests that are being read, wait or are answered.
+        new_tokens: longest answer of a request that does not say.
+        temperature: of a request that does not say.
+        adapter_root: adapters below this folder may be loaded and dropped by clients; None: they may not.
+    """
+
+    media: MediaLimits = field(default_factory=MediaLimits)
+    body_bytes: int = 64 * 2**20
+    body_seconds: float = 30.0
+    held: int = 128
+    new_tokens: int = 256
+    temperature: float = 0.0
+    adapter_root: Path | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """How an error is told: its HTTP status and OpenAI's type and code."""
+
+    status: int
+    type: str
+    code: str | None = None
+
+
+INVALID = Problem(400, "invalid_request_error")
+PROBLEMS: Mapping[type[Exception], Problem] = {
+    UnknownModel: Problem(404, "invalid_request_error", "model_not_found"),
+    TooLarge: Problem(413, "invalid_request_error", "too_large"),
+    TooManyRequests: Problem(429, "rate_limit_error", "too_many_requests"),
+    Stopped: Problem(503, "server_error", "stopped"),
+    TooLate: Problem(504, "server_error", "timeout"),
+    BadRequest: INVALID,
+    BadSample: INVALID,
+    UserError: INVALID,
+}
+"""The first class that an error is of counts, from the top."""
+INTERNAL = Problem(500, "server_error", "internal_error")
+
+
+def error_response(error: Exception, param: str | None = None) -> JSONResponse:
+    """An error as OpenAI's JSON."""
+    problem = problem_of(error)
+    after = {"Retry-After": "1"} if problem.status in (429, 503) else None
+    return JSONResponse(error_content(error, param), status_code=problem.status, headers=after)
+
+
+def problem_of(error: Exception) -> Problem:
+    """How an error is told."""
+    return next((problem for kind, problem in PROBLEMS.items() if isinstance(error, kind)), INTERNAL)
+
+
+def error_content(error: Exception, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object; what went wrong inside is in the log alone."""
+    problem = problem_of(error)
+    message = "the server failed to answer this request" if problem is INTERNAL else str(error)
+    if isinstance(error, BadSample):
+        message = error.reason
+    place = error.place if isinstance(error, BadRequest) else param
+    return {"error": {"message": message, "type": problem.type, "param": place, "code": problem.code}}
+
+
+class Server:
+    """Answers HTTP requests through an engine.
+
+    Args:
+        engine: what answers; the server does not close it.
+        settings: what a client may ask for.
+    """
+
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.media = RequestMedia(settings.media, engine.model.assistant.prompts.videos_of_one_length)
+        self.started = int(time.time())
+        self._held = 0
+
+    # -- what is served ----------------------------------------------------------------------------------------
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        with self._one_more():
+            asked = await self._body(request, ChatRequest)
+            self.engine.model.asked(asked.model)  # before any picture is decoded
+            prepared = await run_sync(partial(self._prepared, asked))
+            events: asyncio.Queue[Event] = asyncio.Queue()
+            loop = asyncio.get_running_loop()
+
+            def put(event: Event) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(events.put_nowait, event)
+
+            answering = self.engine.submit(prepared, put)
+            if asked.stream:
+                return await self._stream(request, asked, answering, events)
+            return await self._whole(request, asked, answering, events)
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`: the base, and its adapters."""
+        base, *adapters = self.engine.model.names
+        cards = [self._card(base), *({**self._card(name), "parent": base} for name in adapters)]
+        return JSONResponse({"object": "list", "data": cards})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/NAME`."""
+        name = str(request.path_params["name"])
+        self.engine.model.asked(name)
+        return JSONResponse(self._card(name))
+
+    async def health(self, request: Request) -> Response:
+        """`GET /health`: how much waits."""
+        return JSONResponse({"status": "ok", "waiting": self.engine.waiting, "models": list(self.engine.model.names)})
+
+    async def load(self, request: Request) -> Response:
+        """`POST /v1/load_lora_adapter`, as vLLM has it."""
+        with self._one_more():
+            asked = await self._body(request, LoadRequest)
+            folder = self._allowed(asked.lora_path)
+            await run_sync(partial(self.engine.load, asked.lora_name, folder))
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+    async def unload(self, request: Request) -> Response:
+        """`POST /v1/unload_lora_adapter`, as vLLM has it."""
+        with self._one_more():
+            asked = await self._body(request, UnloadRequest)
+            await run_sync(partial(self.engine.unload, asked.lora_name))
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+
+    # -- reading a request -------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _one_more(self) -> Iterator[None]:
+        """Counts a request as held meanwhile; a streamed one counts until its first piece."""
+        if self._held >= self.settings.held:
+            raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    async def _body(self, request: Request, kind: type[Model]) -> Model:
+        """The request's content, of at most so many bytes, in at most so much time."""
+        most = self.settings.body_bytes
+        stated = request.headers.get("content-length", "")
+        content = bytearray()
+        too_large = TooLarge(f"the request is larger than the {most:,} bytes allowed here")
+        if stated.isdecimal() and int(stated) > most:
+            raise too_large
+
+        async def read() -> None:
+            async for chunk in request.stream():
+                content.extend(chunk)
+                if len(content) > most:
+                    raise too_large
+
+        try:
+            await asyncio.wait_for(read(), self.settings.body_seconds)
+        except asyncio.TimeoutError:
+            raise TooLate(f"the request was not sent within {self.settings.body_seconds:g} s") from None
+        return await run_sync(partial(_parsed, kind, bytes(content)))
+
+    def _prepared(self, asked: ChatRequest) -> Prepared:
+        """The request's prompt, its pictures and videos read; in a thread of its own."""
+        settings, positions = self.settings, self.engine.model.max_positions
+        talk = self.media.read(asked.messages)
+        sampling = Sampling(
+            max_new_tokens=asked.longest or settings.new_tokens,
+            temperature=settings.temperature if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            stop=asked.stops,
+            seed=asked.seed,
+        )
+        shown_there = {"pictures": talk.pictures, "videos": talk.videos}
+        roomy = asked.longest is not None or positions is None
+        return self.engine.prepare(asked.model, talk.turns, sampling, fill=not roomy, **shown_there)
+
+    def _allowed(self, path: str) -> Path:
+        """An adapter's folder that a client may load."""
+        root = self.settings.adapter_root
+        if root is None:
+            raise UserError("this server loads no adapters over HTTP; start it with --adapter-root FOLDER")
+        try:
+            folder = (root / path).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadRequest("lora_path", f"{shown(path)} is no path ({type(error).__name__})") from None
+        if not folder.is_relative_to(root.resolve()) or not folder.is_dir():
+            raise BadRequest(
+                "lora_path", f"there is no folder {shown(path)} below the one that adapters are loaded from"
+            )
+        return folder
+
+    # -- answering ---------------------------------------------------------------------------------------------
+
+    async def _whole(
+        self, request: Request, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
+    ) -> Response:
+        try:
+            while True:
+                event = await self._next(request, events)
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Finished):
+                    return JSONResponse(_completion(asked, event))
+        finally:
+            answering.cancel()
+
+    async def _stream(
+        self, request: Request, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
+    ) -> Response:
+        """The answer as server-sent events; what goes wrong before the first piece still has its own status."""
+        try:
+            first = await self._next(request, events)
+        except BaseException:
+            answering.cancel()
+            raise
+        if isinstance(first, Failed):
+            raise first.error
+        return StreamingResponse(_chunks(asked, first, answering, events), media_type="text/event-stream")
+
+    async def _next(self, request: Request, events: asyncio.Queue[Event]) -> Event:
+        """The next event; an error where the client has gone away."""
+        while True:
+            try:
+                return await asyncio.wait_for(events.get(), LOOK_SECONDS)
+            except asyncio.TimeoutError:
+                if await request.is_disconnected():
+                    raise Stopped("the client has gone away") from None
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "dora-vl"}
+
+
+def _parsed(kind: type[Model], content: bytes) -> Model:
+    """A request's JSON, checked.
+
+    Raises:
+        BadRequest: it names the first place that is wrong.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        first = max(errors, key=lambda one: len(one["loc"]))  # of several forms the one that came farthest
+        place = ".".join(map(str, first["loc"])) or "the request"
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise BadRequest(one_line(place, 80), f"{first['msg']}{more}") from None
+
+
+def _head(asked: ChatRequest, kind: str) -> dict[str, Any]:
+    made = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
+    return {**made, "model": asked.model}
+
+
+def _usage(finished: Finished) -> dict[str, int]:
+    prompt, new = finished.prompt_tokens, finished.new_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def _completion(asked: ChatRequest, finished: Finished) -> dict[str, Any]:
+    message = {"role": "assistant", "content": finished.text, "refusal": None}
+    choice = {"index": 0, "message": message, "finish_reason": FINISH_REASONS[finished.reason], "logprobs": None}
+    return {**_head(asked, "chat.completion"), "choices": [choice], "usage": _usage(finished)}
+
+
+async def _chunks(
+    asked: ChatRequest, first: Event, answering: Answering, events: asyncio.Queue[Event]
+) -> AsyncIterator[str]:
+    """The events of one answer as OpenAI's chunks; whoever closes this ends the answer."""
+    head = _head(asked, "chat.completion.chunk")
+    told = asked.stream_options is not None and asked.stream_options.include_usage
+
+    def chunk(delta: Mapping[str, Any], reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return _sent({**head, "choices": [choice], **({"usage": None} if told else {})})
+
+    try:
+        yield chunk({"role": "assistant", "content": ""})
+        event = first
+        while isinstance(event, Piece):
+            yield chunk({"content": event.text})
+            event = await events.get()
+        if isinstance(event, Failed):
+            yield _sent(error_content(event.error))
+            return
+        yield chunk({}, FINISH_REASONS[event.reason])
+        if told:
+            yield _sent({**head, "choices": [], "usage": _usage(event)})
+        yield "data: [DONE]\n\n"
+    finally:
+        answering.cancel()
+
+
+def _sent(content: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def build_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI:
+    """The application: routes, and every error as OpenAI's JSON."""
+    server = Server(engine, settings or ServerSettings())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        server.media.close()
+
+    app = FastAPI(title="dora-vl serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+        ("POST", "/v1/chat/completions", server.chat),
+        ("GET", "/v1/models", server.models),
+        ("GET", "/v1/models/{name:path}", server.model),
+        ("GET", "/health", server.health),
+        ("POST", "/v1/load_lora_adapter", server.load),
+        ("POST", "/v1/unload_lora_adapter", server.unload),
+    ]
+    for method, path, handler in routes:
+        app.add_route(path, handler, methods=[method])
+
+    async def refused(_: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def not_there(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        content = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}
+        return JSONResponse({"error": content}, status_code=error.status_code, headers=error.headers)
+
+    app.add_exception_handler(UserError, refused)
+    app.add_exception_handler(HTTPException, not_there)
+    app.add_exception_handler(Exception, refused)
+    return app
