@@ -32,9 +32,10 @@ from benchmarks.dora_step import Turns, take_turns
 from benchmarks.report import median, table, write_json
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.shared_copy import shared_tensors
-from dora_vl.app.engine import Engine, EngineSettings
+from dora_vl.app.engine import Engine
 from dora_vl.app.served_model import ServedModel, open_served
 from dora_vl.app.server import build_app
+from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.backbones.image_text import language_targets
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.data.turns import Turn

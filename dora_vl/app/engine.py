@@ -11,141 +11,24 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from dora_vl.app.row_decoding import Reason, RowText, Sampling, generate_options
+from dora_vl.app.answering import Answering, Event, Failed, Finished, Piece, Prepared, Stopped
+from dora_vl.app.row_decoding import RowText, Sampling, generate_options
 from dora_vl.app.served_model import Asked, ServedModel
-from dora_vl.backbones.families import ALIGNED
+from dora_vl.app.waiting_room import ENDING, EngineSettings, WaitingRoom
 from dora_vl.backbones.video_inputs import Video
-from dora_vl.data.dataset import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.asker import Shown
 from dora_vl.evaluation.predict import Decoding
 
 log = logging.getLogger(__name__)
-
-
-class TooManyRequests(UserError):
-    """As many requests wait as may."""
-
-
-class TooLate(UserError):
-    """The answer was not there in the time that a request has."""
-
-
-class Stopped(UserError):
-    """The server is ending, or the adapter was taken away meanwhile."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """How requests become batches.
-
-    Attributes:
-        batch_rows: most requests in a batch.
-        batch_tokens: most tokens of a batch, prompts padded and answers at their longest; a single request may have
-            more.
-        window_seconds: how long the first request of a batch waits for others.
-        waiting: most requests that wait.
-        answer_seconds: longest time from handing a request in to the end of its answer.
-        prompt_tokens: longest prompt; None: as the model takes.
-    """
-
-    batch_rows: int = 16
-    batch_tokens: int = 32768
-    window_seconds: float = 0.005
-    waiting: int = 64
-    answer_seconds: float = 300.0
-    prompt_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next of an answer's text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An answer is over: why, its whole text, and how many tokens prompt and answer have."""
-
-    reason: Reason
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """There is no answer, or no more of it."""
-
-    error: Exception
-
-
-Event = Piece | Finished | Failed
-"""What becomes of a request: pieces, then one of the other two."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request whose prompt stands."""
-
-    asked: Asked
-    sample: Sample
-    sampling: Sampling
-
-    @property
-    def tokens(self) -> int:
-        """Prompt and longest answer."""
-        return len(self.sample.input_ids) + self.sampling.max_new_tokens
-
-    @property
-    def media(self) -> frozenset[str]:
-        """Names of the inputs that hold its pictures and videos."""
-        own = frozenset(self.sample.inputs).difference(ALIGNED)
-        return own | {"pictures"} if self.sample.pictures else own
-
-    @property
-    def pictures(self) -> int:
-        """How many pictures it shows; at most 1 of a model with its own processor, where they are not told apart."""
-        return len(self.sample.pictures) or bool(self.media)
-
-
-@dataclass
-class Answering:
-    """A request that was handed in."""
-
-    prepared: Prepared
-    put: Callable[[Event], object]
-    deadline: float
-    over: bool = False
-    """Whether it got its last event."""
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    pieces: int = 0
-
-    def cancel(self) -> None:
-        """Nobody waits for the answer any more; its row ends at the next token."""
-        self.cancelled.set()
-
-    @property
-    def unwanted(self) -> bool:
-        """Whether the answer comes too late, or for nobody."""
-        return self.cancelled.is_set() or time.monotonic() > self.deadline
-
-    def tell(self, event: Event) -> None:
-        """Hands an event on; none after the last."""
-        if self.over:
-            return
-        self.over = not isinstance(event, Piece)
-        self.pieces += not self.over
-        self.put(event)
 
 
 class Engine:
@@ -159,14 +42,12 @@ class Engine:
     def __init__(self, model: ServedModel, settings: EngineSettings | None = None) -> None:
         self.model = model
         self.settings = settings or EngineSettings()
-        self._waiting: deque[Answering] = deque()
-        self._changed = threading.Condition()
+        self._room = WaitingRoom(self.settings, self._one_kind)
         self._encoding = threading.Lock()
         """Tokenizers and processors are for one thread at a time."""
         self._running = threading.Lock()
         """Held by a batch, and by whoever changes the adapters."""
         self._loading = threading.Lock()
-        self._closed = False
         generation = model.backbone.model.generation_config
         ends = None if generation is None else generation.eos_token_id
         self._ends = frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
@@ -219,16 +100,7 @@ class Engine:
             Stopped: the engine is closed, or the adapter is gone.
         """
         answering = Answering(prepared, put, time.monotonic() + self.settings.answer_seconds)
-        with self._changed:
-            if self._closed:
-                raise Stopped("the server is ending")
-            if len(self._waiting) >= self.settings.waiting:
-                self._let_go()
-            if len(self._waiting) >= self.settings.waiting:
-                raise TooManyRequests(f"{len(self._waiting)} requests wait already, and no more may; try again later")
-            self._refuse_gone(prepared.asked)
-            self._waiting.append(answering)
-            self._changed.notify()
+        self._room.add(answering, partial(self._refuse_gone, prepared.asked))
         return answering
 
     def ask(self, prepared: Prepared) -> Iterator[Piece | Finished]:
@@ -251,7 +123,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """How many requests wait."""
-        return len(self._waiting)
+        return len(self._room)
 
     def load(self, name: str, folder: Path) -> None:
         """Serves an adapter from now on; it is read beside the batches, and put in between two.
@@ -273,20 +145,13 @@ class Engine:
         """
         with self._loading, self._running:
             self.model.drop(name)
-            with self._changed:
-                gone = [one for one in self._waiting if one.prepared.asked.name == name]
-                self._waiting = deque(one for one in self._waiting if one.prepared.asked.name != name)
+            gone = self._room.remove(name)
         for one in gone:
             one.tell(Failed(Stopped(f"adapter {name} was unloaded before its answer began")))
 
     def close(self) -> None:
         """Ends the thread after the next token; requests at hand are told."""
-        with self._changed:
-            self._closed = True
-            left, self._waiting = list(self._waiting), deque()
-            self._changed.notify()
-        for one in left:
-            one.tell(Failed(Stopped("the server is ending")))
+        self._room.close()
         self._thread.join()
 
     def __enter__(self) -> Engine:
@@ -303,7 +168,7 @@ class Engine:
             raise Stopped(f"adapter {asked.name} was loaded anew meanwhile; ask again")
 
     def _work(self) -> None:
-        while (batch := self._next_batch()) is not None:
+        while (batch := self._room.next_batch()) is not None:
             try:
                 with self._running:
                     self._answer([one for one in batch if self._is_served(one)])
@@ -320,51 +185,10 @@ class Engine:
             one.tell(Failed(error))
         return not one.over
 
-    def _next_batch(self) -> list[Answering] | None:
-        """What is answered next; None when the engine is closed."""
-        with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
-            until = time.monotonic() + self.settings.window_seconds
-            while len(self._waiting) < self.settings.batch_rows and not self._closed:
-                left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    break
-            if self._closed:
-                return None
-            return self._taken()
-
-    def _let_go(self) -> None:
-        """Gives those up that nobody waits for."""
-        for one in self._waiting:
-            if one.unwanted:
-                _give_up(one)
-        self._waiting = deque(one for one in self._waiting if not one.over)
-
-    def _taken(self) -> list[Answering]:
-        """Of those that wait the first, and those after it that fit beside it, in order."""
-        batch: list[Answering] = []
-        left: deque[Answering] = deque()
-        self._let_go()
-        for one in self._waiting:
-            if len(batch) < self.settings.batch_rows and self._fits([*(b.prepared for b in batch), one.prepared]):
-                batch.append(one)
-            else:
-                left.append(one)
-        self._waiting = left
-        return batch
-
-    def _fits(self, rows: Sequence[Prepared]) -> bool:
-        """Whether these can be one batch."""
-        if len(rows) == 1:
-            return True
-        if len(rows) * max(row.tokens for row in rows) > self.settings.batch_tokens:
-            return False
-        shown = [row for row in rows if row.media]
-        eyes = {row.asked.name if row.asked.alone else None for row in shown}
+    def _one_kind(self) -> bool:
+        """Whether the model cannot tell pictures from videos of one batch."""
         encoder = self.model.encoder
-        one_kind = encoder is not None and len({row.media for row in shown}) > 1 and encoder.one_kind_in_a_batch
-        return len(eyes) <= 1 and not one_kind
+        return encoder is not None and encoder.one_kind_in_a_batch
 
     def _answer(self, batch: Sequence[Answering]) -> None:
         """Answers a batch; where it fails as a whole, its rows one by one, so that none suffers for another."""
@@ -405,22 +229,19 @@ class Engine:
         prepared = one.prepared
 
         def done(row: RowText) -> None:
-            if row.reason == "ended":
-                _give_up(one, ending=self._closed)
-                return
-            one.tell(Finished(row.reason or "length", row.text, len(prepared.sample.input_ids), len(row.ids)))
+            if row.error is not None:
+                one.tell(Failed(row.error))
+            elif row.reason != "ended":
+                one.tell(Finished(row.reason or "length", row.text, len(prepared.sample.input_ids), len(row.ids)))
+            elif self._room.closed:
+                one.tell(Failed(Stopped(ENDING)))
+            else:
+                one.give_up()
 
         return RowText(
             prepared.sampling,
             prepared.asked.prompts.decode,
             write=lambda text: one.tell(Piece(text)),
-            over=lambda: one.unwanted or self._closed,
+            over=lambda: one.unwanted or self._room.closed,
             done=done,
         )
-
-
-def _give_up(one: Answering, *, ending: bool = False) -> None:
-    """Tells a request that there is no answer, or no more of it."""
-    late = time.monotonic() > one.deadline
-    reason = "the server is ending" if ending else "nobody waits for it" if not late else "it took too long"
-    one.tell(Failed(TooLate(f"{reason}; ask for a shorter answer, or try again later") if late else Stopped(reason)))

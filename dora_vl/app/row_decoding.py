@@ -62,11 +62,20 @@ class RowText:
     """What has been written."""
     reason: Reason | None = None
     """Why it is over; None while it goes on."""
+    error: Exception | None = None
+    """What broke it, and no other row."""
 
     def take(self, token: int, ends: Collection[int]) -> None:
-        """Takes the next token, and writes what it adds to the text."""
+        """Takes the next token, and writes what it adds to the text; an error ends this row alone."""
         if self.reason is not None:
             return
+        try:
+            self._take(token, ends)
+        except Exception as error:  # noqa: BLE001 - the other rows of the batch go on
+            self.error, self.reason = error, "ended"
+            self.done(self)
+
+    def _take(self, token: int, ends: Collection[int]) -> None:
         if self.over():
             self._finish("ended", self.text)
             return

@@ -13,8 +13,8 @@ from dora_vl.errors import UserError, shown
 from dora_vl.whole_numbers import positive
 
 if TYPE_CHECKING:
-    from dora_vl.app.engine import EngineSettings
     from dora_vl.app.server import ServerSettings
+    from dora_vl.app.waiting_room import EngineSettings
 
 DESCRIPTION = """\
 Serves a base model and adapters over it, each under its own name, as OpenAI's clients ask. Nothing is merged: requests
@@ -138,7 +138,7 @@ def named_adapters(given: Sequence[str]) -> Mapping[str, Path]:
 
 def engine_settings(options: argparse.Namespace) -> EngineSettings:
     """The options about batches."""
-    from dora_vl.app.engine import EngineSettings
+    from dora_vl.app.waiting_room import EngineSettings
 
     return EngineSettings(
         batch_rows=options.batch,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,30 +18,20 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
+from dora_vl.app.answering import Answering, Event, Failed, Finished, Prepared, Stopped, TooLate, TooManyRequests
+from dora_vl.app.chat_answers import chunks, completion
 from dora_vl.app.chat_request import ChatRequest, LoadRequest, UnloadRequest
-from dora_vl.app.engine import (
-    Answering,
-    Engine,
-    Event,
-    Failed,
-    Finished,
-    Piece,
-    Prepared,
-    Stopped,
-    TooLate,
-    TooManyRequests,
-)
+from dora_vl.app.engine import Engine
+from dora_vl.app.http_errors import error_response
 from dora_vl.app.request_media import BadRequest, MediaLimits, RequestMedia, TooLarge
 from dora_vl.app.row_decoding import Sampling
-from dora_vl.app.served_model import UnknownModel
-from dora_vl.errors import BadSample, UserError, one_line, shown
+from dora_vl.errors import UserError, one_line, shown
 
 log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
 LOOK_SECONDS = 0.5
 """How often it is looked whether a client that waits is still there."""
-FINISH_REASONS = {"stop": "stop", "length": "length", "ended": "stop"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,52 +55,6 @@ class ServerSettings:
     new_tokens: int = 256
     temperature: float = 0.0
     adapter_root: Path | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """How an error is told: its HTTP status and OpenAI's type and code."""
-
-    status: int
-    type: str
-    code: str | None = None
-
-
-INVALID = Problem(400, "invalid_request_error")
-PROBLEMS: Mapping[type[Exception], Problem] = {
-    UnknownModel: Problem(404, "invalid_request_error", "model_not_found"),
-    TooLarge: Problem(413, "invalid_request_error", "too_large"),
-    TooManyRequests: Problem(429, "rate_limit_error", "too_many_requests"),
-    Stopped: Problem(503, "server_error", "stopped"),
-    TooLate: Problem(504, "server_error", "timeout"),
-    BadRequest: INVALID,
-    BadSample: INVALID,
-    UserError: INVALID,
-}
-"""The first class that an error is of counts, from the top."""
-INTERNAL = Problem(500, "server_error", "internal_error")
-
-
-def error_response(error: Exception, param: str | None = None) -> JSONResponse:
-    """An error as OpenAI's JSON."""
-    problem = problem_of(error)
-    after = {"Retry-After": "1"} if problem.status in (429, 503) else None
-    return JSONResponse(error_content(error, param), status_code=problem.status, headers=after)
-
-
-def problem_of(error: Exception) -> Problem:
-    """How an error is told."""
-    return next((problem for kind, problem in PROBLEMS.items() if isinstance(error, kind)), INTERNAL)
-
-
-def error_content(error: Exception, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object; what went wrong inside is in the log alone."""
-    problem = problem_of(error)
-    message = "the server failed to answer this request" if problem is INTERNAL else str(error)
-    if isinstance(error, BadSample):
-        message = error.reason
-    place = error.place if isinstance(error, BadRequest) else param
-    return {"error": {"message": message, "type": problem.type, "param": place, "code": problem.code}}
 
 
 class Server:
@@ -256,7 +198,7 @@ class Server:
                 if isinstance(event, Failed):
                     raise event.error
                 if isinstance(event, Finished):
-                    return JSONResponse(_completion(asked, event))
+                    return JSONResponse(completion(asked, event))
         finally:
             answering.cancel()
 
@@ -271,7 +213,7 @@ class Server:
             raise
         if isinstance(first, Failed):
             raise first.error
-        return StreamingResponse(_chunks(asked, first, answering, events), media_type="text/event-stream")
+        return StreamingResponse(chunks(asked, first, answering, events), media_type="text/event-stream")
 
     async def _next(self, request: Request, events: asyncio.Queue[Event]) -> Event:
         """The next event; an error where the client has gone away."""
@@ -300,54 +242,6 @@ def _parsed(kind: type[Model], content: bytes) -> Model:
         place = ".".join(map(str, first["loc"])) or "the request"
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise BadRequest(one_line(place, 80), f"{first['msg']}{more}") from None
-
-
-def _head(asked: ChatRequest, kind: str) -> dict[str, Any]:
-    made = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
-    return {**made, "model": asked.model}
-
-
-def _usage(finished: Finished) -> dict[str, int]:
-    prompt, new = finished.prompt_tokens, finished.new_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-
-
-def _completion(asked: ChatRequest, finished: Finished) -> dict[str, Any]:
-    message = {"role": "assistant", "content": finished.text, "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": FINISH_REASONS[finished.reason], "logprobs": None}
-    return {**_head(asked, "chat.completion"), "choices": [choice], "usage": _usage(finished)}
-
-
-async def _chunks(
-    asked: ChatRequest, first: Event, answering: Answering, events: asyncio.Queue[Event]
-) -> AsyncIterator[str]:
-    """The events of one answer as OpenAI's chunks; whoever closes this ends the answer."""
-    head = _head(asked, "chat.completion.chunk")
-    told = asked.stream_options is not None and asked.stream_options.include_usage
-
-    def chunk(delta: Mapping[str, Any], reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
-        return _sent({**head, "choices": [choice], **({"usage": None} if told else {})})
-
-    try:
-        yield chunk({"role": "assistant", "content": ""})
-        event = first
-        while isinstance(event, Piece):
-            yield chunk({"content": event.text})
-            event = await events.get()
-        if isinstance(event, Failed):
-            yield _sent(error_content(event.error))
-            return
-        yield chunk({}, FINISH_REASONS[event.reason])
-        if told:
-            yield _sent({**head, "choices": [], "usage": _usage(event)})
-        yield "data: [DONE]\n\n"
-    finally:
-        answering.cancel()
-
-
-def _sent(content: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 def build_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI:

@@ -15,10 +15,10 @@ import openai
 import pytest
 from PIL import Image
 
-from dora_vl.app.engine import EngineSettings
 from dora_vl.app.request_media import MediaLimits
 from dora_vl.app.served_model import ServedModel
 from dora_vl.app.server import ServerSettings
+from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.asker import Shown
 from tests.app.tiny_served import (

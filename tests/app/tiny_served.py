@@ -19,9 +19,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dora_vl.adapters.folder import save_adapter
-from dora_vl.app.engine import Engine, EngineSettings
+from dora_vl.app.engine import Engine
 from dora_vl.app.served_model import ServedModel, open_served
 from dora_vl.app.server import ServerSettings, build_app
+from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.asker import Shown, Wanted
