@@ -56,11 +56,14 @@ def main() -> None:
         base = open_served(options.model, {}, base_name="base", template=options.template)
         folders = write_adapters(base, Path(folder), options)
         served = open_served(options.model, folders, base_name="base", template=options.template)
-        step = decode_figures(served, folders["a"], options)
-        load = load_figures(served, options)
+        figures: dict[str, Any] = {}
+        if "step" in options.parts:
+            figures["decode_step"] = decode_figures(served, folders["a"], options)
+        if "load" in options.parts:
+            figures["load"] = load_figures(served, options)
     if options.json is not None:
         shown = {name: value for name, value in vars(options).items() if name not in ("json", "model")}
-        write_json(options.json, {"options": shown, "decode_step": step, "load": load})
+        write_json(options.json, {"options": shown, **figures})
 
 
 def read_options() -> argparse.Namespace:
@@ -68,6 +71,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a base, such as the one that make demo leaves")
     parser.add_argument("--template", help="its prompt format, where nothing says it")
+    parser.add_argument("--parts", nargs="+", default=["step", "load"], choices=("step", "load"))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rows", type=int, nargs="+", default=[5, 15, 30], help="of a decode step's batch")
     parser.add_argument("--requests", type=int, default=32, help="in flight")

@@ -173,6 +173,10 @@ class ServedModel:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _refuse_taken(self, name: str) -> None:
+        if name == self.base_name:
+            raise UserError(
+                f"the base is called {shown(name)} too; choose another name, or the base's with --base-name"
+            )
         if name in self._asked:
             raise UserError(f"a model {shown(name)} is served already; unload it first, or choose another name")
 

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from dora_vl.app.answering import Answering, Event, Failed, Finished, Prepared, Stopped, TooLate, TooManyRequests
+from dora_vl.app.answering import Answering, Event, Failed, Finished, Prepared, TooLate, TooManyRequests
 from dora_vl.app.chat_answers import chunks, completion
 from dora_vl.app.chat_request import ChatRequest, LoadRequest, UnloadRequest
 from dora_vl.app.engine import Engine
@@ -120,6 +120,7 @@ class Server:
         """`POST /v1/unload_lora_adapter`, as vLLM has it."""
         with self._one_more():
             asked = await self._body(request, UnloadRequest)
+            self._adapter_root()
             await run_sync(partial(self.engine.unload, asked.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
@@ -172,11 +173,16 @@ class Server:
         roomy = asked.longest is not None or positions is None
         return self.engine.prepare(asked.model, talk.turns, sampling, fill=not roomy, **shown_there)
 
-    def _allowed(self, path: str) -> Path:
-        """An adapter's folder that a client may load."""
+    def _adapter_root(self) -> Path:
+        """The folder below which clients may load adapters."""
         root = self.settings.adapter_root
         if root is None:
-            raise UserError("this server loads no adapters over HTTP; start it with --adapter-root FOLDER")
+            raise UserError("this server's clients load and drop no adapters; start it with --adapter-root FOLDER")
+        return root
+
+    def _allowed(self, path: str) -> Path:
+        """An adapter's folder that a client may load."""
+        root = self._adapter_root()
         try:
             folder = (root / path).resolve()
         except (OSError, ValueError, RuntimeError) as error:
@@ -192,40 +198,43 @@ class Server:
     async def _whole(
         self, request: Request, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
     ) -> Response:
-        try:
-            while True:
-                event = await self._next(request, events)
+        async with _watched(request, answering):
+            while not isinstance(event := await events.get(), Finished):
                 if isinstance(event, Failed):
                     raise event.error
-                if isinstance(event, Finished):
-                    return JSONResponse(completion(asked, event))
-        finally:
-            answering.cancel()
+        return JSONResponse(completion(asked, event))
 
     async def _stream(
         self, request: Request, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
     ) -> Response:
         """The answer as server-sent events; what goes wrong before the first piece still has its own status."""
-        try:
-            first = await self._next(request, events)
-        except BaseException:
-            answering.cancel()
-            raise
+        async with _watched(request, answering):
+            first = await events.get()
         if isinstance(first, Failed):
             raise first.error
         return StreamingResponse(chunks(asked, first, answering, events), media_type="text/event-stream")
 
-    async def _next(self, request: Request, events: asyncio.Queue[Event]) -> Event:
-        """The next event; an error where the client has gone away."""
-        while True:
-            try:
-                return await asyncio.wait_for(events.get(), LOOK_SECONDS)
-            except asyncio.TimeoutError:
-                if await request.is_disconnected():
-                    raise Stopped("the client has gone away") from None
-
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "dora-vl"}
+
+
+@contextlib.asynccontextmanager
+async def _watched(request: Request, answering: Answering) -> AsyncIterator[None]:
+    """Meanwhile the answer ends where the client goes away, or where waiting for it is broken off."""
+
+    async def look() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(LOOK_SECONDS)
+        answering.cancel()
+
+    looking = asyncio.create_task(look())
+    try:
+        yield
+    except BaseException:
+        answering.cancel()
+        raise
+    finally:
+        looking.cancel()
 
 
 def _parsed(kind: type[Model], content: bytes) -> Model:

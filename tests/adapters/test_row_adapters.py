@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.adapters.row_adapters import Layers, RowAdapters, rows_seen
+from dora_vl.backbones.causal_lm import load_causal_lm
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.core.rows import RowLayer
 from dora_vl.errors import UserError
 from tests.adapters import foreign_files
 from tests.adapters.peft_folders import moved_peft
+from tests.backbones.tiny_language import write_tiny_language
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "dora": {"targets": ("*.q_proj", "*.down_proj"), "rank": 2, "alpha": 5.0},
@@ -180,6 +183,37 @@ def test_rows_are_those_of_every_call() -> None:
     model = Odd()
     found = rows_seen(model, lambda: model(torch.zeros(2, 5, 3)), rows=2, tokens=5)
     assert found == {"", "rows"}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "hqq", "int8"])
+@torch.no_grad()
+def test_rows_over_a_quantised_base(kind: Any, tmp_path: Path) -> None:
+    """The gain comes from the layer's own product, so nothing is dequantised; base rows keep their bits."""
+    pytest.importorskip(SCHEMES[kind].package)
+    base = write_tiny_language(tmp_path / "base", hidden_size=64, intermediate_size=64)
+
+    def model() -> Any:
+        return load_causal_lm(str(base), dtype=torch.bfloat16, quantisation=kind).model
+
+    folders = {}
+    for seed, (name, targets) in enumerate({"one": ("*.q_proj", "*.down_proj"), "two": ("*.q_proj",)}.items()):
+        adapted = model()
+        apply_dora(adapted, DoRAConfig(targets=targets, rank=2 + seed, alpha=5.0, dropout=0.0))
+        move(adapted, seed)
+        save_adapter(adapted, tmp_path / name)
+        folders[name] = tmp_path / name
+    adapters = row_adapters(model(), folders)
+    found = logits(adapters, (None, "one", "two", None)).float()
+    plain = model()(IDS[:4]).logits.float()
+    if kind != "int8":  # which takes its outliers from all rows together
+        assert torch.equal(found[0], plain[0])
+    for number, name in ((1, "one"), (2, "two")):
+        alone = model()
+        load_adapter(alone, folders[name], change_base=False)
+        expected = alone.eval()(IDS[:4]).logits[number].float()
+        spread = expected.abs().max()
+        assert (expected - plain[number]).abs().max() > 0.2 * spread
+        assert (found[number] - expected).abs().max() < 0.05 * spread
 
 
 def test_half_precision_extras_stay_float32(tmp_path: Path) -> None:

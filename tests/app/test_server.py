@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from dora_vl.app.request_media import MediaLimits
+from dora_vl.app.row_decoding import RowText
 from dora_vl.app.served_model import ServedModel
 from dora_vl.app.server import ServerSettings
 from dora_vl.app.waiting_room import EngineSettings
@@ -281,17 +282,49 @@ def test_what_is_no_json_or_no_route(client: Any, address: str) -> None:
     assert client.chat.completions.create(model="one", messages=words("a"), max_tokens=2).choices
 
 
-def test_a_client_that_goes_away_ends_its_row(model: ServedModel, base: Path, tmp_path: Path) -> None:
-    """Two long answers end when their clients leave, one streamed and one waited for; the next is answered at once."""
-    asked = {"model": "one", "messages": words("What colour is it?"), "max_tokens": 900}
-    with running(model, engine_settings=EngineSettings(batch_rows=4)) as address:
+def test_a_client_that_goes_away_ends_its_row(model: ServedModel, monkeypatch: Any) -> None:
+    """Two long answers end when their clients leave, one streamed and one waited for; the next is answered."""
+    rows: dict[int, RowText] = {}
+    take = RowText.take
+    monkeypatch.setattr(RowText, "take", lambda row, *given: (rows.setdefault(id(row), row), take(row, *given))[1])
+    asked = {"model": "one", "messages": words("What colour is it?"), "max_tokens": 1500}
+    monkeypatch.setattr(model.backbone.model.generation_config, "eos_token_id", None)
+    with running(model) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-        model.backbone.model.generation_config.eos_token_id = None
         stream = client.chat.completions.create(**asked, stream=True)
         next(iter(stream))
         stream.close()
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.5).chat.completions.create(**asked)
-        before = time.monotonic()
         client.chat.completions.create(**{**asked, "max_tokens": 2})
-        assert time.monotonic() - before < 5
+    *left, answered = rows.values()
+    assert answered.reason == "length"
+    assert left
+    assert all(row.reason == "ended" and len(row.ids) < 1000 for row in left), [len(row.ids) for row in left]
+
+
+def test_a_server_of_other_settings(model: ServedModel) -> None:
+    """No adapters over HTTP, addresses on the web but none of this network, a slow sender, and too many at once."""
+    settings = ServerSettings(held=1, body_seconds=1.5, media=MediaLimits(remote=True))
+    with running(model, settings) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        for what, body in (("load", {"lora_name": "a", "lora_path": "a"}), ("unload", {"lora_name": "one"})):
+            with pytest.raises(openai.BadRequestError, match="--adapter-root"):
+                client.post(f"/{what}_lora_adapter", body=body, cast_to=str)
+        for url in (f"{address}/health", "http://localhost/a.png", "http://169.254.169.254/latest", "http://[::1]/"):
+            status, said = status_of(client, messages=shows(url_part(url)))
+            assert status == 400
+            assert "is no public address" in said
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as slow:
+            slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{")
+            time.sleep(0.5)
+            with pytest.raises(openai.RateLimitError) as refused:
+                client.chat.completions.create(model="one", messages=words("a"))
+            assert refused.value.response.headers["retry-after"] == "1"
+            assert slow.recv(100).startswith(b"HTTP/1.1 504")
+        assert client.chat.completions.create(model="one", messages=words("a"), max_tokens=2).choices
+        health = json.loads(
+            raw(address, b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").partition(b"\r\n\r\n")[2]
+        )
+        assert (health["status"], health["waiting"]) == ("ok", 0)
