@@ -34,7 +34,7 @@ from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.shared_copy import shared_tensors
 from dora_vl.app.engine import Engine
 from dora_vl.app.served_model import ServedModel, open_served
-from dora_vl.app.server import build_app
+from dora_vl.app.server import Server, build_app
 from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.backbones.image_text import language_targets
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
@@ -205,7 +205,8 @@ def under_load(client: OpenAI, names: Sequence[str], options: argparse.Namespace
 def running(engine: Engine) -> Iterator[str]:
     """A server in a thread; its address."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(build_app(engine), log_level="error", timeout_graceful_shutdown=1))
+    app = build_app(Server(engine))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     try:
         import uvicorn
 
-        from dora_vl.app.server import build_app
+        from dora_vl.app.server import Server, build_app
     except ImportError as error:
         raise UserError(f"serving needs {error.name}: pip install 'dora-vl[serve]'") from error
     listening = _listening(options.host, options.port)
@@ -107,12 +107,12 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 
     named = {"base_name": options.base_name, "template": options.template, "any_base": options.any_base}
     served = open_served(options.model, adapters, **named)
-    with listening, Engine(served, engine_settings(options)) as engine:
+    settings = server_settings(options)
+    with listening, Engine(served, engine_settings(options)) as engine, Server(engine, settings) as server:
         host, port = listening.getsockname()[:2]
         yield f"serving {', '.join(served.names)} at http://{host}:{port}/v1 (Ctrl-C ends)"
-        config = uvicorn.Config(
-            build_app(engine, server_settings(options)), log_level="warning", timeout_graceful_shutdown=5
-        )
+        app = build_app(server)
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
 

@@ -58,19 +58,25 @@ class ServerSettings:
 
 
 class Server:
-    """Answers HTTP requests through an engine.
+    """Answers HTTP requests through an engine; use it in a `with`, whose end ends the decoder of videos.
 
     Args:
         engine: what answers; the server does not close it.
         settings: what a client may ask for.
     """
 
-    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+    def __init__(self, engine: Engine, settings: ServerSettings | None = None) -> None:
         self.engine = engine
-        self.settings = settings
+        self.settings = settings = settings or ServerSettings()
         self.media = RequestMedia(settings.media, engine.model.assistant.prompts.videos_of_one_length)
         self.started = int(time.time())
         self._held = 0
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.media.close()
 
     # -- what is served ----------------------------------------------------------------------------------------
 
@@ -253,16 +259,9 @@ def _parsed(kind: type[Model], content: bytes) -> Model:
         raise BadRequest(one_line(place, 80), f"{first['msg']}{more}") from None
 
 
-def build_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI:
+def build_app(server: Server) -> FastAPI:
     """The application: routes, and every error as OpenAI's JSON."""
-    server = Server(engine, settings or ServerSettings())
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        server.media.close()
-
-    app = FastAPI(title="dora-vl serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="dora-vl serve", docs_url=None, redoc_url=None, openapi_url=None)
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", server.chat),
         ("GET", "/v1/models", server.models),

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.app.engine import Engine
 from dora_vl.app.served_model import ServedModel, open_served
-from dora_vl.app.server import ServerSettings, build_app
+from dora_vl.app.server import Server, ServerSettings, build_app
 from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
@@ -112,9 +112,9 @@ def running(
 ) -> Iterator[str]:
     """A server in a thread; its address."""
     listening = socket.create_server(("127.0.0.1", 0))
-    with Engine(model, engine_settings or EngineSettings()) as engine:
-        app = build_app(engine, settings)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    with Engine(model, engine_settings) as engine, Server(engine, settings) as answering:
+        config = uvicorn.Config(build_app(answering), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:
