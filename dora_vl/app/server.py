@@ -12,13 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from dora_vl.app.answering import Answering, Event, Failed, Finished, Prepared, TooLate, TooManyRequests
+from dora_vl.app.answering import Answering, Event, Failed, Finished, Prepared, Stopped, TooLate, TooManyRequests
 from dora_vl.app.chat_answers import chunks, completion
 from dora_vl.app.chat_request import ChatRequest, LoadRequest, UnloadRequest
 from dora_vl.app.engine import Engine
@@ -30,6 +32,8 @@ from dora_vl.errors import UserError, one_line, shown
 log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
+PREPARED_AT_ONCE = 8
+"""Requests whose pictures are decoded at a time; the memory of all that may wait would be too much."""
 LOOK_SECONDS = 0.5
 """How often it is looked whether a client that waits is still there."""
 
@@ -71,6 +75,7 @@ class Server:
         self.media = RequestMedia(settings.media, engine.model.assistant.prompts.videos_of_one_length)
         self.started = int(time.time())
         self._held = 0
+        self._preparing = CapacityLimiter(PREPARED_AT_ONCE)
 
     def __enter__(self) -> Server:
         return self
@@ -85,7 +90,7 @@ class Server:
         with self._one_more():
             asked = await self._body(request, ChatRequest)
             self.engine.model.asked(asked.model)  # before any picture is decoded
-            prepared = await run_sync(partial(self._prepared, asked))
+            prepared = await run_sync(partial(self._prepared, asked), limiter=self._preparing)
             events: asyncio.Queue[Event] = asyncio.Queue()
             loop = asyncio.get_running_loop()
 
@@ -160,6 +165,8 @@ class Server:
 
         try:
             await asyncio.wait_for(read(), self.settings.body_seconds)
+        except ClientDisconnect:
+            raise Stopped("the client has gone away") from None
         except asyncio.TimeoutError:
             raise TooLate(f"the request was not sent within {self.settings.body_seconds:g} s") from None
         return await run_sync(partial(_parsed, kind, bytes(content)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from dora_vl.adapters.provenance import content_hash
 from dora_vl.app.answering import Finished
 from dora_vl.app.engine import Engine
 from dora_vl.app.row_decoding import Sampling
-from dora_vl.app.served_model import ServedModel, UnknownModel
+from dora_vl.app.served_model import ServedModel, UnknownModel, open_served
 from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
@@ -103,6 +105,34 @@ def test_other_eyes_are_served_with_pictures_of_their_own_alone(family: str, tmp
     assert set(batches[0]) == {"base", "eyes", "tower", "language"}  # words of all join the first
 
 
+def test_an_adapter_is_asked_as_its_recipe_says_and_says_its_base(tmp_path: Path, monkeypatch: Any) -> None:
+    """Two adapters of one base that were trained with two prompt formats, in one batch; the base as the first."""
+    base = spread(write_tiny_llava(tmp_path / "base"))
+    targets = ("*language_model*.q_proj", "*language_model*.down_proj")
+    recipe = {"base": str(base), "revision": None, "base_sha256": content_hash(base), "image_aspect": "pad"}
+    recipe |= {"backbone": "llava", "dtype": "float32", "max_tokens": 99}
+    adapters = {}
+    for seed, (name, template) in enumerate({"one": "vicuna_v1", "two": "v0"}.items()):
+        adapters[name] = write_adapter(base, tmp_path / name, seed=seed, targets=targets, rank=2, alpha=5.0)
+        with_recipe(adapters[name], {**recipe, "template": template})
+    model = open_served(None, adapters)
+    assert model.names == ("base", "one", "two")
+    with Engine(model, EngineSettings(window_seconds=0.5)) as engine:
+        batches = batches_of(engine, monkeypatch)
+        turns, seen = PICTURES[1]
+        found = answers(engine, [(name, turns, seen) for name in model.names])
+        prepared = [engine.prepare(name, turns, Sampling(max_new_tokens=1), pictures=[RED]) for name in model.names]
+    assert len(batches) == 1
+    lengths = [len(one.sample.input_ids) for one in prepared]
+    assert lengths[0] == lengths[1] != lengths[2]
+    expected = [answer_alone(alone(base, adapters[name]), turns, seen) for name in ("one", "two")]
+    assert found[1:] == expected
+    with_recipe(adapters["two"], {"base_sha256": "0" * 64})
+    with pytest.raises(UserError, match="--any-base"):
+        open_served(None, adapters)
+    assert open_served(None, adapters, any_base=True).names == model.names
+
+
 def test_a_language_model_with_adapters_of_peft(tmp_path: Path, monkeypatch: Any) -> None:
     base = write_tiny_language(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -139,8 +169,6 @@ def test_adapters_of_another_kind_or_base_are_refused(tmp_path: Path) -> None:
 
 
 def with_recipe(adapter: Path, recipe: Mapping[str, Any]) -> None:
-    import json
-
     path = adapter / "recipe.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **recipe}))
 
