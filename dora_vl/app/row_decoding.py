@@ -175,7 +175,8 @@ def _drawn(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: torch
 
 def generate_options(rows: Sequence[RowText], ends: Collection[int], device: torch.device) -> dict[str, Any]:
     """What transformers' generate is called with so that it decodes these rows, each in its own way."""
-    options: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([RowStops(rows, ends)])}
+    stops = StoppingCriteriaList([RowStops(rows, ends)])
+    options: dict[str, Any] = {"stopping_criteria": stops, "num_beams": 1}  # whatever the model's folder says
     samplings = [row.sampling for row in rows]
     if any(map(_samples, samplings)):
         options["logits_processor"] = LogitsProcessorList([RowSampling(samplings, device)])

@@ -29,7 +29,7 @@ from dora_vl.run.adapting import LLAVA
 
 LLAVA_PROJECTOR = "model.multi_modal_projector"
 """Of a LLaVA-1.5, which is given one entry a picture, so that each picture can have the projector of its own row."""
-PROBE_ROWS = 2
+PROBE_ROWS, PROBE_TOKENS = 2, 2  # a prompt, and a token behind it
 
 
 class UnknownModel(UserError):
@@ -205,7 +205,9 @@ class ServedModel:
         sample = self.assistant.prompts.sample([Turn("user", "a")], Shown())
         batch = self.assistant.prompts.collate([sample] * PROBE_ROWS, "left")
         tokens = batch["input_ids"].shape[1]
-        seen = rows_seen(model, lambda: self.assistant.new_ids(batch, max_new_tokens=1), rows=PROBE_ROWS, tokens=tokens)
+        seen = rows_seen(
+            model, lambda: self.assistant.new_ids(batch, max_new_tokens=PROBE_TOKENS), rows=PROBE_ROWS, tokens=tokens
+        )
         by_picture = _inside(model, model.get_submodule(LLAVA_PROJECTOR)) if self.by_picture else frozenset()
         return Layers(by_row=seen, by_picture=by_picture, decoder=_inside(model, decoder_of(model)))
 

@@ -44,6 +44,11 @@ def test_what_is_wrong_is_one_line_before_weights_are_read(tmp_path: Path, capsy
         assert "choose others" in refused(capsys, "--model", base, "--port", taken.getsockname()[1])
 
 
+def test_without_its_packages_it_says_what_to_install(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'dora-vl[serve]'" in refused(capsys, "--model", tmp_path)
+
+
 def test_from_start_to_ctrl_c(tmp_path: Path) -> None:
     base = spread(write_tiny("qwen2_5_vl", tmp_path / "base"))
     adapter = write_adapter(base, tmp_path / "one", seed=1, targets=("*language_model*.q_proj",), rank=2, alpha=5.0)

@@ -27,6 +27,7 @@ from tests.app.test_engine import answers
 from tests.app.tiny_served import alone, answer_alone, served, spread, write_adapter, write_adapters
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
+from tests.backbones.tiny_video import coloured_video, write_tiny_video
 from tests.training.tiny_run import write_tiny_llava
 
 RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
@@ -103,6 +104,17 @@ def test_other_eyes_are_served_with_pictures_of_their_own_alone(family: str, tmp
     batches = check(base, adapters, PICTURES, monkeypatch)
     assert len(batches) == 3  # the base's eyes and two others
     assert set(batches[0]) == {"base", "eyes", "tower", "language"}  # words of all join the first
+
+
+def test_pictures_and_videos_that_a_model_cannot_tell_apart_are_batches_of_their_own(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    base = spread(write_tiny_video("glm4v", tmp_path / "base"))
+    settings = {"one": {"targets": ("*language_model*.q_proj",), "rank": 2, "alpha": 5.0}}
+    adapters = write_adapters(base, tmp_path / "adapters", settings)
+    video = ([Turn("user", "<video>\nWhat moves?")], Shown(videos=(coloured_video(4),)))
+    batches = check(base, adapters, [*PICTURES[:2], video], monkeypatch)
+    assert [len(batch) for batch in batches] == [4, 2]  # words and pictures, then videos
 
 
 def test_an_adapter_is_asked_as_its_recipe_says_and_says_its_base(tmp_path: Path, monkeypatch: Any) -> None:

@@ -303,6 +303,18 @@ def test_a_client_that_goes_away_ends_its_row(model: ServedModel, monkeypatch: A
     assert all(row.reason == "ended" and len(row.ids) < 1000 for row in left), [len(row.ids) for row in left]
 
 
+def test_an_answer_that_takes_too_long(model: ServedModel, monkeypatch: Any) -> None:
+    asked = {"model": "one", "messages": words("What colour is it?"), "max_tokens": 1900}
+    monkeypatch.setattr(model.backbone.model.generation_config, "eos_token_id", None)
+    with running(model, engine_settings=EngineSettings(answer_seconds=1.5)) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        status, said = status_of(client, **asked)
+        assert (status, "it took too long" in said) == (504, True)
+        with pytest.raises(openai.APIError, match="it took too long"):
+            list(client.chat.completions.create(**asked, stream=True))
+        assert client.chat.completions.create(**{**asked, "max_tokens": 2}).choices
+
+
 def test_a_server_of_other_settings(model: ServedModel) -> None:
     """No adapters over HTTP, addresses on the web but none of this network, a slow sender, and too many at once."""
     settings = ServerSettings(held=1, body_seconds=1.5, media=MediaLimits(remote=True))
