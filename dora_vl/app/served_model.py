@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +204,9 @@ class ServedModel:
         model = self.backbone.model
         sample = self.assistant.prompts.sample([Turn("user", "a")], Shown())
         batch = self.assistant.prompts.collate([sample] * PROBE_ROWS, "left")
-        tokens = batch["input_ids"].shape[1]
-        seen = rows_seen(
-            model, lambda: self.assistant.new_ids(batch, max_new_tokens=PROBE_TOKENS), rows=PROBE_ROWS, tokens=tokens
-        )
+        options = {"min_new_tokens": PROBE_TOKENS, "num_beams": 1}
+        run = partial(self.assistant.new_ids, batch, max_new_tokens=PROBE_TOKENS, options=options)
+        seen = rows_seen(model, run, rows=PROBE_ROWS, tokens=batch["input_ids"].shape[1])
         by_picture = _inside(model, model.get_submodule(LLAVA_PROJECTOR)) if self.by_picture else frozenset()
         return Layers(by_row=seen, by_picture=by_picture, decoder=_inside(model, decoder_of(model)))
 
