@@ -10,6 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dora_vl"
 LAYERS = (
+    ("foreign_lines",),
     ("errors", "whole_numbers"),
     ("core", "model_files"),
     ("data",),
@@ -20,9 +21,11 @@ LAYERS = (
     ("tasks", "sources"),
     ("run",),
     ("training", "evaluation"),
+    ("setup",),
     ("pipelines",),
     ("app",),
     ("commands",),
+    ("completion_command",),
     ("cli",),
 )
 """From the floor up. A package imports only from layers below its own, and from itself."""
