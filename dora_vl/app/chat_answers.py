@@ -13,8 +13,6 @@ from dora_vl.app.answering import Answering, Event, Failed, Finished, Piece
 from dora_vl.app.chat_request import ChatRequest
 from dora_vl.app.http_errors import error_content
 
-FINISH_REASONS = {"stop": "stop", "length": "length", "ended": "stop"}
-
 
 def _head(asked: ChatRequest, kind: str) -> dict[str, Any]:
     made = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
@@ -29,7 +27,7 @@ def _usage(finished: Finished) -> dict[str, int]:
 def completion(asked: ChatRequest, finished: Finished) -> dict[str, Any]:
     """A whole answer."""
     message = {"role": "assistant", "content": finished.text, "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": FINISH_REASONS[finished.reason], "logprobs": None}
+    choice = {"index": 0, "message": message, "finish_reason": finished.reason, "logprobs": None}
     return {**_head(asked, "chat.completion"), "choices": [choice], "usage": _usage(finished)}
 
 
@@ -53,7 +51,7 @@ async def chunks(
         if isinstance(event, Failed):
             yield _sent(error_content(event.error))
             return
-        yield chunk({}, FINISH_REASONS[event.reason])
+        yield chunk({}, event.reason)
         if told:
             yield _sent({**head, "choices": [], "usage": _usage(event)})
         yield "data: [DONE]\n\n"

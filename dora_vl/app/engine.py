@@ -7,6 +7,7 @@ next. Nothing here knows of HTTP.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -30,6 +31,8 @@ from dora_vl.evaluation.predict import Decoding
 
 log = logging.getLogger(__name__)
 
+GIVE_WAY_SECONDS = 0.001
+
 
 class Engine:
     """Answers requests for a served model's adapters, many at once; `close` it, or use it in a `with`.
@@ -48,6 +51,7 @@ class Engine:
         self._running = threading.Lock()
         """Held by a batch, and by whoever changes the adapters."""
         self._loading = threading.Lock()
+        self._changing = False
         generation = model.backbone.model.generation_config
         ends = None if generation is None else generation.eos_token_id
         self._ends = frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
@@ -133,7 +137,7 @@ class Engine:
         """
         with self._loading:
             read = self.model.read(name, folder)
-            with self._running:
+            with self._between_batches():
                 self.model.put(*read)
 
     def unload(self, name: str) -> None:
@@ -143,7 +147,7 @@ class Engine:
             UnknownModel: there is none of this name.
             UserError: it is the base.
         """
-        with self._loading, self._running:
+        with self._loading, self._between_batches():
             self.model.drop(name)
             gone = self._room.remove(name)
         for one in gone:
@@ -167,8 +171,18 @@ class Engine:
         if served is not asked:
             raise Stopped(f"adapter {asked.name} was loaded anew meanwhile; ask again")
 
+    @contextlib.contextmanager
+    def _between_batches(self) -> Iterator[None]:
+        """No batch runs meanwhile, and the next waits, however many requests do."""
+        self._changing = True
+        with self._running:
+            self._changing = False
+            yield
+
     def _work(self) -> None:
         while (batch := self._room.next_batch()) is not None:
+            while self._changing:  # a lock alone would come back to this thread at once
+                time.sleep(GIVE_WAY_SECONDS)
             try:
                 with self._running:
                     self._answer([one for one in batch if self._is_served(one)])

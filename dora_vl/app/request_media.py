@@ -100,36 +100,41 @@ class RequestMedia:
         """The talk of a request's messages.
 
         Raises:
-            BadRequest: a picture or a video cannot be used, or words hold what stands for one.
+            BadRequest: a picture or a video cannot be used or fetched, or words hold what stands for one.
             TooLarge: there are too many, or one is too large.
-            NotFetched: an address may not, or cannot, be fetched.
         """
         self._refuse_many(messages)
-        turns: list[Turn] = []
+        shows_videos = any(isinstance(part, VideoPart) for one in messages for part in one.content)
         pictures: list[Image.Image] = []
         videos: list[Video] = []
-        shows_videos = any(isinstance(part, VideoPart) for one in messages for part in one.content)
-        for number, message in enumerate(messages):
-            text = ""
-            parts = [message.content] if isinstance(message.content, str) else message.content
-            for place, part in enumerate(parts):
-                where = f"messages[{number}].content" + ("" if isinstance(part, str) else f"[{place}]")
-                if isinstance(part, str | TextPart):
-                    text += _words(part if isinstance(part, str) else part.text, where, shows_videos=shows_videos)
-                elif isinstance(part, VideoPart):
-                    videos.append(self._video(part.video_url.url, f"{where}.video_url"))
-                    text += f"{VIDEO_PLACEHOLDER}\n"
-                else:
-                    pictures.append(self._picture(part.image_url.url, f"{where}.image_url"))
-                    text += f"{IMAGE_PLACEHOLDER}\n"
-            turns.append(
-                Turn(ROLES[message.role], text if not parts or isinstance(parts[-1], str | TextPart) else text[:-1])
-            )
+        turns = [
+            Turn(ROLES[one.role], self._text(one, f"messages[{number}].content", pictures, videos, shows_videos))
+            for number, one in enumerate(messages)
+        ]
         if len(pictures) == 1 and not videos:  # as in training
             turns = [Turn(turn.role, placeholder_first(turn.text)) for turn in turns]
         return Talk(tuple(turns), tuple(pictures), tuple(videos))
 
     # -- inside ----------------------------------------------------------------------------------------------
+
+    def _text(
+        self, message: Message, where: str, pictures: list[Image.Image], videos: list[Video], shows_videos: bool
+    ) -> str:
+        """A message's words, with a line for each picture and video, which are put into the lists."""
+        if isinstance(message.content, str):
+            return _words(message.content, where, shows_videos=shows_videos)
+        text = ""
+        for place, part in enumerate(message.content):
+            here = f"{where}[{place}]"
+            if isinstance(part, TextPart):
+                text += _words(part.text, here, shows_videos=shows_videos)
+            elif isinstance(part, VideoPart):
+                videos.append(self._video(part.video_url.url, f"{here}.video_url"))
+                text += f"{VIDEO_PLACEHOLDER}\n"
+            else:
+                pictures.append(self._picture(part.image_url.url, f"{here}.image_url"))
+                text += f"{IMAGE_PLACEHOLDER}\n"
+        return text if isinstance(message.content[-1], TextPart) else text.removesuffix("\n")
 
     def _refuse_many(self, messages: Sequence[Message]) -> None:
         parts = [part for one in messages if not isinstance(one.content, str) for part in one.content]

@@ -166,6 +166,32 @@ def test_an_adapter_that_goes_takes_its_waiting_requests_along(
         engine.submit(stale, print)
 
 
+def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, tmp_path: Path) -> None:
+    base = Path(model.source.place)
+    folder = write_adapter(base, tmp_path / "new", seed=3, targets=("*language_model*.v_proj",), rank=3, alpha=5.0)
+    with Engine(model, EngineSettings(batch_rows=1, waiting=4)) as engine:
+        stop, answered = threading.Event(), list[object]()
+
+        def ask_on() -> None:
+            while not stop.is_set():
+                answered.append(last(handed_in(engine, "base")[1]))
+
+        askers = [threading.Thread(target=ask_on) for _ in range(3)]
+        for asker in askers:
+            asker.start()
+        try:
+            for _ in range(3):
+                engine.load("new", folder)
+                assert isinstance(last(handed_in(engine, "new")[1]), Finished)
+                engine.unload("new")
+        finally:
+            stop.set()
+            for asker in askers:
+                asker.join(60)
+    assert len(answered) > 6
+    assert all(isinstance(one, Finished) for one in answered)
+
+
 def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: Any) -> None:
     engine = Engine(model, EngineSettings(batch_rows=1))
     _, running = handed_in(engine, tokens=1500)
