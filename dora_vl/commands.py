@@ -26,7 +26,8 @@ COMMANDS = {
     "evaluate": Command(
         "dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"
     ),
+    "export": Command("dora_vl.evaluation.export_command", "a trained model for vLLM, or as GGUF; checks it"),
     "init": Command("dora_vl.setup.init_command", "your pictures and questions to the files of a first run"),
-    "merge": Command("dora_vl.adapters.merge_command", "base + adapters as a plain model folder"),
+    "merge": Command("dora_vl.evaluation.merge_command", "base + adapters as a plain model folder; checks it"),
     "prepare": Command("dora_vl.sources.prepare_command", "a publisher's files to records"),
 }

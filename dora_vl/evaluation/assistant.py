@@ -131,10 +131,15 @@ class Assistant:
         return [self.prompts.decode(row) for row in self.new_ids(batch, max_new_tokens=max_new_tokens)]
 
     @torch.inference_mode()
+    def labelled(self, samples: Sequence[Sample]) -> Features:
+        """What the model makes of samples at the places that predict their labelled tokens."""
+        batch = self.prompts.collate(samples, "right")
+        return self.backbone(**model_inputs(batch, self.device), labels=batch["labels"].to(self.device))
+
+    @torch.inference_mode()
     def log_likelihoods(self, samples: Sequence[Sample]) -> Float[Tensor, " samples"]:
         """The log-likelihood of each sample's labelled tokens behind what stands before them."""
-        batch = self.prompts.collate(samples, "right")
-        found: Features = self.backbone(**model_inputs(batch, self.device), labels=batch["labels"].to(self.device))
+        found = self.labelled(samples)
         each = found.logits.float().log_softmax(-1).gather(1, found.targets.unsqueeze(1)).squeeze(1)
         return torch.zeros(len(samples), device=each.device).index_add_(0, found.rows, each).cpu()
 
