@@ -12,12 +12,12 @@ from transformers import TrainingArguments
 from dora_vl.backbones.base import Backbone
 from dora_vl.data.dataset import ConversationDataset, Rows
 from dora_vl.data.look_ahead import look_ahead, try_first
-from dora_vl.data.media import HeldPictures, StoredPictures
+from dora_vl.data.media import HeldPictures, StoredPictures, any_is_there
 from dora_vl.data.sampler import sampling_lengths
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
 from dora_vl.data.train_files import train_files, train_name
 from dora_vl.data.training_rows import SampleRows, described, load_rows, overlap, overlap_warning
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler
@@ -106,13 +106,20 @@ class InstructData:
             raise UserError(f"picture folder {pictures} does not exist; set data.image_folder")
         if self._train is None:
             return
+        source = train_name(self._config.data.train)
+        named = [name for name in self._train.pictures if name not in self._train.stored] if pictures else []
+        if pictures is not None and named and not any_is_there(named, pictures):
+            raise UserError(
+                f"{source}: not one of its {len(named):,} pictures is in {pictures}, such as {shown(named[0])}; set "
+                "data.image_folder to the folder that their paths start from"
+            )
         look_ahead(
             self._train.samples,
             self._train.stored,
             pictures=pictures,
             videos=videos,
             max_bad_share=self._config.data.max_bad_share,
-            source=train_name(self._config.data.train),
+            source=source,
         )
 
     def try_first(self, make: MakeDataset) -> None:
