@@ -23,6 +23,7 @@ LAYERS = (
     ("training", "evaluation"),
     ("setup",),
     ("pipelines",),
+    ("app",),
     ("commands",),
     ("completion_command",),
     ("cli",),

@@ -119,11 +119,17 @@ class Assistant:
 
     @torch.inference_mode()
     def new_ids(
-        self, batch: Mapping[str, Any], *, max_new_tokens: int, streamer: BaseStreamer | None = None
+        self,
+        batch: Mapping[str, Any],
+        *,
+        max_new_tokens: int,
+        streamer: BaseStreamer | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Int[Tensor, "batch new"]:
-        """The ids that the model adds to left-padded prompts, greedily."""
+        """The ids that the model adds to left-padded prompts, greedily unless `options` of generate say otherwise."""
         inputs = model_inputs(batch, self.device)
-        more = {} if streamer is None else {"streamer": streamer}
+        named = {"streamer": streamer, "options": options}
+        more = {name: value for name, value in named.items() if value is not None}
         return self.backbone.generate(**inputs, max_new_tokens=max_new_tokens, **more).cpu()
 
     def answers(self, batch: Mapping[str, Any], *, max_new_tokens: int) -> list[str]:
