@@ -26,4 +26,6 @@ COMMANDS = {
     ),
     "merge": Command("dora_vl.adapters.merge_command", "base + adapters as a plain model folder"),
     "prepare": Command("dora_vl.sources.prepare_command", "a publisher's files to records"),
+    "report": Command("dora_vl.report.report_command", "a run, or several side by side, as one page"),
+    "show": Command("dora_vl.pipelines.show_command", "the first batch of a run, its tokens by label"),
 }

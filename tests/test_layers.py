@@ -20,6 +20,7 @@ LAYERS = (
     ("tasks", "sources"),
     ("run",),
     ("training", "evaluation"),
+    ("report",),
     ("pipelines",),
     ("commands",),
     ("cli",),

@@ -22,8 +22,10 @@ LOSS_LOG = "log.jsonl"
 METRICS = "metrics.json"
 SKIPPED = "skipped.jsonl"
 SETTINGS = "settings.json"
+PLAN = "plan.json"
+WATCHED = "watched"
 PREDICTED = ("predictions", "predictions.jsonl", "predictions_likelihood.jsonl")
-RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, *PREDICTED, "loss_curve.png", "contact_sheet.png")
+RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, *PREDICTED, WATCHED, "loss_curve.png", "contact_sheet.png")
 
 
 def run_folder_of(config: RunSettings) -> Path:

@@ -18,11 +18,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.run.run_folder import read_log, write_log
+from dora_vl.training.memory_used import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts
 
 logger = logging.getLogger(__name__)
 
 ECHO_SECONDS = 1.0  # a signal this soon after the first is the launcher passing on the same one
+RATE = "learning_rate"
 
 
 class EpochCallback(TrainerCallback):
@@ -38,7 +40,7 @@ class EpochCallback(TrainerCallback):
 
 
 class LossLog(TrainerCallback):
-    """Adds speed, padding and skipped samples to each logged line, and appends it to `log.jsonl` (first rank).
+    """Adds speed, padding, memory, rates by part and skipped samples to each line, and appends it to `log.jsonl`.
 
     The file of a resumed run keeps the lines up to the step it resumes from.
     """
@@ -62,7 +64,7 @@ class LossLog(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **_: Any,
+        **more: Any,
     ) -> None:
         """One line; every rank takes part in the sums."""
         if logs is None:
@@ -72,6 +74,7 @@ class LossLog(TrainerCallback):
             return
         if "loss" in logs:
             logs.update(self._speed(args.device))
+            logs.update(rates_by_part(more.get("optimizer")))
         if state.is_world_process_zero:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **_finite(logs)}) + "\n")
@@ -88,7 +91,14 @@ class LossLog(TrainerCallback):
             "labelled_tokens": window.labelled_tokens,
             "skipped": counts.skipped,
             "cut_samples": counts.cut_samples,
+            "memory_gib": round(memory_gib(device), 3),
         }
+
+
+def rates_by_part(optimizer: Any) -> dict[str, float]:
+    """Each part's learning rate of now, by the names of `optim.parameter_groups`."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return {f"{RATE}/{group['name']}": group["lr"] for group in groups if "name" in group}
 
 
 def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
