@@ -83,6 +83,11 @@ def read_tests(run: RunRecord) -> tuple[list[SetAnswers], list[str]]:
         return [], [f"{run.label}: {error}"]
 
 
+def set_name(file: object) -> str:
+    """What a set of questions is called: its file's name without the ending."""
+    return Path(str(file or "test")).stem
+
+
 def _exact(run: RunRecord, evaluation: Mapping[str, Any]) -> SetAnswers:
     """Short answers compared with the right one; questions that could not be asked count as wrong."""
     predictions = read_predictions(run.folder / PREDICTIONS)
@@ -96,10 +101,10 @@ def _exact(run: RunRecord, evaluation: Mapping[str, Any]) -> SetAnswers:
     shares = {} if scored is None else scored.per_item
     folder = evaluation.get("image_folder") or run.section("data").get("image_folder")
     return SetAnswers(
-        name=Path(str(evaluation.get("file") or "test")).stem,
+        name=set_name(evaluation.get("file")),
         items=tuple(_exact_item(one, after, shares.get(one.id)) for one in predictions.values()),
         scored=scored,
-        pictures=None if folder is None else Path(folder),
+        pictures=None if folder is None else run.path(folder),
     )
 
 
@@ -134,7 +139,7 @@ def _read_subtasks(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[
     for task, path in evaluation["files"].items():
         try:
             answers = _answers(run.folder / BY_TASK / f"{task}.jsonl")
-            examples = list(ExampleFile(Path(path), limit=evaluation.get("limit")))
+            examples = list(ExampleFile(run.path(path), limit=evaluation.get("limit")))
             scored = subtasks[task].score(examples, answers) if _can_be_scored(examples) else None
         except (UserError, ImportError, KeyError) as error:
             trouble.append(f"{run.label}: the answers to {task} cannot be shown: {error}")
@@ -148,7 +153,7 @@ def _read_subtasks(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[
                     _subtask_item(one, answers[one.id], shares.get(one.id)) for one in examples if one.id in answers
                 ),
                 scored=scored,
-                pictures=None if folder is None else Path(folder),
+                pictures=None if folder is None else run.path(folder),
                 note="" if scored is not None else "The publisher keeps the answers of this file.",
             )
         )

@@ -35,7 +35,7 @@ def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
     for key, title, unit in NUMBERS:
         drawn = chart(title, _plain(runs, key), y_label=unit, zero=key != "grad_norm", log=key == "grad_norm")
         if drawn is None:
-            notes.append(f"{title} ({unit}) is not in the log; runs of this version write {key} with each loss.")
+            notes.append(f"No chart of {title} ({unit}): no line of the log holds {key}.")
         else:
             found.append(drawn)
     return found, notes
@@ -71,7 +71,7 @@ def _rates(runs: Sequence[RunRecord]) -> tuple[Chart | None, list[str]]:
         for (steps, rates), names in groups.items():
             before = "" if len(runs) == 1 else f"{run.label}: "
             found.append(Series(name=before + ", ".join(names), x=steps, y=rates, colour=len(found)))
-    return chart("learning rate by part", found, y_label="learning rate", zero=True), notes
+    return chart("learning rate by part", found, y_label="of the next step", zero=True), notes
 
 
 def _plain(runs: Sequence[RunRecord], key: str) -> list[Series]:

@@ -99,7 +99,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> Re
         found, trouble = read_tests(run)
         tests.append(found)
         notes["scores"] += trouble
-    scores, told = score_rows(tests)
+    scores, told = score_rows(runs, tests)
     notes["scores"] += told
     with InlinePictures() as pictures:
         watched, notes["watched"] = watched_tables(runs, pictures)

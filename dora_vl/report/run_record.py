@@ -46,6 +46,19 @@ class RunRecord:
         found = self.settings.get(name)
         return found if isinstance(found, Mapping) else {}
 
+    def path(self, stated: object) -> Path:
+        """Where a path of the settings is: from the folder that the run was started in, else from here.
+
+        That folder is known where `training.output_dir` is relative and the run's folder still ends with it.
+        """
+        path = Path(str(stated))
+        output = Path(str(self.section("training").get("output_dir", "")))
+        whole = self.folder.resolve()
+        if path.is_absolute() or output.is_absolute() or whole.parts[-len(output.parts) :] != output.parts:
+            return path
+        started_in = Path(*whole.parts[: -len(output.parts)])
+        return started_in / path if (started_in / path).exists() else path
+
     @property
     def last_step(self) -> int:
         """The last step that the log knows."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dora_vl.errors import UserError
-from dora_vl.report.answers import Item, SetAnswers
+from dora_vl.report.answers import Item, SetAnswers, set_name
 from dora_vl.report.run_record import RunRecord
 from dora_vl.scores.bootstrap import intervals, paired_differences
 from dora_vl.scores.exact_match import normalised
@@ -52,27 +52,29 @@ class Confusion:
     columns: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
 
-    @property
-    def most(self) -> int:
-        """The largest count."""
-        return max((count for row in self.counts for count in row), default=1) or 1
+    def share(self, row: int, column: int) -> float:
+        """Of the row's answers; what is there at all is seen."""
+        counts = self.counts[row]
+        return max(0.12, counts[column] / sum(counts)) if counts[column] else 0.0
 
 
-def score_rows(tests: Sequence[Sequence[SetAnswers]]) -> tuple[list[ScoreRow], list[str]]:
+def score_rows(runs: Sequence[RunRecord], tests: Sequence[Sequence[SetAnswers]]) -> tuple[list[ScoreRow], list[str]]:
     """A row for each metric of each set, and sentences about what cannot be compared.
 
     Args:
-        tests: of each run.
+        tests: of each run; what cannot be scored again is as its `metrics.json` has it.
     """
     by_name = [{one.name: one for one in several if one.scored is not None} for several in tests]
     rows: list[ScoreRow] = []
     notes: list[str] = []
-    for name in dict.fromkeys(name for one in by_name for name in one):
+    recorded = [_recorded(run) for run in runs]
+    for name in dict.fromkeys(name for one in (*by_name, *recorded) for name in one):
         found = [one.get(name) for one in by_name]
         cells = [
-            {} if one is None else _cells(one, found[0] if place else None, notes) for place, one in enumerate(found)
+            kept.get(name, {}) if one is None else _cells(one, found[0] if place else None, notes)
+            for place, (one, kept) in enumerate(zip(found, recorded, strict=True))
         ]
-        n = next(one.scored.n for one in found if one is not None and one.scored is not None)
+        n = next((one.scored.n for one in found if one is not None and one.scored is not None), _asked(runs, name))
         metrics = dict.fromkeys(metric for one in cells for metric in one)
         rows += [ScoreRow(test=name, metric=one, n=n, cells=tuple(cell.get(one) for cell in cells)) for one in metrics]
     return rows, list(dict.fromkeys(notes))
@@ -96,6 +98,29 @@ def _cells(one: SetAnswers, first: SetAnswers | None, notes: list[str]) -> dict[
         clear = apart is not None and (apart.low > 0 or apart.high < 0)
         found[name] = Cell(value=value, interval=ranges.get(name), difference=told, clear=clear)
     return found
+
+
+def _recorded(run: RunRecord) -> dict[str, dict[str, Cell]]:
+    """The numbers of `metrics.json` by set and metric, in percent."""
+    tasks, found = run.metrics.get("tasks"), dict[str, dict[str, Cell]]()
+    for name, one in tasks.items() if isinstance(tasks, Mapping) else ():
+        limits = one.get("intervals_95") or {}
+        found[name] = {
+            metric: Cell(value=value, interval=None if metric not in limits else (limits[metric][0], limits[metric][1]))
+            for metric, value in one["metrics"].items()
+        }
+    if "accuracy" in run.metrics and "interval_95" in run.metrics:
+        low, high = run.metrics["interval_95"]
+        cell = Cell(value=100 * run.metrics["accuracy"], interval=(100 * low, 100 * high))
+        found[set_name(run.metrics.get("evaluation_file"))] = {"accuracy": cell}
+    return found
+
+
+def _asked(runs: Sequence[RunRecord], name: str) -> int:
+    """How many questions a set has, by the runs' `metrics.json`."""
+    tasks = [run.metrics.get("tasks") for run in runs]
+    counts = [one[name]["n"] for one in tasks if isinstance(one, Mapping) and name in one]
+    return int(next(iter([*counts, *(run.metrics["n"] for run in runs if "n" in run.metrics)]), 0))
 
 
 def benchmark_rows(runs: Sequence[RunRecord]) -> list[ScoreRow]:

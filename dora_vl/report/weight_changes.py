@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dora_vl.adapters.adapter import read_adapter
-from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.base_weights import CONFIG_FILE, BaseWeights
 from dora_vl.adapters.decomposition import Panel, Point, Request, layers_to_compare, measured
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.adapters.provenance import base_of
@@ -33,13 +33,19 @@ def weight_changes(run: RunRecord, base: Path | None) -> Panel:
         UserError: no adapter or base is there, or they do not belong together.
     """
     saved = _saved(run)
-    folder = base_of(read_adapter(saved[-1].folder)) if base is None else base
+    folder = _base(run, saved[-1]) if base is None else base
     with BaseWeights(folder) as weights:
         refuse_saved_on_another_base(saved[-1], weights)
         request = Request(run.label, run.folder, tuple(saved))
         layers = layers_to_compare([request], weights, ())
         with tqdm(total=len(layers) * len(saved), desc="comparing", unit="layer") as progress:
             return measured(request, weights, layers, axis="output", done=progress.update)
+
+
+def _base(run: RunRecord, saved: Saved) -> Path:
+    """The folder that the settings name, or what the adapter states."""
+    stated = run.path(run.section("model").get("base", ""))
+    return stated if (stated / CONFIG_FILE).is_file() else base_of(read_adapter(saved.folder))
 
 
 def _saved(run: RunRecord) -> list[Saved]:
@@ -95,7 +101,7 @@ def over_depth(panel: Panel) -> list[Chart]:
             )
             for colour, (kind, points) in enumerate(several.items())
         ]
-        return chart(f"{title} by depth, {panel.label}", series, x_label="layer", y_label=title, zero=True)
+        return chart(f"{panel.label}, by depth", series, x_label="layer", y_label=title, zero=True)
 
     found = [
         drawn("magnitude change ΔM", lambda point: point.change.magnitude),

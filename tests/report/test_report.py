@@ -167,7 +167,7 @@ def test_what_is_missing_says_so(copied: Path, tmp_path: Path) -> None:
         "it holds no predictions.jsonl",
         "no fixed questions were asked",
         "not those of its parts",
-        "memory (GiB of the fullest rank) is not in the log",
+        "No chart of memory (GiB of the fullest rank)",
         "no validation loss",
         "it holds no plan.json",
         "it holds no settings.json",

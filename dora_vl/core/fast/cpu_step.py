@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -44,6 +45,8 @@ SMALLEST_WEIGHT = 2**18
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_output.cpp")]
 HEADER = Path(__file__).with_name("cpu_numbers.h")
 # No fast-math: a NaN stays one. Without traps and errno, loops with a comparison or a root run in vector registers.
+FINISHED = "finished.so"
+"""The library's name in its folder once it is whole: another process may be half through the one beside it."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -132,13 +135,31 @@ def compiled_operations() -> Any | None:
 
 
 def _compile() -> None:
-    from torch.utils.cpp_extension import get_default_build_root, load
+    """Loads the operations, built where no process of this machine built them yet.
+
+    A finished library is loaded by itself: the builder compares its sources by path and time, and would compile anew,
+    with all other processes waiting, for each checkout or environment that shares the cache.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
 
     name = f"dora_vl_cpu_{_identity()}"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root(), name)
+    finished = folder / FINISHED
+    if finished.exists():
+        if not hasattr(torch.ops.dora_vl_cpu, "adapted_product"):  # a second registration would end the process
+            torch.ops.load_library(str(finished))
+        return
+    log.info("compiling the DoRA step for this machine, once (about 20 seconds; %s=0 turns it off)", SWITCH)
+    _build(name, folder)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as copy:
+        copy.write((folder / f"{name}.so").read_bytes())
+    Path(copy.name).replace(finished)
+
+
+def _build(name: str, folder: Path) -> None:
+    from torch.utils.cpp_extension import load
+
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / f"{name}.so").exists():
-        log.info("compiling the DoRA step for this machine, once (about 20 seconds; %s=0 turns it off)", SWITCH)
     path = os.environ.get("PATH", "")
     # The builder looks for ninja on the path, where it is only in an activated environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
