@@ -71,6 +71,8 @@ class Chart:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     data: Mapping[str, Any]
+    tells_one: bool = False
+    """Whether the legend is there for a single line too."""
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -80,9 +82,9 @@ class Chart:
 
     @property
     def legend(self) -> list[Drawn]:
-        """What is told under the drawing, where there is more than one."""
+        """What is told under the drawing."""
         named = [one for one in self.drawn if one.series.told]
-        return named if len(named) > 1 else []
+        return named if len(named) > 1 or self.tells_one else []
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dora_vl.evaluation.pictures import series, smoothed
 from dora_vl.report.charts import Chart, Series, chart
@@ -71,7 +72,8 @@ def _rates(runs: Sequence[RunRecord]) -> tuple[Chart | None, list[str]]:
         for (steps, rates), names in groups.items():
             before = "" if len(runs) == 1 else f"{run.label}: "
             found.append(Series(name=before + ", ".join(names), x=steps, y=rates, colour=len(found)))
-    return chart("learning rate by part", found, y_label="of the next step", zero=True), notes
+    drawn = chart("learning rate by part", found, y_label="of the next step", zero=True)
+    return None if drawn is None else replace(drawn, tells_one=True), notes
 
 
 def _plain(runs: Sequence[RunRecord], key: str) -> list[Series]:

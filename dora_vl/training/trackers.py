@@ -54,15 +54,9 @@ def _indented(text: str) -> str:
 
 
 def _as_table(tracker: Any, found: Watched, answers: Mapping[str, str], step: int) -> None:
-    """One table; trackio takes Weights & Biases' calls, but for rows that are objects."""
+    """One table; trackio takes Weights & Biases' calls."""
     rows = [_row(tracker, found, one, answers[one.id]) for one in found.questions if one.id in answers]
-    if tracker.__name__ == "trackio":
-        import pandas
-
-        table = tracker.Table(dataframe=pandas.DataFrame(rows, columns=[*COLUMNS]))
-    else:
-        table = tracker.Table(columns=[*COLUMNS], data=rows)
-    tracker.log({NAME: table, STEP: step})
+    tracker.log({NAME: tracker.Table(columns=[*COLUMNS], data=rows), STEP: step})
 
 
 def _row(tracker: Any, found: Watched, one: WatchedQuestion, answer: str) -> list[Any]:

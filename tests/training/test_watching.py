@@ -167,8 +167,7 @@ def watched_in(folder: Path) -> Watched:
 class Tracker:
     """wandb's calls, kept."""
 
-    def __init__(self, name: str) -> None:
-        self.__name__ = name
+    def __init__(self) -> None:
         self.logged: list[dict[str, Any]] = []
 
     def Table(self, **given: Any) -> dict[str, Any]:
@@ -182,7 +181,7 @@ class Tracker:
 
 
 def test_weights_and_biases_get_a_table_with_pictures(tmp_path: Path) -> None:
-    callback, tracker = WandbCallback.__new__(WandbCallback), Tracker("wandb")
+    callback, tracker = WandbCallback.__new__(WandbCallback), Tracker()
     callback._wandb = tracker
     track_answers([callback], watched_in(tmp_path), 0)
     (sent,) = tracker.logged
@@ -192,13 +191,12 @@ def test_weights_and_biases_get_a_table_with_pictures(tmp_path: Path) -> None:
 
 
 def test_trackio_gets_a_table_with_pictures(tmp_path: Path) -> None:
-    callback, tracker = TrackioCallback.__new__(TrackioCallback), Tracker("trackio")
+    callback, tracker = TrackioCallback.__new__(TrackioCallback), Tracker()
     callback._trackio = tracker
     track_answers([callback], watched_in(tmp_path), 4)
     (sent,) = tracker.logged
-    assert sent["watched"]["dataframe"].to_dict("records") == [
-        {"picture": (6, 5), "question": "what?", "right": "red", "answer": "red"}
-    ]
+    assert sent["train/global_step"] == 4
+    assert sent["watched"]["data"] == [[(6, 5), "what?", "red", "red"]]
 
 
 def test_tensorboard_gets_text_and_each_picture_once(tmp_path: Path) -> None:
