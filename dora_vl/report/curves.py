@@ -72,7 +72,7 @@ def _rates(runs: Sequence[RunRecord]) -> tuple[Chart | None, list[str]]:
         for (steps, rates), names in groups.items():
             before = "" if len(runs) == 1 else f"{run.label}: "
             found.append(Series(name=before + ", ".join(names), x=steps, y=rates, colour=len(found)))
-    drawn = chart("learning rate by part", found, y_label="of the next step", zero=True)
+    drawn = chart("learning rate by part", found, y_label="of the step", zero=True)
     return None if drawn is None else replace(drawn, tells_one=True), notes
 
 

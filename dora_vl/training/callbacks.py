@@ -50,6 +50,13 @@ class LossLog(TrainerCallback):
         self._statistics = statistics
         self._before = Counts()
         self._since = 0.0
+        self._rates: dict[str, float] = {}
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Keeps the rates of the step, when the Trainer notes the one that it logs."""
+        self._rates = rates_by_part(more["optimizer"])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the clock, and cuts lines that a resumed run will write again."""
@@ -64,7 +71,7 @@ class LossLog(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **more: Any,
+        **_: Any,
     ) -> None:
         """One line; every rank takes part in the sums."""
         if logs is None:
@@ -74,7 +81,7 @@ class LossLog(TrainerCallback):
             return
         if "loss" in logs:
             logs.update(self._speed(args.device))
-            logs.update(rates_by_part(more.get("optimizer")))
+            logs.update(self._rates)
         if state.is_world_process_zero:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **_finite(logs)}) + "\n")
@@ -97,8 +104,7 @@ class LossLog(TrainerCallback):
 
 def rates_by_part(optimizer: Any) -> dict[str, float]:
     """Each part's learning rate of now, by the names of `optim.parameter_groups`."""
-    groups = [] if optimizer is None else optimizer.param_groups
-    return {f"{RATE}/{group['name']}": group["lr"] for group in groups if "name" in group}
+    return {f"{RATE}/{group['name']}": group["lr"] for group in optimizer.param_groups if "name" in group}
 
 
 def _finite(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -137,6 +137,7 @@ def test_a_negative_number_is_refused(run_file: Path) -> None:
 def test_rates_by_part_and_memory_are_in_the_log(run_file: Path) -> None:
     lines = read_log(trained(run_file, "run", "--optim.b_learning_rate_ratio=4") / "log.jsonl")
     line = next(line for line in lines if line["step"] == 3)
+    assert line["learning_rate/dora.A"] == line["learning_rate"] > 0
     assert line["learning_rate/dora.B"] == pytest.approx(4 * line["learning_rate/dora.A"])
     assert line["learning_rate/projector"] == pytest.approx(line["learning_rate/dora.A"] * 1e-3 / 0.05)
     assert 0.05 < line["memory_gib"] < 64
