@@ -27,7 +27,7 @@ from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGen
 from dora_vl.core import trained_parts
 from dora_vl.pipelines.commonsense import CommonsensePipeline
 from dora_vl.pipelines.image_text import ImageTextPipeline
-from dora_vl.pipelines.vlbart import vlbart_dora_config
+from dora_vl.pipelines.vlbart_settings import vlbart_dora_config
 from dora_vl.run.adapting import adapt
 from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, check_training_section, read_deepspeed
 from dora_vl.run.assembly import dora_config

@@ -20,17 +20,13 @@ from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import (
-    ANSWER_HEADS,
-    DORA_TARGETS,
-    KEPT_ROWS,
     VlBartBackbone,
-    also_trained,
     load_vlbart,
     set_answer_heads,
     vlbart_skeleton,
 )
 from dora_vl.backbones.vlbart_compose import compose_vlbart
-from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
+from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.core import DoRAConfig
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.feature_input import FeatureReader
@@ -39,7 +35,16 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.seq2seq_check import check_tests, open_test
 from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
 from dora_vl.evaluation.seq2seq_watch import picture_of, watch_subtasks
-from dora_vl.run.adapting import VLBART, core_config, make_base
+from dora_vl.pipelines.vlbart_settings import (
+    ONE_AT_A_TIME,
+    check_names,
+    check_same_features,
+    named_settings,
+    paths_of,
+    vlbart_dora_config,
+    with_run_settings,
+)
+from dora_vl.run.adapting import VLBART, make_base
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
@@ -49,22 +54,19 @@ from dora_vl.tasks.closed_answers import (
     SETTING,
     account,
     check_closed,
-    closed,
     lists_in,
     make_lists,
 )
 from dora_vl.tasks.seq2seq import MixtureDataset, Seq2SeqCollator, ValidationBatches
-from dora_vl.tasks.subtask import Subtask, with_input_tokens
+from dora_vl.tasks.subtask import Subtask
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.pipeline import Pipeline, Reading, TrainingData
 from dora_vl.training.seq2seq_loss import Seq2SeqLoss
 from dora_vl.vision.feature_files import open_features
-from dora_vl.vision.features import first_difference, read_settings
+from dora_vl.vision.features import read_settings
 
 LISTS_FILE = "closed_answers.json"
 """In the run folder: the closed answer lists, and the training samples that have no answer on them."""
-ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
-EVERYTHING = ("*",)
 
 
 class VlBartPipeline(Pipeline):
@@ -85,7 +87,7 @@ class VlBartPipeline(Pipeline):
     def __init__(
         self, config: VlBartRunConfig, subtasks: Mapping[str, Subtask], *, name: str, is_video: bool = False
     ) -> None:
-        _check_names(config, subtasks)
+        check_names(config, subtasks)
         check_closed(config.data.closed_answers, subtasks, config.data.train)
         check_same_features(config.data.features, config.evaluation.features)
         if set_elsewhere := [one for one in ONE_AT_A_TIME if config.training.get(one, 1) != 1]:
@@ -93,7 +95,7 @@ class VlBartPipeline(Pipeline):
         # A loader's item is a whole micro-batch here.
         training = {**config.training, **dict.fromkeys(ONE_AT_A_TIME, 1)}
         self._config = dataclasses.replace(config, training=training)
-        self._subtasks = {one: _with_settings(subtask, config) for one, subtask in subtasks.items()}
+        self._subtasks = {one: with_run_settings(subtask, config) for one, subtask in subtasks.items()}
         self._name = name
         self._is_video = is_video
 
@@ -318,80 +320,3 @@ class VlBartPipeline(Pipeline):
 
     def _reader(self, folder: str, width: int) -> FeatureReader:
         return FeatureReader(open_features(Path(folder)), self.config.data.feature_tokens, width)
-
-
-def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
-    """A task's records file or files."""
-    return (Path(files),) if isinstance(files, str) else tuple(Path(file) for file in files)
-
-
-def vlbart_dora_config(run: VlBartRunConfig, model: VlBartForConditionalGeneration) -> DoRAConfig:
-    """What a run adapts and trains in a VL-BART."""
-    adapter = run.adapter
-    if adapter.method == "full":
-        return core_config(adapter, model, targets=EVERYTHING)
-    trained = also_trained(model.settings, biases=adapter.train_biases, norm_weights=adapter.train_norm_weights)
-    if not adapter.train_projector:
-        del trained["projector"]
-    if run.data.closed_answers:
-        trained["answer_head"] = ANSWER_HEADS
-    return core_config(adapter, model, targets=DORA_TARGETS, also_train=trained, also_keep=KEPT_ROWS)
-
-
-def named_settings(config: VlBartRunConfig) -> dict[str, Any]:
-    """What `metrics.json` says of where a run may differ from the published ones."""
-    return {
-        "task_prompt": config.data.task_prompt,
-        "subtitles_first": config.data.subtitles_first,
-        "input_tokens": config.data.input_tokens,
-        "choice_by_likelihood": config.evaluation.choice_by_likelihood,
-        "mixing": config.data.mixing,
-        "batch_size": config.data.batch_size,
-        "weight_decay_on": config.optim.weight_decay_on,
-    }
-
-
-def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -> None:
-    """Refuses test features that were computed in another way than those of training, where both say how.
-
-    Args:
-        trained: each task's folder, as `data.features` names it; `tested`: as `evaluation.features` does.
-
-    Raises:
-        UserError: a setting differs; both folders and values are named.
-    """
-    for task, folder in tested.items():
-        before = read_settings(Path(trained[task])) if task in trained else None
-        now = read_settings(Path(folder))
-        if before is None or now is None or (name := first_difference(before, now)) is None:
-            continue
-        raise UserError(
-            f"evaluation.features: {task} is to be tested on {folder}, whose {name} is {now.get(name)!r}, and is "
-            f"trained on {trained[task]}, with {before.get(name)!r}; compute both with the same settings"
-        )
-
-
-def _with_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:
-    answer_by = subtask.answer_by
-    if answer_by == "choice" and not config.evaluation.choice_by_likelihood:
-        answer_by = "text"
-    if subtask.name in config.data.closed_answers:
-        subtask, answer_by = closed(subtask), "closed"
-    return dataclasses.replace(with_input_tokens(subtask, config.data.input_tokens), answer_by=answer_by)
-
-
-def _check_names(config: VlBartRunConfig, subtasks: Mapping[str, Subtask]) -> None:
-    data, evaluation = config.data, config.evaluation
-    if not data.train:
-        raise UserError("data.train names no task; give a records file for one of " + ", ".join(subtasks))
-    named = {
-        "data.train": data.train,
-        "data.validation_files": data.validation_files,
-        "evaluation.files": evaluation.files,
-    }
-    for section, files in named.items():
-        if unknown := sorted(set(files) - set(subtasks)):
-            raise UserError(f"{section}: no task {unknown[0]!r} here; there are {', '.join(subtasks)}")
-        known = {**data.features, **(evaluation.features if section == "evaluation.files" else {})}
-        if without := sorted(set(files) - set(known)):
-            raise UserError(f"{section} names {without[0]}, but data.features has no folder for it")

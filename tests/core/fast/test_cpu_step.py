@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
+from subprocess import run
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +82,20 @@ def assert_near(found: list[torch.Tensor], wanted: list[torch.Tensor], tolerance
     for one, other in zip(found, wanted, strict=True):
         scale = float(other.detach().abs().max())
         assert float((one.detach().double() - other.detach()).abs().max()) <= tolerance * scale
+
+
+NO_BUILDER = """
+import torch.utils.cpp_extension as builder
+builder.load = None
+from dora_vl.core.fast.cpu_step import compiled_operations
+assert compiled_operations() is not None
+"""
+
+
+def test_a_finished_library_is_loaded_without_the_builder():
+    """The builder compiles anew for each checkout that shares the cache, since it compares paths and times."""
+    assert cpu_step.compiled_operations() is not None
+    run([sys.executable, "-c", NO_BUILDER], check=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
