@@ -45,6 +45,9 @@ from dora_vl.training.pipeline import Pipeline, TrainingData
 
 logger = logging.getLogger(__name__)
 
+PLACES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+"""Names in a model's config of the ids that its pictures and videos are put in place of."""
+
 
 def instruct_pipeline(config: RunConfig) -> Pipeline:
     """The pipeline of a run's base: LLaVA-1.5's own path, or the one of every other vision-language model.
@@ -117,11 +120,12 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         return Assistant(backbone, ImageTextPrompts(encoder), while_training=True)
 
     def _places(self, backbone: Backbone[Any]) -> frozenset[int]:
+        config = backbone.model.config.to_dict()
+        if found := [config[name] for name in PLACES if isinstance(config.get(name), int)]:
+            return frozenset(found)
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
-        processor = vars(encoder.processor)
-        names = [processor.get(name) for name in ("image_token", "video_token")]
-        ids = [encoder.tokenizer.convert_tokens_to_ids(name) for name in names if isinstance(name, str)]
-        return frozenset(one for one in ids if isinstance(one, int))
+        token = vars(encoder.processor).get("image_token")
+        return frozenset([encoder.tokenizer.convert_tokens_to_ids(token)] if isinstance(token, str) else [])
 
     def _test_questions(self) -> list[Question]:
         return read_test(self.config.evaluation)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -92,7 +93,7 @@ def _pictures(pictures: Sequence[tuple[str, Opens]]) -> Iterator[tuple[str, tupl
             yield name, ("", error.reason)
 
 
-WIDTH, MARGIN, LINE, SIDE, TEXT = 1280, 24, 26, 112, 15
+WIDTH, MARGIN, LINE, SIDE, TEXT, FACTS_CHARACTERS = 1280, 24, 26, 112, 15, 130
 PAPER, INK, FAINT = "#ffffff", "#1d2630", "#66727f"
 FILLS: Mapping[Kind, tuple[str, str]] = {
     "trained": ("#cfe8d5", "#b4dabd"),
@@ -129,10 +130,12 @@ def _font(size: int) -> Any:
 
 def _legend(view: BatchView) -> Image.Image:
     kinds: Sequence[Kind] = ("trained", "context", "picture-place", "padding")
-    block = Image.new("RGB", (WIDTH, 2 * LINE), PAPER)
+    facts = textwrap.wrap(", ".join(f"{name} {value}" for name, value in view.facts), FACTS_CHARACTERS)
+    block = Image.new("RGB", (WIDTH, (len(facts) + 1) * LINE), PAPER)
     draw = ImageDraw.Draw(block)
-    draw.text((MARGIN, 0), ", ".join(f"{name} {value}" for name, value in view.facts), INK, _font(TEXT))
-    _flow(draw, [Piece(f" {NAMES[kind]} ", kind) for kind in kinds], left=MARGIN, top=LINE)
+    for number, line in enumerate(facts):
+        draw.text((MARGIN, number * LINE), line, INK, _font(TEXT))
+    _flow(draw, [Piece(f" {NAMES[kind]} ", kind) for kind in kinds], left=MARGIN, top=len(facts) * LINE)
     return block
 
 
@@ -143,7 +146,7 @@ def _block(row: BatchRow, opens: Opens) -> Image.Image:
     for pieces in row.lines:
         tops.append(top)
         top = _flow(measured, pieces, left=left, top=top, drawn=False) + LINE + 6
-    block = Image.new("RGB", (WIDTH, max(top, SIDE)), PAPER)
+    block = Image.new("RGB", (WIDTH, max(top, 0 if opens is None else SIDE)), PAPER)
     draw = ImageDraw.Draw(block)
     draw.text((left, 0), row.title, FAINT, _font(TEXT))
     for pieces, start in zip(row.lines, tops, strict=True):

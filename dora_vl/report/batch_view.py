@@ -22,6 +22,7 @@ NAMES: Mapping[Kind, str] = {
 JOINED: frozenset[Kind] = frozenset({"picture-place", "padding"})
 """Of these a stretch is one piece with its length."""
 UNFINISHED = "\ufffd"
+STAND_IN = "no sample: it takes the batch through the vision part, as other ranks' batches are taken"
 Opens = Callable[[], Image.Image] | None
 
 
@@ -124,7 +125,7 @@ def batch_view(
         shifted: labels are of the input itself (a decoder); else they are an answer of their own.
     """
     rows = _decoder_rows if shifted else _encoder_decoder_rows
-    titles = _titles(names, len(batch["input_ids"]))
+    titles = _titles(names, len(batch["input_ids"]), shared="layout" in batch)
     return BatchView(
         rows=tuple(rows(batch, titles, text)),
         facts=tuple(_facts(batch)),
@@ -133,10 +134,10 @@ def batch_view(
     )
 
 
-def _titles(names: Sequence[str], rows: int) -> list[str]:
-    """A row is a sample; where samples share rows, a row is its number."""
-    if len(names) == rows:
-        return list(names)
+def _titles(names: Sequence[str], rows: int, *, shared: bool) -> list[str]:
+    """A row is a sample, and what is behind them stands in for media; a shared row is its number."""
+    if not shared and len(names) <= rows:
+        return [*names, *[STAND_IN] * (rows - len(names))]
     return [f"row {number + 1} of {rows}, {len(names)} samples in all" for number in range(rows)]
 
 

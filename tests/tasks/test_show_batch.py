@@ -11,6 +11,7 @@ from PIL import Image
 
 from dora_vl.cli import main
 from dora_vl.pipelines.first_batch import first_batch, shown_settings
+from dora_vl.pipelines.image_text import instruct_pipeline
 from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.pipelines.vlbart import VlBartPipeline
 from dora_vl.report.batch_text import batch_page, batch_picture, terminal_lines
@@ -19,6 +20,7 @@ from dora_vl.run.command_line import read_run_file, read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.run import train
+from tests.backbones.tiny_image_text import write_tiny
 from tests.report.test_report import Page, asks_a_host
 from tests.training.test_run import one_thread
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
@@ -196,3 +198,29 @@ def test_no_weights_are_read(run_file: Path, tmp_path: Path) -> None:
     view = first_batch(LlavaPipeline(shown_settings(config, tmp_path / "none")))
     assert len(view.rows) == 4
     assert len(view.pictures) == 4
+
+
+def test_a_model_with_a_processor_of_its_own(tmp_path: Path) -> None:
+    """Gemma's processor calls a picture's beginning its token; its places have another id."""
+    base, records = write_tiny("gemma3", tmp_path / "base"), write_tiny_data(tmp_path / "data", text_only_blocks=4)
+    file = write_run(tmp_path / "run.yaml", base, records, data={"max_tokens": 512})
+    pipeline = instruct_pipeline(shown_settings(read_run_file(file), tmp_path / "none"))
+    places = {
+        row.title: [piece for piece in row.lines[0] if piece.kind == "picture-place"]
+        for row in first_batch(pipeline).rows
+    }
+    records_by_id = {one["id"]: one for one in json.loads(records.read_text())}
+    assert len(places) >= 4
+    for name, found in places.items():
+        with_picture = "image" in records_by_id.get(name, {"image": "of the row that stands in"})
+        assert [piece.count for piece in found] == ([4] if with_picture else [])
+
+
+def test_samples_that_share_rows_have_numbered_ones(run_file: Path, tmp_path: Path) -> None:
+    config = read_run_file(run_file, "--data.share_pictures=true")
+    view = first_batch(LlavaPipeline(shown_settings(config, tmp_path / "none")))
+    assert [row.title.split(",")[0] for row in view.rows] == [
+        f"row {number + 1} of {len(view.rows)}" for number in range(len(view.rows))
+    ]
+    assert len(view.pictures) == 4
+    assert len(Page(batch_page(view, title="shared")).all("img")) == 4
