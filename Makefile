@@ -11,13 +11,16 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[demo,video,dev]'
 	touch $@
 
+# One process of the launcher, which tells of errors alone; without a GPU it need not look for one.
+DEEPSPEED := $(if $(wildcard /dev/nvidia* /dev/dxg /dev/kfd),,DS_ACCELERATOR=cpu )$(BIN)/deepspeed --quiet --num_accelerators 1
+
 DEMO := runs/demo
 
 demo: $(INSTALLED)
 	$(BIN)/python -m data_prep.demo_assets --to $(DEMO)/assets
 	$(BIN)/python -m data_prep.easy_vqa --from $(DEMO)/assets/easy_vqa --to $(DEMO)/data
-	$(BIN)/deepspeed --num_accelerators 1 tasks/llava_instruct.py \
-		--config configs/llava/easyvqa_smollm2_dora.yaml --overwrite true
+	$(DEEPSPEED) tasks/llava_instruct.py \
+		--config configs/llava/easyvqa_smollm2_dora.yaml --resume if_stopped
 	@echo
 	@echo "The adapter is in $(DEMO)/adapter, its scores in $(DEMO)/metrics.json, pictures of the run in"
 	@echo "$(DEMO)/loss_curve.png and $(DEMO)/contact_sheet.png. All of it on one page: $(BIN)/dora-vl report $(DEMO)"
@@ -37,10 +40,10 @@ demo-vlbart: $(INSTALLED)
 		--records $(VLDEMO)/records/pretrain.jsonl $(VLDEMO)/records/adapt.jsonl
 	$(BIN)/python -m data_prep.features --root $(DEMO)/assets/easy_vqa --to $(VLDEMO)/features/test $(LITE0) \
 		--records $(VLDEMO)/records/test.jsonl
-	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_image.py --config configs/vlbart/demo.yaml --variant pretrain \
+	$(DEEPSPEED) tasks/vlbart_image.py --config configs/vlbart/demo.yaml --variant pretrain \
 		--overwrite true
 	$(BIN)/dora-vl merge --adapter $(VLDEMO)/pretrain/adapter --to $(VLDEMO)/base
-	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_image.py --config configs/vlbart/demo.yaml --variant adapt \
+	$(DEEPSPEED) tasks/vlbart_image.py --config configs/vlbart/demo.yaml --variant adapt \
 		--overwrite true
 
 VIDEO := runs/demo-video
@@ -53,10 +56,10 @@ demo-video: $(INSTALLED)
 		--name tf_efficientnet_lite0 --weights-in-order \
 		--weights $(DEMO)/assets/efficientnet_lite0/efficientnet-lite0-57934424.pth \
 		--layer -2 --grid-pool 4 --merge 2 --changes --image-size 128 --frames 6 --workers 0
-	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_video.py --config configs/vlbart/demo_video.yaml --variant pretrain \
+	$(DEEPSPEED) tasks/vlbart_video.py --config configs/vlbart/demo_video.yaml --variant pretrain \
 		--overwrite true
 	$(BIN)/dora-vl merge --adapter $(VIDEO)/pretrain/adapter --to $(VIDEO)/base
-	$(BIN)/deepspeed --num_accelerators 1 tasks/vlbart_video.py --config configs/vlbart/demo_video.yaml --variant adapt \
+	$(DEEPSPEED) tasks/vlbart_video.py --config configs/vlbart/demo_video.yaml --variant adapt \
 		--overwrite true
 
 lint: $(INSTALLED)

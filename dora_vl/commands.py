@@ -20,11 +20,15 @@ class Command:
 COMMANDS = {
     "analyze": Command("dora_vl.evaluation.analyze_command", "what training changed: magnitudes and directions"),
     "check-data": Command("dora_vl.sources.check_command", "what is wrong with data files, before a run finds it"),
+    "completion": Command("dora_vl.completion_command", "a script with which a shell completes all of this"),
     "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out"),
+    "doctor": Command("dora_vl.setup.doctor_command", "what this machine has for a run, and what is missing"),
     "evaluate": Command(
         "dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"
     ),
-    "merge": Command("dora_vl.adapters.merge_command", "base + adapters as a plain model folder"),
+    "export": Command("dora_vl.evaluation.export_command", "a trained model for vLLM, or as GGUF; checks it"),
+    "init": Command("dora_vl.setup.init_command", "your pictures and questions to the files of a first run"),
+    "merge": Command("dora_vl.evaluation.merge_command", "base + adapters as a plain model folder; checks it"),
     "prepare": Command("dora_vl.sources.prepare_command", "a publisher's files to records"),
     "report": Command("dora_vl.report.report_command", "a run, or several side by side, as one page"),
     "show": Command("dora_vl.pipelines.show_command", "the first batch of a run, its tokens by label"),

@@ -1,22 +1,28 @@
 """The errors a person can act on, what messages quote, and the one place that makes a line and an exit status of them.
 
-Also the errors of Pillow. Only the standard library.
+Also the errors of Pillow. Only the standard library below it.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import os
 import re
+import select
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import ParamSpec, TypeVar
 
+from dora_vl.foreign_lines import leave_out_foreign_lines
+
 Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
 
 USER_ERROR_STATUS = 2
+STATUS_OF_SIGPIPE = 141
+"""What shells say of a program whose reader has left."""
 LONGEST_MESSAGE = 490
 """With "error: " before it, a line stays below 500 characters, whatever a file or an option holds."""
 LONGEST_QUOTED = 60
@@ -107,6 +113,10 @@ def shown_names(found: Iterable[object]) -> str:
     return (", ".join(shown_text(str(name), LONGEST_NAME) for name in names[:NAMED]) or "nothing") + more
 
 
+NO_SAMPLE, EMPTY_ANSWER, NO_ANSWER, ON_THE_WEB = "not a sample", "empty answer", "no answer", "media on the web"
+"""Kinds of bad samples, beside those that name what they are about."""
+
+
 class UserError(Exception):
     """Something in the input is wrong; the message names the file, key or id, the numbers and the next step.
 
@@ -118,28 +128,40 @@ class UserError(Exception):
 
 
 class BadSample(UserError):
-    """One sample cannot be used; counted and skipped by the data part, up to `data.max_bad_share`."""
+    """One sample cannot be used; counted and skipped by the data part, up to `data.max_bad_share`.
 
-    def __init__(self, sample_id: str, reason: str) -> None:
+    Attributes:
+        reason: what is wrong with this one.
+        kind: the same text for all samples with that trouble, for tables.
+    """
+
+    def __init__(self, sample_id: str, reason: str, kind: str = NO_SAMPLE) -> None:
         super().__init__(f"sample {one_line(sample_id, LONGEST_QUOTED)}: {reason}")
         self.sample_id = sample_id
         self.reason = one_line(reason)
+        self.kind = kind
 
-    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str, str]]:
         # Exceptions unpickle from their message alone; data workers send this one across processes.
-        return type(self), (self.sample_id, self.reason)
+        return type(self), (self.sample_id, self.reason, self.kind)
 
 
 def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     """Wraps an entry point: a `UserError` becomes one line on stderr and exit status 2, never a traceback.
 
     So does a path of more characters than a file's name may have, wherever it is looked for.
+    A reader of the output that leaves early (`| head`) ends the program quietly, as it ends others.
     """
 
     @functools.wraps(main)
     def run(*arguments: Inputs.args, **options: Inputs.kwargs) -> Result:
         try:
-            return main(*arguments, **options)
+            return _with_output_written(main, *arguments, **options)
+        except BrokenPipeError:
+            if not _reader_left():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there at the exit
+            sys.exit(STATUS_OF_SIGPIPE)
         except UserError as error:
             said = str(error)
         except OSError as error:
@@ -150,3 +172,18 @@ def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Resul
         sys.exit(USER_ERROR_STATUS)
 
     return run
+
+
+def _with_output_written(main: Callable[Inputs, Result], *arguments: Inputs.args, **options: Inputs.kwargs) -> Result:
+    leave_out_foreign_lines()
+    try:
+        return main(*arguments, **options)
+    finally:
+        sys.stdout.flush()  # at the exit nobody could catch what this raises
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads the standard output any more, rather than some other pipe being broken."""
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poller.poll(0))

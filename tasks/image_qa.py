@@ -1,6 +1,7 @@
 """Asks a model about pictures of your own.
 
 python tasks/image_qa.py --adapter runs/demo/adapter --image cat.png --question "what color is the shape?"
+python tasks/image_qa.py --adapter runs/demo/adapter --image my/*.jpg --question "what color is the shape?"
 
 Every question is put to every picture, each on its own; `--together` puts all pictures into one prompt, and
 `--conversation` lets later questions see the earlier ones with their answers. Without --question it asks for
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.evaluation.asking import add_options, answer_typed, open_model, print_answers, write_piece
+from dora_vl.evaluation.asking import add_options, answer_typed, files_of, open_model, print_answers, write_piece
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,7 +43,12 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(made)
     made.add_argument(
-        "--image", type=Path, action="append", default=[], help="picture file; may be given several times"
+        "--image",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="picture files, or patterns such as 'my/*.jpg'",
     )
     made.add_argument("--together", action="store_true", help="all pictures in one prompt")
     made.add_argument("--conversation", action="store_true", help="later questions see the earlier ones and answers")
@@ -88,7 +94,7 @@ def talk(opened: Opened, topics: list[Topic], options: argparse.Namespace) -> No
 
     def answer(line: str) -> None:
         if line.startswith(PICTURE_COMMAND):
-            topics[:] = read_topics([Path(line.removeprefix(PICTURE_COMMAND).strip())], together=False)
+            topics[:] = read_topics(files_of([line.removeprefix(PICTURE_COMMAND).strip()], "picture"), together=False)
         else:
             ask_all(opened, topics, line, options)
 
@@ -114,7 +120,9 @@ def ask_all(opened: Opened, topics: Sequence[Topic], question: str, options: arg
 def main(arguments: list[str] | None = None) -> None:
     """Opens the pictures and the model, then answers."""
     options = parser().parse_args(arguments)
-    topics = read_topics(options.image, together=options.together)  # a wrong path shows before the model loads
+    topics = read_topics(
+        files_of(options.image, "picture"), together=options.together
+    )  # a wrong path shows before the model loads
     opened = open_model(options)
     if not options.question:
         talk(opened, topics, options)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.evaluation.asking import add_options, answer_typed, open_model, print_answers, write_piece
+from dora_vl.evaluation.asking import add_options, answer_typed, files_of, open_model, print_answers, write_piece
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(made)
     made.add_argument(
-        "--video", type=Path, action="append", required=True, help="video file; may be given several times"
+        "--video", nargs="+", action="extend", required=True, metavar="FILE", help="video files, or patterns"
     )
     made.add_argument("--start", type=float, help="seconds into the video where to begin")
     made.add_argument("--end", type=float, help="seconds into the video where to stop")
@@ -99,6 +99,7 @@ def ask(opened: Opened, clips: ClipReader, path: Path, question: str, options: a
 def main(arguments: list[str] | None = None) -> None:
     """Opens the model and the videos, then answers."""
     options = parser().parse_args(arguments)
+    options.video = files_of(options.video, "video")
     for path in options.video:
         if not path.is_file():  # shows before the model loads
             raise UserError(f"video {path} is missing")

@@ -151,3 +151,30 @@ def test_wrong_inputs_are_one_line(folders, capsys):
     assert "write OLD=NEW" in failed(capsys, "convert", folders / "one", "--to", folders / "x", "--rename", "a")
     assert "belong to --as lora" in failed(capsys, "convert", folders / "one", "--to", folders / "x", "--rank", 3)
     assert "other" in failed(capsys, "merge", "--adapter", folders / "one", "--base", folders / "other", "--to", "x")
+
+
+@pytest.mark.parametrize("words", [["-m", "dora_vl.cli", "--help"], ["tasks/llava_instruct.py", "--help"]])
+def test_a_reader_that_leaves_early_ends_it_quietly(words):
+    program = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdout.close()  # as `| head -0` does
+    said = program.stderr.read()
+    assert program.wait() in (0, 141)  # argparse itself passes over an error in writing its help
+    assert said == ""
+
+
+def test_bash_completes_verbs_options_and_files(tmp_path, capsys):
+    main(["completion", "bash"])
+    script = tmp_path / "dora-vl.bash"
+    script.write_text(capsys.readouterr().out)
+    asked = 'source {}; COMP_WORDS=({}); COMP_CWORD={}; {} ; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    entry = next(line.split()[-2] for line in script.read_text().splitlines() if line.startswith("complete "))
+
+    def completed(*words: str) -> list[str]:
+        line = asked.format(script, " ".join(f"'{word}'" for word in words), len(words) - 1, entry)
+        return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
+
+    assert set(completed("dora-vl", "")) >= set(COMMANDS)
+    assert completed("dora-vl", "in") == ["init"]
+    assert "--questions" in completed("dora-vl", "init", "--q")

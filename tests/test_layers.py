@@ -10,6 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dora_vl"
 LAYERS = (
+    ("foreign_lines",),
     ("errors", "whole_numbers"),
     ("core", "model_files"),
     ("data",),
@@ -21,8 +22,10 @@ LAYERS = (
     ("run",),
     ("training", "evaluation"),
     ("report",),
+    ("setup",),
     ("pipelines",),
     ("commands",),
+    ("completion_command",),
     ("cli",),
 )
 """From the floor up. A package imports only from layers below its own, and from itself."""

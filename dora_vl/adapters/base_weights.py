@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dora_vl.adapters.folder import read_json
+from dora_vl.adapters.hub_names import hub_names
 from dora_vl.core.experts import expert_projections
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_whole
@@ -82,6 +84,8 @@ class BaseWeights:
         """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
         self.expert_pieces = layout.pieces
         """Stored tensors that are, or are a piece of, the weight of experts that are one tensor in the model."""
+        self.hub_keys = layout.hub
+        """The name that published folders have for a key; a class that transformers does not have has none."""
 
     def __enter__(self) -> BaseWeights:
         return self
@@ -168,6 +172,8 @@ class Layout:
     """The model's own name of each key; of one of several pieces of a weight, the key."""
     transposed: frozenset[str] = frozenset()
     pieces: Mapping[str, ExpertPiece] = field(default_factory=dict)
+    hub: Mapping[str, str] = field(default_factory=dict)
+    """The published name of each key."""
 
 
 def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Layout:
@@ -191,7 +197,9 @@ def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     own = dict(model.state_dict())
-    found = {key: rename_source_key(key, renamings, converters, model.base_model_prefix, own) for key in shapes}
+    renamed = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=own)
+    read_as = partial(renamed, weight_renamings=renamings, weight_converters=converters)
+    found = {key: read_as(key) for key in shapes}
     keys_of = Counter(name for name, _ in found.values())
     names = {key: name if name in own and keys_of[name] == 1 else key for key, (name, _) in found.items()}
     experts = {
@@ -204,7 +212,8 @@ def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         if name in experts
     }
     transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D | nn.Embedding))
-    return Layout(names, transposed, pieces)
+    unjoined = partial(renamed, weight_renamings=renamings, weight_converters=[])
+    return Layout(names, transposed, pieces, hub_names(model, found, read_as, lambda key: unjoined(key)[0]))
 
 
 def _is_reversed(stored: tuple[int, ...], own: Tensor) -> bool:

@@ -28,7 +28,7 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.folder import PEFT_PREFIX
 from dora_vl.adapters.low_rank_export import truncated
-from dora_vl.adapters.merge_folder import check_fit, factors_on
+from dora_vl.adapters.merged_weights import check_fit, factors_on
 from dora_vl.adapters.peft_config import new_config
 from dora_vl.core import functional
 from dora_vl.errors import UserError

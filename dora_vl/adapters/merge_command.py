@@ -1,9 +1,10 @@
-"""`dora-vl merge`: adapters folded into their base, as a plain model folder that any tool opens."""
+"""Merging as `dora-vl merge` does it: adapters folded into their base, as a plain model folder that any tool opens."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -55,20 +56,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> Iterator[str]:
-    """Merges; yields the lines to print."""
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is merged into what; everything that was asked for has been read and fits.
+
+    Attributes:
+        adapters: as they were given.
+        adapter: the one that is merged: the given one, or their combination.
+        base: the base's folder.
+        open_base: gives the values that are merged into.
+    """
+
+    adapters: list[Adapter]
+    adapter: Adapter
+    base: Path
+    open_base: Callable[[Path], BaseWeights]
+
+
+def plan(arguments: argparse.Namespace, refuse: Callable[[Path, Path], None] = refuse_target) -> Plan:
+    """Reads the adapters and finds their base.
+
+    Args:
+        refuse: raises where the result may not be written over what is there, given its folder and the base's.
+
+    Raises:
+        UserError: as reading, combining and `refuse`; or the base is another than the one trained on.
+    """
     options = reading_options(arguments)
     adapters = [read_any(source, options) for source in arguments.adapter]
     base = arguments.base or base_of(adapters[0])
-    refuse_target(arguments.to, base)
+    refuse(arguments.to, base)
     if not arguments.any_base:
         for adapter in adapters:
             refuse_other_base(adapter.recipe, base, adapter.source)
     open_base = _opener(adapters, stored=arguments.base_values == "stored")
     adapter = _one(adapters, arguments.weight or [1.0] * len(adapters), base, open_base)
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    return Plan(adapters=adapters, adapter=adapter, base=base, open_base=open_base)
+
+
+def merge(found: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    """Merges; yields the lines to print."""
+    adapter, dtype = found.adapter, DTYPES[arguments.dtype] if arguments.dtype else None
     merged = merge_to_folder(
-        adapter, base, arguments.to, dtype=dtype, shard_bytes=arguments.shard_bytes, open_base=open_base
+        adapter, found.base, arguments.to, dtype=dtype, shard_bytes=arguments.shard_bytes, open_base=found.open_base
     )
     yield (
         f"{arguments.to}: {merged.layers} layers merged, {merged.replaced} other tensors taken from the adapter, "

@@ -14,6 +14,7 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, read_json
 from dora_vl.adapters.foreign import to_adapter
 from dora_vl.adapters.foreign_layouts import LAYOUTS, from_kohya, from_torchtune, from_vl_adapter
+from dora_vl.adapters.named_folder import no_adapter
 from dora_vl.adapters.settings import READ_TYPES
 from dora_vl.adapters.tensor_files import read_tensors
 from dora_vl.errors import UserError
@@ -98,8 +99,7 @@ def known_format(tensors: Mapping[str, Tensor], source: str) -> str:
 def _tensors(source: Path) -> dict[str, Tensor]:
     files = [source] if source.is_file() else [source / name for name in WEIGHT_FILES if (source / name).is_file()]
     if not files:
-        there = sorted(p.name for p in source.iterdir()) if source.is_dir() else "no such file or folder"
-        raise UserError(f"{source} holds no adapter ({there}); looked for {', '.join(WEIGHT_FILES)}")
+        raise no_adapter(source)
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors.update(read_tensors(file))

@@ -18,7 +18,7 @@ from dora_vl.adapters.base_weights import SINGLE_FILE, BaseWeights, stem_in
 from dora_vl.adapters.checkpoints import complete_checkpoints, step_of
 from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from dora_vl.adapters.merge_folder import check_fit, factors_on
+from dora_vl.adapters.merged_weights import check_fit, factors_on
 from dora_vl.adapters.provenance import refuse_other_base
 from dora_vl.core import functional
 from dora_vl.errors import UserError

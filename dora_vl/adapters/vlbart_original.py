@@ -18,7 +18,7 @@ from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.foreign_layouts import ALIASES, EMBEDDING
-from dora_vl.adapters.merge_folder import check_fit, factors_on
+from dora_vl.adapters.merged_weights import check_fit, factors_on
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
 

@@ -11,6 +11,7 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 from transformers.models.llava.processing_llava import LlavaProcessor
 
+from dora_vl.adapters.hub_names import save_under_hub_names
 from dora_vl.backbones.language_source import LanguageModel, load_language_model
 from dora_vl.backbones.specs import ComposeSpec as ComposeSpec
 from dora_vl.backbones.written_base import written_base
@@ -24,8 +25,8 @@ log = logging.getLogger(__name__)
 def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
     """Writes a folder that `load_llava` opens: weights, config, tokenizer and picture preparation.
 
-    Plain transformers opens it too; where the tower is a `GridTower`, after `import dora_vl`. The folder appears
-    under its name only when it is whole.
+    Tensors have the names of published LLaVAs. Plain transformers opens it too; where the tower is a `GridTower`, after
+    `import dora_vl`. The folder appears under its name only when it is whole.
 
     Raises: UserError if the folder exists, or a part cannot be loaded.
     """
@@ -35,6 +36,7 @@ def compose_llava(spec: ComposeSpec, folder: Path | str) -> None:
         dtype = getattr(torch, spec.dtype) if spec.dtype else None
         language = load_language_model(spec.language_model, gguf_file=spec.gguf_file, dtype=dtype)
         model = join(tower, language, seed=spec.projector_seed)
+        save_under_hub_names(model)
         model.save_pretrained(unfinished)
         processor(tower, language).save_pretrained(unfinished)
     log.info("composed %s: %s + %s, %d tokens a picture", folder, spec.vision_name, spec.language_model, tower.tokens)

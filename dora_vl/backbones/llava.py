@@ -245,15 +245,24 @@ def _user_errors(folder: str) -> Iterator[None]:
         raise UserError(f"model.base {folder!r} cannot be opened as a LLaVA: {error}") from error
 
 
+def llava_config(folder_or_id: str, *, revision: str | None = None) -> LlavaConfig:
+    """The config of a LLaVA's folder or hub id.
+
+    Raises: UserError if it cannot be opened.
+    """
+    register_towers()
+    check_model_folder(folder_or_id)
+    with _user_errors(folder_or_id):
+        return LlavaConfig.from_pretrained(folder_or_id, revision=revision or "main")
+
+
 def llava_skeleton(folder_or_id: str, *, revision: str | None = None) -> LlavaBackbone:
     """A LLaVA of a folder's or hub id's config, with nothing in its weights: on the meta device.
 
     Raises: UserError if its config cannot be opened.
     """
-    register_towers()
-    check_model_folder(folder_or_id)
+    config = llava_config(folder_or_id, revision=revision)
     with _user_errors(folder_or_id), torch.device("meta"):
-        config = LlavaConfig.from_pretrained(folder_or_id, revision=revision or "main")
         return LlavaBackbone(LlavaForConditionalGeneration(config))
 
 

@@ -47,6 +47,11 @@ def resolved_weights(model: PreTrainedModel, patterns: Iterable[str], where: str
     return _resolved(model, patterns, where, dict.fromkeys(PRESETS, _parameters_in))
 
 
+def resolved_layers(model: PreTrainedModel, place: str) -> frozenset[str]:
+    """Full names of the linear layers of one of `PRESETS`."""
+    return frozenset(_layers_in(model, PRESETS[place](model)))
+
+
 def names_experts(model: PreTrainedModel, patterns: Iterable[str]) -> bool:
     """Whether some of the resolved patterns hit experts that are one tensor and no layer."""
     layers = [name for name, module in model.named_modules() if _is_linear(module)]

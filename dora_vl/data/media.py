@@ -12,20 +12,22 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from PIL import Image
+from PIL import ExifTags, Image
 
-from dora_vl.errors import DECODING_ERRORS, BadSample, shown
+from dora_vl.errors import DECODING_ERRORS, ON_THE_WEB, BadSample, shown
 
 if TYPE_CHECKING:
     import datasets
 
 
 def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Image.Image:
-    """The picture at `relative` under `root`, as RGB, decoded whole.
+    """The picture at `relative` under `root`, as RGB, decoded whole, as a viewer shows it.
 
-    As in LLaVA's training: no EXIF rotation, and an alpha channel is dropped, not blended. Two deliberate
-    differences: a palette's transparency is removed before conversion (transformers would blend the picture
-    with white even afterwards), and 16-bit grey is scaled to 8 bits (Pillow's `convert` clips it to white).
+    Turned as its EXIF orientation says, and what is transparent laid on white. LLaVA's own code does neither
+    (`convert("RGB")` in c121f04, `llava/train/train.py`): it reads a phone's photograph sideways, and shows whatever
+    colour is stored below transparency. Every other
+    picture has the same pixels there and here, but for 16-bit grey, which is scaled to 8 bits (Pillow's `convert`
+    clips it to white).
 
     Args:
         root: the folder that holds all pictures.
@@ -48,11 +50,11 @@ def decode_image(source: Path | BytesIO, name: str, where: str) -> Image.Image:
     try:
         with Image.open(source) as image:
             image.load()
+            return _plain_rgb(_upright(image))
     except FileNotFoundError:
         raise BadSample(name, f"picture {name} is missing in {where}") from None
     except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise BadSample(name, f"picture {name} in {where} cannot be decoded: {_one_line(error)}") from None
-    return _plain_rgb(image)
 
 
 def path_inside(root: Path, relative: str, *, follow_links: bool = False, kind: str = "picture") -> Path:
@@ -95,10 +97,38 @@ def _is_below(root: Path, path: Path) -> bool:
     return path.is_relative_to(root.absolute()) or path.is_relative_to(root.resolve())
 
 
+_TURNS: Mapping[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientation -> what turns the stored pixels upright; 1, and whatever else stands there, turns nothing."""
+_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+READING = "upright, transparency on white"
+"""How files become pixels; features that were computed when this said something else are computed again."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except DECODING_ERRORS:  # damaged notes beside whole pixels
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
 def _plain_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        if _brightest(image) > 255:
+            image = image.point(lambda value: value / 256).convert("L")
+    elif image.mode in _WITH_ALPHA or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
     image.info.pop("transparency", None)
-    if image.mode.startswith("I") and _brightest(image) > 255:
-        image = image.point(lambda value: value / 256).convert("L")
     return image.convert("RGB")
 
 
@@ -207,7 +237,8 @@ class RowPictures:
         elif isinstance(value, str) and value.startswith("data:"):
             self._hold(self._from_data_url(value))
         elif isinstance(value, str) and value.startswith(("http://", "https://")):
-            raise BadSample(self.sample_id, f"{key!r} is on the web, {shown(value)}; fetch it and name the file")
+            told = f"{key!r} is on the web, {shown(value)}; fetch it and name the file"
+            raise BadSample(self.sample_id, told, ON_THE_WEB)
         elif isinstance(value, str) and value:
             self.names.append(value.removeprefix("file://"))
         else:

@@ -21,7 +21,7 @@ from dora_vl.data.readers.messages import (
     read_texts,
 )
 from dora_vl.data.turns import INPUT_CHARACTERS, SPEAKERS, VIDEO_KEYS, Clip, Turn, raw_turns, row_clips, spoken_turns
-from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 
 Row = Mapping[str, object]
 ID_KEYS = ("id", "question_id", "qid", "__key__")
@@ -162,7 +162,7 @@ def turns_of(example: Example) -> tuple[Turn, ...]:
     if example.turns:
         return example.turns
     if not example.answers:
-        raise BadSample(example.id, "it has no answer to train on")
+        raise BadSample(example.id, "it has no answer to train on", NO_ANSWER)
     answer = max(example.answers, key=lambda one: one.weight)
     return Turn("user", example.question), Turn("assistant", answer.text)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dora_vl.errors import BadSample, shown
+from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, ON_THE_WEB, BadSample, shown
 
 VIDEO_KEYS = ("videos", "video")
 """Where videos stand in a row; the first of them that holds any counts."""
@@ -61,7 +61,7 @@ def read_clip(value: object, key: str, sample_id: str) -> Clip:
     if not isinstance(value, str) or not value:
         raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
     if value.startswith(("http://", "https://", "data:")):
-        raise BadSample(sample_id, f"{key!r} is no file, {shown(value)}; fetch it and name the file")
+        raise BadSample(sample_id, f"{key!r} is no file, {shown(value)}; fetch it and name the file", ON_THE_WEB)
     return Clip(path=value.removeprefix("file://"), start_seconds=times[0], end_seconds=times[1])
 
 
@@ -173,7 +173,8 @@ def as_conversation(
     for placeholder, (named, what) in counted.items():
         _check_placeholders([*system, *talk], placeholder, named, what, sample_id)
         if any(placeholder in turn.text for turn in system):
-            raise BadSample(sample_id, f"its system turn holds {placeholder}; {what} belong to a question")
+            told = f"its system turn holds {placeholder}; {what} belong to a question"
+            raise BadSample(sample_id, told, f"placeholders differ from {what}")
     if len(images) == 1 and not videos:
         talk = [Turn(turn.role, _placeholder_first(turn.text)) for turn in talk]
     return Conversation(sample_id, tuple(images), (*system, *talk), tuple(videos))
@@ -272,9 +273,10 @@ def _alternating(turns: list[Turn], sample_id: str) -> list[Turn]:
         if turn.role != expected:
             raise BadSample(sample_id, f"two turns in a row are from the {turn.role}; human and gpt must alternate")
         if turn.role == "assistant" and not turn.text.replace(IMAGE_PLACEHOLDER, "").strip():
-            raise BadSample(sample_id, f"answer {number // 2 + 1} of {(len(turns) + 1) // 2} is empty")
+            told = f"answer {number // 2 + 1} of {(len(turns) + 1) // 2} is empty"
+            raise BadSample(sample_id, told, EMPTY_ANSWER)
     if turns[-1].role == "user":
-        raise BadSample(sample_id, "its last question has no answer")
+        raise BadSample(sample_id, "its last question has no answer", NO_ANSWER)
     return turns
 
 
@@ -282,7 +284,9 @@ def _check_placeholders(turns: Sequence[Turn], placeholder: str, named: int, wha
     placeholders = sum(turn.text.count(placeholder) for turn in turns)
     if placeholders != named:
         raise BadSample(
-            sample_id, f"its text has {placeholders} {placeholder} placeholders, but it names {named} {what}"
+            sample_id,
+            f"its text has {placeholders} {placeholder} placeholders, but it names {named} {what}",
+            f"placeholders differ from {what}",
         )
 
 

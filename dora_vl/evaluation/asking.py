@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,27 @@ def add_model_options(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--template", help="prompt format of a LLaVA-1.5 or a language model without recipe.json (model.template)"
     )
+
+
+def files_of(names: Sequence[str], kind: str) -> list[Path]:
+    """The files that names and patterns (`*`, `?`, `[...]`) stand for; a shell that was kept from it did not ask.
+
+    Args:
+        kind: what they are, for the message.
+
+    Raises:
+        UserError: a pattern without a file.
+    """
+    found: list[Path] = []
+    for name in names:
+        if Path(name).exists() or "://" in name or not glob.has_magic(name):
+            found.append(Path(name))
+            continue
+        matched = sorted(glob.glob(name))  # noqa: PTH207 - a Path globs no absolute pattern
+        if not matched:
+            raise UserError(f"no {kind} matches {name}")
+        found += map(Path, matched)
+    return found
 
 
 def open_model(options: argparse.Namespace) -> Opened:

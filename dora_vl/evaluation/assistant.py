@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from dora_vl.evaluation.ask import Asking
     from dora_vl.evaluation.evaluation_set import EvaluationSet
 
+_WEB = re.compile(r"(https?):/+(.*)")
+"""An address; as a path it has one slash less."""
 NOT_YET_A_CHARACTER = "\ufffd"  # what decoding gives for the first bytes of a character whose last are still to come
 
 
@@ -131,10 +134,15 @@ class Assistant:
         return [self.prompts.decode(row) for row in self.new_ids(batch, max_new_tokens=max_new_tokens)]
 
     @torch.inference_mode()
+    def labelled(self, samples: Sequence[Sample]) -> Features:
+        """What the model makes of samples at the places that predict their labelled tokens."""
+        batch = self.prompts.collate(samples, "right")
+        return self.backbone(**model_inputs(batch, self.device), labels=batch["labels"].to(self.device))
+
+    @torch.inference_mode()
     def log_likelihoods(self, samples: Sequence[Sample]) -> Float[Tensor, " samples"]:
         """The log-likelihood of each sample's labelled tokens behind what stands before them."""
-        batch = self.prompts.collate(samples, "right")
-        found: Features = self.backbone(**model_inputs(batch, self.device), labels=batch["labels"].to(self.device))
+        found = self.labelled(samples)
         each = found.logits.float().log_softmax(-1).gather(1, found.targets.unsqueeze(1)).squeeze(1)
         return torch.zeros(len(samples), device=each.device).index_add_(0, found.rows, each).cpu()
 
@@ -155,8 +163,10 @@ def open_picture(path: Path) -> Image.Image:
     """One picture file as RGB.
 
     Raises:
-        UserError: it is missing or no picture.
+        UserError: it is missing or no picture, or an address on the web.
     """
+    if found := _WEB.match(str(path)):
+        raise UserError(f"{found[1]}://{found[2]} is on the web; save the picture and give its file")
     try:
         return open_image(path.parent, path.name, follow_links=True)
     except BadSample as error:

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, read_json
+from dora_vl.adapters.named_folder import no_adapter
 from dora_vl.adapters.provenance import content_hash, local_folder
 from dora_vl.adapters.settings import check_peft_fields
 from dora_vl.backbones.families import NOT_TRAINED, model_type_of
@@ -176,7 +177,7 @@ def read_recipe(adapter: Path) -> Mapping[str, Any]:
     if not adapter.is_dir():
         raise UserError(f"{adapter} is not a folder; give the adapter folder of a run, such as runs/demo/adapter")
     if not (adapter / WEIGHTS_FILE).is_file():
-        raise UserError(f"{adapter} has no {WEIGHTS_FILE}; the folder is incomplete, copy it again or train again")
+        raise no_adapter(adapter)
     return read_json(adapter / RECIPE_FILE) if (adapter / RECIPE_FILE).is_file() else {}
 
 

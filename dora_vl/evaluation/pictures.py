@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -48,16 +49,21 @@ def series(entries: Sequence[Mapping[str, object]], key: str) -> tuple[list[floa
 
 
 def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average without the start's pull to zero, as Adam corrects its own."""
+    """Exponential moving average of the logarithms, without the start's pull, as Adam corrects its own.
+
+    The curve has a logarithmic axis: an average of the values themselves would stand at 0.08 where single batches of
+    0.4 lie among losses of 0.0006. A loss of 0 counts as the smallest one above it.
+    """
+    least = min((value for value in values if value > 0), default=1.0)
     average, result = 0.0, []
     for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        result.append(average / (1 - weight**count))
+        average = weight * average + (1 - weight) * math.log(max(value, least))
+        result.append(math.exp(average / (1 - weight**count)))
     return result
 
 
 def write_loss_curve(entries: Sequence[Mapping[str, object]], to: Path) -> None:
-    """Draws training loss (each logged step faint, its average on top), validation loss and learning rate.
+    """Draws training loss (each logged step faint, its geometric average on top), validation loss and learning rate.
 
     Args:
         entries: the lines of the run's `log.jsonl`.

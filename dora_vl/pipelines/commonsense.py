@@ -48,7 +48,9 @@ class CommonsensePipeline(InstructPipeline[CommonsenseRunConfig]):
         check_quantisation(self.config.model)
         if self.config.evaluation.files:
             read_sets(self.config.evaluation)
-        self._samples(arguments).describe()
+        samples = self._samples(arguments)
+        samples.describe()
+        samples.look_ahead()
         model = self.config.model
         make_base(write_causal_lm, model.source, model.base, arguments)
 

@@ -34,7 +34,7 @@ from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.run import check_test, media_of_run, read_test, run_test
-from dora_vl.pipelines.instruct_data import InstructData, InstructPipeline
+from dora_vl.pipelines.instruct_data import InstructData, InstructPipeline, MakeDataset
 from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.adapting import IMAGE_TEXT, check_quantisation, core_config, load_base
 from dora_vl.run.assembly import processor_encoder, recipe_record
@@ -78,6 +78,8 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
         if samples.has_videos:
             _check_videos(self.config, encoder, pictures=samples.has_pictures)
+        samples.look_ahead(pictures=Path(self.config.data.image_folder), videos=video_folder(self.config.data))
+        samples.try_first(self._make(samples, encoder))
 
     def skeleton(self) -> Backbone[Any]:
         """The model without its weights."""
@@ -104,12 +106,10 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         positions = max_positions(backbone.model.config)
         encoder = processor_encoder(self.config.model, max_tokens=min(data.max_tokens, positions or data.max_tokens))
         samples = self._samples(arguments)
-        exactly = data.video_frames if samples.has_videos and encoder.videos_of_one_length else None
-        videos = VideoReading(folder=video_folder(data), sampling=video_sampling(data), frames=exactly)
         dummy, dummy_video = _dummies(samples, encoder)
         seen_videos = samples.has_videos and encoder.sees_pictures
         return samples.training_data(
-            partial(_illustrated, encoder=encoder, folder=Path(data.image_folder), videos=videos),
+            self._make(samples, encoder),
             collate=ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy, dummy_video=dummy_video),
             tokens_per_image=len(encoder.dummy().input_ids) if encoder.sees_pictures else 0,
             tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if seen_videos else 0,
@@ -139,6 +139,13 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
     ) -> MediaReader:
         media = media_of_run(self.config, self._assistant(backbone), of_test=stored is None)
         return replace(media, stored=stored)
+
+    def _make(self, samples: InstructData, encoder: ImageTextEncoder) -> MakeDataset:
+        """What makes samples of rows, their pictures and videos read."""
+        data = self.config.data
+        exactly = data.video_frames if samples.has_videos and encoder.videos_of_one_length else None
+        videos = VideoReading(folder=video_folder(data), sampling=video_sampling(data), frames=exactly)
+        return partial(_illustrated, encoder=encoder, folder=Path(data.image_folder), videos=videos)
 
     def recipe(self) -> dict[str, Any]:
         """Base and backbone; prompts and pictures are the base's own processor's."""

@@ -14,12 +14,14 @@ from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone
 from dora_vl.data.dataset import ConversationDataset, Rows, Sample, Skipped
+from dora_vl.data.look_ahead import look_ahead, try_first
 from dora_vl.data.media import HeldPictures, StoredPictures
 from dora_vl.data.sampler import sampling_lengths
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
 from dora_vl.data.train_files import train_files, train_name
 from dora_vl.data.training_rows import SampleRows, described, load_rows, overlap, overlap_warning
 from dora_vl.data.turns import Turn, read_conversation
+from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.questions import Question
@@ -114,6 +116,35 @@ class InstructData:
         if self._held_out is not None and data.validation_share:
             counts = len(self._held_out.rows), len(self._held_out.pictures), seed
             logger.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
+
+    def look_ahead(self, *, pictures: Path | None = None, videos: Path | None = None) -> None:
+        """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
+
+        Args:
+            pictures: root of their paths.
+            videos: likewise.
+        """
+        if pictures is not None and not pictures.is_dir():
+            raise UserError(f"picture folder {pictures} does not exist; set data.image_folder")
+        if self._train is None:
+            return
+        look_ahead(
+            self._train.samples,
+            self._train.stored,
+            pictures=pictures,
+            videos=videos,
+            max_bad_share=self._config.data.max_bad_share,
+            source=train_name(self._config.data.train),
+        )
+
+    def try_first(self, make: MakeDataset) -> None:
+        """Brings the first training samples into tokens; refuses a set where none of them can be.
+
+        Args:
+            make: samples of rows.
+        """
+        if self._train is not None:
+            try_first(make(self._train.samples, self._train.stored), source=train_name(self._config.data.train))
 
     def warn_of_overlap(self, questions: Sequence[Question], config: RunConfig) -> None:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.compose import compose_llava
 from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.backbones.llava import LlavaBackbone, llava_skeleton
+from dora_vl.backbones.llava import LlavaBackbone, llava_config, llava_skeleton
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import ConversationDataset, Rows
@@ -27,7 +27,14 @@ from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.run import check_test, media_of_run, pictures_of_test, read_test, run_test
 from dora_vl.pipelines.instruct_data import InstructPipeline
 from dora_vl.run.adapting import LLAVA, check_quantisation, make_base
-from dora_vl.run.assembly import build_encoder, dora_config, load_backbone, pad_token_id, recipe_record
+from dora_vl.run.assembly import (
+    build_encoder,
+    dora_config,
+    encoder_of,
+    load_backbone,
+    pad_token_id,
+    recipe_record,
+)
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
 from dora_vl.run.samples import PictureReader, image_preparation, picture_reader
@@ -47,7 +54,13 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
         samples.describe()
         if self.config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(self.config), self.config)
+        samples.look_ahead(pictures=Path(self.config.data.image_folder))
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
+        model = self.config.model
+        encoder = encoder_of(
+            model, llava_config(model.base, revision=model.revision), max_tokens=self.config.data.max_tokens
+        )
+        samples.try_first(partial(_in_words, encoder=encoder))
 
     def skeleton(self) -> Backbone[Any]:
         """The LLaVA without its weights."""
@@ -141,6 +154,11 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
         names = dict.fromkeys(path for question in questions for path in question.images)
         device = next(backbone.parameters()).device
         return picture_reader(config, backbone, names, folder=pictures_of_test(config), device=device).features
+
+
+def _in_words(rows: Rows, stored: HeldPictures, *, encoder: LlavaEncoder) -> ConversationDataset:
+    """Samples without their pictures."""
+    return ConversationDataset(rows, encode=encoder.encode)
 
 
 def _illustrated(

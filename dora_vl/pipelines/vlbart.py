@@ -13,7 +13,6 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS
-from dora_vl.adapters.checkpoints import checkpoint_to_resume
 from dora_vl.adapters.folder import RECIPE_FILE, load_adapter
 from dora_vl.adapters.provenance import content_hash, versions
 from dora_vl.backbones.base import Backbone, max_positions
@@ -46,7 +45,7 @@ from dora_vl.pipelines.vlbart_settings import (
 )
 from dora_vl.run.adapting import VLBART, make_base
 from dora_vl.run.arguments import order_seed
-from dora_vl.run.run_folder import ADAPTER, run_folder_of
+from dora_vl.run.run_folder import ADAPTER, checkpoint_of, run_folder_of
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.run.watched import Watch
 from dora_vl.run.zero import loading_in
@@ -144,7 +143,7 @@ class VlBartPipeline(Pipeline):
     def _make_lists(self) -> None:
         config, wanted = self.config, self.config.data.closed_answers
         files = self._files({task: config.data.train[task] for task in wanted}, limit=config.data.limit)
-        checkpoint, initial = checkpoint_to_resume(config.resume, run_folder_of(config)), config.adapter.initial
+        checkpoint, initial = checkpoint_of(config), config.adapter.initial
         folders = {
             "adapter.initial": None if initial is None else Path(initial),
             "resume": None if checkpoint is None else checkpoint / ADAPTER,

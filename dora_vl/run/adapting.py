@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dora_vl.adapters.agreement import LEAVES, fields_of_the_change, first_difference, refuse_pefts_other_result
-from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, own_name, read_json, read_weights
+from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, own_name, read_json, read_weights
+from dora_vl.adapters.named_folder import no_adapter
 from dora_vl.adapters.quantised_base import check_runs_here
 from dora_vl.adapters.settings import read_config
 from dora_vl.backbones.places import names_experts, resolved_targets, resolved_weights
@@ -145,6 +146,16 @@ def core_config(
     if "experts" not in adapter.kinds and names_experts(model, named):
         own["kinds"] = (*adapter.kinds, "experts")
     return DoRAConfig(targets=targets, **own)
+
+
+def check_initial(initial: str | None) -> None:
+    """Sees before any weight is read that the folder to start from holds an adapter.
+
+    Raises:
+        UserError: it does not; it says what is there.
+    """
+    if initial is not None and not (Path(initial) / WEIGHTS_FILE).is_file():
+        raise UserError(f"adapter.initial: {no_adapter(Path(initial))}")
 
 
 def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:

@@ -16,10 +16,11 @@ from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 
 from dora_vl.errors import UserError
-from dora_vl.run.command_line import shipped_folder
+from dora_vl.run.command_line import said_plainly, shipped_folder
 from dora_vl.run.launch import several_ranks, stand_alone_environment, start_cpu_communication
 from dora_vl.run.recipe import RunSettings
 from dora_vl.run.run_folder import run_folder_of
+from dora_vl.run.trackers import check_trackers
 
 SAID_TWICE = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
@@ -128,6 +129,10 @@ RENAMED = {
     "per_gpu_eval_batch_size": "training.per_device_eval_batch_size",
     "save_safetensors": "nothing: adapters are always safetensors",
     "adafactor": "training.optim: adafactor",
+    "batch_size": "training.per_device_train_batch_size (x gradient_accumulation_steps x GPUs is a step)",
+    "epochs": "training.num_train_epochs",
+    "lr": "training.learning_rate",
+    "steps": "training.max_steps",
     "half_precision_backend": "nothing: it has no replacement",
     "fp16_backend": "nothing: it has no replacement",
     "dataloader_num_workers": "data.workers",
@@ -175,9 +180,10 @@ def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
     try:
         parsed = parser.parse_object({"training": section}).training
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split()).replace("Parser key ", "")) from error
+        raise UserError(said_plainly(" ".join(str(error).split()))) from error
     values = {key: getattr(parsed, key) for key in section}
     _check_values(values)
+    check_trackers(values.get("report_to"))
     return values
 
 
@@ -203,7 +209,7 @@ def _accepted_name(key: str, known: set[str]) -> str:
     if key == "activation_checkpointing" and key not in known:  # the name before transformers 5.22
         return "gradient_checkpointing"
     if key not in known:
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        close = difflib.get_close_matches(key, known - OWNED.keys(), n=1, cutoff=0.6)
         hint = f"did you mean training.{close[0]}?" if close else "see transformers.TrainingArguments"
         raise UserError(f"training.{key} is not a setting; {hint}")
     return key

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.models.llava.configuration_llava import LlavaConfig
 
 from dora_vl.adapters.provenance import content_hash, local_folder, versions
 from dora_vl.backbones.base import max_positions
@@ -46,13 +47,22 @@ def dora_config(adapter: AdapterConfig, model: PreTrainedModel) -> DoRAConfig:
 
 def build_encoder(model: ModelConfig, backbone: LlavaBackbone, *, max_tokens: int) -> LlavaEncoder:
     """Tokens and labels for this base and template; what the model has no positions for is cut as by `max_tokens`."""
+    return encoder_of(model, backbone.config, max_tokens=max_tokens)
+
+
+def encoder_of(model: ModelConfig, config: LlavaConfig, *, max_tokens: int) -> LlavaEncoder:
+    """The same by the base's config alone, before its weights are read.
+
+    Raises:
+        UserError: the template does not fit the tokenizer.
+    """
     tokenizer = load_tokenizer(model.base, revision=model.revision)
     return LlavaEncoder(
         tokenizer,
         get_template(model.template, tokenizer),
-        tokens_per_image=backbone.tokens_per_image,
-        image_token_id=backbone.config.image_token_id,
-        max_tokens=min(max_tokens, max_positions(backbone.config) or max_tokens),
+        tokens_per_image=config.image_seq_length,
+        image_token_id=config.image_token_id,
+        max_tokens=min(max_tokens, max_positions(config) or max_tokens),
     )
 
 

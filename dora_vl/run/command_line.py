@@ -19,11 +19,13 @@ from typing import Any, TypeVar, cast
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_parsing_settings
 from yaml import YAMLError
 
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, one_line, shown, shown_text
+from dora_vl.run.other_tools import NAMES, refuse_other_tools
 from dora_vl.run.recipe import RunConfig
 
 ENDING = ".yaml"
 VARIANTS, VARIANT = "variants", "variant"
+SECTIONS = ("model", "adapter", "data", "optim", "training", "evaluation", VARIANTS)
 
 
 def shipped_folder() -> Path:
@@ -88,10 +90,17 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    """A file's content; empty where it is no mapping: the parser says what is wrong with it."""
+    """A file's content; empty where it is no mapping: the parser says what is wrong with it.
+
+    Raises:
+        UserError: it is no YAML.
+    """
     try:
         content = get_loader("yaml")(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, YAMLError):
+    except YAMLError as error:
+        said = one_line(str(error), 200)
+        raise UserError(f"{path}: no YAML: {said}; indent with spaces alone") from None
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, Mapping) else {}
 
@@ -99,6 +108,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _resolved(path: Path, variant: str | None) -> dict[str, Any] | None:
     """A file's settings under a variant; None where the file has no variants."""
     content = _read(path)
+    refuse_other_tools(path, content, SECTIONS)
     if VARIANTS not in content:
         return None
     variants = content[VARIANTS]
@@ -220,10 +230,22 @@ def explain(message: str, names: Iterable[str]) -> str:
     line = " ".join(message.split())
     unknown = _unknown_key(line)
     if unknown is None:
-        return line.replace('Parser key "', '"', 1)
-    close = nearest(unknown, names)
+        return said_plainly(line)
+    known = NAMES.get(unknown.rsplit(".", 1)[-1])
+    close = [known] if known in (names := list(names)) else nearest(unknown, names)
     hint = f"; did you mean {' or '.join(close)}?" if close else "; --help lists the settings"
     return f"{unknown} is not a setting{hint}"
+
+
+_WRONG_KIND = re.compile(r"^\W*(?:Parser key )?\W*([\w.]+)\W*: Expected an? <class '(\w+)'>\. Got value: (.*)$")
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
+def said_plainly(line: str) -> str:
+    """A complaint of the parser about a value, without Python's names of types."""
+    if (found := _WRONG_KIND.match(line)) and found[2] in _KINDS:
+        return f"{found[1]} is {shown_text(found[3])}; it must be {_KINDS[found[2]]}"
+    return line.replace('Parser key "', '"', 1)
 
 
 def _unknown_key(line: str) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_vl.adapters.checkpoints import WRITING, complete_checkpoints
+from dora_vl.adapters.checkpoints import WRITING, checkpoint_to_resume, complete_checkpoints
 from dora_vl.adapters.folder import refuse_to_replace_adapter
 from dora_vl.errors import UserError
 from dora_vl.run.recipe import RunSettings
@@ -25,7 +25,21 @@ SETTINGS = "settings.json"
 PLAN = "plan.json"
 WATCHED = "watched"
 PREDICTED = ("predictions", "predictions.jsonl", "predictions_likelihood.jsonl")
+SAVED = (ADAPTER, METRICS, *PREDICTED)
+"""What took work to make; a run that left none of it, nor a checkpoint, failed before its first save."""
 RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, *PREDICTED, WATCHED, "loss_curve.png", "contact_sheet.png")
+IF_STOPPED = "if_stopped"
+HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only", "watch"})
+"""Settings that may differ between a run and the one that resumes it."""
+TRAINING_NUMBERS = (
+    "train_seconds",
+    "samples_per_second",
+    "train_samples",
+    "train_steps",
+    "padding_share",
+    "skipped_samples",
+)
+"""What `metrics.json` says of the training."""
 
 
 def run_folder_of(config: RunSettings) -> Path:
@@ -40,8 +54,49 @@ def results_in(folder: Path) -> list[Path]:
     return [folder / name for name in RESULTS if (folder / name).exists()] + complete_checkpoints(folder)
 
 
-def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes the folder; half-written checkpoints of a crash go, results of an earlier run only on request.
+def checkpoint_of(config: RunSettings) -> Path | None:
+    """The checkpoint that a run resumes from; None: it starts anew.
+
+    Raises:
+        UserError: `resume` names one that is not there.
+    """
+    folder = run_folder_of(config)
+    if config.resume != IF_STOPPED:
+        return checkpoint_to_resume(config.resume, folder)
+    found = complete_checkpoints(folder)
+    return found[-1] if found and not _finished(folder, config) and _same_settings(folder, config) else None
+
+
+def replaces_earlier(config: RunSettings) -> bool:
+    """Whether what an earlier run left goes."""
+    return config.overwrite or (config.resume == IF_STOPPED and checkpoint_of(config) is None)
+
+
+def _finished(folder: Path, config: RunSettings) -> bool:
+    """Whether a run has its adapter and, where it is tested, more numbers than those of the training."""
+    metrics = _json_of(folder / METRICS)
+    tested = config.evaluation.file is None or bool(metrics.keys() - set(TRAINING_NUMBERS))
+    return (folder / ADAPTER).is_dir() and bool(metrics) and tested
+
+
+def _same_settings(folder: Path, config: RunSettings) -> bool:
+    ours: Any = config
+    now = json.loads(json.dumps(dataclasses.asdict(ours), default=str))
+    then = _json_of(folder / SETTINGS)
+    return all(now.get(name) == then.get(name) for name in (now.keys() | then.keys()) - HOW_IT_STARTS)
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    """A file's object; nothing where there is none, or half a one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Sees before anything is made whether a run may write there.
 
     Raises:
         UserError: results are there and neither `resume` nor `overwrite` is asked for; or both are; or the adapter
@@ -49,15 +104,26 @@ def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """
     if resume and overwrite:
         raise UserError("resume and overwrite exclude each other: one goes on, the other starts anew")
-    earlier = results_in(folder)
-    if earlier and not resume and not overwrite:
+    kept = [path for path in results_in(folder) if path.name not in RESULTS or path.name in SAVED]
+    if kept and not resume and not overwrite:
         raise UserError(
-            f"{folder} holds an earlier run's {earlier[0].name}; --resume last resumes it, --overwrite true "
+            f"{folder} holds an earlier run's {kept[0].name}; --resume last resumes it, --overwrite true "
             "removes it, --training.output_dir names another folder"
         )
     refuse_to_replace_adapter(folder / ADAPTER)  # not at the end, after hours of training
+
+
+def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes the folder; half-written checkpoints of a crash go, results of an earlier run only on request.
+
+    The log of a run that failed before its first save is no result, and goes.
+
+    Raises:
+        UserError: as `check_run_folder`.
+    """
+    check_run_folder(folder, resume=resume, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in [*(earlier if overwrite else ()), folder / WRITING]:
+    for path in [*(() if resume else results_in(folder)), folder / WRITING]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from dora_vl.errors import UserError
+from dora_vl.scores.agreeing_units import Limits, difference_limits, limits_of
 from dora_vl.scores.scored import Numbers, Scored
 
 RESAMPLES = 2000
 COUNTS_AT_ONCE = 4_000_000  # 32 MB
 PERCENTILES = (2.5, 97.5)
 LEAST_SHARE = 0.1  # of the draws; percentiles of fewer would say nothing
+EQUAL = 1e-9
+"""Draws of equal units differ by rounding alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +36,17 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
 
     A draw without any item of a kind says nothing about that kind and is left out of its percentiles. A metric that
     fewer than a tenth of the draws have (the mean over several kinds of one item each) gets no interval.
+
+    Where all draws are the same, which says nothing, a share has Wilson's interval (`agreeing_units`).
     """
     (drawn,) = _drawn([scored], seed, resamples)
+    table = scored.table
     found = {name: _interval(values) for name, values in drawn.items()}
-    return {name: limits for name, limits in found.items() if limits is not None}
+    return {
+        name: (limits_of(table.formulas[name], table) or limits) if _equal(limits) else limits
+        for name, limits in found.items()
+        if limits is not None
+    }
 
 
 def paired_differences(
@@ -58,6 +68,8 @@ def paired_differences(
     for name in first.keys() & second.keys():
         limits = _interval(first[name] - second[name])
         if limits is not None:
+            if _equal(limits):
+                limits = difference_limits(ours.table.formulas[name], ours.table, theirs.table) or limits
             value = ours.metrics[name] - theirs.metrics[name]
             differences[name] = Difference(value=value, low=limits[0], high=limits[1])
     return {name: differences[name] for name in ours.metrics if name in differences}
@@ -82,7 +94,11 @@ def _drawn(several: Sequence[Scored], seed: int, resamples: int) -> list[dict[st
     return [{name: np.concatenate([one[name] for one in part]) for name in part[0]} for part in parts]
 
 
-def _interval(values: Numbers) -> tuple[float, float] | None:
+def _equal(limits: Limits) -> bool:
+    return limits[1] - limits[0] <= EQUAL * max(1.0, abs(limits[1]))
+
+
+def _interval(values: Numbers) -> Limits | None:
     """Percentiles of the draws that are a number; None where too few are."""
     numbers = values[~np.isnan(values)]
     if len(numbers) < max(1, LEAST_SHARE * len(values)):

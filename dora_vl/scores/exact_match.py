@@ -44,7 +44,8 @@ class ExactMatch:
 
     Attributes:
         accuracy: correct answers / `n`. A question that could not be asked counts as wrong.
-        interval_95: from the 2.5th to the 97.5th percentile of the accuracy over bootstrap samples.
+        interval_95: from the 2.5th to the 97.5th percentile of the accuracy over bootstrap samples; Wilson's where all
+            answers, or none, are right.
         unanswered: questions with no prediction at all.
         empty: predictions without a single visible character.
     """

@@ -15,9 +15,9 @@ from dora_vl.sources.check_rows import FileCheck, Finding, Limits, overlap, pair
 
 DESCRIPTION = """\
 Checks data files of every format that training reads, and records of `dora-vl prepare`. Finds duplicate ids, empty
-answers, placeholders that differ from the pictures, samples that are too long, missing, empty, truncated and broken
-media, rows of mixed formats, and samples that stand in two of the files. Prints one table; exit status 1 when
-something was found.
+and missing answers, placeholders that differ from the pictures, samples that are too long, missing, empty, truncated
+and broken media, rows of mixed formats, and samples that stand in two of the files. Prints one table; exit status 1
+when something was found.
 
   dora-vl check-data records/nlvr/train.jsonl records/nlvr/test.jsonl --media downloads/nlvr
   dora-vl check-data train.json --media pictures --decode --tokenizer vicuna-7b-v1.5 --longest 2048

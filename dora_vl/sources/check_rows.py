@@ -9,8 +9,8 @@ from pathlib import Path
 from dora_vl.data.examples import FIELDS, JSON, Example, from_record
 from dora_vl.data.readers.containers import find_files
 from dora_vl.data.sample_rows import format_of, id_of, read_row, turns_of
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, as_conversation
-from dora_vl.errors import BadSample, shown_text
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, as_conversation
+from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, BadSample, shown_text
 from dora_vl.sources.check_media import MediaCheck
 
 SHOWN_IDS = 5
@@ -45,6 +45,8 @@ class Sample:
     answers: tuple[str, ...] = ()
     text: str = ""
     problem: str = ""
+    kind: str = NO_SAMPLE
+    """Of the problem, as the table names it."""
     held: Mapping[str, bytes] = field(default_factory=dict)
     """The media that the file itself holds, by name."""
 
@@ -91,15 +93,18 @@ class FileCheck:
             self.check(read_sample(record, number, answers_needed=self._limits.answers_needed))
         return self
 
-    def check(self, sample: Sample) -> None:
-        """Checks one sample."""
+    def check(self, sample: Sample) -> bool:
+        """Checks one sample; returns whether it can be used, however long it is and whatever else has its id."""
         if sample.id in self._ids:
             self._add("duplicate id", sample.id)
         self._ids.add(sample.id)
+        usable = True
         if sample.problem:
-            self._add(_kind(sample.problem), sample.id, sample.problem)
+            usable = False
+            self._add(sample.kind, sample.id, sample.problem)
         elif any(not answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in sample.answers):
-            self._add("empty answer", sample.id)
+            usable = False
+            self._add(EMPTY_ANSWER, sample.id)
         length = self._limits.length(sample.text)
         if length > self._limits.most:
             self._add(
@@ -109,21 +114,14 @@ class FileCheck:
             check = self._videos if name in sample.videos else self._media
             trouble = None if check is None else check.trouble(name, sample.held.get(name), name in sample.videos)
             if trouble is not None:
+                usable = False
                 self._add(trouble.kind, sample.id, f"{name}: {trouble.detail}")
         if sample.asked or sample.media:
             self.samples.setdefault(hash((sample.asked, sample.media)), sample.id)
+        return usable
 
     def _add(self, problem: str, sample_id: str, detail: str = "") -> None:
         self.findings.setdefault(problem, Finding(problem=problem)).add(sample_id, detail)
-
-
-def _kind(problem: str) -> str:
-    """The column of the table for a reason why a sample cannot be read."""
-    if IMAGE_PLACEHOLDER in problem:
-        return "placeholders differ from pictures"
-    if VIDEO_PLACEHOLDER in problem:
-        return "placeholders differ from videos"
-    return "empty answer" if "empty" in problem else "not a sample"
 
 
 def read_sample(record: Mapping[str, JSON], number: int, *, answers_needed: bool) -> Sample:
@@ -135,7 +133,7 @@ def read_sample(record: Mapping[str, JSON], number: int, *, answers_needed: bool
             return _example(from_record({**record, "id": sample_id}), answers_needed=answers_needed)
         return _talk(read_row({**record, "id": sample_id}))
     except BadSample as error:
-        return Sample(id=sample_id, problem=error.reason)
+        return Sample(id=sample_id, problem=error.reason, kind=error.kind)
 
 
 def _talk(example: Example) -> Sample:
@@ -161,7 +159,7 @@ def _example(example: Example, *, answers_needed: bool) -> Sample:
     )
     subtitles = " ".join(subtitle.text for subtitle in example.subtitles)
     if answers_needed and not answers:
-        raise BadSample(example.id, "its answer is empty: it has none")
+        raise BadSample(example.id, "it has no answer", NO_ANSWER)
     videos = tuple(clip.path for clip in example.clips)
     order = str(example.extra.get("order", ""))
     return Sample(

@@ -73,6 +73,7 @@ def make_lists(
             _check_same(lists[task], lists_in(other).get(task), f"{setting}: {other}", where)
         outside[task] = _outside(file, frozenset(lists[task]), where)
     content = {CLOSED_ANSWERS: lists, OUTSIDE: outside}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from dora_vl.adapters.checkpoints import checkpoint_to_resume
 from dora_vl.adapters.folder import WEIGHTS_FILE, read_json
 from dora_vl.data.bad_samples import write_skipped
 from dora_vl.errors import UserError
-from dora_vl.run.adapting import adapt
+from dora_vl.run.adapting import adapt, check_initial
 from dora_vl.run.arguments import training_arguments
 from dora_vl.run.launch import (
     is_first_rank,
@@ -28,8 +27,12 @@ from dora_vl.run.run_folder import (
     ADAPTER,
     METRICS,
     SKIPPED,
+    TRAINING_NUMBERS,
     add_metrics,
+    check_run_folder,
+    checkpoint_of,
     prepare_run_folder,
+    replaces_earlier,
     run_folder_of,
     write_settings,
 )
@@ -41,16 +44,6 @@ from dora_vl.training.progress import Counts
 from dora_vl.training.trainer import AdapterTrainer
 
 logger = logging.getLogger(__name__)
-
-TRAINING_NUMBERS = (
-    "train_seconds",
-    "samples_per_second",
-    "train_samples",
-    "train_steps",
-    "padding_share",
-    "skipped_samples",
-)
-"""What `metrics.json` says of the training."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +67,14 @@ def train(pipeline: Pipeline) -> RunResult:
     if threads is not None:
         torch.set_num_threads(threads)
     run_folder = run_folder_of(config)
-    checkpoint = checkpoint_to_resume(config.resume, run_folder)
-    on_first_rank(partial(prepare_run_folder, run_folder, resume=checkpoint is not None, overwrite=config.overwrite))
-    on_first_rank(partial(write_settings, run_folder, config))
+    checkpoint = checkpoint_of(config)
+    start = {"resume": checkpoint is not None, "overwrite": replaces_earlier(config)}
+    on_first_rank(partial(check_run_folder, run_folder, **start))
+    on_first_rank(partial(check_initial, config.adapter.initial))
     on_first_rank(partial(pipeline.prepare, arguments))
     on_first_rank(partial(check_parts, pipeline, arguments))
+    on_first_rank(partial(prepare_run_folder, run_folder, **start))  # not for a run that cannot begin
+    on_first_rank(partial(write_settings, run_folder, config))
 
     backbone = pipeline.load()
     torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank

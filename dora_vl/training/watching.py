@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.errors import UserError, shown_text
 from dora_vl.run.watched import Watch, add_answers, begin, read_watched
-from dora_vl.training.trackers import track_answers
+from dora_vl.training.tracked_answers import track_answers
 from dora_vl.training.validation import random_state_kept
 
 logger = logging.getLogger(__name__)

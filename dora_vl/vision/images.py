@@ -13,6 +13,7 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from dora_vl.data.media import READING
 from dora_vl.errors import UserError
 
 Aspect = Literal["pad", "square", "squash"]
@@ -83,5 +84,5 @@ class ImagePreparation:
 
     def fingerprint(self) -> str:
         """A hash of everything that changes the pixels."""
-        stated = {"aspect": self.aspect, **dataclasses.asdict(self.preparation)}
+        stated = {"aspect": self.aspect, "reading": READING, **dataclasses.asdict(self.preparation)}
         return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()

@@ -107,7 +107,7 @@ def test_cut_or_damaged_files_are_bad_samples_or_pictures_never_other_errors(roo
 
 
 @pytest.mark.parametrize("transparency", [0, bytes([0, 128])])
-def test_palette_transparency_is_gone_and_its_pixels_keep_their_colour(root: Path, transparency: object) -> None:
+def test_a_transparent_palette_stands_on_white(root: Path, transparency: int | bytes) -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 200, 100, 50])
     palette.putdata([0, 1])
@@ -116,19 +116,65 @@ def test_palette_transparency_is_gone_and_its_pixels_keep_their_colour(root: Pat
         warnings.simplefilter("error")
         image = open_image(root, "p.png")
     assert "transparency" not in image.info
-    assert np.asarray(image).tolist() == [[[10, 20, 30], [200, 100, 50]]]
+    half_white = [round((255 + part) / 2) for part in (200, 100, 50)]  # alpha 128 of 255
+    second = [200, 100, 50] if transparency == 0 else half_white
+    np.testing.assert_allclose(np.asarray(image), [[[255, 255, 255], second]], atol=1)
 
 
-def test_alpha_is_dropped_and_not_blended(root: Path) -> None:
-    Image.fromarray(noise(4, 6, 4), "RGBA").save(root / "alpha.png")
-    np.testing.assert_array_equal(np.asarray(open_image(root, "alpha.png")), noise(4, 6, 4)[..., :3])
+def test_alpha_is_blended_with_white_and_an_opaque_pixel_keeps_its_bits(root: Path) -> None:
+    pixels = noise(4, 6, 4)
+    pixels[0, :, 3], pixels[1, :, 3] = 255, 0
+    Image.fromarray(pixels, "RGBA").save(root / "alpha.png")
+    found = np.asarray(open_image(root, "alpha.png"))
+    np.testing.assert_array_equal(found[0], pixels[0, :, :3])
+    np.testing.assert_array_equal(found[1], np.full((6, 3), 255))
+    share = pixels[..., 3:] / 255
+    np.testing.assert_allclose(found, share * pixels[..., :3] + (1 - share) * 255, atol=1)
 
 
-def test_exif_rotation_is_not_applied(root: Path) -> None:
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "PA"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_every_mode_with_alpha_shows_white_where_nothing_is(root: Path, mode: str, kind: str) -> None:
+    whole = Image.new("RGBA", (3, 2), (40, 40, 40, 255))
+    whole.putpixel((0, 0), (0, 0, 0, 0))
+    whole.convert(mode).save(root / "x", kind) if (mode, kind) != ("PA", "PNG") else whole.save(root / "x", kind)
+    found = np.asarray(open_image(root, "x"))
+    assert found[0, 0].tolist() == [255, 255, 255]
+    np.testing.assert_allclose(found[1, 2], [40, 40, 40], atol=1)
+
+
+STORED_FOR = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: np.rot90(pixels, 1),
+    7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda pixels: np.rot90(pixels, -1),
+}
+"""EXIF's orientation -> what a camera stores of an upright picture (JEITA CP-3451, orientation)."""
+
+
+@pytest.mark.parametrize("orientation", STORED_FOR)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_a_turned_photograph_is_read_upright(root: Path, orientation: int, kind: str) -> None:
+    upright, exif = noise(5, 7, 3), Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED_FOR[orientation](upright)))
+    stored.save(root / "x", kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    np.testing.assert_array_equal(np.asarray(open_image(root, "x")), upright)
+
+
+def test_a_jpeg_of_a_phone_is_upright_and_one_with_damaged_notes_as_stored(root: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # a viewer would turn it by a quarter
-    Image.fromarray(noise(5, 7, 3)).save(root / "turned.jpg", exif=exif)
-    assert open_image(root, "turned.jpg").size == (7, 5)
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(noise(5, 7, 3)).save(buffer, "JPEG", exif=exif)
+    (root / "turned.jpg").write_bytes(buffer.getvalue())
+    assert open_image(root, "turned.jpg").size == (5, 7)
+    (root / "odd.jpg").write_bytes(buffer.getvalue().replace(b"Exif\0\0MM", b"Exif\0\0QQ"))
+    assert open_image(root, "odd.jpg").size == (7, 5)
 
 
 def test_sixteen_bit_grey_keeps_its_range(root: Path) -> None:

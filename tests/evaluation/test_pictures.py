@@ -54,7 +54,14 @@ def test_a_log_without_losses_is_refused(tmp_path: Path) -> None:
 def test_series_and_average() -> None:
     assert series([{"step": 1, "x": 2.0}, {"step": 2}, {"x": 3.0}, {"step": 3, "x": "nan"}], "x") == ([1], [2.0])
     assert smoothed([4.0, 4.0, 4.0]) == pytest.approx([4.0] * 3)
-    assert smoothed([0.0, 1.0], weight=0.5) == pytest.approx([0.0, 2 / 3])
+    assert smoothed([1.0, 8.0], weight=0.5) == pytest.approx([1.0, 4.0])  # 8 to the power of 2 / 3
+    assert smoothed([0.5, 0.0], weight=0.5) == pytest.approx([0.5, 0.5])
+    assert smoothed([0.0]) == [1.0]
+
+
+def test_the_average_of_a_logarithmic_axis_stays_among_the_losses() -> None:
+    late = [0.0006] * 40 + [0.4] + [0.0006] * 15
+    assert smoothed(late)[-1] == pytest.approx(0.0006, rel=0.1)
 
 
 def test_the_sheet_is_a_fair_sample_with_a_row_of_mistakes() -> None:

@@ -60,7 +60,7 @@ def test_a_number_is_a_number_and_a_yaml_no_is_no(run_file: Path) -> None:
         (["--training.train_sampling_strategy", "batch_rebalance"], "batch_rebalance cannot read the lengths"),
         (["--training.metric_for_best_model", "accuracy"], "is accuracy, but validation measures the loss alone"),
         (["--training.max_steps", "four"], "training.max_steps"),
-        (["--adapter.rank", "four"], "\"adapter.rank\": Expected a <class 'int'>. Got value: four"),
+        (["--adapter.rank", "four"], "adapter.rank is four; it must be a whole number"),
         (["--xyzzy", "1"], "xyzzy is not a setting; --help lists the settings"),
     ],
 )

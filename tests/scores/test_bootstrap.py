@@ -94,10 +94,12 @@ def of_kinds(kinds: list[str], right: set[int]) -> Scored:
 def test_draws_without_a_rare_kind_are_left_out_of_its_interval_and_of_its_difference() -> None:
     kinds = ["usual"] * 39 + ["rare"]
     ours, theirs = of_kinds(kinds, {*range(20), 39}), of_kinds(kinds, set(range(20)))
-    assert intervals(ours)["kind/rare"] == (100.0, 100.0)
-    assert intervals(theirs)["kind/rare"] == (0.0, 0.0)
+    one_unit = 100 / (1 + 1.96**2)  # Wilson of one of one; other draws say nothing of it
+    assert intervals(ours)["kind/rare"] == (pytest.approx(one_unit, abs=0.01), 100.0)
+    assert intervals(theirs)["kind/rare"] == (0.0, pytest.approx(100 - one_unit, abs=0.01))
     difference = paired_differences(ours, theirs)["kind/rare"]
-    assert (difference.value, difference.low, difference.high) == (100.0, 100.0, 100.0)
+    assert (difference.value, difference.high) == (100.0, 100.0)
+    assert difference.low == pytest.approx(100 - 2 * (100 - one_unit), abs=0.02)
     low, high = intervals(ours)["accuracy"]
     assert low < 100 * 21 / 40 < high  # every draw counts where every draw has items
 

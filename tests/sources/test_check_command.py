@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import io
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -206,7 +207,39 @@ def test_answers_may_be_kept_back_in_test_files_only(tmp_path: Path) -> None:
     assert status == 1
     assert len(lines) == 3
     assert "train.jsonl" in lines[1]
-    assert "empty answer" in lines[1]
+    assert "no answer" in lines[1]
+
+
+def test_what_stands_in_a_row_decides_no_kind(tmp_path: Path) -> None:
+    """A reason may quote whatever a row holds."""
+    rows = [
+        {"id": "said", "messages": [{"role": "not empty <image>", "content": "What?"}]},
+        {"id": "web", "image": "https://a.b/empty.png", "question": "What?", "answer": "A cat."},
+        {"id": "flat", "question": "Is it empty?", "answer": "It is not."},
+        {"id": "blank", "question": "What?", "answer": " "},
+        {"id": "asked", "messages": [{"role": "user", "content": "What?"}]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines, _ = check(str(tmp_path / "rows.jsonl"))
+    cells = [re.split(r"  +", line) for line in lines[1:-1]]
+    assert {(one[3], one[1]) for one in cells} == {
+        ("asked", "no answer"),
+        ("said", "not a sample"),
+        ("web", "media on the web"),
+        ("web", "mixed formats"),
+        ("blank", "empty answer"),
+    }
+
+
+def test_instructions_with_pictures_are_looked_at(tmp_path: Path, media: Path) -> None:
+    rows = [
+        {"instruction": "What?", "input": "", "output": "A cat.", "images": [name]} for name in ("whole.png", "cut.png")
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    lines, status = check(str(tmp_path / "rows.json"), "--media", str(media))
+    assert status == 1
+    assert "truncated media" in lines[1]
+    assert lines[-1] == "1 files, 2 samples, 2 media files: 1 problems"
 
 
 def test_lengths_are_tokens_where_a_tokenizer_is_given(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_vl.adapters import merge_command
 from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.backbones.image_text import load_image_text
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
+from dora_vl.evaluation import merge_command
 from tasks import image_qa, llava_instruct
 from tests.backbones.image_text_talks import TWO_QUESTIONS, encoder_of, talks_of
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS

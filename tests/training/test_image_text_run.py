@@ -13,9 +13,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dora_vl import cli
-from dora_vl.adapters import merge_command
 from dora_vl.adapters.folder import read_weights
 from dora_vl.errors import UserError
+from dora_vl.evaluation import merge_command
 from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant, open_picture
 from dora_vl.evaluation.open_asker import open_asker

@@ -12,10 +12,10 @@ import torch
 import yaml
 from transformers import AutoModelForImageTextToText
 
-from dora_vl.adapters import merge_command
 from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.core import merge_dora, strip_adapters, trained_parts
 from dora_vl.errors import UserError
+from dora_vl.evaluation import merge_command
 from dora_vl.pipelines.image_text import instruct_pipeline
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run

@@ -14,12 +14,12 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from data_prep import generated_commonsense
-from dora_vl.adapters import merge_command
 from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.backbones.causal_lm import load_causal_lm
 from dora_vl.backbones.image_text import load_image_text
 from dora_vl.data.turns import Turn
+from dora_vl.evaluation import merge_command
 from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant, open_picture
 from dora_vl.evaluation.open_asker import open_asker

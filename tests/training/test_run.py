@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,15 +190,54 @@ def test_cached_features_train_like_pixels(run_file: Path) -> None:
 
 def test_too_many_bad_samples_end_the_run_with_an_example(run_file: Path, tmp_path: Path) -> None:
     data = write_tiny_data(tmp_path / "broken", samples=24)
-    (data.parent / "red-0.png").unlink()
+    (data.parent / "red-0.png").write_bytes(b"no picture")  # a missing one is told before weights are read
     overrides = [f"--data.train={data}", f"--data.image_folder={data.parent}"]
-    with pytest.raises(UserError, match=r"sample-0: picture red-0.png is missing"):
+    with pytest.raises(UserError, match=r"sample-0: picture red-0.png in .* cannot be decoded"):
         train_file(run_file, *overrides)
-    with pytest.raises(UserError, match=r"sample-0: picture red-0.png is missing"):  # also where no loss is logged
-        train_file(run_file, *overrides, "--training.logging_strategy=no", "--overwrite=true")
-    train_file(run_file, *overrides, "--data.max_bad_share=0.05", "--overwrite=true")
+    with pytest.raises(UserError, match=r"sample-0: picture red-0.png in .* cannot be"):  # also where no loss is logged
+        train_file(
+            run_file, *overrides, "--training.logging_strategy=no"
+        )  # nothing was saved, so nothing is in the way
+    train_file(run_file, *overrides, "--data.max_bad_share=0.05")
     (line,) = (run_folder(run_file) / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == "sample-0"
+
+
+def test_a_missing_picture_shows_before_weights_are_read_and_leaves_nothing(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_tiny_data(tmp_path / "broken", samples=24)
+    (data.parent / "red-0.png").unlink()
+    overrides = [f"--data.train={data}", f"--data.image_folder={data.parent}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(LlavaPipeline, "load", lambda self: pytest.fail("weights are read"))
+        with pytest.raises(UserError, match=r"1 of the 24 samples .* sample-0: picture red-0.png is missing"):
+            train_file(run_file, *overrides)
+    assert not run_folder(run_file).exists()
+    train_file(run_file, *overrides, "--data.max_bad_share=0.05")
+    assert "sample-0" in (run_folder(run_file) / "skipped.jsonl").read_text()
+
+
+def test_if_stopped_goes_on_with_a_stopped_run_and_redoes_a_whole_or_another_one(
+    run_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ["--training.save_strategy=steps", "--training.save_steps=3", "--training.save_total_limit=5"]
+    folder = run_folder(run_file)
+    whole = train_file(run_file, *settings, "--resume=if_stopped")  # nothing is there: it starts
+    (folder / "metrics.json").unlink()
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoint-6")  # as a Ctrl-C after step 3 would have left it
+    (folder / "checkpoint-3" / "mark").touch()
+    assert train_file(run_file, *settings, "--resume=if_stopped") == whole
+    assert (folder / "checkpoint-3" / "mark").is_file()  # went on from it, or it would be another one
+    assert train_file(run_file, *settings, "--resume=if_stopped") == whole
+    assert not (folder / "checkpoint-3" / "mark").exists()  # was whole, so it was done again
+    (folder / "metrics.json").unlink()
+    (folder / "checkpoint-3" / "mark").touch()
+    other = train_file(run_file, *settings, "--resume=if_stopped", "--training.learning_rate=1e-4")
+    assert other[0] == whole[0]
+    assert other[2:] != whole[2:]
+    assert not (folder / "checkpoint-3" / "mark").exists()
 
 
 def test_starts_from_a_projector_alone(run_file: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from dora_vl.run.samples import image_preparation
 from dora_vl.run.watched import Watched, WatchedQuestion, evenly, read_watched, tiled
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.run import train
-from dora_vl.training.trackers import track_answers
+from dora_vl.training.tracked_answers import track_answers
 from dora_vl.training.watching import steps_to_ask
 from tests.training.test_run import one_thread
 from tests.training.tiny_run import write_run

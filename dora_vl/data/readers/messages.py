@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dora_vl.data.examples import Answer, Example, clip_fields
 from dora_vl.data.media import RowPictures, row_pictures
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Role, Turn, read_clip, row_clips
-from dora_vl.errors import BadSample, shown
+from dora_vl.errors import EMPTY_ANSWER, BadSample, shown
 
 ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -158,7 +158,7 @@ def read_instructions(row: Mapping[str, object], sample_id: str) -> Example:
     """
     instruction, added, output = (_text_or_none(row, name, sample_id) for name in ("instruction", "input", "output"))
     if not output.strip():
-        raise BadSample(sample_id, "'output' is empty")
+        raise BadSample(sample_id, "'output' is empty", EMPTY_ANSWER)
     asked = f"{instruction}\n{added}" if instruction and added else instruction or added
     turns = (Turn("user", asked, len(added)), Turn("assistant", output))
     if row.get("history"):

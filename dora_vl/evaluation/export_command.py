@@ -1,0 +1,180 @@
+"""`dora-vl export`: a trained model in the form that a server of another kind takes."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from os import getpid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_vl.adapters import merge_command
+from dora_vl.adapters.base_weights import skeleton
+from dora_vl.adapters.checkpoints import refuse_to_replace
+from dora_vl.adapters.convert_command import add_reading_arguments
+from dora_vl.adapters.folder import read_json
+from dora_vl.adapters.gguf_export import export_gguf, refuse_gguf_target
+from dora_vl.adapters.gguf_files import KINDS, check_package
+from dora_vl.adapters.merge_command import DTYPES, Plan
+from dora_vl.adapters.vllm_export import ADAPTER, BASE, export_for_vllm
+from dora_vl.errors import UserError
+from dora_vl.evaluation.check_options import (
+    CHECK_HELP,
+    Check,
+    add_check_options,
+    as_model,
+    checked,
+    planned_check,
+    unmerged_source,
+)
+from dora_vl.evaluation.merge_command import about, adapter_folder
+
+if TYPE_CHECKING:
+    from dora_vl.evaluation.model_source import ModelSource
+
+DESCRIPTION = f"""\
+Writes a trained model as another server takes it.
+
+  dora-vl export --for vllm --adapter runs/llava/adapter --to served
+
+vLLM serves adapters of the language model's linear layers, and nothing else that was trained: the projector, and what
+was adapted in the vision tower, are folded into served/base; served/adapter holds the rest and stays an adapter.
+
+  dora-vl export --gguf --adapter runs/llava/adapter --to gguf            half precision
+  dora-vl export --gguf q8_0 --adapter runs/llava/adapter --to gguf       8 bits a weight
+
+Merges into gguf/model.gguf, with tokenizer and chat template, and of a LLaVA with a CLIP or SigLIP tower into
+gguf/mmproj.gguf too: what llama.cpp and its kin run.
+
+{CHECK_HELP}
+GGUF is read back by transformers for it.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dora-vl export`."""
+    form = parser.add_mutually_exclusive_group(required=True)
+    form.add_argument("--for", dest="server", choices=("vllm",), help="base folder and adapter for a server")
+    form.add_argument("--gguf", nargs="?", const=KINDS[0], choices=KINDS, help=f"GGUF files (default: {KINDS[0]})")
+    parser.add_argument("--adapter", type=Path, action="append", required=True, metavar="DIR", help="folder of a run")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="--for vllm: of the base; default: each tensor's own")
+    parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
+    parser.set_defaults(weight=None, base_values="trained")
+    add_reading_arguments(parser)
+    add_check_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Exports, and checks where that is asked for; yields the lines to print."""
+    if len(arguments.adapter) > 1:
+        raise UserError("one adapter is exported at a time; dora-vl merge folds several into one base")
+    if arguments.gguf is not None and arguments.dtype is not None:
+        raise UserError(f"--dtype is of --for vllm; --gguf takes its own number type: {', '.join(KINDS)}")
+    if arguments.gguf is not None:
+        check_package()
+    check = planned_check(arguments, arguments.adapter[0])
+    plan = merge_command.plan(arguments, _refuse_gguf if arguments.gguf is not None else _refuse_any)
+    write = _write_gguf if arguments.gguf is not None else _write_for_vllm
+    if check is None:
+        yield from write(plan, arguments)
+        return
+    with adapter_folder(plan, arguments) as folder:
+        source = unmerged_source(check, folder, plan.base, arguments.template)
+        yield from write(plan, arguments)
+        yield from (_check_gguf if arguments.gguf is not None else _check_for_vllm)(check, source, plan, arguments)
+
+
+def _refuse_gguf(target: Path, _: Path) -> None:
+    refuse_gguf_target(target)
+
+
+def _refuse_any(target: Path, _: Path) -> None:
+    refuse_to_replace(target, ())
+
+
+# -- vLLM ----------------------------------------------------------------------------------------------------
+
+
+def _write_for_vllm(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    language, head = _language_of(plan.base)
+    exported = export_for_vllm(
+        plan.adapter,
+        plan.base,
+        arguments.to,
+        language,
+        head=head,
+        dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
+        open_base=plan.open_base,
+    )
+    adapter, rank = arguments.to / ADAPTER, exported.max_lora_rank
+    if exported.folded is None:
+        yield f"{exported.base} is served as it is: nothing had to be folded into it"
+    else:
+        merged = exported.folded
+        yield f"{exported.base}: {merged.replaced} tensors and {merged.layers} layers folded in, {merged.bytes:,} bytes"
+    yield f"{adapter}: {exported.layers} layers"
+    yield (
+        f"vllm serve {exported.base} --enable-lora --max-lora-rank {rank} --lora-modules {arguments.to.name}={adapter}"
+    )
+    if exported.use_dora:
+        yield "vLLM by itself refuses DoRA (use_dora) up to 0.33: it needs a plugin that computes magnitudes"
+
+
+def _language_of(base: Path) -> tuple[frozenset[str], str | None]:
+    """Full names of the linear layers of the language model, and of its output head.
+
+    Raises:
+        UserError: transformers has no class for the base.
+    """
+    from dora_vl.backbones.places import resolved_layers
+
+    model = skeleton(read_json(base / "config.json"))
+    if model is None:
+        raise UserError(
+            f"{base} is of no class of transformers, and vLLM has none for it; dora-vl merge writes a plain folder"
+        )
+    head = model.get_output_embeddings()
+    return resolved_layers(model, "language"), next((n for n, one in model.named_modules() if one is head), None)
+
+
+def _check_for_vllm(check: Check, source: ModelSource, plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    base = arguments.to / BASE
+    folder = base if base.is_dir() else plan.base
+    exported = partial(unmerged_source, check, arguments.to / ADAPTER, folder, arguments.template)
+    yield from checked(check, source, {"exported": exported}, arguments.to, about(plan, arguments))
+
+
+# -- GGUF ----------------------------------------------------------------------------------------------------
+
+
+def _write_gguf(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    from dora_vl.backbones.language_source import load_tokenizer
+
+    tokenizer = load_tokenizer(str(plan.base))
+    exported = export_gguf(
+        plan.adapter, plan.base, arguments.to, tokenizer, kind=arguments.gguf, open_base=plan.open_base
+    )
+    for name, size in exported.files.items():
+        yield f"{arguments.to / name}: {exported.architecture if name == 'model.gguf' else 'clip'}, {size:,} bytes"
+    for line in exported.told:
+        yield f"{arguments.to}: {line}"
+
+
+def _check_gguf(check: Check, source: ModelSource, plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    from dora_vl.evaluation.gguf_reading import folder_of_gguf
+
+    target: Path = arguments.to
+    folder = target.with_name(f".{target.name}.read-{getpid()}")
+    found = {**about(plan, arguments), "weights": f"GGUF {arguments.gguf}"}
+
+    def exported() -> ModelSource:
+        return as_model(source, folder_of_gguf(target, plan.base, folder))
+
+    try:
+        yield from checked(check, source, {"gguf": exported}, target, found)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,87 @@
+"""Settings under other tools' names: whose file it is, and what its names are called here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from dora_vl.errors import UserError
+
+NAMES: Mapping[str, str] = {
+    "model_name_or_path": "model.base",
+    "base_model": "model.base",
+    "model_id": "model.base",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "data_path": "data.train",
+    "train_file": "data.train",
+    "media_dir": "data.image_folder",
+    "image_dir": "data.image_folder",
+    "image_folder": "data.image_folder",
+    "val_size": "data.validation_share",
+    "val_set_size": "data.validation_share",
+    "split_dataset_ratio": "data.validation_share",
+    "cutoff_len": "data.max_tokens",
+    "sequence_len": "data.max_tokens",
+    "max_length": "data.max_tokens",
+    "max_seq_length": "data.max_tokens",
+    "model_max_length": "data.max_tokens",
+    "max_samples": "data.limit",
+    "template": "model.template",
+    "version": "model.template",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.targets",
+    "lora_target_modules": "adapter.targets",
+    "target_modules": "adapter.targets",
+    "finetuning_type": "adapter.method",
+    "train_type": "adapter.method",
+    "tuner_type": "adapter.method",
+    "use_dora": "adapter.method",
+    "peft_use_dora": "adapter.method",
+    "quantization_bit": "model.quantisation",
+    "load_in_4bit": "model.quantisation",
+    "load_in_8bit": "model.quantisation",
+    "mm_projector_lr": "optim.projector_learning_rate",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "num_epochs": "training.num_train_epochs",
+}
+"""What other tools call a setting -> its name here."""
+
+TELLING: Mapping[str, frozenset[str]] = {
+    "LLaMA-Factory": frozenset({"finetuning_type", "stage", "cutoff_len", "dataset_dir", "lora_target", "do_train"}),
+    "Axolotl": frozenset({"base_model", "datasets", "micro_batch_size", "sequence_len", "val_set_size"}),
+    "ms-swift": frozenset({"train_type", "tuner_type", "split_dataset_ratio", "torch_dtype"}),
+    "TRL": frozenset({"dataset_name", "use_peft", "lora_target_modules", "max_length", "max_seq_length", "lora_r"}),
+}
+"""Names that tell whose file it is."""
+SHOWN = 6
+LEAST = 2
+"""Of other tools' names, so many make a file another tool's."""
+
+
+def refuse_other_tools(path: Path, settings: Mapping[str, object], sections: Iterable[str]) -> None:
+    """Refuses a settings file of another tool, with what its settings are called here.
+
+    Args:
+        settings: the file's content.
+        sections: names of ours, each of which holds a mapping.
+
+    Raises:
+        UserError: it has names of theirs at its top level, and no section of ours.
+    """
+    ours = [name for name in sections if isinstance(settings.get(name), Mapping)]
+    theirs = [name for name in settings if name in NAMES]
+    if ours or len(theirs) < LEAST:
+        return
+    likely = max(TELLING, key=lambda tool: len(TELLING[tool] & settings.keys()))
+    whose = likely if TELLING[likely] & settings.keys() else "another tool"
+    said = ", ".join(f"{name} is {NAMES[name]}" for name in theirs[:SHOWN])
+    more = f" and {len(theirs) - SHOWN} more" if len(theirs) > SHOWN else ""
+    raise UserError(
+        f"{path}: settings of {whose}, which are laid out otherwise here: {said}{more}; sections model, adapter, data, "
+        "training (docs/training.md), or `dora-vl init FOLDER` writes a file for your pictures"
+    )

@@ -1,0 +1,141 @@
+"""`dora-vl doctor`: what this machine has for a run: versions, devices, room, extras and how to install them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from dora_vl import __version__
+
+DESCRIPTION = """\
+Says which versions are installed, on which devices a run would train, how much memory and disk there is, where files
+can be written, and which extras are missing, with the command that installs each. Asks nobody on the network. Exit
+status 1 when something is missing that every run needs.
+
+  dora-vl doctor
+"""
+DISTRIBUTION = "dora-vl"
+SHOWN_FIRST = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "timm", "open_clip_torch")
+_REQUIREMENT = re.compile(r"^([\w.\-]+)\s*([^;]*?)\s*(?:;\s*(.*))?$")
+_EXTRA = re.compile(r"extra == ['\"]([\w\-]+)['\"]")
+FOR_DEVELOPERS = "dev"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`dora-vl doctor` has no options."""
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yields the lines to print.
+
+    Raises:
+        SystemExit: with status 1 at the end, where a needed package is missing or nothing can be written.
+    """
+    needed, extras = declared(requires(DISTRIBUTION) if _installed(DISTRIBUTION) else [])
+    yield f"dora-vl {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield "versions: " + ", ".join(f"{name} {_installed(name) or 'missing'}" for name in SHOWN_FIRST)
+    yield from devices()
+    yield from room()
+    unwritable = [f"{place} ({reason})" for place in places() if (reason := why_not_writable(place))]
+    yield f"writing: {'; '.join(f'{one} cannot be written' for one in unwritable) or 'here and in the caches'}"
+    for extra, packages in extras.items():
+        missing = [name for name in packages if not _installed(name)]
+        how = f"missing {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'" if missing else "installed"
+        yield f"extra {extra}: {how}"
+    yield from programs()
+    missing = [name for name in needed if not _installed(name)]
+    if missing:
+        yield f"missing, and needed by every run: {', '.join(missing)}; pip install {' '.join(missing)}"
+    if missing or unwritable:
+        raise SystemExit(1)
+
+
+def declared(lines: list[str] | None) -> tuple[list[str], Mapping[str, list[str]]]:
+    """Names of the packages that are needed, and of each extra's, as the distribution's metadata declares them."""
+    needed: list[str] = []
+    extras: dict[str, list[str]] = {}
+    for line in lines or ():
+        found = _REQUIREMENT.match(line)
+        if found is None:
+            continue
+        extra = _EXTRA.search(found[3] or "")
+        if extra is None:
+            needed.append(found[1])
+        elif extra[1] != FOR_DEVELOPERS:
+            extras.setdefault(extra[1], []).append(found[1])
+    return needed, extras
+
+
+def devices() -> Iterator[str]:
+    """GPUs with their memory, or the CPU's cores and threads."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # one that does not fit its libraries
+        yield f"devices: torch cannot be imported: {' '.join(str(error).split())[:200]}"
+        return
+    threads = f"{cores} CPU cores, {torch.get_num_threads()} threads a process"
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        yield f"devices: no GPU ({built}); {threads}"
+        return
+    for number in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(number)
+        bfloat16 = "" if found.major >= 8 else ", no bfloat16: set model.dtype float16"
+        yield f"devices: GPU {number} {found.name}, {found.total_memory / 2**30:.0f} GiB{bfloat16}"
+    yield f"devices: {threads}"
+
+
+def room() -> Iterator[str]:
+    """Memory and disk."""
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    memory = ""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory, "
+    yield f"room: {memory}{free:.0f} GiB free on the disk of {Path.cwd()}"
+
+
+def places() -> list[Path]:
+    """Folders that runs write to: the current one, temporary files, the hub's and `datasets`' caches."""
+    cache = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    tables = Path(os.environ.get("HF_DATASETS_CACHE") or cache / "datasets")
+    return [Path.cwd(), Path(tempfile.gettempdir()), cache.expanduser(), tables.expanduser()]
+
+
+def why_not_writable(place: Path) -> str:
+    """Why no file can be made below a folder, by trying it in the nearest one that is there; empty where one can."""
+    there = next((one for one in (place, *place.parents) if one.is_dir()), place)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as error:
+        return str(error.strerror or error)
+
+
+def programs() -> Iterator[str]:
+    """What some settings need beside Python."""
+    wanted = {
+        "java": "caption scores take the official tokenizer",
+        "ninja": "DeepSpeed compiles its operators",
+        "g++": "training.deepspeed zero3_offload",
+    }
+    for name, why in wanted.items():
+        beside = Path(sys.executable).with_name(name)
+        found = shutil.which(name) or (str(beside) if beside.is_file() else "")
+        yield f"program {name}: {'there' if found else f'missing ({why})'}"
+
+
+def _installed(name: str) -> str:
+    """The version of an installed package; empty where it is not."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""

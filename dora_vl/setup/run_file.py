@@ -1,0 +1,230 @@
+"""The YAML of a first run: settings by the size of the base and of the data, each with its reason beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_vl.backbones.families import LLAVA, check_trained, model_type_of
+from dora_vl.backbones.written_base import SETTINGS_FILE as MADE_HERE
+from dora_vl.errors import UserError, shown
+
+DEMO_BASE, HUB_BASE = Path("runs/demo/base"), "HuggingFaceTB/SmolVLM-500M-Instruct"
+_HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+_SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(b|m)(?![a-z])", re.IGNORECASE)
+LARGE, MIDDLE = 2e9, 6e8
+"""Parameters from which activations are computed again, and from which batches are small."""
+STEP_SAMPLES = 16
+LEAST_VALIDATED = 100
+"""Of fewer rows a twentieth would be too few to measure anything."""
+SEEN_SAMPLES, MOST_EPOCHS = 3_200, 10
+"""A small set is seen several times, until about so many samples have been."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What a first run needs to know of its base."""
+
+    name: str
+    is_llava: bool = False
+    is_new: bool = False
+    """Composed here: its projector has not been trained, and needs high rates."""
+    template: str | None = None
+    parameters: float = 0.0
+    """About so many; 0: not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What it needs to know of the data; paths as they are written into the file."""
+
+    train: str
+    test: str
+    root: str
+    rows: int
+    answer_words: int
+    """Of the longest answer."""
+    answer_characters: int
+    usual_answer_words: float
+    has_videos: bool
+
+
+def base_of(model: str | None) -> Base:
+    """The base by a folder's config, or by a hub id's name: nothing is fetched.
+
+    Args:
+        model: None is the demo's base where it is, else a small model of the hub.
+
+    Raises:
+        UserError: no such folder and no hub id, or a model that cannot be trained here.
+    """
+    name = model or (str(DEMO_BASE) if DEMO_BASE.is_dir() else HUB_BASE)
+    folder = Path(name)
+    if not folder.is_dir():
+        if not _HUB_ID.fullmatch(name) or name.startswith("."):
+            raise UserError(f"--model {shown(name)}: no such folder, and no hub id (OWNER/NAME)")
+        return Base(name=name, is_llava="llava-1.5" in name.lower(), parameters=_parameters_said(name))
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"--model {name} is an adapter's folder; name the base that it was trained on")
+    kind = model_type_of(name)
+    if kind != LLAVA:
+        check_trained(name, kind)
+    is_llava = kind == LLAVA
+    return Base(
+        name=name,
+        is_llava=is_llava,
+        is_new=(folder / MADE_HERE).is_file(),
+        template=_template_of(name) if is_llava else None,
+        parameters=_parameters_in(folder),
+    )
+
+
+def _template_of(name: str) -> str:
+    """The first prompt format that the tokenizer has the tokens of."""
+    from dora_vl.backbones.chat_template import get_template
+    from dora_vl.backbones.encode import LlavaEncoder
+    from dora_vl.backbones.language_source import load_tokenizer
+    from dora_vl.data.turns import Conversation, Turn
+
+    tokenizer = load_tokenizer(name)
+    talk = Conversation("probe", (), (Turn("user", "Which?"), Turn("assistant", "That.")))
+    for template in ("vicuna_v1", "chatml"):
+        made = get_template(template, tokenizer)
+        encoder = LlavaEncoder(tokenizer, made, tokens_per_image=0, image_token_id=-1, max_tokens=1 << 20)
+        try:
+            encoder.encode(talk)
+        except UserError:
+            continue
+        return template
+    return "tokenizer"
+
+
+def _parameters_in(folder: Path) -> float:
+    """Numbers in the folder's safetensors files, by their headers."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            try:
+                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+                total += sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
+            except (struct.error, ValueError, KeyError, TypeError, MemoryError, OverflowError):
+                return 0.0  # loading it will say what is wrong
+    return float(total)
+
+
+def _parameters_said(name: str) -> float:
+    """As a hub id's name says it, such as 2B in Qwen/Qwen2-VL-2B-Instruct."""
+    found = [
+        float(number) * (1e9 if unit.lower() == "b" else 1e6) for number, unit in _SIZE.findall(name.split("/")[-1])
+    ]
+    return max(found, default=0.0)
+
+
+def written(base: Base, data: Data, *, output_dir: str, on_gpu: bool, command: str) -> str:
+    """The file's text.
+
+    Args:
+        command: what starts it, for its second line.
+    """
+    lines = [
+        "# Written by `dora-vl init`; every line may be changed. docs/training.md explains them, --help all others.",
+        f"#   {command}",
+        "",
+        *_model(base),
+        *_adapter(base),
+        *_data(base, data),
+        *_training(base, data, output_dir, on_gpu=on_gpu),
+        *_evaluation(data),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _model(base: Base) -> list[str]:
+    lines = ["model:", f"  base: {_text(base.name)}"]
+    if base.template is not None:
+        lines.append(
+            f"  template: {base.template:<17} # how questions and answers are put into words; fits its tokenizer"
+        )
+    return [*lines, ""]
+
+
+def _adapter(base: Base) -> list[str]:
+    return [
+        "adapter:",
+        "  method: dora                # or lora, magnitude, full",
+        "  rank: 16                    # higher for long answers and much data, lower to save memory",
+        "  alpha: 32.0                 # the change is scaled by alpha / rank",
+        f"  dropout: {0.0 if base.is_new else 0.05}",
+        *(
+            ["  train_projector: true       # this base was composed here: nothing else has trained it"]
+            if base.is_new
+            else []
+        ),
+        "",
+    ]
+
+
+def _data(base: Base, data: Data) -> list[str]:
+    lines = [
+        "data:",
+        f"  train: {_text(data.train)}",
+        f"  image_folder: {_text(data.root)}   # where the pictures' paths start",
+    ]
+    if data.rows >= LEAST_VALIDATED:
+        lines.append(
+            "  validation_share: 0.05      # of the training rows, whole pictures: their loss is measured each epoch"
+        )
+    if base.is_llava and not data.has_videos:
+        lines += ["  cache_features: true        # the frozen vision tower sees each picture once", "  workers: 0"]
+    else:
+        lines.append("  workers: 2                  # processes that read pictures")
+    return [*lines, ""]
+
+
+def _training(base: Base, data: Data, output_dir: str, *, on_gpu: bool) -> list[str]:
+    each = STEP_SAMPLES if base.parameters < MIDDLE else 4 if base.parameters < LARGE else 2
+    epochs = max(1, min(MOST_EPOCHS, round(SEEN_SAMPLES / data.rows)))
+    steps = max(1, epochs * data.rows // STEP_SAMPLES)
+    rate, projector = ("1.0e-3", "1.0e-3") if base.is_new else ("2.0e-4", "2.0e-5")
+    lines = []
+    if base.is_llava:
+        lines += ["optim:", f"  projector_learning_rate: {projector}", ""]
+    lines += [
+        "training:",
+        f"  output_dir: {_text(output_dir)}",
+        f"  num_train_epochs: {epochs:<9} # {data.rows:,} rows: about {steps:,} steps",
+        f"  per_device_train_batch_size: {each}   # keep the product of these two, and of the GPUs",
+        f"  gradient_accumulation_steps: {STEP_SAMPLES // each}",
+        f"  learning_rate: {rate}       # halve it if the loss jumps",
+        "  lr_scheduler_type: cosine",
+        "  warmup_steps: 0.05          # below 1: a share of all steps",
+        f"  logging_steps: {max(1, steps // 50)}",
+        "  save_strategy: epoch",
+        "  save_total_limit: 1",
+        "  seed: 0",
+    ]
+    if base.parameters >= LARGE:
+        lines.append("  gradient_checkpointing: true   # less memory, a third more time")
+    if on_gpu:
+        lines.append("  deepspeed: zero2            # zero3 where the base does not fit on one GPU")
+    return [*lines, ""]
+
+
+def _evaluation(data: Data) -> list[str]:
+    tokens = max(2 * data.answer_words, data.answer_characters // 3) + 8
+    lines = ["evaluation:", f"  file: {_text(data.test)}"]
+    if data.usual_answer_words > 3:
+        lines.append(
+            "  # An answer counts as right where it is the true one, word by word: strict for long answers. Look into"
+        )
+        lines.append("  # predictions.jsonl as well.")
+    return [*lines, f"  max_new_tokens: {min(512, math.ceil(tokens / 8) * 8)}"]
+
+
+def _text(value: str) -> str:
+    """A path as YAML takes it, quoted where it must be."""
+    return value if re.fullmatch(r"[\w./\-]*[a-zA-Z/][\w./\-]*", value) and value[0] not in "-." else json.dumps(value)

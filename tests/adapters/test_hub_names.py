@@ -1,0 +1,159 @@
+"""Merged and composed folders have the names of published ones, whatever the base's files call their tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from dora_vl.adapters.adapter import read_adapter
+from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.folder import load_adapter, save_adapter
+from dora_vl.adapters.hub_names import save_under_hub_names
+from dora_vl.adapters.merge_folder import merge_to_folder
+from dora_vl.backbones.places import resolved_layers
+from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.data.turns import Turn
+from tests.adapters.foreign_files import saved
+from tests.backbones.image_text_talks import encoder_of
+from tests.backbones.tiny_families.table import FAMILIES, families
+from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
+from tests.core.dense_dora import move
+
+PUBLISHED = {
+    "llava": (
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "language_model.lm_head.weight",
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+        "multi_modal_projector.linear_1.bias",
+    ),
+    "llava_next": ("image_newline", "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"),
+    "llava_onevision": ("image_newline", "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"),
+    "paligemma": (
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+        "multi_modal_projector.linear.weight",
+    ),
+    "gemma3": (
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+        "multi_modal_projector.mm_input_projection_weight",
+    ),
+    "qwen2_vl": ("model.layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight"),
+    "qwen2_5_vl": ("model.layers.0.self_attn.q_proj.weight", "visual.blocks.0.attn.qkv.weight"),
+    "qwen3_vl": ("model.language_model.layers.0.self_attn.q_proj.weight", "model.visual.blocks.0.attn.qkv.weight"),
+    "smolvlm": ("model.text_model.layers.0.self_attn.q_proj.weight", "model.connector.modality_projection.proj.weight"),
+    "internvl": (
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "vision_tower.encoder.layer.0.mlp.fc1.weight",
+    ),
+    "mllama": ("language_model.model.layers.0.self_attn.q_proj.weight", "multi_modal_projector.weight"),
+}
+"""Some names of the checkpoints that these families were published with."""
+
+
+def published_llava(**vision: int) -> LlavaForConditionalGeneration:
+    """A tiny LLaVA whose tower and decoder have two layers each."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = CLIPVisionConfig(**{**sizes, "image_size": 8, "patch_size": 4, **vision})
+    text = LlamaConfig(vocab_size=32, **{**sizes, "num_attention_heads": 4})
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=tower, text_config=text, image_token_index=31)
+    ).eval()
+
+
+@torch.no_grad()
+def adapter_on(base: Path, folder: Path) -> Path:
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    also = {"projector": ("model.multi_modal_projector.*",)}
+    targets = ("*language_model*_proj", "*vision_tower*fc1")
+    apply_dora(model, DoRAConfig(targets=targets, rank=2, alpha=5.0, also_train=also))
+    move(model)
+    model.model.multi_modal_projector.linear_1.weight.mul_(1.3)
+    save_adapter(model, folder, base_model=str(base))
+    return folder
+
+
+def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    if adapter is not None:
+        load_adapter(model, adapter)
+    ids = torch.cat([torch.full((1, 4), 31), torch.arange(5).unsqueeze(0)], dim=1)
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).logits
+
+
+def test_a_llava_merges_to_published_names_from_any(tmp_path: Path) -> None:
+    """Bases with the class's names, with those that transformers saves a fresh model with, and with published ones."""
+    model = published_llava()
+    fresh = saved(model, tmp_path / "fresh")
+    save_under_hub_names(model)
+    published = saved(model, tmp_path / "published")
+    named = saved(model, tmp_path / "named")
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    save_file(own, named / "model.safetensors", metadata={"format": "pt"})
+    bases = (fresh, published, named)
+    keys = [load_file(base / "model.safetensors").keys() for base in bases]
+    assert "vision_tower.vision_model.embeddings.class_embedding" in keys[1]
+    assert "vision_tower.embeddings.class_embedding" in keys[0]
+    assert "model.vision_tower.embeddings.class_embedding" in keys[2]
+    adapter = adapter_on(fresh, tmp_path / "adapter")
+    expected = logits(fresh, adapter)
+    for base in bases:
+        torch.testing.assert_close(logits(base, adapter), expected, rtol=1e-5, atol=1e-6)  # it fits them all
+        merge_to_folder(read_adapter(adapter), base, tmp_path / "merged" / base.name, shard_bytes=9_000)
+        merged = tmp_path / "merged" / base.name
+        with BaseWeights(merged) as found:
+            assert set(found.hub_keys) == set(keys[1])
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - logits(fresh)).abs().max() > 0.01
+
+
+@families
+def test_every_family_is_named_as_published_and_read_alike(family: str, tmp_path: Path) -> None:
+    base = write_tiny(family, tmp_path / family)
+    with BaseWeights(base) as weights:
+        keys = {one.key: weights.hub_keys[one.key] for one in weights.tensors.values()}
+    assert len(set(keys.values())) == len(keys)
+    assert set(PUBLISHED.get(family, ())) <= set(keys.values())
+    if not FAMILIES[family].merges:
+        return
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    apply_dora(model, DoRAConfig(targets=tuple(resolved_layers(model, "language")), rank=2, alpha=5.0))
+    move(model)
+    save_adapter(model.eval(), tmp_path / "adapter", base_model=str(base))
+    merge_to_folder(read_adapter(tmp_path / "adapter"), base, tmp_path / "merged")
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(keys.values())
+    plain, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    saved(plain, tmp_path / "again")  # transformers saves what it loaded by the names that it had
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == set(keys.values())
+    inputs = one_picture(base)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def one_picture(base: Path) -> dict[str, torch.Tensor]:
+    picture = Image.new("RGB", (33, 21), (10, 200, 30))
+    return encoder_of(base).encode_prompt([Turn("user", "<image>\nSay the colour.")], [picture])
+
+
+def test_a_text_model_keeps_its_names(tmp_path: Path) -> None:
+    """A prefix that would tell a text model that was cut out of a larger one is not made up."""
+    base = write_tiny_language("qwen3", tmp_path / "base")
+    with BaseWeights(base) as weights:
+        assert all(key == name for key, name in weights.hub_keys.items())

@@ -1,0 +1,61 @@
+"""`dora-vl doctor`: what is installed, as the metadata declares it, and what is missing with its command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dora_vl.cli import main
+from dora_vl.setup import doctor_command
+from dora_vl.setup.doctor_command import declared, why_not_writable
+
+LINES = [
+    "numpy",
+    "torch>=2.6",
+    "open_clip_torch>=3.0",
+    "av>=14; extra == 'video'",
+    'h5py>=3.10; extra == "video"',
+    "triton>=3.2; platform_system == 'Linux' and extra == 'triton'",
+    "pyright[nodejs]>=1.1; extra == 'dev'",
+]
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], int]:
+    status = 0
+    try:
+        main(["doctor"])
+    except SystemExit as left:
+        status = int(left.code or 0)
+    return capsys.readouterr().out.splitlines(), status
+
+
+def test_the_declared_packages_and_extras() -> None:
+    needed, extras = declared(LINES)
+    assert needed == ["numpy", "torch", "open_clip_torch"]
+    assert extras == {"video": ["av", "h5py"], "triton": ["triton"]}
+
+
+def test_a_machine_that_has_all_and_one_that_misses_something(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor_command, "requires", lambda name: LINES)
+    monkeypatch.setattr(doctor_command, "_installed", lambda name: "1.2.3")
+    monkeypatch.setattr(doctor_command, "places", lambda: [Path.cwd()])
+    lines, status = told(capsys)
+    assert status == 0
+    assert "writing: here and in the caches" in lines
+    assert "extra video: installed" in lines
+    assert any(line.startswith("devices: ") and "CPU cores" in line for line in lines)
+    monkeypatch.setattr(doctor_command, "_installed", lambda name: "" if name in {"h5py", "torch"} else "1.2.3")
+    lines, status = told(capsys)
+    assert status == 1
+    assert "extra video: missing h5py: pip install 'dora-vl[video]'" in lines
+    assert lines[-1] == "missing, and needed by every run: torch; pip install torch"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    assert why_not_writable(tmp_path) == ""
+    assert why_not_writable(tmp_path / "not" / "yet") == ""
+    assert list(tmp_path.iterdir()) == []
+    assert why_not_writable(Path("/proc"))

@@ -1,0 +1,241 @@
+"""`dora-vl init`: it says what is in a folder, parts it without a leak, and what it writes is checked and trains."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from dora_vl.cli import main
+from dora_vl.run.command_line import read_run_file
+from dora_vl.setup import init_command
+from dora_vl.setup.run_file import base_of
+from dora_vl.sources.check_media import MediaCheck
+from dora_vl.sources.check_rows import FileCheck, Limits
+from tasks import llava_instruct
+from tests.backbones.tiny_image_text import write_tiny
+from tests.setup.people import picture, write_folder, write_table
+from tests.training.own_data import HOLD_PICTURES, WRITERS, items, write_pictures
+from tests.training.tiny_run import write_tiny_llava
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llava(tmp_path_factory.mktemp("init") / "llava")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / ".cache"))
+    monkeypatch.setattr(init_command, "_on_gpu", lambda: False)
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    capsys.readouterr()
+    main(["init", *map(str, words)])
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(["init", *map(str, words)])
+    said = capsys.readouterr()
+    assert left.value.code == 2
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def problems(path: Path, root: Path) -> list[str]:
+    limits = Limits(most=1_500, unit="words", length=lambda text: len(text.split()), answers_needed=True)
+    return list(FileCheck(path, limits, MediaCheck(root, decode=True)).run(lambda _: None).findings)
+
+
+def test_a_table_and_photographs_below_become_the_files_of_a_run(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_folder(tmp_path / "my", count=24)
+    photos = tmp_path / "my" / "photos"
+    (photos / "copy.png").write_bytes(picture(3))
+    (photos / "cut.png").write_bytes(picture(5)[:-30])
+    (photos / "phone.jpg").write_bytes(_turned())
+    clear = Image.new("RGBA", (20, 30), (0, 0, 0, 0))
+    clear.save(photos / "clear.png")
+    (photos / "spare.png").write_bytes(picture(9))
+    extra = [["copy.png", "Say it.", "white"], ["cut.png", "Say it.", "red"], ["none.png", "Say it.", "red"]]
+    extra += [["phone.jpg", "Which one is it?", "a red one"], ["clear.png", "Is it?", "no"], ["001.png", "Is it?", " "]]
+    write_table(tmp_path / "my" / "answers.csv", [*rows, *extra])
+
+    said = told(capsys, "my", "--model", base)
+    assert "my/answers.csv: question/answer, 30 rows (image, question, answer), 27 usable" in said
+    assert "pictures: 27 in my/photos, PNG 26, JPEG 1; 2 more that no row names" in said
+    assert "turned upright by their EXIF notes 1; shown on white for their transparency 1" in said
+    assert "questions: 1 a row, 2 to 4 (in the middle 3) words" in said
+    for kind, name in (("truncated media", "cut.png"), ("missing media", "none.png"), ("empty answer", "row 30")):
+        assert any(kind in line and name in line for line in said.splitlines()), kind
+    assert said.splitlines()[-1] == "next:  python tasks/llava_instruct.py --config runs/my/run.yaml"
+
+    run = tmp_path / "runs" / "my"
+    assert sorted(path.name for path in run.iterdir()) == ["run.yaml", "test.jsonl", "train.jsonl"]
+    train, test = rows_of(run / "train.jsonl"), rows_of(run / "test.jsonl")
+    assert len(train) + len(test) == 27
+    assert 3 <= len(test) <= 6
+    sides = [{(photos / str(row["image"])).read_bytes() for row in half} for half in (train, test)]
+    assert sides[0].isdisjoint(sides[1])  # the copy stays with what it is a copy of
+    assert [problems(run / name, photos) for name in ("train.jsonl", "test.jsonl")] == [[], []]
+    config = read_run_file(run / "run.yaml")
+    assert (config.data.train, config.data.image_folder) == ("runs/my/train.jsonl", "my/photos")
+    assert (config.evaluation.file, config.model.template) == ("runs/my/test.jsonl", "vicuna_v1")
+
+
+def _turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return picture(8, "JPEG", exif=exif)
+
+
+def test_the_seed_decides_and_an_earlier_init_is_not_replaced_unasked(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "my")
+    told(capsys, "my", "--model", base)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "runs/my").iterdir()}
+    assert "holds an earlier train.jsonl, test.jsonl, run.yaml; --overwrite" in refused(capsys, "my", "--model", base)
+    (tmp_path / "runs/my/adapter").mkdir()
+    told(capsys, "my", "--model", base, "--overwrite")
+    assert {name: (tmp_path / "runs/my" / name).read_bytes() for name in files} == files
+    assert (tmp_path / "runs/my/adapter").is_dir()
+    told(capsys, "my", "--model", base, "--overwrite", "--seed", 1)
+    assert (tmp_path / "runs/my/test.jsonl").read_bytes() != files["test.jsonl"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_container_gives_the_same_halves(
+    tmp_path: Path, base: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, made = tmp_path / "my", items(16)
+    folder.mkdir()
+    if name not in HOLD_PICTURES:
+        write_pictures(folder, made)
+    WRITERS[name](folder, made)
+    said = told(capsys, "my", "--model", base, "--to", "out")
+    assert "16 rows" in said
+    assert "left out" not in said
+    rows = [row for half in ("train", "test") for row in rows_of(tmp_path / "out" / f"{half}.jsonl")]
+    asked = {tuple(turn["value"] for turn in row["conversations"]) for row in rows}
+    assert asked == {(f"<image>\n{item.question}", item.answer) for item in made}
+    root = tmp_path / ("out" if name in HOLD_PICTURES else "my")
+    assert read_run_file("out/run.yaml").data.image_folder == root.name
+    assert {(root / str(row["image"])).read_bytes() for row in rows} == {item.content for item in made}
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == ["my", "out"]
+
+
+def test_what_it_writes_trains_and_is_tested(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "my")
+    told(capsys, "my", "--model", base)
+    words = ["--config", "runs/my/run.yaml", "--training.use_cpu", "true", "--training.max_steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["llava_instruct.py", *words])
+    threads = torch.get_num_threads()
+    llava_instruct.main()
+    torch.set_num_threads(threads)
+    assert (tmp_path / "runs/my/adapter/adapter_model.safetensors").is_file()
+    metrics = json.loads((tmp_path / "runs/my/metrics.json").read_text())
+    assert metrics["n"] == len(rows_of(tmp_path / "runs/my/test.jsonl"))
+
+
+def test_the_settings_follow_the_base_and_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_folder(tmp_path / "my", count=240)
+    other = write_tiny("qwen2_vl", tmp_path / "qwen")
+    told(capsys, "my", "--model", other)
+    plain = yaml.safe_load((tmp_path / "runs/my/run.yaml").read_text())
+    assert "template" not in plain["model"]
+    assert "cache_features" not in plain["data"]
+    assert plain["data"]["validation_share"] == 0.05
+    assert plain["training"]["per_device_train_batch_size"] == 16
+    write_table(tmp_path / "my" / "answers.csv", [[name, asked, "a long answer " * 30] for name, asked, _ in rows])
+    told(capsys, "my", "--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--overwrite")
+    large = yaml.safe_load((tmp_path / "runs/my/run.yaml").read_text())
+    assert large["model"]["base"] == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert large["training"]["gradient_checkpointing"] is True
+    each, times = (
+        large["training"][f"{name}"] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    assert each < 16
+    assert each * times == 16
+    assert large["evaluation"]["max_new_tokens"] >= 180
+    assert "strict for long answers" in (tmp_path / "runs/my/run.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("Qwen/Qwen2.5-VL-7B-Instruct", 7e9), ("HuggingFaceTB/SmolVLM-256M-Instruct", 256e6), ("a/InternVL3-hf", 0)],
+)
+def test_a_hub_id_s_size_is_in_its_name(name: str, parameters: float) -> None:
+    assert base_of(name).parameters == parameters
+
+
+def test_a_folder_s_size_is_in_its_headers(base: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    assert base_of(str(base)).parameters == sum(one.numel() for one in model.parameters())
+
+
+def test_what_cannot_be_is_one_line_and_leaves_nothing(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "a.png").write_bytes(picture(0))
+    assert "1 pictures and no file of questions" in refused(capsys, "my", "--model", base)
+    write_table(tmp_path / "my" / "odd.csv", [["a.png", "red"]], columns="file,colour")
+    assert "its columns are file, colour" in refused(capsys, "my", "--model", base)
+    write_table(tmp_path / "my" / "a.csv", [["gone.png", "Q?", "red"]])
+    assert "not one of its first 1 pictures is below my, such as 'gone.png'" in refused(capsys, "my", "--model", base)
+    write_table(tmp_path / "my" / "b.csv", [["a.png", "Q?", "red"]])
+    assert "2 files hold questions, a.csv, b.csv; name one" in refused(capsys, "my", "--model", base)
+    one = refused(capsys, "my", "--questions", "my/b.csv", "--model", base)
+    assert "1 usable rows about 1 pictures cannot be parted by --test-share 0.2" in one
+    write_table(tmp_path / "my" / "b.csv", [["a.png", "Q?", " "]])
+    assert "1 times empty answer" in refused(capsys, "my", "--questions", "my/b.csv", "--model", base)
+    assert "no such folder" in refused(capsys, "none", "--model", base)
+    assert "no such folder, and no hub id" in refused(capsys, "my", "--model", "./none")
+    assert "--test-share is 2" in refused(capsys, _sound(tmp_path), "--model", base, "--test-share", 2)
+    assert sorted(path.name for path in tmp_path.rglob("*.y*ml")) == []
+    assert not any(path.is_file() for path in (tmp_path / "runs").rglob("*"))
+
+
+def _sound(tmp_path: Path) -> str:
+    write_folder(tmp_path / "sound", count=8)
+    return "sound"
+
+
+def test_the_current_folder_with_runs_in_it_is_still_one_folder(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path)
+    told(capsys, ".", "--model", base, "--to", "runs/first")
+    assert "answers.csv: question/answer, 24 rows" in told(capsys, ".", "--model", base, "--to", "runs/second")
+
+
+def test_shards_are_one_file_and_videos_are_named(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = items(16)
+    (tmp_path / "my").mkdir()
+    for number, half in enumerate((made[:8], made[8:])):
+        (tmp_path / str(number)).mkdir()
+        WRITERS["parquet"](tmp_path / str(number), half).rename(tmp_path / "my" / f"{number}.parquet")
+    assert "my: question/answer, 16 rows" in told(capsys, "my", "--model", base)

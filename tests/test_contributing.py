@@ -1,0 +1,82 @@
+"""The diffs of CONTRIBUTING.md are code that runs: their added lines, put where they say, do what they say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dora_vl.core import DoRAConfig
+from dora_vl.data.examples import Answer, Example
+from dora_vl.scores.bootstrap import intervals
+from dora_vl.sources import published
+
+TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PARTS = re.findall(r"^\+\+\+ (\S+)\n(.*?)(?=^\+\+\+ |^```$)", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def run(module: str, path: str, *more: str) -> dict[str, Any]:
+    """The lines that a diff adds to a file, run with the names that a module of that kind has.
+
+    Args:
+        more: names of `dora_vl.sources.published` that it imports besides.
+    """
+    names = dict(vars(importlib.import_module(module)))
+    names |= {name: getattr(published, name) for name in more}
+    (body,) = [body for part, body in PARTS if part == path]
+    lines = [line[1:] for line in body.splitlines() if line.startswith("+") and not line.startswith("+    every =")]
+    exec(compile("from __future__ import annotations\n" + "\n".join(lines), path, "exec"), names)
+    return names
+
+
+def test_every_section_has_a_diff() -> None:
+    assert TEXT.count("```diff") == len(re.findall(r"^## ", TEXT, re.MULTILINE)) + 1  # the family has two
+
+
+def test_the_source_reads_its_files(tmp_path: Path) -> None:
+    (tmp_path / "birds_test.json").write_text(json.dumps([{"id": "1", "file": "a.jpg", "species": "wren"}]))
+    names = run("dora_vl.sources.nlvr", "dora_vl/sources/birds.py", "json_rows")
+    (split,) = names["splits"](tmp_path, {}, tmp_path)
+    (row,) = split.rows(lambda _: None)
+    (example,) = split.convert(row)
+    assert (split.name, example.images, example.answers[0].text) == ("test", ("a.jpg",), "wren")
+
+
+def test_the_benchmark_scores_with_an_interval() -> None:
+    names = run("dora_vl.scores.exact_match", "dora_vl/scores/birds.py")
+    examples = [Example(id=str(n), answers=(Answer(text="wren"),)) for n in range(10)]
+    answers = {str(n): "It is a Wren." if n < 7 else "a crow" for n in range(9)}
+    scored = names["score"](examples, answers)
+    assert scored.metrics == {"accuracy": pytest.approx(70.0)}
+    assert scored.failed == ("9",)
+    low, high = intervals(scored)["accuracy"]
+    assert low < 70 < high
+    assert names["BENCHMARK"].modes
+
+
+def test_the_task_is_one() -> None:
+    names = run("dora_vl.tasks.vlbart_image", "dora_vl/tasks/vlbart_image.py")
+    task = names["counting_task"](lambda name: partial(names["question_prompt"], prefix=f"{name}: "))
+    assert (task.name, task.target_tokens) == ("counting", 4)
+
+
+def test_the_adapter_method_is_a_dora_with_an_inner_scale() -> None:
+    names = run("dora_vl.core.dvora", "dora_vl/core/scaled.py")
+    torch.manual_seed(0)
+    base = torch.nn.Linear(5, 4)
+    plain, bias = base.weight.detach().clone(), base.bias.detach().clone()
+    layer = names["ScaledLinear"](base, DoRAConfig(targets=("*",), rank=2, alpha=6.0, dropout=0.0))
+    with torch.no_grad():
+        for tensor in (layer.lora_A, layer.lora_B, layer.inner_scale, layer.magnitude):
+            tensor.add_(torch.randn_like(tensor) * 0.3)
+    change = layer.lora_B @ torch.diag(layer.inner_scale) @ layer.lora_A
+    whole = plain + 3.0 * change
+    expected = layer.magnitude.unsqueeze(1) * whole / whole.norm(dim=1, keepdim=True)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(layer(x), x @ expected.T + bias, rtol=1e-4, atol=1e-5)
