@@ -6,8 +6,8 @@
 
 The second run's failures must be the first one's. Call it again until it says that every file is complete: each
 test's outcome is kept in `--records`, and neither a test that has one nor a file that is complete is run again.
-PEFT's tests need `attrs`, `diffusers`, `parameterized` and `scipy` besides this package's `dev` extra. Tests that load models
-from the hub fail in both runs where there is no network.
+PEFT's tests need `attrs`, `diffusers`, `parameterized` and `scipy` besides this package's `dev` extra. Tests that load
+models from the hub fail in both runs where there is no network.
 
 Selected (see `peft_suite_plugin.py`) are tests of the files below whose id or text names LoRA or DoRA, not another
 method such as AdaLoRA. Dropout is PEFT's (`whole_change`), so that a test that draws one mask twice sees it twice.

@@ -21,6 +21,7 @@ LAYERS = (
     ("tasks", "sources"),
     ("run",),
     ("training", "evaluation"),
+    ("report",),
     ("setup",),
     ("pipelines",),
     ("app",),

@@ -103,7 +103,7 @@ print(read_deepspeed("zero2")["zero_optimization"]["stage"])
 
 @pytest.mark.slow
 def test_a_vlbart_adapter_knows_its_tasks(installed: Path, tmp_path: Path) -> None:
-    code = "from dora_vl.evaluation.ask_vlbart import subtasks_of as s\n"
+    code = "from dora_vl.evaluation.vlbart_assistant import subtasks_of as s\n"
     code += "print(*s('vlbart_image', task_prompt=True), *s('vlbart_video', task_prompt=True))"
     assert {"vqav2", "tvqa"} <= set(started(installed, tmp_path, "-c", code).split())
 
