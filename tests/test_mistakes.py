@@ -135,11 +135,17 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "nothing to resume": (["--resume", "last"], ["no complete checkpoint in out"]),
     "a pattern without a hit": (["--adapter.targets", '["*.query"]'], ["*.query", "matches none"]),
     "a rate of what does not train": (["--optim.rates", '{"vison": 1e-4}'], ["vison", "dora"]),
-    "no such base": (["--model.base", "models/llava"], ["models/llava"]),
+    "no such base": (["--model.base", "./models/llava"], ["./models/llava", "no such folder", "hub id"]),
     "a folder that is no model": (["--model.base", "pictures"], ["pictures"]),
     "another model's prompt format": (["--model.template", "chatml"], ["<|im_start|>", "model.template"]),
-    "a prompt format that is none": (["--model.template", "vicuna_v2"], ["model.template", "vicuna_v2", "vicuna_v1"]),
-    "a quantisation that is none": (["--model.quantisation", "int3"], ["model.quantisation", "int3", "nf4"]),
+    "a prompt format that is none": (
+        ["--model.template", "vicuna_v2"],
+        ["model.template is vicuna_v2; it must be one of vicuna_v1, llava_v1"],
+    ),
+    "a quantisation that is none": (
+        ["--model.quantisation", "int3"],
+        ["model.quantisation is int3; it must be one of nf4, int8, hqq, null"],
+    ),
     "an adapter to start from that is none": (
         ["--adapter.initial", "stage1"],
         ["adapter.initial", "stage1", "no such"],
@@ -148,7 +154,10 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["--data.image_folder", "pics"],
         ["picture folder pics does not exist", "data.image_folder"],
     ),
-    "the wrong picture folder": (["--data.image_folder", "."], ["picture", "is missing in", "12 of the 12 samples"]),
+    "the wrong picture folder": (
+        ["--data.image_folder", "."],
+        ["not one of its 12 pictures is in .", "data.image_folder"],
+    ),
     "two ways of validation": (
         ["--data.validation_share", "0.5", "--data.validation_size", "3"],
         ["data.validation_share", "set one of"],
@@ -180,14 +189,14 @@ DATA: dict[str, tuple[Callable[[Person], str], list[str]]] = {
         lambda one: one.data("a.csv", "image,question,answer\nred-0.png,Q, really?,red\n"),
         ["a.csv", "line 2", "4 values for 3 columns"],
     ),
-    "a table of Excel": (lambda one: one.data("a.xlsx", b"PK\x03\x04\x14\0\x06\0"), ["a.xlsx"]),
+    "a table of Excel": (lambda one: one.data("a.xlsx", b"PK\x03\x04"), ["a.xlsx", "save the sheet as CSV"]),
     "half a JSON": (lambda one: one.data("a.json", '[{"image": "red-0.png", '), ["a.json", "line 1"]),
     "a picture that is missing": (
         lambda one: one.rows(row(), row("gone.png")),
         ["gone.png is missing in pictures", "1 of the 2"],
     ),
     "a path of another machine": (
-        lambda one: one.rows(row("/home/ann/red.png")),
+        lambda one: one.rows(row(), row("/home/ann/red.png")),
         ["'/home/ann/red.png'", "must be relative to pictures"],
     ),
     "an address for a picture": (
@@ -223,7 +232,7 @@ def test_data(person: Person, name: str) -> None:
             ["settings of LLaMA-Factory", "model_name_or_path is model.base", "dora-vl init"],
         ),
         (yaml.safe_dump(AXOLOTL), ["settings of Axolotl", "micro_batch_size is training.per_device_train_batch_size"]),
-        ("model:\n\tbase: x\n", ["my.yaml"]),
+        ("model:\n\tbase: x\n", ["my.yaml: no YAML", "line 2", "indent with spaces"]),
         ("model: {base: base}\ndata: {train: pictures/train.json}\n", ["training.output_dir is missing"]),
         ("model: {base: base}\ntraining: {output_dir: out}\n", ["data.train"]),
     ],
@@ -304,7 +313,7 @@ def test_first_steps(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
         "init whole --to o --questions a.csv": "--questions a.csv: no such file",
         "init whole --to o --model adapter": "--model adapter is an adapter's folder",
         "init whole --to o --model ../none": "--model '../none': no such folder, and no hub id",
-        "init whole --to o --model base --test-share 0": "--test-share is 0",
+        "init whole --to o --model base --test-share 0": "--test-share is 0.0; it must be above 0",
     }
     for words, expected in said.items():
         assert expected in person.says(dora_vl, *words.split()), words

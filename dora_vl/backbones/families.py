@@ -6,6 +6,7 @@ Everything else is asked of transformers: the model of its config, the pictures 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -115,10 +116,14 @@ def model_type_of(base: str, revision: str | None = None) -> str:
 
     Raises: UserError if there is no config, or it states no type.
     """
+    is_folder = Path(base).is_dir()
+    if not is_folder and base.startswith((".", "/", "~")):  # no hub id looks so
+        raise UserError(f"model.base {base!r}: no such folder; name a model's folder, or a hub id (OWNER/NAME)")
     try:
         found: Any = PreTrainedConfig.get_config_dict(base, revision=revision or "main")[0]
     except (OSError, ValueError) as error:
-        raise UserError(f"model.base {base!r} cannot be opened: {one_line(str(error), 300)}") from error
+        how = "cannot be opened" if is_folder else "is no folder here, and cannot be fetched as a hub id"
+        raise UserError(f"model.base {base!r} {how}: {one_line(str(error), 260)}") from error
     stated = found.get("model_type")
     if not isinstance(stated, str) or not stated:
         raise UserError(f"model.base {base!r}: its config.json states no model_type; is it a model's folder?")

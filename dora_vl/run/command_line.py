@@ -98,7 +98,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = get_loader("yaml")(path.read_text(encoding="utf-8"))
     except YAMLError as error:
-        said = one_line(str(error), 200)
+        said = one_line(str(error).replace(' in "<unicode string>"', ""), 200)
         raise UserError(f"{path}: no YAML: {said}; indent with spaces alone") from None
     except (OSError, ValueError):
         return {}
@@ -170,6 +170,9 @@ def read_settings(
 
 def _check_counts(config: object) -> None:
     """A limit of 0 would be an empty test that looks like a whole one."""
+    watch = getattr(config, "watch", 0)
+    if watch < 0:
+        raise UserError(f"watch is {watch}; 0 asks nothing")
     for section in dataclasses.fields(cast(Any, config)):
         value = getattr(config, section.name)
         for name, hint in COUNTS.items() if dataclasses.is_dataclass(value) else ():
@@ -235,13 +238,21 @@ def explain(message: str, names: Iterable[str]) -> str:
 
 
 _WRONG_KIND = re.compile(r"^\W*(?:Parser key )?\W*([\w.]+)\W*: Expected an? <class '(\w+)'>\. Got value: (.*)$")
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_ONE_OF = re.compile(
+    r"^\W*(?:Parser key )?\W*([\w.]+)\W*: (Does not validate|Expected a typing\.Literal).*value: (.*)$"
+)
 
 
 def said_plainly(line: str) -> str:
     """A complaint of the parser about a value, without Python's names of types."""
     if (found := _WRONG_KIND.match(line)) and found[2] in _KINDS:
         return f"{found[1]} is {shown_text(found[3])}; it must be {_KINDS[found[2]]}"
+    if found := _ONE_OF.match(line):
+        literals = [one.strip("'") for group in re.findall(r"Literal\[([^\]]*)\]", line) for one in group.split(", ")]
+        kinds = [_KINDS[one] for one in re.findall(r"<class '(\w+)'>", line.partition("Errors:")[0]) if one in _KINDS]
+        if known := list(dict.fromkeys([*literals, *kinds])):
+            return f"{found[1]} is {shown_text(found[3])}; it must be one of {', '.join(known)}"
     return line.replace('Parser key "', '"', 1)
 
 

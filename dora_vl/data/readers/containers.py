@@ -182,6 +182,11 @@ READERS: Mapping[str, Reader] = {
     ".tar": webdataset_rows,
 }
 """By a file's ending; any other is JSON."""
+NO_SAMPLES = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as CSV"),
+    **dict.fromkeys((".zip", ".gz", ".7z", ".rar", ".zst"), "unpack it first"),
+}
+"""Endings of files that people have, and what to do with such a one."""
 JSON_ENDINGS = (".json", ".jsonl")
 BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
 """What `datasets` writes beside the Arrow files of a folder."""
@@ -227,6 +232,8 @@ def find_files(path: Path) -> DataFiles:
     if str(path).startswith(HUB):
         return DataFiles(str(path), hub_files(str(path).removeprefix(HUB)))
     if path.is_file():
+        if (do := NO_SAMPLES.get(path.suffix.lower())) is not None:
+            raise UserError(f"{path}: a {path.suffix} file is not read; {do}")
         return DataFiles(str(path), (path,))
     if not path.is_dir():
         kinds = ", ".join([*JSON_ENDINGS, *READERS])
