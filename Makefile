@@ -23,7 +23,8 @@ demo: $(INSTALLED)
 		--config configs/llava/easyvqa_smollm2_dora.yaml --resume if_stopped
 	@echo
 	@echo "The adapter is in $(DEMO)/adapter, its scores in $(DEMO)/metrics.json, pictures of the run in"
-	@echo "$(DEMO)/loss_curve.png and $(DEMO)/contact_sheet.png. Ask about a picture of your own, a coloured shape:"
+	@echo "$(DEMO)/loss_curve.png and $(DEMO)/contact_sheet.png. All of it on one page: $(BIN)/dora-vl report $(DEMO)"
+	@echo "Ask about a picture of your own, a coloured shape:"
 	@echo
 	@echo "  $(BIN)/python tasks/image_qa.py --adapter $(DEMO)/adapter --image FILE --question \"what color is the shape?\""
 

@@ -30,4 +30,7 @@ COMMANDS = {
     "init": Command("dora_vl.setup.init_command", "your pictures and questions to the files of a first run"),
     "merge": Command("dora_vl.evaluation.merge_command", "base + adapters as a plain model folder; checks it"),
     "prepare": Command("dora_vl.sources.prepare_command", "a publisher's files to records"),
+    "report": Command("dora_vl.report.report_command", "a run, or several side by side, as one page"),
+    "serve": Command("dora_vl.app.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"),
+    "show": Command("dora_vl.pipelines.show_command", "the first batch of a run, its tokens by label"),
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from os import getpid
 from os.path import lexists
 from pathlib import Path
@@ -41,6 +42,22 @@ def replace_folder(staging: Path, target: Path) -> None:
         previous.unlink()
     else:
         shutil.rmtree(previous)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target`, which takes its name when the block ends well, and goes otherwise.
+
+    Ask `refuse_to_replace` before.
+    """
+    staging = target.with_name(f".{target.name}.writing-{getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        replace_folder(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 _NAME = re.compile(r"checkpoint-(\d+)")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter
 from dora_vl.adapters.base_weights import BaseWeights, skeleton
-from dora_vl.adapters.checkpoints import refuse_to_replace, replace_folder
+from dora_vl.adapters.checkpoints import refuse_to_replace, written_whole
 from dora_vl.adapters.gguf_architectures import (
     Architecture,
     add_settings,
@@ -73,37 +71,31 @@ def export_gguf(
     check_package()
     refuse_gguf_target(target)
     with open_base(base_folder) as base:
-        config = _config_of(base)
+        config, told = _config_of(base), []
         language = config.text_config if config.model_type == LLAVA else config
         found = architecture_of(language, str(base_folder))
         if config.model_type == LLAVA:
             check_vision(config, base_folder)
         vocabulary = vocabulary_of(tokenizer, language.vocab_size, str(base_folder))
         weights = MergedWeights(base, adapter)
-        pieces = _language_pieces(weights, config, found, kind)
-        told: list[str] = []
 
         def add_language(writer: Any) -> None:
             writer.add_name(f"{language.model_type} (dora_vl)")
             told.extend(add_settings(writer, language, found, str(base_folder)))
             add_tokenizer(writer, tokenizer, vocabulary)
 
-        staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        try:
-            files = {MODEL_FILE: write_gguf(staging / MODEL_FILE, found.name, kind, pieces, add_language)}
+        with written_whole(target) as folder:
+            pieces = list(_pieces(weights, config, found, kind))
+            files = {MODEL_FILE: write_gguf(folder / MODEL_FILE, found.name, kind, pieces, add_language)}
             if config.model_type == LLAVA:
-                eyes, add_eyes = (
-                    vision_pieces(weights, config, kind),
-                    partial(add_vision, config=config, folder=base_folder),
-                )
-                files[VISION_FILE] = write_gguf(staging / VISION_FILE, "clip", kind, eyes, add_eyes)
+                files[VISION_FILE] = _write_vision(folder / VISION_FILE, weights, config, kind)
                 told.extend(known_to_be_misread(config))
-            replace_folder(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     return ExportedGguf(found.name, files, tuple(told))
+
+
+def _write_vision(path: Path, weights: MergedWeights, config: Any, kind: str) -> int:
+    add_fields = partial(add_vision, config=config, folder=weights.base.folder)
+    return write_gguf(path, "clip", kind, vision_pieces(weights, config, kind), add_fields)
 
 
 def _config_of(base: BaseWeights) -> Any:
@@ -121,10 +113,6 @@ def _config_of(base: BaseWeights) -> Any:
             "dora-vl merge writes a plain folder, from which llama.cpp's own convert_hf_to_gguf.py may know more"
         )
     return config
-
-
-def _language_pieces(weights: MergedWeights, config: Any, found: Architecture, kind: str) -> list[Piece]:
-    return list(_pieces(weights, config, found, kind))
 
 
 def _pieces(weights: MergedWeights, config: Any, found: Architecture, kind: str) -> Iterator[Piece]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter
 from dora_vl.adapters.base_weights import STEMS, BaseWeights, StoredTensor, index_file, single_file
-from dora_vl.adapters.checkpoints import refuse_to_replace, replace_folder
+from dora_vl.adapters.checkpoints import refuse_to_replace, written_whole
 from dora_vl.adapters.folder import read_json
 from dora_vl.adapters.merged_weights import MergedWeights
 from dora_vl.adapters.tensor_files import DTYPES, SafetensorsStream, byte_size
@@ -69,18 +68,12 @@ def merge_to_folder(
     refuse_target(target, base_folder)
     with open_base(base_folder) as base:
         weights = MergedWeights(base, adapter)
-        staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        try:
+        with written_whole(target) as staging:
             _copy_other_files(base_folder, staging, dtype, adapter.recipe.get(CLOSED_ANSWERS))
             shards = _plan(weights, dtype, shard_bytes)
             _write_shards(staging, shards, weights)
             total = _write_index(staging, shards, base.stem)
             _write_manifest(staging)
-            replace_folder(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     return Merged(len(weights.factors) + len(adapter.experts), len(adapter.extras), len(shards), total)
 
 

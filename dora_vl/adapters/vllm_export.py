@@ -6,8 +6,6 @@ adapted layers of the vision tower, are no adapter there. Base and adapter toget
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ import torch
 
 from dora_vl.adapters.adapter import Adapter, is_extra, split_key, write_adapter
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.checkpoints import refuse_to_replace, replace_folder
+from dora_vl.adapters.checkpoints import refuse_to_replace, written_whole
 from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.folder import PEFT_PREFIX
 from dora_vl.adapters.merge_folder import Merged, merge_to_folder
@@ -79,19 +77,13 @@ def export_for_vllm(
         is_plain = type(base) is BaseWeights and dtype is None
         renamed = any(name != key for key, name in base.hub_keys.items())
     served, folded = split(adapter, language)
-    staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with written_whole(target) as staging:
         merged = None
         if folded.tensors or renamed or not is_plain:
             merged = merge_to_folder(folded, base_folder, staging / BASE, dtype=dtype, open_base=open_base)
         base_of_result = base_folder if merged is None else target / BASE
         digest = content_hash(base_folder if merged is None else staging / BASE)
         write_adapter(_on_base(served, base_of_result, digest), staging / ADAPTER)
-        replace_folder(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     rank = next(one for one in RANKS if one >= served.config["r"])
     return Exported(len(served.layers), base_of_result, merged, rank, bool(served.config["use_dora"]))
 

@@ -93,16 +93,20 @@ class CausalLMBackbone(Backbone[PreTrainedModel]):
         *,
         max_new_tokens: int = 32,
         streamer: BaseStreamer | None = None,
-        **options: Any,
+        options: Mapping[str, Any] | None = None,
+        **named: Any,
     ) -> Int[Tensor, "batch new"]:
-        """New token ids of left-padded prompts, greedy unless `options` or the run's `generation` say otherwise."""
+        """New token ids of left-padded prompts, greedy unless options or the run's `generation` say otherwise.
+
+        They are those of `options` and those given by name.
+        """
         return new_tokens(
             self.model,
             input_ids,
             attention_mask,
             max_new_tokens=max_new_tokens,
             streamer=streamer,
-            options={**self.generation, **options},
+            options={**self.generation, **(options or {}), **named},
         )
 
     def _attention(self, attention_mask: Tensor, layout: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -6,7 +6,7 @@ The model is transformers' own `LlavaForConditionalGeneration`, whether download
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -168,9 +168,13 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
         image_features: Float[Tensor, "images tokens channels"] | None = None,
         max_new_tokens: int = 128,
         streamer: BaseStreamer | None = None,
-        **options: Any,
+        options: Mapping[str, Any] | None = None,
+        **named: Any,
     ) -> Int[Tensor, "batch new"]:
-        """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise."""
+        """New token ids of left-padded prompts, greedy unless options of transformers' generate say otherwise.
+
+        They are those of `options` and those given by name.
+        """
         with torch.no_grad():
             embeds = self.embed(input_ids, pixel_values=pixel_values, image_features=image_features)
             model: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
@@ -179,7 +183,7 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
-                **{"do_sample": False, "pad_token_id": pad_token_id(self.model), **options},
+                **{"do_sample": False, "pad_token_id": pad_token_id(self.model), **(options or {}), **named},
             )
 
     def _features(self, pixel_values: Tensor) -> Tensor:

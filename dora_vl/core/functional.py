@@ -227,7 +227,24 @@ def changed_product_(
         return fused.adapted_output_(y, hidden, lora_B, bias, gain.minus_one)
     if hidden is not None and lora_B is not None:
         y.addmm_(hidden, lora_B.to(y.dtype).t())
-    return y if gain is None else apply_gain(y, bias, gain)
+    return y if gain is None else apply_gain(y, bias, gain.minus_one)
+
+
+def changed_rows_(
+    y: Float[Tensor, "rows *seq out"],
+    hidden: Float[Tensor, "rows *seq ranks"],
+    lora_B: Float[Tensor, "out ranks"],
+    bias: Float[Tensor, " out"] | None,
+    minus_one: Float[Tensor, "rows out"],
+) -> Float[Tensor, "rows *seq out"]:
+    """`changed_product_` of rows that have an adapter each, in place: g_r (W x_r + h_r B^T) + b.
+
+    `lora_B` holds s B of all adapters side by side and `hidden` A x of all, zero in a row but for its own adapter's;
+    `minus_one` is g - 1 of each row. A row with neither keeps its bits.
+    """
+    y.view(-1, y.shape[-1]).addmm_(hidden.flatten(end_dim=-2), lora_B.to(y.dtype).t())
+    between = (1,) * (y.dim() - 2)
+    return apply_gain(y, bias, minus_one.view(len(minus_one), *between, -1))
 
 
 def some_of_product(

@@ -216,12 +216,15 @@ def quick_gains(
 
 
 def apply_gain(
-    product: Float[Tensor, "rows out"], bias: Float[Tensor, " out"] | None, gain: Gain
-) -> Float[Tensor, "rows out"]:
-    """Scales a product that carries its bias already, in place, the bias left as it is; bitwise nothing at gain 1."""
-    product.addcmul_(product, gain.minus_one)
+    product: Float[Tensor, "*batch out"], bias: Float[Tensor, " out"] | None, minus_one: Float[Tensor, "*broadcast out"]
+) -> Float[Tensor, "*batch out"]:
+    """Scales a product that carries its bias already, in place, the bias left as it is; bitwise nothing at gain 1.
+
+    `minus_one` is the gain minus one, of all rows or of each.
+    """
+    product.addcmul_(product, minus_one)
     if bias is not None:
-        product.sub_(gain.minus_one * bias)
+        product.sub_(minus_one * bias)
     return product
 
 

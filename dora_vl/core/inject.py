@@ -200,9 +200,9 @@ def _put_plain_layers_back(model: nn.Module) -> None:
     train_in_own_dtype(model)  # while the layers that hold trained biases know of what dtype those were
     for module in list(model.modules()):
         if isinstance(module, AdaptedExperts):
-            _put(model, module, module.plain())
+            put_in_place(model, module, module.plain())
     for name, layer in list(adapted_layers(model)):
-        _put(model, model.get_submodule(name), layer.plain())
+        put_in_place(model, model.get_submodule(name), layer.plain())
     if SHARED_NAME in dict(model.named_children()):
         delattr(model, SHARED_NAME)
     forget_trained(model)
@@ -229,13 +229,13 @@ def _adapt(model: nn.Module, name: str, config: DoRAConfig, shared: SharedRandom
     assert row is not None
     with gather(list(base.parameters(recurse=False))):
         if shared is not None and config.method == "dvora":
-            _put(model, base, DVoRALinear(cast(nn.Linear, base), config, shared))
+            put_in_place(model, base, DVoRALinear(cast(nn.Linear, base), config, shared))
         else:
             try:
                 adapted = row.build(base, config)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
-            _put(model, base, adapted)
+            put_in_place(model, base, adapted)
 
 
 def _experts_of(model: nn.Module, name: str) -> nn.Module | None:
@@ -249,7 +249,7 @@ def _adapt_experts(model: nn.Module, experts: nn.Module, leaf: str, config: DoRA
     adapted = experts if isinstance(experts, AdaptedExperts) else AdaptedExperts(experts)
     adapted.adapt(leaf, config)
     if adapted is not experts:
-        _put(model, experts, adapted)
+        put_in_place(model, experts, adapted)
 
 
 def _needed_tensors(model: nn.Module) -> list[str]:
@@ -269,7 +269,7 @@ def _refuse_shared_weights(model: nn.Module, layers: Mapping[str, nn.Module], re
             raise UserError(f"{name} shares its weight with {found}; {reason}")
 
 
-def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Replaces a module under every name it has."""
     places = [(owner, leaf) for owner in model.modules() for leaf, child in owner._modules.items() if child is old]
     for owner, leaf in places:

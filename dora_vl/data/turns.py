@@ -176,7 +176,7 @@ def as_conversation(
             told = f"its system turn holds {placeholder}; {what} belong to a question"
             raise BadSample(sample_id, told, f"placeholders differ from {what}")
     if len(images) == 1 and not videos:
-        talk = [Turn(turn.role, _placeholder_first(turn.text)) for turn in talk]
+        talk = [Turn(turn.role, placeholder_first(turn.text)) for turn in talk]
     return Conversation(sample_id, tuple(images), (*system, *talk), tuple(videos))
 
 
@@ -290,7 +290,8 @@ def _check_placeholders(turns: Sequence[Turn], placeholder: str, named: int, wha
         )
 
 
-def _placeholder_first(text: str) -> str:
+def placeholder_first(text: str) -> str:
+    """A turn's text with its picture's place in front, on a line of its own: the published normalisation."""
     if IMAGE_PLACEHOLDER not in text:
         return text
     rest = text.replace(IMAGE_PLACEHOLDER, "").strip()

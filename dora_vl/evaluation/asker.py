@@ -11,11 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from dora_vl.backbones.video_inputs import Video, as_pictures
-from dora_vl.data.media import any_is_there, open_picture
+from dora_vl.data.media import HeldPictures, any_is_there, open_picture
 from dora_vl.data.turns import VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.run.samples import VideoReading
+from dora_vl.run.watched import SIDE, tiled
+from dora_vl.vision.frame_sampling import Uniform
 
 if TYPE_CHECKING:
     from dora_vl.data.examples import Clip, Example
@@ -52,11 +54,13 @@ class MediaReader:
         folder: root of the pictures.
         videos: which frames of a video, and from which root.
         features: a picture's stored features by its path; None opens the picture.
+        stored: pictures that a data file holds itself.
     """
 
     folder: Path
     videos: VideoReading
     features: Callable[[str], Tensor] | None = None
+    stored: HeldPictures | None = None
 
     def read(self, question: Question) -> Shown:
         """Everything that a question shows.
@@ -67,7 +71,23 @@ class MediaReader:
         videos = tuple(self.videos.read(question.videos))
         if self.features is not None:
             return Shown(features=tuple(self.features(path) for path in question.images), videos=videos)
-        return Shown(pictures=tuple(open_picture(self.folder, path) for path in question.images), videos=videos)
+        pictures = tuple(open_picture(self.folder, path, self.stored) for path in question.images)
+        return Shown(pictures=pictures, videos=videos)
+
+    def picture(self, question: Question) -> Image.Image:
+        """One picture of all that a question shows, up to four of its pictures or frames, for people to look at.
+
+        Raises:
+            BadSample: as `read`; or it shows nothing.
+        """
+        pictures = [open_picture(self.folder, path, self.stored) for path in question.images[: SIDE**2]]
+        frames = [frame for clip in question.videos[:1] for frame in self._frames(clip)]
+        if not pictures and not frames:
+            raise BadSample(question.id, "it shows nothing")
+        return tiled(pictures or frames)
+
+    def _frames(self, clip: Clip) -> Sequence[Image.Image]:
+        return self.videos.reader.read(self.videos.folder, clip, Uniform(SIDE**2)).pictures
 
     def close(self) -> None:
         """Ends the decoder's process."""

@@ -65,10 +65,13 @@ class Assistant:
         backbone: a `LlavaBackbone`, `ImageTextBackbone` or `CausalLMBackbone`: a module whose `generate` gives the new
             ids of left-padded prompts and whose forward gives `Features`, both from the inputs that `prompts` makes.
         prompts: of the backbone's kind.
+        while_training: the model goes on training afterwards, so that nothing of it may become what autograd refuses
+            to save, as the tensors of inference mode are.
     """
 
     backbone: Any
     prompts: Prompts
+    while_training: bool = False
 
     # -- one question ----------------------------------------------------------------------------------------
 
@@ -113,14 +116,20 @@ class Assistant:
         """How questions are answered, within what the model has positions for."""
         return Decoding(**settings, max_positions=max_positions(self.backbone.config))
 
-    @torch.inference_mode()
     def new_ids(
-        self, batch: Mapping[str, Any], *, max_new_tokens: int, streamer: BaseStreamer | None = None
+        self,
+        batch: Mapping[str, Any],
+        *,
+        max_new_tokens: int,
+        streamer: BaseStreamer | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Int[Tensor, "batch new"]:
-        """The ids that the model adds to left-padded prompts, greedily."""
+        """The ids that the model adds to left-padded prompts, greedily unless `options` of generate say otherwise."""
         inputs = model_inputs(batch, self.device)
-        more = {} if streamer is None else {"streamer": streamer}
-        return self.backbone.generate(**inputs, max_new_tokens=max_new_tokens, **more).cpu()
+        named = {"streamer": streamer, "options": options}
+        more = {name: value for name, value in named.items() if value is not None}
+        with torch.no_grad() if self.while_training else torch.inference_mode():
+            return self.backbone.generate(**inputs, max_new_tokens=max_new_tokens, **more).cpu()
 
     def answers(self, batch: Mapping[str, Any], *, max_new_tokens: int) -> list[str]:
         """The text of each row's answer; the rows are padded on the left."""

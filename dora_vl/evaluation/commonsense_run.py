@@ -116,10 +116,15 @@ def _generate(
     return predict(
         assistant,
         asked,
-        media=MediaReader(folder=Path(), videos=VideoReading(folder=Path(), sampling=Uniform(1))),  # they show nothing
+        media=no_media(),
         file=file,
         decoding=assistant.decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens),
     )
+
+
+def no_media() -> MediaReader:
+    """What reads the pictures of questions that show nothing."""
+    return MediaReader(folder=Path(), videos=VideoReading(folder=Path(), sampling=Uniform(1)))
 
 
 def _choose(

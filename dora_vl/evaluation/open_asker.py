@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from dora_vl.adapters.folder import load_adapter, own_name, read_weights
+from dora_vl.adapters.folder import load_adapter
+from dora_vl.adapters.shared_copy import replaced_by, shared_tensors
 from dora_vl.backbones.base import Backbone
-from dora_vl.core.opaque import loose_tensors
+from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Opened, Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.model_source import ModelSource, find_source
@@ -38,10 +40,39 @@ def open_source(source: ModelSource) -> Opened:
     """The model of a source, quietly; see `open_asker`."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    return OPENERS[source.kind](source)
+    if source.kind == VLBART:
+        from dora_vl.evaluation.vlbart_assistant import open_vlbart
+
+        return open_vlbart(source)
+    parts = decoder_parts(source)
+    return _opened(source, parts.load(), parts.prompts)
 
 
-def _open_llava(source: ModelSource) -> Opened:
+@dataclass(frozen=True)
+class DecoderParts:
+    """How a decoder of a source is opened; what may be refused before its weights are read was refused.
+
+    Attributes:
+        load: reads the weights.
+        prompts: what makes the inputs of a backbone that was loaded so.
+    """
+
+    load: Callable[[], Backbone[Any]]
+    prompts: Callable[[Any], Prompts]
+
+
+def decoder_parts(source: ModelSource) -> DecoderParts:
+    """How the decoder of a source is opened.
+
+    Raises:
+        UserError: it is no decoder, or its processor or tokenizer cannot be used.
+    """
+    if source.kind not in DECODERS:
+        raise UserError(f"{source.place} is a {source.kind}, which answers no chat; there are {', '.join(DECODERS)}")
+    return DECODERS[source.kind](source)
+
+
+def _llava_parts(source: ModelSource) -> DecoderParts:
     from dora_vl.backbones.chat_template import get_template
     from dora_vl.backbones.language_source import load_tokenizer
     from dora_vl.evaluation.prompt_inputs import LlavaPrompts
@@ -55,24 +86,24 @@ def _open_llava(source: ModelSource) -> Opened:
     def prompts(backbone: Any) -> Prompts:
         return LlavaPrompts(build_encoder(model, backbone, max_tokens=_max_tokens(source)), preparation)
 
-    return _opened(source, load_backbone(model, cached_features=False), prompts)
+    return DecoderParts(lambda: load_backbone(model, cached_features=False), prompts)
 
 
-def _open_image_text(source: ModelSource) -> Opened:
+def _image_text_parts(source: ModelSource) -> DecoderParts:
     from dora_vl.backbones.image_text import load_image_text
     from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
     from dora_vl.run.assembly import processor_encoder
 
     model = _model_config(source)
     encoder = processor_encoder(model, max_tokens=_max_tokens(source))  # before the weights: it may refuse
-    return _opened(source, load_base(load_image_text, model), lambda _: ImageTextPrompts(encoder))
+    return DecoderParts(lambda: load_base(load_image_text, model), lambda _: ImageTextPrompts(encoder))
 
 
-def _open_causal_lm(source: ModelSource) -> Opened:
+def _causal_lm_parts(source: ModelSource) -> DecoderParts:
     from dora_vl.backbones.causal_lm import load_causal_lm
 
     prompts = _language_prompts(source)
-    return _opened(source, load_base(load_causal_lm, _model_config(source)), lambda _: prompts)
+    return DecoderParts(lambda: load_base(load_causal_lm, _model_config(source)), lambda _: prompts)
 
 
 def _language_prompts(source: ModelSource) -> Prompts:
@@ -91,17 +122,10 @@ def _language_prompts(source: ModelSource) -> Prompts:
     return ChatPrompts(LlavaEncoder(tokenizer, template, tokens_per_image=0, image_token_id=-1, max_tokens=most))
 
 
-def _open_vlbart(source: ModelSource) -> Opened:
-    from dora_vl.evaluation.vlbart_assistant import open_vlbart
-
-    return open_vlbart(source)
-
-
-OPENERS: Mapping[str, Callable[[ModelSource], Opened]] = {
-    LLAVA: _open_llava,
-    IMAGE_TEXT: _open_image_text,
-    CAUSAL_LM: _open_causal_lm,
-    VLBART: _open_vlbart,
+DECODERS: Mapping[str, Callable[[ModelSource], DecoderParts]] = {
+    LLAVA: _llava_parts,
+    IMAGE_TEXT: _image_text_parts,
+    CAUSAL_LM: _causal_lm_parts,
 }
 
 
@@ -148,8 +172,4 @@ def without_adapter(backbone: AnyBackbone, adapter: Path) -> AnyBackbone:
 
     Call it before the adapter is loaded.
     """
-    replaced = {own_name(key) for key in read_weights(adapter)}
-    tensors = [*backbone.model.named_parameters(), *backbone.model.named_buffers()]
-    shared = {id(tensor): tensor for name, tensor in tensors if name not in replaced}
-    shared |= {id(tensor): tensor for tensor in loose_tensors(backbone.model)}
-    return copy.deepcopy(backbone, shared)
+    return copy.deepcopy(backbone, shared_tensors(backbone.model, replaced_by(adapter)))

@@ -131,28 +131,39 @@ def predict(
     """
     todo = unanswered(questions, file)
     todo.sort(key=_length, reverse=True)
+    failed: dict[str, str] = {}
+    with tqdm(total=len(todo), desc="answering", unit="question", disable=not todo) as progress:
+        for batch in answered(assistant, todo, media=media, decoding=decoding):
+            note_failures(batch.skipped, failed)
+            for question, answer in batch.answers:
+                file.add(prediction_of(question, answer))
+            file.flush()
+            progress.update(len(batch.answers) + len(batch.skipped))
+    return failed
+
+
+@dataclass(frozen=True)
+class AnsweredBatch:
+    """What came of a batch of questions."""
+
+    answers: list[tuple[Question, str]]
+    skipped: list[Skipped]
+
+
+def answered(
+    assistant: BatchAnswerer, questions: Sequence[Question], *, media: MediaReader, decoding: Decoding
+) -> Iterator[AnsweredBatch]:
+    """Answers questions in their order, batch by batch."""
     loader = DataLoader(
-        QuestionSamples(todo, assistant.prompts, media, decoding),
+        QuestionSamples(questions, assistant.prompts, media, decoding),
         batch_size=decoding.batch_size,
         collate_fn=_NamingCollator(assistant.prompts),
         num_workers=decoding.workers,
     )
-    failed: dict[str, str] = {}
-    with tqdm(total=len(todo), desc="answering", unit="question", disable=not todo) as progress:
-        for named in loader:
-            note_failures(named.skipped, failed)
-            for index, answer in _answered(assistant, named, decoding.max_new_tokens):
-                file.add(prediction_of(todo[index], answer))
-            file.flush()
-            progress.update(len(named.indices) + len(named.skipped))
-    return failed
-
-
-def _answered(assistant: BatchAnswerer, named: _NamedBatch, max_new_tokens: int) -> Iterator[tuple[int, str]]:
-    if named.batch is None:
-        return
-    answers = assistant.answers(named.batch, max_new_tokens=max_new_tokens)
-    yield from zip(named.indices, (answer.strip() for answer in answers), strict=True)
+    for named in loader:
+        texts = [] if named.batch is None else assistant.answers(named.batch, max_new_tokens=decoding.max_new_tokens)
+        pairs = zip(named.indices, texts, strict=True)
+        yield AnsweredBatch([(questions[index], text.strip()) for index, text in pairs], named.skipped)
 
 
 def unanswered(questions: Sequence[Question], file: PredictionsFile) -> list[Question]:

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,15 +92,30 @@ def run_test(
     Args:
         features: a picture's stored features by its path, where the run keeps some.
     """
-    data, folder = config.data, pictures_of_test(config)
-    same = data.video_frames if assistant.prompts.videos_of_one_length else None
-    root = folder if config.evaluation.image_folder else video_folder(data)
     with VideoReader() as reader:
-        videos = VideoReading(folder=root, sampling=video_sampling(data), frames=same, reader=reader)
-        media = MediaReader(folder=folder, videos=videos, features=features)
+        media = replace(media_of_run(config, assistant, of_test=True, reader=reader), features=features)
         return evaluate_run(
             assistant, config.evaluation, run_folder=run_folder_of(config), media=media, numbers=numbers
         )
+
+
+def media_of_run(
+    config: RunConfig, assistant: Assistant, *, of_test: bool, reader: VideoReader | None = None
+) -> MediaReader:
+    """Reads what the questions of a run show.
+
+    Args:
+        of_test: those of `evaluation.file`; else the run's own samples.
+        reader: of its videos; None starts one where there are any.
+    """
+    data = config.data
+    folder = pictures_of_test(config) if of_test else Path(data.image_folder)
+    same = data.video_frames if assistant.prompts.videos_of_one_length else None
+    root = folder if of_test and config.evaluation.image_folder else video_folder(data)
+    videos = VideoReading(
+        folder=root, sampling=video_sampling(data), frames=same, reader=VideoReader() if reader is None else reader
+    )
+    return MediaReader(folder=folder, videos=videos)
 
 
 def pictures_of_test(config: RunConfig) -> Path:

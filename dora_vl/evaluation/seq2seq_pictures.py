@@ -14,13 +14,10 @@ from dora_vl.data.examples import Clip, Example
 from dora_vl.data.media import open_image
 from dora_vl.evaluation.result_files import Prediction
 from dora_vl.run.run_folder import LOSS_LOG, read_log
+from dora_vl.run.watched import SIDE, tiled
 from dora_vl.scores.scored import Scored
 from dora_vl.vision.frame_sampling import Uniform
 from dora_vl.vision.video import VideoReader
-
-SIDE = 2
-GAP_PX = 2
-PAPER = (255, 255, 255)
 
 
 def clip_picture(reader: VideoReader, root: Path, clip: Clip) -> Image.Image:
@@ -29,13 +26,7 @@ def clip_picture(reader: VideoReader, root: Path, clip: Clip) -> Image.Image:
     Raises:
         BadSample: the clip cannot be read.
     """
-    frames = reader.read(root, clip, Uniform(SIDE**2)).pictures
-    width, height = frames[0].size
-    tile = Image.new("RGB", (SIDE * width + GAP_PX, SIDE * height + GAP_PX), PAPER)
-    for number, frame in enumerate(frames):
-        row, column = divmod(number, SIDE)
-        tile.paste(frame, (column * (width + GAP_PX), row * (height + GAP_PX)))
-    return tile
+    return tiled(reader.read(root, clip, Uniform(SIDE**2)).pictures)
 
 
 log = logging.getLogger(__name__)
@@ -126,17 +117,20 @@ def expected(example: Example) -> str:
     return example.answers[0].text if example.answers else ""
 
 
+def in_words(example: Example, said: str) -> str:
+    """An answer as people read it: a choice's label as its words."""
+    labels = [f"a{index}" for index in range(len(example.choices))]
+    return dict(zip(labels, example.choices, strict=True)).get(said, said)
+
+
 def _prediction(name: str, example: Example, said: str) -> Prediction:
     """What the contact sheet shows; a choice in its words."""
-    chosen = [f"a{index}" for index in range(len(example.choices))]
-    words = dict(zip(chosen, example.choices, strict=True))
-    truth = expected(example)
     kind = example.extra.get("kind")
     return Prediction(
         id=name,
         images=media_of(example),
         question=example.question,
-        truth=words.get(truth, truth),
-        prediction=words.get(said, said),
+        truth=in_words(example, expected(example)),
+        prediction=in_words(example, said),
         kind=None if kind is None else str(kind),
     )

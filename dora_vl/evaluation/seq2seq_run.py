@@ -184,27 +184,37 @@ def answer(
     batch_size: int,
 ) -> tuple[list[Example], Asked]:
     """Answers every example that can be asked; all examples, and what came of them."""
-    collate = Seq2SeqCollator(encoder.pad_token_id, (reader.tokens, reader.width))
     examples: list[Example] = []
     done = Asked()
-    device = next(backbone.parameters()).device
     with torch.inference_mode(), tqdm(total=len(file), desc=subtask.name, unit="question") as progress:
         for rows in _batches(file, batch_size):
             examples.extend(rows)
-            items = [asked(example, subtask, encoder, reader) for example in rows]
-            done.failed.update({one.id: one.reason for one in items if isinstance(one, Skipped)})
-            usable = [row for row, item in zip(rows, items, strict=True) if isinstance(item, Seq2SeqSample)]
-            if usable:
-                batch = collate([MicroBatch(subtask, items)])
-                inputs = [batch[name].to(device) for name in ("input_ids", "attention_mask", "features")]
-                said = answers_of(backbone, encoder, subtask, usable, inputs)
-                done.answers.update({example.id: text for example, text in zip(usable, said, strict=True)})
-                done.cut.update(batch["cut"])
+            found = answer_rows(backbone, encoder, subtask, reader, rows)
+            done.answers.update(found.answers)
+            done.failed.update(found.failed)
+            done.cut.update(found.cut)
             progress.update(len(rows))
     if done.cut:
         name, tokens = next(iter(done.cut.items()))
         log.warning("%s: %d texts were cut, such as that of %s by %d tokens", subtask.name, len(done.cut), name, tokens)
     return examples, done
+
+
+def answer_rows(
+    backbone: VlBartBackbone, encoder: Seq2SeqEncoder, subtask: Subtask, reader: FeatureReader, rows: Sequence[Example]
+) -> Asked:
+    """One batch of a task's examples; autograd should be off."""
+    items = [asked(example, subtask, encoder, reader) for example in rows]
+    done = Asked(failed={one.id: one.reason for one in items if isinstance(one, Skipped)})
+    usable = [row for row, item in zip(rows, items, strict=True) if isinstance(item, Seq2SeqSample)]
+    if usable:
+        device = next(backbone.parameters()).device
+        batch = Seq2SeqCollator(encoder.pad_token_id, (reader.tokens, reader.width))([MicroBatch(subtask, items)])
+        inputs = [batch[name].to(device) for name in ("input_ids", "attention_mask", "features")]
+        said = answers_of(backbone, encoder, subtask, usable, inputs)
+        done.answers.update({example.id: text for example, text in zip(usable, said, strict=True)})
+        done.cut.update(batch["cut"])
+    return done
 
 
 def asked(

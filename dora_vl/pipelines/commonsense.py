@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,14 @@ from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import ConversationDataset, Rows
-from dora_vl.data.media import HeldPictures
+from dora_vl.data.media import HeldPictures, StoredPictures
 from dora_vl.errors import UserError
-from dora_vl.evaluation.commonsense_run import evaluate_commonsense, read_sets
+from dora_vl.evaluation.asker import MediaReader
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.commonsense_run import evaluate_commonsense, no_media, read_sets
 from dora_vl.evaluation.open_asker import with_adapter
+from dora_vl.evaluation.prompt_inputs import InstructionPrompts
+from dora_vl.evaluation.questions import Question
 from dora_vl.model_files import check_model_folder
 from dora_vl.pipelines.instruct_data import InstructPipeline
 from dora_vl.run.adapting import CAUSAL_LM, check_quantisation, core_config, load_base, make_base
@@ -81,6 +85,24 @@ class CommonsensePipeline(InstructPipeline[CommonsenseRunConfig]):
             partial(_spoken, encoder=encoder), collate=Collator(pad_token_id(encoder), pack=data.packing)
         )
         return dataclasses.replace(found, longest_tokens=data.max_tokens)  # words would not count the prompt's tokens
+
+    def _assistant(self, backbone: Backbone[Any]) -> Assistant:
+        return Assistant(backbone, InstructionPrompts(build_encoder(self.config, backbone)), while_training=True)
+
+    def _places(self, backbone: Backbone[Any]) -> frozenset[int]:
+        return frozenset()
+
+    def _test_questions(self) -> list[Question]:
+        return read_sets(self.config.evaluation)[0]
+
+    def _media(
+        self,
+        backbone: Backbone[Any],
+        arguments: TrainingArguments,
+        questions: Sequence[Question],
+        stored: StoredPictures | None,
+    ) -> MediaReader:
+        return no_media()
 
     def recipe(self) -> dict[str, Any]:
         """Base, prompt and lengths."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.prompt_formats import FORMATS
 from dora_vl.core import DoRAConfig
 from dora_vl.data.dataset import ConversationDataset, Encoded, Rows, Sample
-from dora_vl.data.media import HeldPictures, open_picture
+from dora_vl.data.media import HeldPictures, StoredPictures, open_picture
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
-from dora_vl.evaluation.run import check_test, run_test
+from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.run import check_test, media_of_run, read_test, run_test
 from dora_vl.pipelines.instruct_data import InstructData, InstructPipeline, MakeDataset
 from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.adapting import IMAGE_TEXT, check_quantisation, core_config, load_base
@@ -41,6 +44,9 @@ from dora_vl.run.samples import VideoReading, check_videos, video_folder, video_
 from dora_vl.training.pipeline import Pipeline, TrainingData
 
 logger = logging.getLogger(__name__)
+
+PLACES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+"""Names in a model's config of the ids that its pictures and videos are put in place of."""
 
 
 def instruct_pipeline(config: RunConfig) -> Pipeline:
@@ -108,6 +114,31 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
             tokens_per_image=len(encoder.dummy().input_ids) if encoder.sees_pictures else 0,
             tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if seen_videos else 0,
         )
+
+    def _assistant(self, backbone: Backbone[Any]) -> Assistant:
+        encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+        return Assistant(backbone, ImageTextPrompts(encoder), while_training=True)
+
+    def _places(self, backbone: Backbone[Any]) -> frozenset[int]:
+        config = backbone.model.config.to_dict()
+        if found := [config[name] for name in PLACES if isinstance(config.get(name), int)]:
+            return frozenset(found)
+        encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+        token = vars(encoder.processor).get("image_token")
+        return frozenset([encoder.tokenizer.convert_tokens_to_ids(token)] if isinstance(token, str) else [])
+
+    def _test_questions(self) -> list[Question]:
+        return read_test(self.config.evaluation)[0]
+
+    def _media(
+        self,
+        backbone: Backbone[Any],
+        arguments: TrainingArguments,
+        questions: Sequence[Question],
+        stored: StoredPictures | None,
+    ) -> MediaReader:
+        media = media_of_run(self.config, self._assistant(backbone), of_test=stored is None)
+        return replace(media, stored=stored)
 
     def _make(self, samples: InstructData, encoder: ImageTextEncoder) -> MakeDataset:
         """What makes samples of rows, their pictures and videos read."""

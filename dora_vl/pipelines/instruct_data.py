@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from PIL import Image
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone
-from dora_vl.data.dataset import ConversationDataset, Rows
+from dora_vl.data.dataset import ConversationDataset, Rows, Sample, Skipped
 from dora_vl.data.look_ahead import look_ahead, try_first
 from dora_vl.data.media import HeldPictures, StoredPictures, any_is_there
 from dora_vl.data.sampler import sampling_lengths
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
 from dora_vl.data.train_files import train_files, train_name
 from dora_vl.data.training_rows import SampleRows, described, load_rows, overlap, overlap_warning
+from dora_vl.data.turns import Turn, read_conversation
 from dora_vl.errors import UserError, shown
+from dora_vl.evaluation.asker import MediaReader
+from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.watch import questions_of_rows, watch_assistant
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.samples import check_streaming, open_stream, read_samples, read_validation, samples_of_a_run
+from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.memory_estimate import Activations, decoder_activations
-from dora_vl.training.pipeline import NextTokenLoss, Pipeline, TrainingData
+from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, TrainingData
 
 MakeDataset = Callable[[Rows, HeldPictures], ConversationDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
@@ -84,6 +92,20 @@ class InstructData:
     def stored(self) -> StoredPictures:
         """Those that the tables' files hold themselves."""
         return StoredPictures.joined([table.stored for table in (self._train, self._held_out) if table is not None])
+
+    @property
+    def held_out(self) -> SampleRows | None:
+        """Those whose loss is measured while training."""
+        return self._held_out
+
+    def shown_in(self, sample: Sample | Skipped) -> Question:
+        """What a training sample shows, as a question without words; of a stream its pictures alone."""
+        images = sample.images if isinstance(sample, Sample) else ()
+        turn = (Turn("user", ""),)
+        if self._train is None or isinstance(sample, Skipped):
+            return Question(id=sample.id, images=images, turns=turn, truth="")
+        clips = read_conversation(self._train.samples[sample.index]).videos
+        return Question(id=sample.id, images=images, turns=turn, truth="", videos=clips)
 
     def describe(self) -> None:
         """Says of each file what it holds, and what is held out."""
@@ -237,3 +259,61 @@ class InstructPipeline(Pipeline, Generic[Settings]):
     def loss(self, backbone: Backbone[Any]) -> NextTokenLoss:
         """Next-token loss."""
         return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
+
+    def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
+        """Questions of the validation samples, or else of the test."""
+        held_out, config = self._samples(arguments).held_out, self.config
+        if held_out is None and config.evaluation.file is None:
+            return None
+        if held_out is not None:
+            questions = questions_of_rows(held_out.rows, config.watch)
+        else:
+            questions = evenly(self._test_questions(), config.watch)
+        media = self._media(backbone, arguments, questions, None if held_out is None else held_out.stored)
+        return watch_assistant(
+            self._assistant(backbone),
+            questions,
+            media,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            source=str(config.evaluation.file if held_out is None else config.data.held_out),
+        )
+
+    @abstractmethod
+    def _assistant(self, backbone: Backbone[Any]) -> Assistant:
+        """The model that trains, ready to be asked."""
+
+    @abstractmethod
+    def _test_questions(self) -> list[Question]:
+        """All that the test asks."""
+
+    @abstractmethod
+    def _media(
+        self,
+        backbone: Backbone[Any],
+        arguments: TrainingArguments,
+        questions: Sequence[Question],
+        stored: StoredPictures | None,
+    ) -> MediaReader:
+        """Reads what questions show.
+
+        Args:
+            stored: the pictures that the samples' own files hold; None: the questions are of the test.
+        """
+
+    def reading(self, backbone: Backbone[Any]) -> Reading:
+        """Its encoder's tokenizer."""
+        encoder: Any = self._assistant(backbone).prompts
+        return Reading(encoder.encoder.tokenizer, self._places(backbone))
+
+    @abstractmethod
+    def _places(self, backbone: Backbone[Any]) -> frozenset[int]:
+        """Ids that stand for a piece of a picture or a video."""
+
+    def pictures_of(
+        self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]
+    ) -> list[Callable[[], Image.Image] | None]:
+        """The samples' own."""
+        samples = self._samples(arguments)
+        asked = [samples.shown_in(item) for item in items]
+        media = self._media(backbone, arguments, asked, samples.stored)
+        return [partial(media.picture, one) if one.images or one.videos else None for one in asked]

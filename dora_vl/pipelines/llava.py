@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,11 +18,13 @@ from dora_vl.backbones.llava import LlavaBackbone, llava_config, llava_skeleton
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import ConversationDataset, Rows
-from dora_vl.data.media import HeldPictures
+from dora_vl.data.media import HeldPictures, StoredPictures
+from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import LlavaPrompts
-from dora_vl.evaluation.run import check_test, pictures_of_test, read_test, run_test
+from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.run import check_test, media_of_run, pictures_of_test, read_test, run_test
 from dora_vl.pipelines.instruct_data import InstructPipeline
 from dora_vl.run.adapting import LLAVA, check_quantisation, make_base
 from dora_vl.run.assembly import (
@@ -92,6 +95,32 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
             tokens_per_image=llava.tokens_per_image,
             share_pictures=data.share_pictures,
         )
+
+    def _assistant(self, backbone: Backbone[Any]) -> Assistant:
+        llava, data = cast(LlavaBackbone, backbone), self.config.data
+        encoder = build_encoder(self.config.model, llava, max_tokens=data.max_tokens)
+        return Assistant(llava, LlavaPrompts(encoder, image_preparation(self.config.model)), while_training=True)
+
+    def _places(self, backbone: Backbone[Any]) -> frozenset[int]:
+        return frozenset([cast(LlavaBackbone, backbone).config.image_token_id])
+
+    def _test_questions(self) -> list[Question]:
+        return read_test(self.config.evaluation)[0]
+
+    def _media(
+        self,
+        backbone: Backbone[Any],
+        arguments: TrainingArguments,
+        questions: Sequence[Question],
+        stored: StoredPictures | None,
+    ) -> MediaReader:
+        media = media_of_run(self.config, self._assistant(backbone), of_test=stored is None)
+        if not self.config.data.cache_features:
+            return replace(media, stored=stored)
+        names = dict.fromkeys(path for question in questions for path in question.images)
+        llava, device = cast(LlavaBackbone, backbone), arguments.device
+        kept = picture_reader(self.config, llava, names, folder=media.folder, device=device, stored=stored)
+        return replace(media, stored=stored, features=kept.features)
 
     def recipe(self) -> dict[str, Any]:
         """Base, template and picture settings."""

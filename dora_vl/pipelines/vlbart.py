@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 
@@ -32,6 +33,7 @@ from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.errors import UserError
 from dora_vl.evaluation.seq2seq_check import check_tests, open_test
 from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
+from dora_vl.evaluation.seq2seq_watch import picture_of, watch_subtasks
 from dora_vl.pipelines.vlbart_settings import (
     ONE_AT_A_TIME,
     check_names,
@@ -45,6 +47,7 @@ from dora_vl.run.adapting import VLBART, make_base
 from dora_vl.run.arguments import order_seed
 from dora_vl.run.run_folder import ADAPTER, checkpoint_of, run_folder_of
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.run.watched import Watch
 from dora_vl.run.zero import loading_in
 from dora_vl.tasks.closed_answers import (
     SETTING,
@@ -56,7 +59,7 @@ from dora_vl.tasks.closed_answers import (
 from dora_vl.tasks.seq2seq import MixtureDataset, Seq2SeqCollator, ValidationBatches
 from dora_vl.tasks.subtask import Subtask
 from dora_vl.training.memory_estimate import Activations
-from dora_vl.training.pipeline import Pipeline, TrainingData
+from dora_vl.training.pipeline import Pipeline, Reading, TrainingData
 from dora_vl.training.seq2seq_loss import Seq2SeqLoss
 from dora_vl.vision.feature_files import open_features
 from dora_vl.vision.features import read_settings
@@ -194,6 +197,37 @@ class VlBartPipeline(Pipeline):
             element_bytes=backbone.model.dtype.itemsize,
             recomputed=bool(arguments.gradient_checkpointing),
         )
+
+    def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
+        """Examples of the validation files, or else of the test's, of each task in turn."""
+        vlbart, data, evaluation = cast(VlBartBackbone, backbone), self.config.data, self.config.evaluation
+        width = vlbart.config.feature_width
+        files = data.validation_files or evaluation.files
+        places = data.features if data.validation_files else {**data.features, **evaluation.features}
+        tested = [
+            (self._subtasks[name], ExampleFile(paths_of(path)), self._reader(places[name], width))
+            for name, path in files.items()
+        ]
+        return watch_subtasks(
+            vlbart,
+            self.encoder(),
+            tested,
+            count=self.config.watch,
+            image_folder=evaluation.image_folder,
+            source=str(data.held_out or evaluation.file),
+        )
+
+    def reading(self, backbone: Backbone[Any]) -> Reading:
+        """BART's tokens; pictures have no place among them."""
+        return Reading(self.encoder().tokenizer)
+
+    def pictures_of(
+        self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]
+    ) -> list[Callable[[], Image.Image] | None]:
+        """Those of the first micro-batch's examples, below `evaluation.image_folder`."""
+        folder = self.config.evaluation.image_folder
+        examples = cast(MixtureDataset, data.train).examples(0)
+        return [None if folder is None else picture_of(example, Path(folder)) for example in examples]
 
     def recipe(self) -> dict[str, Any]:
         """Base, tasks and their settings."""

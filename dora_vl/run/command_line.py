@@ -170,6 +170,9 @@ def read_settings(
 
 def _check_counts(config: object) -> None:
     """A limit of 0 would be an empty test that looks like a whole one."""
+    watch = getattr(config, "watch", 0)
+    if watch < 0:
+        raise UserError(f"watch is {watch}; 0 asks nothing")
     for section in dataclasses.fields(cast(Any, config)):
         value = getattr(config, section.name)
         for name, hint in COUNTS.items() if dataclasses.is_dataclass(value) else ():

@@ -111,6 +111,11 @@ class RunSettings(Protocol):
         """Whether the adapter that is there is tested and nothing trained."""
         ...
 
+    @property
+    def watch(self) -> int:
+        """How many fixed questions are answered through training."""
+        ...
+
 
 Decayed = Literal["matrices", "all_but_biases"]
 """What weight decay acts on."""
@@ -279,6 +284,9 @@ class ResumableRun:
     """Removes what an earlier run left in training.output_dir; otherwise that is refused."""
     test_only: bool = False
     """Trains nothing: tests the adapter in training.output_dir again, or resumes a test that was stopped."""
+    watch: int = 4
+    """So many fixed questions, of the validation data or else of the test, are answered at every validation (without
+    one: at the start and five times more), into `watched/`, the report and what training.report_to names; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,6 +148,15 @@ class MixtureDataset(Dataset[MicroBatch]):
         """Moves the order and the random choices of every worker to this epoch."""
         self._epoch.fill_(epoch)
 
+    def examples(self, number: int) -> list[Example]:
+        """What a micro-batch is made of.
+
+        Raises:
+            BadSample: a line is no record.
+        """
+        part = self._plan.part(number, epoch=int(self._epoch))
+        return [self._files[part.source][index] for index in part.indices]
+
     def __getitem__(self, number: int) -> MicroBatch:
         epoch = int(self._epoch)
         part = self._plan.part(number, epoch=epoch)

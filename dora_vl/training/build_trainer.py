@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_vl.adapters.folder import load_adapter, load_kept, save_adapter
+from dora_vl.adapters.provenance import versions
 from dora_vl.backbones.base import Backbone
 from dora_vl.core import trained_parts
 from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.run.launch import on_first_rank
-from dora_vl.run.run_folder import LOSS_LOG, run_folder_of
+from dora_vl.run.run_folder import LOSS_LOG, PLAN, run_folder_of, write_json
 from dora_vl.run.zero import gather_to_read, gather_to_write
 from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
-from dora_vl.training.memory_estimate import Activations, estimate_memory, memory_table
+from dora_vl.training.memory_estimate import Activations, Table, estimate_memory, memory_table
 from dora_vl.training.optim import (
     LearningRates,
     frozen_table,
@@ -33,6 +36,7 @@ from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.trainer import AdapterTrainer, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
+from dora_vl.training.watching import WatchQuestions
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +55,15 @@ def build_trainer(
     )
     statistics = BatchStatistics(ledger)
     held_out, validation = _validation(data, arguments, source=str(config.data.held_out))
+    watch = pipeline.watch(backbone, arguments) if config.watch else None
     stop = StopOnSignal()
     rates = rates_of(config.optim, arguments.learning_rate)
     refuse_unknown_parts(trained_parts(backbone.model), rates)
-    log_plan(backbone, rates, pipeline.activations(backbone, arguments, longest_tokens=data.longest_tokens), arguments)
+    activations = pipeline.activations(backbone, arguments, longest_tokens=data.longest_tokens)
+    plan = plan_of(backbone, rates, activations, arguments)
+    logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
+    if arguments.process_index == 0:
+        write_json(run_folder / PLAN, {name: asdict(table) for name, table in plan.items()} | _machine(arguments))
     trainer = AdapterTrainer(
         model=pipeline.loss(backbone),
         args=arguments,
@@ -77,6 +86,11 @@ def build_trainer(
     )
     if data.stream is not None and not arguments.ignore_data_skip:
         trainer.progress.follow(data.stream)
+    # transformers puts its trackers first; they shall hear what is added to the line.
+    trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(LossLog))
+    if watch is not None:
+        trackers = trainer.callback_handler.callbacks
+        trainer.add_callback(WatchQuestions(watch, run_folder, lambda: trackers))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
@@ -84,19 +98,23 @@ def build_trainer(
     return trainer, stop
 
 
-def log_plan(
+def plan_of(
     backbone: Backbone[Any], rates: LearningRates, activations: Activations, arguments: TrainingArguments
-) -> None:
-    """Logs what trains and what it will take, before the first step."""
+) -> dict[str, Table]:
+    """What trains, what does not, and the memory that it will take, before the first step."""
     zero = (deepspeed_config() or {}).get("zero_optimization")
     parts, stage = trained_parts(backbone.model), int((zero or {}).get("stage", 0))
     estimate = estimate_memory(backbone, activations, zero=zero, world_size=arguments.world_size)
-    tables = (
-        trained_table(backbone.model, parts, rates),
-        frozen_table(backbone.model),
-        memory_table(estimate, world_size=arguments.world_size, stage=stage),
-    )
-    logger.info("what trains, and what it takes:\n%s", "\n".join(tables))
+    return {
+        "trained": trained_table(backbone.model, parts, rates),
+        "not_adapted": frozen_table(backbone.model),
+        "memory": memory_table(estimate, world_size=arguments.world_size, stage=stage),
+    }
+
+
+def _machine(arguments: TrainingArguments) -> dict[str, Any]:
+    device = torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else "cpu"
+    return {"versions": versions(), "device": device, "ranks": arguments.world_size}
 
 
 def _validation(

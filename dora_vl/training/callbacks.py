@@ -18,11 +18,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.run.run_folder import read_log, write_log
+from dora_vl.training.memory_used import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts
 
 logger = logging.getLogger(__name__)
 
 ECHO_SECONDS = 1.0  # a signal this soon after the first is the launcher passing on the same one
+RATE = "learning_rate"
 
 
 class EpochCallback(TrainerCallback):
@@ -38,7 +40,7 @@ class EpochCallback(TrainerCallback):
 
 
 class LossLog(TrainerCallback):
-    """Adds speed, padding and skipped samples to each logged line, and appends it to `log.jsonl` (first rank).
+    """Adds speed, padding, memory, rates by part and skipped samples to each line, and appends it to `log.jsonl`.
 
     The file of a resumed run keeps the lines up to the step it resumes from.
     """
@@ -48,6 +50,13 @@ class LossLog(TrainerCallback):
         self._statistics = statistics
         self._before = Counts()
         self._since = 0.0
+        self._rates: dict[str, float] = {}
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Keeps the rates of the step, when the Trainer notes the one that it logs."""
+        self._rates = rates_by_part(more["optimizer"])
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the clock, and cuts lines that a resumed run will write again."""
@@ -72,6 +81,7 @@ class LossLog(TrainerCallback):
             return
         if "loss" in logs:
             logs.update(self._speed(args.device))
+            logs.update(self._rates)
         if state.is_world_process_zero:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **_finite(logs)}) + "\n")
@@ -88,7 +98,13 @@ class LossLog(TrainerCallback):
             "labelled_tokens": window.labelled_tokens,
             "skipped": counts.skipped,
             "cut_samples": counts.cut_samples,
+            "memory_gib": round(memory_gib(device), 3),
         }
+
+
+def rates_by_part(optimizer: Any) -> dict[str, float]:
+    """Each part's learning rate of now, by the names of `optim.parameter_groups`."""
+    return {f"{RATE}/{group['name']}": group["lr"] for group in optimizer.param_groups if "name" in group}
 
 
 def _finite(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,26 @@ FLOAT32_BYTES = 4
 # gated MLP at about 2.7 times the width.
 VECTORS_PER_LAYER = 17
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is told before the first step: for the log as text, for the run's folder as it is."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __str__(self) -> str:
+        """Lines in columns, the first one's words at the left, numbers at the right."""
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,7 @@ def _offloads(zero: Mapping[str, Any] | None, what: str) -> bool:
     return (zero or {}).get(what, {}).get("device", "none") != "none"
 
 
-def memory_table(estimate: MemoryEstimate, *, world_size: int, stage: int) -> str:
+def memory_table(estimate: MemoryEstimate, *, world_size: int, stage: int) -> Table:
     """The estimate in GiB for one rank."""
     named = {
         "weights": estimate.weights,
@@ -133,17 +153,4 @@ def memory_table(estimate: MemoryEstimate, *, world_size: int, stage: int) -> st
     if estimate.on_host:
         named["on the host"] = estimate.on_host
     title = f"memory a rank ({world_size} ranks, ZeRO-{stage})"
-    return table((title, "GiB"), ((name, f"{size / GIB:.2f}") for name, size in named.items()))
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lines in columns, the first one's words at the left, numbers at the right."""
-    lines = [tuple(header), *(tuple(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return Table((title, "GiB"), tuple((name, f"{size / GIB:.2f}") for name, size in named.items()))

@@ -16,7 +16,7 @@ from dora_vl.core.layer import AdaptedLayer
 from dora_vl.errors import UserError
 from dora_vl.run.recipe import Decayed, OptimConfig
 from dora_vl.run.zero import without_sharding
-from dora_vl.training.memory_estimate import parameter_count, table, unpacked_sizes, weight_count
+from dora_vl.training.memory_estimate import Table, parameter_count, unpacked_sizes, weight_count
 from dora_vl.training.pipeline import Pipeline
 
 
@@ -148,8 +148,8 @@ EXPERTS, EMBEDDINGS, LINEARS, CONVOLUTIONS, OTHERS = (
 TIED = "embeddings, tied to the head"
 
 
-def trained_table(model: nn.Module, parts: Sequence[TrainedPart], rates: LearningRates) -> str:
-    """A line for each part that trains: layers, numbers, their share of all, rank and learning rate."""
+def trained_table(model: nn.Module, parts: Sequence[TrainedPart], rates: LearningRates) -> Table:
+    """A row for each part that trains: layers, numbers, their share of all, rank and learning rate."""
     total = weight_count(model)
     layers = dict(adapted_layers(model))
     lines: dict[str, list[TrainedPart]] = {}
@@ -161,7 +161,7 @@ def trained_table(model: nn.Module, parts: Sequence[TrainedPart], rates: Learnin
         (what, "", *_share(count, total), "", "")
         for what, count in (("trained", trained), ("frozen", total - trained), ("all", total))
     ]
-    return table(("part", "layers", "parameters", "share", "rank", "learning rate"), rows)
+    return Table(("part", "layers", "parameters", "share", "rank", "learning rate"), tuple(rows))
 
 
 def _line(
@@ -181,8 +181,8 @@ def _share(count: int, total: int) -> tuple[str, str]:
     return f"{count:,}", f"{count / max(total, 1):.3%}"
 
 
-def frozen_table(model: nn.Module) -> str:
-    """What is not adapted and does not train: a line for each kind of weight, with its share and its largest."""
+def frozen_table(model: nn.Module) -> Table:
+    """What is not adapted and does not train: a row for each kind of weight, with its share and its largest."""
     total = weight_count(model)
     found: dict[str, list[tuple[str, int]]] = {}
     for kind, name, count in _out_of_reach(model):
@@ -192,7 +192,7 @@ def frozen_table(model: nn.Module) -> str:
         for kind in (EXPERTS, TIED, EMBEDDINGS, LINEARS, CONVOLUTIONS, OTHERS)
         if kind in found
     ]
-    return table(("not adapted", "parameters", "share", "such as"), rows)
+    return Table(("not adapted", "parameters", "share", "such as"), tuple(rows))
 
 
 def _out_of_reach(model: nn.Module) -> Iterator[tuple[str, str, int]]:

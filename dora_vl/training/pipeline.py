@@ -6,19 +6,22 @@ Training asks for these in the order in which they stand here, and knows nothing
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Int
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.base import Backbone
 from dora_vl.core import DoRAConfig
 from dora_vl.heads.generation import generation_loss
 from dora_vl.run.recipe import RunSettings
+from dora_vl.run.watched import Watch
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.progress import EndlessOrder
 
@@ -120,6 +123,14 @@ class TrainingData:
     read_in_a_pass: int | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A tokenizer, and the ids that stand for a piece of a picture or a video."""
+
+    tokenizer: PreTrainedTokenizerBase
+    places: frozenset[int] = frozenset()
+
+
 class Pipeline(ABC):
     """One kind of run with the settings of one run."""
 
@@ -163,6 +174,27 @@ class Pipeline(ABC):
     @abstractmethod
     def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
         """What a step keeps in memory, for the estimate."""
+
+    def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
+        """`watch` fixed questions, ready to be asked while it trains; None where the settings name nothing to ask.
+
+        Every rank must call it, once the data is there.
+        """
+        return None
+
+    @abstractmethod
+    def reading(self, backbone: Backbone[Any]) -> Reading:
+        """How the tokens of its batches are read."""
+
+    @abstractmethod
+    def pictures_of(
+        self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]
+    ) -> list[Callable[[], Image.Image] | None]:
+        """What opens the picture of each sample of the first micro-batch, for people; None: it shows nothing.
+
+        Args:
+            items: what `data.collate` made that micro-batch of.
+        """
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:

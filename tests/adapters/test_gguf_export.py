@@ -37,8 +37,10 @@ def read_back(folder: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+KINDS = [(name, "f32") for name in MODELS] + [(name, kind) for name in ("llama", "gemma2") for kind in ("f16", "q8_0")]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_transformers_reads_the_adapted_model_back(tmp_path: Path, name: str, kind: str) -> None:
     tokenizer = byte_tokenizer()
     base = language(tmp_path / "base", name, tokenizer)

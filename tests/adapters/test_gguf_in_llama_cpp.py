@@ -84,7 +84,8 @@ def test_language_models_run_alike(tmp_path: Path) -> None:
         expected[name] = likeliest(model(torch.tensor([ids])).logits[0, -1])
         splits[name] = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     for name, said in zip(CASES, run(cases), strict=True):
-        assert difference(said["next"], expected[name]) < 2e-3, name
+        limit = 2e-3 if name.startswith("gemma") else 1e-5  # llama.cpp's gelu reads a table of half precision
+        assert difference(said["next"], expected[name]) < limit, name
         assert said["tokens"] == splits[name], name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -25,7 +26,7 @@ from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.turns import Turn
 from tests.adapters.foreign_files import saved
 from tests.backbones.image_text_talks import encoder_of
-from tests.backbones.tiny_families.table import FAMILIES, families
+from tests.backbones.tiny_families.table import FAMILIES
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.core.dense_dora import move
 
@@ -122,7 +123,23 @@ def test_a_llava_merges_to_published_names_from_any(tmp_path: Path) -> None:
     assert (expected - logits(fresh)).abs().max() > 0.01
 
 
-@families
+QUICK = (
+    "llava",
+    "llava_next",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "smolvlm",
+    "gemma3",
+    "paligemma",
+    "mllama",
+    "deepseek_vl",
+)
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) for family in FAMILIES]
+)
 def test_every_family_is_named_as_published_and_read_alike(family: str, tmp_path: Path) -> None:
     base = write_tiny(family, tmp_path / family)
     with BaseWeights(base) as weights:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -91,6 +92,13 @@ def make_spec(language_folder: Path, vision_folder: Path) -> Callable[..., Compo
 
 def test_clip_and_llama_open_with_plain_transformers(make_spec: Callable[..., ComposeSpec], tmp_path: Path) -> None:
     compose_llava(make_spec(), tmp_path / "llava")
+    starts = {".".join(key.split(".")[:2]) for key in load_file(tmp_path / "llava" / "model.safetensors")}
+    assert starts - {"language_model.lm_head"} == {  # as published LLaVAs have them
+        "language_model.model",
+        "multi_modal_projector.linear_1",
+        "multi_modal_projector.linear_2",
+        "vision_tower.vision_model",
+    }
     backbone = load_llava(str(tmp_path / "llava"))
     image = backbone.config.image_token_id
     ids = torch.tensor([[1, 300, image, image, image, image, 310]])

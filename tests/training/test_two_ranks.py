@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dora_vl.evaluation.result_files import read_predictions
+from dora_vl.run.watched import read_watched
 from dora_vl.training.callbacks import read_log
 from tests.training.tiny_run import write_run, write_tiny_data
 
@@ -98,6 +100,11 @@ def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["n"] == 8
     assert metrics["train_steps"] == 6
+    watched, said = read_watched(tmp_path / "run"), read_predictions(tmp_path / "run" / "predictions.jsonl")
+    assert watched is not None
+    assert len(watched.questions) == 4
+    assert list(watched.answers) == [0, 2, 3, 4, 5, 6]
+    assert watched.answers[6] == {one.id: said[one.id].prediction for one in watched.questions}
 
     taken = launch(run_file, ranks=2, port=29615)
     assert taken.returncode == 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dora_vl.core import DoRAConfig, DoRALinear, apply_dora
+from dora_vl.core import DoRAConfig, DoRALinear, apply_dora, rows
 from dora_vl.core.fast.dropout import Dropped
 from dora_vl.core.fast.fused import are_wanted
 from dora_vl.core.linear import SHARED_DROPOUT
@@ -202,3 +202,24 @@ def test_rows_that_keep_their_product_train_through_the_kernels(launches):
     for name, one in expected.items():
         error = float((found[name].double() - one).abs().max() / one.abs().max())
         assert error < (1e-4 if name == "magnitude" else 1e-5), (name, error)
+
+
+@torch.no_grad()
+def test_rows_of_several_adapters(monkeypatch, launches):
+    """Each adapter's rows go through the kernel, in place; those of the base are left alone."""
+    monkeypatch.setattr(rows, "ONE_PRODUCT", 0)
+    linear, batch = nn.Linear(26, 37), rows.BatchAtHand()
+    layer, alone = rows.RowLayer(linear, batch, "rows"), {}
+    for name, rank in (("one", 3), ("two", 5)):
+        adapted = DoRALinear(linear, DoRAConfig(targets=("*",), rank=rank, alpha=7.0, dropout=0.0)).eval()
+        adapted.lora_B.normal_(std=0.3)
+        adapted.magnitude.mul_(torch.linspace(0.5, 1.7, 37))
+        layer.put(name, rows.RowChange.of(adapted, torch.float32))
+        alone[name] = copy.deepcopy(adapted).double()
+    x = torch.randn(4, 9, 26)
+    with batch.holding(("one", None, "two", "two")):
+        found = layer(x)
+    assert launches == [1, 1]
+    assert torch.equal(found[1], linear(x)[1])
+    for number, name in ((0, "one"), (2, "two"), (3, "two")):
+        torch.testing.assert_close(found[number].double(), alone[name](x[number].double()), rtol=1e-5, atol=1e-5)

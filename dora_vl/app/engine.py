@@ -1,0 +1,261 @@
+"""Requests for several adapters answered together: batches of what waits, one after another, in a thread of its own.
+
+Whoever asks prepares a request in its own thread (prompt, pictures, checks), hands it in and receives its answer piece
+by piece. A batch is formed of what waits when the one before is over, plus a few milliseconds; later requests join the
+next. Nothing here knows of HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from dora_vl.app.answering import Answering, Event, Failed, Finished, Piece, Prepared, Stopped
+from dora_vl.app.row_decoding import RowText, Sampling, generate_options
+from dora_vl.app.served_model import Asked, ServedModel
+from dora_vl.app.waiting_room import ENDING, EngineSettings, WaitingRoom
+from dora_vl.backbones.video_inputs import Video
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample, UserError, one_line
+from dora_vl.evaluation.asker import Shown
+from dora_vl.evaluation.predict import Decoding
+
+log = logging.getLogger(__name__)
+
+GIVE_WAY_SECONDS = 0.001
+
+
+class Engine:
+    """Answers requests for a served model's adapters, many at once; `close` it, or use it in a `with`.
+
+    Args:
+        model: what is asked.
+        settings: how requests become batches.
+    """
+
+    def __init__(self, model: ServedModel, settings: EngineSettings | None = None) -> None:
+        self.model = model
+        self.settings = settings or EngineSettings()
+        self._room = WaitingRoom(self.settings, self._one_kind)
+        self._encoding = threading.Lock()
+        """Tokenizers and processors are for one thread at a time."""
+        self._running = threading.Lock()
+        """Held by a batch, and by whoever changes the adapters."""
+        self._loading = threading.Lock()
+        self._changing = False
+        generation = model.backbone.model.generation_config
+        ends = None if generation is None else generation.eos_token_id
+        self._ends = frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
+        self._thread = threading.Thread(target=self._work, name="dora-vl engine", daemon=True)
+        self._thread.start()
+
+    # -- asking ------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        name: str,
+        turns: Sequence[Turn],
+        sampling: Sampling,
+        *,
+        pictures: Sequence[Image.Image] = (),
+        videos: Sequence[Video] = (),
+        fill: bool = False,
+    ) -> Prepared:
+        """A request for the model of this name, its prompt built and checked.
+
+        Args:
+            name: an adapter's, or the base's.
+            turns: the talk so far, its last turn a question; `<image>` and `<video>` where pictures and videos go.
+            sampling: how its answer is chosen.
+            pictures: RGB.
+            videos: frames with their times.
+            fill: the answer may be shorter than `sampling` says where the model has not so many positions left.
+
+        Raises:
+            UnknownModel: there is none of this name.
+            BadSample: it cannot be put to the model; the reason says why.
+        """
+        asked = self.model.asked(name)
+        with self._encoding:
+            sample = asked.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
+        tokens, most = len(sample.input_ids), self.settings.prompt_tokens
+        if most is not None and tokens > most:
+            raise BadSample("request", f"its prompt takes {tokens} tokens, and {most} are allowed here; shorten it")
+        positions = self.model.max_positions
+        if fill and positions is not None:
+            sampling = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, positions - tokens)))
+        Decoding(max_new_tokens=sampling.max_new_tokens, max_positions=positions).check_room(tokens, "request")
+        return Prepared(asked, sample, sampling)
+
+    def submit(self, prepared: Prepared, put: Callable[[Event], object]) -> Answering:
+        """Hands a request in; `put` receives its events in the engine's thread, and must not wait.
+
+        Raises:
+            TooManyRequests: as many wait as may.
+            Stopped: the engine is closed, or the adapter is gone.
+        """
+        answering = Answering(prepared, put, time.monotonic() + self.settings.answer_seconds)
+        self._room.add(answering, partial(self._refuse_gone, prepared.asked))
+        return answering
+
+    def ask(self, prepared: Prepared) -> Iterator[Piece | Finished]:
+        """Hands a request in and gives its events as they come; whoever stops reading ends it.
+
+        Raises:
+            UserError: it could not be answered.
+        """
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        answering = self.submit(prepared, events.put)
+        try:
+            while not isinstance(event := events.get(), Finished):
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+            yield event
+        finally:
+            answering.cancel()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._room)
+
+    def load(self, name: str, folder: Path) -> None:
+        """Serves an adapter from now on; it is read beside the batches, and put in between two.
+
+        Raises:
+            UserError: as `ServedModel.read`.
+        """
+        with self._loading:
+            read = self.model.read(name, folder)
+            with self._between_batches():
+                self.model.put(*read)
+
+    def unload(self, name: str) -> None:
+        """Serves an adapter no longer; the batch at hand is finished, and requests that wait for it are told.
+
+        Raises:
+            UnknownModel: there is none of this name.
+            UserError: it is the base.
+        """
+        with self._loading, self._between_batches():
+            self.model.drop(name)
+            gone = self._room.remove(name)
+        for one in gone:
+            one.tell(Failed(Stopped(f"adapter {name} was unloaded before its answer began")))
+
+    def close(self) -> None:
+        """Ends the thread after the next token; requests at hand are told."""
+        self._room.close()
+        self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the thread --------------------------------------------------------------------------------------------
+
+    def _refuse_gone(self, asked: Asked) -> None:
+        served = self.model.asked(asked.name) if asked.name is not None else asked
+        if served is not asked:
+            raise Stopped(f"adapter {asked.name} was loaded anew meanwhile; ask again")
+
+    @contextlib.contextmanager
+    def _between_batches(self) -> Iterator[None]:
+        """No batch runs meanwhile, and the next waits, however many requests do."""
+        self._changing = True
+        with self._running:
+            self._changing = False
+            yield
+
+    def _work(self) -> None:
+        while (batch := self._room.next_batch()) is not None:
+            while self._changing:  # a lock alone would come back to this thread at once
+                time.sleep(GIVE_WAY_SECONDS)
+            try:
+                with self._running:
+                    self._answer([one for one in batch if self._is_served(one)])
+            except Exception as error:
+                log.exception("a batch of %d requests failed", len(batch))
+                for one in batch:
+                    one.tell(Failed(error))
+
+    def _is_served(self, one: Answering) -> bool:
+        """Whether its adapter is still there now that nobody can take it away; else it is told."""
+        try:
+            self._refuse_gone(one.prepared.asked)
+        except UserError as error:
+            one.tell(Failed(error))
+        return not one.over
+
+    def _one_kind(self) -> bool:
+        """Whether the model cannot tell pictures from videos of one batch."""
+        encoder = self.model.encoder
+        return encoder is not None and encoder.one_kind_in_a_batch
+
+    def _answer(self, batch: Sequence[Answering]) -> None:
+        """Answers a batch; where it fails as a whole, its rows one by one, so that none suffers for another."""
+        if not batch:
+            return
+        try:
+            self._generate(batch)
+        except Exception as error:
+            if len(batch) <= 1:
+                raise
+            log.warning("a batch of %d requests failed (%s); one by one", len(batch), one_line(str(error), 200))
+            for one in batch:
+                self._answer_again(one, error)
+
+    def _answer_again(self, one: Answering, error: Exception) -> None:
+        if one.pieces or one.over:
+            one.tell(Failed(error))
+            return
+        try:
+            self._generate([one])
+        except Exception as again:  # noqa: BLE001 - it is this request's alone
+            log.warning("a request failed: %s", one_line(str(again), 200))
+            one.tell(Failed(again))
+
+    def _generate(self, batch: Sequence[Answering]) -> None:
+        ordered = sorted(batch, key=lambda one: str(one.prepared.asked.name or ""))  # the base, then adapter by adapter
+        rows = [self._row(one) for one in ordered]
+        prepared = [one.prepared for one in ordered]
+        assistant = self.model.assistant
+        inputs = assistant.prompts.collate([one.sample for one in prepared], "left")
+        most = max(one.sampling.max_new_tokens for one in prepared)
+        options = generate_options(rows, self._ends, assistant.device)
+        with self.model.rows([one.asked for one in prepared], [one.pictures for one in prepared]):
+            assistant.new_ids(inputs, max_new_tokens=most, options=options)
+
+    def _row(self, one: Answering) -> RowText:
+        """A row that tells its end at once, whatever the others do."""
+        prepared = one.prepared
+
+        def done(row: RowText) -> None:
+            if row.error is not None:
+                one.tell(Failed(row.error))
+            elif row.reason != "ended":
+                one.tell(Finished(row.reason or "length", row.text, len(prepared.sample.input_ids), len(row.ids)))
+            elif self._room.closed:
+                one.tell(Failed(Stopped(ENDING)))
+            else:
+                one.give_up()
+
+        return RowText(
+            prepared.sampling,
+            prepared.asked.prompts.decode,
+            write=lambda text: one.tell(Piece(text)),
+            over=lambda: one.unwanted or self._room.closed,
+            done=done,
+        )

@@ -1,0 +1,246 @@
+"""One base in memory and the adapters over it, each asked as it was trained to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from dora_vl.adapters.provenance import content_hash, local_folder
+from dora_vl.adapters.row_adapters import Layers, ReadAdapter, RowAdapters, rows_seen
+from dora_vl.backbones.base import Backbone, max_positions
+from dora_vl.backbones.image_text import decoder_of
+from dora_vl.backbones.image_text_encode import ImageTextEncoder
+from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError, shown
+from dora_vl.evaluation.asker import Shown, Wanted
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.model_source import ModelSource, find_source, read_recipe
+from dora_vl.evaluation.open_asker import decoder_parts
+from dora_vl.evaluation.prompt_inputs import ImageTextPrompts, Prompts
+from dora_vl.run.adapting import LLAVA
+
+LLAVA_PROJECTOR = "model.multi_modal_projector"
+"""Of a LLaVA-1.5, which is given one entry a picture, so that each picture can have the projector of its own row."""
+PROBE_ROWS, PROBE_TOKENS = 2, 2  # a prompt, and a token behind it
+
+
+class UnknownModel(UserError):
+    """There is no adapter of this name, and it is not the base's."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How an adapter (or the base) is asked, and what its rows need of a batch.
+
+    Attributes:
+        name: of the adapter; None is the base.
+        prompts: what makes its inputs.
+        alone: whether the pictures of a batch must all be its own.
+    """
+
+    name: str | None
+    prompts: Prompts
+    alone: bool = False
+
+
+class ServedModel:
+    """A base, loaded once, whose rows may each have another adapter.
+
+    Args:
+        source: of the base, and of how it is asked: by itself, or as an adapter on it was trained to be.
+        base_name: what the base is called among the adapters; None: as its folder.
+        template: the prompt format of adapters that do not say their own.
+        any_base: accepts adapters that were trained on another base.
+
+    Raises:
+        UserError: it is no decoder, or cannot be opened.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        base_name: str | None = None,
+        template: str | None = None,
+        any_base: bool = False,
+    ) -> None:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        self.source = source
+        self.base_name = base_name or Path(source.place).absolute().name
+        self._template, self._any_base = template, any_base
+        parts = decoder_parts(source)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.backbone: Backbone[Any] = parts.load().to(device).eval()
+        base = Asked(None, parts.prompts(self.backbone))
+        self.assistant = Assistant(self.backbone, base.prompts)
+        self.adapters = RowAdapters(self.backbone.model, self._layers())
+        self._asked: dict[str, Asked] = {self.base_name: base}
+
+    # -- adapters ----------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What can be asked: the base first."""
+        return tuple(self._asked)
+
+    def asked(self, name: str) -> Asked:
+        """How a model of this name is asked.
+
+        Raises:
+            UnknownModel: there is none.
+        """
+        if name not in self._asked:
+            raise UnknownModel(f"no model {shown(name)} is served; there are {', '.join(self._asked)}")
+        return self._asked[name]
+
+    def read(self, name: str, folder: Path) -> tuple[Asked, ReadAdapter]:
+        """Reads an adapter, which may take long, beside whatever the model does; `put` makes it one that is served.
+
+        Raises:
+            UserError: the name is taken, the folder is no adapter of this base, or it cannot be served per row.
+        """
+        self._refuse_taken(name)
+        source = find_source(
+            Wanted(adapter=folder, base=self.source.place, any_base=True, template=_template_of(folder, self._template))
+        )
+        self._refuse_other_base(source, folder)
+        prompts = decoder_parts(source).prompts(self.backbone)
+        read = self.adapters.read(folder)
+        return Asked(name, prompts, read.alone), read
+
+    def put(self, asked: Asked, adapter: ReadAdapter) -> None:
+        """Serves what was read; between batches only.
+
+        Raises:
+            UserError: the name was taken meanwhile.
+        """
+        name = str(asked.name)
+        self._refuse_taken(name)
+        self.adapters.put(name, adapter)
+        self._asked[name] = asked
+
+    def drop(self, name: str) -> None:
+        """Serves an adapter no longer; between batches only.
+
+        Raises:
+            UnknownModel: there is none of this name.
+            UserError: it is the base.
+        """
+        if self.asked(name).name is None:
+            raise UserError(f"{name} is the base, which stays; name an adapter")
+        del self._asked[name]
+        self.adapters.drop(name)
+
+    # -- batches -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def rows(self, asked: Sequence[Asked], pictures: Sequence[int]) -> Iterator[None]:
+        """Meanwhile the model's batch has a row for each of these, with so many pictures each."""
+        keys = [one.name for one in asked]
+        alone = {one.name for one, count in zip(asked, pictures, strict=True) if count and one.alone}
+        if alone or not self.by_picture:
+            shown_by: list[str | None] = [next(iter(alone), None)]
+        else:
+            shown_by = [key for key, count in zip(keys, pictures, strict=True) for _ in range(count)] or [None]
+        with self.adapters.batch.holding(keys, shown_by):
+            yield
+
+    @property
+    def by_picture(self) -> bool:
+        """Whether each picture of a batch can have the projector of its own row's adapter."""
+        return self.source.kind == LLAVA
+
+    @cached_property
+    def max_positions(self) -> int | None:
+        """What the model takes of a prompt and its answer together."""
+        return max_positions(self.backbone.config)
+
+    @property
+    def encoder(self) -> ImageTextEncoder | None:
+        """The processor's, where the model is asked through one."""
+        prompts = self.assistant.prompts
+        return prompts.encoder if isinstance(prompts, ImageTextPrompts) else None
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _refuse_taken(self, name: str) -> None:
+        if name == self.base_name:
+            raise UserError(
+                f"the base is called {shown(name)} too; choose another name, or the base's with --base-name"
+            )
+        if name in self._asked:
+            raise UserError(f"a model {shown(name)} is served already; unload it first, or choose another name")
+
+    def _refuse_other_base(self, source: ModelSource, folder: Path) -> None:
+        stated = source.recipe.get("base_sha256")
+        if stated and stated != self._base_sha256 and not self._any_base:
+            raise UserError(
+                f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has "
+                f"{self._base_sha256[:12]}…; serve it with its own base, or start with --any-base to try it"
+            )
+        if source.kind != self.source.kind:
+            raise UserError(f"{folder} is an adapter of a {source.kind}, and {self.source.place} is {self.source.kind}")
+        own, served = (one.recipe.get("quantisation") for one in (source, self.source))
+        if source.recipe and own != served and not self._any_base:
+            raise UserError(
+                f"{folder} was trained on a base with quantisation {own}, the served one has {served}; serve it apart, "
+                "or start with --any-base"
+            )
+
+    @cached_property
+    def _base_sha256(self) -> str:
+        return content_hash(local_folder(self.source.place, self.source.revision))
+
+    def _layers(self) -> Layers:
+        model = self.backbone.model
+        sample = self.assistant.prompts.sample([Turn("user", "a")], Shown())
+        batch = self.assistant.prompts.collate([sample] * PROBE_ROWS, "left")
+        options = {"min_new_tokens": PROBE_TOKENS, "num_beams": 1}
+        run = partial(self.assistant.new_ids, batch, max_new_tokens=PROBE_TOKENS, options=options)
+        seen = rows_seen(model, run, rows=PROBE_ROWS, tokens=batch["input_ids"].shape[1])
+        by_picture = _inside(model, model.get_submodule(LLAVA_PROJECTOR)) if self.by_picture else frozenset()
+        return Layers(by_row=seen, by_picture=by_picture, decoder=_inside(model, decoder_of(model)))
+
+
+def _inside(model: nn.Module, part: nn.Module) -> frozenset[str]:
+    """Full names of a part's modules."""
+    inside = set(part.modules())
+    return frozenset(name for name, module in model.named_modules() if module in inside)
+
+
+def open_served(
+    model: str | None,
+    adapters: Mapping[str, Path],
+    *,
+    base_name: str | None = None,
+    template: str | None = None,
+    any_base: bool = False,
+) -> ServedModel:
+    """A base with its adapters; see `ServedModel`. Without `model`, the base is the first adapter's.
+
+    Raises:
+        UserError: there is neither, or one of them cannot be served.
+    """
+    first = next(iter(adapters.values()), None)
+    if first is None:
+        wanted = Wanted(model=model, template=template)
+    else:
+        wanted = Wanted(adapter=first, base=model, any_base=any_base, template=_template_of(first, template))
+    served = ServedModel(find_source(wanted), base_name=base_name, template=template, any_base=any_base)
+    for name, folder in adapters.items():
+        served.put(*served.read(name, folder))
+    return served
+
+
+def _template_of(adapter: Path, template: str | None) -> str | None:
+    """A prompt format for a folder that does not say its own."""
+    return None if "base" in read_recipe(adapter) else template

@@ -1,0 +1,226 @@
+"""What an engine does when too much comes, when it takes too long, when a row breaks and when nobody listens."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dora_vl.app.answering import Failed, Finished, Piece, Stopped, TooLate, TooManyRequests
+from dora_vl.app.engine import Engine
+from dora_vl.app.row_decoding import RowText, Sampling
+from dora_vl.app.served_model import ServedModel
+from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample
+from tests.app.tiny_served import served, spread, write_adapter
+from tests.backbones.tiny_image_text import write_tiny
+
+QUESTION = [Turn("user", "What colour is it?")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    folder = tmp_path_factory.mktemp("served")
+    base = spread(write_tiny("qwen2_5_vl", folder / "base"))
+    adapter = write_adapter(base, folder / "one", seed=1, targets=("*language_model*.q_proj",), rank=2, alpha=5.0)
+    found = served(base, {"one": adapter})
+    found.backbone.model.generation_config.eos_token_id = None  # answers are as long as allowed
+    return found
+
+
+class Gate:
+    """Lets the engine's batches through when it is opened."""
+
+    def __init__(self, engine: Engine, monkeypatch: Any) -> None:
+        self.opened, self.reached, self.sizes = threading.Event(), threading.Event(), list[int]()
+        generate = engine._generate
+
+        def gated(batch: Any) -> None:
+            self.sizes.append(len(batch))
+            self.reached.set()
+            assert self.opened.wait(60)
+            generate(batch)
+
+        monkeypatch.setattr(engine, "_generate", gated)
+
+
+@pytest.fixture
+def engine(model: ServedModel) -> Iterator[Engine]:
+    with Engine(model, EngineSettings(batch_rows=4, waiting=3, answer_seconds=60.0)) as engine:
+        yield engine
+
+
+def handed_in(engine: Engine, name: str = "one", *, tokens: int = 3) -> tuple[Any, queue.SimpleQueue[Any]]:
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    prepared = engine.prepare(name, QUESTION, Sampling(max_new_tokens=tokens))
+    return engine.submit(prepared, events.put), events
+
+
+def last(events: queue.SimpleQueue[Any]) -> Finished | Failed:
+    while isinstance(event := events.get(timeout=60), Piece):
+        pass
+    return event
+
+
+def test_more_than_may_wait_are_refused_and_later_ones_join_the_next_batch(engine: Engine, monkeypatch: Any) -> None:
+    gate = Gate(engine, monkeypatch)
+    first = handed_in(engine)
+    assert gate.reached.wait(60)
+    later = [handed_in(engine) for _ in range(3)]
+    with pytest.raises(TooManyRequests, match="3 requests wait already"):
+        handed_in(engine)
+    later[0][0].cancel()
+    later.append(handed_in(engine))  # in the place of the one that nobody waits for
+    gate.opened.set()
+    assert isinstance(last(later[0][1]), Failed)
+    assert all(isinstance(last(events), Finished) for _, events in [first, *later[1:]])
+    assert gate.sizes == [1, 3]
+
+
+def test_what_takes_too_long_is_told_so(model: ServedModel) -> None:
+    with Engine(model, EngineSettings(answer_seconds=0.4)) as engine:
+        _, events = handed_in(engine, tokens=1500)
+        failed = last(events)
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, TooLate)
+        assert isinstance(last(handed_in(engine)[1]), Finished)
+
+
+def test_leaving_the_loop_ends_the_answer(engine: Engine) -> None:
+    events = engine.ask(engine.prepare("one", QUESTION, Sampling(max_new_tokens=1500)))
+    assert isinstance(next(events), Piece)
+    events.close()
+    before = time.monotonic()
+    assert isinstance(last(handed_in(engine)[1]), Finished)
+    assert time.monotonic() - before < 5
+
+
+def test_a_row_that_breaks_breaks_no_other(engine: Engine, monkeypatch: Any) -> None:
+    gate = Gate(engine, monkeypatch)
+    blocker = handed_in(engine)
+    assert gate.reached.wait(60)
+    good, bad, other = handed_in(engine, tokens=5), handed_in(engine, tokens=7), handed_in(engine, "base", tokens=5)
+    write = RowText._write
+
+    def broken(row: RowText, text: str) -> None:
+        if row.sampling.max_new_tokens == 7 and len(row.ids) == 2:
+            raise ValueError("this row is broken")
+        write(row, text)
+
+    monkeypatch.setattr(RowText, "_write", broken)
+    gate.opened.set()
+    failed = last(bad[1])
+    assert isinstance(failed, Failed)
+    assert "this row is broken" in str(failed.error)
+    assert all(isinstance(last(events), Finished) for _, events in (blocker, good, other))
+    assert gate.sizes == [1, 3]
+
+
+def test_a_batch_that_fails_as_a_whole_is_tried_row_by_row(engine: Engine, monkeypatch: Any) -> None:
+    gate = Gate(engine, monkeypatch)
+    blocker = handed_in(engine)
+    assert gate.reached.wait(60)
+    rows = [handed_in(engine) for _ in range(3)]
+    new_ids = type(engine.model.assistant).new_ids
+
+    def too_much(assistant: Any, batch: Any, **named: Any) -> Any:
+        if len(batch["input_ids"]) > 1:
+            raise RuntimeError("out of memory")
+        return new_ids(assistant, batch, **named)
+
+    monkeypatch.setattr(type(engine.model.assistant), "new_ids", too_much)
+    gate.opened.set()
+    assert all(isinstance(last(events), Finished) for _, events in (blocker, *rows))
+    assert gate.sizes == [1, 3, 1, 1, 1]
+
+
+def test_an_adapter_that_goes_takes_its_waiting_requests_along(
+    engine: Engine, tmp_path: Path, monkeypatch: Any
+) -> None:
+    base = Path(engine.model.source.place)
+    folder = write_adapter(base, tmp_path / "two", seed=2, targets=("*language_model*.v_proj",), rank=3, alpha=5.0)
+    engine.load("two", folder)
+    gate = Gate(engine, monkeypatch)
+    running = handed_in(engine, "two")
+    assert gate.reached.wait(60)
+    waiting, other = handed_in(engine, "two"), handed_in(engine, "one")
+    unloading = threading.Thread(target=engine.unload, args=["two"])
+    unloading.start()
+    time.sleep(0.2)
+    gate.opened.set()
+    unloading.join(60)
+    assert isinstance(last(running[1]), Finished)
+    failed = last(waiting[1])
+    assert isinstance(failed, Failed | Finished)  # told, or answered before it went
+    assert isinstance(last(other[1]), Finished)
+    stale = engine.prepare("one", QUESTION, Sampling(max_new_tokens=2))
+    engine.unload("one")
+    engine.load("one", base.parent / "one")
+    with pytest.raises(Stopped, match="loaded anew"):
+        engine.submit(stale, print)
+
+
+def test_an_adapter_is_put_in_while_requests_never_cease(model: ServedModel, tmp_path: Path) -> None:
+    base = Path(model.source.place)
+    folder = write_adapter(base, tmp_path / "new", seed=3, targets=("*language_model*.v_proj",), rank=3, alpha=5.0)
+    with Engine(model, EngineSettings(batch_rows=1, waiting=4)) as engine:
+        stop, answered = threading.Event(), list[object]()
+
+        def ask_on() -> None:
+            while not stop.is_set():
+                answered.append(last(handed_in(engine, "base")[1]))
+
+        askers = [threading.Thread(target=ask_on) for _ in range(3)]
+        for asker in askers:
+            asker.start()
+        try:
+            for _ in range(3):
+                engine.load("new", folder)
+                assert isinstance(last(handed_in(engine, "new")[1]), Finished)
+                engine.unload("new")
+        finally:
+            stop.set()
+            for asker in askers:
+                asker.join(60)
+    assert len(answered) > 6
+    assert all(isinstance(one, Finished) for one in answered)
+
+
+def test_an_engine_that_ends_tells_everybody(model: ServedModel, monkeypatch: Any) -> None:
+    engine = Engine(model, EngineSettings(batch_rows=1))
+    _, running = handed_in(engine, tokens=1500)
+    _, waiting = handed_in(engine)
+    assert isinstance(running.get(timeout=60), Piece)
+    engine.close()
+    for events in (running, waiting):
+        failed = last(events)
+        assert isinstance(failed, Failed)
+        assert "the server is ending" in str(failed.error)
+    with pytest.raises(Stopped):
+        handed_in(engine)
+
+
+def test_prompts_have_a_longest(model: ServedModel) -> None:
+    with Engine(model, EngineSettings(prompt_tokens=20)) as engine:
+        with pytest.raises(BadSample, match="and 20 are allowed here"):
+            engine.prepare("one", [Turn("user", "Say it. " * 9)], Sampling(max_new_tokens=1))
+        with pytest.raises(BadSample, match="2048 positions"):
+            engine.prepare("base", [Turn("user", "a")], Sampling(max_new_tokens=2048))
+        filled = engine.prepare("base", [Turn("user", "a")], Sampling(max_new_tokens=4000), fill=True)
+        assert filled.tokens == 2048
+
+
+def test_a_batch_has_so_many_tokens(model: ServedModel, monkeypatch: Any) -> None:
+    with Engine(model, EngineSettings(batch_tokens=60, window_seconds=0.3)) as engine:
+        gate = Gate(engine, monkeypatch)
+        gate.opened.set()
+        asked = [handed_in(engine) for _ in range(5)]
+        assert all(isinstance(last(events), Finished) for _, events in asked)
+        tokens = asked[0][0].prepared.tokens
+        assert max(gate.sizes) == 60 // tokens > 1

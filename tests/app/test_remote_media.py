@@ -1,0 +1,135 @@
+"""Addresses on the web: only public ones, at every redirect, whatever a name says; with limits on size and time."""
+
+from __future__ import annotations
+
+import http.server
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dora_vl.app import remote_media
+from dora_vl.app.remote_media import FetchLimits, NotFetched, fetch, is_public, public_addresses
+
+LIMITS = FetchLimits(bytes=1000, seconds=2.0)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "127.8.9.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1",
+        "224.0.0.1", "255.255.255.255", "192.0.2.1", "198.18.0.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1",
+        "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:db8::1",
+    ],
+)  # fmt: skip
+def test_an_address_that_is_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["93.184.215.14", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+def test_an_address_that_is_public(address: str) -> None:
+    assert is_public(address)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "2130706433", "0x7f.1", "127.1", "0", "[::1]".strip("[]")])
+def test_other_spellings_of_this_machine_are_refused(host: str) -> None:
+    with pytest.raises(NotFetched, match=r"is no public address|cannot be resolved"):
+        public_addresses(host, 80)
+
+
+def test_one_private_address_among_public_ones_is_refused(monkeypatch: Any) -> None:
+    entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 80)) for one in ("8.8.8.8", "10.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: entries)
+    with pytest.raises(NotFetched, match=r"10\.0\.0\.1"):
+        public_addresses("example.com", 80)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://example.com/a", "file:///etc/passwd", "http://", "https:///a", "http://user:word@example.com/",
+        "http://example.com/a b", "http://example.com/\r\nX: y", "http://[::1", "http://example.com:99999/", "gopher:a",
+        "http://exämple.com/", "http://example.com:0/",
+    ],
+)  # fmt: skip
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(NotFetched):
+        fetch(url, LIMITS)
+
+
+def test_this_machine_is_refused_before_anything_is_sent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.3)
+        with pytest.raises(NotFetched, match="is no public address"):
+            fetch(f"http://127.0.0.1:{listening.getsockname()[1]}/a.png", LIMITS)
+        with pytest.raises(TimeoutError):
+            listening.accept()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            self.end_headers()
+        elif self.path == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b"a")
+                self.wfile.flush()
+                time.sleep(0.1)
+        else:
+            self.send_response(200 if self.path != "/none" else 404)
+            self.end_headers()
+            self.wfile.write(b"b" * (2000 if self.path == "/large" else 20))
+
+    def log_message(self, *given: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def site(monkeypatch: Any) -> Iterator[str]:
+    """A site on this machine that counts as public under one name, as if it were on the web."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    resolve = remote_media.public_addresses
+    monkeypatch.setattr(
+        remote_media,
+        "public_addresses",
+        lambda host, port: ["127.0.0.1"] if host == "site.example" else resolve(host, port),
+    )
+    yield f"http://site.example:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_is_there_is_fetched(site: str) -> None:
+    assert fetch(f"{site}/a.png", LIMITS) == b"b" * 20
+    assert fetch(f"{site}/to//a.png", LIMITS) == b"b" * 20  # a relative redirect
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/to/http://127.0.0.1/", "no public address"),
+        ("/to/http://localhost:1/", "no public address"),
+        ("/to/file:///etc/passwd", "only http"),
+        ("/to//to//to//to//a", "redirects"),
+        ("/large", "larger than the 1,000 bytes"),
+        ("/none", "status 404"),
+    ],
+)
+def test_what_is_not_fetched(site: str, path: str, reason: str) -> None:
+    with pytest.raises(NotFetched, match=reason):
+        fetch(f"{site}{path}", LIMITS)
+
+
+def test_a_site_that_dribbles_is_left(site: str) -> None:
+    before = time.monotonic()
+    with pytest.raises(NotFetched):
+        fetch(f"{site}/slow", FetchLimits(bytes=1000, seconds=1.0))
+    assert time.monotonic() - before < 3

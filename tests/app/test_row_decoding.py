@@ -1,0 +1,87 @@
+"""A row's text as its tokens come: stop texts across pieces, half characters, its own ends and draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dora_vl.app.row_decoding import RowSampling, RowText, Sampling
+
+END = 0
+
+
+def spoken(tokens: list[int], decode: Any = None, **sampling: Any) -> tuple[RowText, list[str]]:
+    """What a row wrote of these tokens, by default the letters of their numbers."""
+    pieces: list[str] = []
+    letters = decode or (lambda ids: "".join(chr(one) for one in ids if one != END))
+    row = RowText(Sampling(**{"max_new_tokens": 99, **sampling}), letters, pieces.append)
+    for token in tokens:
+        row.take(token, {END})
+    return row, pieces
+
+
+def ids(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one two three", ("two",), "one "),
+        ("one two three", ("xy", "e t"), "on"),
+        ("a##b###c", ("###",), "a##b"),
+        ("aaab", ("aab",), "a"),
+        ("no stop", ("stopped",), "no stop"),
+        ("both", ("th", "ot"), "b"),
+    ],
+)
+def test_a_stop_text_is_never_written_not_even_in_part(text: str, stop: tuple[str, ...], expected: str) -> None:
+    row, pieces = spoken([*ids(text), END], stop=stop)
+    assert "".join(pieces) == row.text == expected
+    assert row.reason == "stop"
+
+
+def test_what_may_become_a_stop_text_is_kept_back_and_comes_later() -> None:
+    _, pieces = spoken(ids("a#b"), stop=("##",))
+    assert pieces == ["a", "#b"]
+    row, pieces = spoken([*ids("a#"), END], stop=("##",))
+    assert pieces == ["a", "#"]
+    assert row.reason == "stop"
+
+
+def test_it_ends_at_its_own_length_and_takes_nothing_more() -> None:
+    row, pieces = spoken(ids("abcdef"), max_new_tokens=3)
+    assert ("".join(pieces), row.reason, len(row.ids)) == ("abc", "length", 3)
+
+
+def test_half_a_character_waits_for_its_other_half() -> None:
+    content = "aé€".encode()
+    decode = lambda taken: bytes(taken).decode("utf-8", errors="replace")  # noqa: E731
+    _, pieces = spoken(list(content), decode)
+    assert pieces == ["a", "é", "€"]
+
+
+def drawn(scores: torch.Tensor, **sampling: Any) -> list[int]:
+    settings = [Sampling(max_new_tokens=1, **sampling)] * len(scores)
+    return RowSampling(settings, torch.device("cpu"))(torch.zeros(1), scores.clone()).argmax(-1).tolist()
+
+
+def test_draws_follow_temperature_and_top_p() -> None:
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    scores = probabilities.log().repeat(4000, 1)
+    for temperature in (1.0, 2.0):
+        found = torch.bincount(torch.tensor(drawn(scores, temperature=temperature)), minlength=4) / len(scores)
+        flattened = probabilities ** (1 / temperature)
+        torch.testing.assert_close(found, flattened / flattened.sum(), atol=0.03, rtol=0.0)
+    kept = torch.bincount(torch.tensor(drawn(scores, temperature=1.0, top_p=0.7)), minlength=4) / len(scores)
+    torch.testing.assert_close(kept, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03, rtol=0.0)
+
+
+def test_a_greedy_row_beside_one_that_samples_keeps_its_scores() -> None:
+    scores = torch.randn(2, 9)
+    settings = [Sampling(max_new_tokens=1), Sampling(max_new_tokens=1, temperature=1.0, seed=3)]
+    found = RowSampling(settings, torch.device("cpu"))(torch.zeros(1), scores.clone())
+    assert torch.equal(found[0], scores[0])
+    assert (found[1] > float("-inf")).sum() == 1

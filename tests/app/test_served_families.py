@@ -1,0 +1,201 @@
+"""Mixed batches of other families: a projector for each picture, eyes that serve alone, language models, PEFT's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from dora_vl.adapters.provenance import content_hash
+from dora_vl.app.answering import Finished
+from dora_vl.app.engine import Engine
+from dora_vl.app.row_decoding import Sampling
+from dora_vl.app.served_model import ServedModel, UnknownModel, open_served
+from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.core.rows import RowLayer
+from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError
+from dora_vl.evaluation.asker import Shown
+from tests.adapters.peft_folders import moved_peft
+from tests.app.test_engine import answers
+from tests.app.tiny_served import alone, answer_alone, served, spread, write_adapter, write_adapters
+from tests.backbones.tiny_image_text import write_tiny
+from tests.backbones.tiny_language import write_tiny_language
+from tests.backbones.tiny_video import coloured_video, write_tiny_video
+from tests.training.tiny_run import write_tiny_llava
+
+RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
+PICTURES = [
+    ([Turn("user", "What colour is it?")], Shown()),
+    ([Turn("user", "<image>\nSay the colour.")], Shown(pictures=(RED,))),
+    ([Turn("user", "<image>\n<image>\nSay it.")], Shown(pictures=(WIDE, RED))),
+]
+WORDS = [([Turn("user", text)], Shown()) for text in ("What colour is it?", "Say the colour.", "the correct answer")]
+
+
+def batches_of(engine: Engine, monkeypatch: Any) -> list[list[str]]:
+    """The names of each batch's rows, as they come."""
+    seen: list[list[str]] = []
+    generate = engine._generate
+
+    def noted(batch: Any) -> None:
+        seen.append([one.prepared.asked.name or "base" for one in batch])
+        generate(batch)
+
+    monkeypatch.setattr(engine, "_generate", noted)
+    return seen
+
+
+def check(
+    base: Path, adapters: Mapping[str, Path], asked: Any, monkeypatch: Any, *, template: str | None = None
+) -> list[list[str]]:
+    """Every question to every adapter and the base, all at once: each answer as alone; returns the batches."""
+    names = ("base", *adapters)
+    questions = [(name, turns, seen) for turns, seen in asked for name in names]
+    with Engine(served(base, adapters, template=template), EngineSettings(batch_rows=64, window_seconds=0.5)) as engine:
+        batches = batches_of(engine, monkeypatch)
+        found = answers(engine, questions)
+    assistants = {name: alone(base, adapters.get(name), template=template) for name in names}
+    expected = [answer_alone(assistants[name], turns, seen) for name, turns, seen in questions]
+    assert found == expected
+    answers_of = {name: [said for q, said in zip(questions, expected, strict=True) if q[0] == name] for name in names}
+    assert len({tuple(said) for said in answers_of.values()}) == len(names)
+    return batches
+
+
+def test_each_picture_of_a_llava_has_its_own_rows_projector(tmp_path: Path, monkeypatch: Any) -> None:
+    base = spread(write_tiny_llava(tmp_path / "base"))
+    projector = {"projector": ("model.multi_modal_projector.*",)}
+    targets = ("*language_model*.q_proj",)
+    settings = {
+        "whole": {"targets": targets, "also_train": projector, "rank": 2, "alpha": 5.0},
+        "adapted": {"targets": (*targets, "*multi_modal_projector.linear_2"), "rank": 3, "alpha": 7.0},
+        "language": {"targets": targets, "rank": 4, "alpha": 3.0},
+        "bias": {"targets": targets, "also_train": {"p": ("*multi_modal_projector.linear_1.bias",)}, "rank": 2},
+    }
+    adapters = write_adapters(base, tmp_path / "adapters", settings)
+    (batch,) = check(base, adapters, PICTURES, monkeypatch)
+    assert len(set(batch)) == 5
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "internvl"])
+def test_other_eyes_are_served_with_pictures_of_their_own_alone(family: str, tmp_path: Path, monkeypatch: Any) -> None:
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    base = spread(write_tiny(family, tmp_path / "base"))
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    language = next(name for name, _ in model.named_modules() if name.endswith("q_proj") and "vision" not in name)
+    linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    eyes = [name for name in linears if "visual" in name or "vision" in name or "connector" in name]
+    vision = [name for name in eyes if "patch" not in name]
+    prefix = language.partition("layers")[0]
+    settings = {
+        "eyes": {"targets": (f"{prefix}*.q_proj", vision[-1]), "rank": 2, "alpha": 5.0},
+        "tower": {"targets": (f"{prefix}*.q_proj",), "also_train": {"eyes": (f"{vision[0]}.weight",)}, "rank": 3},
+        "language": {"targets": (f"{prefix}*.q_proj",), "rank": 4, "alpha": 3.0},
+    }
+    adapters = write_adapters(base, tmp_path / "adapters", settings)
+    batches = check(base, adapters, PICTURES, monkeypatch)
+    assert len(batches) == 3  # the base's eyes and two others
+    assert set(batches[0]) == {"base", "eyes", "tower", "language"}  # words of all join the first
+
+
+def test_pictures_and_videos_that_a_model_cannot_tell_apart_are_batches_of_their_own(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    base = spread(write_tiny_video("glm4v", tmp_path / "base"))
+    settings = {"one": {"targets": ("*language_model*.q_proj",), "rank": 2, "alpha": 5.0}}
+    adapters = write_adapters(base, tmp_path / "adapters", settings)
+    video = ([Turn("user", "<video>\nWhat moves?")], Shown(videos=(coloured_video(4),)))
+    batches = check(base, adapters, [*PICTURES[:2], video], monkeypatch)
+    assert [len(batch) for batch in batches] == [4, 2]  # words and pictures, then videos
+
+
+def test_an_adapter_is_asked_as_its_recipe_says_and_says_its_base(tmp_path: Path, monkeypatch: Any) -> None:
+    """Two adapters of one base that were trained with two prompt formats, in one batch; the base as the first."""
+    base = spread(write_tiny_llava(tmp_path / "base"))
+    targets = ("*language_model*.q_proj", "*language_model*.down_proj")
+    recipe = {"base": str(base), "revision": None, "base_sha256": content_hash(base), "image_aspect": "pad"}
+    recipe |= {"backbone": "llava", "dtype": "float32", "max_tokens": 99}
+    adapters = {}
+    for seed, (name, template) in enumerate({"one": "vicuna_v1", "two": "v0"}.items()):
+        adapters[name] = write_adapter(base, tmp_path / name, seed=seed, targets=targets, rank=2, alpha=5.0)
+        with_recipe(adapters[name], {**recipe, "template": template})
+    model = open_served(None, adapters)
+    assert model.names == ("base", "one", "two")
+    with Engine(model, EngineSettings(window_seconds=0.5)) as engine:
+        batches = batches_of(engine, monkeypatch)
+        turns, seen = PICTURES[1]
+        found = answers(engine, [(name, turns, seen) for name in model.names])
+        prepared = [engine.prepare(name, turns, Sampling(max_new_tokens=1), pictures=[RED]) for name in model.names]
+    assert len(batches) == 1
+    lengths = [len(one.sample.input_ids) for one in prepared]
+    assert lengths[0] == lengths[1] != lengths[2]
+    expected = [answer_alone(alone(base, adapters[name]), turns, seen) for name in ("one", "two")]
+    assert found[1:] == expected
+    with_recipe(adapters["two"], {"base_sha256": "0" * 64})
+    with pytest.raises(UserError, match="--any-base"):
+        open_served(None, adapters)
+    assert open_served(None, adapters, any_base=True).names == model.names
+
+
+def test_a_language_model_with_adapters_of_peft(tmp_path: Path, monkeypatch: Any) -> None:
+    base = write_tiny_language(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    moved_peft(model, seed=3, r=3, lora_alpha=8).save_pretrained(tmp_path / "peft")
+    plain = {"use_dora": False, "target_modules": ["v_proj", "up_proj"], "r": 5}
+    moved_peft(AutoModelForCausalLM.from_pretrained(base), seed=4, **plain).save_pretrained(tmp_path / "lora")
+    own = write_adapter(base, tmp_path / "own", seed=5, targets=("*.o_proj", "lm_head"), rank=2, alpha=5.0)
+    adapters = {"peft": tmp_path / "peft", "lora": tmp_path / "lora", "own": own}
+    (batch,) = check(base, adapters, WORDS, monkeypatch, template="vicuna_v1")
+    assert len(set(batch)) == 4
+
+
+def test_adapters_of_another_kind_or_base_are_refused(tmp_path: Path) -> None:
+    language = write_tiny_language(tmp_path / "language")
+    other = write_adapter(language, tmp_path / "other", seed=1, targets=("*.q_proj",), rank=2)
+    base = spread(write_tiny("qwen2_5_vl", tmp_path / "base"))
+    targets = ("*language_model*.q_proj",)
+    adapter = write_adapter(base, tmp_path / "one", seed=1, targets=targets, rank=2)
+    model = served(base, {"one": adapter})
+    with pytest.raises(UserError, match=r"does not fit|matches none of"):
+        model.read("other", other)
+    with pytest.raises(UserError, match="is served already"):
+        model.read("one", adapter)
+    with pytest.raises(UserError, match="is not a folder"):
+        model.read("gone", tmp_path / "gone")
+    with pytest.raises(UnknownModel, match="there are base, one"):
+        model.drop("gone")
+    with pytest.raises(UserError, match="is the base, which stays"):
+        model.drop("base")
+    recipe = {"base": str(base), "base_sha256": "0" * 64, "dtype": "float32", "max_tokens": 99, "revision": None}
+    with_recipe(adapter, {**recipe, "backbone": "image_text"})
+    with pytest.raises(UserError, match="trained on a base with sha256 000000000000…"):
+        model.read("two", adapter)
+
+
+def with_recipe(adapter: Path, recipe: Mapping[str, Any]) -> None:
+    path = adapter / "recipe.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **recipe}))
+
+
+def test_an_adapter_leaves_no_trace(tmp_path: Path) -> None:
+    base = spread(write_tiny("qwen2_5_vl", tmp_path / "base"))
+    adapter = write_adapter(base, tmp_path / "one", seed=1, targets=("*language_model*.q_proj",), rank=2, alpha=5.0)
+    with Engine(served(base, {})) as engine:
+        model: ServedModel = engine.model
+        before = dict(model.backbone.model.named_modules())
+        engine.load("one", adapter)
+        assert any(isinstance(module, RowLayer) for module in model.backbone.model.modules())
+        asked = engine.prepare("one", PICTURES[0][0], Sampling(max_new_tokens=3))
+        assert isinstance(list(engine.ask(asked))[-1], Finished)
+        engine.unload("one")
+        assert dict(model.backbone.model.named_modules()) == before
+        with pytest.raises(UserError):
+            list(engine.ask(asked))

@@ -1,0 +1,125 @@
+"""Tiny models with adapters away from where adapters start, their answers alone, and a server over them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from dora_vl.adapters.folder import save_adapter
+from dora_vl.app.engine import Engine
+from dora_vl.app.served_model import ServedModel, open_served
+from dora_vl.app.server import Server, ServerSettings, build_app
+from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
+from dora_vl.data.turns import Turn
+from dora_vl.evaluation.asker import Shown, Wanted
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.open_asker import open_asker
+
+NOTHING = Shown()
+LANGUAGE = ("*language_model*.q_proj", "*language_model*.down_proj")
+ADAPTERS: Mapping[str, Mapping[str, Any]] = {
+    "one": {"rank": 2, "alpha": 5.0, "targets": LANGUAGE},
+    "two": {"rank": 5, "alpha": 3.0, "rank_scaling": "sqrt", "targets": LANGUAGE[:1]},
+    "three": {"rank": 3, "alpha": 7.0, "method": "lora", "targets": ("*language_model*.v_proj", *LANGUAGE)},
+    "four": {"rank": 4, "alpha": 2.0, "targets": LANGUAGE[1:], "magnitude_targets": ("*language_model*.o_proj",)},
+}
+"""Adapters that differ in rank, scale, method and in the layers that they adapt."""
+
+
+def spread(folder: Path) -> Path:
+    """Larger weights, so that a random model's answers differ from question to question."""
+    weights = load_file(folder / "model.safetensors")
+    scaled = {name: tensor * (8 if tensor.dim() == 2 else 1) for name, tensor in weights.items()}
+    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@torch.no_grad()
+def write_adapter(base: Path, folder: Path, *, seed: int, **settings: Any) -> Path:
+    """An adapter folder whose B is not zero, whose magnitudes moved, and whose further weights are other ones."""
+    causal = AutoConfig.from_pretrained(base).model_type == "llama"
+    model: nn.Module = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(base)
+    apply_dora(model, DoRAConfig(dropout=0.0, **settings))
+    draw = torch.Generator().manual_seed(seed)
+    for _, layer in adapted_layers(model):
+        if layer.lora_B is not None:
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=draw))
+        if layer.magnitude is not None:
+            layer.magnitude.mul_(torch.rand(layer.magnitude.shape, generator=draw) + 0.5)
+    for part in trained_parts(model):
+        for parameter in part.parameters.values() if not part.adapts else ():
+            parameter.add_(torch.randn(parameter.shape, generator=draw) * parameter.std())
+    save_adapter(model, folder, base_model=str(base))
+    return folder
+
+
+def write_adapters(base: Path, folder: Path, adapters: Mapping[str, Mapping[str, Any]] = ADAPTERS) -> dict[str, Path]:
+    """The folders of several."""
+    return {
+        name: write_adapter(base, folder / name, seed=seed, **settings)
+        for seed, (name, settings) in enumerate(adapters.items(), 1)
+    }
+
+
+def served(base: Path, adapters: Mapping[str, Path], *, template: str | None = None) -> ServedModel:
+    """The base with its adapters."""
+    return open_served(str(base), adapters, base_name="base", template=template)
+
+
+def alone(base: Path, adapter: Path | None, *, template: str | None = None) -> Assistant:
+    """The adapter by itself on its base, as everything else here asks it; without one, the base."""
+    wanted = Wanted(adapter=adapter) if adapter else Wanted(model=str(base))
+    opened = open_asker(Wanted(**{**vars(wanted), "template": template})).adapted
+    assert isinstance(opened, Assistant)
+    return opened
+
+
+def answer_alone(assistant: Assistant, turns: Sequence[Turn], seen: Shown = NOTHING, *, tokens: int = 8) -> str:
+    """Its answer to one question, greedily."""
+    batch = assistant.prompts.collate([assistant.prompts.sample(turns, seen)], "left")
+    return assistant.answers(batch, max_new_tokens=tokens)[0]
+
+
+def data_url(picture: Image.Image) -> str:
+    """A picture as a data: URL."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def picture_part(picture: Image.Image) -> dict[str, Any]:
+    """A picture as a part of a message."""
+    return {"type": "image_url", "image_url": {"url": data_url(picture)}}
+
+
+@contextlib.contextmanager
+def running(
+    model: ServedModel, settings: ServerSettings | None = None, engine_settings: EngineSettings | None = None
+) -> Iterator[str]:
+    """A server in a thread; its address."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    with Engine(model, engine_settings) as engine, Server(engine, settings) as answering:
+        config = uvicorn.Config(build_app(answering), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            listening.close()

@@ -1,0 +1,79 @@
+"""Runs to report on, trained once: two of a tiny LLaVA with validation and a test, one of a tiny VL-BART."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dora_vl.pipelines.llava import LlavaPipeline
+from dora_vl.pipelines.vlbart import VlBartPipeline
+from dora_vl.run.command_line import read_run_file, read_settings
+from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.training.run import run
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+
+HOSTILE = '<script>alert(1)</script>"><img src=http://evil.example/x.png onerror=alert(2)>'
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture(scope="session")
+def llava_settings(made: Path) -> Path:
+    base, records = write_tiny_llava(made / "base"), write_tiny_data(made / "data")
+    evaluation = {"file": str(records), "batch_size": 16, "max_new_tokens": 3, "limit": 24}
+    changes: dict[str, Any] = {
+        "training": {"use_cpu": True, "eval_strategy": "steps", "eval_steps": 2, "optim": "sgd"},
+        "data": {"validation": str(records), "validation_limit": 9},
+        "adapter": {"method": "dora"},
+        "evaluation": evaluation,
+    }
+    return write_run(made / "first.yaml", base, records, **changes)
+
+
+def trained(settings: Path, folder: Path, *overrides: str) -> Path:
+    assert run(LlavaPipeline(read_run_file(settings, f"--training.output_dir={folder}", *overrides))) is None
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llava_run(llava_settings: Path, made: Path) -> Path:
+    return trained(llava_settings, made / "first")
+
+
+@pytest.fixture(scope="session")
+def other_run(llava_settings: Path, made: Path) -> Path:
+    return trained(llava_settings, made / "second", "--adapter.method=lora", "--training.learning_rate=0.2")
+
+
+@pytest.fixture(scope="session")
+def vlbart_run(made: Path) -> Path:
+    data, tasks = write_vlbart_data(made / "vlbart"), ("vqav2", "tvqa")
+    files = {task: str(data / "records" / f"{task}.jsonl") for task in tasks}
+    settings = write_vlbart_run(
+        made / "bart.yaml", data, tasks, evaluation={"files": files}, training={"use_cpu": True}
+    )
+    config = read_settings([f"--config={settings}"], VlBartRunConfig)
+    assert run(VlBartPipeline(config, all_subtasks(), name="tiny")) is None
+    return made / "bart"
+
+
+@pytest.fixture
+def copied(llava_run: Path, tmp_path: Path) -> Path:
+    """A run's folder to spoil."""
+    return Path(shutil.copytree(llava_run, tmp_path / "copied"))

@@ -1,0 +1,102 @@
+"""Where a chart's lines and ticks are, by hand; confusion and worst answers counted by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dora_vl.adapters.decomposition import Panel, Point
+from dora_vl.core.analysis import WeightChange
+from dora_vl.report.answers import Item
+from dora_vl.report.charts import BOTTOM, HEIGHT, LEFT, MOST_POINTS, RIGHT, TOP, WIDTH, Series, chart
+from dora_vl.report.score_tables import confusion, worst
+from dora_vl.report.weight_changes import by_stack, depth_of, over_depth
+
+
+def test_a_line_is_where_its_numbers_are() -> None:
+    drawn = chart("t", [Series(name="a", x=[10.0, 20.0, 30.0], y=[0.0, 50.0, 100.0])], y_label="y", zero=True)
+    assert drawn is not None
+    low, high = HEIGHT - BOTTOM, TOP + (HEIGHT - BOTTOM - TOP) * (1 - 1 / 1.06)
+    middle = LEFT + (WIDTH - RIGHT - LEFT) / 2
+    parts = [tuple(map(float, one.split())) for one in drawn.drawn[0].path.removeprefix("M").split("L")]
+    places = [(LEFT, low), (middle, (low + high) / 2), (WIDTH - RIGHT, high)]
+    assert parts == [pytest.approx(place, abs=0.01) for place in places]
+    assert [tick.text for tick in drawn.x_ticks] == ["10", "15", "20", "25", "30"]
+    assert [tick.text for tick in drawn.y_ticks] == ["0", "25", "50", "75", "100"]
+    assert drawn.y_ticks[2].place == pytest.approx((low + high) / 2, abs=0.01)
+
+
+def test_a_logarithmic_axis() -> None:
+    drawn = chart("t", [Series(name="a", x=[0.0, 1.0, 2.0], y=[0.01, 0.1, 1.0])], y_label="y", log=True)
+    assert drawn is not None
+    assert [tick.text for tick in drawn.y_ticks] == ["0.01", "0.1", "1"]
+    first, second, third = (tick.place for tick in drawn.y_ticks)
+    assert first - second == pytest.approx(second - third, abs=0.02)
+    with_zero = chart("t", [Series(name="a", x=[0.0, 1.0], y=[0.0, 1.0])], y_label="y", log=True)
+    assert with_zero is not None
+
+
+@pytest.mark.parametrize("y", [[3.0, 3.0], [0.0, 0.0], [1e-9, 2e-9], [-5.0, 5.0], [1e12, 3e12]])
+@pytest.mark.parametrize("zero", [True, False])
+def test_any_numbers_have_ticks_inside(y: list[float], zero: bool) -> None:
+    drawn = chart("t", [Series(name="a", x=[1.0, 2.0], y=y)], y_label="y", zero=zero)
+    assert drawn is not None
+    assert 2 <= len(drawn.y_ticks) <= 12
+    assert all(TOP - 0.1 <= tick.place <= HEIGHT - BOTTOM + 0.1 for tick in drawn.y_ticks)
+    assert len({tick.text for tick in drawn.y_ticks}) == len(drawn.y_ticks)
+
+
+def test_long_lines_are_thinned_to_means_and_gaps_left_out() -> None:
+    y = [float(place % 2) for place in range(10 * MOST_POINTS)]
+    drawn = chart("t", [Series(name="a", x=[float(place) for place in range(len(y))], y=y)], y_label="y")
+    assert drawn is not None
+    (one,) = drawn.data["series"]
+    assert len(one["x"]) == MOST_POINTS
+    assert set(one["y"]) == {0.5}
+    gaps = chart("t", [Series(name="a", x=[1.0, 2.0, 3.0], y=[1.0, math.nan, 2.0])], y_label="y")
+    assert gaps is not None
+    assert gaps.drawn[0].path.count("L") == 1
+    assert chart("t", [Series(name="a", x=[1.0], y=[math.inf])], y_label="y") is None
+
+
+def item(name: str, truth: str, said: str, kind: str = "", share: float | None = None) -> Item:
+    right = float(truth == said) if share is None else share
+    words = {"truth": truth, "said": said, "whole": said, "label": truth, "said_label": said}
+    return Item(id=name, question="q", kind=kind, share=right, **words)
+
+
+def test_confusion_counts_by_hand() -> None:
+    pairs = [("yes", "yes"), ("yes", "no"), ("yes", "Yes."), ("no", "no"), ("no", "a boat"), ("yes", "yes")]
+    found = confusion("t", [item(str(number), *pair) for number, pair in enumerate(pairs)])
+    assert found is not None
+    assert found.labels == ("yes", "no")
+    assert found.columns == ("yes", "no", "other")
+    assert found.counts == ((3, 1, 0), (0, 1, 1))
+    open_answers = [item(str(number), f"answer {number}", "x") for number in range(6)]
+    assert confusion("t", open_answers) is None
+
+
+def test_the_worst_are_wrong_and_of_every_kind_in_turn() -> None:
+    items = [
+        item("a1", "x", "y", "a"),
+        item("a2", "x", "y", "a"),
+        item("b1", "x", "y", "b"),
+        item("right", "x", "x", "b"),
+    ]
+    assert [one.id for one in worst(items, 3, is_accuracy=True)] == ["a1", "b1", "a2"]
+    graded = [item("low", "x", "x", share=0.9), item("lower", "x", "x", share=0.7)]
+    assert [one.id for one in worst(graded, 2, is_accuracy=False)] == ["lower", "low"]
+
+
+def test_layers_of_two_stacks_are_two_lines() -> None:
+    change = WeightChange(magnitude=1.0, direction=0.5, vectors=2, without_direction=0)
+    names = [f"model.{side}.layers.{depth}.self_attn.q_proj" for side in ("encoder", "decoder") for depth in (0, 10)]
+    points = [Point(name, 1, change) for name in names]
+    found = by_stack(points)
+    assert list(found) == ["encoder.self_attn.q_proj", "decoder.self_attn.q_proj"]
+    assert [depth_of(point.layer) for point in found["decoder.self_attn.q_proj"]] == [0, 10]
+    assert list(by_stack(points[:2])) == ["q_proj"]
+    assert depth_of("model.multi_modal_projector.linear_1") is None
+    several = over_depth(Panel("run", "runs/x", "dora", tuple(points), 0))
+    assert [one.legend[0].series.name for one in several] == ["encoder.self_attn.q_proj"] * 2

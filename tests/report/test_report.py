@@ -1,0 +1,218 @@
+"""The page of runs: every part is there or says why not, foreign text stays text, and no host is asked."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dora_vl.cli import main
+from dora_vl.report.page import SECTIONS
+from tests.report.conftest import HOSTILE
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """A page's elements; every one that opens must close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += f"{data} "
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def reported(*runs: Path, to: Path, more: tuple[str, ...] = ()) -> Page:
+    main(["report", *map(str, runs), "--to", str(to), *more])
+    return Page(to.read_text(encoding="utf-8"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["report", *words])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def asks_a_host(page: Page) -> list[str]:
+    values = [
+        str(value)
+        for _, attributes in page.found
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href")
+    ]
+    return [value for value in values if not value.startswith(("data:image/", "#"))]
+
+
+def test_a_run_of_a_llava_shows_every_part(llava_run: Path, tmp_path: Path) -> None:
+    page = reported(llava_run, to=tmp_path / "page.html")
+    assert {attributes.get("id") for attributes in page.all("h2")} == {name for name, _ in SECTIONS}
+    charts = [attributes["aria-label"] or "" for attributes in page.all("svg")]
+    for title in ("loss", "learning rate by part", "gradient norm", "throughput", "padding", "memory"):
+        assert any(label.startswith(f"{title},") for label in charts), title
+    assert any("magnitude change" in label and "direction change" in label for label in charts)
+    assert any("by depth" in label for label in charts)
+    for words in (
+        "step 0",
+        "step 2",
+        "step 6",
+        "dora.magnitude",
+        "projector",
+        "transformers",
+        "adapter.method",
+        "wrong",
+    ):
+        assert words in page.words, words
+    pictures = [attributes["src"] or "" for attributes in page.all("img")]
+    assert len(pictures) >= 4
+    assert all(source.startswith("data:image/png;base64,") for source in pictures)
+    assert (tmp_path / "page.html").stat().st_size < 5e6
+
+
+def test_scores_are_those_of_the_test(llava_run: Path, tmp_path: Path) -> None:
+    page, metrics = reported(llava_run, to=tmp_path / "page.html"), json.loads((llava_run / "metrics.json").read_text())
+    low, high = metrics["interval_95"]
+    assert f"{100 * metrics['accuracy']:.2f} {100 * low:.2f} to {100 * high:.2f}" in " ".join(page.words.split())
+    wrong = round((1 - metrics["accuracy"]) * metrics["n"])
+    assert f"{wrong} of {metrics['n']} answers are wrong" in page.words
+
+
+def test_a_run_of_a_vlbart(vlbart_run: Path, tmp_path: Path) -> None:
+    page = reported(vlbart_run, to=tmp_path / "page.html")
+    for words in ("vqav2", "tvqa", "what is it", "what is said?", "evaluation.image_folder names no folder"):
+        assert words in page.words, words
+    assert "no validation loss in its log" in page.words
+    assert len(page.all("svg")) >= 6
+    steps = [json.loads(line)["step"] for line in (vlbart_run / "watched" / "answers.jsonl").read_text().splitlines()]
+    assert steps[0] == 0
+    assert steps[-1] == json.loads((vlbart_run / "metrics.json").read_text())["train_steps"]
+
+
+def test_two_runs_side_by_side(llava_run: Path, other_run: Path, tmp_path: Path) -> None:
+    page = reported(llava_run, other_run, to=tmp_path / "page.html", more=("--label", "ours", "--label", "theirs"))
+    assert "against ours" in page.words
+    assert "What differs" in page.words
+    differing = page.words.split("What differs")[1].split("All other settings")[0]
+    assert {"adapter.method", "training.learning_rate", "training.output_dir"} <= set(differing.split())
+    assert "model.base" not in differing.split()
+    assert "theirs: training, smoothed" in page.words
+    scores = [json.loads((one / "metrics.json").read_text())["accuracy"] for one in (other_run, llava_run)]
+    assert f"{100 * (scores[0] - scores[1]):+.2f} (" in page.words
+
+
+def test_no_host_is_asked_and_foreign_text_is_text(copied: Path, tmp_path: Path) -> None:
+    predictions = [json.loads(line) for line in (copied / "predictions.jsonl").read_text().splitlines()]
+    predictions[0] |= {"prediction": HOSTILE, "question": HOSTILE, "truth": f"not {HOSTILE}", "kind": HOSTILE}
+    (copied / "predictions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in predictions))
+    answers = copied / "watched" / "answers.jsonl"
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    lines[0]["answers"] = dict.fromkeys(lines[0]["answers"], HOSTILE + " half a pair \ud83d")
+    answers.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    settings = json.loads((copied / "settings.json").read_text())
+    settings["model"]["base"] = HOSTILE
+    (copied / "settings.json").write_text(json.dumps(settings))
+    (copied / "skipped.jsonl").write_text(json.dumps({"id": HOSTILE, "reason": HOSTILE}) + "\n")
+    with (copied / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 6, f"learning_rate/{HOSTILE}": 0.5}) + "\n")
+    page = reported(copied, to=tmp_path / "page.html", more=("--label", HOSTILE))
+    assert page.words.count(HOSTILE) >= 6
+    assert len(page.all("script")) == 1
+    assert asks_a_host(page) == []
+    assert not any(name.startswith("on") for _, attributes in page.found for name in attributes)
+    policy = [one["content"] for one in page.all("meta") if one.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"]
+    style = re.search(r"<style>(.*?)</style>", (tmp_path / "page.html").read_text(), re.DOTALL)
+    assert style is not None
+    assert "url(" not in style[1]
+    assert "@import" not in style[1]
+
+
+def test_what_is_missing_says_so(copied: Path, tmp_path: Path) -> None:
+    for name in ("plan.json", "predictions.jsonl", "metrics.json", "settings.json", "skipped.jsonl"):
+        (copied / name).unlink()
+    shutil.rmtree(copied / "watched")
+    shutil.rmtree(copied / "adapter")
+    lines = [json.loads(line) for line in (copied / "log.jsonl").read_text().splitlines()]
+    old = [{key: line[key] for key in ("step", "loss", "learning_rate") if key in line} for line in lines]
+    (copied / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in old))
+    page = reported(copied, to=tmp_path / "page.html")
+    for words in (
+        "it holds no predictions.jsonl",
+        "no fixed questions were asked",
+        "not those of its parts",
+        "No chart of memory (GiB of the fullest rank)",
+        "no validation loss",
+        "it holds no plan.json",
+        "it holds no settings.json",
+        "not measured:",
+        "No run has answers that can be scored here.",
+        "No test has a short closed list of answers.",
+        "No sample is named in skipped.jsonl.",
+        "No run says which versions",
+    ):
+        assert words in page.words, words
+    assert {attributes.get("id") for attributes in page.all("h2")} == {name for name, _ in SECTIONS}
+
+
+def test_damaged_lines_are_named_and_counted(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (copied / "log.jsonl").read_text().splitlines()
+    lines[1:2] = ['{"step": 2, "loss": 1.', "[1, 2]", '{"loss": 1.0}']
+    (copied / "log.jsonl").write_text("\n".join(lines) + "\n" + '{"step": 9, "lo')
+    (copied / "metrics.json").write_text("{")
+    page = reported(copied, to=tmp_path / "page.html")
+    said = f"log.jsonl: 4 of {len(lines) + 1} lines cannot be read (line 2, 3, 4, {len(lines) + 1})"
+    assert said in page.words
+    assert "metrics.json: not one whole JSON object" in page.words
+    assert said in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_and_leaves_no_file(
+    llava_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "out" / "page.html"
+    assert "no such folder" in refused(capsys, str(tmp_path / "nothing"), "--to", str(to))
+    (tmp_path / "empty").mkdir()
+    assert "holds no log.jsonl" in refused(capsys, str(llava_run), str(tmp_path / "empty"), "--to", str(to))
+    (tmp_path / "empty" / "log.jsonl").write_bytes(b"\xff\x00\n")
+    assert "not one whole line" in refused(capsys, str(tmp_path / "empty"), "--to", str(to))
+    assert "named twice" in refused(capsys, str(llava_run), str(llava_run), "--to", str(to))
+    assert "give one for each" in refused(capsys, str(llava_run), "--label", "a", "--label", "b", "--to", str(to))
+    assert "an .html file" in refused(capsys, str(llava_run), "--to", str(tmp_path / "page.pdf"))
+    (tmp_path / "file").write_text("")
+    in_a_file = str(tmp_path / "file" / "page.html")
+    assert "cannot be written" in refused(capsys, str(llava_run), "--no-weights", "--to", in_a_file)
+    assert not to.parent.exists()
+    assert not list(tmp_path.glob("**/*.html")) + list(tmp_path.glob("**/.*"))
+
+
+def test_without_weights(llava_run: Path, tmp_path: Path) -> None:
+    page = reported(llava_run, to=tmp_path / "page.html", more=("--no-weights",))
+    assert "--no-weights was given" in page.words
+    assert not any("by depth" in str(one["aria-label"]) for one in page.all("svg"))

@@ -1,0 +1,226 @@
+"""`dora-vl show batch`: the batch is the one that training sees, its colours are the labels', bad input is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dora_vl.cli import main
+from dora_vl.pipelines.first_batch import first_batch, shown_settings
+from dora_vl.pipelines.image_text import instruct_pipeline
+from dora_vl.pipelines.llava import LlavaPipeline
+from dora_vl.pipelines.vlbart import VlBartPipeline
+from dora_vl.report.batch_text import batch_page, batch_picture, terminal_lines
+from dora_vl.report.batch_view import BatchView, Piece
+from dora_vl.run.command_line import read_run_file, read_settings
+from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.training.progress import BatchStatistics
+from dora_vl.training.run import train
+from tests.backbones.tiny_image_text import write_tiny
+from tests.report.test_report import Page, asks_a_host
+from tests.training.test_run import one_thread
+from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+
+__all__ = ["one_thread"]
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    base, records = write_tiny_llava(folder / "base"), write_tiny_data(folder / "data")
+    return write_run(folder / "run.yaml", base, records, training={"use_cpu": True})
+
+
+@pytest.fixture(scope="module")
+def bart_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bart")
+    data = write_vlbart_data(folder / "data")
+    return write_vlbart_run(folder / "run.yaml", data, ("vqav2", "tvqa"), training={"use_cpu": True})
+
+
+def seen_first(monkeypatch: pytest.MonkeyPatch, pipeline: Any) -> dict[str, Any]:
+    """The first micro-batch of a training of one step."""
+    seen: list[dict[str, Any]] = []
+    take = BatchStatistics.take
+
+    def kept(self: BatchStatistics, batch: dict[str, Any]) -> dict[str, Any]:
+        seen.append(dict(batch))
+        return take(self, batch)
+
+    monkeypatch.setattr(BatchStatistics, "take", kept)
+    train(pipeline)
+    monkeypatch.undo()
+    return seen[0]
+
+
+def of_kind(row: Any, kind: str, line: int = 0) -> str:
+    text = "".join(piece.text for piece in row.lines[line] if piece.kind == kind)
+    return text.replace("Ġ", " ")  # the tiny tokenizer has no decoder
+
+
+@pytest.mark.parametrize("grouped", ["true", "false"])
+def test_it_is_the_batch_that_training_sees(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: str
+) -> None:
+    settings = [f"--data.group_by_modality_length={grouped}", f"--training.output_dir={tmp_path / 'out'}"]
+    config = read_run_file(run_file, *settings, "--training.max_steps=1")
+    expected = seen_first(monkeypatch, LlavaPipeline(config))
+    view = first_batch(LlavaPipeline(shown_settings(read_run_file(run_file, *settings), tmp_path / "none")))
+    records = {one["id"]: one for one in json.loads(Path(str(config.data.train)).read_text())}
+    assert len(view.rows) == len(expected["input_ids"]) == 4
+    for row, ids, mask, labels in zip(
+        view.rows, expected["input_ids"], expected["attention_mask"], expected["labels"], strict=True
+    ):
+        (line,) = row.lines
+        assert sum(piece.count for piece in line) == len(ids)
+        trained = sum(piece.count for piece in line if piece.kind == "trained")
+        assert trained == int((labels != -100).sum())
+        assert sum(piece.count for piece in line if piece.kind == "padding") == int((mask == 0).sum())
+        human, answer = (turn["value"] for turn in records[row.title]["conversations"])
+        assert of_kind(row, "trained").strip() == f"{answer}</s>"
+        assert human.removeprefix("<image>\n") in of_kind(row, "context")
+        places = [piece for piece in line if piece.kind == "picture-place"]
+        assert [(piece.text, piece.count) for piece in places] == [("<image>", 4)]
+
+
+def test_a_vlbarts_batch(bart_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pipeline(**changes: Any) -> VlBartPipeline:
+        config = read_settings([f"--config={bart_file}", "--training.max_steps=1"], VlBartRunConfig)
+        return VlBartPipeline(
+            shown_settings(config, tmp_path / "none") if changes else config, all_subtasks(), name="x"
+        )
+
+    expected = seen_first(monkeypatch, pipeline())
+    view = first_batch(pipeline(shown=True))
+    assert len(view.rows) == len(expected["input_ids"])
+    for row, ids, mask, labels in zip(
+        view.rows, expected["input_ids"], expected["attention_mask"], expected["labels"], strict=True
+    ):
+        asked, said = row.lines
+        assert sum(piece.count for piece in asked) == len(ids)
+        assert sum(piece.count for piece in said) == len(labels)
+        assert {piece.kind for piece in asked} <= {"context", "padding"}
+        assert sum(piece.kind == "trained" for piece in said) == int((labels != -100).sum())
+        assert sum(piece.count for piece in asked if piece.kind == "padding") == int((mask == 0).sum())
+
+
+def test_nothing_is_written_but_what_is_asked_for(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(run_file.parent.rglob("*"))
+    for name in ("batch.html", "batch.png"):
+        main(
+            [
+                "show",
+                "batch",
+                str(run_file),
+                "--to",
+                str(tmp_path / name),
+                "--training.per_device_train_batch_size",
+                "3",
+            ]
+        )
+    assert sorted(run_file.parent.rglob("*")) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["batch.html", "batch.png"]
+    said = capsys.readouterr().out
+    assert "samples 3, positions 3 rows of" in said
+    assert "<<image> × 4>" in said
+    assert "\x1b[" not in said
+    page = Page((tmp_path / "batch.html").read_text())
+    assert len(page.all("img")) == 3
+    assert asks_a_host(page) == []
+    with Image.open(tmp_path / "batch.png") as picture:
+        assert picture.width == 1280
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
+    assert {(207, 232, 213), (238, 240, 243), (217, 229, 251)} <= colours  # trained, read, picture
+
+
+@pytest.mark.parametrize("task", ["vqav2", "tvqa"])
+def test_a_task_is_known_by_its_settings(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = write_vlbart_run(tmp_path / "run.yaml", write_vlbart_data(tmp_path / "data"), (task,))
+    main(["show", "batch", str(settings), "--to", str(tmp_path / "batch.html")])
+    assert "samples 7" in capsys.readouterr().out
+    assert f"{task}-0" in (tmp_path / "batch.html").read_text()
+
+
+def view_of(*pieces: Piece) -> BatchView:
+    from dora_vl.report.batch_view import BatchRow
+
+    return BatchView(rows=(BatchRow(title="<b>row</b>", lines=(pieces,)),), facts=(("samples", "1"),))
+
+
+def test_signs_colours_and_foreign_text() -> None:
+    hostile = "<script>alert(1)</script>\x1b[31m\n"
+    view = view_of(
+        Piece("a", "context"), Piece(" b", "trained"), Piece(hostile, "trained"), Piece("padding", "padding", 3)
+    )
+    plain = list(terminal_lines(view, colours=False))
+    assert plain[-1] == "  a[ b<script>alert(1)</script>␛[31m⏎]{padding × 3}"
+    coloured = list(terminal_lines(view, colours=True))[-1]
+    assert coloured.count("\x1b[0m") == 4
+    assert "\x1b[31m" not in coloured
+    page = Page(batch_page(view, title=hostile))
+    assert len(page.all("script")) == 1
+    assert {one.get("class") for one in page.all("span")} >= {"context", "trained odd", "padding odd"}
+    assert batch_picture(view).startswith(b"\x89PNG")
+
+
+def test_bad_input_is_one_line(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, expected in (
+        ((str(run_file), "--data.max_tokns", "9"), "did you mean data.max_tokens"),
+        ((str(tmp_path / "no.yaml"),), "no such file or recipe"),
+        ((str(run_file), "--data.train", str(tmp_path / "no.json")), "no.json"),
+        ((str(run_file), "--to", "batch.pdf"), ".html or a .png"),
+        ((str(run_file), "--task", "poetry"), "invalid choice"),
+        ((str(run_file), "--model.base", str(tmp_path / "nobase")), "nobase"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["show", "batch", *words])
+        said = capsys.readouterr().err
+        assert end.value.code == 2, said
+        assert expected in said.splitlines()[-1]
+
+
+def test_no_weights_are_read(run_file: Path, tmp_path: Path) -> None:
+    """The base's weights may even be gone."""
+    config = read_run_file(run_file)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in Path(config.model.base).iterdir():
+        if path.suffix != ".safetensors":
+            (bare / path.name).write_bytes(path.read_bytes())
+    config = read_run_file(run_file, f"--model.base={bare}")
+    view = first_batch(LlavaPipeline(shown_settings(config, tmp_path / "none")))
+    assert len(view.rows) == 4
+    assert len(view.pictures) == 4
+
+
+def test_a_model_with_a_processor_of_its_own(tmp_path: Path) -> None:
+    """Gemma's processor calls a picture's beginning its token; its places have another id."""
+    base, records = write_tiny("gemma3", tmp_path / "base"), write_tiny_data(tmp_path / "data", text_only_blocks=4)
+    file = write_run(tmp_path / "run.yaml", base, records, data={"max_tokens": 512})
+    pipeline = instruct_pipeline(shown_settings(read_run_file(file), tmp_path / "none"))
+    places = {
+        row.title: [piece for piece in row.lines[0] if piece.kind == "picture-place"]
+        for row in first_batch(pipeline).rows
+    }
+    records_by_id = {one["id"]: one for one in json.loads(records.read_text())}
+    assert len(places) >= 4
+    for name, found in places.items():
+        with_picture = "image" in records_by_id.get(name, {"image": "of the row that stands in"})
+        assert [piece.count for piece in found] == ([4] if with_picture else [])
+
+
+def test_samples_that_share_rows_have_numbered_ones(run_file: Path, tmp_path: Path) -> None:
+    config = read_run_file(run_file, "--data.share_pictures=true")
+    view = first_batch(LlavaPipeline(shown_settings(config, tmp_path / "none")))
+    assert [row.title.split(",")[0] for row in view.rows] == [
+        f"row {number + 1} of {len(view.rows)}" for number in range(len(view.rows))
+    ]
+    assert len(view.pictures) == 4
+    assert len(Page(batch_page(view, title="shared")).all("img")) == 4

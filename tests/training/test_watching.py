@@ -1,0 +1,231 @@
+"""Fixed questions through training: their answers are the model's, a resumed run has the same, and no loss changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+from dora_vl.errors import UserError
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.open_asker import with_adapter
+from dora_vl.evaluation.prompt_inputs import LlavaPrompts
+from dora_vl.evaluation.questions import read_questions
+from dora_vl.pipelines.llava import LlavaPipeline
+from dora_vl.run.assembly import build_encoder, load_backbone
+from dora_vl.run.command_line import read_run_file
+from dora_vl.run.samples import image_preparation
+from dora_vl.run.watched import Watched, WatchedQuestion, evenly, read_watched, tiled
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.run import train
+from dora_vl.training.tracked_answers import track_answers
+from dora_vl.training.watching import steps_to_ask
+from tests.training.test_run import one_thread
+from tests.training.tiny_run import write_run
+
+__all__ = ["one_thread"]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+    training = {"use_cpu": True, "learning_rate": 0.05}
+    changes: dict[str, Any] = {"training": training, "evaluation": {"max_new_tokens": 3}, "adapter": {"dropout": 0.2}}
+    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, **changes)
+
+
+def trained(run_file: Path, name: str, *overrides: str) -> Path:
+    folder = run_file.parent / name
+    train(LlavaPipeline(read_run_file(run_file, f"--training.output_dir={folder}", *overrides)))
+    return folder
+
+
+def answers(folder: Path) -> list[dict[str, Any]]:
+    return read_log(folder / "watched" / "answers.jsonl")
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
+
+
+def validated(run_file: Path) -> list[str]:
+    records = read_run_file(run_file).data.train
+    return [f"--data.validation={records}", "--training.eval_strategy=steps", "--training.eval_steps=3"]
+
+
+def test_the_last_answers_are_those_of_the_saved_adapter(run_file: Path) -> None:
+    folder = trained(run_file, "run", *validated(run_file))
+    found = read_watched(folder)
+    assert found is not None
+    assert sorted(found.answers) == [0, 3, 6]
+    assert len(found.questions) == 4
+    config = read_run_file(run_file)
+    backbone, _ = with_adapter(load_backbone(config.model, cached_features=False), folder / "adapter")
+    encoder = build_encoder(config.model, backbone, max_tokens=256)
+    assistant = Assistant(backbone, LlavaPrompts(encoder, image_preparation(config.model)))
+    by_id = {one.id: one for one in read_questions(Path(str(config.data.train)))[0]}
+    for one in found.questions:
+        question = by_id[one.id]
+        picture = Image.open(Path(config.data.image_folder) / question.images[0]).convert("RGB")
+        assert assistant.answer(question.turns, [picture], max_new_tokens=3) == found.answers[6][one.id]
+        assert (one.truth, one.question) == (question.truth, question.text)
+        with Image.open(folder / "watched" / one.picture) as kept:
+            assert kept.tobytes() == picture.tobytes()
+    assert found.answers[0] != found.answers[6]
+
+
+def test_watching_changes_no_loss(run_file: Path) -> None:
+    settings = validated(run_file)
+    watched, alone = trained(run_file, "run", *settings), trained(run_file, "alone", *settings, "--watch=0")
+    assert losses(watched) == losses(alone)
+    assert not (alone / "watched").exists()
+    one = trained(run_file, "one", *settings, "--watch=1")
+    found = read_watched(one)
+    assert found is not None
+    assert len(found.questions) == 1
+
+
+def test_a_resumed_run_has_the_answers_of_the_whole_one(run_file: Path) -> None:
+    settings = [*validated(run_file), "--training.save_strategy=steps", "--training.save_steps=3"]
+    whole = trained(run_file, "whole", *settings)
+    checkpoint = whole / "checkpoint-3"
+    resumed = trained(run_file, "resumed", *settings, f"--resume={checkpoint}")
+    assert answers(resumed) == answers(whole)[2:]
+    with (whole / "watched" / "answers.jsonl").open("a") as file:
+        file.write('{"step": 7, "answ')  # of a crash
+    expected = answers(whole)
+    trained(run_file, "whole", *settings, f"--resume={checkpoint}")
+    assert answers(whole) == expected
+    assert [line["step"] for line in expected] == [0, 3, 6]
+
+
+def test_without_validation_the_test_is_asked_now_and_then(run_file: Path) -> None:
+    records = str(read_run_file(run_file).data.train)
+    folder = trained(
+        run_file, "run", f"--evaluation.file={records}", "--training.max_steps=12", "--data.cache_features=true"
+    )
+    assert [line["step"] for line in answers(folder)] == [0, 3, 5, 8, 10, 12]
+    assert json.loads((folder / "watched" / "questions.json").read_text())["source"] == records
+    assert steps_to_ask(3) == {1, 2, 3}
+    nothing = trained(run_file, "nothing")
+    assert not (nothing / "watched").exists()
+
+
+def test_a_picture_that_cannot_be_read_leaves_its_question_out(run_file: Path, tmp_path: Path) -> None:
+    records = json.loads(Path(str(read_run_file(run_file).data.train)).read_text())[:3]
+    held_out = [{**one, "id": f"held-{number}"} for number, one in enumerate(records)]
+    held_out[1]["image"] = "nowhere.png"
+    (tmp_path / "held_out.json").write_text(json.dumps(held_out))
+    folder = trained(run_file, "run", f"--data.validation={tmp_path / 'held_out.json'}")
+    found = read_watched(folder)
+    assert found is not None
+    assert [bool(one.picture) for one in found.questions] == [True, False, True]
+    assert "nowhere.png is missing" in found.questions[1].why_no_picture
+    assert all(set(one) == {"held-0", "held-2"} for one in found.answers.values())
+
+
+def test_a_negative_number_is_refused(run_file: Path) -> None:
+    with pytest.raises(UserError, match="watch is -1; 0 asks nothing"):
+        read_run_file(run_file, "--watch=-1")
+
+
+def test_rates_by_part_and_memory_are_in_the_log(run_file: Path) -> None:
+    lines = read_log(trained(run_file, "run", "--optim.b_learning_rate_ratio=4") / "log.jsonl")
+    line = next(line for line in lines if line["step"] == 3)
+    assert line["learning_rate/dora.A"] == line["learning_rate"] > 0
+    assert line["learning_rate/dora.B"] == pytest.approx(4 * line["learning_rate/dora.A"])
+    assert line["learning_rate/projector"] == pytest.approx(line["learning_rate/dora.A"] * 1e-3 / 0.05)
+    assert 0.05 < line["memory_gib"] < 64
+    plan = json.loads((run_file.parent / "run" / "plan.json").read_text())
+    assert [row[0] for row in plan["trained"]["rows"]][:3] == ["dora.A", "dora.B", "dora.magnitude"]
+    assert plan["versions"]["torch"] == torch.__version__.split("+")[0] or plan["versions"]["torch"]
+
+
+def test_evenly_and_tiles() -> None:
+    assert evenly(range(10), 4) == [0, 2, 5, 7]
+    assert evenly("ab", 4) == ["a", "b"]
+    red, blue = Image.new("RGB", (4, 2), "red"), Image.new("RGB", (8, 8), "blue")
+    assert tiled([red]) is red
+    tile = tiled([red, blue, red])
+    assert tile.size == (10, 6)
+    assert (tile.getpixel((0, 0)), tile.getpixel((7, 0))) == ((255, 0, 0), (0, 0, 255))
+
+
+def watched_in(folder: Path) -> Watched:
+    Image.new("RGB", (6, 5), "red").save(folder / "0.png")
+    questions = (
+        WatchedQuestion(id="a", question="what?", truth="red", picture="0.png"),
+        WatchedQuestion(id="b", question="where?", truth="there"),
+    )
+    return Watched(folder=folder, questions=questions, answers={0: {"a": "blue", "b": "here"}, 4: {"a": "red"}})
+
+
+class Tracker:
+    """wandb's calls, kept."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, Any]] = []
+
+    def Table(self, **given: Any) -> dict[str, Any]:
+        return given
+
+    def Image(self, picture: Image.Image) -> tuple[int, int]:
+        return picture.size
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+
+def test_weights_and_biases_get_a_table_with_pictures(tmp_path: Path) -> None:
+    callback, tracker = WandbCallback.__new__(WandbCallback), Tracker()
+    callback._wandb = tracker
+    track_answers([callback], watched_in(tmp_path), 0)
+    (sent,) = tracker.logged
+    assert sent["train/global_step"] == 0
+    assert sent["watched"]["columns"] == ["picture", "question", "right", "answer"]
+    assert sent["watched"]["data"] == [[(6, 5), "what?", "red", "blue"], [None, "where?", "there", "here"]]
+
+
+def test_trackio_gets_a_table_with_pictures(tmp_path: Path) -> None:
+    callback, tracker = TrackioCallback.__new__(TrackioCallback), Tracker()
+    callback._trackio = tracker
+    track_answers([callback], watched_in(tmp_path), 4)
+    (sent,) = tracker.logged
+    assert sent["train/global_step"] == 4
+    assert sent["watched"]["data"] == [[(6, 5), "what?", "red", "red"]]
+
+
+def test_tensorboard_gets_text_and_each_picture_once(tmp_path: Path) -> None:
+    sent: list[tuple[Any, ...]] = []
+    writer = SimpleNamespace(
+        add_text=lambda name, text, step: sent.append((name, text, step)),
+        add_image=lambda name, picture, step, dataformats: sent.append((name, picture.shape, step, dataformats)),
+        flush=lambda: None,
+    )
+    callback = TensorBoardCallback.__new__(TensorBoardCallback)
+    callback.tb_writer = writer
+    found = watched_in(tmp_path)
+    track_answers([callback], found, 0)
+    assert sent[:2] == [("watched/0", "    what?\n\n    blue\n\n    red", 0), ("watched/0", (5, 6, 3), 0, "HWC")]
+    sent.clear()
+    track_answers([callback], found, 4)
+    assert sent == [("watched/0", "    what?\n\n    red\n\n    red", 4)]
+
+
+def test_a_run_with_tensorboard_sends_rates_and_answers(run_file: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = trained(run_file, "run", *validated(run_file), "--training.report_to=tensorboard")
+    (events,) = {path.parent for path in folder.glob("runs/**/events*")}
+    found = EventAccumulator(str(events)).Reload()
+    assert {"train/learning_rate/dora.A", "train/samples_per_second", "train/memory_gib"} <= set(
+        found.Tags()["scalars"]
+    )
+    assert "watched/0" in found.Tags()["images"]
+    assert [one.step for one in found.Tensors("watched/0/text_summary")] == [0, 3, 6]
