@@ -9,14 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_vl.adapters.provenance import content_hash
 from dora_vl.cli import main
 from dora_vl.evaluation import check_options
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.evaluation.questions import Question
-from tests.evaluation.test_ask_any_model import peft_adapter, write_model
-from tests.training.tiny_run import write_tiny_data
+from tests.adapters.test_hub_names import adapter_on
+from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
+from tests.training.tiny_run import write_tiny_data, write_tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,21 @@ def test_questions_are_spread_over_the_file() -> None:
     questions = [Question(id=str(number), images=(), turns=(), truth="") for number in range(10)]
     assert [one.id for one in check_options._spread(questions, 3)] == ["0", "3", "6"]
     assert check_options._spread(questions, 30) == questions
+
+
+def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path, capsys) -> None:
+    """A base that was quantised for training merges into its values after that; its stored ones make another model."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'dora-vl[quantised]'")
+    base = spread(write_tiny_llava(tmp_path / "base", width=64))
+    adapter = adapter_on(base, tmp_path / "adapter")
+    recipe = json.loads((adapter / "recipe.json").read_text())
+    recipe |= {"backbone": "llava", "base": str(base), "base_sha256": content_hash(base), "template": "vicuna_v1"}
+    recipe |= {"revision": None, "image_aspect": "pad", "dtype": "float32", "max_tokens": 256, "quantisation": "nf4"}
+    (adapter / "recipe.json").write_text(json.dumps(recipe))
+    asked = ("--questions", folders / "data" / "train.json", "--images", folders / "data", "--check", 4)
+    merge = [str(one) for one in ("merge", "--adapter", adapter, "--to", tmp_path / "merged", *asked)]
+    main(merge)
+    assert "0 of 4 answers differ" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main([*merge, "--base-values", "stored"])
+    assert stopped.value.code == 1
