@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.evaluation.asking import add_options, answer_typed, files_of, open_model, print_answers, write_piece
+from dora_vl.evaluation.asking import (
+    add_options,
+    answer_typed,
+    files_of,
+    open_model,
+    open_picture,
+    print_answers,
+    write_piece,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,8 +65,6 @@ def parser() -> argparse.ArgumentParser:
 
 def read_topics(paths: Sequence[Path], *, together: bool) -> list[Topic]:
     """The pictures as topics; without any picture one topic of words alone."""
-    from dora_vl.evaluation.assistant import open_picture
-
     named = [(str(path), open_picture(path)) for path in paths]
     if together or not named:
         return [Topic(names=tuple(name for name, _ in named), pictures=tuple(picture for _, picture in named))]

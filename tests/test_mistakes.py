@@ -156,7 +156,7 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "the wrong picture folder": (
         ["--data.image_folder", "."],
-        ["not one of its 12 pictures is in .", "data.image_folder"],
+        ["not one of its first 12 pictures is in .", "data.image_folder"],
     ),
     "two ways of validation": (
         ["--data.validation_share", "0.5", "--data.validation_size", "3"],

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import glob
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_vl.errors import UserError
+from PIL import Image
+
+from dora_vl.data.media import open_image
+from dora_vl.errors import BadSample, UserError
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.asker import Asker, Opened
+
+_WEB = re.compile(r"(https?):/+(.*)")
+"""An address; as a path it has one slash less."""
 
 
 def add_options(to: argparse.ArgumentParser) -> None:
@@ -55,6 +62,20 @@ def files_of(names: Sequence[str], kind: str) -> list[Path]:
             raise UserError(f"no {kind} matches {name}")
         found += map(Path, matched)
     return found
+
+
+def open_picture(path: Path) -> Image.Image:
+    """One picture file as RGB; nothing of a model is imported, so a wrong path is told at once.
+
+    Raises:
+        UserError: it is missing or no picture, or an address on the web.
+    """
+    if found := _WEB.match(str(path)):
+        raise UserError(f"{found[1]}://{found[2]} is on the web; save the picture and give its file")
+    try:
+        return open_image(path.parent, path.name, follow_links=True)
+    except BadSample as error:
+        raise UserError(error.reason) from error
 
 
 def open_model(options: argparse.Namespace) -> Opened:

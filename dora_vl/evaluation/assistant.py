@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 from dora_vl.backbones.base import Features, max_positions
 from dora_vl.data.dataset import Sample
 from dora_vl.data.examples import Example
-from dora_vl.data.media import open_image
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.asker import Asked, Shown, View, Write, videos_placed
+from dora_vl.evaluation.asking import open_picture as open_picture
 from dora_vl.evaluation.predict import Decoding
 from dora_vl.evaluation.prompt_inputs import Prompts, model_inputs
 from dora_vl.scores.prompts import about_video, turns_of
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from dora_vl.evaluation.ask import Asking
     from dora_vl.evaluation.evaluation_set import EvaluationSet
 
-_WEB = re.compile(r"(https?):/+(.*)")
-"""An address; as a path it has one slash less."""
 NOT_YET_A_CHARACTER = "\ufffd"  # what decoding gives for the first bytes of a character whose last are still to come
 
 
@@ -163,17 +159,3 @@ class Assistant:
         from dora_vl.evaluation.ask_decoder import ask_decoder
 
         return ask_decoder(self, one, asking)
-
-
-def open_picture(path: Path) -> Image.Image:
-    """One picture file as RGB.
-
-    Raises:
-        UserError: it is missing or no picture, or an address on the web.
-    """
-    if found := _WEB.match(str(path)):
-        raise UserError(f"{found[1]}://{found[2]} is on the web; save the picture and give its file")
-    try:
-        return open_image(path.parent, path.name, follow_links=True)
-    except BadSample as error:
-        raise UserError(error.reason) from error

@@ -43,6 +43,9 @@ Settings = TypeVar("Settings", bound=InstructConfig)
 
 logger = logging.getLogger(__name__)
 
+FIRST_ROWS = 1_000
+"""Where none of their pictures is in the folder, it is another one."""
+
 
 class InstructData:
     """A run's training and validation samples.
@@ -129,11 +132,12 @@ class InstructData:
         if self._train is None:
             return
         source = train_name(self._config.data.train)
-        named = [name for name in self._train.pictures if name not in self._train.stored] if pictures else []
+        first = self._train.rows[:FIRST_ROWS]["images"] if pictures else []
+        named = list(dict.fromkeys(name for names in first for name in names if name not in self._train.stored))
         if pictures is not None and named and not any_is_there(named, pictures):
             raise UserError(
-                f"{source}: not one of its {len(named):,} pictures is in {pictures}, such as {shown(named[0])}; set "
-                "data.image_folder to the folder that their paths start from"
+                f"{source}: not one of its first {len(named):,} pictures is in {pictures}, such as {shown(named[0])}; "
+                "set data.image_folder to the folder that their paths start from"
             )
         look_ahead(
             self._train.samples,

@@ -31,5 +31,5 @@ def test_the_type_is_read_from_the_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="states no model_type"):
         model_type_of(str(tmp_path))
-    with pytest.raises(UserError, match="cannot be opened"):
+    with pytest.raises(UserError, match="no such folder; name a model's folder"):
         model_type_of(str(tmp_path / "nowhere"))

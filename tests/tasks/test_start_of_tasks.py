@@ -43,6 +43,18 @@ def test_image_qa_loads_nothing_of_a_vlbart(tmp_path: Path) -> None:
     assert [name for name in loaded if any(part in name for part in others)] == []
 
 
+def test_a_missing_picture_is_told_before_torch_is_imported() -> None:
+    code = """
+import sys
+from tasks import image_qa
+try:
+    image_qa.main(["--model", "none", "--image", "none.png", "--question", "q"])
+except SystemExit as left:
+    print(left.code, "torch" in sys.modules, "transformers" in sys.modules)
+"""
+    assert in_a_process("-c", code).split() == ["2", "False", "False"]
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_help_comes_soon(task: str) -> None:
     """CPU seconds of the process and those that it starts; a second try, since the first may read from the disk."""
