@@ -54,7 +54,7 @@ def one_line(message: str, most: int = LONGEST_MESSAGE) -> str:
     Its beginning names the file and its end the next step, so both stay.
     """
     parts = (part.strip() for part in message.splitlines())
-    line = _UNPRINTABLE.sub("?", " ".join(part for part in parts if part))
+    line = _UNPRINTABLE.sub("?", " ".join(part for part in parts if part).replace("\t", " "))
     if len(line) <= most:
         return line
     cut = " [...] "

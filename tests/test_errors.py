@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dora_vl.cli import main
@@ -26,6 +26,7 @@ LONG = 60_755
 
 
 @settings(deadline=None)
+@example(message="0\t0", most=30)
 @given(message=st.text(), most=st.integers(min_value=30, max_value=200))
 def test_any_message_is_one_short_line(message: str, most: int) -> None:
     line = one_line(message, most)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +139,4 @@ def test_parts_that_are_not_there_are_refused_before_weights_are_loaded(
     path = settings(there, f"refused_{tmp_path.name}", **changes)
     with pytest.raises(UserError, match=said):
         run(instruct_pipeline(read_run_file(path)))
-    log = json.loads(path.with_suffix("").joinpath("settings.json").read_text())
-    assert log["training"]["max_steps"] == 4
-    assert not path.with_suffix("").joinpath("adapter").exists()
+    assert not path.with_suffix("").exists(), "the run has no folder yet that would be in a second try's way"
