@@ -148,7 +148,7 @@ def test_two_ranks_end_where_one_does_though_they_read_some_samples_twice(tiny_l
     """Ten samples, two bad, one allowed: two ranks read twelve in an epoch, which is no second pass."""
     data = write_tiny_data(tmp_path / "data", samples=10)
     for name in ("green-5.png", "blue-6.png"):
-        (data.parent / name).unlink()
+        (data.parent / name).write_bytes(b"no picture")  # a missing one is told before the first step
     run_file = write_run(
         tmp_path / "run.yaml",
         tiny_llava,
