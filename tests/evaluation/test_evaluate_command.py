@@ -138,7 +138,7 @@ def test_another_batch_size_gives_the_same(trained: Path, alone: Path, tmp_path:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path, launcher: str) -> None:
     start = {
         "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29651", "-m"],
@@ -233,7 +233,8 @@ def test_against_itself_nothing_differs_and_against_the_truth_much(
     assert difference["low"] <= difference["value"] <= difference["high"]
     evaluate(capsys, *on_test_file(trained, tmp_path / "again", "--against", trained / "run" / "adapter", "--limit", 6))
     same = metrics_of(tmp_path / "again")["exact_match"]["difference"]["accuracy"]
-    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert same["value"] == 0
+    assert same["low"] == -same["high"] < 0, "six questions that agree say little: Wilson's interval, not a point"
     assert (tmp_path / "again/against/exact_match/predictions.jsonl").is_file()
 
 

@@ -141,6 +141,7 @@ def test_a_resumed_run_ends_where_a_whole_one_does(there: Path, monkeypatch: pyt
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_zero_2_trains_what_one_process_trains(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = read_weights(trained(there, monkeypatch, "qwen2_5_vl", "nf4"))
     path = settings(there, "qwen2_5_vl", "zero2", model={"quantisation": "nf4"}, training={"deepspeed": "zero2"})

@@ -84,6 +84,7 @@ def test_two_ranks_train_what_one_rank_trains(mixed_run: Path, one_rank: Path, s
         )
 
 
+@pytest.mark.slow
 def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
     tiny_llava: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
     assert "Traceback" not in taken.stderr
 
 
+@pytest.mark.slow
 def test_ranks_share_one_random_order_and_load_the_best_checkpoint(
     tiny_llava: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +171,8 @@ def torchrun(config: Path, *overrides: str, port: int) -> subprocess.CompletedPr
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_ranks_without_deepspeeds_engine_are_one_run(
     mixed_run: Path, one_rank: Path, launcher: str, tmp_path: Path
 ) -> None:

@@ -153,6 +153,7 @@ def test_a_llava_batch_without_usable_samples_is_not_in_the_mean(llava_run: Path
         train(LlavaPipeline(read_run_file(llava_run, "--training.use_cpu=true", "--overwrite=true")))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ranks_find_the_loss_of_one(llava_run: Path) -> None:
     """Seven samples are no whole number of steps of two ranks; none may count twice."""

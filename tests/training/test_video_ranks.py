@@ -21,9 +21,8 @@ ORDER = (0, 4, 2, 6, 1, 5, 3, 7, 2, 6, 1, 5, 8, 3, 9, 10)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("family", "port"), [("qwen2_5_vl", 29721), pytest.param("llava_next_video", 29723, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "port"), [("qwen2_5_vl", 29721), ("llava_next_video", 29723)])
 def test_two_ranks_of_zero3_train_what_one_rank_trains(tmp_path: Path, family: str, port: int) -> None:
     base = write_tiny_video(family, tmp_path / "base")
     data = write_video_data(tmp_path / "data")

@@ -73,6 +73,7 @@ def test_two_ranks_take_the_steps_of_one(run_file: Path, one_rank: Path, stage: 
         )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_resumed_run_has_the_checkpoints_random_rows(run_file: Path) -> None:
     """DeepSpeed's state holds what trains; the frozen rows come from the adapter folder beside it."""
