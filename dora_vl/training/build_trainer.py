@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -60,10 +61,7 @@ def build_trainer(
     rates = rates_of(config.optim, arguments.learning_rate)
     refuse_unknown_parts(trained_parts(backbone.model), rates)
     activations = pipeline.activations(backbone, arguments, longest_tokens=data.longest_tokens)
-    plan = plan_of(backbone, rates, activations, arguments)
-    logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
-    if arguments.process_index == 0:
-        write_json(run_folder / PLAN, {name: asdict(table) for name, table in plan.items()} | _machine(arguments))
+    _tell_plan(plan_of(backbone, rates, activations, arguments), arguments, run_folder)
     trainer = AdapterTrainer(
         model=pipeline.loss(backbone),
         args=arguments,
@@ -86,16 +84,20 @@ def build_trainer(
     )
     if data.stream is not None and not arguments.ignore_data_skip:
         trainer.progress.follow(data.stream)
-    # transformers puts its trackers first; they shall hear what is added to the line.
-    trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(LossLog))
     if watch is not None:
         trackers = trainer.callback_handler.callbacks
         trainer.add_callback(WatchQuestions(watch, run_folder, lambda: trackers))
+    _order_callbacks(trainer, arguments)
+    return trainer, stop
+
+
+def _order_callbacks(trainer: AdapterTrainer, arguments: TrainingArguments) -> None:
+    """Our log line first, since transformers puts its trackers there; our progress bar in place of its own."""
+    trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(LossLog))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
         trainer.add_callback(ProgressLine())
-    return trainer, stop
 
 
 def plan_of(
@@ -110,6 +112,12 @@ def plan_of(
         "not_adapted": frozen_table(backbone.model),
         "memory": memory_table(estimate, world_size=arguments.world_size, stage=stage),
     }
+
+
+def _tell_plan(plan: Mapping[str, Table], arguments: TrainingArguments, run_folder: Path) -> None:
+    logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
+    if arguments.process_index == 0:
+        write_json(run_folder / PLAN, {name: asdict(table) for name, table in plan.items()} | _machine(arguments))
 
 
 def _machine(arguments: TrainingArguments) -> dict[str, Any]:
