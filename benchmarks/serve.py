@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 from openai import OpenAI
 
 from benchmarks.dora_step import Turns, take_turns
@@ -170,7 +171,7 @@ def load_figures(served: ServedModel, options: argparse.Namespace) -> dict[str, 
     loads = {"one adapter": ["a"], "four adapters and the base": ["base", *NAMES]}
     settings = EngineSettings(batch_rows=options.requests, window_seconds=0.2)
     rounds: list[dict[str, float]] = []
-    with Engine(served, settings) as engine, running(engine) as address:
+    with Engine(served, settings) as engine, running(build_app(Server(engine))) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600)
         for _ in range(options.rounds + 1):
             rounds.append({name: under_load(client, names, options) for name, names in loads.items()})
@@ -202,10 +203,9 @@ def under_load(client: OpenAI, names: Sequence[str], options: argparse.Namespace
 
 
 @contextlib.contextmanager
-def running(engine: Engine) -> Iterator[str]:
+def running(app: FastAPI) -> Iterator[str]:
     """A server in a thread; its address."""
     listening = socket.create_server(("127.0.0.1", 0))
-    app = build_app(Server(engine))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

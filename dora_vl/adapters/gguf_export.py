@@ -107,7 +107,7 @@ def _config_of(base: BaseWeights) -> Any:
             "llama.cpp no form; dora-vl merge writes it as a plain folder"
         )
     config = model.config
-    if config.model_type != LLAVA and hasattr(config, "vision_config"):
+    if config.model_type != LLAVA and "vision_config" in config.sub_configs:
         raise UserError(
             f"{base.folder} is a {shown(config.model_type)}; of models that see, LLaVA is written as GGUF. "
             "dora-vl merge writes a plain folder, from which llama.cpp's own convert_hf_to_gguf.py may know more"

@@ -5,19 +5,17 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import socket
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from benchmarks.serve import running as running_app
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.app.engine import Engine
 from dora_vl.app.served_model import ServedModel, open_served
@@ -111,15 +109,9 @@ def running(
     model: ServedModel, settings: ServerSettings | None = None, engine_settings: EngineSettings | None = None
 ) -> Iterator[str]:
     """A server in a thread; its address."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    with Engine(model, engine_settings) as engine, Server(engine, settings) as answering:
-        config = uvicorn.Config(build_app(answering), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(20)
-            listening.close()
+    with (
+        Engine(model, engine_settings) as engine,
+        Server(engine, settings) as answering,
+        running_app(build_app(answering)) as address,
+    ):
+        yield address
