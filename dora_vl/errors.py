@@ -106,11 +106,11 @@ def shown_text(text: str, most: int = LONGEST_QUOTED) -> str:
     return visible if len(visible) <= most else visible[: most - 3] + "..."
 
 
-def shown_names(found: Iterable[object]) -> str:
-    """The first few names of columns or fields, such as those that a row has, and how many more there are."""
+def shown_names(found: Iterable[object], named: int = NAMED, longest: int = LONGEST_NAME) -> str:
+    """The first few names, such as those of the columns that a row has, and how many more there are."""
     names = list(found)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return (", ".join(shown_text(str(name), LONGEST_NAME) for name in names[:NAMED]) or "nothing") + more
+    more = f" and {len(names) - named} more" if len(names) > named else ""
+    return (", ".join(shown_text(str(name), longest) for name in names[:named]) or "nothing") + more
 
 
 NO_SAMPLE, EMPTY_ANSWER, NO_ANSWER, ON_THE_WEB = "not a sample", "empty answer", "no answer", "media on the web"

@@ -136,6 +136,7 @@ class Batch(TypedDict):
     image_features: NotRequired[Float[Tensor, "images tokens width"]]
     layout: NotRequired[Int[Tensor, "batch 3 seq"]]
     samples: int
+    sample_ids: list[str]
     padding_tokens: int
     skipped: list[tuple[str, str]]
     cut: list[tuple[str, int]]
@@ -190,6 +191,7 @@ class Collator:
             "attention_mask": mask,
             "labels": self._pad(labels, IGNORED_LABEL),
             "samples": len(samples),
+            "sample_ids": [sample.id for sample in samples],
             "padding_tokens": mask.numel() - (sum(len(row) for row in ids) if samples else 0),
             "skipped": [],
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],

@@ -63,6 +63,7 @@ class ProcessorCollator:
         return {
             **batch,
             "samples": len(samples),
+            "sample_ids": [sample.id for sample in samples],
             "padding_tokens": batch["input_ids"].numel() - tokens,
             "skipped": [(item.id, item.reason) for item in items if isinstance(item, Skipped)],
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],

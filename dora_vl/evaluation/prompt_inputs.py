@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Side = Literal["left", "right"]
 PADDING_ID = 0  # fills shorter rows; masked, so that any id but a picture's does
-BOOKKEEPING = frozenset({"labels", "samples", "padding_tokens", "skipped", "cut"})
+BOOKKEEPING = frozenset({"labels", "samples", "sample_ids", "padding_tokens", "skipped", "cut"})
 """What a collator adds that no model takes."""
 _NO_PICTURES = "this is a language model, which sees no pictures and videos"
 

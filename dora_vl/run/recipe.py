@@ -247,6 +247,9 @@ class OptimConfig:
     weight_decay_on: Decayed = "matrices"
     """What training.weight_decay shrinks. matrices: vectors (magnitudes, norms, biases) never; all_but_biases:
     magnitudes and norm weights too, as the published VL-BART runs."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not a number is left out, named and written to faults.jsonl. stop: the run then
+    saves a checkpoint and ends; skip: it goes on, unless ten steps in a row are such."""
 
 
 @dataclass(frozen=True, kw_only=True)

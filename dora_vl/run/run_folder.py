@@ -21,13 +21,14 @@ ADAPTER = "adapter"
 LOSS_LOG = "log.jsonl"
 METRICS = "metrics.json"
 SKIPPED = "skipped.jsonl"
+FAULTS = "faults.jsonl"
 SETTINGS = "settings.json"
 PLAN = "plan.json"
 WATCHED = "watched"
 PREDICTED = ("predictions", "predictions.jsonl", "predictions_likelihood.jsonl")
 SAVED = (ADAPTER, METRICS, *PREDICTED)
 """What took work to make; a run that left none of it, nor a checkpoint, failed before its first save."""
-RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, *PREDICTED, WATCHED, "loss_curve.png", "contact_sheet.png")
+RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, *PREDICTED, WATCHED, "loss_curve.png", "contact_sheet.png")
 IF_STOPPED = "if_stopped"
 HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only", "watch"})
 """Settings that may differ between a run and the one that resumes it."""

@@ -255,6 +255,7 @@ class Seq2SeqCollator:
             WEIGHTS: torch.tensor([one.weight / len(samples) for one in samples] or [0.0]),
             "normalise_by": batch.subtask.normalise_by,
             SAMPLES: len(samples),
+            "sample_ids": [sample.id for sample in samples],
             "padding_tokens": mask.numel() - (sum(len(row) for row in ids) if samples else 0),
             "skipped": skipped,
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],

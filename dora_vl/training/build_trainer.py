@@ -21,7 +21,7 @@ from dora_vl.backbones.base import Backbone
 from dora_vl.core import trained_parts
 from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.run.launch import on_first_rank
-from dora_vl.run.run_folder import LOSS_LOG, PLAN, run_folder_of, write_json
+from dora_vl.run.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, write_json
 from dora_vl.run.zero import gather_to_read, gather_to_write
 from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
 from dora_vl.training.memory_estimate import Activations, Table, estimate_memory, memory_table
@@ -35,6 +35,7 @@ from dora_vl.training.optim import (
 )
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.progress import BatchStatistics
+from dora_vl.training.step_faults import StepFaults
 from dora_vl.training.trainer import AdapterTrainer, Persistence
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 from dora_vl.training.watching import WatchQuestions
@@ -75,6 +76,7 @@ def build_trainer(
             SaveAfterValidation(),
         ],
         rates=rates,
+        faults=StepFaults(run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16),
         parts=with_decay(trained_parts(backbone.model), config.optim.weight_decay_on),
         sampler=data.sampler,
         persistence=_persistence(pipeline, backbone.model, run_folder, writes=arguments.process_index == 0),

@@ -14,7 +14,7 @@ import torch
 
 from dora_vl.data.bad_samples import BadSampleCounts, BadSampleLedger
 
-BOOKKEEPING = ("samples", "padding_tokens", "skipped", "cut")
+BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut")
 
 
 @dataclass

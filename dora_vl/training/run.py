@@ -25,6 +25,7 @@ from dora_vl.run.launch import (
 )
 from dora_vl.run.run_folder import (
     ADAPTER,
+    FAULTS,
     METRICS,
     SKIPPED,
     TRAINING_NUMBERS,
@@ -38,9 +39,11 @@ from dora_vl.run.run_folder import (
 )
 from dora_vl.run.zero import load_whole_models_again
 from dora_vl.training.build_trainer import build_trainer
+from dora_vl.training.finite import check_base_weights
 from dora_vl.training.optim import check_parts
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.progress import Counts
+from dora_vl.training.step_faults import steps_left_out
 from dora_vl.training.trainer import AdapterTrainer
 
 logger = logging.getLogger(__name__)
@@ -77,6 +80,7 @@ def train(pipeline: Pipeline) -> RunResult:
     on_first_rank(partial(write_settings, run_folder, config))
 
     backbone = pipeline.load()
+    check_base_weights(backbone.model, config.model.base)
     torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
     adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
     trainer, stop = build_trainer(pipeline, arguments, backbone)
@@ -88,12 +92,16 @@ def train(pipeline: Pipeline) -> RunResult:
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         stop.restore()
+    if trainer.faults.ended_by is not None:
+        raise UserError(trainer.faults.ended_by)
 
     counts = trainer.statistics.over_ranks(arguments.device)
     skipped = trainer.statistics.skipped_on_all_ranks()
     held_out = {} if trainer.validation is None else trainer.validation.statistics.skipped_on_all_ranks()
     earlier = numbers_of_whole_run(run_folder, trainer.state.global_step) if took_no_step(trainer, counts) else None
     numbers = training_numbers(trainer, counts) if earlier is None else earlier
+    if earlier is None and (left_out := steps_left_out(run_folder / FAULTS)):
+        numbers["steps_left_out"] = left_out
     if stop.received is None:
         trainer.save_model()
         if arguments.process_index == 0 and earlier is None:

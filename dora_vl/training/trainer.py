@@ -11,16 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dora_vl.adapters.checkpoints import STATE_FILE, WRITING, drop_old_checkpoints, replace_folder
+from dora_vl.adapters.checkpoints import (
+    STATE_FILE,
+    WRITING,
+    complete_checkpoints,
+    drop_old_checkpoints,
+    replace_folder,
+)
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
+from dora_vl.run.arguments import zero_stage
 from dora_vl.run.run_folder import ADAPTER
 from dora_vl.tasks.seq2seq import over_step
+from dora_vl.training.finite import check_trained_weights
 from dora_vl.training.optim import LearningRates, parameter_groups
 from dora_vl.training.progress import BatchStatistics, Progress
+from dora_vl.training.step_faults import StepFaults
 from dora_vl.training.validation import ValidationLoss, random_state_kept
 
 if TYPE_CHECKING:
@@ -45,6 +55,7 @@ class AdapterTrainer(Trainer):
 
     Args:
         rates: learning rate of each part.
+        faults: watches the steps' losses and gradients.
         sampler: order of the training samples; None leaves it to the Trainer.
         parts: what trains, as `core.trained_parts` lists it.
         persistence: writes the adapter folder at every checkpoint, and reads it back (resuming without DeepSpeed).
@@ -58,6 +69,7 @@ class AdapterTrainer(Trainer):
         self,
         *,
         rates: LearningRates,
+        faults: StepFaults,
         sampler: Sampler[Any] | None,
         parts: Sequence[TrainedPart],
         persistence: Persistence,
@@ -68,6 +80,8 @@ class AdapterTrainer(Trainer):
     ) -> None:
         super().__init__(**options)
         self.rates = rates
+        self.faults = faults
+        self.add_callback(faults)
         self.sampler = sampler
         self.parts = parts
         self.persistence = persistence
@@ -95,7 +109,20 @@ class AdapterTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         """The step's micro-batches, with their bookkeeping taken out and counted."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.faults.begin_step([tuple(batch.get("sample_ids", ())) for batch in batches])
         return [self.statistics.take(batch) for batch in over_step(batches, device)], items
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
+        """The Trainer's; what a step trains on is watched."""
+        loss: Any = super().compute_loss(model, inputs, *options, **named)
+        if model.training:
+            self.faults.note_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.faults.note_norm(norm)
+        return norm
 
     # ---- validation
 
@@ -124,7 +151,14 @@ class AdapterTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             groups = parameter_groups(self.parts, self.rates, weight_decay=self.args.weight_decay)
             self.optimizer = kind(groups, **options)
+            if not self._drops_gradients_itself:
+                self.optimizer.register_step_pre_hook(self.faults.drop_gradients)
         return self.optimizer
+
+    @property
+    def _drops_gradients_itself(self) -> bool:
+        """Whether DeepSpeed's optimizer leaves a step out whose gradient is no number: ZeRO 1 to 3."""
+        return self.is_deepspeed_enabled and zero_stage(deepspeed_config()) > 0
 
     # ---- checkpoints: written under another name, renamed when every rank is done
 
@@ -136,6 +170,7 @@ class AdapterTrainer(Trainer):
             return
         self._saved_step = self.state.global_step
         run_folder = self.persistence.run_folder
+        self._check_weights()
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._checkpoint_parent = run_folder / WRITING
         try:
@@ -165,7 +200,13 @@ class AdapterTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter folder, `<output_dir>/adapter`; the frozen base is never written."""
+        if output_dir is None:  # a checkpoint's were checked before the first of its files
+            self._check_weights()
         self.persistence.save(Path(output_dir or self.persistence.run_folder) / ADAPTER)
+
+    def _check_weights(self) -> None:
+        whole = complete_checkpoints(self.persistence.run_folder)
+        check_trained_weights(self.parts, step=self.state.global_step, kept=whole[-1].name if whole else None)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
@@ -188,6 +229,8 @@ class AdapterTrainer(Trainer):
         # The Trainer would load the engine's state strictly, frozen weights included; ours are not in it.
         own = resume_from_checkpoint is not None and self.is_deepspeed_enabled
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None if own else resume_from_checkpoint)
+        if self.is_deepspeed_enabled and hasattr(self._engine.optimizer, "check_grad_overflow"):
+            self._engine.optimizer.check_grad_overflow = True  # ZeRO 1 and 2 look in half precision alone; 3 always
         if own:
             self._load_engine(str(resume_from_checkpoint))
             self._load_optimizer_and_scheduler(resume_from_checkpoint)

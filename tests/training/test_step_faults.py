@@ -1,0 +1,217 @@
+"""A loss, gradient or weight that is no number: named, left out, and no adapter is taken for whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dora_vl.core import TrainedPart
+from dora_vl.errors import UserError
+from dora_vl.pipelines.llava import LlavaPipeline
+from dora_vl.run.command_line import read_run_file
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.finite import check_base_weights, check_trained_weights
+from dora_vl.training.run import train
+from dora_vl.training.step_faults import is_spike
+from dora_vl.training.trainer import AdapterTrainer
+from tests.training.test_two_ranks import launch
+from tests.training.tiny_run import write_run
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+    return write_run(
+        tmp_path / "run.yaml",
+        tiny_llava,
+        tiny_data,
+        data={"group_by_modality_length": False},
+        training={"use_cpu": True, "train_sampling_strategy": "sequential"},
+    )
+
+
+def trained(run_file: Path, *overrides: str) -> dict[str, Any]:
+    """What `metrics.json` gets."""
+    return train(LlavaPipeline(read_run_file(run_file, *overrides))).numbers
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, loss: bool) -> None:
+    """At these steps (from 0) the loss is NaN, or its gradient alone."""
+    compute = AdapterTrainer.compute_loss
+
+    def spoilt(self: AdapterTrainer, *options: Any, **named: Any) -> Tensor:
+        value: Tensor = compute(self, *options, **named)
+        if not self.model.training or self.state.global_step not in steps:
+            return value
+        if loss:
+            self.faults._losses[-1] = value.detach() * math.nan
+            return value * math.nan
+        value.register_hook(lambda gradient: gradient * math.nan)
+        return value
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", spoilt)
+
+
+@pytest.mark.parametrize("loss", [True, False])
+def test_a_step_that_is_no_number_is_left_out_and_the_run_ends_with_its_samples(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, loss: bool
+) -> None:
+    trained(run_file, "--training.max_steps", "3", "--training.lr_scheduler_type", "constant")
+    folder = run_file.parent / run_file.stem
+    sound = load_file(folder / "adapter" / "adapter_model.safetensors")
+    spoil(monkeypatch, 3, loss=loss)
+    with pytest.raises(UserError, match=r"step 4: the (loss|gradient) is not a number") as error:
+        trained(run_file, "--overwrite", "true", "--training.lr_scheduler_type", "constant")
+    assert "checkpoint-4" in str(error.value)
+    assert ("sample-12, sample-13, sample-14, sample-15" in str(error.value)) is loss  # of the fourth step's four
+    assert not (folder / "adapter").exists()
+    assert not (folder / "metrics.json").exists()
+    kept = load_file(folder / "checkpoint-4" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in sound.items():
+        torch.testing.assert_close(kept[name], tensor, rtol=0, atol=0)  # as the step before left them
+    (line,) = read_log(folder / "faults.jsonl")
+    assert line["step"] == 4
+    assert line["fault"] == ("loss" if loss else "gradient")
+
+
+def test_a_run_that_skips_goes_on_and_counts(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, 1, 4, loss=True)
+    numbers = trained(run_file, "--optim.not_finite", "skip")
+    assert numbers["steps_left_out"] == 2
+    assert numbers["train_steps"] == 6
+    tensors = load_file(run_file.parent / run_file.stem / "adapter" / "adapter_model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+
+
+def test_ten_such_steps_in_a_row_end_it_all_the_same(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, *range(2, 40), loss=False)
+    with pytest.raises(UserError, match=r"step 12: .* 10 steps one after another"):
+        trained(run_file, "--optim.not_finite", "skip", "--training.max_steps", "40")
+
+
+def test_resuming_goes_on_after_the_step(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as spoilt:
+        spoil(spoilt, 3, loss=True)
+        with pytest.raises(UserError):
+            trained(run_file)
+    numbers = trained(run_file, "--resume", "last")
+    assert numbers["train_steps"] == 6
+    assert numbers["steps_left_out"] == 1
+    assert numbers["train_samples"] == 24
+
+
+def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step(
+    run_file: Path, tiny_llava: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llava, tmp_path / "broken")
+    weights = load_file(base / "model.safetensors")
+    spoilt = next(name for name in weights if "layers.1.mlp.down_proj" in name)
+    weights[spoilt][3, 5] = math.nan
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"broken: 1 of its weights hold NaN or infinity: .*layers\.1\.mlp\.down_proj"):
+        trained(run_file, "--model.base", str(base))
+    assert not (run_file.parent / run_file.stem / "log.jsonl").exists()
+
+
+def test_a_learning_rate_far_too_large_ends_with_its_line_and_no_adapter(run_file: Path) -> None:
+    with pytest.raises(UserError, match=r"step \d+: the (loss|gradient) is not a number|trained weights are NaN"):
+        trained(run_file, "--training.learning_rate", "1e30", "--optim.projector_learning_rate", "1e30")
+    assert not (run_file.parent / run_file.stem / "adapter").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_are_read_whatever_their_number_type(value: float) -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).to(torch.bfloat16)
+    check_base_weights(model, "base")
+    part = TrainedPart("dora.A", {"1.weight": model[1].weight}, weight_decay=True)
+    check_trained_weights([part], step=7, kept=None)
+    with torch.no_grad():
+        model[1].weight[1, 2] = value
+    with pytest.raises(UserError, match=r"base: 1 of its weights .*: 1\.weight"):
+        check_base_weights(model, "base")
+    with pytest.raises(UserError, match="step 7: 1 trained weights .* checkpoint-5 is the last whole checkpoint"):
+        check_trained_weights([part], step=7, kept="checkpoint-5")
+
+
+def test_large_finite_weights_are_numbers() -> None:
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.fill_(3e38)  # their float32 sum is infinite
+    check_base_weights(model, "base")
+
+
+def test_a_spike_stands_far_above_its_window_in_two_ways() -> None:
+    quiet = [1.0 + 0.01 * (step % 5) for step in range(30)]
+    assert is_spike(2.5, quiet)
+    assert not is_spike(1.9, quiet)  # not twice the median
+    wild = [1.0 + 0.8 * (step % 3) for step in range(30)]
+    assert not is_spike(4.5, wild)  # the loss jumps like that all the time
+    assert is_spike(12.0, wild)
+
+
+def test_a_spike_is_named_with_its_samples(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = AdapterTrainer.compute_loss
+
+    def spiked(self: AdapterTrainer, *options: Any, **named: Any) -> Tensor:
+        value: Tensor = compute(self, *options, **named)
+        if self.model.training and self.state.global_step == 25:
+            self.faults._losses[-1] = value.detach() * 50
+        return value
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", spiked)
+    trained(run_file, "--training.max_steps", "27", "--training.learning_rate", "1e-5")
+    (line,) = read_log(run_file.parent / run_file.stem / "faults.jsonl")
+    assert line["step"] == 26
+    assert line["times_the_median"] > 10
+    assert line["samples"] == ["sample-4", "sample-5", "sample-6", "sample-7"]  # 48 samples: the third epoch's second
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("ranks", "zero"), [(1, "zero0"), (2, "zero2"), (2, "zero3")])
+def test_a_picture_whose_features_are_no_numbers_under_the_launcher(
+    tiny_llava: Path, tiny_data: Path, tmp_path: Path, ranks: int, zero: str
+) -> None:
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        tiny_llava,
+        tiny_data,
+        data={"group_by_modality_length": False, "cache_features": True, "feature_cache": str(tmp_path / "features")},
+        training={"deepspeed": zero, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 2},
+    )
+    first = launch(run_file, "--training.max_steps=1", ranks=ranks, port=29741)
+    assert first.returncode == 0, first.stderr[-2000:]
+    spoil_features(tmp_path / "features")
+    result = launch(run_file, "--overwrite=true", ranks=ranks, port=29742)
+    assert result.returncode != 0
+    (said,) = {line for line in result.stderr.splitlines() if "error: " in line}
+    assert "the loss is not a number (samples sample-" in said
+    assert not (tmp_path / "run" / "adapter").exists()
+    whole = load_file(next((tmp_path / "run").glob("checkpoint-*/adapter/adapter_model.safetensors")))
+    assert all(bool(tensor.isfinite().all()) for tensor in whole.values())
+
+
+def spoil_features(folder: Path) -> None:
+    """Makes every stored feature NaN; the store's own account of its shards stays."""
+    for shard in folder.rglob("*.safetensors"):
+        tensors = load_file(shard)
+        changed = {
+            name: torch.full_like(one, math.nan) if one.is_floating_point() else one for name, one in tensors.items()
+        }
+        save_file(changed, shard)
+    assert json.loads((next(folder.rglob("*.json"))).read_text())
