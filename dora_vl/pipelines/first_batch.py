@@ -12,11 +12,13 @@ from torch import nn
 from dora_vl.data.dataset import Sample
 from dora_vl.report.batch_view import BatchView, TokenText, batch_view
 from dora_vl.run.arguments import training_arguments
+from dora_vl.run.run_folder import FAULTS
 from dora_vl.tasks.seq2seq import MicroBatch, Seq2SeqSample
 from dora_vl.training.optim import LearningRates
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.progress import BatchStatistics
-from dora_vl.training.trainer import AdapterTrainer, Persistence
+from dora_vl.training.step_faults import StepFaults
+from dora_vl.training.trainer import AdapterTrainer, Persistence, Watched
 
 ELSEWHERE = ("deepspeed", "bf16", "fp16", "report_to", "load_best_model_at_end", "eval_strategy", "optim")
 """Of `training:`, what changes no batch and asks for devices, packages or weights."""
@@ -58,7 +60,8 @@ def first_batch(pipeline: Pipeline) -> BatchView:
     backbone = pipeline.skeleton()
     data = pipeline.data(backbone, arguments)
     kept = _Kept(data.collate)
-    nothing = Persistence(Path(str(arguments.output_dir)), save=_no_file, load=_no_file, load_kept=_no_file)
+    folder = Path(str(arguments.output_dir))
+    nothing = Persistence(folder, save=_no_file, load=_no_file, load_kept=_no_file)
     trainer = AdapterTrainer(
         model=nn.Linear(1, 1),  # a loader asks nothing of it
         args=arguments,
@@ -68,7 +71,7 @@ def first_batch(pipeline: Pipeline) -> BatchView:
         sampler=data.sampler,
         parts=(),
         persistence=nothing,
-        statistics=BatchStatistics(),
+        watched=Watched(BatchStatistics(), StepFaults(folder / FAULTS, "stop")),
     )
     for set_epoch in data.set_epoch:
         set_epoch(0)

@@ -36,7 +36,7 @@ from dora_vl.training.optim import (
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.step_faults import StepFaults
-from dora_vl.training.trainer import AdapterTrainer, Persistence
+from dora_vl.training.trainer import AdapterTrainer, Persistence, Watched
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 from dora_vl.training.watching import WatchQuestions
 
@@ -58,7 +58,7 @@ def build_trainer(
     statistics = BatchStatistics(ledger)
     held_out, validation = _validation(data, arguments, source=str(config.data.held_out))
     watch = pipeline.watch(backbone, arguments) if config.watch else None
-    stop = StopOnSignal()
+    stop, faults = StopOnSignal(), StepFaults(run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
     rates = rates_of(config.optim, arguments.learning_rate)
     refuse_unknown_parts(trained_parts(backbone.model), rates)
     activations = pipeline.activations(backbone, arguments, longest_tokens=data.longest_tokens)
@@ -76,12 +76,10 @@ def build_trainer(
             SaveAfterValidation(),
         ],
         rates=rates,
-        faults=StepFaults(run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16),
         parts=with_decay(trained_parts(backbone.model), config.optim.weight_decay_on),
         sampler=data.sampler,
         persistence=_persistence(pipeline, backbone.model, run_folder, writes=arguments.process_index == 0),
-        statistics=statistics,
-        validation=validation,
+        watched=Watched(statistics, faults, validation),
         labels_shift=pipeline.labels_shift,
     )
     if data.stream is not None and not arguments.ignore_data_skip:

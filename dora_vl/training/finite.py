@@ -29,7 +29,7 @@ def check_base_weights(model: nn.Module, base: str) -> None:
     broken = _on_any_rank(_not_finite(model.named_parameters()))
     if broken:
         raise UserError(
-            f"{base}: {len(broken)} of its weights hold NaN or infinity: {shown_names(broken, NAMED_WEIGHTS, LONGEST_WEIGHT)}; every loss would be "
+            f"{base}: {len(broken)} of its weights hold NaN or infinity: {_named(broken)}; every loss would be "
             "NaN. Fetch or compose the base again, or set model.dtype: bfloat16 where float16 is too narrow for it"
         )
 
@@ -50,10 +50,14 @@ def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, kept: str 
     if broken:
         left = f"{kept} is the last whole checkpoint" if kept else "there is no checkpoint before it"
         raise UserError(
-            f"step {step}: {len(broken)} trained weights are NaN or infinite ({shown_names(broken, NAMED_WEIGHTS, LONGEST_WEIGHT)}), so nothing is "
+            f"step {step}: {len(broken)} trained weights are NaN or infinite ({_named(broken)}), so nothing is "
             f"saved; {left}. Lower training.learning_rate or the part's own in optim.rates, or set "
             "training.max_grad_norm"
         )
+
+
+def _named(weights: Sequence[str]) -> str:
+    return shown_names(weights, NAMED_WEIGHTS, LONGEST_WEIGHT)
 
 
 def _not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
@@ -75,7 +79,7 @@ def _is_finite(weights: Tensor) -> bool:
 
 
 def _on_any_rank(names: list[str]) -> list[str]:
-    rank, ranks = rank_and_ranks()
+    _, ranks = rank_and_ranks()
     if ranks == 1:
         return names
     found: list[list[str]] = [[] for _ in range(ranks)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from dora_vl.adapters.folder import WEIGHTS_FILE, read_json
 from dora_vl.data.bad_samples import write_skipped
@@ -69,15 +70,8 @@ def train(pipeline: Pipeline) -> RunResult:
     arguments = training_arguments(config)
     if threads is not None:
         torch.set_num_threads(threads)
-    run_folder = run_folder_of(config)
-    checkpoint = checkpoint_of(config)
-    start = {"resume": checkpoint is not None, "overwrite": replaces_earlier(config)}
-    on_first_rank(partial(check_run_folder, run_folder, **start))
-    on_first_rank(partial(check_initial, config.adapter.initial))
-    on_first_rank(partial(pipeline.prepare, arguments))
-    on_first_rank(partial(check_parts, pipeline, arguments))
-    on_first_rank(partial(prepare_run_folder, run_folder, **start))  # not for a run that cannot begin
-    on_first_rank(partial(write_settings, run_folder, config))
+    run_folder, checkpoint = run_folder_of(config), checkpoint_of(config)
+    _check_and_prepare(pipeline, arguments, checkpoint)
 
     backbone = pipeline.load()
     check_base_weights(backbone.model, config.model.base)
@@ -94,20 +88,38 @@ def train(pipeline: Pipeline) -> RunResult:
         stop.restore()
     if trainer.faults.ended_by is not None:
         raise UserError(trainer.faults.ended_by)
+    return RunResult(
+        output.global_step, stop.received, _written(trainer, run_folder, stopped=stop.received is not None)
+    )
 
-    counts = trainer.statistics.over_ranks(arguments.device)
+
+def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpoint: Path | None) -> None:
+    """All that can be wrong before weights are loaded, and the run folder."""
+    config, run_folder = pipeline.config, run_folder_of(pipeline.config)
+    start = {"resume": checkpoint is not None, "overwrite": replaces_earlier(config)}
+    on_first_rank(partial(check_run_folder, run_folder, **start))
+    on_first_rank(partial(check_initial, config.adapter.initial))
+    on_first_rank(partial(pipeline.prepare, arguments))
+    on_first_rank(partial(check_parts, pipeline, arguments))
+    on_first_rank(partial(prepare_run_folder, run_folder, **start))  # not for a run that cannot begin
+    on_first_rank(partial(write_settings, run_folder, config))
+
+
+def _written(trainer: AdapterTrainer, run_folder: Path, *, stopped: bool) -> dict[str, Any]:
+    """Writes what a whole run leaves, and returns its numbers; of one that was stopped nothing is written."""
+    counts = trainer.statistics.over_ranks(trainer.args.device)
     skipped = trainer.statistics.skipped_on_all_ranks()
     held_out = {} if trainer.validation is None else trainer.validation.statistics.skipped_on_all_ranks()
     earlier = numbers_of_whole_run(run_folder, trainer.state.global_step) if took_no_step(trainer, counts) else None
     numbers = training_numbers(trainer, counts) if earlier is None else earlier
     if earlier is None and (left_out := steps_left_out(run_folder / FAULTS)):
         numbers["steps_left_out"] = left_out
-    if stop.received is None:
+    if not stopped:
         trainer.save_model()
-        if arguments.process_index == 0 and earlier is None:
+        if trainer.args.process_index == 0 and earlier is None:
             write_skipped(run_folder / SKIPPED, skipped, validation=held_out)
             add_metrics(run_folder / METRICS, numbers)
-    return RunResult(output.global_step, stop.received, numbers)
+    return numbers
 
 
 def run(pipeline: Pipeline) -> int | None:

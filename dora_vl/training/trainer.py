@@ -50,17 +50,28 @@ class Persistence:
     load_kept: Callable[[Path], object]
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What keeps count of the batches and looks at the steps.
+
+    `statistics` counts what the training batches held, `validation` the same of validation batches and their loss (None
+    without validation data); `faults` watches losses and gradients.
+    """
+
+    statistics: BatchStatistics
+    faults: StepFaults
+    validation: ValidationLoss | None = None
+
+
 class AdapterTrainer(Trainer):
     """Trains what `core.trained_parts` lists.
 
     Args:
         rates: learning rate of each part.
-        faults: watches the steps' losses and gradients.
         sampler: order of the training samples; None leaves it to the Trainer.
         parts: what trains, as `core.trained_parts` lists it.
         persistence: writes the adapter folder at every checkpoint, and reads it back (resuming without DeepSpeed).
-        statistics: counts of what the batches held.
-        validation: the same of validation batches, and their loss; None without validation data.
+        watched: counts of what the batches held, of validation batches too, and what watches the steps.
         labels_shift: whether a label at position 0 has nothing to be predicted from; the token count of a step must
             leave it out then.
     """
@@ -69,25 +80,21 @@ class AdapterTrainer(Trainer):
         self,
         *,
         rates: LearningRates,
-        faults: StepFaults,
         sampler: Sampler[Any] | None,
         parts: Sequence[TrainedPart],
         persistence: Persistence,
-        statistics: BatchStatistics,
-        validation: ValidationLoss | None = None,
+        watched: Watched,
         labels_shift: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.rates = rates
-        self.faults = faults
-        self.add_callback(faults)
         self.sampler = sampler
         self.parts = parts
         self.persistence = persistence
-        self.statistics = statistics
-        self.validation = validation
-        self.progress = Progress(statistics, None if validation is None else validation.statistics)
+        self.statistics, self.validation, self.faults = watched.statistics, watched.validation, watched.faults
+        self.add_callback(self.faults)
+        self.progress = Progress(self.statistics, None if self.validation is None else self.validation.statistics)
         self._checkpoint_parent = persistence.run_folder
         self._saved_step: int | None = None
         self._loss_shifts_labels = labels_shift

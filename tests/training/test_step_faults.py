@@ -144,7 +144,7 @@ def test_weights_are_read_whatever_their_number_type(value: float) -> None:
         model[1].weight[1, 2] = value
     with pytest.raises(UserError, match=r"base: 1 of its weights .*: 1\.weight"):
         check_base_weights(model, "base")
-    with pytest.raises(UserError, match="step 7: 1 trained weights .* checkpoint-5 is the last whole checkpoint"):
+    with pytest.raises(UserError, match=r"step 7: 1 trained weights .* checkpoint-5 is the last whole checkpoint"):
         check_trained_weights([part], step=7, kept="checkpoint-5")
 
 
