@@ -62,6 +62,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 WRITING = ".checkpoints-being-written"
+REMOVING = ".removing"
 STATE_FILE = "trainer_state.json"
 
 
@@ -108,4 +109,13 @@ def drop_old_checkpoints(run_folder: Path, *, keep: int | None, also_keep: Itera
     spared = {path.resolve() for path in also_keep}
     for old in complete_checkpoints(run_folder)[:-keep]:
         if old.resolve() not in spared:
-            shutil.rmtree(old)
+            going = old.with_name(f".{old.name}{REMOVING}")  # a half of it shall not count as a checkpoint
+            old.rename(going)
+            shutil.rmtree(going)
+
+
+def drop_leftovers(run_folder: Path) -> None:
+    """Removes what a crash left of half-written and half-removed checkpoints and adapters."""
+    patterns = (f".checkpoint-*{REMOVING}", ".checkpoint-*.previous-*", ".adapter.writing-*", ".adapter.previous-*")
+    for path in [run_folder / WRITING, *(path for pattern in patterns for path in run_folder.glob(pattern))]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_config
 
 from dora_vl.errors import UserError
+from dora_vl.run.checkpoint_manifest import Launch
 from dora_vl.run.command_line import said_plainly, shipped_folder
 from dora_vl.run.launch import several_ranks, stand_alone_environment, start_cpu_communication
 from dora_vl.run.recipe import RunSettings
@@ -249,6 +251,12 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
             "this one process trains on one GPU of %d; start it with `deepspeed` to use all", torch.cuda.device_count()
         )
     return made
+
+
+def launch_of(arguments: TrainingArguments) -> Launch:
+    """The processes of the run that the arguments were made for."""
+    deepspeed = deepspeed_config() if arguments.deepspeed is not None else None
+    return Launch(arguments.world_size, None if arguments.deepspeed is None else zero_stage(deepspeed))
 
 
 def order_seed(arguments: TrainingArguments) -> int:

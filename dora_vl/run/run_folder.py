@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_vl.adapters.checkpoints import WRITING, checkpoint_to_resume, complete_checkpoints
+from dora_vl.adapters.checkpoints import checkpoint_to_resume, complete_checkpoints, drop_leftovers
 from dora_vl.adapters.folder import refuse_to_replace_adapter
 from dora_vl.errors import UserError
 from dora_vl.run.recipe import RunSettings
@@ -124,7 +124,8 @@ def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """
     check_run_folder(folder, resume=resume, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in [*(() if resume else results_in(folder)), folder / WRITING]:
+    drop_leftovers(folder)
+    for path in () if resume else results_in(folder):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -20,6 +20,7 @@ from dora_vl.adapters.provenance import versions
 from dora_vl.backbones.base import Backbone
 from dora_vl.core import trained_parts
 from dora_vl.data.bad_samples import BadSampleLedger
+from dora_vl.run.checkpoint_manifest import settings_of
 from dora_vl.run.launch import on_first_rank
 from dora_vl.run.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, write_json
 from dora_vl.run.zero import gather_to_read, gather_to_write
@@ -157,4 +158,5 @@ def _persistence(pipeline: Pipeline, model: nn.Module, run_folder: Path, *, writ
         save=save,
         load=partial(load_adapter, model),
         load_kept=partial(load_kept, model, gather=gather_to_write),
+        settings=settings_of(pipeline.config),
     )

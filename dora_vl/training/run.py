@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from dora_vl.adapters.folder import WEIGHTS_FILE, read_json
 from dora_vl.data.bad_samples import write_skipped
 from dora_vl.errors import UserError
 from dora_vl.run.adapting import adapt, check_initial
-from dora_vl.run.arguments import training_arguments
+from dora_vl.run.arguments import launch_of, training_arguments
+from dora_vl.run.checkpoint_manifest import check_manifest, settings_of
 from dora_vl.run.launch import (
     is_first_rank,
     keep_freed_memory,
@@ -24,6 +26,7 @@ from dora_vl.run.launch import (
     on_first_rank,
     threads_of_this_rank,
 )
+from dora_vl.run.one_writer import one_writer
 from dora_vl.run.run_folder import (
     ADAPTER,
     FAULTS,
@@ -98,6 +101,8 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
     config, run_folder = pipeline.config, run_folder_of(pipeline.config)
     start = {"resume": checkpoint is not None, "overwrite": replaces_earlier(config)}
     on_first_rank(partial(check_run_folder, run_folder, **start))
+    if checkpoint is not None:
+        on_first_rank(partial(check_manifest, checkpoint, settings_of(config), launch_of(arguments)))
     on_first_rank(partial(check_initial, config.adapter.initial))
     on_first_rank(partial(pipeline.prepare, arguments))
     on_first_rank(partial(check_parts, pipeline, arguments))
@@ -128,6 +133,11 @@ def run(pipeline: Pipeline) -> int | None:
     With `test_only` it tests what an earlier run left, and nothing else. The process group is gone afterwards: ZeRO-3
     on a CPU aborts at interpreter exit while it is there.
     """
+    with one_writer(run_folder_of(pipeline.config)) if launched_first() else nullcontext():
+        return _run(pipeline)
+
+
+def _run(pipeline: Pipeline) -> int | None:
     if pipeline.config.test_only:
         test_again(pipeline)
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +24,8 @@ from dora_vl.adapters.checkpoints import (
 )
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
-from dora_vl.run.arguments import zero_stage
+from dora_vl.run.arguments import launch_of, zero_stage
+from dora_vl.run.checkpoint_manifest import write_manifest
 from dora_vl.run.run_folder import ADAPTER
 from dora_vl.tasks.seq2seq import over_step
 from dora_vl.training.finite import check_trained_weights
@@ -48,6 +49,8 @@ class Persistence:
     save: Callable[[Path], None]
     load: Callable[[Path], object]
     load_kept: Callable[[Path], object]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The run's, for the account of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,8 @@ class AdapterTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(run_folder / WRITING / name / STATE_FILE))
+            launch = launch_of(self.args)
+            write_manifest(run_folder / WRITING / name, self.persistence.settings, launch)
             replace_folder(run_folder / WRITING / name, run_folder / name)
             (run_folder / WRITING).rmdir()
             best = self.state.best_model_checkpoint

@@ -1,0 +1,183 @@
+"""What a checkpoint is: its files, the settings and the ranks that wrote it; a resume compares all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from dora_vl.adapters.provenance import versions
+from dora_vl.errors import UserError, shown
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+MAY_CHANGE = (
+    "resume",
+    "overwrite",
+    "test_only",
+    "watch",
+    "variant",
+    "evaluation.*",
+    "optim.not_finite",
+    "adapter.initial",
+    "data.workers",
+    "data.feature_cache",
+    "data.max_bad_share",
+    "training.output_dir",
+    "training.save_*",
+    "training.logging_*",
+    "training.report_to",
+    "training.run_name",
+    "training.disable_tqdm",
+    "training.dataloader_*",
+    "training.eval_*",
+    "training.per_device_eval_batch_size",
+    "training.load_best_model_at_end",
+    "training.metric_for_best_model",
+    "training.greater_is_better",
+    "training.use_cpu",
+    "training.deepspeed",  # compared as the engine
+)
+"""Settings that change nothing of what the steps to come compute, or what is compared elsewhere."""
+TOLD = ("training.max_steps", "training.num_train_epochs")
+"""Settings that people change to train longer; the schedule of the learning rate moves with them."""
+MOST_SAID = 2
+"""Changed settings that a message spells out."""
+_NOT_THERE = "not set"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes of a run: how many, and DeepSpeed's ZeRO stage; None without DeepSpeed."""
+
+    ranks: int
+    zero_stage: int | None
+
+    def __str__(self) -> str:
+        engine = "without DeepSpeed" if self.zero_stage is None else f"with ZeRO-{self.zero_stage}"
+        return f"{self.ranks} {'rank' if self.ranks == 1 else 'ranks'} {engine}"
+
+
+def write_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch) -> None:
+    """Describes a checkpoint whose files are all there; to be called last, before the folder gets its name.
+
+    Args:
+        checkpoint: the folder.
+        settings: the run's, as `settings_of` gives them.
+        launch: the processes that wrote it.
+    """
+    files = {str(path.relative_to(checkpoint)): _described(path) for path in _files_in(checkpoint)}
+    content = {
+        "settings": settings,
+        "launch": dataclasses.asdict(launch),
+        "versions": versions(),
+        "files": files,
+    }
+    (checkpoint / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A run's resolved settings in JSON's types.
+
+    Args:
+        config: the run's dataclass.
+    """
+    resolved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return resolved
+
+
+def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch) -> None:
+    """Compares a checkpoint with its own account and with the run that would resume from it.
+
+    Raises:
+        UserError: a file is missing or changed, other processes wrote it, or settings differ that change the result.
+    """
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        logger.warning("%s has no %s (an earlier version wrote it): nothing of it is compared", checkpoint, MANIFEST)
+        return
+    written = _read(path)
+    _check_files(checkpoint, written["files"])
+    _check_launch(checkpoint, Launch(**written["launch"]), launch)
+    _check_settings(checkpoint, written["settings"], settings)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return {name: written[name] for name in ("settings", "launch", "files")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; resume from another checkpoint of the run") from error
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    yield from sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _check_files(checkpoint: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    next_step = "copy the checkpoint again, or resume from another one of the run"
+    for name, one in files.items():
+        if (size := _size(checkpoint / name)) is None:
+            raise UserError(f"resume: {checkpoint / name} is missing; {next_step}")
+        if size != one["bytes"]:
+            raise UserError(f"resume: {checkpoint / name} has {size:,} bytes instead of {one['bytes']:,}; {next_step}")
+        if _described(checkpoint / name)["sha256"] != one["sha256"]:
+            raise UserError(f"resume: {checkpoint / name} was changed after it was written; {next_step}")
+
+
+def _check_launch(checkpoint: Path, then: Launch, now: Launch) -> None:
+    if then != now:
+        raise UserError(
+            f"resume: {checkpoint} was written by {then}, this run is {now}; start it as then, or begin a new run from "
+            f"its weights with --adapter.initial {checkpoint / 'adapter'}"
+        )
+
+
+def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    before, here = dict(_flat(then)), dict(_flat(now))
+    changed = [name for name in sorted(before.keys() | here.keys()) if _value(before, name) != _value(here, name)]
+    said = {
+        name: f"{name} was {shown(_value(before, name))}, is {shown(_value(here, name))}"
+        for name in changed
+        if not any(fnmatch(name, pattern) for pattern in MAY_CHANGE)
+    }
+    for name in TOLD:
+        if name in said:
+            logger.info("resume: %s", said.pop(name))
+    if said:
+        more = f" and {len(said) - MOST_SAID} more" if len(said) > MOST_SAID else ""
+        raise UserError(
+            f"resume: {checkpoint} was written with other settings: {'; '.join(list(said.values())[:MOST_SAID])}{more}. "
+            f"Put them back, or begin a new run from its weights with --adapter.initial {checkpoint / 'adapter'}"
+        )
+
+
+def _flat(section: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value under its full name; lists are values."""
+    for name, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _value(flat: Mapping[str, Any], name: str) -> Any:
+    """A setting that only one of two runs names, as an empty mapping and null are too."""
+    value = flat.get(name)
+    return _NOT_THERE if value is None or value == {} else value
