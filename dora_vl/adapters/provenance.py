@@ -40,11 +40,12 @@ def content_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     config = [folder / CONFIG_FILE] if (folder / CONFIG_FILE).is_file() else []
     for path in sorted([*config, *weight_files(folder)]):
-        digest.update(f"{path.name} {_file_hash(path)}\n".encode())
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
     blob = path.resolve().name
     if path.is_symlink() and len(blob) == _SHA256_HEX and set(blob) <= set("0123456789abcdef"):
         return blob

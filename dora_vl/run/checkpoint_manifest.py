@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from dora_vl.adapters.provenance import versions
+from dora_vl.adapters.provenance import file_hash, versions
 from dora_vl.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
@@ -122,8 +121,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def _size(path: Path) -> int | None:
@@ -161,10 +159,11 @@ def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str,
         if name in said:
             logger.info("resume: %s", said.pop(name))
     if said:
+        named = "; ".join(list(said.values())[:MOST_SAID])
         more = f" and {len(said) - MOST_SAID} more" if len(said) > MOST_SAID else ""
         raise UserError(
-            f"resume: {checkpoint} was written with other settings: {'; '.join(list(said.values())[:MOST_SAID])}{more}. "
-            f"Put them back, or begin a new run from its weights with --adapter.initial {checkpoint / 'adapter'}"
+            f"resume: {checkpoint} was written with other settings: {named}{more}. Put them back, or "
+            f"begin a new run from its weights with --adapter.initial {checkpoint / 'adapter'}"
         )
 
 

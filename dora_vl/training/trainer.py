@@ -241,8 +241,9 @@ class AdapterTrainer(Trainer):
         # The Trainer would load the engine's state strictly, frozen weights included; ours are not in it.
         own = resume_from_checkpoint is not None and self.is_deepspeed_enabled
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None if own else resume_from_checkpoint)
-        if self.is_deepspeed_enabled and hasattr(self._engine.optimizer, "check_grad_overflow"):
-            self._engine.optimizer.check_grad_overflow = True  # ZeRO 1 and 2 look in half precision alone; 3 always
+        if self._drops_gradients_itself:
+            # ZeRO 1 and 2 look for overflow in half precision alone unless told; 3 always does.
+            cast(Any, self._engine.optimizer).check_grad_overflow = True
         if own:
             self._load_engine(str(resume_from_checkpoint))
             self._load_optimizer_and_scheduler(resume_from_checkpoint)

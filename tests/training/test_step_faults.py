@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, loss: bool) -> None:
 
     def spoilt(self: AdapterTrainer, *options: Any, **named: Any) -> Tensor:
         value: Tensor = compute(self, *options, **named)
-        if not self.model.training or self.state.global_step not in steps:
+        if not cast(nn.Module, self.model).training or self.state.global_step not in steps:
             return value
         if loss:
             self.faults._losses[-1] = value.detach() * math.nan
@@ -136,12 +136,13 @@ def test_a_learning_rate_far_too_large_ends_with_its_line_and_no_adapter(run_fil
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_are_read_whatever_their_number_type(value: float) -> None:
-    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).to(torch.bfloat16)
+    last = nn.Linear(5, 2).to(torch.bfloat16)
+    model = nn.Sequential(nn.Linear(3, 5).to(torch.bfloat16), last)
     check_base_weights(model, "base")
-    part = TrainedPart("dora.A", {"1.weight": model[1].weight}, weight_decay=True)
+    part = TrainedPart("dora.A", {"1.weight": cast(nn.Parameter, last.weight)}, weight_decay=True)
     check_trained_weights([part], step=7, kept=None)
     with torch.no_grad():
-        model[1].weight[1, 2] = value
+        last.weight[1, 2] = value
     with pytest.raises(UserError, match=r"base: 1 of its weights .*: 1\.weight"):
         check_base_weights(model, "base")
     with pytest.raises(UserError, match=r"step 7: 1 trained weights .* checkpoint-5 is the last whole checkpoint"):
@@ -169,7 +170,7 @@ def test_a_spike_is_named_with_its_samples(run_file: Path, monkeypatch: pytest.M
 
     def spiked(self: AdapterTrainer, *options: Any, **named: Any) -> Tensor:
         value: Tensor = compute(self, *options, **named)
-        if self.model.training and self.state.global_step == 25:
+        if cast(nn.Module, self.model).training and self.state.global_step == 25:
             self.faults._losses[-1] = value.detach() * 50
         return value
 
