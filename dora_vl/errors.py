@@ -146,10 +146,17 @@ class BadSample(UserError):
         return type(self), (self.sample_id, self.reason, self.kind)
 
 
+_OF_THE_SYSTEM = {
+    errno.ENAMETOOLONG: "no file can have a name so long",
+    errno.ENOSPC: "the disk is full; make room and start again",
+    errno.EDQUOT: "your quota of the disk is used up; make room and start again",
+}
+
+
 def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     """Wraps an entry point: a `UserError` becomes one line on stderr and exit status 2, never a traceback.
 
-    So does a path of more characters than a file's name may have, wherever it is looked for.
+    So does a path of more characters than a file's name may have, and a full disk, wherever it is met.
     A reader of the output that leaves early (`| head`) ends the program quietly, as it ends others.
     """
 
@@ -165,9 +172,9 @@ def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Resul
         except UserError as error:
             said = str(error)
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
+            if error.errno not in _OF_THE_SYSTEM:
                 raise
-            said = one_line(f"{error.filename}: no file can have a name so long")
+            said = one_line(f"{error.filename or 'a file'}: {_OF_THE_SYSTEM[error.errno]}")
         sys.stderr.write(f"error: {said}\n")
         sys.exit(USER_ERROR_STATUS)
 

@@ -25,6 +25,7 @@ from dora_vl.backbones.causal_lm import CausalLMBackbone
 from dora_vl.backbones.image_text import ImageTextBackbone
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
+from dora_vl.errors import UserError
 from dora_vl.pipelines.commonsense import CommonsensePipeline
 from dora_vl.pipelines.image_text import ImageTextPipeline
 from dora_vl.pipelines.vlbart_settings import vlbart_dora_config
@@ -338,3 +339,18 @@ def test_every_deepspeed_json_has_a_short_name_and_is_safe() -> None:
     assert [path.stem for path in files] == sorted(SHORT_NAMES)
     for path in files:
         check_deepspeed(json.loads(path.read_text(encoding="utf-8")), method="dora", bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"learning_rate": -1.0}, r"training\.learning_rate is -1; it must be a number of at least 0"),
+        ({"learning_rate": float("nan")}, "training.learning_rate is nan"),
+        ({"per_device_train_batch_size": 0}, r"training\.per_device_train_batch_size is 0; .* at least 1"),
+        ({"seed": -1}, "training.seed is -1"),
+        ({"gradient_accumulation_steps": -2}, "training.gradient_accumulation_steps is -2"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(section: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_training_section(section)

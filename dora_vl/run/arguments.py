@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,22 @@ OWNED = {
 }
 STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 LENGTH_STRATEGIES = ("group_by_length", "batch_rebalance")
+AT_LEAST: Mapping[str, float] = {
+    "learning_rate": 0.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "warmup_steps": 0.0,
+    "num_train_epochs": 0.0,
+    "seed": 0,
+    "data_seed": 0,
+    "logging_steps": 0.0,
+    "save_steps": 0.0,
+    "eval_steps": 0.0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}
+"""The smallest value that makes sense; below it torch or the Trainer fails late, or trains towards a larger loss."""
 MEASURED = ("loss", "eval_loss")  # all that validation gives a run to choose a checkpoint by
 # Defaults that differ from the library's: a log line that can be drawn, a loss that shows when it is not a number.
 OURS: dict[str, Any] = {
@@ -191,6 +208,10 @@ def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_values(section: Mapping[str, Any]) -> None:
     """Refuses what would end in the library's own error, some of it only at the first validation."""
+    for name, least in AT_LEAST.items():
+        value = section.get(name)
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            raise UserError(f"training.{name} is {value:g}; it must be a number of at least {least:g}")
     if (strategy := section.get("train_sampling_strategy")) in LENGTH_STRATEGIES:
         raise UserError(
             f"training.train_sampling_strategy: {strategy} cannot read the lengths of these samples; set "

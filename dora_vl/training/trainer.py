@@ -26,6 +26,7 @@ from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
 from dora_vl.run.arguments import launch_of, zero_stage
 from dora_vl.run.checkpoint_manifest import write_manifest
+from dora_vl.run.full_disk import full_disk_reported
 from dora_vl.run.run_folder import ADAPTER
 from dora_vl.tasks.seq2seq import over_step
 from dora_vl.training.finite import check_trained_weights
@@ -182,6 +183,11 @@ class AdapterTrainer(Trainer):
         run_folder = self.persistence.run_folder
         self._check_weights()
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with full_disk_reported(run_folder, name, self._last_whole):
+            self._write_checkpoint(model, trial, run_folder, name)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, run_folder: Path, name: str) -> None:
+        """All of a checkpoint under another folder, its account last; then it gets its name."""
         self._checkpoint_parent = run_folder / WRITING
         try:
             super()._save_checkpoint(model, trial)
@@ -212,13 +218,19 @@ class AdapterTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter folder, `<output_dir>/adapter`; the frozen base is never written."""
-        if output_dir is None:  # a checkpoint's were checked before the first of its files
-            self._check_weights()
-        self.persistence.save(Path(output_dir or self.persistence.run_folder) / ADAPTER)
+        if output_dir is not None:  # a checkpoint's, which were checked before the first of its files
+            self.persistence.save(Path(output_dir) / ADAPTER)
+            return
+        self._check_weights()
+        with full_disk_reported(self.persistence.run_folder, ADAPTER, self._last_whole):
+            self.persistence.save(self.persistence.run_folder / ADAPTER)
 
     def _check_weights(self) -> None:
+        check_trained_weights(self.parts, step=self.state.global_step, kept=self._last_whole())
+
+    def _last_whole(self) -> str | None:
         whole = complete_checkpoints(self.persistence.run_folder)
-        check_trained_weights(self.parts, step=self.state.global_step, kept=whole[-1].name if whole else None)
+        return whole[-1].name if whole else None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:

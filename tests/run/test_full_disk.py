@@ -1,0 +1,97 @@
+"""A full disk is one line that names what is whole, whichever library was writing."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.pipelines.llava import LlavaPipeline
+from dora_vl.run.command_line import read_run_file
+from dora_vl.run.full_disk import full_disk_reported
+from dora_vl.training.run import train
+from tests.training.tiny_run import write_run
+
+SMALL_DISK_KIB = 1400
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of little more than one checkpoint."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_KIB}k", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_a_run_on_a_disk_that_fills_up_names_the_last_whole_checkpoint(
+    small_disk: Path, tiny_llava: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        tiny_llava,
+        tiny_data,
+        adapter={"rank": 16},
+        training={
+            "use_cpu": True,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "output_dir": str(small_disk / "run"),
+            "save_total_limit": 20,
+            "max_steps": 20,
+        },
+    )
+    with pytest.raises(UserError, match=r"the disk is full .* checkpoint-\d+ could not be written") as error:
+        train(LlavaPipeline(read_run_file(run_file)))
+    there = [path.name for path in (small_disk / "run").glob("checkpoint-*")]
+    named = [name for name in there if f"{name} is the last whole" in str(error.value)]
+    assert len(named) == 1
+    assert not (small_disk / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize("library", ["torch", "safetensors"])
+def test_both_libraries_that_write_weights(small_disk: Path, library: str) -> None:
+    tensors = {"weights": torch.ones(SMALL_DISK_KIB * 512)}
+
+    def write() -> None:
+        with full_disk_reported(small_disk, "weights", lambda: None):
+            if library == "torch":
+                torch.save(tensors, small_disk / "weights.pt")
+            else:
+                save_file(tensors, small_disk / "weights.safetensors")
+
+    with pytest.raises(UserError, match=r"the disk is full .*, weights could not be written; make room, start again"):
+        write()
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    def fail() -> None:
+        with full_disk_reported(tmp_path, "weights", lambda: None):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+
+def test_elsewhere_it_is_a_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    @exit_on_user_error
+    def main() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/table.json")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: runs/table.json: the disk is full; make room and start again\n"
