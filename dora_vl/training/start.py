@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dora_vl.errors import exit_on_user_error
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.launch import first_rank_speaks, log_to_stderr
+from dora_vl.run.orphaned import end_with_launcher
 
 if TYPE_CHECKING:
     from dora_vl.training.pipeline import Pipeline
@@ -32,6 +33,7 @@ def start(
             before.
     """
     log_to_stderr()
+    end_with_launcher()
     with first_rank_speaks():
         config = read_settings(sys.argv[1:], settings, program=program, description=description)
         pipeline = pipeline_of(config)
