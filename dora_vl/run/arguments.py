@@ -18,9 +18,10 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 
 from dora_vl.errors import UserError
+from dora_vl.run.build_locks import report_old_build_locks
 from dora_vl.run.checkpoint_manifest import Launch
 from dora_vl.run.command_line import said_plainly, shipped_folder
-from dora_vl.run.launch import several_ranks, stand_alone_environment, start_cpu_communication
+from dora_vl.run.launch import launched_first, several_ranks, stand_alone_environment, start_cpu_communication
 from dora_vl.run.recipe import RunSettings
 from dora_vl.run.run_folder import run_folder_of
 from dora_vl.run.trackers import check_trackers
@@ -253,6 +254,8 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
         check_deepspeed(given["deepspeed"], method=config.adapter.method, bf16=bool(section.get("bf16")))
         _choose_deepspeed_device(given)
         stand_alone_environment()
+        if launched_first():
+            report_old_build_locks()
         start_cpu_communication()
     elif several_ranks() and not torch.cuda.is_available():
         given["use_cpu"] = True  # or accelerate would not see that the ranks belong together

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dora_vl.core import DoRAConfig, apply_dora, functional
+from dora_vl.run.launch import start_cpu_communication
 
 
 class Stack(nn.Module):
@@ -34,7 +35,7 @@ def dense_loss(state: dict[str, torch.Tensor], x: torch.Tensor, scale: float) ->
 
 def main(stage: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    deepspeed.init_distributed("gloo")
+    start_cpu_communication()  # without the operation that DeepSpeed would build in a folder shared with others
     torch.manual_seed(0)
     model = Stack()
     apply_dora(model, DoRAConfig(targets=("*",), rank=2, alpha=6.0, dropout=0.0))
