@@ -23,13 +23,16 @@ def leave_gains_at_one() -> None:
     """What a server would answer that reads A and B alone."""
     from dora_vl.app.vllm.layer import DoRALayer
 
-    DoRALayer.put_dora = lambda layer, slot, minus_one: None
+    def nothing(self: DoRALayer, slot: int, minus_one: object) -> None:
+        pass
+
+    DoRALayer.put_dora = nothing
 
 
 def answers(job: dict[str, Any]) -> dict[str, Any]:
     """The greedy tokens of every request, with their log probabilities, and the version that gave them."""
-    import vllm
-    from vllm.lora.request import LoRARequest
+    import vllm  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
     model = vllm.LLM(job["model"], **job["engine"])
     adapters = {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(job["adapters"].items(), 1)}

@@ -2,11 +2,11 @@
 
     python -m benchmarks.vllm_dora --vllm-python vllm/bin/python --json benchmarks/results/vllm_dora.json
 
-`language`: two DoRA adapters, a LoRA and the base in one batch, against PEFT's unmerged answers, with biases and without;
-then with one slot for all of them; then with the gains left at 1, which must not agree. `llava`: a LLaVA that this
-project composes, trains and exports (`dora-vl export --for vllm`), with pictures, against itself unmerged in
-transformers, and merged (`dora-vl merge`); then asked through vLLM's OpenAI-compatible server. vLLM may live in an
-environment of its own (docs/export.md); dora_vl must be installed there, for its plugin.
+`language`: two DoRA adapters, a LoRA and the base in one batch, against PEFT's unmerged answers, with biases and
+without; then with one slot for all of them; then with the gains left at 1, which must not agree. `llava`: a LLaVA that
+this project composes, trains and exports (`dora-vl export --for vllm`), with pictures, against itself unmerged in
+transformers, and merged (`dora-vl merge`). `server`: the same through vLLM's OpenAI-compatible server. vLLM may live in
+an environment of its own (docs/export.md); dora_vl must be installed there, for its plugin.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.report import table, write_json
 from benchmarks.vllm_models import ADAPTERS, PROMPTS, agreement, by_peft, write_adapter, write_language_model
@@ -51,6 +53,7 @@ ENGINE = {
 def main() -> None:
     """Runs the parts, prints the tables and writes the JSON; exit status 1 where something does not agree."""
     options = read_options()
+    disable_progress_bar()
     figures: dict[str, Any] = {"vllm": version_of(options.vllm_python)}
     with tempfile.TemporaryDirectory() as folder:
         if "language" in options.parts:
@@ -113,11 +116,23 @@ def ask(folder: Path, job: Mapping[str, Any], options: argparse.Namespace) -> li
 
 
 def agrees(case: Mapping[str, Any]) -> bool:
-    """Whether every token is the same; where gains were left at 1, whether DoRA's are not."""
+    """Whether every token is the same and no adapter's are the base's; with gains left at 1, DoRA's must be others."""
     whole = {name: min(one["same_tokens"]) == one["of"] for name, one in case["answers"].items()}
+    if not all(case["unlike_the_base"].values()):
+        return False
     if case["gains"]:
         return all(whole.values())
     return not any(same for name, same in whole.items() if name.startswith("dora"))
+
+
+def unlike_the_base(expected: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int]:
+    """How many of each adapter's answers are other than the base's: equal ones would show nothing."""
+    base = expected["base"]
+    return {
+        name: sum(mine["tokens"] != theirs["tokens"] for mine, theirs in zip(answers, base, strict=True))
+        for name, answers in expected.items()
+        if name != "base"
+    }
 
 
 def shown(title: str, case: Mapping[str, Any]) -> None:
@@ -178,7 +193,12 @@ def language_case(
         name: agreement([found[name, number] for number in range(len(PROMPTS))], wanted)
         for name, wanted in expected.items()
     }
-    return {"gains": gains, "max_loras": case["max_loras"], "answers": answers}
+    return {
+        "gains": gains,
+        "max_loras": case["max_loras"],
+        "unlike_the_base": unlike_the_base(expected),
+        "answers": answers,
+    }
 
 
 if __name__ == "__main__":

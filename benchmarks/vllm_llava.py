@@ -22,11 +22,17 @@ import yaml
 from openai import OpenAI
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from benchmarks.vllm_dora import ENGINE, ENVIRONMENT, ask, shown
+from benchmarks.vllm_dora import ENGINE, ENVIRONMENT, ask, shown, unlike_the_base
 from benchmarks.vllm_models import agreement, greedy
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.llava import load_llava
@@ -233,7 +239,8 @@ def compared(
     found: Mapping[str, Sequence[Mapping[str, Any]]], expected: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, Any]:
     """A case of the results."""
-    return {"gains": True, "answers": {name: agreement(found[name], expected[name]) for name in expected}}
+    answers = {name: agreement(found[name], expected[name]) for name in expected}
+    return {"gains": True, "unlike_the_base": unlike_the_base(expected), "answers": answers}
 
 
 def by_server(

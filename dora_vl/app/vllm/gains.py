@@ -7,7 +7,7 @@ rows of the identity, once, for ||W||^2, then of A's few rows for each adapter. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from dora_vl.core.opaque import columns_by_product
 PROBES = 4
 """Rows that are put through the layer to see whether its product is what its weight says."""
 MOST_OFF = 0.02
-"""Share by which the two may differ: bfloat16 rounds by less, 8-bit activations by about as much, saturation by more."""
+"""Share by which the two may differ: bfloat16 rounds by less, an input of 8 bits by as much, one cut off by more."""
 
 
 class Slice(NamedTuple):
@@ -101,9 +101,8 @@ def frozen_layer(
     draw = torch.Generator().manual_seed(0)
     probes = torch.randn(PROBES, in_features, generator=draw).to(device, dtype)
     expected = product(probes).float()
-    if weight is not None and weight.shape == (expected.shape[1], in_features) and weight.is_floating_point():
-        if weight.element_size() > 1 and _share_off(probes.float() @ weight.float().t(), expected) <= MOST_OFF:
-            return _with(layer, weight=weight)
+    if weight is not None and _multiplies_by(weight, probes, expected):
+        return replace(layer, weight=weight)
     squared, found = torch.zeros_like(expected[0]), torch.zeros_like(expected)
     for start, columns in columns_by_product(product, in_features, dtype, device):
         squared += columns.float().square().sum(dim=0)
@@ -114,11 +113,16 @@ def frozen_layer(
             f"DoRA: {name} multiplies by no weight that its product tells ({off:.1%} off): a layer that rounds its "
             "input to 8 bits or fewer; serve a base that is not quantised, or one whose weights alone are"
         )
-    return _with(layer, recovered=squared)
+    return replace(layer, recovered=squared)
 
 
-def _with(layer: FrozenLayer, **values: Tensor) -> FrozenLayer:
-    return FrozenLayer(**{**vars(layer), **values})
+def _multiplies_by(weight: Tensor, probes: Tensor, expected: Tensor) -> bool:
+    """Whether what a layer keeps is W: a matrix of numbers that need no scales beside them, as 8-bit floats do."""
+    if weight.shape != (expected.shape[1], probes.shape[1]) or not weight.is_floating_point():
+        return False
+    return (
+        weight.element_size() > 1 and _share_off((probes.to(weight.dtype) @ weight.t()).float(), expected) <= MOST_OFF
+    )
 
 
 def _share_off(found: Tensor, expected: Tensor) -> float:

@@ -90,8 +90,7 @@ class DoRALayer(Wrapper):
             a = [self.slice_lora_a(a[0])]
         elif self.tp_size > 1:
             b, m = self._own_rows(b), self._own_rows(m)
-        triples = zip(a, b, m, strict=True)
-        return [None if third is None else Slice(first, second, third.view(-1)) for first, second, third in triples]
+        return [_slice(*parts) for parts in zip(a, b, m, strict=True)]
 
     def _own_rows(self, parts: Sequence[Tensor | None]) -> list[Tensor | None]:
         """This rank's outputs of a column-parallel layer, as vLLM cuts B."""
@@ -108,6 +107,13 @@ class DoRALayer(Wrapper):
 
         weight = getattr(layer, "weight", None)
         return frozen_layer(name, product, weight, self.input_size, place, self.sum_of_ranks)
+
+
+def _slice(lora_A: Tensor | None, lora_B: Tensor | None, magnitude: Tensor | None) -> Slice | None:
+    """None for a part that has no adapter; all of vLLM's tensors of it are None then."""
+    if lora_A is None or lora_B is None or magnitude is None:
+        return None
+    return Slice(lora_A, lora_B, magnitude.view(-1))
 
 
 def _refuse_other_sizes(name: str, part: Slice, inputs: int, outputs: int) -> None:

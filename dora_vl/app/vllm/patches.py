@@ -16,7 +16,7 @@ from torch import Tensor
 from dora_vl.app.vllm.adapters import compute_gains, magnitude_of_parts, magnitudes_of, write_gains
 from dora_vl.app.vllm.layer import DoRALayer
 from dora_vl.app.vllm.magnitudes import EXPORT, LORA_B, as_factor, take_magnitudes
-from dora_vl.app.vllm.places import CLASSES, HELPER, LAYERS, MANAGER, MODEL, WEIGHTS
+from dora_vl.app.vllm.places import CLASSES, HELPER, LAYERS, LINEAR, MANAGER, MODEL, WEIGHTS
 
 WHOLE_MODULES = f"It holds whole trained modules beside A and B: {EXPORT}."
 
@@ -123,13 +123,13 @@ def is_elsewhere(model: torch.nn.Module, name: str) -> bool:
 
 def wrap_layers(module: Any, layers: Any) -> None:
     """vllm/lora/utils.py:70: each wrapper of a linear layer with `DoRALayer` in front, under its own name."""
-    linear, row_parallel = layers.base_linear.BaseLinearLayerWithLoRA, layers.RowParallelLinearWithLoRA
+    linear = {getattr(layers, name) for name in LINEAR}
 
     def with_gains(wrapper: type) -> type:
-        if not issubclass(wrapper, linear):
+        if wrapper not in linear:
             return wrapper
         own: dict[str, Any] = {"__module__": wrapper.__module__, "__doc__": wrapper.__doc__}
-        if issubclass(wrapper, row_parallel):
+        if issubclass(wrapper, layers.RowParallelLinearWithLoRA):
             own |= {"shards_inputs": True, "sum_of_ranks": staticmethod(sum_over_ranks)}
         return type(wrapper.__name__, (DoRALayer, wrapper), own)
 

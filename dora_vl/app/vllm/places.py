@@ -35,6 +35,21 @@ MANAGER = "vllm.lora.model_manager"
 CLASSES = "vllm.lora.utils"
 LAYERS = "vllm.lora.layers"
 PUNICA = "vllm.lora.punica_wrapper.punica_base"
+LINEAR = (
+    "ColumnParallelLinearWithLoRA",
+    "MergedColumnParallelLinearWithLoRA",
+    "QKVParallelLinearWithLoRA",
+    "MergedQKVParallelLinearWithLoRA",
+    "RowParallelLinearWithLoRA",
+    "ReplicatedLinearWithLoRA",
+    "ColumnParallelLinearWithShardedLoRA",
+    "QKVParallelLinearWithShardedLoRA",
+    "MergedColumnParallelLinearWithShardedLoRA",
+    "MergedColumnParallelLinearVariableSliceWithLoRA",
+    "MergedQKVParallelLinearWithShardedLoRA",
+    "RowParallelLinearWithShardedLoRA",
+)
+"""The wrappers of `LAYERS` that get gains; a later vLLM's further ones get none, and magnitudes there are refused."""
 LAYER_NAMES = ("base_layer", "input_size", "tp_size", "device")
 FROM_TENSORS = ("tensors", "peft_helper", "device", "dtype", "model_vocab_size", "weights_mapper", "skip_prefixes")
 PLACES = (
@@ -67,6 +82,7 @@ PLACES = (
     Place(LAYERS, "RowParallelLinearWithLoRA.slice_lora_a", ("self", "lora_a"), ("tp_rank",)),
     Place(LAYERS, "ColumnParallelLinearWithLoRA.slice_lora_b", ("self", "lora_b"), ("tp_rank",)),
     Place(LAYERS, "MergedColumnParallelLinearWithLoRA.slice_lora_b", ("self", "lora_b"), ("output_slices",)),
+    *(Place(LAYERS, f"{name}.apply", ("self", "x", "bias")) for name in LINEAR),
     Place("vllm.model_executor.layers.linear", "LinearBase.__init__", None, ("params_dtype", "quant_method")),
     Place(PUNICA, "PunicaWrapperBase.__init__", None, ("_token_lora_indices",)),
     Place(PUNICA, "PunicaWrapperBase._update_base_metadata", None, ("_token_lora_indices", "copy_")),

@@ -19,7 +19,7 @@ _done = False
 
 
 def register() -> None:
-    """Lets vLLM serve DoRA adapters; or leaves it as it is, with one line that says why. Calling it again does nothing."""
+    """Lets vLLM serve DoRA adapters, or leaves it as it is with one line that says why; once, however often called."""
     global _done
     if _done:
         return
