@@ -126,12 +126,11 @@ def agrees(case: Mapping[str, Any]) -> bool:
 
 
 def unlike_the_base(expected: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int]:
-    """How many of each adapter's answers are other than the base's: equal ones would show nothing."""
-    base = expected["base"]
+    """How many of each adapter's answers are other than the base's, where it is asked too: equal ones show nothing."""
+    others = {name: answers for name, answers in expected.items() if name != "base"} if "base" in expected else {}
     return {
-        name: sum(mine["tokens"] != theirs["tokens"] for mine, theirs in zip(answers, base, strict=True))
-        for name, answers in expected.items()
-        if name != "base"
+        name: sum(mine["tokens"] != theirs["tokens"] for mine, theirs in zip(answers, expected["base"], strict=True))
+        for name, answers in others.items()
     }
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,17 @@ def llava_figures(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     command("dora_vl.cli", "export", "--for", "vllm", "--adapter", run / "adapter", "--to", served)
     command("dora_vl.cli", "merge", "--adapter", run / "adapter", "--to", merged)
     expected = expected_answers(folder / "base", run / "adapter", served / "base", pictures, options.tokens)
-    figures: dict[str, Any] = {}
+    cases: dict[str, Callable[[], dict[str, Any]]] = {}
     if "llava" in options.parts:
         adapters = {"dora": served / "adapter"}
-        figures["base and adapter"] = offline(served / "base", adapters, expected, pictures, options)
-        figures["merged"] = offline(merged, {}, {"base": expected["dora"]}, pictures, options)
+        cases["base and adapter"] = lambda: offline(served / "base", adapters, expected, pictures, options)
+        cases["merged"] = lambda: offline(merged, {}, {"merged": expected["dora"]}, pictures, options)
     if "server" in options.parts:
-        figures["server"] = by_server(served, expected, pictures, options)
-    for title, case in figures.items():
-        shown(f"LLaVA, {title}", case)
+        cases["server"] = lambda: by_server(served, expected, pictures, options)
+    figures = {}
+    for title, case in cases.items():
+        figures[title] = case()
+        shown(f"LLaVA, {title}", figures[title])
     return figures
 
 

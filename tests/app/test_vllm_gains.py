@@ -117,10 +117,24 @@ def test_weights_of_few_bits_are_recovered() -> None:
     torch.testing.assert_close(gains_minus_one(layer, SLICES, SIZES), expected, rtol=1e-4, atol=1e-5)
 
 
+def in_eight_bits(rows: Tensor) -> Tensor:
+    """Each row over its own scale as whole numbers, as W8A8 layers take it."""
+    scale = rows.abs().amax(dim=1, keepdim=True) / 127
+    return (rows / scale).round() * scale
+
+
+def test_an_input_of_whole_numbers_is_exact_enough() -> None:
+    layer = looked_at(None, lambda x: in_eight_bits(x) @ WEIGHT.t())
+    torch.testing.assert_close(
+        gains_minus_one(layer, SLICES, SIZES) + 1, written_out(WEIGHT, SLICES) + 1, rtol=2e-3, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     "product",
     [
-        lambda x: (x * 2).round() / 2 @ WEIGHT.t(),  # coarse input
+        lambda x: x.to(torch.float8_e4m3fn).float() @ WEIGHT.t(),
+        lambda x: (x * 2).round() / 2 @ WEIGHT.t(),
         lambda x: x.clamp(-0.3, 0.3) @ WEIGHT.t(),  # an input scale that unit vectors exceed
         lambda x: torch.full((len(x), sum(SIZES)), torch.nan),
     ],

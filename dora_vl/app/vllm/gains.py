@@ -20,7 +20,7 @@ from dora_vl.core.opaque import columns_by_product
 PROBES = 4
 """Rows that are put through the layer to see whether its product is what its weight says."""
 MOST_OFF = 0.02
-"""Share by which the two may differ: bfloat16 rounds by less, an input of 8 bits by as much, one cut off by more."""
+"""Share by which the two may differ: bfloat16 and 8-bit integers round an input by less, 8-bit floats by more."""
 
 
 class Slice(NamedTuple):
@@ -111,7 +111,7 @@ def frozen_layer(
     if not off <= MOST_OFF:
         raise ValueError(
             f"DoRA: {name} multiplies by no weight that its product tells ({off:.1%} off): a layer that rounds its "
-            "input to 8 bits or fewer; serve a base that is not quantised, or one whose weights alone are"
+            "input coarsely, as to 8-bit floats; serve a base that is not quantised, or one whose weights alone are"
         )
     return replace(layer, recovered=squared)
 

@@ -41,7 +41,7 @@ class DoRALayer(Wrapper):
         super().create_lora_weights(max_loras, lora_config, model_config)
         shape, dtype = (max_loras + 1, self.output_size), self.base_layer.params_dtype
         self.dora_minus_one = torch.zeros(shape, dtype=dtype, device=self.device)
-        self._frozen: FrozenLayer | None = None
+        self._recovered: FrozenLayer | None = None  # what took a pass over the identity; a weight is looked at anew
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """vLLM's W x + B A x + b, then each row's gains, in place.
@@ -74,9 +74,10 @@ class DoRALayer(Wrapper):
         for one, size in zip(slices, sizes, strict=True):
             if one is not None:
                 _refuse_other_sizes(name, one, self.input_size, size)
-        if self._frozen is None:
-            self._frozen = self._look_at_weight(name)
-        return gains_minus_one(self._frozen, slices, sizes)
+        frozen = self._recovered or self._look_at_weight(name)
+        if frozen.weight is None:
+            self._recovered = frozen
+        return gains_minus_one(frozen, slices, sizes)
 
     def _slices(self, name: str, weights: Any) -> list[Slice | None]:
         """What an adapter changes in each slice, as far as this rank holds it."""

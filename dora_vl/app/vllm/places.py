@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from dora_vl.app.vllm.cpu_base_rows import KERNELS, SHRINK
+
 
 @dataclass(frozen=True)
 class Place:
@@ -84,6 +86,7 @@ PLACES = (
     Place(LAYERS, "MergedColumnParallelLinearWithLoRA.slice_lora_b", ("self", "lora_b"), ("output_slices",)),
     *(Place(LAYERS, f"{name}.apply", ("self", "x", "bias")) for name in LINEAR),
     Place("vllm.model_executor.layers.linear", "LinearBase.__init__", None, ("params_dtype", "quant_method")),
+    Place(KERNELS, SHRINK, ("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor", "scaling")),
     Place(PUNICA, "PunicaWrapperBase.__init__", None, ("_token_lora_indices",)),
     Place(PUNICA, "PunicaWrapperBase._update_base_metadata", None, ("_token_lora_indices", "copy_")),
 )
