@@ -1,6 +1,6 @@
 """A fault of vLLM's CPU kernels: rows of the base (slot -1) are given the adapter of the last slot.
 
-vllm/lora/ops/torch_ops/lora_ops.py:62 (0.32.0) takes a row's A by `lora_b_weights[lora_indices_tensor]`, where -1 is
+vllm/lora/ops/torch_ops/lora_ops.py:74 (0.32.0) takes a row's A by `lora_b_weights[lora_indices_tensor]`, where -1 is
 the last one. With a slot left empty nobody sees it; with all full the base answers as that slot's A and B would.
 """
 

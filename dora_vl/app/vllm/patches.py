@@ -31,7 +31,7 @@ def install() -> None:
 
 
 def accept_configs(helper: Any) -> None:
-    """vllm/lora/peft_helper.py:54: `use_dora` is no reason to refuse; whole modules are told what to do about."""
+    """vllm/lora/peft_helper.py:53: `use_dora` is no reason to refuse; whole modules are told what to do about."""
     refused = helper._validate_features
 
     def _validate_features(self: Any) -> list[str]:
@@ -45,9 +45,9 @@ def accept_configs(helper: Any) -> None:
 
 
 def keep_magnitudes(module: Any) -> None:
-    """vllm/lora/lora_model.py:107: magnitudes are taken out of the tensors and put beside their layer's A and B.
+    """vllm/lora/lora_model.py:120: magnitudes are taken out of the tensors and put beside their layer's A and B.
 
-    The names of a file are looked at before (:210) with this module's `parse_fine_tuned_lora_name`.
+    The names of a file are looked at before (:259) with this module's `parse_fine_tuned_lora_name`.
     """
     parse, model = module.parse_fine_tuned_lora_name, module.LoRAModel
     from_tensors = model.from_lora_tensors.__func__
@@ -72,7 +72,7 @@ def keep_magnitudes(module: Any) -> None:
 
 
 def pack_magnitudes(packed: Any) -> None:
-    """vllm/lora/lora_weights.py:133: what stands for q, k and v in one keeps the magnitudes of its parts."""
+    """vllm/lora/lora_weights.py:135: what stands for q, k and v in one keeps the magnitudes of its parts."""
     pack = packed.pack.__func__
 
     def pack_with_magnitudes(cls: Any, loras: Any) -> Any:
@@ -122,7 +122,7 @@ def is_elsewhere(model: torch.nn.Module, name: str) -> bool:
 
 
 def wrap_layers(module: Any, layers: Any) -> None:
-    """vllm/lora/utils.py:70: each wrapper of a linear layer with `DoRALayer` in front, under its own name."""
+    """vllm/lora/utils.py:79: each wrapper of a linear layer with `DoRALayer` in front, under its own name."""
     linear = {getattr(layers, name) for name in LINEAR}
 
     def with_gains(wrapper: type) -> type:

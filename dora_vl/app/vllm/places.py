@@ -28,8 +28,10 @@ class Place:
     reads: tuple[str, ...] = ()
 
 
-TESTED = ("0.32.0",)
-"""Versions that the plugin was run with; others of the same minor version are tried if their places are the same."""
+TESTED = ("0.32.0", "0.33.0")
+"""Versions that the plugin was run with; others of the same minor version are tried if their places are the same.
+
+0.33.0 was its Python code over the CPU kernels of 0.32.0: no CPU build of it was to be had."""
 HELPER = "vllm.lora.peft_helper"
 MODEL = "vllm.lora.lora_model"
 WEIGHTS = "vllm.lora.lora_weights"
