@@ -59,6 +59,7 @@ FROM_TENSORS = ("tensors", "peft_helper", "device", "dtype", "model_vocab_size",
 PLACES = (
     Place(HELPER, "PEFTHelper._validate_features", ("self",), ("use_dora", "modules_to_save")),
     Place(HELPER, "PEFTHelper.validate_legal", ("self", "lora_config"), ("_validate_features",)),
+    Place(WEIGHTS, "LoRALayerWeights.from_config", None, ("get_rank_and_scaling",)),  # rank_pattern, alpha_pattern
     Place(MODEL, "parse_fine_tuned_lora_name", ("name", "weights_mapper")),
     Place(MODEL, "LoRAModel.from_lora_tensors", ("lora_model_id", *FROM_TENSORS), ("parse_fine_tuned_lora_name",)),
     Place(MODEL, "LoRAModel._should_skip_module", ("module_name", "skip_prefixes")),
