@@ -26,14 +26,12 @@ from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from benchmarks.vllm_dora import ENGINE, ENVIRONMENT, ask, shown, unlike_the_base
-from benchmarks.vllm_models import agreement, greedy
+from benchmarks.vllm_models import agreement, greedy, tiny_llama
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.backbones.llava import load_llava
 from dora_vl.errors import UserError
@@ -159,23 +157,7 @@ def write_language_model(folder: Path) -> None:
     )
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        initializer_range=0.25,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
 
 
 def write_data(folder: Path) -> None:

@@ -29,18 +29,18 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
 """Whole packed groups and parts of them, other ranks and scales, rsLoRA, and a LoRA between."""
 
 
-def write_language_model(folder: Path, *, biases: bool) -> None:
+def tiny_llama(*, vocab_size: int = 320, biases: bool = False) -> LlamaForCausalLM:
     """A LLaMA of two layers and head size 32, vLLM's smallest, whose greedy tokens do not repeat themselves."""
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=320,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
@@ -49,11 +49,16 @@ def write_language_model(folder: Path, *, biases: bool) -> None:
         tie_word_embeddings=False,
         initializer_range=0.25,
     )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.normal_(std=0.5)
+    return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def write_language_model(folder: Path, *, biases: bool) -> None:
+    """Its folder, without a tokenizer; biases that there are, are not zero."""
+    model = tiny_llama(biases=biases)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            weight.normal_(std=0.5)
     model.save_pretrained(folder)
 
 
