@@ -166,3 +166,9 @@ def test_packing_keeps_gaps() -> None:
     parts = [SimpleNamespace(magnitude=magnitude), None, SimpleNamespace()]
     assert magnitude_of_parts(parts) == [magnitude, None, None]
     assert magnitude_of_parts(parts[1:]) is None
+
+
+def test_a_layer_that_is_whole_on_each_rank_sums_nothing() -> None:
+    layer, expected = layer_with(), layer_with().dora_gains("qkv", weights(3))
+    layer.shards_inputs, layer.sum_of_ranks = True, lambda part: 2 * part
+    torch.testing.assert_close(layer.dora_gains("qkv", weights(3)), expected)

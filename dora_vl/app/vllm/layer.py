@@ -48,6 +48,7 @@ class DoRALayer(Wrapper):
 
         vLLM gives `bias` where the output has it inside: not on later ranks of a row-parallel layer, nor where the
         model adds it itself.
+
         A CUDA graph reads vLLM's buffer of slots anew at each replay. Behind the step's tokens the buffer is stale, and
         rows that only pad a graph would look for a slot that is none: hence the clamp.
         """
@@ -107,7 +108,8 @@ class DoRALayer(Wrapper):
             return layer.quant_method.apply(layer, rows, None)
 
         weight = getattr(layer, "weight", None)
-        return frozen_layer(name, product, weight, self.input_size, place, self.sum_of_ranks)
+        total = self.sum_of_ranks if self.tp_size > 1 else alone  # a layer may be whole on each of several ranks
+        return frozen_layer(name, product, weight, self.input_size, place, total)
 
 
 def _slice(lora_A: Tensor | None, lora_B: Tensor | None, magnitude: Tensor | None) -> Slice | None:
