@@ -84,6 +84,8 @@ def version_of(python: Path) -> str:
     Raises:
         UserError: there is none, or no dora_vl beside it.
     """
+    if not python.is_file():
+        raise UserError(f"--vllm-python {python}: there is no such file")
     code = "import dora_vl.app.vllm.plugin, vllm; print(vllm.__version__)"
     found = in_vllm(python, ["-c", code], check=False)
     if found.returncode:
