@@ -83,5 +83,5 @@ def refuse_other_tools(path: Path, settings: Mapping[str, object], sections: Ite
     more = f" and {len(theirs) - SHOWN} more" if len(theirs) > SHOWN else ""
     raise UserError(
         f"{path}: settings of {whose}, which are laid out otherwise here: {said}{more}; sections model, adapter, data, "
-        "training (docs/training.md), or `dora-vl init FOLDER` writes a file for your pictures"
+        f"training; `dora-vl translate {path}` writes them so (docs/other_tools.md)"
     )
