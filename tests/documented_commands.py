@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
-import tomllib
 import yaml
 
 from dora_vl.errors import UserError
@@ -31,8 +30,8 @@ FOREIGN = ("git", "vllm", "llama-mtmd-cli", "curl", "tensorboard", "trackio", "d
            "llamafactory-cli", "xdg-open", "mkdir", "cp", "ls", "llamafactory", "zensical", "mkdocs")  # fmt: skip
 """Programs of others, of whose options nothing is known here."""
 OURS = ("dora-vl", "python", "python3", "deepspeed", "torchrun", "make", "pip")
-USERS_FILES = re.compile(r"(?!configs/)[\w./\-]+\.yaml")
-"""A recipe that the reader has: a file, and none of the shipped ones."""
+USERS_FILES = re.compile(r"(?!configs/)[\w./\-]+\.yaml|[A-Z]+")
+"""A recipe that the reader has: a file, and none of the shipped ones; or a word in capitals that stands for one."""
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL
@@ -58,7 +57,7 @@ def documented_files() -> list[Path]:
     return [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
-        ROOT / "configs/README.md",
+        ROOT / "configs" / "README.md",
         *sorted((ROOT / "docs").rglob("*.md")),
     ]
 
@@ -192,8 +191,12 @@ def check_python(words: Sequence[str], is_whole: bool) -> None:
         return check_dora_vl(rest, is_whole)
     if module.startswith("tasks.") and module.removeprefix("tasks.") in settings_of_tasks():
         return check_settings(module.removeprefix("tasks."), rest, is_whole=is_whole)
-    main = importlib.import_module(module).main
-    _parse(main, rest, is_whole)
+    beside = str((ROOT / words[0]).parent) if words[0] != "-m" else str(ROOT)
+    with mock.patch.object(sys, "path", [beside, *sys.path]):  # a script finds what lies beside it
+        main = getattr(importlib.import_module(module), "main", None)
+        if main is not None or rest:
+            assert main is not None, f"{module} takes no options"
+            _parse(main, rest, is_whole)
     return None
 
 
@@ -227,7 +230,8 @@ def check_make(words: Sequence[str], is_whole: bool) -> None:
 
 def check_pip(words: Sequence[str], is_whole: bool) -> None:
     """`pip install 'dora-vl[extra]'`: the extra is there."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1]
+    extras = re.findall(r"^([a-z]+) = \[", text.split("\n[")[0], re.MULTILINE)
     assert words[0] == "install", f"pip {words[0]}"
     for word in words[1:]:
         for named in re.findall(r"(?:dora-vl|\.)\[([\w,\-]+)\]", word):
@@ -289,39 +293,47 @@ STAND_INS = {
 
 
 def _parse(main: Callable[[], Any], words: Sequence[str], is_whole: bool) -> argparse.Namespace | None:
-    """What the program's parser makes of the words; the program goes no further. None where `--help` ends it."""
+    """What the program's parser makes of the words; the program goes no further. None where it is only asked for help.
+
+    Raises: AssertionError with the parser's complaint; one about what is left out counts of whole commands alone.
+    """
     if "--help" in words or "-h" in words:
         return None
     parsed: list[argparse.Namespace] = []
-    parse_args = argparse.ArgumentParser.parse_args
+    parse_known_args = argparse.ArgumentParser.parse_known_args
 
-    def stop(self: argparse.ArgumentParser, *given: Any, **more: Any) -> NoReturn:
-        parsed.append(parse_args(self, *given, **more))
+    def whole(self: argparse.ArgumentParser, given: Sequence[str] | None = None, *_: Any) -> NoReturn:
+        options, unknown = parse_known_args(self, given)
+        if unknown:
+            self.error(f"unrecognized arguments: {shlex.join(unknown)}")
+        parsed.append(options)
         raise _Parsed
 
+    def known(self: argparse.ArgumentParser, given: Sequence[str] | None = None, *_: Any) -> NoReturn:
+        parsed.append(parse_known_args(self, given)[0])
+        raise _Parsed
+
+    patched = mock.patch.multiple(argparse.ArgumentParser, parse_args=whole, parse_known_args=known)
     try:
-        with mock.patch.object(argparse.ArgumentParser, "parse_args", stop):
-            with mock.patch.object(sys, "argv", ["program", *words]):
-                _quietly(main, is_whole)
+        with patched, mock.patch.object(sys, "argv", ["program", *words]):
+            _quietly(main)
     except _Parsed:
         return parsed[0]
-    raise AssertionError("it has no parser") if is_whole else _Missing
+    except AssertionError as error:
+        if is_whole or not re.search(r"(are|is) required|expected one argument", str(error)):
+            raise
+        return None
+    raise AssertionError("it has no parser of its options")
 
 
-class _Missing(Exception):
-    """Only what it needs is missing."""
-
-
-def _quietly(work: Callable[[], Any], is_whole: bool = True) -> Any:
-    """Runs it; a parser's complaint becomes the error."""
+def _quietly(work: Callable[[], Any]) -> Any:
+    """Runs it; a parser's complaint, or any other end with a status, becomes the error."""
     said = StringIO()
     try:
         with redirect_stderr(said), redirect_stdout(StringIO()), mock.patch.dict(os.environ):
             return work()
     except SystemExit:
         message = said.getvalue().strip().splitlines()[-1:] or ["it ends at once"]
-        if not is_whole and re.search(r"(are|is) required", message[0]):
-            raise _Parsed from None
         raise AssertionError(message[0]) from None
 
 

@@ -1,4 +1,4 @@
-"""Every command that the documentation shows is one: its verb, options, recipe, variant, target and script are there."""
+"""Every command that the documentation shows is one: verb, options, recipe, variant, target and script are there."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_it_is_one(command: Documented) -> None:
 
 
 WRONG = {
-    "dora-vl merge --adaptor runs/my/adapter --to merged": "--adaptor",
+    "dora-vl merge --adapter a --to b --adaptor c": "--adaptor",
     "dora-vl merge --adapter runs/my/adapter": "required",
     "dora-vl marge --adapter a": "did you mean 'merge'",
     "dora-vl export --gguf q3_9 --adapter a --to b": "q3_9",
@@ -45,7 +45,7 @@ WRONG = {
     "deepspeed tasks/llava_instruct.py --config llava/llava15 --adapter.rnk 8": "adapter.rank",
     "deepspeed tasks/llava_instruct.py --config my.yaml --training.max_steps many": "max_steps",
     "deepspeed --num_gpu_cards 2 tasks/llava_instruct.py --config my.yaml": "num_gpu_cards",
-    "torchrun --nproc 8 -m dora_vl.cli evaluate": "benchmarks",
+    "torchrun --nproc_per_node 8 -m dora_vl.cli evaluate": "benchmarks",
     "python tasks/llava_instruct.py --config configs/llava/none.yaml": "configs/llava/none.yaml",
     "python tasks/no_such.py": "no script tasks/no_such.py",
     "python tasks/image_qa.py --adapter a --picture b.png": "--picture",

@@ -12,6 +12,7 @@ from typing import Any
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError, shown
 from dora_vl.translation.llama_factory_data import dataset, eval_dataset, media_folder
+from dora_vl.translation.llama_factory_others import ELSEWHERE, OFF, PIXELS, SAME
 from dora_vl.translation.peft_adapter import dropout, scaling, unless_empty
 from dora_vl.translation.rules import (
     Asked,
@@ -34,7 +35,6 @@ from dora_vl.translation.training_arguments import COMMON, otherwise
 NAME = "LLaMA-Factory"
 LLAVA_TEMPLATES: Mapping[str, str] = {"llava": "vicuna_v1", "vicuna": "vicuna_v1"}
 TEMPLATES_OF_LLAVA = ("llava-1.5", "llava_1.5", "llava-v1.5")
-PIXELS = "the base's own processor has the limits (preprocessor_config.json)"
 OTHER_STAGES = "another stage"
 
 
@@ -170,82 +170,10 @@ def _pure_bf16(asked: Asked) -> Found:
     return Found(settings={"model.dtype": "bfloat16"}, note="what trains is float32 all the same")
 
 
-_OFF = {
-    "use_galore": "optimizers are transformers': training.optim",
-    "use_apollo": "optimizers are transformers': training.optim",
-    "use_badam": "optimizers are transformers': training.optim",
-    "use_adam_mini": "optimizers are transformers': training.optim",
-    "use_muon": "optimizers are transformers': training.optim",
-    "use_llama_pro": "no blocks are added",
-    "use_dft_loss": "the loss is cross-entropy",
-    "use_asft_loss": "the loss is cross-entropy",
-    "use_eaft_loss": "the loss is cross-entropy",
-    "use_swanlab": "training.report_to: swanlab",
-    "use_unsloth": "the core is fast by itself (docs/measurements.md)",
-    "use_unsloth_gc": "training.gradient_checkpointing",
-    "enable_liger_kernel": "the loss is computed at labelled positions only",
-    "shift_attn": "attention is the model's own",
-    "mixture_of_depths": "the model stays as it is",
-    "upcast_layernorm": "frozen weights have one number type",
-    "upcast_lmhead_output": "the loss is computed in float32",
-    "train_from_scratch": "a base is adapted",
-    "resize_vocab": "the vocabulary stays as it is",
-    "add_tokens": "the vocabulary stays as it is",
-    "add_special_tokens": "the vocabulary stays as it is",
-    "new_special_tokens_config": "the vocabulary stays as it is",
-    "split_special_tokens": "a special token inside a question stays text here",
-    "rope_scaling": "positions are the model's own",
-    "train_on_prompt": "labels are on the answers alone",
-    "mask_history": "every answer of a conversation is labelled",
-    "packing": "packing is for plain language models here (tasks/commonsense.py)",
-    "neat_packing": "packing is for plain language models here (tasks/commonsense.py)",
-    "tokenized_path": "samples are made as they are needed",
-    "tool_format": "turns of tools are no samples here",
-    "enable_thinking": "the chat template decides; what is labelled is the answer as it stands",
-    "eval_on_each_dataset": "one validation loss",
-    "image_do_pan_and_scan": PIXELS,
-    "crop_to_patches": PIXELS,
-    "use_audio_in_video": "no sound",
-    "freeze_extra_modules": "layers to train whole: adapter.also_train",
-    "fp8": "frozen weights are 16 or 32 bits, or quantised",
-    "pissa_convert": "an adapter folder holds the change of the original base by itself",
-    "create_new_adapter": "merge the old one first (dora-vl merge)",
-    "predict_with_generate": "evaluation.file names questions that are asked after training",
-    "compute_accuracy": "evaluation.file names questions that are asked after training",
-    "store_lora_weights": "the adapter folder is written at every checkpoint",
-    "generate_config": "evaluation.max_new_tokens",
-}
-"""Settings that are off as a rule -> what there is instead."""
-_SAME = {
-    "do_train": "a run trains",
-    "freeze_multi_modal_projector": "",
-    "preprocessing_num_workers": "samples are made as they are needed, by data.workers processes",
-    "preprocessing_batch_size": "samples are made as they are needed",
-    "overwrite_cache": "a changed file is read anew",
-    "ignore_pad_token_for_loss": "padding has no labels",
-    "trust_remote_code": "models are transformers' own code",
-    "use_fast_tokenizer": "a fast tokenizer",
-    "low_cpu_mem_usage": "weights are read once",
-    "plot_loss": "loss_curve.png is drawn where evaluation.file is set; dora-vl report draws it always",
-    "print_param_status": "a table of what trains comes before the first step",
-    "use_kv_cache": "answers are written with it",
-    "use_reentrant_gc": "checkpoints are not reentrant",
-    "infer_backend": "of inference alone",
-    "infer_dtype": "of inference alone",
-    "double_quantization": "the scales of nf4 are quantised",
-    "quantization_type": "nf4",
-    "quantization_method": "said by model.quantisation",
-    "quantization_device_map": "each rank holds the base",
-    "pissa_iter": "an exact decomposition",
-    "loraplus_lr_embedding": "embeddings are adapted only where they are named",
-    "disable_shuffling": "",
-    "logging_strategy": "",
-}
-
 TABLE: Mapping[str, Rule] = {
     **COMMON,
-    **{key: unless_empty(why) for key, why in _OFF.items()},
-    **{key: same(why) for key, why in _SAME.items() if why},
+    **{key: unless_empty(why) for key, why in OFF.items()},
+    **{key: same(why) for key, why in SAME.items()},
     "stage": _stage,
     "finetuning_type": _method,
     "use_dora": _adapters_alone(lambda asked: Found(settings={"adapter.method": asked.method})),
@@ -305,7 +233,7 @@ TABLE: Mapping[str, Rule] = {
 LLAMA_FACTORY = Tool(
     name=NAME,
     table=TABLE,
-    otherwise=otherwise(NAME),
+    otherwise=otherwise(NAME, ELSEWHERE),
     method=method,
     defaults={
         "finetuning_type": "lora",

@@ -95,7 +95,7 @@ def _layer(asked: Asked) -> Found:
 
 def _projector(asked: Asked) -> Found:
     if asked.value == "mlp2x_gelu" or not _is_composed(asked):
-        return Found(note="so here too")
+        return Found()
     return Found(note="a composed base has mlp2x_gelu, LLaVA-1.5's", is_lost=True)
 
 
@@ -137,7 +137,8 @@ TABLE: Mapping[str, Rule] = {
     "mm_vision_select_feature": unless("patch", "the class token is left out"),
     "mm_projector_type": _projector,
     "pretrain_mm_mlp_adapter": lost(
-        "a .bin of the projector; stage 1 here leaves an adapter folder: adapter.initial: runs/.../pretrain/adapter"
+        "a .bin of the projector, which begins anew without it: train stage 1 here (llava/llava15, 7b_pretrain), and set "
+        "adapter.initial to its adapter folder"
     ),
     "mm_use_im_start_end": unless(False, "no tokens around a picture"),
     "mm_use_im_patch_token": unless(False, "it would add a token that is not used"),

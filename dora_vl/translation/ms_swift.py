@@ -10,6 +10,7 @@ from typing import Any
 
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError, shown
+from dora_vl.translation.ms_swift_others import ELSEWHERE, OFF, PIXELS, SAME
 from dora_vl.translation.peft_adapter import dropout, modules_to_save, scaling, start, unless_empty
 from dora_vl.translation.rules import (
     Asked,
@@ -27,10 +28,11 @@ from dora_vl.translation.rules import (
     words,
 )
 from dora_vl.translation.target_patterns import globs_of_endings, globs_of_expression
-from dora_vl.translation.training_arguments import COMMON, deepspeed, otherwise
+from dora_vl.translation.training_arguments import COMMON, otherwise
 
 NAME = "ms-swift"
 METHOD_KEYS = ("tuner_type", "train_type")
+LONGEST = 32768
 PIXELS = "the base's own processor has the limits (preprocessor_config.json)"
 
 
@@ -95,7 +97,7 @@ def _rate(part: str) -> Rule:
 
     def rule(asked: Asked) -> Found:
         return Found(
-            note=f"one rate for adapter.targets; make the place a part of its own: adapter.parts.{part}, optim.rates.{part}",
+            note=f"make the place a part of its own, with its rate: adapter.parts.{part}, optim.rates.{part}",
             is_lost=True,
         )
 
@@ -171,55 +173,16 @@ def _quantised(asked: Asked) -> Found:
     return Found(settings={"model.quantisation": found})
 
 
-def _deepspeed(asked: Asked) -> Found:
-    """A short name of its own, or a file."""
-    return deepspeed(asked)
+def _length(asked: Asked) -> Found:
+    if asked.value == "":
+        return Found(settings={"data.max_tokens": LONGEST}, note="the model's own length, which cuts before that")
+    return Found(settings={"data.max_tokens": whole(asked)}, note="pictures are never cut")
 
 
-_OFF = {
-    "packing": "packing is for plain language models here (tasks/commonsense.py)",
-    "padding_free": "rows are padded to the longest; data.share_pictures saves more",
-    "train_dataloader_shuffle": "",
-    "sequence_parallel_size": "",
-    "use_liger_kernel": "the loss is computed at labelled positions only",
-    "use_galore": "optimizers are transformers': training.optim",
-    "custom_register_path": "models and data sets need no code here",
-    "external_plugins": "models and data sets need no code here",
-    "loss_type": "the loss is cross-entropy",
-    "lora_ga_batch_size": "starts are kaiming, gaussian, orthogonal and pissa",
-    "agent_template": "turns of tools are no samples here",
-    "resume_only_model": "adapter.initial takes an adapter folder",
-    "create_checkpoint_symlink": "the newest checkpoint is found by itself: --resume last",
-    "add_version": "training.output_dir is taken as it stands",
-    "use_chat_template": "",
-    "freeze_parameters": "what does not train is not named",
-    "trainable_parameters": "adapter.also_train",
-    "trainable_parameters_regex": "adapter.also_train",
-    "freeze_parameters_ratio": "adapter.targets",
-    "freeze_parameters_regex": "what does not train is not named",
-}
-_SAME = {
-    "dataset_num_proc": "samples are made as they are needed, by data.workers processes",
-    "lazy_tokenize": "samples are made as they are needed",
-    "load_from_cache_file": "a changed file is read anew",
-    "use_hf": "hub ids are Hugging Face's",
-    "logprobs": "of inference alone",
-    "model_type": "seen from the base's config.json",
-    "task_type": "seen from the base",
-    "system": "",
-    "model_author": "",
-    "model_name": "",
-    "quant_method": "said by model.quantisation",
-    "bnb_4bit_compute_dtype": "model.dtype",
-    "check_model": "hub ids are Hugging Face's",
-    "train_dataloader_shuffle": "samples come in a new order in every epoch",
-    "dataset_shuffle": "samples come in a new order in every epoch",
-    "val_dataset_shuffle": "of no effect on a mean",
-}
 TABLE: Mapping[str, Rule] = {
     **COMMON,
-    **{key: unless_empty(why) for key, why in _OFF.items() if why},
-    **{key: same(why) for key, why in _SAME.items() if why},
+    **{key: unless_empty(why) for key, why in OFF.items()},
+    **{key: same(why) for key, why in SAME.items()},
     "model": to("model.base"),
     "model_revision": to("model.revision"),
     "torch_dtype": _dtype,
@@ -252,8 +215,10 @@ TABLE: Mapping[str, Rule] = {
     "dataset": _train,
     "val_dataset": _validation,
     "split_dataset_ratio": _share,
-    "max_length": to("data.max_tokens", whole, note="here the end is cut, pictures never"),
-    "truncation_strategy": same("the end of a text is cut, pictures never"),
+    "max_length": _length,
+    "truncation_strategy": unless(
+        "right", "here the end of a text that is too long is cut, pictures never, and counted"
+    ),
     "template": same("the base's own chat template; compare with dora-vl show batch"),
     "max_pixels": lost(PIXELS),
     "MAX_PIXELS": lost(PIXELS),
@@ -281,7 +246,7 @@ TABLE: Mapping[str, Rule] = {
 MS_SWIFT = Tool(
     name=NAME,
     table=TABLE,
-    otherwise=otherwise(NAME),
+    otherwise=otherwise(NAME, ELSEWHERE),
     method=method,
     defaults={
         "use_dora": False,
@@ -296,9 +261,11 @@ MS_SWIFT = Tool(
         "gradient_accumulation_steps": "",
         "gradient_checkpointing": True,
         "lr_scheduler_type": "cosine",
-        "warmup_ratio": 0.05,
         "weight_decay": 0.1,
         "adam_beta2": 0.95,
+        "max_length": "",
+        "truncation_strategy": "delete",
+        "dataloader_num_workers": 1,
         "train_sampling_strategy": "random",
     },
     always={

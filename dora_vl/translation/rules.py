@@ -81,7 +81,7 @@ def lost(why: str) -> Rule:
 
 def unless(usual: Any, why: str) -> Rule:
     """Nothing to set where it has the usual value; any other has no counterpart."""
-    return lambda asked: Found(note="so here too") if asked.value == usual else Found(note=why, is_lost=True)
+    return lambda asked: Found() if asked.value == usual else Found(note=why, is_lost=True)
 
 
 def one_of(name: str, values: Mapping[Any, Any], why: str) -> Rule:

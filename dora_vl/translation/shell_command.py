@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def commands(text: str) -> Iterator[Command]:
     """
     variables: dict[str, str] = {}
     for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
-        filled = _VARIABLE.sub(lambda found: _filled(found, variables), line)
+        filled = _VARIABLE.sub(partial(_filled, variables=variables), line)
         words = shlex.split(filled, comments=True)
         assigned = [_ASSIGNED.fullmatch(word) for word in words if word != "export"]
         if words and all(assigned):

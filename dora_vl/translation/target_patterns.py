@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 ALL_LINEAR = "all-linear"
 OUTPUT_HEAD = "lm_head"
 """Stands at the top of a model: no dot before it."""
+TOPS = ("model", "transformer", "language_model", "vision_tower", "visual")
+"""What stands at the top of models of transformers."""
 _SPECIAL = re.compile(r"[*?\[]")
 _PLAIN_NAME = re.compile(r"[\w.\-]+")
 MOST = 64
@@ -20,8 +22,9 @@ def globs_of_endings(names: Iterable[str]) -> list[str]:
 
 
 def _is_full(name: str) -> bool:
-    """A name with a layer's number: from the model's top, as tools write the layers that they have adapted."""
-    return any(part.isdecimal() for part in name.split("."))
+    """From the model's top, with a layer's number: as tools write the layers that they have adapted."""
+    parts = name.split(".")
+    return parts[0] in TOPS and any(part.isdecimal() for part in parts)
 
 
 def globs_of_expression(expression: str) -> list[str]:
@@ -132,7 +135,8 @@ def endings_of(globs: Sequence[str]) -> list[str] | None:
     found: list[str] = []
     for glob in globs:
         ending = glob.removeprefix("*.")
-        if not _PLAIN_NAME.fullmatch(ending) or (ending == glob and not _is_full(glob) and glob != OUTPUT_HEAD):
+        is_whole = ending == glob and (_is_full(glob) or glob == OUTPUT_HEAD)
+        if not _PLAIN_NAME.fullmatch(ending) or (ending == glob and not is_whole):
             return None
         found.append(ending)
     return found

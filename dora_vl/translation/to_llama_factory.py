@@ -24,14 +24,12 @@ NAME = "LLaMA-Factory"
 DATA_FOLDER = "data"
 TEMPLATE_OF: Mapping[str, str] = {
     "llava-1.5": "llava",
-    "llava-onevision": "llava_next_qwen",
     "qwen2-vl": "qwen2_vl",
     "qwen2.5-vl": "qwen2_vl",
-    "qwen3-vl": "qwen3_vl",
+    "qwen3-vl": "qwen3_vl_nothink",
     "gemma-3": "gemma3",
     "paligemma": "paligemma",
     "internvl3": "intern_vl",
-    "smolvlm": "smolvlm",
 }
 """A part of a base's name -> what LLaMA-Factory calls its prompt format."""
 STAGES: Mapping[str, str] = {
@@ -141,13 +139,19 @@ def _files(asked: Asked) -> Found:
 def _entry(path: str) -> str:
     if path.startswith("hub:"):
         return f'{{"hf_hub_url": "{path.removeprefix("hub:")}", "formatting": "sharegpt"}}'
-    return f'{{"file_name": "{path}", "formatting": "sharegpt", "columns": {{"messages": "conversations", "images": "image"}}}}'
+    columns = '{"messages": "conversations", "images": "image"}'
+    return f'{{"file_name": "{path}", "formatting": "sharegpt", "columns": {columns}}}'
 
 
 def _deepspeed(asked: Asked) -> Found:
     if asked.value in STAGES:
         return Found(settings={"deepspeed": STAGES[asked.value]}, note="the file of its repository")
     return Found(settings={"deepspeed": asked.value})
+
+
+def _warmup(asked: Asked) -> Found:
+    share = number(asked)
+    return Found(settings={"warmup_ratio" if 0 < share < 1 else "warmup_steps": share if 0 < share < 1 else int(share)})
 
 
 def _validation(asked: Asked) -> Found:
@@ -199,6 +203,7 @@ TABLE: Mapping[str, Rule] = {
     "optim.b_learning_rate_ratio": to("loraplus_lr_ratio", number),
     "optim.loss_normalisation": lost("its own: of a model with a processor the mean over each micro-batch"),
     "training.deepspeed": _deepspeed,
+    "training.warmup_steps": _warmup,
     "training.bf16": to("bf16"),
     "training.tf32": to("tf32"),
     "training.gradient_checkpointing": to("disable_gradient_checkpointing", lambda asked: not asked.value),

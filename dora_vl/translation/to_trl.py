@@ -132,8 +132,7 @@ TO_TRL = Tool(
     defaults=defaults(),
     always={
         "(labels)": Found(
-            settings={"assistant_only_loss": False},
-            note="TRL refuses it for models of pictures: all tokens are labelled",
-        )
+            settings={"assistant_only_loss": True}, note="of models of pictures with transformers 5.18 on"
+        ),
     },
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,21 +184,24 @@ COMMON: Mapping[str, Rule] = {
 """What all of them call the same."""
 
 
-def otherwise(tool: str, passed: Callable[[str], bool] | None = None) -> Rule:
+def otherwise(tool: str, elsewhere: Mapping[str, str] | None = None) -> Rule:
     """A setting that no table names: a field of `training:` where transformers has it, else one without counterpart.
 
     Args:
         tool: whose setting it would be.
-        passed: whether a name may be passed on; default: the fields that `training:` takes.
+        elsewhere: beginnings of names -> what alone reads them; supervised fine-tuning with an adapter does not.
     """
 
     def rule(asked: Asked) -> Found:
         from dora_vl.run.arguments import OWNED, RENAMED, training_fields
 
+        reader = next((what for start, what in (elsewhere or {}).items() if asked.key.startswith(start)), None)
+        if reader is not None:
+            return Found(note=f"of {reader} alone, not read here or there")
         if asked.key in OWNED:
             is_off = not asked.value or asked.value in ("false", "False")
             return Found(note="off") if is_off else Found(note=OWNED[asked.key], is_lost=True)
-        if asked.key in training_fields() and (passed is None or passed(asked.key)):
+        if asked.key in training_fields():
             return Found(settings={f"training.{asked.key}": asked.value})
         if asked.key in RENAMED:
             return Found(note=f"transformers has it no longer; here {RENAMED[asked.key]}", is_lost=True)

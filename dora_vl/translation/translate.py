@@ -60,7 +60,10 @@ def translate(tool: Tool, said: Mapping[str, Any], file: Path) -> Translation:
     ]
     rows += [row(key, value, is_said=False) for key, value in silent.items()]
     rows += [Row(key=key, value=None, found=found, is_said=False) for key, found in tool.always.items()]
-    made = {name: value for one in reversed(rows) for name, value in one.found.settings.items()}
+    made: dict[str, Any] = {}
+    for one in rows:  # what is said comes first, and wins
+        for name, value in one.found.settings.items():
+            made.setdefault(name, value)
     missing = {name: value for name, value in tool.needed.items() if name not in made}
     note = "the file does not say it: put yours here"
     rows += [

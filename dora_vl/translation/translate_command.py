@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dora_vl.translation.translate import Translation
 
 DESCRIPTION = """\
-Reads the settings of LLaMA-Factory, TRL, ms-swift, LLaVA's scripts or PEFT and prints them as a run's YAML. Above it stands
-a table of every setting: what it is called here, that it is always so here, or why it has no counterpart.
+Reads the settings of LLaMA-Factory, TRL, ms-swift, LLaVA's scripts or PEFT and prints them as a run's YAML. Above it
+stands a table of every setting: what it is called here, that it is always so here, or why it has no counterpart.
 
   dora-vl translate qwen2vl_lora_sft.yaml
   dora-vl translate scripts/v1_5/finetune_lora.sh --write my.yaml
@@ -69,7 +69,8 @@ def _inward(arguments: argparse.Namespace) -> Iterator[str]:
     yield from _told(title, translation, text, arguments.write)
     if arguments.write is not None:
         yield ""
-        yield f"next:  dora-vl show batch {arguments.write}    # or: deepspeed tasks/llava_instruct.py --config {arguments.write}"
+        file = arguments.write
+        yield f"next:  dora-vl show batch {file}    # or: deepspeed tasks/llava_instruct.py --config {file}"
 
 
 def _check(file: Path, text: str) -> None:

@@ -11,7 +11,21 @@ from typing import Any
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError
 from dora_vl.translation.peft_adapter import dropout, modules_to_save, scaling, targets, unless_empty
-from dora_vl.translation.rules import Asked, Found, Rule, Tool, is_on, lost, number, one_of, same, to, unless, whole
+from dora_vl.translation.rules import (
+    Asked,
+    Found,
+    Rule,
+    Tool,
+    is_on,
+    lost,
+    number,
+    one_of,
+    same,
+    to,
+    unless,
+    whole,
+    words,
+)
 from dora_vl.translation.training_arguments import COMMON, otherwise
 
 NAME = "TRL"
@@ -49,7 +63,7 @@ def _targets(asked: Asked) -> Found:
 
 
 def _saved(asked: Asked) -> Found:
-    listed = [asked.value] if isinstance(asked.value, str) else asked.value
+    listed = words(asked) if asked.value else []
     return modules_to_save(Asked(**{**vars(asked), "value": listed}))
 
 
@@ -88,6 +102,9 @@ def _held_out(asked: Asked) -> Found:
 
 def _dtype(asked: Asked) -> Found:
     value = str(asked.value).removeprefix("torch.")
+    if value == "float32" and asked.method != "full" and asked.settings.get("bf16") is not False:
+        note = "TRL holds float32 and computes in bfloat16; what trains is float32"
+        return Found(settings={"model.dtype": "bfloat16"}, note=note)
     if value in ("bfloat16", "float16", "float32"):
         return Found(settings={"model.dtype": value}, note="of the frozen weights; what trains is float32")
     return Found(

@@ -203,12 +203,14 @@ def _place(command: Command) -> tuple[int, _Program] | None:
 
 
 def _positional(path: Path, rest: Sequence[str]) -> dict[str, Any]:
-    """`llamafactory-cli train FILE key=value`: the file's settings, and those behind it."""
-    more = dict(word.partition("=")[::2] for word in rest[1:] if "=" in word and not word.startswith("--"))
-    flags = options(
-        [word for word in rest[1:] if word.startswith("--") or word not in {f"{k}={v}" for k, v in more.items()}], path
-    )
-    return {**_file_of(path, rest[0]), **{key: scalar(value) for key, value in more.items()}, **flags}
+    """`llamafactory-cli train FILE key=value --key value`: the file's settings, and those behind it."""
+    said = _file_of(path, rest[0])
+    for number, word in enumerate(rest[1:], start=1):
+        if word.startswith("--"):
+            return {**said, **options(rest[number:], path)}
+        key, _, value = word.partition("=")
+        said[key] = scalar(value)
+    return said
 
 
 def _file_of(script: Path, name: str) -> dict[str, Any]:

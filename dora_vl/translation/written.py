@@ -38,7 +38,7 @@ def _result(row: Row) -> str:
     if found.is_lost:
         return shown_text(f"NO COUNTERPART: {found.note}", LONGEST_RESULT)
     if not found.settings:
-        return f"as here: {found.note}"
+        return f"as here: {found.note}" if found.note else "as here"
     made = "; ".join(f"{name}: {_plain(value)}" for name, value in found.settings.items())
     return shown_text(f"{made}  ({found.note})" if found.note else made, LONGEST_RESULT)
 

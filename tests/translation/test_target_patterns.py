@@ -46,7 +46,7 @@ ENDINGS = [
     ["q_proj", "out_proj", "fc1"],
     ["self_attn.k_proj"],
     ["lm_head"],
-    ["merger.mlp.0"],
+    ["merger.mlp.0", "fc1"],
     ["model.language_model.layers.3.self_attn.q_proj"],
 ]
 EXPRESSIONS = [
