@@ -137,7 +137,7 @@ TABLE: Mapping[str, Rule] = {
     "mm_vision_select_feature": unless("patch", "the class token is left out"),
     "mm_projector_type": _projector,
     "pretrain_mm_mlp_adapter": lost(
-        "a .bin of the projector, which begins anew without it: train stage 1 here (llava/llava15, 7b_pretrain), and set "
+        "a .bin of the projector, which begins anew without it: train stage 1 here (llava/llava15, 7b_pretrain), set "
         "adapter.initial to its adapter folder"
     ),
     "mm_use_im_start_end": unless(False, "no tokens around a picture"),

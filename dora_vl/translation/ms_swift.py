@@ -10,7 +10,7 @@ from typing import Any
 
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError, shown
-from dora_vl.translation.ms_swift_others import ELSEWHERE, OFF, PIXELS, SAME
+from dora_vl.translation.ms_swift_others import ELSEWHERE, OFF, SAME
 from dora_vl.translation.peft_adapter import dropout, modules_to_save, scaling, start, unless_empty
 from dora_vl.translation.rules import (
     Asked,
