@@ -259,6 +259,18 @@ def test_the_file_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == text
 
 
+def test_the_table_in_the_documentation_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "other_tools.md"
+    shown = re.findall(r"^# (\S+ .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)[1:]
+    said = [line.split()[:2] for line in shown if not line.startswith("(")]
+    Path("sft.yaml").write_text("stage: sft\n" + "".join(f"{key}: {value}\n" for key, value in said), encoding="utf-8")
+    main(["translate", "sft.yaml"])
+    printed = {" ".join(line.removeprefix("# ").split()) for line in capsys.readouterr().out.splitlines()}
+    assert len(shown) >= 6
+    for line in shown:
+        assert " ".join(line.split()) in printed
+
+
 # -- refused in one line ---------------------------------------------------------------------------------------------
 
 
