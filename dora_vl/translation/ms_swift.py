@@ -50,6 +50,12 @@ def _kind(asked: Asked) -> Found:
     return Found(settings={"adapter.method": asked.method})
 
 
+def _stage(asked: Asked) -> Found:
+    raise UserError(
+        f"{asked.file}: {asked.key} is {shown(asked.value)}; supervised fine-tuning alone has a counterpart"
+    )
+
+
 def _adapters_alone(rule: Rule) -> Rule:
     return lambda asked: Found(note="not read by full") if asked.method == "full" else rule(asked)
 
@@ -191,6 +197,8 @@ TABLE: Mapping[str, Rule] = {
         {"sdpa": "sdpa", "eager": "eager", "flash_attn": "flash_attention_2", "flash_attention_2": "flash_attention_2"},
         "sdpa, flash_attention_2 and eager are there",
     ),
+    "rlhf_type": _stage,
+    "task_type": lambda asked: Found(note="answers are text") if asked.value == "causal_lm" else _stage(asked),
     "tuner_type": _kind,
     "train_type": _kind,
     "use_dora": _adapters_alone(lambda asked: Found(settings={"adapter.method": asked.method})),

@@ -60,7 +60,6 @@ SAME: Mapping[str, str] = {
     "use_hf": "hub ids are Hugging Face's",
     "logprobs": "of inference alone",
     "model_type": "seen from the base's config.json",
-    "task_type": "seen from the base",
     "model_author": "of self-cognition data alone",
     "model_name": "of self-cognition data alone",
     "use_chat_template": "the base's own chat template",

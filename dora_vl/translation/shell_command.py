@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from yaml import YAMLError, safe_load
 from dora_vl.errors import UserError, shown
 
 _ASSIGNED = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
+_SUM = re.compile(r"\$\(\(?\s*(?:expr\s+)?(\d+)\s*\\?([-+*/])\s*(\d+)\s*\)?\)")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::-([^}]*))?\}|(\w+))")
 
 
@@ -33,20 +34,43 @@ def commands(text: str) -> Iterator[Command]:
     Raises: ValueError where a line's quotes do not close.
     """
     variables: dict[str, str] = {}
-    for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
-        filled = _VARIABLE.sub(partial(_filled, variables=variables), line)
-        words = shlex.split(filled, comments=True)
+    for words in _lines(text, variables):
         assigned = [_ASSIGNED.fullmatch(word) for word in words if word != "export"]
         if words and all(assigned):
             variables |= {found[1]: found[2] for found in assigned if found}
             continue
         for command in _parts(words):
-            before = [found for word in command if (found := _ASSIGNED.fullmatch(word))]
-            leading = before[: next((n for n, word in enumerate(command) if not _ASSIGNED.fullmatch(word)), 0)]
-            yield Command(words=tuple(command[len(leading) :]), environment={found[1]: found[2] for found in leading})
+            count = next((n for n, word in enumerate(command) if not _ASSIGNED.fullmatch(word)), len(command))
+            leading = [found for word in command[:count] if (found := _ASSIGNED.fullmatch(word))]
+            yield Command(words=tuple(command[count:]), environment={found[1]: found[2] for found in leading})
 
 
-def _filled(found: re.Match[str], variables: dict[str, str]) -> str:
+def _lines(text: str, variables: Mapping[str, str]) -> Iterator[list[str]]:
+    """The words of each line; one whose quotes are open goes on in the next."""
+    waiting, problem = "", None
+    for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
+        waiting = f"{waiting}\n{line}" if problem else line
+        filled = _VARIABLE.sub(partial(_filled, variables=variables), waiting)
+        try:
+            words = shlex.split(_SUM.sub(_summed, filled), comments=True)
+        except ValueError as error:
+            problem = error
+            continue
+        problem = None
+        yield words
+    if problem:
+        raise problem
+
+
+def _summed(found: re.Match[str]) -> str:
+    """`$(expr 16 / 4)` and `$((16 / 4))`, as a shell counts."""
+    left, sign, right = int(found[1]), found[2], int(found[3])
+    if sign == "/":
+        return str(left // right) if right else found[0]
+    return str({"*": left * right, "+": left + right, "-": left - right}[sign])
+
+
+def _filled(found: re.Match[str], variables: Mapping[str, str]) -> str:
     name = found[1] or found[3]
     default = found[2]
     return variables.get(name, found[0] if default is None else default)

@@ -184,6 +184,17 @@ COMMON: Mapping[str, Rule] = {
 """What all of them call the same."""
 
 
+def _field(asked: Asked) -> Found:
+    """A field of `training:` under its own name, if a run takes this value of it."""
+    from dora_vl.run.arguments import check_training_section
+
+    try:
+        check_training_section({asked.key: asked.value})
+    except UserError as error:
+        return Found(note=str(error), is_lost=True)
+    return Found(settings={f"training.{asked.key}": asked.value})
+
+
 def otherwise(tool: str, elsewhere: Mapping[str, str] | None = None) -> Rule:
     """A setting that no table names: a field of `training:` where transformers has it, else one without counterpart.
 
@@ -202,7 +213,7 @@ def otherwise(tool: str, elsewhere: Mapping[str, str] | None = None) -> Rule:
             is_off = not asked.value or asked.value in ("false", "False")
             return Found(note="off") if is_off else Found(note=OWNED[asked.key], is_lost=True)
         if asked.key in training_fields():
-            return Found(settings={f"training.{asked.key}": asked.value})
+            return _field(asked)
         if asked.key in RENAMED:
             return Found(note=f"transformers has it no longer; here {RENAMED[asked.key]}", is_lost=True)
         return Found(note=f"no setting of {tool} that is known here", is_lost=True)

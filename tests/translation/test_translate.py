@@ -146,6 +146,16 @@ def test_ms_swift_makes_steps_of_sixteen(capsys: pytest.CaptureFixture[str]) -> 
     assert config.training["gradient_accumulation_steps"] == 2  # 3 x 2 x 4 = 24, the first above 16
 
 
+def test_a_script_s_own_sums_and_open_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "ranks=4\nswift sft --model b --dataset a.jsonl \\\n  --gradient_accumulation_steps $(expr 32 / $ranks) \\\n"
+        "  --lr_scheduler_kwargs '{\"min_lr\":\n    1e-6}' --max_steps $((10 * $ranks))  # enough\n"
+    )
+    config, _ = translated(capsys, "train.sh", text)
+    assert (config.training["gradient_accumulation_steps"], config.training["max_steps"]) == (8, 40)
+    assert config.training["lr_scheduler_kwargs"] == {"min_lr": 1e-6}
+
+
 def test_llava(capsys: pytest.CaptureFixture[str]) -> None:
     config, rows = translated(capsys, "finetune_lora.sh", peer_files.LLAVA)
     published = read_run_file_of_the_recipe("13b_lora")
@@ -291,6 +301,7 @@ REFUSED = {
     "m.json": (json.dumps({"peft_type": "LOHA", "r": 8}), "peft_type is LOHA"),
     "n.yaml": ("model: {base: a}\ndata: {train: b}\n", "a run of dora_vl already"),
     "o.yaml": ("stage: sft\nlearning_rate: fast\n", "learning_rate is 'fast'"),
+    "q.yaml": ("rlhf_type: grpo\ntuner_type: lora\n", "rlhf_type is 'grpo'"),
     "p.sh": ("trl sft --config nowhere.yaml\n", "nowhere.yaml, which is not there"),
 }
 
