@@ -7,6 +7,7 @@ Names and defaults: `src/llamafactory/hparams` of 0.9.5. Its data files are name
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dora_vl.core.config import Method
@@ -113,7 +114,7 @@ def _additional(asked: Asked) -> Found:
 def _alpha(asked: Asked) -> Found:
     if asked.method == "full":
         return Found(note="not read by full")
-    twice = 2 * whole(Asked(**{**vars(asked), "key": "lora_rank", "value": asked.settings["lora_rank"]}))
+    twice = 2 * whole(replace(asked, key="lora_rank", value=asked.settings["lora_rank"]))
     value = twice if asked.value == "" else number(asked)
     return Found(settings={"adapter.alpha": float(value)}, note="twice the rank" if asked.value == "" else "")
 

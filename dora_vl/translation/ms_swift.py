@@ -6,6 +6,7 @@ Names and defaults: `swift/arguments` of ms-swift 4.6.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dora_vl.core.config import Method
@@ -95,7 +96,7 @@ def _frozen(asked: Asked) -> Found:
 def _saved(asked: Asked) -> Found:
     if asked.method == "full":
         return Found(note="said by adapter.targets")
-    return modules_to_save(Asked(**{**vars(asked), "value": words(asked) if asked.value else []}))
+    return modules_to_save(replace(asked, value=words(asked) if asked.value else []))
 
 
 def _rate(part: str) -> Rule:

@@ -53,7 +53,7 @@ def by_pattern(name: str) -> Rule:
                 globs = globs_of_expression(expression.removeprefix("^"))
             except ValueError as error:
                 return Found(note=f"{error} has no counterpart among patterns; write adapter.{name}", is_lost=True)
-            made |= {form: value for glob in globs for form in (glob, f"*.{glob}")}
+            made |= {glob if glob.startswith("*") else globs_of_endings([glob])[0]: value for glob in globs}
         return Found(settings={f"adapter.{name}": made})
 
     return rule

@@ -6,6 +6,7 @@ Names and defaults: `ScriptArguments`, `SFTConfig` and `ModelConfig` of TRL 1.16
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dora_vl.core.config import Method
@@ -59,12 +60,12 @@ def _targets(asked: Asked) -> Found:
     if isinstance(listed, list) and len(listed) == 1:
         listed = listed[0]
     is_name = isinstance(listed, str) and listed.lower() != "all-linear" and listed.replace("_", "").isalnum()
-    return targets(Asked(**{**vars(asked), "value": [listed] if is_name else listed}))
+    return targets(replace(asked, value=[listed] if is_name else listed))
 
 
 def _saved(asked: Asked) -> Found:
     listed = words(asked) if asked.value else []
-    return modules_to_save(Asked(**{**vars(asked), "value": listed}))
+    return modules_to_save(replace(asked, value=listed))
 
 
 def _file(asked: Asked) -> Found:

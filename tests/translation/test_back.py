@@ -46,9 +46,13 @@ class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers = [nn.ModuleDict({"q_proj": nn.Linear(5, 7), "up_proj": nn.Linear(5, 8)}) for _ in range(2)]
-        self.language_model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
-        self.tower = nn.ModuleDict({"q_proj": nn.Linear(5, 3), "up_proj": nn.Linear(5, 3)})
-        self.multi_modal_projector = nn.Linear(3, 5)
+        self.model = nn.ModuleDict(
+            {
+                "language_model": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
+                "tower": nn.ModuleDict({"q_proj": nn.Linear(5, 3), "up_proj": nn.Linear(5, 3)}),
+                "multi_modal_projector": nn.Linear(3, 5),
+            }
+        )
 
 
 def write(capsys: pytest.CaptureFixture[str], other: str, to: str, *more: str, run: str = RUN) -> str:
@@ -66,18 +70,48 @@ def test_peft_adapts_the_same_layers_by_the_same_scale(capsys: pytest.CaptureFix
     theirs = get_peft_model(Tiny(), config)
     ours, settings = Tiny(), read_run_file("my.yaml").adapter
     apply_dora(ours, DoRAConfig(targets=settings.targets or (), rank=6, alpha=18.0, rank_pattern=settings.rank_pattern))
-    of_peft = {
-        name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
-        for name, module in theirs.named_modules()
-        if hasattr(module, "lora_A") and "default" in module.lora_A
-    }
+    of_peft = scales_of(theirs)
     assert of_peft == {name: (layer.adapter.rank, layer.adapter.scale) for name, layer in adapted_layers(ours)}
     assert len(of_peft) == 5
     trains = {name for name, one in theirs.named_parameters() if one.requires_grad and "lora_" not in name}
     assert trains == {
-        f"base_model.model.multi_modal_projector.modules_to_save.default.{leaf}" for leaf in ("weight", "bias")
+        f"base_model.model.model.multi_modal_projector.modules_to_save.default.{leaf}" for leaf in ("weight", "bias")
     }
     assert any("lora_magnitude_vector" in name for name, _ in theirs.named_parameters())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], r".*language_model.*\.(q|up)_proj", "all-linear"], ids=str)
+@pytest.mark.parametrize("use_rslora", [True, False])
+def test_peft_s_own_configuration_adapts_the_same_here(
+    targets: str | list[str], use_rslora: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LoraConfig(r=4, lora_alpha=10, use_dora=True, use_rslora=use_rslora, target_modules=targets)
+    config.rank_pattern, config.alpha_pattern = {"up_proj": 2}, {r"layers\.1\.q_proj": 7}
+    config.save_pretrained(".")
+    theirs = get_peft_model(Tiny(), config)
+    main(["translate", "adapter_config.json", "--write", "run.yaml"])
+    settings, ours = read_run_file("run.yaml").adapter, Tiny()
+    wanted = settings.targets or ()
+    own = {name: getattr(settings, name) for name in ("method", "rank", "alpha", "rank_scaling", "rank_pattern")}
+    everything = tuple(name for name, one in ours.named_modules() if isinstance(one, nn.Linear))
+    apply_dora(
+        ours,
+        DoRAConfig(
+            targets=everything if wanted == ("all-linear",) else wanted, alpha_pattern=settings.alpha_pattern, **own
+        ),
+    )
+    assert scales_of(theirs) == {
+        name: (layer.adapter.rank, layer.adapter.scale) for name, layer in adapted_layers(ours)
+    }
+
+
+def scales_of(model: nn.Module) -> dict[str, tuple[int, float]]:
+    """Rank and scale of each layer that PEFT has adapted."""
+    return {
+        name.removeprefix("base_model.model."): (module.r["default"], pytest.approx(module.scaling["default"]))
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and "default" in module.lora_A
+    }
 
 
 def test_every_setting_of_ours_has_its_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,7 +224,7 @@ def test_peft(capsys: pytest.CaptureFixture[str]) -> None:
     assert (adapter.method, adapter.rank, adapter.alpha, adapter.rank_scaling) == ("dora", 6, 18.0, "sqrt")
     assert (adapter.dropout, adapter.dropout_mode) == (0.2, "whole_change")
     assert adapter.targets == ("*language_model*.q_proj", "*language_model*.v_proj")
-    assert adapter.rank_pattern == {"v_proj": 3, "*.v_proj": 3}
+    assert adapter.rank_pattern == {"*.v_proj": 3}
     assert adapter.train_projector is True
     assert config.model.base == "llava-hf/llava-1.5-7b-hf"
 
