@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, NoReturn
 from unittest import mock
-
-import yaml
 
 from dora_vl.errors import UserError
 
@@ -337,9 +337,36 @@ def _quietly(work: Callable[[], Any]) -> Any:
         raise AssertionError(message[0]) from None
 
 
-def yaml_blocks(file: Path) -> Iterator[tuple[int, Any]]:
-    """The YAML of a page's fences, each with its line."""
+def blocks(file: Path, language: str) -> Iterator[tuple[int, str]]:
+    """What stands in a page's fences of a language, each with its line."""
     text = file.read_text(encoding="utf-8")
     for fence in _FENCE.finditer(text):
-        if fence["language"] == "yaml":
-            yield text.count("\n", 0, fence.start("body")) + 1, yaml.safe_load(fence["body"])
+        if fence["language"] == language:
+            yield text.count("\n", 0, fence.start("body")) + 1, dedent(fence["body"])
+
+
+def unknown_settings(content: Mapping[str, Any], known: Iterable[str], before: str = "") -> list[str]:
+    """Dotted names of a YAML's keys that no run has; below a setting that is a mapping itself any key may stand."""
+    known = list(known)
+    found: list[str] = []
+    for key, value in content.items():
+        name = f"{before}{key}"
+        if name == "variants":
+            found += [one for variant in value.values() for one in unknown_settings(variant, known)]
+        elif not any(one.startswith(f"{name}.") for one in known):
+            found += [] if name in known else [name]
+        elif isinstance(value, dict):
+            found += unknown_settings(value, known, f"{name}.")
+    return found
+
+
+def missing_names(code: str) -> list[str]:
+    """What a block of Python imports from this project and is not there."""
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if (node.module or "").partition(".")[0] in ("dora_vl", "data_prep", "tasks")]
+    return [
+        f"{node.module}.{name.name}"
+        for node in ours
+        for name in node.names
+        if not hasattr(importlib.import_module(str(node.module)), name.name)
+    ]

@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from dora_vl.run.command_line import setting_names
 from tests.documented_commands import (
     CHECKS,
     ROOT,
     Documented,
+    blocks,
     commands_of,
     complaint,
     documented_files,
+    missing_names,
     settings_of_tasks,
-    yaml_blocks,
+    unknown_settings,
 )
 
 COMMANDS = [command for file in documented_files() for command in commands_of(file)]
@@ -97,7 +101,31 @@ def test_every_script_that_trains_has_its_settings() -> None:
     assert {"dora-vl", "deepspeed", "make"} <= set(CHECKS)
 
 
+def known_settings() -> set[str]:
+    """Dotted names of every run's settings."""
+    return {name.removesuffix(".help") for kind in settings_of_tasks().values() for name in setting_names(kind)}
+
+
 @pytest.mark.parametrize("file", documented_files(), ids=lambda file: file.name)
-def test_its_yaml_is_yaml(file: Path) -> None:
-    for _, content in yaml_blocks(file):
-        assert isinstance(content, dict)
+def test_its_yaml_holds_settings(file: Path) -> None:
+    known = known_settings()
+    for line, text in blocks(file, "yaml"):
+        content = yaml.safe_load(text)
+        assert unknown_settings(content, known) == [], f"{file.name}:{line}"
+
+
+@pytest.mark.parametrize("file", documented_files(), ids=lambda file: file.name)
+def test_its_python_imports_what_is_there(file: Path) -> None:
+    for line, code in blocks(file, "python"):
+        assert missing_names(code) == [], f"{file.name}:{line}"
+
+
+def test_wrong_settings_and_imports_are_found() -> None:
+    known = known_settings()
+    wrong = {
+        "adapter": {"rnk": 4, "parts": {"a": {"rank": 1}}},
+        "variants": {"x": {"modle": 1}},
+        "training": {"steps": 1},
+    }
+    assert unknown_settings(wrong, known) == ["adapter.rnk", "modle", "training.steps"]
+    assert missing_names("from dora_vl import apply_dora, apply_doar\nimport dora_vl") == ["dora_vl.apply_doar"]

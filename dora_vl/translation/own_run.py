@@ -37,7 +37,7 @@ def read_own(name: str, variant: str | None, other: str) -> tuple[Tool, Mapping[
     (resolved,) = with_variant([name], variant)
     content = json.loads(resolved) if resolved.startswith("{") else _read(Path(resolved))
     refuse_other_tools(Path(name), content, SECTIONS)
-    leaves = {name for name in setting_names() if name != "training"}
+    leaves = {name.removesuffix(".help") for name in setting_names() if name != "training"}
     return TOOLS[other], dict(_leaves(content, leaves))
 
 

@@ -120,8 +120,14 @@ def test_every_setting_of_ours_has_its_row(capsys: pytest.CaptureFixture[str]) -
         said = write(capsys, other, to)
         for key in keys:
             assert f"\n{key} " in said, (other, key)
-        assert "data.share_pictures" in said
         assert "NO COUNTERPART" in said
+
+
+def test_what_only_ours_has_is_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = "  train_projector: true\n  parts: {vision: {targets: [vision], rank: 2}}"
+    said = write(capsys, "peft", "a.json", run=RUN.replace("  train_projector: true", parts))
+    (row,) = [line for line in said.splitlines() if line.startswith("adapter.parts")]
+    assert "NO COUNTERPART: no parts with a rank" in row
 
 
 @pytest.mark.parametrize("other", ["llama-factory", "trl"])
