@@ -37,7 +37,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_link_leads_out_of_the_site(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert "](../" not in text
+    assert "](../" not in text, "a page of the site links inside docs/ alone: write other paths as code"
     for name in re.findall(r"\]\(([\w/.\-]+?)(?:#[\w\-]*)?\)", text):
         assert (page.parent / name).is_file(), name
 
