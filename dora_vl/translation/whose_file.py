@@ -156,12 +156,24 @@ def _mapping(path: Path, text: str) -> Mapping[str, Any] | None:
     return None
 
 
+def refuse_untranslated(path: Path, said: Mapping[str, Any]) -> None:
+    """Raises a `UserError` where the names are of a tool that is known here, but has no table."""
+    from dora_vl.run.other_tools import TELLING as NAMES_OF_TOOLS
+    from dora_vl.run.other_tools import UNTRANSLATED, refuse_other_tools
+
+    counts = {tool: len(names & said.keys()) for tool, names in NAMES_OF_TOOLS.items()}
+    most = max(counts.values())
+    if most and all(tool in UNTRANSLATED for tool, count in counts.items() if count == most):
+        refuse_other_tools(path, said, ())
+
+
 def _of_mapping(path: Path, said: Mapping[str, Any], wanted: str | None) -> Settings:
     from dora_vl.run.command_line import SECTIONS
 
     if any(isinstance(said.get(name), Mapping) for name in SECTIONS):
         raise UserError(f"{path}: a run of dora_vl already; --to peft, llama-factory or trl writes it for those")
     if wanted is None:
+        refuse_untranslated(path, said)
         likely = max(TELLING, key=lambda name: len(TELLING[name] & said.keys()))
         if not TELLING[likely] & said.keys():
             raise UserError(

@@ -301,6 +301,10 @@ REFUSED = {
     "m.json": (json.dumps({"peft_type": "LOHA", "r": 8}), "peft_type is LOHA"),
     "n.yaml": ("model: {base: a}\ndata: {train: b}\n", "a run of dora_vl already"),
     "o.yaml": ("stage: sft\nlearning_rate: fast\n", "learning_rate is 'fast'"),
+    "r.yaml": (
+        "base_model: a\nmicro_batch_size: 2\ndatasets: [{path: b}]\nsequence_len: 1\n",
+        "settings of Axolotl, which are laid out otherwise here: base_model is model.base",
+    ),
     "q.yaml": ("rlhf_type: grpo\ntuner_type: lora\n", "rlhf_type is 'grpo'"),
     "p.sh": ("trl sft --config nowhere.yaml\n", "nowhere.yaml, which is not there"),
 }
