@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dora_vl.adapters.settings import STARTS_BESIDE_THE_BASE
-from dora_vl.backbones.families import PROJECTORS
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError
 from dora_vl.translation.rules import Asked, Found, Rule, Tool, is_on, number, same, to, unless, whole
@@ -61,6 +59,8 @@ def by_pattern(name: str) -> Rule:
 
 def modules_to_save(asked: Asked) -> Found:
     """Modules that train whole: the projector, and any others as parts of their names."""
+    from dora_vl.backbones.families import PROJECTORS  # transformers: not before the file was read
+
     names = asked.value or []
     projectors = [one for one in names if one.rpartition(".")[2] in PROJECTORS]
     others = {one.rpartition(".")[2]: [f"*{one}.*"] for one in names if one not in projectors}
@@ -85,6 +85,8 @@ def scaling(asked: Asked) -> Found:
 
 def start(asked: Asked) -> Found:
     """How A and B begin."""
+    from dora_vl.adapters.settings import STARTS_BESIDE_THE_BASE
+
     value = str(asked.value).lower()
     if value in ("true", "gaussian", "orthogonal"):
         return Found(settings={"adapter.init": {"true": "kaiming"}.get(value, value)})

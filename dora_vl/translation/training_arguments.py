@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +187,27 @@ COMMON: Mapping[str, Rule] = {
 
 def _field(asked: Asked) -> Found:
     """A field of `training:` under its own name, if a run takes this value of it."""
+    from dora_vl.run.arguments import training_fields
+
+    fields = set(training_fields()) - COMMON.keys()
+    together = {name: value for name, value in asked.settings.items() if name in fields}
+    if _refusal(json.dumps(together, default=str)) is not None:  # taking one by one is slow
+        refusal = _refusal(json.dumps({asked.key: asked.value}, default=str))
+        if refusal is not None:
+            return Found(note=refusal, is_lost=True)
+    return Found(settings={f"training.{asked.key}": asked.value})
+
+
+@cache
+def _refusal(section: str) -> str | None:
+    """Why a run does not take a `training:` section, given as JSON; None where it does."""
     from dora_vl.run.arguments import check_training_section
 
     try:
-        check_training_section({asked.key: asked.value})
+        check_training_section(json.loads(section))
     except UserError as error:
-        return Found(note=str(error), is_lost=True)
-    return Found(settings={f"training.{asked.key}": asked.value})
+        return str(error)
+    return None
 
 
 def otherwise(tool: str, elsewhere: Mapping[str, str] | None = None) -> Rule:
