@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 def _serve(
     options: argparse.Namespace, adapters: Mapping[str, Path], door: socket.socket, folder: Path
 ) -> Iterator[str]:
-    from dora_vl.app.page_server import build_page_app, keep_gradio_quiet
+    from dora_vl.app.page_server import build_page_app, keep_gradio_quiet, serve_page
 
     keep_gradio_quiet(folder)
     signal.signal(signal.SIGTERM, _leave)  # so that the uploads' folder goes then too
@@ -88,8 +88,6 @@ def _serve(
 
     named = {"base_name": BASE_NAME, "template": options.template, "any_base": options.any_base}
     model = open_served(options.base, adapters, **named)
-    import uvicorn
-
     from dora_vl.app.example_questions import example_questions
     from dora_vl.app.page import Page, PageSettings
     from dora_vl.app.side_by_side import SideBySide
@@ -103,8 +101,7 @@ def _serve(
         app = build_page_app(page, upload_bytes=most, waiting=options.waiting)
         host, port = door.getsockname()[:2]
         yield f"{', '.join(model.names)} at http://{host}:{port} (Ctrl-C ends)"
-        config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=2)
-        uvicorn.Server(config).run(sockets=[door])
+        serve_page(app, door)
 
 
 def chosen_adapters(given: Sequence[str]) -> Mapping[str, Path]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from PIL import Image
 
 from dora_vl.data.media import open_image
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.result_files import read_predictions
+from dora_vl.evaluation.result_files import Prediction, read_predictions
 from dora_vl.report.answers import PREDICTIONS
 from dora_vl.report.run_record import RunRecord, read_run
 from dora_vl.run.watched import evenly
@@ -60,8 +61,17 @@ def _of_test(run: RunRecord, most: int) -> Iterator[ExampleQuestion]:
         asked = [one for one in read_predictions(path).values() if len(one.images) == 1]
     except UserError:
         return
-    for one in evenly(asked, LOOKED_AT * most):
+    for one in _kind_by_kind(asked, LOOKED_AT * most):
         yield from _opened(run.path(folder), one.images, one.question, one.truth)
+
+
+def _kind_by_kind(asked: Sequence[Prediction], most: int) -> Iterator[Prediction]:
+    """One of each kind of question, then the next of each, evenly from the whole test."""
+    kinds: dict[str | None, list[Prediction]] = {}
+    for one in asked:
+        kinds.setdefault(one.kind, []).append(one)
+    rounds = zip_longest(*(evenly(alike, most) for alike in kinds.values()))
+    return (one for of_each in rounds for one in of_each if one is not None)
 
 
 def _watched(run: RunRecord) -> Iterator[ExampleQuestion]:

@@ -77,7 +77,7 @@ class Page:
         parts.nothing.click(self.show_nothing, **slow)
         parts.anew.click(self.begin_anew, [parts.key], **slow)
         if parts.examples is not None:
-            parts.examples.select(self.take_example, **slow)
+            parts.examples.click(self.take_example, [parts.examples], **slow)
         asked = [parts.ask.click, parts.question.submit]
         gr.on(asked, self.ask, [parts.question, *parts.chosen], **answering)
         again = [column.strength.release for column in parts.columns]
@@ -116,9 +116,9 @@ class Page:
             shown = NOTHING
         return self._begun(Talk(shown=shown), request)
 
-    def take_example(self, request: gr.Request, event: gr.SelectData) -> Update:
+    def take_example(self, request: gr.Request, number: int) -> Update:
         """An example was clicked: its picture is shown, its question typed."""
-        example = self.examples[int(event.index)]
+        example = self.examples[number]
         begun = self._begun(Talk(shown=Shown(pictures=(example.picture,))), request)
         return {**begun, self.parts.question: example.question}
 

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from dora_vl.app.example_questions import ExampleQuestion
-from dora_vl.app.page_view import column_view, heading_view, notice_view, shown_view
+from dora_vl.app.page_view import column_view, heading_view, notice_view, shown_view, thumbnail_view
 from dora_vl.app.side_by_side import NOTHING, Talk
 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
@@ -41,7 +41,7 @@ class Parts:
     webcam: gr.Image
     seen: gr.HTML
     nothing: gr.Button
-    examples: gr.Gallery | None
+    examples: gr.Dataset | None
     notice: gr.HTML
     columns: tuple[Column, Column]
     question: gr.Textbox
@@ -88,13 +88,15 @@ class Start:
 
 def theme() -> gr.themes.Base:
     """Colours and the visitor's own fonts."""
-    return gr.themes.Soft(
+    own = gr.themes.Default(
         primary_hue="blue",
         secondary_hue="blue",
         neutral_hue="slate",
+        radius_size="lg",
         font=[gr.themes.Font(name) for name in FONT],
         font_mono=[gr.themes.Font(name) for name in MONOSPACE],
     )
+    return own.set(body_background_fill="*neutral_50", block_shadow="none")
 
 
 def lay_out(start: Start) -> tuple[gr.Blocks, Parts]:
@@ -116,7 +118,9 @@ def lay_out(start: Start) -> tuple[gr.Blocks, Parts]:
 def _left(start: Start) -> dict[str, Any]:
     """What the models are shown, examples, settings."""
     with gr.Tab("Pictures or a video"):
-        files = gr.File(label="Drop pictures or a video here", file_count="multiple", height=132, elem_id="dv-files")
+        files = gr.File(
+            label="Pictures or a video", show_label=False, file_count="multiple", height=124, elem_id="dv-files"
+        )
     with gr.Tab("Webcam"):
         webcam = gr.Image(
             label="Webcam", show_label=False, sources=["webcam"], type="filepath", height=220, elem_id="dv-webcam"
@@ -138,16 +142,15 @@ def _left(start: Start) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _examples(examples: Sequence[ExampleQuestion]) -> gr.Gallery:
-    return gr.Gallery(
-        [(one.picture, one.question) for one in examples],
-        label="Questions of the run's test",
-        columns=3,
-        height="auto",
-        object_fit="contain",
-        allow_preview=False,
-        interactive=False,
-        buttons=[],
+def _examples(examples: Sequence[ExampleQuestion]) -> gr.Dataset:
+    """Rows of a small picture and its question."""
+    return gr.Dataset(
+        components=[gr.HTML(render=False), gr.Textbox(render=False)],
+        samples=[[thumbnail_view(one.picture), one.question] for one in examples],
+        headers=["", "A question of the run's test"],
+        type="index",
+        samples_per_page=len(examples),
+        label="Try one",
         elem_id="dv-examples",
     )
 
@@ -165,7 +168,7 @@ def _right(start: Start) -> dict[str, Any]:
         )  # fmt: skip
         ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="dv-ask")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="dv-stop")
-        anew = gr.Button("New talk", scale=1, min_width=100, elem_id="dv-anew")
+        anew = gr.Button("New talk", scale=1, min_width=120, elem_id="dv-anew")
     return {"notice": notice, "columns": columns, "question": question, "ask": ask, "stop": stop, "anew": anew}
 
 

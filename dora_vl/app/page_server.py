@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -55,6 +58,22 @@ def keep_gradio_quiet(uploads: Path) -> None:
         "GRADIO_SSR_MODE": "False",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
+
+
+def serve_page(app: FastAPI, door: socket.socket) -> None:
+    """Serves until somebody ends it."""
+    QuietServer(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1)).run(
+        sockets=[door]
+    )
+
+
+class QuietServer(uvicorn.Server):
+    """Cuts open pages off when it ends: they listen for ever, and that they are cut off is no error."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends it, in silence."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
 
 
 def build_page_app(page: Any, *, upload_bytes: int, waiting: int) -> FastAPI:

@@ -55,6 +55,11 @@ def heading_view(base: str, adapters: Sequence[str]) -> str:
     )
 
 
+def thumbnail_view(picture: Image.Image) -> str:
+    """A very small copy of a picture."""
+    return f'<img class="dv-thumbnail" alt="" src="{_data_url(picture)}">'
+
+
 def _exchange(exchange: Exchange, column: int) -> str:
     answer = exchange.answers[column]
     asked = escape(exchange.question) or '<span class="dv-faint">(no words)</span>'

@@ -76,8 +76,11 @@ def page_of(
 
 @contextlib.contextmanager
 def _running(app: FastAPI) -> Iterator[str]:
+    from dora_vl.app.page_server import QuietServer
+
     with socket.create_server(("127.0.0.1", 0)) as door:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1))
+        config = uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
+        server = QuietServer(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
         thread.start()
         try:

@@ -39,7 +39,7 @@ def main() -> None:
         broken.write_bytes(b"\xff\xd8\xff\xe0" + bytes(900))
         with page_of(model, Path(folder) / "uploads", examples=examples, new_tokens=64) as (address, _):
             visitor = Visitor(chromium.new_context(viewport=SIZE, color_scheme="light"), address)
-            visitor.page.locator("#dv-examples .thumbnail-item").nth(0).click()
+            visitor.page.locator("#dv-examples tbody tr").nth(0).click()
             visitor.see(1)
             visitor.page.click("#dv-ask")
             visitor.both(1)

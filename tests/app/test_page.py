@@ -233,7 +233,7 @@ def test_two_people_at_once_each_have_their_own(
 
 
 def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine]) -> None:
-    visitor.page.locator("#dv-examples button.thumbnail-item, #dv-examples .thumbnail-item").nth(1).click()
+    visitor.page.locator("#dv-examples tbody tr").nth(1).click()
     visitor.see(1)
     assert visitor.captions() == ["60 × 17"]
     visitor.page.click("#dv-ask")
