@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import gradio as gr
 
@@ -19,6 +19,7 @@ from dora_vl.app.page_view import column_view, notice_view, shown_view
 from dora_vl.app.row_decoding import Sampling
 from dora_vl.app.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
 from dora_vl.app.talks import Talks
+from dora_vl.core.strength import checked_strength
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Shown
 
@@ -72,61 +73,65 @@ class Page:
         quick = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         slow = {"show_progress": "hidden", "api_visibility": "private", "outputs": parts.changing}
         answering = {**slow, "concurrency_id": "answers", "concurrency_limit": self.side.engine.settings.batch_rows}
-        parts.files.upload(self.show_files, [parts.files], **slow)
-        parts.webcam.input(self.show_files, [parts.webcam], **slow)
-        parts.nothing.click(self.show_nothing, **slow)
-        parts.anew.click(self.begin_anew, [parts.key], **slow)
+        parts.files.upload(self.show_files, [parts.person, parts.files], **slow)
+        parts.webcam.input(self.show_files, [parts.person, parts.webcam], **slow)
+        parts.nothing.click(self.show_nothing, [parts.person], **slow)
+        parts.anew.click(self.begin_anew, [parts.person, parts.key], **slow)
         if parts.examples is not None:
-            parts.examples.click(self.take_example, [parts.examples], **slow)
+            parts.examples.click(self.take_example, [parts.person, parts.examples], **slow)
         asked = [parts.ask.click, parts.question.submit]
-        gr.on(asked, self.ask, [parts.question, *parts.chosen], **answering)
+        gr.on(asked, self.ask, [*parts.chosen, parts.question], **answering)
         again = [column.strength.release for column in parts.columns]
         gr.on(again, self.ask_again, parts.chosen, **answering, trigger_mode="always_last")
         for column in parts.columns:
             column.model.input(self._has_dial, [column.model], [column.strength], **quick).then(
                 self.ask_again, parts.chosen, **answering
             )
-        parts.stop.click(self.stop, **quick)
-        self.blocks.unload(self.stop)
+        parts.stop.click(self.side.stop, [parts.person], **quick)
+        self.blocks.load(_person, None, [parts.person], **quick)
+        self.blocks.unload(self.leave)
 
     # -- what a person does ------------------------------------------------------------------------------------
 
-    def show_files(self, request: gr.Request, paths: list[str] | str | None) -> Any:
+    def show_files(self, person: str, paths: list[str] | str | None) -> Any:
         """Files were chosen: they are read at once and deleted, and a talk about them begins."""
         files = [Path(path) for path in ([paths] if isinstance(paths, str) else paths or [])]
         if not files:
             return gr.skip()
         emptied = {self.parts.files: None, self.parts.webcam: None}
         try:
-            return {**emptied, **self._begun(Talk(shown=self.side.look(files)), request)}
+            return {**emptied, **self._begun(Talk(shown=self.side.look(files)), person)}
         except UserError as error:
             return {**emptied, self.parts.notice: notice_view(plain(error))}
         finally:
             self._delete(files)
 
-    def show_nothing(self, request: gr.Request) -> Update:
+    def show_nothing(self, person: str) -> Update:
         """The pictures go, and the talk with them."""
-        return self._begun(Talk(), request)
+        return self._begun(Talk(), person)
 
-    def begin_anew(self, request: gr.Request, key: str) -> Update:
+    def begin_anew(self, person: str, key: str) -> Update:
         """The same pictures, and nothing said about them yet."""
         try:
             shown = self.talks.get(key).shown
         except UserError:
             shown = NOTHING
-        return self._begun(Talk(shown=shown), request)
+        return self._begun(Talk(shown=shown), person)
 
-    def take_example(self, request: gr.Request, number: int) -> Update:
+    def take_example(self, person: str, number: int) -> Update:
         """An example was clicked: its picture is shown, its question typed."""
         example = self.examples[number]
-        begun = self._begun(Talk(shown=Shown(pictures=(example.picture,))), request)
+        begun = self._begun(Talk(shown=Shown(pictures=(example.picture,))), person)
         return {**begun, self.parts.question: example.question}
 
-    def ask(self, request: gr.Request, question: str, key: str, *chosen: Any) -> Iterator[Update]:
+    @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
+    def ask(self, person: str, key: str, *chosen: Any) -> Iterator[Update]:
         """A question was typed."""
-        yield from self._answers(request, key, chosen, lambda talk: (talk, question))
+        *settings, question = chosen
+        yield from self._answers(person, key, settings, lambda talk: (talk, question))
 
-    def ask_again(self, request: gr.Request, key: str, *chosen: Any) -> Iterator[Update]:
+    @no_type_check  # likewise
+    def ask_again(self, person: str, key: str, *chosen: Any) -> Iterator[Update]:
         """The last question once more, to the models as they are chosen now; nothing where none was asked."""
         try:
             asked_before = bool(self.talks.get(key).exchanges)
@@ -134,12 +139,12 @@ class Page:
             asked_before = False
         if asked_before:
             yield from self._answers(
-                request, key, chosen, lambda talk: (talk.without_last(), talk.exchanges[-1].question)
+                person, key, chosen, lambda talk: (talk.without_last(), talk.exchanges[-1].question)
             )
 
-    def stop(self, request: gr.Request) -> None:
-        """What was said so far stays."""
-        self.side.stop(str(request.session_hash))
+    def leave(self, request: gr.Request) -> None:
+        """The page was closed: nobody waits for an answer any more."""
+        self.side.stop(_person(request))
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -147,14 +152,14 @@ class Page:
         """The base has no strength to choose."""
         return gr.update(interactive=model != self._base)
 
-    def _begun(self, talk: Talk, request: gr.Request) -> Update:
-        self.stop(request)
+    def _begun(self, talk: Talk, person: str) -> Update:
+        self.side.stop(person)
         parts = self.parts
         shown = {parts.seen: shown_view(talk.shown), parts.notice: notice_view("")}
         return {parts.key: self.talks.begin(talk), **shown, **self._columns(talk)}
 
     def _answers(
-        self, request: gr.Request, key: str, chosen: Sequence[Any], which: Callable[[Talk], tuple[Talk, str]]
+        self, person: str, key: str, chosen: Sequence[Any], which: Callable[[Talk], tuple[Talk, str]]
     ) -> Iterator[Update]:
         """The talk as it grows by the answers to a question.
 
@@ -165,14 +170,16 @@ class Page:
         parts = self.parts
         *who, tokens, temperature, remember = chosen
         names, strengths = who[: len(parts.columns)], who[len(parts.columns) :]
-        speakers = [Speaker(name=name, strength=one) for name, one in zip(names, strengths, strict=True)]
-        sampling = Sampling(max_new_tokens=int(tokens), temperature=float(temperature))
         try:
+            speakers = [
+                Speaker(name=name, strength=checked_strength(one)) for name, one in zip(names, strengths, strict=True)
+            ]
+            sampling = _sampling(tokens, temperature)
             talk, question = which(self.talks.get(key))
             key = key or self.talks.begin(talk)
             told = talk if remember else replace(talk, exchanges=())
             yield {parts.ask: gr.update(interactive=False), parts.stop: gr.update(interactive=True)}
-            for answered in self.side.ask(str(request.session_hash), told, question, speakers, sampling):
+            for answered in self.side.ask(person, told, question, speakers, sampling):
                 whole = replace(talk, exchanges=(*talk.exchanges, answered.exchanges[-1]))
                 self.talks.keep(key, whole)
                 yield {parts.key: key, parts.notice: notice_view(""), parts.question: "", **self._columns(whole)}
@@ -194,3 +201,19 @@ class Page:
             folder = file.resolve().parent
             if folder.parent == self._uploads:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sampling(tokens: float | int | None, temperature: float | int | None) -> Sampling:
+    """How an answer is chosen.
+
+    Raises:
+        UserError: a field of the settings was emptied.
+    """
+    if tokens is None or temperature is None:
+        raise UserError("the settings lack a number; type one")
+    return Sampling(max_new_tokens=max(1, int(tokens)), temperature=float(temperature))
+
+
+def _person(request: gr.Request) -> str:
+    """Who has the page open, as Gradio knows them."""
+    return str(request.session_hash)

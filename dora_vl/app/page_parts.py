@@ -36,6 +36,7 @@ class Column:
 class Parts:
     """The parts that do something."""
 
+    person: gr.State
     key: gr.State
     files: gr.File
     webcam: gr.Image
@@ -54,10 +55,10 @@ class Parts:
 
     @property
     def chosen(self) -> list[Any]:
-        """What a question is asked with: the talk, who answers and how."""
+        """What a question is asked with: who asks, the talk, who answers and how."""
         models = [column.model for column in self.columns]
         strengths = [column.strength for column in self.columns]
-        return [self.key, *models, *strengths, self.tokens, self.temperature, self.remember]
+        return [self.person, self.key, *models, *strengths, self.tokens, self.temperature, self.remember]
 
     @property
     def changing(self) -> list[Any]:
@@ -106,7 +107,7 @@ def lay_out(start: Start) -> tuple[gr.Blocks, Parts]:
         title="dora-vl demo", analytics_enabled=False, fill_width=True, delete_cache=FORGET_SECONDS
     ) as blocks:
         gr.HTML(heading_view(start.place, start.models[1:]))
-        found["key"] = gr.State("")
+        found |= {"person": gr.State(""), "key": gr.State("")}
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 found |= _left(start)
