@@ -164,8 +164,8 @@ def _right(start: Start) -> dict[str, Any]:
         columns = (_column(start, adapters[0], "left"), _column(start, base, "right"))
     with gr.Row(equal_height=True):
         question = gr.Textbox(
-            placeholder="Type a question, then Enter", show_label=False, lines=1, scale=8, autofocus=True,
-            elem_id="dv-question",
+            placeholder="Type a question, then Enter", show_label=False, container=False, lines=1, scale=8,
+            autofocus=True, elem_id="dv-question",
         )  # fmt: skip
         ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="dv-ask")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="dv-stop")
@@ -178,7 +178,7 @@ def _column(start: Start, chosen: str, side: str) -> Column:
         model = gr.Dropdown(list(start.models), value=chosen, show_label=False, elem_id=f"dv-model-{side}")
         strength = gr.Slider(
             0, STRONGEST, 1.0, step=STEP, label="Strength of the adapter", interactive=chosen != start.models[0],
-            info="0 the base, 1 the adapter, beyond: more of the same", elem_id=f"dv-strength-{side}",
+            info="0 the base, 1 the adapter", elem_id=f"dv-strength-{side}",
         )  # fmt: skip
         talk = gr.HTML(column_view(Talk(), 0, named=chosen), elem_id=f"dv-talk-{side}", autoscroll=True)
     return Column(model, strength, talk)

@@ -25,7 +25,7 @@ def shown_view(shown: Shown) -> str:
     for video in shown.videos:
         times = zip(video.pictures, video.seconds, strict=True)
         frames = "".join(_figure(picture, f"{seconds:.1f} s") for picture, seconds in times)
-        told = f"{len(video.pictures)} frames of {video.count}, {video.duration:.1f} s long: what the model sees"
+        told = f"what the model sees: {len(video.pictures)} of {video.count} frames, of {video.duration:.1f} s"
         parts.append(f'<div class="dv-frames">{frames}</div><p class="dv-faint">{told}</p>')
     return "".join(parts) or '<p class="dv-faint dv-nothing">Nothing is shown yet. A question needs no picture.</p>'
 

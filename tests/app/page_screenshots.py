@@ -37,18 +37,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, browser() as chromium:
         broken = Path(folder) / "holiday.jpg"
         broken.write_bytes(b"\xff\xd8\xff\xe0" + bytes(900))
-        with page_of(model, Path(folder) / "uploads", examples=examples, new_tokens=64) as (address, _):
+        with page_of(model, Path(folder) / "uploads", examples=examples, new_tokens=24) as (address, _):
             visitor = Visitor(chromium.new_context(viewport=SIZE, color_scheme="light"), address)
+            visitor.page.set_default_timeout(60_000)
             visitor.page.locator("#dv-examples tbody tr").nth(0).click()
             visitor.see(1)
             visitor.page.click("#dv-ask")
             visitor.both(1)
             visitor.ask("what color is the shape?")
             shoot(visitor, options.to / "page_side_by_side.png")
-            visitor.page.click("#dv-anew")
+            visitor.page.locator("#dv-examples tbody tr").nth(3).click()
             visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
-            visitor.turn_dial("left", 0.5)
-            visitor.ask("what color is the shape?")
+            visitor.choose("right", "demo")
+            visitor.turn_dial("left", 0.25)
+            visitor.page.click("#dv-ask")
+            visitor.both(1)
+            visitor.ask("describe the picture")
             shoot(visitor, options.to / "page_dial.png")
             visitor.show(broken)
             visitor.page.locator("#dv-notice .dv-notice").wait_for()

@@ -264,12 +264,15 @@ def test_stop_ends_the_answer_and_keeps_what_was_said(visitor: Visitor, opened: 
     assert "stopped" in visitor.page.locator("#dv-talk-left").inner_text()
 
 
-def test_a_webcams_picture(chromium: Any, opened: tuple[str, Engine]) -> None:
+def test_a_webcams_picture(chromium: Any, opened: tuple[str, Engine], uploads: Path) -> None:
+    """Of the camera that Chromium pretends to have."""
     context = chromium.new_context(permissions=["camera"])
     person = Visitor(context, opened[0])
     person.page.get_by_role("tab", name="Webcam").click()
-    person.page.locator("#dv-webcam button").first.click()
-    person.page.wait_for_timeout(500)
-    person.page.locator("#dv-webcam button").last.click()
-    person.page.locator("#dv-notice .dv-notice, #dv-seen figure").first.wait_for()
+    person.page.locator("#dv-webcam [title='grant webcam access'] button").click()
+    person.page.wait_for_function("document.querySelector('#dv-webcam video').videoWidth > 0")
+    person.page.wait_for_timeout(500)  # its first frame is drawn
+    person.page.locator("#dv-webcam button[aria-label='capture photo']").click()
+    person.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
+    assert nothing_left(uploads)
     context.close()
