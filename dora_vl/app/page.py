@@ -137,10 +137,10 @@ class Page:
             asked_before = bool(self.talks.get(key).exchanges)
         except UserError:
             asked_before = False
-        if asked_before:
-            yield from self._answers(
-                person, key, chosen, lambda talk: (talk.without_last(), talk.exchanges[-1].question)
-            )
+        if not asked_before:
+            yield gr.skip()  # a generator without anything would empty all parts
+            return
+        yield from self._answers(person, key, chosen, lambda talk: (talk.without_last(), talk.exchanges[-1].question))
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed: nobody waits for an answer any more."""

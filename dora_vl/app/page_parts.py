@@ -124,7 +124,13 @@ def _left(start: Start) -> dict[str, Any]:
         )
     with gr.Tab("Webcam"):
         webcam = gr.Image(
-            label="Webcam", show_label=False, sources=["webcam"], type="filepath", height=220, elem_id="dv-webcam"
+            label="Webcam",
+            show_label=False,
+            sources=["webcam"],
+            type="filepath",
+            image_mode=None,
+            height=220,
+            elem_id="dv-webcam",
         )
     seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
     nothing = gr.Button("Show nothing", size="sm", variant="secondary", elem_id="dv-nothing")
@@ -180,5 +186,5 @@ def _column(start: Start, chosen: str, side: str) -> Column:
             0, STRONGEST, 1.0, step=STEP, label="Strength of the adapter", interactive=chosen != start.models[0],
             info="0 the base, 1 the adapter", elem_id=f"dv-strength-{side}",
         )  # fmt: skip
-        talk = gr.HTML(column_view(Talk(), 0, named=chosen), elem_id=f"dv-talk-{side}", autoscroll=True)
+        talk = gr.HTML(column_view(Talk(), 0, named=chosen), elem_id=f"dv-talk-{side}")
     return Column(model, strength, talk)

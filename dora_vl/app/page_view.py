@@ -38,7 +38,8 @@ def column_view(talk: Talk, column: int, *, named: str) -> str:
     """
     if not talk.exchanges:
         return f'<div class="dv-talk"><p class="dv-faint dv-nothing">{escape(named)} will answer here.</p></div>'
-    return f'<div class="dv-talk">{"".join(_exchange(one, column) for one in talk.exchanges)}</div>'
+    turns = "".join(_exchange(one, column) for one in talk.exchanges)
+    return f'<div class="dv-talk"><div class="dv-turns">{turns}</div></div>'
 
 
 def notice_view(text: str) -> str:

@@ -145,6 +145,7 @@ class Visitor:
 
     def choose(self, side: str, model: str) -> None:
         """Another model for a column."""
+        self.page.evaluate("window.scrollTo(0, 0)")  # the list stays where it opens
         self.page.click(f"#dv-model-{side} input")
         self.page.locator("ul[role=listbox] li, ul.options li").filter(has_text=model).first.click()
 

@@ -20,6 +20,7 @@ COLOURS = 192
 def shoot(visitor: Visitor, path: Path) -> None:
     """The page as it is, as a small PNG."""
     visitor.page.mouse.move(0, 0)
+    visitor.page.evaluate("window.scrollTo(0, 0)")
     visitor.page.wait_for_timeout(600)
     visitor.page.screenshot(path=str(path))
     picture = Image.open(path).convert("RGB")

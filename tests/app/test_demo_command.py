@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def refused(capsys: Any, *arguments: object) -> str:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(["demo", *map(str, arguments)])
     assert stopped.value.code == 2

@@ -129,7 +129,12 @@ def test_both_columns_are_rows_of_one_batch(visitor: Visitor, opened: tuple[str,
     monkeypatch.setattr(
         engine, "_generate", lambda batch: (batches.append([one.prepared.share for one in batch]), generate(batch))[1]
     )
-    visitor.turn_dial("left", 0.5)
+    visitor.page.locator("#dv-examples tbody tr").first.click()
+    visitor.see(1)
+    visitor.turn_dial("left", 0.5)  # nothing was asked yet, and nothing changes
+    visitor.page.wait_for_timeout(500)
+    visitor.see(1)
+    assert [visitor.page.inner_text(f"#dv-{name}") for name in ("ask", "stop")] == ["Ask", "Stop"]
     visitor.ask(QUESTION)
     assert batches == [[("one", 0.5), None]]
 
