@@ -128,7 +128,7 @@ def chosen_adapters(given: Sequence[str]) -> Mapping[str, Path]:
 
 def name_of(folder: Path) -> str:
     """What an adapter is called: as its run's folder, with the checkpoint where it is one's."""
-    parts = folder.resolve().parts
+    parts = list(folder.resolve().parts)
     parts = parts[:-1] if parts[-1] == ADAPTER_FOLDER else parts
     if CHECKPOINT.fullmatch(parts[-1]) and len(parts) > 1:
         return f"{parts[-2]}-{parts[-1].removeprefix('checkpoint-')}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, no_type_check
 
-import gradio as gr
+import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
 
 from dora_vl.app.example_questions import ExampleQuestion
 from dora_vl.app.page_parts import Column, Start, lay_out

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
+import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
 
 from dora_vl.app.example_questions import ExampleQuestion
 from dora_vl.app.page_view import column_view, heading_view, notice_view, shown_view, thumbnail_view

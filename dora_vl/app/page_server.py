@@ -84,7 +84,7 @@ def build_page_app(page: Any, *, upload_bytes: int, waiting: int) -> FastAPI:
         upload_bytes: largest file that is taken at all.
         waiting: most questions that wait for their turn.
     """
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
 
     from dora_vl.app.page_parts import STYLE, theme
 

@@ -242,7 +242,7 @@ def source_on(served: ModelSource, folder: Path, *, template: str | None, any_ba
     """
     wanted = Wanted(adapter=folder, base=served.place, any_base=True, template=_template_of(folder, template))
     source = find_source(wanted)
-    stated = source.recipe.get("base_sha256")
+    stated = str(source.recipe.get("base_sha256") or "")
     found = None if any_base or not stated else _sha256_of(served)
     if found and found != stated:
         raise UserError(

@@ -11,7 +11,7 @@ import mimetypes
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -200,7 +200,9 @@ class SideBySide:
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _answers(self, person: str, exchange: Exchange, prepared: Sequence[Prepared]) -> Iterator[Exchange]:
+    def _answers(
+        self, person: str, exchange: Exchange, prepared: Sequence[Prepared]
+    ) -> Generator[Exchange, None, None]:
         running, start = _Running(), time.monotonic()
         try:
             for column, one in enumerate(prepared):

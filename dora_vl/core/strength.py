@@ -94,12 +94,11 @@ def layer_between(base: nn.Module, own: Module, strength: float) -> Module:
     """
     between = copy.copy(own)
     inner = own._modules.get("base") if isinstance(own, AdaptedLayer) else None
-    vars(between)["_modules"] = {
-        name: child
-        if child is None
-        else layer_between(base if child is inner else base._modules[name], child, strength)
-        for name, child in own._modules.items()
-    }
+    modules: dict[str, nn.Module | None] = {}
+    for name, child in own._modules.items():
+        plain = base if child is inner else base._modules[name]
+        modules[name] = None if child is None else layer_between(cast(nn.Module, plain), child, strength)
+    vars(between)["_modules"] = modules
     before = {**base._parameters, **base._buffers}
     for kind in ("_parameters", "_buffers"):
         held = cast("dict[str, Tensor | None]", vars(own)[kind])

@@ -83,7 +83,7 @@ def test_help_comes_soon() -> None:
     assert after.children_user + after.children_system - before.children_user - before.children_system <= MOST_SECONDS
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_from_start_to_end_without_a_file_left(tmp_path: Path, number: int) -> None:
     pytest.importorskip("gradio", reason="pip install 'dora-vl[web]'")
     base = spread(write_tiny("qwen2_5_vl", tmp_path / "base"))
