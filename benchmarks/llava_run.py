@@ -100,6 +100,7 @@ def run_ours(name: str, timed: TimedRun, scratch: Path) -> dict[str, float]:
         "data.feature_cache": str(scratch / "features"),
         "data.share_pictures": OURS[name],
         "evaluation.file": "null",
+        "watch": "0",  # the peers answer no questions while they train
         "overwrite": "true",
     }
     flags = [part for key, value in overrides.items() for part in (f"--{key}", value)]
