@@ -207,6 +207,8 @@ def test_what_cannot_be_shown_is_said_and_nothing_stays(
         visitor.show(file)
         visitor.page.locator("#dv-notice .dv-notice", has_text=message.partition(":")[0]).wait_for()
         assert message in visitor.notice()
+    visitor.show({"name": "huge.png", "mimeType": "image/png", "buffer": b"0" * 500_000})  # is not sent at all
+    visitor.page.get_by_text("maximum allowed size of 390.6 Kb").wait_for()
     visitor.show(*[pictures["red"]] * 3)
     visitor.page.locator("#dv-notice", has_text="3 pictures, and 2 are allowed here").wait_for()
     visitor.see(1)  # what was shown before stays
