@@ -51,6 +51,7 @@ def test_what_is_wrong_is_one_line_before_weights_are_read(tmp_path: Path, capsy
     one = with_recipe(write_adapter(base, tmp_path / "one", seed=1, **settings), base)
     two = with_recipe(write_adapter(base, tmp_path / "two", seed=2, **settings), base, base_sha256="f" * 64)
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("weights"))
+    monkeypatch.setattr(demo_command, "find_spec", lambda name: name)  # as where the extra is installed
     assert "give --adapter DIR" in refused(capsys)
     assert "gone is not a folder" in refused(capsys, "--adapter", "gone")
     assert "gone is not a folder" in refused(capsys, "--adapter", "a=gone")
