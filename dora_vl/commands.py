@@ -22,6 +22,7 @@ COMMANDS = {
     "check-data": Command("dora_vl.sources.check_command", "what is wrong with data files, before a run finds it"),
     "completion": Command("dora_vl.completion_command", "a script with which a shell completes all of this"),
     "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out"),
+    "demo": Command("dora_vl.app.demo_command", "a web page: adapters and their base answer side by side"),
     "doctor": Command("dora_vl.setup.doctor_command", "what this machine has for a run, and what is missing"),
     "evaluate": Command(
         "dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"
