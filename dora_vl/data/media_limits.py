@@ -9,8 +9,8 @@ MEBIBYTE = 2**20
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders."""
-PICTURE_PIXELS = 120_000_000
-"""Most of a picture: a telephone's 108 megapixels pass. Decoding that many takes 0.4 to 1.6 GB."""
+PICTURE_PIXELS = 89_478_485
+"""Most of a picture: the number from which Pillow warns. Decoding that many takes 0.3 to 1.1 GB, and some seconds."""
 PICTURE_ELONGATION = 200
 """How many times longer than the other a picture's side may be."""
 PICTURE_SIDE = 8_192

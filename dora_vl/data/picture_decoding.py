@@ -123,7 +123,7 @@ def _plain_rgb(image: Image.Image) -> Image.Image:
             image = image.point(lambda value: value / 256).convert("L")
     elif image.mode in _WITH_ALPHA or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
+        white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
         image = white
     image.info.pop("transparency", None)
     return image.convert("RGB")
