@@ -57,7 +57,7 @@ def path_inside(root: Path, relative: str, *, follow_links: bool = False, kind: 
         return path
     try:
         real, real_root = path.resolve(), root.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle, or a name too long
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name too long, or of no encoding
         raise BadSample(relative, f"{kind} path {relative!r} cannot be followed: {in_one_line(error)}") from None
     if not real.is_relative_to(real_root):
         raise BadSample(relative, f"{kind} {relative} is a link that leads out of {root}, to {real}")

@@ -56,7 +56,7 @@ def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
             yield image
 
 
-def _no_format(stream: BinaryIO, size: int) -> str:
+def _no_format(stream: BinaryIO | BytesIO, size: int) -> str:
     stream.seek(0)
     begins = f"it begins with {stream.read(8)!r}" if size else "it has 0 bytes"
     return f"is no picture of {', '.join(PICTURE_FORMATS)}: {begins}"

@@ -34,7 +34,9 @@ SPARE_SECONDS = 2.0
 PACKET, TIMED_PACKET = 188, 192
 BEGINNING = 2 * TIMED_PACKET + 8
 MOST_PARTS = 2_000_000
-"""Boxes, elements, chunks, blocks or tags that are walked through: 0.5 GB of GIF, and no file that costs minutes."""
+"""Boxes, chunks, blocks or tags that are walked through: 0.5 GB of GIF, and no file that costs minutes."""
+MOST_ELEMENTS = 500_000
+"""Likewise of a Matroska stream, where each takes longer: the blocks of four hours."""
 
 
 class NotWhole(ValueError):
@@ -101,14 +103,15 @@ def _damaged(place: int) -> NotWhole:
     return NotWhole(f"is cut off or damaged: at byte {place:,} begins nothing that its format has")
 
 
-def _parts() -> Iterator[int]:
+def _parts(most: int | None = None) -> Iterator[int]:
     """Counts them.
 
     Raises:
         NotWhole: there are too many.
     """
-    yield from range(MOST_PARTS)
-    raise NotWhole(f"has more than {MOST_PARTS:,} parts, and so many are not looked through")
+    most = MOST_PARTS if most is None else most
+    yield from range(most)
+    raise NotWhole(f"has more than {most:,} parts, and so many are not looked through")
 
 
 # -- MP4 -----------------------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ class _Times:
 def _check_stream(file: BinaryIO, place: int, size: int) -> None:
     """A segment without a length."""
     times = _Times()
-    for _ in _parts():
+    for _ in _parts(min(MOST_ELEMENTS, MOST_PARTS)):
         if place >= size:
             break
         name, begins, length = _element(file, place, size)
