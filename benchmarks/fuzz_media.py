@@ -34,8 +34,15 @@ from benchmarks.fuzz_case import Outcome
 from benchmarks.fuzz_files import MEMORY_FOLDER, lines_of, outcomes_of, summary
 from benchmarks.hostile_inputs import HOSTILE, hostile_inputs, run_hostile
 from benchmarks.media_case import CUT, run_case
+from benchmarks.media_files import PICTURES, STREAMS, VIDEOS
 from dora_vl.errors import exit_on_user_error
 from dora_vl.whole_numbers import positive
+
+CUT_AND_READ = {
+    PICTURES: "pictures with the pixels of the whole one",
+    VIDEOS: "videos with the pixels of the whole one",
+    STREAMS: "streams, of which it cannot be told",
+}
 
 
 @exit_on_user_error
@@ -89,7 +96,7 @@ def figures_of(outcomes: Sequence[Outcome], *, seed: int, seconds: float) -> dic
         "hostile": sum(one.kind == HOSTILE for one in outcomes),
         "cut": {
             **{"refused": sum(one.status == 2 for one in cut)},
-            **Counter(f"read whole, {one.kind}" for one in cut if one.status == 0 and not one.failure),
+            **Counter(CUT_AND_READ[one.kind] for one in cut if one.status == 0 and not one.failure),
         },
         "hostile_read": sorted(one.damage for one in outcomes if one.kind == HOSTILE and one.status == 0),
     }

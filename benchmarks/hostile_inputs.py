@@ -74,7 +74,9 @@ def hostile_inputs(scratch: Path) -> Iterator[Hostile]:
         for said, make in SPECIAL.items():
             yield Hostile(f"{said}, as a {'video' if video else 'picture'}", video, _made(make))
         for name in NAMES:
-            yield Hostile(f"the name {name[:40]!r}", video, lambda _, name=name: name)
+            yield Hostile(
+                f"the name {name[:40]!r}, of a {'video' if video else 'picture'}", video, lambda _, name=name: name
+            )
     for name in ("a\nb.png", "\x1b[31m.png", "-rf", "$(id).png", "\u202e.png", "%n.png", "a|id"):
         yield Hostile(f"a picture called {name!r}", video=False, put=_written(saved("PNG"), name), must_fail=False)
 

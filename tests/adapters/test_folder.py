@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -323,6 +324,14 @@ def test_two_files_that_contradict_each_other_are_refused(name, file, values, sa
     read(tmp_path / "adapter")
     with pytest.raises(UserError, match=said):
         read(changed(tmp_path / "adapter", file, **values))
+
+
+def test_a_pipe_in_an_adapter_folder_is_no_file(tmp_path):
+    save_adapter(trained_small("dora"), tmp_path / "adapter")
+    (tmp_path / "adapter" / CONFIG_FILE).unlink()
+    os.mkfifo(tmp_path / "adapter" / CONFIG_FILE)
+    with pytest.raises(UserError, match=f"{CONFIG_FILE} cannot be read: it is a named pipe, no file"):
+        read_adapter(tmp_path / "adapter")
 
 
 def test_another_method_or_scale_in_one_of_the_files_is_refused(tmp_path):

@@ -126,6 +126,14 @@ def test_pipes_sockets_devices_and_folders_are_no_pictures(tmp_path: Path, monke
             open_image(tmp_path, "socket.png")
 
 
+@pytest.mark.parametrize("name", ["\ud83d.png", "a" * 5_000, "a/" * 3_000, "a\0b"])
+@pytest.mark.parametrize("follow_links", [False, True])
+def test_names_that_no_file_system_takes_are_bad_samples(tmp_path: Path, name: str, follow_links: bool) -> None:
+    with pytest.raises(BadSample) as raised:
+        open_image(tmp_path, name, follow_links=follow_links)
+    assert str(raised.value).isprintable()
+
+
 def test_a_file_of_too_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_decoding, "PICTURE_BYTES", 1000)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)).save(tmp_path / "a.png")
