@@ -35,7 +35,7 @@ from dora_vl.data.bad_samples import BadSampleLedger, write_skipped
 from dora_vl.data.examples import Clip, iterate_examples
 from dora_vl.data.feature_input import clip_of_features, in_words
 from dora_vl.data.media_limits import VIDEO_SECONDS
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.errors import UserError, exit_on_user_error, one_line, shown_text
 from dora_vl.vision.compute_features import Media, Medium, computed
 from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
 from dora_vl.vision.feature_files import open_shards
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     counts = ledger.counts
     print(f"{options.to}: features of {counts.seen - counts.bad:,} more files, {counts.bad:,} left out")
     for name, reason in list(ledger.reasons.items())[:5]:
-        print(f"  {name}: {reason}")
+        print(f"  {shown_text(name, 120)}: {one_line(reason)}")
 
 
 if __name__ == "__main__":
