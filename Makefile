@@ -3,12 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-vlbart demo-video test test-all fresh-install lint clean
+.PHONY: demo demo-vlbart demo-video test test-all fresh-install lint docs clean
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[demo,video,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,video,docs,dev]'
 	touch $@
 
 # One process of the launcher, which tells of errors alone; without a GPU it need not look for one.
@@ -62,10 +62,17 @@ demo-video: $(INSTALLED)
 	$(DEEPSPEED) tasks/vlbart_video.py --config configs/vlbart/demo_video.yaml --variant adapt \
 		--overwrite true
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# The pages as a site, strictly: a broken link or a docstring that is not there ends it. Nothing is fetched to read it.
+SITE := build/site
+
+docs: $(INSTALLED)
+	$(BIN)/zensical build --strict --clean
+	@echo "$(SITE)/index.html; with search: $(BIN)/python -m http.server --directory $(SITE) 8080"
 
 test: $(INSTALLED) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -q -n 2 --dist loadfile --no-loadscope-reorder
@@ -84,4 +91,4 @@ test-all: $(INSTALLED) lint
 
 # The demos' and tests' output and the tools' caches alone: other folders in runs/ are somebody's training.
 clean:
-	rm -rf $(DEMO) $(VLDEMO) $(VIDEO) $(FRESH) build dist .pytest_cache .ruff_cache
+	rm -rf $(DEMO) $(VLDEMO) $(VIDEO) $(FRESH) build dist .cache .pytest_cache .ruff_cache

@@ -22,6 +22,7 @@ COMMANDS = {
     "check-data": Command("dora_vl.sources.check_command", "what is wrong with data files, before a run finds it"),
     "completion": Command("dora_vl.completion_command", "a script with which a shell completes all of this"),
     "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out"),
+    "demo": Command("dora_vl.app.demo_command", "a web page: adapters and their base answer side by side"),
     "doctor": Command("dora_vl.setup.doctor_command", "what this machine has for a run, and what is missing"),
     "evaluate": Command(
         "dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"
@@ -33,4 +34,5 @@ COMMANDS = {
     "report": Command("dora_vl.report.report_command", "a run, or several side by side, as one page"),
     "serve": Command("dora_vl.app.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"),
     "show": Command("dora_vl.pipelines.show_command", "the first batch of a run, its tokens by label"),
+    "translate": Command("dora_vl.translation.translate_command", "other tools' settings as a run's YAML, and back"),
 }

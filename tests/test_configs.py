@@ -327,7 +327,7 @@ def test_a_published_full_recipe_says_the_bytes_of_a_checkpoint(recipe: Recipe) 
 @pytest.mark.parametrize("recipe", CONFIGS, ids=lambda recipe: recipe.name)
 def test_the_table_names_it(recipe: Recipe) -> None:
     """In the second column of a row of its file, alone or among others."""
-    table = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
+    table = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
     rows = [line.split("|") for line in table if line.startswith(f"| `{recipe.path.relative_to(ROOT / 'configs')}` |")]
     named = [name.strip() for row in rows for name in row[2].split(",")]
     assert named.count(f"`{recipe.variant}`" if recipe.variant else "") == 1

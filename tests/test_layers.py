@@ -22,7 +22,7 @@ LAYERS = (
     ("run",),
     ("training", "evaluation"),
     ("report",),
-    ("setup",),
+    ("setup", "translation"),
     ("pipelines",),
     ("app",),
     ("commands",),

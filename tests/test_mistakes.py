@@ -229,9 +229,12 @@ def test_data(person: Person, name: str) -> None:
     [
         (
             yaml.safe_dump(LLAMA_FACTORY),
-            ["settings of LLaMA-Factory", "model_name_or_path is model.base", "dora-vl init"],
+            ["settings of LLaMA-Factory", "model_name_or_path is model.base", "dora-vl translate"],
         ),
-        (yaml.safe_dump(AXOLOTL), ["settings of Axolotl", "micro_batch_size is training.per_device_train_batch_size"]),
+        (
+            yaml.safe_dump(AXOLOTL),
+            ["settings of Axolotl", "micro_batch_size is training.per_device_train_batch_size", "dora-vl init"],
+        ),
         ("model:\n\tbase: x\n", ["my.yaml: no YAML", "line 2", "indent with spaces"]),
         ("model: {base: base}\ndata: {train: pictures/train.json}\n", ["training.output_dir is missing"]),
         ("model: {base: base}\ntraining: {output_dir: out}\n", ["data.train"]),

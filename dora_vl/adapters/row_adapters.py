@@ -13,12 +13,13 @@ from torch import nn
 
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.shared_copy import replaced_by, shared_tensors
+from dora_vl.core.batch_at_hand import BatchAtHand, Place
 from dora_vl.core.experts import AdaptedExperts
 from dora_vl.core.inject import put_in_place
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import ProductLayer
 from dora_vl.core.opaque import OpaqueLinear
-from dora_vl.core.rows import BatchAtHand, Place, RowChange, RowLayer
+from dora_vl.core.rows import RowChange, RowLayer
 from dora_vl.errors import UserError
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from dora_vl.app.row_decoding import Reason, Sampling
 from dora_vl.app.served_model import Asked
 from dora_vl.backbones.families import ALIGNED
+from dora_vl.core.strength import Share
 from dora_vl.data.dataset import Sample
 from dora_vl.errors import UserError
 
@@ -56,11 +57,21 @@ Event = Piece | Finished | Failed
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request whose prompt stands."""
+    """A request whose prompt stands.
+
+    Attributes:
+        strength: how much of the adapter is applied.
+    """
 
     asked: Asked
     sample: Sample
     sampling: Sampling
+    strength: float = 1.0
+
+    @property
+    def share(self) -> Share | None:
+        """What its row has of an adapter; None is the base."""
+        return self.asked.share(self.strength)
 
     @property
     def tokens(self) -> int:

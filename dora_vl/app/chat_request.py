@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dora_vl.core.strength import MOST_STRENGTH
+
 LONGEST_NAME = 256
 MOST_STOPS, LONGEST_STOP = 16, 256
 LARGEST_SEED = 2**63 - 1
@@ -101,6 +103,8 @@ class ChatRequest(_Strict):
     seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    strength: Annotated[float, Field(ge=0, le=MOST_STRENGTH, allow_inf_nan=False)] | None = None
+    """Ours: how much of the adapter is applied; all of it where nothing is said."""
 
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None

@@ -24,6 +24,7 @@ from dora_vl.app.row_decoding import RowText, Sampling, generate_options
 from dora_vl.app.served_model import Asked, ServedModel
 from dora_vl.app.waiting_room import ENDING, EngineSettings, WaitingRoom
 from dora_vl.backbones.video_inputs import Video
+from dora_vl.core.strength import checked_strength
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.evaluation.asker import Shown
@@ -32,6 +33,8 @@ from dora_vl.evaluation.predict import Decoding
 log = logging.getLogger(__name__)
 
 GIVE_WAY_SECONDS = 0.001
+BASE = ("", 0.0)
+"""Before every share of an adapter."""
 
 
 class Engine:
@@ -69,6 +72,7 @@ class Engine:
         pictures: Sequence[Image.Image] = (),
         videos: Sequence[Video] = (),
         fill: bool = False,
+        strength: float = 1.0,
     ) -> Prepared:
         """A request for the model of this name, its prompt built and checked.
 
@@ -79,12 +83,15 @@ class Engine:
             pictures: RGB.
             videos: frames with their times.
             fill: the answer may be shorter than `sampling` says where the model has not so many positions left.
+            strength: how much of the adapter is applied, 0 nothing (the base, asked as the adapter was trained to be)
+                and 1 all; beyond 1 more of the same.
 
         Raises:
             UnknownModel: there is none of this name.
             BadSample: it cannot be put to the model; the reason says why.
+            UserError: the strength is none.
         """
-        asked = self.model.asked(name)
+        asked, strength = self.model.asked(name), checked_strength(strength)
         with self._encoding:
             sample = asked.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
         tokens, most = len(sample.input_ids), self.settings.prompt_tokens
@@ -94,7 +101,7 @@ class Engine:
         if fill and positions is not None:
             sampling = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, positions - tokens)))
         Decoding(max_new_tokens=sampling.max_new_tokens, max_positions=positions).check_room(tokens, "request")
-        return Prepared(asked, sample, sampling)
+        return Prepared(asked, sample, sampling, strength)
 
     def submit(self, prepared: Prepared, put: Callable[[Event], object]) -> Answering:
         """Hands a request in; `put` receives its events in the engine's thread, and must not wait.
@@ -228,14 +235,15 @@ class Engine:
             one.tell(Failed(again))
 
     def _generate(self, batch: Sequence[Answering]) -> None:
-        ordered = sorted(batch, key=lambda one: str(one.prepared.asked.name or ""))  # the base, then adapter by adapter
+        ordered = sorted(batch, key=lambda one: one.prepared.share or BASE)  # the base, then adapter by adapter
         rows = [self._row(one) for one in ordered]
         prepared = [one.prepared for one in ordered]
         assistant = self.model.assistant
         inputs = assistant.prompts.collate([one.sample for one in prepared], "left")
         most = max(one.sampling.max_new_tokens for one in prepared)
         options = generate_options(rows, self._ends, assistant.device)
-        with self.model.rows([one.asked for one in prepared], [one.pictures for one in prepared]):
+        pictures, strengths = [one.pictures for one in prepared], [one.strength for one in prepared]
+        with self.model.rows([one.asked for one in prepared], pictures, strengths):
             assistant.new_ids(inputs, max_new_tokens=most, options=options)
 
     def _row(self, one: Answering) -> RowText:

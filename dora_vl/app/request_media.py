@@ -100,49 +100,40 @@ class RequestMedia:
             BadRequest: a picture or a video cannot be used or fetched, or words hold what stands for one.
             TooLarge: there are too many, or one is too large.
         """
-        self._refuse_many(messages)
-        shows_videos = any(isinstance(part, VideoPart) for one in messages for part in one.content)
+        parts = [part for one in messages if not isinstance(one.content, str) for part in one.content]
+        shown_videos = sum(isinstance(part, VideoPart) for part in parts)
+        shown_pictures = sum(not isinstance(part, VideoPart | TextPart) for part in parts)
+        self.refuse_many(shown_pictures, shown_videos, "the request shows")
         pictures: list[Image.Image] = []
         videos: list[Video] = []
         turns = [
-            Turn(ROLES[one.role], self._text(one, f"messages[{number}].content", pictures, videos, shows_videos))
+            Turn(ROLES[one.role], self._text(one, f"messages[{number}].content", pictures, videos, shown_videos > 0))
             for number, one in enumerate(messages)
         ]
         if len(pictures) == 1 and not videos:  # as in training
             turns = [Turn(turn.role, placeholder_first(turn.text)) for turn in turns]
         return Talk(tuple(turns), tuple(pictures), tuple(videos))
 
-    # -- inside ----------------------------------------------------------------------------------------------
+    def refuse_many(self, pictures: int, videos: int, who: str) -> None:
+        """Refuses more pictures or videos than may be shown.
 
-    def _text(
-        self, message: Message, where: str, pictures: list[Image.Image], videos: list[Video], shows_videos: bool
-    ) -> str:
-        """A message's words, with a line for each picture and video, which are put into the lists."""
-        if isinstance(message.content, str):
-            return _words(message.content, where, shows_videos=shows_videos)
-        text = ""
-        for place, part in enumerate(message.content):
-            here = f"{where}[{place}]"
-            if isinstance(part, TextPart):
-                text += _words(part.text, here, shows_videos=shows_videos)
-            elif isinstance(part, VideoPart):
-                videos.append(self._video(part.video_url.url, f"{here}.video_url"))
-                text += f"{VIDEO_PLACEHOLDER}\n"
-            else:
-                pictures.append(self._picture(part.image_url.url, f"{here}.image_url"))
-                text += f"{IMAGE_PLACEHOLDER}\n"
-        return text if isinstance(message.content[-1], TextPart) else text.removesuffix("\n")
+        Args:
+            who: shows them, for the message, such as "the request shows".
 
-    def _refuse_many(self, messages: Sequence[Message]) -> None:
-        parts = [part for one in messages if not isinstance(one.content, str) for part in one.content]
-        videos = sum(isinstance(part, VideoPart) for part in parts)
-        pictures = sum(not isinstance(part, VideoPart | TextPart) for part in parts)
+        Raises:
+            TooLarge: there are more.
+        """
         for found, most, what in ((pictures, self.limits.pictures, "pictures"), (videos, self.limits.videos, "videos")):
             if found > most:
-                raise TooLarge(f"the request shows {found} {what}, and {most} are allowed here")
+                raise TooLarge(f"{who} {found} {what}, and {most} are allowed here")
 
-    def _picture(self, url: str, where: str) -> Image.Image:
-        content = self._content(url, where)
+    def picture(self, content: bytes, where: str) -> Image.Image:
+        """A picture's file as RGB, upright.
+
+        Raises:
+            BadRequest: it is none of `FORMATS`, or broken.
+            TooLarge: it has too many pixels.
+        """
         try:
             with opened_picture(BytesIO(content)) as image:
                 width, height = image.size
@@ -158,8 +149,12 @@ class RequestMedia:
         except BadSample as error:
             raise BadRequest(where, error.reason) from None
 
-    def _video(self, url: str, where: str) -> Video:
-        content = self._content(url, where)
+    def video(self, content: bytes, where: str) -> Video:
+        """The frames of a video's file that a model sees.
+
+        Raises:
+            BadRequest: it cannot be decoded, or not in time.
+        """
         limits = self.limits
         with tempfile.TemporaryDirectory(prefix="dora-vl-") as folder, self._decoding:
             (Path(folder) / "video").write_bytes(content)
@@ -172,6 +167,29 @@ class RequestMedia:
                 raise BadRequest(where, error.reason) from None
         return video
 
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    def _text(
+        self, message: Message, where: str, pictures: list[Image.Image], videos: list[Video], shows_videos: bool
+    ) -> str:
+        """A message's words, with a line for each picture and video, which are put into the lists."""
+        if isinstance(message.content, str):
+            return words(message.content, where, shows_videos=shows_videos)
+        text = ""
+        for place, part in enumerate(message.content):
+            here = f"{where}[{place}]"
+            if isinstance(part, TextPart):
+                text += words(part.text, here, shows_videos=shows_videos)
+            elif isinstance(part, VideoPart):
+                here += ".video_url"
+                videos.append(self.video(self._content(part.video_url.url, here), here))
+                text += f"{VIDEO_PLACEHOLDER}\n"
+            else:
+                here += ".image_url"
+                pictures.append(self.picture(self._content(part.image_url.url, here), here))
+                text += f"{IMAGE_PLACEHOLDER}\n"
+        return text if isinstance(message.content[-1], TextPart) else text.removesuffix("\n")
+
     def _content(self, url: str, where: str) -> bytes:
         if url[:5].lower() == "data:":
             return _from_data_url(url, where, self.limits.bytes)
@@ -183,8 +201,12 @@ class RequestMedia:
             raise BadRequest(where, str(error)) from None
 
 
-def _words(text: str, where: str, *, shows_videos: bool) -> str:
-    """A person's words, which may not hold what stands for a picture or a video."""
+def words(text: str, where: str, *, shows_videos: bool) -> str:
+    """A person's words, which may not hold what stands for a picture or a video.
+
+    Raises:
+        BadRequest: they do.
+    """
     for placeholder in (IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if shows_videos else [])):
         if placeholder in text:
             raise BadRequest(where, f"the text holds {placeholder}; pictures and videos are parts of their own")

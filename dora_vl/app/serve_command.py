@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import socket
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_vl.app.listening_options import (
+    MIB,
+    add_address,
+    add_answers,
+    add_media,
+    engine_settings,
+    listening,
+    media_limits,
+    seconds,
+)
 from dora_vl.errors import UserError, shown
 from dora_vl.whole_numbers import positive
 
 if TYPE_CHECKING:
     from dora_vl.app.server import ServerSettings
-    from dora_vl.app.waiting_room import EngineSettings
 
 DESCRIPTION = """\
 Serves a base model and adapters over it, each under its own name, as OpenAI's clients ask. Nothing is merged: requests
@@ -37,8 +46,6 @@ is asked as the first adapter was trained to be. It listens on this machine alon
 no passwords: put a proxy that has before it. docs/serving.md says what cannot be served, and why.
 """
 
-MIB = 2**20
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
@@ -47,41 +54,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-name", help="what clients call the base (default: its folder's name)")
     parser.add_argument("--any-base", action="store_true", help="accepts another base than an adapter was trained on")
     parser.add_argument("--template", help="prompt format of a LLaVA-1.5 or language model of which nothing says it")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
+    add_address(parser, port=8000)
     parser.add_argument(
         "--adapter-root", type=Path, metavar="DIR", help="clients may load adapters below it (default: they may not)"
     )
-    _add_answer_limits(parser.add_argument_group("answers"))
+    add_answers(parser.add_argument_group("answers"))
     _add_request_limits(parser.add_argument_group("limits of a request"))
 
 
-def _add_answer_limits(to: argparse._ArgumentGroup) -> None:
-    to.add_argument("--max-new-tokens", type=positive, default=256, help="of a request without max_tokens (256)")
-    to.add_argument("--temperature", type=_temperature, default=0.0, help="of a request without one (0: the likeliest)")
-    to.add_argument("--batch", type=positive, default=16, help="most requests answered together (16)")
-    to.add_argument("--batch-tokens", type=positive, default=32768, help="most tokens of a batch, answers too (32768)")
-    to.add_argument("--window-ms", type=_seconds, default=5.0, help="how long a batch waits for more requests (5)")
-    to.add_argument("--waiting", type=positive, default=64, help="most requests that wait; more get status 429 (64)")
-    to.add_argument("--answer-seconds", type=_seconds, default=300.0, help="from request to end of its answer (300)")
-
-
 def _add_request_limits(to: argparse._ArgumentGroup) -> None:
-    to.add_argument("--max-prompt-tokens", type=positive, help="longest prompt (what the model has positions for)")
     to.add_argument("--max-body-mib", type=positive, default=64, help="largest request (64)")
-    to.add_argument("--body-seconds", type=_seconds, default=30.0, help="longest time to send one (30)")
-    to.add_argument("--max-pictures", type=_count, default=8, help="of a request (8)")
-    to.add_argument("--max-picture-mpx", type=positive, default=40, help="megapixels of a picture (40)")
-    to.add_argument("--max-videos", type=_count, default=1, help="of a request (1)")
-    to.add_argument("--max-media-mib", type=positive, default=32, help="of one picture or video (32)")
-    to.add_argument("--frames", type=positive, default=8, help="frames of a video that the model sees (8)")
-    to.add_argument("--video-seconds", type=_seconds, default=20.0, help="longest time to decode a video (20)")
+    to.add_argument("--body-seconds", type=seconds, default=30.0, help="longest time to send one (30)")
+    add_media(to)
     to.add_argument(
         "--allow-remote-media",
         action="store_true",
         help="fetches http(s) addresses of pictures and videos, public ones alone (default: data: URLs alone)",
     )
-    to.add_argument("--fetch-seconds", type=_seconds, default=10.0, help="longest time to fetch one (10)")
+    to.add_argument("--fetch-seconds", type=seconds, default=10.0, help="longest time to fetch one (10)")
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
@@ -101,20 +91,20 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         from dora_vl.app.server import Server, build_app
     except ImportError as error:
         raise UserError(f"serving needs {error.name}: pip install 'dora-vl[serve]'") from error
-    listening = _listening(options.host, options.port)
+    door = listening(options.host, options.port)
     from dora_vl.app.engine import Engine
     from dora_vl.app.served_model import open_served
 
     named = {"base_name": options.base_name, "template": options.template, "any_base": options.any_base}
     served = open_served(options.model, adapters, **named)
     settings = server_settings(options)
-    with listening, Engine(served, engine_settings(options)) as engine, Server(engine, settings) as server:
-        host, port = listening.getsockname()[:2]
+    with door, Engine(served, engine_settings(options)) as engine, Server(engine, settings) as server:
+        host, port = door.getsockname()[:2]
         yield f"serving {', '.join(served.names)} at http://{host}:{port}/v1 (Ctrl-C ends)"
         app = build_app(server)
         config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listening])
+            uvicorn.Server(config).run(sockets=[door])
 
 
 def named_adapters(given: Sequence[str]) -> Mapping[str, Path]:
@@ -136,35 +126,11 @@ def named_adapters(given: Sequence[str]) -> Mapping[str, Path]:
     return adapters
 
 
-def engine_settings(options: argparse.Namespace) -> EngineSettings:
-    """The options about batches."""
-    from dora_vl.app.waiting_room import EngineSettings
-
-    return EngineSettings(
-        batch_rows=options.batch,
-        batch_tokens=options.batch_tokens,
-        window_seconds=options.window_ms / 1000,
-        waiting=options.waiting,
-        answer_seconds=options.answer_seconds,
-        prompt_tokens=options.max_prompt_tokens,
-    )
-
-
 def server_settings(options: argparse.Namespace) -> ServerSettings:
     """The options about requests."""
-    from dora_vl.app.request_media import MediaLimits
     from dora_vl.app.server import ServerSettings
 
-    media = MediaLimits(
-        pictures=options.max_pictures,
-        videos=options.max_videos,
-        picture_pixels=options.max_picture_mpx * 1_000_000,
-        bytes=options.max_media_mib * MIB,
-        frames=options.frames,
-        video_seconds=options.video_seconds,
-        fetch_seconds=options.fetch_seconds,
-        remote=options.allow_remote_media,
-    )
+    media = replace(media_limits(options), fetch_seconds=options.fetch_seconds, remote=options.allow_remote_media)
     return ServerSettings(
         media=media,
         body_bytes=options.max_body_mib * MIB,
@@ -174,44 +140,3 @@ def server_settings(options: argparse.Namespace) -> ServerSettings:
         temperature=options.temperature,
         adapter_root=options.adapter_root,
     )
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket on this address, taken before the weights are read.
-
-    Raises:
-        UserError: there is no such address here, or another program has it.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}; choose others") from error
-
-
-def _port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**16:
-        raise argparse.ArgumentTypeError(f"{number} is no port")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is less than 0")
-    return number
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def _temperature(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 2:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2")
-    return number

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from dora_vl.adapters.row_adapters import Layers, ReadAdapter, RowAdapters, rows
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.image_text import decoder_of
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
+from dora_vl.core.batch_at_hand import share_of
+from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.asker import Shown, Wanted
@@ -49,6 +51,10 @@ class Asked:
     name: str | None
     prompts: Prompts
     alone: bool = False
+
+    def share(self, strength: float = 1.0) -> Share | None:
+        """What a row has of it at this strength; None is the base."""
+        return None if self.name is None else share_of(Share(self.name, strength))
 
 
 class ServedModel:
@@ -109,10 +115,7 @@ class ServedModel:
             UserError: the name is taken, the folder is no adapter of this base, or it cannot be served per row.
         """
         self._refuse_taken(name)
-        source = find_source(
-            Wanted(adapter=folder, base=self.source.place, any_base=True, template=_template_of(folder, self._template))
-        )
-        self._refuse_other_base(source, folder)
+        source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
         prompts = decoder_parts(source).prompts(self.backbone)
         read = self.adapters.read(folder)
         return Asked(name, prompts, read.alone), read
@@ -143,15 +146,22 @@ class ServedModel:
     # -- batches -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def rows(self, asked: Sequence[Asked], pictures: Sequence[int]) -> Iterator[None]:
-        """Meanwhile the model's batch has a row for each of these, with so many pictures each."""
-        keys = [one.name for one in asked]
-        alone = {one.name for one, count in zip(asked, pictures, strict=True) if count and one.alone}
+    def rows(
+        self, asked: Sequence[Asked], pictures: Sequence[int], strengths: Sequence[float] | None = None
+    ) -> Iterator[None]:
+        """Meanwhile the model's batch has a row for each of these, with so many pictures each.
+
+        Args:
+            strengths: how much of its adapter is applied to each; None: all of it.
+        """
+        shares = [one.share(strength) for one, strength in zip(asked, strengths or [1.0] * len(asked), strict=True)]
+        seeing = list(zip(asked, shares, pictures, strict=True))
+        alone = {share for one, share, count in seeing if count and one.alone and share}
         if alone or not self.by_picture:
-            shown_by: list[str | None] = [next(iter(alone), None)]
+            shown_by: list[Share | None] = [next(iter(alone), None)]
         else:
-            shown_by = [key for key, count in zip(keys, pictures, strict=True) for _ in range(count)] or [None]
-        with self.adapters.batch.holding(keys, shown_by):
+            shown_by = [share for _, share, count in seeing for _ in range(count)] or [None]
+        with self.adapters.batch.holding(shares, shown_by):
             yield
 
     @property
@@ -179,26 +189,6 @@ class ServedModel:
             )
         if name in self._asked:
             raise UserError(f"a model {shown(name)} is served already; unload it first, or choose another name")
-
-    def _refuse_other_base(self, source: ModelSource, folder: Path) -> None:
-        stated = source.recipe.get("base_sha256")
-        if stated and stated != self._base_sha256 and not self._any_base:
-            raise UserError(
-                f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has "
-                f"{self._base_sha256[:12]}…; serve it with its own base, or start with --any-base to try it"
-            )
-        if source.kind != self.source.kind:
-            raise UserError(f"{folder} is an adapter of a {source.kind}, and {self.source.place} is {self.source.kind}")
-        own, served = (one.recipe.get("quantisation") for one in (source, self.source))
-        if source.recipe and own != served and not self._any_base:
-            raise UserError(
-                f"{folder} was trained on a base with quantisation {own}, the served one has {served}; serve it apart, "
-                "or start with --any-base"
-            )
-
-    @cached_property
-    def _base_sha256(self) -> str:
-        return content_hash(local_folder(self.source.place, self.source.revision))
 
     def _layers(self) -> Layers:
         model = self.backbone.model
@@ -235,10 +225,52 @@ def open_served(
         wanted = Wanted(model=model, template=template)
     else:
         wanted = Wanted(adapter=first, base=model, any_base=any_base, template=_template_of(first, template))
-    served = ServedModel(find_source(wanted), base_name=base_name, template=template, any_base=any_base)
+    source = find_source(wanted)
+    for folder in adapters.values():  # before the weights are read
+        source_on(source, folder, template=template, any_base=any_base)
+    served = ServedModel(source, base_name=base_name, template=template, any_base=any_base)
     for name, folder in adapters.items():
         served.put(*served.read(name, folder))
     return served
+
+
+def source_on(served: ModelSource, folder: Path, *, template: str | None, any_base: bool) -> ModelSource:
+    """An adapter over the base that is served; no weight is read.
+
+    Raises:
+        UserError: the folder is no adapter, or one of another base, kind or quantisation.
+    """
+    wanted = Wanted(adapter=folder, base=served.place, any_base=True, template=_template_of(folder, template))
+    source = find_source(wanted)
+    stated = str(source.recipe.get("base_sha256") or "")
+    found = None if any_base or not stated else _sha256_of(served)
+    if found and found != stated:
+        raise UserError(
+            f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has {found[:12]}…; serve it "
+            "with its own base, or start with --any-base to try it"
+        )
+    if source.kind != served.kind:
+        raise UserError(f"{folder} is an adapter of a {source.kind}, and {served.place} is {served.kind}")
+    own, theirs = (one.recipe.get("quantisation") for one in (source, served))
+    if source.recipe and own != theirs and not any_base:
+        raise UserError(
+            f"{folder} was trained on a base with quantisation {own}, the served one has {theirs}; serve it apart, "
+            "or start with --any-base"
+        )
+    return source
+
+
+def _sha256_of(served: ModelSource) -> str | None:
+    """The hash of a base's content; None of one on the hub that is not here yet."""
+    try:
+        return _content_hash(served.place, served.revision)
+    except OSError:
+        return None
+
+
+@cache
+def _content_hash(place: str, revision: str | None) -> str:
+    return content_hash(local_folder(place, revision))
 
 
 def _template_of(adapter: Path, template: str | None) -> str | None:

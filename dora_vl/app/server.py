@@ -184,7 +184,8 @@ class Server:
         )
         shown_there = {"pictures": talk.pictures, "videos": talk.videos}
         roomy = asked.longest is not None or positions is None
-        return self.engine.prepare(asked.model, talk.turns, sampling, fill=not roomy, **shown_there)
+        strength = 1.0 if asked.strength is None else asked.strength
+        return self.engine.prepare(asked.model, talk.turns, sampling, fill=not roomy, strength=strength, **shown_there)
 
     def _adapter_root(self) -> Path:
         """The folder below which clients may load adapters."""

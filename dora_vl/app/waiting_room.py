@@ -124,6 +124,6 @@ class WaitingRoom:
         if len(rows) * max(row.tokens for row in rows) > self._settings.batch_tokens:
             return False
         showing = [row for row in rows if row.media]
-        eyes = {row.asked.name if row.asked.alone else None for row in showing}
+        eyes = {row.share if row.asked.alone else None for row in showing}
         kinds = {row.media for row in showing}
         return len(eyes) <= 1 and not (len(kinds) > 1 and self._one_kind())

@@ -92,6 +92,23 @@ def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
             yield from OPAQUE_KINDS[class_path(module)].loose_tensors(module)
 
 
+@torch.no_grad()
+def columns_by_product(
+    product: Callable[[Tensor], Tensor], in_features: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
+    """The columns of a weight of which only W x is known, `IDENTITY_ROWS` at a time, each block with its first's index.
+
+    Args:
+        product: W x of rows, without a bias.
+        dtype: of the rows that it takes.
+    """
+    for start in range(0, in_features, IDENTITY_ROWS):
+        count = min(IDENTITY_ROWS, in_features - start)
+        rows = torch.zeros(count, in_features, dtype=dtype, device=device)
+        rows[torch.arange(count), start + torch.arange(count)] = 1
+        yield start, product(rows)
+
+
 class OpaqueLinear(AdaptedLayer):
     """An adapter around a linear layer that is only ever called; the layer stays whole, as the child `base`."""
 
@@ -218,15 +235,10 @@ class OpaqueLinear(AdaptedLayer):
             total += columns.to(dtype).square().sum(dim=0)
         return total
 
-    @torch.no_grad()
     def _columns(self) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
-        """W's columns, `IDENTITY_ROWS` at a time, each block with the index of its first."""
-        dtype, device = self.compute_dtype(), self.weight.device
-        for start in range(0, self.in_features, IDENTITY_ROWS):
-            count = min(IDENTITY_ROWS, self.in_features - start)
-            rows = torch.zeros(count, self.in_features, dtype=dtype, device=device)
-            rows[torch.arange(count), start + torch.arange(count)] = 1
-            yield start, self._without_bias(self.base(rows))
+        """W's columns, a block at a time."""
+        place = self.compute_dtype(), self.weight.device
+        return columns_by_product(lambda rows: self._without_bias(self.base(rows)), self.in_features, *place)
 
     def _without_bias(self, output: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
         return output if self.bias is None else output - self.bias.to(output.dtype)

@@ -1,128 +1,34 @@
 """Several adapters in one layer at once, unmerged: each row of a batch has its own, or none. For inference alone.
 
-    y_r = g_r (W x_r + s_r B_r A_r x_r) + b
+    y_r = g_r (W x_r + t_r s_r B_r A_r x_r) + b
 
-The frozen product is one for all rows. A row without an adapter keeps its bits: nothing is added to it but zeros.
+t_r is the strength at which the row has its adapter, 1 unless it asks for another (`strength.py`), and g_r that
+strength's gain. The frozen product is one for all rows. A row without an adapter, or at strength 0, keeps its bits:
+nothing is added to it but zeros.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.core import functional
+from dora_vl.core.batch_at_hand import BatchAtHand, Layout, Place, Run
 from dora_vl.core.gain import Gain, careful_gain
 from dora_vl.core.layer import AdaptedLayer
-
-Place = Literal["rows", "pictures"]
-"""What the first axis of a layer's input counts: rows of the batch, or the pictures of all rows."""
+from dora_vl.core.strength import GainByStrength, Share, layer_between
 
 ONE_PRODUCT = 2**15
 """Up to so many numbers of A x, of all adapters that a layer holds, they are taken in one product and masked: a decoded
 token costs its calls. Beyond, a prompt's tokens cost their arithmetic, and each adapter's rows are taken apart."""
-
-
-class Run(NamedTuple):
-    """Rows one after another that have the same adapter; key None is the base."""
-
-    key: str | None
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> slice:
-        """Where they stand."""
-        return slice(self.start, self.stop)
-
-
-def runs_of(keys: Sequence[str | None]) -> tuple[Run, ...]:
-    """The runs of equal keys; fewest where rows are sorted by adapter."""
-    runs: list[Run] = []
-    start = 0
-    for key, alike in groupby(keys):
-        stop = start + len(list(alike))
-        runs.append(Run(key, start, stop))
-        start = stop
-    return tuple(runs)
-
-
-Layout = tuple[tuple[str, int], ...]
-"""The adapters that a layer holds, in the order of its matrices, each with its rank."""
-
-
-class Choice(NamedTuple):
-    """What of a layer's adapters each row of a batch takes."""
-
-    mask: Float[Tensor, "rows ranks"]
-    """One at the ranks of the row's own adapter."""
-    place: Int[Tensor, " rows"]
-    """Of its gain among the layer's; 0 is the base's."""
-
-
-@dataclass
-class BatchAtHand:
-    """Which adapter each row, and each picture, of the batch has that goes through the model now.
-
-    One for a model; all of its `RowLayer`s read it. Outside `holding` every row is the base's.
-    """
-
-    _runs: dict[Place, tuple[Run, ...]] = field(default_factory=dict)
-    _choices: dict[tuple[object, ...], Choice] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def holding(self, rows: Sequence[str | None], pictures: Sequence[str | None] = (None,)) -> Iterator[None]:
-        """Meanwhile the model's batch has these rows.
-
-        Args:
-            rows: the adapter of each row.
-            pictures: that of each picture, in the rows' order; a single one is that of all, however many there are.
-        """
-        self._runs, self._choices = {"rows": runs_of(rows), "pictures": runs_of(pictures)}, {}
-        try:
-            yield
-        finally:
-            self._runs, self._choices = {}, {}
-
-    def runs(self, place: Place, length: int) -> tuple[Run, ...]:
-        """The runs of an input whose first axis has this length.
-
-        Raises:
-            RuntimeError: it does not count the rows (pictures) of the batch, so that no row's adapter is known.
-        """
-        runs = self._runs.get(place, (Run(None, 0, length),))
-        if len(runs) == 1 and place == "pictures":
-            return (Run(runs[0].key, 0, length),)
-        if runs[-1].stop != length:
-            raise RuntimeError(f"a layer was given {length} of what the batch has {runs[-1].stop} {place} of")
-        return runs
-
-    def choice(self, place: Place, layout: Layout, like: Tensor) -> Choice:
-        """What each row takes of a layer's adapters; the same for all layers that hold the same ones."""
-        key = (place, layout, like.dtype, like.device)
-        if key not in self._choices:
-            self._choices[key] = _choice(self._runs[place], layout, like)
-        return self._choices[key]
-
-
-def _choice(runs: Sequence[Run], layout: Layout, like: Tensor) -> Choice:
-    mask = like.new_zeros(runs[-1].stop, sum(rank for _, rank in layout))
-    place = torch.zeros(len(mask), dtype=torch.int64, device=like.device)
-    start = 0
-    for number, (key, rank) in enumerate(layout, 1):
-        for run in runs:
-            if run.key == key:
-                mask[run.rows, start : start + rank] = 1
-                place[run.rows] = number
-        start += rank
-    return Choice(mask, place)
+KEPT_GAINS, KEPT_LAYERS = 16, 4
+"""Of strengths other than 1, how many gains a layer keeps, and how many layers of an adapter's own."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +41,8 @@ class RowChange:
     """(s B)^T, so that adapters can lie one after another in one matrix."""
     gain: Gain | None
     """None for plain LoRA."""
+    by_strength: GainByStrength | None = None
+    """Likewise."""
 
     @classmethod
     @torch.no_grad()
@@ -144,7 +52,15 @@ class RowChange:
         a, b = layer.factors() or (like.new_zeros(0, columns), like.new_zeros(rows, 0))
         full = layer.gain()
         gain = None if full is None else careful_gain(full, layer.norms(), layer.bias, dtype)
-        return cls(a.to(dtype).contiguous(), (b.to(dtype) * layer.scale()).t().contiguous(), gain)
+        scaled_b = (b.to(dtype) * layer.scale()).t().contiguous()
+        return cls(a.to(dtype).contiguous(), scaled_b, gain, GainByStrength.of(layer))
+
+    def gain_at(self, strength: float, bias: Tensor | None) -> Gain | None:
+        """The gain of another strength than 1; None for plain LoRA."""
+        if self.by_strength is None:
+            return None
+        full, norms = self.by_strength.at(strength), self.by_strength.norms_at(strength)
+        return careful_gain(full, norms, bias, self.scaled_B.dtype)
 
     def minus_one(self) -> Float[Tensor, " out"]:
         """The gain minus one; zero for plain LoRA."""
@@ -181,6 +97,7 @@ class RowLayer(nn.Module):
         self._changes: dict[str, RowChange] = {}
         self._own: dict[str, nn.Module] = {}  # a plain dictionary: they are none of the base's modules
         self._stack: _Stack | None = None
+        self._forget_shares()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -195,6 +112,7 @@ class RowLayer(nn.Module):
 
     def put(self, key: str, adapter: RowChange | nn.Module) -> None:
         """Takes an adapter in."""
+        self._forget_shares()
         if isinstance(adapter, nn.Module):
             self._own[key] = adapter.eval()
         else:
@@ -202,6 +120,7 @@ class RowLayer(nn.Module):
 
     def drop(self, key: str) -> None:
         """Lets an adapter go; one that it does not hold is none here."""
+        self._forget_shares()
         self._own.pop(key, None)
         if key in self._changes:
             self._restack({name: one for name, one in self._changes.items() if name != key})
@@ -211,14 +130,14 @@ class RowLayer(nn.Module):
         """The layer's output, each row's by its own adapter."""
         runs = self._batch.runs(self.place, len(inputs[0]) if inputs else 0)
         if len(runs) == 1 and runs[0].key in self._own:
-            return self._own[runs[0].key](*inputs, **named)
+            return self._own_layer(runs[0])(*inputs, **named)
         output = self.base(*inputs, **named)
         changed = [run for run in runs if run.key in self._changes]
         if changed:
             self._change_(output, inputs[0], runs, changed)
         for run in runs:
             if run.key in self._own:
-                output[run.rows] = self._own[run.key](inputs[0][run.rows], *inputs[1:], **named)
+                output[run.rows] = self._own_layer(run)(inputs[0][run.rows], *inputs[1:], **named)
         return output
 
     def _change_(self, output: Tensor, x: Tensor, runs: Sequence[Run], changed: Sequence[Run]) -> None:
@@ -228,14 +147,59 @@ class RowLayer(nn.Module):
             chosen = self._batch.choice(self.place, stack.layout, x)
             hidden = F.linear(x, stack.lora_A.to(x.dtype))
             hidden.mul_(chosen.mask.view(len(x), *(1,) * (x.dim() - 2), -1))
-            functional.changed_rows_(output, hidden, stack.scaled_B.t(), self._bias, stack.minus_one[chosen.place])
+            minus_one = self._minus_one(chosen.others)[chosen.place]
+            functional.changed_rows_(output, hidden, stack.scaled_B.t(), self._bias, minus_one)
             return
         for run in changed:
-            change = self._changes[cast(str, run.key)]
+            share = cast(Share, run.share)
+            change = self._changes[share.key]
             y, rows = output[run.rows].view(-1, output.shape[-1]), x[run.rows].flatten(end_dim=-2)
             hidden = F.linear(rows, change.lora_A.to(rows.dtype)) if len(change.lora_A) else None
             b = change.scaled_B.t() if hidden is not None else None
-            functional.changed_product_(y, hidden, b, self._bias, change.gain)
+            if hidden is not None and share.strength != 1:
+                hidden.mul_(share.strength)
+            functional.changed_product_(y, hidden, b, self._bias, self._gain(share))
+
+    # -- shares of an adapter ----------------------------------------------------------------------------------
+
+    def _forget_shares(self) -> None:
+        self._gains: dict[Share, Gain | None] = {}
+        self._between: dict[Share, nn.Module] = {}
+        self._table: tuple[tuple[Share, ...], Tensor] | None = None
+
+    def _gain(self, share: Share) -> Gain | None:
+        change = self._changes[share.key]
+        if share.strength == 1:
+            return change.gain
+        if share not in self._gains:
+            if len(self._gains) >= KEPT_GAINS:
+                self._gains.clear()
+            self._gains[share] = change.gain_at(share.strength, self._bias)
+        return self._gains[share]
+
+    def _minus_one(self, others: tuple[Share, ...]) -> Float[Tensor, "shares out"]:
+        """The base's gain minus one, which is 0, that of each adapter, and those of other shares."""
+        stack = self._stack
+        assert stack is not None
+        if not others:
+            return stack.minus_one
+        if self._table is None or self._table[0] != others:
+            gains = [self._gain(share) for share in others]
+            rows = [torch.zeros_like(stack.minus_one[0]) if gain is None else gain.minus_one for gain in gains]
+            self._table = others, torch.cat([stack.minus_one, torch.stack(rows)])
+        return self._table[1]
+
+    def _own_layer(self, run: Run) -> nn.Module:
+        """The layer that an adapter has in this one's place, at the run's strength."""
+        share = cast(Share, run.share)
+        own = self._own[share.key]
+        if share.strength == 1:
+            return own
+        if share not in self._between:
+            if len(self._between) >= KEPT_LAYERS:
+                self._between.clear()
+            self._between[share] = layer_between(self.base, own, share.strength)
+        return self._between[share]
 
     @property
     def _bias(self) -> Float[Tensor, " out"] | None:
@@ -254,4 +218,4 @@ class RowLayer(nn.Module):
             tuple(zip(changes, ranks, strict=True)), a, b, torch.stack([torch.zeros_like(gains[0]), *gains])
         )
         for key, one, own_a, own_b in zip(changes, ones, a.split(ranks), b.split(ranks), strict=True):
-            self._changes[key] = RowChange(own_a, own_b, one.gain)
+            self._changes[key] = RowChange(own_a, own_b, one.gain, one.by_strength)

@@ -121,7 +121,7 @@ def _write_for_vllm(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
         f"vllm serve {exported.base} --enable-lora --max-lora-rank {rank} --lora-modules {arguments.to.name}={adapter}"
     )
     if exported.use_dora:
-        yield "vLLM by itself refuses DoRA (use_dora) up to 0.33: it needs a plugin that computes magnitudes"
+        yield "vLLM by itself refuses DoRA (use_dora): install dora-vl beside it, whose plugin applies magnitudes"
 
 
 def _language_of(base: Path) -> tuple[frozenset[str], str | None]:

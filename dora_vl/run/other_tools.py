@@ -58,6 +58,8 @@ TELLING: Mapping[str, frozenset[str]] = {
     "TRL": frozenset({"dataset_name", "use_peft", "lora_target_modules", "max_length", "max_seq_length", "lora_r"}),
 }
 """Names that tell whose file it is."""
+UNTRANSLATED = ("Axolotl", "another tool")
+"""Whose settings `dora-vl translate` has no table of."""
 SHOWN = 6
 LEAST = 2
 """Of other tools' names, so many make a file another tool's."""
@@ -81,7 +83,12 @@ def refuse_other_tools(path: Path, settings: Mapping[str, object], sections: Ite
     whose = likely if TELLING[likely] & settings.keys() else "another tool"
     said = ", ".join(f"{name} is {NAMES[name]}" for name in theirs[:SHOWN])
     more = f" and {len(theirs) - SHOWN} more" if len(theirs) > SHOWN else ""
+    way = (
+        "`dora-vl init FOLDER` writes a file for your pictures"
+        if whose in UNTRANSLATED
+        else f"`dora-vl translate {path}`"
+    )
     raise UserError(
         f"{path}: settings of {whose}, which are laid out otherwise here: {said}{more}; sections model, adapter, data, "
-        "training (docs/training.md), or `dora-vl init FOLDER` writes a file for your pictures"
+        f"training; {way}"
     )

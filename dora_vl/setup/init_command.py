@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         share = usual_share(len(look.rows)) if arguments.test_share is None else arguments.test_share
         train, test = split(look, share=share, seed=arguments.seed)
         yield (
-            f"held out by seed {arguments.seed}: {len(test):,} rows about {_media(test):,} pictures; to train on: "
+            f"held out by seed {arguments.seed}: {len(test):,} rows about {_media(test):,} {look.media}; to train on: "
             f"{len(train):,} rows about {_media(train):,}"
         )
         start = f"{_command()} {to / RUN}"

@@ -83,7 +83,7 @@ class Pictures:
                 self.turned += image.getexif().get(ExifTags.Base.Orientation, 1) != 1
                 self.transparent += image.has_transparency_data
         except NOT_DECODED:  # a video, or notes beside the pixels that are damaged
-            self.formats["other"] += 1
+            self.formats[path.suffix.lstrip(".").upper() or "other"] += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,13 @@ class Look:
     pictures: Pictures
     unnamed: int
     trouble: Sequence[str]
+
+    @property
+    def media(self) -> str:
+        """What the rows are about, in a word: pictures, videos, or both."""
+        talks = [row.conversation for row in self.rows]
+        kinds = ("pictures", any(talk.images for talk in talks)), ("videos", any(talk.videos for talk in talks))
+        return " and ".join(name for name, are_there in kinds if are_there) or "pictures"
 
     def lines(self) -> Iterator[str]:
         """What is told of it."""
@@ -132,7 +139,7 @@ class Look:
         formats = ", ".join(f"{name} {count:,}" for name, count in seen.formats.most_common())
         more = f"; {self.unnamed:,} more that no row names" if self.unnamed else ""
         where = "the file itself" if self.holds else self.root
-        yield f"pictures: {len(seen.keys):,} in {where}, {formats}{more}"
+        yield f"{self.media}: {len(seen.keys):,} in {where}, {formats}{more}"
         if seen.sizes:
             by_area = sorted(seen.sizes, key=lambda size: size[0] * size[1])
             least, middle, most = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))

@@ -35,11 +35,22 @@ def register_with_transformers() -> None:
 
 
 def _register_config() -> None:
-    import_module("dora_vl.vision.tower_config").register_config()
+    if _is_known():
+        import_module("dora_vl.vision.tower_config").register_config()
 
 
 def _register_model() -> None:
-    import_module("dora_vl.vision.towers").register_towers()
+    if _is_known():
+        import_module("dora_vl.vision.towers").register_towers()
+
+
+def _is_known() -> bool:
+    """Whether transformers is of a major version that the towers are written for.
+
+    vLLM's plugin brings this package into processes with an older one, whose import must not fail for it.
+    """
+    version = str(getattr(sys.modules.get("transformers"), "__version__", ""))
+    return version.partition(".")[0] == "5"
 
 
 class _TableWatcher(MetaPathFinder):

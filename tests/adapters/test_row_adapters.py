@@ -16,11 +16,14 @@ from dora_vl.adapters.quantised_base import SCHEMES
 from dora_vl.adapters.row_adapters import Layers, RowAdapters, rows_seen
 from dora_vl.backbones.causal_lm import load_causal_lm
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
+from dora_vl.core.batch_at_hand import Row
 from dora_vl.core.rows import RowLayer
+from dora_vl.core.strength import Share
 from dora_vl.errors import UserError
 from tests.adapters import foreign_files
 from tests.adapters.peft_folders import moved_peft
 from tests.backbones.tiny_language import write_tiny_language
+from tests.core.test_strength import written_out
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "dora": {"targets": ("*.q_proj", "*.down_proj"), "rank": 2, "alpha": 5.0},
@@ -85,7 +88,7 @@ def row_adapters(model: Any, folders: Mapping[str, Path]) -> RowAdapters:
 
 
 @torch.no_grad()
-def logits(adapters: RowAdapters, names: tuple[str | None, ...]) -> Tensor:
+def logits(adapters: RowAdapters, names: tuple[Row, ...]) -> Tensor:
     with adapters.batch.holding(names):
         return adapters.model(IDS[: len(names)]).logits
 
@@ -106,6 +109,36 @@ def test_every_kind_of_adapter_in_one_batch(folders: dict[str, Path]) -> None:
         expected = model.eval()(IDS).logits[number]
         assert (expected - base[number]).abs().max() > 1e-2, name
         torch.testing.assert_close(found[number], expected, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@torch.no_grad()
+def mixed(folder: Path, strength: float) -> Any:
+    """A plain model whose weights are those of an adapter at a strength, each written out dense."""
+    adapted, plain = tiny_llama(), tiny_llama()
+    load_adapter(adapted, folder, change_base=False)
+    layers = dict(adapted_layers(adapted))
+    own = {name: tensor for name, tensor in adapted.named_parameters() if name.rpartition(".")[0] not in layers}
+    for name, tensor in plain.named_parameters():
+        if name in own:
+            tensor.lerp_(own[name].to(tensor.dtype), strength)
+    for name, layer in layers.items():
+        matrix = layer.as_matrix(layer.weight)
+        rows = written_out(layer, matrix, None, torch.eye(matrix.shape[1]), strength).t()
+        plain.get_submodule(name).weight.copy_(layer.from_matrix(rows))
+    return plain.eval()
+
+
+@torch.no_grad()
+def test_every_kind_of_adapter_at_a_strength_of_its_own_in_one_batch(folders: dict[str, Path]) -> None:
+    rows = [Share(name, 0.3 + 0.1 * number) for number, name in enumerate(folders)]  # 1.3 of the last
+    found = logits(row_adapters(tiny_llama(), folders), (None, *rows, Share("dora", 0.0)))
+    base = tiny_llama()(IDS).logits
+    assert torch.equal(found[0], base[0])
+    assert torch.equal(found[-1], base[len(rows) + 1])
+    for number, share in enumerate(rows, 1):
+        expected = mixed(folders[share.key], share.strength)(IDS).logits[number]
+        assert (expected - base[number]).abs().max() > 1e-2, share
+        torch.testing.assert_close(found[number], expected, rtol=1e-3, atol=1e-3, msg=str(share))
 
 
 @torch.no_grad()

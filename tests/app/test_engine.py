@@ -48,11 +48,13 @@ def asked() -> list[tuple[list[Turn], Shown]]:
     ]
 
 
-def answers(engine: Engine, questions: list[tuple[str, list[Turn], Shown]], **sampling: Any) -> list[str]:
+def answers(
+    engine: Engine, questions: list[tuple[str, list[Turn], Shown]], *, strength: float = 1.0, **sampling: Any
+) -> list[str]:
     """All handed in at once."""
     settings = Sampling(**{"max_new_tokens": NEW_TOKENS, **sampling})
     prepared = [
-        engine.prepare(name, turns, settings, pictures=seen.pictures, videos=seen.videos)
+        engine.prepare(name, turns, settings, pictures=seen.pictures, videos=seen.videos, strength=strength)
         for name, turns, seen in questions
     ]
     import queue

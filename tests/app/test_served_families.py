@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Shown
 from tests.adapters.peft_folders import moved_peft
 from tests.app.test_engine import answers
+from tests.app.test_engine_limits import last
 from tests.app.tiny_served import alone, answer_alone, served, spread, write_adapter, write_adapters
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
@@ -199,3 +201,46 @@ def test_an_adapter_leaves_no_trace(tmp_path: Path) -> None:
         assert dict(model.backbone.model.named_modules()) == before
         with pytest.raises(UserError):
             list(engine.ask(asked))
+
+
+def shares_answered(base: Path, adapters: Mapping[str, Path], shares: Any, monkeypatch: Any) -> list[list[Any]]:
+    """A question with a picture to shares of adapters, all at once: each answer as alone; returns the batches."""
+    turns, seen = PICTURES[1]
+    with Engine(served(base, adapters), EngineSettings(batch_rows=64, window_seconds=0.5)) as engine:
+        expected = [answers(engine, [(name, turns, seen)], strength=strength)[0] for name, strength in shares]
+        batches: list[list[Any]] = []
+        generate = engine._generate
+        monkeypatch.setattr(
+            engine, "_generate", lambda batch: (batches.append([one.prepared.share for one in batch]), generate(batch))
+        )
+        prepared = [
+            engine.prepare(name, turns, Sampling(max_new_tokens=8), pictures=seen.pictures, strength=strength)
+            for name, strength in shares
+        ]
+        queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in prepared]
+        for one, events in zip(prepared, queues, strict=True):
+            engine.submit(one, events.put)
+        found = [last(events).text for events in queues]  # pyright: ignore[reportAttributeAccessIssue]
+    assert found == expected
+    assert len(set(found)) > 2
+    return batches
+
+
+def test_a_projector_at_strengths_of_the_rows_own(tmp_path: Path, monkeypatch: Any) -> None:
+    base = spread(write_tiny_llava(tmp_path / "base"))
+    settings = {"targets": ("*language_model*.q_proj",), "also_train": {"p": ("model.multi_modal_projector.*",)}}
+    adapters = write_adapters(base, tmp_path / "adapters", {"whole": {**settings, "rank": 2, "alpha": 5.0}})
+    shares = [("base", 1.0), ("whole", 0.4), ("whole", 1.0), ("whole", 1.5), ("whole", 0.0)]
+    (batch,) = shares_answered(base, adapters, shares, monkeypatch)
+    assert batch == [None, ("whole", 0.4), ("whole", 1.0), ("whole", 1.5), None]
+
+
+def test_eyes_at_several_strengths_are_batches_of_their_own(tmp_path: Path, monkeypatch: Any) -> None:
+    base = spread(write_tiny("internvl", tmp_path / "base"))
+    names = [name for name, _ in AutoModelForImageTextToText.from_pretrained(base).named_modules()]
+    eyes = next(name for name in names if "vision" in name and name.endswith("q_proj"))
+    targets = (eyes, "*language_model*.q_proj")
+    adapters = write_adapters(base, tmp_path / "adapters", {"eyes": {"targets": targets, "rank": 2, "alpha": 5.0}})
+    shares = [("base", 1.0), ("eyes", 0.5), ("eyes", 1.0), ("eyes", 0.0)]
+    batches = shares_answered(base, adapters, shares, monkeypatch)
+    assert batches == [[None, None], [("eyes", 0.5)], [("eyes", 1.0)]]

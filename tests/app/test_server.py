@@ -118,6 +118,24 @@ def test_two_pictures_and_a_talk(client: Any, base: Path, folders: dict[str, Pat
     assert found.choices[0].message.content == expected(base, folders, "two", turns, Shown(pictures=(WIDE, RED)))
 
 
+def test_a_strength_of_an_adapter(client: Any, base: Path, folders: dict[str, Path]) -> None:
+    """Ours, beside OpenAI's fields: 0 is the base, 1 the adapter; what is no strength is refused by name."""
+
+    def said(strength: Any) -> str:
+        asked = {"model": "one", "messages": words("What colour is it?"), "max_tokens": TOKENS}
+        found = client.chat.completions.create(**asked, extra_body={"strength": strength})
+        return str(found.choices[0].message.content)
+
+    turns = [Turn("user", "What colour is it?")]
+    assert said(0) == expected(base, folders, "base", turns)
+    assert said(1.0) == said(None) == expected(base, folders, "one", turns)
+    assert said(0.5) not in (said(0), said(1))
+    for wrong in (-0.5, 11, "half", [1]):
+        with pytest.raises(openai.BadRequestError) as refused:
+            said(wrong)
+        assert refused.value.body["param"] == "strength"  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+
+
 def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
     from data_prep.moving_shapes import Settings, make

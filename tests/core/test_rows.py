@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core import rows as rows_module
+from dora_vl.core.batch_at_hand import BatchAtHand, runs_of
 from dora_vl.core.embedding import DoRAEmbedding
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.opaque import OpaqueLinear
-from dora_vl.core.rows import BatchAtHand, RowChange, RowLayer, runs_of
+from dora_vl.core.rows import RowChange, RowLayer
+from dora_vl.core.strength import Share
 from tests.core.dense_dora import dense_dora
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -156,7 +158,9 @@ def test_an_input_that_is_not_the_batch_is_refused() -> None:
 
 
 def test_runs_of_equal_keys() -> None:
-    assert runs_of((None, "a", "a", None)) == ((None, 0, 1), ("a", 1, 3), (None, 3, 4))
+    a, half = Share("a"), Share("a", 0.5)
+    rows = (None, "a", a, half, Share("b", 0.0), None)
+    assert runs_of(rows) == ((None, 0, 1), (a, 1, 3), (half, 3, 4), (None, 4, 6))
 
 
 @torch.no_grad()

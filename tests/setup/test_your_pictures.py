@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.setup.page_commands import ROOT, block, run_commands
 from tests.training.tiny_run import write_tiny_llava
 
-ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs" / "your_pictures.md").read_text(encoding="utf-8")
+PAGE = ROOT / "docs" / "your_pictures.md"
 DEMO_BASE = ROOT / "runs" / "demo" / "base"
-
-
-def block(mark: str) -> str:
-    """The code behind a mark."""
-    (found,) = re.findall(rf"<!-- {mark} -->\n```\w*\n(.*?)```", TEXT, re.DOTALL)
-    return found
-
-
-def programs() -> list[list[str]]:
-    """Each command as words, with the programs of this environment and checkout in the place of those in a path."""
-    own = {"dora-vl": [sys.executable, "-m", "dora_vl.cli"], "python": [sys.executable]}
-    lines = [shlex.split(line) for line in block("commands").splitlines()]
-    return [
-        [*own[words[0]], *(str(ROOT / one) if one.startswith("tasks/") else one for one in words[1:])]
-        for words in lines
-    ]
 
 
 def run_all(folder: Path, base: Path, *more: str) -> list[str]:
     """What each command prints, one after the other, in `folder`; `more` goes to the training."""
-    exec(compile(block("drawn"), "drawn", "exec"), {})
-    said = []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(folder / ".cache")}
-    for number, words in enumerate(programs()):
-        words += ["--model", str(base)] if number == 0 else [*more] if number == 2 else []
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-3000:])
-        said.append(done.stdout)
-    return said
+    exec(compile(block(PAGE, "drawn"), "drawn", "exec"), {})
+    return run_commands(PAGE, folder, more={0: ("--model", str(base)), 2: more})
 
 
 @pytest.mark.slow

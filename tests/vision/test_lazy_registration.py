@@ -53,3 +53,23 @@ def test_every_vision_module_can_be_the_first_import_of_a_process(module: str) -
         [sys.executable, "-c", f"import dora_vl.vision.{module}"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "registered"),
+    [("5.20.0", {"dora_vl.vision.tower_config", "dora_vl.vision.towers"}), ("4.57.1", set()), ("6.0.0", set())],
+)
+def test_only_the_major_version_that_we_know(
+    monkeypatch: pytest.MonkeyPatch, version: str, registered: set[str]
+) -> None:
+    """vLLM's plugin brings us into processes with an older transformers, where its own import must not fail for us."""
+    import transformers.models.auto.modeling_auto  # both tables stand then
+
+    from dora_vl.vision import lazy_registration
+
+    found: set[str] = set()
+    real = lazy_registration.import_module
+    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(lazy_registration, "import_module", lambda name: found.add(name) or real(name))
+    lazy_registration.register_with_transformers()
+    assert found == registered

@@ -1,0 +1,121 @@
+"""Tiny random models with adapters away from where adapters start, and what PEFT and transformers answer with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+PROMPTS = ((1, 20, 33, 47, 60, 75), (1, 100, 101, 102), (1, 200, 150, 90, 91, 92, 93, 94, 95, 96, 97))
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTERS: Mapping[str, Mapping[str, Any]] = {
+    "dora": {"r": 8, "lora_alpha": 16, "target_modules": list(ALL), "use_dora": True},
+    "dora, in part": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+        "alpha_pattern": {"layers.0.mlp.down_proj": 3},
+    },
+    "lora": {"r": 8, "lora_alpha": 16, "target_modules": list(ALL)},
+}
+"""Whole packed groups and parts of them, other ranks and scales, rsLoRA, and a LoRA between."""
+
+
+def tiny_llama(*, vocab_size: int = 320, biases: bool = False) -> LlamaForCausalLM:
+    """A LLaMA of two layers and head size 32, vLLM's smallest, whose greedy tokens do not repeat themselves."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        attention_bias=biases,
+        mlp_bias=biases,
+        tie_word_embeddings=False,
+        initializer_range=0.25,
+    )
+    return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def write_language_model(folder: Path, *, biases: bool) -> None:
+    """Its folder, without a tokenizer; biases that there are, are not zero."""
+    model = tiny_llama(biases=biases)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            weight.normal_(std=0.5)
+    model.save_pretrained(folder)
+
+
+def open_language_model(folder: Path) -> LlamaForCausalLM:
+    """In float32, for answering."""
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def write_adapter(base: Path, folder: Path, seed: int, **config: Any) -> Path:
+    """PEFT's folder of an adapter whose B is not zero and whose magnitudes are not the norms."""
+    torch.manual_seed(seed)
+    model = get_peft_model(open_language_model(base), LoraConfig(task_type="CAUSAL_LM", **config))
+    move(model)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@torch.no_grad()
+def move(model: nn.Module) -> None:
+    """Draws every B, and moves every magnitude by up to half."""
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.normal_(std=0.12)
+        if "magnitude" in name:
+            weight.mul_(torch.empty_like(weight).uniform_(0.6, 1.5))
+
+
+def by_peft(base: Path, adapter: Path | None, new_tokens: int) -> list[dict[str, list[Any]]]:
+    """Greedy answers of the base, or of PEFT's unmerged adapter on it."""
+    model: nn.Module = open_language_model(base)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    return [greedy(model, {"input_ids": torch.tensor([prompt])}, new_tokens) for prompt in PROMPTS]
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> dict[str, list[Any]]:
+    """The likeliest token, again and again, with its log probability."""
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    ids = inputs["input_ids"]
+    others = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    for _ in range(new_tokens):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **others).logits[0, -1]
+        found = logits.float().log_softmax(-1)
+        tokens.append(int(found.argmax()))
+        logprobs.append(float(found[tokens[-1]]))
+        ids = torch.cat([ids, torch.tensor([[tokens[-1]]])], dim=1)
+    return {"tokens": tokens, "logprobs": logprobs}
+
+
+def agreement(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many tokens of each answer are the same before the first that differs, and how far off they are up to it."""
+    same, off = [], [0.0]
+    for one, other in zip(found, expected, strict=True):
+        alike = [mine == theirs for mine, theirs in zip(one["tokens"], other["tokens"], strict=True)]
+        count = alike.index(False) if False in alike else len(alike)
+        same.append(count)
+        off += [abs(a - b) for a, b in zip(one["logprobs"][:count], other["logprobs"][:count], strict=True)]
+    return {"same_tokens": same, "of": len(expected[0]["tokens"]), "largest_logprob_difference": max(off)}

@@ -1,0 +1,133 @@
+"""How much of an adapter is applied: the strength t, 0 the base, 1 the adapter, beyond 1 more of the same.
+
+    V_t = W + t s B A        m_t = (1 - t) ||W|| + t m        y = m_t / ||V_t|| (W x + t s B A x) + b
+
+What an adapter changed as a whole (a norm, a projector, a bias) lies on the line between the base's values and its
+own. The equation itself is in `functional.py`. For inference alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dora_vl.core import functional
+from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.linear import ProductLayer
+from dora_vl.errors import UserError, shown
+
+MOST_STRENGTH = 10.0
+"""Beyond it a model says nothing any more, and its numbers may leave those that there are."""
+SECOND_FACTORS = ("lora_B", "lambda_b")
+"""What multiplies B A of each kind of layer, so that t times it is t times the change."""
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Share(NamedTuple):
+    """An adapter and how much of it is applied."""
+
+    key: str
+    strength: float = 1.0
+
+
+def checked_strength(value: object) -> float:
+    """The strength, where it is one.
+
+    Raises:
+        UserError: it is no number, not finite, below 0 or above `MOST_STRENGTH`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_STRENGTH:
+        raise UserError(
+            f"the strength is {shown(value)}; it is a number from 0 (the base) over 1 (the adapter) to "
+            f"{MOST_STRENGTH:g}"
+        )
+    return float(value)
+
+
+@dataclass(frozen=True)
+class GainByStrength:
+    """What a layer's gain at any strength is made of; no weight is read for it again."""
+
+    base_norms: Float[Tensor, " out"]
+    """||W_i||."""
+    norms: Float[Tensor, " out"]
+    """||V_i|| of the whole adapter."""
+    change_squared: Float[Tensor, " out"]
+    """||(s B A)_i||^2."""
+    magnitude: Float[Tensor, " out"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layer: AdaptedLayer) -> GainByStrength | None:
+        """Those of an adapted layer; None for plain LoRA, which has no gain."""
+        if layer.magnitude is None:
+            return None
+        norms, factors = layer.norms(), layer.factors()
+        squared = torch.zeros_like(norms)
+        if factors is not None:
+            squared = functional.change_norms_squared(*factors, layer.scale())
+        return cls(functional.root(layer.weight_norms_squared()), norms, squared, layer.magnitude.detach())
+
+    def norms_at(self, strength: float) -> Float[Tensor, " out"]:
+        """||V_t|| of each row."""
+        return functional.norms_between(self.base_norms, self.norms, self.change_squared, strength)
+
+    def at(self, strength: float) -> Float[Tensor, " out"]:
+        """g_t: 1 at strength 0, m / n at 1."""
+        magnitude = functional.magnitude_between(self.base_norms, self.magnitude, strength)
+        return functional.gain(magnitude, self.norms_at(strength))
+
+
+@torch.no_grad()
+def layer_between(base: nn.Module, own: Module, strength: float) -> Module:
+    """An adapter's own layer at a strength, in the place of the base's; what does not differ is shared with both.
+
+    Args:
+        base: the layer that the adapter changed.
+        own: the same layer as the adapter has it: adapted, or with other weights.
+        strength: above 0; whole numbers that differ (a buffer of indices) are the adapter's.
+    """
+    between = copy.copy(own)
+    inner = own._modules.get("base") if isinstance(own, AdaptedLayer) else None
+    modules: dict[str, nn.Module | None] = {}
+    for name, child in own._modules.items():
+        plain = base if child is inner else base._modules[name]
+        modules[name] = None if child is None else layer_between(cast(nn.Module, plain), child, strength)
+    vars(between)["_modules"] = modules
+    before = {**base._parameters, **base._buffers}
+    for kind in ("_parameters", "_buffers"):
+        held = cast("dict[str, Tensor | None]", vars(own)[kind])
+        vars(between)[kind] = {leaf: _tensor_between(before.get(leaf), one, strength) for leaf, one in held.items()}
+    if isinstance(own, AdaptedLayer):
+        _set_strength(cast(AdaptedLayer, between), own, strength)
+    return between
+
+
+def _set_strength(between: AdaptedLayer, own: AdaptedLayer, strength: float) -> None:
+    """Its second factor times t, and m_t."""
+    for leaf in SECOND_FACTORS:
+        factor = own._parameters.get(leaf)
+        if factor is not None:
+            between._parameters[leaf] = _frozen(factor * strength)
+    if own.magnitude is not None:
+        base = functional.root(own.weight_norms_squared())
+        between.magnitude = _frozen(functional.magnitude_between(base, own.magnitude, strength))
+    if isinstance(between, ProductLayer):
+        between.family = None  # that of the layers which the model has
+    between.forget_norms()
+
+
+def _tensor_between(base: Tensor | None, own: Tensor | None, strength: float) -> Tensor | None:
+    if own is None or base is None or base is own or not own.is_floating_point():
+        return own
+    between = torch.lerp(base.to(own.dtype), own, strength)
+    return _frozen(between) if isinstance(own, nn.Parameter) else between
+
+
+def _frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,156 @@
+"""The page in a real browser: Debian's Chromium, driven by Playwright, and what a person does on it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from dora_vl.app.engine import Engine
+from dora_vl.app.example_questions import ExampleQuestion
+from dora_vl.app.request_media import MediaLimits, RequestMedia
+from dora_vl.app.served_model import ServedModel
+from dora_vl.app.side_by_side import SideBySide
+from dora_vl.app.waiting_room import EngineSettings
+
+MILLISECONDS = 10_000
+PICTURES = "#dv-seen figure"
+
+
+def find_chromium() -> str:
+    """The browser's program; the test is skipped where there is none, or nothing to drive it or to make the page."""
+    for package in ("gradio", "playwright"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'dora-vl[web,dev]'")
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    pytest.skip("there is no Chromium here: apt-get install chromium")
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    program = find_chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *camera])
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+@contextlib.contextmanager
+def page_of(
+    model: ServedModel,
+    uploads: Path,
+    *,
+    limits: MediaLimits | None = None,
+    settings: EngineSettings | None = None,
+    examples: Sequence[ExampleQuestion] = (),
+    new_tokens: int = 8,
+) -> Iterator[tuple[str, Engine]]:
+    """The page over a model; its address and its engine."""
+    from dora_vl.app.page_server import build_page_app, keep_gradio_quiet
+
+    keep_gradio_quiet(uploads)
+    from dora_vl.app.page import Page, PageSettings
+
+    media = RequestMedia(limits or MediaLimits(), model.assistant.prompts.videos_of_one_length)
+    with Engine(model, settings) as engine, contextlib.closing(media):
+        page = Page(SideBySide(engine, media), PageSettings(uploads=uploads, new_tokens=new_tokens), examples)
+        app = build_page_app(page, upload_bytes=4 * media.limits.bytes, waiting=64)
+        with _running(app) as address:
+            yield address, engine
+
+
+@contextlib.contextmanager
+def _running(app: FastAPI) -> Iterator[str]:
+    from dora_vl.app.page_server import QuietServer
+
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        config = uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
+        server = QuietServer(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{door.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+class Visitor:
+    """Somebody with the page open; every request that their browser makes is kept."""
+
+    def __init__(self, context: Any, address: str) -> None:
+        self.page = context.new_page()
+        self.page.set_default_timeout(MILLISECONDS)
+        self.asked_for: list[str] = []
+        self.page.on("request", lambda request: self.asked_for.append(request.url))
+        self.page.goto(address)
+        self.page.wait_for_selector("#dv-ask")
+
+    def show(self, *files: Path | dict[str, Any]) -> None:
+        """Chooses files."""
+        given = [str(file) if isinstance(file, Path) else file for file in files]
+        self.page.set_input_files("#dv-files input[type=file]", given)
+
+    def see(self, count: int) -> None:
+        """Waits until so many pictures are shown."""
+        self.page.wait_for_function(f"document.querySelectorAll('{PICTURES}').length == {count}")
+
+    def captions(self) -> list[str]:
+        return self.page.locator(f"{PICTURES} figcaption").all_inner_texts()
+
+    def ask(self, question: str) -> tuple[str, str]:
+        """Types a question; both answers when they are whole."""
+        before = self.count("left")
+        self.page.fill("#dv-question textarea, #dv-question input", question)
+        self.page.keyboard.press("Enter")
+        return self.both(before + 1)
+
+    def both(self, count: int) -> tuple[str, str]:
+        """The last answers, once each column has so many and all are over."""
+        for side in ("left", "right"):
+            self.page.wait_for_function(
+                f"document.querySelectorAll('#dv-talk-{side} .dv-asked').length == {count}"
+                f" && document.querySelectorAll('#dv-talk-{side} .dv-caret').length == 0"
+            )
+        self.page.wait_for_selector("#dv-ask:not([disabled])")
+        return self.said("left"), self.said("right")
+
+    def count(self, side: str) -> int:
+        return self.page.locator(f"#dv-talk-{side} .dv-asked").count()
+
+    def said(self, side: str) -> str:
+        return self.page.locator(f"#dv-talk-{side} .dv-said").last.text_content()
+
+    def tally(self, side: str) -> str:
+        return self.page.locator(f"#dv-talk-{side} .dv-tally").last.inner_text()
+
+    def notice(self) -> str:
+        """What went wrong, once the page says so."""
+        return self.page.locator("#dv-notice .dv-notice").inner_text()
+
+    def choose(self, side: str, model: str) -> None:
+        """Another model for a column."""
+        self.page.evaluate("window.scrollTo(0, 0)")  # the list stays where it opens
+        self.page.click(f"#dv-model-{side} input")
+        self.page.locator("ul[role=listbox] li, ul.options li").filter(has_text=model).first.click()
+
+    def turn_dial(self, side: str, strength: float) -> None:
+        """The dial of a column, as its number is typed."""
+        number = self.page.locator(f"#dv-strength-{side} input[type=number]")
+        number.fill(str(strength))
+        number.blur()

@@ -1,0 +1,285 @@
+"""The page as a person meets it, in a headless browser over a tiny random model: every answer is the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dora_vl.app.engine import Engine
+from dora_vl.app.example_questions import ExampleQuestion
+from dora_vl.app.request_media import MediaLimits
+from dora_vl.app.served_model import ServedModel
+from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.data.turns import Clip, Turn
+from dora_vl.evaluation.asker import Shown
+from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.vision.video import read_frames
+from tests.app.browser import Visitor, browser, find_chromium, page_of
+from tests.app.test_engine import answers
+from tests.app.tiny_served import ADAPTERS, served, spread, write_adapters
+from tests.backbones.tiny_video import write_tiny_video
+from tests.vision.video_files import write_video
+
+TOKENS, FRAMES = 8, 4
+RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
+QUESTION = "What colour is it?"
+LIMITS = MediaLimits(pictures=2, picture_pixels=10_000, bytes=100_000, frames=FRAMES)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    find_chromium()
+    folder = tmp_path_factory.mktemp("page")
+    base = spread(write_tiny_video("qwen2_5_vl", folder / "base"))
+    two = {name: ADAPTERS[name] for name in ("one", "four")}
+    return served(base, write_adapters(base, folder / "adapters", two))
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def opened(model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
+    examples = [ExampleQuestion("Say the colour.", RED, "red"), ExampleQuestion(QUESTION, WIDE, "blue")]
+    settings = EngineSettings(batch_rows=16, window_seconds=0.2)
+    with page_of(model, uploads, limits=LIMITS, settings=settings, examples=examples, new_tokens=TOKENS) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as found:
+        yield found
+
+
+@pytest.fixture
+def visitor(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
+    context = chromium.new_context()
+    yield Visitor(context, opened[0])
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, picture in (("red", RED), ("wide", WIDE)):
+        picture.save(folder / f"{name}.png")
+    (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:40])
+    (folder / "broken.mp4").write_bytes(b"no video" * 9)
+    Image.effect_noise((300, 300), 90).save(folder / "large.png")
+    write_video(folder / "clip.mp4", [number / 25 for number in range(50)])
+    return {path.stem if path.suffix == ".png" else path.name: path for path in folder.iterdir()}
+
+
+def printable(text: str) -> str:
+    """A random model says bytes that browsers show in ways of their own."""
+    return "".join(character for character in text if character.isascii() and character.isprintable()).strip()
+
+
+def expected(engine: Engine, name: str, turns: list[Turn], seen: Shown, **asked: Any) -> str:
+    """What the engine answers without a page."""
+    return printable(answers(engine, [(name, turns, seen)], **{"max_new_tokens": TOKENS, **asked})[0])
+
+
+def first(question: str, places: str = "<image>\n") -> list[Turn]:
+    return [Turn("user", f"{places}{question}")]
+
+
+def nothing_left(uploads: Path) -> bool:
+    """No upload lies about; the examples' own pictures do."""
+    kept = [path for path in uploads.rglob("*") if path.is_file() and path.stat().st_size]
+    return all(path.suffix == ".webp" for path in kept)
+
+
+def test_a_picture_two_answers_and_a_second_turn(
+    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], uploads: Path
+) -> None:
+    _, engine = opened
+    visitor.show(pictures["red"])
+    visitor.see(1)
+    assert visitor.captions() == ["21 × 15"]
+    said = visitor.ask(QUESTION)
+    seen = Shown(pictures=(RED,))
+    assert [printable(text) for text in said] == [
+        expected(engine, name, first(QUESTION), seen) for name in ("one", "base")
+    ]
+    assert said[0] != said[1]
+    assert "one · 8 tokens · " in visitor.tally("left")
+    assert "tokens/s" in visitor.tally("right")
+    again = visitor.ask("And the shape?")
+    talk = [*first(QUESTION), Turn("assistant", ""), Turn("user", "And the shape?")]
+    raw = answers(engine, [("one", first(QUESTION), seen), ("base", first(QUESTION), seen)], max_new_tokens=TOKENS)
+    for number, name in enumerate(("one", "base")):
+        turns = [talk[0], Turn("assistant", raw[number]), talk[2]]
+        assert printable(again[number]) == expected(engine, name, turns, seen)
+    assert nothing_left(uploads)
+    assert {url.split("/")[2] for url in visitor.asked_for if url.startswith("http")} == {opened[0].split("/")[2]}
+
+
+def test_both_columns_are_rows_of_one_batch(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
+    _, engine = opened
+    batches: list[list[Any]] = []
+    generate = engine._generate
+    monkeypatch.setattr(
+        engine, "_generate", lambda batch: (batches.append([one.prepared.share for one in batch]), generate(batch))[1]
+    )
+    visitor.page.locator("#dv-examples tbody tr").first.click()
+    visitor.see(1)
+    visitor.turn_dial("left", 0.5)  # nothing was asked yet, and nothing changes
+    visitor.page.wait_for_timeout(500)
+    visitor.see(1)
+    assert [visitor.page.inner_text(f"#dv-{name}") for name in ("ask", "stop")] == ["Ask", "Stop"]
+    visitor.ask(QUESTION)
+    assert batches == [[("one", 0.5), None]]
+
+
+def test_two_pictures(visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]) -> None:
+    visitor.show(pictures["wide"], pictures["red"])
+    visitor.see(2)
+    said = visitor.ask("Which is red?")
+    turns, seen = first("Which is red?", "<image>\n<image>\n"), Shown(pictures=(WIDE, RED))
+    assert printable(said[0]) == expected(opened[1], "one", turns, seen)
+    assert printable(said[0]) != expected(opened[1], "one", turns, Shown(pictures=(RED, WIDE)))
+
+
+def test_a_video_and_the_times_of_its_frames(
+    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], uploads: Path
+) -> None:
+    file = pictures["clip.mp4"]
+    video = read_frames(file.parent, Clip(path=file.name), Uniform(FRAMES))
+    visitor.show(file)
+    visitor.see(FRAMES)
+    assert visitor.captions() == [f"{seconds:.1f} s" for seconds in video.seconds]
+    said = visitor.ask("What moves?")
+    turns, seen = first("What moves?", "<video>\n"), Shown(videos=(video,))
+    assert [printable(text) for text in said] == [expected(opened[1], name, turns, seen) for name in ("one", "base")]
+    assert nothing_left(uploads)
+
+
+def test_the_dial_from_the_base_to_the_adapter(
+    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]
+) -> None:
+    visitor.show(pictures["red"])
+    visitor.see(1)
+    seen, found = Shown(pictures=(RED,)), {}
+    visitor.ask(QUESTION)
+    for strength in (0, 0.5, 1, 1.6):
+        visitor.turn_dial("left", strength)
+        label = "one" if strength == 1 else f"one at {strength:g}"
+        visitor.page.locator("#dv-talk-left .dv-tally", has_text=f"{label} · 8 tokens").wait_for()
+        left, right = visitor.both(1)  # the same question once more
+        found[strength] = printable(left)
+        assert found[strength] == expected(opened[1], "one", first(QUESTION), seen, strength=float(strength))
+    assert found[0] == printable(right)
+    assert len(set(found.values())) > 2
+
+
+def test_adapters_are_switched(visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]) -> None:
+    visitor.show(pictures["red"])
+    visitor.see(1)
+    one = visitor.ask(QUESTION)
+    visitor.choose("left", "four")
+    visitor.page.locator("#dv-talk-left .dv-tally", has_text="four · 8 tokens").wait_for()
+    four = visitor.both(1)
+    seen = Shown(pictures=(RED,))
+    assert printable(four[0]) == expected(opened[1], "four", first(QUESTION), seen) != printable(one[0])
+    assert four[1] == one[1]
+    assert visitor.page.locator("#dv-strength-right input[type=number]").is_disabled()  # the base has none
+
+
+def test_what_cannot_be_shown_is_said_and_nothing_stays(
+    visitor: Visitor, pictures: dict[str, Path], uploads: Path
+) -> None:
+    visitor.show(pictures["red"])
+    visitor.see(1)
+    for file, message in (
+        (pictures["broken"], "broken.png: no picture of PNG, JPEG, WEBP, GIF, BMP, TIFF"),
+        (pictures["broken.mp4"], "broken.mp4: "),
+        (pictures["large"], "large.png: a picture of 300 x 300 pixels; 10,000 are allowed here"),
+        ({"name": "many.png", "mimeType": "image/png", "buffer": b"0" * 200_000}, "many.png is larger than the 0.09"),
+    ):
+        visitor.show(file)
+        visitor.page.locator("#dv-notice .dv-notice", has_text=message.partition(":")[0]).wait_for()
+        assert message in visitor.notice()
+    visitor.show({"name": "huge.png", "mimeType": "image/png", "buffer": b"0" * 500_000})  # is not sent at all
+    visitor.page.get_by_text("maximum allowed size of 390.6 Kb").wait_for()
+    visitor.show(*[pictures["red"]] * 3)
+    visitor.page.locator("#dv-notice", has_text="3 pictures, and 2 are allowed here").wait_for()
+    visitor.see(1)  # what was shown before stays
+    assert nothing_left(uploads)
+    visitor.page.fill("#dv-question textarea, #dv-question input", "<image> what?")
+    visitor.page.keyboard.press("Enter")
+    visitor.page.locator("#dv-notice", has_text="the text holds <image>").wait_for()
+
+
+def test_two_people_at_once_each_have_their_own(
+    chromium: Any, opened: tuple[str, Engine], pictures: dict[str, Path]
+) -> None:
+    contexts = [chromium.new_context() for _ in range(2)]
+    people = [Visitor(context, opened[0]) for context in contexts]
+    asked = [("red", RED, "Say the colour."), ("wide", WIDE, QUESTION)]
+    for person, (name, _, question) in zip(people, asked, strict=True):
+        person.show(pictures[name])
+        person.see(1)
+        person.page.fill("#dv-question textarea, #dv-question input", question)
+    for person in people:
+        person.page.keyboard.press("Enter")
+    for person, (_, picture, question) in zip(people, asked, strict=True):
+        left, right = person.both(1)
+        seen = Shown(pictures=(picture,))
+        assert printable(left) == expected(opened[1], "one", first(question), seen)
+        assert printable(right) == expected(opened[1], "base", first(question), seen)
+    for context in contexts:
+        context.close()
+
+
+def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine]) -> None:
+    visitor.page.locator("#dv-examples tbody tr").nth(1).click()
+    visitor.see(1)
+    assert visitor.captions() == ["60 × 17"]
+    visitor.page.click("#dv-ask")
+    left, _ = visitor.both(1)
+    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(WIDE,)))
+    visitor.page.click("#dv-anew")
+    visitor.page.locator("#dv-talk-left", has_text="will answer here").wait_for()
+    visitor.see(1)
+    visitor.page.click("#dv-nothing")
+    visitor.see(0)
+
+
+def test_stop_ends_the_answer_and_keeps_what_was_said(visitor: Visitor, opened: tuple[str, Engine]) -> None:
+    model = opened[1].model.backbone.model
+    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    before, opened[1]._ends = opened[1]._ends, frozenset()
+    try:
+        visitor.page.get_by_text("Settings").click()
+        visitor.page.get_by_label("number input for Longest answer").fill("1000")
+        visitor.page.fill("#dv-question textarea, #dv-question input", QUESTION)
+        visitor.page.keyboard.press("Enter")
+        visitor.page.locator("#dv-talk-left .dv-said").wait_for()
+        visitor.page.click("#dv-stop")
+        visitor.both(1)
+    finally:
+        model.generation_config.eos_token_id, opened[1]._ends = ends, before
+    assert visitor.said("left")
+    assert "stopped" in visitor.page.locator("#dv-talk-left").inner_text()
+
+
+def test_a_webcams_picture(chromium: Any, opened: tuple[str, Engine], uploads: Path) -> None:
+    """Of the camera that Chromium pretends to have."""
+    context = chromium.new_context(permissions=["camera"])
+    person = Visitor(context, opened[0])
+    person.page.get_by_role("tab", name="Webcam").click()
+    person.page.locator("#dv-webcam [title='grant webcam access'] button").click()
+    person.page.wait_for_function("document.querySelector('#dv-webcam video').videoWidth > 0")
+    person.page.wait_for_timeout(500)  # its first frame is drawn
+    person.page.locator("#dv-webcam button[aria-label='capture photo']").click()
+    person.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
+    assert nothing_left(uploads)
+    context.close()

@@ -1,0 +1,45 @@
+"""A page's code and commands, run as they stand in a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def block(page: Path, mark: str) -> str:
+    """The code behind a mark, `<!-- mark -->`."""
+    (found,) = re.findall(rf"<!-- {mark} -->\n```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return found
+
+
+def programs(page: Path) -> list[list[str]]:
+    """Each command as words, with the programs of this environment and checkout in the place of those in a path."""
+    own = {"dora-vl": [sys.executable, "-m", "dora_vl.cli"], "python": [sys.executable]}
+    lines = [shlex.split(line) for line in block(page, "commands").splitlines()]
+    return [
+        [*own[words[0]], *(str(ROOT / one) if one.startswith("tasks/") else one for one in words[1:])]
+        for words in lines
+    ]
+
+
+def run_commands(page: Path, folder: Path, *, more: Mapping[int, Sequence[str]]) -> list[str]:
+    """What each command of a page prints, one after the other, in `folder`.
+
+    Args:
+        more: words behind a command, by its number from 0.
+    """
+    said = []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(folder / ".cache")}
+    for number, words in enumerate(programs(page)):
+        words += more.get(number, ())
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-3000:])
+        said.append(done.stdout)
+    return said

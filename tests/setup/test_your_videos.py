@@ -1,0 +1,49 @@
+"""docs/your_videos.md: its code draws clips, and its commands run as they stand, on a tiny SmolVLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.backbones.tiny_image_text import write_tiny
+from tests.setup.page_commands import ROOT, block, run_commands
+
+pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+pytest.importorskip("num2words", reason="SmolVLM's processor asks for it")
+PAGE = ROOT / "docs" / "your_videos.md"
+SHORT = ("--training.max_steps", "2", "--training.use_cpu", "true", "--evaluation.limit", "4")
+
+
+@pytest.mark.slow
+def test_the_commands_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block(PAGE, "drawn"), "drawn", "exec"), {})
+    base = write_tiny("smolvlm", tmp_path / "base")
+    told, checked, _, answered = run_commands(PAGE, tmp_path, more={0: ("--model", str(base)), 2: SHORT})
+    assert "clips/questions.csv: question/answer, 60 rows (video, question, answer), 60 usable" in told
+    assert "videos: 60 in clips, MP4 60" in told
+    assert "12 rows about 12 videos" in told
+    assert "nothing found" in checked
+    assert "clips/001.mp4 (8 frames, 0.1 to 1.8 s, " in answered
+    assert "which way does the ball roll?" in answered
+    assert "with adapter:" in answered
+    assert "without adapter:" in answered
+    assert (tmp_path / "runs/clips/adapter/adapter_model.safetensors").is_file()
+    assert (tmp_path / "runs/clips/predictions.jsonl").read_text(encoding="utf-8").count("\n") == 4
+
+
+def test_the_drawn_clips_move_as_the_table_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block(PAGE, "drawn").replace("range(60)", "range(4)"), "drawn", "exec"), {})
+    for line in (tmp_path / "clips/questions.csv").read_text(encoding="utf-8").splitlines()[1:]:
+        name, _, answer = line.split(",")
+        with av.open(str(tmp_path / "clips" / name)) as clip:
+            frames = [frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0)]
+        first, last = (np.argwhere(frame[..., 0] > 150).mean(axis=0) for frame in (frames[4], frames[15]))
+        down, across = last - first
+        way = ("right" if across > 0 else "left") if abs(across) > abs(down) else ("down" if down > 0 else "up")
+        assert answer == f"it rolls {way}"

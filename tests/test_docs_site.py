@@ -1,0 +1,76 @@
+"""The pages of docs/: all are in the site's navigation, none leads out of it, and reading it fetches nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.setup.page_commands import block
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+PROGRAM = Path(sys.executable).parent / "zensical"
+FETCHED = re.compile(
+    r"""(?:src|href)="(?:https?:)?//[^"]+\.(?:js|css|woff2?|png|svg)[^"]*"|url\(["']?(?:https?:)?//[^)]*\)"""
+)
+
+
+def named(entry: object) -> list[str]:
+    """The pages of a part of the navigation."""
+    if isinstance(entry, str):
+        return [entry]
+    parts = entry if isinstance(entry, list) else list(entry.values()) if isinstance(entry, dict) else []
+    return [page for part in parts for page in named(part)]
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(named(settings["nav"])) == [page.name for page in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_link_leads_out_of_the_site(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "](../" not in text, "a page of the site links inside docs/ alone: write other paths as code"
+    for name in re.findall(r"\]\(([\w/.\-]+?)(?:#[\w\-]*)?\)", text):
+        assert (page.parent / name).is_file(), name
+
+
+def test_the_readme_s_links_lead_somewhere() -> None:
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "configs" / "README.md"):
+        for name in re.findall(r"\]\(([\w/.\-]+?)(?:#[\w\-]*)?\)", file.read_text(encoding="utf-8")):
+            assert (file.parent / name).is_file(), name
+
+
+def test_the_code_of_how_dora_works_runs() -> None:
+    exec(compile(block(ROOT / "docs" / "how_dora_works.md", "runs"), "how_dora_works", "exec"), {})
+
+
+@pytest.mark.skipif(not PROGRAM.is_file(), reason="pip install 'dora-vl[docs]'")
+def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path: Path) -> None:
+    for name in ("docs", "dora_vl", "mkdocs.yml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    done = subprocess.run([PROGRAM, "build", "--strict"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    site = tmp_path / "build" / "site"
+    assert "factored_norms_squared" in (site / "how_dora_works.html").read_text(encoding="utf-8")
+    assert "row_norms_squared(direction)" in re.sub("<[^>]*>", "", (site / "how_dora_works.html").read_text("utf-8"))
+    assert "targets" in (site / "api.html").read_text(encoding="utf-8")
+    for file in (*site.rglob("*.html"), *site.rglob("*.css")):
+        assert FETCHED.findall(file.read_text(encoding="utf-8")) == [], file.name
+
+
+@pytest.mark.skipif(not PROGRAM.is_file(), reason="pip install 'dora-vl[docs]'")
+def test_a_broken_link_ends_the_build(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("# A\n\n[gone](gone.md)\n", encoding="utf-8")
+    (tmp_path / "mkdocs.yml").write_text("site_name: a\n", encoding="utf-8")
+    done = subprocess.run([PROGRAM, "build", "--strict"], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode != 0

@@ -1,0 +1,364 @@
+"""`dora-vl translate`: other tools' settings load as a run and mean the same; what has no counterpart is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dora_vl.cli import main
+from dora_vl.run.command_line import read_run_file
+from dora_vl.run.recipe import RunConfig
+from tests.translation import peer_files
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def translated(
+    capsys: pytest.CaptureFixture[str], name: str, text: str, *more: str
+) -> tuple[RunConfig, dict[str, str]]:
+    """The run that a file becomes, and each row of the table by its name there."""
+    Path(name).write_text(text, encoding="utf-8")
+    main(["translate", name, "--write", "run.yaml", *more])
+    said = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\(not said\)|\S+) +(.*)$", said.split("\nnext:")[0], re.MULTILINE))
+    return read_run_file("run.yaml"), rows
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(["translate", *words])
+    said = capsys.readouterr()
+    assert left.value.code == 2
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    return said.err
+
+
+def step_samples(config: RunConfig) -> int:
+    """Samples of a step on one GPU."""
+    return config.training["per_device_train_batch_size"] * config.training["gradient_accumulation_steps"]
+
+
+# -- each tool ---------------------------------------------------------------------------------------------------
+
+
+def test_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("sets").mkdir()
+    Path("sets/dataset_info.json").write_text(peer_files.DATASET_INFO, encoding="utf-8")
+    config, rows = translated(capsys, "sft.yaml", peer_files.LLAMA_FACTORY)
+    adapter, data, training = config.adapter, config.data, config.training
+    assert (adapter.method, adapter.rank, adapter.alpha, adapter.rank_scaling) == ("dora", 12, 36.0, "sqrt")
+    assert (adapter.dropout, adapter.targets, adapter.train_projector) == (0.0, ("language",), False)
+    assert config.model.base == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert (config.model.dtype, config.model.attn_implementation) == ("bfloat16", "flash_attention_2")
+    assert data.train == ("sets/mine.json", "hub:OWNER/NAME")
+    assert (data.image_folder, data.max_tokens, data.limit, data.workers) == ("sets/pictures", 3072, 1000, 3)
+    assert (data.validation_share, data.group_by_modality_length) == (0.1, False)
+    assert step_samples(config) == 16
+    assert (training["learning_rate"], training["num_train_epochs"], training["warmup_steps"]) == (2e-4, 2.0, 0.1)
+    assert (training["lr_scheduler_type"], training["weight_decay"], training["deepspeed"]) == ("cosine", 0.05, "zero3")
+    assert (training["eval_strategy"], training["eval_steps"], training["gradient_checkpointing"]) == (
+        "steps",
+        250,
+        True,
+    )
+    assert (config.optim.weight_decay_on, config.optim.loss_normalisation) == ("all_but_biases", "micro_batch")
+    assert "rename its column talk to conversations" in rows["dataset"]
+    assert "NO COUNTERPART" in rows["image_max_pixels"]
+    assert "as here" in rows["do_train"]
+
+
+def test_llama_factory_takes_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    config, rows = translated(
+        capsys, "sft.yaml", "stage: sft\nmodel_name_or_path: base\noutput_dir: out\ntemplate: gemma3\n"
+    )
+    assert (config.adapter.rank, config.adapter.alpha, config.adapter.method) == (8, 16.0, "lora")
+    assert "twice the rank" in rows["(lora_alpha)"]
+    assert "put yours here" in rows["(not said)"]
+
+
+def test_llama_factory_parts_that_are_not_frozen(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "stage: sft\nfinetuning_type: lora\nfreeze_vision_tower: false\nlora_target: all\nmodel_name_or_path: b\n"
+    config, _ = translated(capsys, "sft.yaml", text)
+    assert config.adapter.targets == ("language", "vision")
+    Path("run.yaml").unlink()
+    config, _ = translated(capsys, "sft.yaml", text.replace("lora_target: all", "lora_target: q_proj, fc1"))
+    assert config.adapter.targets == ("*.q_proj", "*.fc1")
+    Path("run.yaml").unlink()
+    config, _ = translated(capsys, "sft.yaml", "stage: sft\nlora_target: q_proj\nmodel_name_or_path: b\n")
+    assert config.adapter.targets == ("*language_model*.q_proj",)
+    Path("run.yaml").unlink()
+    full = "stage: sft\nfinetuning_type: full\nfreeze_multi_modal_projector: false\nbf16: true\ndeepspeed: ds_z3.json\n"
+    config, _ = translated(capsys, "sft.yaml", full)
+    assert config.adapter.method == "full"
+    assert config.adapter.targets == ("model.language_model*", "lm_head", "projector")
+    assert config.training["bf16"] is True
+
+
+def test_trl(capsys: pytest.CaptureFixture[str]) -> None:
+    config, rows = translated(capsys, "sft.yaml", peer_files.TRL)
+    adapter, training = config.adapter, config.training
+    assert (adapter.method, adapter.rank, adapter.alpha, adapter.dropout) == ("dora", 24, 48.0, 0.1)
+    assert (adapter.dropout_mode, adapter.targets) == ("whole_change", ("*.q_proj", "*.v_proj"))
+    assert adapter.also_train == {"embed_tokens": ("*embed_tokens.*",)}
+    assert adapter.train_projector is False
+    assert (config.model.quantisation, config.model.dtype) == ("nf4", "bfloat16")
+    assert config.data.train == "hub:OWNER/NAME:part"
+    assert step_samples(config) == 8
+    assert (training["max_steps"], training["warmup_steps"], training["learning_rate"]) == (700, 20, 1e-4)
+    assert config.optim.loss_normalisation == "step_tokens"
+    assert "as here" in rows["assistant_only_loss"]
+
+
+def test_a_script_of_trl(capsys: pytest.CaptureFixture[str]) -> None:
+    config, rows = translated(capsys, "sft.sh", peer_files.TRL_SCRIPT)
+    assert config.model.base == "llava-hf/llava-1.5-7b-hf"
+    assert (config.adapter.method, config.adapter.rank, config.adapter.alpha) == ("dora", 48, 32.0)
+    assert config.adapter.targets == ("*.q_proj", "*.up_proj", "*.v_proj")
+    assert step_samples(config) == 64
+    assert "accelerate launch" in rows["(launcher)"]
+    assert "NO COUNTERPART" in rows["(assistant_only_loss)"]
+
+
+def test_ms_swift(capsys: pytest.CaptureFixture[str]) -> None:
+    config, rows = translated(capsys, "train.sh", peer_files.MS_SWIFT)
+    assert (config.adapter.method, config.adapter.rank, config.adapter.alpha) == ("dora", 10, 40.0)
+    assert (config.adapter.dropout, config.adapter.targets) == (0.05, ("language", "vision"))
+    assert config.data.train == "hub:AI-ModelScope/LaTeX_OCR"
+    assert step_samples(config) == 48
+    assert (config.training["weight_decay"], config.training["adam_beta2"]) == (0.1, 0.95)
+    assert (config.training["lr_scheduler_type"], config.training["warmup_steps"]) == ("cosine", 0.05)
+    assert "NO COUNTERPART" in rows["MAX_PIXELS"]
+    assert "data.limit" in rows["dataset"]
+
+
+def test_ms_swift_makes_steps_of_sixteen(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "NPROC_PER_NODE=4 swift sft --model b --dataset a.jsonl --per_device_train_batch_size 3 --freeze_vit true\n"
+    config, _ = translated(capsys, "train.sh", text)
+    assert config.training["gradient_accumulation_steps"] == 2  # 3 x 2 x 4 = 24, the first above 16
+
+
+def test_a_script_s_own_sums_and_open_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "ranks=4\nswift sft --model b --dataset a.jsonl \\\n  --gradient_accumulation_steps $(expr 32 / $ranks) \\\n"
+        "  --lr_scheduler_kwargs '{\"min_lr\":\n    1e-6}' --max_steps $((10 * $ranks))  # enough\n"
+    )
+    config, _ = translated(capsys, "train.sh", text)
+    assert (config.training["gradient_accumulation_steps"], config.training["max_steps"]) == (8, 40)
+    assert config.training["lr_scheduler_kwargs"] == {"min_lr": 1e-6}
+
+
+def test_llava(capsys: pytest.CaptureFixture[str]) -> None:
+    config, rows = translated(capsys, "finetune_lora.sh", peer_files.LLAVA)
+    published = read_run_file_of_the_recipe("13b_lora")
+    for name in ("method", "rank", "alpha", "dropout", "targets", "train_projector"):
+        assert getattr(config.adapter, name) == getattr(published.adapter, name), name
+    assert config.optim == published.optim
+    assert config.data.max_tokens == published.data.max_tokens
+    assert config.data.group_by_modality_length is True
+    assert (config.model.template, config.model.image_aspect) == ("vicuna_v1", "pad")
+    assert config.model.compose is not None
+    assert published.model.compose is not None
+    for name in ("vision_name", "vision_layer", "language_model"):
+        assert getattr(config.model.compose, name) == getattr(published.model.compose, name), name
+    left_out = {"output_dir", "save_steps", "report_to", "eval_strategy", "seed", "adam_beta1", "adam_beta2",
+                "adam_epsilon", "max_grad_norm"}  # fmt: skip
+    for name in sorted(published.training.keys() - left_out):
+        assert config.training[name] == published.training[name], name
+    assert "NO COUNTERPART" in rows["pretrain_mm_mlp_adapter"]
+
+
+def read_run_file_of_the_recipe(variant: str) -> RunConfig:
+    from dora_vl.run.command_line import read_run
+
+    return read_run(["--config=llava/llava15", f"--variant={variant}"])
+
+
+def test_nvlabs_program_is_a_dora(capsys: pytest.CaptureFixture[str]) -> None:
+    config, _ = translated(capsys, "Dora_7b.sh", peer_files.LLAVA.replace("train_mem.py", "train_mem_dora.py"))
+    assert config.adapter.method == "dora"
+
+
+def test_llava_s_stage_one(capsys: pytest.CaptureFixture[str]) -> None:
+    text = peer_files.LLAVA.replace(
+        "--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5", "--tune_mm_mlp_adapter True"
+    )
+    config, _ = translated(capsys, "pretrain.sh", text.replace("--version v1", "--version plain"))
+    published = read_run_file_of_the_recipe("13b_pretrain")
+    assert (config.adapter.method, config.adapter.targets) == (published.adapter.method, published.adapter.targets)
+    assert (config.model.template, config.training["bf16"]) == ("plain", True)
+
+
+def test_a_task_on_the_published_llava(capsys: pytest.CaptureFixture[str]) -> None:
+    text = peer_files.LLAVA.replace("lmsys/vicuna-13b-v1.5", "liuhaotian/llava-v1.5-13b")
+    config, _ = translated(capsys, "finetune_task_lora.sh", text)
+    assert (config.model.base, config.model.compose) == ("llava-hf/llava-1.5-13b-hf", None)
+
+
+def test_peft(capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import LoraConfig
+
+    written = LoraConfig(
+        r=6,
+        lora_alpha=18,
+        lora_dropout=0.2,
+        use_dora=True,
+        use_rslora=True,
+        target_modules=r".*language_model.*\.(q_proj|v_proj)",
+        modules_to_save=["multi_modal_projector"],
+        rank_pattern={"v_proj": 3},
+        base_model_name_or_path="llava-hf/llava-1.5-7b-hf",
+        layers_to_transform=None,
+    )
+    written.save_pretrained(".")
+    config, _ = translated(capsys, "adapter_config.json", Path("adapter_config.json").read_text(encoding="utf-8"))
+    adapter = config.adapter
+    assert (adapter.method, adapter.rank, adapter.alpha, adapter.rank_scaling) == ("dora", 6, 18.0, "sqrt")
+    assert (adapter.dropout, adapter.dropout_mode) == (0.2, "whole_change")
+    assert adapter.targets == ("*language_model*.q_proj", "*language_model*.v_proj")
+    assert adapter.rank_pattern == {"*.v_proj": 3}
+    assert adapter.train_projector is True
+    assert config.model.base == "llava-hf/llava-1.5-7b-hf"
+
+
+# -- nothing in silence --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sft.yaml", peer_files.LLAMA_FACTORY),
+        ("sft.yaml", peer_files.TRL),
+        ("sft.sh", peer_files.TRL_SCRIPT),
+        ("train.sh", peer_files.MS_SWIFT),
+        ("finetune.sh", peer_files.LLAVA),
+    ],
+)
+def test_every_setting_has_its_row(capsys: pytest.CaptureFixture[str], name: str, text: str) -> None:
+    if "sets" in text:
+        Path("sets").mkdir()
+        Path("sets/dataset_info.json").write_text(peer_files.DATASET_INFO, encoding="utf-8")
+    _, rows = translated(capsys, name, text)
+    keys = set(yaml.safe_load(text)) if name.endswith("yaml") else set(re.findall(r"--(\w+)", text)) - {"config_file"}
+    assert len(keys) > 10
+    assert keys <= set(rows)
+    for key in keys:
+        assert re.search(r"(: |as here|NO COUNTERPART: \S)", rows[key]), key
+        assert "known here" not in rows[key], key
+
+
+def test_what_nobody_knows_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    _, rows = translated(capsys, "sft.yaml", "stage: sft\nmodel_name_or_path: b\nwobble: 3\n")
+    assert "NO COUNTERPART: no setting of LLaMA-Factory that is known here" in rows["wobble"]
+
+
+def test_the_file_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    translated(capsys, "sft.yaml", peer_files.TRL)
+    text = Path("run.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# TRL's settings of sft.yaml: 23 settings, each has its counterpart")
+    assert "# lora_r " in text
+    main(["translate", "sft.yaml"])
+    assert capsys.readouterr().out == text
+
+
+def test_the_table_in_the_documentation_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "other_tools.md"
+    shown = re.findall(r"^# (\S+ .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)[1:]
+    said = [line.split()[:2] for line in shown if not line.startswith("(")]
+    Path("sft.yaml").write_text("stage: sft\n" + "".join(f"{key}: {value}\n" for key, value in said), encoding="utf-8")
+    main(["translate", "sft.yaml"])
+    printed = {" ".join(line.removeprefix("# ").split()) for line in capsys.readouterr().out.splitlines()}
+    assert len(shown) >= 6
+    for line in shown:
+        assert " ".join(line.split()) in printed
+
+
+# -- refused in one line ---------------------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "none.yaml": (None, "no such file"),
+    "a.yaml": ("a: [", "no YAML"),
+    "b.yaml": ("colour: red\nsize: 3\n", "of no tool that is known here"),
+    "c.json": ("{", "no JSON"),
+    "d.sh": ("echo hello\n", "neither settings"),
+    "e.sh": ('swift sft --model "a\n', "no shell script"),
+    "f.sh": ("swift sft --model $MODEL\n", "which the script does not set"),
+    "g.sh": ("swift sft --model a\ntrl sft --model_name_or_path b\n", "2 commands that train"),
+    "h.yaml": ("stage: dpo\nfinetuning_type: lora\n", "stage is 'dpo'"),
+    "i.yaml": ("stage: sft\nfinetuning_type: oft\n", "finetuning_type is 'oft'"),
+    "j.yaml": ("stage: sft\nlora_rank: many\n", "lora_rank is 'many', no number"),
+    "k.yaml": ("stage: sft\nlora_rank: 8.5\n", "no whole number"),
+    "l.yaml": ("stage: sft\nlora_rank: 0\n", "what it says is no run here"),
+    "m.json": (json.dumps({"peft_type": "LOHA", "r": 8}), "peft_type is LOHA"),
+    "n.yaml": ("model: {base: a}\ndata: {train: b}\n", "a run of dora_vl already"),
+    "o.yaml": ("stage: sft\nlearning_rate: fast\n", "learning_rate is 'fast'"),
+    "r.yaml": (
+        "base_model: a\nmicro_batch_size: 2\ndatasets: [{path: b}]\nsequence_len: 1\n",
+        "settings of Axolotl, which are laid out otherwise here: base_model is model.base",
+    ),
+    "q.yaml": ("rlhf_type: grpo\ntuner_type: lora\n", "rlhf_type is 'grpo'"),
+    "p.sh": ("trl sft --config nowhere.yaml\n", "nowhere.yaml, which is not there"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text, said = REFUSED[name]
+    if text is not None:
+        Path(name).write_text(text, encoding="utf-8")
+    assert said in refused(capsys, name, "--write", "run.yaml")
+    assert not Path("run.yaml").exists()
+
+
+def test_a_name_of_no_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("sets").mkdir()
+    Path("sets/dataset_info.json").write_text("{}", encoding="utf-8")
+    Path("a.yaml").write_text(peer_files.LLAMA_FACTORY, encoding="utf-8")
+    assert "dataset names mine, which dataset_info.json has not" in refused(capsys, "a.yaml")
+
+
+def test_a_file_that_is_there_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.yaml").write_text(peer_files.TRL, encoding="utf-8")
+    assert "is there already" in refused(capsys, "a.yaml", "--write", "a.yaml")
+    assert Path("a.yaml").read_text(encoding="utf-8") == peer_files.TRL
+
+
+def test_settings_of_another_tool_are_told_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    from dora_vl.errors import UserError
+
+    Path("a.yaml").write_text(peer_files.LLAMA_FACTORY, encoding="utf-8")
+    with pytest.raises(UserError, match=r"dora-vl translate a\.yaml"):
+        read_run_file("a.yaml")
+
+
+PEERS = json.loads((Path(__file__).parent / "peer_settings.json").read_text(encoding="utf-8"))
+"""Names of all settings of LLaMA-Factory 0.9.5, TRL 1.16 and ms-swift 4.6, beside transformers' own."""
+
+
+@pytest.mark.parametrize("tool", PEERS)
+def test_every_setting_of_a_tool_is_known(tool: str, tmp_path: Path) -> None:
+    """A value that no rule can take as usual: what it becomes is told, or why it becomes nothing."""
+    from dora_vl.errors import UserError
+    from dora_vl.translation.rules import Asked
+    from dora_vl.translation.whose_file import TOOLS
+
+    unknown = []
+    for name in PEERS[tool]:
+        settings = {**TOOLS[tool].defaults, name: 7}
+        rule = TOOLS[tool].table.get(name, TOOLS[tool].otherwise)
+        try:
+            found = rule(Asked(key=name, value=7, settings=settings, method="dora", file=tmp_path / "a.yaml"))
+        except UserError:  # 7 is no value of it, so the rule has read it
+            continue
+        assert found.settings or found.note, name
+        unknown += [name] if "known here" in found.note else []
+    assert unknown == []
