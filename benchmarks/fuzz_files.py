@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(outcomes[0].said)
         else:
             started = time.perf_counter()
-            outcomes = list(outcomes_of(targets, Path(scratch), options))
+            run = partial(run_case, targets, Path(scratch), options.seed)
+            outcomes = list(outcomes_of(run, options.count, options.processes))
             figures = summary(outcomes, seed=options.seed, seconds=time.perf_counter() - started)
             if options.json is not None:
                 from benchmarks.report import write_json  # needs torch, which the cases do not
@@ -96,21 +97,20 @@ def targets_of(what: Iterable[str], scratch: Path) -> list[Target]:
     return targets
 
 
-def outcomes_of(targets: Sequence[Target], scratch: Path, options: argparse.Namespace) -> Iterator[Outcome]:
-    """Every case in order, in this process or in several."""
-    chunks = [range(start, min(start + A_CHUNK, options.count + 1)) for start in range(1, options.count + 1, A_CHUNK)]
-    run = partial(_run_chunk, targets, scratch, options.seed)
-    if options.processes == 1:
+def outcomes_of(run: Callable[[int], Outcome], count: int, processes: int) -> Iterator[Outcome]:
+    """Every case in order, from 1, in this process or in several."""
+    chunks = [range(start, min(start + A_CHUNK, count + 1)) for start in range(1, count + 1, A_CHUNK)]
+    if processes == 1:
         for chunk in chunks:
-            yield from run(chunk)
+            yield from map(run, chunk)
         return
-    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        for outcomes in pool.map(run, chunks):
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for outcomes in pool.map(partial(_run_chunk, run), chunks):
             yield from outcomes
 
 
-def _run_chunk(targets: Sequence[Target], scratch: Path, seed: int, numbers: Iterable[int]) -> list[Outcome]:
-    return [run_case(targets, scratch, seed, number) for number in numbers]
+def _run_chunk(run: Callable[[int], Outcome], numbers: Iterable[int]) -> list[Outcome]:
+    return [run(number) for number in numbers]
 
 
 def summary(outcomes: Sequence[Outcome], *, seed: int, seconds: float) -> dict[str, Any]:

@@ -34,13 +34,14 @@ from torch import Tensor
 from dora_vl.data.bad_samples import BadSampleLedger, write_skipped
 from dora_vl.data.examples import Clip, iterate_examples
 from dora_vl.data.feature_input import clip_of_features, in_words
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.data.media_limits import VIDEO_SECONDS
+from dora_vl.errors import UserError, exit_on_user_error, one_line, shown_text
 from dora_vl.vision.compute_features import Media, Medium, computed
 from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
 from dora_vl.vision.feature_files import open_shards
 from dora_vl.vision.features import HASH, FeatureWriter
 from dora_vl.vision.tower_sources import TowerSpec
-from dora_vl.vision.video import LIMIT_SECONDS, VideoReader
+from dora_vl.vision.video import VideoReader
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 VIDEOS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".flv"})
@@ -211,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
     add("--frames", type=int, help="so many frames of a video, evenly")
     add("--batch-size", type=int, default=64, help="pictures or frames a forward pass at most")
     add("--workers", type=int, default=1, help="processes that read files")
-    add("--limit-seconds", type=float, default=LIMIT_SECONDS, help="longest time for one video")
+    add("--limit-seconds", type=float, default=VIDEO_SECONDS, help="longest time for one video")
     add("--max-bad-share", type=float, default=0.05, help="more unreadable files than this share end the run")
     environment = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's; LOCAL_RANK says the same
@@ -232,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     counts = ledger.counts
     print(f"{options.to}: features of {counts.seen - counts.bad:,} more files, {counts.bad:,} left out")
     for name, reason in list(ledger.reasons.items())[:5]:
-        print(f"  {name}: {reason}")
+        print(f"  {shown_text(name, 120)}: {one_line(reason)}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ LONGEST_MESSAGE = 490
 LONGEST_QUOTED = 60
 LONGEST_NAME, NAMED = 24, 8
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Controls, and halves of surrogate pairs, which no terminal's or file's encoding takes."""
+_UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls, those that turn the direction of writing among them, and halves of surrogate pairs, which no terminal's or
+file's encoding takes."""
 
 DECODING_ERRORS = (
     OSError,

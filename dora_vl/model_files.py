@@ -8,11 +8,14 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, one_line
 
 PREFERRED = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 """The one weights file of a folder; with `.index.json` behind the name, what lists the shards."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+NO_OWN_CODE = {"trust_remote_code": False}
+"""For every `from_pretrained` of transformers' Auto classes: it then asks nobody whether to run a model's code."""
+BRINGS_CODE = "it brings code of its own (auto_map), which is never run here; take a model that transformers itself has"
 LENGTH_BYTES = 8
 """A safetensors file begins with its header's length, little-endian."""
 ZIP_START = b"PK"
@@ -32,6 +35,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             return _shards(folder / f"{name}.index.json")
     kinds = ([path for path in sorted(folder.iterdir()) if path.suffix == suffix] for suffix in WEIGHT_SUFFIXES)
     return tuple(next((found for found in kinds if found), []))
+
+
+def why_not_read(error: Exception, most: int = 300) -> str:
+    """What transformers' error says, on one line; in our words where it wants to run a model's own code."""
+    return BRINGS_CODE if "trust_remote_code" in str(error) else one_line(str(error), most)
 
 
 def check_model_folder(folder_or_id: str | Path) -> None:

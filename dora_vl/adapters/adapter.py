@@ -29,7 +29,7 @@ from dora_vl.adapters.folder import (
     refuse_to_replace_adapter,
 )
 from dora_vl.adapters.peft_config import rank_of, scale_of
-from dora_vl.adapters.settings import check_peft_fields
+from dora_vl.adapters.settings import check_peft_fields, refuse_contradiction
 from dora_vl.adapters.tensor_files import read_tensors
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.errors import UserError
@@ -226,6 +226,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         weights = source / PICKLED_WEIGHTS_FILE
     tensors = read_tensors(weights)
     recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
+    refuse_contradiction(str(source), config, recipe.get("adapter", {}))
     adapter = Adapter(tensors, config, recipe, str(source))
     refuse_not_finite(tensors, str(weights))
     if not adapter.matrix_factors and not adapter.experts and not adapter.extras:

@@ -33,6 +33,7 @@ from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.opaque import loose_tensors
 from dora_vl.core.precision import Gather, no_gather
 from dora_vl.core.trainable import adapted_layers, is_adapted, kept_rows, kept_tensors, trained_parts
+from dora_vl.data.regular_file import NoRegularFile, open_regular
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_whole
 
@@ -247,7 +248,10 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing or is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = json.loads(file.read().decode("utf-8"))
+    except NoRegularFile as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; an adapter folder holds it beside {WEIGHTS_FILE}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

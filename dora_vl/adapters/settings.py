@@ -7,6 +7,7 @@ modules, dilated convolutions), `peft_type` is one that PEFT does not know, so t
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,12 +18,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_vl.adapters.agreement import LEAVES, layers_beyond_peft
-from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRAConfig
+from dora_vl.core.config import MAIN_PART, METHODS, AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.core.experts import ExpertsProjection
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.trainable import adapted_layers, kept_tensors, trained_parts
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ def read_config(
         UserError: the configuration asks for a computation that is not ours, or contradicts the tensors.
     """
     check_peft_fields(source, peft)
+    refuse_contradiction(source, peft, own)
     owners = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] in LEAVES}
     extras = [name for name in named if name.rpartition(".")[2] not in LEAVES]
     kept = tuple(own.get("kept", ()))
@@ -231,6 +233,49 @@ def read_config(
         also_keep=tuple(name for name in kept if not name.startswith(f"{SHARED_NAME}.")),
         **stated,
     )
+
+
+def refuse_contradiction(source: str, peft: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuses a folder whose two files say another rank, scale or method: one of them was changed by hand.
+
+    Args:
+        peft: `adapter_config.json`.
+        own: what `recipe.json` says under `adapter`; empty for a folder that was not made here.
+
+    Raises:
+        UserError: an unknown method, or a value that differs; it names both.
+    """
+    if not own:
+        return
+    method = own.get("method")
+    if method is not None and method not in METHODS:
+        raise UserError(f"{source}: method in recipe.json is {shown(method)}; there are {', '.join(METHODS)}")
+    copies = 2 if own.get("init") == "pissa" else 1  # the file has A and B beside their start
+    linear = own.get("rank_scaling", "linear") == "linear"
+    meant = {
+        "use_dora": None if method is None else method == "dora",
+        "use_rslora": None if "rank_scaling" not in own else not linear,
+        "r": _times(own.get("rank"), copies),
+        "lora_alpha": _times(own.get("alpha"), copies if linear else copies**0.5),
+    }
+    for name, value in meant.items():
+        if value is None or name not in peft or _agrees(name, value, peft):
+            continue
+        raise UserError(
+            f"{source}: {name} is {shown(peft[name])} in adapter_config.json, and recipe.json means {shown(value)}; "
+            "one of them was changed: take the folder as it was written, or remove recipe.json to load it as PEFT would"
+        )
+
+
+def _times(value: object, factor: int | float) -> int | float | None:
+    return value * factor if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _agrees(name: str, value: int | float, peft: Mapping[str, Any]) -> bool:
+    """Whether PEFT's field says the value: for all layers, or, where they differ, for some, whose names list it."""
+    pattern = peft.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}.get(name, ""))
+    said = [peft[name], *(pattern.values() if isinstance(pattern, Mapping) else ())]
+    return any(isinstance(one, int | float) and math.isclose(one, value) for one in said)
 
 
 def _from_json(value: Any) -> Any:

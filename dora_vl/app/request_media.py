@@ -16,16 +16,13 @@ from PIL import Image
 from dora_vl.app.chat_request import Message, TextPart, VideoPart
 from dora_vl.app.remote_media import FetchLimits, NotFetched, fetch
 from dora_vl.backbones.video_inputs import Video
-from dora_vl.data.media import decode_image
+from dora_vl.data.picture_decoding import NOT_DECODED, NoPicture, decode_image, opened_picture
 from dora_vl.data.readers.messages import ROLES
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn, placeholder_first
-from dora_vl.errors import DECODING_ERRORS, BadSample, UserError, shown
+from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.run.samples import VideoReading
 from dora_vl.vision.frame_sampling import Uniform
 from dora_vl.vision.video import VideoReader
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Of pictures; Pillow knows formats that run other programs."""
 
 
 class TooLarge(UserError):
@@ -138,11 +135,12 @@ class RequestMedia:
             TooLarge: it has too many pixels.
         """
         try:
-            with Image.open(BytesIO(content), formats=FORMATS) as image:
+            with opened_picture(BytesIO(content)) as image:
                 width, height = image.size
-        except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
-            known = ", ".join(FORMATS)
-            raise BadRequest(where, f"no picture of {known}: {type(error).__name__}") from None
+        except NoPicture as error:
+            raise BadRequest(where, f"it {error}") from None
+        except NOT_DECODED as error:
+            raise BadRequest(where, f"it cannot be read: {type(error).__name__}") from None
         if width * height > self.limits.picture_pixels:
             most = self.limits.picture_pixels
             raise TooLarge(f"{where}: a picture of {width} x {height} pixels; {most:,} are allowed here")

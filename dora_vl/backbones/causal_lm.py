@@ -28,7 +28,7 @@ from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.backbones.specs import LanguageSource as LanguageSource
 from dora_vl.backbones.written_base import written_base
 from dora_vl.errors import UserError
-from dora_vl.model_files import check_model_folder
+from dora_vl.model_files import NO_OWN_CODE, check_model_folder, why_not_read
 
 log = logging.getLogger(__name__)
 
@@ -149,10 +149,13 @@ def load_causal_lm(
             attn_implementation=attn_implementation,
             revision=revision or "main",
             output_loading_info=True,
+            **NO_OWN_CODE,
             **quantised.options,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.base {folder_or_id!r} cannot be opened as a causal language model: {error}") from error
+        raise UserError(
+            f"model.base {folder_or_id!r} cannot be opened as a causal language model: {why_not_read(error)}"
+        ) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(

@@ -11,12 +11,14 @@ from types import MappingProxyType
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 from dora_vl.errors import UserError, one_line
+from dora_vl.model_files import BRINGS_CODE
 
 LLAVA = "llava"
 """Has its own path: LLaVA-1.5's wording, its padding of pictures, its masks, stored features."""
@@ -127,6 +129,8 @@ def model_type_of(base: str, revision: str | None = None) -> str:
     stated = found.get("model_type")
     if not isinstance(stated, str) or not stated:
         raise UserError(f"model.base {base!r}: its config.json states no model_type; is it a model's folder?")
+    if found.get("auto_map") and stated not in CONFIG_MAPPING_NAMES:
+        raise UserError(f"model.base {base!r} is a {stated!r}: {BRINGS_CODE}")
     return stated
 
 

@@ -24,8 +24,8 @@ from dora_vl.core import DoRAConfig
 from dora_vl.core.kinds import adaptable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.opaque import is_quantised
-from dora_vl.errors import UserError, one_line
-from dora_vl.model_files import check_model_folder
+from dora_vl.errors import UserError
+from dora_vl.model_files import NO_OWN_CODE, check_model_folder, why_not_read
 
 
 class ImageTextBackbone(Backbone[PreTrainedModel]):
@@ -203,10 +203,11 @@ def load_image_text(
             attn_implementation=attn_implementation,
             revision=revision or "main",
             output_loading_info=True,
+            **NO_OWN_CODE,
             **quantised.options,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.base {folder_or_id!r} cannot be opened: {one_line(str(error), 300)}") from error
+        raise UserError(f"model.base {folder_or_id!r} cannot be opened: {why_not_read(error)}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(
@@ -227,7 +228,7 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
     turned = TURNED_UNDER_ZERO3.get(model_type_of(folder_or_id, revision), {})
     if not turned:
         return
-    text = AutoConfig.from_pretrained(folder_or_id, revision=revision or "main").get_text_config()
+    text = AutoConfig.from_pretrained(folder_or_id, revision=revision or "main", **NO_OWN_CODE).get_text_config()
     own = {end: tuple(getattr(text, name) for name in names) for end, names in turned.items()}
     with BaseWeights(local_folder(folder_or_id, revision)) as weights:
         stored = [(key, shape) for key, _, shape, _ in weights.stored]
@@ -241,7 +242,7 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
 
 def skeleton_of(folder_or_id: str, *, revision: str | None = None) -> PreTrainedModel:
     """The model of a folder or hub id with nothing in its weights: on the meta device, made from its config alone."""
-    config = AutoConfig.from_pretrained(folder_or_id, revision=revision or "main")
     auto: Any = AutoModelForImageTextToText if sees_pictures(folder_or_id, revision) else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(folder_or_id, revision=revision or "main", **NO_OWN_CODE)
     with torch.device("meta"):
         return auto.from_config(config)

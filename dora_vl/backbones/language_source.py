@@ -25,7 +25,7 @@ from transformers.utils.import_utils import is_protobuf_available, is_sentencepi
 
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
-from dora_vl.model_files import check_model_folder
+from dora_vl.model_files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, why_not_read
 
 SPACE_MARK = "▁"
 NEEDED = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
@@ -138,14 +138,16 @@ def load_tokenizer(
     """
     try:
         if gguf_file is not None:
-            return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+            return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, **NO_OWN_CODE)
         if _file(folder, "tokenizer.json", revision):
             return PreTrainedTokenizerFast.from_pretrained(folder, revision=revision or "main")
         model = _file(folder, "tokenizer.model", revision)
         sentencepiece = model is not None and is_sentencepiece(model)
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision or "main", **NO_OWN_CODE)
     except (OSError, ValueError, ImportError) as error:
-        reason = _without_tokenizer(folder) or " ".join(str(error).split())[:300]
+        reason = why_not_read(error)
+        if reason != BRINGS_CODE:
+            reason = _without_tokenizer(folder) or reason
         raise UserError(f"no tokenizer could be read from {folder!r}: {reason}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where it finds no file
         raise UserError(f"no tokenizer could be read from {folder!r}: {_without_tokenizer(folder)}")
@@ -207,12 +209,12 @@ def read_language_model(
         if gguf_file is not None:
             # float32: what dequantising computes in. The caller's dtype follows below, rounded once.
             model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=gguf_file, dtype=torch.float32, **_dequantised()
+                folder, gguf_file=gguf_file, dtype=torch.float32, **NO_OWN_CODE, **_dequantised()
             )
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **NO_OWN_CODE)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"no causal language model could be read from {folder!r}: {error}") from error
+        raise UserError(f"no causal language model could be read from {folder!r}: {why_not_read(error)}") from error
     # A GGUF model's config says it is quantised, though its weights no longer are.
     config = type(model.config).from_dict(
         {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}

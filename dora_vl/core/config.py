@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from dora_vl.errors import UserError
 
@@ -16,6 +16,7 @@ RankScaling = Literal["linear", "sqrt"]
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa"]
 LayerKind = Literal["linear", "embedding", "conv", "experts"]
 
+METHODS: tuple[Method, ...] = get_args(Method)
 Value = TypeVar("Value", int, float)
 
 

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, one_line, shown_text
 
 BAD_BEFORE_EARLY_END = 10
 TIMES_THE_SHARE = 10
+LONGEST_ID = 120
+"""Characters of an id in a line of the log."""
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class BadSampleLedger:
         for sample_id, reason in bad:
             if sample_id not in self._reasons:
                 self._reasons[sample_id] = reason
-                _log.warning("skipped sample %s: %s", sample_id, reason)
+                _log.warning("skipped sample %s: %s", shown_text(sample_id, LONGEST_ID), one_line(reason))
 
     def judge(self, counts: BadSampleCounts | None = None) -> None:
         """Ends the run if too many samples are bad; give all ranks' sum, so that all end at the same step.
@@ -97,7 +99,7 @@ class BadSampleLedger:
         return bad >= BAD_BEFORE_EARLY_END and bad > limit * seen
 
     def _message(self, seen: int, bad: int) -> str:
-        example = next((f"; for example {key}: {reason}" for key, reason in self._reasons.items()), "")
+        example = next((f"; for example {shown_text(key)}: {reason}" for key, reason in self._reasons.items()), "")
         return (
             f"{self._source}: {bad:,} of the {seen:,} samples read so far ({bad / seen:.2%}) cannot be used, and of all"
             f" {self._total_samples:,} at most {self._max_bad_share:.2%} may be bad{example}."

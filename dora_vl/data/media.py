@@ -8,16 +8,15 @@ import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from PIL import ExifTags, Image
-
-from dora_vl.errors import DECODING_ERRORS, ON_THE_WEB, BadSample, shown
+from dora_vl.data.picture_decoding import decode_image, in_one_line
+from dora_vl.errors import ON_THE_WEB, BadSample, shown
 
 if TYPE_CHECKING:
     import datasets
+    from PIL import Image
 
 
 def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Image.Image:
@@ -27,7 +26,7 @@ def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Imag
     (`convert("RGB")` in c121f04, `llava/train/train.py`): it reads a phone's photograph sideways, and shows whatever
     colour is stored below transparency. Every other
     picture has the same pixels there and here, but for 16-bit grey, which is scaled to 8 bits (Pillow's `convert`
-    clips it to white).
+    clips it to white), and those with a side of more than `media_limits.PICTURE_SIDE` pixels, which are shrunk to it.
 
     Args:
         root: the folder that holds all pictures.
@@ -39,22 +38,6 @@ def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Imag
             path, because a picture does not know its sample.
     """
     return decode_image(path_inside(root, relative, follow_links=follow_links), relative, str(root))
-
-
-def decode_image(source: Path | BytesIO, name: str, where: str) -> Image.Image:
-    """A picture from a file or from memory; `name` and `where` are what the messages say. See `open_image`.
-
-    Raises:
-        BadSample: nothing is there, or it cannot be decoded.
-    """
-    try:
-        with Image.open(source) as image:
-            image.load()
-            return _plain_rgb(_upright(image))
-    except FileNotFoundError:
-        raise BadSample(name, f"picture {name} is missing in {where}") from None
-    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
-        raise BadSample(name, f"picture {name} in {where} cannot be decoded: {_one_line(error)}") from None
 
 
 def path_inside(root: Path, relative: str, *, follow_links: bool = False, kind: str = "picture") -> Path:
@@ -74,8 +57,8 @@ def path_inside(root: Path, relative: str, *, follow_links: bool = False, kind: 
         return path
     try:
         real, real_root = path.resolve(), root.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle, or a name too long
-        raise BadSample(relative, f"{kind} path {relative!r} cannot be followed: {_one_line(error)}") from None
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name too long, or of no encoding
+        raise BadSample(relative, f"{kind} path {relative!r} cannot be followed: {in_one_line(error)}") from None
     if not real.is_relative_to(real_root):
         raise BadSample(relative, f"{kind} {relative} is a link that leads out of {root}, to {real}")
     return path
@@ -95,50 +78,6 @@ def any_is_there(names: Iterable[str], root: Path) -> bool:
 def _is_below(root: Path, path: Path) -> bool:
     """By their names alone; where links lead is seen afterwards."""
     return path.is_relative_to(root.absolute()) or path.is_relative_to(root.resolve())
-
-
-_TURNS: Mapping[object, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF's orientation -> what turns the stored pixels upright; 1, and whatever else stands there, turns nothing."""
-_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
-READING = "upright, transparency on white"
-"""How files become pixels; features that were computed when this said something else are computed again."""
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except DECODING_ERRORS:  # damaged notes beside whole pixels
-        return image
-    return image if turn is None else image.transpose(turn)
-
-
-def _plain_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        if _brightest(image) > 255:
-            image = image.point(lambda value: value / 256).convert("L")
-    elif image.mode in _WITH_ALPHA or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-    image.info.pop("transparency", None)
-    return image.convert("RGB")
-
-
-def _brightest(image: Image.Image) -> float:
-    _, brightest = image.getextrema()
-    return float(brightest) if isinstance(brightest, int | float) else 0.0
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @runtime_checkable

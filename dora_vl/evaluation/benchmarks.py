@@ -22,7 +22,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from dora_vl.data.text_file import text_lines
+from dora_vl.data.text_file import refuse_expansion, text_lines
 from dora_vl.errors import UserError, one_line, shown
 from dora_vl.scores import (
     caption,
@@ -183,6 +183,7 @@ def _mapping(path: Path) -> Mapping[Any, Any]:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise UserError(f"{path}: not YAML ({one_line(str(error), 200)})") from None
+    refuse_expansion(content, f"{path}")
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: must hold settings such as `name: receipts`, found {shown(content)}")
     return content

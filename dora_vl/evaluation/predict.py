@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dora_vl.data.dataset import Sample, Skipped
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, one_line, shown_text
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.prompt_inputs import Prompts
 from dora_vl.evaluation.questions import Question
@@ -183,7 +183,7 @@ def note_failures(skipped: Sequence[Skipped], failed: dict[str, str]) -> None:
     for item in skipped:
         failed[item.id] = item.reason
         if len(failed) <= WARNED_FAILURES:
-            log.warning("question %s could not be asked: %s", item.id, item.reason)
+            log.warning("question %s could not be asked: %s", shown_text(item.id), one_line(item.reason))
 
 
 def prediction_of(question: Question, answer: str) -> Prediction:

@@ -21,7 +21,7 @@ from dora_vl.data.dataset import IGNORED_LABEL, Skipped
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.examples import Example, whole_file
 from dora_vl.data.feature_input import FeatureReader
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, one_line, shown_text
 from dora_vl.evaluation.asker import Asked
 from dora_vl.evaluation.seq2seq_pictures import Shown, draw
 from dora_vl.heads.choice import likeliest, says_true
@@ -196,7 +196,13 @@ def answer(
             progress.update(len(rows))
     if done.cut:
         name, tokens = next(iter(done.cut.items()))
-        log.warning("%s: %d texts were cut, such as that of %s by %d tokens", subtask.name, len(done.cut), name, tokens)
+        log.warning(
+            "%s: %d texts were cut, such as that of %s by %d tokens",
+            subtask.name,
+            len(done.cut),
+            shown_text(name),
+            tokens,
+        )
     return examples, done
 
 
@@ -245,7 +251,7 @@ def has_answers(examples: Sequence[Example]) -> bool:
 def _tell_failed(subtask: Subtask, failed: Mapping[str, str], metrics_file: Path) -> None:
     """Names what could not be asked; it counts as wrong."""
     for name, reason in list(failed.items())[:FAILED_SHOWN]:
-        log.warning("%s: %s could not be asked: %s", subtask.name, name, reason)
+        log.warning("%s: %s could not be asked: %s", subtask.name, shown_text(name), one_line(reason))
     if len(failed) > FAILED_SHOWN:
         log.warning("%s: %d could not be asked; %s names all", subtask.name, len(failed), metrics_file)
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_parsing_settings
 from yaml import YAMLError
 
+from dora_vl.data.text_file import refuse_expansion
 from dora_vl.errors import UserError, one_line, shown, shown_text
 from dora_vl.run.other_tools import NAMES, refuse_other_tools
 from dora_vl.run.recipe import RunConfig
@@ -102,6 +103,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: no YAML: {said}; indent with spaces alone") from None
     except (OSError, ValueError):
         return {}
+    except RecursionError:
+        raise UserError(f"{path}: no YAML that can be read: it is nested too deeply") from None
+    refuse_expansion(content, f"{path}")
     return content if isinstance(content, Mapping) else {}
 
 

@@ -10,13 +10,14 @@ from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from tqdm import tqdm
 
+from dora_vl.data.picture_decoding import NOT_DECODED, opened_picture
 from dora_vl.data.readers.containers import find_files
 from dora_vl.data.sample_rows import format_of, read_row, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip, Conversation, as_conversation
-from dora_vl.errors import DECODING_ERRORS, BadSample, UserError, shown_text
+from dora_vl.errors import BadSample, UserError, shown_text
 from dora_vl.setup.questions_file import MOST_NAMES, picture_files, root_of_pictures
 from dora_vl.sources.check_command import table
 from dora_vl.sources.check_media import MediaCheck
@@ -76,12 +77,12 @@ class Pictures:
         path = self.root / name
         self.keys[name] = _content_key(path)
         try:
-            with Image.open(path) as image:
+            with opened_picture(path) as image:
                 self.formats[image.format or "unknown"] += 1
                 self.sizes.append(image.size)
                 self.turned += image.getexif().get(ExifTags.Base.Orientation, 1) != 1
                 self.transparent += image.has_transparency_data
-        except DECODING_ERRORS:  # a video, or notes beside the pixels that are damaged
+        except NOT_DECODED:  # a video, or notes beside the pixels that are damaged
             self.formats[path.suffix.lstrip(".").upper() or "other"] += 1
 
 

@@ -112,9 +112,11 @@ def table(found: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
     rows = [("file", "problem", "samples", "ids", "for example")]
     for path, finding in sorted(found, key=lambda pair: (str(pair[0]), -pair[1].count)):
         more = ", ..." if finding.count > len(finding.ids) else ""
-        ids = ", ".join(finding.ids) + more
-        shown = str(Path(path.parent.name, path.name))  # its name alone in the current folder
-        rows.append((shown, finding.problem, f"{finding.count:,}", ids, shown_text(finding.example, 100)))
+        ids = ", ".join(shown_text(one) for one in finding.ids) + more
+        shown = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
+        rows.append(
+            (shown, shown_text(finding.problem, 120), f"{finding.count:,}", ids, shown_text(finding.example, 100))
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]

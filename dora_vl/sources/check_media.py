@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
-from dora_vl.errors import DECODING_ERRORS
+from dora_vl.data.regular_file import NoRegularFile, refuse_no_file
 
-VIDEO_ENDINGS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v"})
+VIDEO_ENDINGS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".flv"})
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
 """How whole files of a kind end, within their last bytes: a quick look that needs no decoding."""
 TRUNCATED, BROKEN = "truncated media", "broken media"
@@ -65,15 +64,19 @@ class MediaCheck:
             return Trouble("path leaves the folder", "paths must be relative to the media folder")
         path = self._root / parts
         try:
-            size = path.stat().st_size if path.is_file() else None
+            found = path.stat()
+            refuse_no_file(found.st_mode)
+        except FileNotFoundError:
+            return Trouble("missing media", f"not in {self._root}")
+        except NoRegularFile as error:
+            return Trouble("no file", str(error))
         except OSError as error:
             return Trouble("missing media", str(error.strerror))
-        if size is None:
-            return Trouble("missing media", f"not in {self._root}")
+        size = found.st_size
         if size == 0:
             return Trouble("zero-byte media", "0 bytes")
         if video or path.suffix.lower() in VIDEO_ENDINGS:
-            return video_trouble(path, size)
+            return video_trouble(path)
         quick = quick_trouble(path, size)
         if self._decode and (quick is None or quick.kind == BROKEN):  # a format unknown here may be one to Pillow
             return decoding_trouble(path)
@@ -104,42 +107,31 @@ def ends_trouble(beginning: bytes, last: bytes, size: int) -> Trouble | None:
 
 
 def decoding_trouble(path: Path | BytesIO) -> Trouble | None:
-    """Decodes a picture whole, from a file or from memory."""
-    from PIL import Image
+    """Decodes a picture whole, from a file or from memory, within the limits of training."""
+    from dora_vl.data.picture_decoding import NOT_DECODED, NoPicture, opened_picture
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with opened_picture(path) as image:
                 image.load()
-    except (*DECODING_ERRORS, Image.DecompressionBombError) as error:
+    except NoPicture as error:
+        return Trouble(BROKEN, str(error))
+    except NOT_DECODED as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         kind = TRUNCATED if "truncated" in reason else BROKEN
         return Trouble(kind, reason)
     return None
 
 
-def video_trouble(path: Path, size: int) -> Trouble | None:
-    """Walks an MP4's boxes, which say their sizes; other containers are looked at by their first bytes."""
-    with path.open("rb") as file:
-        beginning = file.read(16)
-        if beginning.startswith(b"\x1aE\xdf\xa3") or beginning.startswith(b"RIFF"):
-            return None
-        if beginning[4:8] not in {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"}:
-            return Trouble(BROKEN, f"begins with {beginning[:8]!r}, which is no known video format")
-        names, place = set[bytes](), 0
-        while place < size:
-            file.seek(place)
-            header = file.read(16)
-            if len(header) < 8:
-                return Trouble(TRUNCATED, f"{size:,} bytes, the last box is cut")
-            length, name = struct.unpack(">I4s", header[:8])
-            if length == 1 and len(header) == 16:
-                length = struct.unpack(">Q", header[8:])[0]
-            elif length == 0:
-                length = size - place
-            if length < 8 or place + length > size:
-                return Trouble(TRUNCATED, f"box {name!r} wants {length:,} bytes, {size - place:,} are left")
-            names.add(name)
-            place += length
-    return None if b"moov" in names else Trouble(TRUNCATED, "it has no index (moov box)")
+def video_trouble(path: Path) -> Trouble | None:
+    """Compares the lengths that a video's container states with the file's."""
+    from dora_vl.vision.video_containers import NotWhole, NoVideoFormat, check_whole_video
+
+    try:
+        check_whole_video(path)
+    except NotWhole as error:
+        return Trouble(TRUNCATED, str(error))
+    except NoVideoFormat as error:
+        return Trouble(BROKEN, str(error))
+    return None

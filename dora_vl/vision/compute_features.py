@@ -152,7 +152,11 @@ class FeatureCache:
         root: Path,
         held: HeldPictures | None = None,
     ) -> None:
-        settings = {**tower.tower_settings, "preparation": preparation.fingerprint()}
+        settings = {
+            **tower.tower_settings,
+            "preparation": preparation.fingerprint(),
+            "pictures": str(root.resolve()),  # another folder may have pictures of the same names, sizes and times
+        }
         self._settings = {**settings, HASH: store_key(tower.tower, settings)}
         self._tower, self._preparation, self._root, self._held = tower, preparation, root, held
         self.folder = cache / self._settings[HASH]
@@ -167,6 +171,8 @@ class FeatureCache:
         self, pictures: Iterable[str], *, batch_size: int = 32, workers: int = 0, part: tuple[int, int] = (0, 1)
     ) -> None:
         """Computes what the store lacks of these pictures, and those whose file has changed since; may be resumed.
+
+        Those that could not be read are tried again: a file may be mended, or a disk have come back.
 
         Args:
             pictures: their paths.
@@ -192,7 +198,9 @@ class FeatureCache:
                 writer.add(row)
 
     def _is_current(self, picture: str) -> bool:
-        return picture in self._rows and self._rows[picture].state == file_state(self._root, picture)
+        """Whether it need not be computed; what could not be read is tried again by every run that comes."""
+        row = self._rows.get(picture)
+        return row is not None and not row.broken and row.state == file_state(self._root, picture)
 
     def _encode(self, pixels: list[Tensor]) -> Tensor:
         return self._tower.picture_features(torch.cat(pixels)).cpu()

@@ -212,7 +212,14 @@ def shard_rows(folder: Path) -> dict[str, ShardRow]:
 
 def _read_index(path: Path) -> tuple[int, list[ShardRow]]:
     """When a shard was written, and what is in it."""
-    check_whole(path)
+    try:
+        check_whole(path)
+    except UserError as error:
+        said = str(error).removesuffix("; copy or fetch it again")
+        raise UserError(
+            f"{said}; it is a cache of features: delete this file, and what it held is computed anew by the next run, "
+            "or by python -m data_prep.features with the same options"
+        ) from None
     try:
         with safe_open(path, framework="pt") as opened:
             shape = opened.get_slice(FEATURES).get_shape()
@@ -225,8 +232,8 @@ def _read_index(path: Path) -> tuple[int, list[ShardRow]]:
         return int(index["written"]), [_shard_row(row, shard, shape[-1]) for row in index["rows"]]
     except (SafetensorError, ValueError, TypeError, KeyError, IndexError) as error:
         raise UserError(
-            f"{path} holds no features that can be read ({type(error).__name__}: {error}); copy it again, or delete it "
-            "and compute them again"
+            f"{path} holds no features that can be read ({type(error).__name__}: {error}); it is a cache: delete this "
+            "file, and what it held is computed anew by the next run, or by python -m data_prep.features"
         ) from error
 
 

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxtyping import Float
-from PIL.Image import Image, Resampling
+from PIL.Image import Image, Resampling, new
 from torch import Tensor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from dora_vl.data.media import READING
+from dora_vl.data.picture_decoding import READING
 from dora_vl.errors import UserError
 
 Aspect = Literal["pad", "square", "squash"]
+PADDED_SIDE = 4_096
+"""Of the square up to which a picture is padded as a whole, as published; beyond, row by row, to the same pixels."""
+ROWS = 256
+"""How many are padded at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +83,28 @@ class ImagePreparation:
 
     def prepare(self, picture: Image) -> Float[Tensor, "3 height width"]:
         """Normalised pixels of one RGB picture."""
+        if self.aspect == "pad" and max(picture.size) > PADDED_SIDE:
+            picture = self._padded_by_rows(picture)
         pixels = self._processor(images=picture, return_tensors="pt")["pixel_values"]
         return pixels[0]
+
+    def _padded_by_rows(self, picture: Image) -> Image:
+        """The padded square at its final size, without ever holding the square, which has gigabytes for long pictures.
+
+        Pillow resizes rows first, each by itself, and rounds them to 8 bits before the columns; so does this, and
+        rows that are padding alone keep their colour.
+        """
+        side, colour = self.preparation.image_size, tuple(int(value * 255) for value in self.preparation.mean)
+        resample = Resampling[self.preparation.interpolation.upper()]
+        length = max(picture.size)
+        left, top = ((length - own) // 2 for own in picture.size)
+        narrow = new("RGB", (side, length), colour)
+        for start in range(0, picture.height, ROWS):
+            rows = picture.crop((0, start, picture.width, min(start + ROWS, picture.height)))
+            padded = new("RGB", (length, rows.height), colour)
+            padded.paste(rows, (left, 0))
+            narrow.paste(padded.resize((side, rows.height), resample), (0, top + start))
+        return narrow.resize((side, side), resample)
 
     def fingerprint(self) -> str:
         """A hash of everything that changes the pixels."""

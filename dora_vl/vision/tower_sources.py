@@ -17,7 +17,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dora_vl.errors import UserError
-from dora_vl.model_files import check_model_folder
+from dora_vl.model_files import NO_OWN_CODE, check_model_folder, why_not_read
 from dora_vl.vision.images import Preparation
 from dora_vl.vision.tower_config import GridTowerConfig, Layout
 from dora_vl.vision.tower_spec import PRETRAINED, RANDOM
@@ -146,7 +146,7 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     """A transformers vision model, cut out of a two-tower model where the folder holds one."""
     check_model_folder(spec.name)
     try:
-        whole = AutoConfig.from_pretrained(spec.name)
+        whole = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
         vision: PreTrainedConfig = whole.vision_config if "vision_config" in whole.sub_configs else whole
         network_class: Any = MODEL_MAPPING[type(vision)]
         if spec.weights == PRETRAINED:
@@ -154,7 +154,9 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
         else:
             network, report = network_class(vision), {"missing_keys": []}
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"transformers could not load a vision model from {spec.name!r}: {error}") from error
+        raise UserError(
+            f"transformers could not load a vision model from {spec.name!r}: {why_not_read(error)}"
+        ) from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{spec.name}: {len(missing)} vision weights are missing, first {missing[:3]}")
     load_from_file(network, spec)
@@ -186,9 +188,11 @@ def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Prepa
     if spec.image_mean is not None and spec.image_std is not None:
         return Preparation(image_size=size, mean=spec.image_mean, std=spec.image_std)
     try:
-        processor = AutoImageProcessor.from_pretrained(spec.name, backend="pil").to_dict()
+        processor = AutoImageProcessor.from_pretrained(spec.name, backend="pil", **NO_OWN_CODE).to_dict()
     except (OSError, ValueError) as error:
-        raise UserError(f"{spec.name} has no picture preprocessor; set image_mean and image_std: {error}") from error
+        raise UserError(
+            f"{spec.name} has no picture preprocessor; set image_mean and image_std: {why_not_read(error)}"
+        ) from error
     return Preparation(
         image_size=size,
         mean=tuple(processor["image_mean"]),

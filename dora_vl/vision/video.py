@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from dora_vl.data.examples import Clip
+from dora_vl.data.media_limits import VIDEO_SECONDS
 from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.frame_sampling import Sampling
 from dora_vl.vision.video_backends import BACKENDS, BackendMissing, Unreadable
@@ -37,7 +38,6 @@ from dora_vl.vision.video_decoding import (
 
 log = logging.getLogger(__name__)
 
-LIMIT_SECONDS = 60.0
 START_SECONDS = 300.0  # for the process and its library: torch alone takes a minute on a busy machine
 
 
@@ -70,7 +70,7 @@ class VideoReader:
         limit_seconds: longest time for one file in one backend; then the process is killed and the file given up.
     """
 
-    def __init__(self, *, backends: Sequence[str] = tuple(BACKENDS), limit_seconds: float = LIMIT_SECONDS) -> None:
+    def __init__(self, *, backends: Sequence[str] = tuple(BACKENDS), limit_seconds: float = VIDEO_SECONDS) -> None:
         unknown = [name for name in backends if name not in BACKENDS]
         if unknown or not backends:
             raise UserError(f"video backends {list(backends)}: there are {', '.join(BACKENDS)}")

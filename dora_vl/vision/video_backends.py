@@ -18,6 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
+from dora_vl.data.media_limits import FRAME_PIXELS, VIDEO_FRAMES
+from dora_vl.vision.video_containers import container_of
+
 SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: |SingleStreamDecoder, \S+, ")  # where in its C++ a library gave up
 ROUNDING_SECONDS = 1e-4  # decord keeps times in single precision; the same frame must be found by all
 WHOLE_FROM_ITS_START = {4: b"ftyp", 0: b"\x1a\x45\xdf\xa3"}  # where MP4 and MOV, Matroska and WebM have their marks
@@ -29,6 +32,22 @@ class BackendMissing(Exception):
 
 class Unreadable(Exception):
     """The library cannot read this file."""
+
+
+class OverLimit(Exception):
+    """The file asks for more than `media_limits` allows, whichever library reads it."""
+
+
+def refuse_size(width: int, height: int) -> None:
+    """Raises `OverLimit` for frames that are too large."""
+    if width * height > FRAME_PIXELS:
+        raise OverLimit(f"has frames of {width:,} x {height:,} pixels; at most {FRAME_PIXELS:,} are read")
+
+
+def refuse_many(count: int) -> None:
+    """Raises `OverLimit` for too many frames."""
+    if count > VIDEO_FRAMES:
+        raise OverLimit(f"has more than {VIDEO_FRAMES:,} frames, and no video of so many is read")
 
 
 class OpenVideo(Protocol):
@@ -71,6 +90,7 @@ class DecordVideo:
         if not _is_whole_from_its_start(path):
             raise Unreadable("it is no MP4, MOV, Matroska or WebM, in which alone decord finds the first frame")
         self._open()
+        refuse_many(len(self._reader))
         with _named(*self._errors):
             times = self._reader.get_frame_timestamp(list(range(len(self._reader))))
         self._begins = [float(begin) for begin in times[:, 0] - times[0, 0]]
@@ -118,6 +138,8 @@ class TorchcodecVideo:
             self._first = float(stated.begin_stream_seconds)
             self.duration = float(stated.end_stream_seconds) - self._first
             self.count = len(self._decoder)
+        refuse_many(self.count)
+        refuse_size(int(stated.width or 0), int(stated.height or 0))
         if not self.count:
             raise Unreadable("it holds no frame")
 
@@ -160,24 +182,32 @@ class PyavVideo:
         self._av = _imported(LIBRARIES["pyav"])
         self._path = path
         self._open()
+        shown: list[tuple[int, int]] = []  # times and durations alone: the packets are the whole file
+        self._keys: list[int] = []
         with self._readable():
-            packets = [packet for packet in self._container.demux(self._stream) if packet.pts is not None]
-        shown = sorted((packet for packet in packets if not packet.is_discard), key=lambda packet: packet.pts)
+            for packet in self._container.demux(self._stream):
+                if packet.pts is not None and packet.is_keyframe:
+                    self._keys.append(packet.pts)
+                if packet.pts is not None and not packet.is_discard:
+                    shown.append((packet.pts, packet.duration or 0))
+                    refuse_many(len(shown))
         if not shown:
             raise Unreadable("it holds no frame")
-        self._pts = [packet.pts for packet in shown]
-        self._keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
+        shown.sort(key=lambda one: one[0])
+        self._keys.sort()
+        self._pts = [pts for pts, _ in shown]
         self._tick = float(self._stream.time_base)
         self._begins = [(pts - self._pts[0]) * self._tick for pts in self._pts]
         self.count = len(self._begins)
-        self.duration = _end_of(self._begins, stated=self._begins[-1] + (shown[-1].duration or 0) * self._tick)
+        self.duration = _end_of(self._begins, stated=self._begins[-1] + shown[-1][1] * self._tick)
 
     def _open(self) -> None:
         with self._readable():
-            self._container = self._av.open(self._path)
+            self._container = self._av.open(self._path, format=container_of(Path(self._path)))
             if not self._container.streams.video:
                 raise Unreadable("it has no video stream")
         self._stream = self._container.streams.video[0]
+        refuse_size(self._stream.codec_context.width, self._stream.codec_context.height)
         self._stream.thread_type = "NONE"  # FFmpeg's threads inside data workers are known to lock each other
 
     @contextmanager

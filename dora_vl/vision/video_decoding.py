@@ -15,9 +15,9 @@ from dora_vl.data.examples import Clip
 from dora_vl.data.media import path_inside
 from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.frame_sampling import Sampling, clip_span, moments
-from dora_vl.vision.video_backends import BackendMissing, Unreadable, open_video
+from dora_vl.vision.video_backends import BackendMissing, OverLimit, Unreadable, open_video, refuse_size
+from dora_vl.vision.video_containers import NotWhole, NoVideoFormat, check_whole_video
 
-MP4_BRANDS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 READY = "ready"
 """What a decoding process answers when it has its library, before the first frame."""
 Kept = TypeVar("Kept")
@@ -69,43 +69,23 @@ class Request:
 
 
 def clip_path(root: Path, clip: Clip) -> Path:
-    """The clip's file, inside `root`, there and not cut off.
+    """The clip's file, inside `root`, there, of a format that is read, and not cut off.
 
     Raises:
         BadSample: it is none of these.
     """
     path = path_inside(root, clip.path, kind="video")
-    if not path.is_file():
-        raise BadSample(clip.path, f"video {clip.path} is missing in {root}")
-    if not path.stat().st_size:
-        raise BadSample(clip.path, f"video {clip.path} is empty; copy it again")
-    check_not_cut(path, clip)
+    try:
+        check_whole_video(path)
+    except FileNotFoundError:
+        raise BadSample(clip.path, f"video {clip.path} is missing in {root}") from None
+    except NoVideoFormat as error:
+        raise BadSample(clip.path, f"video {clip.path} {error}") from None
+    except NotWhole as error:
+        raise BadSample(clip.path, f"video {clip.path} {error}; copy it again") from None
+    except OSError as error:
+        raise BadSample(clip.path, f"video {clip.path} cannot be read: {error.strerror or error}") from None
     return path
-
-
-def check_not_cut(path: Path, clip: Clip) -> None:
-    """Refuses an MP4 file that is shorter than its own boxes say; a decoder would show what there is of it.
-
-    Raises:
-        BadSample: the file ends early; it names both lengths.
-    """
-    size = path.stat().st_size
-    position = 0
-    with path.open("rb") as file:
-        while head := file.read(16):
-            if len(head) < 8 or (position == 0 and head[4:8] not in MP4_BRANDS):
-                return
-            length = int.from_bytes(head[:4], "big")
-            if length == 1 and len(head) == 16:
-                length = int.from_bytes(head[8:], "big")
-            if length < 8:  # 0 says "to the end of the file"; less than a head is no box
-                return
-            position += length
-            if position > size:
-                raise BadSample(
-                    clip.path, f"video {clip.path} is cut off: it has {size:,} of {position:,} bytes; copy it again"
-                )
-            file.seek(position)
 
 
 def decode(request: Request, backend: str) -> Iterator[Decoded]:
@@ -113,8 +93,15 @@ def decode(request: Request, backend: str) -> Iterator[Decoded]:
 
     Raises:
         BackendMissing, Unreadable: the backend cannot; another one might.
-        BadSample: the file has no such part, whoever reads it.
+        BadSample: the file has no such part, or is over a limit, whoever reads it.
     """
+    try:
+        yield from _decode(request, backend)
+    except OverLimit as error:
+        raise BadSample(request.clip.path, f"video {request.clip.path} {error}") from None
+
+
+def _decode(request: Request, backend: str) -> Iterator[Decoded]:
     clip = request.clip
     with open_video(backend, request.path) as video:
         start, end = clip_span(clip.path, clip.start_seconds, clip.end_seconds, duration=video.duration)
@@ -124,6 +111,7 @@ def decode(request: Request, backend: str) -> Iterator[Decoded]:
             raise BadSample(clip.path, f"video {clip.path}: {error}") from None
         indices = video.locate(wanted)
         for index, (seconds, pixels) in zip(indices, video.frames(indices), strict=True):
+            refuse_size(pixels.shape[1], pixels.shape[0])
             yield Decoded(backend, index, seconds, pixels, video.duration, video.count, (start, end))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.errors import UserError
@@ -297,3 +299,46 @@ def test_half_precision_base_keeps_float32_adapters(tmp_path):
     apply_dora(model, DoRAConfig(targets=("text.*_proj",), rank=2))
     save_adapter(model, tmp_path / "a")
     assert {t.dtype for t in load_file(tmp_path / "a" / WEIGHTS_FILE).values()} == {torch.float32}
+
+
+def changed(folder: Path, file: str, **values: object) -> Path:
+    content = json.loads((folder / file).read_text())
+    (content["adapter"] if file == RECIPE_FILE else content).update(values)
+    (folder / file).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["dora", "lora", "rslora", "pissa", "pissa_rslora", "patterns", "magnitude", "dvora"])
+@pytest.mark.parametrize(
+    ("file", "values", "said"),
+    [
+        (CONFIG_FILE, {"r": 10**9}, r"r is 1000000000 in adapter_config\.json, and recipe\.json means \d+"),
+        (CONFIG_FILE, {"lora_alpha": 77.0}, r"lora_alpha is 77\.0 in adapter_config\.json, and recipe\.json means"),
+        (RECIPE_FILE, {"alpha": 77.0}, r"lora_alpha is [\d.]+ in adapter_config\.json, and recipe\.json means"),
+        (RECIPE_FILE, {"method": "evil"}, r"method in recipe\.json is 'evil'; there are dora, lora, full, magnitude"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_adapter, lambda folder: load_adapter(Small(), folder)], ids=["read", "load"])
+def test_two_files_that_contradict_each_other_are_refused(name, file, values, said, read, tmp_path):
+    save_adapter(trained_small(name), tmp_path / "adapter")
+    read(tmp_path / "adapter")
+    with pytest.raises(UserError, match=said):
+        read(changed(tmp_path / "adapter", file, **values))
+
+
+def test_a_pipe_in_an_adapter_folder_is_no_file(tmp_path):
+    save_adapter(trained_small("dora"), tmp_path / "adapter")
+    (tmp_path / "adapter" / CONFIG_FILE).unlink()
+    os.mkfifo(tmp_path / "adapter" / CONFIG_FILE)
+    with pytest.raises(UserError, match=f"{CONFIG_FILE} cannot be read: it is a named pipe, no file"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_another_method_or_scale_in_one_of_the_files_is_refused(tmp_path):
+    save_adapter(trained_small("dora"), tmp_path / "adapter")
+    for field in ("use_dora", "use_rslora"):
+        wrong = not json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())[field]
+        with pytest.raises(UserError, match=f"{field} is {wrong} in"):
+            read_adapter(changed(tmp_path / "adapter", CONFIG_FILE, **{field: wrong}))
+        changed(tmp_path / "adapter", CONFIG_FILE, **{field: not wrong})
+    read_adapter(tmp_path / "adapter")

@@ -64,6 +64,18 @@ def test_when_a_run_ends(share: float, total: int, seen: int, bad: int, ends: bo
         account.judge(BadSampleCounts(seen, bad))
 
 
+def test_names_cannot_write_lines_or_colours_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    ledger = BadSampleLedger(max_bad_share=0.0, total_samples=10, source="train.json")
+    forged = "x\nerror: all is lost\x1b[2J\u202e"
+    ledger.record(samples=1, skipped=[(forged, f"picture {forged} is missing")])
+    assert caplog.messages == [
+        r"skipped sample x\nerror: all is lost\x1b[2J\u202e: picture x error: all is lost?[2J? is missing"
+    ]
+    with pytest.raises(UserError) as raised:
+        ledger.judge()
+    assert str(raised.value).isprintable()
+
+
 def test_the_message_has_the_file_the_numbers_an_example_and_the_next_step() -> None:
     account = ledger(total=2_000)
     account.record(samples=497, skipped=[("a", "picture a.png is missing"), ("b", "x"), ("c", "x")])

@@ -67,7 +67,10 @@ def run(root: Path, to: Path, weights: str, *more: str) -> None:
 def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: str, capsys) -> None:
     to = tmp_path / "features"
     run(root, to, weights)
-    assert "features of 3 more files, 1 left out\n  bad.mp4: video bad.mp4 cannot be read" in capsys.readouterr().out
+    assert (
+        "features of 3 more files, 1 left out\n  bad.mp4: video bad.mp4 begins with b'no video'"
+        in capsys.readouterr().out
+    )
     source = open_features(to)
     shapes = {name: tuple(source.read(name).shape) for name in source.held}
     assert shapes == {"one": (3, 160), "two": (2, 160), "three": (1, 160)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,33 @@ def test_a_wrong_key_in_the_file_is_told_the_nearest(run_file: Path) -> None:
     run_file.write_text(run_file.read_text().replace("  dtype:", "  dtyp:"))
     with pytest.raises(UserError, match=r"model.dtyp is not a setting; did you mean model.dtype"):
         read_run_file(run_file)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["l0: &l0 [x, x, x, x, x, x, x, x, x, x]"]
+        + [f"l{n + 1}: &l{n + 1} [{', '.join([f'*l{n}'] * 10)}]" for n in range(12)]
+        + ["model:", "  base: *l12"],
+        ["model: &m", "  base: *m"],
+        ["data: &d [[*d]]"],
+    ],
+    ids=["a bomb", "a mapping that holds itself", "a list that holds itself"],
+)
+def test_aliases_that_stand_for_endlessly_much_end_at_once(run_file: Path, lines: list[str]) -> None:
+    run_file.write_text("\n".join(lines))
+    started = time.process_time()
+    with pytest.raises(UserError, match=r"its aliases \(\*name\) stand for more than 100,000 values"):
+        read_run_file(run_file)
+    with pytest.raises(UserError, match="its aliases"):
+        read_run(["--config", str(run_file)])
+    assert time.process_time() - started < 5
+
+
+def test_aliases_in_a_file_of_settings_are_read(run_file: Path) -> None:
+    text = run_file.read_text()
+    run_file.write_text(text.replace("adapter:", "adapter:\n  parts: {one: &part {targets: ['*.a']}, two: *part}", 1))
+    assert read_run_file(run_file).adapter.parts["two"].targets == ("*.a",)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

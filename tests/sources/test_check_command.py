@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import io
 import json
+import os
 import re
 import struct
 from pathlib import Path
@@ -107,6 +108,7 @@ def test_damage_inside_a_picture_needs_decoding(media: Path) -> None:
 def test_decoding_adds_to_the_quick_look(media: Path, decode: bool) -> None:
     (media / "no_end.png").write_bytes(encoded("PNG")[:-20])  # Pillow decodes it, other readers do not
     (media / "whole.ppm").write_bytes(encoded("PPM"))
+    os.mkfifo(media / "pipe.png")
     check = MediaCheck(media, decode=decode)
     assert {name: trouble.kind for name in EXPECTED if (trouble := check.trouble(name))} == {
         name: kind for name, kind in EXPECTED.items() if kind
@@ -114,8 +116,11 @@ def test_decoding_adds_to_the_quick_look(media: Path, decode: bool) -> None:
     trouble = check.trouble("no_end.png")
     assert trouble is not None
     assert trouble.kind == "truncated media"
-    unknown = check.trouble("whole.ppm")
-    assert (unknown is None) == decode  # a format that is unknown here is decoding's to judge
+    unknown, pipe = check.trouble("whole.ppm"), check.trouble("pipe.png")
+    assert unknown is not None  # training reads no PPM either
+    assert unknown.kind == "broken media"
+    assert pipe is not None
+    assert pipe.detail == "it is a named pipe, no file"
 
 
 @settings(max_examples=60)

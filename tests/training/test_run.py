@@ -192,7 +192,7 @@ def test_too_many_bad_samples_end_the_run_with_an_example(run_file: Path, tmp_pa
     data = write_tiny_data(tmp_path / "broken", samples=24)
     (data.parent / "red-0.png").write_bytes(b"no picture")  # a missing one is told before weights are read
     overrides = [f"--data.train={data}", f"--data.image_folder={data.parent}"]
-    with pytest.raises(UserError, match=r"sample-0: picture red-0.png in .*cannot identify image file"):
+    with pytest.raises(UserError, match=r"sample-0: picture red-0.png in .* is no picture of PNG"):
         train_file(run_file, *overrides)
     with pytest.raises(UserError, match=r"sample-0: picture red-0.png in "):  # also where no loss is logged
         train_file(

@@ -133,15 +133,43 @@ def test_a_broken_picture_is_named_when_it_is_read(place: Place) -> None:
     (place.root / place.pictures[0]).write_bytes(b"no picture")
     (place.root / place.pictures[1]).unlink()
     store = filled(place, Tower())
-    for name, reason in ((place.pictures[0], "decoded"), (place.pictures[1], "missing")):
+    for name, reason in ((place.pictures[0], "is no picture of PNG"), (place.pictures[1], "missing")):
         with pytest.raises(BadSample, match=reason):
             store.read(name)
     assert store.read(place.pictures[2]).shape == (4, 5)
-    tower = Tower()
-    filled(place, tower)
-    assert tower.seen == 0  # nor are they tried again
     with pytest.raises(BadSample, match=r"holds no features of never\.png"):
         store.read("never.png")
+
+
+def test_a_picture_that_could_not_be_read_is_tried_again(place: Place) -> None:
+    """Mended with the same size and time, as a copy that keeps times does it; or the disk had an error."""
+    path = place.root / place.pictures[0]
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(BadSample):
+        filled(place, Tower()).read(place.pictures[0])
+    path.write_bytes(whole)
+    os.utime(path, ns=(1, 1))
+    tower = Tower()
+    assert filled(place, tower).read(place.pictures[0]).shape == (4, 5)
+    assert tower.seen == 1
+
+
+def test_another_folder_of_pictures_is_another_store(place: Place, tmp_path: Path) -> None:
+    """Of equal names, sizes and times: nothing but the folder tells them apart."""
+    other = Place(place.cache, tmp_path / "others", place.pictures)
+    for number, name in enumerate(place.pictures):
+        (other.root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 5 + number), (7, 200, 30 * number)).save(other.root / name, "BMP")
+        Image.new("RGB", (9, 5 + number), (30 * number, 200, 7)).save(place.root / name, "BMP")
+        for root in (place.root, other.root):
+            os.utime(root / name, ns=(1, 1))
+    mine, others = filled(place, Tower()), filled(other, Tower())
+    assert mine.folder != others.folder
+    assert not torch.equal(mine.read(place.pictures[1]), others.read(place.pictures[1]))
+    assert filled(place, tower := Tower()).folder == mine.folder
+    assert tower.seen == 0
 
 
 def test_processes_share_the_work(place: Place) -> None:

@@ -135,7 +135,9 @@ def test_what_is_no_whole_shard_is_refused(tmp_path: Path) -> None:
         open_features(tmp_path)
     for tensors in ({"weight": torch.zeros(2)}, {"features": torch.zeros(2, 3)}):
         save_file(tensors, shard)
-        with pytest.raises(UserError, match=rf"{shard.name} holds no features that can be read .* compute them again"):
+        with pytest.raises(
+            UserError, match=rf"{shard.name} holds no features that can be read .*: delete this file, and"
+        ):
             open_features(tmp_path)
     shard.write_bytes(content.replace(b'"rows"', b'"nope"'))
     with pytest.raises(UserError, match="KeyError: 'rows'"):
@@ -149,3 +151,15 @@ def test_a_broken_row_says_why(tmp_path: Path) -> None:
         with pytest.raises(BadSample, match="it is no picture"):
             ask("a")
     assert source.read("v0").shape == (2, 5)
+
+
+def test_a_cut_shard_is_called_a_cache(tmp_path: Path) -> None:
+    with FeatureWriter(tmp_path, {"layer": -1}) as writer:
+        writer.add(FeatureRow("a", torch.ones(4, 8)))
+    (shard,) = tmp_path.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(
+        UserError, match="it is a cache of features: delete this file, and what it held is computed"
+    ) as e:
+        shard_rows(tmp_path)
+    assert "fetch it again" not in str(e.value)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from dora_vl.errors import UserError
+from dora_vl.vision import images
 from dora_vl.vision.images import ImagePreparation, Preparation, image_processor
 from dora_vl.vision.tower_config import CLIP_MEAN, CLIP_STD
 
@@ -84,3 +85,15 @@ def test_from_a_folder_and_back(tmp_path: Path) -> None:
 def test_a_folder_without_a_preprocessor(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="states no picture preparation"):
         ImagePreparation.from_folder(str(tmp_path), aspect="pad")
+
+
+@pytest.mark.parametrize("size", [(700, 30), (30, 700), (701, 33), (37, 650), (400, 399)])
+@pytest.mark.parametrize("side", [56, 336])
+def test_a_long_picture_padded_row_by_row_is_the_same(monkeypatch, size, side) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    preparation = Preparation(image_size=side, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+    whole = ImagePreparation(preparation, aspect="pad").prepare(picture)
+    monkeypatch.setattr(images, "PADDED_SIDE", 100)
+    monkeypatch.setattr(images, "ROWS", 7)
+    by_rows = ImagePreparation(preparation, aspect="pad").prepare(picture)
+    assert torch.equal(whole, by_rows)

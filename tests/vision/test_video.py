@@ -18,7 +18,7 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.frame_sampling import AtSeconds, EverySeconds, Uniform
 from dora_vl.vision.video import VideoReader, read_frames
 from dora_vl.vision.video_backends import Unreadable, open_video
-from tests.vision.video_files import OPEN_GOPS, STEADY, turned, write_video
+from tests.vision.video_files import OPEN_GOPS, STEADY, turned, write_clip, write_video
 
 pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
 pytest.importorskip("decord", reason="pip install 'dora-vl[video]'")
@@ -144,10 +144,14 @@ def test_a_stream_without_an_index_is_read_from_its_start(tmp_path: Path) -> Non
 BROKEN = {
     "missing.mp4": "is missing in",
     "empty.mp4": "is empty",
-    "noise.mp4": "cannot be read: decord: .*; pyav: ",
-    "text.mp4": "cannot be read",
+    "noise.mp4": "begins with .*, which is no known video format",
+    "text.mp4": "no known video format",
+    "a.m3u8": "begins with b'#EXTM3U.n', which is no known video format",
+    "pipe.mp4": "cannot be read: it is a named pipe, no file",
+    "wide.mkv": r"has frames of 12,000 x 4,000 pixels; at most 36,000,000 are read",
     "sound.mp4": "cannot be read: decord: .*; pyav: it has no video stream",
-    "no_frame.mp4": "cannot be read",
+    "no_frame.mp4": "it has no index",
+    "damaged.mp4": "cannot be read: decord: .*; pyav: ",
     "cut.mp4": r"is cut off: it has [\d,]+ of [\d,]+ bytes",
     "cut_index_first.mp4": "is cut off",
     "../outside.mp4": "must not leave",
@@ -164,6 +168,10 @@ def write_broken(folder: Path) -> None:
     plain = write_video(folder / "plain.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(plain[: len(plain) * 6 // 10])
     (folder / "no_frame.mp4").write_bytes(plain[: plain.find(b"mdat") - 4])
+    (folder / "damaged.mp4").write_bytes(plain.replace(b"stbl", b"stbX"))
+    (folder / "a.m3u8").write_text(f"#EXTM3U\n#EXTINF:2,\n{folder / 'whole.mp4'}\n#EXT-X-ENDLIST\n")
+    os.mkfifo(folder / "pipe.mp4")
+    write_clip(folder / "wide.mkv", "ffv1", width=12_000, height=4_000, frames=1)
 
 
 def test_broken_files_are_named_and_the_next_one_is_read(tmp_path: Path) -> None:
@@ -175,6 +183,17 @@ def test_broken_files_are_named_and_the_next_one_is_read(tmp_path: Path) -> None
             assert raised.value.sample_id == name
         frames = reader.read(tmp_path, Clip(path="whole.mp4"), Uniform(2))
     assert (frames.backend, frames.indices) == ("decord", (12, 37))
+
+
+def test_a_file_that_takes_too_much_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder's process may have so many bytes more; a library that asks for them gets none."""
+    write_video(tmp_path / "a.mp4")
+    greedy = "class DECORDError(Exception): pass\nclass VideoReader:\n"
+    greedy += "    def __init__(self, path, num_threads): self.held = [bytearray(2**28) for _ in range(32)]\n"
+    broken_library(tmp_path, "decord", greedy)
+    said = pytest.raises(BadSample, match="decord: it takes more than 4 GiB to decode")
+    with reader_with(tmp_path, monkeypatch, backends=("decord",)) as reader, said:
+        reader.read(tmp_path, Clip(path="a.mp4"), Uniform(2))
 
 
 def test_a_missing_backend_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

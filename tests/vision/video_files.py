@@ -54,6 +54,35 @@ def write_video(
     return path
 
 
+PIXEL_FORMATS = {"gif": "rgb8", "mjpeg": "yuvj420p"}
+CODECS = {
+    ".mp4": "libx264",
+    ".mkv": "libx264",
+    ".webm": "libvpx",
+    ".avi": "mpeg4",
+    ".gif": "gif",
+    ".flv": "flv1",
+    ".ts": "libx264",
+}
+"""One that each container holds."""
+
+
+def write_clip(
+    path: Path, codec: str = "", *, width: int = 64, height: int = 48, frames: int = 30, options: dict | None = None
+) -> Path:
+    """A file of any container, 25 frames a second."""
+    import av
+
+    codec = codec or CODECS[path.suffix]
+    with av.open(str(path), "w", options=options or {}) as container:
+        video = container.add_stream(codec, rate=25)
+        video.width, video.height, video.pix_fmt = width, height, PIXEL_FORMATS.get(codec, "yuv420p")
+        for number in range(frames):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture(number, width, height), format="rgb24")))
+        container.mux(video.encode())
+    return path
+
+
 def turned(path: Path, to: Path) -> Path:
     """The MP4 file with a header that says to show it turned by 90 degrees, as a phone held upright writes."""
     data = bytearray(path.read_bytes())

@@ -1,0 +1,140 @@
+"""Bytes become a picture: of the formats and within the limits of `media_limits`, upright, RGB.
+
+The header is read and compared first, so that a small file cannot ask for all memory; nothing but Pillow's own
+decoders ever runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from dora_vl.data.media_limits import (
+    PICTURE_BYTES,
+    PICTURE_ELONGATION,
+    PICTURE_FORMATS,
+    PICTURE_PIXELS,
+    PICTURE_SIDE,
+)
+from dora_vl.data.regular_file import NoRegularFile, open_regular
+from dora_vl.errors import DECODING_ERRORS, BadSample
+
+
+class NoPicture(ValueError):
+    """Not one of the formats, or over a limit: what stands behind "picture X in Y"."""
+
+
+NOT_DECODED = (*DECODING_ERRORS, MemoryError, Image.DecompressionBombError)
+"""Whatever opening or decoding a picture raises; `NoPicture` and `NoRegularFile` are among them."""
+
+
+@contextmanager
+def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
+    """A picture whose header has been read and compared with the limits; nothing is decoded yet.
+
+    Raises:
+        FileNotFoundError: nothing is at the path.
+        NoPicture: it is of no format that is read, or over a limit; the message has the numbers.
+        NOT_DECODED: anything that Pillow raises.
+    """
+    with open_regular(source) if isinstance(source, Path) else source as stream:
+        size = stream.seek(0, 2)
+        stream.seek(0)
+        if size > PICTURE_BYTES:
+            raise NoPicture(f"has {size:,} bytes; at most {PICTURE_BYTES:,} are read")
+        try:
+            image = Image.open(stream, formats=PICTURE_FORMATS)
+        except UnidentifiedImageError:
+            raise NoPicture(_no_format(stream, size)) from None
+        with image:
+            _refuse_size(*image.size)
+            yield image
+
+
+def _no_format(stream: BinaryIO | BytesIO, size: int) -> str:
+    stream.seek(0)
+    begins = f"it begins with {stream.read(8)!r}" if size else "it has 0 bytes"
+    return f"is no picture of {', '.join(PICTURE_FORMATS)}: {begins}"
+
+
+def _refuse_size(width: int, height: int) -> None:
+    if width * height > PICTURE_PIXELS:
+        raise NoPicture(f"has {width:,} x {height:,} pixels; at most {PICTURE_PIXELS:,} are read")
+    if max(width, height) > PICTURE_ELONGATION * min(width, height):
+        raise NoPicture(f"has {width:,} x {height:,} pixels; a side may be {PICTURE_ELONGATION} times the other")
+
+
+def decode_image(source: Path | BytesIO, name: str, where: str) -> Image.Image:
+    """A picture from a file or from memory; `name` and `where` are what the messages say. See `media.open_image`.
+
+    Raises:
+        BadSample: nothing is there, it is over a limit, or it cannot be decoded.
+    """
+    try:
+        with opened_picture(source) as image:
+            image.load()
+            return _within_side(_plain_rgb(_upright(image)))
+    except FileNotFoundError:
+        raise BadSample(name, f"picture {name} is missing in {where}") from None
+    except NoPicture as error:
+        raise BadSample(name, f"picture {name} in {where} {error}") from None
+    except NoRegularFile as error:
+        raise BadSample(name, f"picture {name} in {where} cannot be read: {error}") from None
+    except NOT_DECODED as error:
+        raise BadSample(name, f"picture {name} in {where} cannot be decoded: {in_one_line(error)}") from None
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's kind and text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+_TURNS: Mapping[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientation -> what turns the stored pixels upright; 1, and whatever else stands there, turns nothing."""
+_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+READING = "upright, transparency on white"
+"""How files become pixels; features that were computed when this said something else are computed again."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except DECODING_ERRORS:  # damaged notes beside whole pixels
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _plain_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        if _brightest(image) > 255:
+            image = image.point(lambda value: value / 256).convert("L")
+    elif image.mode in _WITH_ALPHA or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
+        image = white
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def _brightest(image: Image.Image) -> float:
+    _, brightest = image.getextrema()
+    return float(brightest) if isinstance(brightest, int | float) else 0.0
+
+
+def _within_side(image: Image.Image) -> Image.Image:
+    if max(image.size) > PICTURE_SIDE:
+        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return image

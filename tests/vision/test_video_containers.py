@@ -1,0 +1,84 @@
+"""A cut video is refused with both lengths, wherever it was cut; a whole one of every container is read to its end."""
+
+from __future__ import annotations
+
+import struct
+import time
+from pathlib import Path
+
+import pytest
+
+from dora_vl.data.examples import Clip
+from dora_vl.errors import BadSample
+from dora_vl.vision import video_containers
+from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.vision.video import read_frames
+from dora_vl.vision.video_containers import NotWhole, NoVideoFormat, check_whole_video, container_of
+from tests.vision.video_files import CODECS, write_clip
+
+pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
+FFMPEG = {".mp4": "mov", ".mkv": "matroska", ".webm": "matroska", ".avi": "avi", ".gif": "gif", ".flv": "flv"}
+
+
+def cuts(whole: bytes) -> list[int]:
+    """Many places over all of the file, and every one of its last 40 bytes but those that are padding."""
+    return [*range(1, len(whole), max(1, len(whole) // 60)), *range(len(whole) - 40, len(whole))]
+
+
+@pytest.mark.parametrize("suffix", CODECS)
+def test_whole_files_are_read_and_no_cut_one_is(tmp_path: Path, suffix: str) -> None:
+    whole = write_clip(tmp_path / f"whole{suffix}")
+    assert check_whole_video(whole) == container_of(whole) == FFMPEG.get(suffix, "mpegts")
+    assert len(read_frames(tmp_path, Clip(path=whole.name), Uniform(4), backends=("pyav",)).pictures) == 4
+    content, cut = whole.read_bytes(), tmp_path / f"cut{suffix}"
+    for length in cuts(content):
+        if suffix == ".ts" and length % 188 == 0:  # a stream of packets says no length
+            continue
+        cut.write_bytes(content[:length])
+        with pytest.raises((NotWhole, NoVideoFormat)):
+            check_whole_video(cut)
+    cut.write_bytes(content[: len(content) * 3 // 5])
+    with pytest.raises(BadSample, match=rf"video cut{suffix} is cut off.*{len(content) * 3 // 5:,}.* copy it again"):
+        read_frames(tmp_path, Clip(path=cut.name), Uniform(4))
+
+
+def test_a_stream_without_a_length_is_whole_up_to_the_duration_that_it_states(tmp_path: Path) -> None:
+    content = write_clip(tmp_path / "a.webm", frames=200, options={"cluster_time_limit": "1000"}).read_bytes()
+    start = content.index(bytes.fromhex("18538067"))
+    unknown = content[: start + 4] + b"\x01" + b"\xff" * 7 + content[start + 12 :]
+    path = tmp_path / "b.webm"
+    path.write_bytes(unknown)
+    check_whole_video(path)
+    cluster = unknown.index(bytes.fromhex("1f43b675"), len(unknown) // 2)  # where one begins: no element is cut
+    path.write_bytes(unknown[:cluster])
+    with pytest.raises(NotWhole, match=r"is cut off: it has \d\.\d\d of 8\.\d\d s"):
+        check_whole_video(path)
+
+
+def test_an_avi_that_was_never_finished_and_one_whose_index_is_beyond_its_end(tmp_path: Path) -> None:
+    content = write_clip(tmp_path / "a.avi").read_bytes()
+    path = tmp_path / "b.avi"
+    path.write_bytes(content[:4] + bytes(4) + content[8:])
+    with pytest.raises(NotWhole, match="was not written to its end: it states no length"):
+        check_whole_video(path)
+    cut = content[:-100]
+    path.write_bytes(cut[:4] + struct.pack("<I", len(cut) - 8) + cut[8:])  # RIFF's length was made to fit
+    with pytest.raises(NotWhole, match=rf"it has {len(cut):,} of {len(content):,} bytes"):
+        check_whole_video(path)
+
+
+def test_a_file_of_endlessly_many_parts_ends_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_containers, "MOST_PARTS", 1000)
+    path = tmp_path / "a"
+    for content in (
+        struct.pack(">I4s", 8, b"free") * 5000,
+        b"GIF89a" + bytes(7) + b"!\xf9" + b"\x01x" * 5000,
+        b"FLV\x01\x01" + struct.pack(">I", 9) + bytes(15 * 5000 + 4),
+        bytes.fromhex("1a45dfa380" + "18538067" + "01ffffffffffffff") + b"\xec\x80" * 5000,
+        b"RIFF" + struct.pack("<I", 40_000) + b"AVI " + (b"JUNK" + bytes(4)) * 5000,
+    ):
+        path.write_bytes(content)
+        started = time.monotonic()
+        with pytest.raises(NotWhole, match="more than 1,000 parts"):
+            check_whole_video(path)
+        assert time.monotonic() - started < 1
