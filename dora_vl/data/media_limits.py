@@ -10,7 +10,7 @@ MEBIBYTE = 2**20
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders."""
 PICTURE_PIXELS = 178_956_970
-"""Most of a picture: the number from which Pillow itself refuses. Decoding that many takes 0.6 to 2.2 GB, and seconds."""
+"""Most of a picture: the number from which Pillow itself refuses. Decoding it takes 0.6 to 2.2 GB, and seconds."""
 PICTURE_ELONGATION = 200
 """How many times longer than the other a picture's side may be."""
 PICTURE_SIDE = 8_192
