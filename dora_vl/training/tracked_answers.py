@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
+from dora_vl.data.media_limits import PICTURE_FORMATS
 from dora_vl.run.watched import Watched, WatchedQuestion
 
 NAME = "watched"
@@ -67,5 +68,5 @@ def _row(tracker: Any, found: Watched, one: WatchedQuestion, answer: str) -> lis
 def _picture(found: Watched, one: WatchedQuestion) -> Image.Image | None:
     if not one.picture:
         return None
-    with Image.open(found.folder / one.picture) as picture:
+    with Image.open(found.folder / one.picture, formats=PICTURE_FORMATS) as picture:
         return picture.convert("RGB")
