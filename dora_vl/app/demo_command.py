@@ -69,6 +69,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"the page needs {' and '.join(missing)}: pip install 'dora-vl[web]'")
     with (
         contextlib.suppress(KeyboardInterrupt),
+        _leaving_at_sigterm(),
         listening(options.host, options.port) as door,
         tempfile.TemporaryDirectory(prefix="dora-vl-page-") as folder,
     ):
@@ -81,7 +82,6 @@ def _serve(
     from dora_vl.app.page_server import build_page_app, keep_gradio_quiet, serve_page
 
     keep_gradio_quiet(folder)
-    signal.signal(signal.SIGTERM, _leave)  # so that the uploads' folder goes then too
     from dora_vl.app.engine import Engine
     from dora_vl.app.request_media import RequestMedia
     from dora_vl.app.served_model import open_served
@@ -133,6 +133,16 @@ def name_of(folder: Path) -> str:
     if CHECKPOINT.fullmatch(parts[-1]) and len(parts) > 1:
         return f"{parts[-2]}-{parts[-1].removeprefix('checkpoint-')}"
     return parts[-1]
+
+
+@contextlib.contextmanager
+def _leaving_at_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program as an exit does, so that the uploads' folder goes then too."""
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _leave(number: int, frame: object) -> NoReturn:

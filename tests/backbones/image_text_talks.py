@@ -20,7 +20,7 @@ from tests.backbones.tiny_families.table import FAMILIES
 
 RED, BLUE = Image.new("RGB", (40, 24), (200, 30, 30)), Image.new("RGB", (18, 35), (20, 40, 220))
 ASKED, SAID = "What colour is it?", "It is red."
-BOOKKEEPING = {"samples", "padding_tokens", "skipped", "cut"}
+BOOKKEEPING = {"samples", "sample_ids", "padding_tokens", "skipped", "cut"}
 
 Talk = tuple[tuple[Turn, ...], tuple[Image.Image, ...]]
 TWO_QUESTIONS = "two pictures, two questions"

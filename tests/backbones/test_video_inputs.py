@@ -84,7 +84,7 @@ def encoder_of(folder: Path, max_tokens: int = 2048) -> ImageTextEncoder:
 
 def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch without its bookkeeping."""
-    return {name: batch[name] for name in batch.keys() - {"samples", "padding_tokens", "skipped", "cut"}}
+    return {name: batch[name] for name in batch.keys() - {"samples", "sample_ids", "padding_tokens", "skipped", "cut"}}
 
 
 def adapted_backbone(folder: Path) -> ImageTextBackbone:

@@ -237,7 +237,7 @@ def test_the_run_shows_its_clips(vlbart: Path) -> None:
 
 def test_mistakes_are_one_line(vlbart: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "bad.mp4").write_text("no video")
-    for video, reason in ((tmp_path / "none.mp4", "is missing"), (tmp_path / "bad.mp4", "cannot be read")):
+    for video, reason in ((tmp_path / "none.mp4", "is missing"), (tmp_path / "bad.mp4", "no known video format")):
         with pytest.raises(SystemExit) as stopped:
             video_qa.main(["--adapter", str(vlbart), "--video", str(video), "--question", "x", "--choice", "a"])
         assert stopped.value.code == 2
