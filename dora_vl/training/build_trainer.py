@@ -50,13 +50,7 @@ def build_trainer(
     """The Trainer of an adapted backbone, with its data; and what tells whether a signal stopped it."""
     config, run_folder = pipeline.config, run_folder_of(pipeline.config)
     data = pipeline.data(backbone, arguments)
-    ledger = BadSampleLedger(
-        max_bad_share=config.data.max_bad_share,
-        total_samples=data.samples,
-        source=data.source,
-        read_in_a_pass=data.read_in_a_pass or _read_in_a_pass(data.samples, arguments),
-    )
-    statistics = BatchStatistics(ledger)
+    statistics = BatchStatistics(_ledger(data, arguments, max_bad_share=config.data.max_bad_share))
     held_out, validation = _validation(data, arguments, source=str(config.data.held_out))
     watch = pipeline.watch(backbone, arguments) if config.watch else None
     stop, faults = StopOnSignal(), StepFaults(run_folder / FAULTS, config.optim.not_finite, scaled=arguments.fp16)
@@ -90,6 +84,15 @@ def build_trainer(
         trainer.add_callback(WatchQuestions(watch, run_folder, lambda: trackers))
     _order_callbacks(trainer, arguments)
     return trainer, stop
+
+
+def _ledger(data: TrainingData, arguments: TrainingArguments, *, max_bad_share: float) -> BadSampleLedger:
+    return BadSampleLedger(
+        max_bad_share=max_bad_share,
+        total_samples=data.samples,
+        source=data.source,
+        read_in_a_pass=data.read_in_a_pass or _read_in_a_pass(data.samples, arguments),
+    )
 
 
 def _order_callbacks(trainer: AdapterTrainer, arguments: TrainingArguments) -> None:
