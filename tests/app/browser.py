@@ -21,7 +21,7 @@ from dora_vl.app.served_model import ServedModel
 from dora_vl.app.side_by_side import SideBySide
 from dora_vl.app.waiting_room import EngineSettings
 
-MILLISECONDS = 10_000
+MILLISECONDS = 60_000  # a busy machine has taken more than ten seconds for one answer
 PICTURES = "#dv-seen figure"
 
 
