@@ -89,13 +89,18 @@ class StepFaults(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """All ranks agree on whether the step counts."""
         losses = torch.stack(self._losses).float().tolist() if self._losses else []
-        broken = [ids for ids, loss in zip(self._ids, losses, strict=False) if not math.isfinite(loss)]
+        broken = [ids for ids, loss in zip(self._ids, losses, strict=True) if not math.isfinite(loss)]
         fault = torch.tensor([len(broken) > 0, not self._gradient_is_finite()], dtype=torch.int32, device=args.device)
         if args.world_size > 1:
             torch.distributed.all_reduce(fault, torch.distributed.ReduceOp.MAX)
         of_loss, of_gradient = map(bool, fault.tolist())
         if of_loss or of_gradient:
-            self._leave_out(_gathered(broken, args.world_size), of_loss=of_loss, state=state, control=control)
+            ids = _gathered(broken, args.world_size)
+            what = "the loss is not a number" if of_loss else "the gradient is not a number, though the loss is"
+            # A gradient that is a number was not dropped: an infinite loss may have one.
+            done = "the step was left out" if of_gradient else "its gradient is one, and the step was taken"
+            self._write(state, {"fault": "loss" if of_loss else "gradient", "left_out": of_gradient, "samples": ids})
+            self._judge(what, done, ids, state, control)
             return
         self._left_out_in_a_row = 0
         self._look_for_spike(losses, state)
@@ -105,19 +110,18 @@ class StepFaults(TrainerCallback):
         if self.ended_by is not None:
             control.should_evaluate = False
 
-    def _leave_out(self, ids: Sequence[str], *, of_loss: bool, state: TrainerState, control: TrainerControl) -> None:
+    def _judge(self, what: str, done: str, ids: Sequence[str], state: TrainerState, control: TrainerControl) -> None:
+        """Says what was wrong with a step, and ends the run where that is set."""
         self._left_out_in_a_row += 1
-        what = "the loss is not a number" if of_loss else "the gradient is not a number, though the loss is"
         about = f" (samples {shown_names(ids)})" if ids else ""
-        said = f"step {state.global_step}: {what}{about}; the step was left out"
-        self._write(state, {"fault": "loss" if of_loss else "gradient", "samples": list(ids)})
+        said = f"step {state.global_step}: {what}{about}; {done}"
         logger.warning("%s", said)
         if self._policy == "skip" and self._left_out_in_a_row < MOST_IN_A_ROW:
             return
         again = f"{self._left_out_in_a_row} steps one after another; " if self._policy == "skip" else ""
         skip = "" if self._policy == "skip" else "; optim.not_finite: skip leaves such steps out and goes on"
         self.ended_by = (
-            f"{said}. {again}checkpoint-{state.global_step} holds what was trained before it: look at the samples, or "
+            f"{said}. {again}checkpoint-{state.global_step} holds what is trained: look at the samples, or "
             f"lower training.learning_rate; --resume last goes on after this step{skip}"
         )
         control.should_save = control.should_training_stop = True
@@ -157,7 +161,7 @@ def is_spike(loss: float, earlier: Sequence[float]) -> bool:
 
 def steps_left_out(file: Path) -> int:
     """Steps that a run left out, those before a resume included."""
-    return sum(line.get("fault") in ("loss", "gradient") for line in read_log(file))
+    return sum(bool(line.get("left_out")) for line in read_log(file))
 
 
 def _gathered(broken: Sequence[Sequence[str]], ranks: int) -> list[str]:
