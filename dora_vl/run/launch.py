@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from dora_vl.errors import UserError
 
 SECONDS_FOR_THE_FIRST_RANK = 15.0  # on a busy machine the first has taken more than five
 SHARED_MEMORY_COLLECTIVES = "deepspeed_shm_comm"
+GLOO_WORKER, MOST_SECONDS_TO_REST = "pt_gloo", 10.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 NEVER, LARGEST_INT = -1, 2**31 - 1
 
@@ -152,6 +154,29 @@ def on_first_rank(action: Callable[[], None]) -> None:
 
 
 def leave_process_group() -> None:
-    """Ends communication with the other ranks, if there was any."""
+    """Ends communication with the other ranks, if there was any, and waits until gloo's threads rest.
+
+    DeepSpeed and FSDP keep the group and with it gloo's workers. One that lets go of a tensor while the interpreter is
+    already ending aborts the process ("terminate called without an active exception"): after a whole run, its status
+    said that it had failed.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        _wait_until_gloo_rests()
+
+
+def _wait_until_gloo_rests() -> None:
+    """Returns when each worker of gloo has slept twice in a row while this thread slept too, so not for the GIL."""
+    end, rested = time.monotonic() + MOST_SECONDS_TO_REST, 0
+    while rested < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+        rested = rested + 1 if all(state == "S" for state in _gloo_states()) else 0
+
+
+def _gloo_states() -> Iterator[str]:
+    """The state letter of each of gloo's workers in this process (proc(5)); nothing where there is no `/proc`."""
+    for path in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            name, _, rest = path.read_text().partition("(")[2].rpartition(") ")
+            if name.startswith(GLOO_WORKER):
+                yield rest[0]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
+from dora_vl.run.launch import leave_process_group
 from tests.core.dense_dora import dense_dora, move
 
 RANKS = 2
@@ -63,7 +64,7 @@ def on_a_rank(rank: int, port: int) -> None:
             for _, layer in adapted_layers(model):
                 layer._parameters[leaf].mul_(1.3)  # pyright: ignore[reportOptionalMemberAccess]
         torch.testing.assert_close(model(x), dense_output(whole(model), x), rtol=1e-9, atol=1e-9)
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed support")

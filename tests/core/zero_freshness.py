@@ -8,11 +8,10 @@ import sys
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dora_vl.core import DoRAConfig, apply_dora, functional
-from dora_vl.run.launch import start_cpu_communication
+from dora_vl.run.launch import leave_process_group, start_cpu_communication
 
 
 class Stack(nn.Module):
@@ -69,7 +68,7 @@ def main(stage: int) -> None:
     sys.stdout.write("\n" + json.dumps({"error": max(errors), "norms": counted[0], "losses": losses}) + "\n")
     sys.stdout.flush()
     engine.destroy()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

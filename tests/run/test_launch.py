@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
+import torch
 
+from dora_vl.run import launch
 from dora_vl.run.launch import stand_alone_environment
 
 FAULTS = """
@@ -60,3 +63,25 @@ def test_a_process_without_a_launcher_is_the_only_rank(monkeypatch: pytest.Monke
     stand_alone_environment()
     assert (os.environ["WORLD_SIZE"], os.environ["RANK"], os.environ["LOCAL_RANK"]) == ("1", "0", "0")
     assert int(os.environ["MASTER_PORT"]) > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are looked at in /proc")
+def test_leaving_waits_for_a_worker_of_gloo_that_still_works(monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    stand_alone_environment()
+    torch.distributed.init_process_group("gloo")
+    kept = torch.distributed.group.WORLD  # as DeepSpeed and FSDP keep it: destroying it ends no thread
+    torch.distributed.all_reduce(torch.ones(3))
+    assert set(launch._gloo_states()) == {"S"}
+    looked: list[str] = []
+
+    def states() -> Iterator[str]:
+        looked.append("RRSRSS"[len(looked)])
+        yield from ("S", looked[-1])
+
+    monkeypatch.setattr(launch, "_gloo_states", states)
+    launch.leave_process_group()
+    assert "".join(looked) == "RRSRSS"
+    assert kept is not None
+    assert not torch.distributed.is_initialized()
