@@ -190,8 +190,8 @@ def test_two_ranks_without_deepspeeds_engine_are_one_run(
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], atol=2e-3, rtol=0)
     checkpoint = tmp_path / "run" / "checkpoint-10"
-    states = sorted(path.name for path in checkpoint.glob("rng_state*"))
-    assert states == ["rng_state_0.pth", "rng_state_1.pth"]
+    states = sorted(path.name for path in checkpoint.glob("state/random*"))
+    assert states == ["random-0.json", "random-1.json"]
     again = (f"--training.output_dir={tmp_path}/again", f"--resume={checkpoint}")
     result = torchrun(mixed_run, *again, port=29683)
     assert result.returncode == 0, result.stderr[-3000:]
