@@ -107,27 +107,32 @@ def _states(places: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any])
     """The optimizer's state of each tensor that it steps, by its number."""
     states: dict[int, dict[str, Any]] = {}
     for name, keys in _keys_by_name(files).items():
-        piece, shape = places.pieces[name], places.shape(name)
-        state, flat = states.setdefault(piece.flat, {}), places.flats[piece.flat]
+        if name not in places.pieces:
+            raise files.damaged(f"there is {keys[0]} of {name}")
+        state = states.setdefault(places.pieces[name].flat, {})
         for key in keys:
-            found = files.tensor(f"{key}/{name}")
-            if places.partitioned and found.dim() and found.shape != shape:
-                raise files.damaged(f"{key} of {name} cannot be dealt to ranks")
-            if found.shape != shape:
-                state[key] = _agreed(state.get(key), found, key)
-                continue
-            if key not in state:
-                state[key] = torch.zeros(flat.shape, dtype=found.dtype, device=flat.device)
-            places.put(name, found, state[key])
+            _add(state, key, name, places, files)
     for name, numbers in kept.items():
         if name not in places.pieces or not isinstance(numbers, dict):
             raise files.damaged(f"there are numbers of {name}")
         state = states.setdefault(places.pieces[name].flat, {})
-        for key, value in numbers.items():
-            state[key] = _agreed(state.get(key), value, key)
+        state |= {key: _agreed(state.get(key), value, key) for key, value in numbers.items()}
     if type(places.optimizer).__name__ == WHOLE_STEPS:
         return {number: {**state, "step": int(state["step"])} for number, state in states.items() if "step" in state}
     return states
+
+
+def _add(state: dict[str, Any], key: str, name: str, places: OptimizerPlaces, files: StateFiles) -> None:
+    """Adds one of a trained tensor's states to that of the tensor which holds its piece."""
+    found, shape, flat = files.tensor(f"{key}/{name}"), places.shape(name), places.flats[places.pieces[name].flat]
+    if found.dim() and found.shape != shape != flat.shape:
+        raise files.damaged(f"{key} of {name} is {list(found.shape)}, which is no piece of anything here")
+    if found.shape != shape:
+        state[key] = _agreed(state.get(key), found, key)
+        return
+    if key not in state:
+        state[key] = torch.zeros(flat.shape, dtype=found.dtype, device=flat.device)
+    places.put(name, found, state[key])
 
 
 def _keys_by_name(files: StateFiles) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """A checkpoint goes on bitwise in the shape that wrote it, and to rounding, sample for sample, in any other.
 
-Shapes are numbers of ranks, ZeRO stages or none, and how a step's samples are cut into micro-batches. Every program here
-raises when it opens a pickle.
+Shapes are numbers of ranks, ZeRO stages or none, and how a step's samples are cut into micro-batches. Every program
+here raises when it opens a pickle.
 """
 
 from __future__ import annotations

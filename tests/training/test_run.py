@@ -178,7 +178,7 @@ def test_somebody_elses_file_beside_the_adapter_is_not_removed(run_file: Path) -
 
 def test_a_folder_with_results_is_not_written_over(run_file: Path) -> None:
     train_file(run_file)
-    with pytest.raises(UserError, match=r"holds an earlier run's adapter; --resume last"):
+    with pytest.raises(UserError, match=r"holds an earlier run's adapter; --overwrite true"):
         train_file(run_file)
     with pytest.raises(UserError, match="no complete checkpoint"):
         train_file(run_file, "--resume=last")

@@ -110,11 +110,11 @@ def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
     taken = launch(run_file, ranks=2, port=29615)
     assert taken.returncode == 2
     told = (
-        f"error: {tmp_path / 'run'} holds an earlier run's adapter; --resume last resumes it, --overwrite true "
+        f"error: {tmp_path / 'run'} holds an earlier run's adapter; --overwrite true "
         "removes it, --training.output_dir names another folder"
     )
     (told,) = [line for line in taken.stderr.splitlines() if "earlier run" in line]
-    assert told.startswith(f"error: {tmp_path / 'run'} holds an earlier run's adapter; --resume last resumes it")
+    assert told.startswith(f"error: {tmp_path / 'run'} holds an earlier run's adapter; --overwrite true")
     assert "Traceback" not in taken.stderr
 
 
