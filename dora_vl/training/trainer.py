@@ -37,7 +37,7 @@ from dora_vl.training.checkpoint_state import (
 )
 from dora_vl.training.finite import check_trained_weights
 from dora_vl.training.optim import LearningRates, parameter_groups
-from dora_vl.training.optimizer_places import places_of
+from dora_vl.training.optimizer_places import OptimizerPlaces, places_of
 from dora_vl.training.progress import BatchStatistics, Progress
 from dora_vl.training.step_faults import StepFaults
 from dora_vl.training.validation import ValidationLoss, random_state_kept
@@ -85,6 +85,9 @@ class AdapterTrainer(Trainer):
         labels_shift: whether a label at position 0 has nothing to be predicted from; the token count of a step must
             leave it out then.
     """
+
+    _places: OptimizerPlaces
+    """Where the optimizer holds what trains, once it is there."""
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ here raises when it opens a pickle.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -109,6 +110,44 @@ def test_the_same_shape_goes_on_bitwise(run_file: Path, tmp_path: Path, shape: S
     check_bitwise(tmp_path / "again", tmp_path / "whole", SAVED)
     moments = [name for name in state(tmp_path / "again") if name.startswith("exp_avg_sq/")]
     assert len(moments) == len([name for name in state(tmp_path / "again") if name.startswith("value/")])
+
+
+FULL = (
+    "--model.dtype=bfloat16",
+    "--training.bf16=true",
+    "--adapter.method=full",
+    '--adapter.targets=["model.language_model*", "lm_head", "model.multi_modal_projector*"]',
+    "--optim.projector_learning_rate=null",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shape", [ONE_ZERO_0, ONE_ZERO_2, TWO_ZERO_3], ids=str)
+def test_float32_masters_of_a_bfloat16_model_go_on_bitwise(run_file: Path, tmp_path: Path, shape: Shape) -> None:
+    trained(run_file, tmp_path / "whole", shape, *FULL)
+    values = {name: one for name, one in state(tmp_path / "whole").items() if name.startswith("value/")}
+    assert {one.dtype for one in values.values()} == {torch.float32}
+    assert any(not torch.equal(one, one.bfloat16().float()) for one in values.values())
+    trained(run_file, tmp_path / "again", shape, *FULL, f"--resume={tmp_path / 'whole' / f'checkpoint-{SAVED}'}")
+    check_bitwise(tmp_path / "again", tmp_path / "whole", SAVED)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shape", [ONE, TWO_ZERO_2, TWO_ZERO_3], ids=str)
+def test_the_best_checkpoint_is_what_ends_in_the_adapter_folder(run_file: Path, tmp_path: Path, shape: Shape) -> None:
+    """Best here is the largest loss, that of the first checkpoint."""
+    data = str(run_file.parent / "data" / "train.json")
+    often = ("--training.eval_strategy=steps", f"--training.eval_steps={SAVED}", f"--data.validation={data}")
+    best = ("--training.load_best_model_at_end=true", "--training.greater_is_better=true")
+    trained(run_file, tmp_path / "run", shape, *often, *best, "--training.metric_for_best_model=loss")
+    kept = json.loads((tmp_path / "run" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    assert kept["best_global_step"] == SAVED
+    first, last = (adapter(tmp_path / "run" / f"checkpoint-{step}") for step in (SAVED, STEPS))
+    found = adapter(tmp_path / "run")
+    assert all(torch.equal(found[name], one) for name, one in first.items())
+    assert any(not torch.equal(found[name], one) for name, one in last.items())
 
 
 @pytest.mark.timeout(900)
