@@ -107,7 +107,7 @@ class OptimizerPlaces:
     def put(self, name: str, whole: Tensor, into: Tensor) -> None:
         """Writes this rank's piece of a whole tensor into one that has the shape of the flat tensor."""
         piece = self.pieces[name]
-        if piece.count == into.numel():  # whatever its strides
+        if piece.count == into.numel() == whole.numel():  # whatever its strides
             into.copy_(whole.reshape(into.shape))
         else:
             own = whole.flatten()[piece.first : piece.first + piece.count]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 
 from dora_vl.errors import UserError
+from dora_vl.run.command_line import read_run_file
 from dora_vl.run.recipe import RunSettings
 from dora_vl.run.run_folder import checkpoint_of, prepare_run_folder
+from tests.training.tiny_run import write_run
 
 
 def left(folder: Path, *names: str) -> Path:
@@ -21,8 +21,8 @@ def left(folder: Path, *names: str) -> Path:
 
 
 def settings(folder: Path, *, resume: str) -> RunSettings:
-    """What of a run's settings says where it begins."""
-    return cast(RunSettings, SimpleNamespace(training={"output_dir": str(folder)}, resume=resume))
+    file = write_run(folder.parent / "settings.yaml", Path("base"), Path("data.json"))
+    return read_run_file(file, f"--training.output_dir={folder}", f"--resume={resume}")
 
 
 def test_a_run_that_failed_before_its_first_save_blocks_nothing(tmp_path: Path) -> None:

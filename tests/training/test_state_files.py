@@ -96,6 +96,15 @@ def test_flat_tensors_and_whole_ones_are_the_same_state(tmp_path: Path) -> None:
     assert all(torch.equal(back[name], one) for name, one in tensors.items())
 
 
+def test_a_rank_takes_its_piece_of_a_tensor_that_is_larger_than_all_it_holds() -> None:
+    whole, held = torch.arange(12.0).view(3, 4), torch.nn.Parameter(torch.zeros(5))
+    one = torch.nn.Parameter(torch.zeros(3, 4))
+    places = OptimizerPlaces(Layout(optimizer_of([held], 1), [held], {id(one): Piece(0, 0, 6, 5)}), {"a": one}, CPU)
+    places.set_value("a", whole)
+    assert held.tolist() == [6.0, 7.0, 8.0, 9.0, 10.0]
+    assert torch.equal(one, whole)
+
+
 def test_tensors_that_took_fewer_steps_get_the_others_count_in_one_flat_tensor(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
