@@ -186,8 +186,9 @@ def test_another_shape_goes_on_sample_for_sample(run_file: Path, tmp_path: Path,
 def test_a_mixture_goes_on_in_another_shape(tmp_path: Path) -> None:
     """VL-BART: a step's samples are the settings' own number, so ranks may change without more."""
     data = write_vlbart_data(tmp_path / "data")
-    tasks = ("vqav2", "gqa", "nlvr2", "tvqa", "tvc")
-    training = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "optim": "adamw_torch"}
+    tasks = ("vqav2", "gqa", "nlvr2", "tvqa", "how2qa")
+    training = {**OFTEN, "save_steps": 2, "num_train_epochs": 2, "max_steps": -1, "save_total_limit": 99}
+    training |= {"optim": "adamw_torch", "learning_rate": 1e-3}
     run = write_vlbart_run(tmp_path / "run.yaml", data, tasks, training=training, data={"batch_size": 5})
     trained(run, tmp_path / "whole", TWO_ZERO_2, kind="vlbart")
     whole = samples_by_step(tmp_path / "whole")
