@@ -248,7 +248,7 @@ def test_settings_files(person: Person, content: str, expected: list[str]) -> No
 def test_an_earlier_run_is_not_replaced(person: Person) -> None:
     person.adapter("out/adapter")
     line = person.says(llava_instruct.main, "--config", "run.yaml")
-    assert line.startswith("error: out holds an earlier run's adapter; --resume last resumes it, --overwrite true")
+    assert line.startswith("error: out holds an earlier run's adapter; --overwrite true")
 
 
 def test_asking(person: Person) -> None:

@@ -64,6 +64,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 WRITING = ".checkpoints-being-written"
 REMOVING = ".removing"
 STATE_FILE = "trainer_state.json"
+LAST = "last"
+"""What `resume` calls the newest whole checkpoint."""
 
 
 def step_of(checkpoint: Path) -> int:
@@ -90,7 +92,7 @@ def checkpoint_to_resume(resume: str | None, run_folder: Path) -> Path | None:
     """
     if resume is None:
         return None
-    if resume != "last":
+    if resume != LAST:
         path = Path(resume)
         if not (path / STATE_FILE).is_file():
             raise UserError(f"resume: {path} is not a complete checkpoint (no {STATE_FILE} in it)")

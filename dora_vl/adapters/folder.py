@@ -173,30 +173,6 @@ def _copy_values(source: Path, model: nn.Module, tensors: Mapping[str, Tensor], 
             own.copy_(_own_part(model, name, tensors[name]).view(own.shape))
 
 
-def load_kept(model: nn.Module, folder: str | os.PathLike[str], *, gather: Gather = no_gather) -> None:
-    """Loads the frozen tensors that an adapter folder carries, and nothing that trains, into an adapted model.
-
-    For whoever restores what trains from elsewhere, such as an engine's own checkpoint.
-
-    Raises:
-        UserError: the folder lacks one of them, or holds it in another shape.
-    """
-    kept = kept_tensors(model)
-    if not kept:
-        return
-    source = Path(folder)
-    tensors = {own_name(key): tensor for key, tensor in read_weights(source).items()}
-    if missing := sorted(set(kept) - set(tensors)):
-        raise UserError(f"{source} lacks {len(missing)} frozen tensors that the model needs: {missing[:3]}")
-    with torch.no_grad():
-        for name, tensor in kept.items():
-            with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
-                own = kept_rows(name, tensor)
-                if own.shape != tensors[name].shape:
-                    raise UserError(f"{source}: {name} is {list(tensors[name].shape)}, here it is {list(own.shape)}")
-                own.copy_(tensors[name])
-
-
 def _adapt(model: nn.Module, config: DoRAConfig, gather: Gather) -> None:
     """Adapts the model without computing a start that the folder's tensors replace."""
     refuse_unwritable(model, config)

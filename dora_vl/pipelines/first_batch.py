@@ -61,7 +61,7 @@ def first_batch(pipeline: Pipeline) -> BatchView:
     data = pipeline.data(backbone, arguments)
     kept = _Kept(data.collate)
     folder = Path(str(arguments.output_dir))
-    nothing = Persistence(folder, save=_no_file, load=_no_file, load_kept=_no_file)
+    nothing = Persistence(folder, save=_no_file, load=_no_file)
     trainer = AdapterTrainer(
         model=nn.Linear(1, 1),  # a loader asks nothing of it
         args=arguments,

@@ -1,4 +1,4 @@
-"""What a checkpoint is: its files, the settings and the ranks that wrote it; a resume compares all of them."""
+"""What a checkpoint is: its files, the settings and the ranks that wrote it; a resume compares them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from dora_vl.adapters.provenance import file_hash, versions
 from dora_vl.errors import UserError, shown
+from dora_vl.run.launch_shape import Launch, Shape, check_shape
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+STATE, STATE_NUMBERS = "state", "state.json"
+"""The folder of a checkpoint that holds what a resumed run needs beside the adapter, and its file of numbers."""
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl")
 MAY_CHANGE = (
     "resume",
     "overwrite",
@@ -44,25 +47,16 @@ MAY_CHANGE = (
     "training.greater_is_better",
     "training.use_cpu",
     "training.deepspeed",  # compared as the engine
+    "training.per_device_train_batch_size",  # the samples of a step are compared
+    "training.gradient_accumulation_steps",
 )
 """Settings that change nothing of what the steps to come compute, or what is compared elsewhere."""
 TOLD = ("training.max_steps", "training.num_train_epochs")
 """Settings that people change to train longer; the schedule of the learning rate moves with them."""
 MOST_SAID = 2
 """Changed settings that a message spells out."""
+NEXT_STEP = "copy the checkpoint again, or resume from another one of the run"
 _NOT_THERE = "not set"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """The processes of a run: how many, and DeepSpeed's ZeRO stage; None without DeepSpeed."""
-
-    ranks: int
-    zero_stage: int | None
-
-    def __str__(self) -> str:
-        engine = "without DeepSpeed" if self.zero_stage is None else f"with ZeRO-{self.zero_stage}"
-        return f"{self.ranks} {'rank' if self.ranks == 1 else 'ranks'} {engine}"
 
 
 def write_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch) -> None:
@@ -97,16 +91,27 @@ def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
     """Compares a checkpoint with its own account and with the run that would resume from it.
 
     Raises:
-        UserError: a file is missing or changed, other processes wrote it, or settings differ that change the result.
+        UserError: it holds pickles; a file is missing or changed; its steps took another number of samples; or settings
+            differ that change the result.
     """
+    _refuse_pickles(checkpoint)
     path = checkpoint / MANIFEST
     if not path.is_file():
-        logger.warning("%s has no %s (an earlier version wrote it): nothing of it is compared", checkpoint, MANIFEST)
-        return
+        raise UserError(f"resume: {path} is missing; {NEXT_STEP}")
     written = _read(path)
     _check_files(checkpoint, written["files"])
-    _check_launch(checkpoint, Launch(**written["launch"]), launch)
+    check_shape(checkpoint, Shape(written["settings"], Launch(**written["launch"])), Shape(settings, launch))
     _check_settings(checkpoint, written["settings"], settings)
+
+
+def _refuse_pickles(checkpoint: Path) -> None:
+    """Earlier versions left DeepSpeed's and torch's own files, which run what is in them as they are read."""
+    pickles = sorted(path for path in checkpoint.rglob("*") if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise UserError(
+            f"resume: {pickles[0]} is a pickle of an earlier version, and reading one can run code: it is not read. "
+            f"The adapter beside it is whole: begin a new run from it with --adapter.initial {checkpoint / 'adapter'}"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -130,22 +135,13 @@ def _size(path: Path) -> int | None:
 
 
 def _check_files(checkpoint: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    next_step = "copy the checkpoint again, or resume from another one of the run"
     for name, one in files.items():
         if (size := _size(checkpoint / name)) is None:
-            raise UserError(f"resume: {checkpoint / name} is missing; {next_step}")
+            raise UserError(f"resume: {checkpoint / name} is missing; {NEXT_STEP}")
         if size != one["bytes"]:
-            raise UserError(f"resume: {checkpoint / name} has {size:,} bytes instead of {one['bytes']:,}; {next_step}")
+            raise UserError(f"resume: {checkpoint / name} has {size:,} bytes instead of {one['bytes']:,}; {NEXT_STEP}")
         if _described(checkpoint / name)["sha256"] != one["sha256"]:
-            raise UserError(f"resume: {checkpoint / name} was changed after it was written; {next_step}")
-
-
-def _check_launch(checkpoint: Path, then: Launch, now: Launch) -> None:
-    if then != now:
-        raise UserError(
-            f"resume: {checkpoint} was written by {then}, this run is {now}; start it as then, or begin a new run from "
-            f"its weights with --adapter.initial {checkpoint / 'adapter'}"
-        )
+            raise UserError(f"resume: {checkpoint / name} was changed after it was written; {NEXT_STEP}")
 
 
 def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

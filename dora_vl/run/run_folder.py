@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_vl.adapters.checkpoints import checkpoint_to_resume, complete_checkpoints, drop_leftovers
+from dora_vl.adapters.checkpoints import LAST, checkpoint_to_resume, complete_checkpoints, drop_leftovers
 from dora_vl.adapters.folder import refuse_to_replace_adapter
 from dora_vl.errors import UserError
 from dora_vl.run.recipe import RunSettings
@@ -30,6 +30,7 @@ SAVED = (ADAPTER, METRICS, *PREDICTED)
 """What took work to make; a run that left none of it, nor a checkpoint, failed before its first save."""
 RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, *PREDICTED, WATCHED, "loss_curve.png", "contact_sheet.png")
 IF_STOPPED = "if_stopped"
+_OTHERWISE = "--overwrite true removes it, --training.output_dir names another folder"
 HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only", "watch"})
 """Settings that may differ between a run and the one that resumes it."""
 TRAINING_NUMBERS = (
@@ -62,6 +63,10 @@ def checkpoint_of(config: RunSettings) -> Path | None:
         UserError: `resume` names one that is not there.
     """
     folder = run_folder_of(config)
+    if config.resume == LAST and not complete_checkpoints(folder):
+        kept = _took_work(folder)
+        way_out = f"{kept[0].name} is there: {_OTHERWISE}" if kept else "start without resume"
+        raise UserError(f"resume: no complete checkpoint in {folder}; {way_out}")
     if config.resume != IF_STOPPED:
         return checkpoint_to_resume(config.resume, folder)
     found = complete_checkpoints(folder)
@@ -96,6 +101,10 @@ def _json_of(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _took_work(folder: Path) -> list[Path]:
+    return [path for path in results_in(folder) if path.name not in RESULTS or path.name in SAVED]
+
+
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Sees before anything is made whether a run may write there.
 
@@ -105,12 +114,10 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """
     if resume and overwrite:
         raise UserError("resume and overwrite exclude each other: one goes on, the other starts anew")
-    kept = [path for path in results_in(folder) if path.name not in RESULTS or path.name in SAVED]
+    kept = _took_work(folder)
     if kept and not resume and not overwrite:
-        raise UserError(
-            f"{folder} holds an earlier run's {kept[0].name}; --resume last resumes it, --overwrite true "
-            "removes it, --training.output_dir names another folder"
-        )
+        resumes = "--resume last resumes it, " if complete_checkpoints(folder) else ""
+        raise UserError(f"{folder} holds an earlier run's {kept[0].name}; {resumes}{_OTHERWISE}")
     refuse_to_replace_adapter(folder / ADAPTER)  # not at the end, after hours of training
 
 

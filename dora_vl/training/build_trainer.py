@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dora_vl.adapters.folder import load_adapter, load_kept, save_adapter
+from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.provenance import versions
 from dora_vl.backbones.base import Backbone
 from dora_vl.core import trained_parts
@@ -159,7 +159,6 @@ def _persistence(pipeline: Pipeline, model: nn.Module, run_folder: Path, *, writ
     return Persistence(
         run_folder,
         save=save,
-        load=partial(load_adapter, model),
-        load_kept=partial(load_kept, model, gather=gather_to_write),
+        load=partial(load_adapter, model, gather=gather_to_write),
         settings=settings_of(pipeline.config),
     )

@@ -43,7 +43,6 @@ class LossModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.accepts_loss_kwargs = step_tokens  # the Trainer's own name for this switch
-        self.register_state_dict_post_hook(_drop_frozen)
 
     @property
     def config(self) -> Any:
@@ -84,13 +83,6 @@ class NextTokenLoss(LossModel):
         features = self.backbone(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
         result = generation_loss(features.logits, features.targets, divide_by=num_items_in_batch)
         return {"loss": result.loss, "labelled_tokens": result.labelled_tokens}
-
-
-def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """A checkpoint holds what trains; the base, tied weights under a second name included, comes from its folder."""
-    trained = {f"{prefix}{name}" for name, one in module.named_parameters() if one.requires_grad}
-    for name in set(state) - trained:
-        del state[name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_config
-from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dora_vl.adapters.checkpoints import (
@@ -22,15 +21,23 @@ from dora_vl.adapters.checkpoints import (
     drop_old_checkpoints,
     replace_folder,
 )
-from dora_vl.core import TrainedPart
-from dora_vl.errors import UserError
+from dora_vl.core import TrainedPart, adapted_layers
 from dora_vl.run.arguments import launch_of, zero_stage
-from dora_vl.run.checkpoint_manifest import write_manifest
+from dora_vl.run.checkpoint_manifest import STATE, write_manifest
 from dora_vl.run.full_disk import full_disk_reported
 from dora_vl.run.run_folder import ADAPTER
 from dora_vl.tasks.seq2seq import over_step
+from dora_vl.training.checkpoint_state import (
+    RunningState,
+    load_random_states,
+    load_state,
+    load_trained,
+    save_random_states,
+    save_state,
+)
 from dora_vl.training.finite import check_trained_weights
 from dora_vl.training.optim import LearningRates, parameter_groups
+from dora_vl.training.optimizer_places import OptimizerPlaces, places_of
 from dora_vl.training.progress import BatchStatistics, Progress
 from dora_vl.training.step_faults import StepFaults
 from dora_vl.training.validation import ValidationLoss, random_state_kept
@@ -41,15 +48,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Persistence:
-    """Where a run is kept, and how its adapter folder is written (every rank calls `save`) and read.
+    """Where a run is kept, and how its adapter folder is written and read; every rank calls `save` and `load`.
 
-    `load_kept` reads the frozen tensors in it alone: what DeepSpeed's own state does not hold.
+    Reading it takes frozen tensors too, which a checkpoint's state does not hold.
     """
 
     run_folder: Path
     save: Callable[[Path], None]
     load: Callable[[Path], object]
-    load_kept: Callable[[Path], object]
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The run's, for the account of a checkpoint."""
 
@@ -74,11 +80,14 @@ class AdapterTrainer(Trainer):
         rates: learning rate of each part.
         sampler: order of the training samples; None leaves it to the Trainer.
         parts: what trains, as `core.trained_parts` lists it.
-        persistence: writes the adapter folder at every checkpoint, and reads it back (resuming without DeepSpeed).
+        persistence: writes the adapter folder at every checkpoint, and reads it back.
         watched: counts of what the batches held, of validation batches too, and what watches the steps.
         labels_shift: whether a label at position 0 has nothing to be predicted from; the token count of a step must
             leave it out then.
     """
+
+    _places: OptimizerPlaces
+    """Where the optimizer holds what trains, once it is there."""
 
     def __init__(
         self,
@@ -233,61 +242,49 @@ class AdapterTrainer(Trainer):
         return whole[-1].name if whole else None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        self._engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        scheduler = cast(torch.optim.lr_scheduler.LRScheduler, self.lr_scheduler)
-        if self.args.should_save:
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        save_state(Path(output_dir), self._running, self.args)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Nothing: the scale is in the state."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_random_states(Path(output_dir), self.args)
 
     @property
-    def _engine(self) -> DeepSpeedEngine:
-        return cast("DeepSpeedEngine", self.model_wrapped)
+    def _running(self) -> RunningState:
+        engine = cast("DeepSpeedEngine", self.model_wrapped) if self.is_deepspeed_enabled else None
+        return RunningState(self._places, self.lr_scheduler, self.accelerator.scaler, engine)
 
     # ---- going on
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, Any]:
-        # The Trainer would load the engine's state strictly, frozen weights included; ours are not in it.
-        own = resume_from_checkpoint is not None and self.is_deepspeed_enabled
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if own else resume_from_checkpoint)
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:  # without it, the Trainer has done it
+            self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        optimizer = cast(Any, self.optimizer).optimizer
+        trained = {name: one for part in self.parts for name, one in part.parameters.items()}
+        self._places = places_of(optimizer, trained, self.args.device)
         if self._drops_gradients_itself:
             # ZeRO 1 and 2 look for overflow in half precision alone unless told; 3 always does.
-            cast(Any, self._engine.optimizer).check_grad_overflow = True
-        if own:
-            self._load_engine(str(resume_from_checkpoint))
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            optimizer.check_grad_overflow = True
+        if resume_from_checkpoint is not None:
+            load_state(Path(resume_from_checkpoint), self._running)
         return prepared
-
-    def _load_engine(self, checkpoint: str) -> None:
-        """Reads DeepSpeed's state, which must hold exactly what trains."""
-        path, _ = self._engine.load_checkpoint(checkpoint, custom_load_fn=load_exactly)
-        if path is None:
-            raise UserError(f"resume: DeepSpeed finds no state in {checkpoint}; was it written without DeepSpeed?")
-        self.persistence.load_kept(Path(checkpoint) / ADAPTER)
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            self._load_engine(str(self.state.best_model_checkpoint))
-        else:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.persistence.load(Path(resume_from_checkpoint) / ADAPTER)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_random_states(Path(checkpoint), self.args, step=self.state.global_step)
 
-def load_exactly(src: Mapping[str, Tensor], dst: nn.Module) -> None:
-    """Loads what trains (`LossModel.state_dict` holds nothing else); DeepSpeed calls it with these names.
-
-    Raises:
-        UserError: the checkpoint holds other parameters than this run trains.
-    """
-    expected = set(dst.state_dict())
-    if expected != set(src):
-        raise UserError(
-            f"resume: the checkpoint does not fit this run: {len(expected - set(src))} trained tensors are missing in "
-            f"it, {len(set(src) - expected)} are not trained here; use the settings it was written with"
-        )
-    dst.load_state_dict(src, strict=False)
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if (best / STATE).is_dir():
+            load_trained(best, self._places)
+            for _, layer in adapted_layers(cast(nn.Module, self.model)):
+                layer.forget_norms()
+        else:  # of `save_only_model`
+            self._load_from_checkpoint(str(best))

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.run.run_folder import prepare_run_folder
+from dora_vl.run.command_line import read_run_file
+from dora_vl.run.recipe import RunSettings
+from dora_vl.run.run_folder import checkpoint_of, prepare_run_folder
+from tests.training.tiny_run import write_run
 
 
 def left(folder: Path, *names: str) -> Path:
@@ -15,6 +18,11 @@ def left(folder: Path, *names: str) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     return folder
+
+
+def settings(folder: Path, *, resume: str) -> RunSettings:
+    file = write_run(folder.parent / "settings.yaml", Path("base"), Path("data.json"))
+    return read_run_file(file, f"--training.output_dir={folder}", f"--resume={resume}")
 
 
 def test_a_run_that_failed_before_its_first_save_blocks_nothing(tmp_path: Path) -> None:
@@ -28,10 +36,25 @@ def test_a_run_that_failed_before_its_first_save_blocks_nothing(tmp_path: Path) 
 )
 def test_what_took_work_is_kept(tmp_path: Path, name: str) -> None:
     folder = left(tmp_path / "run", "log.jsonl", name)
-    with pytest.raises(UserError, match=f"holds an earlier run's {Path(name).parts[0]}; --resume last resumes it"):
+    resumes = "--resume last resumes it, " if name.startswith("checkpoint") else ""  # never where it would be refused
+    with pytest.raises(UserError, match=f"holds an earlier run's {Path(name).parts[0]}; {resumes}--overwrite true"):
         prepare_run_folder(folder, resume=False, overwrite=False)
     assert (folder / "log.jsonl").is_file()
     prepare_run_folder(folder, resume=True, overwrite=False)
     assert (folder / "log.jsonl").is_file()
     prepare_run_folder(folder, resume=False, overwrite=True)
     assert list(folder.iterdir()) == []
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_has_one_way_out(tmp_path: Path) -> None:
+    """Each message's advice works: none sends a person to the other."""
+    folder = left(tmp_path / "run", "log.jsonl", "settings.json", ".checkpoints-being-written/checkpoint-5/state.json")
+    resumed = settings(folder, resume="last")
+    with pytest.raises(UserError, match=r"no complete checkpoint in .*run; start without resume"):
+        checkpoint_of(resumed)
+    prepare_run_folder(folder, resume=False, overwrite=False)
+
+    left(folder, "adapter/adapter_config.json")  # of a whole run that kept no checkpoint
+    with pytest.raises(UserError, match=r"no complete checkpoint in .*; adapter is there: --overwrite true removes it"):
+        checkpoint_of(resumed)
+    prepare_run_folder(folder, resume=False, overwrite=True)

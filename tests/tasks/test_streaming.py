@@ -235,3 +235,8 @@ def test_two_ranks_read_disjoint_samples_and_resume_exactly(tmp_path: Path, base
     again = launched("again", 2, 2, "--training.deepspeed=zero2", resume)
     assert torch.equal(again, two[6:])
     assert len(two) == 8
+    accumulated = "--training.gradient_accumulation_steps=2"
+    alone = launched("alone", 1, 3, accumulated, resume)  # without DeepSpeed
+    torch.testing.assert_close(alone, two[6:], atol=1e-4, rtol=0)
+    resume = f"--resume={tmp_path / 'one' / 'checkpoint-2'}"
+    torch.testing.assert_close(launched("more", 2, 4, "--training.deepspeed=zero3", resume), one[2:], atol=1e-4, rtol=0)

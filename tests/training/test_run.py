@@ -146,7 +146,9 @@ def test_checkpoints_hold_the_adapter_and_nothing_of_the_base(run_file: Path) ->
         "adapter_model.safetensors",
         "adapter_config.json",
         "recipe.json",
-        "optimizer.pt",
+        "tensors-00001.safetensors",
+        "state.json",
+        "random-0.json",
         "trainer_state.json",
     } <= written
     assert "model.safetensors" not in written
@@ -160,7 +162,8 @@ def test_a_half_written_checkpoint_is_not_taken(run_file: Path) -> None:
     folder = run_folder(run_file)
     half = folder / "checkpoint-9"
     half.mkdir()
-    (half / "optimizer.pt").write_bytes(b"half")
+    (half / "state").mkdir()
+    (half / "state" / "state.json").write_bytes(b"half")
     whole = train_file(run_file, "--training.max_steps=8", "--resume=last")
     assert len(whole) == 8  # lines 1 to 6 are kept, 7 and 8 are new: it went on from checkpoint-6
 
@@ -175,7 +178,7 @@ def test_somebody_elses_file_beside_the_adapter_is_not_removed(run_file: Path) -
 
 def test_a_folder_with_results_is_not_written_over(run_file: Path) -> None:
     train_file(run_file)
-    with pytest.raises(UserError, match=r"holds an earlier run's adapter; --resume last"):
+    with pytest.raises(UserError, match=r"holds an earlier run's adapter; --overwrite true"):
         train_file(run_file)
     with pytest.raises(UserError, match="no complete checkpoint"):
         train_file(run_file, "--resume=last")

@@ -110,11 +110,11 @@ def test_zero3_caches_features_on_both_ranks_and_is_tested_afterwards(
     taken = launch(run_file, ranks=2, port=29615)
     assert taken.returncode == 2
     told = (
-        f"error: {tmp_path / 'run'} holds an earlier run's adapter; --resume last resumes it, --overwrite true "
+        f"error: {tmp_path / 'run'} holds an earlier run's adapter; --overwrite true "
         "removes it, --training.output_dir names another folder"
     )
     (told,) = [line for line in taken.stderr.splitlines() if "earlier run" in line]
-    assert told.startswith(f"error: {tmp_path / 'run'} holds an earlier run's adapter; --resume last resumes it")
+    assert told.startswith(f"error: {tmp_path / 'run'} holds an earlier run's adapter; --overwrite true")
     assert "Traceback" not in taken.stderr
 
 
@@ -190,8 +190,8 @@ def test_two_ranks_without_deepspeeds_engine_are_one_run(
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], atol=2e-3, rtol=0)
     checkpoint = tmp_path / "run" / "checkpoint-10"
-    states = sorted(path.name for path in checkpoint.glob("rng_state*"))
-    assert states == ["rng_state_0.pth", "rng_state_1.pth"]
+    states = sorted(path.name for path in checkpoint.glob("state/random*"))
+    assert states == ["random-0.json", "random-1.json"]
     again = (f"--training.output_dir={tmp_path}/again", f"--resume={checkpoint}")
     result = torchrun(mixed_run, *again, port=29683)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -1,0 +1,103 @@
+"""Trains the settings it is given and writes which samples each step took, a file a rank; no pickle may be opened.
+
+As a program: RECORDS=FOLDER KIND=llava|vlbart python tests/training/recorded_run.py --config FILE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def recorded(
+    kind: str, config: Path, folder: Path, *overrides: str, ranks: int, stage: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Trains into a folder, without DeepSpeed where `stage` is None; the samples stand in `records/` below it."""
+    program = ["tests/training/recorded_run.py", "--config", str(config), f"--training.output_dir={folder}"]
+    command = [sys.executable]
+    if ranks > 1 or stage is not None:
+        command += ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", _free_port()]
+    told = [] if stage is None else [f"--training.deepspeed={stage}"]
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+        "KIND": kind,
+        "RECORDS": str(folder.with_name(f"{folder.name}-records")),
+    }
+    return subprocess.run(
+        [*command, *program, *told, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+
+
+def _free_port() -> str:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+def samples_by_step(folder: Path) -> dict[int, Counter[str]]:
+    """The samples of all ranks in each step that a run took, by the step's number."""
+    steps: dict[int, Counter[str]] = {}
+    for file in folder.with_name(f"{folder.name}-records").glob("*.jsonl"):
+        for line in map(json.loads, file.read_text().splitlines()):
+            steps.setdefault(line["step"], Counter()).update(line["samples"])
+    return steps
+
+
+def record_samples(folder: Path) -> None:
+    """Writes every step's samples, beside the watching of its losses."""
+    from dora_vl.training.trainer import AdapterTrainer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    take = AdapterTrainer.get_batch_samples
+
+    def noted(self: AdapterTrainer, *options: Any) -> Any:
+        found = take(self, *options)
+        line = {"step": self.state.global_step + 1, "samples": [one for ids in self.faults._ids for one in ids]}
+        with (folder / f"{self.args.process_index}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return found
+
+    setattr(AdapterTrainer, "get_batch_samples", noted)  # noqa: B010
+
+
+def forbid_pickles() -> None:
+    """Lets every way to a pickle in a file raise."""
+    import torch
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("a pickle is opened")
+
+    class Unpickler(pickle.Unpickler):
+        __init__ = opened
+
+    torch.load = opened
+    pickle.load = opened
+    pickle.Unpickler = Unpickler  # what sends objects between ranks has taken its own before
+
+
+def main() -> None:
+    import torch.distributed.distributed_c10d  # noqa: F401
+
+    record_samples(Path(os.environ["RECORDS"]))
+    forbid_pickles()
+    if os.environ["KIND"] == "vlbart":
+        from tests.training.tiny_vlbart_run import main as train
+    else:
+        from tasks.llava_instruct import main as train
+    train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""A checkpoint goes on bitwise in the shape that wrote it, and to rounding, sample for sample, in any other.
+
+Shapes are numbers of ranks, ZeRO stages or none, and how a step's samples are cut into micro-batches. Every program
+here raises when it opens a pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.recorded_run import recorded, samples_by_step
+from tests.training.test_two_ranks import losses
+from tests.training.tiny_run import write_run, write_tiny_data
+from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
+
+STEPS, SAVED, SAMPLES, STEP_SAMPLES = 8, 3, 24, 4  # six steps an epoch: saved within the first, ended in the second
+OFTEN = {"save_strategy": "steps", "save_steps": SAVED, "save_total_limit": 9, "max_steps": STEPS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    ranks: int
+    stage: str | None
+
+    @property
+    def cut(self) -> str:
+        """How a step of four samples is cut into micro-batches of two."""
+        return f"--training.gradient_accumulation_steps={2 // self.ranks}"
+
+    def __str__(self) -> str:
+        return f"{self.ranks}-{self.stage or 'none'}"
+
+
+ONE, TWO = Shape(1, None), Shape(2, None)
+ONE_ZERO_0, ONE_ZERO_2, ONE_ZERO_3 = Shape(1, "zero0"), Shape(1, "zero2"), Shape(1, "zero3")
+TWO_ZERO_0, TWO_ZERO_2, TWO_ZERO_3 = Shape(2, "zero0"), Shape(2, "zero2"), Shape(2, "zero3")
+
+
+@pytest.fixture(scope="module")
+def run_file(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shape")
+    data = write_tiny_data(folder / "data", samples=SAMPLES)
+    training = {"per_device_train_batch_size": 2, "weight_decay": 0.1, **OFTEN}
+    return write_run(folder / "run.yaml", tiny_llava, data, training=training)
+
+
+def trained(run_file: Path, folder: Path, shape: Shape, *overrides: str, kind: str = "llava") -> str:
+    """Trains; returns what it said."""
+    cut = () if kind == "vlbart" else (shape.cut,)
+    result = recorded(kind, run_file, folder, *cut, *overrides, ranks=shape.ranks, stage=shape.stage)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stderr
+
+
+def state(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    (file,) = (folder / f"checkpoint-{step}" / "state").glob("*.safetensors")
+    return load_file(file)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def whole_run(run_file: Path, shape: Shape) -> Path:
+    """The run without a stop, once for every test of a shape."""
+    folder = run_file.parent / f"whole-{shape}"
+    if not (folder / "metrics.json").is_file():
+        trained(run_file, folder, shape)
+    return folder
+
+
+def check_bitwise(again: Path, whole: Path, since: int) -> None:
+    assert torch.equal(losses(again), losses(whole)[since:])
+    assert samples_by_step(again) == {step: one for step, one in samples_by_step(whole).items() if step > since}
+    for found, expected in ((adapter(again), adapter(whole)), (state(again), state(whole))):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ONE,
+        pytest.param(ONE_ZERO_0, marks=pytest.mark.slow),
+        pytest.param(ONE_ZERO_2, marks=pytest.mark.slow),
+        pytest.param(ONE_ZERO_3, marks=pytest.mark.slow),
+        pytest.param(TWO, marks=pytest.mark.slow),
+        pytest.param(TWO_ZERO_2, marks=pytest.mark.slow),
+        pytest.param(TWO_ZERO_3, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_same_shape_goes_on_bitwise(run_file: Path, tmp_path: Path, shape: Shape) -> None:
+    """With dropout, so the random states count too."""
+    dropout = "--adapter.dropout=0.2"
+    trained(run_file, tmp_path / "whole", shape, dropout)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{SAVED}"
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert {Path(name).suffix for name in files} == {".json", ".safetensors"}
+    assert {name for name in files if "random" in name} == {f"state/random-{rank}.json" for rank in range(shape.ranks)}
+    trained(run_file, tmp_path / "again", shape, dropout, f"--resume={checkpoint}")
+    check_bitwise(tmp_path / "again", tmp_path / "whole", SAVED)
+    moments = [name for name in state(tmp_path / "again") if name.startswith("exp_avg_sq/")]
+    assert len(moments) == len([name for name in state(tmp_path / "again") if name.startswith("value/")])
+
+
+FULL = (
+    "--model.dtype=bfloat16",
+    "--training.bf16=true",
+    "--adapter.method=full",
+    '--adapter.targets=["model.language_model*", "lm_head", "model.multi_modal_projector*"]',
+    "--optim.projector_learning_rate=null",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shape", [ONE_ZERO_0, ONE_ZERO_2, TWO_ZERO_3], ids=str)
+def test_float32_masters_of_a_bfloat16_model_go_on_bitwise(run_file: Path, tmp_path: Path, shape: Shape) -> None:
+    trained(run_file, tmp_path / "whole", shape, *FULL)
+    values = {name: one for name, one in state(tmp_path / "whole").items() if name.startswith("value/")}
+    assert {one.dtype for one in values.values()} == {torch.float32}
+    assert any(not torch.equal(one, one.bfloat16().float()) for one in values.values())
+    trained(run_file, tmp_path / "again", shape, *FULL, f"--resume={tmp_path / 'whole' / f'checkpoint-{SAVED}'}")
+    check_bitwise(tmp_path / "again", tmp_path / "whole", SAVED)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shape", [ONE, TWO_ZERO_2, TWO_ZERO_3], ids=str)
+def test_the_best_checkpoint_is_what_ends_in_the_adapter_folder(run_file: Path, tmp_path: Path, shape: Shape) -> None:
+    """Best here is the largest loss, that of the first checkpoint."""
+    data = str(run_file.parent / "data" / "train.json")
+    often = ("--training.eval_strategy=steps", f"--training.eval_steps={SAVED}", f"--data.validation={data}")
+    best = ("--training.load_best_model_at_end=true", "--training.greater_is_better=true")
+    trained(run_file, tmp_path / "run", shape, *often, *best, "--training.metric_for_best_model=loss")
+    kept = json.loads((tmp_path / "run" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    assert kept["best_global_step"] == SAVED
+    first, last = (adapter(tmp_path / "run" / f"checkpoint-{step}") for step in (SAVED, STEPS))
+    found = adapter(tmp_path / "run")
+    assert all(torch.equal(found[name], one) for name, one in first.items())
+    assert any(not torch.equal(found[name], one) for name, one in last.items())
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (TWO_ZERO_2, ONE),
+        pytest.param(TWO_ZERO_2, TWO_ZERO_3, marks=pytest.mark.slow),
+        pytest.param(TWO_ZERO_3, ONE_ZERO_2, marks=pytest.mark.slow),
+        pytest.param(TWO_ZERO_3, ONE, marks=pytest.mark.slow),
+        pytest.param(ONE, TWO_ZERO_3, marks=pytest.mark.slow),
+        pytest.param(ONE, TWO_ZERO_0, marks=pytest.mark.slow),
+        pytest.param(TWO_ZERO_3, TWO, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_another_shape_goes_on_sample_for_sample(run_file: Path, tmp_path: Path, then: Shape, now: Shape) -> None:
+    whole, again = whole_run(run_file, then), tmp_path / "again"
+    said = trained(run_file, again, now, f"--resume={whole / f'checkpoint-{SAVED}'}")
+    assert said.count("resume: written by ") == 1
+    if now.ranks > then.ranks:
+        assert "1 ranks were not there; their random states are drawn from seed 3 and step 3" in said
+    torch.testing.assert_close(losses(again), losses(whole)[SAVED:], atol=1e-4, rtol=0)
+    taken = {**samples_by_step(whole), **samples_by_step(again)}
+    assert taken == samples_by_step(whole)
+    first_epoch = sum((taken[step] for step in range(1, 1 + SAMPLES // STEP_SAMPLES)), Counter())
+    assert set(first_epoch.values()) == {1}
+    assert len(first_epoch) == SAMPLES
+    ours, theirs = state(again), state(whole)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name].double(), tensor.double(), atol=2e-3, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_mixture_goes_on_in_another_shape(tmp_path: Path) -> None:
+    """VL-BART: a step's samples are the settings' own number, so ranks may change without more."""
+    data = write_vlbart_data(tmp_path / "data")
+    tasks = ("vqav2", "gqa", "nlvr2", "tvqa", "how2qa")
+    training = {**OFTEN, "save_steps": 2, "num_train_epochs": 2, "max_steps": -1, "save_total_limit": 99}
+    training |= {"optim": "adamw_torch", "learning_rate": 1e-3}
+    run = write_vlbart_run(tmp_path / "run.yaml", data, tasks, training=training, data={"batch_size": 5})
+    trained(run, tmp_path / "whole", TWO_ZERO_2, kind="vlbart")
+    whole = samples_by_step(tmp_path / "whole")
+    steps = len(whole)
+    for shape in (ONE, TWO_ZERO_3):
+        again = tmp_path / str(shape)
+        trained(run, again, shape, f"--resume={tmp_path / 'whole' / 'checkpoint-2'}", kind="vlbart")
+        torch.testing.assert_close(losses(again), losses(tmp_path / "whole")[2:], atol=1e-4, rtol=0)
+        assert {**whole, **samples_by_step(again)} == whole
+    first_epoch = sum((whole[step] for step in range(1, 1 + steps // 2)), Counter())
+    assert set(first_epoch.values()) == {1}

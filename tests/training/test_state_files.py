@@ -1,0 +1,204 @@
+"""A checkpoint's state comes back as it was written, and what is missing or broken in it is one line."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dora_vl.errors import UserError
+from dora_vl.training.checkpoint_state import MALFORMED
+from dora_vl.training.optimizer_places import Layout, OptimizerPlaces, Piece, places_of
+from dora_vl.training.optimizer_state import load_optimizer, load_values, optimizer_numbers, whole_tensors
+from dora_vl.training.random_states import random_file, random_states, restore_random_states, seed_all
+from dora_vl.training.state_files import StateFiles, write_numbers, write_state
+
+CPU = torch.device("cpu")
+Trained = dict[str, torch.nn.Parameter]
+
+
+def trained() -> Trained:
+    made = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (3, 4), "b.bias": (5,), "c.weight": (2, 2)}
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=made)) for name, shape in shapes.items()}
+
+
+def optimizer_of(tensors: list[torch.nn.Parameter], groups: int) -> torch.optim.Optimizer:
+    """With a group for the first tensors, and one for the last."""
+    cut = len(tensors) - 1 if groups == 2 else len(tensors)
+    parts = [{"name": "first", "params": tensors[:cut], "lr": 0.1}, {"name": "last", "params": tensors[cut:]}]
+    return torch.optim.AdamW(parts[:groups], lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
+
+
+def step(optimizer: torch.optim.Optimizer, tensors: list[torch.nn.Parameter], times: int) -> None:
+    for number in range(times):
+        for one in tensors:
+            one.grad = torch.sin(one.detach() * 3 + number)
+        optimizer.step()
+
+
+def whole_places(tensors: Trained, *, steps: int) -> OptimizerPlaces:
+    """As without DeepSpeed."""
+    optimizer = optimizer_of(list(tensors.values()), 2)
+    step(optimizer, list(tensors.values()), steps)
+    return places_of(optimizer, tensors, CPU)
+
+
+def flat_places(tensors: Trained) -> OptimizerPlaces:
+    """As ZeRO lays tensors out: the first two in one flat tensor, in another order and padded; the third alone."""
+    flats = [torch.nn.Parameter(torch.zeros(20)), torch.nn.Parameter(torch.zeros(4))]
+    a, b, c = tensors.values()
+    pieces = {id(a): Piece(0, 6, 0, 12), id(b): Piece(0, 0, 0, 5), id(c): Piece(1, 0, 0, 4)}
+    return OptimizerPlaces(Layout(optimizer_of(flats, 2), flats, pieces), tensors, CPU)
+
+
+def saved(checkpoint: Path, places: OptimizerPlaces, **sizes: int) -> None:
+    write_state(checkpoint, whole_tensors(places), **sizes)
+    write_numbers(checkpoint, {"optimizer": optimizer_numbers(places)})
+
+
+def loaded(checkpoint: Path, places: OptimizerPlaces) -> None:
+    files = StateFiles(checkpoint)
+    load_values(places, files)
+    load_optimizer(places, files, files.number("optimizer", dict))
+
+
+def test_flat_tensors_and_whole_ones_are_the_same_state(tmp_path: Path) -> None:
+    tensors, there, back = trained(), trained(), trained()
+    places = whole_places(tensors, steps=3)
+    saved(tmp_path / "whole", places, file_bytes=50)
+    assert len(list((tmp_path / "whole" / "state").glob("*.safetensors"))) > 3
+    for one in (*there.values(), *back.values()):
+        one.data.zero_()
+    flat = flat_places(there)
+    loaded(tmp_path / "whole", flat)
+    saved(tmp_path / "flat", flat)
+    again = whole_places(back, steps=0)
+    loaded(tmp_path / "flat", again)
+    saved(tmp_path / "back", again)
+    for name, one in tensors.items():
+        assert torch.equal(there[name], one)
+        assert torch.equal(back[name], one)
+    first, last = (load_file(tmp_path / one / "state" / "tensors-00001.safetensors") for one in ("flat", "back"))
+    assert first.keys() == last.keys()
+    assert len(first) == 12  # value, exp_avg, exp_avg_sq and step of three
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    assert places.optimizer.param_groups[1]["lr"] == again.optimizer.param_groups[1]["lr"] == 0.01
+    assert again.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    for one in (places, again):  # and what follows is the same too
+        step(one.optimizer, list((tensors if one is places else back).values()), 2)
+    assert all(torch.equal(back[name], one) for name, one in tensors.items())
+
+
+def test_a_rank_takes_its_piece_of_a_tensor_that_is_larger_than_all_it_holds() -> None:
+    whole, held = torch.arange(12.0).view(3, 4), torch.nn.Parameter(torch.zeros(5))
+    one = torch.nn.Parameter(torch.zeros(3, 4))
+    places = OptimizerPlaces(Layout(optimizer_of([held], 1), [held], {id(one): Piece(0, 0, 6, 5)}), {"a": one}, CPU)
+    places.set_value("a", whole)
+    assert held.tolist() == [6.0, 7.0, 8.0, 9.0, 10.0]
+    assert torch.equal(one, whole)
+
+
+def test_tensors_that_took_fewer_steps_get_the_others_count_in_one_flat_tensor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = trained()
+    places = whole_places(tensors, steps=1)
+    step(places.optimizer, list(tensors.values())[:1], 0)
+    tensors["b.bias"].grad = None
+    tensors["a.weight"].grad = torch.ones(3, 4)
+    places.optimizer.step()
+    saved(tmp_path, places)
+    flat = flat_places(trained())
+    loaded(tmp_path, flat)
+    assert [float(flat.optimizer.state[one]["step"]) for one in flat.flats] == [2.0, 2.0]
+    assert "step was" in caplog.text
+
+
+def rewritten(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        path = folder / "tensors-00001.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    return spoil
+
+
+def renumbered(change: Callable[[dict[str, object]], object]) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        numbers = json.loads((folder / "state.json").read_text())
+        change(numbers["optimizer"])
+        (folder / "state.json").write_text(json.dumps(numbers))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: (folder / "state.json").unlink(), r"state\.json is missing"),
+        (lambda folder: (folder / "state.json").write_text("[1]"), r"state\.json is damaged"),
+        (lambda folder: (folder / "state.json").write_text("[" * 100_000), r"state\.json is damaged"),
+        (lambda folder: (folder / "state.json").write_text("{}"), "optimizer is missing or of another kind"),
+        (lambda folder: (folder / "tensors-00001.safetensors").unlink(), "3 trained tensors are not in it, 0 are not"),
+        (lambda folder: (folder / "tensors-00001.safetensors").write_bytes(b"no"), "cannot be read"),
+        (rewritten(lambda found: found.pop("value/b.bias")), r"1 trained tensors are not in it.* such as b\.bias"),
+        (rewritten(lambda found: found.update({"value/d": torch.ones(1)})), "1 are not trained here, such as d"),
+        (rewritten(lambda found: found.update({"value/b.bias": torch.ones(6)})), r"\[6\], here it is \[5\]"),
+        (rewritten(lambda found: found["value/b.bias"].fill_(torch.nan)), r"value/b\.bias holds NaN"),
+        (rewritten(lambda found: found.update({"exp_avg/d": torch.ones(1)})), "there is exp_avg of d"),
+        (rewritten(lambda found: found.update({"exp_avg/b.bias": torch.ones(2)})), r"exp_avg of b\.bias"),
+        (renumbered(lambda found: found.update({"groups": [{}]})), "the optimizer has other parts here"),
+        (renumbered(lambda found: found.update({"groups": 3})), "the optimizer's numbers are missing"),
+        (renumbered(lambda found: found.update({"numbers": {"d": {"step": 1}}})), "there are numbers of d"),
+    ],
+)
+def test_what_is_broken_is_one_line(tmp_path: Path, spoil: Callable[[Path], object], said: str) -> None:
+    saved(tmp_path, whole_places(trained(), steps=1))
+    spoil(tmp_path / "state")
+    with pytest.raises(UserError, match=said) as error:
+        loaded(tmp_path, flat_places(trained()))
+    assert str(error.value).startswith("resume: ")
+
+
+def test_random_states_come_back_and_new_ranks_draw_their_own(tmp_path: Path) -> None:
+    def drawn() -> tuple[float, float, float, float]:
+        return random.random(), float(np.random.normal()), float(np.random.normal()), float(torch.rand(()))
+
+    seed_all(1, 2, 3)
+    drawn()
+    np.random.normal()  # an odd number of draws: numpy keeps the other of the pair
+    write_numbers(tmp_path, {"ranks": 1})
+    write_numbers(tmp_path, random_states(CPU), random_file(0))
+    expected = drawn()
+    files = StateFiles(tmp_path)
+    seed_all(9, 9, 9)
+    restore_random_states(files, rank=0, written_by=1, device=CPU, drawn_from=(3, 4))
+    assert drawn() == expected
+    others = []
+    for rank in (1, 2, 1):
+        restore_random_states(files, rank=rank, written_by=1, device=CPU, drawn_from=(3, 4))
+        others.append(drawn())
+    assert others[0] == others[2]
+    assert len({expected, *others}) == 3
+
+
+@pytest.mark.parametrize("content", ["{}", '{"python": [3, [1], null]}', '{"python": 1}'])
+def test_broken_random_states_are_one_line(tmp_path: Path, content: str) -> None:
+    write_numbers(tmp_path, {})
+    (tmp_path / "state" / random_file(0)).write_text(content)
+    with pytest.raises(UserError, match=r"random-0\.json holds no random states"):
+        restore_random_states(StateFiles(tmp_path), rank=0, written_by=1, device=CPU, drawn_from=(0, 0))
+
+
+def test_what_json_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"state\.json: .*not JSON serializable; .* set another optim"):
+        write_numbers(tmp_path, {"optimizer": object()})
+    assert TypeError in MALFORMED
