@@ -67,6 +67,7 @@ class ProcessorCollator:
             "padding_tokens": batch["input_ids"].numel() - tokens,
             "skipped": [(item.id, item.reason) for item in items if isinstance(item, Skipped)],
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
+            "shrunk": [(sample.id, sample.lost_pixels) for sample in samples if sample.lost_pixels],
         }
 
     def _media(self, row: Sample) -> frozenset[str]:

@@ -30,7 +30,7 @@ SAVED = (ADAPTER, METRICS, *PREDICTED)
 """What took work to make; a run that left none of it, nor a checkpoint, failed before its first save."""
 RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, *PREDICTED, WATCHED, "loss_curve.png", "contact_sheet.png")
 IF_STOPPED = "if_stopped"
-HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only", "watch"})
+HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only", "watch", "try_largest_batch"})
 """Settings that may differ between a run and the one that resumes it."""
 TRAINING_NUMBERS = (
     "train_seconds",
@@ -39,6 +39,7 @@ TRAINING_NUMBERS = (
     "train_steps",
     "padding_share",
     "skipped_samples",
+    "shrunk_samples",
 )
 """What `metrics.json` says of the training."""
 

@@ -98,6 +98,7 @@ class LossLog(TrainerCallback):
             "labelled_tokens": window.labelled_tokens,
             "skipped": counts.skipped,
             "cut_samples": counts.cut_samples,
+            "shrunk_samples": counts.shrunk_samples,
             "memory_gib": round(memory_gib(device), 3),
         }
 
