@@ -97,7 +97,9 @@ $(LOWER)/.installed: pyproject.toml
 	rm -rf $(LOWER)/venv
 	$(PYTHON) -m venv $(LOWER)/venv
 	$(LOWER)/venv/bin/python -m pip install --quiet uv
-	$(LOWER)/venv/bin/uv pip install --quiet --python $(LOWER)/venv/bin/python --resolution lowest-direct \
+	$(LOWER)/venv/bin/uv pip install --quiet --python $(LOWER)/venv/bin/python --no-deps --editable .
+	$(LOWER)/venv/bin/python tests/lower_bounds.py > $(LOWER)/constraints.txt
+	$(LOWER)/venv/bin/uv pip install --quiet --python $(LOWER)/venv/bin/python --constraint $(LOWER)/constraints.txt \
 		--editable '.[demo,video,dev]'
 	touch $@
 
