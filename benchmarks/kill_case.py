@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,16 @@ class Ended:
     error: str | None
     seconds: float
     operations: tuple[Operation, ...]
+
+    def write(self, path: Path) -> None:
+        """Keeps it for another process."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Ended:
+        """What `write` kept."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**found, "operations": tuple(Operation(**one) for one in found["operations"])})
 
 
 def write_material(folder: Path) -> None:

@@ -22,7 +22,6 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
@@ -34,8 +33,6 @@ from benchmarks.kill_case import (
     CASES,
     ENGINES,
     RANKS,
-    SAMPLES,
-    STEP_SAMPLES,
     Case,
     Ended,
     Kill,
@@ -43,12 +40,11 @@ from benchmarks.kill_case import (
     start,
     write_material,
 )
+from benchmarks.kill_compared import closely, exactly, once_an_epoch
 
-OF_TIME = ("train_seconds", "samples_per_second")
 IN_FILES = 2 / 5
 LATER = 0.03
 TRIES = 10
-CLOSE = 1e-4
 DROPOUT = 0.2
 
 
@@ -60,6 +56,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="kinds of runs by parts of their names: llava, zero3, 2")
     parser.add_argument("--change", action="store_true", help="resume on other ranks or another engine")
     parser.add_argument("--minutes", type=float, default=None, help="begin no kill after so long")
+    parser.add_argument("--folder", default=None, help="for runs: those that are never killed are kept there for later")
     parser.add_argument("--json", default=None, help="file for the figures; what it holds is not done again")
     options = parser.parse_args()
     cases = [one for one in CASES if all(part in one.name.split("-") for part in options.only)]
@@ -71,7 +68,7 @@ def main() -> None:
     done = {one["number"] for one in kills}
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as scratch:
-        killer = Killer(Path(scratch), changes=options.change)
+        killer = Killer(Path(options.folder or scratch).resolve(), changes=options.change)
         numbers = [number for number in range(options.count) if number not in done]
         for number in tqdm(numbers, initial=len(done), total=options.count, unit="kill", dynamic_ncols=True):
             if until is not None and time.monotonic() > until:
@@ -99,13 +96,15 @@ class Killer:
         self._changes = changes
         self._dropout = 0.0 if changes else DROPOUT
         self._whole: dict[Case, tuple[Path, Ended]] = {}
-        _in_a_process(lambda: write_material(folder / "material"))
+        if not (folder / "material").is_dir():
+            _in_a_process(lambda: write_material(folder / "material"))
 
     def one(self, case: Case, draws: Random) -> dict[str, Any]:
         """One kill, the resume and the comparison, as a row of the JSON."""
         begun = time.monotonic()
         reference, whole = self._reference(case)
         folder = self._folder / f"{case.name}-killed"
+        _in_a_process(lambda: _remove(folder))
         in_files = draws.random() < IN_FILES
         ended, phase = self._killed(case, folder, whole, draws, in_files=in_files)
         then = self._other(case, draws) if self._changes else case
@@ -119,15 +118,22 @@ class Killer:
         if row["outcome"] == "same":
             _in_a_process(lambda: _remove(folder))
         else:
-            folder.rename(folder.with_name(f"{folder.name}-{int(time.time())}"))
+            for one in (folder, folder.with_name(f"{folder.name}-notes")):  # to be looked at, where --folder is kept
+                one.rename(one.with_name(f"{one.name}-{int(time.time())}"))
         return row
 
     def _reference(self, case: Case) -> tuple[Path, Ended]:
         if case not in self._whole:
-            folder = self._folder / f"{case.name}-whole"
-            ended = self._start(case, folder, "whole")
-            if ended.error is not None:
-                raise RuntimeError(f"{case.name} fails by itself: {ended.error}")
+            folder = self._folder / f"{case.name}-whole{'' if self._dropout else '-plain'}"
+            account = folder.with_suffix(".json")
+            if account.is_file():
+                ended = Ended.read(account)
+            else:
+                _in_a_process(lambda: _remove(folder))
+                ended = self._start(case, folder, "whole")
+                if ended.error is not None:
+                    raise RuntimeError(f"{case.name} fails by itself: {ended.error}")
+                ended.write(account)
             self._whole[case] = folder, ended
         return self._whole[case]
 
@@ -175,74 +181,6 @@ class Killer:
         if self._changes:
             return closely(reference, folder) or once_an_epoch(folder, case) or "same"
         return exactly(reference, folder) or "same"
-
-
-# ---- comparisons: "" where nothing differs
-
-
-def exactly(reference: Path, folder: Path) -> str:
-    """What differs between two runs that should be the same to the bit."""
-    from safetensors import safe_open
-
-    if losses(reference) != losses(folder):
-        return f"losses differ: {losses(reference)} and {losses(folder)}"
-    weights = [one / "adapter" / "adapter_model.safetensors" for one in (reference, folder)]
-    with safe_open(weights[0], "np") as ours, safe_open(weights[1], "np") as theirs:
-        if set(ours.keys()) != set(theirs.keys()):
-            return "the adapters hold other tensors"
-        for name in ours.keys():  # noqa: SIM118 - a safetensors file is no mapping
-            if ours.get_tensor(name).tobytes() != theirs.get_tensor(name).tobytes():
-                return f"{name} differs"
-    if numbers(reference) != numbers(folder):
-        return f"metrics differ: {numbers(reference)} and {numbers(folder)}"
-    left = [one.name for one in folder.iterdir() if "writing" in one.name or "old" in one.name]
-    return f"left behind: {', '.join(left)}" if left else ""
-
-
-def closely(reference: Path, folder: Path) -> str:
-    """What differs by more than rounding between losses."""
-    ours, theirs = losses(reference), losses(folder)
-    if [step for step, _ in ours] != [step for step, _ in theirs]:
-        return f"steps differ: {ours} and {theirs}"
-    far = max(abs(one - other) for (_, one), (_, other) in zip(ours, theirs, strict=True))
-    return f"losses differ by {far:.2g}" if far > CLOSE else ""
-
-
-def once_an_epoch(folder: Path, case: Case) -> str:
-    """Which samples were trained on otherwise than once in each epoch; a VL-BART's repeat by its plan."""
-    if case.kind == "vlbart":
-        return ""
-    notes = folder.with_name(f"{folder.name}-notes")
-    later = _samples(notes / "resumed")
-    first = min(later, default=0)
-    steps = {step: ids for step, ids in _samples(notes / "killed").items() if not later or step < first} | later
-    in_an_epoch = SAMPLES // STEP_SAMPLES
-    for epoch in range(max(steps) // in_an_epoch):
-        seen = Counter(one for step in range(in_an_epoch) for one in steps[1 + epoch * in_an_epoch + step])
-        if len(seen) != SAMPLES or set(seen.values()) != {1}:
-            return f"epoch {epoch}: samples seen {dict(seen)}"
-    return ""
-
-
-def _samples(notes: Path) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
-    for file in notes.glob("samples-*.jsonl"):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            found.setdefault(row["step"], []).extend(row["ids"])
-    return found
-
-
-def losses(run_folder: Path) -> list[tuple[int, float]]:
-    """Each logged step's."""
-    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
-
-
-def numbers(run_folder: Path) -> dict[str, Any]:
-    """Those of `metrics.json` that a second run must have too."""
-    found = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in found.items() if name not in OF_TIME}
 
 
 # ---- what is told
@@ -302,7 +240,8 @@ def _remove(folder: Path) -> None:
     import shutil
 
     for one in (folder, folder.with_name(f"{folder.name}-notes")):
-        shutil.rmtree(one)
+        if one.is_dir():
+            shutil.rmtree(one)
 
 
 if __name__ == "__main__":

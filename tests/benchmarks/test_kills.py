@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks.kill_case import CASES, SAMPLES, STEP_SAMPLES, Case
-from benchmarks.kills import Killer, closely, exactly, once_an_epoch, summary
+from benchmarks.kill_compared import closely, exactly, once_an_epoch
+from benchmarks.kills import Killer, summary
 
 ROOT = Path(__file__).parents[2]
 
