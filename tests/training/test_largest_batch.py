@@ -236,7 +236,7 @@ def test_another_runtime_error_keeps_its_traceback(run_file: Path, monkeypatch: 
 def test_the_validation_has_its_own_setting(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_room_above(monkeypatch, 4, impossible)
     more = (f"--data.validation={read_data(run_file)}", "--training.per_device_eval_batch_size=8")
-    with pytest.raises(UserError, match=r"in the validation: .* per_device_eval_batch_size to 4 \(it is 8\)"):
+    with pytest.raises(UserError, match=r"in the validation: .*per_device_eval_batch_size to 4 \(it is 8\)"):
         trained(run_file, "run", *more, "--training.eval_strategy=steps", "--training.eval_steps=1")
 
 
