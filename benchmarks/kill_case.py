@@ -126,7 +126,7 @@ def settings_file(case: Case, material: Path, run_folder: Path, *, dropout: floa
         **({} if case.engine == "none" else {"deepspeed": case.engine}),
     }
     path = run_folder.with_suffix(".yaml")
-    adapter = {"dropout": dropout}
+    adapter: dict[str, object] = {"dropout": dropout}
     if case.kind == "vlbart":
         data = material / "vlbart"
         more = {"batch_size": STEP_SAMPLES, "workers": 0}

@@ -22,7 +22,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -186,7 +186,7 @@ class Killer:
 # ---- what is told
 
 
-def summary(kills: list[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(kills: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts over all kills, by kind of run, and as lines."""
     by_run = {name: [one for one in kills if one["run"] == name] for name in sorted({one["run"] for one in kills})}
     same = sum(one["outcome"] == "same" for one in kills)
