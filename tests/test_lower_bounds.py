@@ -18,7 +18,7 @@ def test_every_dependency_has_one() -> None:
     named = [one for section in sections for one in re.findall(r'"([^"]+)"', section) if one not in ("hatchling",)]
     named = [one for one in named if not one.startswith(("LICENSE", "."))]
     assert len(named) > 50
-    assert lower_bounds(named)["torch"] == "2.6"
+    assert lower_bounds(named)["torch"] == "2.8"
 
 
 def test_the_higher_of_two_counts_and_none_is_an_error() -> None:
