@@ -42,7 +42,8 @@ from benchmarks.kill_case import (
 )
 from benchmarks.kill_compared import closely, exactly, once_an_epoch
 
-IN_FILES = 2 / 5
+OF_FIVE = 2
+"""So many of five kills come inside a save or a removal."""
 LATER = 0.03
 TRIES = 10
 DROPOUT = 0.2
@@ -73,9 +74,9 @@ def main() -> None:
         for number in tqdm(numbers, initial=len(done), total=options.count, unit="kill", dynamic_ncols=True):
             if until is not None and time.monotonic() > until:
                 break
-            kills.append(
-                {"number": number, **killer.one(cases[number % len(cases)], Random(f"{options.seed}/{number}"))}
-            )
+            case, draws = cases[number % len(cases)], Random(f"{options.seed}/{number}")
+            row = killer.one(case, draws, in_files=number % 5 < OF_FIVE)
+            kills.append({"number": number, **row})
             if path is not None:
                 _write(path, options, kills)
     for line in summary(kills)["lines"]:
@@ -99,13 +100,12 @@ class Killer:
         if not (folder / "material").is_dir():
             _in_a_process(lambda: write_material(folder / "material"))
 
-    def one(self, case: Case, draws: Random) -> dict[str, Any]:
+    def one(self, case: Case, draws: Random, *, in_files: bool) -> dict[str, Any]:
         """One kill, the resume and the comparison, as a row of the JSON."""
         begun = time.monotonic()
         reference, whole = self._reference(case)
         folder = self._folder / f"{case.name}-killed"
         _in_a_process(lambda: _remove(folder))
-        in_files = draws.random() < IN_FILES
         ended, phase = self._killed(case, folder, whole, draws, in_files=in_files)
         then = self._other(case, draws) if self._changes else case
         row: dict[str, Any] = {"run": case.name, "phase": phase, "killed": ended.killed}
