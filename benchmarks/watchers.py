@@ -147,8 +147,8 @@ def timed(scratch: Path, *, pairs: int, width: int, batch: int) -> Turns:
 
 def put_switches(turns: Turns, trainer: Any) -> None:
     """Every watcher of a Trainer can be switched off."""
+    from dora_vl.data.dataset import BOOKKEEPING
     from dora_vl.training.callbacks import EpochCallback
-    from dora_vl.training.progress import BOOKKEEPING
 
     def taken(batch: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if name not in BOOKKEEPING}

@@ -14,6 +14,8 @@ from torch import Tensor
 from dora_vl.data.turns import Conversation, read_conversation
 from dora_vl.errors import BadSample
 
+BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
+"""Names in a batch of what is counted and told; all else goes to the model."""
 IGNORED_LABEL = -100
 """Label of a position that is not trained; what `torch.nn.functional.cross_entropy` ignores by default."""
 

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dora_vl.data.dataset import IGNORED_LABEL, Sample
+from dora_vl.data.dataset import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
 from dora_vl.run.recipe import RunSettings
 from dora_vl.tasks.seq2seq import MicroBatch, Seq2SeqSample, over_step
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.memory_used import memory_gib
 from dora_vl.training.out_of_memory import is_out_of_memory, what_did_not_fit, what_to_lower
-from dora_vl.training.progress import BOOKKEEPING
 from dora_vl.training.validation import random_state_kept
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from dora_vl.data.bad_samples import BadSampleCounts, BadSampleLedger
-
-BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
+from dora_vl.data.dataset import BOOKKEEPING
 
 
 @dataclass
