@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-vlbart demo-video test test-all fresh-install lint docs clean
+.PHONY: demo demo-vlbart demo-video test test-all fresh-install lower-bounds lint docs clean
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -86,9 +86,26 @@ fresh-install:
 	$(FRESH)/venv/bin/python -m pip install --quiet .
 	PYTHONPATH=. $(FRESH)/venv/bin/python tests/tasks/published_recipe.py --to $(FRESH)/run
 
+# Every dependency at the lower bound that pyproject.toml gives it, in an environment of its own; TESTS is what runs there.
+LOWER := runs/lower-bounds
+TESTS ?= tests
+
+lower-bounds: $(LOWER)/.installed
+	OMP_NUM_THREADS=1 $(LOWER)/venv/bin/python -m pytest -m "not slow and not gpu" -q $(TESTS)
+
+$(LOWER)/.installed: pyproject.toml
+	rm -rf $(LOWER)/venv
+	$(PYTHON) -m venv $(LOWER)/venv
+	$(LOWER)/venv/bin/python -m pip install --quiet uv
+	$(LOWER)/venv/bin/uv pip install --quiet --python $(LOWER)/venv/bin/python --no-deps --editable .
+	$(LOWER)/venv/bin/python tests/lower_bounds.py > $(LOWER)/constraints.txt
+	$(LOWER)/venv/bin/uv pip install --quiet --python $(LOWER)/venv/bin/python --constraint $(LOWER)/constraints.txt \
+		--editable '.[demo,video,dev]'
+	touch $@
+
 test-all: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q
 
 # The demos' and tests' output and the tools' caches alone: other folders in runs/ are somebody's training.
 clean:
-	rm -rf $(DEMO) $(VLDEMO) $(VIDEO) $(FRESH) build dist .cache .pytest_cache .ruff_cache
+	rm -rf $(DEMO) $(VLDEMO) $(VIDEO) $(FRESH) $(LOWER) build dist .cache .pytest_cache .ruff_cache

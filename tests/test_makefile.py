@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MADE = (
-    *("runs/demo", "runs/demo-vlbart", "runs/demo-video", "runs/fresh-install"),
+    *("runs/demo", "runs/demo-vlbart", "runs/demo-video", "runs/fresh-install", "runs/lower-bounds"),
     *("build", "dist", ".cache", ".pytest_cache", ".ruff_cache"),
 )
 KEPT = ("runs/my/adapter", "runs/demo-of-mine", "records/pope", "configs")

@@ -38,6 +38,8 @@ from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.model_files import NO_OWN_CODE, why_not_read
 
 DUMMY_SIDE = 64
+LARGE_SIDE = 1024
+"""Of a picture that every family of dynamic resolution makes more of than of the dummy."""
 GREY = (127, 96, 63)
 """Of the dummy picture; a black one would be taken for padding by families that drop pictures of zeros."""
 
@@ -182,9 +184,17 @@ class ImageTextEncoder:
         _, found = self._processed(turns, pictures, videos, "prompt", generation_prompt=True)
         return {"input_ids": found.ids[None], **found.inputs}
 
-    def dummy(self) -> Sample:
+    def dummy(self, side: int = DUMMY_SIDE) -> Sample:
         """A row with a small picture and no label: it takes a batch of words alone through the vision part too."""
-        return self._dummy(IMAGE_PLACEHOLDER, [Image.new("RGB", (DUMMY_SIDE, DUMMY_SIDE), GREY)])
+        return self._dummy(IMAGE_PLACEHOLDER, [Image.new("RGB", (side, side), GREY)])
+
+    @functools.cached_property
+    def pixels_count(self) -> bool:
+        """Whether a larger picture becomes more than a small one: more tokens, or more pixels for the model."""
+        if not self.sees_pictures:
+            return False
+        small, large = self.dummy(), self.dummy(LARGE_SIDE)
+        return len(small.input_ids) != len(large.input_ids) or _numbers(small) != _numbers(large)
 
     def dummy_video(self, frames: int = 2) -> Sample:
         """Likewise with a small video."""
@@ -280,6 +290,11 @@ class ImageTextEncoder:
             return 0
         last = found.media[-1][1][1]
         return max(place for place, (start, end) in enumerate(found.offsets, 1) if start < last and end > start)
+
+
+def _numbers(sample: Sample) -> int:
+    """How many there are in a sample's inputs beside those that have one for each token."""
+    return sum(one.numel() for name, one in sample.inputs.items() if name not in ALIGNED and isinstance(one, Tensor))
 
 
 def _moved(span: Span, media: Sequence[tuple[Span, Span]]) -> Span:

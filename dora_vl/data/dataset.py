@@ -14,6 +14,8 @@ from torch import Tensor
 from dora_vl.data.turns import Conversation, read_conversation
 from dora_vl.errors import BadSample
 
+BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shrunk")
+"""Names in a batch of what is counted and told; all else goes to the model."""
 IGNORED_LABEL = -100
 """Label of a position that is not trained; what `torch.nn.functional.cross_entropy` ignores by default."""
 
@@ -22,13 +24,15 @@ IGNORED_LABEL = -100
 class Encoded:
     """A conversation in tokens. `labels[t]` is the token at `t` where it is trained, else -100.
 
-    `cut_tokens` counts what the length limit removed at the end; `inputs` are a processor's further tensors.
+    `cut_tokens` counts what the length limit removed at the end, `lost_pixels` what the pixel budget took of its
+    pictures; `inputs` are a processor's further tensors.
     """
 
     input_ids: Int[Tensor, " seq"]
     labels: Int[Tensor, " seq"]
     cut_tokens: int = 0
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    lost_pixels: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Sample:
     cut_tokens: int = 0
     images: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    lost_pixels: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,4 +133,5 @@ class ConversationDataset(torch.utils.data.Dataset["Sample | Skipped"]):
             cut_tokens=encoded.cut_tokens,
             images=conversation.images,
             inputs=encoded.inputs,
+            lost_pixels=encoded.lost_pixels,
         )

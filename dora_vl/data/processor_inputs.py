@@ -60,6 +60,7 @@ class ProcessorCollator:
             rows = [self._nothing()]
         batch = self._joined(rows)
         tokens = sum(len(sample.input_ids) for sample in samples)
+        shrunk = [(sample.id, sample.lost_pixels) for sample in samples if sample.lost_pixels]
         return {
             **batch,
             "samples": len(samples),
@@ -67,6 +68,7 @@ class ProcessorCollator:
             "padding_tokens": batch["input_ids"].numel() - tokens,
             "skipped": [(item.id, item.reason) for item in items if isinstance(item, Skipped)],
             "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
+            **({"shrunk": shrunk} if shrunk else {}),
         }
 
     def _media(self, row: Sample) -> frozenset[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dora_vl.backbones.families import ALIGNED
 from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample
+from dora_vl.data.dataset import BOOKKEEPING, IGNORED_LABEL, Encoded, Sample
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Side = Literal["left", "right"]
 PADDING_ID = 0  # fills shorter rows; masked, so that any id but a picture's does
-BOOKKEEPING = frozenset({"labels", "samples", "sample_ids", "padding_tokens", "skipped", "cut"})
+NOT_ASKED = frozenset({"labels", *BOOKKEEPING})
 """What a collator adds that no model takes."""
 _NO_PICTURES = "this is a language model, which sees no pictures and videos"
 
@@ -68,7 +68,7 @@ def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[s
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
-        if name not in BOOKKEEPING
+        if name not in NOT_ASKED
     }
 
 

@@ -21,6 +21,7 @@ from dora_vl.backbones.image_text import (
     skeleton_of,
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
+from dora_vl.backbones.pixel_budget import LEAST_PIXELS, within_pixels
 from dora_vl.backbones.prompt_formats import FORMATS
 from dora_vl.core import DoRAConfig
 from dora_vl.data.dataset import ConversationDataset, Encoded, Rows, Sample
@@ -76,10 +77,11 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         if self.config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(self.config), self.config)
         encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+        _check_pixels(self.config, encoder, arguments)
         if samples.has_videos:
             _check_videos(self.config, encoder, pictures=samples.has_pictures)
         samples.look_ahead(pictures=Path(self.config.data.image_folder), videos=video_folder(self.config.data))
-        samples.try_first(self._make(samples, encoder))
+        samples.try_first(self._make(samples, encoder, arguments))
 
     def skeleton(self) -> Backbone[Any]:
         """The model without its weights."""
@@ -109,10 +111,11 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         dummy, dummy_video = _dummies(samples, encoder)
         seen_videos = samples.has_videos and encoder.sees_pictures
         return samples.training_data(
-            self._make(samples, encoder),
+            self._make(samples, encoder, arguments),
             collate=ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy, dummy_video=dummy_video),
             tokens_per_image=len(encoder.dummy().input_ids) if encoder.sees_pictures else 0,
             tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if seen_videos else 0,
+            sized_pictures=Path(data.image_folder) if encoder.pixels_count else None,
         )
 
     def _assistant(self, backbone: Backbone[Any]) -> Assistant:
@@ -140,12 +143,13 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         media = media_of_run(self.config, self._assistant(backbone), of_test=stored is None)
         return replace(media, stored=stored)
 
-    def _make(self, samples: InstructData, encoder: ImageTextEncoder) -> MakeDataset:
+    def _make(self, samples: InstructData, encoder: ImageTextEncoder, arguments: TrainingArguments) -> MakeDataset:
         """What makes samples of rows, their pictures and videos read."""
         data = self.config.data
         exactly = data.video_frames if samples.has_videos and encoder.videos_of_one_length else None
         videos = VideoReading(folder=video_folder(data), sampling=video_sampling(data), frames=exactly)
-        return partial(_illustrated, encoder=encoder, folder=Path(data.image_folder), videos=videos)
+        share = pixels_of_a_sample(self.config, arguments)
+        return partial(_illustrated, encoder=encoder, folder=Path(data.image_folder), videos=videos, most_pixels=share)
 
     def recipe(self) -> dict[str, Any]:
         """Base and backbone; prompts and pictures are the base's own processor's."""
@@ -200,18 +204,63 @@ def check_settings(config: RunConfig) -> None:
         raise UserError(f"picture folder {config.data.image_folder} does not exist; set data.image_folder")
 
 
+def pixels_of_a_sample(config: RunConfig, arguments: TrainingArguments) -> int | None:
+    """A sample's share of `data.max_pixels_per_step`, whatever stands beside it; None: as many as there are."""
+    most = config.data.max_pixels_per_step
+    return None if most is None else most // arguments.per_device_train_batch_size
+
+
+def _check_pixels(config: RunConfig, encoder: ImageTextEncoder, arguments: TrainingArguments) -> None:
+    """Refuses a pixel budget that changes nothing, or leaves too little to see.
+
+    Raises: UserError; one line, before weights are read.
+    """
+    share = pixels_of_a_sample(config, arguments)
+    if share is None:
+        return
+    if not encoder.pixels_count:
+        raise UserError(
+            f"data.max_pixels_per_step: {config.model.base} makes the same of a small picture and of a large one, so "
+            "there is nothing to save; leave it out"
+        )
+    if share < LEAST_PIXELS:
+        raise UserError(
+            f"data.max_pixels_per_step: {config.data.max_pixels_per_step} leaves {share} pixels for each of "
+            f"{arguments.per_device_train_batch_size} samples, and at least {LEAST_PIXELS} are needed; raise it, or "
+            "lower training.per_device_train_batch_size"
+        )
+
+
 def encode_from_folder(
-    conversation: Conversation, *, encoder: ImageTextEncoder, folder: Path, stored: HeldPictures, videos: VideoReading
+    conversation: Conversation,
+    *,
+    encoder: ImageTextEncoder,
+    folder: Path,
+    stored: HeldPictures,
+    videos: VideoReading,
+    most_pixels: int | None = None,
 ) -> Encoded:
     """A conversation, pictures and videos read; a top-level function, so that worker processes can receive it."""
     pictures = [open_picture(folder, name, stored) for name in conversation.images]
-    return encoder.encode(conversation, pictures, videos.read(conversation.videos))
+    clips = videos.read(conversation.videos)
+    if most_pixels is None:
+        return encoder.encode(conversation, pictures, clips)
+    pictures, clips, lost = within_pixels(pictures, clips, most_pixels)
+    return replace(encoder.encode(conversation, pictures, clips), lost_pixels=lost)
 
 
 def _illustrated(
-    rows: Rows, stored: HeldPictures, *, encoder: ImageTextEncoder, folder: Path, videos: VideoReading
+    rows: Rows,
+    stored: HeldPictures,
+    *,
+    encoder: ImageTextEncoder,
+    folder: Path,
+    videos: VideoReading,
+    most_pixels: int | None,
 ) -> ConversationDataset:
-    encode = partial(encode_from_folder, encoder=encoder, folder=folder, stored=stored, videos=videos)
+    encode = partial(
+        encode_from_folder, encoder=encoder, folder=folder, stored=stored, videos=videos, most_pixels=most_pixels
+    )
     return ConversationDataset(rows, encode=encode)
 
 

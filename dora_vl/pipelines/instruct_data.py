@@ -14,10 +14,12 @@ from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone
 from dora_vl.data.dataset import ConversationDataset, Rows, Sample, Skipped
+from dora_vl.data.largest_items import longest_places, places_of_largest_pictures
 from dora_vl.data.look_ahead import look_ahead, try_first
 from dora_vl.data.media import HeldPictures, StoredPictures, any_is_there
-from dora_vl.data.sampler import sampling_lengths
+from dora_vl.data.sampler import SamplingLengths, sampling_lengths
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
+from dora_vl.data.stream_sources import StreamSource
 from dora_vl.data.train_files import train_files, train_name
 from dora_vl.data.training_rows import SampleRows, described, load_rows, overlap, overlap_warning
 from dora_vl.data.turns import Turn, read_conversation
@@ -179,6 +181,7 @@ class InstructData:
         tokens_per_image: int = 0,
         tokens_per_video: int = 0,
         share_pictures: bool = False,
+        sized_pictures: Path | None = None,
     ) -> TrainingData:
         """What the Trainer takes.
 
@@ -187,6 +190,7 @@ class InstructData:
             collate: a batch of samples.
             tokens_per_image: with `tokens_per_video` for the lengths that group samples.
             share_pictures: whether the samples of a picture come in one batch.
+            sized_pictures: root of the pictures' paths, where a larger picture becomes more tokens.
         """
         held_out = None if self._held_out is None else make(self._held_out.samples, self._held_out.stored)
         if self._train is None:
@@ -195,8 +199,11 @@ class InstructData:
         lengths = sampling_lengths(train.rows, tokens_per_image=tokens_per_image, tokens_per_video=tokens_per_video)
         grouped = data.group_by_modality_length or share_pictures
         sampler = build_sampler(lengths, self._arguments, share_pictures=share_pictures) if grouped else None
+        samples = make(train.samples, train.stored)
+        pools = partial(_pools, samples, train, lengths, self._micro_batch, grouped=grouped, sized=sized_pictures)
         return TrainingData(
-            train=make(train.samples, train.stored),
+            train=samples,
+            pools=pools,
             validation=held_out,
             collate=collate,
             sampler=sampler,
@@ -205,6 +212,10 @@ class InstructData:
             source=train_name(data.train),
             longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
         )
+
+    @property
+    def _micro_batch(self) -> int:
+        return self._arguments.per_device_train_batch_size
 
     def _streamed(
         self,
@@ -215,8 +226,10 @@ class InstructData:
         if self._stream is None:
             raise RuntimeError("no stream has been opened")
         data, order = self._config.data, StreamOrder(self._stream, total=self._total)
+        samples, sources = StreamedDataset(make, length=len(order)), self._stream.sources
         return TrainingData(
-            train=StreamedDataset(make, length=len(order)),
+            train=samples,
+            pools=lambda: [_of_first_rows(samples, sources, self._micro_batch)],
             validation=held_out,
             collate=collate,
             sampler=order,
@@ -226,6 +239,32 @@ class InstructData:
             source=train_name(data.train),
             longest_tokens=data.max_tokens,
         )
+
+
+def _pools(
+    samples: ConversationDataset,
+    train: SampleRows,
+    lengths: SamplingLengths,
+    count: int,
+    *,
+    grouped: bool,
+    sized: Path | None,
+) -> list[list[Sample | Skipped]]:
+    """The largest samples, those with pictures and those without apart where no micro-batch mixes them.
+
+    Twice as many as a micro-batch holds, since words only stand for tokens.
+    """
+    kinds = (lengths.is_multimodal, ~lengths.is_multimodal) if grouped else (None,)
+    places = [longest_places(lengths, 2 * count, among) for among in kinds]
+    if sized is not None:
+        places[0] += places_of_largest_pictures(train.rows, train.stored, sized, count)
+    return [[samples[place] for place in dict.fromkeys(one)] for one in places]
+
+
+def _of_first_rows(samples: StreamedDataset, sources: Sequence[StreamSource], count: int) -> list[Sample | Skipped]:
+    """The largest of a stream's first rows, twice as many as a micro-batch holds."""
+    rows = [row for source in sources for row in source.first_rows]
+    return [samples[row] for row in sorted(rows, key=lambda row: -row.size())[: 2 * count]]
 
 
 class InstructPipeline(Pipeline, Generic[Settings]):

@@ -19,6 +19,7 @@ from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import ConversationDataset, Rows
 from dora_vl.data.media import HeldPictures, StoredPictures
+from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import with_adapter
@@ -50,6 +51,11 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
         All data is read first, and the test's questions: what is wrong with them shows now, not after hours.
         """
         check_quantisation(self.config.model)
+        if self.config.data.max_pixels_per_step is not None:
+            raise UserError(
+                "data.max_pixels_per_step: a LLaVA-1.5 takes every picture at one size, so there is nothing to shrink; "
+                "leave it out"
+            )
         samples = self._samples(arguments)
         samples.describe()
         if self.config.evaluation.file is not None:

@@ -172,6 +172,7 @@ class VlBartPipeline(Pipeline):
         )
         return TrainingData(
             train=train,
+            pools=lambda: [[one] for one in train.longest()],
             validation=self._validation(encoder, width, arguments.world_size),
             collate=Seq2SeqCollator(encoder.pad_token_id, (data.feature_tokens, width)),
             sampler=SequentialSampler(train),

@@ -211,6 +211,7 @@ def _told(run: RunRecord) -> Told:
     counts = [
         ("samples skipped", last.get("skipped", run.metrics.get("skipped_samples"))),
         ("samples cut", last.get("cut_samples")),
+        ("samples whose pictures were shrunk", last.get("shrunk_samples") or None),
         ("padding", f"{padding:.1%}" if isinstance(padding, int | float) else None),
         ("questions that could not be asked", _failed(run)),
     ]

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "overwrite",
     "test_only",
     "watch",
+    "try_largest_batch",
     "variant",
     "evaluation.*",
     "optim.not_finite",

@@ -130,7 +130,13 @@ def _resolved(path: Path, variant: str | None) -> dict[str, Any] | None:
 Settings = TypeVar("Settings")
 
 FOR_ALL = ", or null for all of them"
-COUNTS = {"limit": FOR_ALL, "validation_limit": FOR_ALL, "batch_size": "", "max_new_tokens": ""}
+COUNTS = {
+    "limit": FOR_ALL,
+    "validation_limit": FOR_ALL,
+    "batch_size": "",
+    "max_new_tokens": "",
+    "max_pixels_per_step": "; null leaves it to the model",
+}
 """Settings of any section that count what is read or asked -> what else they take than numbers."""
 
 

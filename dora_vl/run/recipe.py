@@ -116,6 +116,11 @@ class RunSettings(Protocol):
         """How many fixed questions are answered through training."""
         ...
 
+    @property
+    def try_largest_batch(self) -> bool | None:
+        """Whether the largest micro-batch is tried first; None: where there is a GPU."""
+        ...
+
 
 Decayed = Literal["matrices", "all_but_biases"]
 """What weight decay acts on."""
@@ -224,6 +229,10 @@ class DataConfig(SamplesConfig):
     """Computes the frozen vision tower's output once for each picture and reads it from disk afterwards."""
     feature_cache: str | None = None
     """Folder of the cached features; null: `<training.output_dir>/features`."""
+    max_pixels_per_step: int | None = None
+    """Most pixels of the pictures and frames of a micro-batch on one rank; a sample's share is that over
+    training.per_device_train_batch_size, and pictures above it are shrunk. For models that make more tokens of a larger
+    picture (Qwen2-VL, LLaVA-NeXT, ...); null: only the model's own limits."""
     share_pictures: bool = False
     """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
 
@@ -290,6 +299,9 @@ class ResumableRun:
     watch: int = 4
     """So many fixed questions, of the validation data or else of the test, are answered at every validation (without
     one: at the start and five times more), into `watched/`, the report and what training.report_to names; 0: none."""
+    try_largest_batch: bool | None = None
+    """Takes a step over the largest micro-batch that the data can give before the first one, and undoes it, so that a
+    run that does not fit into memory ends at once and says what to lower; null: where there is a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

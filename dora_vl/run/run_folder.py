@@ -31,7 +31,7 @@ SAVED = (ADAPTER, METRICS, *PREDICTED)
 RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, *PREDICTED, WATCHED, "loss_curve.png", "contact_sheet.png")
 IF_STOPPED = "if_stopped"
 _OTHERWISE = "--overwrite true removes it, --training.output_dir names another folder"
-HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only", "watch"})
+HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only", "watch", "try_largest_batch"})
 """Settings that may differ between a run and the one that resumes it."""
 TRAINING_NUMBERS = (
     "train_seconds",
@@ -40,6 +40,7 @@ TRAINING_NUMBERS = (
     "train_steps",
     "padding_share",
     "skipped_samples",
+    "shrunk_samples",
 )
 """What `metrics.json` says of the training."""
 

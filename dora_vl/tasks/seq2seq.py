@@ -21,6 +21,8 @@ from dora_vl.data.mixture import MixturePlan
 from dora_vl.errors import BadSample
 from dora_vl.tasks.subtask import Subtask, Target
 
+LOOKED_AT = 256
+"""Of each task, samples among which the longest are looked for."""
 SAMPLES, WEIGHTS = "samples", "sample_weights"
 """Names in a batch: how many usable samples it holds, and what each counts in a mean over them."""
 
@@ -156,6 +158,20 @@ class MixtureDataset(Dataset[MicroBatch]):
         """
         part = self._plan.part(number, epoch=int(self._epoch))
         return [self._files[part.source][index] for index in part.indices]
+
+    def longest(self) -> list[MicroBatch]:
+        """For each task the largest micro-batch that can be made of its samples, of those at even distances."""
+        epoch = int(self._epoch)
+        found = []
+        for number, source in enumerate(self._plan.sources):
+            count = -(-source.batch_size // self._plan.parts)
+            looked_at = max(LOOKED_AT, 2 * count)
+            places = range(0, source.items, max(1, source.items // looked_at))
+            items = [self._item(number, index, epoch) for index in places]
+            usable = [one for one in items if isinstance(one, Seq2SeqSample)]
+            longest = sorted(usable, key=lambda one: -(len(one.input_ids) + len(one.labels)))[:count]
+            found.append(MicroBatch(self._subtasks[number], [*longest]))
+        return found
 
     def __getitem__(self, number: int) -> MicroBatch:
         epoch = int(self._epoch)

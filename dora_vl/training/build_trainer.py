@@ -25,6 +25,7 @@ from dora_vl.run.launch import on_first_rank
 from dora_vl.run.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, write_json
 from dora_vl.run.zero import gather_to_read, gather_to_write
 from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
+from dora_vl.training.largest_batch import LargestBatch, cost_of
 from dora_vl.training.memory_estimate import Activations, Table, estimate_memory, memory_table
 from dora_vl.training.optim import (
     LearningRates,
@@ -83,7 +84,21 @@ def build_trainer(
         trackers = trainer.callback_handler.callbacks
         trainer.add_callback(WatchQuestions(watch, run_folder, lambda: trackers))
     _order_callbacks(trainer, arguments)
+    if _tries_first(pipeline, arguments):
+        cost = cost_of(activations, _vocabulary(backbone))
+        tried = LargestBatch(trainer, config, pools=data.pools, cost=cost, collate=data.collate)
+        trainer.callback_handler.callbacks.insert(0, tried)  # before a clock runs or a question is asked
     return trainer, stop
+
+
+def _tries_first(pipeline: Pipeline, arguments: TrainingArguments) -> bool:
+    asked = pipeline.config.try_largest_batch
+    return arguments.device.type == "cuda" if asked is None else asked
+
+
+def _vocabulary(backbone: Backbone[Any]) -> int:
+    config: Any = backbone.model.config
+    return int(config.get_text_config().vocab_size)
 
 
 def _ledger(data: TrainingData, arguments: TrainingArguments, *, max_bad_share: float) -> BadSampleLedger:

@@ -98,6 +98,7 @@ class LossLog(TrainerCallback):
             "labelled_tokens": window.labelled_tokens,
             "skipped": counts.skipped,
             "cut_samples": counts.cut_samples,
+            "shrunk_samples": counts.shrunk_samples,
             "memory_gib": round(memory_gib(device), 3),
         }
 
@@ -204,10 +205,12 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Asks all ranks whether one of them received a signal to stop."""
-        heard = torch.tensor(self._heard or 0, device=args.device)
+        told = self._heard or 0
         if args.world_size > 1:
+            heard = torch.tensor(told, device=args.device)
             torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
-        if told := int(heard):
+            told = int(heard)
+        if told:
             self.received = told
             control.should_save = control.should_training_stop = True
 

@@ -101,6 +101,7 @@ class TrainingData:
         read_in_a_pass: how many an epoch reads over all ranks; None: `samples`, and what accelerate repeats of them.
         source: the training file, for messages.
         longest_tokens: the longest sequence, for the memory estimate.
+        pools: of `train`'s items, the largest of each kind that a micro-batch is drawn from; read when it is asked.
     """
 
     train: Dataset[Any]
@@ -113,6 +114,7 @@ class TrainingData:
     source: str
     longest_tokens: int
     read_in_a_pass: int | None = None
+    pools: Callable[[], Sequence[Sequence[Any]]] = tuple
 
 
 @dataclass(frozen=True)

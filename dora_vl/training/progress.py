@@ -13,8 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from dora_vl.data.bad_samples import BadSampleCounts, BadSampleLedger
-
-BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut")
+from dora_vl.data.dataset import BOOKKEEPING
 
 
 @dataclass
@@ -27,6 +26,7 @@ class Counts:
     labelled_tokens: int = 0
     skipped: int = 0
     cut_samples: int = 0
+    shrunk_samples: int = 0
 
     def __sub__(self, earlier: Counts) -> Counts:
         return Counts(*(getattr(self, one.name) - getattr(earlier, one.name) for one in fields(self)))
@@ -72,6 +72,7 @@ class BatchStatistics:
         self.counts.labelled_tokens += int((batch["labels"] != -100).sum())
         self.counts.skipped += len(skipped)
         self.counts.cut_samples += len(held.get("cut", ()))
+        self.counts.shrunk_samples += len(held.get("shrunk", ()))
         return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
 
     def judge(self, counts: Counts) -> None:

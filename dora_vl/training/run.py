@@ -45,6 +45,7 @@ from dora_vl.run.zero import load_whole_models_again
 from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.finite import check_base_weights
 from dora_vl.training.optim import check_parts
+from dora_vl.training.out_of_memory import out_of_memory_reported, smaller_model, smaller_test, training_fits
 from dora_vl.training.pipeline import Pipeline
 from dora_vl.training.progress import Counts
 from dora_vl.training.step_faults import steps_left_out
@@ -76,17 +77,19 @@ def train(pipeline: Pipeline) -> RunResult:
     run_folder, checkpoint = run_folder_of(config), checkpoint_of(config)
     _check_and_prepare(pipeline, arguments, checkpoint)
 
-    backbone = pipeline.load()
-    check_base_weights(backbone.model, config.model.base)
-    torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
-    adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
-    trainer, stop = build_trainer(pipeline, arguments, backbone)
+    with out_of_memory_reported(lambda: "loading the model", arguments.device, partial(smaller_model, config)):
+        backbone = pipeline.load()
+        check_base_weights(backbone.model, config.model.base)
+        torch.manual_seed(arguments.seed)  # A's initial values, the same on every rank
+        adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
+        trainer, stop = build_trainer(pipeline, arguments, backbone)
     if checkpoint is not None:
         trainer.progress.go_on_from(checkpoint)
     keep_freed_memory()
     torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
     try:
-        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with training_fits(trainer, config):
+            output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         stop.restore()
     if trainer.faults.ended_by is not None:
@@ -117,6 +120,9 @@ def _written(trainer: AdapterTrainer, run_folder: Path, *, stopped: bool) -> dic
     held_out = {} if trainer.validation is None else trainer.validation.statistics.skipped_on_all_ranks()
     earlier = numbers_of_whole_run(run_folder, trainer.state.global_step) if took_no_step(trainer, counts) else None
     numbers = training_numbers(trainer, counts) if earlier is None else earlier
+    if numbers.get("shrunk_samples"):
+        told = "%s samples (%s of all) had their pictures shrunk to fit data.max_pixels_per_step"
+        logger.info(told, f"{counts.shrunk_samples:,}", f"{counts.shrunk_samples / counts.samples:.1%}")
     if earlier is None and (left_out := steps_left_out(run_folder / FAULTS)):
         numbers["steps_left_out"] = left_out
     if not stopped:
@@ -148,8 +154,14 @@ def _run(pipeline: Pipeline) -> int | None:
         leave_process_group()
         load_whole_models_again()
     if result.stopped_by is None and pipeline.config.evaluation.file is not None and first:
-        pipeline.test(result.numbers)
+        _test(pipeline, result.numbers)
     return result.stopped_by
+
+
+def _test(pipeline: Pipeline, numbers: dict[str, Any]) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with out_of_memory_reported(lambda: "the test", device, partial(smaller_test, pipeline.config)):
+        pipeline.test(numbers)
 
 
 def test_again(pipeline: Pipeline) -> None:
@@ -168,7 +180,7 @@ def test_again(pipeline: Pipeline) -> None:
         raise UserError(f"test_only: {weights} does not exist; train first, or name the run's training.output_dir")
     if launched_first():
         there = read_json(metrics) if metrics.is_file() else {}
-        pipeline.test({name: there[name] for name in TRAINING_NUMBERS if name in there})
+        _test(pipeline, {name: there[name] for name in TRAINING_NUMBERS if name in there})
 
 
 def training_numbers(trainer: AdapterTrainer, counts: Counts) -> dict[str, Any]:
@@ -181,6 +193,7 @@ def training_numbers(trainer: AdapterTrainer, counts: Counts) -> dict[str, Any]:
         "train_steps": trainer.state.global_step,
         "padding_share": round(counts.padding_share, 4),
         "skipped_samples": counts.skipped,
+        **({"shrunk_samples": counts.shrunk_samples} if counts.shrunk_samples else {}),
     }
 
 

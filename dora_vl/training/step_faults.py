@@ -90,10 +90,11 @@ class StepFaults(TrainerCallback):
         """All ranks agree on whether the step counts."""
         losses = torch.stack(self._losses).float().tolist() if self._losses else []
         broken = [ids for ids, loss in zip(self._ids, losses, strict=True) if not math.isfinite(loss)]
-        fault = torch.tensor([len(broken) > 0, not self._gradient_is_finite()], dtype=torch.int32, device=args.device)
+        of_loss, of_gradient = len(broken) > 0, not self._gradient_is_finite()
         if args.world_size > 1:
+            fault = torch.tensor([of_loss, of_gradient], dtype=torch.int32, device=args.device)
             torch.distributed.all_reduce(fault, torch.distributed.ReduceOp.MAX)
-        of_loss, of_gradient = map(bool, fault.tolist())
+            of_loss, of_gradient = map(bool, fault.tolist())
         if of_loss or of_gradient:
             ids = _gathered(broken, args.world_size)
             what = "the loss is not a number" if of_loss else "the gradient is not a number, though the loss is"

@@ -107,6 +107,7 @@ OURS_ALONE: Mapping[str, Rule] = {
     "optim.magnitude_learning_rate": _one_rate,
     "optim.weight_decay_on": lost("magnitudes decay there as all else does, if weight_decay is not 0"),
     "watch": lost("no fixed questions through training"),
+    "try_largest_batch": lost("nothing is tried before the first step"),
     "test_only": lost("no test after training"),
 }
 """Settings that the other tools have no word for, or need none."""

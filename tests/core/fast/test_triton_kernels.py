@@ -14,12 +14,16 @@ from dora_vl.core.fast import fused
 from dora_vl.core.fast.fused import SWITCH, fused_kernels
 
 ROOT = Path(__file__).parents[2]
+LOWEST = "3.9"
+"""Version whose interpreter and compiler take these checks; 3.2 and 3.4 do not, nor 3.5 beside numpy 2.4."""
 CHECKS = ("triton_checks.py", "triton_dropout_checks.py", "triton_norm_checks.py", "triton_layer_checks.py")
 
 
 def run_checks(file: str, *more: str, **environment: str) -> None:
     """In a process of its own: Triton decides when it is imported whether it interprets."""
-    pytest.importorskip("triton", reason="torch's CPU builds bring no Triton: pip install triton")
+    pytest.importorskip(
+        "triton", minversion=LOWEST, reason=f'torch\'s CPU builds bring no Triton: pip install "triton>={LOWEST}"'
+    )
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": path, **environment}
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file)), *more]

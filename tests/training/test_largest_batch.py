@@ -1,0 +1,284 @@
+"""The largest micro-batch is tried before the first step, changes nothing, and what does not fit ends in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dora_vl.data.dataset import Sample, Skipped
+from dora_vl.errors import UserError
+from dora_vl.pipelines.llava import LlavaPipeline
+from dora_vl.pipelines.vlbart import VlBartPipeline
+from dora_vl.run.command_line import read_run_file, read_settings
+from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.training import largest_batch
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.largest_batch import cost_of, largest, take_and_undo
+from dora_vl.training.memory_estimate import Activations
+from dora_vl.training.out_of_memory import asked_bytes, is_out_of_memory, smaller_micro_batch, what_to_lower
+from dora_vl.training.pipeline import NextTokenLoss
+from dora_vl.training.run import train
+from tests.training.test_two_ranks import launch
+from tests.training.test_two_ranks import losses as losses_of
+from tests.training.tiny_run import write_run, write_tiny_data
+from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
+
+IMPOSSIBLE = 1 << 47
+SETTINGS = ("--adapter.dropout=0.2", "--training.save_strategy=steps", "--training.save_steps=2")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, training={"use_cpu": True, "weight_decay": 0.1})
+
+
+def trained(run_file: Path, name: str, *overrides: str) -> tuple[list[float], Path]:
+    folder = run_file.parent / name
+    train(LlavaPipeline(read_run_file(run_file, *overrides, f"--training.output_dir={folder}")))
+    return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line], folder
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The batches that are tried."""
+    tried: list[Any] = []
+
+    def noted(trainer: Any, batch: Any) -> None:
+        tried.append(batch)
+        take_and_undo(trainer, batch)
+
+    monkeypatch.setattr(largest_batch, "take_and_undo", noted)
+    return tried
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--training.gradient_accumulation_steps=2", "--training.per_device_train_batch_size=2"),
+        ("--training.optim=adafactor",),
+        ("--training.optim=sgd", "--training.optim_args=momentum=0.9"),
+        ("--data.streaming=true", "--data.group_by_modality_length=false"),
+    ],
+    ids=["adamw", "accumulated", "adafactor", "momentum", "streamed"],
+)
+def test_a_run_is_the_same_to_the_bit_with_it_and_without(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    without, plain = trained(run_file, "without", *SETTINGS, *more)
+    tried = counted(monkeypatch)
+    found, folder = trained(run_file, "with", *SETTINGS, *more, "--try_largest_batch=true")
+    assert len(tried) == 1
+    assert found == without
+    assert same_tensors(folder, plain)
+    numbers = [json.loads((one / "metrics.json").read_text()) for one in (folder, plain)]
+    assert numbers[0]["train_samples"] == numbers[1]["train_samples"]
+    # a resumed run too: the optimizer's state is the checkpoint's afterwards, not a step older
+    again = [*SETTINGS, *more, "--try_largest_batch=true", f"--resume={folder / 'checkpoint-4'}"]
+    resumed, _ = trained(run_file, "with", *again)
+    assert resumed == without
+    assert same_tensors(folder, plain)
+
+
+def test_without_a_gpu_nothing_is_tried_unless_it_is_asked_for(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = counted(monkeypatch)
+    trained(run_file, "run", "--training.max_steps=1")
+    assert not tried
+
+
+def test_the_longest_samples_make_it(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = json.loads((read_data(run_file)).read_text())
+    for place in (5, 11):
+        records[place]["conversations"][1]["value"] = "blue it " * 30
+    path = Path(read_data(run_file)).with_name("long.json")
+    path.write_text(json.dumps(records))
+    tried = counted(monkeypatch)
+    asked = ("--try_largest_batch=true", "--training.max_steps=1", "--training.per_device_train_batch_size=2")
+    trained(run_file, "run", *asked, f"--data.train={path}")
+    assert sorted(tried[0]["sample_ids"]) == ["sample-11", "sample-5"]
+
+
+def read_data(run_file: Path) -> Path:
+    return Path(str(read_run_file(run_file).data.train))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("stage", "ranks", "port"), [("zero3", 2, 29641), pytest.param("zero2", 1, 29642, marks=pytest.mark.slow)]
+)
+def test_under_zero_the_run_is_the_same_to_the_bit(
+    tmp_path: Path, tiny_llava: Path, stage: str, ranks: int, port: int
+) -> None:
+    data = write_tiny_data(tmp_path / "data", samples=24, text_only_blocks=2)
+    run_file = write_run(tmp_path / "run.yaml", tiny_llava, data, adapter={"dropout": 0.1})
+    found = []
+    for number, asked in enumerate(("false", "true")):
+        folder = tmp_path / asked
+        settings = [f"--training.output_dir={folder}", f"--training.deepspeed={stage}", f"--try_largest_batch={asked}"]
+        settings += ["--training.gradient_accumulation_steps=2", "--training.per_device_train_batch_size=2"]
+        result = launch(run_file, *settings, "--training.max_steps=4", ranks=ranks, port=port + 2 * number)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert ("the largest micro-batch fits" in result.stderr) is (asked == "true")
+        found.append(losses_of(folder))
+    assert torch.equal(found[0], found[1])
+    assert same_tensors(tmp_path / "true", tmp_path / "false")
+
+
+def test_vlbart_tries_the_longest_of_each_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_vlbart_data(tmp_path / "data")
+    found = []
+    tried = counted(monkeypatch)
+    for asked in ("false", "true"):
+        path = write_vlbart_run(
+            tmp_path / f"{asked}.yaml", data, ("vqav2", "tvc"), training={"use_cpu": True, "optim": "adamw_torch"}
+        )
+        config = read_settings(["--config", str(path), f"--try_largest_batch={asked}"], VlBartRunConfig)
+        train(VlBartPipeline(config, all_subtasks(), name="tiny"))
+        found.append([line["loss"] for line in read_log(tmp_path / asked / "log.jsonl") if "loss" in line])
+    assert found[0] == found[1]
+    assert len(tried) == 1
+    assert same_tensors(tmp_path / "true", tmp_path / "false")
+
+
+# ---- what does not fit
+
+
+def no_room_above(monkeypatch: pytest.MonkeyPatch, most: int, make: Callable[[], object]) -> None:
+    """The real allocator is asked for more than any machine has, where a micro-batch holds more than `most` rows."""
+    forward = NextTokenLoss.forward
+
+    def limited(self: NextTokenLoss, input_ids: torch.Tensor, *options: Any, **named: Any) -> Any:
+        if len(input_ids) > most:
+            make()
+        return forward(self, input_ids, *options, **named)
+
+    monkeypatch.setattr(NextTokenLoss, "forward", limited)
+
+
+def impossible() -> object:
+    return torch.empty(IMPOSSIBLE, dtype=torch.uint8)
+
+
+def test_what_does_not_fit_ends_before_the_first_step_with_what_does(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_room_above(monkeypatch, 3, impossible)
+    with pytest.raises(UserError) as error:
+        trained(run_file, "run", "--training.per_device_train_batch_size=16", "--try_largest_batch=true")
+    said = str(error.value)
+    assert "16 samples in 16 rows of" in said
+    assert "before the first step: 131072.00 GiB more were asked for" in said
+    assert "per_device_train_batch_size to 2 (it is 16), which has been tried and fits" in said
+    assert "gradient_accumulation_steps to 8 (it is 1): the step keeps its 16 samples" in said
+    assert read_log(run_file.parent / "run" / "log.jsonl") == []
+
+
+def test_the_program_ends_with_one_line_where_a_later_step_does_not_fit(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tasks import llava_instruct
+
+    no_room_above(monkeypatch, 3, impossible)
+    monkeypatch.setattr("sys.argv", ["llava_instruct.py", "--config", str(run_file)])
+    with pytest.raises(SystemExit) as ended:
+        llava_instruct.main()
+    assert ended.value.code == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error:")]
+    assert "out of memory in step 1: 131072.00 GiB more were asked for" in line
+    assert "per_device_train_batch_size to 2 (it is 4) and training.gradient_accumulation_steps to 2 (it is 1)" in line
+    assert "Traceback" not in line
+
+
+def numpys() -> object:
+    raise MemoryError("Unable to allocate 3.00 GiB for an array with shape (1,)")
+
+
+def cudas() -> object:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB")
+
+
+@pytest.mark.parametrize(("make", "asked"), [(numpys, "3.00 GiB"), (cudas, "2.50 GiB")])
+def test_other_allocators_errors_are_told_alike(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], object], asked: str
+) -> None:
+    no_room_above(monkeypatch, 0, make)
+    with pytest.raises(UserError, match=f"step 1: {asked} more were asked for, .* are free"):
+        trained(run_file, "run")
+
+
+def test_another_runtime_error_keeps_its_traceback(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other() -> object:
+        raise RuntimeError("shapes do not fit")
+
+    no_room_above(monkeypatch, 0, other)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        trained(run_file, "run", "--try_largest_batch=true")
+
+
+def test_the_validation_has_its_own_setting(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_room_above(monkeypatch, 4, impossible)
+    more = (f"--data.validation={read_data(run_file)}", "--training.per_device_eval_batch_size=8")
+    with pytest.raises(UserError, match=r"in the validation: .*per_device_eval_batch_size to 4 \(it is 8\)"):
+        trained(run_file, "run", *more, "--training.eval_strategy=steps", "--training.eval_steps=1")
+
+
+def test_advice_goes_from_the_mildest_on(run_file: Path) -> None:
+    from dora_vl.run.arguments import training_arguments
+
+    def said(*overrides: str, fits: int | None = None) -> str:
+        config = read_run_file(run_file, *overrides)
+        return what_to_lower(config, training_arguments(config), fits=fits)
+
+    assert "batch_size to 3 (it is 6)" in said("--training.per_device_train_batch_size=6")
+    one = "--training.per_device_train_batch_size=1"
+    assert "gradient_checkpointing to true" in said(one)
+    assert "gradient_checkpointing to true" in said("--training.per_device_train_batch_size=6", fits=0)
+    recomputed = (one, "--training.gradient_checkpointing=true")
+    assert "data.max_tokens to 128 (it is 256)" in said(*recomputed)
+    assert "max_pixels_per_step to 400000 (it is 800000)" in said(*recomputed, "--data.max_pixels_per_step=800000")
+
+
+def test_a_smaller_micro_batch_parts_the_step_evenly() -> None:
+    assert smaller_micro_batch(48, at_most=10) == 8
+    assert smaller_micro_batch(7, at_most=3) == 1
+
+
+def test_the_numbers_of_messages() -> None:
+    assert asked_bytes(RuntimeError("you tried to allocate 140 bytes. Error code 12")) == 140
+    assert asked_bytes(MemoryError()) is None
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_the_costliest_pool_gives_the_batch() -> None:
+    def sample(name: str, tokens: int, labels: int) -> Sample:
+        ids = torch.ones(tokens, dtype=torch.int64)
+        labelled = torch.cat([torch.full((tokens - labels,), -100), torch.ones(labels)]).long()
+        return Sample(index=0, id=name, input_ids=ids, labels=labelled)
+
+    activations = Activations(tokens=10, layers=2, hidden_width=8, element_bytes=2, recomputed=False)
+    pictures = [sample("a", 50, 2), sample("b", 70, 2), Skipped(3, "c", "broken"), sample("d", 60, 2)]
+    words = [sample("e", 65, 60), sample("f", 65, 60)]
+    few = cost_of(activations, vocabulary=1)
+    assert [one.id for one in largest([pictures, words], few, 2)] == ["b", "d"]
+    many = cost_of(activations, vocabulary=10_000)  # then scores at labelled places are what takes the room
+    assert [one.id for one in largest([pictures, words], many, 2)] == ["e", "f"]
+    assert largest([[Skipped(0, "x", "broken")]], few, 2) == []

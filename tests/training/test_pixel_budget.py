@@ -1,0 +1,142 @@
+"""data.max_pixels_per_step: pictures above a sample's share are shrunk, counted and told, over two families."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dora_vl.backbones.pixel_budget import within_pixels
+from dora_vl.backbones.video_inputs import grey_video
+from dora_vl.errors import UserError
+from dora_vl.pipelines.image_text import instruct_pipeline
+from dora_vl.run.arguments import training_arguments
+from dora_vl.run.command_line import read_run_file
+from dora_vl.training.callbacks import read_log
+from dora_vl.training.run import run
+from tests.backbones.tiny_image_text import write_tiny
+from tests.training.tiny_run import write_run, write_tiny_llava
+
+FAMILIES = ("qwen2_vl", "llava_next")
+SIDES = ((640, 480), (60, 40), (900, 100))
+SHARE = 4_000
+PINPOINTS = [[16, 32], [32, 16], [32, 32], [64, 80], [96, 96]]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """The tiny families, with room for pictures of several sizes; and a LLaVA-1.5."""
+    folder = tmp_path_factory.mktemp("bases")
+    made = {name: write_tiny(name, folder / name) for name in FAMILIES}
+    changed(
+        made["qwen2_vl"] / "processor_config.json", "image_processor", size={"shortest_edge": 64, "longest_edge": 16384}
+    )
+    changed(made["llava_next"] / "processor_config.json", "image_processor", image_grid_pinpoints=PINPOINTS)
+    changed(made["llava_next"] / "config.json", None, image_grid_pinpoints=PINPOINTS)
+    return made | {"llava": write_tiny_llava(folder / "llava")}
+
+
+def changed(path: Path, section: str | None, **values: object) -> None:
+    content = json.loads(path.read_text())
+    (content if section is None else content[section]).update(values)
+    path.write_text(json.dumps(content))
+
+
+def written(folder: Path, base: Path, **changes: dict[str, object]) -> Path:
+    """Twelve samples: a large picture, a small one, a long one, four times."""
+    (folder / "data").mkdir(parents=True)
+    records = []
+    for index in range(12):
+        Image.new("RGB", SIDES[index % 3], (200, 20 * index, 40)).save(folder / "data" / f"{index}.png")
+        turns = [{"from": "human", "value": "<image>\nSay the colour."}, {"from": "gpt", "value": "It is red."}]
+        records.append({"id": f"s{index}", "image": f"{index}.png", "conversations": turns})
+    (folder / "data" / "train.json").write_text(json.dumps(records))
+    training = {"use_cpu": True, "per_device_train_batch_size": 2, "max_steps": 6, **changes.pop("training", {})}
+    changes["data"] = {"max_tokens": 4096, **changes.get("data", {})}
+    return write_run(folder / "run.yaml", base, folder / "data" / "train.json", training=training, **changes)
+
+
+def tokens_of(path: Path, *overrides: str) -> list[int]:
+    """Of the first three training samples."""
+    pipeline = instruct_pipeline(read_run_file(path, *overrides))
+    arguments = training_arguments(pipeline.config)
+    pipeline.prepare(arguments)
+    data = pipeline.data(pipeline.skeleton(), arguments)
+    return [len(data.train[index].input_ids) for index in range(3)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_above_a_samples_share_becomes_fewer_tokens(
+    bases: Mapping[str, Path], tmp_path: Path, family: str
+) -> None:
+    path = written(tmp_path, bases[family])
+    whole, budget = tokens_of(path), tokens_of(path, f"--data.max_pixels_per_step={2 * SHARE}")
+    assert budget[0] < 0.7 * whole[0]  # 307,200 pixels became at most 4,000
+    assert budget[1] == whole[1]  # 2,400 fit
+    alone = (f"--data.max_pixels_per_step={2 * SHARE}", "--training.per_device_train_batch_size=1")
+    shares = tokens_of(path, *alone)  # one sample has all of it
+    assert budget[0] < shares[0] <= whole[0]
+    assert shares[1] == whole[1]
+    ample = tokens_of(path, f"--data.max_pixels_per_step={2 * 640 * 480}")
+    assert ample == whole
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_counts_and_names_them(
+    bases: Mapping[str, Path], tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    path = written(tmp_path, bases[family], data={"max_pixels_per_step": 2 * SHARE})
+    run(instruct_pipeline(read_run_file(path)))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["train_samples"] == 12
+    assert metrics["shrunk_samples"] == 8  # large and long ones
+    assert [line for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line][-1]["shrunk_samples"] == 8
+    assert "8 samples (66.7% of all) had their pictures shrunk to fit data.max_pixels_per_step" in caplog.text
+
+
+def test_the_largest_batch_finds_the_largest_picture(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    path = written(tmp_path, bases["qwen2_vl"])
+    pipeline = instruct_pipeline(read_run_file(path))
+    arguments = training_arguments(pipeline.config)
+    data = pipeline.data(pipeline.skeleton(), arguments)
+    pictured = data.pools()[0]
+    largest = max(pictured, key=lambda one: len(one.input_ids))
+    assert int(largest.id[1:]) % 3 != 1  # all are named alike, so only their headers tell the small ones
+    assert len(pictured) <= 3 * arguments.per_device_train_batch_size  # not every picture is decoded for it
+
+
+def test_it_is_refused_where_it_saves_nothing(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    path = written(tmp_path, bases["llava"])
+    with pytest.raises(UserError, match="takes every picture at one size"):
+        tokens_of(path, "--data.max_pixels_per_step=100000")
+    path = written(tmp_path / "other", bases["qwen2_vl"])
+    with pytest.raises(UserError, match="2001 leaves 1000 pixels for each of 2 samples"):
+        tokens_of(path, "--data.max_pixels_per_step=2001")
+    with pytest.raises(UserError, match="max_pixels_per_step is 0; at least 1 is needed"):
+        tokens_of(path, "--data.max_pixels_per_step=0")
+
+
+def test_pictures_and_frames_of_a_sample_shrink_by_one_factor() -> None:
+    pictures = [Image.new("RGB", (400, 300)), Image.new("RGB", (200, 100))]
+    video = grey_video((1, 2, 3), 100, frames=4)
+    smaller, (clip,), lost = within_pixels(pictures, [video], 45_000)  # of 180,000, so each side halves
+    assert [one.size for one in smaller] == [(200, 150), (100, 50)]
+    assert {frame.size for frame in clip.pictures} == {(50, 50)}
+    assert clip.seconds == video.seconds
+    assert lost == 135_000
+    same, clips, lost = within_pixels(pictures, [video], 180_000)
+    assert (same, clips, lost) == (pictures, [video], 0)
+
+
+@pytest.mark.parametrize("most", [1_024, 3_333, 50_000])
+def test_never_above_the_share(most: int) -> None:
+    draws = torch.Generator().manual_seed(most)
+    for _ in range(50):
+        sides = torch.randint(20, 900, (3, 2), generator=draws).tolist()
+        smaller, _, _ = within_pixels([Image.new("RGB", (width, height)) for width, height in sides], [], most)
+        assert sum(one.width * one.height for one in smaller) <= most
