@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "training.metric_for_best_model",
     "training.greater_is_better",
     "training.use_cpu",
+    "training.ddp_timeout",
     "training.deepspeed",  # compared as the engine
 )
 """Settings that change nothing of what the steps to come compute, or what is compared elsewhere."""
