@@ -80,6 +80,10 @@ class ImaginedRun:
     plain: StepBytes
     recomputed: StepBytes
 
+    def under(self, deepspeed: str) -> ImaginedRun:
+        """The same run with another engine."""
+        return replace(self, section={**self.section, "deepspeed": deepspeed})
+
     def on(self, ranks: int) -> Estimate:
         """The estimate for so many ranks."""
         engine = _engine(self.section, ranks=ranks, hidden_width=self.hidden_width)

@@ -29,7 +29,9 @@ says what is counted and how.
 """
 TAKES_SETTINGS = True
 GPUS_A_MACHINE = 8
-TERA, GIGA = 1e12, 1e9
+WAYS = {True: "recomputed (gradient_checkpointing)", False: "without recomputing"}
+STAGES = ("zero0", "zero2", "zero3")
+TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,11 +87,15 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError("estimate is for runs of llava_instruct and commonsense; a VL-BART fits any GPU")
     with tempfile.TemporaryDirectory() as folder:
         pipeline = pipeline_of(with_shape(config, arguments.shape, Path(folder)), task)
-        found = imagine_run(pipeline, tokens=arguments.tokens, labelled=arguments.labelled).on(arguments.gpus)
+        imagined = imagine_run(pipeline, tokens=arguments.tokens, labelled=arguments.labelled)
+    found = imagined.on(arguments.gpus)
+    others = {stage: imagined.under(stage).on(arguments.gpus) for stage in STAGES}
     cluster = Cluster(
         machines, arguments.tflops * TERA, arguments.mfu, arguments.bandwidth * GIGA, arguments.network * GIGA
     )
     yield from memory_lines(found)
+    by_engine = ", ".join(f"{name} {gib(one.total)}" for name, one in others.items())
+    yield f"GiB at the fullest moment by engine: {by_engine}"
     yield from step_lines(found, cluster)
     if arguments.json is not None:
         try:
@@ -106,9 +112,14 @@ def _machines(arguments: argparse.Namespace) -> int:
     return machines
 
 
+def gib(size: int) -> str:
+    """Bytes in GiB."""
+    return f"{size / GIB:.2f}"
+
+
 def memory_lines(found: Estimate) -> Iterator[str]:
     """Bytes of one GPU by part, the fullest moment of the run, and that with checkpointing the other way."""
-    from dora_vl.training.memory_estimate import GIB, Table
+    from dora_vl.training.memory_estimate import Table
 
     held, step, engine, samples = found.held, found.step, found.engine, found.samples
     parts = {f"frozen weights, {name}": size for name, size in held.weights.items()}
@@ -119,30 +130,29 @@ def memory_lines(found: Estimate) -> Iterator[str]:
         "float32 copy of what trains": held.masters,
         "buffers for gradients": held.buckets,
         "weights gathered (ZeRO-3)": held.gathered,
-        "activations kept": step.kept,
+        f"activations kept, {WAYS[found.checkpointing]}": step.kept,
         "logits and their loss": step.logits,
         "working memory of the passes": step.working,
         "moved to the host": -held.on_host,
     }
     stage = "no DeepSpeed" if engine.stage is None else f"ZeRO-{engine.stage}"
     title = f"a GPU of {engine.ranks} ({stage})"
-    ways = {True: "with gradient checkpointing", False: "without"}
-    rows = [(name, f"{size / GIB:.2f}") for name, size in parts.items() if size]
-    rows.append((f"at the fullest moment, {ways[found.checkpointing]}", f"{found.total / GIB:.2f}"))
-    rows.append((f"... {ways[not found.checkpointing]}", f"{found.peak(found.other) / GIB:.2f}"))
+    rows = [(name, gib(size)) for name, size in parts.items() if size]
+    rows.append((f"at the fullest moment, {WAYS[found.checkpointing]}", gib(found.total)))
+    rows.append((f"activations kept, {WAYS[not found.checkpointing]}", gib(found.other.kept)))
+    rows.append((f"at the fullest moment, {WAYS[not found.checkpointing]}", gib(found.peak(found.other))))
     yield str(Table((title, "GiB"), tuple(rows)))
     yield f"a micro-batch: {samples.rows} samples of {samples.tokens} tokens, {samples.labelled} of them labelled"
 
 
 def step_lines(found: Estimate, cluster: Cluster) -> Iterator[str]:
     """An optimizer step: what a GPU sends, what it computes, how long it takes."""
-    from dora_vl.training.memory_estimate import GIB
     from dora_vl.training.step_traffic import step_time
 
     sent, time = found.traffic, step_time(cluster, found.traffic, flop=found.flop)
     yield (
-        f"a step sends {sent.total / GIB:.2f} GiB from each GPU: gradients {sent.gradients / GIB:.2f}, what trains "
-        f"{sent.trained / GIB:.2f}, weights {sent.weights / GIB:.2f}"
+        f"a step sends {gib(sent.total)} GiB from each GPU: gradients {gib(sent.gradients)}, what trains "
+        f"{gib(sent.trained)}, weights {gib(sent.weights)}"
     )
     yield (
         f"a step computes {found.flop / TERA:.1f} TFLOP a GPU: {time.compute:.2f} s at {cluster.utilisation:g} of "

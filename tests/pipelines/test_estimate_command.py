@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,11 @@ def test_a_published_shape_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureF
     # Each forward product is 2 FLOP a weight and token, each of input gradients as much, each recomputed one too.
     tokens = found["samples"]["rows"] * 2048 * 4  # accumulated
     assert 6 < found["flop"] / (tokens * 6.7e9) < 7
-    assert f"at the fullest moment, with gradient checkpointing   {found['total'] / 2**30:.2f}" in said
+    total = f"{found['total'] / 2**30:.2f}"
+    assert re.search(rf"at the fullest moment, recomputed \(gradient_checkpointing\) +{total}\n", said)
+    by_engine = re.search(r"by engine: zero0 ([\d.]+), zero2 ([\d.]+), zero3 ([\d.]+)", said)
+    assert by_engine is not None
+    assert float(by_engine[1]) > float(by_engine[2]) > float(by_engine[3]) == float(total)
     assert found["other"]["kept"] > 10 * found["step"]["kept"]
 
 
