@@ -6,8 +6,9 @@ Two counts that know nothing of each other, so that one can be held against the 
 a node written in Python keeps as an attribute, which the hooks never see: such a node's attributes are followed
 through whatever objects they are, down to the tensors.
 
-`LiveBytes` asks nobody. It sees the result of every operation and is told when its storage dies, so it counts what the
-two questions above could forget: closures of a checkpoint, caches, gradients, what an operation needs for a moment.
+`LiveBytes` (`dora_vl/training/live_bytes.py`) asks nobody. It sees the result of every operation and is told when its
+storage dies, so it counts what the two questions above could forget: closures of a checkpoint, caches, gradients, what
+an operation needs for a moment.
 What a kernel allocates and frees inside itself is not seen.
 """
 
@@ -18,57 +19,18 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from dora_vl.training.live_bytes import LiveBytes, storages_of
 
 Storage = torch.UntypedStorage
+__all__ = ["LiveBytes", "Saved", "saved_for_backward"]
 NOT_FOLLOWED = (Node, nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
 """A node's neighbours in the graph are visited as nodes; modules and code lead to the whole model and interpreter."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """While it is on, follows every storage that an operation makes: `now` is alive, `peak` the most there was."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, tuple[weakref.ReferenceType[Storage], int]] = {}
-
-    def restart_peak(self) -> int:
-        """Lets the peak begin at what is alive now, and returns that; garbage in cycles is collected before."""
-        gc.collect()
-        self.peak = self.now
-        return self.now
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs the operation; what it returns in a storage of its own is new."""
-        result = func(*args, **(kwargs or {}))
-        unknown = [one for one in _storages(tree_leaves(result)) if id(one) not in self._alive]
-        if unknown:
-            given = {id(one) for one in _storages(tree_leaves((args, kwargs)))}
-            for storage in unknown:
-                if id(storage) not in given:  # else a view of something older than this count, or it changed in place
-                    self._follow(storage)
-        return result
-
-    def _follow(self, storage: Storage) -> None:
-        key, size = id(storage), storage.nbytes()
-
-        def died(_: object) -> None:
-            del self._alive[key]
-            self.now -= size
-
-        self._alive[key] = (weakref.ref(storage, died), size)
-        self.now += size
-        self.peak = max(self.peak, self.now)
 
 
 @dataclass(frozen=True)
@@ -91,9 +53,9 @@ def saved_for_backward(forward: Callable[[], Tensor], model: nn.Module) -> tuple
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
     gc.collect()
-    seen = {id(one) for one in _storages([*model.parameters(), *model.buffers()])}
+    seen = {id(one) for one in storages_of([*model.parameters(), *model.buffers()])}
     by_hooks = _bytes_not_in(seen, [storage for one in hooked if (storage := one()) is not None])
-    outside = _bytes_not_in(seen, _storages(attribute_tensors(result)))
+    outside = _bytes_not_in(seen, storages_of(attribute_tensors(result)))
     return result, Saved(by_hooks + outside, outside)
 
 
@@ -119,10 +81,6 @@ def _tensors_within(root: object) -> Iterator[Tensor]:
             elif id(one) not in seen and not isinstance(one, NOT_FOLLOWED):
                 seen.add(id(one))
                 waiting.append(one)
-
-
-def _storages(values: Iterable[object]) -> list[Storage]:
-    return [one.untyped_storage() for one in values if isinstance(one, Tensor)]
 
 
 def _bytes_not_in(seen: set[int], storages: Iterable[Storage]) -> int:

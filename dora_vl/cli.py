@@ -45,8 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog=f"dora-vl {verb}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    for line in module.run(parser.parse_args(rest)):
+    for line in module.run(_options(parser, rest, takes_settings=getattr(module, "TAKES_SETTINGS", False))):
         print(line, flush=True)
+
+
+def _options(parser: _Parser, words: Sequence[str], *, takes_settings: bool) -> argparse.Namespace:
+    """A verb's options; what its parser does not know is a run's own setting where the verb takes those."""
+    if not takes_settings:
+        return parser.parse_args(words)
+    options, options.settings = parser.parse_known_args(words)
+    return options
 
 
 def overview() -> str:

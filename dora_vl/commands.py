@@ -10,7 +10,8 @@ class Command:
     """One verb of `dora-vl`.
 
     Its module is imported when the verb is used. It holds `DESCRIPTION` (what --help says),
-    `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready.
+    `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready; `TAKES_SETTINGS`
+    where a run's own settings may follow, which `run` finds as `arguments.settings`.
     """
 
     module: str
@@ -24,6 +25,7 @@ COMMANDS = {
     "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out"),
     "demo": Command("dora_vl.app.demo_command", "a web page: adapters and their base answer side by side"),
     "doctor": Command("dora_vl.setup.doctor_command", "what this machine has for a run, and what is missing"),
+    "estimate": Command("dora_vl.pipelines.estimate_command", "memory, traffic and time of a run, before it starts"),
     "evaluate": Command(
         "dora_vl.evaluation.evaluate_command", "official scores with intervals, of adapters and predictions"
     ),

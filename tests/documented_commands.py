@@ -167,6 +167,13 @@ def check_dora_vl(words: Sequence[str], is_whole: bool) -> None:
         for name in options.benchmarks.split(","):
             if not name.endswith(".yaml"):
                 find_benchmark(name.partition("=")[0].partition(":")[0])
+    if words[0] == "estimate":
+        from dora_vl.pipelines.estimate_command import add_arguments
+
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        own, settings = parser.parse_known_args(list(words[1:]))
+        check_settings("llava_instruct", ["--config", own.config, *settings])
     if words[0] == "show":
         from dora_vl.pipelines.show_command import _own_options
 

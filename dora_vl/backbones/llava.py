@@ -89,7 +89,7 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
         return {
             "layer": self.config.vision_feature_layer,
             "select": self.config.vision_feature_select_strategy,
-            "vision_config": self._vision_config().to_diff_dict(),
+            "vision_config": self.vision_config().to_diff_dict(),
         }
 
     @property
@@ -205,7 +205,8 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
             chosen = [state[:, 1:] for state in chosen]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
-    def _vision_config(self) -> PreTrainedConfig:
+    def vision_config(self) -> PreTrainedConfig:
+        """The tower's part of the config."""
         vision = self.config.vision_config
         if not isinstance(vision, PreTrainedConfig):
             raise TypeError(f"the model's vision_config is a {type(vision).__name__}")
@@ -215,7 +216,7 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
         """A zero that has gone through the modules a picture would have gone through."""
         model = self.model
         if self.picture_source == "pixel_values":
-            side = self._vision_config().to_dict()["image_size"]
+            side = self.vision_config().to_dict()["image_size"]
             features = self._features(torch.zeros(1, 3, side, side))
         else:
             features = torch.zeros(1, 1, self.feature_shape[1], device=model.device, dtype=model.dtype)

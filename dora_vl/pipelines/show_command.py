@@ -8,12 +8,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from dora_vl.errors import UserError
-
-if TYPE_CHECKING:
-    from dora_vl.training.pipeline import Pipeline
+from dora_vl.pipelines.run_settings import TASKS, pipeline_of, settings_and_task
 
 DESCRIPTION = """\
 Shows the first micro-batch that training would see: every token, whether it is trained on, read only, the place of a
@@ -25,7 +22,6 @@ picture, or padding. The base's weights are not read (a base that a recipe compo
 CONFIG is a file or a recipe's name; behind it any setting of the run, --section.key value. Which script the run is of
 is seen by its settings; --task names it (llava_instruct, vlbart_image, vlbart_video, commonsense).
 """
-TASKS = ("llava_instruct", "vlbart_image", "vlbart_video", "commonsense")
 KINDS = (".html", ".png")
 
 
@@ -56,9 +52,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from dora_vl.report.batch_text import batch_page, batch_picture, terminal_lines
     from dora_vl.report.page import write_page
 
-    config, task = _config(words, options.task)
+    config, task = settings_and_task(words, options.task, program="dora-vl show batch")
     with tempfile.TemporaryDirectory() as folder:
-        view = first_batch(_pipeline(shown_settings(config, Path(folder)), task))
+        view = first_batch(pipeline_of(shown_settings(config, Path(folder)), task))
         yield from terminal_lines(view, colours=_colours())
         if options.to is not None and options.to.suffix == ".png":
             _write_bytes(options.to, batch_picture(view))
@@ -76,75 +72,6 @@ def _own_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         return parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
-
-
-def _config(words: Sequence[str], task: str | None) -> tuple[Any, str]:
-    """The settings by the class of the named task, or of the one that knows most of what is stated."""
-    from dora_vl.run.command_line import read_settings, setting_names
-    from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
-    from dora_vl.run.recipe import RunConfig
-    from dora_vl.run.vlbart_recipe import VlBartRunConfig
-    from dora_vl.tasks import vlbart_image
-
-    classes: dict[str, type[Any]] = {
-        "llava_instruct": RunConfig,
-        "commonsense": CommonsenseRunConfig,
-        "vlbart_image": VlBartRunConfig,
-        "vlbart_video": VlBartRunConfig,
-    }
-    stated = _stated(words)
-    name = task or min(list(classes)[:3], key=lambda one: len(_unknown(stated, setting_names(classes[one]))))
-    config = read_settings(words, classes[name], program="dora-vl show batch")
-    if task is None and name == "vlbart_image" and not set(config.data.train) <= set(vlbart_image.subtasks()):
-        return config, "vlbart_video"
-    return config, name
-
-
-def _stated(words: Sequence[str]) -> set[str]:
-    """Dotted names of all settings that the file and the command line give."""
-    from jsonargparse import get_loader
-    from yaml import YAMLError
-
-    from dora_vl.report.settings_view import flattened
-    from dora_vl.run.command_line import files_first
-
-    found: set[str] = set()
-    for word in files_first(words):
-        name, _, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            continue
-        if name != "config":
-            found.add(name)
-            continue
-        try:
-            content = get_loader("yaml")(value if value.startswith("{") else Path(value).read_text(encoding="utf-8"))
-        except (OSError, ValueError, YAMLError):  # the parser says what is wrong with it
-            continue
-        found |= set(flattened(content))
-    return found
-
-
-def _unknown(stated: set[str], names: Sequence[str]) -> list[str]:
-    """Those that are neither a setting nor inside one."""
-    known = (*names, "training", "variant")
-    return [one for one in stated if not any(one == name or one.startswith(f"{name}.") for name in known)]
-
-
-def _pipeline(config: Any, task: str) -> Pipeline:
-    if task == "llava_instruct":
-        from dora_vl.pipelines.image_text import instruct_pipeline
-
-        return instruct_pipeline(config)
-    if task == "commonsense":
-        from dora_vl.pipelines.commonsense import CommonsensePipeline
-
-        return CommonsensePipeline(config)
-    from dora_vl.pipelines.vlbart import VlBartPipeline
-    from dora_vl.tasks import vlbart_image, vlbart_video
-
-    is_video = task == "vlbart_video"
-    known = (vlbart_video if is_video else vlbart_image).subtasks(task_prompt=config.data.task_prompt)
-    return VlBartPipeline(config, known, name=task, is_video=is_video)
 
 
 def _colours() -> bool:

@@ -165,6 +165,7 @@ AT_LEAST: Mapping[str, float] = {
     "logging_steps": 0.0,
     "save_steps": 0.0,
     "eval_steps": 0.0,
+    "ddp_timeout": 1,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -256,7 +257,7 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
         stand_alone_environment()
         if launched_first():
             report_old_build_locks()
-        start_cpu_communication()
+        start_cpu_communication(limit=given.get("ddp_timeout", TrainingArguments.ddp_timeout))
     elif several_ranks() and not torch.cuda.is_available():
         given["use_cpu"] = True  # or accelerate would not see that the ranks belong together
     run_folder_of(config)

@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "training.metric_for_best_model",
     "training.greater_is_better",
     "training.use_cpu",
+    "training.ddp_timeout",
     "training.deepspeed",  # compared as the engine
     "training.per_device_train_batch_size",  # the samples of a step are compared
     "training.gradient_accumulation_steps",

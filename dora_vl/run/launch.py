@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -61,8 +62,10 @@ def several_ranks() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def start_cpu_communication() -> None:
+def start_cpu_communication(*, limit: int = 1800) -> None:
     """On a CPU, starts DeepSpeed's process group over gloo before accelerate starts one that DeepSpeed does not see.
+
+    `limit` is how many seconds a collective may take; DeepSpeed's own is half an hour.
 
     Its shared-memory collectives are left out: they need a C++ compiler and half a minute, gloo does the same
     here, and DeepSpeed has no setting for it.
@@ -73,7 +76,8 @@ def start_cpu_communication() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVES] = False
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    timeout = timedelta(seconds=limit)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
 def keep_freed_memory() -> bool:

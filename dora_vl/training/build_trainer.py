@@ -24,7 +24,14 @@ from dora_vl.run.checkpoint_manifest import settings_of
 from dora_vl.run.launch import on_first_rank
 from dora_vl.run.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, write_json
 from dora_vl.run.zero import gather_to_read, gather_to_write
-from dora_vl.training.callbacks import EpochCallback, LossLog, ProgressLine, SaveAfterValidation, StopOnSignal
+from dora_vl.training.callbacks import (
+    EpochCallback,
+    LossLog,
+    NoteSteps,
+    ProgressLine,
+    SaveAfterValidation,
+    StopOnSignal,
+)
 from dora_vl.training.largest_batch import LargestBatch, cost_of
 from dora_vl.training.memory_estimate import Activations, Table, estimate_memory, memory_table
 from dora_vl.training.optim import (
@@ -70,6 +77,7 @@ def build_trainer(
             LossLog(run_folder / LOSS_LOG, statistics),
             stop,
             SaveAfterValidation(),
+            NoteSteps(),
         ],
         rates=rates,
         parts=with_decay(trained_parts(backbone.model), config.optim.weight_decay_on),

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from dora_vl.run.rank_watch import note_progress, rest_from_steps
 from dora_vl.run.run_folder import read_log, write_log
 from dora_vl.training.memory_used import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts
@@ -236,3 +237,17 @@ class StopOnSignal(TrainerCallback):
             name = signal.Signals(number).name
             logger.warning("%s: finishing the step and saving it first; Ctrl-C again stops at once", name)
             self._heard, self._since = number, time.monotonic()
+
+
+class NoteSteps(TrainerCallback):
+    """Tells the watch over the ranks that this one moves; it starts with the first step and rests after the last."""
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A step."""
+        note_progress(state.global_step)
+
+    on_substep_end = on_step_end = on_prediction_step = on_save = on_evaluate = on_step_begin
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What follows has no steps."""
+        rest_from_steps()

@@ -27,6 +27,7 @@ from dora_vl.run.launch import (
     threads_of_this_rank,
 )
 from dora_vl.run.one_writer import one_writer
+from dora_vl.run.rank_watch import ranks_end_together, watch_ranks
 from dora_vl.run.run_folder import (
     ADAPTER,
     FAULTS,
@@ -74,6 +75,7 @@ def train(pipeline: Pipeline) -> RunResult:
     arguments = training_arguments(config)
     if threads is not None:
         torch.set_num_threads(threads)
+    watch_ranks(limit=arguments.ddp_timeout)
     run_folder, checkpoint = run_folder_of(config), checkpoint_of(config)
     _check_and_prepare(pipeline, arguments, checkpoint)
 
@@ -148,7 +150,8 @@ def _run(pipeline: Pipeline) -> int | None:
         test_again(pipeline)
         return None
     try:
-        result = train(pipeline)
+        with ranks_end_together():
+            result = train(pipeline)
         first = is_first_rank()
     finally:
         leave_process_group()

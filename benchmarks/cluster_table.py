@@ -1,0 +1,117 @@
+"""What runs of 7B, 13B and 32B take on 1 to 1,024 GPUs, as `dora-vl estimate` says: the table of docs/cluster.md.
+
+    python -m benchmarks.cluster_table                # prints it and writes benchmarks/results/cluster_table.json
+    python -m benchmarks.cluster_table --into docs/cluster.md
+
+Nothing is measured and no weight is read; it takes a minute on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_vl.pipelines.estimate import Estimate, imagine_run
+from dora_vl.pipelines.image_text import instruct_pipeline
+from dora_vl.pipelines.published_shapes import with_shape
+from dora_vl.run.command_line import read_run
+from dora_vl.training.memory_estimate import GIB
+from dora_vl.training.step_traffic import Cluster, step_time
+
+RESULTS = Path(__file__).parent / "results" / "cluster_table.json"
+GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
+MODELS = {"LLaVA-1.5 7B": "llava-1.5-7b", "LLaVA-1.5 13B": "llava-1.5-13b", "Qwen2.5-VL 32B": "qwen2.5-vl-32b"}
+STAGES = ("zero2", "zero3")
+SETTINGS = (
+    "--adapter.rank=64",
+    "--data.train=my.json",
+    "--data.max_tokens=2048",
+    "--training.per_device_train_batch_size=4",
+    "--training.gradient_checkpointing=true",
+)
+"""Of every row: DoRA on all linears of the language model, 4 samples of 2,048 tokens on each GPU a step."""
+FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK = 312e12, 0.4, 230e9, 100e9
+"""An A100 in bfloat16, its NVLink, and four links of 200 Gbit/s a machine."""
+BEGIN, END = "<!-- benchmarks.cluster_table -->\n\n", "\n<!-- end -->\n"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model on so many GPUs: GiB of each and GiB that each sends, under both stages, and seconds of a step."""
+
+    model: str
+    gpus: int
+    gib: dict[str, float]
+    sent: dict[str, float]
+    seconds: dict[str, float]
+
+
+def rows() -> Iterator[Row]:
+    """Model by model."""
+    for name, shape in MODELS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            runs = {}
+            for stage in STAGES:
+                config = read_run([f"--model.base={shape}", f"--training.deepspeed={stage}", *SETTINGS])
+                runs[stage] = imagine_run(instruct_pipeline(with_shape(config, shape, Path(folder))))
+            for gpus in GPUS:
+                yield row(name, gpus, {stage: run.on(gpus) for stage, run in runs.items()})
+
+
+def row(name: str, gpus: int, found: dict[str, Estimate]) -> Row:
+    """One row's numbers."""
+    cluster = Cluster(-(-gpus // 8), FLOP_PER_SECOND, UTILISATION, BANDWIDTH, NETWORK)
+    return Row(
+        name,
+        gpus,
+        gib={stage: round(one.total / GIB, 1) for stage, one in found.items()},
+        sent={stage: round(one.traffic.total / GIB, 2) for stage, one in found.items()},
+        seconds={
+            stage: round(step_time(cluster, one.traffic, flop=one.flop).one_after_the_other, 2)
+            for stage, one in found.items()
+        },
+    )
+
+
+def table(found: list[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| model | GPUs | GiB a GPU, zero2 | zero3 | GiB sent a step, zero2 | zero3 | s a step, zero2 | zero3 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in found:
+        cells = [one.model, f"{one.gpus:,}"]
+        cells += [f"{part[stage]:.{digits}f}" for part, digits in _parts(one) for stage in STAGES]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _parts(one: Row) -> tuple[tuple[dict[str, float], int], ...]:
+    return (one.gib, 1), (one.sent, 2), (one.seconds, 2)
+
+
+def put_into(page: Path, text: str) -> None:
+    """Between the page's two marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    page.write_text(f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def main() -> None:
+    """Makes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--into", type=Path, help="a page with the two marks between which it stands")
+    into = parser.parse_args().into
+    found = list(rows())
+    text = table(found)
+    print(text)
+    RESULTS.write_text(json.dumps([vars(one) for one in found], indent=1) + "\n", encoding="utf-8")
+    if into is not None:
+        put_into(into, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Which script a run's settings are for, and its pipeline, for commands that look at a run without starting it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dora_vl.training.pipeline import Pipeline
+
+TASKS = ("llava_instruct", "vlbart_image", "vlbart_video", "commonsense")
+
+
+def settings_and_task(words: Sequence[str], task: str | None, *, program: str) -> tuple[Any, str]:
+    """The settings by the class of the named task, or of the one that knows most of what is stated."""
+    from dora_vl.run.command_line import read_settings, setting_names
+    from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
+    from dora_vl.run.recipe import RunConfig
+    from dora_vl.run.vlbart_recipe import VlBartRunConfig
+    from dora_vl.tasks import vlbart_image
+
+    classes: dict[str, type[Any]] = {
+        "llava_instruct": RunConfig,
+        "commonsense": CommonsenseRunConfig,
+        "vlbart_image": VlBartRunConfig,
+        "vlbart_video": VlBartRunConfig,
+    }
+    stated = _stated(words)
+    name = task or min(list(classes)[:3], key=lambda one: len(_unknown(stated, setting_names(classes[one]))))
+    config = read_settings(words, classes[name], program=program)
+    if task is None and name == "vlbart_image" and not set(config.data.train) <= set(vlbart_image.subtasks()):
+        return config, "vlbart_video"
+    return config, name
+
+
+def _stated(words: Sequence[str]) -> set[str]:
+    """Dotted names of all settings that the file and the command line give."""
+    from jsonargparse import get_loader
+    from yaml import YAMLError
+
+    from dora_vl.report.settings_view import flattened
+    from dora_vl.run.command_line import files_first
+
+    found: set[str] = set()
+    for word in files_first(words):
+        name, _, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            continue
+        if name != "config":
+            found.add(name)
+            continue
+        try:
+            content = get_loader("yaml")(value if value.startswith("{") else Path(value).read_text(encoding="utf-8"))
+        except (OSError, ValueError, YAMLError):  # the parser says what is wrong with it
+            continue
+        found |= set(flattened(content))
+    return found
+
+
+def _unknown(stated: set[str], names: Sequence[str]) -> list[str]:
+    """Those that are neither a setting nor inside one."""
+    known = (*names, "training", "variant")
+    return [one for one in stated if not any(one == name or one.startswith(f"{name}.") for name in known)]
+
+
+def pipeline_of(config: Any, task: str) -> Pipeline:
+    """The pipeline that the task's script would run."""
+    if task == "llava_instruct":
+        from dora_vl.pipelines.image_text import instruct_pipeline
+
+        return instruct_pipeline(config)
+    if task == "commonsense":
+        from dora_vl.pipelines.commonsense import CommonsensePipeline
+
+        return CommonsensePipeline(config)
+    from dora_vl.pipelines.vlbart import VlBartPipeline
+    from dora_vl.tasks import vlbart_image, vlbart_video
+
+    is_video = task == "vlbart_video"
+    known = (vlbart_video if is_video else vlbart_image).subtasks(task_prompt=config.data.task_prompt)
+    return VlBartPipeline(config, known, name=task, is_video=is_video)

@@ -1,0 +1,68 @@
+"""A run whose third step is measured: `python -m tests.pipelines.measured_step OUT --config ...`, on each rank.
+
+Writes OUT.RANK: bytes of tensors alive before the step, the most within it, and what its micro-batch held.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from transformers import TrainerCallback
+
+from dora_vl.training import run as training_run
+from dora_vl.training.live_bytes import LiveBytes
+from dora_vl.training.trainer import AdapterTrainer
+from tasks.llava_instruct import main
+
+MEASURED = 2
+"""Steps taken before: the optimizer's state is there, and ZeRO-3 knows the order of the layers."""
+
+
+class Measure(TrainerCallback):
+    """Counts during one step."""
+
+    def __init__(self, out: str, batch: dict[str, int]) -> None:
+        self.out, self.batch = out, batch
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == MEASURED:
+            self.live = LiveBytes()
+            self.live.follow_existing()
+            self.before = self.live.restart_peak()
+            self.live.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == MEASURED + 1:
+            self.live.__exit__(None, None, None)
+            found = {"before": self.before, "peak": self.live.peak, **self.batch}
+            Path(f"{self.out}.{args.process_index}").write_text(json.dumps(found))
+
+
+def measured(out: str, words: list[str]) -> None:
+    batch: dict[str, int] = {}
+    build, compute = training_run.build_trainer, AdapterTrainer.compute_loss
+
+    def with_measure(*parts: Any) -> Any:
+        trainer, stop = build(*parts)
+        trainer.add_callback(Measure(out, batch))
+        return trainer, stop
+
+    def seen(self: AdapterTrainer, model: Any, inputs: dict[str, Any], *options: Any, **named: Any) -> Any:
+        rows, tokens = inputs["input_ids"].shape
+        batch.update(rows=rows, tokens=tokens, labelled=int((inputs["labels"] != -100).sum()) // rows)
+        return compute(self, model, inputs, *options, **named)
+
+    with (
+        mock.patch.object(training_run, "build_trainer", with_measure),
+        mock.patch.object(AdapterTrainer, "compute_loss", seen),
+        mock.patch.object(sys, "argv", ["llava_instruct.py", *words]),
+    ):
+        main()
+
+
+if __name__ == "__main__":
+    measured(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,104 @@
+"""`dora-vl estimate`: what it prints of a published shape, and one line for what it cannot use."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from dora_vl.cli import main
+from dora_vl.pipelines.published_shapes import SHAPES
+from dora_vl.training.engine_memory import Engine, engine_of
+from dora_vl.training.step_traffic import Cluster, Sizes, Traffic, step_time, traffic_of
+
+LLAVA = ("estimate", "--config", "llava/llava15", "--variant", "7b_dora", "--shape", "llava-1.5-7b")
+
+
+def test_a_published_shape_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """7,063 million weights, of which CLIP's 303 million do not count as the model's name says."""
+    main([*LLAVA, "--gpus", "8", "--json", str(tmp_path / "found.json"), "--training.deepspeed=zero3"])
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    whole = 2 * 7_063_427_072
+    assert abs(found["held"]["weights"]["bfloat16"] / (whole / 8) - 1) < 0.01
+    assert found["held"]["optimizer"] == 2 * found["held"]["masters"]
+    assert "a GPU of 8 (ZeRO-3)" in said
+    assert "frozen weights, bfloat16" in said
+    # Each forward product is 2 FLOP a weight and token, each of input gradients as much, each recomputed one too.
+    tokens = found["samples"]["rows"] * 2048 * 4  # accumulated
+    assert 6 < found["flop"] / (tokens * 6.7e9) < 7
+    total = f"{found['total'] / 2**30:.2f}"
+    assert re.search(rf"at the fullest moment, recomputed \(gradient_checkpointing\) +{total}\n", said)
+    by_engine = re.search(r"by engine: zero0 ([\d.]+), zero2 ([\d.]+), zero3 ([\d.]+)", said)
+    assert by_engine is not None
+    assert float(by_engine[1]) > float(by_engine[2]) > float(by_engine[3]) == float(total)
+    assert found["other"]["kept"] > 10 * found["step"]["kept"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([*LLAVA, "--gpus", "0"], "0 is less than 1"),
+        ([*LLAVA, "--gpus", "many"], "invalid positive value"),
+        ([*LLAVA, "--gpus", "8", "--mfu", "1.5"], "1.5 is not above 0 and at most 1"),
+        ([*LLAVA, "--gpus", "8", "--machines", "3"], "8 cannot be spread evenly over 3 machines"),
+        ([*LLAVA, "--gpus", "9"], "9 cannot be spread evenly over 2 machines"),
+        ([*LLAVA, "--gpus", "8", "--adapter.ranks", "3"], "did you mean adapter.rank"),
+        ([*LLAVA, "--gpus", "8", "--training.deepspeed", "zero9"], "zero9 is neither a file nor one of"),
+        ([*LLAVA, "--gpus", "8", "--tokens", "100"], "a picture of this model alone takes 576"),
+        ([*LLAVA, "--gpus", "8", "--model.quantisation", "nf4"], "of a quantised base no estimate is made"),
+        ([*LLAVA[:-1], "gpt-5", "--gpus", "8"], "--shape gpt-5 is not known; there are llava-1.5-7b"),
+        ([*LLAVA[:-2], "--gpus", "8", "--model.base", "not/there"], "is not composed yet"),
+        (["estimate", "--config", "nothing.yaml", "--gpus", "8"], "nothing.yaml"),
+        (["estimate", "--config", "vlbart/image", "--gpus", "8"], "estimate is for runs of llava_instruct"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert said in error[-1]
+    assert "Traceback" not in "".join(error)
+
+
+def test_published_shapes_open_as_what_they_are(tmp_path: Path) -> None:
+    for name, shape in SHAPES.items():
+        (tmp_path / "config.json").write_text(json.dumps(shape))
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert config.get_text_config().hidden_size == shape["text_config"]["hidden_size"], name
+        assert config.vision_config.hidden_size == shape["vision_config"]["hidden_size"], name
+
+
+def test_traffic_by_hand() -> None:
+    sizes = Sizes(gradients=400, trained=200, split=10_000, stay_whole=1_000)
+
+    def sent(stage: int | None, ranks: int = 4) -> Traffic:
+        return traffic_of(Engine(stage, ranks), sizes, micro_batches=3)
+
+    assert sent(None) == sent(0) == Traffic(600, 0, 0)  # 2 x 3/4 x 400, once a step
+    assert sent(1) == Traffic(300, 150, 0)
+    assert sent(2) == Traffic(900, 150, 0)
+    assert sent(3) == Traffic(900, 0, 42_750)  # 3/4 x 3 x (20,000 - 1,000)
+    assert [sent(stage, ranks=1).total for stage in (None, 0, 2, 3)] == [0, 0, 0, 0]
+
+
+def test_the_slowest_link_and_the_utilisation_make_the_time() -> None:
+    traffic = Traffic(gradients=40, trained=10, weights=50)
+    one = step_time(Cluster(1, 1000.0, 0.5, bandwidth=20.0, network=5.0), traffic, flop=2000)
+    assert (one.compute, one.wire, one.overlapped, one.one_after_the_other) == (4.0, 5.0, 5.0, 9.0)
+    assert step_time(Cluster(2, 1000.0, 0.5, bandwidth=20.0, network=5.0), traffic, flop=2000).wire == 20.0
+
+
+def test_the_engine_has_deepspeeds_sizes_and_transformers_automatic_ones() -> None:
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
+    found = engine_of({"zero_optimization": zero}, ranks=8, hidden_width=100)
+    assert (found.stage, found.bucket, found.prefetched) == (3, 10_000, 9_000)
+    assert found.kept_whole == 100_000  # DeepSpeed's own where the file does not say auto
+    offloaded = {**zero, "offload_optimizer": {"device": "cpu"}, "stage3_param_persistence_threshold": "auto"}
+    found = engine_of({"zero_optimization": offloaded}, ranks=8, hidden_width=100)
+    assert (found.offloads_optimizer, found.offloads_weights, found.kept_whole) == (True, False, 1_000)
+    assert engine_of(None, ranks=2, hidden_width=100) == Engine(None, 2)
