@@ -115,7 +115,7 @@ class JoinedRows:
         mask = self.mask[index]
         start = int(mask.any(0).to(torch.int8).argmax())
         self.mask, self.positions = mask[:, start:], self.positions.index_select(-2, index)
-        for layer in self.cache.layers:
+        for layer in self._layers:
             layer.keys = layer.keys[index, :, start:]
             layer.values = layer.values[index, :, start:]
         self._keep_aligned(lambda value: value[index])
@@ -125,10 +125,14 @@ class JoinedRows:
         columns = max(self.columns, new.columns)
         self.mask = torch.cat([F.pad(one.mask, (columns - one.columns, 0)) for one in (self, new)])
         self.positions = torch.cat([self.positions, new.positions], dim=-2)
-        for own, other in zip(self.cache.layers, new.cache.layers, strict=True):
+        for own, other in zip(self._layers, new._layers, strict=True):
             own.keys = _stacked(own.keys, other.keys, columns)
             own.values = _stacked(own.values, other.values, columns)
         self._keep_aligned(lambda value: torch.cat([value, value.new_zeros(len(new), 1)]))
+
+    @property
+    def _layers(self) -> list[Any]:
+        return [*self.cache.layers]
 
     def _keep_aligned(self, change: Any) -> None:
         for aligned in ALIGNED:
