@@ -70,6 +70,12 @@ class Seen:
                     break
         return self.now
 
+    def press_ctrl_c(self) -> None:
+        """Once all that was written has been read: with Ctrl-C a terminal throws away what nobody has read yet."""
+        while select.select([self.master], [], [], 0.05)[0]:
+            self._stream.feed(os.read(self.master, 65536))
+        os.write(self.master, b"\x03")
+
     def end(self) -> int:
         self.until(lambda _: False)
         return self.process.wait(SECONDS)
@@ -143,7 +149,7 @@ def test_a_whole_run(run_file: Path) -> None:
 def test_ctrl_c_leaves_the_terminal_whole(run_file: Path) -> None:
     with terminal_with(run_file, "--training.max_steps=5000", "--training.eval_strategy=no", "--watch=0") as seen:
         seen.until(lambda screen: whole_view(screen) and "gradient norm" in screen)
-        os.write(seen.master, b"\x03")
+        seen.press_ctrl_c()
         status = seen.end()
         assert status == 130, seen.whole
         assert not seen.screen.cursor.hidden
