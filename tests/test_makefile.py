@@ -1,8 +1,10 @@
-"""`make clean` removes what the demos and tools left, and nobody's own run."""
+"""`make clean` removes what the demos and tools left, and nobody's own run; a demo that was stopped goes on."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -16,7 +18,70 @@ MADE = (
 KEPT = ("runs/my/adapter", "runs/demo-of-mine", "records/pope", "configs")
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+STANDS_FOR = """#!/bin/sh
+# A program that says what it is started with, makes what a demo's later parts ask for, and is stopped at $STOP_AT.
+said="$(basename "$0") $*"
+echo "$said" >> said
+case "$said" in *"$STOP_AT"*) exit 130;; esac
+case "$said" in *video*) folder=runs/demo-video;; *) folder=runs/demo-vlbart;; esac
+case "$said" in
+  *"--variant pretrain"*) mkdir -p $folder/pretrain/adapter;;
+  *" merge "*) mkdir -p $folder/base;;
+  *data_prep.features*) mkdir -p $folder/features;;
+esac
+"""
+PARTS = ("data_prep.features", "--variant pretrain", " merge ", "--variant adapt")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The Makefile with programs that only say what they would do."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "deepspeed", "dora-vl"):
+        (programs / name).write_text(STANDS_FOR)
+        (programs / name).chmod(stat.S_IRWXU)
+    (tmp_path / ".venv" / ".installed").touch()
+    return tmp_path
+
+
+def said(checkout: Path, target: str, *, stop_at: str = "nothing of all this") -> tuple[int, list[str]]:
+    """The status of a demo's start, and which of `PARTS` were started."""
+    (checkout / "said").unlink(missing_ok=True)
+    environment = {**os.environ, "STOP_AT": stop_at}
+    done = subprocess.run(["make", target], cwd=checkout, env=environment, capture_output=True, check=False)
+    lines = (checkout / "said").read_text().splitlines()
+    return done.returncode, [part for part in PARTS if any(part in line for line in lines)]
+
+
+@pytest.mark.parametrize("target", ["demo-vlbart", "demo-video"])
+def test_a_stopped_demo_goes_on(checkout: Path, target: str) -> None:
+    folder = checkout / "runs" / target
+    (folder / "base").mkdir(parents=True)  # of an earlier version, say
+    for number, part in enumerate(PARTS):
+        status, started = said(checkout, target, stop_at=part)
+        assert status != 0
+        assert started[-1] == part
+        # Features go on by themselves, the part that was stopped before this one too; nothing else is begun again.
+        assert started == list(dict.fromkeys([PARTS[0], *PARTS[max(0, number - 1) : number + 1]]))
+        if number:
+            (folder / "features" / "computed").touch()
+    assert said(checkout, target) == (0, [PARTS[0], PARTS[-1]])
+    assert (folder / "features" / "computed").exists()
+    assert said(checkout, target) == (0, list(PARTS))  # a whole one begins anew
+    assert not (folder / "features" / "computed").exists()
+
+
+def test_what_was_stopped_is_resumed() -> None:
+    lines = (ROOT / "Makefile").read_text().replace("\\\n", " ").splitlines()
+    trainings = [line for line in lines if "$(DEEPSPEED) tasks/" in line]
+    assert len(trainings) == 5
+    assert all("--resume if_stopped" in line for line in trainings)
+
+
 def test_clean_keeps_what_the_demos_did_not_make(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in (*MADE, *KEPT):

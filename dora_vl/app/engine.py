@@ -1,8 +1,8 @@
 """Requests for several adapters answered together: batches of what waits, one after another, in a thread of its own.
 
 Whoever asks prepares a request in its own thread (prompt, pictures, checks), hands it in and receives its answer piece
-by piece. A batch is formed of what waits when the one before is over, plus a few milliseconds; later requests join the
-next. Nothing here knows of HTTP.
+by piece. A batch is formed of what waits when the one before is over, plus a few milliseconds; what comes later joins
+it at its next token where the model allows that, else the next batch. Nothing here knows of HTTP.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from pathlib import Path
 from PIL import Image
 
 from dora_vl.app.answering import Answering, Event, Failed, Finished, Piece, Prepared, Stopped
-from dora_vl.app.row_decoding import RowText, Sampling, generate_options
+from dora_vl.app.joined_decoding import Members, Read
+from dora_vl.app.model_rows import ModelRows
+from dora_vl.app.row_decoding import Sampling
 from dora_vl.app.served_model import Asked, ServedModel
-from dora_vl.app.waiting_room import ENDING, EngineSettings, WaitingRoom
+from dora_vl.app.waiting_room import EngineSettings, WaitingRoom
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.turns import Turn
@@ -33,8 +35,6 @@ from dora_vl.evaluation.predict import Decoding
 log = logging.getLogger(__name__)
 
 GIVE_WAY_SECONDS = 0.001
-BASE = ("", 0.0)
-"""Before every share of an adapter."""
 
 
 class Engine:
@@ -55,9 +55,7 @@ class Engine:
         """Held by a batch, and by whoever changes the adapters."""
         self._loading = threading.Lock()
         self._changing = False
-        generation = model.backbone.model.generation_config
-        ends = None if generation is None else generation.eos_token_id
-        self._ends = frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
+        self._rows = ModelRows(model, lambda: self._room.closed)
         self._thread = threading.Thread(target=self._work, name="dora-vl engine", daemon=True)
         self._thread.start()
 
@@ -215,13 +213,15 @@ class Engine:
         """Answers a batch; where it fails as a whole, its rows one by one, so that none suffers for another."""
         if not batch:
             return
+        joined: list[Answering] = []
         try:
-            self._generate(batch)
+            self._generate(batch, joined if self.settings.joining else None)
         except Exception as error:
-            if len(batch) <= 1:
+            if len(batch) + len(joined) <= 1:
                 raise
-            log.warning("a batch of %d requests failed (%s); one by one", len(batch), one_line(str(error), 200))
-            for one in batch:
+            whole = [*batch, *joined]
+            log.warning("a batch of %d requests failed (%s); one by one", len(whole), one_line(str(error), 200))
+            for one in whole:
                 self._answer_again(one, error)
 
     def _answer_again(self, one: Answering, error: Exception) -> None:
@@ -229,41 +229,44 @@ class Engine:
             one.tell(Failed(error))
             return
         try:
-            self._generate([one])
+            self._generate([one], None)
         except Exception as again:  # noqa: BLE001 - it is this request's alone
             log.warning("a request failed: %s", one_line(str(again), 200))
             one.tell(Failed(again))
 
-    def _generate(self, batch: Sequence[Answering]) -> None:
-        ordered = sorted(batch, key=lambda one: one.prepared.share or BASE)  # the base, then adapter by adapter
-        rows = [self._row(one) for one in ordered]
-        prepared = [one.prepared for one in ordered]
-        assistant = self.model.assistant
-        inputs = assistant.prompts.collate([one.sample for one in prepared], "left")
-        most = max(one.sampling.max_new_tokens for one in prepared)
-        options = generate_options(rows, self._ends, assistant.device)
-        pictures, strengths = [one.pictures for one in prepared], [one.strength for one in prepared]
-        with self.model.rows([one.asked for one in prepared], pictures, strengths):
-            assistant.new_ids(inputs, max_new_tokens=most, options=options)
+    def _generate(self, batch: Sequence[Answering], joined: list[Answering] | None) -> None:
+        """Answers a batch, and what comes meanwhile.
 
-    def _row(self, one: Answering) -> RowText:
-        """A row that tells its end at once, whatever the others do."""
-        prepared = one.prepared
+        Args:
+            joined: receives those that came; None: nobody may.
+        """
 
-        def done(row: RowText) -> None:
-            if row.error is not None:
-                one.tell(Failed(row.error))
-            elif row.reason != "ended":
-                one.tell(Finished(row.reason or "length", row.text, len(prepared.sample.input_ids), len(row.ids)))
-            elif self._room.closed:
-                one.tell(Failed(Stopped(ENDING)))
-            else:
-                one.give_up()
+        def newcomers(running: Members, columns: int) -> Sequence[Read]:
+            return () if joined is None else self._newcomers(running, columns, joined)
 
-        return RowText(
-            prepared.sampling,
-            prepared.asked.prompts.decode,
-            write=lambda text: one.tell(Piece(text)),
-            over=lambda: one.unwanted or self._room.closed,
-            done=done,
-        )
+        self._rows.answer(batch, newcomers)
+
+    def _newcomers(self, running: Members, columns: int, joined: list[Answering]) -> Sequence[Read]:
+        """What has come meanwhile, its prompts read; what cannot be read is told, and disturbs nobody."""
+        if self._changing:  # whoever changes the adapters waits for this batch's end
+            return ()
+        left = max(one.text.sampling.max_new_tokens - len(one.text.ids) for one in running)
+        taken = self._room.next_joiners(len(running), columns, left)
+        come = [one for one in taken if self._is_served(one)]
+        if not come:
+            return ()
+        try:
+            found = [self._rows.read(come)]
+        except Exception as error:  # noqa: BLE001 - the rows at hand go on
+            log.warning("%d requests failed (%s); one by one", len(come), one_line(str(error), 200))
+            found = [one for each in come if (one := self._read_alone(each)) is not None]
+        joined += [one.answering for members, _, _ in found for one in members]
+        return found
+
+    def _read_alone(self, one: Answering) -> Read | None:
+        try:
+            return self._rows.read([one])
+        except Exception as error:  # noqa: BLE001 - it is this request's alone
+            log.warning("a request failed: %s", one_line(str(error), 200))
+            one.tell(Failed(error))
+            return None

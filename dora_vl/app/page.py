@@ -14,7 +14,7 @@ from typing import Any, no_type_check
 import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
 
 from dora_vl.app.example_questions import ExampleQuestion
-from dora_vl.app.page_parts import Column, Start, lay_out
+from dora_vl.app.page_parts import TAKE_QUESTION, Column, Start, lay_out
 from dora_vl.app.page_view import column_view, notice_view, shown_view
 from dora_vl.app.row_decoding import Sampling
 from dora_vl.app.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
@@ -71,7 +71,8 @@ class Page:
     def _connect(self) -> None:
         parts = self.parts
         quick = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-        slow = {"show_progress": "hidden", "api_visibility": "private", "outputs": parts.changing}
+        # always_last: what comes while the page is still about the event before is begun after it, not dropped.
+        slow = {**quick, "queue": True, "outputs": parts.changing, "trigger_mode": "always_last"}
         answering = {**slow, "concurrency_id": "answers", "concurrency_limit": self.side.engine.settings.batch_rows}
         parts.files.upload(self.show_files, [parts.person, parts.files], **slow)
         parts.webcam.input(self.show_files, [parts.person, parts.webcam], **slow)
@@ -79,16 +80,17 @@ class Page:
         parts.anew.click(self.begin_anew, [parts.person, parts.key], **slow)
         if parts.examples is not None:
             parts.examples.click(self.take_example, [parts.person, parts.examples], **slow)
-        asked = [parts.ask.click, parts.question.submit]
-        gr.on(asked, self.ask, [*parts.chosen, parts.question], **answering)
+        asked, taken = [parts.ask.click, parts.question.submit], [parts.asked, parts.question]
+        taking = gr.on(asked, None, [parts.question], taken, js=TAKE_QUESTION.read_text(encoding="utf-8"), **quick)
+        taking.then(self.ask, [*parts.chosen, parts.asked, parts.answered], **answering)
         again = [column.strength.release for column in parts.columns]
-        gr.on(again, self.ask_again, parts.chosen, **answering, trigger_mode="always_last")
+        gr.on(again, self.ask_again, parts.chosen, **answering)
         for column in parts.columns:
             column.model.input(self._has_dial, [column.model], [column.strength], **quick).then(
                 self.ask_again, parts.chosen, **answering
             )
         parts.stop.click(self.side.stop, [parts.person], **quick)
-        self.blocks.load(_person, None, [parts.person], **quick)
+        self.blocks.load(_begin, None, [parts.person, parts.ask], **quick)
         self.blocks.unload(self.leave)
 
     # -- what a person does ------------------------------------------------------------------------------------
@@ -126,9 +128,14 @@ class Page:
 
     @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
     def ask(self, person: str, key: str, *chosen: Any) -> Iterator[Update]:
-        """A question was typed."""
-        *settings, question = chosen
-        yield from self._answers(person, key, settings, lambda talk: (talk, question))
+        """A question was taken from its box; `asked` has its number before it, and is answered once."""
+        *settings, asked, answered = chosen
+        if asked == answered:
+            yield gr.skip()
+            return
+        yield {self.parts.answered: asked}
+        question = asked.partition(" ")[2]
+        yield from self._answers(person, key, settings, lambda talk: (talk, question), typed=question)
 
     @no_type_check  # likewise
     def ask_again(self, person: str, key: str, *chosen: Any) -> Iterator[Update]:
@@ -159,13 +166,20 @@ class Page:
         return {parts.key: self.talks.begin(talk), **shown, **self._columns(talk)}
 
     def _answers(
-        self, person: str, key: str, chosen: Sequence[Any], which: Callable[[Talk], tuple[Talk, str]]
+        self,
+        person: str,
+        key: str,
+        chosen: Sequence[Any],
+        which: Callable[[Talk], tuple[Talk, str]],
+        *,
+        typed: str = "",
     ) -> Iterator[Update]:
         """The talk as it grows by the answers to a question.
 
         Args:
             chosen: as `Parts.chosen` has them, behind the key.
             which: the talk so far, and the question.
+            typed: what goes back into the box where it cannot be asked.
         """
         parts = self.parts
         *who, tokens, temperature, remember = chosen
@@ -182,9 +196,9 @@ class Page:
             for answered in self.side.ask(person, told, question, speakers, sampling):
                 whole = replace(talk, exchanges=(*talk.exchanges, answered.exchanges[-1]))
                 self.talks.keep(key, whole)
-                yield {parts.key: key, parts.notice: notice_view(""), parts.question: "", **self._columns(whole)}
+                yield {parts.key: key, parts.notice: notice_view(""), **self._columns(whole)}
         except UserError as error:
-            yield {parts.notice: notice_view(plain(error))}
+            yield {parts.notice: notice_view(plain(error)), **({parts.question: typed} if typed else {})}
         yield {parts.ask: gr.update(interactive=True), parts.stop: gr.update(interactive=False)}
 
     def _columns(self, talk: Talk) -> Update:
@@ -212,6 +226,11 @@ def _sampling(tokens: float | int | None, temperature: float | int | None) -> Sa
     if tokens is None or temperature is None:
         raise UserError("the settings lack a number; type one")
     return Sampling(max_new_tokens=max(1, int(tokens)), temperature=float(temperature))
+
+
+def _begin(request: gr.Request) -> tuple[str, Any]:
+    """The page is ready: questions are taken from now on."""
+    return _person(request), gr.update(interactive=True)
 
 
 def _person(request: gr.Request) -> str:

@@ -14,6 +14,7 @@ from dora_vl.app.page_view import column_view, heading_view, notice_view, shown_
 from dora_vl.app.side_by_side import NOTHING, Talk
 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
+TAKE_QUESTION = STYLE.with_name("take_question.js")
 FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
 """Those that the visitor's own system has: none is fetched."""
 STRONGEST, STEP = 2.0, 0.05
@@ -46,6 +47,8 @@ class Parts:
     notice: gr.HTML
     columns: tuple[Column, Column]
     question: gr.Textbox
+    asked: gr.Textbox
+    answered: gr.State
     ask: gr.Button
     stop: gr.Button
     anew: gr.Button
@@ -64,7 +67,17 @@ class Parts:
     def changing(self) -> list[Any]:
         """All that something else may change."""
         talks = [column.talk for column in self.columns]
-        own = [self.key, self.files, self.webcam, self.seen, self.notice, self.question, self.ask, self.stop]
+        own = [
+            self.key,
+            self.files,
+            self.webcam,
+            self.seen,
+            self.notice,
+            self.question,
+            self.answered,
+            self.ask,
+            self.stop,
+        ]
         return [*own, *talks]
 
 
@@ -173,10 +186,14 @@ def _right(start: Start) -> dict[str, Any]:
             placeholder="Type a question, then Enter", show_label=False, container=False, lines=1, scale=8,
             autofocus=True, elem_id="dv-question",
         )  # fmt: skip
-        ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="dv-ask")
+        ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False, elem_id="dv-ask")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="dv-stop")
         anew = gr.Button("New talk", scale=1, min_width=120, elem_id="dv-anew")
-    return {"notice": notice, "columns": columns, "question": question, "ask": ask, "stop": stop, "anew": anew}
+    asked, answered = gr.Textbox(visible="hidden"), gr.State("")
+    return {
+        "notice": notice, "columns": columns, "question": question, "asked": asked, "answered": answered, "ask": ask,
+        "stop": stop, "anew": anew,
+    }  # fmt: skip
 
 
 def _column(start: Start, chosen: str, side: str) -> Column:

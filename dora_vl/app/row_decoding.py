@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from dora_vl.evaluation.assistant import NOT_YET_A_CHARACTER
+from dora_vl.backbones.growing_text import NOT_YET_A_CHARACTER
 
 LEAST_TEMPERATURE = 1e-3
 """Below it the likeliest token is taken: scores divided by less may leave the numbers that there are."""
@@ -137,14 +137,15 @@ class RowSampling(LogitsProcessor):
 
     def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
         self._samplings = samplings
-        self._draws = {number: _generator(one, device) for number, one in enumerate(samplings) if _samples(one)}
+        found = ((number, drawing(one, device)) for number, one in enumerate(samplings))
+        self._draws = {number: one for number, one in found if one is not None}
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
     ) -> Float[Tensor, "rows vocab"]:
         """The scores, of a row that samples all but one minus infinity."""
         for number, generator in self._draws.items():
-            drawn = _drawn(scores[number], self._samplings[number], generator)
+            drawn = token_of(scores[number], self._samplings[number], generator)
             scores[number] = float("-inf")
             scores[number, drawn] = 0.0
         return scores
@@ -154,7 +155,10 @@ def _samples(sampling: Sampling) -> bool:
     return sampling.temperature >= LEAST_TEMPERATURE
 
 
-def _generator(sampling: Sampling, device: torch.device) -> torch.Generator:
+def drawing(sampling: Sampling, device: torch.device) -> torch.Generator | None:
+    """Where a row's draws come from; None where it takes the likeliest token."""
+    if not _samples(sampling):
+        return None
     generator = torch.Generator(device=device)
     if sampling.seed is None:
         generator.seed()
@@ -163,14 +167,14 @@ def _generator(sampling: Sampling, device: torch.device) -> torch.Generator:
     return generator
 
 
-def _drawn(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: torch.Generator) -> Int[Tensor, 1]:
+def token_of(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: torch.Generator) -> int:
     """A token drawn at the row's temperature from the likeliest that have `top_p` together."""
     probabilities = (scores.float() / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         ranked, order = probabilities.sort(descending=True)
         unlikely = order[ranked.cumsum(-1) - ranked >= sampling.top_p]
         probabilities = probabilities.index_fill(0, unlikely, 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def generate_options(rows: Sequence[RowText], ends: Collection[int], device: torch.device) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class EngineSettings:
         waiting: most requests that wait.
         answer_seconds: longest time from handing a request in to the end of its answer.
         prompt_tokens: longest prompt; None: as the model takes.
+        joining: requests come to a batch that is being answered, where the model allows it.
     """
 
     batch_rows: int = 16
@@ -33,6 +34,7 @@ class EngineSettings:
     waiting: int = 64
     answer_seconds: float = 300.0
     prompt_tokens: int | None = None
+    joining: bool = True
 
 
 class WaitingRoom:
@@ -98,6 +100,24 @@ class WaitingRoom:
                 self._changed.wait(left)
             return None if self.closed else self._taken()
 
+    def next_joiners(self, rows: int, columns: int, left: int) -> list[Answering]:
+        """Those that may come to a running batch, none where the first of all that wait may not: it would wait longer.
+
+        Args:
+            rows: of the batch.
+            columns: tokens that it has places for.
+            left: most tokens that a row of it may still get.
+        """
+
+        def room(new: Sequence[Prepared]) -> bool:
+            prompts = [len(one.sample.input_ids) for one in new]
+            longest = max(columns, *prompts) + max(left, *(one.sampling.max_new_tokens for one in new))
+            whole = rows + len(new)
+            return whole <= self._settings.batch_rows and whole * longest <= self._settings.batch_tokens
+
+        with self._changed:
+            return self._taken(room) if self._waiting and not self.closed else []
+
     def _let_go(self) -> None:
         """Gives those up that nobody waits for."""
         for one in self._waiting:
@@ -105,14 +125,20 @@ class WaitingRoom:
                 one.give_up()
         self._waiting = deque(one for one in self._waiting if not one.over)
 
-    def _taken(self) -> list[Answering]:
-        """The first of those that wait, and those after it that fit beside it, in order."""
+    def _taken(self, also: Callable[[Sequence[Prepared]], bool] = lambda rows: True) -> list[Answering]:
+        """The first of those that wait, and those after it that fit beside it, in order.
+
+        Args:
+            also: whether there is room for these; where it is not for the first, nothing is taken.
+        """
         self._let_go()
         batch: list[Answering] = []
         left: deque[Answering] = deque()
         for one in self._waiting:
-            room = len(batch) < self._settings.batch_rows
-            fits = room and self._fit([*(other.prepared for other in batch), one.prepared])
+            rows = [*(other.prepared for other in batch), one.prepared]
+            fits = len(rows) <= self._settings.batch_rows and self._fit(rows) and also(rows)
+            if not fits and not batch:
+                return []
             (batch if fits else left).append(one)
         self._waiting = left
         return batch

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
+from dora_vl.backbones.growing_text import decoded
 from dora_vl.backbones.templates import BREAK, Rendered, Span, Template
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
@@ -161,7 +162,10 @@ class LlavaEncoder:
 
     def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
         """The text of an answer, without special tokens and surrounding space, up to where the template ends one."""
-        text = str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+        return self.answer_in(decoded(self.tokenizer, ids))
+
+    def answer_in(self, text: str) -> str:
+        """What of decoded text is the answer."""
         return (text.partition(self.template.stop)[0] if self.template.stop else text).strip()
 
     def _rendered(self, turns: Sequence[Turn], sample: str, *, generation_prompt: bool) -> Rendered:

@@ -16,6 +16,7 @@ from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from dora_vl.backbones.families import ALIGNED, sees_pictures
+from dora_vl.backbones.growing_text import decoded
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.processor_chat import Chat
 from dora_vl.backbones.prompt_formats import PROCESSOR_OPTIONS, prompts_of
@@ -208,7 +209,11 @@ class ImageTextEncoder:
 
     def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
         """The text of an answer, without special tokens and surrounding space."""
-        return str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)).strip()
+        return self.answer_in(decoded(self.tokenizer, ids))
+
+    def answer_in(self, text: str) -> str:
+        """What of decoded text is the answer."""
+        return text.strip()
 
     def _processed(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.encode import ControlTokenizer
+from dora_vl.backbones.growing_text import decoded
 from dora_vl.backbones.specs import PromptName, TrainOn
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded
 from dora_vl.data.turns import Conversation, Turn
@@ -142,7 +143,11 @@ class InstructionEncoder:
 
     def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
         """The text of an output, without special tokens."""
-        return str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+        return self.answer_in(decoded(self.tokenizer, ids))
+
+    def answer_in(self, text: str) -> str:
+        """What of decoded text is the answer: all."""
+        return text
 
     def _before_output(self, turns: Sequence[Turn], sample_id: str, *, test: bool) -> str:
         if len(turns) != 1 or turns[0].role != "user":

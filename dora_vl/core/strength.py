@@ -108,6 +108,30 @@ def layer_between(base: nn.Module, own: Module, strength: float) -> Module:
     return between
 
 
+def whole_model_between(base: nn.Module, own: nn.Module, strength: float) -> None:
+    """Sets a whole adapted model to a strength, in place.
+
+    Args:
+        base: the model before it was adapted; its tensors may be those of `own` where the adapter left them alone.
+        own: the model with the adapter.
+        strength: above 0.
+    """
+    inside: list[str] = []
+    for name, module in list(own.named_modules()):
+        if isinstance(module, AdaptedLayer) and not name.startswith(tuple(f"{outer}." for outer in inside)):
+            inside.append(name)
+    for name in inside:
+        own.set_submodule(name, layer_between(base.get_submodule(name), own.get_submodule(name), strength))
+    below = tuple(f"{name}." for name in inside)
+    for name, module in own.named_modules():
+        if name in inside or name.startswith(below):
+            continue
+        before = base.get_submodule(name)
+        for kind in ("_parameters", "_buffers"):
+            held, theirs = vars(module)[kind], vars(before)[kind]
+            held.update({leaf: _tensor_between(theirs.get(leaf), one, strength) for leaf, one in held.items()})
+
+
 def _set_strength(between: AdaptedLayer, own: AdaptedLayer, strength: float) -> None:
     """Its second factor times t, and m_t."""
     for leaf in SECOND_FACTORS:

@@ -14,13 +14,12 @@ from tqdm import tqdm
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.examples import Example
 from dora_vl.data.media import open_image
-from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Asking, ask
 from dora_vl.evaluation.asker import Asked
 from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.predict import note_failures, prediction_of
-from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.questions import Question, question_of_task
 from dora_vl.evaluation.result_files import PredictionsFile
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.vision.video import VideoReader
@@ -40,20 +39,9 @@ def ask_vlbart(assistant: VlBartAssistant, one: EvaluationSet, asking: Asking) -
         letters = not one.benchmark.labels_choices
         said = partial(_said, assistant, task=task, letters=letters, root=asking.pictures, videos=videos)
         share = partial(_answer_share, examples=examples, said=said)
-        questions = [_question(example) for example in examples.values()]
+        questions = [question_of_task(example) for example in examples.values()]
         asked = ask(questions, share, folder=asking.folder, settings=asking.settings(one))
     return replace(asked, failed={**one.unreadable, **asked.failed})
-
-
-def _question(example: Example) -> Question:
-    return Question(
-        id=example.id,
-        images=example.images,
-        turns=(Turn("user", example.question),),
-        truth=example.answers[0].text if example.answers else "",
-        kind=None if "kind" not in example.extra else str(example.extra["kind"]),
-        videos=example.clips,
-    )
 
 
 def _answer_share(

@@ -241,6 +241,7 @@ class Wanted:
         any_base: accepts a base with other content than the one trained on.
         with_base: also opens the model without the adapter; it shares all weights that the adapter leaves alone.
         template: the prompt format of a LLaVA-1.5 or a language model of which nothing says it.
+        strength: how much of the adapter is applied: 0 nothing, 1 all, beyond it more of the same.
     """
 
     adapter: Path | None = None
@@ -249,3 +250,4 @@ class Wanted:
     any_base: bool = False
     with_base: bool = False
     template: str | None = None
+    strength: float = 1.0

@@ -30,6 +30,13 @@ def add_options(to: argparse.ArgumentParser) -> None:
         "--question", action="append", default=[], help='may be given several times; "" asks a VL-BART for a caption'
     )
     to.add_argument("--compare-base", action="store_true", help="also shows the answer without the adapter")
+    to.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="how much of the adapter is applied: 0 the base, 1 the adapter, beyond it more of the same",
+    )
     to.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
     add_model_options(to)
 
@@ -82,6 +89,9 @@ def open_model(options: argparse.Namespace) -> Opened:
     """The model that the options name, and its base where they ask for it."""
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {options.max_new_tokens}; an answer needs at least 1")
+    if options.adapter is None and options.strength != 1:
+        raise UserError("--strength is about an adapter; name one with --adapter")
+    from dora_vl.core.strength import checked_strength
     from dora_vl.evaluation.asker import Wanted
     from dora_vl.evaluation.open_asker import open_asker
 
@@ -93,6 +103,7 @@ def open_model(options: argparse.Namespace) -> Opened:
             any_base=options.any_base,
             with_base=options.compare_base,
             template=options.template,
+            strength=checked_strength(options.strength),
         )
     )
 

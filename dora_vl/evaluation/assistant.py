@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.base import Features, max_positions
+from dora_vl.backbones.growing_text import NOT_YET_A_CHARACTER
 from dora_vl.data.dataset import Sample
 from dora_vl.data.examples import Example
 from dora_vl.data.turns import Turn
@@ -27,8 +28,6 @@ from dora_vl.vision.frame_sampling import Uniform
 if TYPE_CHECKING:
     from dora_vl.evaluation.ask import Asking
     from dora_vl.evaluation.evaluation_set import EvaluationSet
-
-NOT_YET_A_CHARACTER = "\ufffd"  # what decoding gives for the first bytes of a character whose last are still to come
 
 
 class TextStreamer(BaseStreamer):
@@ -106,7 +105,7 @@ class Assistant:
             self.decoding(max_new_tokens=max_new_tokens).check_room(len(sample.input_ids), "question")
         except BadSample as error:
             raise UserError(f"the question cannot be put to this model: {error.reason}") from error
-        streamer = None if write is None else TextStreamer(self.prompts.decode, write)
+        streamer = None if write is None else TextStreamer(self.prompts.growing_text(), write)
         batch = self.prompts.collate([sample], "left")
         return self.prompts.decode(self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)[0])
 

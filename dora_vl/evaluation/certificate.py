@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,8 +22,23 @@ from dora_vl.evaluation.predict import predict
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.result_files import PredictionsFile
 
-Open = Callable[[], Assistant]
 Logits = Float[Tensor, "tokens vocab"]
+
+
+@runtime_checkable
+class Witness(Protocol):
+    """A model as a certificate asks it."""
+
+    def answers(self, questions: Sequence[Question], probe: Probe, path: Path) -> tuple[dict[str, str], dict[str, str]]:
+        """Its own answers by id, and why others have none; `path` is a file that may be written meanwhile."""
+        ...
+
+    def logits(self, question: Question, answer: str, media: MediaReader) -> Logits:
+        """At the places that predict an answer's tokens; none where the answer cannot stand there."""
+        ...
+
+
+Open = Callable[[], Witness]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,24 +171,24 @@ def _first(failed: Mapping[str, str]) -> str:
     return next((f"{name}: {reason}" for name, reason in failed.items()), "none was given")
 
 
-def _of_reference(assistant: Assistant, probe: Probe, scratch: Path) -> tuple[dict[str, str], dict[str, str]]:
+def _of_reference(witness: Witness, probe: Probe, scratch: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Its answers by id and why others have none; their logits go into the folder."""
-    answers, failed = _answers(assistant, probe.questions, probe, scratch / "reference.jsonl")
+    answers, failed = witness.answers(probe.questions, probe, scratch / "reference.jsonl")
     for question in probe.questions:
         if question.id in answers:
-            torch.save(_logits(assistant, question, answers[question.id], probe.media), _file(scratch, question, probe))
+            torch.save(witness.logits(question, answers[question.id], probe.media), _file(scratch, question, probe))
     return answers, failed
 
 
 def _of_other(
-    name: str, assistant: Assistant, asked: Sequence[Question], answers: Mapping[str, str], probe: Probe, scratch: Path
+    name: str, witness: Witness, asked: Sequence[Question], answers: Mapping[str, str], probe: Probe, scratch: Path
 ) -> dict[str, Compared]:
-    own, failed = _answers(assistant, asked, probe, scratch / f"{name}.jsonl")
+    own, failed = witness.answers(asked, probe, scratch / f"{name}.jsonl")
     if failed:
         raise UserError(f"the {name} model cannot be asked what the other answers: {_first(failed)}")
     found: dict[str, Compared] = {}
     for question in asked:
-        theirs = _logits(assistant, question, answers[question.id], probe.media)
+        theirs = witness.logits(question, answers[question.id], probe.media)
         ours = torch.load(_file(scratch, question, probe), weights_only=True)
         if theirs.shape != ours.shape:
             raise UserError(
@@ -193,19 +209,23 @@ def _file(scratch: Path, question: Question, probe: Probe) -> Path:
     return scratch / f"{probe.questions.index(question)}.pt"
 
 
-def _answers(
-    assistant: Assistant, questions: Sequence[Question], probe: Probe, path: Path
-) -> tuple[dict[str, str], dict[str, str]]:
-    decoding = assistant.decoding(batch_size=probe.batch_size, max_new_tokens=probe.max_new_tokens)
-    with PredictionsFile(path, {}) as file:
-        failed = predict(assistant, questions, media=probe.media, file=file, decoding=decoding)
-        return {name: one.prediction for name, one in file.done.items()}, failed
+@dataclass(frozen=True)
+class ChatWitness:
+    """A model that answers chats."""
 
+    assistant: Assistant
 
-def _logits(assistant: Assistant, question: Question, answer: str, media: MediaReader) -> Logits:
-    """At the places that predict the answer's tokens; none where an answer cannot stand there, as an empty one."""
-    try:
-        sample = assistant.prompts.with_answer(question.turns, media.read(question), answer)
-    except BadSample:
-        return torch.zeros(0, 1)
-    return assistant.labelled([sample]).logits.float().cpu()
+    def answers(self, questions: Sequence[Question], probe: Probe, path: Path) -> tuple[dict[str, str], dict[str, str]]:
+        """See `Witness.answers`."""
+        decoding = self.assistant.decoding(batch_size=probe.batch_size, max_new_tokens=probe.max_new_tokens)
+        with PredictionsFile(path, {}) as file:
+            failed = predict(self.assistant, questions, media=probe.media, file=file, decoding=decoding)
+            return {name: one.prediction for name, one in file.done.items()}, failed
+
+    def logits(self, question: Question, answer: str, media: MediaReader) -> Logits:
+        """See `Witness.logits`; an empty answer has none."""
+        try:
+            sample = self.assistant.prompts.with_answer(question.turns, media.read(question), answer)
+        except BadSample:
+            return torch.zeros(0, 1)
+        return self.assistant.labelled([sample]).logits.float().cpu()

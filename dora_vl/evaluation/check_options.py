@@ -6,7 +6,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import getpid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,8 @@ from dora_vl.run.run_folder import SETTINGS
 from dora_vl.whole_numbers import positive
 
 if TYPE_CHECKING:
-    from dora_vl.evaluation.certificate import Probe
+    from dora_vl.data.examples import Example
+    from dora_vl.evaluation.certificate import Probe, Witness
     from dora_vl.evaluation.model_source import ModelSource
 
 CHECK_HELP = """\
@@ -71,6 +72,8 @@ class Check:
         file: where the questions come from.
         images: root of their pictures.
         frames: of each video that are shown.
+        examples: a VL-BART's, by the questions' ids.
+        task: a VL-BART's that they belong to; "" where nothing says it.
     """
 
     questions: list[Question]
@@ -80,6 +83,8 @@ class Check:
     dtype: str | None
     max_new_tokens: int
     most_different: float
+    examples: Mapping[str, Example] = field(default_factory=dict)
+    task: str = ""
 
 
 def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
@@ -98,11 +103,13 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
     if not 0 <= options.most_different <= 1:
         raise UserError(f"--most-different is {options.most_different}; it is a share, 0 to 1")
     from dora_vl.evaluation.asker import check_pictures
+    from dora_vl.evaluation.questions import question_of_task
 
     run = _settings_of_run(adapter)
-    file = options.questions or _test_file(run, adapter)
+    task, file = ("", options.questions) if options.questions else _test_file(run, adapter)
     images = options.images or (Path() if options.questions is not None else _test_images(run))
-    questions = _spread(_read(file), options.check)
+    examples = _examples_of_vlbart(adapter, file)
+    questions = _spread(_read(file) if examples is None else [*map(question_of_task, examples)], options.check)
     check_pictures(questions, images, setting="--images")
     return Check(
         questions=questions,
@@ -112,6 +119,8 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
         dtype=options.check_dtype,
         max_new_tokens=options.check_tokens,
         most_different=options.most_different,
+        examples={one.id: one for one in examples or ()},
+        task=task,
     )
 
 
@@ -124,19 +133,36 @@ def _settings_of_run(adapter: Path) -> Mapping[str, Any]:
     return {}
 
 
-def _test_file(run: Mapping[str, Any], adapter: Path) -> Path:
+def _test_file(run: Mapping[str, Any], adapter: Path) -> tuple[str, Path]:
+    """The run's test, the first where there are several, and the task that it is of."""
     evaluation = run.get("evaluation") or {}
-    files = [evaluation["file"]] if evaluation.get("file") else [*(evaluation.get("files") or {}).values()]
-    if not files or not isinstance(files[0], str):
+    files = {"": evaluation["file"]} if evaluation.get("file") else evaluation.get("files") or {}
+    task, file = next(iter(files.items()), ("", None))
+    if not isinstance(file, str):
         raise UserError(f"{adapter} lies in no run with a test of its own; say with --questions FILE what to ask")
-    if not Path(files[0]).is_file():
-        raise UserError(f"the run's test {files[0]} is not there any more; say with --questions FILE what to ask")
-    return Path(files[0])
+    if not Path(file).is_file():
+        raise UserError(f"the run's test {file} is not there any more; say with --questions FILE what to ask")
+    return task, Path(file)
 
 
 def _test_images(run: Mapping[str, Any]) -> Path:
     stated = (run.get("evaluation") or {}).get("image_folder") or (run.get("data") or {}).get("image_folder")
     return Path(stated or ".")
+
+
+def _examples_of_vlbart(adapter: Path, file: Path) -> list[Example] | None:
+    """The examples of a file as a VL-BART's tasks have them; None of an adapter of another kind."""
+    from dora_vl.data.examples import iterate_examples
+    from dora_vl.evaluation.model_source import read_recipe
+    from dora_vl.run.adapting import VLBART
+
+    recipe = read_recipe(adapter) if adapter.is_dir() else {}
+    if recipe.get("backbone") != VLBART:
+        return None
+    examples = list(iterate_examples(file))
+    if not examples:
+        raise UserError(f"{file}: holds no questions")
+    return examples
 
 
 def _read(file: Path) -> list[Question]:
@@ -185,8 +211,8 @@ def checked(
     probe = _probe(check)
     try:
         certificate = certify(
-            ("unmerged", lambda: _opened(reference)),
-            {name: (lambda found=find: _opened(found())) for name, find in others.items()},
+            ("unmerged", lambda: _opened(reference, check)),
+            {name: (lambda found=find: _opened(found(), check)) for name, find in others.items()},
             probe,
             most_different=check.most_different,
             scratch=scratch,
@@ -215,10 +241,17 @@ def _probe(check: Check) -> Probe:
     return Probe(questions=check.questions, media=media, max_new_tokens=check.max_new_tokens, batch_size=BATCH)
 
 
-def _opened(source: ModelSource) -> Any:
+def _opened(source: ModelSource, check: Check) -> Witness:
+    from dora_vl.evaluation.certificate import ChatWitness
     from dora_vl.evaluation.open_asker import open_source
+    from dora_vl.run.adapting import VLBART
 
-    return open_source(source).adapted
+    if source.kind == VLBART:
+        from dora_vl.evaluation.vlbart_witness import open_witness
+
+        return open_witness(source, check.examples, check.task)
+    opened: Any = open_source(source).adapted
+    return ChatWitness(opened)
 
 
 def unmerged_source(check: Check, adapter: Path, base: Path, template: str | None) -> ModelSource:
@@ -227,7 +260,7 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
     That the base is the right one has been seen before.
 
     Raises:
-        UserError: as `find_source`; a VL-BART, whose tasks stand in its adapter alone; pictures for a language model.
+        UserError: as `find_source`; pictures for a language model, or a VL-BART of whose features nothing is known.
     """
     from dora_vl.evaluation.asker import Wanted
     from dora_vl.evaluation.model_source import find_source
@@ -235,7 +268,12 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
 
     source = find_source(Wanted(adapter=adapter, base=str(base), any_base=True, template=template))
     if source.kind == VLBART:
-        raise UserError(f"--check asks models that answer chats, and {adapter} is a VL-BART's; leave it out")
+        known = source.recipe["features"]
+        if not known.get(check.task) and not (check.task == "" and any(known.values())):
+            raise UserError(
+                f"--check asks about pictures, and nothing says how the features of {check.task or adapter} were "
+                "computed (data_prep.features did not make them); leave it out"
+            )
     if source.kind == CAUSAL_LM and any(one.images or one.videos for one in check.questions):
         raise UserError(f"{check.file} shows pictures or videos, and {base} is a language model, which takes none")
     own = source.dtype if source.recipe.get("quantisation") else "float32"
@@ -245,7 +283,10 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
 def as_model(source: ModelSource, folder: Path) -> ModelSource:
     """A model's folder, asked just as the adapter that it was made from."""
     from dora_vl.evaluation.asker import Wanted
+    from dora_vl.run.adapting import VLBART
 
     recipe = {name: value for name, value in source.recipe.items() if name != "quantisation"}
     wanted = Wanted(model=str(folder), template=source.wanted.template)
+    if source.kind == VLBART:  # its tasks and towers stand in the adapter's folder alone
+        wanted = replace(source.wanted, model=str(folder))
     return replace(source, place=str(folder), revision=None, recipe=recipe, wanted=wanted)

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from dora_vl.adapters.folder import load_adapter
 from dora_vl.adapters.shared_copy import replaced_by, shared_tensors
 from dora_vl.backbones.base import Backbone
+from dora_vl.core.strength import whole_model_between
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Opened, Wanted
 from dora_vl.evaluation.assistant import Assistant
@@ -147,7 +148,8 @@ def _max_tokens(source: ModelSource) -> int:
 
 
 def _opened(source: ModelSource, backbone: Backbone[Any], prompts: Callable[[Any], Prompts]) -> Opened:
-    adapted, plain = with_adapter(backbone, source.wanted.adapter, with_base=source.wanted.with_base)
+    wanted = source.wanted
+    adapted, plain = with_adapter(backbone, wanted.adapter, with_base=wanted.with_base, strength=wanted.strength)
     said = prompts(adapted)
     return Opened(
         adapted=Assistant(adapted, said),
@@ -156,15 +158,25 @@ def _opened(source: ModelSource, backbone: Backbone[Any], prompts: Callable[[Any
 
 
 def with_adapter(
-    backbone: AnyBackbone, adapter: Path | None, *, with_base: bool = False
+    backbone: AnyBackbone, adapter: Path | None, *, with_base: bool = False, strength: float = 1.0
 ) -> tuple[AnyBackbone, AnyBackbone | None]:
-    """The backbone with the adapter loaded, and one without it where that is asked for, ready to answer."""
+    """The backbone with the adapter loaded, and one without it where that is asked for, ready to answer.
+
+    Args:
+        strength: how much of the adapter is applied; at 0 the two are one.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if adapter is None:
         return backbone.to(device).eval(), None
-    plain = without_adapter(backbone, adapter).to(device).eval() if with_base else None
-    load_adapter(backbone.model, adapter, change_base=not with_base)  # the two share the frozen weights
-    return backbone.to(device).eval(), plain
+    needs_base = with_base or strength != 1
+    plain = without_adapter(backbone, adapter).to(device).eval() if needs_base else None
+    load_adapter(backbone.model, adapter, change_base=not needs_base)  # the two share the frozen weights
+    adapted = backbone.to(device).eval()
+    if plain is not None and strength == 0:
+        adapted = plain
+    elif plain is not None and strength != 1:
+        whole_model_between(plain.model, adapted.model, strength)
+    return adapted, plain if with_base else None
 
 
 def without_adapter(backbone: AnyBackbone, adapter: Path) -> AnyBackbone:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dora_vl.backbones.families import ALIGNED
+from dora_vl.backbones.growing_text import growing_text
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import BOOKKEEPING, IGNORED_LABEL, Encoded, Sample
 from dora_vl.data.processor_inputs import ProcessorCollator
@@ -62,6 +63,10 @@ class Prompts(Protocol):
         """The text of new ids, without what ends or fills up an answer."""
         ...
 
+    def growing_text(self) -> Callable[[Sequence[int]], str]:
+        """`decode` for the ids of one answer as they grow."""
+        ...
+
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """What the model itself takes of a batch, on its device."""
@@ -90,6 +95,10 @@ class _TokenPrompts:
     def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
         """See `Prompts.decode`."""
         return self.encoder.decode(ids)
+
+    def growing_text(self) -> Callable[[Sequence[int]], str]:
+        """See `Prompts.growing_text`."""
+        return growing_text(self.encoder.tokenizer, self.encoder.answer_in)
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,10 @@ class ImageTextPrompts:
     def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
         """See `Prompts.decode`."""
         return self.encoder.decode(ids)
+
+    def growing_text(self) -> Callable[[Sequence[int]], str]:
+        """See `Prompts.growing_text`."""
+        return growing_text(self.encoder.tokenizer, self.encoder.answer_in)
 
 
 @dataclass(frozen=True)

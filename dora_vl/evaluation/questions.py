@@ -70,6 +70,18 @@ def question_of(record: Mapping[str, object]) -> Question:
     )
 
 
+def question_of_task(example: Example) -> Question:
+    """An example as a VL-BART's task has it: its words alone, no turns and no places of pictures."""
+    return Question(
+        id=example.id,
+        images=example.images,
+        turns=(Turn("user", example.question),),
+        truth=example.answers[0].text if example.answers else "",
+        kind=None if "kind" not in example.extra else str(example.extra["kind"]),
+        videos=example.clips,
+    )
+
+
 def read_questions(path: Path, limit: int | None = None) -> tuple[list[Question], dict[str, str]]:
     """The first `limit` questions of a file of any format that training reads.
 

@@ -143,6 +143,14 @@ class VlBartAssistant:
         Raises:
             UserError: it was not trained for such a question, takes another number of pictures, or needs `extra["ts"]`.
         """
+        subtask, inputs = self.prepared(example, pictures, task)
+        (answer,) = answers_of(self.backbone, self.encoder, subtask, [example], inputs)
+        return answer
+
+    def prepared(
+        self, example: Example, pictures: Sequence[Image.Image], task: str = ""
+    ) -> tuple[Subtask, tuple[Tensor, Tensor, Tensor]]:
+        """The task that a question belongs to, and its ids, mask and features as a batch of one; see `said`."""
         if not pictures:
             raise UserError("a VL-BART answers about pictures; give one")
         subtask = self._subtask(example, task)
@@ -155,9 +163,7 @@ class VlBartAssistant:
         features = self.inputs(pictures, subtask).to(device)
         if features.shape[1] != subtask.images:
             raise UserError(f"{subtask.name} takes {subtask.images} pictures at a time, not {features.shape[1]}")
-        inputs = [ids[None].to(device), torch.ones_like(ids)[None].to(device), features]
-        (answer,) = answers_of(self.backbone, self.encoder, subtask, [example], inputs)
-        return answer
+        return subtask, (ids[None].to(device), torch.ones_like(ids)[None].to(device), features)
 
     def ask(self, one: EvaluationSet, asking: Asking) -> Asked:
         """See `Asker.ask`: as in training."""
@@ -226,8 +232,11 @@ def subtasks_of(task: str, *, task_prompt: bool) -> Mapping[str, Subtask]:
     return import_module(TASK_FILES[task]).subtasks(task_prompt=task_prompt)
 
 
-def open_vlbart(source: ModelSource) -> Opened:
+def open_vlbart(source: ModelSource, *, merged: bool = False) -> Opened:
     """Builds the VL-BART that an adapter folder's `recipe.json` describes.
+
+    Args:
+        merged: the source's place holds the adapter's change already, so that nothing is loaded onto it.
 
     Raises:
         UserError: a vision tower is not there or another one, or nothing says how the features were computed.
@@ -236,8 +245,12 @@ def open_vlbart(source: ModelSource) -> Opened:
     adapter = Path(str(wanted.adapter))
     loaded = load_vlbart(place, dtype=getattr(torch, source.dtype))
     lists, of_base = recipe.get(CLOSED_ANSWERS, {}), set(loaded.config.closed_answers)
-    set_answer_heads(loaded.model, lists)
-    adapted, plain = with_adapter(loaded, adapter, with_base=wanted.with_base)
+    if wanted.strength != 1 and set(lists) - of_base:
+        raise UserError(f"--strength: {adapter} answers from lists that its base does not have; leave it out")
+    if not merged:
+        set_answer_heads(loaded.model, lists)
+    change = None if merged else adapter
+    adapted, plain = with_adapter(loaded, change, with_base=wanted.with_base, strength=wanted.strength)
     trained_with = recipe["settings"]
     device = next(adapted.parameters()).device
     encoders = open_encoders(adapter, recipe, device=device, any_tower=wanted.any_base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
@@ -21,8 +23,9 @@ from dora_vl.backbones.base import Backbone
 from dora_vl.core import trained_parts
 from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.run.checkpoint_manifest import settings_of
-from dora_vl.run.launch import on_first_rank
+from dora_vl.run.launch import is_first_rank, on_first_rank
 from dora_vl.run.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, write_json
+from dora_vl.run.watched import Watch
 from dora_vl.run.zero import gather_to_read, gather_to_write
 from dora_vl.training.callbacks import (
     EpochCallback,
@@ -32,7 +35,8 @@ from dora_vl.training.callbacks import (
     SaveAfterValidation,
     StopOnSignal,
 )
-from dora_vl.training.largest_batch import LargestBatch, cost_of
+from dora_vl.training.largest_batch import LargestBatch, Pool, cost_of
+from dora_vl.training.live_view import LiveView, can_show
 from dora_vl.training.memory_estimate import Activations, Table, estimate_memory, memory_table
 from dora_vl.training.optim import (
     LearningRates,
@@ -44,7 +48,7 @@ from dora_vl.training.optim import (
 )
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.progress import BatchStatistics
-from dora_vl.training.step_faults import StepFaults
+from dora_vl.training.step_faults import StepFaults, steps_left_out
 from dora_vl.training.trainer import AdapterTrainer, Persistence, Watched
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
 from dora_vl.training.watching import WatchQuestions
@@ -88,20 +92,18 @@ def build_trainer(
     )
     if data.stream is not None and not arguments.ignore_data_skip:
         trainer.progress.follow(data.stream)
-    if watch is not None:
-        trackers = trainer.callback_handler.callbacks
-        trainer.add_callback(WatchQuestions(watch, run_folder, lambda: trackers))
-    _order_callbacks(trainer, arguments)
-    if _tries_first(pipeline, arguments):
-        cost = cost_of(activations, _vocabulary(backbone))
-        tried = LargestBatch(trainer, config, pools=data.pools, cost=cost, collate=data.collate)
-        trainer.callback_handler.callbacks.insert(0, tried)  # before a clock runs or a question is asked
+    _order_callbacks(trainer)
+    _watch_and_show(trainer, watch, run_folder)
+    _try_first(trainer, pipeline, data, cost_of(activations, _vocabulary(backbone)))
     return trainer, stop
 
 
-def _tries_first(pipeline: Pipeline, arguments: TrainingArguments) -> bool:
+def _try_first(trainer: AdapterTrainer, pipeline: Pipeline, data: TrainingData, cost: Callable[[Pool], int]) -> None:
+    """The largest batch, where that is asked for: before a clock runs or a question is asked."""
     asked = pipeline.config.try_largest_batch
-    return arguments.device.type == "cuda" if asked is None else asked
+    if trainer.args.device.type == "cuda" if asked is None else asked:
+        tried = LargestBatch(trainer, pipeline.config, pools=data.pools, cost=cost, collate=data.collate)
+        trainer.callback_handler.callbacks.insert(0, tried)
 
 
 def _vocabulary(backbone: Backbone[Any]) -> int:
@@ -118,13 +120,33 @@ def _ledger(data: TrainingData, arguments: TrainingArguments, *, max_bad_share: 
     )
 
 
-def _order_callbacks(trainer: AdapterTrainer, arguments: TrainingArguments) -> None:
-    """Our log line first, since transformers puts its trackers there; our progress bar in place of its own."""
+def _order_callbacks(trainer: AdapterTrainer) -> None:
+    """Our log line first, since transformers puts its trackers there; its progress bar gives way to ours."""
     trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(LossLog))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if not arguments.disable_tqdm:
-        trainer.add_callback(ProgressLine())
+
+
+def _watch_and_show(trainer: AdapterTrainer, watch: Watch | None, run_folder: Path) -> None:
+    """The watched questions, before what shows their answers."""
+    callbacks = trainer.callback_handler.callbacks
+    watching = None if watch is None else WatchQuestions(watch, run_folder, lambda: callbacks)
+    if watching is not None:
+        trainer.add_callback(watching)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(_shown(run_folder, watching))
+
+
+def _shown(run_folder: Path, watching: WatchQuestions | None) -> LiveView | ProgressLine:
+    """The live view where the first rank has a terminal, else the line."""
+    if not (is_first_rank() and can_show(sys.stderr)):
+        return ProgressLine()
+    return LiveView(
+        Console(file=sys.stderr),
+        str(run_folder),
+        asked=lambda: () if watching is None else watching.newest,
+        steps_left_out=lambda: steps_left_out(run_folder / FAULTS),
+    )
 
 
 def plan_of(

@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -148,14 +148,18 @@ class ProgressLine(TrainerCallback):
             shown = f"loss {logs['loss']:.4f}, {speed:.1f} samples/s, padding {padding:.0%}"
             self._bar.set_postfix_str(f"{shown}, skipped {logs.get('skipped', 0)}")
         elif "eval_loss" in logs:
-            told = f"validation loss {logs['eval_loss']:.4f}, skipped {logs.get('eval_skipped', 0)}"
-            self._bar.write(f"step {state.global_step}: {told}")
+            self._bar.write(validation_told(logs, state.global_step))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def validation_told(logs: Mapping[str, Any], step: int) -> str:
+    """A validation's numbers in a line."""
+    return f"step {step}: validation loss {logs['eval_loss']:.4f}, skipped {logs.get('eval_skipped', 0)}"
 
 
 class SaveAfterValidation(TrainerCallback):

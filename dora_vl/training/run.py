@@ -45,6 +45,7 @@ from dora_vl.run.run_folder import (
 from dora_vl.run.zero import load_whole_models_again
 from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.finite import check_base_weights
+from dora_vl.training.live_view import close_views
 from dora_vl.training.optim import check_parts
 from dora_vl.training.out_of_memory import out_of_memory_reported, smaller_model, smaller_test, training_fits
 from dora_vl.training.pipeline import Pipeline
@@ -94,6 +95,7 @@ def train(pipeline: Pipeline) -> RunResult:
             output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         stop.restore()
+        close_views(trainer.callback_handler.callbacks)
     if trainer.faults.ended_by is not None:
         raise UserError(trainer.faults.ended_by)
     return RunResult(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from dora_vl.errors import UserError, shown_text
+from dora_vl.errors import UserError
 from dora_vl.run.watched import Watch, add_answers, begin, read_watched
 from dora_vl.training.tracked_answers import track_answers
 from dora_vl.training.validation import random_state_kept
+from dora_vl.training.view_rows import Asked
 
 logger = logging.getLogger(__name__)
 
 TIMES_WITHOUT_VALIDATION = 5
-LONGEST_SHOWN = 60
 
 
 class WatchQuestions(TrainerCallback):
@@ -40,6 +40,8 @@ class WatchQuestions(TrainerCallback):
         self._folder = folder
         self._trackers = trackers
         self._failed = False
+        self.newest: tuple[Asked, ...] = ()
+        """The questions with their last answers, on the first rank."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
@@ -72,18 +74,16 @@ class WatchQuestions(TrainerCallback):
         if not state.is_world_process_zero:
             return
         add_answers(self._folder, state.global_step, answers)
+        self.newest = tuple(
+            Asked(state.global_step, one.question, answers[one.id], one.truth)
+            for one in self._watch.questions
+            if one.id in answers
+        )
         if not args.disable_tqdm:
-            self._tell(state.global_step, answers)
+            for one in self.newest:
+                tqdm.write(f"step {one.step}: {one}")
         if (found := read_watched(self._folder)) is not None:
             track_answers(self._trackers(), found, state.global_step)
-
-    def _tell(self, step: int, answers: Mapping[str, str]) -> None:
-        for one in self._watch.questions:
-            if one.id in answers:
-                asked, said, right = (
-                    shown_text(part, LONGEST_SHOWN) for part in (one.question, answers[one.id], one.truth)
-                )
-                tqdm.write(f"step {step}: {asked} -> {said}   (right: {right})")
 
 
 def steps_to_ask(max_steps: int) -> frozenset[int]:

@@ -23,6 +23,7 @@ from dora_vl.app.waiting_room import EngineSettings
 
 MILLISECONDS = 60_000  # a busy machine has taken more than ten seconds for one answer
 PICTURES = "#dv-seen figure"
+QUESTION_BOX = "#dv-question textarea, #dv-question input"
 
 
 def find_chromium() -> str:
@@ -91,10 +92,16 @@ def _running(app: FastAPI) -> Iterator[str]:
 
 
 class Visitor:
-    """Somebody with the page open; every request that their browser makes is kept."""
+    """Somebody with the page open; every request that their browser makes is kept.
 
-    def __init__(self, context: Any, address: str) -> None:
+    Args:
+        slower: so many times as long takes their machine for what the page does.
+    """
+
+    def __init__(self, context: Any, address: str, *, slower: float = 1) -> None:
         self.page = context.new_page()
+        if slower > 1:
+            context.new_cdp_session(self.page).send("Emulation.setCPUThrottlingRate", {"rate": slower})
         self.page.set_default_timeout(MILLISECONDS)
         self.asked_for: list[str] = []
         self.page.on("request", lambda request: self.asked_for.append(request.url))
@@ -116,7 +123,7 @@ class Visitor:
     def ask(self, question: str) -> tuple[str, str]:
         """Types a question; both answers when they are whole."""
         before = self.count("left")
-        self.page.fill("#dv-question textarea, #dv-question input", question)
+        self.page.fill(QUESTION_BOX, question)
         self.page.keyboard.press("Enter")
         return self.both(before + 1)
 

@@ -80,8 +80,8 @@ def test_a_mixed_batch_answers_as_each_adapter_alone(
     questions = [(name, turns, seen) for name in names for turns, seen in asked()]
     questions = [questions[(7 * number) % len(questions)] for number in range(len(questions))]  # no order by name
     sizes = []
-    generate = engine._generate
-    monkeypatch.setattr(engine, "_generate", lambda batch: (sizes.append(len(batch)), generate(batch))[1])
+    begin = engine._rows.begin
+    monkeypatch.setattr(engine._rows, "begin", lambda batch: (sizes.append(len(batch)), begin(batch))[1])
     found = answers(engine, questions)
     assert max(sizes) == len(questions)
     assistants = {name: alone(base, adapters.get(name)) for name in names}

@@ -35,19 +35,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 
 
 class Gate:
-    """Lets the engine's batches through when it is opened."""
+    """Lets requests to the model, together or into a batch at hand, when it is opened."""
 
     def __init__(self, engine: Engine, monkeypatch: Any) -> None:
         self.opened, self.reached, self.sizes = threading.Event(), threading.Event(), list[int]()
-        generate = engine._generate
+        begin = engine._rows.begin
 
-        def gated(batch: Any) -> None:
+        def gated(batch: Any) -> Any:
             self.sizes.append(len(batch))
             self.reached.set()
             assert self.opened.wait(60)
-            generate(batch)
+            return begin(batch)
 
-        monkeypatch.setattr(engine, "_generate", gated)
+        monkeypatch.setattr(engine._rows, "begin", gated)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def last(events: queue.SimpleQueue[Any]) -> Finished | Failed:
     return event
 
 
-def test_more_than_may_wait_are_refused_and_later_ones_join_the_next_batch(engine: Engine, monkeypatch: Any) -> None:
+def test_more_than_may_wait_are_refused_and_later_ones_join_together(engine: Engine, monkeypatch: Any) -> None:
     gate = Gate(engine, monkeypatch)
     first = handed_in(engine)
     assert gate.reached.wait(60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.asker import Shown
 from dora_vl.vision.frame_sampling import Uniform
 from dora_vl.vision.video import read_frames
-from tests.app.browser import Visitor, browser, find_chromium, page_of
+from tests.app.browser import QUESTION_BOX, Visitor, browser, find_chromium, page_of
 from tests.app.test_engine import answers
 from tests.app.tiny_served import ADAPTERS, served, spread, write_adapters
 from tests.backbones.tiny_video import write_tiny_video
@@ -125,9 +126,9 @@ def test_a_picture_two_answers_and_a_second_turn(
 def test_both_columns_are_rows_of_one_batch(visitor: Visitor, opened: tuple[str, Engine], monkeypatch: Any) -> None:
     _, engine = opened
     batches: list[list[Any]] = []
-    generate = engine._generate
+    begin = engine._rows.begin
     monkeypatch.setattr(
-        engine, "_generate", lambda batch: (batches.append([one.prepared.share for one in batch]), generate(batch))[1]
+        engine._rows, "begin", lambda batch: (batches.append([one.prepared.share for one in batch]), begin(batch))[1]
     )
     visitor.page.locator("#dv-examples tbody tr").first.click()
     visitor.see(1)
@@ -213,7 +214,7 @@ def test_what_cannot_be_shown_is_said_and_nothing_stays(
     visitor.page.locator("#dv-notice", has_text="3 pictures, and 2 are allowed here").wait_for()
     visitor.see(1)  # what was shown before stays
     assert nothing_left(uploads)
-    visitor.page.fill("#dv-question textarea, #dv-question input", "<image> what?")
+    visitor.page.fill(QUESTION_BOX, "<image> what?")
     visitor.page.keyboard.press("Enter")
     visitor.page.locator("#dv-notice", has_text="the text holds <image>").wait_for()
 
@@ -227,7 +228,7 @@ def test_two_people_at_once_each_have_their_own(
     for person, (name, _, question) in zip(people, asked, strict=True):
         person.show(pictures[name])
         person.see(1)
-        person.page.fill("#dv-question textarea, #dv-question input", question)
+        person.page.fill(QUESTION_BOX, question)
     for person in people:
         person.page.keyboard.press("Enter")
     for person, (_, picture, question) in zip(people, asked, strict=True):
@@ -253,20 +254,27 @@ def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine])
     visitor.see(0)
 
 
-def test_stop_ends_the_answer_and_keeps_what_was_said(visitor: Visitor, opened: tuple[str, Engine]) -> None:
-    model = opened[1].model.backbone.model
+@contextmanager
+def endless(engine: Engine) -> Iterator[None]:
+    """No answer ends before it is as long as it may be."""
+    model = engine.model.backbone.model
     ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
-    before, opened[1]._ends = opened[1]._ends, frozenset()
+    before, engine._rows.ends = engine._rows.ends, frozenset()
     try:
+        yield
+    finally:
+        model.generation_config.eos_token_id, engine._rows.ends = ends, before
+
+
+def test_stop_ends_the_answer_and_keeps_what_was_said(visitor: Visitor, opened: tuple[str, Engine]) -> None:
+    with endless(opened[1]):
         visitor.page.get_by_text("Settings").click()
         visitor.page.get_by_label("number input for Longest answer").fill("1000")
-        visitor.page.fill("#dv-question textarea, #dv-question input", QUESTION)
+        visitor.page.fill(QUESTION_BOX, QUESTION)
         visitor.page.keyboard.press("Enter")
         visitor.page.locator("#dv-talk-left .dv-said").wait_for()
         visitor.page.click("#dv-stop")
         visitor.both(1)
-    finally:
-        model.generation_config.eos_token_id, opened[1]._ends = ends, before
     assert visitor.said("left")
     assert "stopped" in visitor.page.locator("#dv-talk-left").inner_text()
 
@@ -283,3 +291,74 @@ def test_a_webcams_picture(chromium: Any, opened: tuple[str, Engine], uploads: P
     person.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
     assert nothing_left(uploads)
     context.close()
+
+
+@pytest.fixture
+def slow(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
+    """Somebody whose machine takes eight times as long for all that the page does."""
+    context = chromium.new_context()
+    visitor = Visitor(context, opened[0], slower=8)
+    yield visitor
+    context.close()
+
+
+def test_a_question_waits_for_the_picture_that_was_chosen(
+    slow: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]
+) -> None:
+    for name, picture in (("red", RED), ("wide", WIDE)):
+        slow.show(pictures[name])
+        slow.page.fill(QUESTION_BOX, QUESTION)
+        slow.page.keyboard.press("Enter")
+        slow.see(1)
+        left, right = slow.both(1)
+        seen = Shown(pictures=(picture,))
+        assert printable(left) == expected(opened[1], "one", first(QUESTION), seen)
+        assert printable(right) == expected(opened[1], "base", first(QUESTION), seen)
+
+
+def test_no_question_is_lost_at_the_end_of_an_answer(slow: Visitor, pictures: dict[str, Path]) -> None:
+    """Each is sent at the moment when Ask can be pressed again, while the page is still about the answer before."""
+    slow.show(pictures["red"])
+    slow.see(1)
+    slow.page.evaluate(
+        """questions => {
+            const box = document.querySelector("#dv-question textarea, #dv-question input");
+            const ask = document.querySelector("#dv-ask");
+            let busy = true;
+            const next = () => {
+                const free = busy && !ask.disabled;
+                busy = ask.disabled;
+                if (!free || !questions.length) return;
+                box.value = questions.shift();
+                box.dispatchEvent(new Event("input", {bubbles: true}));
+                setTimeout(() => ask.click());
+            };
+            new MutationObserver(next).observe(ask, {attributes: true});
+            next();
+        }""",
+        [f"What is {number}?" for number in range(6)],
+    )
+    slow.both(6)
+    asked = slow.page.locator("#dv-talk-left .dv-asked").all_inner_texts()
+    assert asked == [f"What is {number}?" for number in range(6)]
+
+
+def test_what_is_typed_during_an_answer_stays_typed(visitor: Visitor, opened: tuple[str, Engine]) -> None:
+    """Enter takes it once the answer is over, not before; pressing Ask twice asks once."""
+    with endless(opened[1]):
+        visitor.page.get_by_text("Settings").click()
+        visitor.page.get_by_label("number input for Longest answer").fill("400")
+        visitor.page.fill(QUESTION_BOX, QUESTION)
+        visitor.page.dblclick("#dv-ask")
+        visitor.page.locator("#dv-talk-left .dv-said").wait_for()
+        visitor.page.fill(QUESTION_BOX, "And then?")
+        visitor.page.keyboard.press("Enter")
+        visitor.page.wait_for_timeout(300)
+        assert visitor.page.input_value(QUESTION_BOX) == "And then?"
+        visitor.page.click("#dv-stop")
+        visitor.both(1)
+        assert visitor.page.input_value(QUESTION_BOX) == "And then?"
+        visitor.page.press(QUESTION_BOX, "Enter")
+        visitor.page.locator("#dv-talk-left .dv-asked", has_text="And then?").wait_for()
+        visitor.page.click("#dv-stop")
+        visitor.both(2)

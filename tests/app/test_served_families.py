@@ -42,15 +42,15 @@ WORDS = [([Turn("user", text)], Shown()) for text in ("What colour is it?", "Say
 
 
 def batches_of(engine: Engine, monkeypatch: Any) -> list[list[str]]:
-    """The names of each batch's rows, as they come."""
+    """The names of rows whose prompts are read together, as they come."""
     seen: list[list[str]] = []
-    generate = engine._generate
+    begin = engine._rows.begin
 
-    def noted(batch: Any) -> None:
+    def noted(batch: Any) -> Any:
         seen.append([one.prepared.asked.name or "base" for one in batch])
-        generate(batch)
+        return begin(batch)
 
-    monkeypatch.setattr(engine, "_generate", noted)
+    monkeypatch.setattr(engine._rows, "begin", noted)
     return seen
 
 
@@ -209,9 +209,11 @@ def shares_answered(base: Path, adapters: Mapping[str, Path], shares: Any, monke
     with Engine(served(base, adapters), EngineSettings(batch_rows=64, window_seconds=0.5)) as engine:
         expected = [answers(engine, [(name, turns, seen)], strength=strength)[0] for name, strength in shares]
         batches: list[list[Any]] = []
-        generate = engine._generate
+        begin = engine._rows.begin
         monkeypatch.setattr(
-            engine, "_generate", lambda batch: (batches.append([one.prepared.share for one in batch]), generate(batch))
+            engine._rows,
+            "begin",
+            lambda batch: (batches.append([one.prepared.share for one in batch]), begin(batch))[1],
         )
         prepared = [
             engine.prepare(name, turns, Sampling(max_new_tokens=8), pictures=seen.pictures, strength=strength)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dora_vl.app.served_model import open_served
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.asker import Wanted
+from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant, TextStreamer, open_picture
 from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.prompt_inputs import model_inputs
 from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run
@@ -83,6 +86,44 @@ def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], caps
     assert with_adapter.startswith("  with adapter:")
     assert without.startswith("  without adapter:")
     assert with_adapter.split(":")[1].strip() != without.split(":")[1].strip()
+
+
+@torch.no_grad()
+def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> None:
+    """Trained layers and the projector, from the base over the adapter and beyond."""
+    model = open_served(None, {"one": adapter})
+    turns, seen = [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(open_picture(Path(pictures[0])),))
+    batch = model.assistant.prompts.collate([model.asked("one").prompts.sample(turns, seen)], "left")
+    inputs = model_inputs(batch, "cpu")
+
+    def logits(strength: float, *, with_base: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        opened = open_asker(Wanted(adapter=adapter, strength=strength, with_base=with_base))
+        assistants = [one for one in (opened.adapted, opened.base) if isinstance(one, Assistant)]
+        found = [one.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0)).logits for one in assistants]
+        return found[0], found[1] if with_base else None
+
+    seen_logits = []
+    for strength in (0.0, 0.4, 1.0, 1.7):
+        with model.rows([model.asked("one")], [1], [strength]):
+            expected = model.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0)).logits
+        found, _ = logits(strength)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        seen_logits.append(found)
+    assert all(not torch.allclose(one, other, atol=1e-2) for one, other in pairwise(seen_logits))
+    beside, base = logits(1.7, with_base=True)
+    assert torch.equal(beside, seen_logits[-1])
+    assert torch.equal(base, seen_logits[0])  # the base is the base, whatever is beside it
+
+
+def test_the_strength_changes_what_is_printed(adapter: Path, pictures: list[str], capsys: Any) -> None:
+    asked = ["--adapter", str(adapter), "--image", pictures[0], "--question", "Say the colour."]
+    ask(*asked, "--compare-base")
+    _, whole, base = (line.split(":")[-1].strip() for line in capsys.readouterr().out.splitlines())
+    for strength, expected in (("0", base), ("1", whole)):
+        ask(*asked, "--strength", strength)
+        assert capsys.readouterr().out.splitlines()[1].strip() == expected
+    assert "the strength is -1.0" in refused(capsys, *asked[:4], "--strength", "-1")
+    assert "name one with --adapter" in refused(capsys, "--model", "x", "--image", pictures[0], "--strength", "0.5")
 
 
 def test_pictures_together_and_a_conversation(

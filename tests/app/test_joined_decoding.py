@@ -1,0 +1,188 @@
+"""Requests that come while others are answered: they join at the next token, and each answer is as alone."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dora_vl.app.answering import Event, Finished, Piece
+from dora_vl.app.engine import Engine
+from dora_vl.app.row_decoding import Sampling
+from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.data.turns import Turn
+from dora_vl.evaluation.asker import Shown
+from tests.app.tiny_served import alone, answer_alone, served, spread, write_adapters
+from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
+from tests.training.tiny_run import write_tiny_llava
+
+RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
+TALKS = [
+    ([Turn("user", "<image>\nSay the colour.")], Shown(pictures=(RED,))),
+    ([Turn("user", "What colour is it?")], Shown()),
+    ([Turn("user", "<image>\n<image>\nSay it. Say it. Say it.")], Shown(pictures=(WIDE, RED))),
+    ([Turn("user", "Say " * 9), Turn("assistant", "red"), Turn("user", "And the shape?")], Shown()),
+]
+WORDS = [([Turn("user", text)], Shown()) for text in ("Say " * 12, "a", "What colour is it?", "the correct answer")]
+LONG, SHORT = 40, 5
+Asked = tuple[str, list[Turn], Shown, int]
+
+
+class Told:
+    """Events of all requests, in the order in which they came."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        self._handed_in = 0
+        self.order: list[int] = []
+        self.texts: dict[int, str] = {}
+
+    def hand_in(self, name: str, turns: list[Turn], seen: Shown, tokens: int, **sampling: Any) -> int:
+        number, self._handed_in = self._handed_in, self._handed_in + 1
+        settings = Sampling(**{"max_new_tokens": tokens, **sampling})
+        prepared = self._engine.prepare(name, turns, settings, pictures=seen.pictures)
+        self._engine.submit(prepared, lambda event: self._events.put((number, event)))
+        return number
+
+    def piece_of(self, number: int) -> None:
+        """Waits for a request's first piece."""
+        while self._next() != (number, False):
+            pass
+
+    def all_over(self) -> dict[int, str]:
+        while len(self.order) < self._handed_in:
+            self._next()
+        return self.texts
+
+    def _next(self) -> tuple[int, bool]:
+        number, event = self._events.get(timeout=120)
+        assert isinstance(event, Piece | Finished), event
+        if isinstance(event, Finished):
+            self.order.append(number)
+            assert event.text == self.texts.get(number, "")
+        else:
+            self.texts[number] = self.texts.get(number, "") + event.text
+        return number, isinstance(event, Finished)
+
+
+def batches_of(engine: Engine, monkeypatch: Any) -> list[int]:
+    """How many rows each batch began with."""
+    seen: list[int] = []
+    answer = engine._rows.answer
+    monkeypatch.setattr(engine._rows, "answer", lambda batch, new: (seen.append(len(batch)), answer(batch, new))[1])
+    return seen
+
+
+def check(base: Path, targets: Sequence[str], talks: Any, tmp_path: Path, monkeypatch: Any) -> list[int]:
+    """A long answer, and others that come while it is made; returns the batches that there were."""
+    settings = {
+        "one": {"targets": tuple(targets), "rank": 2, "alpha": 5.0},
+        "two": {"targets": tuple(targets), "rank": 3, "alpha": 3.0, "method": "lora"},
+    }
+    adapters = write_adapters(base, tmp_path / "adapters", settings)
+    names = ("two", "base", "one", "two")
+    model = served(base, adapters)
+    model.backbone.model.generation_config.eos_token_id = None  # answers are as long as allowed
+    with Engine(model, EngineSettings(batch_rows=8, window_seconds=0.0)) as engine:
+        batches = batches_of(engine, monkeypatch)
+        told = Told(engine)
+        asked: list[Asked] = [("one", *talks[0], LONG)]
+        told.piece_of(told.hand_in(*asked[0]))
+        for place, (name, talk) in enumerate(zip(names, talks, strict=True)):
+            asked.append((name, *talk, SHORT + 3 * place))
+            number = told.hand_in(*asked[-1])
+            if place < 2:  # one after another, then two together
+                told.piece_of(number)
+        texts = told.all_over()
+        order = told.order
+    for number, (name, turns, seen, tokens) in enumerate(asked):
+        assistant = alone(base, adapters.get(name))
+        assistant.backbone.model.generation_config.eos_token_id = None
+        assert texts[number] == answer_alone(assistant, turns, seen, tokens=tokens), (number, name)
+    assert len(set(texts.values())) > 3
+    if len(batches) == 1:
+        assert order[-1] == 0  # the long one, which began first, ends last
+    return batches
+
+
+def language(folder: Path) -> Path:
+    write_tiny_language("llama", folder / "base")
+    return spread(folder / "base")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl", "smolvlm"])
+def test_pictures_and_words_join_a_running_answer(family: str, tmp_path: Path, monkeypatch: Any) -> None:
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    folder = tmp_path / "base"
+    base = spread(write_tiny_llava(folder) if family == "llava" else write_tiny(family, folder))
+    prefix = "*text_model*" if family == "smolvlm" else "*language_model*"
+    targets = (f"{prefix}.q_proj", f"{prefix}.down_proj")
+    assert check(base, targets, TALKS, tmp_path, monkeypatch) == [1]
+
+
+def test_words_join_a_language_model(tmp_path: Path, monkeypatch: Any) -> None:
+    base = language(tmp_path)
+    assert check(base, ("*.q_proj", "*.down_proj"), WORDS, tmp_path, monkeypatch) == [1]
+
+
+def test_a_model_that_looks_at_what_it_said_answers_batch_by_batch(tmp_path: Path, monkeypatch: Any) -> None:
+    """A penalty for what was said before is transformers' own, over the whole row."""
+    base = language(tmp_path)
+    model = served(base, {})
+    model.backbone.model.generation_config.eos_token_id = None
+    model.backbone.model.generation_config.repetition_penalty = 1.3
+    with Engine(model, EngineSettings(window_seconds=0.0)) as engine:
+        batches = batches_of(engine, monkeypatch)
+        told = Told(engine)
+        told.piece_of(told.hand_in("base", *WORDS[0], LONG))
+        told.hand_in("base", *WORDS[2], SHORT)
+        texts = told.all_over()
+        assert told.order == [0, 1]
+    assert batches == [1, 1]
+    assistant = alone(base, None)
+    assistant.backbone.model.generation_config.eos_token_id = None
+    plain = answer_alone(assistant, *WORDS[0], tokens=LONG)
+    assistant.backbone.model.generation_config.repetition_penalty = 1.3
+    assert texts[0] == answer_alone(assistant, *WORDS[0], tokens=LONG) != plain
+
+
+def test_a_row_that_samples_draws_the_same_whoever_is_beside_it(tmp_path: Path) -> None:
+    base = language(tmp_path)
+    model = served(base, {})
+    model.backbone.model.generation_config.eos_token_id = None
+    drawn: Any = {"temperature": 1.5, "top_p": 0.9, "seed": 7}
+    with Engine(model, EngineSettings(window_seconds=0.0)) as engine:
+        by_itself = Told(engine)
+        by_itself.hand_in("base", *WORDS[2], 12, **drawn)
+        expected = by_itself.all_over()[0]
+        told = Told(engine)
+        told.piece_of(told.hand_in("base", *WORDS[0], LONG))
+        number = told.hand_in("base", *WORDS[2], 12, **drawn)
+        assert told.all_over()[number] == expected
+
+
+def test_no_more_rows_and_tokens_than_a_batch_may_have(tmp_path: Path, monkeypatch: Any) -> None:
+    base = language(tmp_path)
+    model = served(base, {})
+    model.backbone.model.generation_config.eos_token_id = None
+    sizes: list[int] = []
+    with Engine(model, EngineSettings(batch_rows=3, batch_tokens=240, window_seconds=0.0)) as engine:
+        holding = engine._rows._holding
+
+        def noted(members: Any, *more: Any) -> Any:
+            sizes.append(len(members))
+            return holding(members, *more)
+
+        monkeypatch.setattr(engine._rows, "_holding", noted)
+        told = Told(engine)
+        told.piece_of(told.hand_in("base", *WORDS[0], 60))
+        for _ in range(4):
+            told.hand_in("base", *WORDS[2], 30)
+        told.all_over()
+    assert max(sizes) == 2  # a third would have places for more than 240 tokens

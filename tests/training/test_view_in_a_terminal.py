@@ -1,0 +1,166 @@
+"""A run in a pseudo terminal, as a person sees it: the view while it trains, the lines above, and after Ctrl-C."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyte
+import pytest
+
+from dora_vl.training.callbacks import read_log
+from tests.training.test_two_ranks import ROOT
+from tests.training.tiny_run import write_run
+
+WIDTH, HEIGHT, SECONDS = 90, 30, 200
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+class Seen:
+    """A program in a terminal: its screen, what went above it, and the text of every moment that was looked at."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.screen = pyte.HistoryScreen(WIDTH, HEIGHT, history=2000)
+        self._stream = pyte.ByteStream(self.screen)
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, WIDTH, 0, 0))
+        plain = {
+            name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR", "COLUMNS", "LINES")
+        }
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**plain, "TERM": "xterm-256color", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+        )
+        os.close(slave)
+
+    @property
+    def now(self) -> str:
+        return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
+
+    @property
+    def whole(self) -> str:
+        """All that can be scrolled to."""
+        above = ("".join(line[column].data for column in range(WIDTH)).rstrip() for line in self.screen.history.top)
+        return "\n".join([*above, self.now])
+
+    def until(self, reached: Callable[[str], bool]) -> str:
+        """Reads on until the screen is so, or the program has ended; the screen then."""
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end and not reached(self.now):
+            if select.select([self.master], [], [], 0.2)[0]:
+                try:
+                    self._stream.feed(os.read(self.master, 256))
+                except OSError:  # it has left the terminal
+                    break
+        return self.now
+
+    def press_ctrl_c(self) -> None:
+        """Once all that was written has been read: with Ctrl-C a terminal throws away what nobody has read yet."""
+        while select.select([self.master], [], [], 0.05)[0]:
+            self._stream.feed(os.read(self.master, 65536))
+        os.write(self.master, b"\x03")
+
+    def end(self) -> int:
+        self.until(lambda _: False)
+        return self.process.wait(SECONDS)
+
+
+@contextmanager
+def terminal_with(run_file: Path, *options: str) -> Iterator[Seen]:
+    seen = Seen([sys.executable, "tasks/llava_instruct.py", "--config", str(run_file), *options])
+    try:
+        yield seen
+    finally:
+        if seen.process.poll() is None:
+            seen.process.kill()
+            seen.process.wait()
+        os.close(seen.master)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
+    training = {
+        "use_cpu": True,
+        "disable_tqdm": False,
+        "max_steps": 60,
+        "eval_strategy": "steps",
+        "eval_steps": 20,
+        "learning_rate": 0.02,
+        "save_strategy": "no",
+    }
+    changes = {"data": {"validation": str(tiny_data), "workers": 1}, "evaluation": {"max_new_tokens": 3}}
+    return write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, training=training, **changes)
+
+
+def view_at(screen: str) -> str:
+    return screen[screen.rfind("╭─") :]
+
+
+def whole_view(screen: str) -> bool:
+    """Whether the moment is not amid a drawing."""
+    return "╭─" in screen and screen.endswith("─╯")
+
+
+def view_of(screen: str) -> list[str]:
+    """The lines of the view at the bottom of a screen."""
+    lines = screen.splitlines()
+    (top,) = [place for place, line in enumerate(lines) if line.startswith("╭─")]
+    (end,) = [place for place, line in enumerate(lines) if line.startswith("╰─")]
+    assert all(line[0] == line[-1] == "│" for line in lines[top + 1 : end])
+    return lines[top : end + 1]
+
+
+def test_a_whole_run(run_file: Path) -> None:
+    with terminal_with(run_file) as seen:
+        during = "\n".join(view_of(seen.until(lambda screen: whole_view(screen) and "validation " in view_at(screen))))
+        assert seen.end() == 0, seen.whole
+        assert not seen.screen.cursor.hidden
+    for name in ("step", "loss", "mean", "learning rate", "gradient norm", "samples/s", "tokens/s", "GiB", "skipped"):
+        assert name in during
+    assert "60 of 60" not in during
+    assert " -> " in during  # a watched question
+    last = "\n".join(view_of(seen.now))
+    (line,) = [one for one in read_log(run_file.parent / "run" / "log.jsonl") if one["step"] == 60 and "loss" in one]
+    assert "60 of 60  100%" in last
+    assert f"{line['loss']:.4f}" in last
+    assert "at step 60" in last
+    for step in (20, 40, 60):
+        assert seen.whole.count(f"step {step}: validation loss") == 1
+    assert seen.whole.count("╭─") == 1  # it was drawn over, not again and again
+    assert "what trains, and what it takes" in seen.whole
+
+
+def test_ctrl_c_leaves_the_terminal_whole(run_file: Path) -> None:
+    with terminal_with(run_file, "--training.max_steps=5000", "--training.eval_strategy=no", "--watch=0") as seen:
+        seen.until(lambda screen: whole_view(screen) and "gradient norm" in screen)
+        seen.press_ctrl_c()
+        status = seen.end()
+        assert status == 130, seen.whole
+        assert not seen.screen.cursor.hidden
+    view_of(seen.now)
+    before, _, after = seen.whole.partition("╭─")
+    assert "SIGINT: finishing the step and saving it first" in before
+    assert "stopped by SIGINT; --resume last resumes from there" in after.rpartition("╰─")[2]
+
+
+def test_without_progress_there_is_no_view(run_file: Path) -> None:
+    with terminal_with(run_file, "--training.disable_tqdm=true", "--training.max_steps=3") as seen:
+        assert seen.end() == 0
+    assert "╭─" not in seen.whole
+    assert "gradient norm" not in seen.whole
