@@ -58,7 +58,12 @@ def opened_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
 
 def _no_format(stream: BinaryIO | BytesIO, size: int) -> str:
     stream.seek(0)
-    begins = f"it begins with {stream.read(8)!r}" if size else "it has 0 bytes"
+    start = stream.read(16)
+    for name in PICTURE_FORMATS:
+        _, begins_as_one = Image.OPEN[name]
+        if begins_as_one is not None and begins_as_one(start) is True:
+            return f"begins as a {name} and is cut or damaged near its start"
+    begins = f"it begins with {start[:8]!r}" if size else "it has 0 bytes"
     return f"is no picture of {', '.join(PICTURE_FORMATS)}: {begins}"
 
 

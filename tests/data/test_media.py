@@ -74,11 +74,13 @@ def test_a_link_to_itself_is_named(root: Path) -> None:
 def test_missing_empty_folder_and_text_are_named(root: Path) -> None:
     (root / "empty.png").write_bytes(b"")
     (root / "text.png").write_text("not a picture")
+    (root / "cut.png").write_bytes((root / "coco" / "a.png").read_bytes()[:14])
     with pytest.raises(BadSample, match=r"picture none\.png is missing in"):
         open_image(root, "none.png")
     for path, why in {
         "empty.png": "is no picture of PNG, JPEG.*: it has 0 bytes",
         "text.png": "is no picture of PNG, JPEG.*: it begins with b'not a pi'",
+        "cut.png": "begins as a PNG and is cut or damaged near its start",
         "coco": "cannot be read: it is a folder, no file",
     }.items():
         with pytest.raises(BadSample, match=f"picture {path} in .* {why}"):
