@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -201,6 +202,7 @@ class StopOnSignal(TrainerCallback):
         """The signal that all ranks stop for; one that comes after the last step stops nothing, the end is written."""
         self._heard: int | None = None
         self._since = 0.0
+        self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -239,7 +241,8 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         if not again:
             name = signal.Signals(number).name
-            logger.warning("%s: finishing the step and saving it first; Ctrl-C again stops at once", name)
+            if os.getpid() == self._process:  # data workers, forked from here, hear a terminal's Ctrl-C as well
+                logger.warning("%s: finishing the step and saving it first; Ctrl-C again stops at once", name)
             self._heard, self._since = number, time.monotonic()
 
 
