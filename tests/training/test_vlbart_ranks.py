@@ -11,17 +11,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.training.test_two_ranks import losses
 from tests.training.tiny_vlbart_run import write_vlbart_data, write_vlbart_run
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("vqav2", "gqa", "nlvr2", "coco_caption", "tvqa", "how2qa", "tvc", "yc2c")
+SHARED = "model.shared.weight"
 
 
 def launch(config: Path, *overrides: str, ranks: int, port: int) -> None:
@@ -73,25 +76,30 @@ def test_two_ranks_take_the_steps_of_one(run_file: Path, one_rank: Path, stage: 
         )
 
 
+@contextmanager
+def base_with_other_rows(base: Path, *, rows: int) -> Iterator[None]:
+    """The base as another draw of its last rows would have left it."""
+    file = base / "model.safetensors"
+    whole = file.read_bytes()
+    tensors = load_file(file)
+    tensors[SHARED][-rows:] += 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        yield
+    finally:
+        file.write_bytes(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_resumed_run_has_the_checkpoints_random_rows(run_file: Path) -> None:
-    """DeepSpeed's state holds what trains; the frozen rows come from the adapter folder beside it."""
+    """Frozen rows that the adapter folder carries come from the checkpoint, not from the base as it is now."""
     folder = run_file.parent / "resumed"
     options = (f"--training.output_dir={folder}", "--training.deepspeed=zero3", "--training.save_strategy=steps")
     launch(run_file, *options, "--training.save_steps=4", "--training.max_steps=4", ranks=1, port=29645)
     kept = "base_model.model.model.shared.weight[-200:]"
     weights = Path("adapter") / "adapter_model.safetensors"
     before = load_file(folder / "checkpoint-4" / weights)[kept]
-    other = run_file.parent / "other-base"  # the same base, drawn anew
-    launch(
-        run_file,
-        *options,
-        f"--model.base={other}",
-        "--model.compose.seed=1",
-        "--resume=last",
-        "--training.max_steps=5",
-        ranks=1,
-        port=29646,
-    )
+    with base_with_other_rows(run_file.parent / "data" / "base", rows=before.shape[0]):
+        launch(run_file, *options, "--resume=last", "--training.max_steps=5", ranks=1, port=29646)
     assert torch.equal(load_file(folder / weights)[kept], before)
