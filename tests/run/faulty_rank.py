@@ -19,6 +19,13 @@ FAULTY, STEP = "1", 2
 
 
 def go_wrong(how: str) -> None:
+    if how == "none":
+        return
+    if how.startswith("link:"):  # says that it is here, and goes on when its link is gone
+        Path(how.removeprefix("link:"), "here").touch()
+        while not Path(how.removeprefix("link:"), "cut").exists():
+            time.sleep(0.1)
+        return
     if how == "raise":
         raise LookupError("no such word")
     if how == "sleep":

@@ -101,7 +101,7 @@ def test_a_rank_that_does_not_come_is_named_after_the_limit_and_stacks_are_shown
         assert any("faulty_rank.py" in line and "go_wrong" in line for line in ended.lines)
 
 
-def testwho_did_not_come_is_told_by_signs_then_steps_then_collectives() -> None:
+def test_who_did_not_come_is_told_by_signs_then_steps_then_collectives() -> None:
     names = ["rank 0", "rank 1", "rank 2"]
     before = [Sign(5, 3, waits=True)] * 3
     here = Sign(6, 3, waits=True)

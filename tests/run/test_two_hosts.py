@@ -1,0 +1,142 @@
+"""Two hosts made of network namespaces, a rank of ZeRO-3 on each: a lost link ends both, and the run resumes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dora_vl.run.run_folder import read_log
+from tests.training.tiny_run import write_run
+
+ROOT = Path(__file__).parents[2]
+LIMIT, STEPS = 15, 5
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The namespaces, and the two ends of the cable between them."""
+
+    names: tuple[str, str]
+    links: tuple[str, str]
+    addresses: tuple[str, str] = ("10.213.7.1", "10.213.7.2")
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    """Skips where namespaces may not be made: no iproute2, or no rights."""
+    if shutil.which("ip") is None:
+        pytest.skip("two hosts need `ip` of iproute2")
+    tag = os.getpid() % 100_000
+    made = Hosts((f"dora{tag}a", f"dora{tag}b"), (f"dv{tag}a", f"dv{tag}b"))
+    try:
+        for name in made.names:
+            ip("netns", "add", name)
+        ip("link", "add", made.links[0], "netns", made.names[0], "type", "veth", "peer", made.links[1], "netns",
+           made.names[1])  # fmt: skip
+        for name, link, address in zip(made.names, made.links, made.addresses, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", link, "up")
+        ip("netns", "exec", made.names[0], "true")
+    except (subprocess.CalledProcessError, OSError) as error:
+        remove(made)
+        pytest.skip(f"network namespaces are not allowed here: {getattr(error, 'stderr', '') or error}")
+    yield made
+    remove(made)
+
+
+def remove(made: Hosts) -> None:
+    for name in made.names:
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def start(made: Hosts, how: str, run_file: Path, *settings: str) -> list[subprocess.Popen[str]]:
+    """A rank in each namespace, as two machines would start them."""
+    started = []
+    for rank, (name, link) in enumerate(zip(made.names, made.links, strict=True)):
+        launch = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 29500}
+        environment = {**os.environ, **{name: str(value) for name, value in launch.items()}}
+        environment |= {"MASTER_ADDR": made.addresses[0], "GLOO_SOCKET_IFNAME": link, "CUDA_VISIBLE_DEVICES": ""}
+        command = ["ip", "netns", "exec", name, sys.executable, "tests/run/faulty_rank.py", how]
+        command += ["--config", str(run_file), *settings]
+        started.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+def ended(ranks: list[subprocess.Popen[str]], *, within: float) -> list[str]:
+    """What each rank said."""
+    return [one.communicate(timeout=within)[1] for one in ranks]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_lost_link_ends_both_hosts_and_the_run_resumes_bitwise(
+    hosts: Hosts, tiny_llava: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "deepspeed": "zero3", "ddp_timeout": LIMIT}
+    run_file = write_run(
+        tmp_path / "run.yaml",
+        tiny_llava,
+        tiny_data,
+        adapter={"dropout": 0.1},
+        training={"max_steps": STEPS, "per_device_train_batch_size": 2, **saving},
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    undisturbed = start(hosts, "none", run_file, f"--training.output_dir={whole}")
+    said = ended(undisturbed, within=150)
+    assert [one.returncode for one in undisturbed] == [0, 0], said[0][-3000:]
+
+    ranks = start(hosts, f"link:{tmp_path}", run_file, f"--training.output_dir={cut}")
+    until = time.monotonic() + 120
+    while not (tmp_path / "here").exists():
+        assert time.monotonic() < until
+        assert all(one.poll() is None for one in ranks)
+        time.sleep(0.2)
+    ip("-n", hosts.names[1], "link", "set", hosts.links[1], "down")
+    (tmp_path / "cut").touch()
+    began = time.monotonic()
+    said = ended(ranks, within=LIMIT + 60)
+    assert time.monotonic() - began < LIMIT + 45
+    assert [one.returncode for one in ranks] == [1, 1]
+    last = [text.strip().splitlines()[-1] for text in said]
+    start_of_line = rf"error: no step for {LIMIT} s \(training\.ddp_timeout\): "
+    assert re.match(start_of_line + r"rank 1 \(process \d+ on \S+\) did not come \(no sign of life\)", last[0])
+    assert re.match(start_of_line + r"the first rank's machine does not answer: is its link there\?", last[1])
+    assert not any("Traceback" in text for text in said)
+
+    ip("-n", hosts.names[1], "link", "set", hosts.links[1], "up")
+    resumed = start(hosts, "none", run_file, f"--training.output_dir={cut}", "--resume=last")
+    said = ended(resumed, within=150)
+    assert [one.returncode for one in resumed] == [0, 0], said[0][-3000:]
+    assert losses(cut) == losses(whole)
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, cut))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def losses(run_folder: Path) -> list[float]:
+    return [line["loss"] for line in read_log(run_folder / "log.jsonl") if "loss" in line]
