@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ class LetterPrompts:
 
     def decode(self, ids: Tensor) -> str:
         return "".join(chr(int(token) - FIRST_LETTER) for token in ids if token > END)
+
+    def growing_text(self) -> Callable[[Sequence[int]], str]:
+        return lambda ids: self.decode(torch.tensor(ids))
 
 
 class LastWordModel(torch.nn.Module):

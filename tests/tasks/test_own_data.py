@@ -93,7 +93,7 @@ def test_a_picture_in_the_file_that_is_none_is_a_bad_sample_of_its_own(
     assert len(losses_of(settings, monkeypatch)) == 2
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [one["id"] for one in skipped] == ["n3"]
-    assert "in the data file is no picture of PNG" in skipped[0]["reason"]
+    assert "in the data file begins as a PNG and is cut" in skipped[0]["reason"]
 
 
 def test_several_files_with_weights_and_a_share_held_out(
