@@ -33,7 +33,7 @@ from dora_vl.run.rank_signs import Place, Sign, answer_within, is_communication,
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LOOKS = 2.0
+SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_FIRST_LOOKS = 2.0, 0.1
 SECONDS_FOR_THE_NEWS = 10.0
 """How long a rank whose connection broke waits to hear why, and the main thread may take to end by itself."""
 SECONDS_ASLEEP = 20.0
@@ -118,9 +118,13 @@ class RankWatch:
     # ---- the threads
 
     def _give_signs(self) -> None:
-        while not self._over.wait(SECONDS_BETWEEN_LOOKS):
+        while not self._over.wait(self._pause()):
             with contextlib.suppress(RuntimeError):  # the store does not answer: its machine is gone, or its link
                 self._look()
+
+    def _pause(self) -> float:
+        """Short until all ranks have said where they are: one may die in its first seconds."""
+        return SECONDS_BETWEEN_LOOKS if len(self._places) == self._ranks else SECONDS_BETWEEN_FIRST_LOOKS
 
     def _keep_limit(self) -> None:
         looked = time.monotonic()
