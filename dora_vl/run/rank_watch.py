@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -180,8 +181,7 @@ class RankWatch:
     def _give_up(self) -> NoReturn:
         """Every rank prints its stack; the first that is there says which did not come."""
         self._ending.acquire()  # never released: another thread of this rank has nothing to add
-        sys.stderr.write(f"{self.place} waits at step {self._step}; its stack:\n")
-        faulthandler.dump_traceback(all_threads=True)
+        _write_stacks(f"{self.place} waits at step {self._step}; its stack:\n")
         found = answer_within(4 * STORE_SECONDS, self._who_is_missing)
         self._let_others_read()
         who, speaks = found or ("the first rank's machine does not answer: is its link there?", self._is_first_here())
@@ -236,6 +236,15 @@ class RankWatch:
 
     def _names(self) -> list[str]:
         return [str(self._places.get(rank, f"rank {rank}")) for rank in range(self._ranks)]
+
+
+def _write_stacks(title: str) -> None:
+    """All threads' stacks to stderr, in one piece: the ranks write at the same time."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        sys.stderr.flush()
+        os.write(sys.stderr.fileno(), title.encode() + file.read())
 
 
 _WATCHES: list[RankWatch] = []
