@@ -86,7 +86,7 @@ def measure(run_file: Path, out: Path, *settings: str, ranks: int) -> dict[str, 
 FULL = pytest.mark.slow
 # Without DDP, whose buckets are made in C++ before the step, where no count of operations sees them.
 CASES = [
-    pytest.param("activations", "none", 1, False),
+    pytest.param("activations", "none", 1, False, marks=FULL),
     pytest.param("activations", "none", 1, True, marks=FULL),
     pytest.param("activations", "zero2", 1, True, marks=FULL),
     pytest.param("activations", "zero3", 2, False, marks=FULL),
@@ -98,7 +98,7 @@ CASES = [
     pytest.param("weights", "zero2", 2, True, marks=FULL),
     pytest.param("weights", "zero3", 1, False, marks=FULL),
     pytest.param("weights", "zero3", 2, False, marks=FULL),
-    pytest.param("weights", "zero3", 2, True),
+    pytest.param("weights", "zero3", 2, True, marks=FULL),
 ]
 
 

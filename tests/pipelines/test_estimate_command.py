@@ -17,6 +17,7 @@ from dora_vl.training.step_traffic import Cluster, Sizes, Traffic, step_time, tr
 LLAVA = ("estimate", "--config", "llava/llava15", "--variant", "7b_dora", "--shape", "llava-1.5-7b")
 
 
+@pytest.mark.slow
 def test_a_published_shape_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """7,063 million weights, of which CLIP's 303 million do not count as the model's name says."""
     main([*LLAVA, "--gpus", "8", "--json", str(tmp_path / "found.json"), "--training.deepspeed=zero3"])

@@ -79,10 +79,11 @@ def test_an_exception_of_one_rank_is_shown_by_it_alone(
     )
 
 
+@pytest.mark.slow  # each waits for the limit
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("how", "why"),
-    [("stop", "no sign of life"), pytest.param("sleep", "in no collective, as its stack says", marks=pytest.mark.slow)],
+    [("stop", "no sign of life"), ("sleep", "in no collective, as its stack says")],
 )
 def test_a_rank_that_does_not_come_is_named_after_the_limit_and_stacks_are_shown(
     tiny_llava: Path, tiny_data: Path, tmp_path: Path, how: str, why: str

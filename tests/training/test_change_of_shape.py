@@ -88,7 +88,7 @@ def check_bitwise(again: Path, whole: Path, since: int) -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        ONE,
+        pytest.param(ONE, marks=pytest.mark.slow),
         pytest.param(ONE_ZERO_0, marks=pytest.mark.slow),
         pytest.param(ONE_ZERO_2, marks=pytest.mark.slow),
         pytest.param(ONE_ZERO_3, marks=pytest.mark.slow),

@@ -120,10 +120,9 @@ def read_data(run_file: Path) -> Path:
     return Path(str(read_run_file(run_file).data.train))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("stage", "ranks", "port"), [("zero3", 2, 29641), pytest.param("zero2", 1, 29642, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("stage", "ranks", "port"), [("zero3", 2, 29641), ("zero2", 1, 29642)])
 def test_under_zero_the_run_is_the_same_to_the_bit(
     tmp_path: Path, tiny_llava: Path, stage: str, ranks: int, port: int
 ) -> None:
