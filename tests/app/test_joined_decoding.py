@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from PIL import Image
 
 from dora_vl.app.answering import Event, Finished, Piece
 from dora_vl.app.engine import Engine
+from dora_vl.app.joined_rows import JoinedRows
 from dora_vl.app.row_decoding import Sampling
 from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.data.turns import Turn
@@ -29,14 +32,19 @@ TALKS = [
 ]
 WORDS = [([Turn("user", text)], Shown()) for text in ("Say " * 12, "a", "What colour is it?", "the correct answer")]
 LONG, SHORT = 40, 5
+PACE = 4
+"""Steps of the model for each request handed in, until all are: a long answer is not over before others came."""
 Asked = tuple[str, list[Turn], Shown, int]
 
 
 class Told:
-    """Events of all requests, in the order in which they came."""
+    """Events of all requests, in the order in which they came; the engine goes on as `PACE` says."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._steps = threading.Semaphore(0)
+        self._holding = engine._rows._holding
+        engine._rows._holding = self._paced  # type: ignore[method-assign]
         self._events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         self._handed_in = 0
         self.order: list[int] = []
@@ -47,20 +55,35 @@ class Told:
         settings = Sampling(**{"max_new_tokens": tokens, **sampling})
         prepared = self._engine.prepare(name, turns, settings, pictures=seen.pictures)
         self._engine.submit(prepared, lambda event: self._events.put((number, event)))
+        self._steps.release(PACE)
         return number
+
+    def _paced(self, members: Any, *more: Any) -> Any:
+        assert self._steps.acquire(timeout=120)
+        return self._holding(members, *more)
 
     def piece_of(self, number: int) -> None:
         """Waits for a request's first piece."""
         while self._next() != (number, False):
             pass
 
+    def _event(self) -> tuple[int, Event]:
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            try:
+                return self._events.get(timeout=0.05)
+            except queue.Empty:  # no piece of text yet: a token more
+                self._steps.release()
+        raise TimeoutError("no event in two minutes")
+
     def all_over(self) -> dict[int, str]:
+        self._steps.release(100_000)
         while len(self.order) < self._handed_in:
             self._next()
         return self.texts
 
     def _next(self) -> tuple[int, bool]:
-        number, event = self._events.get(timeout=120)
+        number, event = self._event()
         assert isinstance(event, Piece | Finished), event
         if isinstance(event, Finished):
             self.order.append(number)
@@ -168,21 +191,25 @@ def test_a_row_that_samples_draws_the_same_whoever_is_beside_it(tmp_path: Path) 
 
 
 def test_no_more_rows_and_tokens_than_a_batch_may_have(tmp_path: Path, monkeypatch: Any) -> None:
-    base = language(tmp_path)
+    base, most = language(tmp_path), 240
     model = served(base, {})
     model.backbone.model.generation_config.eos_token_id = None
-    sizes: list[int] = []
-    with Engine(model, EngineSettings(batch_rows=3, batch_tokens=240, window_seconds=0.0)) as engine:
-        holding = engine._rows._holding
+    steps: list[tuple[int, int]] = []
+    step = JoinedRows.step
 
-        def noted(members: Any, *more: Any) -> Any:
-            sizes.append(len(members))
-            return holding(members, *more)
+    def noted(rows: JoinedRows, *given: Any) -> Any:
+        logits = step(rows, *given)
+        steps.append((len(rows), len(rows) * (rows.columns + 1)))
+        return logits
 
-        monkeypatch.setattr(engine._rows, "_holding", noted)
+    monkeypatch.setattr(JoinedRows, "step", noted)
+    with Engine(model, EngineSettings(batch_rows=3, batch_tokens=most, window_seconds=0.0)) as engine:
         told = Told(engine)
         told.piece_of(told.hand_in("base", *WORDS[0], 60))
         for _ in range(4):
             told.hand_in("base", *WORDS[2], 30)
         told.all_over()
-    assert max(sizes) == 2  # a third would have places for more than 240 tokens
+    rows, places = zip(*steps, strict=True)
+    assert max(rows) <= 3
+    assert max(places) <= most
+    assert rows[50] == 2  # a third would have places for more at the first one's end
