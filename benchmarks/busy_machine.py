@@ -20,14 +20,17 @@ from collections.abc import Sequence
 from report import median, table, write_json
 
 SETTINGS: dict[str, dict[str, str]] = {
-    "default": {},
+    "OpenMP's own": {},
+    "here": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "spin 1,000": {"GOMP_SPINCOUNT": "1000"},
     "spin 10,000": {"GOMP_SPINCOUNT": "10000"},
     "spin 50,000": {"GOMP_SPINCOUNT": "50000"},
 }
+HERE = "here"
+"""As tasks and demos wait: asleep while others need the cores (`dora_vl/run/busy_cores.py`)."""
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-WARM_UP_STEPS = 2
+WARM_UP_SECONDS = 3.0
 
 
 def main() -> None:
@@ -38,10 +41,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="of steps that are timed, in each turn")
     parser.add_argument("--json", default=None, help="file for the figures")
+    parser.add_argument("--give-way", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(steps_a_second(options.seconds)))
+        print(json.dumps(steps_a_second(options.seconds, give_way=options.give_way)))
         return
     rates: dict[str, dict[int, list[float]]] = {
         name: {count: [] for count in options.busy} for name in options.settings
@@ -49,7 +53,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for count in options.busy:
             for name in options.settings:
-                rates[name][count].append(measured(SETTINGS[name], count, options.seconds))
+                rates[name][count].append(measured(name, count, options.seconds))
     shares = relative(rates, options.settings[0])
     heads = (
         "setting",
@@ -74,12 +78,14 @@ def relative(rates: dict[str, dict[int, list[float]]], first: str) -> dict[str, 
     }
 
 
-def measured(setting: dict[str, str], busy: int, seconds: float) -> float:
+def measured(setting: str, busy: int, seconds: float) -> float:
     """One turn of a setting beside so many processes that keep a core busy."""
-    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | setting
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment |= SETTINGS[setting]
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
     try:
         command: Sequence[str] = (sys.executable, __file__, "--measure", "--seconds", str(seconds))
+        command = (*command, *(["--give-way"] if setting == HERE else []))
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     finally:
         for one in others:
@@ -88,15 +94,18 @@ def measured(setting: dict[str, str], busy: int, seconds: float) -> float:
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def steps_a_second(seconds: float) -> float:
+def steps_a_second(seconds: float, *, give_way: bool) -> float:
     """Forward, backward and AdamW of a small Llama with DoRA, as many as fit."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dora_vl.core import DoRAConfig, apply_dora
+    from dora_vl.run.busy_cores import give_way_when_busy
     from dora_vl.run.launch import available_cores
 
     torch.set_num_threads(available_cores())
+    if give_way:
+        give_way_when_busy()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=2048, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4
@@ -105,15 +114,16 @@ def steps_a_second(seconds: float) -> float:
     apply_dora(model, DoRAConfig(rank=16, alpha=32, targets=("model.layers.*proj",)))
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad])
     ids = torch.randint(0, 2048, (8, 64))
-    steps, started = -WARM_UP_STEPS, time.monotonic()
-    while steps <= 0 or time.monotonic() - started < seconds:
+    steps, began = 0, time.monotonic()
+    warm: tuple[int, float] | None = None
+    while warm is None or time.monotonic() - warm[1] < seconds:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
-        if steps == 0:
-            started = time.monotonic()
-    return steps / (time.monotonic() - started)
+        if warm is None and time.monotonic() - began > WARM_UP_SECONDS:
+            warm = (steps, time.monotonic())
+    return (steps - warm[0]) / (time.monotonic() - warm[1])
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from dora_vl.data.examples import Clip, iterate_examples
 from dora_vl.data.feature_input import clip_of_features, in_words
 from dora_vl.data.media_limits import VIDEO_SECONDS
 from dora_vl.errors import UserError, exit_on_user_error, one_line, shown_text
+from dora_vl.run.busy_cores import give_way_when_busy
 from dora_vl.vision.compute_features import Media, Medium, computed
 from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
 from dora_vl.vision.feature_files import open_shards
@@ -228,6 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
     device = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
     encoder = FeatureEncoder(feature_settings(options), device=device)
+    give_way_when_busy()
     with ended_in_order():
         ledger = compute(media, encoder, options.to, root=options.root, options=options)
     counts = ledger.counts

@@ -28,6 +28,7 @@ from dora_vl.evaluation.model_source import ModelSource, find_source, read_recip
 from dora_vl.evaluation.open_asker import decoder_parts
 from dora_vl.evaluation.prompt_inputs import ImageTextPrompts, Prompts
 from dora_vl.run.adapting import LLAVA
+from dora_vl.run.busy_cores import give_way_when_busy
 
 LLAVA_PROJECTOR = "model.multi_modal_projector"
 """Of a LLaVA-1.5, which is given one entry a picture, so that each picture can have the projector of its own row."""
@@ -228,6 +229,7 @@ def open_served(
     source = find_source(wanted)
     for folder in adapters.values():  # before the weights are read
         source_on(source, folder, template=template, any_base=any_base)
+    give_way_when_busy()
     served = ServedModel(source, base_name=base_name, template=template, any_base=any_base)
     for name, folder in adapters.items():
         served.put(*served.read(name, folder))

@@ -25,6 +25,7 @@ from dora_vl.evaluation.result_files import (
     settings_file,
     write_in_order,
 )
+from dora_vl.run.busy_cores import give_way_when_busy
 from dora_vl.run.launch import (
     leave_process_group,
     on_first_rank,
@@ -48,6 +49,7 @@ def joined_launch() -> Iterator[None]:
     threads = threads_of_this_rank()
     if threads is not None:
         torch.set_num_threads(threads)
+    give_way_when_busy()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -17,6 +17,7 @@ from dora_vl.data.bad_samples import write_skipped
 from dora_vl.errors import UserError
 from dora_vl.run.adapting import adapt, check_initial
 from dora_vl.run.arguments import launch_of, training_arguments
+from dora_vl.run.busy_cores import give_way_when_busy
 from dora_vl.run.checkpoint_manifest import check_manifest, settings_of
 from dora_vl.run.launch import (
     is_first_rank,
@@ -76,6 +77,7 @@ def train(pipeline: Pipeline) -> RunResult:
     arguments = training_arguments(config)
     if threads is not None:
         torch.set_num_threads(threads)
+    give_way_when_busy()
     watch_ranks(limit=arguments.ddp_timeout)
     run_folder, checkpoint = run_folder_of(config), checkpoint_of(config)
     _check_and_prepare(pipeline, arguments, checkpoint)
