@@ -36,16 +36,9 @@ from tests.training.test_two_ranks import losses as losses_of
 from tests.training.tiny_run import write_run, write_tiny_data
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 IMPOSSIBLE = 1 << 47
 SETTINGS = ("--adapter.dropout=0.2", "--training.save_strategy=steps", "--training.save_steps=2")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
