@@ -26,6 +26,17 @@ def no_launch_left_behind() -> Iterator[None]:
             os.environ[name] = value
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order, for losses and weights that are compared to the bit."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 FIRST = ("tests/training/", "tests/tasks/", "tests/core/fast/", "tests/adapters/")
 """Folders of the long tests: begun last, one process would still be at them while the others have nothing left."""
 

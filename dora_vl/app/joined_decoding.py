@@ -6,6 +6,7 @@ whose rows cannot come to others (`joined_rows.may_join`) are decoded as generat
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -33,9 +34,40 @@ Members = Sequence[Member]
 Read = tuple[list[Member], JoinedRows, Float[Tensor, "rows vocab"]]
 
 
+class JoinableDecoding(ABC):
+    """What transformers' generate calls to decode a batch (`custom_generate`); nobody reads the ids that it returns."""
+
+    media: Collection[str]
+    """Names of the inputs that hold pictures and videos."""
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **arguments: Any,
+    ) -> Tensor:
+        """Reads the prompts and takes them from there, or does what is done with rows that cannot join others."""
+        if not can_join(logits_processor, generation_config) or not may_join(arguments, self.media):
+            named = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+            return self.alone(model, input_ids, generation_config=generation_config, **named, **arguments)
+        self.take(model, *JoinedRows.read(model, input_ids, generation_config, arguments))
+        return input_ids
+
+    @abstractmethod
+    def alone(self, model: Any, input_ids: Tensor, **named: Any) -> Tensor:
+        """Rows that cannot join others, with all that generate gave by name."""
+
+    @abstractmethod
+    def take(self, model: Any, rows: JoinedRows, logits: Float[Tensor, "rows vocab"]) -> None:
+        """Rows whose prompts have been read, and the scores of their next tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class JoinedDecoding:
-    """Decodes a batch; transformers' generate calls it.
+class JoinedDecoding(JoinableDecoding):
+    """Decodes a batch, whatever joins it.
 
     Attributes:
         members: one for each row, in the rows' order.
@@ -53,25 +85,13 @@ class JoinedDecoding:
     newcomers: Callable[[Members, int], Sequence[Read]]
     order: Callable[[Member], Any]
 
-    def __call__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **arguments: Any,
-    ) -> Tensor:
-        """See transformers' `custom_generate`; nobody reads the ids that it returns."""
-        named = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-        if not can_join(logits_processor, generation_config) or not may_join(arguments, self.media):
-            return model._sample(input_ids, generation_config=generation_config, **named, **arguments)
-        rows, logits = JoinedRows.read(model, input_ids, generation_config, arguments)
-        self._decode(model, self.members, rows, logits)
-        return input_ids
+    def alone(self, model: Any, input_ids: Tensor, **named: Any) -> Tensor:
+        """As generate does it."""
+        return model._sample(input_ids, **named)
 
-    def _decode(self, model: Any, members: list[Member], rows: JoinedRows, logits: Tensor) -> None:
-        tokens = self._next(members, logits)
+    def take(self, model: Any, rows: JoinedRows, logits: Float[Tensor, "rows vocab"]) -> None:
+        """Token by token, until no member is left."""
+        members, tokens = self.members, self._next(self.members, logits)
         while True:
             members, tokens = self._let_go(members, tokens, rows)
             if not members:
@@ -114,30 +134,19 @@ class JoinedDecoding:
 
 
 @dataclass
-class Reading:
-    """Reads prompts and no more, as a decoding method for transformers' generate."""
+class Reading(JoinableDecoding):
+    """Reads prompts and no more."""
 
     media: Collection[str]
     found: list[tuple[JoinedRows, Tensor]] = field(default_factory=list)
 
-    def __call__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **arguments: Any,
-    ) -> Tensor:
-        """See transformers' `custom_generate`.
+    def alone(self, model: Any, input_ids: Tensor, **named: Any) -> Tensor:
+        """Raises ValueError: these cannot join, though the batch's first rows could."""
+        raise ValueError("a prompt that cannot join the batch at hand")
 
-        Raises:
-            ValueError: these cannot join, though the batch's first rows could.
-        """
-        if not can_join(logits_processor, generation_config) or not may_join(arguments, self.media):
-            raise ValueError("a prompt that cannot join the batch at hand")
-        self.found.append(JoinedRows.read(model, input_ids, generation_config, arguments))
-        return input_ids
+    def take(self, model: Any, rows: JoinedRows, logits: Float[Tensor, "rows vocab"]) -> None:
+        """Keeps them."""
+        self.found.append((rows, logits))
 
 
 def can_join(logits_processor: Any, generation_config: Any) -> bool:

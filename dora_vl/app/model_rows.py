@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from dora_vl.app.answering import Answering, Failed, Finished, Piece, Stopped
-from dora_vl.app.joined_decoding import JoinedDecoding, Member, Members, Read, Reading
+from dora_vl.app.joined_decoding import JoinableDecoding, JoinedDecoding, Member, Members, Read, Reading
 from dora_vl.app.row_decoding import RowText, drawing, generate_options
 from dora_vl.app.served_model import ServedModel
 from dora_vl.app.waiting_room import ENDING
@@ -65,7 +65,7 @@ class ModelRows:
         inputs = assistant.prompts.collate([one.answering.prepared.sample for one in members], "left")
         return members, inputs, frozenset(inputs).difference(TOKENS)
 
-    def _run(self, members: Members, inputs: Mapping[str, Any], most: int, decoding: Any) -> None:
+    def _run(self, members: Members, inputs: Mapping[str, Any], most: int, decoding: JoinableDecoding) -> None:
         assistant = self._model.assistant
         options = generate_options([one.text for one in members], self.ends, assistant.device)
         pictures = [one.answering.prepared.pictures for one in members]

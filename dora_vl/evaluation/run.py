@@ -65,15 +65,7 @@ def evaluate_run(
     failed |= asked.failed
     answered = [_answered(prediction, evaluation.answer_after) for prediction in done]
     score = exact_match([*answered, *(_unanswered(name, questions) for name in failed)])
-    metrics = {
-        **_score_entries(score),
-        **(numbers or {}),
-        "evaluation_seconds": round(asked.seconds, 1),
-        "answers_from_earlier_run": asked.answered_before,
-        "evaluation_file": evaluation.file,
-        "answer_after": evaluation.answer_after,
-        "failed_questions": failed,
-    }
+    metrics = {**_score_entries(score), **(numbers or {}), **_asked_entries(asked, evaluation, failed)}
     write_json(run_folder / METRICS, metrics)
     _report(score, run_folder)
     draw_run(done, score, run_folder=run_folder, image_folder=media.folder, answer_after=evaluation.answer_after)
@@ -232,6 +224,16 @@ def _score_entries(score: ExactMatch) -> dict[str, object]:
         "by_kind": {kind: asdict(part) for kind, part in score.by_kind.items()},
         "unanswered": score.unanswered,
         "empty_answers": score.empty,
+    }
+
+
+def _asked_entries(asked: Asked, evaluation: EvaluationConfig, failed: Mapping[str, str]) -> dict[str, object]:
+    return {
+        "evaluation_seconds": round(asked.seconds, 1),
+        "answers_from_earlier_run": asked.answered_before,
+        "evaluation_file": evaluation.file,
+        "answer_after": evaluation.answer_after,
+        "failed_questions": failed,
     }
 
 

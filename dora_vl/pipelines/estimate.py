@@ -160,9 +160,7 @@ def _steps(
         or section.get("activation_checkpointing_kwargs")
         or {"use_reentrant": False}
     )
-    name = "activation_checkpointing_enable"  # transformers before 5.22: gradient_
-    known = name if hasattr(backbone.model, name) else "gradient_checkpointing_enable"
-    getattr(loss, known)(options)
+    loss.recompute_activations(options)
     return plain, imagine_step(loss, head, batch)
 
 

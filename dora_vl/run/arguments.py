@@ -22,8 +22,8 @@ from dora_vl.run.build_locks import report_old_build_locks
 from dora_vl.run.command_line import said_plainly, shipped_folder
 from dora_vl.run.launch import launched_first, several_ranks, stand_alone_environment, start_cpu_communication
 from dora_vl.run.launch_shape import Launch
-from dora_vl.run.recipe import RunSettings
 from dora_vl.run.run_folder import run_folder_of
+from dora_vl.run.run_settings import RunSettings
 from dora_vl.run.trackers import check_trackers
 
 SAID_TWICE = {

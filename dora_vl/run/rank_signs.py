@@ -13,7 +13,10 @@ from typing import TypeVar
 from torch.distributed import DistError
 
 COMMUNICATION = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset by peer")
-"""Words of the errors that a rank gets because of another."""
+"""Words of the errors that a rank gets because of another and that have no type of their own: all of gloo's and some of
+NCCL's are plain RuntimeErrors."""
+TIMED_OUT = "timed out"
+"""In what gloo, NCCL and the store say of a wait that took too long; no type tells it from their other errors."""
 Answer = TypeVar("Answer")
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")
 """Code that a thread is in while it waits for other ranks."""
@@ -53,8 +56,14 @@ class Sign:
 
 def is_communication(error: Exception) -> bool:
     """Whether the library that moves the bytes says that another rank is not there."""
-    words = any(word in str(error) for word in COMMUNICATION)
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and words)
+    if isinstance(error, DistError):  # a backend's, a store's or a connection's
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in COMMUNICATION)
+
+
+def is_timeout(error: Exception) -> bool:
+    """Whether an error of communication is that others did not come in time."""
+    return TIMED_OUT in str(error).lower()
 
 
 def waits_for_others() -> bool:

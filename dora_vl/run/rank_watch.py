@@ -30,7 +30,15 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from dora_vl.errors import USER_ERROR_STATUS, UserError, one_line
 from dora_vl.run.launch import rank_and_ranks, several_ranks, wait_for_everyone
-from dora_vl.run.rank_signs import Place, Sign, answer_within, is_communication, waits_for_others, who_did_not_come
+from dora_vl.run.rank_signs import (
+    Place,
+    Sign,
+    answer_within,
+    is_communication,
+    is_timeout,
+    waits_for_others,
+    who_did_not_come,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +110,7 @@ class RankWatch:
             self.announce(f"{self.place} ended with {type(error).__name__}: {one_line(str(error), 200)}; {RESUME}")
             self._let_others_read()
             self._leave("", speaks=False)
-        if "timed out" in str(error).lower():
+        if is_timeout(error):
             self._give_up()
         time.sleep(SECONDS_FOR_THE_NEWS)  # the thread ends all this where it hears why
         traceback.print_exception(error)

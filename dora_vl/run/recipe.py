@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.prompt_formats import FormatName
@@ -16,112 +16,8 @@ from dora_vl.backbones.template_table import TemplateName
 from dora_vl.core.config import AdapterSettings
 from dora_vl.data.train_files import TrainFile, train_name
 
-
-@runtime_checkable
-class ModelSection(Protocol):
-    """What training reads of a run's `model:` section."""
-
-    @property
-    def base(self) -> str:
-        """Folder or hub id of the model."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Number type of the frozen weights."""
-        ...
-
-
-@runtime_checkable
-class DataSection(Protocol):
-    """What training reads of a run's `data:` section."""
-
-    @property
-    def held_out(self) -> str | None:
-        """What the loss is measured on while training, for messages; None: nothing."""
-        ...
-
-    @property
-    def max_bad_share(self) -> float:
-        """Largest share of unusable samples."""
-        ...
-
-    @property
-    def workers(self) -> int:
-        """Processes that prepare samples."""
-        ...
-
-
-@runtime_checkable
-class EvaluationSection(Protocol):
-    """What training reads of a run's `evaluation:` section."""
-
-    @property
-    def file(self) -> str | None:
-        """What the trained model is tested on; None: no test."""
-        ...
-
-
-@runtime_checkable
-class RunSettings(Protocol):
-    """The settings every run has, whatever its backbone; its sections may hold more."""
-
-    @property
-    def model(self) -> ModelSection:
-        """The model."""
-        ...
-
-    @property
-    def adapter(self) -> AdapterConfig:
-        """What trains, and how."""
-        ...
-
-    @property
-    def data(self) -> DataSection:
-        """Training and validation data."""
-        ...
-
-    @property
-    def optim(self) -> OptimConfig:
-        """Learning rates by part."""
-        ...
-
-    @property
-    def training(self) -> Mapping[str, Any]:
-        """Fields of transformers.TrainingArguments."""
-        ...
-
-    @property
-    def evaluation(self) -> EvaluationSection:
-        """The test after training."""
-        ...
-
-    @property
-    def resume(self) -> str | None:
-        """The checkpoint to resume from."""
-        ...
-
-    @property
-    def overwrite(self) -> bool:
-        """Whether an earlier run's results go."""
-        ...
-
-    @property
-    def test_only(self) -> bool:
-        """Whether the adapter that is there is tested and nothing trained."""
-        ...
-
-    @property
-    def watch(self) -> int:
-        """How many fixed questions are answered through training."""
-        ...
-
-    @property
-    def try_largest_batch(self) -> bool | None:
-        """Whether the largest micro-batch is tried first; None: where there is a GPU."""
-        ...
-
-
+SampleBound = Literal["max_pixels_per_step", "max_tokens"]
+"""A setting that says how large a sample may be."""
 Decayed = Literal["matrices", "all_but_biases"]
 """What weight decay acts on."""
 
@@ -141,6 +37,11 @@ class LoadedModelConfig:
     QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
     attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
+
+    @property
+    def may_be_quantised(self) -> bool:
+        """Whether `quantisation` is not set."""
+        return self.quantisation is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +113,16 @@ class SamplesConfig:
         part = self.validation_size or self.validation_share
         return self.validation or (f"{part:g} of {train_name(self.train)}" if part else None)
 
+    @property
+    def step_samples(self) -> int | None:
+        """None: the training section says how many samples a step has."""
+        return None
+
+    @property
+    def sample_bounds(self) -> Mapping[SampleBound, int | None]:
+        """What bounds a sample's size."""
+        return {"max_tokens": self.max_tokens}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SamplesConfig):
@@ -235,6 +146,11 @@ class DataConfig(SamplesConfig):
     picture (Qwen2-VL, LLaVA-NeXT, ...); null: only the model's own limits."""
     share_pictures: bool = False
     """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
+
+    @property
+    def sample_bounds(self) -> Mapping[SampleBound, int | None]:
+        """What bounds a sample's size; None: not set."""
+        return {"max_pixels_per_step": self.max_pixels_per_step, "max_tokens": self.max_tokens}
 
 
 @dataclass(frozen=True, kw_only=True)

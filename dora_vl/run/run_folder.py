@@ -13,7 +13,7 @@ from typing import Any
 from dora_vl.adapters.checkpoints import LAST, checkpoint_to_resume, complete_checkpoints, drop_leftovers
 from dora_vl.adapters.folder import refuse_to_replace_adapter
 from dora_vl.errors import UserError
-from dora_vl.run.recipe import RunSettings
+from dora_vl.run.run_settings import RunSettings
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dora_vl.backbones.specs import VlBartSpec
 from dora_vl.data.mixture import Mixing
-from dora_vl.run.recipe import AdapterConfig, OptimConfig, ResumableRun
+from dora_vl.run.recipe import AdapterConfig, OptimConfig, ResumableRun, SampleBound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,11 @@ class VlBartModelConfig:
     """Number type of the frozen weights; the published runs are float32."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel."""
+
+    @property
+    def may_be_quantised(self) -> bool:
+        """No: there is no such setting."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,16 @@ class VlBartDataConfig:
     def held_out(self) -> str | None:
         """The validation files, for messages; None: none."""
         return ", ".join(self.validation_files.values()) or None
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of a step."""
+        return self.batch_size
+
+    @property
+    def sample_bounds(self) -> Mapping[SampleBound, int | None]:
+        """Nothing to lower: features and published lengths bound a sample."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

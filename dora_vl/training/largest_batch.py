@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dora_vl.data.dataset import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
-from dora_vl.run.recipe import RunSettings
+from dora_vl.run.run_settings import RunSettings
 from dora_vl.tasks.seq2seq import MicroBatch, Seq2SeqSample, over_step
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.memory_used import memory_gib

@@ -84,6 +84,12 @@ class OptimizerPlaces:
         """What the optimizer keeps beside the tensor that holds a piece of this one; nothing before its first step."""
         return self.optimizer.state.get(self.flats[self.pieces[name].flat], {})
 
+    def counts_in_integers(self) -> bool:
+        """Whether the optimizer keeps its steps as a plain integer, where torch has a tensor."""
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return isinstance(self.optimizer, DeepSpeedCPUAdam)
+
     def is_by_element(self, name: str, value: Any) -> bool:
         """Whether a value of `state_of` has a number for each element."""
         return isinstance(value, Tensor) and value.shape == self.flats[self.pieces[name].flat].shape

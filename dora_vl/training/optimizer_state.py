@@ -15,8 +15,6 @@ from dora_vl.training.state_files import StateFiles, is_plain
 
 VALUE = "value"
 """What a trained tensor itself is called beside the optimizer's own names (`exp_avg`, `step`...)."""
-WHOLE_STEPS = "DeepSpeedCPUAdam"
-"""Counts its steps in a plain integer, where torch has a tensor."""
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +115,7 @@ def _states(places: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any])
             raise files.damaged(f"there are numbers of {name}")
         state = states.setdefault(places.pieces[name].flat, {})
         state |= {key: _agreed(state.get(key), value, key) for key, value in numbers.items()}
-    if type(places.optimizer).__name__ == WHOLE_STEPS:
+    if places.counts_in_integers():
         return {number: {**state, "step": int(state["step"])} for number, state in states.items() if "step" in state}
     return states
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -13,7 +13,8 @@ import torch
 from transformers import TrainingArguments
 
 from dora_vl.errors import UserError, one_line
-from dora_vl.run.recipe import RunSettings
+from dora_vl.run.recipe import SampleBound
+from dora_vl.run.run_settings import RunSettings
 from dora_vl.training.memory_estimate import GIB
 
 PIXELS_TO_START_WITH = 1280 * 28 * 28
@@ -21,12 +22,14 @@ PIXELS_TO_START_WITH = 1280 * 28 * 28
 SHORTEST = 64
 """Tokens below which `data.max_tokens` is no longer what to lower."""
 _IN_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+"""Of RuntimeErrors that have no type of their own: the CPU allocator's, cuBLAS's and cuDNN's, and those of CUDA itself,
+whose AcceleratorError is one for all that can go wrong there."""
 _ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was too small: CUDA's own error, Python's and numpy's, and torch's RuntimeErrors of a CPU."""
+    """Whether memory was too small: for torch's allocator on a GPU, for Python and numpy, or as torch words it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _IN_WORDS)
@@ -105,11 +108,11 @@ def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: in
         fits: samples of a micro-batch that were tried and fit; None: nothing was tried.
     """
     micro, parts = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    data: Any = config.data
-    if hasattr(data, "batch_size") and data.batch_size > arguments.world_size * parts:  # a VL-BART's, of a step
+    samples = config.data.step_samples
+    if samples is not None and samples > arguments.world_size * parts:
         return (
             f"Set training.gradient_accumulation_steps to {2 * parts} (it is {parts}): the step keeps its "
-            f"{data.batch_size} samples"
+            f"{samples} samples"
         )
     if micro > 1 and fits != 0:
         smaller = smaller_micro_batch(micro * parts, at_most=fits or micro // 2)
@@ -121,7 +124,7 @@ def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: in
         )
     if not arguments.gradient_checkpointing:
         return "Set training.gradient_checkpointing to true (it is false): slower by about a third, far less memory"
-    return _smaller_samples(data)
+    return _smaller_samples(config.data.sample_bounds)
 
 
 def smaller_micro_batch(step: int, *, at_most: int) -> int:
@@ -129,30 +132,29 @@ def smaller_micro_batch(step: int, *, at_most: int) -> int:
     return next(size for size in range(max(1, at_most), 0, -1) if step % size == 0)
 
 
-def _smaller_samples(data: Any) -> str:
+def _smaller_samples(bounds: Mapping[SampleBound, int | None]) -> str:
     """Where a micro-batch of one sample is too large, with its activations recomputed."""
     said = []
-    if hasattr(data, "max_pixels_per_step"):
-        now = data.max_pixels_per_step
+    if "max_pixels_per_step" in bounds:
+        now = bounds["max_pixels_per_step"]
         to = PIXELS_TO_START_WITH if now is None else now // 2
         said.append(f"data.max_pixels_per_step to {to} (it is {'not set' if now is None else now})")
-    if getattr(data, "max_tokens", 0) > SHORTEST:
-        said.append(f"data.max_tokens to {data.max_tokens // 2} (it is {data.max_tokens})")
+    if (tokens := bounds.get("max_tokens") or 0) > SHORTEST:
+        said.append(f"data.max_tokens to {tokens // 2} (it is {tokens})")
     said.append("training.deepspeed to zero3, which shares the weights out among ranks")
     return "Set " + ", or ".join(said)
 
 
 def smaller_model(config: RunSettings) -> str:
     """What to do where the model alone does not fit."""
-    model: Any = config.model
-    four = ", or model.quantisation to nf4" if hasattr(model, "quantisation") and model.quantisation is None else ""
-    half = ", or model.dtype to bfloat16 (it is float32)" if model.dtype == "float32" else ""
+    four = ", or model.quantisation to nf4" if config.model.may_be_quantised else ""
+    half = ", or model.dtype to bfloat16 (it is float32)" if config.model.dtype == "float32" else ""
     return f"Set training.deepspeed to zero3 with more ranks, or to zero3_offload{half}{four}"
 
 
 def smaller_validation(config: RunSettings, arguments: TrainingArguments) -> str:
     """What makes a validation batch smaller."""
-    if hasattr(config.data, "batch_size"):
+    if config.data.step_samples is not None:  # such a run validates by the test's batches
         return smaller_test(config)
     size = arguments.per_device_eval_batch_size
     return f"Set training.per_device_eval_batch_size to {max(1, size // 2)} (it is {size})"
@@ -160,5 +162,5 @@ def smaller_validation(config: RunSettings, arguments: TrainingArguments) -> str
 
 def smaller_test(config: RunSettings) -> str:
     """What makes a test's batch smaller."""
-    size = int(getattr(config.evaluation, "batch_size", 1))
+    size = config.evaluation.batch_size
     return f"Set evaluation.batch_size to {max(1, size // 2)} (it is {size}); --test_only true tests the adapter again"

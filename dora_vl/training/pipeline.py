@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.utils import compare_versions
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dora_vl.backbones.base import Backbone
 from dora_vl.core import DoRAConfig
 from dora_vl.heads.generation import generation_loss
-from dora_vl.run.recipe import RunSettings
+from dora_vl.run.run_settings import RunSettings
 from dora_vl.run.watched import Watch
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.progress import EndlessOrder
@@ -60,6 +61,13 @@ class LossModel(nn.Module):
     ) -> None:
         """The same under the name that transformers before 5.22 calls."""
         self.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **layers)
+
+    def recompute_activations(self, options: dict[str, Any]) -> None:
+        """The same, by the name that the transformers which is installed calls."""
+        if compare_versions("transformers", ">=", "5.22"):
+            self.activation_checkpointing_enable(options)
+        else:
+            self.gradient_checkpointing_enable(options)
 
 
 class NextTokenLoss(LossModel):
@@ -162,8 +170,8 @@ class Pipeline(ABC):
         """Training and validation data; every rank must call it."""
 
     @abstractmethod
-    def loss(self, backbone: Backbone[Any]) -> nn.Module:
-        """The module that DeepSpeed wraps (`LossModel`): batch in, `loss` and `labelled_tokens` out."""
+    def loss(self, backbone: Backbone[Any]) -> LossModel:
+        """The module that DeepSpeed wraps: batch in, `loss` and `labelled_tokens` out."""
 
     @abstractmethod
     def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
-from dora_vl.run.rank_signs import Sign, who_did_not_come
+from dora_vl.run.rank_signs import Sign, is_communication, is_timeout, who_did_not_come
 from tests.training.tiny_run import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,17 @@ def test_a_rank_that_does_not_come_is_named_after_the_limit_and_stacks_are_shown
     assert any("most recent call first" in line for line in ended.lines)
     if how == "sleep":
         assert any("faulty_rank.py" in line and "go_wrong" in line for line in ended.lines)
+
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 15000ms for recv operation"
+
+
+def test_errors_because_of_another_rank_are_told_by_their_type_or_by_gloos_words() -> None:
+    typed = [kind("ended") for kind in (DistBackendError, DistNetworkError, DistStoreError)]
+    assert all(is_communication(one) for one in (*typed, RuntimeError(GLOO)))
+    assert not any(is_communication(one) for one in (RuntimeError("shapes do not fit"), ValueError(GLOO)))
+    assert is_timeout(RuntimeError(GLOO))
+    assert not is_timeout(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:123"))
 
 
 def test_who_did_not_come_is_told_by_signs_then_steps_then_collectives() -> None:

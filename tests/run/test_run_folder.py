@@ -8,8 +8,8 @@ import pytest
 
 from dora_vl.errors import UserError
 from dora_vl.run.command_line import read_run_file
-from dora_vl.run.recipe import RunSettings
 from dora_vl.run.run_folder import checkpoint_of, prepare_run_folder
+from dora_vl.run.run_settings import RunSettings
 from tests.training.tiny_run import write_run
 
 

@@ -20,9 +20,8 @@ from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.training.start import start
 from tasks import commonsense
 from tests.backbones.tiny_language import write_tiny_language
-from tests.training.test_run import one_thread
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "commonsense" / "smoke.yaml"
 

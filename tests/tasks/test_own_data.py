@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
@@ -22,6 +20,7 @@ from tasks import llava_instruct
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines, write_llava, write_pictures
 from tests.training.tiny_run import write_run, write_tiny_llava
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,15 +30,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_a_cache_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     caplog.set_level("INFO")
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_file(tmp_path: Path, base: Path, records: Path, name: str = "run", **data: object) -> Path:

@@ -22,11 +22,10 @@ from dora_vl.training.progress import BatchStatistics
 from dora_vl.training.run import train
 from tests.backbones.tiny_image_text import write_tiny
 from tests.report.test_report import Page, asks_a_host
-from tests.training.test_run import one_thread
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

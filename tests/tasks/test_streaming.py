@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tests.training.test_two_ranks import launch, losses
 from tests.training.tiny_run import write_run, write_tiny_llava
 
 STREAMED = {"streaming": True, "group_by_modality_length": False, "shuffle_buffer": 5}
+pytestmark = pytest.mark.usefixtures("one_thread")
 OFTEN = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 9}
 
 
@@ -34,15 +34,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_a_cache_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     caplog.set_level("INFO")
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_file(tmp_path: Path, base: Path, train_on: object, *, data: dict[str, object], **training: object) -> Path:

@@ -21,7 +21,14 @@ from dora_vl.training import largest_batch
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.largest_batch import cost_of, largest, take_and_undo
 from dora_vl.training.memory_estimate import Activations
-from dora_vl.training.out_of_memory import asked_bytes, is_out_of_memory, smaller_micro_batch, what_to_lower
+from dora_vl.training.out_of_memory import (
+    asked_bytes,
+    is_out_of_memory,
+    smaller_micro_batch,
+    smaller_model,
+    smaller_validation,
+    what_to_lower,
+)
 from dora_vl.training.pipeline import NextTokenLoss
 from dora_vl.training.run import train
 from tests.training.test_two_ranks import launch
@@ -29,16 +36,9 @@ from tests.training.test_two_ranks import losses as losses_of
 from tests.training.tiny_run import write_run, write_tiny_data
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 IMPOSSIBLE = 1 << 47
 SETTINGS = ("--adapter.dropout=0.2", "--training.save_strategy=steps", "--training.save_steps=2")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -253,6 +253,24 @@ def test_advice_goes_from_the_mildest_on(run_file: Path) -> None:
     recomputed = (one, "--training.gradient_checkpointing=true")
     assert "data.max_tokens to 128 (it is 256)" in said(*recomputed)
     assert "max_pixels_per_step to 400000 (it is 800000)" in said(*recomputed, "--data.max_pixels_per_step=800000")
+
+
+def test_advice_names_only_settings_that_the_run_has(run_file: Path, tmp_path: Path) -> None:
+    from dora_vl.run.arguments import training_arguments
+
+    data = write_vlbart_data(tmp_path / "data")
+    path = write_vlbart_run(tmp_path / "bart.yaml", data, ("vqav2",), training={"use_cpu": True})
+    own = ("--data.batch_size=6", "--training.gradient_accumulation_steps=3", "--evaluation.batch_size=10")
+    bart = read_settings(["--config", str(path), *own], VlBartRunConfig)
+    arguments = training_arguments(bart)
+    assert "accumulation_steps to 6 (it is 3): the step keeps its 6 samples" in what_to_lower(bart, arguments)
+    arguments.gradient_accumulation_steps, arguments.gradient_checkpointing = 6, True
+    arguments.per_device_train_batch_size = 1
+    assert what_to_lower(bart, arguments).startswith("Set training.deepspeed to zero3")
+    assert "evaluation.batch_size to 5 (it is 10)" in smaller_validation(bart, arguments)
+    assert "quantisation" not in smaller_model(bart)
+    assert "model.quantisation to nf4" in smaller_model(read_run_file(run_file))
+    assert "quantisation" not in smaller_model(read_run_file(run_file, "--model.quantisation=nf4"))
 
 
 def test_a_smaller_micro_batch_parts_the_step_evenly() -> None:

@@ -17,10 +17,10 @@ from dora_vl.run.assembly import build_encoder, pad_token_id
 from dora_vl.run.command_line import read_run_file
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.samples import image_preparation, read_pixels, read_samples
-from tests.training.test_run import one_thread, run_folder, train_file
+from tests.training.test_run import run_folder, train_file
 from tests.training.tiny_run import write_run, write_tiny_data
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROJECTOR = "model.multi_modal_projector.linear_2.bias"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors.torch import load_file, save_file
 
 from dora_vl.errors import UserError
@@ -94,6 +95,24 @@ def test_flat_tensors_and_whole_ones_are_the_same_state(tmp_path: Path) -> None:
     for one in (places, again):  # and what follows is the same too
         step(one.optimizer, list((tensors if one is places else back).values()), 2)
     assert all(torch.equal(back[name], one) for name, one in tensors.items())
+
+
+class WholeSteps(DeepSpeedCPUAdam):
+    """DeepSpeed's Adam without its C++, which only a step needs."""
+
+    def __init__(self, parts: list[dict[str, object]]) -> None:
+        torch.optim.Optimizer.__init__(self, parts, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": False})
+
+
+def test_an_optimizer_that_counts_in_integers_gets_integers(tmp_path: Path) -> None:
+    saved(tmp_path, whole_places(trained(), steps=3))
+    tensors = trained()
+    first, *last = tensors.values()
+    whole = WholeSteps([{"name": "first", "params": [first, last[0]]}, {"name": "last", "params": last[1:]}])
+    loaded(tmp_path, places_of(whole, tensors, CPU))
+    steps = [whole.state[one]["step"] for one in tensors.values()]
+    assert steps == [3, 3, 3]
+    assert all(type(one) is int for one in steps)
 
 
 def test_a_rank_takes_its_piece_of_a_tensor_that_is_larger_than_all_it_holds() -> None:

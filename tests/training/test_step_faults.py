@@ -25,13 +25,7 @@ from dora_vl.training.trainer import AdapterTrainer
 from tests.training.test_two_ranks import launch
 from tests.training.tiny_run import write_run
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -26,10 +26,9 @@ from dora_vl.training.callbacks import read_log
 from dora_vl.training.run import train
 from dora_vl.training.tracked_answers import track_answers
 from dora_vl.training.watching import steps_to_ask
-from tests.training.test_run import one_thread
 from tests.training.tiny_run import write_run
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

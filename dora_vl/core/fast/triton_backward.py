@@ -167,11 +167,28 @@ def backward_pass(
         with_bias_sum: Whether the bias trains.
     """
     dy = dy.contiguous()
-    rows, out = dy.shape
-    rank = 1 if lora_B is None else lora_B.shape[1]
     factor = None if lora_B is None else cast_factor(lora_B, dy.dtype)
+    operands = _operands(dy, kept, factor, bias, gain, scale, with_bias_sum)
+    found = _run_backward(operands, gain.per_magnitude)
+    if factor is None or found.dh is not None:
+        return found
+    return found._replace(dh=torch.addmm(found.dz.new_empty(()), found.dz, factor, beta=0, alpha=scale))
+
+
+def _operands(
+    dy: Tensor,
+    kept: Tensor | None,
+    factor: Tensor | None,
+    bias: Tensor | None,
+    gain: Gain,
+    scale: float,
+    with_bias_sum: bool,
+) -> Operands:
+    """Of the first kernel; dy stands for a tensor that is not there, which is then not read."""
+    rows, out = dy.shape
+    rank = 1 if factor is None else factor.shape[1]
     inside = factor is not None and rank <= LARGEST_RANK[dy.element_size()]
-    operands = Operands(
+    return Operands(
         {
             "dy": dy,
             "kept": dy if kept is None else kept.contiguous(),
@@ -190,10 +207,6 @@ def backward_pass(
             "BLOCK_RANK": padded(rank) if inside else 16,
         },
     )
-    dz, dh, dm, db = _run_backward(operands, gain.per_magnitude)
-    if factor is not None and dh is None:
-        dh = torch.addmm(dz.new_empty(()), dz, factor, beta=0, alpha=scale)
-    return Backward(dz, dh, dm, db)
 
 
 def _run_backward(operands: Operands, per_magnitude: Tensor) -> Backward:
