@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from os import getpid
 from os.path import lexists
 from pathlib import Path
@@ -63,6 +64,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 _NAME = re.compile(r"checkpoint-(\d+)")
 WRITING = ".checkpoints-being-written"
 REMOVING = ".removing"
+SUPERSEDED = "superseded-"
 STATE_FILE = "trainer_state.json"
 LAST = "last"
 """What `resume` calls the newest whole checkpoint."""
@@ -102,6 +104,24 @@ def checkpoint_to_resume(resume: str | None, run_folder: Path) -> Path | None:
     if not found:
         raise UserError(f"resume: no complete checkpoint in {run_folder}; start without resume")
     return found[-1]
+
+
+def set_later_aside(run_folder: Path, checkpoint: Path) -> list[tuple[Path, Path]]:
+    """Renames the whole checkpoints that a run from `checkpoint` leaves behind, so that they no longer count as its.
+
+    Those of later steps; all, where `checkpoint` is in another folder. Returns each old name with the new one.
+    """
+    found = complete_checkpoints(run_folder)
+    since = next((step_of(one) for one in found if one.samefile(checkpoint)), -1)
+    renamed = []
+    for later in [one for one in found if step_of(one) > since]:
+        renamed.append((later, later.rename(_free_name(later.with_name(f"{SUPERSEDED}{later.name}")))))
+    return renamed
+
+
+def _free_name(path: Path) -> Path:
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(name for name in chain([path], numbered) if not lexists(name))
 
 
 def drop_old_checkpoints(run_folder: Path, *, keep: int | None, also_keep: Iterable[Path] = ()) -> None:

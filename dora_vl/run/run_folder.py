@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_vl.adapters.checkpoints import LAST, checkpoint_to_resume, complete_checkpoints, drop_leftovers
+from dora_vl.adapters.checkpoints import (
+    LAST,
+    checkpoint_to_resume,
+    complete_checkpoints,
+    drop_leftovers,
+    set_later_aside,
+)
 from dora_vl.adapters.folder import refuse_to_replace_adapter
 from dora_vl.errors import UserError
 from dora_vl.run.run_settings import RunSettings
@@ -122,26 +128,33 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     refuse_to_replace_adapter(folder / ADAPTER)  # not at the end, after hours of training
 
 
-def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool) -> None:
     """Makes the folder; half-written checkpoints of a crash go, results of an earlier run only on request.
 
-    The log of a run that failed before its first save is no result, and goes.
+    The log of a run that failed before its first save is no result, and goes. Checkpoints that are no part of a resumed
+    run stay under another name: counted, they would have its own removed as the oldest, and be the last to resume from.
+
+    Args:
+        checkpoint: what the run resumes from.
 
     Raises:
         UserError: as `check_run_folder`.
     """
-    check_run_folder(folder, resume=resume, overwrite=overwrite)
+    check_run_folder(folder, resume=checkpoint is not None, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     drop_leftovers(folder)
-    for path in () if resume else results_in(folder):
+    for path in results_in(folder) if checkpoint is None else ():
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    if resume:  # results of the steps still to come would look as if they were this run's
-        for name in (ADAPTER, METRICS):
-            if (folder / name).exists():
-                logger.info("%s is of the run before this resume; it is replaced at the end", folder / name)
+    if checkpoint is None:
+        return
+    for name in (ADAPTER, METRICS):  # results of the steps still to come would look as if they were this run's
+        if (folder / name).exists():
+            logger.info("%s is of the run before this resume; it is replaced at the end", folder / name)
+    for was, now in set_later_aside(folder, checkpoint):
+        logger.info("%s is no part of a run from %s; it is %s now", was, checkpoint, now.name)
 
 
 def write_settings(folder: Path, config: Any) -> None:

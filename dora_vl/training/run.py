@@ -108,14 +108,15 @@ def train(pipeline: Pipeline) -> RunResult:
 def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpoint: Path | None) -> None:
     """All that can be wrong before weights are loaded, and the run folder."""
     config, run_folder = pipeline.config, run_folder_of(pipeline.config)
-    start = {"resume": checkpoint is not None, "overwrite": replaces_earlier(config)}
-    on_first_rank(partial(check_run_folder, run_folder, **start))
+    overwrite = replaces_earlier(config)
+    on_first_rank(partial(check_run_folder, run_folder, resume=checkpoint is not None, overwrite=overwrite))
     if checkpoint is not None:
         on_first_rank(partial(check_manifest, checkpoint, settings_of(config), launch_of(arguments)))
     on_first_rank(partial(check_initial, config.adapter.initial))
     on_first_rank(partial(pipeline.prepare, arguments))
     on_first_rank(partial(check_parts, pipeline, arguments))
-    on_first_rank(partial(prepare_run_folder, run_folder, **start))  # not for a run that cannot begin
+    # Not for a run that cannot begin.
+    on_first_rank(partial(prepare_run_folder, run_folder, checkpoint=checkpoint, overwrite=overwrite))
     on_first_rank(partial(write_settings, run_folder, config))
 
 

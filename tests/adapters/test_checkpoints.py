@@ -45,8 +45,52 @@ def test_overwriting_removes_results_and_keeps_the_rest(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "features").mkdir()
     with pytest.raises(UserError, match="earlier run"):
-        prepare_run_folder(tmp_path, resume=False, overwrite=False)
+        prepare_run_folder(tmp_path, checkpoint=None, overwrite=False)
     with pytest.raises(UserError, match="exclude each other"):
-        prepare_run_folder(tmp_path, resume=True, overwrite=True)
-    prepare_run_folder(tmp_path, resume=False, overwrite=True)
+        prepare_run_folder(tmp_path, checkpoint=tmp_path / "checkpoint-5", overwrite=True)
+    prepare_run_folder(tmp_path, checkpoint=None, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features", "notes.txt"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoints_after_the_one_that_a_run_starts_from_count_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the run's own are removed as the oldest, and `last` is one of the run that was left."""
+    caplog.set_level("INFO")
+    run, steps = tmp_path / "run", (300, 400, 500, 600)
+    checkpoints = {step: whole(run, step) for step in steps}
+    (run / "superseded-checkpoint-500").mkdir()  # of an earlier resume
+    prepare_run_folder(run, checkpoint=checkpoints[400], overwrite=False)
+    left_behind = ["superseded-checkpoint-500", "superseded-checkpoint-500-2", "superseded-checkpoint-600"]
+    assert names(run) == ["checkpoint-300", "checkpoint-400", *left_behind]
+    assert (run / "superseded-checkpoint-500-2" / "trainer_state.json").is_file()
+    assert [record.message for record in caplog.records] == [
+        f"{checkpoints[500]} is no part of a run from {checkpoints[400]}; it is superseded-checkpoint-500-2 now",
+        f"{checkpoints[600]} is no part of a run from {checkpoints[400]}; it is superseded-checkpoint-600 now",
+    ]
+    whole(run, 420)
+    drop_old_checkpoints(run, keep=2)
+    assert names(run) == ["checkpoint-400", "checkpoint-420", *left_behind]
+    assert checkpoint_to_resume("last", run) == run / "checkpoint-420"
+
+
+def test_a_run_from_another_folders_checkpoint_keeps_none_of_its_own_folders(tmp_path: Path) -> None:
+    other, run = whole(tmp_path / "other", 400), tmp_path / "run"
+    whole(run, 300)
+    whole(run, 500)
+    prepare_run_folder(run, checkpoint=other, overwrite=False)
+    assert names(run) == ["superseded-checkpoint-300", "superseded-checkpoint-500"]
+    assert names(other.parent) == ["checkpoint-400"]
+
+
+def test_the_checkpoint_itself_stays_whatever_it_is_called_by(tmp_path: Path) -> None:
+    here = whole(tmp_path / "run", 400)
+    whole(tmp_path / "run", 500)
+    (tmp_path / "links").mkdir()
+    (link := tmp_path / "links" / "checkpoint-9").symlink_to(here)
+    prepare_run_folder(tmp_path / "run", checkpoint=link, overwrite=False)
+    assert names(tmp_path / "run") == ["checkpoint-400", "superseded-checkpoint-500"]

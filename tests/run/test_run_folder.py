@@ -27,7 +27,7 @@ def settings(folder: Path, *, resume: str) -> RunSettings:
 
 def test_a_run_that_failed_before_its_first_save_blocks_nothing(tmp_path: Path) -> None:
     folder = left(tmp_path / "run", "log.jsonl", "settings.json", "features/x.safetensors")
-    prepare_run_folder(folder, resume=False, overwrite=False)
+    prepare_run_folder(folder, checkpoint=None, overwrite=False)
     assert sorted(path.name for path in folder.iterdir()) == ["features", "settings.json"]
 
 
@@ -38,11 +38,11 @@ def test_what_took_work_is_kept(tmp_path: Path, name: str) -> None:
     folder = left(tmp_path / "run", "log.jsonl", name)
     resumes = "--resume last resumes it, " if name.startswith("checkpoint") else ""  # never where it would be refused
     with pytest.raises(UserError, match=f"holds an earlier run's {Path(name).parts[0]}; {resumes}--overwrite true"):
-        prepare_run_folder(folder, resume=False, overwrite=False)
+        prepare_run_folder(folder, checkpoint=None, overwrite=False)
     assert (folder / "log.jsonl").is_file()
-    prepare_run_folder(folder, resume=True, overwrite=False)
+    prepare_run_folder(folder, checkpoint=folder / "checkpoint-3", overwrite=False)
     assert (folder / "log.jsonl").is_file()
-    prepare_run_folder(folder, resume=False, overwrite=True)
+    prepare_run_folder(folder, checkpoint=None, overwrite=True)
     assert list(folder.iterdir()) == []
 
 
@@ -52,9 +52,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_has_one_way_out(tmp_p
     resumed = settings(folder, resume="last")
     with pytest.raises(UserError, match=r"no complete checkpoint in .*run; start without resume"):
         checkpoint_of(resumed)
-    prepare_run_folder(folder, resume=False, overwrite=False)
+    prepare_run_folder(folder, checkpoint=None, overwrite=False)
 
     left(folder, "adapter/adapter_config.json")  # of a whole run that kept no checkpoint
     with pytest.raises(UserError, match=r"no complete checkpoint in .*; adapter is there: --overwrite true removes it"):
         checkpoint_of(resumed)
-    prepare_run_folder(folder, resume=False, overwrite=True)
+    prepare_run_folder(folder, checkpoint=None, overwrite=True)
