@@ -61,7 +61,7 @@ def save_state(checkpoint: Path, running: RunningState, arguments: TrainingArgum
             "optimizer": optimizer_numbers(running.places),
             "schedule": running.schedule.state_dict(),
             "scaler": None if running.scaler is None else running.scaler.state_dict(),
-            "loss_scale": _numbers_of(_loss_scale(running.engine)),
+            "loss_scale": _numbers_of(loss_scale_of(running.engine)),
             "counters": {} if running.engine is None else {name: getattr(running.engine, name) for name in COUNTERS},
         },
     )
@@ -80,7 +80,7 @@ def load_state(checkpoint: Path, running: RunningState) -> None:
         running.schedule.load_state_dict(files.number("schedule", dict))
         if running.scaler is not None and files.numbers.get("scaler") is not None:
             running.scaler.load_state_dict(files.number("scaler", dict))
-        _set_known(_loss_scale(running.engine), files.number("loss_scale", dict))
+        _set_known(loss_scale_of(running.engine), files.number("loss_scale", dict))
         _set_known(running.engine, files.number("counters", dict))
     except MALFORMED as error:
         raise files.damaged(f"{type(error).__name__}: {error}") from error
@@ -114,7 +114,7 @@ def load_random_states(checkpoint: Path, arguments: TrainingArguments, *, step: 
     tell_drawn(ranks=arguments.world_size, written_by=written_by, drawn_from=drawn_from)
 
 
-def _loss_scale(engine: DeepSpeedEngine | None) -> Any:
+def loss_scale_of(engine: DeepSpeedEngine | None) -> Any:
     """The object that DeepSpeed keeps its scale in, under one of two names; None: nothing is scaled."""
     held = {} if engine is None else vars(engine.optimizer)
     return held.get("loss_scaler", held.get("loss_scale_config"))

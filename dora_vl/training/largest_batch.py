@@ -21,6 +21,7 @@ from dora_vl.data.dataset import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
 from dora_vl.run.run_settings import RunSettings
 from dora_vl.tasks.seq2seq import MicroBatch, Seq2SeqSample, over_step
+from dora_vl.training.checkpoint_state import loss_scale_of
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.memory_used import memory_gib
 from dora_vl.training.out_of_memory import is_out_of_memory, what_did_not_fit, what_to_lower
@@ -285,5 +286,5 @@ def _engine_numbers(trainer: Any) -> list[tuple[Any, dict[str, Any]]]:
         return []
     engine = trainer.model_wrapped
     owners = [(engine, {name: vars(engine)[name] for name in COUNTED if name in vars(engine)})]
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler = loss_scale_of(engine)
     return [*owners, (scaler, dict(vars(scaler)))] if scaler is not None else owners
