@@ -271,6 +271,8 @@ class AdapterTrainer(Trainer):
             optimizer.check_grad_overflow = True
         if resume_from_checkpoint is not None:
             load_state(Path(resume_from_checkpoint), self._running)
+            # How often is logged, validated and saved came back with the checkpoint's TrainerState.
+            self.state.compute_steps(self.args, max_steps)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -130,6 +130,24 @@ def test_a_whole_run_that_is_resumed_takes_no_further_step(run_file: Path) -> No
     assert not (folder / "checkpoint-3").exists()
 
 
+def test_a_run_from_an_earlier_checkpoint_saves_and_logs_as_it_says_now(run_file: Path) -> None:
+    data = str(read_run_file(run_file).data.train)
+    settings = ["--training.save_strategy=steps", "--training.eval_strategy=steps", f"--data.validation={data}"]
+    folder = run_folder(run_file)
+    train_file(run_file, *settings, "--training.save_steps=2", "--training.eval_steps=2", "--training.max_steps=8")
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    often = ["--training.save_steps=1", "--training.eval_steps=7", "--training.logging_steps=3"]
+    train_file(run_file, *settings, *often, "--training.max_steps=9", f"--resume={folder / 'checkpoint-6'}")
+    assert sorted(path.name for path in folder.glob("*checkpoint-*")) == [
+        "checkpoint-8",
+        "checkpoint-9",
+        "superseded-checkpoint-8",
+    ]
+    lines = read_log(folder / "log.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 9]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 7, 9]
+
+
 def test_checkpoints_hold_the_adapter_and_nothing_of_the_base(run_file: Path) -> None:
     train_file(run_file, "--training.save_strategy=steps", "--training.save_steps=2", "--training.save_total_limit=2")
     folder = run_folder(run_file)
