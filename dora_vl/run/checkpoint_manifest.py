@@ -40,7 +40,10 @@ MAY_CHANGE = (
     "training.report_to",
     "training.run_name",
     "training.disable_tqdm",
-    "training.dataloader_*",
+    "training.dataloader_num_workers",  # dataloader_drop_last is another number of samples
+    "training.dataloader_pin_memory",
+    "training.dataloader_persistent_workers",
+    "training.dataloader_prefetch_factor",
     "training.eval_*",
     "training.per_device_eval_batch_size",
     "training.load_best_model_at_end",

@@ -52,6 +52,8 @@ def test_the_same_run_resumes(checkpoint: Path) -> None:
         {"watch": 0},
         {"training": {"save_steps": 10, "logging_steps": 1, "output_dir": "elsewhere"}},
         {"data": {"workers": 0}},
+        {"training": {"dataloader_num_workers": 2, "dataloader_pin_memory": False}},
+        {"training": {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4}},
         {"adapter": {"parts": None}},  # nothing, written in two ways
     ],
 )
@@ -72,6 +74,7 @@ def test_a_longer_run_resumes_and_says_so(checkpoint: Path, caplog: pytest.LogCa
         ({"training": {"learning_rate": 1e-3}}, r"training\.learning_rate was 0\.0002, is 0\.001"),
         ({"training": {"seed": 1}}, r"training\.seed was 0, is 1"),
         ({"data": {"train": "two.json"}}, r"data\.train was 'one\.json', is 'two\.json'"),
+        ({"training": {"dataloader_drop_last": True}}, r"dataloader_drop_last was 'not set', is True"),
         ({"adapter": {"dropout": 0.1}}, r"adapter\.dropout was 'not set', is 0\.1"),
         ({"adapter": {"alpha": 1.0, "targets": [], "dropout": 0.1}}, "and 1 more"),
     ],
