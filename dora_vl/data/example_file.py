@@ -66,6 +66,15 @@ class ExampleFile:
         """The answer that this item is about; None where it is about all of them."""
         return None if self._answer is None else int(self._answer[index])
 
+    def ids(self) -> Iterator[str]:
+        """Yields each item's id, in order; that of a line which is no record is nothing."""
+        for number, path in enumerate(self.paths):
+            places, times = np.unique(self._places[self._file == number], return_counts=True)
+            with path.open("rb") as stream:
+                for place, items in zip(places.tolist(), times.tolist(), strict=True):
+                    stream.seek(place)
+                    yield from [_id_of(stream.readline())] * items
+
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
@@ -94,6 +103,13 @@ def _answers(line: bytes) -> int:
     except BadSample:
         return 1
     return max(1, len(answers)) if isinstance(answers, list) else 1
+
+
+def _id_of(line: bytes) -> str:
+    try:
+        return str(_json_object(line).get("id"))
+    except BadSample:
+        return ""
 
 
 def _json_object(line: bytes) -> Mapping[str, JSON]:

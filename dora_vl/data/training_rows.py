@@ -37,6 +37,11 @@ class SampleRows:
         """Only what a sample is made of: a quarter less time for each row than with all columns."""
         return self.rows.select_columns([*SAMPLE_COLUMNS])
 
+    def ids(self) -> Iterator[str]:
+        """Yields each row's id, in order."""
+        for part in self.rows.select_columns(["id"]).with_format("arrow")[:]["id"].chunks:
+            yield from map(str, part.to_pylist())
+
     @property
     def pictures(self) -> list[str]:
         """Each picture's name once, in order."""

@@ -209,6 +209,7 @@ class InstructData:
             sampler=sampler,
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(train.rows),
+            ids=train.ids,
             source=train_name(data.train),
             longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -178,6 +179,7 @@ class VlBartPipeline(Pipeline):
             sampler=SequentialSampler(train),
             set_epoch=(train.set_epoch,),
             samples=sum(source.items for source in sources),
+            ids=lambda: chain.from_iterable(file.ids() for file in files),
             read_in_a_pass=plan.items,
             source=", ".join(str(path) for file in data.train.values() for path in paths_of(file)),
             longest_tokens=max(one.input_tokens or 64 for one in subtasks) + data.feature_tokens,

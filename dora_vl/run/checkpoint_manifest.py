@@ -10,9 +10,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from dora_vl.adapters.folder import RECIPE_FILE, read_json
 from dora_vl.adapters.provenance import file_hash, versions
 from dora_vl.errors import UserError, shown
 from dora_vl.run.launch_shape import Launch, Shape, check_shape
+from dora_vl.run.run_folder import ADAPTER
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,27 @@ def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
     _check_files(checkpoint, written["files"])
     check_shape(checkpoint, Shape(written["settings"], Launch(**written["launch"])), Shape(settings, launch))
     _check_settings(checkpoint, written["settings"], settings)
+
+
+def check_base(checkpoint: Path, base: str, sha256: str | None) -> None:
+    """Compares the base with the one that a checkpoint's adapter was trained on, where both contents are known.
+
+    Args:
+        checkpoint: the folder.
+        base: the run's, for the message.
+        sha256: its content hash.
+
+    Raises:
+        UserError: they differ.
+    """
+    recipe = checkpoint / ADAPTER / RECIPE_FILE
+    then = read_json(recipe).get("base_sha256") if recipe.is_file() else None
+    if then and sha256 and then != sha256:
+        raise UserError(
+            f"resume: {checkpoint} was trained on another base than what {base} holds now (content hash {then[:12]}, "
+            f"is {sha256[:12]}). Put the base back, or begin a new run from its weights with --adapter.initial "
+            f"{checkpoint / ADAPTER}"
+        )
 
 
 def _refuse_pickles(checkpoint: Path) -> None:

@@ -92,6 +92,7 @@ def build_trainer(
     )
     if data.stream is not None and not arguments.ignore_data_skip:
         trainer.progress.follow(data.stream)
+    trainer.progress.trains_on(data.ids, data.source)
     _order_callbacks(trainer)
     _watch_and_show(trainer, watch, run_folder)
     _try_first(trainer, pipeline, data, cost_of(activations, _vocabulary(backbone)))
@@ -206,4 +207,5 @@ def _persistence(pipeline: Pipeline, model: nn.Module, run_folder: Path, *, writ
         save=save,
         load=partial(load_adapter, model, gather=gather_to_write),
         settings=settings_of(pipeline.config),
+        base_sha256=(recipe or {}).get("base_sha256"),
     )

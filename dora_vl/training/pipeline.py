@@ -6,7 +6,7 @@ Training asks for these in the order in which they stand here, and knows nothing
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,7 @@ class TrainingData:
         samples: training samples in an epoch.
         read_in_a_pass: how many an epoch reads over all ranks; None: `samples`, and what accelerate repeats of them.
         source: the training file, for messages.
+        ids: the training samples', in the data's order; None: they are not known beforehand, as of a stream.
         longest_tokens: the longest sequence, for the memory estimate.
         pools: of `train`'s items, the largest of each kind that a micro-batch is drawn from; read when it is asked.
     """
@@ -121,6 +122,7 @@ class TrainingData:
     samples: int
     source: str
     longest_tokens: int
+    ids: Callable[[], Iterable[str]] | None = None
     read_in_a_pass: int | None = None
     pools: Callable[[], Sequence[Sequence[Any]]] = tuple
 

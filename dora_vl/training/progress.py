@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ import torch
 
 from dora_vl.data.bad_samples import BadSampleCounts, BadSampleLedger
 from dora_vl.data.dataset import BOOKKEEPING
+from dora_vl.training.sample_account import SampleAccount, account_of, refuse_other_samples
 
 
 @dataclass
@@ -109,6 +111,7 @@ class BatchStatistics:
 logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
+SAMPLES = "training_samples"
 
 
 @runtime_checkable
@@ -134,6 +137,8 @@ class Progress:
         self._statistics = statistics
         self._validation = validation
         self._stream: EndlessOrder | None = None
+        self._ids: Callable[[], Iterable[str]] | None = None
+        self._source = ""
         self._earlier_seconds = 0.0
         self._started = time.monotonic()
 
@@ -145,6 +150,30 @@ class Progress:
     def follow(self, stream: EndlessOrder) -> None:
         """Keeps the length of a stream's epochs too; the Trainer must skip what a resumed run has seen of it."""
         self._stream = stream
+
+    def trains_on(self, ids: Callable[[], Iterable[str]] | None, source: str) -> None:
+        """Keeps an account of the training samples too.
+
+        Args:
+            ids: theirs, in order; None: they are not known beforehand, as of a stream.
+            source: the training file, for messages.
+        """
+        self._ids, self._source = ids, source
+
+    @cached_property
+    def _samples(self) -> SampleAccount | None:
+        return None if self._ids is None else account_of(self._ids())
+
+    def check_samples(self, checkpoint: Path) -> None:
+        """Compares the training samples with those of a checkpoint, where both are known; for one rank alone.
+
+        Raises:
+            UserError: they are others, or in another order.
+        """
+        path = checkpoint / PROGRESS
+        then = json.loads(path.read_text(encoding="utf-8")).get(SAMPLES) if path.is_file() else None
+        if then is not None and self._samples is not None:
+            refuse_other_samples(checkpoint, then, self._samples, self._source)
 
     def go_on_from(self, checkpoint: Path) -> None:
         """Takes over what stands in a checkpoint."""
@@ -164,7 +193,7 @@ class Progress:
     def write(self, checkpoint: Path, device: torch.device, *, writes: bool) -> None:
         """Adds the sums over all ranks to a checkpoint; every rank must call it, one `writes`."""
         held_out = {} if self._validation is None else self._validation.skipped_on_all_ranks()
-        content = {
+        content: dict[str, Any] = {
             "seconds": self.seconds,
             "counts": asdict(self._statistics.over_ranks(device)),
             "skipped": self._statistics.skipped_on_all_ranks(),
@@ -172,4 +201,5 @@ class Progress:
             "epoch_samples": None if self._stream is None else self._stream.epoch_samples,
         }
         if writes:
+            content[SAMPLES] = None if self._samples is None else asdict(self._samples)
             (checkpoint / PROGRESS).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")

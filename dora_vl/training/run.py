@@ -18,7 +18,7 @@ from dora_vl.errors import UserError
 from dora_vl.run.adapting import adapt, check_initial
 from dora_vl.run.arguments import launch_of, training_arguments
 from dora_vl.run.busy_cores import give_way_when_busy
-from dora_vl.run.checkpoint_manifest import check_manifest, settings_of
+from dora_vl.run.checkpoint_manifest import check_base, check_manifest, settings_of
 from dora_vl.run.launch import (
     is_first_rank,
     keep_freed_memory,
@@ -89,7 +89,7 @@ def train(pipeline: Pipeline) -> RunResult:
         adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
         trainer, stop = build_trainer(pipeline, arguments, backbone)
     if checkpoint is not None:
-        trainer.progress.go_on_from(checkpoint)
+        _go_on(trainer, checkpoint, config.model.base)
     keep_freed_memory()
     torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
     try:
@@ -118,6 +118,13 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
     # Not for a run that cannot begin.
     on_first_rank(partial(prepare_run_folder, run_folder, checkpoint=checkpoint, overwrite=overwrite))
     on_first_rank(partial(write_settings, run_folder, config))
+
+
+def _go_on(trainer: AdapterTrainer, checkpoint: Path, base: str) -> None:
+    """Takes over a checkpoint's sums, once base and samples, which are read by now, have shown to be its own."""
+    on_first_rank(partial(check_base, checkpoint, base, trainer.persistence.base_sha256))
+    on_first_rank(partial(trainer.progress.check_samples, checkpoint))
+    trainer.progress.go_on_from(checkpoint)
 
 
 def _written(trainer: AdapterTrainer, run_folder: Path, *, stopped: bool) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class Persistence:
     load: Callable[[Path], object]
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The run's, for the account of a checkpoint."""
+    base_sha256: str | None = None
+    """Content hash of its base, on the rank that writes."""
 
 
 @dataclass(frozen=True)

@@ -71,3 +71,12 @@ def test_a_limit_that_leaves_nothing_is_refused(tmp_path: Path, limit: int) -> N
     with pytest.raises(UserError, match=rf"a\.jsonl: a limit of {limit} leaves no example; at least 1"):
         ExampleFile(path, limit=limit)
     assert len(ExampleFile(path, limit=1)) == 1
+
+
+@pytest.mark.parametrize("each_answer", [False, True])
+def test_ids_are_those_of_the_items_in_order(tmp_path: Path, each_answer: bool) -> None:
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    one.write_bytes(GOOD + b'{"id":"b","ans\n' + GOOD.replace(b'"a"', b'"c"'))
+    other.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b'"a"', b'"d"') + b"\n" + GOOD)
+    file = ExampleFile([one, other], each_answer=each_answer, limit=7 if each_answer else 4)
+    assert list(file.ids()) == (["a", "a", "", "c", "c", "d", "d"] if each_answer else ["a", "", "c", "d"])

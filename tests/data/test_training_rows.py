@@ -54,6 +54,14 @@ def test_the_seed_chooses_and_the_share_is_met() -> None:
         held_out_places(ids[:6], images[:6], share=0.2, seed=0)
 
 
+def test_ids_are_those_of_the_rows_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"id": f"n{row}"} for row in range(9)])
+    assert list(load_rows(path).ids()) == [f"n{row}" for row in range(9)]
+    train, _ = load_training_rows([TrainFile(path=path, weight=1.5)], seed=2)
+    assert list(train.ids()) == list(train.rows["id"])
+    assert len(set(train.ids())) == 9 < len(train.rows)
+
+
 def test_weights_repeat_and_leave_out(tmp_path: Path) -> None:
     names = {"a": 1.0, "b": 2.5, "c": 0.5}
     files = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.run.checkpoint_manifest import MANIFEST, check_manifest, write_manifest
+from dora_vl.run.checkpoint_manifest import MANIFEST, check_base, check_manifest, write_manifest
 from dora_vl.run.launch_shape import Launch
 
 SETTINGS = {
@@ -199,3 +199,15 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_unread(checkpoint: Path, 
     said = str(error.value)
     assert f"{checkpoint / name} is a pickle of an earlier version, and reading one can run code" in said
     assert f"--adapter.initial {checkpoint / 'adapter'}" in said
+
+
+def test_another_base_is_refused_where_both_are_known(checkpoint: Path) -> None:
+    check_base(checkpoint, "models/base", "b" * 64)  # of a run that wrote no recipe
+    recipe = checkpoint / "adapter" / "recipe.json"
+    recipe.write_text(json.dumps({"base_sha256": "a" * 64}))
+    check_base(checkpoint, "models/base", "a" * 64)
+    check_base(checkpoint, "models/base", None)
+    said = r"another base than what models/base holds now \(content hash a{12}, is b{12}\)\. Put the base back, or"
+    with pytest.raises(UserError, match=said) as error:
+        check_base(checkpoint, "models/base", "b" * 64)
+    assert str(error.value).endswith(f"--adapter.initial {checkpoint / 'adapter'}")

@@ -148,6 +148,30 @@ def test_a_run_from_an_earlier_checkpoint_saves_and_logs_as_it_says_now(run_file
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 7, 9]
 
 
+def test_other_data_or_another_base_under_the_same_path_is_not_resumed(
+    run_file: Path, tiny_llava: Path, tmp_path: Path
+) -> None:
+    data, base = write_tiny_data(tmp_path / "own", samples=24), shutil.copytree(tiny_llava, tmp_path / "base")
+    settings = [f"--data.train={data}", f"--data.image_folder={data.parent}", f"--model.base={base}"]
+    settings += ["--training.save_strategy=steps", "--training.save_steps=2"]
+    whole = train_file(run_file, *settings)
+    again = [*settings, f"--resume={run_folder(run_file) / 'checkpoint-4'}"]
+    records, config = data.read_text(), (base / "config.json").read_text()
+    rows = json.loads(records)
+    data.write_text(json.dumps([*rows, {**rows[0], "id": "new"}]))
+    with pytest.raises(UserError, match=r"training on 24 samples; those of .*train\.json are 25\. Put the data back"):
+        train_file(run_file, *again)
+    data.write_text(json.dumps(rows[::-1]))
+    with pytest.raises(UserError, match="are as many with other ids, or in other order"):
+        train_file(run_file, *again)
+    data.write_text(records)
+    (base / "config.json").write_text(config + "\n")
+    with pytest.raises(UserError, match=r"checkpoint-4 was trained on another base than what .*base holds now"):
+        train_file(run_file, *again)
+    (base / "config.json").write_text(config)
+    assert train_file(run_file, *again) == whole
+
+
 def test_checkpoints_hold_the_adapter_and_nothing_of_the_base(run_file: Path) -> None:
     train_file(run_file, "--training.save_strategy=steps", "--training.save_steps=2", "--training.save_total_limit=2")
     folder = run_folder(run_file)

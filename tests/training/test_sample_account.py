@@ -1,0 +1,70 @@
+"""Rows that came, went or moved under the same path are told from those that a checkpoint's run was trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_vl.errors import UserError
+from dora_vl.training.progress import BatchStatistics, Progress
+from dora_vl.training.sample_account import account_of
+
+
+def progress_over(*ids: str) -> Progress:
+    found = Progress(BatchStatistics(), None)
+    found.trains_on(lambda: ids, "train.json")
+    return found
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (folder := tmp_path / "checkpoint-40").mkdir()
+    progress_over("a", "b", "c").write(folder, torch.device("cpu"), writes=True)
+    return folder
+
+
+def test_an_account_is_of_ids_in_order() -> None:
+    account = account_of(["a", "b", "\ud800"])
+    assert account.samples == 3
+    assert account == account_of(iter(["a", "b", "\ud800"]))
+    others = (["b", "a", "\ud800"], ["ab", "", "\ud800"], ["a", "b"])
+    assert account.ids_sha256 not in [account_of(one).ids_sha256 for one in others]
+
+
+def test_the_same_samples_go_on(checkpoint: Path) -> None:
+    progress_over("a", "b", "c").check_samples(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (("a", "b", "c", "d"), "on 3 samples; those of train.json are 4. Put the data back as it was, or begin"),
+        (("a", "c"), "on 3 samples; those of train.json are 2. Put"),
+        (("a", "c", "b"), "on 3 samples; those of train.json are as many with other ids, or in other order. Put"),
+    ],
+)
+def test_others_are_refused_with_both_numbers_and_the_next_step(
+    checkpoint: Path, ids: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        progress_over(*ids).check_samples(checkpoint)
+    assert said in str(error.value)
+    assert str(error.value).endswith(f"--adapter.initial {checkpoint / 'adapter'}")
+
+
+def test_streams_and_checkpoints_of_earlier_versions_go_on(checkpoint: Path) -> None:
+    stream = Progress(BatchStatistics(), None)
+    stream.check_samples(checkpoint)
+    file = checkpoint / "progress.json"
+    written = json.loads(file.read_text())
+    stream.write(checkpoint, torch.device("cpu"), writes=True)
+    assert json.loads(file.read_text())["training_samples"] is None
+    progress_over("a").check_samples(checkpoint)
+    del written["training_samples"]
+    file.write_text(json.dumps(written))
+    progress_over("a").check_samples(checkpoint)
+    file.unlink()
+    progress_over("a").check_samples(checkpoint)
