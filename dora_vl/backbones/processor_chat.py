@@ -62,7 +62,8 @@ class ProcessorChat:
     since what the model saw there is in no single text. Where it opens an answer with other white space than it asks
     for one with (LLaVA-OneVision: a space and a line break, and a line break), the answer is trained behind what is
     asked. Where it closes an answer with no special token, the tokenizer's end token is put behind it, or a trained
-    model would not stop.
+    model would not stop. A system turn goes to the template's own place for one; where there is none, the sample is
+    refused.
 
     Args:
         processor: of a vision-language model, or a language model's tokenizer in the same form.
@@ -166,8 +167,10 @@ class ProcessorChat:
         """Refuses a template without a place for a system turn, also where its words are said again later."""
         system, talk = system_and_talk(turns)
         said = system.text.strip() if system else ""
-        again = sum(piece.strip().count(said) for turn in talk for piece in MEDIA.split(turn.text)[::2]) if said else 0
-        if said and whole.count(said) <= again:
+        if not said:
+            return
+        again = sum(piece.strip().count(said) for turn in talk for piece in MEDIA.split(turn.text)[::2])
+        if whole.count(said) <= again:
             raise ValueError("the chat template leaves out or changes the system turn")
 
     def _why_not(self, turns: Sequence[Turn]) -> str | None:

@@ -37,11 +37,12 @@ from tests.backbones.published_chat import (
     QWEN2_VL,
     SMOLVLM,
 )
-from tests.backbones.tiny_families.table import FAMILIES, families
+from tests.backbones.tiny_families.table import FAMILIES
 from tests.backbones.tiny_image_text import CHATML, write_tiny, write_tiny_language
 
 Folders = Mapping[str, Path]
 SYSTEM = Turn("system", "Be brief. Look at its edges.")
+SOME = ("qwen2_5_vl", "smolvlm", "internvl", "gemma3", "llava_next", "glm4v", "mistral3", "mllama")
 NONCHARACTERS = ("\ufdd0", "\ufdd1", "\ufdef")
 
 
@@ -55,10 +56,9 @@ def trained(encoder: ImageTextEncoder, sample: Sample) -> str:
     return encoder.tokenizer.decode(sample.labels[sample.labels != IGNORED_LABEL])
 
 
-@families
-def test_every_family_takes_it_as_its_processor_does_and_trains_on_answers_alone(folders: Folders, family: str) -> None:
-    if FAMILIES[family].format is not None:
-        pytest.skip("has no chat template")
+@pytest.mark.parametrize("family", SOME)
+def test_inputs_are_the_processor_s_own_and_answers_alone_are_trained(folders: Folders, family: str) -> None:
+    pytest.importorskip(FAMILIES[family].needs or "transformers")
     encoder = encoder_of(folders[family])
     for talk in TALKS.values():
         given = with_system(talk)
@@ -110,7 +110,7 @@ def test_published_templates(tmp_path: Path, name: str) -> None:
     turns, pictures = with_system(TALKS[TWO_QUESTIONS])
     several, text = sample_of(encoder, (turns, pictures)), encoder.tokenizer.decode(expected)
     assert trained(encoder, several).replace(" Y", "Y").strip() == f"The second is blue.{closing}Yes{closing}"
-    assert text.count(SYSTEM.text) == 1
+    assert text.count(SYSTEM.text) == (2 if name == "llava_next_vicuna" else 1)  # the published one says it twice
     assert "'type'" not in text
     assert "You are a helpful assistant" not in text  # Qwen2-VL's own gives way
 
@@ -161,7 +161,7 @@ def test_a_place_in_the_last_question_alone_serves_prompts_of_one(tmp_path: Path
     (system, asked, *_), pictures = with_system(TALKS["one picture"])
     text = encoder.tokenizer.decode(encoder.encode_prompt((system, asked), pictures)["input_ids"][0])
     assert f"[INST]{SYSTEM.text}\n\n" in text
-    with pytest.raises(BadSample, match="differently once later turns follow"):
+    with pytest.raises(BadSample, match="opens an answer otherwise"):
         encoder.encode_prompt(with_system(TALKS[TWO_QUESTIONS])[0][:4], TALKS[TWO_QUESTIONS][1])
 
 
