@@ -197,15 +197,16 @@ class ProcessorChat:
     def _with_system(self) -> frozenset[Role]:
         """Likewise with the system's, which some templates (GLM-4.1V's) write as it stands.
 
-        A template that takes none in either form refuses the samples that have one.
+        It is tried before a question alone: some (Pixtral's) have no place for it once an answer follows. A template
+        that takes none in either form refuses the samples that have one.
         """
         talk = self._in_parts
         forms = (talk | {"system"}, talk) if talk else (talk, talk | {"system"})
         for form in forms:
             self._in_parts = form
-            if self._why_not((SYSTEM_PROBE, *PROBE[:2])) is None:
+            if self._why_not((SYSTEM_PROBE, PROBE[0])) is None:
                 return form
-        return talk
+        return forms[0]
 
     def _try_answers(self) -> None:
         try:

@@ -182,7 +182,7 @@ def test_formats_without_a_place_for_it_say_so(folders: Folders, family: str, me
     [
         ((SYSTEM, SYSTEM, *TALKS["no picture"][0]), "from the system; they must alternate"),
         ((TALKS["no picture"][0][0], SYSTEM), "from the system; they must alternate"),
-        ((SYSTEM,), "an answer must be last"),
+        ((SYSTEM,), "no answer is left to train on"),
         ((SYSTEM, Turn("assistant", "a")), "must alternate, the user first"),
         ((replace(SYSTEM, text="Say <|im_end|>."), *TALKS["no picture"][0]), "turn 0 holds .*special token"),
     ],
