@@ -196,9 +196,12 @@ def test_what_is_no_system_turn_before_a_talk_is_refused(
 
 
 @pytest.mark.parametrize("template", [LLAMA3, CHATML, GLM], ids=["llama3", "chatml", "glm"])
-def test_a_language_model_s_template_writes_words_and_no_list_of_parts(tmp_path: Path, template: str) -> None:
+@pytest.mark.parametrize("system", [True, False], ids=["system", "talk alone"])
+def test_a_language_model_s_template_writes_words_and_no_list_of_parts(
+    tmp_path: Path, template: str, system: bool
+) -> None:
     encoder = encoder_of(write_tiny_language("llama", tmp_path / "llama", template=template))
-    talk = with_system(TALKS["no picture"])
+    talk = with_system(TALKS["no picture"]) if system else TALKS["no picture"]
     sample = sample_of(encoder, talk)
     messages = [{"role": turn.role, "content": turn.text} for turn in talk[0]]
     expected = encoder.tokenizer.apply_chat_template(messages)["input_ids"]
