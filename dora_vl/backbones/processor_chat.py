@@ -201,7 +201,8 @@ class ProcessorChat:
         that takes none in either form refuses the samples that have one.
         """
         talk = self._in_parts
-        forms = (talk | {"system"}, talk) if talk else (talk, talk | {"system"})
+        whole: frozenset[Role] = frozenset((*talk, "system"))
+        forms = (whole, talk) if talk else (talk, whole)
         for form in forms:
             self._in_parts = form
             if self._why_not((SYSTEM_PROBE, PROBE[0])) is None:
