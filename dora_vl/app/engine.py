@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -193,6 +194,7 @@ class Engine:
                     self._answer([one for one in batch if self._is_served(one)])
             except Exception as error:
                 log.exception("a batch of %d requests failed", len(batch))
+                _let_go(error)
                 for one in batch:
                     one.tell(Failed(error))
 
@@ -221,6 +223,7 @@ class Engine:
                 raise
             whole = [*batch, *joined]
             log.warning("a batch of %d requests failed (%s); one by one", len(whole), one_line(str(error), 200))
+            _let_go(error)
             for one in whole:
                 self._answer_again(one, error)
 
@@ -232,6 +235,7 @@ class Engine:
             self._generate([one], None)
         except Exception as again:  # noqa: BLE001 - it is this request's alone
             log.warning("a request failed: %s", one_line(str(again), 200))
+            _let_go(again)
             one.tell(Failed(again))
 
     def _generate(self, batch: Sequence[Answering], joined: list[Answering] | None) -> None:
@@ -259,6 +263,7 @@ class Engine:
             found = [self._rows.read(come)]
         except Exception as error:  # noqa: BLE001 - the rows at hand go on
             log.warning("%d requests failed (%s); one by one", len(come), one_line(str(error), 200))
+            _let_go(error)
             found = [one for each in come if (one := self._read_alone(each)) is not None]
         joined += [one.answering for members, _, _ in found for one in members]
         return found
@@ -268,5 +273,16 @@ class Engine:
             return self._rows.read([one])
         except Exception as error:  # noqa: BLE001 - it is this request's alone
             log.warning("a request failed: %s", one_line(str(error), 200))
+            _let_go(error)
             one.tell(Failed(error))
             return None
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Frees what the calls that failed held, such as a batch's keys and values, which an error keeps as long as it is.
+
+    Where memory was short, whoever tries again needs it.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
