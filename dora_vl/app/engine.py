@@ -23,6 +23,7 @@ from PIL import Image
 from dora_vl.app.answering import Answering, Event, Failed, Finished, Piece, Prepared, Stopped
 from dora_vl.app.joined_decoding import Members, Read
 from dora_vl.app.model_rows import ModelRows
+from dora_vl.app.prompt_limits import refuse_endless
 from dora_vl.app.row_decoding import Sampling
 from dora_vl.app.served_model import Asked, ServedModel
 from dora_vl.app.waiting_room import EngineSettings, WaitingRoom
@@ -91,12 +92,14 @@ class Engine:
             UserError: the strength is none.
         """
         asked, strength = self.model.asked(name), checked_strength(strength)
+        positions, most = self.model.max_positions, self.settings.prompt_tokens
+        allowed = min((one for one in (positions, most) if one is not None), default=None)
+        refuse_endless(turns, allowed, asked.longest_token)
         with self._encoding:
             sample = asked.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
-        tokens, most = len(sample.input_ids), self.settings.prompt_tokens
+        tokens = len(sample.input_ids)
         if most is not None and tokens > most:
             raise BadSample("request", f"its prompt takes {tokens} tokens, and {most} are allowed here; shorten it")
-        positions = self.model.max_positions
         if fill and positions is not None:
             sampling = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, positions - tokens)))
         Decoding(max_new_tokens=sampling.max_new_tokens, max_positions=positions).check_room(tokens, "request")

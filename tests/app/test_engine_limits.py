@@ -294,6 +294,28 @@ def test_prompts_have_a_longest(model: ServedModel) -> None:
         assert filled.tokens == 2048
 
 
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([Turn("user", "a"), Turn("assistant", "b")] * 300, "600 turns, and 512 are allowed"),
+        ([Turn("user", "a b " * 10**7)], "40,000,000 characters are more than a prompt of 2,048 tokens can hold"),
+    ],
+)
+def test_an_endless_talk_is_refused_before_it_is_rendered(
+    turns: list[Turn], reason: str, model: ServedModel, monkeypatch: Any
+) -> None:
+    def sample(*_: Any) -> Any:
+        raise AssertionError("it was rendered")
+
+    with Engine(model) as engine:
+        monkeypatch.setattr(type(model.asked("one").prompts), "sample", sample)
+        before = time.monotonic()
+        for name in ("one", "base"):
+            with pytest.raises(BadSample, match=reason):
+                engine.prepare(name, turns, Sampling(max_new_tokens=1), fill=True)
+        assert time.monotonic() - before < 0.5
+
+
 def test_a_batch_has_so_many_tokens(model: ServedModel, monkeypatch: Any) -> None:
     with Engine(model, EngineSettings(batch_tokens=60, window_seconds=0.3)) as engine:
         gate = Gate(engine, monkeypatch)
