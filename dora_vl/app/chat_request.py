@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from dora_vl.core.strength import MOST_STRENGTH
 
@@ -78,7 +78,7 @@ class Message(_Strict):
     """One turn of the talk."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS), FailFast()]
+    content: str | Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
     name: str | None = None
     refusal: None = None
     """Clients send an earlier answer back as they got it, with this null."""
@@ -107,12 +107,12 @@ class ChatRequest(_Strict):
     """A request. Fields that would change the answer in a way that is not served may hold their neutral value alone."""
 
     model: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), FailFast()]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS), FailFast()] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

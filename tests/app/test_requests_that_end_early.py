@@ -149,7 +149,8 @@ def test_nothing_more_is_decoded_for_a_client_that_has_gone(model: ServedModel, 
         with pytest.raises(openai.APITimeoutError):
             client_of(address, timeout=0.5).chat.completions.create(**asked(pictures=3))
         assert decoding.ended.wait(30)
-    assert (decoding.pictures, decoding.prepared) == (1, 0)
+    assert decoding.pictures <= 1  # none where this machine is slow
+    assert not decoding.prepared
 
 
 def test_the_time_of_an_answer_begins_when_its_request_comes(model: ServedModel, monkeypatch: Any) -> None:
@@ -158,7 +159,8 @@ def test_the_time_of_an_answer_begins_when_its_request_comes(model: ServedModel,
         with pytest.raises(openai.InternalServerError, match="it took too long") as refused:
             client_of(address).chat.completions.create(**asked(pictures=2))
         assert refused.value.status_code == 504
-    assert (decoding.pictures, decoding.prepared) == (1, 0)
+    assert decoding.pictures <= 1  # none where this machine is slow
+    assert not decoding.prepared
 
 
 def test_what_is_handed_in_has_the_time_that_is_left(model: ServedModel, monkeypatch: Any) -> None:
