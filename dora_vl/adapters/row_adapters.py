@@ -88,10 +88,14 @@ class RowAdapters:
         return ReadAdapter(found, alone=any(name not in self._layers.by_picture for name in eyes))
 
     def put(self, name: str, adapter: ReadAdapter) -> None:
-        """Makes a read adapter one that rows may name; between batches only."""
-        for layer, held in adapter.layers.items():
-            self._row_layer(layer).put(name, held)
+        """Makes a read adapter one that rows may name; between batches only. Where a layer fails, none has it."""
         self._held[name] = tuple(adapter.layers)
+        try:
+            for layer, held in adapter.layers.items():
+                self._row_layer(layer).put(name, held)
+        except BaseException:
+            self.drop(name)
+            raise
 
     def drop(self, name: str) -> None:
         """Forgets an adapter, and puts the base's layer back where no other changes it; between batches only."""

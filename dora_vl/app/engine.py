@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from PIL import Image
 from dora_vl.app.answering import Answering, Event, Failed, Finished, Piece, Prepared, Stopped
 from dora_vl.app.joined_decoding import Members, Read
 from dora_vl.app.model_rows import ModelRows
+from dora_vl.app.prompt_limits import refuse_endless
 from dora_vl.app.row_decoding import Sampling
 from dora_vl.app.served_model import Asked, ServedModel
 from dora_vl.app.waiting_room import EngineSettings, WaitingRoom
@@ -90,12 +92,14 @@ class Engine:
             UserError: the strength is none.
         """
         asked, strength = self.model.asked(name), checked_strength(strength)
+        positions, most = self.model.max_positions, self.settings.prompt_tokens
+        allowed = min((one for one in (positions, most) if one is not None), default=None)
+        refuse_endless(turns, allowed, asked.longest_token)
         with self._encoding:
             sample = asked.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
-        tokens, most = len(sample.input_ids), self.settings.prompt_tokens
+        tokens = len(sample.input_ids)
         if most is not None and tokens > most:
             raise BadSample("request", f"its prompt takes {tokens} tokens, and {most} are allowed here; shorten it")
-        positions = self.model.max_positions
         if fill and positions is not None:
             sampling = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, positions - tokens)))
         Decoding(max_new_tokens=sampling.max_new_tokens, max_positions=positions).check_room(tokens, "request")
@@ -193,6 +197,7 @@ class Engine:
                     self._answer([one for one in batch if self._is_served(one)])
             except Exception as error:
                 log.exception("a batch of %d requests failed", len(batch))
+                _let_go(error)
                 for one in batch:
                     one.tell(Failed(error))
 
@@ -221,6 +226,7 @@ class Engine:
                 raise
             whole = [*batch, *joined]
             log.warning("a batch of %d requests failed (%s); one by one", len(whole), one_line(str(error), 200))
+            _let_go(error)
             for one in whole:
                 self._answer_again(one, error)
 
@@ -232,6 +238,7 @@ class Engine:
             self._generate([one], None)
         except Exception as again:  # noqa: BLE001 - it is this request's alone
             log.warning("a request failed: %s", one_line(str(again), 200))
+            _let_go(again)
             one.tell(Failed(again))
 
     def _generate(self, batch: Sequence[Answering], joined: list[Answering] | None) -> None:
@@ -259,6 +266,7 @@ class Engine:
             found = [self._rows.read(come)]
         except Exception as error:  # noqa: BLE001 - the rows at hand go on
             log.warning("%d requests failed (%s); one by one", len(come), one_line(str(error), 200))
+            _let_go(error)
             found = [one for each in come if (one := self._read_alone(each)) is not None]
         joined += [one.answering for members, _, _ in found for one in members]
         return found
@@ -268,5 +276,16 @@ class Engine:
             return self._rows.read([one])
         except Exception as error:  # noqa: BLE001 - it is this request's alone
             log.warning("a request failed: %s", one_line(str(error), 200))
+            _let_go(error)
             one.tell(Failed(error))
             return None
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Frees what the calls that failed held, such as a batch's keys and values, which an error keeps as long as it is.
+
+    Where memory was short, whoever tries again needs it.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dora_vl.app.answering import Answering
 from dora_vl.app.joined_rows import JoinedRows, may_join
-from dora_vl.app.row_decoding import RowSampling, RowText, token_of
+from dora_vl.app.row_decoding import RowSampling, RowText
 
 
 @dataclass
@@ -111,7 +111,7 @@ class JoinedDecoding(JoinableDecoding):
         """Each row's next token, which it has taken."""
         likeliest = logits.argmax(-1).tolist()
         tokens = [
-            token if one.draws is None else token_of(row, one.text.sampling, one.draws)
+            token if one.draws is None else one.text.draw(row, one.draws)
             for one, token, row in zip(members, likeliest, logits, strict=True)
         ]
         for one, token in zip(members, tokens, strict=True):

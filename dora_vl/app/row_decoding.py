@@ -13,9 +13,12 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from dora_vl.backbones.growing_text import NOT_YET_A_CHARACTER
+from dora_vl.errors import UserError
 
 LEAST_TEMPERATURE = 1e-3
 """Below it the likeliest token is taken: scores divided by less may leave the numbers that there are."""
+
+NO_NUMBERS = "the model's scores of the next word are no numbers; ask with a lower strength, or another adapter"
 
 Reason = Literal["stop", "length", "ended"]
 """Why an answer is over: it was complete, it was as long as allowed, or nobody waits for it any more."""
@@ -72,8 +75,20 @@ class RowText:
         try:
             self._take(token, ends)
         except Exception as error:  # noqa: BLE001 - the other rows of the batch go on
-            self.error, self.reason = error, "ended"
-            self.done(self)
+            self._break(error)
+
+    def draw(self, scores: Float[Tensor, " vocab"], generator: torch.Generator) -> int:
+        """The next token, drawn; scores that are no numbers end this row alone, and the token is any."""
+        try:
+            return token_of(scores, self.sampling, generator)
+        except UserError as error:
+            if self.reason is None:
+                self._break(error)
+            return 0
+
+    def _break(self, error: Exception) -> None:
+        self.error, self.reason = error, "ended"
+        self.done(self)
 
     def _take(self, token: int, ends: Collection[int]) -> None:
         if self.over():
@@ -135,9 +150,9 @@ class RowStops(StoppingCriteria):
 class RowSampling(LogitsProcessor):
     """Leaves each row that samples the one token that it drew, so that the likeliest is taken of all rows."""
 
-    def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
-        self._samplings = samplings
-        found = ((number, drawing(one, device)) for number, one in enumerate(samplings))
+    def __init__(self, rows: Sequence[RowText], device: torch.device) -> None:
+        self._rows = rows
+        found = ((number, drawing(one.sampling, device)) for number, one in enumerate(rows))
         self._draws = {number: one for number, one in found if one is not None}
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -145,7 +160,7 @@ class RowSampling(LogitsProcessor):
     ) -> Float[Tensor, "rows vocab"]:
         """The scores, of a row that samples all but one minus infinity."""
         for number, generator in self._draws.items():
-            drawn = token_of(scores[number], self._samplings[number], generator)
+            drawn = self._rows[number].draw(scores[number], generator)
             scores[number] = float("-inf")
             scores[number, drawn] = 0.0
         return scores
@@ -168,8 +183,14 @@ def drawing(sampling: Sampling, device: torch.device) -> torch.Generator | None:
 
 
 def token_of(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: torch.Generator) -> int:
-    """A token drawn at the row's temperature from the likeliest that have `top_p` together."""
+    """A token drawn at the row's temperature from the likeliest that have `top_p` together.
+
+    Raises:
+        UserError: the scores are no numbers, as those of an adapter that is applied too strongly.
+    """
     probabilities = (scores.float() / sampling.temperature).softmax(-1)
+    if bool(probabilities.isnan().any()):  # on a GPU, to draw from these would break every later call too
+        raise UserError(NO_NUMBERS)
     if sampling.top_p < 1:
         ranked, order = probabilities.sort(descending=True)
         unlikely = order[ranked.cumsum(-1) - ranked >= sampling.top_p]
@@ -181,7 +202,6 @@ def generate_options(rows: Sequence[RowText], ends: Collection[int], device: tor
     """What transformers' generate is called with so that it decodes these rows, each in its own way."""
     stops = StoppingCriteriaList([RowStops(rows, ends)])
     options: dict[str, Any] = {"stopping_criteria": stops, "num_beams": 1}  # whatever the model's folder says
-    samplings = [row.sampling for row in rows]
-    if any(map(_samples, samplings)):
-        options["logits_processor"] = LogitsProcessorList([RowSampling(samplings, device)])
+    if any(_samples(row.sampling) for row in rows):
+        options["logits_processor"] = LogitsProcessorList([RowSampling(rows, device)])
     return options

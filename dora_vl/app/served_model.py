@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from dora_vl.adapters.provenance import content_hash, local_folder
 from dora_vl.adapters.row_adapters import Layers, ReadAdapter, RowAdapters, rows_seen
+from dora_vl.app.prompt_limits import longest_token
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.image_text import decoder_of
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
@@ -47,11 +48,13 @@ class Asked:
         name: of the adapter; None is the base.
         prompts: what makes its inputs.
         alone: whether the pictures of a batch must all be its own.
+        longest_token: see `prompt_limits.longest_token`.
     """
 
     name: str | None
     prompts: Prompts
     alone: bool = False
+    longest_token: int | None = None
 
     def share(self, strength: float = 1.0) -> Share | None:
         """What a row has of it at this strength; None is the base."""
@@ -87,7 +90,8 @@ class ServedModel:
         parts = decoder_parts(source)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone: Backbone[Any] = parts.load().to(device).eval()
-        base = Asked(None, parts.prompts(self.backbone))
+        prompts = parts.prompts(self.backbone)
+        base = Asked(None, prompts, longest_token=longest_token(prompts))
         self.assistant = Assistant(self.backbone, base.prompts)
         self.adapters = RowAdapters(self.backbone.model, self._layers())
         self._asked: dict[str, Asked] = {self.base_name: base}
@@ -119,7 +123,7 @@ class ServedModel:
         source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
         prompts = decoder_parts(source).prompts(self.backbone)
         read = self.adapters.read(folder)
-        return Asked(name, prompts, read.alone), read
+        return Asked(name, prompts, read.alone, longest_token(prompts)), read
 
     def put(self, asked: Asked, adapter: ReadAdapter) -> None:
         """Serves what was read; between batches only.

@@ -13,12 +13,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.growing_text import decoded
-from dora_vl.backbones.templates import BREAK, Rendered, Span, Template
+from dora_vl.backbones.templates import Rendered, Span, Template, refuse_marks
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample, UserError
 
-_FIRST_STAND_IN = 0xFDD1  # after BREAK; Unicode reserves U+FDD0 to U+FDEF as noncharacters
+_FIRST_STAND_IN = 0xFDD1  # after `templates.BREAK`; Unicode reserves U+FDD0 to U+FDEF as noncharacters
 _STAND_INS = 31
 
 
@@ -169,9 +169,8 @@ class LlavaEncoder:
         return (text.partition(self.template.stop)[0] if self.template.stop else text).strip()
 
     def _rendered(self, turns: Sequence[Turn], sample: str, *, generation_prompt: bool) -> Rendered:
-        if any(0xFDD0 <= ord(character) <= 0xFDEF for turn in turns for character in turn.text):
-            raise BadSample(sample, f"its text holds a Unicode noncharacter (U+{ord(BREAK):04X} to U+FDEF)")
         try:
+            refuse_marks(turns)
             return self.template.render(turns, generation_prompt=generation_prompt)
         except ValueError as error:
             raise BadSample(sample, str(error)) from error

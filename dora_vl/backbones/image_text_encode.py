@@ -20,7 +20,7 @@ from dora_vl.backbones.growing_text import decoded
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.processor_chat import Chat
 from dora_vl.backbones.prompt_formats import PROCESSOR_OPTIONS, prompts_of
-from dora_vl.backbones.templates import Span
+from dora_vl.backbones.templates import Span, refuse_marks
 from dora_vl.backbones.text_processor import Characters, TextProcessor, from_chat, from_prefixes, from_token_types
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,
@@ -224,12 +224,13 @@ class ImageTextEncoder:
         *,
         generation_prompt: bool,
     ) -> tuple[Chat, _Processed]:
-        if videos and self.why_no_videos:
-            try:
+        try:
+            refuse_marks(turns)
+            if videos and self.why_no_videos:
                 turns, pictures = as_pictures(turns, pictures, videos)
-            except ValueError as error:
-                raise BadSample(sample, str(error)) from error
-            videos = ()
+                videos = ()
+        except ValueError as error:
+            raise BadSample(sample, str(error)) from error
         longest = max((len(video.pictures) for video in videos), default=0)
         if any(len(video.pictures) < longest for video in videos) and self._lengths_must_agree:
             videos = [repeated(video, longest) for video in videos]

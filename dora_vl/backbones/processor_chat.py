@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from dora_vl.backbones.templates import VIDEO_MARK, Span, check_order
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+from dora_vl.backbones.templates import VIDEO_MARK, Span, check_order, system_and_talk
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Role, Turn
 from dora_vl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,9 @@ PROBE = (
     Turn("assistant", "It is a square."),
 )
 PICTURE_PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
+SYSTEM_PROBE = Turn("system", "Look at its edges too.")
+FORMS: tuple[frozenset[Role], ...] = (frozenset({"user", "assistant"}), frozenset(), frozenset({"user"}))
+"""Whose messages without pictures are lists of parts, in the order in which they are tried."""
 MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
 
 
@@ -59,7 +62,8 @@ class ProcessorChat:
     since what the model saw there is in no single text. Where it opens an answer with other white space than it asks
     for one with (LLaVA-OneVision: a space and a line break, and a line break), the answer is trained behind what is
     asked. Where it closes an answer with no special token, the tokenizer's end token is put behind it, or a trained
-    model would not stop.
+    model would not stop. A system turn goes to the template's own place for one; where there is none, the sample is
+    refused.
 
     Args:
         processor: of a vision-language model, or a language model's tokenizer in the same form.
@@ -82,17 +86,19 @@ class ProcessorChat:
         self.bos_token: str | None = processor.tokenizer.bos_token
         self._special = special_tokens(processor)
         self._closing = ""
-        self._as_parts = self._wants_parts()
+        self._in_parts = self._wanted_parts()
+        self._in_parts = self._with_system()
         self._try_answers()
         if pictures:
             self._try_picture()
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
-        """The turns as text; `generation_prompt` opens the next answer.
+        """The turns as text, the first one the system's where it is; `generation_prompt` opens the next answer.
 
         Raises: ValueError if the turns do not fit the template, or hold one of the tokenizer's special tokens.
         """
-        check_order(turns, generation_prompt=generation_prompt)
+        system, talk = system_and_talk(turns)
+        check_order(talk, generation_prompt=generation_prompt)
         refuse_special(turns, self._special)
         messages = [self._message(turn) for turn in turns]
         try:
@@ -101,7 +107,8 @@ class ProcessorChat:
             raise ValueError(f"the chat template refuses it: {error}") from error
         self._check_nothing_lost(turns, whole)
         text, spans, place = "", [], 0
-        for answer in [self._answer(messages[:end], whole) for end in range(2, len(messages) + 1, 2)]:
+        first = 2 if system is None else 3
+        for answer in [self._answer(messages[:end], whole) for end in range(first, len(messages) + 1, 2)]:
             text += whole[place : answer.opening[0]] + answer.asked
             start = len(text)
             text += whole[answer.opening[1] : answer.end]
@@ -112,7 +119,7 @@ class ProcessorChat:
     def _message(self, turn: Turn) -> dict[str, Any]:
         pieces = MEDIA.split(turn.text)
         closing = self._closing if turn.role == "assistant" else ""
-        if len(pieces) == 1 and not self._as_parts:
+        if len(pieces) == 1 and turn.role not in self._in_parts:
             return {"role": turn.role, "content": turn.text + closing}
         parts: list[dict[str, str]] = []
         for number, piece in enumerate(pieces):
@@ -121,7 +128,7 @@ class ProcessorChat:
                 continue
             if number:
                 piece = piece.removeprefix("\n")  # what records write between a picture and its question
-            if piece:
+            if piece or len(pieces) == 1:
                 parts.append({"type": "text", "text": piece})
         if closing:
             parts[-1]["text"] += closing
@@ -144,6 +151,10 @@ class ProcessorChat:
         return _Answer((shared, first), asked, closing[-1])
 
     def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
+        contents = [self._message(turn)["content"] for turn in turns]
+        if any(str(content) in whole for content in contents if not isinstance(content, str)):
+            raise ValueError("the chat template writes a message's list of parts as it stands")
+        self._check_system_kept(turns, whole)
         place = 0
         for number, turn in enumerate(turns):
             for piece in MEDIA.split(turn.text)[::2]:
@@ -152,20 +163,51 @@ class ProcessorChat:
                     raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
                 place = max(place, found)
 
-    def _wants_parts(self) -> bool:
-        """Whether a message without pictures is a list of parts to this template too, or must be a string."""
+    def _check_system_kept(self, turns: Sequence[Turn], whole: str) -> None:
+        """Refuses a template without a place for a system turn, also where its words are said again later."""
+        system, talk = system_and_talk(turns)
+        said = system.text.strip() if system else ""
+        if not said:
+            return
+        again = sum(piece.strip().count(said) for turn in talk for piece in MEDIA.split(turn.text)[::2])
+        if whole.count(said) <= again:
+            raise ValueError("the chat template leaves out or changes the system turn")
+
+    def _why_not(self, turns: Sequence[Turn]) -> str | None:
+        """What the template loses of these turns in the present form, or why it refuses them; None: nothing."""
+        try:
+            self._check_nothing_lost(turns, self._apply([*map(self._message, turns)], generation_prompt=False))
+        except (TemplateError, TypeError, ValueError) as error:
+            return str(error)
+        return None
+
+    def _wanted_parts(self) -> frozenset[Role]:
+        """Whose messages without pictures are lists of parts to this template too; the others' must be strings."""
         reasons: list[str] = []
-        for as_parts in (True, False):
-            self._as_parts = as_parts
-            try:
-                turns = PROBE[:2]
-                self._check_nothing_lost(turns, self._apply([self._message(t) for t in turns], generation_prompt=False))
-                return as_parts
-            except (TemplateError, TypeError, ValueError) as error:
-                reasons.append(str(error))
+        for form in FORMS:
+            self._in_parts = form
+            why = self._why_not(PROBE[:2])
+            if why is None:
+                return form
+            reasons.append(why)
         raise UserError(
             f"the chat template of {self._name} cannot be used: {reasons[0]}; and as plain text {reasons[1]}"
         )
+
+    def _with_system(self) -> frozenset[Role]:
+        """Likewise with the system's, which some templates (GLM-4.1V's) write as it stands.
+
+        It is tried before a question alone: some (Pixtral's) have no place for it once an answer follows. A template
+        that takes none in either form refuses the samples that have one.
+        """
+        talk = self._in_parts
+        whole: frozenset[Role] = frozenset((*talk, "system"))
+        forms = (whole, talk) if talk else (talk, whole)
+        for form in forms:
+            self._in_parts = form
+            if self._why_not((SYSTEM_PROBE, PROBE[0])) is None:
+                return form
+        return forms[0]
 
     def _try_answers(self) -> None:
         try:

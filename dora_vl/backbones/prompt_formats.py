@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from dora_vl.backbones.processor_chat import Chat, ProcessorChat, refuse_special, special_tokens
-from dora_vl.backbones.templates import check_order
+from dora_vl.backbones.templates import check_order, refuse_system, system_and_talk
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 
@@ -48,8 +48,10 @@ class QuestionAnswer:
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
         """The turns as text; `generation_prompt` opens the next answer.
 
-        Raises: ValueError if the turns do not alternate, or hold one of the tokenizer's special tokens.
+        Raises: ValueError if the turns do not alternate, begin with a system turn, or hold one of the tokenizer's
+            special tokens.
         """
+        refuse_system(turns, "question_answer")
         check_order(turns, generation_prompt=generation_prompt)
         refuse_special(turns, self._special)
         text, spans = "", []
@@ -83,6 +85,8 @@ class PaliGemma:
         Raises: ValueError if there are more turns, a picture stands in or behind the question, or the turns hold a
             special token.
         """
+        if system_and_talk(turns)[0] is not None:
+            raise ValueError("a PaliGemma has no place for a system turn; leave it out")
         check_order(turns, generation_prompt=generation_prompt)
         refuse_special(turns, self._special)
         if len(turns) > 2:

@@ -56,6 +56,21 @@ def system_and_talk(turns: Sequence[Turn]) -> tuple[Turn | None, Sequence[Turn]]
     return (turns[0], turns[1:]) if turns and turns[0].role == "system" else (None, turns)
 
 
+def refuse_system(turns: Sequence[Turn], name: str) -> None:
+    """Refuses a system turn. Raises: ValueError that names the format, which has no place for one."""
+    if system_and_talk(turns)[0] is not None:
+        raise ValueError(f"template {name} has no place for a system turn; choose another model.template")
+
+
+def refuse_marks(turns: Sequence[Turn]) -> None:
+    """Refuses words that hold what stands for marks here (`BREAK`, `VIDEO_MARK`, stand-ins): Unicode's noncharacters.
+
+    Raises: ValueError.
+    """
+    if any(0xFDD0 <= ord(character) <= 0xFDEF for turn in turns for character in turn.text):
+        raise ValueError("its text holds a Unicode noncharacter (U+FDD0 to U+FDEF)")
+
+
 def check_order(turns: Sequence[Turn], *, generation_prompt: bool) -> None:
     """Refuses turns that do not alternate from the user, or answers that hold nothing."""
     for number, turn in enumerate(turns):
@@ -147,7 +162,7 @@ class RoundTemplate:
             text.own(self.system)
             return self.first_question or self.question
         if not self.own_system:
-            raise ValueError(f"template {self.name} has no place for a system turn; choose another model.template")
+            refuse_system((system,), self.name)
         text.filled(self.own_system, system.text)
         return self.first_question_after_system or self.first_question or self.question
 
@@ -165,8 +180,7 @@ class PlainTemplate:
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Rendered:
         """See `Template.render`; takes one question with a picture, and its caption."""
-        if system_and_talk(turns)[0] is not None:
-            raise ValueError("template plain has no place for a system turn; choose another model.template")
+        refuse_system(turns, self.name)
         check_order(turns, generation_prompt=generation_prompt)
         if len(turns) + generation_prompt != 2 or IMAGE_PLACEHOLDER not in turns[0].text:
             raise ValueError(f"template plain needs one question with {IMAGE_PLACEHOLDER} and one caption")

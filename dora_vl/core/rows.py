@@ -206,16 +206,19 @@ class RowLayer(nn.Module):
         return cast("Tensor | None", self.base.bias)
 
     def _restack(self, changes: Mapping[str, RowChange]) -> None:
-        """Lays the adapters into one matrix each for A and B; the adapters' own are views of them from then on."""
-        self._changes, self._stack = {}, None
+        """Lays the adapters into one matrix each for A and B; the adapters' own are views of them from then on.
+
+        All is built before anything is swapped: where it does not fit into memory, the layer stays as it was.
+        """
         if not changes:
+            self._changes, self._stack = {}, None
             return
         ones = list(changes.values())
         a, b = (torch.cat(parts) for parts in zip(*((one.lora_A, one.scaled_B) for one in ones), strict=True))
         gains = [one.minus_one() for one in ones]
         ranks = [len(one.lora_A) for one in ones]
-        self._stack = _Stack(
-            tuple(zip(changes, ranks, strict=True)), a, b, torch.stack([torch.zeros_like(gains[0]), *gains])
-        )
-        for key, one, own_a, own_b in zip(changes, ones, a.split(ranks), b.split(ranks), strict=True):
-            self._changes[key] = RowChange(own_a, own_b, one.gain, one.by_strength)
+        layout = tuple(zip(changes, ranks, strict=True))
+        stack = _Stack(layout, a, b, torch.stack([torch.zeros_like(gains[0]), *gains]))
+        laid = zip(changes, ones, a.split(ranks), b.split(ranks), strict=True)
+        views = {key: RowChange(own_a, own_b, one.gain, one.by_strength) for key, one, own_a, own_b in laid}
+        self._changes, self._stack = views, stack

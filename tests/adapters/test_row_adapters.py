@@ -202,6 +202,33 @@ def test_a_folder_that_does_not_fit_leaves_everything_as_it_was(folders: dict[st
     assert torch.equal(logits(adapters, (None, "dora")), before)
 
 
+@pytest.mark.parametrize("failing", [3, 5])  # in the second layer, which is new, and in one that others change too
+def test_an_adapter_that_does_not_fit_into_memory_takes_nothing_from_the_others(
+    failing: int, folders: dict[str, Path], monkeypatch: Any
+) -> None:
+    adapters = row_adapters(tiny_llama(), {"dora": folders["dora"]})
+    read, before = adapters.read(folders["lora"]), logits(adapters, (None, "dora"))
+    modules = {name: type(module) for name, module in adapters.model.named_modules()}
+    cat, calls = torch.cat, list[object]()
+
+    def full(*given: Any, **named: Any) -> Tensor:
+        calls.append(given)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("out of memory")
+        return cat(*given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "cat", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            adapters.put("lora", read)
+    assert torch.equal(logits(adapters, (None, "dora")), before)
+    assert adapters.names == ("dora",)
+    assert {name: type(module) for name, module in adapters.model.named_modules()} == modules
+    assert not any("lora" in one.keys for one in adapters.model.modules() if isinstance(one, RowLayer))
+    adapters.put("lora", read)  # once there is room
+    assert not torch.equal(logits(adapters, ("lora", "dora"))[0], before[0])
+
+
 def test_rows_are_those_of_every_call() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dora_vl.app.answering import Failed, Finished, Piece, Stopped, TooLate, TooManyRequests
 from dora_vl.app.engine import Engine
@@ -140,6 +142,82 @@ def test_a_batch_that_fails_as_a_whole_is_tried_row_by_row(engine: Engine, monke
     assert gate.sizes == [1, 3, 1, 1, 1]
 
 
+class OutOfMemory:
+    """In the place of a model's `new_ids`: fails where it is given more than so many rows, with a tensor in its hands.
+
+    Attributes:
+        most: rows that it answers.
+        held: the tensors of the calls that failed.
+        left: of those, how many were still there at each later call.
+    """
+
+    def __init__(self, engine: Engine, monkeypatch: Any) -> None:
+        self.most = 1
+        self.held: list[weakref.ref[Any]] = []
+        self.left: list[int] = []
+        kind = type(engine.model.assistant)
+        new_ids = kind.new_ids
+
+        def call(assistant: Any, batch: Any, **named: Any) -> Any:
+            self.left.append(self.count())
+            if len(batch["input_ids"]) > self.most:
+                cache = torch.zeros(8)
+                self.held.append(weakref.ref(cache))
+                try:
+                    raise RuntimeError("out of memory")
+                except RuntimeError as error:
+                    raise ValueError("the batch failed") from error
+            return new_ids(assistant, batch, **named)
+
+        monkeypatch.setattr(kind, "new_ids", call)
+
+    def count(self) -> int:
+        return sum(one() is not None for one in self.held)
+
+
+@pytest.mark.parametrize("joining", [True, False])  # those that come to a batch, and a batch of its own
+def test_what_a_failed_batch_held_is_gone_before_its_rows_are_tried_alone(
+    joining: bool, model: ServedModel, monkeypatch: Any
+) -> None:
+    with Engine(model, EngineSettings(batch_rows=4, joining=joining)) as engine:
+        gate, memory = Gate(engine, monkeypatch), OutOfMemory(engine, monkeypatch)
+        blocker = handed_in(engine)
+        assert gate.reached.wait(60)
+        rows = [handed_in(engine) for _ in range(3)]
+        gate.opened.set()
+        assert all(isinstance(last(events), Finished) for _, events in (blocker, *rows))
+    assert gate.sizes == [1, 3, 1, 1, 1]
+    assert len(memory.held) == 1
+    assert memory.left == [0] * 5
+
+
+@pytest.mark.parametrize("joining", [True, False])
+def test_what_a_failed_request_held_is_gone_when_it_is_told(
+    joining: bool, model: ServedModel, monkeypatch: Any
+) -> None:
+    with Engine(model, EngineSettings(batch_rows=4, joining=joining)) as engine:
+        gate, memory = Gate(engine, monkeypatch), OutOfMemory(engine, monkeypatch)
+        begin = engine._rows.begin
+
+        def last_fail(batch: Any) -> Any:  # once the blocker has begun
+            found = begin(batch)
+            memory.most = 1 if len(gate.sizes) == 1 else 0
+            return found
+
+        monkeypatch.setattr(engine._rows, "begin", last_fail)
+        blocker = handed_in(engine)
+        assert gate.reached.wait(60)
+        rows = [handed_in(engine) for _ in range(2)]
+        gate.opened.set()
+        assert isinstance(last(blocker[1]), Finished)
+        ends = [last(events) for _, events in rows]
+        ends.append(last(handed_in(engine)[1]))  # a batch of one
+        assert all(isinstance(one, Failed) for one in ends)
+    assert len(memory.held) == 4
+    assert memory.count() == 0
+    assert memory.left == [0] * 5
+
+
 def test_an_adapter_that_goes_takes_its_waiting_requests_along(
     engine: Engine, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -214,6 +292,28 @@ def test_prompts_have_a_longest(model: ServedModel) -> None:
             engine.prepare("base", [Turn("user", "a")], Sampling(max_new_tokens=2048))
         filled = engine.prepare("base", [Turn("user", "a")], Sampling(max_new_tokens=4000), fill=True)
         assert filled.tokens == 2048
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([Turn("user", "a"), Turn("assistant", "b")] * 300, "600 turns, and 512 are allowed"),
+        ([Turn("user", "a b " * 10**7)], "40,000,000 characters are more than a prompt of 2,048 tokens can hold"),
+    ],
+)
+def test_an_endless_talk_is_refused_before_it_is_rendered(
+    turns: list[Turn], reason: str, model: ServedModel, monkeypatch: Any
+) -> None:
+    def sample(*_: Any) -> Any:
+        raise AssertionError("it was rendered")
+
+    with Engine(model) as engine:
+        monkeypatch.setattr(type(model.asked("one").prompts), "sample", sample)
+        before = time.monotonic()
+        for name in ("one", "base"):
+            with pytest.raises(BadSample, match=reason):
+                engine.prepare(name, turns, Sampling(max_new_tokens=1), fill=True)
+        assert time.monotonic() - before < 0.5
 
 
 def test_a_batch_has_so_many_tokens(model: ServedModel, monkeypatch: Any) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dora_vl.app.answering import Event, Finished, Piece
+from dora_vl.app.answering import Event, Failed, Finished, Piece
 from dora_vl.app.engine import Engine
 from dora_vl.app.joined_rows import JoinedRows
 from dora_vl.app.row_decoding import Sampling
 from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Shown
 from tests.app.tiny_served import alone, answer_alone, served, spread, write_adapters
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
@@ -188,6 +190,42 @@ def test_a_row_that_samples_draws_the_same_whoever_is_beside_it(tmp_path: Path) 
         told.piece_of(told.hand_in("base", *WORDS[0], LONG))
         number = told.hand_in("base", *WORDS[2], 12, **drawn)
         assert told.all_over()[number] == expected
+
+
+@pytest.mark.parametrize("joins", [True, False])  # in a batch that others may join, and in one of generate's own
+def test_a_row_whose_scores_are_no_numbers_fails_alone(joins: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    base = language(tmp_path)
+    adapter = {"huge": {"targets": ("*.down_proj",), "rank": 2, "alpha": 5.0}}
+    folders = write_adapters(base, tmp_path / "adapters", adapter)
+    model = served(base, folders)
+    model.backbone.model.generation_config.eos_token_id = None
+    if not joins:
+        monkeypatch.setattr("dora_vl.app.joined_decoding.can_join", lambda *_: False)
+    for layer in model.backbone.model.modules():
+        if isinstance(layer, RowLayer):
+            layer._changes["huge"].scaled_B.fill_(float("nan"))
+    drawn: Any = {"temperature": 1.5, "seed": 7}
+    with Engine(model, EngineSettings(window_seconds=0.3)) as engine:
+        batches = batches_of(engine, monkeypatch)
+        events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in range(2)]
+        for name, told in zip(("base", "huge"), events, strict=True):
+            prepared = engine.prepare(name, WORDS[2][0], Sampling(max_new_tokens=12, **drawn))
+            engine.submit(prepared, told.put)
+        good, bad = (end_of(told) for told in events)
+        assert batches == [2]
+        alone_told: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        engine.submit(engine.prepare("base", WORDS[2][0], Sampling(max_new_tokens=12, **drawn)), alone_told.put)
+        assert end_of(alone_told) == good
+    assert isinstance(good, Finished)
+    assert isinstance(bad, Failed)
+    assert isinstance(bad.error, UserError)
+    assert "a lower strength, or another adapter" in str(bad.error)
+
+
+def end_of(told: queue.SimpleQueue[Event]) -> Event:
+    while isinstance(event := told.get(timeout=60), Piece):
+        pass
+    return event
 
 
 def test_no_more_rows_and_tokens_than_a_batch_may_have(tmp_path: Path, monkeypatch: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dora_vl.app.row_decoding import RowSampling, RowText, Sampling
+from dora_vl.app.row_decoding import RowSampling, RowStops, RowText, Sampling
+from dora_vl.errors import UserError
 
 END = 0
 
@@ -63,9 +64,13 @@ def test_half_a_character_waits_for_its_other_half() -> None:
     assert pieces == ["a", "é", "€"]
 
 
+def silent(**sampling: Any) -> RowText:
+    return RowText(Sampling(**{"max_new_tokens": 1, **sampling}), lambda ids: "", lambda text: None)
+
+
 def drawn(scores: torch.Tensor, **sampling: Any) -> list[int]:
-    settings = [Sampling(max_new_tokens=1, **sampling)] * len(scores)
-    return RowSampling(settings, torch.device("cpu"))(torch.zeros(1), scores.clone()).argmax(-1).tolist()
+    rows = [silent(**sampling)] * len(scores)
+    return RowSampling(rows, torch.device("cpu"))(torch.zeros(1), scores.clone()).argmax(-1).tolist()
 
 
 def test_draws_follow_temperature_and_top_p() -> None:
@@ -81,7 +86,26 @@ def test_draws_follow_temperature_and_top_p() -> None:
 
 def test_a_greedy_row_beside_one_that_samples_keeps_its_scores() -> None:
     scores = torch.randn(2, 9)
-    settings = [Sampling(max_new_tokens=1), Sampling(max_new_tokens=1, temperature=1.0, seed=3)]
-    found = RowSampling(settings, torch.device("cpu"))(torch.zeros(1), scores.clone())
+    rows = [silent(), silent(temperature=1.0, seed=3)]
+    found = RowSampling(rows, torch.device("cpu"))(torch.zeros(1), scores.clone())
     assert torch.equal(found[0], scores[0])
     assert (found[1] > float("-inf")).sum() == 1
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_row_without_numbers_to_draw_from_ends_alone(broken: float, top_p: float) -> None:
+    rows = [silent(max_new_tokens=9, temperature=1.0, top_p=top_p, seed=seed) for seed in (3, 4)]
+    ended: list[RowText] = []
+    rows[0].done = ended.append
+    sampling, stops = RowSampling(rows, torch.device("cpu")), RowStops(rows, {END})
+    for _ in range(2):  # generate goes on with the rows that are over
+        scores = torch.zeros(2, 9)
+        scores[0, 5] = broken
+        scores[1, 7] = 50.0
+        token = sampling(torch.zeros(1), scores).argmax(-1)
+        assert stops(token[:, None], None).tolist() == [True, False]
+    assert ended == [rows[0]]
+    assert isinstance(rows[0].error, UserError)
+    assert "a lower strength" in str(rows[0].error)
+    assert (rows[0].ids, rows[1].ids) == ([], [7, 7])

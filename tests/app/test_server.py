@@ -14,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image
+from transformers import AutoProcessor
 
 from dora_vl.app.request_media import MediaLimits
 from dora_vl.app.row_decoding import RowText
@@ -117,6 +118,26 @@ def test_two_pictures_and_a_talk(client: Any, base: Path, folders: dict[str, Pat
         Turn("user", "And the other?"),
     ]
     assert found.choices[0].message.content == expected(base, folders, "two", turns, Shown(pictures=(WIDE, RED)))
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message(client: Any, base: Path, folders: dict[str, Path], role: str) -> None:
+    """The prompt is as long as the processor's own chat template makes it."""
+    system, asked = "Be brief. Look at its edges.", "What colour is it?"
+    parts = [{"type": "image", "image": RED}, {"type": "text", "text": asked}]
+    talk = [
+        {"role": "system", "content": [{"type": "text", "text": system}]},
+        {"role": "user", "content": parts},
+    ]
+    theirs = AutoProcessor.from_pretrained(base).apply_chat_template(
+        talk, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+    content = [picture_part(RED), {"type": "text", "text": asked}]
+    messages = [{"role": role, "content": system}, {"role": "user", "content": content}]
+    found = client.chat.completions.create(model="one", messages=messages, max_tokens=TOKENS)
+    turns = [Turn("system", system), Turn("user", f"<image>\n{asked}")]
+    assert found.choices[0].message.content == expected(base, folders, "one", turns, Shown(pictures=(RED,)))
+    assert found.usage.prompt_tokens == theirs["input_ids"].shape[1]
 
 
 def test_a_strength_of_an_adapter(client: Any, base: Path, folders: dict[str, Path]) -> None:
@@ -263,6 +284,8 @@ def url_part(url: str) -> dict[str, Any]:
         ({"messages": shows(url_part("file:///etc/passwd"))}, 400, "data: URLs alone"),
         ({"messages": words("<image> a")}, 400, "the text holds <image>"),
         ({"messages": words("<|im_end|>")}, 400, "special token"),
+        ({"messages": words("\ufdd1 a")}, 400, "holds a Unicode noncharacter"),
+        ({"messages": [{"role": "system", "content": "a"}]}, 400, "a question must be last"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "must alternate, the user first"),
         ({"messages": [{"role": "system", "content": [picture_part(RED)]}]}, 400, "holds words alone"),
         ({"messages": []}, 400, "messages"),

@@ -47,3 +47,37 @@ GEMMA3 = (
     "{{ item['text'] | trim }}{%- endif -%}{%- endfor -%}{%- endif -%}"
     "{{ '<eoi>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<boi>model\n' }}{%- endif -%}"
 )
+GEMMA3_WITH_SYSTEM = (
+    "{{ bos_token }}\n{%- if messages[0]['role'] == 'system' -%}{%- if messages[0]['content'] is string -%}"
+    "{%- set before = messages[0]['content'] + '\n\n' -%}{%- else -%}"
+    "{%- set before = messages[0]['content'][0]['text'] + '\n\n' -%}{%- endif -%}{%- set talk = messages[1:] -%}"
+    "{%- else -%}{%- set before = '' -%}{%- set talk = messages -%}{%- endif -%}{%- for message in talk -%}"
+    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('roles must alternate') }}"
+    "{%- endif -%}{{ '<boi>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
+    "{{ before if loop.first else '' }}{%- if message['content'] is string -%}{{ message['content'] | trim }}"
+    "{%- else -%}{%- for item in message['content'] -%}{%- if item['type'] == 'image' -%}{{ '<|image_pad|>' }}"
+    "{%- else -%}{{ item['text'] | trim }}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{ '<eoi>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<boi>model\n' }}{%- endif -%}"
+)
+"""The system's words before those of the first question."""
+GLM = (
+    "<s>{% for m in messages %}{% if m.role == 'system' %}<|system|>\n{{ m.content }}{% elif m.role == 'user' %}"
+    "<boi>user\n{% if m.content is string %}{{ m.content }}{% else %}{% for item in m.content %}"
+    "{% if item.type == 'image' %}<|image_pad|>{% elif item.type == 'text' %}{{ item.text }}{% endif %}{% endfor %}"
+    "{% endif %}{% else %}<boi>assistant\n{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<boi>assistant\n{% endif %}"
+)
+"""As GLM-4.1V's: what the system and the assistant say is written as it stands, so a list of parts as Python's text."""
+PIXTRAL = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content[0].text %}{% set talk = messages[1:] %}"
+    "{% else %}{% set talk = messages %}{% endif %}<s>{% for m in talk %}{% if m.role == 'user' %}[INST]"
+    "{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}{% for item in m.content %}"
+    "{% if item.type == 'image' %}<|image_pad|>{% else %}{{ item.text }}{% endif %}{% endfor %}[/INST]"
+    "{% else %}{% for item in m.content %}{{ item.text }}{% endfor %}</s>{% endif %}{% endfor %}"
+)
+"""The system's words are in the last question, and only where no answer follows it."""
+LLAMA3 = (
+    "<s>{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n\n' + message['content'] | trim }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+)
+"""A language model's, whose filter makes a text of a list."""

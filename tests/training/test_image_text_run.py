@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dora_vl import cli
 from dora_vl.adapters.folder import read_weights
+from dora_vl.backbones.image_text_encode import ImageTextEncoder
+from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
 from dora_vl.evaluation.asker import Shown, Wanted
@@ -26,7 +28,7 @@ from dora_vl.run.command_line import read_run_file
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
-from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_run import COLOURS, write_run, write_tiny_data, write_tiny_llava
 
 CPU: dict[str, object] = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2}
 
@@ -72,6 +74,43 @@ def test_it_trains_decoder_and_projector(there: Path) -> None:
     assert losses(there / "whole")[-1] < losses(there / "whole")[0]
     recipe = json.loads((there / "whole" / "adapter" / "recipe.json").read_text())
     assert recipe["backbone"] == "image_text"
+
+
+def rows_with_system(there: Path, form: str) -> Path:
+    """The data once more, each row with a system text, as messages or beside ShareGPT's talk."""
+    rows = json.loads((there / "data" / "train.json").read_text())
+    for row in rows if form == "messages" else ():
+        asked, said = (turn["value"] for turn in row.pop("conversations"))
+        talk = [("system", "Be brief."), ("user", asked), ("assistant", said)]
+        row["messages"] = [{"role": role, "content": text} for role, text in talk]
+        row["images"] = [row.pop("image")] if "image" in row else []
+    path = there / "data" / f"{form}.json"
+    path.write_text(json.dumps(rows if form == "messages" else [{**row, "system": "Be brief."} for row in rows]))
+    return path
+
+
+@pytest.mark.parametrize("form", ["messages", "sharegpt"])
+def test_rows_with_a_system_turn_train(there: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+    encode = ImageTextEncoder.encode
+
+    def noted(encoder: ImageTextEncoder, *given: Any) -> Any:
+        found = encode(encoder, *given)
+        labelled = found.labels[found.labels != IGNORED_LABEL]
+        seen.append((encoder.tokenizer.decode(found.input_ids), encoder.tokenizer.decode(labelled)))
+        return found
+
+    monkeypatch.setattr(ImageTextEncoder, "encode", noted)
+    data: dict[str, object] = {"train": str(rows_with_system(there, form))}
+    path = settings(there, form, data=data, training={"max_steps": 2, "save_strategy": "no"})
+    run(instruct_pipeline(read_run_file(path)))
+    assert len(losses(there / form)) == 2
+    assert len(seen) >= 8
+    for text, answer in seen:
+        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+        assert answer.partition(" ")[0].removesuffix("<|im_end|>") in COLOURS
+    log = [json.loads(line) for line in (there / form / "log.jsonl").read_text().splitlines()]
+    assert {line["skipped"] for line in log if "skipped" in line} == {0}
 
 
 def test_a_resumed_run_ends_where_a_whole_one_does(there: Path) -> None:
