@@ -23,6 +23,11 @@ class TooLate(UserError):
     """The answer was not there in the time that a request has."""
 
 
+def too_late() -> TooLate:
+    """That a request's time is over, wherever it was by then."""
+    return TooLate("it took too long; ask for a shorter answer, or try again later")
+
+
 class Stopped(UserError):
     """The server is ending, the adapter was taken away meanwhile, or nobody waits for the answer."""
 
@@ -133,6 +138,6 @@ class Answering:
     def give_up(self) -> None:
         """Tells that there is no answer, or no more of it: it took too long, or nobody waits for it."""
         if self.late:
-            self.tell(Failed(TooLate("it took too long; ask for a shorter answer, or try again later")))
+            self.tell(Failed(too_late()))
         else:
             self.tell(Failed(Stopped("nobody waits for it any more")))

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from dora_vl.core.strength import MOST_STRENGTH
 
 LONGEST_NAME = 256
 MOST_STOPS, LONGEST_STOP = 16, 256
 LARGEST_SEED = 2**63 - 1
+MOST_MESSAGES, MOST_PARTS, MOST_FIELDS = 512, 256, 64
+
+
+def _few(value: Any) -> Any:
+    """An object of at most so many fields: one that is wrong costs memory, and a message, for each."""
+    if isinstance(value, dict) and len(value) > MOST_FIELDS:
+        raise ValueError(f"it has {len(value):,} fields, and {MOST_FIELDS} are allowed")
+    return value
 
 
 class _Strict(BaseModel):
     """Refuses what it does not know: nothing that a client asks for is dropped in silence."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _few(value)
 
 
 class Address(_Strict):
@@ -65,7 +78,7 @@ class Message(_Strict):
     """One turn of the talk."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: str | Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
     name: str | None = None
     refusal: None = None
     """Clients send an earlier answer back as they got it, with this null."""
@@ -94,12 +107,12 @@ class ChatRequest(_Strict):
     """A request. Fields that would change the answer in a way that is not served may hold their neutral value alone."""
 
     model: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -113,7 +126,7 @@ class ChatRequest(_Strict):
     response_format: ResponseFormat | None = None
 
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(_few)] = None
     store: Literal[False] | None = None
 
     @field_validator("stop")

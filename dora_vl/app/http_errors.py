@@ -9,6 +9,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from dora_vl.app.answering import Stopped, TooLate, TooManyRequests
+from dora_vl.app.request_body import NotJson
 from dora_vl.app.request_media import BadRequest, TooLarge
 from dora_vl.app.served_model import UnknownModel
 from dora_vl.errors import BadSample, UserError
@@ -27,6 +28,7 @@ INVALID = Problem(400, "invalid_request_error")
 PROBLEMS: Mapping[type[Exception], Problem] = {
     UnknownModel: Problem(404, "invalid_request_error", "model_not_found"),
     TooLarge: Problem(413, "invalid_request_error", "too_large"),
+    NotJson: Problem(415, "invalid_request_error", "not_json"),
     TooManyRequests: Problem(429, "rate_limit_error", "too_many_requests"),
     Stopped: Problem(503, "server_error", "stopped"),
     TooLate: Problem(504, "server_error", "timeout"),

@@ -98,6 +98,8 @@ def is_public(address: str) -> bool:
             inside = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inside is not None:
             return is_public(str(inside))
+        if ip.is_reserved or ip.is_site_local:  # outside of 2000::/3 Python calls most of both global
+            return False
     return ip.is_global and not ip.is_multicast
 
 
@@ -109,18 +111,35 @@ class _Pinned(http.client.HTTPConnection):
         super().__init__(str(parts.hostname), port, timeout=timeout)
         self._address = address
         self._tls = parts.scheme == "https"
+        self._open: socket.socket | None = None
+        """Stays when `sock` is None, as it is while an answer with `Connection: close` is read."""
+        self.aborted = False
 
     def abort(self) -> None:
-        """Ends it from another thread: whatever waits for the other side gets an error."""
-        if self.sock is not None:
+        """Ends it from another thread: whatever waits for the other side gets an error, or the content's end."""
+        self.aborted = True
+        if self._open is not None:
             with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(self._open, socket.SHUT_RDWR)  # TLS's own would change what is being read
 
     def connect(self) -> None:
-        """Connects, and proves with TLS that it is the named host."""
-        self.sock = socket.create_connection((self._address, self.port), self.timeout)
+        """Connects, and proves with TLS that it is the named host.
+
+        Raises:
+            TimeoutError: it was aborted meanwhile.
+        """
+        self.sock = self._open = socket.create_connection((self._address, self.port), self.timeout)
         if self._tls:
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+            context, name = ssl.create_default_context(), self.host
+            wrapped = context.wrap_socket(self.sock, server_hostname=name, do_handshake_on_connect=False)
+            self.sock = self._open = wrapped  # before the handshake, which may be what takes too long
+            self._go_on()
+            wrapped.do_handshake()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self.aborted:
+            raise TimeoutError("aborted while it connected")
 
 
 def _get(parts: SplitResult, most: int, deadline: float) -> bytes | str:
@@ -133,14 +152,19 @@ def _get(parts: SplitResult, most: int, deadline: float) -> bytes | str:
     watch.start()
     try:
         connection.request("GET", target, headers={"User-Agent": "dora-vl", "Accept-Encoding": "identity"})
-        answer = connection.getresponse()
-        moved = answer.getheader("Location")
-        if answer.status in REDIRECTS and moved:
-            return moved
-        if answer.status != http.client.OK:
-            raise NotFetched(f"{shown(host)} answered with status {answer.status}")
-        return _read(answer, host, most, deadline)
+        with connection.getresponse() as answer:
+            moved = answer.getheader("Location")
+            if answer.status in REDIRECTS and moved:
+                return moved
+            if answer.status != http.client.OK:
+                raise NotFetched(f"{shown(host)} answered with status {answer.status}")
+            content = _read(answer, host, most, deadline)
+        if connection.aborted:  # what was cut off may look whole
+            raise _too_slow(host)
+        return content
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if connection.aborted:
+            raise _too_slow(host) from None
         raise NotFetched(f"{shown(host)} cannot be read: {type(error).__name__} {shown(str(error))}") from None
     finally:
         watch.cancel()
@@ -162,5 +186,9 @@ def _read(answer: http.client.HTTPResponse, host: str, most: int, deadline: floa
 def _left(host: str, deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise NotFetched(f"{shown(host)} was too slow")
+        raise _too_slow(host)
     return left
+
+
+def _too_slow(host: str) -> NotFetched:
+    return NotFetched(f"{shown(host)} was too slow")

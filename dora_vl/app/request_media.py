@@ -6,7 +6,7 @@ import base64
 import binascii
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -72,6 +72,16 @@ class Talk:
 
 
 @dataclass
+class _Seen:
+    """What a request has shown so far."""
+
+    go_on: Callable[[], object]
+    shows_videos: bool
+    pictures: list[Image.Image] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
+
+
+@dataclass
 class RequestMedia:
     """Reads what requests show, from several threads; videos one after another, in a process that may be killed.
 
@@ -93,8 +103,11 @@ class RequestMedia:
         with self._decoding:
             self._reader.close()
 
-    def read(self, messages: Sequence[Message]) -> Talk:
+    def read(self, messages: Sequence[Message], go_on: Callable[[], object] = lambda: None) -> Talk:
         """The talk of a request's messages.
+
+        Args:
+            go_on: is called before each picture and video, and raises what ends the reading.
 
         Raises:
             BadRequest: a picture or a video cannot be used or fetched, or words hold what stands for one.
@@ -104,12 +117,12 @@ class RequestMedia:
         shown_videos = sum(isinstance(part, VideoPart) for part in parts)
         shown_pictures = sum(not isinstance(part, VideoPart | TextPart) for part in parts)
         self.refuse_many(shown_pictures, shown_videos, "the request shows")
-        pictures: list[Image.Image] = []
-        videos: list[Video] = []
+        seen = _Seen(go_on, shown_videos > 0)
         turns = [
-            Turn(ROLES[one.role], self._text(one, f"messages[{number}].content", pictures, videos, shown_videos > 0))
+            Turn(ROLES[one.role], self._text(one, f"messages[{number}].content", seen))
             for number, one in enumerate(messages)
         ]
+        pictures, videos = seen.pictures, seen.videos
         if len(pictures) == 1 and not videos:  # as in training
             turns = [Turn(turn.role, placeholder_first(turn.text)) for turn in turns]
         return Talk(tuple(turns), tuple(pictures), tuple(videos))
@@ -169,24 +182,24 @@ class RequestMedia:
 
     # -- inside ----------------------------------------------------------------------------------------------
 
-    def _text(
-        self, message: Message, where: str, pictures: list[Image.Image], videos: list[Video], shows_videos: bool
-    ) -> str:
-        """A message's words, with a line for each picture and video, which are put into the lists."""
+    def _text(self, message: Message, where: str, seen: _Seen) -> str:
+        """A message's words, with a line for each picture and video, which are put into `seen`."""
         if isinstance(message.content, str):
-            return words(message.content, where, shows_videos=shows_videos)
+            return words(message.content, where, shows_videos=seen.shows_videos)
         text = ""
         for place, part in enumerate(message.content):
             here = f"{where}[{place}]"
             if isinstance(part, TextPart):
-                text += words(part.text, here, shows_videos=shows_videos)
-            elif isinstance(part, VideoPart):
+                text += words(part.text, here, shows_videos=seen.shows_videos)
+                continue
+            seen.go_on()
+            if isinstance(part, VideoPart):
                 here += ".video_url"
-                videos.append(self.video(self._content(part.video_url.url, here), here))
+                seen.videos.append(self.video(self._content(part.video_url.url, here), here))
                 text += f"{VIDEO_PLACEHOLDER}\n"
             else:
                 here += ".image_url"
-                pictures.append(self.picture(self._content(part.image_url.url, here), here))
+                seen.pictures.append(self.picture(self._content(part.image_url.url, here), here))
                 text += f"{IMAGE_PLACEHOLDER}\n"
         return text if isinstance(message.content[-1], TextPart) else text.removesuffix("\n")
 

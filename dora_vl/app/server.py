@@ -6,36 +6,34 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from dora_vl.app.answering import Answering, Event, Failed, Finished, Prepared, Stopped, TooLate, TooManyRequests
+from dora_vl.app.answering import Answering, Event, Failed, Finished, Prepared, Stopped, TooManyRequests
 from dora_vl.app.chat_answers import chunks, completion
 from dora_vl.app.chat_request import ChatRequest, LoadRequest, UnloadRequest
 from dora_vl.app.engine import Engine
 from dora_vl.app.http_errors import error_response
-from dora_vl.app.request_media import BadRequest, MediaLimits, RequestMedia, TooLarge
+from dora_vl.app.request_body import Model, read_body
+from dora_vl.app.request_media import BadRequest, MediaLimits, RequestMedia
 from dora_vl.app.row_decoding import Sampling
-from dora_vl.errors import UserError, one_line, shown
+from dora_vl.app.served_model import UnknownModel
+from dora_vl.app.waiting_client import WaitingClient
+from dora_vl.errors import UserError, shown
 
 log = logging.getLogger(__name__)
 
-Model = TypeVar("Model", bound=BaseModel)
 PREPARED_AT_ONCE = 8
 """Requests whose pictures are decoded at a time; the memory of all that may wait would be too much."""
-LOOK_SECONDS = 0.5
-"""How often it is looked whether a client that waits is still there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,20 +86,11 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         with self._one_more():
+            client = WaitingClient(request, self.engine.settings.answer_seconds)
             asked = await self._body(request, ChatRequest)
             self.engine.model.asked(asked.model)  # before any picture is decoded
-            prepared = await run_sync(partial(self._prepared, asked), limiter=self._preparing)
-            events: asyncio.Queue[Event] = asyncio.Queue()
-            loop = asyncio.get_running_loop()
-
-            def put(event: Event) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(events.put_nowait, event)
-
-            answering = self.engine.submit(prepared, put)
-            if asked.stream:
-                return await self._stream(request, asked, answering, events)
-            return await self._whole(request, asked, answering, events)
+            with _still_served(asked.model):
+                return await self._answer(client, asked)
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: the base, and its adapters."""
@@ -149,32 +138,15 @@ class Server:
             self._held -= 1
 
     async def _body(self, request: Request, kind: type[Model]) -> Model:
-        """The request's content, of at most so many bytes, in at most so much time."""
-        most = self.settings.body_bytes
-        stated = request.headers.get("content-length", "")
-        content = bytearray()
-        too_large = TooLarge(f"the request is larger than the {most:,} bytes allowed here")
-        if stated.isdecimal() and int(stated) > most:
-            raise too_large
+        """The request's content, within the server's limits."""
+        settings = self.settings
+        return await read_body(request, kind, most=settings.body_bytes, seconds=settings.body_seconds)
 
-        async def read() -> None:
-            async for chunk in request.stream():
-                content.extend(chunk)
-                if len(content) > most:
-                    raise too_large
-
-        try:
-            await asyncio.wait_for(read(), self.settings.body_seconds)
-        except ClientDisconnect:
-            raise Stopped("the client has gone away") from None
-        except asyncio.TimeoutError:
-            raise TooLate(f"the request was not sent within {self.settings.body_seconds:g} s") from None
-        return await run_sync(partial(_parsed, kind, bytes(content)))
-
-    def _prepared(self, asked: ChatRequest) -> Prepared:
-        """The request's prompt, its pictures and videos read; in a thread of its own."""
+    def _prepared(self, asked: ChatRequest, go_on: Callable[[], object]) -> Prepared:
+        """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
+        go_on()
         settings, positions = self.settings, self.engine.model.max_positions
-        talk = self.media.read(asked.messages)
+        talk = self.media.read(asked.messages, go_on)
         sampling = Sampling(
             max_new_tokens=asked.longest or settings.new_tokens,
             temperature=settings.temperature if asked.temperature is None else asked.temperature,
@@ -182,6 +154,7 @@ class Server:
             stop=asked.stops,
             seed=asked.seed,
         )
+        go_on()
         shown_there = {"pictures": talk.pictures, "videos": talk.videos}
         roomy = asked.longest is not None or positions is None
         strength = 1.0 if asked.strength is None else asked.strength
@@ -209,20 +182,37 @@ class Server:
 
     # -- answering ---------------------------------------------------------------------------------------------
 
+    async def _answer(self, client: WaitingClient, asked: ChatRequest) -> Response:
+        """The answer, as long as the client waits for it."""
+        async with client.watched(lambda: None):
+            prepared = await run_sync(partial(self._prepared, asked, client.check), limiter=self._preparing)
+        client.check()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        answering = self.engine.submit(prepared, put)
+        answering.deadline = client.deadline  # reading the request was of its time
+        answer = self._stream if asked.stream else self._whole
+        return await answer(client, asked, answering, events)
+
     async def _whole(
-        self, request: Request, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
+        self, client: WaitingClient, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
     ) -> Response:
-        async with _watched(request, answering):
+        async with client.watched(answering.cancel):
             while not isinstance(event := await events.get(), Finished):
                 if isinstance(event, Failed):
                     raise event.error
         return JSONResponse(completion(asked, event))
 
     async def _stream(
-        self, request: Request, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
+        self, client: WaitingClient, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
     ) -> Response:
         """The answer as server-sent events; what goes wrong before the first piece still has its own status."""
-        async with _watched(request, answering):
+        async with client.watched(answering.cancel):
             first = await events.get()
         if isinstance(first, Failed):
             raise first.error
@@ -232,39 +222,13 @@ class Server:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "dora-vl"}
 
 
-@contextlib.asynccontextmanager
-async def _watched(request: Request, answering: Answering) -> AsyncIterator[None]:
-    """Meanwhile the answer ends where the client goes away, or where waiting for it is broken off."""
-
-    async def look() -> None:
-        while not await request.is_disconnected():
-            await asyncio.sleep(LOOK_SECONDS)
-        answering.cancel()
-
-    looking = asyncio.create_task(look())
+@contextlib.contextmanager
+def _still_served(name: str) -> Iterator[None]:
+    """Meanwhile a model that is not there any more was unloaded: nothing is wrong with the request."""
     try:
         yield
-    except BaseException:
-        answering.cancel()
-        raise
-    finally:
-        looking.cancel()
-
-
-def _parsed(kind: type[Model], content: bytes) -> Model:
-    """A request's JSON, checked.
-
-    Raises:
-        BadRequest: it names the first place that is wrong.
-    """
-    try:
-        return kind.model_validate_json(content)
-    except ValidationError as error:
-        errors = error.errors(include_url=False, include_context=False, include_input=False)
-        first = max(errors, key=lambda one: len(one["loc"]))  # of several forms the one that came farthest
-        place = ".".join(map(str, first["loc"])) or "the request"
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise BadRequest(one_line(place, 80), f"{first['msg']}{more}") from None
+    except UnknownModel:
+        raise Stopped(f"adapter {name} was unloaded before its answer began") from None
 
 
 def build_app(server: Server) -> FastAPI:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from dora_vl.app import remote_media
-from dora_vl.app.remote_media import FetchLimits, NotFetched, fetch, is_public, public_addresses
+from dora_vl.app.remote_media import FetchLimits, NotFetched, _Pinned, fetch, is_public, public_addresses
 
 LIMITS = FetchLimits(bytes=1000, seconds=2.0)
 
@@ -23,13 +25,21 @@ LIMITS = FetchLimits(bytes=1000, seconds=2.0)
         "127.0.0.1", "127.8.9.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1",
         "224.0.0.1", "255.255.255.255", "192.0.2.1", "198.18.0.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1",
         "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:db8::1",
+        "::127.0.0.1", "::10.0.0.1", "fec0::1", "feff::1", "64:ff9b:1::a00:1", "64:ff9b::10.0.0.1", "4000::1",
+        "::ffff:0:127.0.0.1", "2001:0:1:1:1:1:80ff:fffe", "2002:a00:1::", "240.0.0.1",
     ],
 )  # fmt: skip
 def test_an_address_that_is_not_public(address: str) -> None:
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["93.184.215.14", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "93.184.215.14", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "2001:4860:4860::8888", "2a00:1450:4001::1",
+        "2400:cb00::1", "64:ff9b::8.8.8.8", "2002:808:808::1",
+    ],
+)  # fmt: skip
 def test_an_address_that_is_public(address: str) -> None:
     assert is_public(address)
 
@@ -69,6 +79,10 @@ def test_this_machine_is_refused_before_anything_is_sent() -> None:
             listening.accept()
 
 
+DRIBBLES = {"/sizes": (b"", b"0"), "/trailers": (b"0\r\n", b"X: y\r\n"), "/chunks": (b"ffff\r\n", b"a")}
+"""Paths of endless chunked answers: what is sent first, and then again and again."""
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.startswith("/to/"):
@@ -80,6 +94,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             for _ in range(100):
                 self.wfile.write(b"a")
+                self.wfile.flush()
+                time.sleep(0.1)
+        elif self.path in DRIBBLES:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n1\r\na\r\n")
+            before, again = DRIBBLES[self.path]
+            self.wfile.write(before)
+            for _ in range(100):
+                self.wfile.write(again)
                 self.wfile.flush()
                 time.sleep(0.1)
         else:
@@ -107,6 +129,23 @@ def site(monkeypatch: Any) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.fixture
+def slow_tls() -> Iterator[int]:
+    """The port of a site on this machine that never comes to the end of its TLS handshake."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def dribble() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"\x16\x03\x03\x40\x00")
+                for _ in range(100):
+                    connection.sendall(b"\x02")
+                    time.sleep(0.1)
+
+        threading.Thread(target=dribble, daemon=True).start()
+        yield listening.getsockname()[1]
+
+
 def test_what_is_there_is_fetched(site: str) -> None:
     assert fetch(f"{site}/a.png", LIMITS) == b"b" * 20
     assert fetch(f"{site}/to//a.png", LIMITS) == b"b" * 20  # a relative redirect
@@ -128,8 +167,27 @@ def test_what_is_not_fetched(site: str, path: str, reason: str) -> None:
         fetch(f"{site}{path}", LIMITS)
 
 
-def test_a_site_that_dribbles_is_left(site: str) -> None:
+@pytest.mark.parametrize("path", ["/slow", *DRIBBLES])
+def test_a_site_that_dribbles_is_left(site: str, path: str) -> None:
+    """Also where each byte comes in time, and where http.client has let go of the socket (`Connection: close`)."""
     before = time.monotonic()
-    with pytest.raises(NotFetched):
-        fetch(f"{site}/slow", FetchLimits(bytes=1000, seconds=1.0))
+    with pytest.raises(NotFetched, match="was too slow"):
+        fetch(f"{site}{path}", FetchLimits(bytes=1000, seconds=1.0))
     assert time.monotonic() - before < 3
+
+
+def test_a_site_that_dribbles_its_handshake_is_left(site: str, slow_tls: int) -> None:
+    before = time.monotonic()
+    with pytest.raises(NotFetched, match="was too slow"):
+        fetch(f"https://site.example:{slow_tls}/", FetchLimits(bytes=1000, seconds=1.0))
+    assert time.monotonic() - before < 3
+
+
+def test_nothing_is_read_from_a_connection_that_comes_too_late() -> None:
+    """The watch may end a fetch before there is a socket that it could shut."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        connection = _Pinned(urlsplit(f"http://site.example:{listening.getsockname()[1]}/"), "127.0.0.1", 2.0)
+        connection.abort()
+        with pytest.raises(TimeoutError, match="aborted"):
+            connection.connect()
+        connection.close()

@@ -38,6 +38,7 @@ from tests.app.tiny_served import (
 from tests.backbones.tiny_video import write_tiny_video
 
 TOKENS = 8
+DECLARED = "Content-Type: application/json"
 NAMES = ("base", *ADAPTERS)
 RED, WIDE = Image.new("RGB", (21, 15), "red"), Image.new("RGB", (60, 17), (20, 40, 220))
 
@@ -312,8 +313,8 @@ def raw(address: str, content: bytes) -> bytes:
 
 def test_what_is_no_json_or_no_route(client: Any, address: str) -> None:
     for body in (b"", b"{", b"[]", b"\xff\xfe", b'{"model": 1}', b"null", b"[" * 100_000):
-        lines = ["POST /v1/chat/completions HTTP/1.1", "Host: a", f"Content-Length: {len(body)}", "Connection: close"]
-        answer = raw(address, "\r\n".join([*lines, "", ""]).encode() + body)
+        lines = [f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n{DECLARED}", f"Content-Length: {len(body)}"]
+        answer = raw(address, "\r\n".join([*lines, "Connection: close", "", ""]).encode() + body)
         assert answer.startswith(b"HTTP/1.1 400"), answer[:200]
         assert "error" in json.loads(answer.partition(b"\r\n\r\n")[2])
     for method, path, status in (("GET", "/v1/none", 404), ("GET", "/v1/chat/completions", 405)):
@@ -370,7 +371,8 @@ def test_a_server_of_other_settings(model: ServedModel) -> None:
             assert "is no public address" in said
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=30) as slow:
-            slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{")
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n{DECLARED}\r\nContent-Length: 1000\r\n\r\n"
+            slow.sendall(head.encode() + b"{")
             time.sleep(0.5)
             with pytest.raises(openai.RateLimitError) as refused:
                 client.chat.completions.create(model="one", messages=words("a"))

@@ -1,0 +1,132 @@
+"""A request's JSON: of whatever size and however wrong, it is refused in little time and memory, in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dora_vl.app.chat_request import MOST_FIELDS, MOST_MESSAGES, MOST_PARTS, ChatRequest
+from dora_vl.app.request_body import MOST_VALUES, parsed
+from dora_vl.app.request_media import BadRequest, TooLarge
+
+MANY = 80_000
+MOST_ERRORS = 40
+SAID = {"role": "user", "content": "a"}
+TEXT = {"type": "text", "text": "a"}
+
+
+def request(**fields: Any) -> dict[str, Any]:
+    return {"model": "one", "messages": [SAID], **fields}
+
+
+def names(count: int) -> dict[str, Any]:
+    return {f"a{number}": 0 for number in range(count)}
+
+
+WRONG: dict[str, Callable[[int], Any]] = {
+    "messages": lambda count: request(messages=[0] * count),
+    "good messages": lambda count: request(messages=[SAID] * (count // 2)),
+    "parts": lambda count: request(messages=[{"role": "user", "content": [0] * count}]),
+    "good parts": lambda count: request(messages=[{"role": "user", "content": [TEXT] * (count // 2)}]),
+    "stop": lambda count: request(stop=[0] * count),
+    "fields": lambda count: request(**names(count)),
+    "fields of a message": lambda count: request(messages=[{**SAID, **names(count)}]),
+    "fields of a part": lambda count: request(messages=[{"role": "user", "content": [{**TEXT, **names(count)}]}]),
+    "fields of a picture": lambda count: request(
+        messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a", **names(count)}}]}]
+    ),
+    "metadata": lambda count: request(metadata=names(count)),
+    "no object": lambda count: [0] * count,
+}
+"""What a request may hold too many of."""
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_however_much_is_wrong_few_errors_are_collected(what: str) -> None:
+    """Pydantic keeps a kilobyte for each, and by itself one for each item and each field that is unknown."""
+    body = json.dumps(WRONG[what](MANY)).encode()
+    with pytest.raises(ValidationError) as found:
+        ChatRequest.model_validate_json(body)
+    assert found.value.error_count() <= MOST_ERRORS
+    with pytest.raises(BadRequest) as refused:
+        parsed(ChatRequest, body)
+    assert len(str(refused.value)) < 500
+
+
+MEASURE = """
+import json, resource, sys, time
+from dora_vl.app.chat_request import ChatRequest
+from dora_vl.app.request_body import parsed
+from dora_vl.errors import UserError
+
+for body in (b'{"messages":[' + b"0," * COUNT + b"0]}", b"{" + b'"a":0,' * COUNT + b'"a":0}', b"[" * COUNT):
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        parsed(ChatRequest, body)
+    except UserError as error:
+        name, line = type(error).__name__, str(error)
+    after, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time() - began
+    print(json.dumps([name, line, (after - before) / 1024, seconds]))
+"""
+
+
+def test_two_million_values_are_refused_in_little_time_and_memory() -> None:
+    """Before they become objects: in a process of its own, whose largest memory is looked at."""
+    script = MEASURE.replace("COUNT", "2_000_000")
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    found = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert len(found) == 3
+    for name, line, mib, seconds in found:
+        assert (name, "200,000 commas and opening brackets" in line) == ("TooLarge", True), line
+        assert mib < 40, mib  # the bodies themselves have 12 MB at most
+        assert seconds < 2, seconds
+
+
+def test_what_is_allowed_passes() -> None:
+    """The most of everything, and a long text of commas and brackets."""
+    fits = request(
+        messages=[SAID] * (MOST_MESSAGES - 1) + [{"role": "user", "content": [TEXT] * MOST_PARTS}],
+        metadata=dict.fromkeys(map(str, range(MOST_FIELDS)), "a"),
+    )
+    assert len(parsed(ChatRequest, json.dumps(fits).encode()).messages) == MOST_MESSAGES
+    text = "[1, {2" * (MOST_VALUES // 3 - 20)
+    assert parsed(ChatRequest, json.dumps(request(messages=[{**SAID, "content": text}])).encode()).model == "one"
+    url = "data:image/png;base64," + "A" * 10_000_000
+    picture = {"type": "image_url", "image_url": url}
+    assert parsed(ChatRequest, json.dumps(request(messages=[{"role": "user", "content": [picture]}])).encode())
+
+
+def test_one_more_is_refused() -> None:
+    for body, line in (
+        (request(messages=[SAID] * (MOST_MESSAGES + 1)), f"messages: List should have at most {MOST_MESSAGES} items"),
+        (request(metadata=names(MOST_FIELDS + 1)), "metadata: Value error, it has 65 fields, and 64 are allowed"),
+        (request(**names(MOST_FIELDS)), "the request: Value error, it has 66 fields, and 64 are allowed"),
+        (
+            request(messages=[{"role": "user", "content": [TEXT] * (MOST_PARTS + 1)}]),
+            f"List should have at most {MOST_PARTS} items",
+        ),
+    ):
+        with pytest.raises(BadRequest) as refused:
+            parsed(ChatRequest, json.dumps(body).encode())
+        assert line in str(refused.value)
+
+
+def test_a_line_stays_short_whatever_a_client_sends() -> None:
+    for body in (
+        request(messages=[{"role": "user", "content": [{"type": "x" * 100_000}]}]),
+        request(**{"x" * 100_000: 1}),
+    ):
+        with pytest.raises(BadRequest) as refused:
+            parsed(ChatRequest, json.dumps(body).encode())
+        assert len(str(refused.value)) < 500
+
+
+def test_too_many_values_are_too_large() -> None:
+    with pytest.raises(TooLarge, match="commas and opening brackets"):
+        parsed(ChatRequest, b"[" + b"0," * (MOST_VALUES + 1) + b"0]")
