@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -256,14 +257,22 @@ def test_an_example_and_a_new_talk(visitor: Visitor, opened: tuple[str, Engine])
 
 @contextmanager
 def endless(engine: Engine) -> Iterator[None]:
-    """No answer ends before it is as long as it may be."""
-    model = engine.model.backbone.model
+    """No answer ends before it is as long as it may be, and that takes longer than a busy machine's browser."""
+    model, rows = engine.model.backbone.model, engine._rows
     ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
-    before, engine._rows.ends = engine._rows.ends, frozenset()
+    before, rows.ends = rows.ends, frozenset()
+    holding = rows._holding
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.1)
+        return holding(*given)
+
+    rows._holding = slowly  # type: ignore[method-assign]
     try:
         yield
     finally:
-        model.generation_config.eos_token_id, engine._rows.ends = ends, before
+        model.generation_config.eos_token_id, rows.ends = ends, before
+        rows._holding = holding  # type: ignore[method-assign]
 
 
 def test_stop_ends_the_answer_and_keeps_what_was_said(visitor: Visitor, opened: tuple[str, Engine]) -> None:
