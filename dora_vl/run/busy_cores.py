@@ -65,10 +65,13 @@ class OthersLoad:
 
     @staticmethod
     def _times() -> tuple[float, float, float]:
-        """The clock, seconds in which the cores did something, and seconds of this process."""
+        """The clock, seconds in which the cores did something, and seconds of this process.
+
+        What a hypervisor takes is not counted: nobody here could use it.
+        """
         own_cores = os.sched_getaffinity(0)
         busy = sum(
-            one.user + one.nice + one.system + one.irq + one.softirq + one.steal
+            one.user + one.nice + one.system + one.irq + one.softirq
             for core, one in enumerate(psutil.cpu_times(percpu=True))
             if core in own_cores
         )
