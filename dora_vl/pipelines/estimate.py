@@ -125,7 +125,7 @@ def _engine(section: Mapping[str, Any], *, ranks: int, hidden_width: int) -> Eng
 def _adapted_skeleton(pipeline: Pipeline) -> Backbone[Any]:
     """The model without its weights, in the run's number types, with what trains put in."""
     model: Any = pipeline.config.model
-    if getattr(model, "quantisation", None) is not None:
+    if model.may_be_quantised and model.quantisation is not None:
         raise UserError("model.quantisation: of a quantised base no estimate is made; leave model.quantisation out")
     backbone = pipeline.skeleton()
     backbone.model.to(getattr(torch, model.dtype))
@@ -173,7 +173,8 @@ def _batch(pipeline: Pipeline, backbone: Backbone[Any], samples: Samples) -> dic
     if isinstance(backbone, LlavaBackbone):
         ids[:, : backbone.tokens_per_image] = backbone.config.image_token_id
         dtype = backbone.model.dtype
-        if getattr(pipeline.config.data, "cache_features", False):
+        data: Any = pipeline.config.data
+        if data.cache_features:
             features = (samples.rows, *backbone.feature_shape)
             batch["image_features"] = torch.empty(features, dtype=dtype, device=META)
         else:

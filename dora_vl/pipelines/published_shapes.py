@@ -101,8 +101,9 @@ def with_shape(config: Any, shape: str | None, folder: Path) -> Any:
     Raises:
         UserError: there is no such shape, or none is named and the base is still to be composed.
     """
+    written_here = {one.name for one in dataclasses.fields(config.model)} & {"compose", "source"}
     if shape is None:
-        if getattr(config.model, "compose", None) is not None and not Path(config.model.base).exists():
+        if "compose" in written_here and config.model.compose is not None and not Path(config.model.base).exists():
             named = " or ".join(SHAPES)
             raise UserError(f"model.base {config.model.base} is not composed yet; name its sizes by --shape: {named}")
         return config
@@ -110,5 +111,5 @@ def with_shape(config: Any, shape: str | None, folder: Path) -> Any:
         raise UserError(f"--shape {shape} is not known; there are {', '.join(SHAPES)}")
     (folder / "config.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
     changed: dict[str, Any] = {"base": str(folder), "revision": None}
-    changed |= {name: None for name in ("compose", "source") if hasattr(config.model, name)}
+    changed |= dict.fromkeys(written_here)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changed))
