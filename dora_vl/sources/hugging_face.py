@@ -3,7 +3,8 @@
 `--from` takes a folder or a file of shards, or with `--set hub=OWNER/NAME` the folder of the cache (any existing
 folder). Licence: the set's own; its card says so. Options:
 
-- `hub`, `config`, `revision`: what to load from the hub; `split`: which of its splits (default train);
+- `hub`, `config`, `revision`: what to load from the hub; `split`: which of the splits (default train), there or by
+  the names of files and folders; shards whose names say no split are all of one, and `split` is what to call it;
 - `columns`: what is what, `field:column,...`, such as `question:query,answers:label,images:img`. Fields are id,
   images, question, answers, choices, correct, turns; a column may lead inside ("json.question"). What is not said
   is looked for under the field's own name and the usual others (`image`, `answer`, `__key__`, `conversations`...).
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_vl.data.examples import JSON, Answer, Example
+from dora_vl.data.readers.shard_files import by_split, counted, meaning, of_the_set
 from dora_vl.data.turns import Turn, read_conversation
 from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text
 from dora_vl.sources.fields import UNKNOWN_ID, given, identifier, index_of, integer
@@ -53,7 +55,7 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
     name = options.get("split", "train")
     columns = read_columns(options.get("columns", ""))
     hub = options.get("hub")
-    shards = () if hub else tuple(_shards(folder))
+    shards = () if hub else tuple(_of_split(folder, _shards(folder), name, asked="split" in options))
     task = options.get("task") or (hub.rpartition("/")[2] if hub else folder.stem)
     source: dict[str, Any] = {
         "path": hub,
@@ -92,13 +94,32 @@ def read_columns(wanted: str) -> dict[str, str]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    found = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.suffix in BUILDERS)
+    below = () if folder.is_file() else sorted(path for path in folder.rglob("*") if path.suffix in BUILDERS)
+    found = [folder] if folder.is_file() else of_the_set(below)
     if not found or any(path.suffix not in BUILDERS for path in found):
         raise UserError(f"{folder}: no {', '.join(BUILDERS)} shards; for a set of the hub add --set hub=OWNER/NAME")
     kinds = sorted({path.suffix for path in found})
     if len(kinds) > 1:
         raise UserError(f"{folder}: shards of several kinds ({', '.join(kinds)}); give a folder of one kind")
     return found
+
+
+def _of_split(folder: Path, shards: Sequence[Path], name: str, *, asked: bool) -> Sequence[Path]:
+    """The shards of the split of that name, or else of the only one that means it, as `val` means validation."""
+    if folder.is_file():
+        return shards
+    splits = by_split(folder, shards)
+    if name in splits:
+        return splits[name]
+    (first, *others), wanted = splits, meaning(name)
+    if not others and (not asked or wanted is None or meaning(first) in (None, wanted)):
+        return shards  # of one split, which `split` may call something else
+    same = [files for split, files in splits.items() if wanted is not None and meaning(split) == wanted]
+    if len(same) != 1:
+        raise UserError(
+            f"{folder}: no split {shown_text(name)} in it, but {counted(splits)}; name one, --set split=NAME"
+        )
+    return same[0]
 
 
 def _rows(hub: Mapping[str, Any] | None, shards: Sequence[Path], progress: Progress) -> Iterator[Raw]:
