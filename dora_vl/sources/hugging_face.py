@@ -11,8 +11,8 @@ folder). Licence: the set's own; its card says so. Options:
   `extra:a+b` keeps further columns;
 - `task`: the folder under records; default the set's or the folder's name.
 
-An answer may be text, a list of text, a list of objects that hold `answer` (as in VQA v2), or the number of a
-choice. Pictures, whether bytes or paths, are taken undecoded and written once to `records/<task>/media`.
+An answer may be text, a list of text, a list of objects that hold `answer` (as in VQA v2), or of a choice what
+`choice_columns` says. Pictures, whether bytes or paths, are taken undecoded and written once to `records/<task>/media`.
 Conversations are taken in LLaVA's form.
 
 Quirks: rows without an id are numbered. A row group, not a row, is what parquet reads at once: sets with pictures
@@ -32,7 +32,8 @@ from dora_vl.data.examples import JSON, Answer, Example
 from dora_vl.data.readers.shard_files import by_split, counted, meaning, of_the_set
 from dora_vl.data.turns import Turn, read_conversation
 from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text
-from dora_vl.sources.fields import UNKNOWN_ID, given, identifier, index_of, integer
+from dora_vl.sources.choice_columns import correct_choice, listed_choices
+from dora_vl.sources.fields import UNKNOWN_ID, given, identifier, integer
 from dora_vl.sources.joins import soft_answers
 from dora_vl.sources.media_files import save_picture
 from dora_vl.sources.published import Progress, Raw, Split
@@ -171,8 +172,9 @@ def convert(raw: Raw, *, columns: Mapping[str, str], task_folder: Path) -> Examp
     extra = {name: value for name in _extras(columns) if (value := given(raw, name)) is not None}
     if found["turns"] is not None:
         return Example(id=sample_id, images=images, turns=_turns(found["turns"], images, sample_id), extra=extra)
-    choices = tuple(_said(choice, "choice", sample_id) for choice in _listed(found["choices"]))
-    answers, correct = _answers(found, choices, sample_id)
+    choices = _choices(found["choices"], sample_id)
+    correct = _correct(found, choices, columns, sample_id) if choices else None
+    answers = _answers(found, sample_id) if not choices else () if correct is None else (Answer(text=choices[correct]),)
     question = found["question"]
     if question is not None and not isinstance(question, str):
         raise BadSample(sample_id, f"its question must be text, got {shown(question)}")
@@ -242,17 +244,32 @@ def _turns(conversations: JSON, images: Sequence[str], sample_id: str) -> tuple[
     return read_conversation(record).turns
 
 
-def _answers(
-    found: Mapping[str, JSON], choices: Sequence[str], sample_id: str
-) -> tuple[tuple[Answer, ...], int | None]:
+def _choices(value: JSON, sample_id: str) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return listed_choices(value, sample_id)
+    return tuple(_said(choice, "choice", sample_id) for choice in _listed(value))
+
+
+def _correct(
+    found: Mapping[str, JSON], choices: Sequence[str], columns: Mapping[str, str], sample_id: str
+) -> int | None:
+    """The right choice; of several people's answers the one that all give."""
+    numbered = found["correct"] is not None
+    reading = "place" if numbered else "text" if "answers" in columns else "either"
+    entries = _entries(found["correct"] if numbered else found["answers"])
+    given_by = {correct_choice(entry, choices, sample_id, reading) for entry in entries} - {None}
+    if len(given_by) > 1:
+        raise BadSample(sample_id, f"its {len(entries)} answers are {len(given_by)} of its choices; one may be right")
+    return next(iter(given_by), None)
+
+
+def _entries(value: JSON) -> list[JSON]:
+    return [given(entry, "answer") if isinstance(entry, Mapping) else entry for entry in _listed(value)]
+
+
+def _answers(found: Mapping[str, JSON], sample_id: str) -> tuple[Answer, ...]:
     value = found["answers"] if found["correct"] is None else found["correct"]
-    if isinstance(value, int) and not isinstance(value, bool) and choices:
-        correct = index_of(value, choices, "answer", sample_id)
-        return (Answer(text=choices[correct]),), correct
-    entries = [given(entry, "answer") if isinstance(entry, Mapping) else entry for entry in _listed(value)]
-    answers = [_said(entry, "answer", sample_id) for entry in entries]
-    if len(answers) > 1:
-        return soft_answers(answers) if len(set(answers)) < len(answers) else tuple(
-            Answer(text=a) for a in answers if a
-        ), None
-    return tuple(Answer(text=text) for text in answers if text.strip()), None
+    answers = [_said(entry, "answer", sample_id) for entry in _entries(value)]
+    if len(answers) > 1 and len(set(answers)) < len(answers):
+        return soft_answers(answers)
+    return tuple(Answer(text=text) for text in answers if text.strip())
