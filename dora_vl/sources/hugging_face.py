@@ -3,15 +3,16 @@
 `--from` takes a folder or a file of shards, or with `--set hub=OWNER/NAME` the folder of the cache (any existing
 folder). Licence: the set's own; its card says so. Options:
 
-- `hub`, `config`, `revision`: what to load from the hub; `split`: which of its splits (default train);
+- `hub`, `config`, `revision`: what to load from the hub; `split`: which of the splits (default train), there or by
+  the names of files and folders; shards whose names say no split are all of one, and `split` is what to call it;
 - `columns`: what is what, `field:column,...`, such as `question:query,answers:label,images:img`. Fields are id,
   images, question, answers, choices, correct, turns; a column may lead inside ("json.question"). What is not said
   is looked for under the field's own name and the usual others (`image`, `answer`, `__key__`, `conversations`...).
   `extra:a+b` keeps further columns;
 - `task`: the folder under records; default the set's or the folder's name.
 
-An answer may be text, a list of text, a list of objects that hold `answer` (as in VQA v2), or the number of a
-choice. Pictures, whether bytes or paths, are taken undecoded and written once to `records/<task>/media`.
+An answer may be text, a list of text, a list of objects that hold `answer` (as in VQA v2), or of a choice what
+`choice_columns` says. Pictures, whether bytes or paths, are taken undecoded and written once to `records/<task>/media`.
 Conversations are taken in LLaVA's form.
 
 Quirks: rows without an id are numbered. A row group, not a row, is what parquet reads at once: sets with pictures
@@ -28,9 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from dora_vl.data.examples import JSON, Answer, Example
+from dora_vl.data.readers.shard_files import by_split, counted, meaning, of_the_set
 from dora_vl.data.turns import Turn, read_conversation
 from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text
-from dora_vl.sources.fields import UNKNOWN_ID, given, identifier, index_of, integer
+from dora_vl.sources.choice_columns import correct_choice, listed_choices
+from dora_vl.sources.fields import UNKNOWN_ID, given, identifier, integer
 from dora_vl.sources.joins import soft_answers
 from dora_vl.sources.media_files import save_picture
 from dora_vl.sources.published import Progress, Raw, Split
@@ -53,7 +56,7 @@ def splits(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[
     name = options.get("split", "train")
     columns = read_columns(options.get("columns", ""))
     hub = options.get("hub")
-    shards = () if hub else tuple(_shards(folder))
+    shards = () if hub else tuple(_of_split(folder, _shards(folder), name, asked="split" in options))
     task = options.get("task") or (hub.rpartition("/")[2] if hub else folder.stem)
     source: dict[str, Any] = {
         "path": hub,
@@ -92,13 +95,32 @@ def read_columns(wanted: str) -> dict[str, str]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    found = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.suffix in BUILDERS)
+    below = () if folder.is_file() else sorted(path for path in folder.rglob("*") if path.suffix in BUILDERS)
+    found = [folder] if folder.is_file() else of_the_set(below)
     if not found or any(path.suffix not in BUILDERS for path in found):
         raise UserError(f"{folder}: no {', '.join(BUILDERS)} shards; for a set of the hub add --set hub=OWNER/NAME")
     kinds = sorted({path.suffix for path in found})
     if len(kinds) > 1:
         raise UserError(f"{folder}: shards of several kinds ({', '.join(kinds)}); give a folder of one kind")
     return found
+
+
+def _of_split(folder: Path, shards: Sequence[Path], name: str, *, asked: bool) -> Sequence[Path]:
+    """The shards of the split of that name, or else of the only one that means it, as `val` means validation."""
+    if folder.is_file():
+        return shards
+    splits = by_split(folder, shards)
+    if name in splits:
+        return splits[name]
+    (first, *others), wanted = splits, meaning(name)
+    if not others and (not asked or wanted is None or meaning(first) in (None, wanted)):
+        return shards  # of one split, which `split` may call something else
+    same = [files for split, files in splits.items() if wanted is not None and meaning(split) == wanted]
+    if len(same) != 1:
+        raise UserError(
+            f"{folder}: no split {shown_text(name)} in it, but {counted(splits)}; name one, --set split=NAME"
+        )
+    return same[0]
 
 
 def _rows(hub: Mapping[str, Any] | None, shards: Sequence[Path], progress: Progress) -> Iterator[Raw]:
@@ -150,8 +172,9 @@ def convert(raw: Raw, *, columns: Mapping[str, str], task_folder: Path) -> Examp
     extra = {name: value for name in _extras(columns) if (value := given(raw, name)) is not None}
     if found["turns"] is not None:
         return Example(id=sample_id, images=images, turns=_turns(found["turns"], images, sample_id), extra=extra)
-    choices = tuple(_said(choice, "choice", sample_id) for choice in _listed(found["choices"]))
-    answers, correct = _answers(found, choices, sample_id)
+    choices = _choices(found["choices"], sample_id)
+    correct = _correct(found, choices, columns, sample_id) if choices else None
+    answers = _answers(found, sample_id) if not choices else () if correct is None else (Answer(text=choices[correct]),)
     question = found["question"]
     if question is not None and not isinstance(question, str):
         raise BadSample(sample_id, f"its question must be text, got {shown(question)}")
@@ -221,17 +244,32 @@ def _turns(conversations: JSON, images: Sequence[str], sample_id: str) -> tuple[
     return read_conversation(record).turns
 
 
-def _answers(
-    found: Mapping[str, JSON], choices: Sequence[str], sample_id: str
-) -> tuple[tuple[Answer, ...], int | None]:
+def _choices(value: JSON, sample_id: str) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return listed_choices(value, sample_id)
+    return tuple(_said(choice, "choice", sample_id) for choice in _listed(value))
+
+
+def _correct(
+    found: Mapping[str, JSON], choices: Sequence[str], columns: Mapping[str, str], sample_id: str
+) -> int | None:
+    """The right choice; of several people's answers the one that all give."""
+    numbered = found["correct"] is not None
+    reading = "place" if numbered else "text" if "answers" in columns else "either"
+    entries = _entries(found["correct"] if numbered else found["answers"])
+    given_by = {correct_choice(entry, choices, sample_id, reading) for entry in entries} - {None}
+    if len(given_by) > 1:
+        raise BadSample(sample_id, f"its {len(entries)} answers are {len(given_by)} of its choices; one may be right")
+    return next(iter(given_by), None)
+
+
+def _entries(value: JSON) -> list[JSON]:
+    return [given(entry, "answer") if isinstance(entry, Mapping) else entry for entry in _listed(value)]
+
+
+def _answers(found: Mapping[str, JSON], sample_id: str) -> tuple[Answer, ...]:
     value = found["answers"] if found["correct"] is None else found["correct"]
-    if isinstance(value, int) and not isinstance(value, bool) and choices:
-        correct = index_of(value, choices, "answer", sample_id)
-        return (Answer(text=choices[correct]),), correct
-    entries = [given(entry, "answer") if isinstance(entry, Mapping) else entry for entry in _listed(value)]
-    answers = [_said(entry, "answer", sample_id) for entry in entries]
-    if len(answers) > 1:
-        return soft_answers(answers) if len(set(answers)) < len(answers) else tuple(
-            Answer(text=a) for a in answers if a
-        ), None
-    return tuple(Answer(text=text) for text in answers if text.strip()), None
+    answers = [_said(entry, "answer", sample_id) for entry in _entries(value)]
+    if len(answers) > 1 and len(set(answers)) < len(answers):
+        return soft_answers(answers)
+    return tuple(Answer(text=text) for text in answers if text.strip())

@@ -70,7 +70,7 @@ SOURCES: dict[str, Source] = {
             "hub": "OWNER/NAME on the hub; without it the shards in --from are read",
             "config": "the set's configuration",
             "revision": "commit or tag of the set",
-            "split": "which split; default train",
+            "split": "which split, of the hub or by the shards' names; default train",
             "columns": "what is what, such as question:query,answers:label,images:img,extra:a+b",
             "task": "folder under records; default the set's name",
         },

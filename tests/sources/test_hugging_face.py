@@ -128,6 +128,67 @@ def test_a_shard_that_was_cut_is_one_line(tmp_path: Path, rows: datasets.Dataset
     assert "\n" not in str(caught.value)
 
 
+SPLITS = ("dev", "test", "train", "validation")
+
+
+def in_splits(folder: Path, layout: str) -> Path:
+    """A set as the hub has it, with a row a split that says which."""
+    both: dict[str | datasets.NamedSplit, datasets.Dataset] = {
+        split: datasets.Dataset.from_dict({"question": [f"Of {split}?"], "answer": ["a"]}) for split in SPLITS
+    }
+    if layout == "saved":
+        datasets.DatasetDict(both).save_to_disk(str(folder))
+    else:
+        for split, part in both.items():
+            part.to_parquet(folder / layout.format(split))
+    return folder
+
+
+LAYOUTS = (
+    "{}-00000-of-00001.parquet",
+    "data/{}-00000-of-00001-ab12.parquet",
+    "{}/0.parquet",
+    "set_{}.parquet",
+    "saved",
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_the_split_that_was_asked_for_is_taken(tmp_path: Path, layout: str) -> None:
+    folder = in_splits(tmp_path / "data", layout)
+    for split in ("test", "dev", "validation"):
+        (example,) = prepare(folder, tmp_path / split, split=split)
+        assert example.question == f"Of {split}?"
+    (example,) = prepare(folder, tmp_path / "default")
+    assert example.question == "Of train?"
+    (example,) = prepare(folder, tmp_path / "means", split="training")
+    assert example.question == "Of train?"
+
+
+@pytest.mark.parametrize("asked", ["testdev", "val", "other"])
+def test_a_split_that_is_not_there_or_could_be_two(tmp_path: Path, asked: str) -> None:
+    folder = in_splits(tmp_path / "data", LAYOUTS[0])
+    found = r"dev \(1\), test \(1\), train \(1\), validation \(1\); name one, --set split=NAME"
+    with pytest.raises(UserError, match=rf"no split {asked} in it, but {found}"):
+        prepare(folder, tmp_path / "records", split=asked)
+
+
+def test_shards_of_one_split_may_be_called_something_else_but_not_another_split(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"question": ["q"], "answer": ["a"]}).to_parquet(tmp_path / "data" / "train-0.parquet")
+    for split in ("training", "mine"):
+        assert len(prepare(tmp_path / "data", tmp_path / split, split=split)) == 1
+    with pytest.raises(UserError, match=r"no split test in it, but train \(1\)"):
+        prepare(tmp_path / "data", tmp_path / "records", split="test")
+
+
+def test_what_map_keeps_beside_saved_shards_is_left_out(tmp_path: Path, rows: datasets.Dataset) -> None:
+    rows.save_to_disk(tmp_path / "data")
+    datasets.load_from_disk(tmp_path / "data").map(lambda row: {"level": row["level"] + 1})
+    assert list((tmp_path / "data").glob("cache-*.arrow"))
+    examples = prepare(tmp_path / "data", tmp_path / "records", columns="question:query,extra:level")
+    check(examples, tmp_path / "records" / "own")
+
+
 def test_choices_and_conversations(tmp_path: Path) -> None:
     choice = {"row number": 1, "question": "Which?", "choices": ["a", "b"], "answer": 1}
     assert convert(choice, columns={}, task_folder=tmp_path) == Example(

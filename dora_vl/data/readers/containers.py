@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dora_vl.data.readers.shard_files import BESIDE_ARROW, by_split, counted, meaning, of_the_set
 from dora_vl.data.readers.webdataset import webdataset_rows
 from dora_vl.data.records import stream_records
 from dora_vl.data.text_file import LONGEST_REASON, json_of, table_rows
@@ -188,8 +189,6 @@ NO_SAMPLES = {
 }
 """Endings of files that people have, and what to do with such a one."""
 JSON_ENDINGS = (".json", ".jsonl")
-BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
-"""What `datasets` writes beside the Arrow files of a folder."""
 
 
 @dataclass(frozen=True)
@@ -224,10 +223,10 @@ class DataFiles:
 
 
 def find_files(path: Path) -> DataFiles:
-    """The files of a path: itself, the shards of one kind in a folder, or a set of the hub.
+    """The files of a path: itself, the shards of one kind and split in a folder, or a set of the hub.
 
     Raises:
-        UserError: nothing is there, or files of several kinds.
+        UserError: nothing is there, or files of several kinds or splits.
     """
     if str(path).startswith(HUB):
         return DataFiles(str(path), hub_files(str(path).removeprefix(HUB)))
@@ -245,9 +244,9 @@ def find_files(path: Path) -> DataFiles:
 
 def _shards(folder: Path) -> tuple[Path, ...]:
     endings = (*READERS, *JSON_ENDINGS)
-    found = sorted(
+    found = of_the_set(
         file
-        for file in folder.iterdir()
+        for file in sorted(folder.iterdir())
         if file.suffix.lower() in endings and file.is_file() and file.name not in (*BESIDE_ARROW, "manifest.json")
     )
     kinds = sorted({file.suffix.lower() for file in found})
@@ -259,4 +258,11 @@ def _shards(folder: Path) -> tuple[Path, ...]:
         below = sorted(each.name for each in folder.iterdir() if each.is_dir())[:5]
         hint = f"; give one of its folders ({', '.join(below)})" if below else ""
         raise UserError(f"{folder}: no file of samples in it ({', '.join(endings)}){hint}")
+    splits = by_split(folder, found)
+    if len(splits) > 1:
+        trained_on = next((files for name, files in splits.items() if meaning(name) == "train"), found)
+        raise UserError(
+            f"{folder}: files of several splits, {counted(splits)}; name the file that is meant, such as "
+            f"{trained_on[0].name}, in data.train also a list of files, or move each split to a folder of its own"
+        )
     return tuple(found)
