@@ -6,7 +6,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, TextIO
+from io import TextIOBase
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -23,11 +24,11 @@ LEAST_SECONDS = 0.25
 NOT_CI = ("", "0", "false")
 
 
-def can_show(stream: TextIO) -> bool:
+def can_show(stream: TextIO | TextIOBase) -> bool:
     """Whether a view can stand there: a terminal that moves its cursor and writes UTF-8, with a person before it."""
     if not stream.isatty() or os.environ.get("CI", "").lower() not in NOT_CI:
         return False
-    console = Console(file=stream)
+    console = Console(file=cast(IO[str], stream))
     return console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
 
 
