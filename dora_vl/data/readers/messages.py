@@ -71,7 +71,7 @@ class MessageReader:
             raise BadSample(self.sample_id, f"turn {number} has the role {shown(said)}; only {known} are known")
         content = message.get("content")
         if isinstance(content, str):
-            self._take_beside(content)
+            self.take_beside(content)
             return Turn(role, content)
         if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
             raise BadSample(self.sample_id, f"the content of turn {number} is neither text nor parts: {shown(content)}")
@@ -82,24 +82,24 @@ class MessageReader:
             return part
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(part, Mapping) and kind in TEXT_PARTS and isinstance(text := part.get("text"), str):
-            self._take_beside(text)
+            self.take_beside(text)
             return text
         if isinstance(part, Mapping) and kind in PICTURE_PARTS:
             payload = next((value for key in PAYLOADS if (value := part.get(key)) is not None), None)
             if payload is None:
-                self._take_beside(IMAGE_PLACEHOLDER)
+                self.take_beside(IMAGE_PLACEHOLDER)
             else:
                 self._pictures.add(payload, f"part of turn {number}")
             return IMAGE_PLACEHOLDER
         if isinstance(part, Mapping) and kind in VIDEO_PARTS:
             if all(part.get(key) is None for key in VIDEO_PAYLOADS):
-                self._take_beside(VIDEO_PLACEHOLDER)
+                self.take_beside(VIDEO_PLACEHOLDER)
             else:
                 self._videos.append(read_clip(part, f"part of turn {number}", self.sample_id))
             return VIDEO_PLACEHOLDER
         raise BadSample(self.sample_id, f"turn {number} has a part that is no text, picture or video: {shown(part)}")
 
-    def _take_beside(self, text: str) -> None:
+    def take_beside(self, text: str) -> None:
         """Pictures and videos that stand beside the messages take the places without one of their own, in order."""
         taken = self._beside.names[self._next_beside : self._next_beside + text.count(IMAGE_PLACEHOLDER)]
         self._pictures.names += taken
@@ -163,13 +163,15 @@ def first_of(row: Mapping[str, object], names: Sequence[str]) -> str | None:
 
 def read_prompt_completion(row: Mapping[str, object], sample_id: str) -> Example:
     """`prompt` and `completion`, each text or a list of messages (TRL); `history` holds earlier rounds."""
-    reader = MessageReader(row, sample_id)
+    reader, earlier = MessageReader(row, sample_id), _earlier_rounds(row, sample_id)
+    for turn in earlier:
+        reader.take_beside(turn.text)
     sides = {"prompt": "user", "completion": "assistant"}
     turns = [
         reader.turns([{"role": role, "content": row[key]}] if isinstance(row[key], str) else row[key])
         for key, role in sides.items()
     ]
-    return reader.example(with_system(row, (*_earlier_rounds(row, sample_id), *turns[0], *turns[1]), sample_id))
+    return reader.example(with_system(row, (*earlier, *turns[0], *turns[1]), sample_id))
 
 
 def read_texts(row: Mapping[str, object], sample_id: str) -> Example:

@@ -163,6 +163,12 @@ def test_earlier_rounds_come_before_the_question(row: dict[str, object]) -> None
             talk({**row, "history": wrong})
 
 
+def test_pictures_of_earlier_rounds_come_before_those_of_the_prompt() -> None:
+    parts = [{"type": "image", "image": "b.png"}, {"type": "text", "text": "q"}]
+    row = {"prompt": [{"role": "user", "content": parts}], "completion": "a", "history": [["<image>one", "1"]]}
+    assert talk({**row, "images": ["a.png"]}).images == ("a.png", "b.png")
+
+
 ASKING = {"question": "Which is red?", "answer": "one"}
 
 
