@@ -6,11 +6,13 @@ import base64
 import binascii
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from dora_vl.data.media_limits import PICTURE_ENDINGS
 from dora_vl.data.picture_decoding import decode_image, in_one_line
 from dora_vl.errors import ON_THE_WEB, BadSample, shown
 
@@ -149,8 +151,11 @@ def open_picture(root: Path, name: str, stored: HeldPictures | None = None) -> I
     return open_image(root, name)
 
 
-PICTURE_KEYS = ("images", "image", "image_path", "img", "picture", "jpg", "jpeg", "png", "webp")
+PICTURE_KEYS = ("images", "image", "image_path", "img", "picture", *PICTURE_ENDINGS)
 """Where pictures stand in a row; the first of them that holds any counts."""
+_NUMBERED = re.compile(r"image_(\d{1,4})")
+WEB, IN_PLACE, AS_URL = ("http://", "https://"), "data:", "file://"
+"""What begins a picture's text where that is no path."""
 STORED = "bytes:"
 
 
@@ -173,13 +178,13 @@ class RowPictures:
             value = next((one for one in given if one is not None), None)
         if isinstance(value, bytes | bytearray) and value:
             self._hold(bytes(value))
-        elif isinstance(value, str) and value.startswith("data:"):
+        elif isinstance(value, str) and value.startswith(IN_PLACE):
             self._hold(self._from_data_url(value))
-        elif isinstance(value, str) and value.startswith(("http://", "https://")):
+        elif isinstance(value, str) and value.startswith(WEB):
             told = f"{key!r} is on the web, {shown(value)}; fetch it and name the file"
             raise BadSample(self.sample_id, told, ON_THE_WEB)
         elif isinstance(value, str) and value:
-            self.names.append(value.removeprefix("file://"))
+            self.names.append(value.removeprefix(AS_URL))
         else:
             raise BadSample(self.sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
 
@@ -198,19 +203,32 @@ class RowPictures:
             raise BadSample(self.sample_id, f"its data URL {shown(url)} cannot be read: {error}") from None
 
 
-def row_pictures(row: Mapping[str, object], sample_id: str, keys: Sequence[str] = PICTURE_KEYS) -> RowPictures:
-    """The pictures under the first of `keys` that holds any; one that is no list counts as a list of one.
+def numbered_columns(row: Iterable[str]) -> list[str]:
+    """Of a row's columns `image_1`, `image_2`, ..., in the order of their numbers."""
+    found = [name for name in row if name.startswith("image_") and _NUMBERED.fullmatch(name)]
+    return sorted(found, key=lambda name: int(name.removeprefix("image_")))
+
+
+def row_pictures(row: Mapping[str, object], sample_id: str) -> RowPictures:
+    """The pictures under the first of `PICTURE_KEYS` that holds any, or of all numbered columns in their order.
+
+    One that is no list counts as a list of one.
 
     Raises:
-        BadSample: see `RowPictures.add`.
+        BadSample: they stand in both; or see `RowPictures.add`.
     """
     pictures = RowPictures(sample_id)
-    for key in keys:
-        value = row.get(key)
-        if value is None or value == "" or value == [] or value == b"":
-            continue
+    first = next((key for key in PICTURE_KEYS if key in row and not _is_empty(row[key])), None)
+    numbered = [key for key in numbered_columns(row) if not _is_empty(row[key])]
+    if first and numbered:
+        raise BadSample(sample_id, f"it has pictures under {first!r} and {numbered[0]!r}; leave one of them out")
+    for key in numbered if first is None else (first,):
+        value = row[key]
         listed = value if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) else [value]
         for one in listed:
             pictures.add(one, key)
-        break
     return pictures
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or value == "" or value == [] or value == b""

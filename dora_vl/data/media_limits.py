@@ -9,6 +9,9 @@ MEBIBYTE = 2**20
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders."""
+PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "apng", "mpo")
+"""How files of these formats end: all that Pillow knows, and a JPEG's of several pictures."""
+VIDEO_ENDINGS = ("mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "flv")
 PICTURE_PIXELS = 178_956_970
 """Most of a picture: the number from which Pillow itself refuses. Decoding it takes 0.6 to 2.2 GB, and seconds."""
 PICTURE_ELONGATION = 200

@@ -27,7 +27,7 @@ from dora_vl.errors import UserError
 _log = logging.getLogger(__name__)
 
 
-TABLE_VERSION = 4
+TABLE_VERSION = 5
 """Part of the cache's key: raise it when columns or their meaning change."""
 
 ROWS_A_BATCH = 4096

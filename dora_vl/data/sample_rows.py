@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from dora_vl.data.examples import FIELDS, Example, clip_fields, from_record
-from dora_vl.data.media import PICTURE_KEYS, row_pictures
+from dora_vl.data.media import PICTURE_KEYS, numbered_columns, row_pictures
+from dora_vl.data.readers.left_out import refuse_marked_turns, refuse_media_left_out
 from dora_vl.data.readers.messages import (
     ANSWERS,
     CAPTIONS,
     QUESTIONS,
+    SYSTEMS,
     first_of,
     read_caption,
     read_columns,
@@ -19,12 +21,14 @@ from dora_vl.data.readers.messages import (
     read_messages,
     read_prompt_completion,
     read_texts,
+    with_system,
 )
 from dora_vl.data.turns import INPUT_CHARACTERS, SPEAKERS, VIDEO_KEYS, Clip, Turn, raw_turns, row_clips, spoken_turns
 from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 
 Row = Mapping[str, object]
 ID_KEYS = ("id", "question_id", "qid", "__key__")
+_MEDIA_AND_IDS = frozenset((*ID_KEYS, *PICTURE_KEYS, *VIDEO_KEYS))
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,15 @@ def _is_columns(row: Row) -> bool:
 
 
 def _is_caption(row: Row) -> bool:
-    return first_of(row, (*PICTURE_KEYS, *VIDEO_KEYS)) is not None and first_of(row, CAPTIONS) is not None
+    media = (*PICTURE_KEYS, *numbered_columns(row), *VIDEO_KEYS)
+    return first_of(row, media) is not None and first_of(row, CAPTIONS) is not None
 
 
 def _read_conversations(row: Row, sample_id: str) -> Example:
     """LLaVA's and ShareGPT's: `from` and `value`, the pictures in `image` or `images`, a `system` text beside them."""
     if _roles_in_conversations(row):
         return read_messages(row, sample_id, "conversations")
-    turns = tuple(spoken_turns(row, sample_id))
-    if isinstance(system := row.get("system"), str) and system:
-        turns = (Turn("system", system), *turns)
+    turns = with_system(row, tuple(spoken_turns(row, sample_id)), sample_id)
     pictures = row_pictures(row, sample_id)
     return Example(
         id=sample_id,
@@ -150,7 +153,18 @@ def read_row(row: Row, *, number: int = 0) -> Example:
         raise BadSample(
             sample_id, f"its keys {shown([*row], 120)} fit no format ({known}; question and answer; docs/data.md)"
         )
-    return form.read(row, sample_id)
+    return _read(form, row, sample_id)
+
+
+def _read(form: RowFormat, row: Row, sample_id: str) -> Example:
+    example = form.read(row, sample_id)
+    _refuse_left_out(row, sample_id)
+    return example
+
+
+def _refuse_left_out(row: Row, sample_id: str) -> None:
+    refuse_marked_turns(row, sample_id)
+    refuse_media_left_out(row, sample_id, _MEDIA_AND_IDS)
 
 
 def turns_of(example: Example) -> tuple[Turn, ...]:
@@ -233,9 +247,9 @@ class SampleRowReader:
         if name is not None:
             self._check_format(name, f"row {number + 1} ({sample_id})")
         try:
-            if name == FORMATS[0].name and not record.get("system") and not _roles_in_conversations(record):
+            if form is FORMATS[0] and _is_llava(record):
                 return _llava_row(record, sample_id)
-            example = read_row(record, number=number) if form is None else form.read(record, sample_id)
+            example = read_row(record, number=number) if form is None else _read(form, record, sample_id)
             return _example_row(example, name)
         except BadSample as error:
             return SampleRow(id=sample_id, problem=error.reason, format=name)
@@ -259,14 +273,19 @@ def check_usable(name: str, rows: int, usable: int, first_problem: str | None) -
         raise UserError(f"{name}: none of its {rows} records is a sample; the first one: {first_problem}")
 
 
-def _llava_row(record: Mapping[str, object], sample_id: str) -> SampleRow:
+def _is_llava(record: Row) -> bool:
+    return not any(record.get(name) for name in SYSTEMS) and not _roles_in_conversations(record)
+
+
+def _llava_row(record: Row, sample_id: str) -> SampleRow:
     """LLaVA's turns are kept as they stand; `turns.read_conversation` decides what they mean."""
-    pictures = row_pictures(record, sample_id)
+    pictures, turns = row_pictures(record, sample_id), tuple(raw_turns(record, sample_id))
+    _refuse_left_out(record, sample_id)
     return SampleRow(
         id=sample_id,
         images=tuple(pictures.names),
         video=row_clips(record, sample_id),
-        turns=tuple(raw_turns(record, sample_id)),
+        turns=turns,
         format=FORMATS[0].name,
         held=pictures.held,
     )

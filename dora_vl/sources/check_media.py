@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
+from dora_vl.data.media_limits import VIDEO_ENDINGS
 from dora_vl.data.regular_file import NoRegularFile, refuse_no_file
 
-VIDEO_ENDINGS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".flv"})
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
 """How whole files of a kind end, within their last bytes: a quick look that needs no decoding."""
 TRUNCATED, BROKEN = "truncated media", "broken media"
@@ -75,7 +75,7 @@ class MediaCheck:
         size = found.st_size
         if size == 0:
             return Trouble("zero-byte media", "0 bytes")
-        if video or path.suffix.lower() in VIDEO_ENDINGS:
+        if video or path.suffix.lower().removeprefix(".") in VIDEO_ENDINGS:
             return video_trouble(path)
         quick = quick_trouble(path, size)
         if self._decode and (quick is None or quick.kind == BROKEN):  # a format unknown here may be one to Pillow

@@ -75,6 +75,13 @@ PLAIN = {"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": 
         {"video": {"path": "a.mp4", "start_seconds": 1.5}},
         {"system": "Be brief."},
         {"img": "a.png"},
+        {"bmp": "a.bmp"},
+        {"image_1": "a.png"},
+        {"system_prompt": "Be brief."},
+        {"image": "file:///there/a.png"},
+        {"image": "https://a.b/c.png"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x", "weight": 0}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x", "loss": False}]},
         {"conversations": []},
         {"conversations": None},
         {"conversations": [{"from": "human"}]},
@@ -92,6 +99,27 @@ def test_a_row_with_a_surprise_sends_the_whole_file_to_the_careful_reader(
     with pytest.raises(NotPlainError):
         list(plain_batches(path, record_table._SCHEMA))
     assert len(load_table(path, cache_folder=tmp_path / "cache")) == 5
+
+
+@pytest.mark.parametrize(
+    ("image", "names", "problem"),
+    [
+        ("file:///there/a.png", ["/there/a.png"], ""),
+        ("http://a.b/c.png", [], "is on the web"),
+        ("https://a.b/c.png", [], "is on the web"),
+        ("data:image/png;base64,aGk=", ["bytes:8f434346648f6b96df89dda901c5176b"], ""),
+        ("data/a.png", ["data/a.png"], ""),
+    ],
+)
+def test_pictures_of_lines_are_named_as_those_of_a_list(
+    tmp_path: Path, image: str, names: list[str], problem: str
+) -> None:
+    rows = [PLAIN, {**PLAIN, "image": image}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a.json", "a.jsonl"):
+        found = load_table(tmp_path / name, cache_folder=tmp_path / "cache")[1]
+        assert (found["images"], problem in (found["problem"] or "")) == (names, True)
 
 
 def test_a_surprise_in_a_later_block_leaves_no_row_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,17 @@ def test_the_current_folder_with_runs_in_it_is_still_one_folder(
     assert "answers.csv: question/answer, 24 rows" in told(capsys, ".", "--model", base, "--to", "runs/second")
 
 
+def test_rows_that_would_lose_their_choices_are_one_line(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "Which?", "choices": ["up", "down"], "answer": 1}
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps({"id": name, **row}) + "\n" for name in "abcd"))
+    said = refused(capsys, tmp_path, "--model", base)
+    assert "not one of its 4 rows can be used; 4 times not a sample, for example a: it has 'choices' that" in said
+    assert said.endswith("write both into 'question', or use records (docs/data.md)\n")
+
+
 def test_shards_are_one_file_and_videos_are_named(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from dora_vl.data.examples import Answer, Example, clip_fields
 from dora_vl.data.media import RowPictures, row_pictures
+from dora_vl.data.readers.left_out import is_nothing, refuse_beside
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Role, Turn, read_clip, row_clips
 from dora_vl.errors import EMPTY_ANSWER, BadSample, shown
 
@@ -24,6 +25,8 @@ PICTURE_PARTS = ("image", "image_url", "input_image")
 PAYLOADS = ("image", "image_url", "url", "path", "bytes", "data")
 VIDEO_PARTS = ("video", "video_url", "input_video")
 VIDEO_PAYLOADS = ("video", "video_url", "url", "path")
+SYSTEMS = ("system", "system_prompt")
+"""Columns that hold the system's words beside any format."""
 
 
 class MessageReader:
@@ -68,7 +71,7 @@ class MessageReader:
             raise BadSample(self.sample_id, f"turn {number} has the role {shown(said)}; only {known} are known")
         content = message.get("content")
         if isinstance(content, str):
-            self._take_beside(content)
+            self.take_beside(content)
             return Turn(role, content)
         if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
             raise BadSample(self.sample_id, f"the content of turn {number} is neither text nor parts: {shown(content)}")
@@ -79,24 +82,24 @@ class MessageReader:
             return part
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(part, Mapping) and kind in TEXT_PARTS and isinstance(text := part.get("text"), str):
-            self._take_beside(text)
+            self.take_beside(text)
             return text
         if isinstance(part, Mapping) and kind in PICTURE_PARTS:
             payload = next((value for key in PAYLOADS if (value := part.get(key)) is not None), None)
             if payload is None:
-                self._take_beside(IMAGE_PLACEHOLDER)
+                self.take_beside(IMAGE_PLACEHOLDER)
             else:
                 self._pictures.add(payload, f"part of turn {number}")
             return IMAGE_PLACEHOLDER
         if isinstance(part, Mapping) and kind in VIDEO_PARTS:
             if all(part.get(key) is None for key in VIDEO_PAYLOADS):
-                self._take_beside(VIDEO_PLACEHOLDER)
+                self.take_beside(VIDEO_PLACEHOLDER)
             else:
                 self._videos.append(read_clip(part, f"part of turn {number}", self.sample_id))
             return VIDEO_PLACEHOLDER
         raise BadSample(self.sample_id, f"turn {number} has a part that is no text, picture or video: {shown(part)}")
 
-    def _take_beside(self, text: str) -> None:
+    def take_beside(self, text: str) -> None:
         """Pictures and videos that stand beside the messages take the places without one of their own, in order."""
         taken = self._beside.names[self._next_beside : self._next_beside + text.count(IMAGE_PLACEHOLDER)]
         self._pictures.names += taken
@@ -113,7 +116,39 @@ def read_messages(row: Mapping[str, object], sample_id: str, key: str = "message
         BadSample: see `MessageReader`.
     """
     reader = MessageReader(row, sample_id)
-    return reader.example(reader.turns(row.get(key)))
+    return reader.example(with_system(row, reader.turns(row.get(key)), sample_id))
+
+
+def with_system(row: Mapping[str, object], turns: tuple[Turn, ...], sample_id: str) -> tuple[Turn, ...]:
+    """The turns with what the row says as `system` before them.
+
+    Raises:
+        BadSample: it is no text, or the turns begin with a system turn that says something else.
+    """
+    for name in SYSTEMS:
+        if is_nothing(row.get(name)):
+            continue
+        said = _text(row[name], name, sample_id)
+        own = turns[0].text.strip() if turns and turns[0].role == "system" else None
+        if own == said.strip():
+            continue
+        if own:
+            raise BadSample(
+                sample_id, f"its {name!r} differs from the system turn that it has too; leave one of them out"
+            )
+        turns = (Turn("system", said), *(turns if own is None else turns[1:]))
+    return turns
+
+
+def _earlier_rounds(row: Mapping[str, object], sample_id: str) -> tuple[Turn, ...]:
+    """`history`, pairs of a question and its answer (ms-swift), as turns."""
+    history = row.get("history")
+    turns: list[Turn] = []
+    for pair in history if isinstance(history, list) else [] if is_nothing(history) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
+            raise BadSample(sample_id, f"'history' must hold pairs of a question and an answer, got {shown(pair)}")
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    return tuple(turns)
 
 
 QUESTIONS = ("question", "query", "prompt")
@@ -127,14 +162,16 @@ def first_of(row: Mapping[str, object], names: Sequence[str]) -> str | None:
 
 
 def read_prompt_completion(row: Mapping[str, object], sample_id: str) -> Example:
-    """`prompt` and `completion`, each text or a list of messages (TRL)."""
-    reader = MessageReader(row, sample_id)
+    """`prompt` and `completion`, each text or a list of messages (TRL); `history` holds earlier rounds."""
+    reader, earlier = MessageReader(row, sample_id), _earlier_rounds(row, sample_id)
+    for turn in earlier:
+        reader.take_beside(turn.text)
     sides = {"prompt": "user", "completion": "assistant"}
     turns = [
         reader.turns([{"role": role, "content": row[key]}] if isinstance(row[key], str) else row[key])
         for key, role in sides.items()
     ]
-    return reader.example((*turns[0], *turns[1]))
+    return reader.example(with_system(row, (*earlier, *turns[0], *turns[1]), sample_id))
 
 
 def read_texts(row: Mapping[str, object], sample_id: str) -> Example:
@@ -163,20 +200,25 @@ def read_instructions(row: Mapping[str, object], sample_id: str) -> Example:
     turns = (Turn("user", asked, len(added)), Turn("assistant", output))
     if row.get("history"):
         raise BadSample(sample_id, "it has a 'history' of earlier rounds; write the whole talk as 'messages'")
-    system = row.get("system")
-    if system:
-        turns = (Turn("system", _text(system, "system", sample_id)), *turns)
     scored = row.get("answer")
     return _with_media(row, sample_id, turns=turns, answer=scored if isinstance(scored, str) else "")
 
 
 def read_columns(row: Mapping[str, object], sample_id: str) -> Example:
-    """A question and an answer in columns of their own; of several answers the most frequent, the first of equals."""
+    """A question and an answer in columns of their own; of several answers the most frequent, the first of equals.
+
+    `history` holds earlier rounds. Choices or a context that the question does not say itself are refused: which words
+    put them to a model is the benchmark's business.
+    """
     question, answer = first_of(row, QUESTIONS), first_of(row, ANSWERS)
     if question is None or answer is None:
         raise BadSample(sample_id, f"it needs one of {', '.join(QUESTIONS)} and one of {', '.join(ANSWERS)}")
     asked = _text(row[question], question, sample_id)
-    return _with_media(row, sample_id, question=asked, answer=_answer(row[answer], answer, sample_id))
+    refuse_beside(row, question, asked, sample_id)
+    said, earlier = _answer(row[answer], answer, sample_id), _earlier_rounds(row, sample_id)
+    if earlier:
+        return _with_media(row, sample_id, turns=(*earlier, Turn("user", asked), Turn("assistant", said)))
+    return _with_media(row, sample_id, question=asked, answer=said)
 
 
 def read_caption(row: Mapping[str, object], sample_id: str) -> Example:
@@ -189,6 +231,9 @@ def _with_media(
     row: Mapping[str, object], sample_id: str, *, turns: tuple[Turn, ...] = (), question: str = "", answer: str = ""
 ) -> Example:
     pictures = row_pictures(row, sample_id)
+    if not turns and not all(is_nothing(row.get(name)) for name in SYSTEMS):
+        turns, question, answer = (Turn("user", question), Turn("assistant", answer)), "", ""
+    turns = with_system(row, turns, sample_id) if turns else ()
     return Example(
         id=sample_id,
         images=tuple(pictures.names),

@@ -10,7 +10,9 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from dora_vl.data.media import PICTURE_KEYS
+from dora_vl.data.media_limits import VIDEO_ENDINGS
 from dora_vl.data.text_file import LONGEST_REASON, json_of, opened, text_of
+from dora_vl.data.turns import VIDEO_KEYS
 from dora_vl.errors import UserError, one_line
 
 LARGEST_MEMBER_BYTES = 1 << 30
@@ -20,7 +22,8 @@ READING_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError
 def webdataset_rows(path: Path) -> Iterator[dict[str, object]]:
     """Yields a row for each sample: the fields of its `.json`, its pictures as bytes, its `.txt` as a caption.
 
-    Other files of a sample are fields by their ending, as bytes; `__key__` is the sample's name.
+    Its videos are bytes too, which is told where the row is read, unless the fields name a video's file. Other files of
+    a sample are fields by their ending, as bytes; `__key__` is the sample's name.
 
     Raises:
         UserError: it cannot be read to its end, or a `.json` or `.txt` in it is none.
@@ -50,6 +53,7 @@ def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, b
 def _row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[str, object]:
     row: dict[str, object] = {"__key__": key}
     pictures: list[bytes] = []
+    videos: list[object] = []
     for ending, content in files:
         where = f"{path}, {one_line(key, 60)}.{one_line(ending, 20)}"
         if ending == "json":
@@ -59,8 +63,12 @@ def _row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[str, obje
             row["txt"] = text_of(content, where)
         elif ending.rpartition(".")[2] in PICTURE_KEYS:
             pictures.append(content)
+        elif ending.rpartition(".")[2] in VIDEO_ENDINGS:
+            videos.append({"bytes": content})
         else:
             row[ending] = content
     if pictures:  # they stand for what the text calls them by
         row = {name: value for name, value in row.items() if name not in PICTURE_KEYS} | {"images": pictures}
+    if videos and not any(row.get(name) for name in VIDEO_KEYS):
+        row["videos"] = videos
     return row

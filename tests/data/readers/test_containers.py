@@ -15,12 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dora_vl.data import record_table
 from dora_vl.data.media import StoredPictures
+from dora_vl.data.media_limits import PICTURE_ENDINGS, PICTURE_FORMATS
 from dora_vl.data.readers.containers import READERS, find_files
 from dora_vl.data.record_table import load_table
-from dora_vl.errors import UserError
+from dora_vl.data.sample_rows import read_row
+from dora_vl.errors import BadSample, UserError
 from tests.training.own_data import (
     HOLD_PICTURES,
     WRITERS,
@@ -32,6 +35,7 @@ from tests.training.own_data import (
 )
 
 MADE = items(7)
+TALK = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -131,20 +135,62 @@ def test_messages_in_a_cell_and_in_arrow_columns(tmp_path: Path) -> None:
 
 
 def test_an_archive_with_captions_and_several_pictures(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for name, content in (
-            ("x/1.0.png", b"one"),
-            ("x/1.1.png", b"two"),
-            ("x/1.txt", b"A cat."),
-            ("x/2.txt", b"\xff"),
-        ):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    rows = find_files(tmp_path / "a.tar").rows()
+    members = {"x/1.0.png": b"one", "x/1.1.png": b"two", "x/1.txt": b"A cat.", "x/2.txt": b"\xff"}
+    rows = find_files(write_tar(tmp_path / "a.tar", members)).rows()
     assert next(rows) == {"__key__": "x/1", "txt": "A cat.", "images": [b"one", b"two"]}
     with pytest.raises(UserError, match=r"a.tar, x/2.txt: not UTF-8"):
         next(rows)
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+QUESTION = {"question": "q", "answer": "a"}
+
+
+@pytest.mark.parametrize("ending", [*PICTURE_ENDINGS, "view.BMP"])
+def test_an_archive_s_pictures_of_every_format_that_is_read(tmp_path: Path, ending: str) -> None:
+    for fields in (QUESTION, {"image": f"a.{ending}", "conversations": TALK}):
+        path = write_tar(tmp_path / "a.tar", {f"a.{ending}": b"pixels", "a.json": json.dumps(fields).encode()})
+        table = load_table(path, cache_folder=tmp_path / "cache")
+        (names,) = table["images"]
+        assert [StoredPictures([table]).read(name) for name in names] == [b"pixels"]
+        assert table["problem"][:] == [None]
+
+
+def test_the_endings_are_those_of_the_formats() -> None:
+    known = {ending[1:] for ending, kind in Image.registered_extensions().items() if kind in (*PICTURE_FORMATS, "MPO")}
+    assert set(PICTURE_ENDINGS) == known
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.mp4", "'videos' holds a video's bytes; write it to a file and name that"),
+        ("a.left.WEBM", "'videos' holds a video's bytes"),
+        ("a.wav", "its 'wav' holds bytes that nothing reads; name it 'image' if it is a picture"),
+        ("a.cls", "its 'cls' holds bytes"),
+    ],
+)
+def test_an_archive_s_other_files_are_named(tmp_path: Path, name: str, said: str) -> None:
+    path = write_tar(tmp_path / "a.tar", {name: b"x", "a.json": json.dumps(QUESTION).encode()})
+    (row,) = find_files(path).rows()
+    with pytest.raises(BadSample, match=said):
+        read_row(row)
+    with pytest.raises(UserError, match=f"none of its 1 records is a sample; the first one: {said}"):
+        load_table(path, cache_folder=tmp_path / "cache")
+
+
+def test_a_video_that_the_fields_name_is_that_file(tmp_path: Path) -> None:
+    fields = json.dumps({**QUESTION, "video": "clips/a.mp4"}).encode()
+    path = write_tar(tmp_path / "a.tar", {"a.mp4": b"x", "a.json": fields})
+    assert load_table(path, cache_folder=tmp_path / "cache")[0]["video"][0]["path"] == "clips/a.mp4"
 
 
 @pytest.mark.parametrize(

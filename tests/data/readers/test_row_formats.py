@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_vl.data.examples import Example, to_record
-from dora_vl.data.sample_rows import FORMATS, format_of, read_row, turns_of
+from dora_vl.data.sample_rows import FORMATS, SampleRow, SampleRowReader, format_of, read_row, turns_of
 from dora_vl.data.turns import Conversation, Turn, as_conversation
 from dora_vl.errors import BadSample, UserError
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 ASKED = Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A cat.")
 
 
-def talk(row: dict[str, object]) -> Conversation:
+def talk(row: Mapping[str, object]) -> Conversation:
     example = read_row(row)
     return as_conversation(example.id, example.images, turns_of(example), example.clips)
 
@@ -115,6 +116,132 @@ def test_the_most_frequent_answer_counts_and_numbers_are_text() -> None:
     assert talk({"question": 3, "label": 4.5}).turns == (Turn("user", "3"), Turn("assistant", "4.5"))
 
 
+SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+LLAVA = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": SAID},
+        {"conversations": SAID},
+        {"conversations": LLAVA},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": SAID[:1], "completion": SAID[1:]},
+        {"texts": [{"user": "q", "assistant": "a"}]},
+        {"instruction": "q", "output": "a"},
+        {"query": "q", "response": "a"},
+        {"image": "a.png", "caption": "a"},
+    ],
+)
+def test_the_system_s_words_beside_any_format_are_its_first_turn(row: dict[str, object]) -> None:
+    plain = talk(row).turns
+    assert plain[-1] == Turn("assistant", "a")
+    for name in ("system", "system_prompt"):
+        assert talk({**row, name: "Be brief."}).turns == (Turn("system", "Be brief."), *plain)
+        for nothing in (None, "", " ", [], float("nan")):
+            assert talk({**row, name: nothing}).turns == plain
+    (line,) = [SampleRowReader("a").read({**row, "system": "Be brief."}, 0)]
+    assert line.turns[0] == ("system", "Be brief.")
+
+
+def test_a_system_turn_and_a_system_column_must_agree() -> None:
+    own = [{"role": "system", "content": "Be brief."}, *SAID]
+    assert talk({"messages": own, "system": "Be brief.\n"}).turns == talk({"messages": own}).turns
+    with pytest.raises(BadSample, match="its 'system' differs from the system turn that it has too; leave one of them"):
+        talk({"messages": own, "system": "Be long."})
+
+
+@pytest.mark.parametrize("row", [{"query": "q", "response": "a"}, {"prompt": "q", "completion": "a"}])
+def test_earlier_rounds_come_before_the_question(row: dict[str, object]) -> None:
+    found = talk({**row, "history": [["one", "1"], ["two", "2"]], "system": "s", "images": ["a.png"]})
+    said = [Turn("user", "<image>\none"), Turn("assistant", "1"), Turn("user", "two"), Turn("assistant", "2")]
+    assert found.turns == (Turn("system", "s"), *said, Turn("user", "q"), Turn("assistant", "a"))
+    assert talk({**row, "history": []}).turns == talk({**row, "history": None}).turns == talk(row).turns
+    for wrong in ("[]", [["one"]], [["one", 1]], ["ab"], [{"user": "one"}]):
+        with pytest.raises(BadSample, match="'history' must hold pairs of a question and an answer"):
+            talk({**row, "history": wrong})
+
+
+def test_pictures_of_earlier_rounds_come_before_those_of_the_prompt() -> None:
+    parts = [{"type": "image", "image": "b.png"}, {"type": "text", "text": "q"}]
+    row = {"prompt": [{"role": "user", "content": parts}], "completion": "a", "history": [["<image>one", "1"]]}
+    assert talk({**row, "images": ["a.png"]}).images == ("a.png", "b.png")
+
+
+ASKING = {"question": "Which is red?", "answer": "one"}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"choices": ["one", "two"]},
+        {"options": "['one', 'two']"},
+        {"choices": [1, 2]},
+        {"context": "One is red."},
+        {"input": "One is red."},
+        {"options": {"A": "one"}},
+    ],
+)
+def test_what_belongs_to_a_question_is_not_left_out_in_silence(beside: dict[str, object]) -> None:
+    (name,) = beside
+    with pytest.raises(BadSample, match=f"it has '{name}' that would not be asked .* write both into 'question'"):
+        talk({**ASKING, **beside})
+    notes = {"source": "a set", "split": "train", "category": 3, "label_id": 7}
+    for nothing in (None, "", [], [None], {}, float("nan")):
+        assert talk({**ASKING, **notes, name: nothing}).turns == talk(ASKING).turns
+
+
+def test_choices_that_the_question_says_itself_may_stand_beside_it() -> None:
+    row = {"question": "Which is red?\nA. one\nB. two", "answer": "A", "choices": ["one", "two"]}
+    assert talk(row).turns[0].text == row["question"]
+    with pytest.raises(BadSample, match="it has 'choices'"):
+        talk({**row, "choices": ["one", "wo"]})
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"weight": 0.5}, {"loss": 0}])
+def test_an_answer_marked_as_not_to_be_trained_is_refused(mark: dict[str, object]) -> None:
+    spared, asked = {"loss": None, "weight": None}, {"loss": False, "weight": 0}
+    for question, answer, keys in ((SAID[0], SAID[1], ("messages", "conversations")), (*LLAVA, ("conversations",))):
+        for key in keys:
+            row = {key: [question | asked, answer | spared, question, answer | {"weight": 1.0, "loss": True}]}
+            assert len(talk(row).turns) == 4
+            row[key][1] = answer | mark
+            for read in (lambda row=row: talk(row), lambda row=row: refused(SampleRowReader("a").read(row, 0))):
+                with pytest.raises(BadSample, match=r"turn 2 has '(loss|weight)' \S+, but every answer is trained"):
+                    read()
+    with pytest.raises(BadSample, match="turn 1 has"):
+        talk({"prompt": "q", "completion": [SAID[1] | mark]})
+
+
+def refused(row: SampleRow) -> None:
+    if row.problem is not None:
+        raise BadSample(row.id, row.problem)
+
+
+def test_numbered_pictures_are_in_the_order_of_their_numbers() -> None:
+    row = {"image_10": "c.png", "image_2": {"bytes": b"b", "path": None}, "image_1": "a.png", "image_3": None}
+    found = read_row({**ASKING, **row, "image_id": 7})
+    assert (found.images[0], found.image_bytes[found.images[1]], found.images[2]) == ("a.png", b"b", "c.png")
+    assert talk({"image_1": "a.png", "caption": "one"}).images == ("a.png",)
+    assert read_row({**ASKING, "image": "a.png", "image_1": None}).images == ("a.png",)
+    with pytest.raises(BadSample, match="it has pictures under 'image' and 'image_1'; leave one of them out"):
+        read_row({**ASKING, "image": "a.png", "image_1": "b.png"})
+
+
+@pytest.mark.parametrize(
+    "held", [b"x", {"bytes": b"x", "path": None}, {"bytes": None, "path": "a.png"}, [None, b"x"], [{"bytes": b"x"}]]
+)
+@pytest.mark.parametrize("row", [ASKING, {"messages": SAID}, {"conversations": LLAVA}, {"image": "a", "caption": "c"}])
+def test_bytes_in_a_column_that_nothing_reads_are_named(row: dict[str, object], held: object) -> None:
+    told = "its 'screenshot' holds bytes that nothing reads; name it 'image' if"
+    with pytest.raises(BadSample, match=told):
+        read_row({**row, "screenshot": held})
+    assert told in (SampleRowReader("a").read({**row, "screenshot": held}, 0).problem or "")
+    for nothing in (None, b"", [], {"bytes": None, "path": None}, {"path": "a.png"}, "a.png", [1.5]):
+        assert read_row({**row, "screenshot": nothing, "id": b"1"}).turns == read_row(row).turns
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -128,6 +255,7 @@ def test_the_most_frequent_answer_counts_and_numbers_are_text() -> None:
         ({"texts": [{"user": "q"}]}, "entry 1 of 'texts' must hold user and assistant"),
         ({"instruction": "q", "output": ["x"]}, "'output' must hold text"),
         ({"instruction": "q", "output": "x", "history": [["a", "b"]]}, "it has a 'history'"),
+        ({"messages": SAID, "system": {"a": 1}}, "'system' must hold text, got {'a': 1}"),
         ({"question": True, "answer": "x"}, "'question' must hold text"),
         ({"question": "q", "answer": " "}, "answer 1 of 1 is empty"),
         ({"question": "q", "answer": "a", "image": "https://a.b/c.png"}, "is on the web"),
@@ -153,6 +281,7 @@ KEYS = [
     *("id", "messages", "conversations", "texts", "prompt", "completion", "instruction", "output", "question"),
     *("answer", "answers", "image", "images", "caption", "video", "system", "turns", "role", "content", "type"),
     *("text", "from", "value", "user", "assistant", "bytes", "path", "url", "image_url", "weight", "extra", "choices"),
+    *("context", "history", "image_1", "gif", "loss", "system_prompt"),
 ]
 LEAVES = (
     st.none()
