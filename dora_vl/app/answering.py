@@ -32,6 +32,11 @@ class Stopped(UserError):
     """The server is ending, the adapter was taken away meanwhile, or nobody waits for the answer."""
 
 
+def unloaded(name: str) -> Stopped:
+    """That an adapter was there when its request came, and is not any more."""
+    return Stopped(f"adapter {name} was unloaded before its answer began")
+
+
 @dataclass(frozen=True)
 class Piece:
     """The next of an answer's text."""

@@ -20,17 +20,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from dora_vl.app.answering import Answering, Event, Failed, Finished, Piece, Prepared, Stopped
+from dora_vl.app.answering import Answering, Event, Failed, Finished, Piece, Prepared, Stopped, unloaded
 from dora_vl.app.joined_decoding import Members, Read
 from dora_vl.app.model_rows import ModelRows
 from dora_vl.app.prompt_limits import refuse_endless
 from dora_vl.app.row_decoding import Sampling
-from dora_vl.app.served_model import Asked, ServedModel
+from dora_vl.app.served_model import Asked, ServedModel, UnknownModel
 from dora_vl.app.waiting_room import EngineSettings, WaitingRoom
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import checked_strength
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample, UserError, one_line
+from dora_vl.errors import BadSample, one_line
 from dora_vl.evaluation.asker import Shown
 from dora_vl.evaluation.predict import Decoding
 
@@ -105,14 +105,18 @@ class Engine:
         Decoding(max_new_tokens=sampling.max_new_tokens, max_positions=positions).check_room(tokens, "request")
         return Prepared(asked, sample, sampling, strength)
 
-    def submit(self, prepared: Prepared, put: Callable[[Event], object]) -> Answering:
+    def submit(self, prepared: Prepared, put: Callable[[Event], object], deadline: float | None = None) -> Answering:
         """Hands a request in; `put` receives its events in the engine's thread, and must not wait.
+
+        Args:
+            deadline: when its answer comes too late, by `time.monotonic`; None: its time begins now.
 
         Raises:
             TooManyRequests: as many wait as may.
             Stopped: the engine is closed, or the adapter is gone.
         """
-        answering = Answering(prepared, put, time.monotonic() + self.settings.answer_seconds)
+        deadline = time.monotonic() + self.settings.answer_seconds if deadline is None else deadline
+        answering = Answering(prepared, put, deadline)
         self._room.add(answering, partial(self._refuse_gone, prepared.asked))
         return answering
 
@@ -160,7 +164,7 @@ class Engine:
             self.model.drop(name)
             gone = self._room.remove(name)
         for one in gone:
-            one.tell(Failed(Stopped(f"adapter {name} was unloaded before its answer began")))
+            one.tell(Failed(unloaded(name)))
 
     def close(self) -> None:
         """Ends the thread after the next token; requests at hand are told."""
@@ -176,7 +180,12 @@ class Engine:
     # -- the thread --------------------------------------------------------------------------------------------
 
     def _refuse_gone(self, asked: Asked) -> None:
-        served = self.model.asked(asked.name) if asked.name is not None else asked
+        if asked.name is None:
+            return
+        try:
+            served = self.model.asked(asked.name)
+        except UnknownModel:
+            raise unloaded(asked.name) from None
         if served is not asked:
             raise Stopped(f"adapter {asked.name} was loaded anew meanwhile; ask again")
 
@@ -205,7 +214,7 @@ class Engine:
         """Whether its adapter is still there now that nobody can take it away; else it is told."""
         try:
             self._refuse_gone(one.prepared.asked)
-        except UserError as error:
+        except Stopped as error:
             one.tell(Failed(error))
         return not one.over
 

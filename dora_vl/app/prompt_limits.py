@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 MOST_TURNS = 512
 """A template's time grows with the square of the turns."""
@@ -36,19 +39,18 @@ def refuse_endless(turns: Sequence[Turn], tokens: int | None, longest_token: int
         raise BadSample("request", reason)
 
 
-def longest_token(prompts: object) -> int | None:
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Most characters that one token of a prompt stands for; None where they may be any number, or are not known.
 
     Of a tokenizer's entries each character stands for at most one of the text: of bytes, and of `<0x0A>`, for less.
 
     Args:
-        prompts: whose encoder has the tokenizer.
+        tokenizer: of the prompts.
     """
-    tokenizer: Any = getattr(getattr(prompts, "encoder", None), "tokenizer", None)
     try:
         longest = max(map(len, tokenizer.get_vocab()))
         texts = [one * REPEATED * longest for one in SWALLOWED]
         bounded = all(len(tokenizer.encode(text, add_special_tokens=False)) * longest >= len(text) for text in texts)
-    except (AttributeError, NotImplementedError, TypeError, ValueError):  # none, or without a vocabulary
+    except (NotImplementedError, TypeError, ValueError):  # without a vocabulary, or not of text alone
         return None
     return longest if bounded else None

@@ -91,7 +91,7 @@ class ServedModel:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone: Backbone[Any] = parts.load().to(device).eval()
         prompts = parts.prompts(self.backbone)
-        base = Asked(None, prompts, longest_token=longest_token(prompts))
+        base = Asked(None, prompts, longest_token=longest_token(prompts.tokenizer))
         self.assistant = Assistant(self.backbone, base.prompts)
         self.adapters = RowAdapters(self.backbone.model, self._layers())
         self._asked: dict[str, Asked] = {self.base_name: base}
@@ -123,7 +123,7 @@ class ServedModel:
         source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
         prompts = decoder_parts(source).prompts(self.backbone)
         read = self.adapters.read(folder)
-        return Asked(name, prompts, read.alone, longest_token(prompts)), read
+        return Asked(name, prompts, read.alone, longest_token(prompts.tokenizer)), read
 
     def put(self, asked: Asked, adapter: ReadAdapter) -> None:
         """Serves what was read; between batches only.

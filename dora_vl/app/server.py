@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from dora_vl.app.answering import Answering, Event, Failed, Finished, Prepared, Stopped, TooManyRequests
+from dora_vl.app.answering import Answering, Event, Failed, Finished, Prepared, TooManyRequests, unloaded
 from dora_vl.app.chat_answers import chunks, completion
 from dora_vl.app.chat_request import ChatRequest, LoadRequest, UnloadRequest
 from dora_vl.app.engine import Engine
@@ -194,8 +194,7 @@ class Server:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        answering = self.engine.submit(prepared, put)
-        answering.deadline = client.deadline  # reading the request was of its time
+        answering = self.engine.submit(prepared, put, deadline=client.deadline)  # reading the request was of its time
         answer = self._stream if asked.stream else self._whole
         return await answer(client, asked, answering, events)
 
@@ -228,7 +227,7 @@ def _still_served(name: str) -> Iterator[None]:
     try:
         yield
     except UnknownModel:
-        raise Stopped(f"adapter {name} was unloaded before its answer began") from None
+        raise unloaded(name) from None
 
 
 def build_app(server: Server) -> FastAPI:

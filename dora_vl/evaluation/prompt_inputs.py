@@ -20,6 +20,8 @@ from dora_vl.errors import BadSample
 from dora_vl.evaluation.asker import Shown, frames_as_pictures, refuse_media
 
 if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
     from dora_vl.backbones.encode import LlavaEncoder
     from dora_vl.backbones.image_text_encode import ImageTextEncoder
     from dora_vl.backbones.instruction_prompt import InstructionEncoder
@@ -35,6 +37,11 @@ _NO_PICTURES = "this is a language model, which sees no pictures and videos"
 @runtime_checkable
 class Prompts(Protocol):
     """A kind of model's encoder as asking needs it; holds no model, and may be sent to data workers."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What makes a prompt's text into tokens, and an answer's tokens into text."""
+        ...
 
     @property
     def videos_of_one_length(self) -> bool:
@@ -84,6 +91,11 @@ class _TokenPrompts:
     encoder: Any
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """See `Prompts`."""
+        return self.encoder.tokenizer
+
+    @property
     def videos_of_one_length(self) -> bool:
         """See `Prompts`: frames are pictures."""
         return False
@@ -98,7 +110,7 @@ class _TokenPrompts:
 
     def growing_text(self) -> Callable[[Sequence[int]], str]:
         """See `Prompts.growing_text`."""
-        return growing_text(self.encoder.tokenizer, self.encoder.answer_in)
+        return growing_text(self.tokenizer, self.encoder.answer_in)
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,11 @@ class ImageTextPrompts:
     encoder: ImageTextEncoder
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """See `Prompts`."""
+        return self.encoder.tokenizer
+
+    @property
     def videos_of_one_length(self) -> bool:
         """See `Prompts`."""
         return self.encoder.videos_of_one_length
@@ -155,7 +172,7 @@ class ImageTextPrompts:
 
     def growing_text(self) -> Callable[[Sequence[int]], str]:
         """See `Prompts.growing_text`."""
-        return growing_text(self.encoder.tokenizer, self.encoder.answer_in)
+        return growing_text(self.tokenizer, self.encoder.answer_in)
 
 
 @dataclass(frozen=True)

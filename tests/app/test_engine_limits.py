@@ -239,6 +239,8 @@ def test_an_adapter_that_goes_takes_its_waiting_requests_along(
     assert isinstance(last(other[1]), Finished)
     stale = engine.prepare("one", QUESTION, Sampling(max_new_tokens=2))
     engine.unload("one")
+    with pytest.raises(Stopped, match="adapter one was unloaded before its answer began"):
+        engine.submit(stale, print)
     engine.load("one", base.parent / "one")
     with pytest.raises(Stopped, match="loaded anew"):
         engine.submit(stale, print)

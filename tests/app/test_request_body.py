@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,52 @@ def test_what_is_allowed_passes() -> None:
     url = "data:image/png;base64," + "A" * 10_000_000
     picture = {"type": "image_url", "image_url": url}
     assert parsed(ChatRequest, json.dumps(request(messages=[{"role": "user", "content": [picture]}])).encode())
+
+
+TEXTS = {
+    "commas": "," * 300_000,
+    "brackets": "[{" * 150_000,
+    "quotes": '",' * 300_000,
+    "backslashes": "\\," * 300_000,
+    "both": '\\",\\\\"[' * 150_000,
+    "a backslash at its end": "," * 300_000 + "\\",
+    "a quote at its end": "," * 300_000 + '"',
+}
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_what_stands_in_a_text_is_no_value(what: str) -> None:
+    said = {**SAID, "content": TEXTS[what]}
+    assert parsed(ChatRequest, json.dumps(request(messages=[said])).encode()).model == "one"
+    with pytest.raises(TooLarge, match="200,000 commas and opening brackets outside of its texts"):
+        parsed(ChatRequest, json.dumps(request(messages=[said], metadata=[0] * 300_000)).encode())
+
+
+@pytest.mark.parametrize("value", ["0", '""', '"a,b"', '"\\\\"', '"\\\\\\""', "[]", '{"a":"b"}'])
+def test_a_value_of_any_kind_is_counted(value: str) -> None:
+    for count, error in ((MOST_VALUES // 3, BadRequest), (MOST_VALUES + 1, TooLarge)):
+        with pytest.raises(error):
+            parsed(ChatRequest, f"[{','.join([value] * count)}]".encode())
+
+
+UNCLOSED = {
+    "a text": (b'{"model": "', b",", b""),
+    "escaped quotes": (b'{"model": "', rb"\",", b""),
+    "a backslash": (b'{"model": "', b",", b"\\"),
+    "texts without a comma": (b"", b'"",', b'"'),
+    "backslashes outside of a text": (b"[", rb"\",", b""),
+    "nothing but quotes": (b",,", b'""', b","),
+}
+
+
+@pytest.mark.parametrize("what", UNCLOSED)
+def test_what_is_never_closed_is_refused_in_little_time(what: str) -> None:
+    begin, middle, end = UNCLOSED[what]
+    body = begin + middle * (20_000_000 // len(middle)) + end
+    began = time.process_time()
+    with pytest.raises((BadRequest, TooLarge)):
+        parsed(ChatRequest, body)
+    assert time.process_time() - began < 5
 
 
 def test_one_more_is_refused() -> None:

@@ -19,7 +19,7 @@ from dora_vl.app.engine import Engine
 from dora_vl.app.request_media import RequestMedia
 from dora_vl.app.served_model import ServedModel
 from dora_vl.app.server import Server, ServerSettings
-from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.app.waiting_room import EngineSettings, WaitingRoom
 from tests.app.tiny_served import picture_part, running, served, spread, write_adapter
 from tests.backbones.tiny_image_text import write_tiny
 
@@ -164,12 +164,18 @@ def test_the_time_of_an_answer_begins_when_its_request_comes(model: ServedModel,
 
 
 def test_what_is_handed_in_has_the_time_that_is_left(model: ServedModel, monkeypatch: Any) -> None:
+    """From the moment on at which the engine may see it, which is before whoever handed it in goes on."""
     Decoding(monkeypatch, seconds=1.0)
-    handed_in: list[Answering] = []
-    submit = Engine.submit
-    monkeypatch.setattr(Engine, "submit", lambda *given: (handed_in.append(submit(*given)), handed_in[-1])[1])
+    deadlines: list[float] = []
+    add = WaitingRoom.add
+
+    def seen(room: WaitingRoom, one: Answering, check: Any) -> None:
+        deadlines.append(one.deadline)
+        add(room, one, check)
+
+    monkeypatch.setattr(WaitingRoom, "add", seen)
     with running(model, engine_settings=EngineSettings(answer_seconds=100.0)) as address:
         began = time.monotonic()
         client_of(address).chat.completions.create(**asked(pictures=1))
         ended = time.monotonic()
-    assert began + 100 < handed_in[0].deadline < ended - 1.0 + 100
+    assert began + 100 < deadlines[0] < ended - 1.0 + 100

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import Sample
@@ -32,6 +33,7 @@ FIRST_LETTER = 10
 class LetterPrompts:
     """One token a letter; a picture, as many pixels wide as its number, contributes no token."""
 
+    tokenizer = PreTrainedTokenizerBase()
     videos_of_one_length = False
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
