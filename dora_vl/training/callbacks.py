@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.run.rank_watch import note_progress, rest_from_steps
-from dora_vl.run.run_folder import read_log, write_log
+from dora_vl.run.run_folder import read_log, write_json, write_log
 from dora_vl.training.memory_used import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts
 
@@ -113,6 +113,19 @@ def rates_by_part(optimizer: Any) -> dict[str, float]:
 def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
     """JSON knows no NaN: it is written as text, so that the line still says what happened."""
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+
+
+class PlanFile(TrainerCallback):
+    """Writes what trains and what it takes once training begins: a resume that is refused leaves the file as it was."""
+
+    def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
+        self._path = path
+        self._plan = plan
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """On the first rank."""
+        if state.is_world_process_zero:
+            write_json(self._path, self._plan)
 
 
 class ProgressLine(TrainerCallback):

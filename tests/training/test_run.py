@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.run import train
+from tasks import llava_instruct
 from tests.training.tiny_run import write_run, write_tiny_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -334,3 +336,31 @@ def test_validation_changes_no_dropout(run_file: Path) -> None:
     records = str(read_run_file(run_file).data.train)
     often = [f"--data.validation={records}", "--training.eval_strategy=steps", "--training.eval_steps=2"]
     assert train_file(run_file, *settings, *often, "--overwrite=true") == alone
+
+
+def test_a_resume_that_other_samples_refuse_changes_nothing(
+    tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ids are known once the data are read, which is after the settings were compared."""
+    records = write_tiny_data(tmp_path / "data", samples=12)
+    run_file = write_run(tmp_path / "run.yaml", tiny_llava, records, training={"use_cpu": True})
+    saved = ["--training.save_strategy=steps", "--training.save_steps=2", "--training.max_steps=6"]
+    train_file(run_file, *saved, "--training.save_total_limit=5")
+    folder = run_folder(run_file)
+    (folder / ".checkpoint-1.removing").mkdir()  # of a crash
+    before = contents(folder)
+    content = json.loads(records.read_text())
+    records.write_text(json.dumps(content[::-1]))
+    resume = ["--resume", str(folder / "checkpoint-2")]
+    monkeypatch.setattr(sys, "argv", ["llava_instruct.py", "--config", str(run_file), *saved, *resume])
+    with pytest.raises(SystemExit) as error:
+        llava_instruct.main()
+    assert error.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "are as many with other ids, or in other order" in said
+    assert contents(folder) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every name below a folder, and what its file holds."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
