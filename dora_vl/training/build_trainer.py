@@ -35,6 +35,7 @@ from dora_vl.training.callbacks import (
     ProgressLine,
     SaveAfterValidation,
     StopOnSignal,
+    ValidateFirst,
 )
 from dora_vl.training.largest_batch import LargestBatch, Pool, cost_of
 from dora_vl.training.live_view import LiveView, can_show
@@ -98,6 +99,7 @@ def build_trainer(
     trainer.progress.trains_on(data.ids, data.source)
     _order_callbacks(trainer)
     _watch_and_show(trainer, watch, run_folder)
+    trainer.add_callback(ValidateFirst(trainer.validate_at_once))  # shown, asked and logged by those before
     _try_first(trainer, pipeline, data, cost_of(activations, _vocabulary(backbone)))
     return trainer, stop
 
