@@ -13,12 +13,11 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from dora_vl.backbones.growing_text import NOT_YET_A_CHARACTER
+from dora_vl.backbones.score_watch import NO_NUMBERS
 from dora_vl.errors import UserError
 
 LEAST_TEMPERATURE = 1e-3
 """Below it the likeliest token is taken: scores divided by less may leave the numbers that there are."""
-
-NO_NUMBERS = "the model's scores of the next word are no numbers; ask with a lower strength, or another adapter"
 
 Reason = Literal["stop", "length", "ended"]
 """Why an answer is over: it was complete, it was as long as allowed, or nobody waits for it any more."""
