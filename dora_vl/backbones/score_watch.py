@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,18 @@ from transformers import PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from dora_vl.errors import UserError
+
 NO_NUMBERS = "the model's scores of the next word are no numbers; ask with a lower strength, or another adapter"
+
+
+class NoNumbers(UserError):
+    """The scores were no numbers for the one question that was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(NO_NUMBERS)
+
+
 NO_TOKEN = -1
 """What the ids of a row without numbers are."""
 
@@ -21,6 +33,12 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     generation = model.generation_config
     ends = None if generation is None else generation.eos_token_id
     return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
+
+
+def with_numbers(texts: Sequence[str], scores: Float[Tensor, "rows ..."]) -> list[str | None]:
+    """The texts that were chosen by scores, a row each; None where one of a row's is NaN."""
+    broken = scores.isnan().flatten(1).any(1).tolist()
+    return [None if one else text for text, one in zip(texts, broken, strict=True)]
 
 
 class ScoreWatch:

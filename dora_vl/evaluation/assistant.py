@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.growing_text import NOT_YET_A_CHARACTER
-from dora_vl.backbones.score_watch import NO_NUMBERS, NO_TOKEN
+from dora_vl.backbones.score_watch import NO_TOKEN, NoNumbers
 from dora_vl.data.dataset import Sample
 from dora_vl.data.examples import Example
 from dora_vl.data.turns import Turn
@@ -110,7 +110,7 @@ class Assistant:
         batch = self.prompts.collate([sample], "left")
         said = self._text(self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)[0])
         if said is None:
-            raise UserError(NO_NUMBERS)
+            raise NoNumbers
         return said
 
     def _text(self, ids: Int[Tensor, " new"]) -> str | None:
