@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from dora_vl.adapters.folder import (
 )
 from dora_vl.adapters.peft_config import rank_of, scale_of
 from dora_vl.adapters.settings import check_peft_fields, refuse_contradiction
-from dora_vl.adapters.tensor_files import read_tensors
+from dora_vl.adapters.tensor_files import read_tensors, refuse_not_finite
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.errors import UserError
 
@@ -237,13 +236,6 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
 def names_adapter(path: Path) -> bool:
     """Whether a path is a folder, or a file of tensors that stands for the PEFT folder it lies in."""
     return path.is_dir() or path.name in {WEIGHTS_FILE, PICKLED_WEIGHTS_FILE}
-
-
-def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises a `UserError` that names the first tensors holding NaN or infinity."""
-    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
-    if broken:
-        raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; use another save")
 
 
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:

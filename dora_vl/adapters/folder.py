@@ -26,6 +26,7 @@ from dora_vl.adapters.agreement import file_name, refuse_other_settings, refuse_
 from dora_vl.adapters.agreement import own_name as own_name
 from dora_vl.adapters.checkpoints import refuse_to_replace, replace_folder
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
+from dora_vl.adapters.tensor_files import refuse_not_finite
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.initialise import take_from_weight
 from dora_vl.core.inject import apply_dora, refuse_unwritable
@@ -134,7 +135,6 @@ def load_adapter(
     """
     source = Path(folder)
     tensors = {own_name(key): tensor for key, tensor in read_weights(source).items()}
-    _refuse_not_finite(source, tensors)
     recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
     own = recipe.get("adapter", {})
     peft = read_json(source / CONFIG_FILE)
@@ -204,7 +204,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter folder, safetensors only.
 
     Raises:
-        UserError: the folder or a file is missing, or the file is cut short.
+        UserError: the folder or a file is missing, the file is cut short, or a tensor of it is not finite.
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
@@ -212,9 +212,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} does not exist ({there}); give the folder that save_adapter or PEFT wrote")
     check_whole(path)
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+    refuse_not_finite(tensors, str(path))
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -245,12 +247,6 @@ def _without_values(model: nn.Module) -> nn.Module:
     for tensor in (*model.buffers(), *loose_tensors(model)):
         memo[id(tensor)] = torch.empty_like(tensor, device="meta")
     return copy.deepcopy(model, memo)
-
-
-def _refuse_not_finite(source: Path, tensors: Mapping[str, Tensor]) -> None:
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-    if broken:
-        raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; take an older one")
 
 
 def _check_fit(source: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_vl.adapters.adapter import Adapter, refuse_not_finite
+from dora_vl.adapters.adapter import Adapter
 from dora_vl.adapters.folder import PEFT_PREFIX
 from dora_vl.adapters.foreign_layouts import KeptRows, Layout
 from dora_vl.adapters.peft_config import new_config, own_recipe
@@ -64,7 +64,6 @@ def to_adapter(
     Raises:
         UserError: no adapter in the dictionary, half a pair, some magnitudes missing, or no way to know the scale.
     """
-    refuse_not_finite(tensors, source)
     found, others = split_layers(tensors, layout)
     layers = {_renamed(name, (*layout.renames, *renames)): layer for name, layer in found.items()}
     if not layers:

@@ -16,7 +16,7 @@ from dora_vl.adapters.foreign import to_adapter
 from dora_vl.adapters.foreign_layouts import LAYOUTS, from_kohya, from_torchtune, from_vl_adapter
 from dora_vl.adapters.named_folder import no_adapter
 from dora_vl.adapters.settings import READ_TYPES
-from dora_vl.adapters.tensor_files import read_tensors
+from dora_vl.adapters.tensor_files import read_tensors, refuse_not_finite
 from dora_vl.errors import UserError
 
 FORMATS = ("peft", *LAYOUTS)
@@ -102,7 +102,9 @@ def _tensors(source: Path) -> dict[str, Tensor]:
         raise no_adapter(source)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors.update(read_tensors(file))
+        read = read_tensors(file)
+        refuse_not_finite(read, str(file))
+        tensors.update(read)
     return tensors
 
 

@@ -45,6 +45,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     raise UserError(f"{path} is no weight file; these are read: {SAFETENSORS_SUFFIX}, {', '.join(PICKLE_SUFFIXES)}")
 
 
+def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises a `UserError` that names the file (`source`) and the first tensors holding NaN or infinity."""
+    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; use another save")
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)

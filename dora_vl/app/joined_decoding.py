@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dora_vl.app.answering import Answering
 from dora_vl.app.joined_rows import JoinedRows, may_join
-from dora_vl.app.row_decoding import RowSampling, RowText
+from dora_vl.app.row_decoding import RowSampling, RowText, likeliest
 
 
 @dataclass
@@ -109,10 +109,9 @@ class JoinedDecoding(JoinableDecoding):
 
     def _next(self, members: Members, logits: Float[Tensor, "rows vocab"]) -> list[int]:
         """Each row's next token, which it has taken."""
-        likeliest = logits.argmax(-1).tolist()
         tokens = [
             token if one.draws is None else one.text.draw(row, one.draws)
-            for one, token, row in zip(members, likeliest, logits, strict=True)
+            for one, token, row in zip(members, likeliest(logits, [one.text for one in members]), logits, strict=True)
         ]
         for one, token in zip(members, tokens, strict=True):
             one.text.take(token, self.ends)

@@ -12,6 +12,7 @@ from dora_vl.app.row_decoding import RowText, drawing, generate_options
 from dora_vl.app.served_model import ServedModel
 from dora_vl.app.waiting_room import ENDING
 from dora_vl.backbones.families import ALIGNED
+from dora_vl.backbones.score_watch import end_tokens
 from dora_vl.evaluation.prompt_inputs import BOOKKEEPING
 
 BASE = ("", 0.0)
@@ -31,9 +32,7 @@ class ModelRows:
     def __init__(self, model: ServedModel, ending: Callable[[], bool]) -> None:
         self._model = model
         self._ending = ending
-        generation = model.backbone.model.generation_config
-        ends = None if generation is None else generation.eos_token_id
-        self.ends = frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
+        self.ends = end_tokens(model.backbone.model)
         """Tokens that end an answer."""
 
     def answer(self, batch: Sequence[Answering], newcomers: Callable[[Members, int], Sequence[Read]]) -> None:

@@ -13,12 +13,11 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from dora_vl.backbones.growing_text import NOT_YET_A_CHARACTER
+from dora_vl.backbones.score_watch import NO_NUMBERS
 from dora_vl.errors import UserError
 
 LEAST_TEMPERATURE = 1e-3
 """Below it the likeliest token is taken: scores divided by less may leave the numbers that there are."""
-
-NO_NUMBERS = "the model's scores of the next word are no numbers; ask with a lower strength, or another adapter"
 
 Reason = Literal["stop", "length", "ended"]
 """Why an answer is over: it was complete, it was as long as allowed, or nobody waits for it any more."""
@@ -86,6 +85,11 @@ class RowText:
                 self._break(error)
             return 0
 
+    def end_without_numbers(self) -> None:
+        """Ends this row alone: its scores are no numbers, and the likeliest of them would be any token."""
+        if self.reason is None:
+            self._break(UserError(NO_NUMBERS))
+
     def _break(self, error: Exception) -> None:
         self.error, self.reason = error, "ended"
         self.done(self)
@@ -148,7 +152,10 @@ class RowStops(StoppingCriteria):
 
 
 class RowSampling(LogitsProcessor):
-    """Leaves each row that samples the one token that it drew, so that the likeliest is taken of all rows."""
+    """Leaves each row that samples the one token that it drew, so that the likeliest is taken of all rows.
+
+    A row whose scores are no numbers is ended here, whether it samples or not.
+    """
 
     def __init__(self, rows: Sequence[RowText], device: torch.device) -> None:
         self._rows = rows
@@ -159,11 +166,24 @@ class RowSampling(LogitsProcessor):
         self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
     ) -> Float[Tensor, "rows vocab"]:
         """The scores, of a row that samples all but one minus infinity."""
+        likeliest(scores, self._rows)
         for number, generator in self._draws.items():
             drawn = self._rows[number].draw(scores[number], generator)
             scores[number] = float("-inf")
             scores[number, drawn] = 0.0
         return scores
+
+
+def likeliest(scores: Float[Tensor, "rows vocab"], rows: Sequence[RowText]) -> list[int]:
+    """Each row's likeliest token; a row whose scores are no numbers is ended, and its token is any.
+
+    A row's largest score is NaN where any is, so that looking at it costs no more than choosing.
+    """
+    most, tokens = scores.max(-1)
+    for row, number in zip(rows, most.isfinite().tolist(), strict=True):
+        if not number:
+            row.end_without_numbers()
+    return tokens.tolist()
 
 
 def _samples(sampling: Sampling) -> bool:
@@ -201,7 +221,6 @@ def token_of(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: tor
 def generate_options(rows: Sequence[RowText], ends: Collection[int], device: torch.device) -> dict[str, Any]:
     """What transformers' generate is called with so that it decodes these rows, each in its own way."""
     stops = StoppingCriteriaList([RowStops(rows, ends)])
-    options: dict[str, Any] = {"stopping_criteria": stops, "num_beams": 1}  # whatever the model's folder says
-    if any(_samples(row.sampling) for row in rows):
-        options["logits_processor"] = LogitsProcessorList([RowSampling(rows, device)])
-    return options
+    chosen = LogitsProcessorList([RowSampling(rows, device)])
+    # One beam whatever the model's folder says.
+    return {"stopping_criteria": stops, "logits_processor": chosen, "num_beams": 1}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from dora_vl.backbones.score_watch import ScoreWatch
 from dora_vl.data.collate import visible
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import UserError
@@ -141,11 +142,14 @@ def new_tokens(
 ) -> Int[Tensor, "batch new"]:
     """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise.
 
+    Those of a row whose scores are no numbers are `score_watch.NO_TOKEN`.
+
     Args:
         streamer: receives the new tokens alone.
         inputs: what else the model's forward takes of the prompts, such as pixels.
     """
-    chosen = {"do_sample": False, "pad_token_id": pad_token_id(model), **(options or {})}
+    watch = ScoreWatch(model)
+    chosen = {"do_sample": False, "pad_token_id": pad_token_id(model), **watch.options, **(options or {})}
     generating: Any = model  # generate is typed for a protocol that pyright cannot match to the class
     with torch.no_grad():
         whole = generating.generate(
@@ -156,4 +160,4 @@ def new_tokens(
             **inputs,
             **chosen,
         )
-    return whole[:, input_ids.shape[1] :]
+    return watch.marked(whole[:, input_ids.shape[1] :])

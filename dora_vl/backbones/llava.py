@@ -21,6 +21,7 @@ from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Backbone, Features, labelled_positions, layout_attention, pad_token_id
 from dora_vl.backbones.families import LLAVA
 from dora_vl.backbones.quantised import quantised_loading
+from dora_vl.backbones.score_watch import ScoreWatch
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_model_folder
 from dora_vl.vision.towers import register_towers
@@ -173,18 +174,20 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
     ) -> Int[Tensor, "batch new"]:
         """New token ids of left-padded prompts, greedy unless options of transformers' generate say otherwise.
 
-        They are those of `options` and those given by name.
+        They are those of `options` and those given by name. Ids of a row whose scores are no numbers are `NO_TOKEN`.
         """
         with torch.no_grad():
             embeds = self.embed(input_ids, pixel_values=pixel_values, image_features=image_features)
             model: Any = self.model  # generate is typed for a protocol that pyright cannot match to the class
-            return model.generate(
+            watch, chosen = ScoreWatch(self.model), {"do_sample": False, "pad_token_id": pad_token_id(self.model)}
+            new = model.generate(
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
-                **{"do_sample": False, "pad_token_id": pad_token_id(self.model), **(options or {}), **named},
+                **{**chosen, **watch.options, **(options or {}), **named},
             )
+            return watch.marked(new)
 
     def _features(self, pixel_values: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):

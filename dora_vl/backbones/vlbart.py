@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from dora_vl.adapters.foreign_layouts import ADDED_ROWS
 from dora_vl.backbones.base import Backbone, Features, max_positions
+from dora_vl.backbones.score_watch import ScoreWatch
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration, joint_mask
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import UserError
@@ -154,7 +155,7 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
 
         What bart-base's own file would add in silence (four beams, no repeated trigram, forced first and last
         tokens) is off unless `options` of transformers' generate say so; beam search ends with the end token, as
-        in the original.
+        in the original. Ids of a row whose scores are no numbers are `NO_TOKEN`.
         """
         encoded, mask = self.encode(input_ids, attention_mask, features, boxes)
         model: Any = self.model
@@ -169,11 +170,13 @@ class VlBartBackbone(Backbone[VlBartForConditionalGeneration]):
             "min_length": 0,
             "length_penalty": 1.0,
         }
-        return model.generate(
+        watch = ScoreWatch(self.model)
+        new = model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
             attention_mask=mask,
-            **{**settings, **options},
+            **{**settings, **watch.options, **options},
         )
+        return watch.marked(new)
 
     @torch.no_grad()
     def likelihoods(

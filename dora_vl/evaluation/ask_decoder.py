@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isnan
 from string import ascii_uppercase
 from types import FunctionType
 from typing import Protocol, runtime_checkable
@@ -20,7 +21,14 @@ from dora_vl.evaluation.ask import Asking, ask
 from dora_vl.evaluation.asker import Asked, MediaReader, videos_placed
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.evaluation_set import EvaluationSet
-from dora_vl.evaluation.predict import Decoding, note_failures, predict, prediction_of, unanswered
+from dora_vl.evaluation.predict import (
+    Decoding,
+    note_failures,
+    predict,
+    prediction_of,
+    refuse_without_numbers,
+    unanswered,
+)
 from dora_vl.evaluation.prompt_inputs import Prompts
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.result_files import PredictionsFile
@@ -62,8 +70,12 @@ def choose_letters(
 
     Returns:
         The reason for each question that could not be asked, by id.
+
+    Raises:
+        UserError: likelihoods were no numbers; the other questions are answered first.
     """
     failed: dict[str, str] = {}
+    broken: list[str] = []
     todo = unanswered(questions, file)
     for place, question in enumerate(tqdm(todo, desc="choosing", unit="question", disable=not todo)):
         try:
@@ -76,8 +88,12 @@ def choose_letters(
             for start in range(0, len(samples), decoding.batch_size)
             for score in assistant.log_likelihoods(samples[start : start + decoding.batch_size])
         ]
+        if any(map(isnan, scores)):
+            broken.append(question.id)
+            continue
         file.add(prediction_of(question, ascii_uppercase[scores.index(max(scores))]))
         file.flush()
+    refuse_without_numbers(broken)
     return failed
 
 

@@ -11,6 +11,7 @@ from string import ascii_uppercase
 from PIL import Image
 from tqdm import tqdm
 
+from dora_vl.backbones.score_watch import NoNumbers
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.examples import Example
 from dora_vl.data.media import open_image
@@ -18,7 +19,7 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Asking, ask
 from dora_vl.evaluation.asker import Asked
 from dora_vl.evaluation.evaluation_set import EvaluationSet
-from dora_vl.evaluation.predict import note_failures, prediction_of
+from dora_vl.evaluation.predict import note_failures, prediction_of, refuse_without_numbers
 from dora_vl.evaluation.questions import Question, question_of_task
 from dora_vl.evaluation.result_files import PredictionsFile
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
@@ -48,15 +49,20 @@ def _answer_share(
     share: Sequence[Question], file: PredictionsFile, *, examples: Mapping[str, Example], said: Callable[[Example], str]
 ) -> dict[str, str]:
     failed: dict[str, str] = {}
+    broken: list[str] = []
     for place, question in enumerate(tqdm(share, desc="answering", unit="question", disable=not share)):
         try:
             answer = said(examples[question.id])
+        except NoNumbers:
+            broken.append(question.id)
+            continue
         except UserError as error:
             reason = error.reason if isinstance(error, BadSample) else str(error)
             note_failures([Skipped(place, question.id, reason)], failed)
             continue
         file.add(prediction_of(question, answer))
         file.flush()
+    refuse_without_numbers(broken)
     return failed
 
 

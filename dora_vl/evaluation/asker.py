@@ -155,6 +155,7 @@ class Asked:
         answered_before: how many an earlier run had answered.
         cut: the tokens that each text which was cut lost, by id.
         seconds: how long it took.
+        without_numbers: ids of those for which the model's scores were no numbers.
     """
 
     answers: dict[str, str] = field(default_factory=dict)
@@ -162,6 +163,7 @@ class Asked:
     answered_before: int = 0
     cut: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    without_numbers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.base import Features, max_positions
 from dora_vl.backbones.growing_text import NOT_YET_A_CHARACTER
+from dora_vl.backbones.score_watch import NO_TOKEN, NoNumbers
 from dora_vl.data.dataset import Sample
 from dora_vl.data.examples import Example
 from dora_vl.data.turns import Turn
@@ -107,7 +108,14 @@ class Assistant:
             raise UserError(f"the question cannot be put to this model: {error.reason}") from error
         streamer = None if write is None else TextStreamer(self.prompts.growing_text(), write)
         batch = self.prompts.collate([sample], "left")
-        return self.prompts.decode(self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)[0])
+        said = self._text(self.new_ids(batch, max_new_tokens=max_new_tokens, streamer=streamer)[0])
+        if said is None:
+            raise NoNumbers
+        return said
+
+    def _text(self, ids: Int[Tensor, " new"]) -> str | None:
+        """An answer's ids as text; None where the model's scores were no numbers."""
+        return None if NO_TOKEN in ids.tolist() else self.prompts.decode(ids)
 
     # -- many questions --------------------------------------------------------------------------------------
 
@@ -130,9 +138,9 @@ class Assistant:
         with torch.no_grad() if self.while_training else torch.inference_mode():
             return self.backbone.generate(**inputs, max_new_tokens=max_new_tokens, **more).cpu()
 
-    def answers(self, batch: Mapping[str, Any], *, max_new_tokens: int) -> list[str]:
-        """The text of each row's answer; the rows are padded on the left."""
-        return [self.prompts.decode(row) for row in self.new_ids(batch, max_new_tokens=max_new_tokens)]
+    def answers(self, batch: Mapping[str, Any], *, max_new_tokens: int) -> list[str | None]:
+        """See `predict.BatchAnswerer.answers`."""
+        return [self._text(row) for row in self.new_ids(batch, max_new_tokens=max_new_tokens)]
 
     @torch.inference_mode()
     def labelled(self, samples: Sequence[Sample]) -> Features:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dora_vl.backbones.base import Features
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import BadSample, UserError, shown, shown_text
+from dora_vl.evaluation.predict import refuse_without_numbers
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.result_files import Prediction, PredictionsFile
 
@@ -113,9 +114,13 @@ def choose(
 
     Returns:
         The reason for each question that could not be asked, by id.
+
+    Raises:
+        UserError: no question can be asked, or likelihoods were no numbers; the other questions are answered first.
     """
     device = next(iter(backbone.parameters())).device
     failed: dict[str, str] = {}
+    broken: list[str] = []
     todo: list[tuple[Question, list[str], Branches]] = []
     for question in questions:
         if question.id in file.done:
@@ -134,9 +139,13 @@ def choose(
         while batch := list(islice(rest, batch_size)):
             found = log_likelihoods(backbone, [rows for _, _, rows in batch], device=device)
             for (question, outputs, _), scores in zip(batch, found, strict=True):
-                file.add(_prediction(question, outputs[int(scores.argmax())]))
+                if scores.isnan().any():
+                    broken.append(question.id)
+                else:
+                    file.add(_prediction(question, outputs[int(scores.argmax())]))
             file.flush()
             progress.update(len(batch))
+    refuse_without_numbers(broken)
     return failed
 
 

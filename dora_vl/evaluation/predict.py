@@ -10,8 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from dora_vl.backbones.score_watch import NO_NUMBERS
 from dora_vl.data.dataset import Sample, Skipped
-from dora_vl.errors import BadSample, one_line, shown_text
+from dora_vl.errors import BadSample, UserError, one_line, shown_names, shown_text
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.prompt_inputs import Prompts
 from dora_vl.evaluation.questions import Question
@@ -31,8 +32,8 @@ class BatchAnswerer(Protocol):
         """What makes its inputs."""
         ...
 
-    def answers(self, batch: Mapping[str, Any], *, max_new_tokens: int) -> list[str]:
-        """The text of each row's answer; the rows are padded on the left."""
+    def answers(self, batch: Mapping[str, Any], *, max_new_tokens: int) -> list[str | None]:
+        """The text of each row's answer, None where the scores were no numbers; the rows are padded on the left."""
         ...
 
 
@@ -128,10 +129,15 @@ def predict(
     Returns:
         The reason for each question that could not be asked, by id; it gets no line in the file, so that the next
         run asks it again.
+
+    Raises:
+        UserError: the model's scores were no numbers for some questions, which have no line in the file either. Those
+            that it can answer are answered first; it ends at a batch of which it can answer none.
     """
     todo = unanswered(questions, file)
     todo.sort(key=_length, reverse=True)
     failed: dict[str, str] = {}
+    broken: list[str] = []
     with tqdm(total=len(todo), desc="answering", unit="question", disable=not todo) as progress:
         for batch in answered(assistant, todo, media=media, decoding=decoding):
             note_failures(batch.skipped, failed)
@@ -139,7 +145,17 @@ def predict(
                 file.add(prediction_of(question, answer))
             file.flush()
             progress.update(len(batch.answers) + len(batch.skipped))
+            broken += batch.without_numbers
+            if batch.without_numbers and not batch.answers:
+                break
+    refuse_without_numbers(broken)
     return failed
+
+
+def refuse_without_numbers(ids: Sequence[str]) -> None:
+    """Raises a `UserError` that names questions for which the model's scores were no numbers, where there are any."""
+    if ids:
+        raise UserError(f"question {shown_names(ids)}: {NO_NUMBERS}")
 
 
 @dataclass(frozen=True)
@@ -148,6 +164,8 @@ class AnsweredBatch:
 
     answers: list[tuple[Question, str]]
     skipped: list[Skipped]
+    without_numbers: list[str]
+    """Ids of those for which the model's scores were no numbers."""
 
 
 def answered(
@@ -162,8 +180,12 @@ def answered(
     )
     for named in loader:
         texts = [] if named.batch is None else assistant.answers(named.batch, max_new_tokens=decoding.max_new_tokens)
-        pairs = zip(named.indices, texts, strict=True)
-        yield AnsweredBatch([(questions[index], text.strip()) for index, text in pairs], named.skipped)
+        pairs = [(questions[index], text) for index, text in zip(named.indices, texts, strict=True)]
+        yield AnsweredBatch(
+            [(question, text.strip()) for question, text in pairs if text is not None],
+            named.skipped,
+            [question.id for question, text in pairs if text is None],
+        )
 
 
 def unanswered(questions: Sequence[Question], file: PredictionsFile) -> list[Question]:

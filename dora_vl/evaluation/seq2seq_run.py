@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from dora_vl.backbones.score_watch import NO_TOKEN, with_numbers
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.dataset import IGNORED_LABEL, Skipped
@@ -23,6 +24,7 @@ from dora_vl.data.examples import Example, whole_file
 from dora_vl.data.feature_input import FeatureReader
 from dora_vl.errors import BadSample, one_line, shown_text
 from dora_vl.evaluation.asker import Asked
+from dora_vl.evaluation.predict import refuse_without_numbers
 from dora_vl.evaluation.seq2seq_pictures import Shown, draw
 from dora_vl.heads.choice import likeliest, says_true
 from dora_vl.run.run_folder import METRICS, write_json
@@ -41,8 +43,8 @@ def answers_of(
     subtask: Subtask,
     examples: Sequence[Example],
     inputs: Sequence[Tensor],
-) -> list[str]:
-    """One batch's answers, in the way that the task has them."""
+) -> list[str | None]:
+    """One batch's answers, in the way that the task has them; None where the model's scores are no numbers."""
     ids, mask, features = inputs
     if subtask.answer_by == "pair":
         return _pairs(backbone, encoder, ids, mask, features)
@@ -51,7 +53,7 @@ def answers_of(
         scores = backbone.likelihoods(ids, mask, features, labels)
         for row, example in enumerate(examples):
             scores[row, len(example.choices) :] = float("-inf")
-        return [f"a{index}" for index in likeliest(scores).tolist()]
+        return with_numbers([f"a{index}" for index in likeliest(scores).tolist()], scores)
     if subtask.answer_by == "words":
         return [
             _likeliest_words(backbone, encoder, example, [part[row : row + 1] for part in inputs])
@@ -59,7 +61,8 @@ def answers_of(
         ]
     if subtask.answer_by == "closed":
         head = backbone.answer_head(subtask.name)
-        return head.chosen(head(backbone.first_hidden(ids, mask, features)))
+        scores = head(backbone.first_hidden(ids, mask, features))
+        return with_numbers(head.chosen(scores), scores)
     search = subtask.search
     new = backbone.generate(
         ids,
@@ -69,15 +72,16 @@ def answers_of(
         num_beams=search.beams,
         no_repeat_ngram_size=search.no_repeat_ngram,
     )
-    return [encoder.decode(row) for row in new.cpu()]
+    return [None if NO_TOKEN in row.tolist() else encoder.decode(row) for row in new.cpu()]
 
 
 def _likeliest_words(
     backbone: VlBartBackbone, encoder: Seq2SeqEncoder, example: Example, inputs: Sequence[Tensor]
-) -> str:
+) -> str | None:
     """The label of the choice whose own words are likeliest; each example has choices of its own."""
     ids, mask, features = inputs
-    return f"a{int(likeliest(backbone.likelihoods(ids, mask, features, padded_labels(encoder, example.choices))))}"
+    scores = backbone.likelihoods(ids, mask, features, padded_labels(encoder, example.choices))
+    return with_numbers([f"a{int(likeliest(scores))}"], scores)[0]
 
 
 def padded_labels(encoder: Seq2SeqEncoder, texts: Sequence[str]) -> Int[Tensor, "choices answer"]:
@@ -86,7 +90,9 @@ def padded_labels(encoder: Seq2SeqEncoder, texts: Sequence[str]) -> Int[Tensor, 
     return pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL)
 
 
-def _pairs(backbone: VlBartBackbone, encoder: Seq2SeqEncoder, ids: Tensor, mask: Tensor, features: Tensor) -> list[str]:
+def _pairs(
+    backbone: VlBartBackbone, encoder: Seq2SeqEncoder, ids: Tensor, mask: Tensor, features: Tensor
+) -> list[str | None]:
     """After the start and `<s>`, the logits of "true" and "false" at the next place.
 
     Where a small vocabulary spells one of them in pieces, the likelier of the two whole labels.
@@ -94,15 +100,15 @@ def _pairs(backbone: VlBartBackbone, encoder: Seq2SeqEncoder, ids: Tensor, mask:
     true_token, false_token = encoder.first_token(TRUE), encoder.first_token(FALSE)
     if true_token is None or false_token is None:
         labels = padded_labels(encoder, (TRUE, FALSE))
-        return [
-            TRUE if one == 0 else FALSE for one in likeliest(backbone.likelihoods(ids, mask, features, labels)).tolist()
-        ]
+        scores = backbone.likelihoods(ids, mask, features, labels)
+        return with_numbers([TRUE if one == 0 else FALSE for one in likeliest(scores).tolist()], scores)
     encoded, joint = backbone.encode(ids, mask, features)
     config = backbone.config
     begun = torch.tensor([[config.decoder_start_token_id, config.bos_token_id]], device=ids.device)
     hidden = backbone.decode(begun.expand(len(ids), -1), encoded, joint)
-    chosen = says_true(backbone.logits(hidden[:, 1]), true_token=true_token, false_token=false_token)
-    return [TRUE if one else FALSE for one in chosen.tolist()]
+    logits = backbone.logits(hidden[:, 1])
+    chosen = says_true(logits, true_token=true_token, false_token=false_token)
+    return with_numbers([TRUE if one else FALSE for one in chosen.tolist()], logits)
 
 
 log = logging.getLogger(__name__)
@@ -141,6 +147,9 @@ def evaluate_subtasks(
 
     `metrics.json` is written after each task.
 
+    Raises:
+        UserError: the model's scores were no numbers for examples of a task; its other predictions are written.
+
     Where one task alone is scored by accuracy, its headline stands at the top as `accuracy` (a share) and `n`, with
     `by_kind` where examples name their kind, and the contact sheet shows that task; else the sheet shows all.
     """
@@ -153,6 +162,7 @@ def evaluate_subtasks(
         examples, done = answer(backbone, encoder, subtask, file, reader, batch_size=evaluation.batch_size)
         answers = done.answers
         _write(run_folder / PREDICTIONS / f"{subtask.name}.jsonl", answers)
+        refuse_without_numbers(done.without_numbers)
         _tell_failed(subtask, done.failed, run_folder / METRICS)
         scored = _score(subtask, examples, answers)
         tasks[subtask.name] = _entries(subtask, scored, done, asked=len(examples))
@@ -193,6 +203,7 @@ def answer(
             done.answers.update(found.answers)
             done.failed.update(found.failed)
             done.cut.update(found.cut)
+            done.without_numbers.extend(found.without_numbers)
             progress.update(len(rows))
     if done.cut:
         name, tokens = next(iter(done.cut.items()))
@@ -218,7 +229,9 @@ def answer_rows(
         batch = Seq2SeqCollator(encoder.pad_token_id, (reader.tokens, reader.width))([MicroBatch(subtask, items)])
         inputs = [batch[name].to(device) for name in ("input_ids", "attention_mask", "features")]
         said = answers_of(backbone, encoder, subtask, usable, inputs)
-        done.answers.update({example.id: text for example, text in zip(usable, said, strict=True)})
+        pairs = list(zip(usable, said, strict=True))
+        done.answers.update({example.id: text for example, text in pairs if text is not None})
+        done.without_numbers.extend(example.id for example, text in pairs if text is None)
         done.cut.update(batch["cut"])
     return done
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from dora_vl.adapters.adapter import CLOSED_ANSWERS
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.language_source import load_tokenizer
+from dora_vl.backbones.score_watch import NoNumbers
 from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_heads
 from dora_vl.data.examples import Example
@@ -142,9 +143,12 @@ class VlBartAssistant:
 
         Raises:
             UserError: it was not trained for such a question, takes another number of pictures, or needs `extra["ts"]`.
+            NoNumbers: its scores are none.
         """
         subtask, inputs = self.prepared(example, pictures, task)
         (answer,) = answers_of(self.backbone, self.encoder, subtask, [example], inputs)
+        if answer is None:
+            raise NoNumbers
         return answer
 
     def prepared(

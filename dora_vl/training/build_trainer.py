@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,16 +24,18 @@ from dora_vl.core import trained_parts
 from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.run.checkpoint_manifest import settings_of
 from dora_vl.run.launch import is_first_rank, on_first_rank
-from dora_vl.run.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, write_json
+from dora_vl.run.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of
 from dora_vl.run.watched import Watch
 from dora_vl.run.zero import gather_to_read, gather_to_write
 from dora_vl.training.callbacks import (
     EpochCallback,
     LossLog,
     NoteSteps,
+    PlanFile,
     ProgressLine,
     SaveAfterValidation,
     StopOnSignal,
+    ValidateFirst,
 )
 from dora_vl.training.largest_batch import LargestBatch, Pool, cost_of
 from dora_vl.training.live_view import LiveView, can_show
@@ -69,7 +71,8 @@ def build_trainer(
     rates = rates_of(config.optim, arguments.learning_rate)
     refuse_unknown_parts(trained_parts(backbone.model), rates)
     activations = pipeline.activations(backbone, arguments, longest_tokens=data.longest_tokens)
-    _tell_plan(plan_of(backbone, rates, activations, arguments), arguments, run_folder)
+    plan = plan_of(backbone, rates, activations, arguments)
+    logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
     trainer = AdapterTrainer(
         model=pipeline.loss(backbone),
         args=arguments,
@@ -82,6 +85,7 @@ def build_trainer(
             stop,
             SaveAfterValidation(),
             NoteSteps(),
+            PlanFile(run_folder / PLAN, {name: asdict(table) for name, table in plan.items()} | _machine(arguments)),
         ],
         rates=rates,
         parts=with_decay(trained_parts(backbone.model), config.optim.weight_decay_on),
@@ -95,6 +99,7 @@ def build_trainer(
     trainer.progress.trains_on(data.ids, data.source)
     _order_callbacks(trainer)
     _watch_and_show(trainer, watch, run_folder)
+    trainer.add_callback(ValidateFirst(trainer.validate_at_once))  # shown, asked and logged by those before
     _try_first(trainer, pipeline, data, cost_of(activations, _vocabulary(backbone)))
     return trainer, stop
 
@@ -162,12 +167,6 @@ def plan_of(
         "not_adapted": frozen_table(backbone.model),
         "memory": memory_table(estimate, world_size=arguments.world_size, stage=stage),
     }
-
-
-def _tell_plan(plan: Mapping[str, Table], arguments: TrainingArguments, run_folder: Path) -> None:
-    logger.info("what trains, and what it takes:\n%s", "\n".join(map(str, plan.values())))
-    if arguments.process_index == 0:
-        write_json(run_folder / PLAN, {name: asdict(table) for name, table in plan.items()} | _machine(arguments))
 
 
 def _machine(arguments: TrainingArguments) -> dict[str, Any]:

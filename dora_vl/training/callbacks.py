@@ -19,9 +19,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.run.rank_watch import note_progress, rest_from_steps
-from dora_vl.run.run_folder import read_log, write_log
+from dora_vl.run.run_folder import read_log, write_json, write_log
 from dora_vl.training.memory_used import memory_gib
 from dora_vl.training.progress import BatchStatistics, Counts
+from dora_vl.training.validation import validation_owed
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,9 @@ class LossLog(TrainerCallback):
         """Starts the clock, and cuts lines that a resumed run will write again."""
         self._since, self._before = time.monotonic(), self._statistics.earlier
         if state.is_world_process_zero:
-            kept = [line for line in read_log(self._path) if line["step"] <= state.global_step]
+            step, again = state.global_step, validation_owed(state, args)
+            lines = read_log(self._path)
+            kept = [one for one in lines if one["step"] < step + (not again or "eval_loss" not in one)]
             write_log(self._path, kept)
 
     def on_log(
@@ -113,6 +116,19 @@ def rates_by_part(optimizer: Any) -> dict[str, float]:
 def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
     """JSON knows no NaN: it is written as text, so that the line still says what happened."""
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+
+
+class PlanFile(TrainerCallback):
+    """Writes what trains and what it takes once training begins: a resume that is refused leaves the file as it was."""
+
+    def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
+        self._path = path
+        self._plan = plan
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """On the first rank."""
+        if state.is_world_process_zero:
+            write_json(self._path, self._plan)
 
 
 class ProgressLine(TrainerCallback):
@@ -187,6 +203,22 @@ class SaveAfterValidation(TrainerCallback):
             control.should_save = True
 
 
+class ValidateFirst(TrainerCallback):
+    """Has a resumed run begin with the validation that the run before was stopped in front of.
+
+    Args:
+        validate: does it; every rank calls it.
+    """
+
+    def __init__(self, validate: Callable[[], None]) -> None:
+        self._validate = validate
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Before the first step, if there is one."""
+        if validation_owed(state, args):
+            self._validate()
+
+
 class StopOnSignal(TrainerCallback):
     """SIGINT or SIGTERM: finish the step, save a checkpoint, stop.
 
@@ -222,7 +254,7 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A run that stops within an epoch does not begin a validation that a whole run would not have there."""
+        """A run that stops begins no validation; one that a whole run has there begins the run that resumes it."""
         if self.received is not None:
             control.should_evaluate = False
 

@@ -43,6 +43,7 @@ from dora_vl.run.run_folder import (
     run_folder_of,
     write_settings,
 )
+from dora_vl.run.run_settings import RunSettings
 from dora_vl.run.zero import load_whole_models_again
 from dora_vl.training.build_trainer import build_trainer
 from dora_vl.training.finite import check_base_weights
@@ -89,7 +90,7 @@ def train(pipeline: Pipeline) -> RunResult:
         adapt(backbone.model, pipeline.dora_config(backbone), initial=config.adapter.initial)
         trainer, stop = build_trainer(pipeline, arguments, backbone)
     if checkpoint is not None:
-        _go_on(trainer, checkpoint, config.model.base)
+        _go_on(trainer, checkpoint, config)
     keep_freed_memory()
     torch.manual_seed(arguments.seed + arguments.process_index)  # ranks drop different elements
     try:
@@ -106,7 +107,7 @@ def train(pipeline: Pipeline) -> RunResult:
 
 
 def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpoint: Path | None) -> None:
-    """All that can be wrong before weights are loaded, and the run folder."""
+    """All that can be wrong before weights are loaded, and the folder of a new run."""
     config, run_folder = pipeline.config, run_folder_of(pipeline.config)
     overwrite = replaces_earlier(config)
     on_first_rank(partial(check_run_folder, run_folder, resume=checkpoint is not None, overwrite=overwrite))
@@ -115,15 +116,19 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
     on_first_rank(partial(check_initial, config.adapter.initial))
     on_first_rank(partial(pipeline.prepare, arguments))
     on_first_rank(partial(check_parts, pipeline, arguments))
-    # Not for a run that cannot begin.
-    on_first_rank(partial(prepare_run_folder, run_folder, checkpoint=checkpoint, overwrite=overwrite))
-    on_first_rank(partial(write_settings, run_folder, config))
+    if checkpoint is None:
+        # Not for a run that cannot begin; a resume that is refused in `_go_on` leaves all as it was.
+        on_first_rank(partial(prepare_run_folder, run_folder, checkpoint=None, overwrite=overwrite))
+        on_first_rank(partial(write_settings, run_folder, config))
 
 
-def _go_on(trainer: AdapterTrainer, checkpoint: Path, base: str) -> None:
-    """Takes over a checkpoint's sums, once base and samples, which are read by now, have shown to be its own."""
-    on_first_rank(partial(check_base, checkpoint, base, trainer.persistence.base_sha256))
+def _go_on(trainer: AdapterTrainer, checkpoint: Path, config: RunSettings) -> None:
+    """Takes over a checkpoint, once base and samples, which are read by now, have shown to be its own."""
+    run_folder = run_folder_of(config)
+    on_first_rank(partial(check_base, checkpoint, config.model.base, trainer.persistence.base_sha256))
     on_first_rank(partial(trainer.progress.check_samples, checkpoint))
+    on_first_rank(partial(prepare_run_folder, run_folder, checkpoint=checkpoint, overwrite=False))
+    on_first_rank(partial(write_settings, run_folder, config))
     trainer.progress.go_on_from(checkpoint)
 
 

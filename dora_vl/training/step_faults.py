@@ -107,7 +107,7 @@ class StepFaults(TrainerCallback):
         self._look_for_spike(losses, state)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A run that ends early begins no validation."""
+        """A run that ends early begins no validation; see `validation.validation_owed`."""
         if self.ended_by is not None:
             control.should_evaluate = False
 

@@ -165,6 +165,11 @@ class AdapterTrainer(Trainer):
         output.metrics.update(cast(ValidationLoss, self.validation).finish(self.args.device))
         return output
 
+    def validate_at_once(self) -> None:
+        """As at an epoch's end, also for the choice of the best checkpoint, which is there by now."""
+        self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+        self._name_best(self.persistence.run_folder)
+
     # ---- the optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -219,12 +224,12 @@ class AdapterTrainer(Trainer):
             drop_old_checkpoints(run_folder, keep=self.args.save_total_limit, also_keep=also)
         self.accelerator.wait_for_everyone()
 
-    def _name_best(self, run_folder: Path, name: str) -> None:
-        """Every rank records the best checkpoint by the name it gets, not the one it is written under."""
+    def _name_best(self, run_folder: Path, name: str | None = None) -> None:
+        """Every rank records the best checkpoint by the name it gets, not the one (`name`) it is written under."""
         step = self.state.best_global_step
         if step:
             best = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            written = best if best.name != name else run_folder / WRITING / name
+            written = best if best.name != name else run_folder / WRITING / best.name
             self.state.best_model_checkpoint = str(best) if written.is_dir() else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.errors import UserError
@@ -91,6 +93,16 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(arrays)
+
+
+def validation_owed(state: TrainerState, arguments: TrainingArguments) -> bool:
+    """Whether the state ends an epoch, or the run, and the validation that follows there is not in its log.
+
+    A run that is stopped at an epoch's last step saves and ends without it: the launcher may not wait so long.
+    """
+    ends = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
+    done = any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
+    return arguments.eval_strategy == IntervalStrategy.EPOCH and state.global_step > 0 and ends and not done
 
 
 def check_validation(samples: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, source: str) -> None:

@@ -192,8 +192,11 @@ def test_a_row_that_samples_draws_the_same_whoever_is_beside_it(tmp_path: Path) 
         assert told.all_over()[number] == expected
 
 
+@pytest.mark.parametrize("drawn", [{"temperature": 1.5, "seed": 7}, {}], ids=["drawn", "likeliest"])
 @pytest.mark.parametrize("joins", [True, False])  # in a batch that others may join, and in one of generate's own
-def test_a_row_whose_scores_are_no_numbers_fails_alone(joins: bool, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_row_whose_scores_are_no_numbers_fails_alone(
+    joins: bool, drawn: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
     base = language(tmp_path)
     adapter = {"huge": {"targets": ("*.down_proj",), "rank": 2, "alpha": 5.0}}
     folders = write_adapters(base, tmp_path / "adapters", adapter)
@@ -204,7 +207,6 @@ def test_a_row_whose_scores_are_no_numbers_fails_alone(joins: bool, tmp_path: Pa
     for layer in model.backbone.model.modules():
         if isinstance(layer, RowLayer):
             layer._changes["huge"].scaled_B.fill_(float("nan"))
-    drawn: Any = {"temperature": 1.5, "seed": 7}
     with Engine(model, EngineSettings(window_seconds=0.3)) as engine:
         batches = batches_of(engine, monkeypatch)
         events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in range(2)]

@@ -93,9 +93,9 @@ def test_a_greedy_row_beside_one_that_samples_keeps_its_scores() -> None:
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_a_row_without_numbers_to_draw_from_ends_alone(broken: float, top_p: float) -> None:
-    rows = [silent(max_new_tokens=9, temperature=1.0, top_p=top_p, seed=seed) for seed in (3, 4)]
+@pytest.mark.parametrize("way", [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}, {}])
+def test_a_row_without_numbers_to_choose_from_ends_alone(broken: float, way: dict[str, float]) -> None:
+    rows = [silent(max_new_tokens=9, seed=seed, **way) for seed in (3, 4)]
     ended: list[RowText] = []
     rows[0].done = ended.append
     sampling, stops = RowSampling(rows, torch.device("cpu")), RowStops(rows, {END})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dora_vl.cli import main
 from dora_vl.data.examples import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
+from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import MediaReader, Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_asker import open_asker
@@ -95,6 +98,29 @@ def test_a_batch_answers_as_one_by_one_to_the_id(model: tuple[str, Path]) -> Non
     together = assistant.new_ids(assistant.prompts.collate(samples, "left"), max_new_tokens=NEW_TOKENS)
     for own, row in zip(alone, together, strict=True):
         assert row[: len(own)].tolist() == own.tolist()
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: tuple[str, Path], beams: int) -> None:
+    name, folder = model
+    assistant = opened(folder)
+    assistant.backbone.model.generation_config.num_beams = beams
+    samples = [assistant.prompts.sample(*one) for one in conversations(name)]
+    batch = assistant.prompts.collate(samples, "left")
+    expected = assistant.answers(batch, max_new_tokens=NEW_TOKENS)
+    others = {token for place, one in enumerate(samples) if place != 1 for token in one.input_ids.tolist()}
+    own = next(token for token in samples[1].input_ids.tolist() if token not in others)
+
+    def break_row(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output.masked_fill((inputs[0] == own).unsqueeze(-1), float("nan"))
+
+    assistant.backbone.model.get_input_embeddings().register_forward_hook(break_row)
+    found = assistant.answers(batch, max_new_tokens=NEW_TOKENS)
+    assert found == [None if place == 1 else text for place, text in enumerate(expected)]
+    turns, seen = list(conversations(name))[1]
+    assistant.backbone.model.generation_config.num_beams = 1  # a search with beams writes nothing as it comes
+    with pytest.raises(UserError, match="the model's scores of the next word are no numbers"):
+        assistant.answer(turns, seen.pictures, max_new_tokens=NEW_TOKENS, write=lambda text: None)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision"])
@@ -219,6 +245,21 @@ def test_a_model_without_an_adapter_is_evaluated(name: str, data: Path, tmp_path
         float(assistant.log_likelihoods([assistant.prompts.with_answer(turns, shown, letter)])[0]) for letter in "ABC"
     ]
     assert answers(tmp_path / "letters")["q0"] == "ABC"[scores.index(max(scores))]
+
+
+@pytest.mark.parametrize("way", ["generation", "likelihood"])
+def test_a_model_of_nan_is_one_line_with_the_questions_and_status_two(
+    way: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_model("llava", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    head = next(name for name in weights if name.endswith("lm_head.weight"))
+    save_file(weights | {head: weights[head] * float("nan")}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(data, tmp_path / "out", "--model", folder, "--answer-by", way)
+    assert stopped.value.code == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: question (q\d, )*q\d.*: the model's scores of the next word are no numbers", said)
 
 
 LETTER = "Answer with the option's letter from the given choices directly."

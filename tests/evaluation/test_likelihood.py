@@ -76,6 +76,28 @@ def test_writes_the_likeliest_and_names_what_cannot_be_asked(tmp_path: Path) -> 
         )
 
 
+def test_likelihoods_that_are_no_numbers_choose_nothing(tmp_path: Path) -> None:
+    table, model = {"say a": [5, 6, 2], "say b": [5, 7, 2], "say c": [5, 8, 2], "say d": [5, 9, 2]}, tiny_language()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[9] = float("nan")
+    questions = [
+        question("Answer format: a/d", "say a", "a", name="broken"),
+        question("Answer format: a/b/c", "say b", "b", name="whole"),
+    ]
+    with (
+        PredictionsFile(tmp_path / "predictions.jsonl", {}) as file,
+        pytest.raises(UserError, match=r"^question broken: the model's scores of the next word are no numbers"),
+    ):
+        choose(
+            CausalLMBackbone(model),
+            lambda _, output: (torch.tensor(table[output]), 1),
+            questions,
+            file=file,
+            batch_size=4,
+        )
+    assert list(file.done) == ["whole"]
+
+
 def likelihood(model: torch.nn.Module, ids: list[int]) -> float:
     predicted = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     return float((predicted[0, ids[1]] + predicted[1, ids[2]]).detach())

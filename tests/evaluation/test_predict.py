@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dora_vl.backbones.score_watch import NO_TOKEN
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import Sample
 from dora_vl.data.turns import Turn
-from dora_vl.errors import BadSample
+from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.asker import MediaReader, Shown
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.predict import Decoding, predict
@@ -28,6 +29,8 @@ from dora_vl.vision.frame_sampling import Uniform
 
 END = 1
 FIRST_LETTER = 10
+WITHOUT_NUMBERS = "N"
+"""In a prompt: the model's scores are NaN."""
 
 
 class LetterPrompts:
@@ -76,7 +79,8 @@ class LastWordModel(torch.nn.Module):
         self.batches.append(lengths.tolist())
         pictures = pixel_values[:, 0, 0, 0] if pixel_values is not None else image_features[:, 0, 0]
         digits = FIRST_LETTER + ord("0") + pictures.long()
-        return torch.stack([input_ids[:, -1], digits, torch.full_like(digits, END)], dim=1)
+        new = torch.stack([input_ids[:, -1], digits, torch.full_like(digits, END)], dim=1)
+        return new.masked_fill((input_ids == FIRST_LETTER + ord(WITHOUT_NUMBERS)).any(1, keepdim=True), NO_TOKEN)
 
 
 def question(number: int, text: str = "") -> Question:
@@ -162,3 +166,23 @@ def test_a_prompt_longer_than_the_model_is_named_and_the_others_are_asked(tmp_pa
     assert failed.keys() == {"q2"}
     assert failed["q2"].startswith("its prompt takes 18 tokens and its answer up to 3, but the model has 20 positions")
     assert {name: one.prediction for name, one in done.items()} == {"q1": "s1", "q3": "o3"}
+
+
+def test_a_question_whose_scores_are_no_numbers_is_named_at_the_end_and_costs_no_other_its_answer(
+    tmp_path: Path,
+) -> None:
+    model, questions = LastWordModel(), [question(number, "abcdefghi"[number:]) for number in range(9)]
+    questions[2] = question(2, f"cdefgh{WITHOUT_NUMBERS}")
+    with pytest.raises(UserError, match=r"^question q2: the model's scores of the next word are no numbers; ask with"):
+        ask(tmp_path, questions, model)
+    assert list(map(len, model.batches)) == [4, 4, 1]
+    done, _ = ask(tmp_path, [one for one in questions if one.id != "q2"], again := LastWordModel())
+    assert again.batches == []
+    assert {name: one.prediction for name, one in done.items()} == {f"q{n}": f"i{n}" for n in range(9) if n != 2}
+
+
+def test_a_model_without_any_numbers_ends_at_its_first_batch(tmp_path: Path) -> None:
+    model = LastWordModel()
+    with pytest.raises(UserError, match=r"^question q0, q1, .*: the model's scores of"):
+        ask(tmp_path, [question(number, WITHOUT_NUMBERS) for number in range(9)], model)
+    assert list(map(len, model.batches)) == [4]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dora_vl.adapters.folder import save_adapter
@@ -79,6 +80,18 @@ def test_another_scale_is_refused_with_both_numbers(
         (folder / "recipe.json").unlink()
     with pytest.raises(UserError, match=f"^adapter.initial: {folder}: {said}"):
         adapt(model(), replace(CONFIG, **change), initial=str(folder))
+
+
+@pytest.mark.parametrize("leaf", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"])
+def test_what_is_no_number_is_no_start(folder: Path, leaf: str) -> None:
+    """Training would go on from it, and every loss be NaN."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = f"base_model.model.second.{leaf}"
+    tensors[name].view(-1)[1] = float("inf")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=rf"^{file}: 1 tensors hold NaN or infinity, first \['{name}'\]"):
+        adapt(model(), CONFIG, initial=str(folder))
 
 
 def test_lora_is_no_start_for_dora(tmp_path: Path) -> None:

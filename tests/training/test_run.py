@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,6 +22,8 @@ from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.run import train
+from dora_vl.training.step_faults import StepFaults
+from tasks import llava_instruct
 from tests.training.tiny_run import write_run, write_tiny_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -334,3 +341,74 @@ def test_validation_changes_no_dropout(run_file: Path) -> None:
     records = str(read_run_file(run_file).data.train)
     often = [f"--data.validation={records}", "--training.eval_strategy=steps", "--training.eval_steps=2"]
     assert train_file(run_file, *settings, *often, "--overwrite=true") == alone
+
+
+def test_a_resume_that_other_samples_refuse_changes_nothing(
+    tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ids are known once the data are read, which is after the settings were compared."""
+    records = write_tiny_data(tmp_path / "data", samples=12)
+    run_file = write_run(tmp_path / "run.yaml", tiny_llava, records, training={"use_cpu": True})
+    saved = ["--training.save_strategy=steps", "--training.save_steps=2", "--training.max_steps=6"]
+    train_file(run_file, *saved, "--training.save_total_limit=5")
+    folder = run_folder(run_file)
+    (folder / ".checkpoint-1.removing").mkdir()  # of a crash
+    before = contents(folder)
+    content = json.loads(records.read_text())
+    records.write_text(json.dumps(content[::-1]))
+    resume = ["--resume", str(folder / "checkpoint-2")]
+    monkeypatch.setattr(sys, "argv", ["llava_instruct.py", "--config", str(run_file), *saved, *resume])
+    with pytest.raises(SystemExit) as error:
+        llava_instruct.main()
+    assert error.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "are as many with other ids, or in other order" in said
+    assert contents(folder) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every name below a folder, and what its file holds."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("steps", "stopped_at"), [(6, 3), (6, 6), (5, 5)], ids=["an epoch", "the run", "amid one"])
+def test_a_stop_in_front_of_a_validation_leaves_it_to_the_run_that_goes_on(
+    tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch, steps: int, stopped_at: int
+) -> None:
+    """A signal in the last step of an epoch (three of them), of the run, or of a run that ends within an epoch."""
+    records = write_tiny_data(tmp_path / "data", samples=12)
+    run_file = write_run(tmp_path / "run.yaml", tiny_llava, records, training={"use_cpu": True})
+    settings = ["--adapter.dropout=0.2", f"--data.validation={records}", f"--training.max_steps={steps}"]
+    settings += ["--training.load_best_model_at_end=true", "--training.metric_for_best_model=loss"]
+    settings += ["--training.save_strategy=epoch", "--training.save_total_limit=5"]
+    whole, folder = tmp_path / "whole", run_folder(run_file)
+    expected = train_file(run_file, *settings, f"--training.output_dir={whole}")
+    with monkeypatch.context() as patched:
+        send_at_step(patched, stopped_at)
+        assert train_file(run_file, *settings) == expected[:stopped_at]
+    assert validated(folder) == [one for one in validated(whole) if one[0] < stopped_at]
+    checkpoint = folder / f"checkpoint-{stopped_at}"
+    for _ in range(2):  # the second time as after a kill before the next checkpoint
+        assert train_file(run_file, *settings, f"--resume={checkpoint}") == expected
+        assert validated(folder) == validated(whole)
+    ours, theirs = (load_file(one / "adapter" / "adapter_model.safetensors") for one in (folder, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def send_at_step(patched: pytest.MonkeyPatch, number: int) -> None:
+    """A SIGTERM to this process as the step begins."""
+    begin = StepFaults.begin_step
+    begun = count(1)
+
+    def begin_and_send(self: StepFaults, ids: Sequence[Sequence[str]]) -> None:
+        begin(self, ids)
+        if next(begun) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    patched.setattr(StepFaults, "begin_step", begin_and_send)
+
+
+def validated(folder: Path) -> list[tuple[int, float, int]]:
+    """Step, loss and samples of each validation in the log."""
+    lines = [line for line in read_log(folder / "log.jsonl") if "eval_loss" in line]
+    return [(line["step"], line["eval_loss"], line["eval_samples"]) for line in lines]
