@@ -80,7 +80,8 @@ def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
 
 
 @given(answers=st.dictionaries(st.text(min_size=1), st.text(), min_size=1, max_size=5))
-def test_any_text_comes_back(tmp_path: Path, answers: dict[str, str]) -> None:
+def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, answers: dict[str, str]) -> None:
     lines = [json.dumps({"id": name, "answer": answer}) + "\n" for name, answer in answers.items()]
-    (tmp_path / "p.jsonl").write_text("".join(lines))
-    assert read_answers(tmp_path / "p.jsonl") == answers
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text("".join(lines))
+    assert read_answers(path) == answers
