@@ -1,11 +1,13 @@
 """Records to LLaVA's training JSON: each is asked as `dora-vl evaluate` asks it, and its first answer is the reply.
 
+A benchmark whose prompt asks for an option's letter (ScienceQA, MMBench, SEED) gets the right choice's letter.
+
     dora-vl prepare nlvr --from downloads/nlvr --to records --set shares=train:0.8,validation:0.1,test:0.1
     python -m data_prep.llava_conversations --records records/nlvr/train.jsonl --benchmark nlvr --to nlvr_train.jsonl
 
 So a LLaVA can be trained on any set that `dora-vl prepare` knows, with the benchmark's own wording. The order is
-shuffled by the seed, because publishers' files hold a picture's items side by side. Records that carry no answer, or a
-video, are counted and named at the end, not written.
+shuffled by the seed, because publishers' files hold a picture's items side by side. Records that carry no answer (with
+choices: do not say which is right), or a video, are counted and named at the end, not written.
 """
 
 from __future__ import annotations
@@ -17,25 +19,30 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dora_vl.data.examples import JSON, Example, iterate_examples, whole_file
+from dora_vl.data.turns import SPEAKERS
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.scores.prompts import Prompt, turns_of
+from dora_vl.scores.benchmark import Benchmark
+from dora_vl.scores.choices import correct_index, letters
+from dora_vl.scores.known_truth import has_right_choice
+from dora_vl.scores.prompts import turns_of
 
-SPEAKERS = {"user": "human", "assistant": "gpt"}
 NAMED = 5
 """How many of the records that were left out are named in the summary."""
 
 
-def conversation_of(example: Example, prompt: Prompt) -> dict[str, JSON]:
+def conversation_of(example: Example, benchmark: Benchmark) -> dict[str, JSON]:
     """One record in LLaVA's form.
 
     Raises:
-        BadSample: it has no answer, or is about a video.
+        BadSample: it has no answer, does not say which of its choices is right, or is about a video.
     """
     if example.clips:
         raise BadSample(example.id, "it is about a video; LLaVA's training JSON holds pictures")
-    turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in turns_of(example, prompt)]
-    answer = {"from": SPEAKERS["assistant"], "value": reply_of(example)}
+    turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in turns_of(example, benchmark.prompt)]
+    asks_for_letter = benchmark.chooses and not example.turns  # a whole talk is asked and answered as it stands
+    reply = right_letter(example) if asks_for_letter else reply_of(example)
+    answer = {"from": SPEAKERS["assistant"], "value": reply}
     record: dict[str, JSON] = {"id": example.id, "conversations": [*turns, answer]}
     if pictures := list(example.images):
         record["image"] = pictures if len(pictures) > 1 else pictures[0]
@@ -55,14 +62,28 @@ def reply_of(example: Example) -> str:
     return known[0]
 
 
+def right_letter(example: Example) -> str:
+    """The letter that the prompt puts before the right choice.
+
+    Raises:
+        BadSample: no choices, none that is said to be right, or more than there are letters.
+    """
+    if not has_right_choice(example):
+        raise BadSample(example.id, "it does not say which of its choices is right (extra.correct)")
+    correct, known = correct_index(example), letters(example)
+    if len(example.choices) > len(known):
+        raise BadSample(example.id, f"it has {len(example.choices)} choices; there are letters for {len(known)}")
+    return known[correct]
+
+
 def conversations(
-    examples: Iterable[Example], prompt: Prompt, *, seed: int, dropped: Callable[[BadSample], object]
+    examples: Iterable[Example], benchmark: Benchmark, *, seed: int, dropped: Callable[[BadSample], object]
 ) -> list[dict[str, JSON]]:
     """Every record that can be trained on, in an order shuffled by the seed; the others go to `dropped`."""
     made: list[dict[str, JSON]] = []
     for example in examples:
         try:
-            made.append(conversation_of(example, prompt))
+            made.append(conversation_of(example, benchmark))
         except BadSample as problem:
             dropped(problem)
     random.Random(seed).shuffle(made)
@@ -83,7 +104,7 @@ def main() -> None:
     dropped: list[BadSample] = []
     made = conversations(
         iterate_examples(options.records),
-        BENCHMARKS[options.benchmark].prompt,
+        BENCHMARKS[options.benchmark],
         seed=options.seed,
         dropped=dropped.append,
     )

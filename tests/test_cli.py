@@ -84,6 +84,16 @@ def test_convert_keeps_and_exports(folders, capsys):
     assert "largest relative error" in lines[-1]
 
 
+@pytest.mark.parametrize("verb", ["convert", "merge"])
+@pytest.mark.parametrize("option", [["--alpha", 8], ["--rename", "model.=model.language_model."]])
+@pytest.mark.parametrize("named", [[], ["--from", "peft"]])
+def test_options_that_peft_s_own_files_answer_are_not_passed_over(folders, capsys, verb, option, named):
+    words = ["convert", folders / "one"] if verb == "convert" else ["merge", "--adapter", folders / "one"]
+    message = failed(capsys, *words, *option, *named, "--to", folders / "x")
+    assert f"one: {option[0]} is for" in message
+    assert not (folders / "x").exists()
+
+
 def test_convert_takes_the_file_of_tensors_for_its_folder(folders, capsys):
     main(["convert", str(folders / "one" / "adapter_model.safetensors"), "--to", str(folders / "same")])
     assert "4 layers, 0 other tensors" in capsys.readouterr().out

@@ -71,7 +71,11 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, help="numerator of the scale, where no file states it")
     parser.add_argument("--task", help="which of VL-Adapter's tasks; with --as vl-adapter all of them, by commas")
     parser.add_argument(
-        "--rename", action="append", default=[], metavar="OLD=NEW", help="beginnings of layer names; may come often"
+        "--rename",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="beginnings of layer names, of other tools' files; may come often",
     )
 
 
@@ -114,7 +118,9 @@ def _refuse_target(source: Path, target: Path) -> None:
 
 def _to_original(arguments: argparse.Namespace) -> str:
     refuse_to_overwrite(arguments.to)
-    adapter = read_any(arguments.source, replace(reading_options(arguments), task=None))
+    serves_result = arguments.kind == "vl-adapter"
+    options = replace(reading_options(arguments), task=None, alpha_serves_result=serves_result)
+    adapter = read_any(arguments.source, options)
     base_folder = arguments.base or base_of(adapter)
     if not arguments.any_base:
         refuse_other_base(adapter.recipe, base_folder, adapter.source)

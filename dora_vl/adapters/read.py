@@ -45,6 +45,8 @@ class ReadOptions:
     """The base model's folder: head counts for torchtune, names for kohya."""
     alpha: float | None = None
     """Numerator of the scale, where no file states it."""
+    alpha_serves_result: bool = False
+    """It is what is written, too: a source that states its own has its own, and the result this one."""
     task: str | None = None
     """Which of VL-Adapter's tasks."""
     renames: tuple[tuple[str, str], ...] = ()
@@ -60,11 +62,11 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
     if options.format is not None and options.format not in FORMATS:
         raise UserError(f"no format {options.format!r}; there are {', '.join(FORMATS)}")
     if options.format == "peft" or _is_own(source):
-        return read_adapter(source)
+        return _as_it_stands(source, options)
     tensors = _tensors(source)
     name = options.format or known_format(tensors, str(source))
     if name == "peft":
-        return read_adapter(source)
+        return _as_it_stands(source, options)
     config = _config_beside(source)
     return to_adapter(
         _under_our_names(name, tensors, options, str(source)),
@@ -75,6 +77,25 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
         base_model=str(config.get("base_model_name_or_path") or options.base or ""),
         source=str(source),
     )
+
+
+def _as_it_stands(source: Path, options: ReadOptions) -> Adapter:
+    """A folder of PEFT's form, which says its scale and its layers' names itself.
+
+    Raises:
+        UserError: an option would say them otherwise, or `read_adapter` refuses it.
+    """
+    if options.alpha is not None and not options.alpha_serves_result:
+        raise UserError(
+            f"{source}: --alpha is for files that do not state it; this one's {CONFIG_FILE} does: leave it out, or "
+            "change lora_alpha in a copy of the folder"
+        )
+    if options.renames:
+        raise UserError(
+            f"{source}: --rename is for other tools' names; a folder of PEFT's form is read as it stands: leave the "
+            "option out"
+        )
+    return read_adapter(source)
 
 
 def _is_own(source: Path) -> bool:

@@ -93,7 +93,9 @@ def _read_record(row: Row, sample_id: str) -> Example:
     example = from_record({**_without_nulls(row), "id": sample_id})
     if example.choices:
         raise BadSample(
-            sample_id, "it has choices; `python -m data_prep.llava_conversations` puts them in a benchmark's words"
+            sample_id,
+            "it has choices; `python -m data_prep.llava_conversations --benchmark seed` writes them with letters, "
+            "and the right one's as the reply",
         )
     return example
 

@@ -23,8 +23,21 @@ from dora_vl.errors import UserError, shown, shown_names
 
 IDS = ("id", "question_id", "questionId", "qid", "image_id", "image", "index", "identifier", "clip_id")
 """Where a row's id stands; of several the first is its own."""
-ANSWERS = ("prediction", "answer", "text", "caption")
-"""Where a row's answer stands: ours and SEED-Bench's; VQA's; LLaVA's; COCO's."""
+MODEL_ANSWERS = (
+    "prediction",
+    "pred",
+    "predict",
+    "pred_answer",
+    "predicted_answer",
+    "response",
+    "output",
+    "model_answer",
+    "model_output",
+)
+"""Keys of what a model said, whatever stands beside them: ours, SEED-Bench's and GQA's first, then Video-LLaVA's and
+other tools'. An `answer` in such a row is the true one."""
+ANSWERS = ("answer", "text", "caption")
+"""Where the answer stands in rows that hold none of those: VQA's; LLaVA's; COCO's."""
 PROMPTS = ("prompt", "question")
 WANTED = "predictions; give JSON lines with an id and an answer each"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -67,7 +80,8 @@ def read_rows(path: Path) -> list[AnswerRow]:
     """Every answer of the file, in its order.
 
     Raises:
-        UserError: no such file, none of the forms, or a row without an id or an answer; it names the line.
+        UserError: no such file, none of the forms, or a row without an id or an answer, or with two that may be it; it
+            names the line.
     """
     rows = list(_rows(path))
     if not rows:
@@ -102,7 +116,7 @@ def _json(path: Path) -> Iterator[AnswerRow]:
 
 def _is_mapping(record: Mapping[str, object]) -> bool:
     """Whether an object without an id is one of answers by id, not a row that lacks its id."""
-    return not any(key in record for key in ANSWERS)
+    return not any(key in record for key in (*MODEL_ANSWERS, *ANSWERS))
 
 
 def _members(path: Path, answers: Mapping[str, object]) -> Iterator[AnswerRow]:
@@ -120,13 +134,33 @@ def _row(record: object, where: str) -> AnswerRow:
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: a {type(record).__name__}, not an object with an id and an answer")
     ids = {key: str(record[key]) for key in IDS if _names(record.get(key))}
-    answer = next((record[key] for key in ANSWERS if key in record), _caption(record))
+    answer = _answer(record, where)
     first_id = next((key for key in IDS if key in record), None)
     if first_id not in ids or not isinstance(answer, str):
-        wanted = f"an id ({', '.join(IDS)}), and {' or '.join(ANSWERS)} as text"
+        wanted = f"an id ({', '.join(IDS)}), and {' or '.join((*MODEL_ANSWERS, *ANSWERS))} as text"
         raise UserError(f"{where}: needs {wanted}; has {shown_names(record)}")
     prompt = next((record[key] for key in PROMPTS if isinstance(record.get(key), str)), "")
     return AnswerRow(where=where, ids=ids, answer=answer, prompt=str(prompt))
+
+
+def _answer(record: Mapping[str, object], where: str) -> object:
+    """What the model said; a true answer beside it is left alone.
+
+    Raises:
+        UserError: two keys that may hold it say different things.
+    """
+    names = next((names for names in (MODEL_ANSWERS, ANSWERS) if any(key in record for key in names)), ())
+    said = [(key, record[key]) for key in names if record.get(key) is not None]
+    if not said:
+        return _caption(record)
+    (first, answer), *others = said
+    for other, value in others:
+        if value != answer:
+            raise UserError(
+                f"{where}: {first} is {shown(answer)} and {other} is {shown(value)}, and either may be the model's "
+                "answer; leave out or rename the one that is not"
+            )
+    return answer
 
 
 def _names(value: object) -> bool:
@@ -145,7 +179,7 @@ def _caption(record: Mapping[str, object]) -> object:
 def _table(path: Path, delimiter: str) -> Iterator[AnswerRow]:
     header = next((line for _, line in text_lines(path, WANTED)), "")
     names = {cell.strip('"') for cell in header.split(delimiter)}
-    if names & set(IDS) and names & set(ANSWERS):
+    if names & set(IDS) and names & {*MODEL_ANSWERS, *ANSWERS}:
         for number, row in table_rows(path, WANTED, delimiter=delimiter):
             yield _row(row, f"{path}, line {number}")
         return

@@ -1,7 +1,8 @@
 """Scores for a benchmark of one's own: each is the best over an example's right answers; everything in percent.
 
 - `exact`: the answer, letter case, spaces between words and final periods aside.
-- `choice`: the letter of the right choice, or its text, as MMBench's current rules read it.
+- `choice`: the letter of the right choice, or its text: equal to it, as `exact` compares, or else as MMBench's current
+  rules find it in a longer answer.
 - `anls`: average normalised Levenshtein similarity (Biten et al., 2019; DocVQA): one minus the edit distance over the
   longer one's length, letter case and spaces aside, and nothing where that is not above one half.
 - `relaxed`: ChartQA's (Masry et al., 2022): numbers, "%" read as hundredths, may be off by 5 % of the true one, others
@@ -73,7 +74,23 @@ def _tally(
 
 def _right_choice(example: Example, said: str) -> float:
     choices = dict(zip(ascii_uppercase, example.choices, strict=False))
-    return float(mmbench.chosen(said, choices, "2025") == ascii_uppercase[correct_index(example)])
+    return float(_chosen(said, choices) == ascii_uppercase[correct_index(example)])
+
+
+def _chosen(said: str, choices: Mapping[str, str]) -> str | None:
+    """The letter an answer gives, or None.
+
+    MMBench's rules look for a choice's text anywhere, so where one choice is in another ("1" in "10") they find two in
+    the right answer and take neither. A letter as it was asked for goes before all texts, a small one after them.
+    """
+    bare = said.strip().removesuffix(".")
+    if bare in choices:
+        return bare
+    for same in (str.strip, normalised):  # "Co" and "CO" may both be choices
+        equal = [letter for letter, text in choices.items() if same(text) == same(said)]
+        if len(equal) == 1:
+            return equal[0]
+    return bare.upper() if bare.upper() in choices else mmbench.chosen(said, choices, "2025")
 
 
 def similarity(said: str, true: str) -> float:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from os import getpid
 from pathlib import Path
+from shlex import quote
 from statistics import median
 
 from dora_vl.errors import UserError
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             f"held out by seed {arguments.seed}: {len(test):,} rows about {_media(test):,} {look.media}; to train on: "
             f"{len(train):,} rows about {_media(train):,}"
         )
-        start = f"{_command()} {to / RUN}"
+        start = f"{_command()} {quote(str(to / RUN))}"
         text = written(base, _data(look, train, to), output_dir=str(to), on_gpu=_on_gpu(), command=start)
         _write(staging, to, train, test, text)
     finally:

@@ -6,12 +6,15 @@ import json
 import math
 import re
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from dora_vl.backbones.families import LLAVA, check_trained, model_type_of
 from dora_vl.backbones.written_base import SETTINGS_FILE as MADE_HERE
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import UserError, one_line, shown
 
 DEMO_BASE, HUB_BASE = Path("runs/demo/base"), "HuggingFaceTB/SmolVLM-500M-Instruct"
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
@@ -132,7 +135,7 @@ def written(base: Base, data: Data, *, output_dir: str, on_gpu: bool, command: s
     """
     lines = [
         "# Written by `dora-vl init`; every line may be changed. docs/training.md explains them, --help all others.",
-        f"#   {command}",
+        f"#   {one_line(command, sys.maxsize)}",
         "",
         *_model(base),
         *_adapter(base),
@@ -171,7 +174,7 @@ def _adapter(base: Base) -> list[str]:
 def _data(base: Base, data: Data) -> list[str]:
     lines = [
         "data:",
-        f"  train: {_text(data.train)}",
+        f"  train: {_read_twice(data.train)}",
         f"  image_folder: {_text(data.root)}   # where the pictures' paths start",
     ]
     if data.rows >= LEAST_VALIDATED:
@@ -195,7 +198,7 @@ def _training(base: Base, data: Data, output_dir: str, *, on_gpu: bool) -> list[
         lines += ["optim:", f"  projector_learning_rate: {projector}", ""]
     lines += [
         "training:",
-        f"  output_dir: {_text(output_dir)}",
+        f"  output_dir: {_read_twice(output_dir)}",
         f"  num_train_epochs: {epochs:<9} # {data.rows:,} rows: about {steps:,} steps",
         f"  per_device_train_batch_size: {each}   # keep the product of these two, and of the GPUs",
         f"  gradient_accumulation_steps: {STEP_SAMPLES // each}",
@@ -226,5 +229,19 @@ def _evaluation(data: Data) -> list[str]:
 
 
 def _text(value: str) -> str:
-    """A path as YAML takes it, quoted where it must be."""
-    return value if re.fullmatch(r"[\w./\-]*[a-zA-Z/][\w./\-]*", value) and value[0] not in "-." else json.dumps(value)
+    """A path as YAML takes it in one line: bare where it is read as this text, else in quotes.
+
+    A name may be a number, a date or a yes to YAML (`0x1f`, `no`), and JSON's quotes write an emoji as two halves.
+    """
+    if _reads_as_itself(value):
+        return value
+    return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=sys.maxsize).rstrip("\n")
+
+
+def _reads_as_itself(value: str) -> bool:
+    return re.fullmatch(r"(?:/|[^\W\d])[\w./\-]*", value) is not None and yaml.safe_load(value) == value
+
+
+def _read_twice(value: str) -> str:
+    """The same where a list or anything may stand: it is read once more without quotes. `./no` is the folder no."""
+    return _text(value if _reads_as_itself(value) or Path(value).is_absolute() else f"./{value}")

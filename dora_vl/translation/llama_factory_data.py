@@ -15,14 +15,15 @@ from dora_vl.errors import UserError, shown_names
 from dora_vl.translation.rules import Asked, Found, words
 
 INFO = "dataset_info.json"
-TALKS = ("conversations", "messages")
-"""Where a row may hold its turns."""
-INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
-    "prompt": ("instruction", *QUESTIONS),
-    "query": ("input",),
-    "response": ("output", *ANSWERS),
+TALKS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("from", "value"): ("conversations",),
+    ("role", "content"): ("messages", "conversations"),
 }
-"""Columns of one question and its answer, as rows may call them here."""
+"""Where a row may hold its turns, by what the turns call the speaker and the words."""
+INSTRUCTIONS: Mapping[str, str] = {"prompt": "instruction", "query": "input", "response": "output"}
+"""The columns that are read as an instruction, its input and the output: all by these names, or none."""
+PAIRS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ((QUESTIONS, ANSWERS), (("prompt",), ("completion",)))
+"""Other names of a question and its answer; beside them no `input` is read."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ def _files(asked: Asked, name: str) -> Found:
     trouble = [f"{one}: {found.trouble}" for one, found in zip(names, sets, strict=True) if found.trouble]
     if without := [one for one, found in zip(names, sets, strict=True) if not found.path]:
         return Found(note="; ".join(trouble) or f"{without[0]} is no file", is_lost=True)
-    note = "; ".join(trouble)
     paths = [one.path for one in sets]
-    return Found(settings={name: paths[0] if len(paths) == 1 else paths}, note=note)
+    return Found(
+        settings={name: paths[0] if len(paths) == 1 else paths}, note="; ".join(trouble), is_lost=bool(trouble)
+    )
 
 
 def _read_info(asked: Asked) -> Mapping[str, Any] | None:
@@ -109,15 +111,32 @@ def _trouble(entry: Mapping[str, Any]) -> list[str]:
     found = [f"num_samples {entry['num_samples']}: data.limit"] if entry.get("num_samples") else []
     found += [f"subset {entry['subset']}: `dora-vl prepare hugging-face` takes one"] if entry.get("subset") else []
     if entry.get("formatting", "alpaca") == "alpaca":
-        wanted = {name: known for name, known in INSTRUCTIONS.items() if name in columns}
+        found += _question_trouble(columns)
+        wanted: dict[str, tuple[str, ...]] = {}
     else:
-        wanted = {"messages": TALKS}
-        roles = {("from", "value"), ("role", "content")}
-        if (tags.get("role_tag", "from"), tags.get("content_tag", "value")) not in roles:
+        names = (tags.get("role_tag", "from"), tags.get("content_tag", "value"))
+        wanted = {"messages": TALKS.get(names, ("messages",))}
+        if names not in TALKS:
             found.append("its turns' keys: rename them to from and value, or role and content")
-    wanted |= {name: keys for name, keys in (("images", PICTURE_KEYS), ("videos", VIDEO_KEYS)) if name in columns}
+    known = {"images": PICTURE_KEYS, "videos": VIDEO_KEYS, "system": ("system",)}
+    wanted |= {name: keys for name, keys in known.items() if columns.get(name)}
     for name, keys in wanted.items():
-        if (column := columns.get(name, keys[0])) not in keys:
+        if (column := columns.get(name) or keys[0]) not in keys:
             found.append(f"rename its column {column} to {keys[0]}")
     found += [f"its column {columns[name]} is not read" for name in ("tools", "audios", "history") if columns.get(name)]
     return found
+
+
+def _question_trouble(columns: Mapping[str, Any]) -> list[str]:
+    """Which of the columns of a question, its input and its answer are not read by their names."""
+    said = {
+        name: str(columns.get(name) or own) for name, own in INSTRUCTIONS.items() if columns.get(name) or not columns
+    }
+    asked, answer = said.get("prompt", "instruction"), said.get("response", "output")
+    renamed = [(column, INSTRUCTIONS[name]) for name, column in said.items() if column != INSTRUCTIONS[name]]
+    if not any(asked in questions and answer in answers for questions, answers in PAIRS):
+        return [f"rename its column {column} to {name}" for column, name in renamed]
+    if "query" not in said:
+        return []
+    whole = ", ".join(f"{column} to {name}" for column, name in renamed)
+    return [f"its column {said['query']} is not read beside {asked} and {answer}: rename {whole}"]

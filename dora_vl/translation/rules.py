@@ -32,7 +32,7 @@ class Found:
     """Dotted name -> value; empty where nothing need be set, or can be."""
     note: str = ""
     is_lost: bool = False
-    """It has no counterpart, and `note` says why."""
+    """It has no counterpart, and `note` says why; beside settings: they say a part of it, and `note` what is left."""
 
 
 Rule = Callable[[Asked], Found]

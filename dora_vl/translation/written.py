@@ -35,12 +35,13 @@ def _value(row: Row) -> str:
 
 def _result(row: Row) -> str:
     found = row.found
-    if found.is_lost:
+    if found.is_lost and not found.settings:
         return shown_text(f"NO COUNTERPART: {found.note}", LONGEST_RESULT)
     if not found.settings:
         return f"as here: {found.note}" if found.note else "as here"
     made = "; ".join(f"{name}: {_plain(value)}" for name, value in found.settings.items())
-    return shown_text(f"{made}  ({found.note})" if found.note else made, LONGEST_RESULT)
+    note = f"IN PART: {found.note}" if found.is_lost else found.note
+    return shown_text(f"{made}  ({note})" if note else made, LONGEST_RESULT)
 
 
 def _plain(value: Any) -> str:
@@ -53,10 +54,16 @@ def _plain(value: Any) -> str:
 def summary(translation: Translation) -> str:
     """How many settings are taken over, and which are not."""
     said = [row for row in translation.rows if row.is_said]
-    lost = [row.key for row in translation.lost if row.is_said]
-    if not lost:
-        return f"{len(said)} settings, each has its counterpart"
-    return f"{len(said)} settings, {len(lost)} without a counterpart: {', '.join(lost)}"
+    lost = [row for row in translation.lost if row.is_said]
+    named = [
+        f"{len(keys)} {how}: {', '.join(keys)}"
+        for how, keys in (
+            ("without a counterpart", [row.key for row in lost if not row.found.settings]),
+            ("in part", [row.key for row in lost if row.found.settings]),
+        )
+        if keys
+    ]
+    return f"{len(said)} settings, {'; '.join(named) or 'each has its counterpart'}"
 
 
 def as_yaml(settings: Mapping[str, Any], *, flat: bool = False) -> str:

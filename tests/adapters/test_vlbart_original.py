@@ -14,6 +14,7 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.adapters.read import ReadOptions, read_any
 from dora_vl.adapters.vlbart_original import original_dictionary, write_original
+from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.trainable import adapted_layers
 from dora_vl.errors import UserError
@@ -73,6 +74,18 @@ def test_layers_of_two_alphas_need_one_for_vl_adapter(tmp_path: Path, base: Path
         assert b is not None
         assert torch.equal(state[f"{name}.lora_Bs.gqa"], b * ratio)
         assert torch.equal(state[f"{name}.lora_As.vqa"], found.factors[name].lora_A)  # type: ignore[arg-type]
+
+
+def test_alpha_is_the_result_s_where_the_adapter_states_its_own(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(adapter(tmp_path / "a", method="lora", alpha_pattern={V: 9.0})), "--base", str(base)]
+    words += ["--any-base", "--alpha", "4", "--to", str(tmp_path / "LAST.pth")]
+    main([*words, "--as", "vl-adapter", "--task", "vqa"])
+    assert "lora_alpha 4 " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*words[:-1], str(tmp_path / "other.pth"), "--as", "nvlabs-vlbart"])
+    assert "--alpha is for files that do not state it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,18 @@ from dora_vl.data.examples import Answer, Clip, Example, write_examples
 from dora_vl.data.record_table import load_table
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
-from dora_vl.scores.prompts import as_is, true_or_false
+from dora_vl.evaluation.benchmarks import BENCHMARKS
+from dora_vl.scores.benchmark import Benchmark
 
 TRUE = Answer(text="true")
+AS_IS = Benchmark(modes={})
+CHOOSING = sorted(name for name, benchmark in BENCHMARKS.items() if benchmark.chooses)
 
 
 def test_one_picture_is_asked_in_the_benchmark_s_words() -> None:
     example = Example(id="12-0", images=("a/b.png",), question="There is a box.", answers=(TRUE, Answer(text="no")))
     asked = "<image>\nThere is a box.\nIs this true or false? Answer the question using a single word or phrase."
-    assert conversation_of(example, true_or_false) == {
+    assert conversation_of(example, BENCHMARKS["nlvr"]) == {
         "id": "12-0",
         "image": "a/b.png",
         "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": "true"}],
@@ -29,9 +32,59 @@ def test_one_picture_is_asked_in_the_benchmark_s_words() -> None:
 
 def test_several_pictures_and_turns() -> None:
     turns = (Turn("user", "<image>\n<image>\nWhich?"), Turn("assistant", "The first."))
-    made = conversation_of(Example(id="7", images=("l.png", "r.png"), turns=turns), as_is)
+    made = conversation_of(Example(id="7", images=("l.png", "r.png"), turns=turns), AS_IS)
     assert made["image"] == ["l.png", "r.png"]
     assert [turn["value"] for turn in made["conversations"]] == ["<image>\n<image>\nWhich?", "The first."]
+
+
+def test_a_system_turn_is_the_first_one(tmp_path: Path) -> None:
+    turns = (Turn("system", "Be brief."), Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat."))
+    made = conversation_of(Example(id="7", images=("a.png",), turns=turns), AS_IS)
+    assert made["conversations"][0] == {"from": "system", "value": "Be brief."}
+    (tmp_path / "llava.jsonl").write_text(json.dumps(made) + "\n", encoding="utf-8")
+    rows = load_table(tmp_path / "llava.jsonl", cache_folder=tmp_path / "cache")
+    assert rows["problem"] == [None]
+    assert [turn["value"] for turn in rows["conversations"][0]] == [turn.text for turn in turns]
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("correct", [0, 1])
+def test_where_a_letter_is_asked_for_the_reply_is_one_that_counts_as_right(name: str, correct: int) -> None:
+    choices = ("a dog", "a cat")
+    example = Example(
+        id="1",
+        images=("a.png",),
+        question="Which animal?",
+        choices=choices,
+        answers=(Answer(text=choices[correct]),),
+        extra={"correct": correct, "index": 1},
+    )
+    made, benchmark = conversation_of(example, BENCHMARKS[name]), BENCHMARKS[name]
+    asked, reply = (turn["value"] for turn in made["conversations"])
+    assert "\nA. a dog\nB. a cat\n" in asked
+    assert reply == "AB"[correct]
+    for score in benchmark.modes.values():
+        assert score([example], {"1": reply}).metrics["accuracy"] == 100.0
+
+
+def test_a_whole_talk_about_choices_keeps_its_reply() -> None:
+    turns = (Turn("user", "Cat or dog?"), Turn("assistant", "A cat."))
+    example = Example(id="1", turns=turns, choices=("dog", "cat"), extra={"correct": 1})
+    assert conversation_of(example, BENCHMARKS["seed"])["conversations"][-1]["value"] == "A cat."
+
+
+@pytest.mark.parametrize(
+    ("example", "reason"),
+    [
+        (Example(id="1", question="?", choices=("a", "b"), answers=(Answer(text="a"),)), "which of its choices"),
+        (Example(id="1", question="?", answers=(TRUE,), extra={"correct": 0}), "it has no choices"),
+        (Example(id="1", question="?", choices=("a", "b"), extra={"correct": 2}), r"correct is 2; its 2 choices"),
+        (Example(id="1", question="?", choices=tuple("x" * 27), extra={"correct": 0}), "27 choices; .* for 26"),
+    ],
+)
+def test_what_has_no_letter(example: Example, reason: str) -> None:
+    with pytest.raises(BadSample, match=f"sample 1: .*{reason}"):
+        conversation_of(example, BENCHMARKS["scienceqa"])
 
 
 @pytest.mark.parametrize(
@@ -45,7 +98,7 @@ def test_several_pictures_and_turns() -> None:
 )
 def test_what_cannot_be_trained_on(example: Example, reason: str) -> None:
     with pytest.raises(BadSample, match=f"sample 1: .*{reason}"):
-        conversation_of(example, as_is)
+        conversation_of(example, AS_IS)
 
 
 def test_the_command_writes_what_the_reader_reads(
@@ -67,6 +120,17 @@ def test_the_command_writes_what_the_reader_reads(
     assert written.read_bytes() == first
 
 
+def test_the_command_counts_and_names_questions_that_do_not_say_what_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records, written = tmp_path / "train.jsonl", tmp_path / "llava.jsonl"
+    known = Example(id="a", question="?", choices=("x", "y"), answers=(Answer(text="y"),), extra={"correct": 1})
+    write_examples(records, [known, Example(id="b", question="?", choices=("x", "y"), answers=(Answer(text="y"),))])
+    run(monkeypatch, records, written, "mmbench")
+    assert "1 conversations, 1 records left out\n  left out: sample b: it does not say" in capsys.readouterr().out
+    assert json.loads(written.read_text())["conversations"][-1] == {"from": "gpt", "value": "B"}
+
+
 def test_bad_files_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,8 +150,8 @@ def test_bad_files_are_one_line(
     assert not written.exists()
 
 
-def run(monkeypatch: pytest.MonkeyPatch, records: Path, to: Path) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, records: Path, to: Path, benchmark: str = "nlvr") -> None:
     """The command as it is typed."""
-    typed = ["llava_conversations", "--records", str(records), "--benchmark", "nlvr", "--to", str(to)]
+    typed = ["llava_conversations", "--records", str(records), "--benchmark", benchmark, "--to", str(to)]
     monkeypatch.setattr("sys.argv", typed)
     main()

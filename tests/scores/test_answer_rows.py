@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_vl.errors import UserError
-from dora_vl.scores.answer_rows import read_answers
+from dora_vl.scores.answer_rows import ANSWERS, MODEL_ANSWERS, read_answers
 
 
 def test_three_forms(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_three_forms(tmp_path: Path) -> None:
     [
         ('{"id": 1,, }', r"p\.jsonl, line 2: not the JSON list or JSON lines expected: Expecting property name"),
         ("[1]", r"p\.jsonl, line 2: a list, not an object"),
-        ('{"id": "b"}', r"p\.jsonl, line 2: needs an id .*, and prediction or answer or text or caption as .*; has id"),
+        ('{"id": "b"}', r"p\.jsonl, line 2: needs an id .*, and prediction or pred or .* or caption as .*; has id"),
         ('{"answer": "b"}', r"p\.jsonl, line 2: needs an id"),
         ('{"id": "b", "answer": 3}', r"p\.jsonl, line 2: needs an id"),
         ('{"id": true, "answer": "b"}', r"p\.jsonl, line 2: needs an id"),
@@ -44,6 +44,33 @@ def test_broken_lines(tmp_path: Path, line: str, message: str) -> None:
         read_answers(tmp_path / "p.jsonl")
 
 
+@pytest.mark.parametrize("key", MODEL_ANSWERS)
+@pytest.mark.parametrize("true", ANSWERS)
+def test_what_the_model_said_goes_before_the_true_answer(tmp_path: Path, key: str, true: str) -> None:
+    rows = [{"id": "a", "question": "?", true: "cat", key: "dog"}, {"id": "b", key: "owl", true: "owl"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "p.csv").write_text(f"id,{true},{key}\na,cat,dog\nb,owl,owl\n")
+    (tmp_path / "only.csv").write_text(f"id,{key}\na,dog\nb,owl\n")
+    for name in ("p.jsonl", "p.csv", "only.csv"):
+        assert read_answers(tmp_path / name) == {"a": "dog", "b": "owl"}
+
+
+def test_a_true_answer_does_not_stand_in_for_one_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "answer": "cat", "pred": null}')
+    with pytest.raises(UserError, match="line 1: needs an id"):
+        read_answers(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("keys", [("prediction", "response"), ("pred", "output"), ("answer", "text")])
+def test_two_keys_that_may_be_the_answer(tmp_path: Path, keys: tuple[str, str]) -> None:
+    one, other = keys
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", other: "dog", one: "cat"}))
+    with pytest.raises(UserError, match=f"p.jsonl, line 1: {one} is 'cat' and {other} is 'dog', and either may be"):
+        read_answers(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", other: "cat", one: "cat"}))
+    assert read_answers(tmp_path / "p.jsonl") == {"a": "cat"}
+
+
 def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file of predictions"):
         read_answers(tmp_path / "gone.jsonl")
@@ -53,7 +80,8 @@ def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
 
 
 @given(answers=st.dictionaries(st.text(min_size=1), st.text(), min_size=1, max_size=5))
-def test_any_text_comes_back(tmp_path: Path, answers: dict[str, str]) -> None:
+def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, answers: dict[str, str]) -> None:
     lines = [json.dumps({"id": name, "answer": answer}) + "\n" for name, answer in answers.items()]
-    (tmp_path / "p.jsonl").write_text("".join(lines))
-    assert read_answers(tmp_path / "p.jsonl") == answers
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text("".join(lines))
+    assert read_answers(path) == answers

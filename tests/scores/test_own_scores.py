@@ -84,3 +84,40 @@ def test_choices_by_letter_or_text() -> None:
     examples = [Example(id=str(n), choices=("red", "pale blue"), extra={"correct": n % 2}) for n in range(4)]
     scored = own_scores.choice(examples, {"0": "A.", "1": "it is pale blue", "2": "B", "3": "neither"})
     assert list(scored.per_item.values()) == [1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("said", "choices", "right"),
+    [
+        ("10", ("1", "10"), 1),
+        ("unknown", ("no", "unknown"), 1),
+        ("Cats and dogs.", ("cat", "cats and dogs"), 1),
+        ("cat", ("cat", "cats and dogs"), 0),
+        ("b", ("yes", "no"), 1),
+        ("a.", ("red", "blue"), 0),
+        (" B.", ("red", "blue"), 1),
+        ("A) red", ("red", "blue"), 0),
+        ("CO", ("Co", "CO"), 1),
+        ("A", ("B", "A"), 0),  # the prompt asks for a letter
+        ("a", ("b", "a"), 1),
+        ("10 or 1", ("1", "10"), None),
+        ("co", ("Co", "CO"), None),
+    ],
+)
+def test_a_choice_that_is_said_exactly_is_that_choice(said: str, choices: tuple[str, ...], right: int | None) -> None:
+    for correct in range(len(choices)):
+        example = Example(id="1", choices=choices, extra={"correct": correct})
+        assert own_scores.choice([example], {"1": said}).metrics["accuracy"] == 100.0 * (correct == right)
+
+
+TEXTS = st.text(alphabet="aB10 .", min_size=2, max_size=5).filter(lambda text: len(own_scores.normalised(text)) > 1)
+"""No letters alone: as answers they are letters, whatever the choices' texts."""
+
+
+@given(choices=st.lists(TEXTS, min_size=2, max_size=4, unique_by=own_scores.normalised), data=st.data())
+def test_the_text_of_any_choice_is_that_choice(choices: list[str], data: st.DataObject) -> None:
+    correct = data.draw(st.integers(0, len(choices) - 1))
+    text = choices[correct]
+    said = data.draw(st.sampled_from([text, text.upper(), f" {text}.", "ABCD"[correct], "abcd"[correct]]))
+    example = Example(id="1", choices=tuple(choices), extra={"correct": correct})
+    assert own_scores.choice([example], {"1": said}).metrics["accuracy"] == 100.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonargparse import get_loader
 from PIL import Image
 
 from dora_vl.cli import main
 from dora_vl.run.command_line import read_run_file
 from dora_vl.setup import init_command
-from dora_vl.setup.run_file import base_of
+from dora_vl.setup.run_file import Base, Data, base_of, written
 from dora_vl.sources.check_media import MediaCheck
 from dora_vl.sources.check_rows import FileCheck, Limits
 from tasks import llava_instruct
@@ -177,6 +181,67 @@ def test_the_settings_follow_the_base_and_the_data(tmp_path: Path, capsys: pytes
     assert each * times == 16
     assert large["evaluation"]["max_new_tokens"] >= 180
     assert "strict for long answers" in (tmp_path / "runs/my/run.yaml").read_text()
+
+
+ODD_NAMES = (
+    *("no", "null", "~", "0x1f", "1e3", "1_000", "2026-11-27", "12:30", ".inf", "=", "<<", "yes/", "größe", "übung"),
+    *("bilder 😀", "a: b", "a #b", "'", '"', "\\", "[a, b]", "{a: b}", "&a", "*a", "!a", "%a", "@a", "- a", " a "),
+    *("a\nb", "a\tb", "a\u2028b", "a\x85b", "a\x07b", "\ufeffa", "x " * 200),
+)
+
+
+def data_of(name: str) -> Data:
+    """Data in a folder of this name."""
+    return Data(
+        train=f"{name}/train.jsonl",
+        test=f"{name}/test.jsonl",
+        root=name,
+        rows=200,
+        answer_words=1,
+        answer_characters=3,
+        usual_answer_words=1.0,
+        has_videos=False,
+    )
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_of_all_kinds_are_read_as_they_are_written(tmp_path: Path, name: str) -> None:
+    folder = "out" if ": " in name else name  # which a run refuses, with its line
+    text = written(Base(name=name), data_of(name), output_dir=folder, on_gpu=False, command=f"run {name}")
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    config = read_run_file(tmp_path / "run.yaml")
+    read = (config.model.base, config.data.image_folder, config.evaluation.file)
+    assert read == (name, name, f"{name}/test.jsonl")
+    assert Path(config.training["output_dir"]) == Path(folder)
+    assert (type(config.data.train), Path(str(config.data.train))) == (str, Path(name) / "train.jsonl")
+
+
+TEXTS = st.text(max_size=12) | st.text(alphabet="0123456789abcdefxo_+-.:eEnNyY~/ ", max_size=8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=TEXTS)
+def test_any_text_is_read_as_it_is_written(name: str) -> None:
+    text = written(Base(name=name), data_of(name), output_dir=name, on_gpu=False, command=f"run {name}")
+    for read in (yaml.safe_load, get_loader("yaml")):
+        said = read(text)
+        assert said["model"]["base"] == said["data"]["image_folder"] == name
+        assert said["training"]["output_dir"] in (name, f"./{name}")
+        assert said["data"]["train"] in (f"{name}/train.jsonl", f"./{name}/train.jsonl")
+        assert said["evaluation"]["file"] == f"{name}/test.jsonl"
+
+
+@pytest.mark.parametrize("name", ["bilder 😀", "no", "0x1f"])
+def test_folders_of_such_names_make_a_run(
+    tmp_path: Path, base: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / name)
+    said = told(capsys, name, "--model", base, "--to", name + "/run")
+    config = read_run_file(tmp_path / name / "run" / "run.yaml")
+    assert config.data.image_folder == f"{name}/photos"
+    assert Path(config.training["output_dir"]) == Path(name) / "run"
+    (start,) = (line for line in said.splitlines() if line.startswith("next:"))
+    assert shlex.split(start)[-1] == f"{name}/run/run.yaml"
 
 
 @pytest.mark.parametrize(
