@@ -125,7 +125,7 @@ def _engine(section: Mapping[str, Any], *, ranks: int, hidden_width: int) -> Eng
 def _adapted_skeleton(pipeline: Pipeline) -> Backbone[Any]:
     """The model without its weights, in the run's number types, with what trains put in."""
     model: Any = pipeline.config.model
-    if model.may_be_quantised and model.quantisation is not None:
+    if model.quantisation is not None:
         raise UserError("model.quantisation: of a quantised base no estimate is made; leave model.quantisation out")
     backbone = pipeline.skeleton()
     backbone.model.to(getattr(torch, model.dtype))

@@ -35,6 +35,7 @@ def test_without_cuda_it_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_whole_script_on_tiny_shapes(tmp_path):
     pytest.importorskip("triton", reason="torch's CPU builds bring no Triton: pip install triton")
     pytest.importorskip("matplotlib")

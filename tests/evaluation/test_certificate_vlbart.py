@@ -62,6 +62,7 @@ def test_a_merge_that_answers_otherwise_fails(
     assert found["models"]["merged"]["largest_logit_difference"] > 1
 
 
+@pytest.mark.slow
 def test_captions_and_choices_about_videos(vlbart: Path, place: Path, tmp_path: Path, capsys: Any) -> None:
     captions = certificate(capsys, "--adapter", vlbart, "--to", tmp_path / "merged", "--check", 3)
     assert captions["passed"] is True

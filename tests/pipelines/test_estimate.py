@@ -94,7 +94,7 @@ CASES = [
     pytest.param("weights", "none", 1, True),
     pytest.param("weights", "zero0", 2, False, marks=FULL),
     pytest.param("weights", "zero2", 1, False, marks=FULL),
-    pytest.param("weights", "zero2", 2, False),
+    pytest.param("weights", "zero2", 2, False, marks=FULL),
     pytest.param("weights", "zero2", 2, True, marks=FULL),
     pytest.param("weights", "zero3", 1, False, marks=FULL),
     pytest.param("weights", "zero3", 2, False, marks=FULL),

@@ -149,7 +149,7 @@ def test_the_versions_of_popes_labels_are_told_apart(tmp_path: Path) -> None:
 def test_nothing_but_the_standard_library_tables_and_our_records_is_imported() -> None:
     allowed = {"dora_vl.data.examples", "dora_vl.data.turns", "dora_vl.data.records", "dora_vl.errors"}
     allowed |= {"dora_vl.data.text_file", "dora_vl.data.readers.containers", "dora_vl.data.sample_rows"}
-    allowed |= {"dora_vl.data.readers.shard_files"}
+    allowed |= {"dora_vl.data.readers.shard_files", "dora_vl.data.media_limits"}
     allowed |= {"dora_vl.data.regular_file", "dora_vl.data.picture_decoding", "dora_vl.vision.video_containers"}
     allowed |= {"dora_vl.scores.pope"}  # which label version a file has
     commands = {"dora_vl.sources.prepare_command", "dora_vl.sources.check_command"}

@@ -89,6 +89,7 @@ def test_watching_changes_no_loss(run_file: Path) -> None:
     assert len(found.questions) == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_answers_of_the_whole_one(run_file: Path) -> None:
     settings = [*validated(run_file), "--training.save_strategy=steps", "--training.save_steps=3"]
     whole = trained(run_file, "whole", *settings)
