@@ -247,12 +247,26 @@ class PyavVideo:
         with self._readable():
             for frame in decoded:
                 if frame.pts == wanted:
-                    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+                    return np.ascontiguousarray(_upright(frame.to_ndarray(format="rgb24"), frame.side_data))
         raise Unreadable(f"its frame at {(wanted - self._pts[0]) * self._tick:.2f} s cannot be decoded")
 
     def close(self) -> None:
         """See `OpenVideo`."""
         self._container.close()
+
+
+def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], side_data: Any) -> UInt8[np.ndarray, "_ _ 3"]:
+    """A frame as its file says to show it: turned by quarters, as phones write, or mirrored.
+
+    The matrix takes (x, y) to (a x + c y, b x + d y); a rotation alone, as PyAV gives it, says nothing of a mirror.
+    """
+    matrix = side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = (int(number) for number in np.frombuffer(matrix, np.int32)[:5])
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 BACKENDS: dict[str, Callable[[str], OpenVideo]] = {

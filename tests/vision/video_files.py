@@ -83,11 +83,16 @@ def write_clip(
     return path
 
 
-def turned(path: Path, to: Path) -> Path:
-    """The MP4 file with a header that says to show it turned by 90 degrees, as a phone held upright writes."""
+def turned(path: Path, to: Path, matrix: tuple[int, int, int, int] = (0, 1, -1, 0)) -> Path:
+    """The MP4 file with a header that says how to show it; by 90 degrees, as a phone held upright writes.
+
+    Args:
+        matrix: a, b, c, d, which take (x, y) to (a x + c y, b x + d y).
+    """
     data = bytearray(path.read_bytes())
-    matrix = data.find(b"tkhd") + 4 + 40
-    for place, value in enumerate((0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)):
-        data[matrix + 4 * place : matrix + 4 * place + 4] = value.to_bytes(4, "big", signed=True)
+    start = data.find(b"tkhd") + 4 + 40
+    a, b, c, d = (one << 16 for one in matrix)
+    for place, value in enumerate((a, b, 0, c, d, 0, 48 << 16, 0, 1 << 30)):
+        data[start + 4 * place : start + 4 * place + 4] = value.to_bytes(4, "big", signed=True)
     to.write_bytes(data)
     return to

@@ -262,7 +262,7 @@ def _text(value: object, name: str, sample_id: str) -> str:
     """Text, or a number as text."""
     if isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN: a table's empty cell
         raise BadSample(sample_id, f"{name!r} must hold text, got {shown(value)}")
     try:
         return str(value)
