@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,47 @@ from tests.lower_bounds import lower_bounds
 ROOT = Path(__file__).parents[1]
 
 
-def test_every_dependency_has_one() -> None:
+OTHER_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch"}
+BROUGHT = {
+    "tokenizers": "transformers",
+    "typing_extensions": "torch",
+    "anyio": "fastapi",
+    "pydantic": "fastapi",
+    "starlette": "fastapi",
+}
+"""Imported, and held by the bounds of what brings it."""
+
+
+def requirements() -> list[str]:
     lines = (ROOT / "pyproject.toml").read_text().partition("[tool.")[0]
     sections = re.findall(r"^(?:dependencies|[a-z]+) = \[(.*?)\]\s*(?:#[^\n]*)?$", lines, re.MULTILINE | re.DOTALL)
     named = [one for section in sections for one in re.findall(r'"([^"]+)"', section) if one not in ("hatchling",)]
-    named = [one for one in named if not one.startswith(("LICENSE", "."))]
+    return [one for one in named if not one.startswith(("LICENSE", "."))]
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a file imports, also within functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {one.name.partition(".")[0] for one in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_every_dependency_has_one() -> None:
+    named = requirements()
     assert len(named) > 50
     assert lower_bounds(named)["torch"] == "2.8"
+
+
+def test_every_package_that_is_imported_is_a_dependency() -> None:
+    """One that another brings has no bound, and may ask for more than the lower bounds of the others."""
+    found = set().union(*map(imported, (ROOT / "dora_vl").rglob("*.py"))) - sys.stdlib_module_names - {"dora_vl"}
+    known = lower_bounds(requirements())
+    assert "pyarrow" in found
+    assert not {one for one in found if BROUGHT.get(one, OTHER_NAMES.get(one, one)) not in known}
 
 
 def test_the_higher_of_two_counts_and_none_is_an_error() -> None:
