@@ -14,15 +14,18 @@ from importlib.metadata import requires
 
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[\w,]+\])?(?P<versions>[^;]*)")
 LOWER = re.compile(r">=\s*([\w.]+)")
+PYTHON = re.compile(r"python_version\s*(?P<sign><|>=)\s*['\"](?P<version>[\d.]+)['\"]")
 
 
-def lower_bounds(requirements: list[str]) -> dict[str, str]:
-    """Name -> lower bound, the higher one of a package that is named twice.
+def lower_bounds(requirements: list[str], python: tuple[int, ...] = sys.version_info[:2]) -> dict[str, str]:
+    """Name -> lower bound, the higher one of a package that is named twice for this Python.
 
     Raises: ValueError for a requirement without one.
     """
     found: dict[str, str] = {}
     for line in requirements:
+        if not _is_for(line, python):
+            continue
         named = REQUIREMENT.match(line)
         bound = named and LOWER.search(named["versions"])
         if not named or not bound:
@@ -30,6 +33,14 @@ def lower_bounds(requirements: list[str]) -> dict[str, str]:
         name = named["name"].lower()
         found[name] = max(bound[1], found.get(name, bound[1]), key=_numbers)
     return found
+
+
+def _is_for(requirement: str, python: tuple[int, ...]) -> bool:
+    of = PYTHON.search(requirement.partition(";")[2])
+    if not of:
+        return True
+    is_older = list(python) < _numbers(of["version"])
+    return is_older if of["sign"] == "<" else not is_older
 
 
 def _numbers(version: str) -> list[int]:

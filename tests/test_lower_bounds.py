@@ -61,3 +61,9 @@ def test_the_higher_of_two_counts_and_none_is_an_error() -> None:
     assert lower_bounds(["a[x]>=1.9,<3; extra == 'b'", "A>=1.10", "c>=2"]) == {"a": "1.10", "c": "2"}
     with pytest.raises(ValueError, match="d<3: no lower bound"):
         lower_bounds(["d<3"])
+
+
+@pytest.mark.parametrize(("python", "bound"), [((3, 10), "4.1.0"), ((3, 11), "4.2.1"), ((3, 13), "4.2.1")])
+def test_what_is_for_another_python_does_not_count(python: tuple[int, ...], bound: str) -> None:
+    lines = ['filelock>=4.1.0; python_version < "3.11"', "filelock>=4.2.1; python_version >= '3.11' and extra == 'x'"]
+    assert lower_bounds(lines, python) == {"filelock": bound}
