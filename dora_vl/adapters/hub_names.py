@@ -61,10 +61,10 @@ def hub_names(
         read_as: says it of any key.
         unjoined: a key as the model's class names it, before pieces are joined.
     """
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     conversions = reversed(hub_conversions(model))
     undone: Any = [one.reverse_transform() for one in conversions if isinstance(one, WeightRenaming)]
-    names = {key: apply_renamings(unjoined(key), undone) for key in found}
+    names = {key: rename_source_key(unjoined(key), undone, [])[0] for key in found}
     safe = {key: name if read_as(name) == found[key] else key for key, name in names.items()}
     return safe if len(set(safe.values())) == len(safe) else {key: key for key in safe}
