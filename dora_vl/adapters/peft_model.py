@@ -183,7 +183,7 @@ def _reason_in_base(base: nn.Linear) -> str | None:
         return "its base weight trains"
     if base.weight.numel() == 0 or not is_plain_parameter(base.weight) or base.weight.device.type == "meta":
         return "its base weight is sharded or offloaded"
-    if "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks:
+    if "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
         return "its base layer has hooks of its own"
     return None
 
@@ -227,7 +227,7 @@ def _operands(layer: PeftLinear, adapter: str) -> _Operands:
 
 
 def _state(layer: PeftLinear) -> _CoreState:
-    return vars(layer)[_STATE]
+    return layer.__dict__[_STATE]  # torch.compile of torch 2.8 cannot trace `vars`
 
 
 def _active_adapter(layer: PeftLinear) -> str:
