@@ -124,8 +124,11 @@ def checkpointed(model: nn.Module, *, reentrant: bool) -> list[Tensor]:
 
 
 def under_autocast(model: nn.Module) -> list[Tensor]:
+    """In two contexts: torch 2.8 keeps the weights that the first run cast without a gradient, and PEFT's get none."""
     with torch.autocast("cpu", torch.bfloat16):
-        return everything(model)
+        found = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        return [found, *gradients(model.train())]
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
