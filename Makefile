@@ -102,8 +102,8 @@ $(LOWER)/.installed: pyproject.toml
 	$(LOWER)/venv/bin/python -m pip install --quiet uv
 	$(LOWER)/venv/bin/uv pip install --quiet --python $(LOWER)/venv/bin/python --no-deps --editable .
 	$(LOWER)/venv/bin/python tests/lower_bounds.py > $(LOWER)/constraints.txt
-	$(LOWER)/venv/bin/uv pip install --quiet --python $(LOWER)/venv/bin/python --constraint $(LOWER)/constraints.txt \
-		--editable '.[demo,video,dev]'
+	$(LOWER)/venv/bin/uv pip install --quiet --compile-bytecode --python $(LOWER)/venv/bin/python \
+		--constraint $(LOWER)/constraints.txt --editable '.[demo,video,dev]'
 	touch $@
 
 test-all: $(INSTALLED) lint
