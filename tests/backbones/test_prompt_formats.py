@@ -13,10 +13,16 @@ from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.image_text_talks import RED, SAID, TALKS, TWO_QUESTIONS, adapted_backbone, encoder_of, sample_of
+from tests.backbones.tiny_families.family import why_not_here
 
 Folders = Mapping[str, Path]
+BEFORE = why_not_here("5.23")
+without_separator = pytest.mark.skipif(
+    bool(BEFORE), reason=f"a Chameleon's text without a separator behind it: {BEFORE}"
+)
 
 
+@without_separator
 def test_question_answer_writes_a_line_for_each_round(folders: Folders) -> None:
     encoder = encoder_of(folders["chameleon"])
     sample = sample_of(encoder, TALKS[TWO_QUESTIONS])
@@ -29,7 +35,7 @@ def test_question_answer_writes_a_line_for_each_round(folders: Folders) -> None:
     assert encoder.tokenizer.decode(sample.labels[trained]) == " The second is blue.<|im_end|> Yes<|im_end|>"
 
 
-@pytest.mark.parametrize("family", ["chameleon", "paligemma"])
+@pytest.mark.parametrize("family", [pytest.param("chameleon", marks=without_separator), "paligemma"])
 def test_a_prompt_is_the_beginning_of_what_is_trained(folders: Folders, family: str) -> None:
     encoder = encoder_of(folders[family])
     turns, pictures = TALKS["one picture"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from tests.backbones.tiny_families.family import SPECIAL, TEXT
+from tests.backbones.tiny_families.family import SPECIAL, TEXT, why_not_here
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES
 
@@ -44,6 +45,8 @@ def write_tiny(model_type: str, folder: Path, *, template: str | None = None, wi
         width: of the language model's hidden states.
     """
     family = FAMILIES[model_type]
+    if why := why_not_here(family.since):
+        pytest.skip(why)
     tokenizer = tiny_tokenizer(family.names)
     settings = family.config(tokenizer)
     if "text_config" in settings:  # Chameleon's stands in the config itself

@@ -107,7 +107,7 @@ def test_the_two_counts_agree(measured, name):
 def test_what_dropout_keeps_is_more_than_the_two_counts_may_differ_by(measured):
     """Else the test above could not tell whether it is counted. A byte for each element is the least there is."""
     elements = BATCH * LENGTH * LAYERS * (3 * HIDDEN + MIDDLE)
-    assert elements > 0.04 * measured["ours"].saved.total
+    assert elements > 0.03 * measured["ours"].saved.total
 
 
 def test_checkpointing_keeps_less_and_the_step_holds_more_than_its_forward_pass(measured):

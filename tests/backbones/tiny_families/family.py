@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = (
@@ -99,6 +101,15 @@ class Family:
     video: bool = False
     """Whether the processor takes videos as such; else their frames go in as pictures."""
     remark: str = ""
+    since: str = ""
+    """The first version of transformers that has it, where an older one is taken too."""
+
+
+def why_not_here(since: str) -> str:
+    """Why a test of what came with a version of transformers is skipped; nothing where this one has it."""
+    if since and Version(transformers.__version__) < Version(since):
+        return f"right from transformers {since} on, and this is {transformers.__version__}"
+    return ""
 
 
 def token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:

@@ -93,5 +93,7 @@ FAMILIES: Mapping[str, Family] = {
     "cohere_compass": Family(
         _cohere_compass_config, _cohere_compass, "<|VISION_START|><|IMAGE_PAD|><|VISION_END|>", video=True
     ),
-    "lfm3_vl": Family(_lfm3_vl_config, _lfm3_vl, QWEN_PICTURE, adapted=13, unadapted="convolutions", video=True),
+    "lfm3_vl": Family(
+        _lfm3_vl_config, _lfm3_vl, QWEN_PICTURE, adapted=13, unadapted="convolutions", video=True, since="5.23"
+    ),
 }

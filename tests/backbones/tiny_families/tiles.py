@@ -234,7 +234,7 @@ FAMILIES: Mapping[str, Family] = {
         _idefics2_config, _idefics2, remark="its processor tells no characters, so an answer costs it two further calls"
     ),
     "qianfan_ocr": Family(_qianfan_ocr_config, _qianfan_ocr, names=INTERNVL_NAMES),
-    "granite_docling": Family(_granite_docling_config, _granite_docling),
+    "granite_docling": Family(_granite_docling_config, _granite_docling, since="5.23"),
     "ovis2": Family(_ovis2_config, _ovis2),
     "aria": Family(_aria_config, _aria, names=IMAGE_NAMES, unadapted="experts and their router"),
 }
