@@ -33,7 +33,8 @@ class QuestionAnswer:
 
     An answer is closed by the tokenizer's end token; nothing else would stop a trained model.
 
-    Raises: UserError if the tokenizer has no end token, or the processor no token for a picture.
+    Raises: UserError if the tokenizer has no end token, or the processor no token for a picture, or if it puts
+        something behind every text.
     """
 
     def __init__(self, processor: Any, name: str, *, pictures: bool) -> None:
@@ -44,6 +45,7 @@ class QuestionAnswer:
         if not self._end or (pictures and not self._picture):
             lacking = "a token for a picture" if self._end else "an end token"
             raise UserError(f"model.template: question_answer needs {lacking}, and the processor of {name} names none")
+        _refuse_text_behind(processor, name)
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
         """The turns as text; `generation_prompt` opens the next answer.
@@ -111,6 +113,21 @@ FORMATS: Mapping[str, type[QuestionAnswer] | type[PaliGemma]] = MappingProxyType
 PROCESSOR_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"ChameleonProcessor": {"return_for_text_completion": True}}  # or it puts a separator behind every text
 )
+
+
+def _refuse_text_behind(processor: Any, name: str) -> None:
+    """Before 5.23 transformers puts the separator behind a Chameleon's text whatever is asked: it would be trained."""
+    options = PROCESSOR_OPTIONS.get(type(processor).__name__)
+    if options is None:
+        return
+    told = [int(one) for one in processor(text=["."], **options)["input_ids"][0]]
+    if told != processor.tokenizer(".")["input_ids"]:
+        raise UserError(
+            f"model.template: the processor of {name} puts a separator behind every text; "
+            "take transformers 5.23 or later"
+        )
+
+
 OWN_FORMAT: Mapping[str, FormatName] = MappingProxyType({"PaliGemmaProcessor": "paligemma"})
 """Processors that take one format and no other, whatever the settings say of chat templates."""
 

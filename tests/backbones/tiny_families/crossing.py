@@ -156,6 +156,7 @@ FAMILIES: Mapping[str, Family] = {
         unadapted="convolutions of the picture codes",
         projector=False,
         remark="pictures are codes of a frozen VQ-VAE; no projector",
+        since="5.23",
     ),
     "emu3": Family(
         _emu3_config,
