@@ -30,12 +30,12 @@ from tests.backbones.image_text_talks import (
     sample_of,
     talks_of,
 )
-from tests.backbones.tiny_families.table import FAMILIES, families
+from tests.backbones.tiny_families.table import FAMILIES, families, families_in_turn
 
 Folders = Mapping[str, Path]
 
 
-@families
+@families_in_turn
 def test_the_loss_is_the_model_s_own_and_reaches_all_that_trains(folders: Folders, family: str) -> None:
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
     taken = talks_of(family)
@@ -60,7 +60,7 @@ def test_the_loss_is_the_model_s_own_and_reaches_all_that_trains(folders: Folder
     assert {name for name in trained - learned if not name.startswith(FAMILIES[family].idle)} == set()
 
 
-@families
+@families_in_turn
 def test_the_further_row_of_a_batch_without_pictures_changes_no_loss(folders: Folders, family: str) -> None:
     if "no picture" not in talks_of(family) or family == "mllama":
         pytest.skip("takes no words without a picture, or shows them the row's empty one")
@@ -96,7 +96,7 @@ def test_experts_that_are_one_tensor_are_named(folders: Folders) -> None:
     assert weights_out_of_reach(load_image_text(str(folders["qwen3_vl"])).model) == {}
 
 
-@families
+@families_in_turn
 def test_an_answer_sees_nothing_after_it(folders: Folders, family: str) -> None:
     encoder, backbone = encoder_of(folders[family]), adapted_backbone(folders[family])
     sample = sample_of(encoder, TALKS["one picture"])

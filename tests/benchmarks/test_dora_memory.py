@@ -97,6 +97,7 @@ def measured() -> dict[str, Memory]:
     return {name: memory_of(contender(name, base, setting), tokens) for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["frozen", "peft_lora", "peft_dora", "ours"])
 def test_the_two_counts_agree(measured, name):
     """Within what one alone sees: the input, the loss; gains and the last mask, which stand between steps."""
@@ -104,12 +105,14 @@ def test_the_two_counts_agree(measured, name):
     assert saved == pytest.approx(alive, rel=0.025)
 
 
+@pytest.mark.slow
 def test_what_dropout_keeps_is_more_than_the_two_counts_may_differ_by(measured):
     """Else the test above could not tell whether it is counted. A byte for each element is the least there is."""
     elements = BATCH * LENGTH * LAYERS * (3 * HIDDEN + MIDDLE)
     assert elements > 0.03 * measured["ours"].saved.total
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less_and_the_step_holds_more_than_its_forward_pass(measured):
     for name, memory in measured.items():
         stored, *checkpointed = memory.steps.values()

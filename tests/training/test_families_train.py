@@ -20,7 +20,7 @@ from dora_vl.evaluation import merge_command
 from tasks import image_qa, llava_instruct
 from tests.backbones.image_text_talks import TWO_QUESTIONS, encoder_of, talks_of
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
-from tests.backbones.tiny_families.table import FAMILIES
+from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.training.test_image_text_run import losses
 from tests.training.tiny_run import write_run
@@ -115,12 +115,7 @@ def check_adapter(base: Path, adapter: Path, prompt: dict[str, Any], to: Path, *
     assert 1 <= answer.shape[1] <= 3
 
 
-QUICK = ("llava_next", "qwen3_vl", "qwen3_5_moe", "internvl", "smolvlm", "idefics2", "gemma3", "paligemma", "mllama")
-
-
-@pytest.mark.parametrize(
-    "family", [pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) for family in FAMILIES]
-)
+@families_in_turn
 def test_a_family_trains_resumes_opens_merges_and_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], family: str
 ) -> None:

@@ -75,8 +75,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     [
         (),
         ("--training.gradient_accumulation_steps=2", "--training.per_device_train_batch_size=2"),
-        ("--training.optim=adafactor",),
-        ("--training.optim=sgd", "--training.optim_args=momentum=0.9"),
+        pytest.param(("--training.optim=adafactor",), marks=pytest.mark.slow),
+        pytest.param(("--training.optim=sgd", "--training.optim_args=momentum=0.9"), marks=pytest.mark.slow),
         ("--data.streaming=true", "--data.group_by_modality_length=false"),
     ],
     ids=["adamw", "accumulated", "adafactor", "momentum", "streamed"],

@@ -371,7 +371,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize(("steps", "stopped_at"), [(6, 3), (6, 6), (5, 5)], ids=["an epoch", "the run", "amid one"])
+@pytest.mark.parametrize(
+    ("steps", "stopped_at"),
+    [
+        pytest.param(6, 3, id="an epoch"),
+        pytest.param(6, 6, id="the run", marks=pytest.mark.slow),
+        pytest.param(5, 5, id="amid one", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stop_in_front_of_a_validation_leaves_it_to_the_run_that_goes_on(
     tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch, steps: int, stopped_at: int
 ) -> None:

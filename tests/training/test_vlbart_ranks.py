@@ -49,14 +49,15 @@ def one_rank(run_file: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("stage", "port"),
     [
-        pytest.param("zero0", 29642, marks=pytest.mark.slow),
+        ("zero0", 29642),
         ("zero2", 29643),
-        pytest.param("zero3", 29644, marks=pytest.mark.slow),
-        pytest.param("null", 29647, marks=pytest.mark.slow),
+        ("zero3", 29644),
+        ("null", 29647),
     ],
 )
 def test_two_ranks_take_the_steps_of_one(run_file: Path, one_rank: Path, stage: str, port: int) -> None:

@@ -32,8 +32,8 @@ def test_import_is_light() -> None:
     "before",
     [
         "import dora_vl",
-        "import dora_vl; from transformers import PreTrainedModel",
-        "import transformers, dora_vl",
+        pytest.param("import dora_vl; from transformers import PreTrainedModel", marks=pytest.mark.slow),
+        pytest.param("import transformers, dora_vl", marks=pytest.mark.slow),
         "import transformers.models.auto.modeling_auto, dora_vl",
     ],
 )
@@ -46,7 +46,10 @@ def test_the_import_hook_removes_itself() -> None:
     assert "_TableWatcher" not in run(code)
 
 
-@pytest.mark.parametrize("module", ["images", "tower_config", "towers", "tower_sources"])
+@pytest.mark.parametrize(
+    "module",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("images", "tower_sources")), "tower_config", "towers"],
+)
 def test_every_vision_module_can_be_the_first_import_of_a_process(module: str) -> None:
     """The hook must not ask a module for its registration while that module is still being imported."""
     done = subprocess.run(

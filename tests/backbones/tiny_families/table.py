@@ -23,10 +23,14 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def _param(family: str) -> object:
+QUICK = ("llava_next", "qwen3_vl", "qwen3_5_moe", "internvl", "smolvlm", "idefics2", "gemma3", "paligemma", "mllama")
+"""Of each kind of picture, mask and prompt one."""
+
+
+def _param(family: str, *, is_slow: bool = False) -> object:
     needs = FAMILIES[family].needs
     missing = needs is not None and importlib.util.find_spec(needs) is None
-    slow = (pytest.mark.slow,) if FAMILIES[family].slow else ()
+    slow = (pytest.mark.slow,) if is_slow or FAMILIES[family].slow else ()
     older = why_not_here(FAMILIES[family].since)
     skips = pytest.mark.skipif(missing, reason=f"needs {needs}"), pytest.mark.skipif(bool(older), reason=older)
     return pytest.param(family, marks=(*skips, *slow))
@@ -34,3 +38,6 @@ def _param(family: str) -> object:
 
 families = pytest.mark.parametrize("family", [_param(family) for family in FAMILIES])
 """A test of every family."""
+
+families_in_turn = pytest.mark.parametrize("family", [_param(one, is_slow=one not in QUICK) for one in FAMILIES])
+"""A test of every family that takes a second for each: quick of a few, slow of the others."""

@@ -16,7 +16,8 @@ from dora_vl.core.fast.fused import SWITCH, fused_kernels
 ROOT = Path(__file__).parents[2]
 LOWEST = "3.9"
 """Version whose interpreter and compiler take these checks; 3.2 and 3.4 do not, nor 3.5 beside numpy 2.4."""
-CHECKS = ("triton_checks.py", "triton_dropout_checks.py", "triton_norm_checks.py", "triton_layer_checks.py")
+DROPOUT = "triton_dropout_checks.py"
+CHECKS = ("triton_checks.py", DROPOUT, "triton_norm_checks.py", "triton_layer_checks.py")
 
 
 def run_checks(file: str, *more: str, **environment: str) -> None:
@@ -43,7 +44,9 @@ def undecided():
     fused.decided.cache_clear()
 
 
-@pytest.mark.parametrize("file", CHECKS)
+@pytest.mark.parametrize(
+    "file", [pytest.param(one, marks=pytest.mark.slow) if one == DROPOUT else one for one in CHECKS]
+)
 def test_kernels_equal_torch_in_the_interpreter(file):
     run_checks(file, TRITON_INTERPRET="1")
 
