@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend
 
 from dora_vl.pipelines.estimate import imagine_run
 from dora_vl.pipelines.image_text import instruct_pipeline
@@ -83,6 +85,12 @@ def measure(run_file: Path, out: Path, *settings: str, ranks: int) -> dict[str, 
     return max(found, key=lambda one: one["peak"])
 
 
+def grouped_attention_is_fused() -> bool:
+    """Whether this torch has one kernel for it on a CPU; 2.8 keeps all scores, which no GPU does, nor the estimate."""
+    queries, keys = torch.zeros(1, 4, 8, 8), torch.zeros(1, 2, 8, 8)
+    return torch._fused_sdp_choice(queries, keys, keys, enable_gqa=True) != SDPBackend.MATH.value
+
+
 FULL = pytest.mark.slow
 # Without DDP, whose buckets are made in C++ before the step, where no count of operations sees them.
 CASES = [
@@ -102,6 +110,7 @@ CASES = [
 ]
 
 
+@pytest.mark.skipif(not grouped_attention_is_fused(), reason="this torch keeps grouped attention's scores on a CPU")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("name", "engine", "ranks", "checkpointing"), CASES)
 def test_it_is_within_a_tenth_of_what_a_run_allocates(
