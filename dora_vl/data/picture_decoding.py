@@ -109,6 +109,8 @@ _TURNS: Mapping[object, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF's orientation -> what turns the stored pixels upright; 1, and whatever else stands there, turns nothing."""
+LARGEST_NUMBER = 2**16 - 1
+"""Of a picture of whole numbers: white."""
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 READING = "upright, transparency on white"
 """How files become pixels; features that were computed when this said something else are computed again."""
@@ -123,6 +125,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _plain_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise NoPicture("holds floating-point numbers, of which none is said to be white; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         if _brightest(image) > 255:
             image = image.point(lambda value: value / 256).convert("L")
@@ -134,9 +138,12 @@ def _plain_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _brightest(image: Image.Image) -> float:
-    _, brightest = image.getextrema()
-    return float(brightest) if isinstance(brightest, int | float) else 0.0
+def _brightest(image: Image.Image) -> int:
+    """Of a picture of whole numbers; Pillow would make black and white of what 16 bits do not hold, without a word."""
+    least, most = (int(end) for end in image.getextrema() if isinstance(end, int | float))
+    if least < 0 or most > LARGEST_NUMBER:
+        raise NoPicture(f"holds numbers from {least:,} to {most:,}; those from 0 to {LARGEST_NUMBER:,} are read")
+    return most
 
 
 def _within_side(image: Image.Image) -> Image.Image:

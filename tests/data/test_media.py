@@ -186,3 +186,25 @@ def test_a_jpeg_of_a_phone_is_upright_and_one_with_damaged_notes_as_stored(root:
 def test_sixteen_bit_grey_keeps_its_range(root: Path) -> None:
     Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.uint16)).save(root / "grey.png")
     assert np.asarray(open_image(root, "grey.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "kind", "told"),
+    [
+        ([[0.0, 0.25, 1.0]], np.float32, "floating-point numbers"),
+        ([[np.nan, 200.0, 3.0]], np.float32, "floating-point numbers"),
+        ([[0, 70_000, 5]], np.int32, "numbers from 0 to 70,000; those from 0 to 65,535 are read"),
+        ([[-3, 20, 5]], np.int32, "numbers from -3 to 20"),
+    ],
+)
+def test_numbers_that_are_no_brightness_are_refused(root: Path, numbers: object, kind: type, told: str) -> None:
+    """Pillow would read them as black and white."""
+    Image.fromarray(np.array(numbers, dtype=kind)).save(root / "scan.tiff")
+    with pytest.raises(BadSample, match=told):
+        open_image(root, "scan.tiff")
+
+
+@pytest.mark.parametrize(("most", "read"), [(200, 200), (65_535, 255)])
+def test_whole_numbers_of_a_tiff_keep_their_range(root: Path, most: int, read: int) -> None:
+    Image.fromarray(np.array([[0, most]], dtype=np.int32)).save(root / "scan.tiff")
+    assert np.asarray(open_image(root, "scan.tiff"))[0, :, 1].tolist() == [0, read]
