@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
+import regex
 from torch import Tensor, nn
 
 from dora_vl.adapters.agreement import LEAVES, layers_beyond_peft
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
 OWN_TYPE = "DORA_VL"
+MATCHING_SECONDS = 1.0
+"""For one pattern and one name: a folder's expression may be made to take years, and Python's own `re` has no limit."""
 READ_TYPES = frozenset({"LORA", OWN_TYPE, *OWN_TYPES.values()})
 """Every `peft_type` that is read."""
 BY_NAME = frozenset(("magnitude_targets", "rank_pattern", "alpha_pattern", "parts", "also_train", "also_keep"))
@@ -324,11 +326,29 @@ def _refuse_changed_base(source: str, peft: Mapping[str, Any]) -> None:
 
 
 def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """A layer's value in PEFT's `rank_pattern` or `alpha_pattern`: a regular expression at the name's end."""
+    """A layer's value in PEFT's `rank_pattern` or `alpha_pattern`: a regular expression at the name's end.
+
+    Raises:
+        UserError: a pattern is no regular expression, or takes endlessly long.
+    """
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
+        try:
+            if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=MATCHING_SECONDS):
+                return value
+        except regex.error as error:
+            raise UserError(
+                f"adapter_config.json: pattern {shown(pattern)} is no regular expression: {error}"
+            ) from None
+        except TimeoutError:
+            told = (
+                f"takes more than {MATCHING_SECONDS:g} s for one name, {shown(layer)}; write it without nested repeats"
+            )
+            raise UserError(f"adapter_config.json: pattern {shown(pattern)} {told}") from None
     return default
+
+
+def _refused(pattern: str, why: str) -> UserError:
+    return UserError(f"adapter_config.json: pattern {shown(pattern)} {why}")
 
 
 def _patterns(

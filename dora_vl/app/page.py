@@ -72,14 +72,17 @@ class Page:
         parts = self.parts
         quick = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         # always_last: what comes while the page is still about the event before is begun after it, not dropped.
-        slow = {**quick, "queue": True, "outputs": parts.changing, "trigger_mode": "always_last"}
-        answering = {**slow, "concurrency_id": "answers", "concurrency_limit": self.side.engine.settings.batch_rows}
-        parts.files.upload(self.show_files, [parts.person, parts.files], **slow)
-        parts.webcam.input(self.show_files, [parts.person, parts.webcam], **slow)
-        parts.nothing.click(self.show_nothing, [parts.person], **slow)
-        parts.anew.click(self.begin_anew, [parts.person, parts.key], **slow)
+        showing = {**quick, "outputs": parts.changing, "trigger_mode": "always_last"}
+        # Answers alone go through the queue: its stream is closed after each event, and what an event that begins in
+        # the next 100 ms sends is lost, such as the answer to a question that waited for its picture.
+        answering = {**showing, "queue": True, "concurrency_id": "answers"}
+        answering |= {"concurrency_limit": self.side.engine.settings.batch_rows}
+        parts.files.upload(self.show_files, [parts.person, parts.files], **showing)
+        parts.webcam.input(self.show_files, [parts.person, parts.webcam], **showing)
+        parts.nothing.click(self.show_nothing, [parts.person], **showing)
+        parts.anew.click(self.begin_anew, [parts.person, parts.key], **showing)
         if parts.examples is not None:
-            parts.examples.click(self.take_example, [parts.person, parts.examples], **slow)
+            parts.examples.click(self.take_example, [parts.person, parts.examples], **showing)
         asked, taken = [parts.ask.click, parts.question.submit], [parts.asked, parts.question]
         taking = gr.on(asked, None, [parts.question], taken, js=TAKE_QUESTION.read_text(encoding="utf-8"), **quick)
         taking.then(self.ask, [*parts.chosen, parts.asked, parts.answered], **answering)

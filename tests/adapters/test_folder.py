@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from dora_vl.adapters import settings as settings_module
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, load_adapter, save_adapter
 from dora_vl.core import DoRAConfig, apply_dora
@@ -203,11 +204,14 @@ def test_a_folder_that_does_not_fit_changes_nothing(change, message, adapted, tm
         ("peft_type", "VERA", "peft_type is 'VERA'"),
         ("use_lorentz", True, "unknown field 'use_lorentz'"),
         ("r", 5, "rank 5 in the configuration"),
+        ("rank_pattern", {"(": 3}, r"pattern '\(' is no regular expression: missing \)"),
+        ("alpha_pattern", {"((.|.|.|.)+)+[A-Z]": 3}, r"takes more than 0\.2 s for one name.*without nested repeats"),
         ("init_lora_weights", "pissa_niter_4", "init_lora_weights is 'pissa_niter_4'.*merge_and_unload"),
         ("init_lora_weights", "loftq", "init_lora_weights is 'loftq', a start that is taken out of the base's weights"),
     ],
 )
-def test_a_configuration_that_is_not_ours(field, value, message, tmp_path):
+def test_a_configuration_that_is_not_ours(field, value, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings_module, "MATCHING_SECONDS", 0.2)
     save_adapter(trained_small("dora"), tmp_path / "a")
     (tmp_path / "a" / RECIPE_FILE).unlink()
     settings = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())

@@ -325,6 +325,19 @@ def test_a_question_waits_for_the_picture_that_was_chosen(
         assert printable(right) == expected(opened[1], "base", first(QUESTION), seen)
 
 
+def test_the_first_question_of_a_page_waits_too(
+    chromium: Any, opened: tuple[str, Engine], pictures: dict[str, Path]
+) -> None:
+    """Five pages, since each lost its answer once in five times while pictures went through Gradio's queue."""
+    for _ in range(5):
+        context = chromium.new_context()
+        visitor = Visitor(context, opened[0])
+        visitor.show(pictures["red"])
+        left, _ = visitor.ask(QUESTION)
+        assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(RED,)))
+        context.close()
+
+
 def test_no_question_is_lost_at_the_end_of_an_answer(slow: Visitor, pictures: dict[str, Path]) -> None:
     """Each is sent at the moment when Ask can be pressed again, while the page is still about the answer before."""
     slow.show(pictures["red"])
