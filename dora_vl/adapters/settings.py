@@ -336,14 +336,10 @@ def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any
             if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=MATCHING_SECONDS):
                 return value
         except regex.error as error:
-            raise UserError(
-                f"adapter_config.json: pattern {shown(pattern)} is no regular expression: {error}"
-            ) from None
+            raise _refused(pattern, f"is no regular expression: {error}") from None
         except TimeoutError:
-            told = (
-                f"takes more than {MATCHING_SECONDS:g} s for one name, {shown(layer)}; write it without nested repeats"
-            )
-            raise UserError(f"adapter_config.json: pattern {shown(pattern)} {told}") from None
+            told = f"takes more than {MATCHING_SECONDS:g} s for one name, {shown(layer)}"
+            raise _refused(pattern, f"{told}; write it without nested repeats") from None
     return default
 
 
