@@ -24,9 +24,9 @@ from dora_vl.adapters.folder import (
     PEFT_PREFIX,
     RECIPE_FILE,
     WEIGHTS_FILE,
-    read_json,
     refuse_to_replace_adapter,
 )
+from dora_vl.adapters.folder_files import read_peft_config, read_recipe
 from dora_vl.adapters.peft_config import rank_of, scale_of
 from dora_vl.adapters.settings import check_peft_fields, refuse_contradiction
 from dora_vl.adapters.tensor_files import read_tensors, refuse_not_finite
@@ -218,13 +218,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
                 f"this one as {WEIGHTS_FILE}, and give the folder"
             )
         source = source.parent
-    config = read_json(source / CONFIG_FILE)
+    config = read_peft_config(source)
     check_peft_fields(str(source / CONFIG_FILE), config)
     weights = source / WEIGHTS_FILE
     if not weights.is_file() and (source / PICKLED_WEIGHTS_FILE).is_file():
         weights = source / PICKLED_WEIGHTS_FILE
     tensors = read_tensors(weights)
-    recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
+    recipe = read_recipe(source)
     refuse_contradiction(str(source), config, recipe.get("adapter", {}))
     adapter = Adapter(tensors, config, recipe, str(source))
     refuse_not_finite(tensors, str(weights))

@@ -25,6 +25,10 @@ from dora_vl.adapters.agreement import PEFT_PREFIX as PEFT_PREFIX
 from dora_vl.adapters.agreement import file_name, refuse_other_settings, refuse_pefts_other_result, whole_change
 from dora_vl.adapters.agreement import own_name as own_name
 from dora_vl.adapters.checkpoints import refuse_to_replace, replace_folder
+from dora_vl.adapters.folder_files import CONFIG_FILE as CONFIG_FILE
+from dora_vl.adapters.folder_files import RECIPE_FILE as RECIPE_FILE
+from dora_vl.adapters.folder_files import read_json as read_json
+from dora_vl.adapters.folder_files import read_peft_config, read_recipe
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
 from dora_vl.adapters.tensor_files import refuse_not_finite
 from dora_vl.core.config import DoRAConfig
@@ -34,13 +38,10 @@ from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.opaque import loose_tensors
 from dora_vl.core.precision import Gather, no_gather
 from dora_vl.core.trainable import adapted_layers, is_adapted, kept_rows, kept_tensors, trained_parts
-from dora_vl.data.regular_file import NoRegularFile, open_regular
 from dora_vl.errors import UserError
 from dora_vl.model_files import check_whole
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-RECIPE_FILE = "recipe.json"
 FILES = (WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE)
 
 
@@ -135,9 +136,7 @@ def load_adapter(
     """
     source = Path(folder)
     tensors = {own_name(key): tensor for key, tensor in read_weights(source).items()}
-    recipe = read_json(source / RECIPE_FILE) if (source / RECIPE_FILE).is_file() else {}
-    own = recipe.get("adapter", {})
-    peft = read_json(source / CONFIG_FILE)
+    own, peft = read_recipe(source).get("adapter", {}), read_peft_config(source)
     config = read_config(str(source), peft, own, tensors)
     if is_adapted(model):
         refuse_other_settings(str(source), model, config, dropout_mode_is_stated="dropout_mode" in own)
@@ -217,26 +216,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
     refuse_not_finite(tensors, str(path))
     return tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object of an adapter folder.
-
-    Raises:
-        UserError: the file is missing or is not a JSON object.
-    """
-    try:
-        with open_regular(path) as file:
-            content = json.loads(file.read().decode("utf-8"))
-    except NoRegularFile as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; an adapter folder holds it beside {WEIGHTS_FILE}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
 
 
 def _without_values(model: nn.Module) -> nn.Module:

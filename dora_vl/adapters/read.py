@@ -12,6 +12,7 @@ from torch import Tensor
 from dora_vl.adapters.adapter import PICKLED_WEIGHTS_FILE, Adapter, names_adapter, read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, read_json
+from dora_vl.adapters.folder_files import read_peft_config
 from dora_vl.adapters.foreign import to_adapter
 from dora_vl.adapters.foreign_layouts import LAYOUTS, from_kohya, from_torchtune, from_vl_adapter
 from dora_vl.adapters.named_folder import no_adapter
@@ -130,8 +131,8 @@ def _tensors(source: Path) -> dict[str, Tensor]:
 
 
 def _config_beside(source: Path) -> dict[str, Any]:
-    path = (source if source.is_dir() else source.parent) / CONFIG_FILE
-    return read_json(path) if path.is_file() else {}
+    folder = source if source.is_dir() else source.parent
+    return read_peft_config(folder) if (folder / CONFIG_FILE).is_file() else {}
 
 
 def _under_our_names(name: str, tensors: dict[str, Tensor], options: ReadOptions, source: str) -> dict[str, Tensor]:

@@ -5,11 +5,13 @@ Everything else is asked of transformers: the model of its config, the pictures 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
@@ -111,6 +113,15 @@ ALIGNED = (
     "cross_attention_mask",
 )
 """A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
+
+
+@contextmanager
+def config_errors(base: str | Path, what: str) -> Iterator[None]:
+    """What transformers raises over a `config.json` that is missing, broken or of wrong types, as one line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"model.base {str(base)!r} cannot be opened as {what}: {one_line(str(error), 260)}") from error
 
 
 def model_type_of(base: str, revision: str | None = None) -> str:

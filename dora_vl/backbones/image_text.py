@@ -18,7 +18,14 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.provenance import local_folder
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Backbone, Features, labelled_positions, new_tokens, output_layer_sees
-from dora_vl.backbones.families import BYPASSED, PROJECTORS, TURNED_UNDER_ZERO3, model_type_of, sees_pictures
+from dora_vl.backbones.families import (
+    BYPASSED,
+    PROJECTORS,
+    TURNED_UNDER_ZERO3,
+    config_errors,
+    model_type_of,
+    sees_pictures,
+)
 from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.core import DoRAConfig
 from dora_vl.core.kinds import adaptable
@@ -243,6 +250,5 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
 def skeleton_of(folder_or_id: str, *, revision: str | None = None) -> PreTrainedModel:
     """The model of a folder or hub id with nothing in its weights: on the meta device, made from its config alone."""
     auto: Any = AutoModelForImageTextToText if sees_pictures(folder_or_id, revision) else AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(folder_or_id, revision=revision or "main", **NO_OWN_CODE)
-    with torch.device("meta"):
-        return auto.from_config(config)
+    with config_errors(folder_or_id, "what its config.json says"), torch.device("meta"):
+        return auto.from_config(AutoConfig.from_pretrained(folder_or_id, revision=revision or "main", **NO_OWN_CODE))

@@ -19,7 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Backbone, Features, labelled_positions, layout_attention, pad_token_id
-from dora_vl.backbones.families import LLAVA
+from dora_vl.backbones.families import LLAVA, config_errors
 from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.backbones.score_watch import ScoreWatch
 from dora_vl.errors import UserError
@@ -260,7 +260,7 @@ def llava_config(folder_or_id: str, *, revision: str | None = None) -> LlavaConf
     """
     register_towers()
     check_model_folder(folder_or_id)
-    with _user_errors(folder_or_id):
+    with config_errors(folder_or_id, "a LLaVA"):
         return LlavaConfig.from_pretrained(folder_or_id, revision=revision or "main")
 
 

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from dora_vl.adapters.foreign_layouts import ADDED_ROWS
 from dora_vl.backbones.base import Backbone, Features, max_positions
+from dora_vl.backbones.families import config_errors
 from dora_vl.backbones.score_watch import ScoreWatch
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration, joint_mask
 from dora_vl.data.dataset import IGNORED_LABEL
@@ -206,12 +207,17 @@ def vlbart_skeleton(folder: str | Path) -> VlBartBackbone:
         UserError: its config cannot be opened.
     """
     check_model_folder(folder)
-    try:
-        config = VlBartConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.base {str(folder)!r} cannot be opened as a VL-BART: {error}") from error
     with torch.device("meta"):
-        return VlBartBackbone(VlBartForConditionalGeneration(config))
+        return VlBartBackbone(VlBartForConditionalGeneration(vlbart_config(folder)))
+
+
+def vlbart_config(folder: str | Path) -> VlBartConfig:
+    """The config of a VL-BART's folder.
+
+    Raises: UserError if it cannot be opened.
+    """
+    with config_errors(folder, "a VL-BART"):
+        return VlBartConfig.from_pretrained(folder)
 
 
 def load_vlbart(

@@ -16,7 +16,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, read_json
+from dora_vl.adapters import folder_files
+from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
 from dora_vl.adapters.named_folder import no_adapter
 from dora_vl.adapters.provenance import content_hash, local_folder
 from dora_vl.adapters.settings import check_peft_fields
@@ -127,7 +128,7 @@ def _of_run(wanted: Wanted, adapter: Path, recipe: Mapping[str, Any]) -> ModelSo
 
 def _of_peft(wanted: Wanted, adapter: Path) -> ModelSource:
     """An adapter folder of PEFT's own two files, or one that was converted: its base says what it is."""
-    config = read_json(adapter / CONFIG_FILE)
+    config = folder_files.read_peft_config(adapter)
     check_peft_fields(str(adapter), config)
     stated = config.get("base_model_name_or_path")
     if not wanted.base and not (isinstance(stated, str) and stated):
@@ -178,7 +179,7 @@ def read_recipe(adapter: Path) -> Mapping[str, Any]:
         raise UserError(f"{adapter} is not a folder; give the adapter folder of a run, such as runs/demo/adapter")
     if not (adapter / WEIGHTS_FILE).is_file():
         raise no_adapter(adapter)
-    return read_json(adapter / RECIPE_FILE) if (adapter / RECIPE_FILE).is_file() else {}
+    return folder_files.read_recipe(adapter)
 
 
 def find_base(base: str, adapter: Path) -> str:

@@ -23,10 +23,10 @@ from dora_vl.backbones.vlbart import (
     VlBartBackbone,
     load_vlbart,
     set_answer_heads,
+    vlbart_config,
     vlbart_skeleton,
 )
 from dora_vl.backbones.vlbart_compose import compose_vlbart
-from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.core import DoRAConfig
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.feature_input import FeatureReader
@@ -114,7 +114,7 @@ class VlBartPipeline(Pipeline):
         files = self._test_files()
         make_base(compose_vlbart, self.config.model.compose, self.config.model.base, arguments)
         if self.config.evaluation.files:
-            width = VlBartConfig.from_pretrained(self.config.model.base).feature_width
+            width = vlbart_config(self.config.model.base).feature_width
             check_tests(self._tested(files, width), self.encoder(), max_bad_share=self.config.data.max_bad_share)
         if self.config.data.closed_answers:
             self._make_lists()
@@ -280,7 +280,7 @@ class VlBartPipeline(Pipeline):
         return Seq2SeqEncoder(
             load_tokenizer(base),
             subtitles_first=self.config.data.subtitles_first,
-            max_positions=max_positions(VlBartConfig.from_pretrained(base)),
+            max_positions=max_positions(vlbart_config(base)),
         )
 
     def _tested(self, files: Sequence[ExampleFile], width: int) -> list[Tested]:

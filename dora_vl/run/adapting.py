@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dora_vl.adapters.agreement import LEAVES, fields_of_the_change, first_difference, refuse_pefts_other_result
-from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, own_name, read_json, read_weights
+from dora_vl.adapters.folder import WEIGHTS_FILE, own_name, read_weights
+from dora_vl.adapters.folder_files import read_peft_config, read_recipe
 from dora_vl.adapters.named_folder import no_adapter
 from dora_vl.adapters.quantised_base import check_runs_here
 from dora_vl.adapters.settings import read_config
@@ -224,8 +225,7 @@ def _refuse_another_meaning(model: nn.Module, folder: Path, found: Mapping[str, 
     owners = {name.rpartition(".")[0] for name in found if name.rpartition(".")[2] in FACTORS}
     if not owners:
         return
-    recipe = read_json(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else {}
-    peft, own = read_json(folder / CONFIG_FILE), recipe.get("adapter", {})
+    peft, own = read_peft_config(folder), read_recipe(folder).get("adapter", {})
     config = read_config(str(folder), peft, own, found)
     refuse_pefts_other_result(f"adapter.initial: {folder}", model, peft, own)
     for name, layer in adapted_layers(model):

@@ -220,6 +220,42 @@ def test_a_configuration_that_is_not_ours(field, value, message, tmp_path, monke
         load_adapter(Small(), tmp_path / "a")
 
 
+@pytest.mark.parametrize("file", [CONFIG_FILE, RECIPE_FILE])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"r": 1' + "0" * 5_000 + "}", "{", ""], ids=["deep", "digits", "cut", "empty"]
+)
+def test_what_python_cannot_read_as_json_is_one_line(file, text, tmp_path):
+    save_adapter(trained_small("dora"), tmp_path / "a")
+    (tmp_path / "a" / file).write_text(text)
+    with pytest.raises(UserError, match=rf"{file} is not JSON: ") as error:
+        load_adapter(Small(), tmp_path / "a")
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("value", [7.5, "evil", [1], {"x": [1]}, None, True])
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [
+        *((CONFIG_FILE, name) for name in ("r", "lora_alpha", "lora_dropout", "rank_pattern", "use_dora")),
+        *((RECIPE_FILE, name) for name in ("method", "rank", "kinds", "init", "parts", "detach_norm", "rank_pattern")),
+    ],
+)
+def test_a_value_of_another_type_is_named(file, field, value, tmp_path):
+    path = tmp_path / "a" / file
+    save_adapter(trained_small("dora"), tmp_path / "a")
+    whole = json.loads(path.read_text())
+    section = whole if file == CONFIG_FILE else whole["adapter"]
+    if type(value) is type(section[field]) or (field in ("lora_alpha", "lora_dropout") and value == 7.5):
+        return  # of its type
+    if field == "rank_pattern" and value is None and file == CONFIG_FILE:
+        return  # PEFT writes none so
+    section[field] = value
+    path.write_text(json.dumps(whole))
+    for read in (lambda: load_adapter(Small(), tmp_path / "a"), lambda: read_adapter(tmp_path / "a")):
+        with pytest.raises(UserError, match=rf"{file}: \S*{field}\S* is .*; input should be"):
+            read()
+
+
 def test_broken_files_are_named(tmp_path):
     save_adapter(trained_small("dora"), tmp_path / "a")
     with pytest.raises(UserError, match=r"nowhere.*no such folder"):
@@ -319,7 +355,7 @@ def changed(folder: Path, file: str, **values: object) -> Path:
         (CONFIG_FILE, {"r": 10**9}, r"r is 1000000000 in adapter_config\.json, and recipe\.json means \d+"),
         (CONFIG_FILE, {"lora_alpha": 77.0}, r"lora_alpha is 77\.0 in adapter_config\.json, and recipe\.json means"),
         (RECIPE_FILE, {"alpha": 77.0}, r"lora_alpha is [\d.]+ in adapter_config\.json, and recipe\.json means"),
-        (RECIPE_FILE, {"method": "evil"}, r"method in recipe\.json is 'evil'; there are dora, lora, full, magnitude"),
+        (RECIPE_FILE, {"method": "evil"}, r"adapter\.method is 'evil'; input should be 'dora', 'lora'"),
     ],
 )
 @pytest.mark.parametrize("read", [read_adapter, lambda folder: load_adapter(Small(), folder)], ids=["read", "load"])

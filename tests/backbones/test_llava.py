@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone
+from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, llava_config
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
+from tests.backbones.conftest import tiny_llava_config
 
 IMAGE, PAD = 60, 0
 PICTURE = [IMAGE] * 4
@@ -321,3 +325,17 @@ def test_a_kernel_that_takes_no_mask_is_refused(backbone: LlavaBackbone) -> None
     layout = torch.ones(1, 3, 4, dtype=torch.int64)
     with pytest.raises(UserError, match=r"share_pictures.* needs .*sdpa or eager"):
         backbone(torch.ones(1, 4).long(), torch.ones(1, 4).long(), layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("text_config", 3), ("vision_config", []), ("image_seq_length", "x"), ("image_token_index", {})],
+    [("text_config", 3), ("vision_config", []), ("image_seq_length", "x"), ("image_token_index", {})],
+)
+def test_a_config_of_wrong_types_is_one_line(tmp_path: Path, field: str, value: object) -> None:
+    tiny_llava_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    with pytest.raises(UserError, match=rf"cannot be opened as a LLaVA: .*{field}") as error:
+        llava_config(str(tmp_path))
+    assert len(str(error.value)) < 500
