@@ -1,10 +1,14 @@
-"""Which weight files of a model's folder are loaded, in transformers' order, and whether they are whole."""
+"""A model's folder: which weight files are loaded, in transformers' order, whether they are whole, and what is said of
+files that transformers cannot read.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +41,27 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return tuple(next((found for found in kinds if found), []))
 
 
+@contextmanager
+def opening(failed: str) -> Iterator[None]:
+    """Whatever transformers raises over a model's files becomes one line that begins with `failed`.
+
+    Of files with a value of another type, nested endlessly or cut it raises nearly any kind, a bare Exception too
+    (tokenizers); each was seen.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{failed}: {why_not_read(error)}") from error
+
+
 def why_not_read(error: Exception, most: int = 300) -> str:
     """What transformers' error says, on one line; in our words where it wants to run a model's own code."""
-    return BRINGS_CODE if "trust_remote_code" in str(error) else one_line(str(error), most)
+    if "trust_remote_code" in str(error):
+        return BRINGS_CODE
+    speaks = isinstance(error, (OSError, ValueError, ImportError)) or "Dataclass" in type(error).__name__
+    return one_line(str(error) if speaks else f"{type(error).__name__}: {error}", most)
 
 
 def check_model_folder(folder_or_id: str | Path) -> None:

@@ -17,7 +17,7 @@ from dora_vl.adapters.folder import read_weights as read_adapter_weights
 from dora_vl.adapters.tensor_files import read_tensors
 from dora_vl.backbones.causal_lm import load_causal_lm
 from dora_vl.errors import UserError
-from dora_vl.model_files import check_whole
+from dora_vl.model_files import BRINGS_CODE, check_whole, opening
 from dora_vl.vision.weights import read_weights as read_tower_weights
 from tests.backbones.tiny_language import tiny_language
 
@@ -87,3 +87,23 @@ def test_what_passes_is_what_safetensors_reads(tmp_path: Path, data: st.DataObje
     except UserError:
         with pytest.raises(Exception):  # noqa: B017, PT011 - whatever safetensors says of it
             load_file(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Exception("data did not match any variant"), "no model: Exception: data did not match any variant"),
+        (KeyError("text_config"), "no model: KeyError: 'text_config'"),
+        (
+            RecursionError("maximum recursion depth exceeded"),
+            "no model: RecursionError: maximum recursion depth exceeded",
+        ),
+        (OSError("no file\nof that name"), "no model: no file of that name"),
+        (ValueError("set trust_remote_code=True"), f"no model: {BRINGS_CODE}"),
+        (UserError("a.json is empty"), "a.json is empty"),
+    ],
+)
+def test_whatever_is_raised_while_a_model_is_opened_is_one_line(error: Exception, said: str) -> None:
+    with pytest.raises(UserError) as caught, opening("no model"):
+        raise error
+    assert str(caught.value) == said

@@ -28,7 +28,7 @@ from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.backbones.specs import LanguageSource as LanguageSource
 from dora_vl.backbones.written_base import written_base
 from dora_vl.errors import UserError
-from dora_vl.model_files import NO_OWN_CODE, check_model_folder, why_not_read
+from dora_vl.model_files import NO_OWN_CODE, check_model_folder, opening
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def load_causal_lm(
     Raises: UserError if it is none, some of its weights are missing, or it cannot be quantised.
     """
     check_model_folder(folder_or_id)
-    try:
+    with opening(f"model.base {folder_or_id!r} cannot be opened as a causal language model"):
         quantised = quantised_loading(folder_or_id, quantisation, dtype=dtype, revision=revision)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder_or_id,
@@ -152,10 +152,6 @@ def load_causal_lm(
             **NO_OWN_CODE,
             **quantised.options,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"model.base {folder_or_id!r} cannot be opened as a causal language model: {why_not_read(error)}"
-        ) from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(

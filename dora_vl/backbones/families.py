@@ -5,13 +5,11 @@ Everything else is asked of transformers: the model of its config, the pictures 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
@@ -19,8 +17,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from dora_vl.errors import UserError, one_line
-from dora_vl.model_files import BRINGS_CODE
+from dora_vl.errors import UserError
+from dora_vl.model_files import BRINGS_CODE, opening
 
 LLAVA = "llava"
 """Has its own path: LLaVA-1.5's wording, its padding of pictures, its masks, stored features."""
@@ -115,15 +113,6 @@ ALIGNED = (
 """A processor's tensors that hold an entry for each token: cut and padded as the ids are."""
 
 
-@contextmanager
-def config_errors(base: str | Path, what: str) -> Iterator[None]:
-    """What transformers raises over a `config.json` that is missing, broken or of wrong types, as one line."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"model.base {str(base)!r} cannot be opened as {what}: {one_line(str(error), 260)}") from error
-
-
 def model_type_of(base: str, revision: str | None = None) -> str:
     """The `model_type` of a folder or hub id; nothing but its config is read.
 
@@ -132,12 +121,10 @@ def model_type_of(base: str, revision: str | None = None) -> str:
     is_folder = Path(base).is_dir()
     if not is_folder and base.startswith((".", "/", "~")):  # no hub id looks so
         raise UserError(f"model.base {base!r}: no such folder; name a model's folder, or a hub id (OWNER/NAME)")
-    try:
+    how = "cannot be opened" if is_folder else "is no folder here, and cannot be fetched as a hub id"
+    with opening(f"model.base {base!r} {how}"):
         found: Any = PreTrainedConfig.get_config_dict(base, revision=revision or "main")[0]
-    except (OSError, ValueError) as error:
-        how = "cannot be opened" if is_folder else "is no folder here, and cannot be fetched as a hub id"
-        raise UserError(f"model.base {base!r} {how}: {one_line(str(error), 260)}") from error
-    stated = found.get("model_type")
+        stated = found.get("model_type")
     if not isinstance(stated, str) or not stated:
         raise UserError(f"model.base {base!r}: its config.json states no model_type; is it a model's folder?")
     if found.get("auto_map") and stated not in CONFIG_MAPPING_NAMES:

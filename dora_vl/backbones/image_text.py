@@ -18,21 +18,14 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.provenance import local_folder
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Backbone, Features, labelled_positions, new_tokens, output_layer_sees
-from dora_vl.backbones.families import (
-    BYPASSED,
-    PROJECTORS,
-    TURNED_UNDER_ZERO3,
-    config_errors,
-    model_type_of,
-    sees_pictures,
-)
+from dora_vl.backbones.families import BYPASSED, PROJECTORS, TURNED_UNDER_ZERO3, model_type_of, sees_pictures
 from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.core import DoRAConfig
 from dora_vl.core.kinds import adaptable
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.opaque import is_quantised
 from dora_vl.errors import UserError
-from dora_vl.model_files import NO_OWN_CODE, check_model_folder, why_not_read
+from dora_vl.model_files import NO_OWN_CODE, check_model_folder, opening
 
 
 class ImageTextBackbone(Backbone[PreTrainedModel]):
@@ -202,7 +195,7 @@ def load_image_text(
     auto: Any = AutoModelForImageTextToText if sees_pictures(folder_or_id, revision) else AutoModelForCausalLM
     if is_deepspeed_zero3_enabled():
         refuse_turned_experts(folder_or_id, revision=revision)
-    try:
+    with opening(f"model.base {folder_or_id!r} cannot be opened"):
         quantised = quantised_loading(folder_or_id, quantisation, dtype=dtype, revision=revision)
         loaded: Any = auto.from_pretrained(
             folder_or_id,
@@ -213,8 +206,6 @@ def load_image_text(
             **NO_OWN_CODE,
             **quantised.options,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.base {folder_or_id!r} cannot be opened: {why_not_read(error)}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(
@@ -250,5 +241,5 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
 def skeleton_of(folder_or_id: str, *, revision: str | None = None) -> PreTrainedModel:
     """The model of a folder or hub id with nothing in its weights: on the meta device, made from its config alone."""
     auto: Any = AutoModelForImageTextToText if sees_pictures(folder_or_id, revision) else AutoModelForCausalLM
-    with config_errors(folder_or_id, "what its config.json says"), torch.device("meta"):
+    with opening(f"model.base {folder_or_id!r} cannot be opened as its config.json says"), torch.device("meta"):
         return auto.from_config(AutoConfig.from_pretrained(folder_or_id, revision=revision or "main", **NO_OWN_CODE))

@@ -36,7 +36,7 @@ from dora_vl.backbones.video_inputs import (
 from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample, UserError, one_line
-from dora_vl.model_files import NO_OWN_CODE, why_not_read
+from dora_vl.model_files import NO_OWN_CODE, opening
 
 DUMMY_SIDE = 64
 LARGE_SIDE = 1024
@@ -64,10 +64,8 @@ def load_processor(base: str, revision: str | None = None) -> Any:
     """
     if not sees_pictures(base, revision):
         return TextProcessor(load_tokenizer(base, revision=revision))
-    try:
+    with opening(f"no processor could be read from {base!r}"):
         processor = AutoProcessor.from_pretrained(base, revision=revision or "main", **NO_OWN_CODE)
-    except (OSError, ValueError, ImportError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"no processor could be read from {base!r}: {why_not_read(error)}") from error
     if not isinstance(processor, ProcessorMixin):
         raise UserError(f"{base!r} has no processor (processor_config.json), which prepares its pictures")
     return processor

@@ -25,7 +25,7 @@ from transformers.utils.import_utils import is_protobuf_available, is_sentencepi
 
 from dora_vl.data.turns import IMAGE_PLACEHOLDER
 from dora_vl.errors import UserError
-from dora_vl.model_files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, why_not_read
+from dora_vl.model_files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening, why_not_read
 
 SPACE_MARK = "▁"
 NEEDED = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
@@ -144,7 +144,7 @@ def load_tokenizer(
         model = _file(folder, "tokenizer.model", revision)
         sentencepiece = model is not None and is_sentencepiece(model)
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision or "main", **NO_OWN_CODE)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # as in `opening`
         reason = why_not_read(error)
         if reason != BRINGS_CODE:
             reason = _without_tokenizer(folder) or reason
@@ -205,7 +205,7 @@ def read_language_model(
     tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
     if gguf_file is None:
         check_model_folder(folder)
-    try:
+    with opening(f"no causal language model could be read from {folder!r}"):
         if gguf_file is not None:
             # float32: what dequantising computes in. The caller's dtype follows below, rounded once.
             model = AutoModelForCausalLM.from_pretrained(
@@ -213,8 +213,6 @@ def read_language_model(
             )
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **NO_OWN_CODE)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"no causal language model could be read from {folder!r}: {why_not_read(error)}") from error
     # A GGUF model's config says it is quantised, though its weights no longer are.
     config = type(model.config).from_dict(
         {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}

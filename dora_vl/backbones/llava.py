@@ -5,8 +5,8 @@ The model is transformers' own `LlavaForConditionalGeneration`, whether download
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -19,11 +19,11 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Backbone, Features, labelled_positions, layout_attention, pad_token_id
-from dora_vl.backbones.families import LLAVA, config_errors
+from dora_vl.backbones.families import LLAVA
 from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.backbones.score_watch import ScoreWatch
 from dora_vl.errors import UserError
-from dora_vl.model_files import check_model_folder
+from dora_vl.model_files import check_model_folder, opening
 from dora_vl.vision.towers import register_towers
 
 LANGUAGE_LAYERS = "model.language_model.layers.*"
@@ -244,13 +244,8 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
         ).last_hidden_state
 
 
-@contextlib.contextmanager
-def _user_errors(folder: str) -> Iterator[None]:
-    """transformers' errors about a missing or broken folder as one line."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.base {folder!r} cannot be opened as a LLaVA: {error}") from error
+def _opening(folder: str) -> AbstractContextManager[None]:
+    return opening(f"model.base {folder!r} cannot be opened as a LLaVA")
 
 
 def llava_config(folder_or_id: str, *, revision: str | None = None) -> LlavaConfig:
@@ -260,7 +255,7 @@ def llava_config(folder_or_id: str, *, revision: str | None = None) -> LlavaConf
     """
     register_towers()
     check_model_folder(folder_or_id)
-    with config_errors(folder_or_id, "a LLaVA"):
+    with _opening(folder_or_id):
         return LlavaConfig.from_pretrained(folder_or_id, revision=revision or "main")
 
 
@@ -270,7 +265,7 @@ def llava_skeleton(folder_or_id: str, *, revision: str | None = None) -> LlavaBa
     Raises: UserError if its config cannot be opened.
     """
     config = llava_config(folder_or_id, revision=revision)
-    with _user_errors(folder_or_id), torch.device("meta"):
+    with _opening(folder_or_id), torch.device("meta"):
         return LlavaBackbone(LlavaForConditionalGeneration(config))
 
 
@@ -291,12 +286,12 @@ def load_llava(
     """
     register_towers()
     check_model_folder(folder_or_id)
-    with _user_errors(folder_or_id):
+    with _opening(folder_or_id):
         found = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0].get("model_type")
     if found not in (LLAVA, None):
         raise UserError(f"{folder_or_id!r} is a {found!r}, and as a {LLAVA!r} it would give other numbers than its own")
     quantised = quantised_loading(folder_or_id, quantisation, dtype=dtype, revision=revision)
-    with _user_errors(folder_or_id):
+    with _opening(folder_or_id):
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder_or_id,
             dtype=dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,13 +15,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from dora_vl.adapters.foreign_layouts import ADDED_ROWS
 from dora_vl.backbones.base import Backbone, Features, max_positions
-from dora_vl.backbones.families import config_errors
 from dora_vl.backbones.score_watch import ScoreWatch
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration, joint_mask
 from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.heads.answer import AnswerHead
-from dora_vl.model_files import check_model_folder
+from dora_vl.model_files import check_model_folder, opening
 
 log = logging.getLogger(__name__)
 
@@ -207,8 +207,13 @@ def vlbart_skeleton(folder: str | Path) -> VlBartBackbone:
         UserError: its config cannot be opened.
     """
     check_model_folder(folder)
-    with torch.device("meta"):
-        return VlBartBackbone(VlBartForConditionalGeneration(vlbart_config(folder)))
+    config = vlbart_config(folder)
+    with _opening(folder), torch.device("meta"):
+        return VlBartBackbone(VlBartForConditionalGeneration(config))
+
+
+def _opening(folder: str | Path) -> AbstractContextManager[None]:
+    return opening(f"model.base {str(folder)!r} cannot be opened as a VL-BART")
 
 
 def vlbart_config(folder: str | Path) -> VlBartConfig:
@@ -216,7 +221,7 @@ def vlbart_config(folder: str | Path) -> VlBartConfig:
 
     Raises: UserError if it cannot be opened.
     """
-    with config_errors(folder, "a VL-BART"):
+    with _opening(folder):
         return VlBartConfig.from_pretrained(folder)
 
 
@@ -229,12 +234,10 @@ def load_vlbart(
         UserError: it cannot be opened, or some of its weights are missing.
     """
     check_model_folder(folder)
-    try:
+    with _opening(folder):
         loaded: Any = VlBartForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.base {str(folder)!r} cannot be opened as a VL-BART: {error}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{folder}: {len(missing)} weights are missing, first {missing[:3]}; is it a plain BART?")

@@ -28,7 +28,7 @@ from dora_vl.backbones.vlbart_model import VisualNorm, VlBartConfig, VlBartForCo
 from dora_vl.backbones.written_base import written_base
 from dora_vl.data.examples import Example, iterate_examples
 from dora_vl.errors import UserError
-from dora_vl.model_files import NO_OWN_CODE, check_model_folder
+from dora_vl.model_files import NO_OWN_CODE, check_model_folder, opening
 from dora_vl.vision.feature_files import open_features
 
 RAW_WEIGHT = ".weight_v"  # NVlabs' DoRA keeps the frozen weight under this name
@@ -221,11 +221,9 @@ def _language(spec: VlBartSpec) -> tuple[PreTrainedTokenizerBase, dict[str, Any]
         }
         return tokenizer, shape, {}
     check_model_folder(spec.bart)
-    try:
+    with opening(f"model.compose.bart {spec.bart!r} cannot be opened as a BART"):
         loaded: Any = AutoTokenizer.from_pretrained(spec.bart, **NO_OWN_CODE)
         bart = BartForConditionalGeneration.from_pretrained(spec.bart, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.compose.bart {spec.bart!r} cannot be opened as a BART: {error}") from error
     shape = {name: value for name, value in bart.config.to_dict().items() if name not in NOT_BARTS}
     shape.pop("activation_dropout", None)
     shape.pop("vocab_size")

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import AutoModel
 
 from dora_vl.data.examples import Clip
 from dora_vl.errors import UserError
-from dora_vl.model_files import NO_OWN_CODE, check_model_folder, why_not_read
+from dora_vl.model_files import NO_OWN_CODE, check_model_folder, opening
 from dora_vl.vision.features import HASH, store_key
 from dora_vl.vision.frame_sampling import EverySeconds, Sampling, Uniform
 from dora_vl.vision.images import Aspect, ImagePreparation, Preparation
@@ -69,7 +69,7 @@ class PictureEmbedding(nn.Module):
 
 
 def _transformers_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
-    try:
+    with opening(f"transformers could not load {spec.name!r}"):
         config = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
         if "vision_config" not in config.sub_configs:
             raise UserError(f"{spec.name} is no two-tower model, so it has no picture embedding; keep its grid instead")
@@ -77,8 +77,6 @@ def _transformers_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
         if own:
             check_model_folder(spec.name)
         model: Any = AutoModel.from_pretrained(spec.name, **NO_OWN_CODE) if own else AutoModel.from_config(config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"transformers could not load {spec.name!r}: {why_not_read(error)}") from error
     load_from_file(model, spec)
     return PictureEmbedding(model), transformers_preparation(spec, config.vision_config)
 

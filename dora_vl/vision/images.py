@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from PIL.Image import Image, Resampling, new
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from dora_vl.data.picture_decoding import READING
-from dora_vl.errors import UserError
+from dora_vl.model_files import opening
 
 Aspect = Literal["pad", "square", "squash"]
 PADDED_SIDE = 4_096
@@ -31,6 +32,11 @@ class Preparation:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
+
+
+def _of_three_colours(values: Iterable[Any]) -> tuple[float, ...]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
 
 
 def image_processor(preparation: Preparation, *, aspect: Aspect) -> LlavaImageProcessorPil:
@@ -69,16 +75,14 @@ class ImagePreparation:
 
         Raises: UserError if it has none.
         """
-        try:
+        with opening(f"{folder_or_id!r} states no picture preparation"):
             stated = LlavaImageProcessorPil.from_pretrained(folder_or_id, revision=revision or "main")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder_or_id!r} states no picture preparation: {error}") from error
-        preparation = Preparation(
-            image_size=int(stated.crop_size["height"]),
-            mean=tuple(stated.image_mean),
-            std=tuple(stated.image_std),
-            interpolation=Resampling(int(stated.resample)).name.lower(),
-        )
+            preparation = Preparation(
+                image_size=int(stated.crop_size["height"]),
+                mean=_of_three_colours(stated.image_mean),
+                std=_of_three_colours(stated.image_std),
+                interpolation=Resampling(int(stated.resample)).name.lower(),
+            )
         return cls(preparation, aspect=aspect)
 
     def prepare(self, picture: Image) -> Float[Tensor, "3 height width"]:

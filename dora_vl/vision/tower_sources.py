@@ -17,7 +17,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dora_vl.errors import UserError
-from dora_vl.model_files import NO_OWN_CODE, check_model_folder, why_not_read
+from dora_vl.model_files import NO_OWN_CODE, check_model_folder, opening
 from dora_vl.vision.images import Preparation
 from dora_vl.vision.tower_config import GridTowerConfig, Layout
 from dora_vl.vision.tower_spec import PRETRAINED, RANDOM
@@ -145,7 +145,7 @@ def load_open_clip(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
 def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
     """A transformers vision model, cut out of a two-tower model where the folder holds one."""
     check_model_folder(spec.name)
-    try:
+    with opening(f"transformers could not load a vision model from {spec.name!r}"):
         whole = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
         vision: PreTrainedConfig = whole.vision_config if "vision_config" in whole.sub_configs else whole
         network_class: Any = MODEL_MAPPING[type(vision)]
@@ -153,10 +153,6 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
             network, report = network_class.from_pretrained(spec.name, config=vision, output_loading_info=True)
         else:
             network, report = network_class(vision), {"missing_keys": []}
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"transformers could not load a vision model from {spec.name!r}: {why_not_read(error)}"
-        ) from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{spec.name}: {len(missing)} vision weights are missing, first {missing[:3]}")
     load_from_file(network, spec)
@@ -187,18 +183,14 @@ def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Prepa
         raise UserError(f"{spec.name} states no image_size; set it (pixels along a side)")
     if spec.image_mean is not None and spec.image_std is not None:
         return Preparation(image_size=size, mean=spec.image_mean, std=spec.image_std)
-    try:
+    with opening(f"{spec.name} has no picture preprocessor; set image_mean and image_std"):
         processor = AutoImageProcessor.from_pretrained(spec.name, backend="pil", **NO_OWN_CODE).to_dict()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{spec.name} has no picture preprocessor; set image_mean and image_std: {why_not_read(error)}"
-        ) from error
-    return Preparation(
-        image_size=size,
-        mean=tuple(processor["image_mean"]),
-        std=tuple(processor["image_std"]),
-        interpolation=Resampling(int(processor["resample"])).name.lower(),
-    )
+        return Preparation(
+            image_size=size,
+            mean=tuple(processor["image_mean"]),
+            std=tuple(processor["image_std"]),
+            interpolation=Resampling(int(processor["resample"])).name.lower(),
+        )
 
 
 def draft_config(

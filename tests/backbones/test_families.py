@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from dora_vl.backbones.image_text_encode import load_processor
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import load_llava
 from dora_vl.errors import UserError
+from tests.backbones.tiny_image_text import write_tiny
 
 
 @pytest.mark.parametrize("family", ["vipllava", "llava_next", "llava_next_video"])
@@ -55,3 +58,36 @@ def test_the_type_is_read_from_the_config_alone(tmp_path: Path) -> None:
         model_type_of(str(tmp_path))
     with pytest.raises(UserError, match="no such folder; name a model's folder"):
         model_type_of(str(tmp_path / "nowhere"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write_tiny("qwen2_5_vl", folder := tmp_path_factory.mktemp("whole"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 5_000, '{"a": 1' + "0" * 5_000 + "}", "", "[]"], ids=lambda text: text[:6]
+)
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_what_is_no_json_object_is_one_line(whole: Path, tmp_path: Path, file: str, text: str) -> None:
+    base = shutil.copytree(whole, tmp_path / "base")
+    (base / file).write_text(text)
+    with pytest.raises(UserError) as error:
+        load_processor(str(base))
+    assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("image_token_id", "x"), ("text_config", [1]), ("vision_config", 3), ("dtype", [1]), ("text_config", "x")],
+)
+def test_a_config_of_wrong_types_is_one_line(whole: Path, tmp_path: Path, field: str, value: object) -> None:
+    base = shutil.copytree(whole, tmp_path / "base")
+    config = base / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), field: value}))
+    for loads in (load_processor, skeleton_of):
+        with pytest.raises(UserError, match=re.escape(str(base))) as error:
+            loads(str(base))
+        assert len(str(error.value)) < 500

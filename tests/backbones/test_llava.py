@@ -330,7 +330,6 @@ def test_a_kernel_that_takes_no_mask_is_refused(backbone: LlavaBackbone) -> None
 @pytest.mark.parametrize(
     ("field", "value"),
     [("text_config", 3), ("vision_config", []), ("image_seq_length", "x"), ("image_token_index", {})],
-    [("text_config", 3), ("vision_config", []), ("image_seq_length", "x"), ("image_token_index", {})],
 )
 def test_a_config_of_wrong_types_is_one_line(tmp_path: Path, field: str, value: object) -> None:
     tiny_llava_config().save_pretrained(tmp_path)

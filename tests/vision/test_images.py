@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -85,6 +86,16 @@ def test_from_a_folder_and_back(tmp_path: Path) -> None:
 def test_a_folder_without_a_preprocessor(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="states no picture preparation"):
         ImagePreparation.from_folder(str(tmp_path), aspect="pad")
+
+
+@pytest.mark.parametrize("mean", ["x", [0.5], {"a": 1}, [0.1, 0.2, None]])
+def test_a_preprocessor_without_three_colours(tmp_path: Path, mean: object) -> None:
+    image_processor(CLIP, aspect="pad").save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_mean": mean}))
+    with pytest.raises(UserError, match="states no picture preparation") as error:
+        ImagePreparation.from_folder(str(tmp_path), aspect="pad")
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("size", [(700, 30), (30, 700), (701, 33), (37, 650), (400, 399)])
