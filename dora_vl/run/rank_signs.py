@@ -15,8 +15,10 @@ from torch.distributed import DistError
 COMMUNICATION = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset by peer")
 """Words of the errors that a rank gets because of another and that have no type of their own: all of gloo's and some of
 NCCL's are plain RuntimeErrors."""
-TIMED_OUT = "timed out"
-"""In what gloo, NCCL and the store say of a wait that took too long; no type tells it from their other errors."""
+TIMED_OUT = ("timed out", "timeout")
+"""In what gloo, NCCL and the store say of a wait that took too long; no type tells it from their other errors. Gloo
+says "Application timeout caused pair closure" of whatever else waited on that connection.
+"""
 Answer = TypeVar("Answer")
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")
 """Code that a thread is in while it waits for other ranks."""
@@ -63,7 +65,7 @@ def is_communication(error: Exception) -> bool:
 
 def is_timeout(error: Exception) -> bool:
     """Whether an error of communication is that others did not come in time."""
-    return TIMED_OUT in str(error).lower()
+    return any(words in str(error).lower() for words in TIMED_OUT)
 
 
 def waits_for_others() -> bool:

@@ -113,9 +113,10 @@ class RankWatch:
         if is_timeout(error):
             self._give_up()
         time.sleep(SECONDS_FOR_THE_NEWS)  # the thread ends all this where it hears why
-        traceback.print_exception(error)
-        broken = f"the connection to another rank broke ({one_line(str(error), 200)}); {RESUME}"
-        self._leave(broken, speaks=self._is_first_here())
+        with self._ending:  # or is about to, and this error is what it tells of
+            traceback.print_exception(error)
+            broken = f"the connection to another rank broke ({one_line(str(error), 200)}); {RESUME}"
+            self._leave(broken, speaks=self._is_first_here())
 
     def _told_to_end(self, number: int, frame: FrameType | None) -> None:
         """A launcher ends the others of a rank that is gone: what they have to say comes first."""

@@ -7,14 +7,17 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError, HashStore
 
+from dora_vl.run import rank_watch
 from dora_vl.run.rank_signs import Sign, is_communication, is_timeout, who_did_not_come
+from dora_vl.run.rank_watch import RankWatch
 from tests.training.tiny_run import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +114,22 @@ def test_errors_because_of_another_rank_are_told_by_their_type_or_by_gloos_words
     assert all(is_communication(one) for one in (*typed, RuntimeError(GLOO)))
     assert not any(is_communication(one) for one in (RuntimeError("shapes do not fit"), ValueError(GLOO)))
     assert is_timeout(RuntimeError(GLOO))
+    assert is_timeout(RuntimeError("[gloo/transport/tcp/pair.cc:529] Application timeout caused pair closure"))
     assert not is_timeout(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:123"))
+
+
+def test_a_rank_that_gives_up_shows_no_traceback_of_what_it_tells_of(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(rank_watch, "SECONDS_FOR_THE_NEWS", 0.0)
+    left = threading.Event()
+    monkeypatch.setattr(rank_watch.os, "_exit", lambda status: left.set())
+    watch = RankWatch(HashStore(), 1, 2, limit=LIMIT)
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:123")
+    with watch._ending:  # as a thread has it that asks the store which rank did not come
+        threading.Thread(target=watch.end, args=(error,), daemon=True).start()
+        assert not left.wait(0.5)
+        assert "Traceback" not in capsys.readouterr().err
+    assert left.wait(5)
+    assert "error: the connection to another rank broke" in capsys.readouterr().err
 
 
 def test_who_did_not_come_is_told_by_signs_then_steps_then_collectives() -> None:
