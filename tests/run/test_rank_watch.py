@@ -127,7 +127,7 @@ def test_a_rank_that_gives_up_shows_no_traceback_of_what_it_tells_of(monkeypatch
     with watch._ending:  # as a thread has it that asks the store which rank did not come
         threading.Thread(target=watch.end, args=(error,), daemon=True).start()
         assert not left.wait(0.5)
-        assert "Traceback" not in capsys.readouterr().err
+        assert not capsys.readouterr().err
     assert left.wait(5)
     assert "error: the connection to another rank broke" in capsys.readouterr().err
 
