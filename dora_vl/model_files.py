@@ -46,13 +46,16 @@ def opening(failed: str) -> Iterator[None]:
     """Whatever transformers raises over a model's files becomes one line that begins with `failed`.
 
     Of files with a value of another type, nested endlessly or cut it raises nearly any kind, a bare Exception too
-    (tokenizers); each was seen.
+    (tokenizers); each was seen. Too little memory and another rank's end are RuntimeErrors and pass: who knows of
+    them says what to do.
     """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
+            raise
         raise UserError(f"{failed}: {why_not_read(error)}") from error
 
 

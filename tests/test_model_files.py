@@ -107,3 +107,12 @@ def test_whatever_is_raised_while_a_model_is_opened_is_one_line(error: Exception
     with pytest.raises(UserError) as caught, opening("no model"):
         raise error
     assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Connection closed by peer")]
+)
+def test_too_little_memory_and_a_lost_rank_are_for_those_who_know_of_them(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, opening("no model"):
+        raise error
+    assert caught.value is error
