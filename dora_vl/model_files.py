@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_vl.errors import UserError, one_line
+from dora_vl.runtime_errors import is_communication, is_out_of_memory
 
 PREFERRED = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 """The one weights file of a folder; with `.index.json` behind the name, what lists the shards."""
@@ -46,15 +47,14 @@ def opening(failed: str) -> Iterator[None]:
     """Whatever transformers raises over a model's files becomes one line that begins with `failed`.
 
     Of files with a value of another type, nested endlessly or cut it raises nearly any kind, a bare Exception too
-    (tokenizers); each was seen. Too little memory and another rank's end are RuntimeErrors and pass: who knows of
-    them says what to do.
+    (tokenizers); each was seen. Too little memory and another rank's end pass: who knows of them says what to do.
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
+        if is_out_of_memory(error) or is_communication(error):
             raise
         raise UserError(f"{failed}: {why_not_read(error)}") from error
 

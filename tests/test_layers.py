@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dora_vl"
 LAYERS = (
     ("foreign_lines",),
-    ("errors", "whole_numbers"),
+    ("errors", "runtime_errors", "whole_numbers"),
     ("core", "model_files"),
     ("data",),
     ("vision", "scores"),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.distributed import DistStoreError
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.adapters.folder import read_weights as read_adapter_weights
@@ -98,6 +99,7 @@ def test_what_passes_is_what_safetensors_reads(tmp_path: Path, data: st.DataObje
             RecursionError("maximum recursion depth exceeded"),
             "no model: RecursionError: maximum recursion depth exceeded",
         ),
+        (RuntimeError("negative dimension -1"), "no model: RuntimeError: negative dimension -1"),
         (OSError("no file\nof that name"), "no model: no file of that name"),
         (ValueError("set trust_remote_code=True"), f"no model: {BRINGS_CODE}"),
         (UserError("a.json is empty"), "a.json is empty"),
@@ -110,7 +112,14 @@ def test_whatever_is_raised_while_a_model_is_opened_is_one_line(error: Exception
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Connection closed by peer")]
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+        DistStoreError("wait timeout after 300000ms"),
+    ],
 )
 def test_too_little_memory_and_a_lost_rank_are_for_those_who_know_of_them(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, opening("no model"):

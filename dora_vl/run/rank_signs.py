@@ -10,11 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from torch.distributed import DistError
-
-COMMUNICATION = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset by peer")
-"""Words of the errors that a rank gets because of another and that have no type of their own: all of gloo's and some of
-NCCL's are plain RuntimeErrors."""
 TIMED_OUT = ("timed out", "timeout")
 """In what gloo, NCCL and the store say of a wait that took too long; no type tells it from their other errors. Gloo
 says "Application timeout caused pair closure" of whatever else waited on that connection.
@@ -54,13 +49,6 @@ class Sign:
     step: int
     waits: bool
     left: bool = False
-
-
-def is_communication(error: Exception) -> bool:
-    """Whether the library that moves the bytes says that another rank is not there."""
-    if isinstance(error, DistError):  # a backend's, a store's or a connection's
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in COMMUNICATION)
 
 
 def is_timeout(error: Exception) -> bool:

@@ -34,11 +34,11 @@ from dora_vl.run.rank_signs import (
     Place,
     Sign,
     answer_within,
-    is_communication,
     is_timeout,
     waits_for_others,
     who_did_not_come,
 )
+from dora_vl.runtime_errors import is_communication
 
 logger = logging.getLogger(__name__)
 

@@ -20,11 +20,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dora_vl.data.dataset import BOOKKEEPING, IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
 from dora_vl.run.run_settings import RunSettings
+from dora_vl.runtime_errors import is_out_of_memory
 from dora_vl.tasks.seq2seq import MicroBatch, Seq2SeqSample, over_step
 from dora_vl.training.checkpoint_state import loss_scale_of
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.memory_used import memory_gib
-from dora_vl.training.out_of_memory import is_out_of_memory, what_did_not_fit, what_to_lower
+from dora_vl.training.out_of_memory import what_did_not_fit, what_to_lower
 from dora_vl.training.validation import random_state_kept
 
 logger = logging.getLogger(__name__)

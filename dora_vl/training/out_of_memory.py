@@ -15,24 +15,15 @@ from transformers import TrainingArguments
 from dora_vl.errors import UserError, one_line
 from dora_vl.run.recipe import SampleBound
 from dora_vl.run.run_settings import RunSettings
+from dora_vl.runtime_errors import is_out_of_memory
 from dora_vl.training.memory_estimate import GIB
 
 PIXELS_TO_START_WITH = 1280 * 28 * 28
 """Of a picture of a model of dynamic resolution: 1,280 pieces of 28 x 28 (Qwen2-VL's own example)."""
 SHORTEST = 64
 """Tokens below which `data.max_tokens` is no longer what to lower."""
-_IN_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-"""Of RuntimeErrors that have no type of their own: the CPU allocator's, cuBLAS's and cuDNN's, and those of CUDA itself,
-whose AcceleratorError is one for all that can go wrong there."""
 _ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was too small: for torch's allocator on a GPU, for Python and numpy, or as torch words it."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _IN_WORDS)
 
 
 def asked_bytes(error: BaseException) -> int | None:

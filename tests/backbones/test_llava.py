@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, llava_config
+from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, llava_config, load_llava
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.collate import Collator
 from dora_vl.data.dataset import IGNORED_LABEL, Sample
@@ -337,4 +337,15 @@ def test_a_config_of_wrong_types_is_one_line(tmp_path: Path, field: str, value: 
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
     with pytest.raises(UserError, match=rf"cannot be opened as a LLaVA: .*{field}") as error:
         llava_config(str(tmp_path))
+    assert len(str(error.value)) < 500
+
+
+def test_weights_that_do_not_fit_the_config_are_one_line(backbone: LlavaBackbone, tmp_path: Path) -> None:
+    backbone.model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"]["num_channels"] = 4
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot be opened as a LLaVA: RuntimeError: ") as error:
+        load_llava(str(tmp_path))
     assert len(str(error.value)) < 500

@@ -16,8 +16,9 @@ import pytest
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError, HashStore
 
 from dora_vl.run import rank_watch
-from dora_vl.run.rank_signs import Sign, is_communication, is_timeout, who_did_not_come
+from dora_vl.run.rank_signs import Sign, is_timeout, who_did_not_come
 from dora_vl.run.rank_watch import RankWatch
+from dora_vl.runtime_errors import is_communication
 from tests.training.tiny_run import write_run
 
 ROOT = Path(__file__).parents[2]

@@ -18,13 +18,13 @@ from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.pipelines.vlbart import VlBartPipeline
 from dora_vl.run.command_line import read_run_file, read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.runtime_errors import is_out_of_memory
 from dora_vl.training import largest_batch
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.largest_batch import cost_of, largest, take_and_undo
 from dora_vl.training.memory_estimate import Activations
 from dora_vl.training.out_of_memory import (
     asked_bytes,
-    is_out_of_memory,
     smaller_micro_batch,
     smaller_model,
     smaller_validation,
