@@ -63,7 +63,7 @@ def why_not_read(error: Exception, most: int = 300) -> str:
     """What transformers' error says, on one line; in our words where it wants to run a model's own code."""
     if "trust_remote_code" in str(error):
         return BRINGS_CODE
-    speaks = isinstance(error, (OSError, ValueError, ImportError)) or "Dataclass" in type(error).__name__
+    speaks = isinstance(error, (OSError, ValueError, ImportError))
     return one_line(str(error) if speaks else f"{type(error).__name__}: {error}", most)
 
 

@@ -18,7 +18,7 @@ import regex
 from torch import Tensor, nn
 
 from dora_vl.adapters.agreement import LEAVES, layers_beyond_peft
-from dora_vl.core.config import MAIN_PART, METHODS, AdaptedPart, AdapterSettings, DoRAConfig
+from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.core.experts import ExpertsProjection
 from dora_vl.core.layer import AdaptedLayer
@@ -245,13 +245,11 @@ def refuse_contradiction(source: str, peft: Mapping[str, Any], own: Mapping[str,
         own: what `recipe.json` says under `adapter`; empty for a folder that was not made here.
 
     Raises:
-        UserError: an unknown method, or a value that differs; it names both.
+        UserError: a value differs; it names both.
     """
     if not own:
         return
     method = own.get("method")
-    if method is not None and method not in METHODS:
-        raise UserError(f"{source}: method in recipe.json is {shown(method)}; there are {', '.join(METHODS)}")
     copies = 2 if own.get("init") == "pissa" else 1  # the file has A and B beside their start
     linear = own.get("rank_scaling", "linear") == "linear"
     meant = {
@@ -269,15 +267,14 @@ def refuse_contradiction(source: str, peft: Mapping[str, Any], own: Mapping[str,
         )
 
 
-def _times(value: object, factor: int | float) -> int | float | None:
-    return value * factor if isinstance(value, int | float) and not isinstance(value, bool) else None
+def _times(value: int | float | None, factor: int | float) -> int | float | None:
+    return None if value is None else value * factor
 
 
 def _agrees(name: str, value: int | float, peft: Mapping[str, Any]) -> bool:
     """Whether PEFT's field says the value: for all layers, or, where they differ, for some, whose names list it."""
-    pattern = peft.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}.get(name, ""))
-    said = [peft[name], *(pattern.values() if isinstance(pattern, Mapping) else ())]
-    return any(isinstance(one, int | float) and math.isclose(one, value) for one in said)
+    pattern = peft.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}.get(name, "")) or {}
+    return any(math.isclose(one, value) for one in (peft[name], *pattern.values()))
 
 
 def _from_json(value: Any) -> Any:

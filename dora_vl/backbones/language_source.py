@@ -144,6 +144,8 @@ def load_tokenizer(
         model = _file(folder, "tokenizer.model", revision)
         sentencepiece = model is not None and is_sentencepiece(model)
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision or "main", **NO_OWN_CODE)
+    except (MemoryError, UserError):
+        raise
     except Exception as error:  # as in `opening`
         reason = why_not_read(error)
         if reason != BRINGS_CODE:

@@ -34,7 +34,8 @@ class Preparation:
     interpolation: str = "bicubic"
 
 
-def _of_three_colours(values: Iterable[Any]) -> tuple[float, ...]:
+def of_three_colours(values: Iterable[Any]) -> tuple[float, ...]:
+    """A colour's three numbers; raises what Python does for anything else."""
     red, green, blue = (float(value) for value in values)
     return red, green, blue
 
@@ -79,8 +80,8 @@ class ImagePreparation:
             stated = LlavaImageProcessorPil.from_pretrained(folder_or_id, revision=revision or "main")
             preparation = Preparation(
                 image_size=int(stated.crop_size["height"]),
-                mean=_of_three_colours(stated.image_mean),
-                std=_of_three_colours(stated.image_std),
+                mean=of_three_colours(stated.image_mean),
+                std=of_three_colours(stated.image_std),
                 interpolation=Resampling(int(stated.resample)).name.lower(),
             )
         return cls(preparation, aspect=aspect)

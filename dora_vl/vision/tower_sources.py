@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dora_vl.errors import UserError
 from dora_vl.model_files import NO_OWN_CODE, check_model_folder, opening
-from dora_vl.vision.images import Preparation
+from dora_vl.vision.images import Preparation, of_three_colours
 from dora_vl.vision.tower_config import GridTowerConfig, Layout
 from dora_vl.vision.tower_spec import PRETRAINED, RANDOM
 from dora_vl.vision.tower_spec import TowerSpec as TowerSpec
@@ -187,8 +187,8 @@ def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Prepa
         processor = AutoImageProcessor.from_pretrained(spec.name, backend="pil", **NO_OWN_CODE).to_dict()
         return Preparation(
             image_size=size,
-            mean=tuple(processor["image_mean"]),
-            std=tuple(processor["image_std"]),
+            mean=of_three_colours(processor["image_mean"]),
+            std=of_three_colours(processor["image_std"]),
             interpolation=Resampling(int(processor["resample"])).name.lower(),
         )
 
