@@ -184,6 +184,10 @@ def _jpeg_and_gif() -> Iterator[tuple[str, bytes]]:
     yield "JPEG of markers alone", b"\xff\xd8" + b"\xff\xe0\0\x02" * 50_000
     yield "JPEG whose EXIF directory is its own next", saved("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\x08\0\0\0")
     yield (
+        "JPEG of 131 MB of EXIF",
+        b"\xff\xd8" + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65_527)) * 2_000 + saved("JPEG")[2:],
+    )
+    yield (
         "JPEG with 64 KB of EXIF tags",
         saved("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\x12" + b"\x12\x01\x03" * 9_000),
     )
@@ -193,6 +197,7 @@ def _jpeg_and_gif() -> Iterator[tuple[str, bytes]]:
     yield "GIF whose frame is larger than its screen", gif(1, 1, gif_frame(65_535, 65_535))
     yield "GIF of 100,000 frames", gif(1, 1, gif_frame(1, 1) * 100_000)
     yield "GIF of a million empty blocks", gif(1, 1, b"!\xfe" + b"\x01x" * 10**6 + b"\0" + gif_frame(1, 1))
+    yield "GIF of a comment of 20 MB", gif(1, 1, b"!\xfe" + (b"\xff" + b"x" * 255) * 80_000 + b"\0" + gif_frame(1, 1))
     yield "GIF without an end to its codes", gif(99, 99, gif_frame(99, 99, b"\xff" + b"\x84" * 255))
     yield "GIF of its name alone", GIF
 

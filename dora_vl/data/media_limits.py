@@ -19,6 +19,8 @@ PICTURE_ELONGATION = 200
 PICTURE_SIDE = 8_192
 """Pixels of the longer side above which a picture is shrunk when it is read, since many models pad it to a square."""
 PICTURE_BYTES = 512 * MEBIBYTE
+HEADER_READS_TIMES_BYTES = 10**11
+"""Most of what precedes the pixels: 40 MB of EXIF or 4 MB of comment, of which real pictures have some KB."""
 
 FRAME_PIXELS = 36_000_000
 """Most of a video's frame: 8K is 33 million."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dora_vl.app.engine import Engine
 from dora_vl.app.example_questions import ExampleQuestion
 from dora_vl.app.request_media import MediaLimits
 from dora_vl.app.served_model import ServedModel
+from dora_vl.app.side_by_side import SideBySide
 from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.asker import Shown
@@ -288,18 +289,43 @@ def test_stop_ends_the_answer_and_keeps_what_was_said(visitor: Visitor, opened: 
     assert "stopped" in visitor.page.locator("#dv-talk-left").inner_text()
 
 
-def test_a_webcams_picture(chromium: Any, opened: tuple[str, Engine], uploads: Path) -> None:
-    """Of the camera that Chromium pretends to have."""
+@pytest.fixture
+def photographer(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
+    """Somebody before the camera that Chromium pretends to have."""
     context = chromium.new_context(permissions=["camera"])
     person = Visitor(context, opened[0])
     person.page.get_by_role("tab", name="Webcam").click()
     person.page.locator("#dv-webcam [title='grant webcam access'] button").click()
     person.page.wait_for_function("document.querySelector('#dv-webcam video').videoWidth > 0")
     person.page.wait_for_timeout(500)  # its first frame is drawn
-    person.page.locator("#dv-webcam button[aria-label='capture photo']").click()
-    person.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
-    assert nothing_left(uploads)
+    yield person
     context.close()
+
+
+CAPTURE = "#dv-webcam button[aria-label='capture photo']"
+
+
+def test_a_webcams_picture(photographer: Visitor, uploads: Path) -> None:
+    photographer.page.locator(CAPTURE).click()
+    photographer.page.locator("#dv-notice", has_text="pixels; 10,000 are allowed here").wait_for()
+    assert nothing_left(uploads)
+    assert all(photographer.ask(QUESTION))  # nothing is on its way any more
+
+
+def test_a_question_waits_for_the_webcams_picture(
+    photographer: Visitor, opened: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a line that sends 20 KB a second, to a server that takes a second to read it."""
+    _slow_to_look(monkeypatch, Shown(pictures=(RED,)))  # the camera's own is never the same
+    line = photographer.page.context.new_cdp_session(photographer.page)
+    line.send("Network.enable")
+    speed = {"offline": False, "latency": 50, "downloadThroughput": -1, "uploadThroughput": 20_000}
+    line.send("Network.emulateNetworkConditions", speed)
+    photographer.page.locator(CAPTURE).click()
+    photographer.page.locator("#dv-webcam progress").first.wait_for(state="attached")
+    left, _ = photographer.ask(QUESTION)
+    photographer.see(1)
+    assert printable(left) == expected(opened[1], "one", first(QUESTION), Shown(pictures=(RED,)))
 
 
 @pytest.fixture
@@ -311,18 +337,32 @@ def slow(chromium: Any, opened: tuple[str, Engine]) -> Iterator[Visitor]:
     context.close()
 
 
+def _slow_to_look(monkeypatch: pytest.MonkeyPatch, found: Shown | None = None) -> None:
+    """The server takes a second to read what was sent; what it finds there."""
+    look = SideBySide.look
+
+    def slowly(side: SideBySide, files: Sequence[Path]) -> Shown:
+        time.sleep(1)
+        return found or look(side, files)
+
+    monkeypatch.setattr(SideBySide, "look", slowly)
+
+
 def test_a_question_waits_for_the_picture_that_was_chosen(
-    slow: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]
+    slow: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each question is another, since the picture and the talk before it stand there until the server has read its own."""
+    _slow_to_look(monkeypatch)
     for name, picture in (("red", RED), ("wide", WIDE)):
         slow.show(pictures[name])
-        slow.page.fill(QUESTION_BOX, QUESTION)
+        question = f"What colour is the {name} one?"
+        slow.page.fill(QUESTION_BOX, question)
         slow.page.keyboard.press("Enter")
-        slow.see(1)
+        slow.page.locator("#dv-talk-left .dv-asked", has_text=question).wait_for()
         left, right = slow.both(1)
         seen = Shown(pictures=(picture,))
-        assert printable(left) == expected(opened[1], "one", first(QUESTION), seen)
-        assert printable(right) == expected(opened[1], "base", first(QUESTION), seen)
+        assert printable(left) == expected(opened[1], "one", first(question), seen)
+        assert printable(right) == expected(opened[1], "base", first(question), seen)
 
 
 def test_the_first_question_of_a_page_waits_too(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -139,6 +140,43 @@ def test_a_file_of_too_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pytes
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(BadSample, match=r"has 2,\d\d\d bytes; at most 1,000 are read"):
         open_image(tmp_path, "a.png")
+
+
+def gif_of_comment(blocks: int) -> bytes:
+    """One white pixel behind a comment of so many blocks of a byte."""
+    picture = BytesIO()
+    Image.new("L", (1, 1), 255).save(picture, "GIF")
+    whole = picture.getvalue()
+    frame = whole.index(b"!\xf9") if b"!\xf9" in whole else whole.index(b",")
+    return whole[:frame] + b"!\xfe" + b"\x01x" * blocks + b"\0" + whole[frame:]
+
+
+def jpeg_of_exif(segments: int) -> bytes:
+    """A white one behind so many segments of EXIF, each as long as can be."""
+    picture = BytesIO()
+    Image.new("L", (1, 1), 255).save(picture, "JPEG")
+    whole = picture.getvalue()
+    return whole[:2] + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65_527)) * segments + whole[2:]
+
+
+@pytest.mark.parametrize(
+    ("file", "few", "many"), [(gif_of_comment, 50_000, 1_000_000), (jpeg_of_exif, 400, 2_000)]
+)  # Pillow takes the square of them: 11 s and 70 s
+def test_a_header_in_too_many_pieces_is_not_read_on(
+    tmp_path: Path, file: Callable[[int], bytes], few: int, many: int
+) -> None:
+    (tmp_path / "few").write_bytes(file(few))
+    assert open_image(tmp_path, "few").getpixel((0, 0)) == (255, 255, 255)
+    (tmp_path / "many").write_bytes(file(many))
+    with pytest.raises(BadSample, match=r"has a header of more than [\d,]+ pieces and [\d,]+ bytes"):
+        open_image(tmp_path, "many")
+
+
+def test_pixels_in_many_pieces_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 301, 3), np.uint8))
+    noise.save(tmp_path / "a.png")
+    monkeypatch.setattr(picture_decoding, "HEADER_READS_TIMES_BYTES", 5_000)
+    assert np.array_equal(np.asarray(open_image(tmp_path, "a.png")), np.asarray(noise))
 
 
 def test_too_little_memory_is_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

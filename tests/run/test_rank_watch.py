@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError, HashStore
@@ -122,11 +124,21 @@ def test_errors_because_of_another_rank_are_told_by_their_type_or_by_gloos_words
 def test_a_rank_that_gives_up_shows_no_traceback_of_what_it_tells_of(monkeypatch, capsys) -> None:
     monkeypatch.setattr(rank_watch, "SECONDS_FOR_THE_NEWS", 0.0)
     left = threading.Event()
-    monkeypatch.setattr(rank_watch.os, "_exit", lambda status: left.set())
+
+    def leave(status: int) -> NoReturn:
+        left.set()
+        raise SystemExit(status)
+
+    monkeypatch.setattr(rank_watch.os, "_exit", leave)
     watch = RankWatch(HashStore(), 1, 2, limit=LIMIT)
     error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:123")
+
+    def end() -> None:
+        with contextlib.suppress(SystemExit):
+            watch.end(error)
+
     with watch._ending:  # as a thread has it that asks the store which rank did not come
-        threading.Thread(target=watch.end, args=(error,), daemon=True).start()
+        threading.Thread(target=end, daemon=True).start()
         assert not left.wait(0.5)
         assert not capsys.readouterr().err
     assert left.wait(5)

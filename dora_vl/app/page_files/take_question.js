@@ -5,11 +5,9 @@ async (question) => {
   const stays = {__type__: "update"};
   const ask = () => document.querySelector("#dv-ask");
   const page = (window.doraVl ??= {begun: false, taking: false, taken: 0});
-  // A part that holds a chosen file shows no place to choose another; the server empties it once it has read the file.
-  const showing = () => {
-    const files = document.querySelector("#dv-files");
-    return (files && !files.querySelector("input[type=file]")) || document.querySelector("#dv-webcam img") !== null;
-  };
+  // What is being sent has a bar; what was sent is a row or a picture until the server has read it and empties the part.
+  const ON_ITS_WAY = ["#dv-files progress", "#dv-files table", "#dv-webcam progress", "#dv-webcam img[src]"];
+  const showing = () => document.querySelector(ON_ITS_WAY.join()) !== null;
   const again = !question.trim() && Date.now() - page.taken < DOUBLE_CLICK;
   if (page.taking || again || (page.begun && ask().disabled)) return [stays, stays];
   page.taking = true;
