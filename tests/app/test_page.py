@@ -351,7 +351,7 @@ def _slow_to_look(monkeypatch: pytest.MonkeyPatch, found: Shown | None = None) -
 def test_a_question_waits_for_the_picture_that_was_chosen(
     slow: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each question is another, since the picture and the talk before it stand there until the server has read its own."""
+    """Each question is another, since the picture and the talk before it stay until the server has read the new one."""
     _slow_to_look(monkeypatch)
     for name, picture in (("red", RED), ("wide", WIDE)):
         slow.show(pictures[name])
