@@ -6,6 +6,7 @@ Every case ends with status 2, in less than 500 characters, and leaves no file b
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from tasks import image_qa, llava_instruct, video_qa
 from tests.adapters.foreign_files import saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
 from tests.setup.people import picture, write_folder, write_table
-from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
+from tests.training.tiny_run import IMAGE_PIXELS, write_run, write_tiny_data, write_tiny_llava
 
 LLAMA_FACTORY = {
     "model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct",
@@ -273,6 +274,30 @@ def test_asking(person: Person) -> None:
     assert "video gone.mp4 is missing" in person.says(
         video_qa.main, "--video", "gone.mp4", "--model", "base", *question
     )
+
+
+def test_a_processor_of_another_tower(person: Person, model: Path) -> None:
+    """As where the one of 336 pixels lies beside a tower of 224."""
+    other = Path(shutil.copytree(model, person.folder / "other"))
+    for file in other.glob("*processor_config.json"):
+        file.write_text(file.read_text().replace(f": {IMAGE_PIXELS}", ": 12"))
+    person.write("a.png", picture(0))
+    taken = f"its tower takes {IMAGE_PIXELS} x {IMAGE_PIXELS}; put the"
+    for main, *words in (
+        (llava_instruct.main, "--config", "run.yaml", "--model.base", "other"),
+        (image_qa.main, "--model", "other", "--image", "a.png", "--question", "Q?"),
+    ):
+        assert person.says(main, *words).startswith(
+            f"error: other: its processor makes pictures of 12 x 12 pixels, {taken}"
+        )
+
+
+def test_the_picture_token_of_another_code(person: Person, model: Path) -> None:
+    other = Path(shutil.copytree(model, person.folder / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "image_token_index": -200}))
+    said = person.says(llava_instruct.main, "--config", "run.yaml", "--model.base", "other")
+    assert said.startswith("error: other: image_token_index in its config is -200, and it has ")
 
 
 def test_verbs(person: Person) -> None:

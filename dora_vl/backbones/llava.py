@@ -219,7 +219,7 @@ class LlavaBackbone(Backbone[LlavaForConditionalGeneration]):
         """A zero that has gone through the modules a picture would have gone through."""
         model = self.model
         if self.picture_source == "pixel_values":
-            side = self.vision_config().to_dict()["image_size"]
+            side = picture_side(self.config)
             features = self._features(torch.zeros(1, 3, side, side))
         else:
             features = torch.zeros(1, 1, self.feature_shape[1], device=model.device, dtype=model.dtype)
@@ -251,12 +251,21 @@ def _opening(folder: str) -> AbstractContextManager[None]:
 def llava_config(folder_or_id: str, *, revision: str | None = None) -> LlavaConfig:
     """The config of a LLaVA's folder or hub id.
 
-    Raises: UserError if it cannot be opened.
+    Raises: UserError if it cannot be opened, or its picture token is none of its tokens.
     """
     register_towers()
     check_model_folder(folder_or_id)
     with _opening(folder_or_id):
-        return LlavaConfig.from_pretrained(folder_or_id, revision=revision or "main")
+        config = LlavaConfig.from_pretrained(folder_or_id, revision=revision or "main")
+    token, tokens = config.image_token_id, config.get_text_config().vocab_size
+    if not 0 <= token < tokens:  # LLaVA's own code writes -200
+        raise UserError(f"{folder_or_id}: image_token_index in its config is {token}, and it has {tokens:,} tokens")
+    return config
+
+
+def picture_side(config: LlavaConfig) -> int:
+    """Pixels of a side of the pictures that the tower takes."""
+    return int(config.to_dict()["vision_config"]["image_size"])
 
 
 def llava_skeleton(folder_or_id: str, *, revision: str | None = None) -> LlavaBackbone:

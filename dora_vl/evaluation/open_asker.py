@@ -78,11 +78,11 @@ def _llava_parts(source: ModelSource) -> DecoderParts:
     from dora_vl.backbones.language_source import load_tokenizer
     from dora_vl.evaluation.prompt_inputs import LlavaPrompts
     from dora_vl.run.assembly import build_encoder, load_backbone
-    from dora_vl.vision.images import ImagePreparation
+    from dora_vl.run.samples import image_preparation
 
     model = _model_config(source)
     get_template(model.template, load_tokenizer(source.place, revision=source.revision))  # refused before the weights
-    preparation = ImagePreparation.from_folder(source.place, aspect=model.image_aspect, revision=model.revision)
+    preparation = image_preparation(model)
 
     def prompts(backbone: Any) -> Prompts:
         return LlavaPrompts(build_encoder(model, backbone, max_tokens=_max_tokens(source)), preparation)

@@ -67,6 +67,7 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
             model, llava_config(model.base, revision=model.revision), max_tokens=self.config.data.max_tokens
         )
         samples.try_first(partial(_in_words, encoder=encoder))
+        image_preparation(model)  # refused before the weights
 
     def skeleton(self) -> Backbone[Any]:
         """The LLaVA without its weights."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from dora_vl.backbones.llava import LlavaBackbone
+from dora_vl.backbones.llava import LlavaBackbone, llava_config, picture_side
 from dora_vl.backbones.video_inputs import Video, repeated
 from dora_vl.data.feature_input import FeatureStore
 from dora_vl.data.media import HeldPictures, StoredPictures, open_picture
@@ -78,8 +78,19 @@ def picture_reader(
 
 
 def image_preparation(model: ModelConfig) -> ImagePreparation:
-    """The base's picture size and colours, with the run's aspect."""
-    return ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
+    """The base's picture size and colours, with the run's aspect.
+
+    Raises:
+        UserError: the base states none, or another size than its tower takes.
+    """
+    prepared = ImagePreparation.from_folder(model.base, aspect=model.image_aspect, revision=model.revision)
+    stated, taken = prepared.preparation.image_size, picture_side(llava_config(model.base, revision=model.revision))
+    if stated != taken:
+        raise UserError(
+            f"{model.base}: its processor makes pictures of {stated} x {stated} pixels, "
+            f"its tower takes {taken} x {taken}; put the processor's file there that belongs to the tower"
+        )
+    return prepared
 
 
 def read_pixels(
