@@ -163,7 +163,7 @@ def _get(parts: SplitResult, most: int, deadline: float) -> bytes | str:
             raise _too_slow(host)
         return content
     except (OSError, http.client.HTTPException, ValueError) as error:
-        if connection.aborted:
+        if connection.aborted or isinstance(error, TimeoutError):  # the socket's own timeout, just before the watch
             raise _too_slow(host) from None
         raise NotFetched(f"{shown(host)} cannot be read: {type(error).__name__} {shown(str(error))}") from None
     finally:

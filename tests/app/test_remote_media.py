@@ -183,6 +183,16 @@ def test_a_site_that_dribbles_its_handshake_is_left(site: str, slow_tls: int) ->
     assert time.monotonic() - before < 3
 
 
+def test_a_handshake_that_ends_by_the_sockets_own_timeout_was_too_slow(
+    site: str, slow_tls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a busy machine, where the watch comes later."""
+    timer = threading.Timer
+    monkeypatch.setattr(remote_media.threading, "Timer", lambda seconds, act: timer(seconds + 60, act))
+    with pytest.raises(NotFetched, match="was too slow"):
+        fetch(f"https://site.example:{slow_tls}/", FetchLimits(bytes=1000, seconds=1.0))
+
+
 def test_nothing_is_read_from_a_connection_that_comes_too_late() -> None:
     """The watch may end a fetch before there is a socket that it could shut."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
