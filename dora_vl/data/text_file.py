@@ -245,7 +245,7 @@ def table_rows(
 
 
 def _with_end(path: Path, wanted: str, progress: Progress) -> Iterator[str]:
-    yield from (line for _, line in _lines(path, wanted, progress))
+    yield from (line.replace("\r\n", "\n") for _, line in _lines(path, wanted, progress))
     yield _END
 
 

@@ -215,7 +215,8 @@ def _outcome(one: EvaluationSet, mine: Answers, others: Answers | None, options:
             scored, name=one.name, file=one.file, failed=mine.failed, against=against, not_scored=one.not_scored
         )
     with _named_failures(one):
-        submission = one.benchmark.submission and one.benchmark.submission(one.examples, mine.answers)
+        write = one.benchmark.submissions.get(one.mode, one.benchmark.submission)
+        submission = write and write(one.examples, mine.answers)
     return _Outcome(one=one, result=found, submission=submission)
 
 

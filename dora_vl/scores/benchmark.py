@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dora_vl.data.examples import Example
 from dora_vl.scores.joins import Join
@@ -33,6 +33,8 @@ class Benchmark:
         max_new_tokens: longest answer.
         splits: names of the split to look for in `records/<task>/`, the first that is there.
         submission: the server's file, its name and text; a test split's answers are the publisher's, so it scores.
+            Read back by the official rule it gives the score of `modes`.
+        submissions: version -> its file, where it is another than `submission`.
         joins: how rows of the official files name their questions, beside the id.
         labels_choices: answers are "a" and the choice's index, and official files hold the index alone.
         chooses: every question has choices, and `extra["correct"]` is what is scored.
@@ -46,6 +48,7 @@ class Benchmark:
     max_new_tokens: int = SHORT_ANSWER_TOKENS
     splits: tuple[str, ...] = ("test", "validation")
     submission: Submission | None = None
+    submissions: Mapping[str, Submission] = field(default_factory=dict)
     joins: tuple[Join, ...] = ()
     labels_choices: bool = False
     chooses: bool = False

@@ -168,17 +168,26 @@ def _ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
 
 def _clips(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, _Clip]:
     clips: dict[str, _Clip] = {}
+    predictions = _predictions(examples, answers)
     for example in examples:
-        clip = clips.setdefault(clip_of(example), _Clip())
+        clip = clips.setdefault(clip_of(example), _Clip(prediction=predictions[clip_of(example)]))
         clip.references += [answer.text for answer in example.answers]
-        if clip.prediction is None:
-            clip.prediction = answers.get(example.id)
     without = [name for name, clip in clips.items() if not clip.references]
     if without:
         raise UserError(
             f"{len(without)} clips have no reference caption, first {without[0]}; they cannot be scored here"
         )
     return clips
+
+
+def _predictions(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, str | None]:
+    """The first answer of each clip's examples, None where none has one: what is scored and what is uploaded."""
+    predictions: dict[str, str | None] = {}
+    for example in examples:
+        clip = clip_of(example)
+        if predictions.get(clip) is None:
+            predictions[clip] = answers.get(example.id)
+    return predictions
 
 
 def _ascii(caption: str) -> str:
@@ -233,8 +242,8 @@ def _rounded(values: Numbers, decimals: int | None) -> Numbers:
 
 def coco_caption(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
     """COCO's caption server: a caption for each image."""
-    captions = {clip_of(example): answers.get(example.id, "") for example in examples}
-    rows = [{"image_id": published_id(image), "caption": text} for image, text in captions.items()]
+    predictions = _predictions(examples, answers)
+    rows = [{"image_id": published_id(image), "caption": text or ""} for image, text in predictions.items()]
     return "captions_results.json", json.dumps(rows, ensure_ascii=False)
 
 
@@ -250,13 +259,14 @@ def yc2c(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, 
 
 def _described(examples: Sequence[Example], answers: Mapping[str, str], video_name: str = "vid_name") -> str:
     rows: dict[str, dict[str, object]] = {}
+    predictions = _predictions(examples, answers)
     for example in examples:
         clip = clip_of(example)
         if clip not in rows:
             extra = example.extra
             row: dict[str, object] = {video_name: extra.get("vid_name", ""), "clip_id": published_id(clip)}
             row |= {"ts": extra["ts"]} if "ts" in extra else {}
-            rows[clip] = {**row, "descs": [{"desc": answers.get(example.id, "")}]}
+            rows[clip] = {**row, "descs": [{"desc": predictions[clip] or ""}]}
     return json_lines(list(rows.values()))
 
 

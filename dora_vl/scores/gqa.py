@@ -33,7 +33,7 @@ Conversion = Literal["llava", "vl_t5"]
 
 
 def converted(answer: str) -> str:
-    """A model's answer as the submission holds it."""
+    """A model's answer as LLaVA's submission holds it."""
     return answer.rstrip(".").lower()
 
 
@@ -117,9 +117,12 @@ def _distribution(examples: Sequence[Example], said: Mapping[str, str]) -> dict[
     return {"distribution": weighted / everything / 100}
 
 
-def submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
-    """The file of GQA's eval.py and server: answers without final periods, in lower case."""
-    rows = [{"questionId": example.id, "prediction": converted(answers.get(example.id, ""))} for example in examples]
+def submission(
+    examples: Sequence[Example], answers: Mapping[str, str], *, conversion: Conversion = "llava"
+) -> tuple[str, str]:
+    """The file of GQA's eval.py and server, which compare letter by letter: answers as the mode converts them."""
+    as_held = converted if conversion == "llava" else str
+    rows = [{"questionId": example.id, "prediction": as_held(answers.get(example.id, ""))} for example in examples]
     return "gqa.json", json.dumps(rows, ensure_ascii=False)
 
 
@@ -128,4 +131,5 @@ BENCHMARK = Benchmark(
     prompt=short,
     splits=("testdev", "test", "validation"),
     submission=submission,
+    submissions={"vl_t5": partial(submission, conversion="vl_t5")},
 )

@@ -77,8 +77,8 @@ def score_nlvr(examples: Sequence[Example], answers: Mapping[str, str]) -> Score
 
 
 def submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
-    """The script's CSV of identifier and answer; a missing one is False, since the script ends where an id lacks."""
-    rows = [f"{example.id},{' '.join(answers.get(example.id, '').splitlines()) or 'False'}" for example in examples]
+    """The script's CSV of identifier and answer; a missing one stays empty, which is wrong there as it is here."""
+    rows = [f"{example.id},{' '.join(answers.get(example.id, '').splitlines())}" for example in examples]
     return "nlvr2.csv", "\n".join(rows) + "\n"
 
 

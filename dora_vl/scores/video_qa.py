@@ -2,9 +2,9 @@
 
 The model is trained to say "a" and the index. VL-Adapter counts exact matches of that string (`accuracy`). For a
 submission it takes the second character, or 0 where that is no digit, and the server compares whole numbers and rounds
-to two decimals (`value_accuracy`): an empty answer is then a guess of the first choice. An answer chosen by
-likelihood is written "a2" as well. A LLaVA is asked for a letter, so "C" or "C." is read as "a2" where the question
-has such a choice; VALUE's tools never see one.
+to two decimals (`value_accuracy`): an empty answer is then a guess of the first choice, and a missing one, -1 in the
+file, is wrong. An answer chosen by likelihood is written "a2" as well. A LLaVA is asked for a letter, so "C" or "C." is
+read as "a2" where the question has such a choice; VALUE's tools never see one.
 
 The server ignores extra ids for TVQA and rejects them for How2QA; so do these. A missing answer is wrong (the
 server stops). Source: github.com/VALUE-Leaderboard/EvaluationTools. Reads `choices` and `extra["correct"]`.
@@ -23,6 +23,8 @@ from dora_vl.scores.prompts import about_video
 from dora_vl.scores.scored import ACCURACY, Ratio, Scored, Tally, unit_of
 
 SERVER_DECIMALS = 2
+NO_CHOICE = -1
+"""What a file holds for a missing answer: the server stops where a question lacks, and no choice has this index."""
 
 
 def label_of(example: Example, answer: str) -> str:
@@ -75,8 +77,11 @@ def how2qa(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str
 
 
 def _indices(examples: Sequence[Example], answers: Mapping[str, str]) -> str:
-    labels = {example.id: label_of(example, answers.get(example.id, "")) for example in examples}
-    return json.dumps({name: submitted_index(label) for name, label in labels.items()})
+    indices: dict[str, int] = {}
+    for example in examples:
+        answer = answers.get(example.id)
+        indices[example.id] = NO_CHOICE if answer is None else submitted_index(label_of(example, answer))
+    return json.dumps(indices)
 
 
 def _benchmark(scorer: Scorer, submission: Submission) -> Benchmark:

@@ -25,11 +25,11 @@ from dora_vl.whole_numbers import number_of
 
 
 def score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
-    """Mean soft accuracy in percent, a missing answer counting as wrong."""
+    """Mean soft accuracy in percent, a missing answer scored as the empty one that the file holds."""
     tally, kinds = Tally(), []
     for example in examples:
         answer = answers.get(example.id)
-        points = 0.0 if answer is None else soft_accuracy(answer, human_answers(example))
+        points = soft_accuracy(answer or "", human_answers(example))
         kind = _kind(example)
         kinds += kind
         tally.add(example.id, points, kind_columns(points, *kind), unit=unit_of(example), failed=answer is None)

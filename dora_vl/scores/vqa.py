@@ -9,6 +9,8 @@ questions, so a number needs its version beside it:
 - `after_2021`: both sides get the whole treatment, but only if the ten answers differ. If all ten agree, nothing is
   normalised: "No" against ten "no" scores 0.
 
+`upload accuracy` is that of the server's file, whose answers EvalAI's normaliser has been over, as in LLaVA's upload.
+
 The script rounds to two decimals; here nothing is rounded. A question without an answer counts as wrong (the script
 stops there).
 """
@@ -25,10 +27,13 @@ from dora_vl.scores import evalai_normaliser
 from dora_vl.scores.benchmark import Benchmark, published_id
 from dora_vl.scores.human_answers import human_answers, leave_one_out
 from dora_vl.scores.prompts import short
-from dora_vl.scores.scored import ACCURACY, Scored, Tally, by_kind, kind_columns, unit_of
+from dora_vl.scores.scored import ACCURACY, Ratio, Scored, Tally, by_kind, kind_columns, unit_of
 from dora_vl.scores.vqa_normaliser import normalise, one_line, strip_punctuation
 
 Version = Literal["after_2021", "before_2021"]
+
+
+UPLOAD = {"upload accuracy": Ratio("uploaded right", "asked")}
 
 
 def score(examples: Sequence[Example], answers: Mapping[str, str], *, version: Version = "after_2021") -> Scored:
@@ -40,8 +45,10 @@ def score(examples: Sequence[Example], answers: Mapping[str, str], *, version: V
         kind = str(example.extra.get("answer_type", ""))
         kinds += [kind] if kind else []
         columns = kind_columns(points, *([kind] if kind else []))
+        uploaded = evalai_normaliser.normalise(answer or "")
+        columns["uploaded right"] = accuracy(uploaded, human_answers(example), version)
         tally.add(example.id, points, columns, unit=unit_of(example), failed=answer is None)
-    formulas = {"accuracy": ACCURACY, **by_kind("answer type", kinds)}
+    formulas = {"accuracy": ACCURACY, **UPLOAD, **by_kind("answer type", kinds)}
     return tally.scored(formulas, settings={"vqa_version": version})
 
 

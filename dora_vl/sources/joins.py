@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dora_vl.data.examples import JSON, Answer
 from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.scores.human_answers import PEOPLE
 from dora_vl.sources.fields import given, identifier, rows, text
 from dora_vl.sources.published import Raw
 
@@ -67,17 +68,19 @@ def people_answers(raw: Raw, column: str, sample_id: str) -> list[str]:
     """What each person answered, from a list of {"answer": text}; empty ones are kept, for the metrics count them.
 
     Raises:
-        BadSample: nobody answered.
+        BadSample: they are not ten, or nobody answered.
     """
-    return somebody_answered([text(entry, "answer", sample_id) for entry in rows(raw, column, sample_id)], sample_id)
+    return ten_answers([text(entry, "answer", sample_id) for entry in rows(raw, column, sample_id)], sample_id)
 
 
-def somebody_answered(answers: Sequence[str], sample_id: str) -> list[str]:
-    """The answers, of which one must not be empty.
+def ten_answers(answers: Sequence[str], sample_id: str) -> list[str]:
+    """The answers, as many as the metric leaves out in turn, of which one must not be empty.
 
     Raises:
-        BadSample: nobody answered.
+        BadSample: they are not ten, or nobody answered.
     """
+    if len(answers) != PEOPLE:
+        raise BadSample(sample_id, f"{len(answers)} people answered; the metric needs {PEOPLE}")
     if not any(answer.strip() for answer in answers):
         raise BadSample(sample_id, f"none of its {len(answers)} answers holds text")
     return list(answers)

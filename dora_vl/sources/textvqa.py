@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dora_vl.data.examples import Example
 from dora_vl.sources.fields import filled, identifier, if_text, integer, kept, key, text, texts
-from dora_vl.sources.joins import column_by_id, numbered, refusing, soft_answers, somebody_answered
+from dora_vl.sources.joins import column_by_id, numbered, refusing, soft_answers, ten_answers
 from dora_vl.sources.published import Progress, Raw, Split, json_rows, present, some_present
 
 SPLITS = {"train": ("train", 34_602), "val": ("validation", 5_000), "test": ("test", 5_734)}
@@ -74,7 +74,7 @@ def convert(raw: Raw, *, answered: bool) -> Example:
     question_id = integer(raw, "question_id")
     sample_id = str(question_id)
     image = identifier(raw, "image_id", sample_id)
-    answers = somebody_answered(texts(raw, "answers", sample_id), sample_id) if answered else []
+    answers = ten_answers(texts(raw, "answers", sample_id), sample_id) if answered else []
     extra = {"image_id": image, "question_id": question_id} | ({"human_answers": answers} if answers else {})
     return Example(
         id=sample_id,

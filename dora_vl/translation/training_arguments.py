@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dora_vl.errors import UserError
+import yaml
+
+from dora_vl.errors import UserError, one_line
 from dora_vl.translation.rules import Asked, Found, Rule, is_on, lost, number, same, to, unless, whole
+from dora_vl.translation.shell_command import options
 
 SAME_ORDER = "batches of like length: less padding, another order"
 PROGRAM, LAUNCHER = "(program)", "(launcher)"
@@ -53,7 +58,7 @@ def warmup_steps(asked: Asked) -> Found:
 
 def deepspeed(asked: Asked) -> Found:
     """A DeepSpeed JSON as the shipped one of its stage, by its content where it is there, else by its name."""
-    config = asked.value if isinstance(asked.value, Mapping) else _read_json(Path(str(asked.value)), asked.file)
+    config = asked.value if isinstance(asked.value, Mapping) else _read_yaml(Path(str(asked.value)), asked.file)
     if config is None:
         name = Path(str(asked.value)).name
         stages = _STAGE.findall(name)
@@ -71,6 +76,33 @@ def deepspeed(asked: Asked) -> Found:
     return _shipped(int(zero.get("stage", 0)), offloads=offloads, beside=note)
 
 
+def launcher(asked: Asked) -> Found:
+    """What starts the program: the DeepSpeed stage of `accelerate launch --config_file` is a setting here."""
+    started = "start it with `deepspeed` on as many GPUs: a step is batch x accumulation x GPUs"
+    if "launch" not in (words := shlex.split(str(asked.value))):
+        return Found(note=started)
+    given = options([word for word in words[words.index("launch") + 1 :] if word != "-m"], asked.file)
+    if "zero_stage" in given:
+        config: Mapping[str, Any] = {"zero_optimization": {"stage": given["zero_stage"]}}
+    elif "config_file" not in given:
+        return Found(note=started)
+    else:
+        name = str(given["config_file"])
+        content = _read_yaml(Path(name), asked.file)
+        if content is None:
+            return deepspeed(replace(asked, value=name))
+        if content.get("distributed_type") != "DEEPSPEED":
+            kind = content.get("distributed_type", "NO")
+            return Found(note=f"{kind} has no counterpart; {started}", is_lost=kind not in ("NO", "MULTI_GPU"))
+        settings = content.get("deepspeed_config") or {}
+        if "deepspeed_config_file" in settings:
+            return deepspeed(replace(asked, value=settings["deepspeed_config_file"]))
+        offloads = {f"offload_{part}": {"device": settings.get(f"offload_{part}_device", "none")}
+                    for part in ("optimizer", "param")}  # fmt: skip
+        config = {"zero_optimization": {"stage": settings.get("zero_stage", 2), **offloads}}
+    return deepspeed(replace(asked, value=config))
+
+
 def _shipped(stage: int, *, offloads: bool, beside: str) -> Found:
     name = {0: "zero0", 1: "zero2", 2: "zero2", 3: "zero3"}[stage] + ("_offload" if stage == 3 and offloads else "")
     notes = [beside] if beside else []
@@ -81,14 +113,15 @@ def _shipped(stage: int, *, offloads: bool, beside: str) -> Found:
     return Found(settings={"training.deepspeed": name}, note="; ".join(notes))
 
 
-def _read_json(path: Path, file: Path) -> Mapping[str, Any] | None:
-    found = next((one for one in (path, file.parent / path) if one.is_file()), None)
-    if found is None:
+def _read_yaml(path: Path, file: Path) -> Mapping[str, Any] | None:
+    """A settings file in YAML or JSON, from here or from beside the file that names it; None where it is not there."""
+    there = next((candidate for candidate in (path, file.parent / path) if candidate.is_file()), None)
+    if there is None:
         return None
     try:
-        content = json.loads(found.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{found}: not JSON: {error}") from None
+        content = yaml.safe_load(there.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{there}: neither YAML nor JSON: {one_line(str(error), 200)}") from None
     return content if isinstance(content, Mapping) else None
 
 
@@ -145,7 +178,7 @@ ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "NPROC_PER_NODE", "NNODES", "NODE_RANK", 
 """Variables before a command that mean the same here."""
 COMMON: Mapping[str, Rule] = {
     PROGRAM: same("tasks/llava_instruct.py"),
-    LAUNCHER: same("start it with `deepspeed` on as many GPUs: a step is batch x accumulation x GPUs"),
+    LAUNCHER: launcher,
     **{name: same("of the environment: set it likewise") for name in ENVIRONMENT},
     "learning_rate": learning_rate,
     "num_train_epochs": to("training.num_train_epochs", number),

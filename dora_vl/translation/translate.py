@@ -58,7 +58,12 @@ def translate(tool: Tool, said: Mapping[str, Any], file: Path) -> Translation:
     rows += [
         Row(key=key, value=None, found=Found(note="null: as if it were not there")) for key in said if key not in spoken
     ]
-    rows += [row(key, value, is_said=False) for key, value in silent.items()]
+    settled = {name for made_here in rows for name in made_here.found.settings}
+    usual = [row(key, value, is_said=False) for key, value in silent.items()]
+    # A default whose setting the file says under another name (torch_dtype, dtype) is none of this run's.
+    rows += [
+        default for default in usual if not default.found.settings.keys() or default.found.settings.keys() - settled
+    ]
     rows += [Row(key=key, value=None, found=found, is_said=False) for key, found in tool.always.items()]
     made: dict[str, Any] = {}
     for one in rows:  # what is said comes first, and wins

@@ -52,14 +52,13 @@ def _plain(value: Any) -> str:
 
 
 def summary(translation: Translation) -> str:
-    """How many settings are taken over, and which are not."""
+    """How many settings are taken over, and which are not; defaults of the tool in brackets, as in the table."""
     said = [row for row in translation.rows if row.is_said]
-    lost = [row for row in translation.lost if row.is_said]
     named = [
         f"{len(keys)} {how}: {', '.join(keys)}"
         for how, keys in (
-            ("without a counterpart", [row.key for row in lost if not row.found.settings]),
-            ("in part", [row.key for row in lost if row.found.settings]),
+            ("without a counterpart", [_key(row) for row in translation.lost if not row.found.settings]),
+            ("in part", [_key(row) for row in translation.lost if row.found.settings]),
         )
         if keys
     ]

@@ -10,7 +10,7 @@ import pytest
 
 from dora_vl.data.examples import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.scores import caption, gqa, llava_bench, mmbench, mmvet, nlvr2, video_qa, vizwiz, vqa
+from dora_vl.scores import caption, gqa, llava_bench, mmbench, mmvet, video_qa, vizwiz, vqa
 from tests.shared_data import shared
 
 
@@ -61,18 +61,9 @@ def test_mmbench_columns() -> None:
     assert second == ["2", "q", "x", "y", "z", "", "", "tab\there"]
 
 
-def test_nlvr2_file_gives_back_the_score() -> None:
-    examples = [Example(id=f"dev-1-{n}-0", answers=(Answer(text="True"),)) for n in range(3)]
-    answers = {"dev-1-0-0": "True", "dev-1-1-0": "tr\nue"}
-    _, text = nlvr2.submission(examples, answers)
-    assert text == "dev-1-0-0,True\ndev-1-1-0,tr ue\ndev-1-2-0,False\n"
-    read = {row[0]: row[1] for row in csv.reader(io.StringIO(text))}
-    assert nlvr2.score(examples, read).metrics["accuracy"] == nlvr2.score(examples, answers).metrics["accuracy"]
-
-
 def test_value_files_have_the_published_form() -> None:
     qa = [Example(id=name, choices=("a", "b", "c", "d")) for name in ("11", "12", "13")]
-    assert json.loads(video_qa.how2qa(qa, {"11": "a3", "12": "nonsense"})[1]) == {"11": 3, "12": 0, "13": 0}
+    assert json.loads(video_qa.how2qa(qa, {"11": "a3", "12": "nonsense"})[1]) == {"11": 3, "12": 0, "13": -1}
     assert video_qa.tvqa(qa, {})[0] == "tvqa_test_predictions.json"
     with shared("value/yc2c_val_predictions_sample.jsonl").open() as file:
         published = [json.loads(line) for line in file]

@@ -152,6 +152,7 @@ def test_nothing_but_the_standard_library_tables_and_our_records_is_imported() -
     allowed |= {"dora_vl.data.readers.shard_files", "dora_vl.data.media_limits"}
     allowed |= {"dora_vl.data.regular_file", "dora_vl.data.picture_decoding", "dora_vl.vision.video_containers"}
     allowed |= {"dora_vl.scores.pope"}  # which label version a file has
+    allowed |= {"dora_vl.scores.human_answers"}  # how many people a metric needs
     commands = {"dora_vl.sources.prepare_command", "dora_vl.sources.check_command"}
     modules = {source.module for source in SOURCES.values()} | commands
     seen: set[str] = set()

@@ -192,7 +192,33 @@ def test_a_script_of_trl(capsys: pytest.CaptureFixture[str]) -> None:
     assert config.adapter.targets == ("*.q_proj", "*.up_proj", "*.v_proj")
     assert step_samples(config) == 64
     assert "accelerate launch" in rows["(launcher)"]
+    assert config.training["deepspeed"] == "zero3"  # by the name of accelerate's file
     assert "NO COUNTERPART" in rows["(assistant_only_loss)"]
+    assert "(assistant_only_loss)" in Path("run.yaml").read_text(encoding="utf-8").splitlines()[0]
+
+
+ACCELERATE = "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu}\n"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "content", "deepspeed"),
+    [
+        ("accelerate launch --num_processes 2", "", None),
+        ("accelerate launch --config_file there.yaml", ACCELERATE, "zero3_offload"),
+        ("accelerate launch --use_deepspeed --zero_stage 2 --num_processes 2", "", "zero2"),
+        ("accelerate launch --config_file there.yaml", "distributed_type: MULTI_GPU\n", None),
+        ("torchrun --nproc_per_node 2", "", None),
+    ],
+)
+def test_the_launchers_zero_stage(
+    capsys: pytest.CaptureFixture[str], launcher: str, content: str, deepspeed: str | None
+) -> None:
+    Path("there.yaml").write_text(content, encoding="utf-8")
+    text = f"{launcher} sft.py --dataset_name d --model_name_or_path m --torch_dtype float16\n"
+    config, rows = translated(capsys, "sft.sh", text)
+    assert config.training.get("deepspeed") == deepspeed
+    assert config.model.dtype == "float16"
+    assert "(dtype)" not in rows
 
 
 def test_ms_swift(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,175 @@
+"""Every server's file, read back by the official rule, gives the score that `metrics.json` holds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+
+from dora_vl.data.examples import Answer, Example
+from dora_vl.evaluation.benchmarks import BENCHMARKS
+from dora_vl.scores import caption
+from dora_vl.scores.benchmark import Benchmark
+from dora_vl.scores.evalai_normaliser import normalise
+from dora_vl.scores.human_answers import leave_one_out
+from dora_vl.scores.mmbench import chosen
+from dora_vl.scores.vqa import accuracy
+
+RAW = (
+    "True",
+    "False",
+    " true",
+    "True,0.9",
+    "",
+    "a dog.",
+    "The Dog",
+    "1,2/3",
+    "two's",
+    "Yes.",
+    "no",
+    "NO..",
+    "a0",
+    "a1",
+)
+MORE = (
+    "a3",
+    "B",
+    "B.",
+    "(C)",
+    "x\ny",
+    "tab\there",
+    '"quoted", twice',
+    "dont",
+    "none",
+    "3. 4.",
+    "it's a man's hat",
+    "ü",
+)
+TEXTS = RAW + MORE
+Rule = Callable[[Sequence[Example], str], float]
+
+
+def percent(points: Sequence[float]) -> float:
+    return 100 * sum(points) / len(points)
+
+
+def nlvr2(examples: Sequence[Example], text: str) -> float:
+    """metrics.py: `line.strip().split(",")`, the second field against the label, letter case aside."""
+    lines = [line.strip().split(",") for line in text.splitlines()]
+    given = {fields[0]: fields[1] for fields in lines}
+    return percent([given[example.id].lower() == example.answers[0].text.lower() for example in examples])
+
+
+def people(example: Example) -> list[str]:
+    return list(example.extra["human_answers"])
+
+
+def vqav2(version: str) -> Rule:
+    def rule(examples: Sequence[Example], text: str) -> float:
+        given = {str(row["question_id"]): row["answer"] for row in json.loads(text)}
+        return percent([accuracy(given[example.id], people(example), version) for example in examples])
+
+    return rule
+
+
+def vizwiz(examples: Sequence[Example], text: str) -> float:
+    given = {row["image"]: normalise(row["answer"]) for row in json.loads(text)}
+    points = []
+    for example in examples:
+        points.append(leave_one_out(given[example.images[0]], [normalise(answer) for answer in people(example)]))
+    return percent(points)
+
+
+def gqa(examples: Sequence[Example], text: str) -> float:
+    """eval.py: letter by letter."""
+    given = {row["questionId"]: row["prediction"] for row in json.loads(text)}
+    return percent([given[example.id] == example.answers[0].text for example in examples])
+
+
+def mmbench(examples: Sequence[Example], text: str) -> float:
+    given = {row["index"]: row for row in csv.DictReader(io.StringIO(text), delimiter="\t")}
+    right = []
+    for example in examples:
+        row = given[str(example.extra["index"])]
+        choices = {letter: row[letter] for letter in "ABCD" if row[letter]}
+        right.append(chosen(row["prediction"], choices, "2025") == "ABCD"[example.extra["correct"]])
+    return percent(right)
+
+
+def value_choice(examples: Sequence[Example], text: str) -> float:
+    given = {name: int(index) for name, index in json.loads(text).items()}
+    return round(percent([given[example.id] == example.extra["correct"] for example in examples]), 2)
+
+
+def captions(rows: Callable[[str], Mapping[str, str]], style: str) -> Rule:
+    def rule(examples: Sequence[Example], text: str) -> float:
+        given = rows(text)
+        answers = {example.id: given[caption.clip_of(example)] for example in examples}
+        return caption.score(examples, answers, style=style, tokenizer="fallback").metrics["CIDEr"]
+
+    return rule
+
+
+def coco_rows(text: str) -> dict[str, str]:
+    return {str(row["image_id"]): row["caption"] for row in json.loads(text)}
+
+
+def value_rows(text: str) -> dict[str, str]:
+    rows = [json.loads(line) for line in text.splitlines()]
+    return {str(row["clip_id"]): row["descs"][0]["desc"] for row in rows}
+
+
+OFFICIAL: Mapping[tuple[str, str], tuple[str, Rule]] = {
+    ("nlvr2", ""): ("accuracy", nlvr2),
+    ("vqav2", "after_2021"): ("upload accuracy", vqav2("after_2021")),
+    ("vqav2", "before_2021"): ("upload accuracy", vqav2("before_2021")),
+    ("vizwiz", ""): ("accuracy", vizwiz),
+    ("gqa", "llava"): ("accuracy", gqa),
+    ("gqa", "vl_t5"): ("accuracy", gqa),
+    ("mmbench", "2025"): ("accuracy", mmbench),
+    ("tvqa", ""): ("value_accuracy", value_choice),
+    ("how2qa", ""): ("value_accuracy", value_choice),
+    ("coco_caption", "coco"): ("CIDEr", captions(coco_rows, "coco")),
+    ("tvc", "value"): ("CIDEr", captions(value_rows, "value")),
+    ("yc2c", "value"): ("CIDEr", captions(value_rows, "value")),
+}
+"""Benchmark and version -> the metric of the official script, and the script's rule over the file."""
+JUDGED = {"llava_bench", "mmvet"}
+
+
+def made(number: int, rng: random.Random) -> Example:
+    """An example that any of the benchmarks could hold."""
+    correct = rng.randrange(4)
+    extra = {"human_answers": rng.choices(TEXTS, k=10), "index": number, "correct": correct, "clip_id": number // 2}
+    return Example(
+        id=f"dev-{number}-0-0",
+        images=(f"{number}.jpg",),
+        question="which?",
+        answers=(Answer(text=rng.choice(("True", "False", "yes", "a dog"))),),
+        choices=("dog", "a cat", "x y", "none"),
+        extra=extra,
+    )
+
+
+def test_every_upload_has_its_rule() -> None:
+    uploaded = {name for name, benchmark in BENCHMARKS.items() if benchmark.submission}
+    assert uploaded - JUDGED - {"mmbench_cn"} == {name for name, _ in OFFICIAL}
+
+
+@pytest.mark.parametrize(("name", "mode"), OFFICIAL)
+def test_an_upload_scores_as_metrics_json_says(name: str, mode: str) -> None:
+    benchmark: Benchmark = BENCHMARKS[name]
+    metric, rule = OFFICIAL[name, mode]
+    rng = random.Random(7)
+    examples = [made(number, rng) for number in range(400)]
+    answers = {example.id: rng.choice(TEXTS) for example in examples if rng.random() < 0.8}
+    write = benchmark.submissions.get(mode, benchmark.submission)
+    assert write is not None
+    options = {"tokenizer": "fallback"} if metric == "CIDEr" else {}
+    scored = benchmark.modes[mode](examples, answers, **options)
+    assert 0 < scored.metrics[metric] < 100 or metric == "CIDEr"
+    assert rule(examples, write(examples, answers)[1]) == pytest.approx(scored.metrics[metric], abs=1e-9)
