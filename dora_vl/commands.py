@@ -36,5 +36,5 @@ COMMANDS = {
     "report": Command("dora_vl.report.report_command", "a run, or several side by side, as one page"),
     "serve": Command("dora_vl.app.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"),
     "show": Command("dora_vl.pipelines.show_command", "the first batch of a run, its tokens by label"),
-    "translate": Command("dora_vl.translation.translate_command", "other tools' settings as a run's YAML, and back"),
+    "translate": Command("dora_vl.translation.command", "other tools' settings as a run's YAML"),
 }

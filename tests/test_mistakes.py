@@ -230,7 +230,7 @@ def test_data(person: Person, name: str) -> None:
     [
         (
             yaml.safe_dump(LLAMA_FACTORY),
-            ["settings of LLaMA-Factory", "model_name_or_path is model.base", "dora-vl translate"],
+            ["settings of llama-factory", "model_name_or_path is model.base", "dora-vl translate"],
         ),
         (
             yaml.safe_dump(AXOLOTL),

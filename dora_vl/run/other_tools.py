@@ -52,10 +52,26 @@ NAMES: Mapping[str, str] = {
 """What other tools call a setting -> its name here."""
 
 TELLING: Mapping[str, frozenset[str]] = {
-    "LLaMA-Factory": frozenset({"finetuning_type", "stage", "cutoff_len", "dataset_dir", "lora_target", "do_train"}),
+    "llama-factory": frozenset(
+        {"finetuning_type", "stage", "cutoff_len", "dataset_dir", "lora_target", "freeze_vision_tower"}
+    ),
+    "trl": frozenset(
+        {
+            "dataset_name",
+            "use_peft",
+            "lora_r",
+            "lora_target_modules",
+            "lora_task_type",
+            "assistant_only_loss",
+            "datasets",
+        }
+    ),
+    "ms-swift": frozenset(
+        {"train_type", "tuner_type", "sft_type", "freeze_vit", "freeze_aligner", "split_dataset_ratio", "vit_lr"}
+    ),
+    "llava": frozenset({"mm_projector_lr", "lora_enable", "mm_projector_type", "vision_tower", "image_aspect_ratio"}),
+    "peft": frozenset({"peft_type", "target_modules", "inference_mode", "init_lora_weights", "modules_to_save"}),
     "Axolotl": frozenset({"base_model", "datasets", "micro_batch_size", "sequence_len", "val_set_size"}),
-    "ms-swift": frozenset({"train_type", "tuner_type", "split_dataset_ratio", "torch_dtype"}),
-    "TRL": frozenset({"dataset_name", "use_peft", "lora_target_modules", "max_length", "max_seq_length", "lora_r"}),
 }
 """Names that tell whose file it is."""
 UNTRANSLATED = ("Axolotl", "another tool")
@@ -75,20 +91,27 @@ def refuse_other_tools(path: Path, settings: Mapping[str, object], sections: Ite
     Raises:
         UserError: it has names of theirs at its top level, and no section of ours.
     """
-    ours = [name for name in sections if isinstance(settings.get(name), Mapping)]
     theirs = [name for name in settings if name in NAMES]
-    if ours or len(theirs) < LEAST:
+    if any(isinstance(settings.get(name), Mapping) for name in sections) or len(theirs) < LEAST:
         return
     likely = max(TELLING, key=lambda tool: len(TELLING[tool] & settings.keys()))
     whose = likely if TELLING[likely] & settings.keys() else "another tool"
-    said = ", ".join(f"{name} is {NAMES[name]}" for name in theirs[:SHOWN])
+    names = ", ".join(f"{name} is {NAMES[name]}" for name in theirs[:SHOWN])
     more = f" and {len(theirs) - SHOWN} more" if len(theirs) > SHOWN else ""
-    way = (
-        "`dora-vl init FOLDER` writes a file for your pictures"
-        if whose in UNTRANSLATED
-        else f"`dora-vl translate {path}`"
-    )
+    is_translated = whose not in UNTRANSLATED
+    way = f"`dora-vl translate {path}`" if is_translated else "`dora-vl init FOLDER` writes a file for your pictures"
     raise UserError(
-        f"{path}: settings of {whose}, which are laid out otherwise here: {said}{more}; sections model, adapter, data, "
-        f"training; {way}"
+        f"{path}: settings of {whose}, which are laid out otherwise here: {names}{more}; sections model, adapter, "
+        f"data, training; {way}"
     )
+
+
+def refuse_untranslated(path: Path, settings: Mapping[str, object]) -> None:
+    """Refuses the settings of a tool that is known here, but has no table.
+
+    Raises:
+        UserError: its names are theirs.
+    """
+    counts = {tool: len(names & settings.keys()) for tool, names in TELLING.items()}
+    if max(counts.values()) and max(counts, key=lambda tool: counts[tool]) in UNTRANSLATED:
+        refuse_other_tools(path, settings, ())

@@ -1,24 +1,44 @@
-"""LLaMA-Factory's YAML: what `llamafactory-cli train` takes for supervised fine-tuning.
+"""LLaMA-Factory's YAML: what `llamafactory-cli train` takes for supervised fine-tuning, and its `dataset_info.json`.
 
-Names and defaults: `src/llamafactory/hparams` of 0.9.5. Its data files are named in `dataset_info.json`
-(`llama_factory_data`).
+Names and defaults: `src/llamafactory/hparams` of 0.9.5.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dora_vl.core.config import Method
-from dora_vl.errors import UserError, shown
-from dora_vl.translation.llama_factory_data import dataset, eval_dataset, media_folder
-from dora_vl.translation.llama_factory_others import ELSEWHERE, OFF, PIXELS, SAME
-from dora_vl.translation.peft_adapter import dropout, scaling, unless_empty
-from dora_vl.translation.rules import (
-    Asked,
-    Found,
+from dora_vl.data.media import PICTURE_KEYS
+from dora_vl.data.readers.messages import ANSWERS, QUESTIONS
+from dora_vl.data.turns import VIDEO_KEYS
+from dora_vl.errors import UserError, shown, shown_names
+from dora_vl.translation.common import (
+    ATTENTION,
+    COMMON,
+    DECAY,
+    MICRO_BATCH,
+    PIXELS,
+    adapters_alone,
+    chosen_places,
+    dropout,
+    held_out_share,
+    is_projector,
+    otherwise,
+    quantised,
+    scaling,
+    streaming,
+    which_method,
+    whole_places,
+)
+from dora_vl.translation.engine import (
+    Counterpart,
     Rule,
+    Setting,
     Tool,
     is_on,
     lost,
@@ -27,16 +47,19 @@ from dora_vl.translation.rules import (
     same,
     to,
     unless,
+    where_on,
     whole,
     words,
 )
 from dora_vl.translation.target_patterns import globs_of_endings
-from dora_vl.translation.training_arguments import COMMON, otherwise
 
-NAME = "LLaMA-Factory"
-LLAVA_TEMPLATES: Mapping[str, str] = {"llava": "vicuna_v1", "vicuna": "vicuna_v1"}
+FREEZES = {
+    "language": ("freeze_language_model", False),
+    "vision": ("freeze_vision_tower", True),
+    "projector": ("freeze_multi_modal_projector", True),
+}
+LLAVA_TEMPLATES = ("llava", "vicuna")
 TEMPLATES_OF_LLAVA = ("llava-1.5", "llava_1.5", "llava-v1.5")
-OTHER_STAGES = "another stage"
 
 
 def method(settings: Mapping[str, Any]) -> Method:
@@ -46,195 +69,250 @@ def method(settings: Mapping[str, Any]) -> Method:
     return "dora" if is_on(settings["use_dora"]) else "lora"
 
 
-def _stage(asked: Asked) -> Found:
-    if asked.value != "sft":
+def _stage(setting: Setting) -> Counterpart:
+    if setting.value != "sft":
         raise UserError(
-            f"{asked.file}: stage is {shown(asked.value)}; supervised fine-tuning alone (sft) has a counterpart"
+            f"{setting.file}: stage is {shown(setting.value)}; supervised fine-tuning alone (sft) has a counterpart"
         )
-    return Found(note="supervised fine-tuning")
+    return Counterpart(note="supervised fine-tuning")
 
 
-def _method(asked: Asked) -> Found:
-    if asked.value not in ("lora", "full"):
-        raise UserError(f"{asked.file}: finetuning_type is {shown(asked.value)}; lora and full have a counterpart")
-    return Found(settings={"adapter.method": asked.method})
+def _method(setting: Setting) -> Counterpart:
+    if setting.value not in ("lora", "full"):
+        raise UserError(f"{setting.file}: finetuning_type is {shown(setting.value)}; lora and full have a counterpart")
+    return which_method(setting)
 
 
-def _freezes(asked: Asked, name: str, *, usual: bool) -> bool:
-    value = asked.settings.get(name)
-    return usual if value is None else is_on(value)
-
-
-def _targets(asked: Asked) -> Found:
+def _targets(setting: Setting) -> Counterpart:
     """Of a model with pictures: the parts that are not frozen; its projector is never a LoRA's target by `all`."""
-    if asked.method == "full":
-        return Found(note="not read by full")
-    names = words(asked)
-    language = not _freezes(asked, "freeze_language_model", usual=False)
-    vision = not _freezes(asked, "freeze_vision_tower", usual=True)
+    names = words(setting)
+    places = [place for place in chosen_places(setting, FREEZES) if place != "projector"]
     if names == ["all"]:
-        chosen = [name for name, wanted in (("language", language), ("vision", vision)) if wanted]
-        return Found(settings={"adapter.targets": chosen})
-    if vision and language:
-        return Found(settings={"adapter.targets": globs_of_endings(names)})
-    where = "*language_model*" if language else "*vis*"
-    note = "of the language model alone: the tower is frozen" if language else "of the tower alone"
-    return Found(settings={"adapter.targets": [f"{where}.{name}" for name in names]}, note=note)
-
-
-def _frozen(asked: Asked) -> Found:
-    """Said by the targets of an adapter; of all weights by what is listed."""
-    if asked.method != "full":
-        return Found(note="said by adapter.targets")
-    if asked.key != "freeze_vision_tower":
-        return Found(note="said by adapter.targets")
-    chosen = [] if _freezes(asked, "freeze_language_model", usual=False) else ["model.language_model*", "lm_head"]
-    chosen += [] if _freezes(asked, "freeze_vision_tower", usual=True) else ["vision"]
-    chosen += [] if _freezes(asked, "freeze_multi_modal_projector", usual=True) else ["projector"]
-    return Found(settings={"adapter.targets": chosen})
-
-
-def _projector(asked: Asked) -> Found:
-    if asked.method == "full":
-        return Found(note="said by adapter.targets")
-    also = str(asked.settings.get("additional_target") or "").split(",")
-    if any("projector" in one or one in ("merger", "connector") for one in also):
-        return Found(note="said by additional_target")
-    return Found(settings={"adapter.train_projector": False}, note="LoRA leaves it as it is, frozen or not")
-
-
-def _additional(asked: Asked) -> Found:
-    names = words(asked)
-    projectors = [one for one in names if "projector" in one or one in ("merger", "connector")]
-    others = {one.rpartition(".")[2]: [f"*{one}.*"] for one in names if one not in projectors}
-    settings: dict[str, Any] = {"adapter.train_projector": True} if projectors else {}
-    return Found(settings={**settings, **({"adapter.also_train": others} if others else {})}, note="whole")
-
-
-def _alpha(asked: Asked) -> Found:
-    if asked.method == "full":
-        return Found(note="not read by full")
-    twice = 2 * whole(replace(asked, key="lora_rank", value=asked.settings["lora_rank"]))
-    value = twice if asked.value == "" else number(asked)
-    return Found(settings={"adapter.alpha": float(value)}, note="twice the rank" if asked.value == "" else "")
-
-
-def _adapters_alone(rule: Rule) -> Rule:
-    return lambda asked: Found(note="not read by full") if asked.method == "full" else rule(asked)
-
-
-def _template(asked: Asked) -> Found:
-    base = str(asked.settings.get("model_name_or_path", "")).lower()
-    if any(part in base for part in TEMPLATES_OF_LLAVA):
-        if asked.value in LLAVA_TEMPLATES:
-            return Found(settings={"model.template": LLAVA_TEMPLATES[asked.value]})
-        return Found(note="formats of a LLaVA-1.5 are listed in docs/training.md", is_lost=True)
-    return Found(note="the base's own chat template; compare with dora-vl show batch")
-
-
-def _quantised(asked: Asked) -> Found:
-    kind = str(asked.settings.get("quantization_method") or "bnb").lower()
-    found = {("bnb", 4): "nf4", ("bnb", 8): "int8", ("hqq", 4): "hqq", ("bitsandbytes", 4): "nf4"}.get(
-        (kind, whole(asked))
+        return Counterpart(settings={"adapter.targets": places})
+    if len(places) == 2:
+        return Counterpart(settings={"adapter.targets": globs_of_endings(names)})
+    where, note = (
+        ("*language_model*", "of the language model alone: the tower is frozen")
+        if "language" in places
+        else ("*vis*", "of the tower alone")
     )
-    if found is None:
-        return Found(note=f"{kind} of {asked.value} bits; there are nf4, int8 and hqq (4 bits)", is_lost=True)
-    return Found(settings={"model.quantisation": found})
+    return Counterpart(settings={"adapter.targets": [f"{where}.{name}" for name in names]}, note=note)
 
 
-def _validation_share(asked: Asked) -> Found:
-    value = number(asked)
-    if value <= 0:
-        return Found(note="none is held out")
-    if value < 1:
-        return Found(settings={"data.validation_share": value}, note="whole pictures at a time")
-    return Found(settings={"data.validation_size": int(value)})
+def _projector(setting: Setting) -> Counterpart:
+    if setting.method == "full":
+        return Counterpart(note="said by adapter.targets")
+    also = str(setting.settings.get("additional_target") or "").split(",")
+    if any(is_projector(name) for name in also):
+        return Counterpart(note="said by additional_target")
+    return Counterpart(settings={"adapter.train_projector": False}, note="LoRA leaves it as it is, frozen or not")
 
 
-def _streaming(asked: Asked) -> Found:
-    if not is_on(asked.value):
-        return Found(note="read whole")
-    return Found(settings={"data.streaming": True, "data.group_by_modality_length": False})
+def _additional(setting: Setting) -> Counterpart:
+    names = words(setting)
+    others = {name.rpartition(".")[2]: [f"*{name}.*"] for name in names if not is_projector(name)}
+    settings: dict[str, Any] = {"adapter.train_projector": True} if len(others) < len(names) else {}
+    return Counterpart(settings={**settings, **({"adapter.also_train": others} if others else {})}, note="whole")
 
 
-def _pissa(asked: Asked) -> Found:
-    return Found(settings={"adapter.init": "pissa"}) if is_on(asked.value) else Found(note="off")
+def _alpha(setting: Setting) -> Counterpart:
+    if setting.value != "":
+        return Counterpart(settings={"adapter.alpha": number(setting)})
+    rank = whole(replace(setting, key="lora_rank", value=setting.settings["lora_rank"]))
+    return Counterpart(settings={"adapter.alpha": 2.0 * rank}, note="twice the rank")
 
 
-def _checkpointing(asked: Asked) -> Found:
-    return Found(settings={"training.gradient_checkpointing": not is_on(asked.value)}, note="on unless it is disabled")
+def _template(setting: Setting) -> Counterpart:
+    base = str(setting.settings.get("model_name_or_path", "")).lower()
+    if not any(part in base for part in TEMPLATES_OF_LLAVA):
+        return Counterpart(note="the base's own chat template; compare with dora-vl show batch")
+    if setting.value in LLAVA_TEMPLATES:
+        return Counterpart(settings={"model.template": "vicuna_v1"})
+    return Counterpart(note="formats of a LLaVA-1.5 are listed in docs/training.md", is_lost=True)
 
 
-def _pure_bf16(asked: Asked) -> Found:
-    if not is_on(asked.value):
-        return Found(note="off")
-    return Found(settings={"model.dtype": "bfloat16"}, note="what trains is float32 all the same")
+# -- dataset_info.json --------------------------------------------------------------------------------------------
+
+INFO = "dataset_info.json"
+TALKS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("from", "value"): ("conversations",),
+    ("role", "content"): ("messages", "conversations"),
+}
+"""Where a row may hold its turns, by what the turns call the speaker and the words."""
+INSTRUCTIONS: Mapping[str, str] = {"prompt": "instruction", "query": "input", "response": "output"}
+"""The columns that are read as an instruction, its input and the output: all by these names, or none."""
+PAIRS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ((QUESTIONS, ANSWERS), (("prompt",), ("completion",)))
+"""Other names of a question and its answer; beside them no `input` is read."""
+
+
+@dataclass(frozen=True)
+class _Set:
+    """One data set: where it is, and what of it has no counterpart."""
+
+    path: str
+    trouble: str = ""
+
+
+def _eval_dataset(setting: Setting) -> Counterpart:
+    """`eval_dataset`: one file."""
+    counterpart = _files("data.validation", setting)
+    if isinstance(counterpart.settings.get("data.validation"), list):
+        return Counterpart(note="one file of validation samples; put them together", is_lost=True)
+    return counterpart
+
+
+def _media_folder(setting: Setting) -> Counterpart:
+    """`media_dir`: where pictures' paths start; by default where `dataset_info.json` lies."""
+    return Counterpart(settings={"data.image_folder": setting.value or _folder(setting)})
+
+
+def _folder(setting: Setting) -> str:
+    return str(setting.settings.get("dataset_dir") or "data")
+
+
+def _files(name: str, setting: Setting) -> Counterpart:
+    names = words(setting)
+    info = _read_info(setting)
+    if info is None:
+        where = f"{_folder(setting)}/{INFO}"
+        return Counterpart(note=f"{where}, which says what file that is, is not there; put the file here", is_lost=True)
+    if unknown := [name for name in names if name not in info]:
+        raise UserError(f"{setting.file}: {setting.key} names {unknown[0]}, which {INFO} has not: {shown_names(info)}")
+    sets = [_set(info[name], _folder(setting)) for name in names]
+    trouble = [f"{name}: {entry.trouble}" for name, entry in zip(names, sets, strict=True) if entry.trouble]
+    if without := [name for name, entry in zip(names, sets, strict=True) if not entry.path]:
+        return Counterpart(note="; ".join(trouble) or f"{without[0]} is no file", is_lost=True)
+    paths = [entry.path for entry in sets]
+    return Counterpart(
+        settings={name: paths[0] if len(paths) == 1 else paths}, note="; ".join(trouble), is_lost=bool(trouble)
+    )
+
+
+def _read_info(setting: Setting) -> Mapping[str, Any] | None:
+    folder = Path(_folder(setting))
+    folders = (
+        folder,
+        setting.file.parent / folder,
+        *(parent / folder for parent in setting.file.resolve().parents[:4]),
+    )
+    path = next((folder / INFO for folder in folders if (folder / INFO).is_file()), None)
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: no object of data sets")
+    return content
+
+
+def _set(entry: Any, folder: str) -> _Set:
+    if not isinstance(entry, Mapping):
+        return _Set("", "its entry is no object")
+    if entry.get("ranking"):
+        return _Set("", "pairs of a better and a worse answer are no samples")
+    if name := entry.get("file_name"):
+        path = str(Path(folder) / str(name))
+    elif name := entry.get("hf_hub_url"):
+        split = str(entry.get("split") or "train")
+        path = f"hub:{name}" if split == "train" else f"hub:{name}:{split}"
+    else:
+        return _Set("", "it is loaded by a script, or from another hub; put its rows into a file")
+    return _Set(path, "; ".join(_trouble(entry)))
+
+
+def _trouble(entry: Mapping[str, Any]) -> list[str]:
+    """What our readers, which go by a row's own keys, would not find."""
+    columns = entry.get("columns") or {}
+    tags = entry.get("tags") or {}
+    trouble = [f"num_samples {entry['num_samples']}: data.limit"] if entry.get("num_samples") else []
+    trouble += [f"subset {entry['subset']}: `dora-vl prepare hugging-face` takes one"] if entry.get("subset") else []
+    if entry.get("formatting", "alpaca") == "alpaca":
+        trouble += _question_trouble(columns)
+        wanted: dict[str, tuple[str, ...]] = {}
+    else:
+        names = (tags.get("role_tag", "from"), tags.get("content_tag", "value"))
+        wanted = {"messages": TALKS.get(names, ("messages",))}
+        if names not in TALKS:
+            trouble.append("its turns' keys: rename them to from and value, or role and content")
+    known = {"images": PICTURE_KEYS, "videos": VIDEO_KEYS, "system": ("system",)}
+    wanted |= {name: keys for name, keys in known.items() if columns.get(name)}
+    for name, keys in wanted.items():
+        if (column := columns.get(name) or keys[0]) not in keys:
+            trouble.append(f"rename its column {column} to {keys[0]}")
+    trouble += [
+        f"its column {columns[name]} is not read" for name in ("tools", "audios", "history") if columns.get(name)
+    ]
+    return trouble
+
+
+def _question_trouble(columns: Mapping[str, Any]) -> list[str]:
+    """Which of the columns of a question, its input and its answer are not read by their names."""
+    columns_of = {
+        name: str(columns.get(name) or own) for name, own in INSTRUCTIONS.items() if columns.get(name) or not columns
+    }
+    question, answer = columns_of.get("prompt", "instruction"), columns_of.get("response", "output")
+    renamed = [(column, INSTRUCTIONS[name]) for name, column in columns_of.items() if column != INSTRUCTIONS[name]]
+    if not any(question in questions and answer in answers for questions, answers in PAIRS):
+        return [f"rename its column {column} to {name}" for column, name in renamed]
+    if "query" not in columns_of:
+        return []
+    renaming = ", ".join(f"{column} to {name}" for column, name in renamed)
+    return [f"its column {columns_of['query']} is not read beside {question} and {answer}: rename {renaming}"]
 
 
 TABLE: Mapping[str, Rule] = {
     **COMMON,
-    **{key: unless_empty(why) for key, why in OFF.items()},
-    **{key: same(why) for key, why in SAME.items()},
     "stage": _stage,
     "finetuning_type": _method,
-    "use_dora": _adapters_alone(lambda asked: Found(settings={"adapter.method": asked.method})),
-    "lora_rank": _adapters_alone(to("adapter.rank", whole)),
-    "lora_alpha": _alpha,
-    "lora_dropout": _adapters_alone(dropout),
-    "lora_target": _targets,
-    "use_rslora": _adapters_alone(scaling),
-    "loraplus_lr_ratio": _adapters_alone(to("optim.b_learning_rate_ratio", number)),
-    "pissa_init": _adapters_alone(_pissa),
+    "use_dora": adapters_alone(which_method),
+    "lora_rank": adapters_alone(to("adapter.rank", whole)),
+    "lora_alpha": adapters_alone(_alpha),
+    "lora_dropout": adapters_alone(dropout),
+    "lora_target": adapters_alone(_targets),
+    "use_rslora": adapters_alone(scaling),
+    "loraplus_lr_ratio": adapters_alone(to("optim.b_learning_rate_ratio", number)),
+    "pissa_init": adapters_alone(where_on({"adapter.init": "pissa"})),
     "additional_target": _additional,
-    "freeze_vision_tower": _frozen,
-    "freeze_language_model": _frozen,
+    "freeze_vision_tower": partial(whole_places, freezes=FREEZES),
+    "freeze_language_model": partial(whole_places, freezes=FREEZES),
     "freeze_multi_modal_projector": _projector,
-    "pure_bf16": _pure_bf16,
+    "pure_bf16": where_on({"model.dtype": "bfloat16"}, "what trains is float32 all the same"),
     "model_name_or_path": to("model.base"),
     "model_revision": to("model.revision"),
     "adapter_name_or_path": to("adapter.initial", note="a folder of PEFT's with the same rank and layers"),
     "flash_attn": one_of(
         "model.attn_implementation",
-        {
-            "auto": "sdpa",
-            "sdpa": "sdpa",
-            "fa2": "flash_attention_2",
-            "disabled": "eager",
-            "off": "eager",
-            False: "eager",
-        },
+        {**ATTENTION, "fa2": "flash_attention_2", "disabled": "eager", "off": "eager", False: "eager"},
         "sdpa, flash_attention_2 and eager are there",
     ),
-    "disable_gradient_checkpointing": _checkpointing,
-    "quantization_bit": _quantised,
+    "disable_gradient_checkpointing": to(
+        "training.gradient_checkpointing", lambda setting: not is_on(setting.value), note="on unless it is disabled"
+    ),
+    "quantization_bit": quantised("quantization_method"),
     "template": _template,
-    "dataset": dataset,
+    "dataset": partial(_files, "data.train"),
     "dataset_dir": same("said by data.train"),
-    "media_dir": media_folder,
-    "eval_dataset": eval_dataset,
-    "val_size": _validation_share,
+    "media_dir": _media_folder,
+    "eval_dataset": _eval_dataset,
+    "val_size": held_out_share,
     "cutoff_len": to("data.max_tokens", whole, note="here the end is cut, there questions and answers in proportion"),
     "max_samples": to("data.limit", whole, note="of each file, as there"),
-    "streaming": _streaming,
+    "streaming": streaming,
     "buffer_size": to("data.shuffle_buffer", whole),
     "interleave_probs": lost("weights say how often an epoch sees each sample: data.train with {path, weight}"),
     "mix_strategy": unless("concat", "files are mixed by weights: data.train with {path, weight}"),
-    "image_max_pixels": lost(PIXELS),
-    "image_min_pixels": lost(PIXELS),
-    "video_max_pixels": lost(PIXELS),
-    "video_min_pixels": lost(PIXELS),
+    **{f"{kind}_{limit}_pixels": lost(PIXELS) for kind in ("image", "video") for limit in ("max", "min")},
     "video_fps": to("data.video_fps", number),
     "video_maxlen": to("data.video_frames", whole),
-    "cache_dir": lost("the environment's HF_HOME"),
     "hf_hub_token": lost("the environment's HF_TOKEN"),
-    "neftune_noise_alpha": unless_empty("adapter.dropout"),
-    "ddp_timeout": to("training.ddp_timeout", whole),
 }
 
 LLAMA_FACTORY = Tool(
-    name=NAME,
+    name="LLaMA-Factory",
     table=TABLE,
-    otherwise=otherwise(NAME, ELSEWHERE),
+    otherwise=otherwise("LLaMA-Factory"),
     method=method,
     defaults={
         "finetuning_type": "lora",
@@ -253,11 +331,5 @@ LLAMA_FACTORY = Tool(
         "dataloader_num_workers": 0,
         "train_sampling_strategy": "random",
     },
-    always={
-        "(loss)": Found(settings={"optim.loss_normalisation": "micro_batch"}, note="the mean of each micro-batch"),
-        "(decay)": Found(
-            settings={"optim.weight_decay_on": "all_but_biases"}, note="magnitudes decay as all else does"
-        ),
-    },
-    needed={"model.base": "BASE", "data.train": "train.json", "training.output_dir": "runs/translated"},
+    always={"(loss)": MICRO_BATCH, "(decay)": DECAY},
 )

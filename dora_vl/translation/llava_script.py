@@ -12,37 +12,39 @@ from typing import Any
 
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError
-from dora_vl.translation.rules import Asked, Found, Rule, Tool, is_on, lost, number, one_of, same, to, unless, whole
-from dora_vl.translation.training_arguments import COMMON, PROGRAM, otherwise
+from dora_vl.translation.common import COMMON, DECODER, MICRO_BATCH, adapters_alone, otherwise
+from dora_vl.translation.engine import (
+    Counterpart,
+    Rule,
+    Setting,
+    Tool,
+    is_on,
+    lost,
+    number,
+    one_of,
+    same,
+    to,
+    unless,
+    whole,
+)
+from dora_vl.translation.settings_file import PROGRAM
 
-NAME = "LLaVA"
 HUB_NAMES: Mapping[str, str] = {
     "llava-v1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-v1.5-13b": "llava-hf/llava-1.5-13b-hf",
 }
 """Their checkpoints -> the same weights in transformers' format."""
-TEMPLATES: Mapping[str, str] = {
+FORMATS = ("vicuna_v1", "llava_v1", "v1_mmtag", "llama_2", "llava_llama_2", "mistral_instruct", "chatml_direct", "mpt",
+           "v0", "v0_mmtag", "plain")  # fmt: skip
+TEMPLATES: Mapping[str, str] = {name: name for name in FORMATS} | {
     "v1": "vicuna_v1",
-    "vicuna_v1": "vicuna_v1",
-    "llava_v1": "llava_v1",
-    "v1_mmtag": "v1_mmtag",
     "llava_v1_mmtag": "v1_mmtag",
-    "llama_2": "llama_2",
-    "llava_llama_2": "llava_llama_2",
-    "mistral_instruct": "mistral_instruct",
-    "chatml_direct": "chatml_direct",
     "mistral_direct": "chatml_direct",
-    "mpt": "mpt",
-    "v0": "v0",
     "llava_v0": "v0",
-    "v0_mmtag": "v0_mmtag",
     "llava_v0_mmtag": "v0_mmtag",
-    "plain": "plain",
     "v0_plain": "plain",
 }
 PROJECTOR_ALONE = ("model.multi_modal_projector*",)
-ALL_BUT_THE_TOWER = ("model.language_model*", "lm_head", "model.multi_modal_projector*")
-ALL_BUT_PROJECTOR = ALL_BUT_THE_TOWER[:2]
 
 
 def method(settings: Mapping[str, Any]) -> Method:
@@ -52,76 +54,77 @@ def method(settings: Mapping[str, Any]) -> Method:
     return "dora" if "dora" in str(settings.get(PROGRAM, "")) else "lora"
 
 
-def _what_trains(asked: Asked) -> Found:
-    if asked.method != "full":
-        return Found(settings={"adapter.method": asked.method}, note="all linears of the language model")
-    if is_on(asked.settings.get("tune_mm_mlp_adapter")):
+def _what_trains(setting: Setting) -> Counterpart:
+    if setting.method != "full":
+        return Counterpart(settings={"adapter.method": setting.method}, note="all linears of the language model")
+    if is_on(setting.settings.get("tune_mm_mlp_adapter")):
         targets = PROJECTOR_ALONE
-    elif is_on(asked.settings.get("freeze_backbone")):
-        raise UserError(f"{asked.file}: freeze_backbone without tune_mm_mlp_adapter trains nothing that is known here")
+    elif is_on(setting.settings.get("freeze_backbone")):
+        raise UserError(
+            f"{setting.file}: freeze_backbone without tune_mm_mlp_adapter trains nothing that is known here"
+        )
     else:
-        targets = ALL_BUT_PROJECTOR if is_on(asked.settings.get("freeze_mm_mlp_adapter")) else ALL_BUT_THE_TOWER
-    return Found(settings={"adapter.method": "full", "adapter.targets": list(targets)})
+        targets = DECODER if is_on(setting.settings.get("freeze_mm_mlp_adapter")) else (*DECODER, *PROJECTOR_ALONE)
+    return Counterpart(settings={"adapter.method": "full", "adapter.targets": list(targets)})
 
 
-def _base(asked: Asked) -> Found:
-    name = PurePosixPath(str(asked.value)).name
+def _base(setting: Setting) -> Counterpart:
+    name = PurePosixPath(str(setting.value)).name
     if name in HUB_NAMES:
-        return Found(settings={"model.base": HUB_NAMES[name]}, note="the same weights in transformers' format")
+        return Counterpart(settings={"model.base": HUB_NAMES[name]}, note="the same weights in transformers' format")
     if "llava" in name.lower():
-        return Found(note="a checkpoint in LLaVA's format; name one in transformers' (llava-hf/...)", is_lost=True)
-    folder = f"{asked.settings.get('output_dir', 'runs/llava')}-base"
-    settings = {"model.compose.language_model": asked.value, "model.base": folder}
-    return Found(settings=settings, note="tower and language model are put together there by the first run")
+        return Counterpart(
+            note="a checkpoint in LLaVA's format; name one in transformers' (llava-hf/...)", is_lost=True
+        )
+    folder = f"{setting.settings.get('output_dir', 'runs/llava')}-base"
+    settings = {"model.compose.language_model": setting.value, "model.base": folder}
+    return Counterpart(settings=settings, note="tower and language model are put together there by the first run")
 
 
-def _is_composed(asked: Asked) -> bool:
-    return "llava" not in PurePosixPath(str(asked.settings.get("model_name_or_path", ""))).name.lower()
+def _is_composed(setting: Setting) -> bool:
+    return "llava" not in PurePosixPath(str(setting.settings.get("model_name_or_path", ""))).name.lower()
 
 
-def _tower(asked: Asked) -> Found:
-    if not _is_composed(asked):
-        return Found(note="the base has its tower")
-    return Found(settings={"model.compose.vision_library": "transformers", "model.compose.vision_name": asked.value})
-
-
-def _layer(asked: Asked) -> Found:
-    return (
-        Found(settings={"model.compose.vision_layer": whole(asked)})
-        if _is_composed(asked)
-        else Found(note="the base's")
+def _tower(setting: Setting) -> Counterpart:
+    if not _is_composed(setting):
+        return Counterpart(note="the base has its tower")
+    return Counterpart(
+        settings={"model.compose.vision_library": "transformers", "model.compose.vision_name": setting.value}
     )
 
 
-def _projector(asked: Asked) -> Found:
-    if asked.value == "mlp2x_gelu" or not _is_composed(asked):
-        return Found()
-    return Found(note="a composed base has mlp2x_gelu, LLaVA-1.5's", is_lost=True)
+def _layer(setting: Setting) -> Counterpart:
+    return (
+        Counterpart(settings={"model.compose.vision_layer": whole(setting)})
+        if _is_composed(setting)
+        else Counterpart(note="the base's")
+    )
 
 
-def _in_adapters(rule: Rule) -> Rule:
-    """A setting that full fine-tuning does not read."""
-    return lambda asked: rule(asked) if asked.method != "full" else Found(note="not read without lora_enable")
+def _projector(setting: Setting) -> Counterpart:
+    if setting.value == "mlp2x_gelu" or not _is_composed(setting):
+        return Counterpart()
+    return Counterpart(note="a composed base has mlp2x_gelu, LLaVA-1.5's", is_lost=True)
 
 
-def _bits(asked: Asked) -> Found:
-    if whole(asked) in (4, 8):
-        return Found(settings={"model.quantisation": "nf4" if whole(asked) == 4 else "int8"})
-    return Found(note="not quantised")
+def _bits(setting: Setting) -> Counterpart:
+    if whole(setting) in (4, 8):
+        return Counterpart(settings={"model.quantisation": "nf4" if whole(setting) == 4 else "int8"})
+    return Counterpart(note="not quantised")
 
 
-def _train_projector(asked: Asked) -> Found:
-    if asked.method == "full":
-        return Found(note="said by adapter.targets")
-    return Found(settings={"adapter.train_projector": not is_on(asked.value)})
+def _train_projector(setting: Setting) -> Counterpart:
+    if setting.method == "full":
+        return Counterpart(note="said by adapter.targets")
+    return Counterpart(settings={"adapter.train_projector": not is_on(setting.value)})
 
 
 TABLE: Mapping[str, Rule] = {
     **COMMON,
     "lora_enable": _what_trains,
-    "lora_r": _in_adapters(to("adapter.rank", whole)),
-    "lora_alpha": _in_adapters(to("adapter.alpha", number)),
-    "lora_dropout": _in_adapters(to("adapter.dropout", number)),
+    "lora_r": adapters_alone(to("adapter.rank", whole)),
+    "lora_alpha": adapters_alone(to("adapter.alpha", number)),
+    "lora_dropout": adapters_alone(to("adapter.dropout", number)),
     "lora_bias": unless("none", "biases do not train beside adapters; adapter.also_train names parameters"),
     "lora_weight_path": unless("", "adapter.initial takes an adapter folder"),
     "mm_projector_lr": to("optim.projector_learning_rate", number),
@@ -150,20 +153,18 @@ TABLE: Mapping[str, Rule] = {
     ),
     "image_grid_pinpoints": lost("LLaVA-1.6's; a llava-hf base of it has its own"),
     "is_multimodal": same("samples with pictures and without may be mixed"),
-    "lazy_preprocess": same("samples are made as they are needed"),
-    "group_by_modality_length": to("data.group_by_modality_length", lambda asked: is_on(asked.value)),
+    "group_by_modality_length": to("data.group_by_modality_length", lambda setting: is_on(setting.value)),
     "model_max_length": to("data.max_tokens", whole),
     "bits": _bits,
     "double_quant": unless(True, "nf4 here has its scales quantised"),
     "quant_type": unless("nf4", "4 bits are nf4 here, or hqq"),
     "mpt_attn_impl": lost("model.attn_implementation, for any language model"),
-    "cache_dir": lost("the environment's HF_HOME"),
 }
 
 LLAVA = Tool(
-    name=NAME,
+    name="LLaVA",
     table=TABLE,
-    otherwise=otherwise(NAME),
+    otherwise=otherwise("LLaVA"),
     method=method,
     defaults={
         "lora_enable": False,
@@ -182,8 +183,6 @@ LLAVA = Tool(
         "bf16": False,
         "dataloader_num_workers": 0,
     },
-    always={
-        "(loss)": Found(settings={"optim.loss_normalisation": "micro_batch"}, note="the mean of each micro-batch"),
-    },
+    always={"(loss)": MICRO_BATCH},
     needed={"model.base": "llava-hf/llava-1.5-7b-hf", "data.train": "train.json", "training.output_dir": "runs/llava"},
 )

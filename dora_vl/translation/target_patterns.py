@@ -1,9 +1,9 @@
-"""Names of layers as PEFT reads them, a list of endings or a regular expression, and our patterns of full names."""
+"""Names of layers as PEFT reads them, a list of endings or a regular expression, as our patterns of full names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 ALL_LINEAR = "all-linear"
 OUTPUT_HEAD = "lm_head"
@@ -11,7 +11,6 @@ OUTPUT_HEAD = "lm_head"
 TOPS = ("model", "transformer", "language_model", "vision_tower", "visual")
 """What stands at the top of models of transformers."""
 _SPECIAL = re.compile(r"[*?\[]")
-_PLAIN_NAME = re.compile(r"[\w.\-]+")
 MOST = 64
 """Patterns that one expression may become."""
 
@@ -57,13 +56,13 @@ class _Expression:
     def _sequence(self) -> list[str]:
         found = [""]
         while self.place < len(self.text) and self.text[self.place] not in "|)":
-            ends = self._one()
+            ends = self._element()
             found = [start + end for start in found for end in ends]
             if len(found) > MOST:
                 raise ValueError(f"more than {MOST} patterns")
         return found
 
-    def _one(self) -> list[str]:
+    def _element(self) -> list[str]:
         if self._takes("("):
             return self._group()
         single = self._single()
@@ -128,35 +127,3 @@ class _Expression:
             return False
         self.place += len(sign)
         return True
-
-
-def endings_of(globs: Sequence[str]) -> list[str] | None:
-    """Patterns as PEFT's list of endings; None where they say more than that."""
-    found: list[str] = []
-    for glob in globs:
-        ending = glob.removeprefix("*.")
-        is_whole = ending == glob and (_is_full(glob) or glob == OUTPUT_HEAD)
-        if not _PLAIN_NAME.fullmatch(ending) or (ending == glob and not is_whole):
-            return None
-        found.append(ending)
-    return found
-
-
-def expression_of(globs: Sequence[str]) -> str:
-    """Patterns as one regular expression that hits the same names."""
-    return "|".join(dict.fromkeys(_expression(glob) for glob in globs))
-
-
-def _expression(glob: str) -> str:
-    made, place = "", 0
-    while place < len(glob):
-        character = glob[place]
-        end = glob.find("]", place + 2) if character == "[" else -1
-        if end > 0:
-            inside = glob[place + 1 : end]
-            made += f"[{'^' + inside[1:] if inside.startswith('!') else inside}]"
-            place = end
-        else:
-            made += {"*": ".*", "?": "."}.get(character, re.escape(character))
-        place += 1
-    return made

@@ -11,11 +11,25 @@ from typing import Any
 
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError
-from dora_vl.translation.peft_adapter import dropout, modules_to_save, scaling, targets, unless_empty
-from dora_vl.translation.rules import (
-    Asked,
-    Found,
+from dora_vl.translation.common import (
+    ATTENTION,
+    COMMON,
+    DECAY,
+    DECODER,
+    STEP_TOKENS,
+    adapters_alone,
+    dropout,
+    modules_to_save,
+    otherwise,
+    scaling,
+    streaming,
+    targets,
+    which_method,
+)
+from dora_vl.translation.engine import (
+    Counterpart,
     Rule,
+    Setting,
     Tool,
     is_on,
     lost,
@@ -24,13 +38,9 @@ from dora_vl.translation.rules import (
     same,
     to,
     unless,
+    where_on,
     whole,
-    words,
 )
-from dora_vl.translation.training_arguments import COMMON, otherwise
-
-NAME = "TRL"
-TEMPLATE = "the base's own chat template"
 
 
 def method(settings: Mapping[str, Any]) -> Method:
@@ -40,156 +50,117 @@ def method(settings: Mapping[str, Any]) -> Method:
     return "dora" if is_on(settings["use_dora"]) else "lora"
 
 
-def _method(asked: Asked) -> Found:
-    if asked.method != "full":
-        return Found(settings={"adapter.method": asked.method})
-    targets = ["model.language_model*", "lm_head", "vision", "projector"]
-    return Found(settings={"adapter.method": "full", "adapter.targets": targets}, note="all weights train")
+def _method(setting: Setting) -> Counterpart:
+    if setting.method != "full":
+        return which_method(setting)
+    settings = {"adapter.method": "full", "adapter.targets": [*DECODER, "vision", "projector"]}
+    return Counterpart(settings=settings, note="all weights train")
 
 
-def _adapters_alone(rule: Rule) -> Rule:
-    return lambda asked: Found(note="not read without use_peft") if asked.method == "full" else rule(asked)
-
-
-def _targets(asked: Asked) -> Found:
-    value = asked.value
-    if value == "":
+def _targets(setting: Setting) -> Counterpart:
+    if setting.value == "":
         why = "PEFT chooses by the model's type; here the language model's linears are taken: name them to be sure"
-        return Found(note=why, is_lost=True)
-    listed = value.split(",") if isinstance(value, str) and "," in value else value
-    if isinstance(listed, list) and len(listed) == 1:
-        listed = listed[0]
-    is_name = isinstance(listed, str) and listed.lower() != "all-linear" and listed.replace("_", "").isalnum()
-    return targets(replace(asked, value=[listed] if is_name else listed))
+        return Counterpart(note=why, is_lost=True)
+    value = setting.value.split(",") if isinstance(setting.value, str) and "," in setting.value else setting.value
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    is_name = isinstance(value, str) and value.lower() != "all-linear" and value.replace("_", "").isalnum()
+    return targets(replace(setting, value=[value] if is_name else value))
 
 
-def _saved(asked: Asked) -> Found:
-    listed = words(asked) if asked.value else []
-    return modules_to_save(replace(asked, value=listed))
+def _file(setting: Setting) -> Counterpart:
+    split = setting.settings.get("dataset_train_split") or "train"
+    if setting.settings.get("dataset_config"):
+        note = "a configuration of a set: `dora-vl prepare hugging-face` takes one (--set config=...)"
+        return Counterpart(note=note, is_lost=True)
+    return Counterpart(settings={"data.train": _hub(str(setting.value), split)})
 
 
-def _file(asked: Asked) -> Found:
-    split = asked.settings.get("dataset_train_split") or "train"
-    if asked.settings.get("dataset_config"):
-        return Found(
-            note="a configuration of a set: `dora-vl prepare hugging-face` takes one (--set config=...)", is_lost=True
-        )
-    return Found(settings={"data.train": f"hub:{asked.value}" if split == "train" else f"hub:{asked.value}:{split}"})
+def _hub(name: str, split: str) -> str:
+    return f"hub:{name}" if split == "train" else f"hub:{name}:{split}"
 
 
-def _files(asked: Asked) -> Found:
+def _files(setting: Setting) -> Counterpart:
     """`datasets`: a mixture, of the hub's sets or of files."""
-    if not isinstance(asked.value, list) or not all(isinstance(one, Mapping) for one in asked.value):
-        raise UserError(f"{asked.file}: datasets is no list of sets")
+    entries = setting.value
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise UserError(f"{setting.file}: datasets is no list of sets")
     paths: list[str] = []
-    for one in asked.value:
-        files = one.get("data_files")
+    for entry in entries:
+        files = entry.get("data_files")
         if files is not None:
             paths += [files] if isinstance(files, str) else list(files)
-        elif one.get("path"):
-            paths.append(f"hub:{one['path']}" + (f":{one['split']}" if one.get("split", "train") != "train" else ""))
-    more = sorted({key for one in asked.value for key in one} - {"path", "data_files", "split"})
+        elif entry.get("path"):
+            paths.append(_hub(str(entry["path"]), str(entry.get("split") or "train")))
+    more = sorted({key for entry in entries for key in entry} - {"path", "data_files", "split"})
     note = f"{', '.join(more)} of its sets: no counterpart" if more else ""
-    return Found(settings={"data.train": paths[0] if len(paths) == 1 else paths}, note=note, is_lost=not paths)
+    return Counterpart(settings={"data.train": paths[0] if len(paths) == 1 else paths}, note=note, is_lost=not paths)
 
 
-def _held_out(asked: Asked) -> Found:
-    strategy = asked.settings.get("eval_strategy", "no")
-    name = asked.settings.get("dataset_name")
-    if strategy in ("no", False) or not name:
-        return Found(note="read only where it evaluates")
-    return Found(settings={"data.validation": f"hub:{name}:{asked.value}"})
+def _held_out(setting: Setting) -> Counterpart:
+    name = setting.settings.get("dataset_name")
+    if setting.settings.get("eval_strategy", "no") in ("no", False) or not name:
+        return Counterpart(note="read only where it evaluates")
+    return Counterpart(settings={"data.validation": f"hub:{name}:{setting.value}"})
 
 
-def _dtype(asked: Asked) -> Found:
-    value = str(asked.value).removeprefix("torch.")
-    if value == "float32" and asked.method != "full" and asked.settings.get("bf16") is not False:
+def _dtype(setting: Setting) -> Counterpart:
+    value = str(setting.value).removeprefix("torch.")
+    if value == "float32" and setting.method != "full" and setting.settings.get("bf16") is not False:
         note = "TRL holds float32 and computes in bfloat16; what trains is float32"
-        return Found(settings={"model.dtype": "bfloat16"}, note=note)
+        return Counterpart(settings={"model.dtype": "bfloat16"}, note=note)
     if value in ("bfloat16", "float16", "float32"):
-        return Found(settings={"model.dtype": value}, note="of the frozen weights; what trains is float32")
-    return Found(
-        settings={"model.dtype": "bfloat16"}, note="auto is the file's own number type, which most have in bfloat16"
-    )
+        return Counterpart(settings={"model.dtype": value}, note="of the frozen weights; what trains is float32")
+    note = "auto is the file's own number type, which most have in bfloat16"
+    return Counterpart(settings={"model.dtype": "bfloat16"}, note=note)
 
 
-def _arithmetic(asked: Asked) -> Found:
+def _arithmetic(setting: Setting) -> Counterpart:
     """With adapters the weights' own type counts, `dtype`; with all weights masters are float32."""
-    if asked.method != "full":
-        return Found(note="said by model.dtype: what is frozen keeps it, what trains is float32")
-    return COMMON[asked.key](asked)
+    if setting.method != "full":
+        return Counterpart(note="said by model.dtype: what is frozen keeps it, what trains is float32")
+    return COMMON[setting.key](setting)
 
 
-def _quantised(kind: str) -> Rule:
-    return lambda asked: Found(settings={"model.quantisation": kind}) if is_on(asked.value) else Found(note="off")
+def _labels(setting: Setting) -> Counterpart:
+    note = "labels are on the answers alone"
+    if is_on(setting.value):
+        return Counterpart(note=note)
+    return Counterpart(note=f"TRL labels the questions' tokens too; here {note}", is_lost=True)
 
 
-_OFF = {
-    "packing": "packing is for plain language models here (tasks/commonsense.py)",
-    "padding_free": "rows are padded to the longest; data.share_pictures saves more",
-    "eval_packing": "no packing",
-    "pad_to_multiple_of": "rows are padded to the longest",
-    "chat_template_path": "the base's own chat template; put the other one into its folder",
-    "lora_target_parameters": "experts that are one tensor: adapter.targets: [experts]",
-    "lora_task_type": "seen from the base",
-    "trust_remote_code": "models are transformers' own code",
-    "use_bnb_nested_quant": "nf4 has its scales quantised in any case",
-    "activation_offloading": "training.gradient_checkpointing; training.deepspeed: zero3_offload",
-    "eos_token": "the template's closing token",
-    "pad_token": "the tokenizer's own",
-    "dataset_kwargs": "rows are read by their own keys",
-    "ignore_bias_buffers": "no buffers are shared",
-    "gradient_checkpointing_kwargs": "checkpoints are not reentrant",
-    "router_aux_loss_coef": "the loss is cross-entropy",
-}
 TABLE: Mapping[str, Rule] = {
     **COMMON,
-    **{key: unless_empty(why) for key, why in _OFF.items()},
     "model_name_or_path": to("model.base"),
     "model_revision": to("model.revision"),
     "dtype": _dtype,
     "torch_dtype": _dtype,
     "bf16": _arithmetic,
     "fp16": _arithmetic,
-    "attn_implementation": one_of(
-        "model.attn_implementation",
-        {name: name for name in ("sdpa", "flash_attention_2", "eager")},
-        "sdpa, flash_attention_2 and eager are there",
-    ),
+    "attn_implementation": one_of("model.attn_implementation", ATTENTION, f"there are {', '.join(ATTENTION)}"),
     "use_peft": _method,
-    "use_dora": _adapters_alone(lambda asked: Found(settings={"adapter.method": asked.method})),
-    "lora_r": _adapters_alone(to("adapter.rank", whole)),
-    "lora_alpha": _adapters_alone(to("adapter.alpha", number)),
-    "lora_dropout": _adapters_alone(dropout),
-    "lora_target_modules": _adapters_alone(_targets),
-    "lora_modules_to_save": _adapters_alone(_saved),
-    "use_rslora": _adapters_alone(scaling),
-    "load_in_4bit": _quantised("nf4"),
-    "load_in_8bit": _quantised("int8"),
+    "use_dora": adapters_alone(which_method),
+    "lora_r": adapters_alone(to("adapter.rank", whole)),
+    "lora_alpha": adapters_alone(to("adapter.alpha", number)),
+    "lora_dropout": adapters_alone(dropout),
+    "lora_target_modules": adapters_alone(_targets),
+    "lora_modules_to_save": adapters_alone(modules_to_save),
+    "use_rslora": adapters_alone(scaling),
+    "load_in_4bit": where_on({"model.quantisation": "nf4"}),
+    "load_in_8bit": where_on({"model.quantisation": "int8"}),
     "bnb_4bit_quant_type": unless("nf4", "4 bits are nf4 here, or hqq"),
-    "bnb_4bit_quant_storage": lost("packed weights are kept as bitsandbytes does"),
+    "use_bnb_nested_quant": same("nf4 has its scales quantised in any case"),
     "dataset_name": _file,
     "dataset_config": same("see dataset_name"),
     "dataset_train_split": same("said by data.train"),
     "dataset_test_split": _held_out,
-    "dataset_streaming": lambda asked: (
-        Found(settings={"data.streaming": True, "data.group_by_modality_length": False})
-        if is_on(asked.value)
-        else Found(note="read whole")
-    ),
+    "dataset_streaming": streaming,
     "datasets": _files,
     "dataset_text_field": same("rows are read by their own keys"),
-    "dataset_num_proc": same("samples are made as they are needed, by data.workers processes"),
     "max_length": to("data.max_tokens", whole, note="pictures are never cut"),
     "max_seq_length": to("data.max_tokens", whole, note="pictures are never cut"),
     "truncation_mode": unless("keep_start", "the end is cut"),
-    "shuffle_dataset": same("samples come in a new order in every epoch"),
-    "packing_strategy": same("no packing"),
-    "assistant_only_loss": lambda asked: (
-        Found(note="labels are on the answers alone")
-        if is_on(asked.value)
-        else Found(note="TRL labels the questions' tokens too; here labels are on the answers alone", is_lost=True)
-    ),
+    "assistant_only_loss": _labels,
     "completion_only_loss": same("labels are on the answers alone"),
     "loss_type": one_of(
         "optim.loss_normalisation", {"nll": "step_tokens", "chunked_nll": "step_tokens"}, "cross-entropy alone"
@@ -198,9 +169,9 @@ TABLE: Mapping[str, Rule] = {
 }
 
 TRL = Tool(
-    name=NAME,
+    name="TRL",
     table=TABLE,
-    otherwise=otherwise(NAME),
+    otherwise=otherwise("TRL"),
     method=method,
     defaults={
         "use_peft": False,
@@ -218,11 +189,5 @@ TRL = Tool(
         "dataloader_num_workers": 0,
         "train_sampling_strategy": "random",
     },
-    always={
-        "(loss)": Found(settings={"optim.loss_normalisation": "step_tokens"}, note="one mean over the step's tokens"),
-        "(decay)": Found(
-            settings={"optim.weight_decay_on": "all_but_biases"}, note="magnitudes decay as all else does"
-        ),
-    },
-    needed={"model.base": "BASE", "data.train": "train.json", "training.output_dir": "runs/translated"},
+    always={"(loss)": STEP_TOKENS, "(decay)": DECAY},
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from dora_vl.translation.target_patterns import endings_of, expression_of, globs_of_endings, globs_of_expression
+from dora_vl.translation.target_patterns import globs_of_endings, globs_of_expression
 
 NAMES = [
     f"{place}.layers.{number}.{block}.{leaf}"
@@ -66,14 +66,12 @@ EXPRESSIONS = [
 def test_endings_hit_what_peft_hits(names: list[str]) -> None:
     globs = globs_of_endings(names)
     assert hit(globs) == peft_hits(names) != set()
-    assert endings_of(globs) == names
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_an_expression_hits_what_peft_hits(expression: str) -> None:
     globs = globs_of_expression(expression)
     assert hit(globs) == peft_hits(expression) != set()
-    assert {name for name in NAMES if re.fullmatch(expression_of(globs), name)} == hit(globs)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +96,3 @@ def test_any_expression_is_read_rightly_or_refused(expression: str) -> None:
             globs,
             name,
         )
-
-
-def test_patterns_that_say_more_than_endings() -> None:
-    assert endings_of(["*language_model*.q_proj"]) is None
-    assert endings_of(["q_proj"]) is None
-    assert endings_of(["*.[qk]_proj"]) is None
