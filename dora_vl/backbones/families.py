@@ -103,6 +103,10 @@ BYPASSED = (".altup.correction_coefs",)
 """Ends of names of linear layers whose weight the model uses without calling them (Gemma 3n while it trains): an
 adapter there would be passed over in silence."""
 
+CROSSING, SEES = "cross_attn", "full_text_row_masked_out_mask"
+"""In a layer through which words look at pictures (mllama): the module that does, and the input that says which of them
+see any."""
+
 ALIGNED = (
     "attention_mask",
     "token_type_ids",

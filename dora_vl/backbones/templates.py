@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from dora_vl.data.dataset import TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 
 Span = tuple[int, int]
@@ -60,6 +61,15 @@ def refuse_system(turns: Sequence[Turn], name: str) -> None:
     """Refuses a system turn. Raises: ValueError that names the format, which has no place for one."""
     if system_and_talk(turns)[0] is not None:
         raise ValueError(f"template {name} has no place for a system turn; choose another model.template")
+
+
+PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
+
+
+def framed(answers: Sequence[Turn], probe: str) -> list[TrainedAnswer]:
+    """Answers with what is trained before and behind each, by what is trained of `PROBE`'s."""
+    opening, _, closing = probe.partition(PROBE[1].text)
+    return [TrainedAnswer(opening, turn.text, closing) for turn in answers]
 
 
 def refuse_marks(turns: Sequence[Turn]) -> None:

@@ -26,7 +26,7 @@ from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import LlavaPrompts
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.run import check_test, media_of_run, pictures_of_test, read_test, run_test
-from dora_vl.pipelines.instruct_data import InstructPipeline
+from dora_vl.pipelines.instruct_data import InstructPipeline, MakeDataset
 from dora_vl.run.adapting import LLAVA, check_quantisation, make_base
 from dora_vl.run.assembly import (
     build_encoder,
@@ -62,12 +62,13 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
             samples.warn_of_overlap(check_test(self.config), self.config)
         samples.look_ahead(pictures=Path(self.config.data.image_folder))
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
+        image_preparation(self.config.model)  # refused before the weights
+
+    def _labelling(self, arguments: TrainingArguments) -> tuple[MakeDataset, LlavaEncoder]:
         model = self.config.model
-        encoder = encoder_of(
-            model, llava_config(model.base, revision=model.revision), max_tokens=self.config.data.max_tokens
-        )
-        samples.try_first(partial(_in_words, encoder=encoder))
-        image_preparation(model)  # refused before the weights
+        config = llava_config(model.base, revision=model.revision)
+        encoder = encoder_of(model, config, max_tokens=self.config.data.max_tokens)
+        return partial(_in_words, encoder=encoder), encoder
 
     def skeleton(self) -> Backbone[Any]:
         """The LLaVA without its weights."""

@@ -37,6 +37,24 @@ TALKS: dict[str, Talk] = {
         ),
         (RED, BLUE),
     ),
+    "a picture later": (
+        (
+            Turn("user", "Say the colour red."),
+            Turn("assistant", "red"),
+            Turn("user", f"<image>\n{ASKED}"),
+            Turn("assistant", SAID),
+        ),
+        (RED,),
+    ),
+    "a picture each": (
+        (
+            Turn("user", f"<image>\n{ASKED}"),
+            Turn("assistant", SAID),
+            Turn("user", "<image>\nIs it blue?"),
+            Turn("assistant", "Yes"),
+        ),
+        (RED, BLUE),
+    ),
 }
 
 
