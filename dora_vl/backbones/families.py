@@ -99,9 +99,9 @@ PROJECTORS = (
 )
 """Last part of the name of what stands between vision and language, as transformers' families call it."""
 
-BYPASSED = (".altup.correction_coefs",)
-"""Ends of names of linear layers whose weight the model uses without calling them (Gemma 3n while it trains): an
-adapter there would be passed over in silence."""
+BYPASSED = (".altup.correction_coefs", ".indexer.wq_b", ".indexer.wk", ".indexer.weights_proj")
+"""Ends of names of linear layers where an adapter would learn nothing in silence: the model uses their weight without
+calling them (Gemma 3n while it trains), or they choose which tokens are seen, which has no gradient (HY 4)."""
 
 CROSSING, SEES = "cross_attn", "full_text_row_masked_out_mask"
 """In a layer through which words look at pictures (mllama): the module that does, and the input that says which of them

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoMod
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.provenance import local_folder
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.base import Backbone, Features, labelled_positions, new_tokens, output_layer_sees
+from dora_vl.backbones.base import Attention, Backbone, Features, labelled_positions, new_tokens, output_layer_sees
 from dora_vl.backbones.families import (
     BYPASSED,
     CROSSING,
@@ -202,7 +202,7 @@ def load_image_text(
     folder_or_id: str,
     *,
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: Attention = None,
     revision: str | None = None,
     quantisation: Quantisation | None = None,
 ) -> ImageTextBackbone:

@@ -40,6 +40,7 @@ from dora_vl.model_files import NO_OWN_CODE, opening
 DUMMY_SIDE = 64
 LARGE_SIDE = 1024
 """Of a picture that every family of dynamic resolution makes more of than of the dummy."""
+TOKEN_KINDS = "mm_token_type_ids"
 GREY = (127, 96, 63)
 """Of the dummy picture; a black one would be taken for padding by families that drop pictures of zeros."""
 
@@ -254,6 +255,8 @@ class ImageTextEncoder:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         if self._chat.bos_token is not None and chat.text.startswith(self._chat.bos_token):
             options["add_special_tokens"] = False  # as transformers' own apply_chat_template
+        if TOKEN_KINDS in self.processor.model_input_names:
+            options[f"return_{TOKEN_KINDS}"] = True  # Cosmos 3 Edge's model needs them, and its processor waits for this
         options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})
         if chat.suffix is not None:
             options["suffix"] = [chat.suffix]

@@ -89,6 +89,11 @@ class TextProcessor:
         self.tokenizer = tokenizer
 
     @property
+    def model_input_names(self) -> list[str]:
+        """The tokenizer's own."""
+        return self.tokenizer.model_input_names
+
+    @property
     def chat_template(self) -> str | None:
         """The tokenizer's own."""
         found: Any = self.tokenizer.chat_template

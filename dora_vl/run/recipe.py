@@ -35,8 +35,9 @@ class LoadedModelConfig:
     quantisation: Quantisation | None = None
     """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
     QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
-    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] | None = None
+    """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package; null: transformers' choice for each
+    part of the model, sdpa where it can be. The adapter's recipe.json says which, and the model is opened so again."""
 
     @property
     def may_be_quantised(self) -> bool:
