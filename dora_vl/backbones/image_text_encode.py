@@ -256,7 +256,9 @@ class ImageTextEncoder:
         if self._chat.bos_token is not None and chat.text.startswith(self._chat.bos_token):
             options["add_special_tokens"] = False  # as transformers' own apply_chat_template
         if TOKEN_KINDS in self.processor.model_input_names:
-            options[f"return_{TOKEN_KINDS}"] = True  # Cosmos 3 Edge's model needs them, and its processor waits for this
+            options[f"return_{TOKEN_KINDS}"] = (
+                True  # Cosmos 3 Edge's model needs them, and its processor waits for this
+            )
         options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})
         if chat.suffix is not None:
             options["suffix"] = [chat.suffix]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +28,10 @@ from dora_vl.backbones.template_table import TEMPLATES
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.result_files import file_sha256
+from dora_vl.model_files import HUB_ID
 from dora_vl.run.adapting import CAUSAL_LM, IMAGE_TEXT, LLAVA, VLBART
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 ENTRIES: Mapping[str, tuple[str, ...]] = {
     LLAVA: ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens"),
     IMAGE_TEXT: ("base", "revision", "base_sha256", "dtype", "max_tokens"),
@@ -148,7 +147,9 @@ def _attention(stated: object, adapter: Path) -> Attention:
     """
     kernels = [*stated.values()] if isinstance(stated, dict) else [stated]
     if stated is not None and not all(kernel in KERNELS for kernel in kernels):
-        raise UserError(f"{adapter / RECIPE_FILE}: attn_implementation is {shown(stated)}; there are {', '.join(KERNELS)}")
+        raise UserError(
+            f"{adapter / RECIPE_FILE}: attn_implementation is {shown(stated)}; there are {', '.join(KERNELS)}"
+        )
     if FLASH in kernels and not torch.cuda.is_available():
         return None
     return cast(Attention, stated)

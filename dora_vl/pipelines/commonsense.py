@@ -25,7 +25,7 @@ from dora_vl.evaluation.commonsense_run import evaluate_commonsense, no_media, r
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import InstructionPrompts
 from dora_vl.evaluation.questions import Question
-from dora_vl.model_files import check_model_folder
+from dora_vl.model_files import check_model_folder, check_place
 from dora_vl.pipelines.instruct_data import InstructPipeline, MakeDataset
 from dora_vl.run.adapting import CAUSAL_LM, check_quantisation, core_config, load_base, make_base
 from dora_vl.run.assembly import base_record, pad_token_id
@@ -53,6 +53,7 @@ class CommonsensePipeline(InstructPipeline[CommonsenseRunConfig]):
         samples.look_ahead()
         model = self.config.model
         make_base(write_causal_lm, model.source, model.base, arguments)
+        check_place(model.base)
 
     def _labelling(self, arguments: TrainingArguments) -> tuple[MakeDataset, InstructionEncoder]:
         encoder = build_encoder(self.config)

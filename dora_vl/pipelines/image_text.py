@@ -194,7 +194,7 @@ def check_settings(config: RunConfig) -> None:
         "data.share_pictures": (config.data.share_pictures, "each sample brings its own pictures"),
         "model.image_aspect": (config.model.image_aspect != "pad", "the model's own processor prepares pictures"),
         "model.template": (
-            config.model.template not in ("vicuna_v1", "tokenizer", *FORMATS),
+            config.model.template not in (None, "tokenizer", *FORMATS),
             f"prompts come from the processor's own chat template, or are {' or '.join(FORMATS)}",
         ),
     }

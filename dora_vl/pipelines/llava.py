@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone
+from dora_vl.backbones.chat_template import get_template
 from dora_vl.backbones.compose import compose_llava
 from dora_vl.backbones.encode import LlavaEncoder
+from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import LlavaBackbone, llava_config, llava_skeleton
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
@@ -132,7 +134,9 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
 
     def recipe(self) -> dict[str, Any]:
         """Base, template and picture settings."""
-        return {**recipe_record(self.config, self.name), "backbone": LLAVA}
+        model = self.config.model
+        template = get_template(model.template, load_tokenizer(model.base, revision=model.revision)).name
+        return {**recipe_record(self.config, self.name), "backbone": LLAVA, "template": template}
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Answers `evaluation.file` with the saved adapter.

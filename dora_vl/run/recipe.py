@@ -54,9 +54,10 @@ class ModelConfig(LoadedModelConfig):
     LLaVA is written to."""
     compose: ComposeSpec | None = None
     """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
-    template: TemplateName | FormatName = "vicuna_v1"
+    template: TemplateName | FormatName | None = None
     """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
-    own. Other models have their processor's chat template, or where it has none `question_answer` or `paligemma`."""
+    own; null: the first of vicuna_v1, chatml and tokenizer whose special tokens its tokenizer has. Other models have
+    their processor's chat template, or where it has none `question_answer` or `paligemma`."""
     image_aspect: Literal["pad", "square"] = "pad"
     """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
 
