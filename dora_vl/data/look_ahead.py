@@ -93,7 +93,7 @@ def check_labels(samples: Iterable[Labelled]) -> None:
             continue
         meant = "".join("".join(answer) for answer in sample.answers)
         alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(trained, meant, strict=False)))
-        start = max(0, alike - BEFORE)
+        start = max(0, alike - BEFORE) if max(len(trained), len(meant)) > SHOWN else 0
         raise UserError(
             f"sample {shown_text(sample.id)}: its labels would train {shown_text(trained[start:], SHOWN)!r}, and its "
             f"answers with what closes them are {shown_text(meant[start:], SHOWN)!r}; the base's tokenizer or chat "
