@@ -107,7 +107,7 @@ class TestChatTemplate:
             "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
             + str(own.chat_template)
         )
-        with pytest.raises(BadSample, match="refuses these turns: no system here"):
+        with pytest.raises(BadSample, match="refuses it: no system here"):
             make_encoder(own, "tokenizer").encode(Conversation("a", (), turns))
         self.write_content(own, "{{ m.content if m.role != 'system' else '' }}")
         own.chat_template = str(own.chat_template).partition("{% endif %}")[2]
