@@ -29,7 +29,7 @@ from tests.tasks.test_commonsense import settings
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
 
-CPU = {"use_cpu": True, "max_steps": 1}
+CPU: dict[str, object] = {"use_cpu": True, "max_steps": 1}
 
 
 def instruct(
@@ -39,7 +39,7 @@ def instruct(
     data = write_tiny_data(folder / "data", samples=24, text_only_blocks=4)
     rows = [row for row in json.loads(data.read_text()) if not (text_only and "image" in row)]
     data.write_text(json.dumps(rows))
-    more = {"streaming": streaming, "group_by_modality_length": not streaming}
+    more: dict[str, object] = {"streaming": streaming, "group_by_modality_length": not streaming}
     path = write_run(folder / "run.yaml", folder / "base", data, data=more, training=CPU)
     return instruct_pipeline(read_run_file(path))
 
