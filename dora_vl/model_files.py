@@ -5,6 +5,7 @@ files that transformers cannot read.
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from dora_vl.runtime_errors import is_communication, is_out_of_memory
 PREFERRED = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 """The one weights file of a folder; with `.index.json` behind the name, what lists the shards."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 NO_OWN_CODE = {"trust_remote_code": False}
 """For every `from_pretrained` of transformers' Auto classes: it then asks nobody whether to run a model's code."""
 BRINGS_CODE = "it brings code of its own (auto_map), which is never run here; take a model that transformers itself has"
@@ -67,12 +69,28 @@ def why_not_read(error: Exception, most: int = 300) -> str:
     return one_line(str(error) if speaks else f"{type(error).__name__}: {error}", most)
 
 
+def check_place(folder_or_id: str | Path) -> None:
+    """Refuses what is no folder here and cannot be a hub id.
+
+    Raises:
+        UserError: it names the working directory.
+    """
+    name = str(folder_or_id)
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name)):
+        raise UserError(
+            f"model.base {name!r}: no such folder in {Path.cwd()}; name a model's folder from there, or a hub id "
+            "(OWNER/NAME)"
+        )
+
+
 def check_model_folder(folder_or_id: str | Path) -> None:
-    """Refuses a folder one of whose weights files was cut; a hub id is left to its own cache.
+    """Refuses what is no folder and no hub id, or a folder one of whose weights files was cut; a hub id is left to its
+    own cache.
 
     Raises:
         UserError: it names the file and the sizes.
     """
+    check_place(folder_or_id)
     if Path(folder_or_id).is_dir():
         for path in weight_files(Path(folder_or_id)):
             check_whole(path)

@@ -18,6 +18,9 @@ from dora_vl.data.dataset import IGNORED_LABEL
 from dora_vl.errors import UserError
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+Attention = str | Mapping[str, str] | None
+"""Attention kernels as transformers takes them: one, or one for each part by its config's name and for the rest as "";
+None: its own choice for each class."""
 
 
 class Backbone(nn.Module, Generic[Model]):
@@ -39,6 +42,15 @@ class Features(NamedTuple):
     logits: Float[Tensor, "labelled vocab"]
     targets: Int[Tensor, " labelled"]
     rows: Int[Tensor, " labelled"]
+
+
+def attention_of(model: PreTrainedModel) -> Attention:
+    """The kernels that a model was opened with."""
+    parts = {type(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    kinds = {name: type(getattr(model.config, name)) for name in model.config.sub_configs}
+    kernels = {name: parts[kind]._attn_implementation for name, kind in kinds.items() if kind in parts}
+    kernels[""] = model.config._attn_implementation
+    return kernels if len({*kernels.values()}) > 1 else kernels[""]
 
 
 def max_positions(config: Any) -> int | None:

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import (
+    Attention,
     Backbone,
     Features,
     labelled_positions,
@@ -129,7 +130,7 @@ def load_causal_lm(
     folder_or_id: str,
     *,
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: Attention = None,
     revision: str | None = None,
     quantisation: Quantisation | None = None,
     generation: Mapping[str, Any] | None = None,

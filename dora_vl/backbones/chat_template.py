@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.template_table import TEMPLATES
 from dora_vl.backbones.templates import (
     BREAK,
+    PROBE,
     Rendered,
     Span,
     Template,
+    check_ends,
     check_order,
+    rendered_by,
     system_and_talk,
 )
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 
-PROBE = (("user", "Which colour is it?"), ("assistant", "It is purple."))
+USUAL = ("vicuna_v1", "chatml")
 
 
 class ChatTemplate:
@@ -46,16 +49,17 @@ class ChatTemplate:
         tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         tokens.discard(IMAGE_PLACEHOLDER)
         self._special = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+        check_ends(self._wants_parts, tokenizer.name_or_path)
         self._as_parts = self._wants_parts()
 
     def _wants_parts(self) -> bool:
         """Whether a message is a list of parts to this template. Raises: UserError where it takes neither form."""
-        said = [{"role": role, "content": text} for role, text in PROBE]
+        said = [{"role": turn.role, "content": turn.text} for turn in PROBE]
         for as_parts in (False, True):
             self._as_parts = as_parts
             try:
                 text = self._apply(said, generation_prompt=False)
-            except (TemplateError, TypeError):  # it takes no string, or no list
+            except ValueError:  # it takes no string, or no list
                 continue
             if all(one["content"] in text for one in said):
                 return as_parts
@@ -69,10 +73,7 @@ class ChatTemplate:
         system, talk = system_and_talk(turns)
         check_order(talk, generation_prompt=generation_prompt)
         messages = [{"role": turn.role, "content": self._broken(turn.text)} for turn in turns]
-        try:
-            whole = self._apply(messages, generation_prompt=generation_prompt)
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses these turns: {error}") from None
+        whole = self._apply(messages, generation_prompt=generation_prompt)
         if lost := [number for number, one in enumerate(messages) if one["content"].strip() not in whole]:
             raise ValueError(f"the chat template leaves out or changes the text of turn {lost[0]}")
         spans = [
@@ -108,17 +109,26 @@ class ChatTemplate:
         said: list[dict[str, Any]] = [*messages]
         if self._as_parts:
             said = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
-        text = self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=generation_prompt)
-        if not isinstance(text, str):
-            raise TypeError(f"the chat template gave {type(text).__name__}, not text")
-        return text
+        return rendered_by(
+            partial(self._tokenizer.apply_chat_template, said, tokenize=False, add_generation_prompt=generation_prompt)
+        )
 
 
-def get_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """A template by its name; `tokenizer` is the language model's own.
+def get_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """A template by its name; `tokenizer` is the language model's own, and None the first of `USUAL` that it has the
+    tokens of, else its own.
 
     Raises: UserError if there is none of that name.
     """
+    if name is None:
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        probes = {usual: TEMPLATES[usual].render(PROBE) for usual in USUAL}
+        fitting = (
+            usual
+            for usual, probe in probes.items()
+            if special.issuperset(probe.text[a:b] for a, b in probe.control_spans)
+        )
+        name = next(fitting, "tokenizer")
     if name == "tokenizer":
         return ChatTemplate(tokenizer)
     if name not in TEMPLATES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -13,8 +13,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.growing_text import decoded
-from dora_vl.backbones.templates import Rendered, Span, Template, refuse_marks
-from dora_vl.data.dataset import IGNORED_LABEL, Encoded
+from dora_vl.backbones.templates import PROBE, Rendered, Span, Template, framed, refuse_marks
+from dora_vl.data.dataset import IGNORED_LABEL, Encoded, TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample, UserError
 
@@ -155,6 +155,15 @@ class LlavaEncoder:
             raise BadSample(sample, f"no answer is left to train on after {cut} of {len(tokens.ids)} tokens were cut")
         labels = [token if train else IGNORED_LABEL for token, train in zip(ids, trained, strict=True)]
         return Encoded(torch.tensor(ids), torch.tensor(labels), cut)
+
+    def answers(self, conversation: Conversation) -> list[TrainedAnswer]:
+        """What the labels of a conversation must say."""
+        probe = self.template.render(PROBE)
+        said = [turn for turn in conversation.turns if turn.role == "assistant"]
+        return framed(
+            [replace(turn, text=turn.text.replace(IMAGE_PLACEHOLDER, "")) for turn in said],
+            probe.text[slice(*probe.answer_spans[0])],
+        )
 
     def encode_prompt(self, turns: Sequence[Turn]) -> Int[Tensor, " seq"]:
         """Ids of turns that end with a question, up to where the answer begins; never cut."""

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from dora_vl.errors import UserError
-from dora_vl.model_files import BRINGS_CODE, opening
+from dora_vl.model_files import BRINGS_CODE, check_place, opening
 
 LLAVA = "llava"
 """Has its own path: LLaVA-1.5's wording, its padding of pictures, its masks, stored features."""
@@ -99,9 +99,13 @@ PROJECTORS = (
 )
 """Last part of the name of what stands between vision and language, as transformers' families call it."""
 
-BYPASSED = (".altup.correction_coefs",)
-"""Ends of names of linear layers whose weight the model uses without calling them (Gemma 3n while it trains): an
-adapter there would be passed over in silence."""
+BYPASSED = (".altup.correction_coefs", ".indexer.wq_b", ".indexer.wk", ".indexer.weights_proj")
+"""Ends of names of linear layers where an adapter would learn nothing in silence: the model uses their weight without
+calling them (Gemma 3n while it trains), or they choose which tokens are seen, which has no gradient (HY 4)."""
+
+CROSSING, SEES = "cross_attn", "full_text_row_masked_out_mask"
+"""In a layer through which words look at pictures (mllama): the module that does, and the input that says which of them
+see any."""
 
 ALIGNED = (
     "attention_mask",
@@ -118,11 +122,13 @@ def model_type_of(base: str, revision: str | None = None) -> str:
 
     Raises: UserError if there is no config, or it states no type.
     """
-    is_folder = Path(base).is_dir()
-    if not is_folder and base.startswith((".", "/", "~")):  # no hub id looks so
-        raise UserError(f"model.base {base!r}: no such folder; name a model's folder, or a hub id (OWNER/NAME)")
-    how = "cannot be opened" if is_folder else "is no folder here, and cannot be fetched as a hub id"
-    with opening(f"model.base {base!r} {how}"):
+    check_place(base)
+    here = (
+        "cannot be opened"
+        if Path(base).is_dir()
+        else f"is no folder in {Path.cwd()}, and cannot be fetched as a hub id"
+    )
+    with opening(f"model.base {base!r} {here}"):
         found: Any = PreTrainedConfig.get_config_dict(base, revision=revision or "main")[0]
         stated = found.get("model_type")
     if not isinstance(stated, str) or not stated:

@@ -17,8 +17,16 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoMod
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.provenance import local_folder
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.base import Backbone, Features, labelled_positions, new_tokens, output_layer_sees
-from dora_vl.backbones.families import BYPASSED, PROJECTORS, TURNED_UNDER_ZERO3, model_type_of, sees_pictures
+from dora_vl.backbones.base import Attention, Backbone, Features, labelled_positions, new_tokens, output_layer_sees
+from dora_vl.backbones.families import (
+    BYPASSED,
+    CROSSING,
+    PROJECTORS,
+    SEES,
+    TURNED_UNDER_ZERO3,
+    model_type_of,
+    sees_pictures,
+)
 from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.core import DoRAConfig
 from dora_vl.core.kinds import adaptable
@@ -38,6 +46,9 @@ class ImageTextBackbone(Backbone[PreTrainedModel]):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        for module in model.modules():
+            if hasattr(module, CROSSING):
+                module.register_forward_hook(_words_pass_by, with_kwargs=True)
         self.train(model.training)
 
     @property
@@ -102,6 +113,16 @@ class ImageTextBackbone(Backbone[PreTrainedModel]):
             name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in inputs.items()
         }
+
+
+def _words_pass_by(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Any], output: Tensor) -> Tensor:
+    """A layer's output, and its input for the rows that see no picture, as if they did not go through it.
+
+    Transformers leaves such layers out where no row of a batch has a picture. Where one has, it lets the others attend
+    to all pictures alike.
+    """
+    sees = named.get(SEES)
+    return output if sees is None else torch.where(sees.flatten(1).any(1)[:, None, None], output, inputs[0])
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -181,7 +202,7 @@ def load_image_text(
     folder_or_id: str,
     *,
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: Attention = None,
     revision: str | None = None,
     quantisation: Quantisation | None = None,
 ) -> ImageTextBackbone:
@@ -238,8 +259,15 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
             )
 
 
+def config_of(folder_or_id: str, revision: str | None = None) -> Any:
+    """The config of a folder or hub id."""
+    with opening(f"model.base {folder_or_id!r} cannot be opened as its config.json says"):
+        return AutoConfig.from_pretrained(folder_or_id, revision=revision or "main", **NO_OWN_CODE)
+
+
 def skeleton_of(folder_or_id: str, *, revision: str | None = None) -> PreTrainedModel:
     """The model of a folder or hub id with nothing in its weights: on the meta device, made from its config alone."""
     auto: Any = AutoModelForImageTextToText if sees_pictures(folder_or_id, revision) else AutoModelForCausalLM
+    config = config_of(folder_or_id, revision)
     with opening(f"model.base {folder_or_id!r} cannot be opened as its config.json says"), torch.device("meta"):
-        return auto.from_config(AutoConfig.from_pretrained(folder_or_id, revision=revision or "main", **NO_OWN_CODE))
+        return auto.from_config(config)

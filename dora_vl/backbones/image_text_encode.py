@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from dora_vl.backbones.growing_text import decoded
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.processor_chat import Chat
 from dora_vl.backbones.prompt_formats import PROCESSOR_OPTIONS, prompts_of
-from dora_vl.backbones.templates import Span, refuse_marks
-from dora_vl.backbones.text_processor import Characters, TextProcessor, from_chat, from_prefixes, from_token_types
+from dora_vl.backbones.templates import PROBE, framed, refuse_marks
+from dora_vl.backbones.text_processor import TextProcessor, TokenRoles, from_offsets, from_prefixes, from_token_types
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,
     Video,
@@ -33,7 +32,7 @@ from dora_vl.backbones.video_inputs import (
     repeated,
     video_arguments,
 )
-from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample
+from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample, TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.model_files import NO_OWN_CODE, opening
@@ -41,20 +40,19 @@ from dora_vl.model_files import NO_OWN_CODE, opening
 DUMMY_SIDE = 64
 LARGE_SIDE = 1024
 """Of a picture that every family of dynamic resolution makes more of than of the dummy."""
+TOKEN_KINDS = "mm_token_type_ids"
 GREY = (127, 96, 63)
 """Of the dummy picture; a black one would be taken for padding by families that drop pictures of zeros."""
 
 
 @dataclass(frozen=True)
 class _Processed:
-    """One sample as the processor gives it, and where each token's characters stand in the text with pictures."""
+    """One sample as the processor gives it, and what its tokens are."""
 
     ids: Int[Tensor, " seq"]
     inputs: dict[str, Any]
     """Everything but the ids, by the processor's own names."""
-    offsets: list[Span]
-    media: list[tuple[Span, Span]]
-    """Characters of each picture and video in the template's text and in the text that was tokenised."""
+    roles: TokenRoles
 
 
 def load_processor(base: str, revision: str | None = None) -> Any:
@@ -153,10 +151,8 @@ class ImageTextEncoder:
 
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
         """
-        chat, found = self._processed(conversation.turns, pictures, videos, conversation.id, generation_prompt=False)
-        spans = [_moved(span, found.media) for span in chat.answer_spans]
-        trained = [any(first < end and start < last for start, end in spans) for first, last in found.offsets]
-        end = self._end_of_media(found)
+        found = self._processed(conversation.turns, pictures, videos, conversation.id, generation_prompt=False)
+        trained, end = found.roles
         if end > self.max_tokens:
             what = f"{len(pictures)} pictures" + (f" and {len(videos)} videos" if videos else "")
             fewer = "take fewer frames (data.video_frames)" if videos else "have the processor make fewer of a picture"
@@ -176,11 +172,22 @@ class ImageTextEncoder:
         inputs = {name: value[:, :kept] if name in ALIGNED else value for name, value in found.inputs.items()}
         return Encoded(ids, labels, len(found.ids) - kept, inputs)
 
+    def answers(self, conversation: Conversation) -> list[TrainedAnswer]:
+        """What the labels of a conversation must say."""
+        said = [turn for turn in conversation.turns if turn.role == "assistant"]
+        asked = (
+            PROBE if self.sees_pictures else [replace(turn, text=turn.text.removeprefix("<image>\n")) for turn in PROBE]
+        )
+        probe = self._chat.render(asked)
+        if probe.suffix is not None:  # which the processor closes by itself
+            return framed(said, probe.suffix + self.tokenizer.eos_token)
+        return framed(said, probe.text[slice(*probe.answer_spans[0])])
+
     def encode_prompt(
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image], videos: Sequence[Video] = ()
     ) -> dict[str, Any]:
         """The processor's inputs of turns that end with a question, up to where the answer begins; never cut."""
-        _, found = self._processed(turns, pictures, videos, "prompt", generation_prompt=True)
+        found = self._processed(turns, pictures, videos, "prompt", generation_prompt=True)
         return {"input_ids": found.ids[None], **found.inputs}
 
     def dummy(self, side: int = DUMMY_SIDE) -> Sample:
@@ -201,7 +208,7 @@ class ImageTextEncoder:
 
     def _dummy(self, placeholder: str, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> Sample:
         turns = (Turn("user", f"{placeholder}\n."),)
-        _, found = self._processed(turns, pictures, videos, "dummy", generation_prompt=True)
+        found = self._processed(turns, pictures, videos, "dummy", generation_prompt=True)
         unlabelled = torch.full_like(found.ids, IGNORED_LABEL)
         return Sample(index=-1, id="dummy", input_ids=found.ids, labels=unlabelled, inputs=found.inputs)
 
@@ -221,9 +228,12 @@ class ImageTextEncoder:
         sample: str,
         *,
         generation_prompt: bool,
-    ) -> tuple[Chat, _Processed]:
+    ) -> _Processed:
+        places = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
         try:
             refuse_marks(turns)
+            if any(place in turn.text for turn in turns if turn.role == "assistant" for place in places):
+                raise ValueError("an answer holds a picture's or a video's place, and this model answers in words")
             if videos and self.why_no_videos:
                 turns, pictures = as_pictures(turns, pictures, videos)
                 videos = ()
@@ -233,7 +243,7 @@ class ImageTextEncoder:
         if any(len(video.pictures) < longest for video in videos) and self._lengths_must_agree:
             videos = [repeated(video, longest) for video in videos]
         chat = self._render(marked(turns) if videos else turns, sample, generation_prompt=generation_prompt)
-        return chat, self._process(chat, pictures, videos, sample)
+        return self._process(chat, pictures, videos, sample)
 
     def _render(self, turns: Sequence[Turn], sample: str, *, generation_prompt: bool) -> Chat:
         try:
@@ -245,6 +255,10 @@ class ImageTextEncoder:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
         if self._chat.bos_token is not None and chat.text.startswith(self._chat.bos_token):
             options["add_special_tokens"] = False  # as transformers' own apply_chat_template
+        if TOKEN_KINDS in self.processor.model_input_names:
+            options[f"return_{TOKEN_KINDS}"] = (
+                True  # Cosmos 3 Edge's model needs them, and its processor waits for this
+            )
         options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})
         if chat.suffix is not None:
             options["suffix"] = [chat.suffix]
@@ -265,45 +279,30 @@ class ImageTextEncoder:
         for name in found.keys() & ALIGNED:
             found[name] = torch.as_tensor(found[name])  # Ernie's processor leaves one an array
         if chat.by_token_types:
-            spans, moves = from_token_types(chat, found["token_type_ids"][0].tolist())
+            roles = from_token_types(found["token_type_ids"][0].tolist())
         elif offsets is None or ((pictures or videos) and not places):
-            spans, moves = self._by_prefixes(chat, ids[0].tolist(), pictures, videos, sample)
+            roles = self._by_prefixes(chat, ids[0].tolist(), pictures, videos, sample)
         else:
             told = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
             moved = [(tuple(one["span"]), tuple(one["new_span"])) for one in places]
-            spans, moves = from_chat(chat, told, moved, begin=self._chat.bos_token or "")
-        return _Processed(ids[0], found, spans, moves)
+            roles = from_offsets(chat, told, moved, begin=self._chat.bos_token or "")
+        return _Processed(ids[0], found, roles)
 
     def _by_prefixes(
         self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str
-    ) -> Characters:
+    ) -> TokenRoles:
         if videos:
             raise BadSample(sample, f"{type(self.processor).__name__} does not say where its videos stand")
         token = self.processor.image_token
         if not chat.answer_spans:  # a prompt, or one of the beginnings
-            return Characters([(0, 0)] * len(ids), [])
+            return TokenRoles([False] * len(ids), 0)
 
         def ids_of(text: str) -> list[int]:
             return self._process(Chat(text, ()), pictures[: text.count(token)], (), sample).ids.tolist()
 
         return from_prefixes(chat, ids, ids_of, picture=token)
 
-    def _end_of_media(self, found: _Processed) -> int:
-        """The first place after the tokens of every picture and video."""
-        if not found.media:
-            return 0
-        last = found.media[-1][1][1]
-        return max(place for place, (start, end) in enumerate(found.offsets, 1) if start < last and end > start)
-
 
 def _numbers(sample: Sample) -> int:
     """How many there are in a sample's inputs beside those that have one for each token."""
     return sum(one.numel() for name, one in sample.inputs.items() if name not in ALIGNED and isinstance(one, Tensor))
-
-
-def _moved(span: Span, media: Sequence[tuple[Span, Span]]) -> Span:
-    """Characters of the template's text, in the text in which pictures and videos stand as their tokens."""
-    ends = [old[1] for old, _ in media]
-    gained = [0, *(new[1] - old[1] for old, new in media)]
-    first, last = (place + gained[bisect_right(ends, place)] for place in span)
-    return first, last

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from dora_vl.backbones.encode import ControlTokenizer
 from dora_vl.backbones.growing_text import decoded
 from dora_vl.backbones.specs import PromptName, TrainOn
-from dora_vl.data.dataset import IGNORED_LABEL, Encoded
+from dora_vl.data.dataset import IGNORED_LABEL, Encoded, TrainedAnswer
 from dora_vl.data.turns import Conversation, Turn
 from dora_vl.errors import BadSample, UserError, shown_text
 
@@ -125,6 +125,14 @@ class InstructionEncoder:
             )
         labels = [IGNORED_LABEL] * first_label + ids[first_label:]
         return Encoded(torch.tensor(ids), torch.tensor(labels), cut)
+
+    def answers(self, conversation: Conversation) -> list[TrainedAnswer]:
+        """What the labels of a conversation must say; the prompt too where it is trained."""
+        opening = ""
+        if self.train_on == "all":
+            start = self.tokenizer.decode(self._text.start_ids)
+            opening = start + self._before_output(conversation.turns[:-1], conversation.id, test=False)
+        return [TrainedAnswer(opening, conversation.turns[-1].text, str(self.tokenizer.eos_token))]
 
     def encode_prompt(self, turns: Sequence[Turn]) -> Int[Tensor, " seq"]:
         """Ids of the test prompt of one instruction. Never cut.

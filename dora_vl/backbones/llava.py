@@ -18,7 +18,7 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.base import Backbone, Features, labelled_positions, layout_attention, pad_token_id
+from dora_vl.backbones.base import Attention, Backbone, Features, labelled_positions, layout_attention, pad_token_id
 from dora_vl.backbones.families import LLAVA
 from dora_vl.backbones.quantised import quantised_loading
 from dora_vl.backbones.score_watch import ScoreWatch
@@ -282,7 +282,7 @@ def load_llava(
     folder_or_id: str,
     *,
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: Attention = None,
     revision: str | None = None,
     quantisation: Quantisation | None = None,
     picture_source: PictureSource = "pixel_values",

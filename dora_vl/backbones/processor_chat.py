@@ -6,11 +6,10 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from jinja2 import TemplateError
-
-from dora_vl.backbones.templates import VIDEO_MARK, Span, check_order, system_and_talk
+from dora_vl.backbones.templates import VIDEO_MARK, Span, check_ends, check_order, rendered_by, system_and_talk
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Role, Turn
 from dora_vl.errors import UserError
 
@@ -86,6 +85,10 @@ class ProcessorChat:
         self.bos_token: str | None = processor.tokenizer.bos_token
         self._special = special_tokens(processor)
         self._closing = ""
+        check_ends(partial(self._try, pictures=pictures), name)
+        self._try(pictures=pictures)
+
+    def _try(self, *, pictures: bool) -> None:
         self._in_parts = self._wanted_parts()
         self._in_parts = self._with_system()
         self._try_answers()
@@ -101,10 +104,7 @@ class ProcessorChat:
         check_order(talk, generation_prompt=generation_prompt)
         refuse_special(turns, self._special)
         messages = [self._message(turn) for turn in turns]
-        try:
-            whole = self._apply(messages, generation_prompt=generation_prompt)
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
+        whole = self._apply(messages, generation_prompt=generation_prompt)
         self._check_nothing_lost(turns, whole)
         text, spans, place = "", [], 0
         first = 2 if system is None else 3
@@ -177,7 +177,7 @@ class ProcessorChat:
         """What the template loses of these turns in the present form, or why it refuses them; None: nothing."""
         try:
             self._check_nothing_lost(turns, self._apply([*map(self._message, turns)], generation_prompt=False))
-        except (TemplateError, TypeError, ValueError) as error:
+        except ValueError as error:
             return str(error)
         return None
 
@@ -217,7 +217,7 @@ class ProcessorChat:
             log.info("the chat template of %s closes no answer; %r is put behind each", self._name, self._closing)
         try:
             self.render(PROBE[:2])
-        except (ValueError, TemplateError) as error:
+        except ValueError as error:
             raise UserError(
                 f"{self._name}: {error}, so its answers cannot be trained on; change chat_template"
             ) from error
@@ -227,24 +227,27 @@ class ProcessorChat:
             )
         try:
             self.render(PROBE)
-        except (ValueError, TemplateError) as error:
+        except ValueError as error:
             log.warning("%s: conversations of several questions are skipped: %s", self._name, error)
 
     def _try_picture(self) -> None:
         try:
             with_picture, without = self.render(PICTURE_PROBE).text, self.render(PROBE[:2]).text
-        except (ValueError, TypeError, TemplateError) as error:
+        except ValueError as error:
             raise UserError(f"the chat template of {self._name} takes no pictures: {error}") from error
         if with_picture == without:
             raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
 
     def _apply(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
-        text = self._processor.apply_chat_template(
-            messages, chat_template=self._template, tokenize=False, add_generation_prompt=generation_prompt
+        return rendered_by(
+            partial(
+                self._processor.apply_chat_template,
+                messages,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
         )
-        if not isinstance(text, str):
-            raise TypeError(f"the chat template gave {type(text).__name__}, not text")
-        return text
 
 
 def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:

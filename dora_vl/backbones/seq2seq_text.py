@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.seq2seq_prompt import Prompt
+from dora_vl.data.dataset import TrainedAnswer
 from dora_vl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,10 @@ class Seq2SeqEncoder:
     def labels(self, text: str, *, max_tokens: int) -> Int[Tensor, " answer"]:
         """Ids with their ends; a longer text loses its end, never the end token."""
         return self._closed(self._ids(text), self._longest(max_tokens))[0]
+
+    def answer(self, text: str) -> TrainedAnswer:
+        """What the labels of a text must say."""
+        return TrainedAnswer(str(self.tokenizer.bos_token), text, str(self.tokenizer.eos_token))
 
     def decode(self, ids: Int[Tensor, " answer"]) -> str:
         """The text of generated ids, without special tokens."""

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
-from collections.abc import Sequence
+import resource
+import signal
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from dora_vl.data.dataset import TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+from dora_vl.errors import UserError
 
 Span = tuple[int, int]
 
@@ -60,6 +68,70 @@ def refuse_system(turns: Sequence[Turn], name: str) -> None:
     """Refuses a system turn. Raises: ValueError that names the format, which has no place for one."""
     if system_and_talk(turns)[0] is not None:
         raise ValueError(f"template {name} has no place for a system turn; choose another model.template")
+
+
+PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
+
+
+SECONDS, MEMORY = 2, 1 << 30
+"""Of a processor and in bytes, that trying a chat template takes at most; it takes a fiftieth of the first."""
+
+
+def rendered_by(render: Callable[[], object]) -> str:
+    """The text that a model's chat template makes. Raises: ValueError for whatever is wrong with it."""
+    try:
+        text = render()
+    except MemoryError:
+        raise
+    except Exception as error:  # it is a program, from elsewhere
+        raise ValueError(f"the chat template refuses it: {error or type(error).__name__}") from error
+    if not isinstance(text, str):
+        raise ValueError(f"the chat template gave {type(text).__name__}, not text")
+    return text
+
+
+def check_ends(render: Callable[[], object], name: str) -> None:
+    """Refuses a chat template that does not end, or fills the memory: it is tried in a process of its own.
+
+    Args:
+        render: tries it; what it raises is left to who calls it again.
+        name: of the model, for the message.
+
+    Raises: UserError.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child needs none of theirs
+        child = os.fork()
+    if child:
+        if os.waitpid(child, 0)[1]:
+            raise UserError(
+                f"the chat template of {name} does not end within {SECONDS} s, or takes more than {MEMORY >> 30} GiB; "
+                "repair its chat_template.jinja (or tokenizer_config.json), or take another base"
+            )
+        return
+    status = 0
+    try:
+        logging.disable()
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20 * SECONDS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        for limit, most in (
+            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_CPU, SECONDS),
+            (resource.RLIMIT_AS, used + MEMORY),
+        ):
+            resource.setrlimit(limit, (most, most))
+        render()
+    except MemoryError:
+        status = 1
+    finally:
+        os._exit(status)
+
+
+def framed(answers: Sequence[Turn], probe: str) -> list[TrainedAnswer]:
+    """Answers with what is trained before and behind each, by what is trained of `PROBE`'s."""
+    opening, _, closing = probe.partition(PROBE[1].text)
+    return [TrainedAnswer(opening, turn.text, closing) for turn in answers]
 
 
 def refuse_marks(turns: Sequence[Turn]) -> None:

@@ -1,7 +1,8 @@
-"""A tokenizer in the place of a processor, and the characters that a processor's tokens stand for."""
+"""A tokenizer in the place of a processor, and which of a processor's tokens are trained."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,39 +14,52 @@ from dora_vl.backbones.templates import Span
 Move = tuple[Span, Span]
 
 
-class Characters(NamedTuple):
-    """Each token's characters, and those of each picture in the chat's text and in the text that was tokenised."""
+class TokenRoles(NamedTuple):
+    """Whether each token is of an answer or closes one, and the first place after those of every picture and video."""
 
-    offsets: list[Span]
-    moves: list[Move]
+    trained: list[bool]
+    media_end: int
 
 
-def from_chat(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, begin: str) -> Characters:
-    """What a processor tells, counted from the beginning of the chat's text.
+def from_offsets(chat: Chat, offsets: Sequence[Span], moves: Sequence[Move], *, begin: str) -> TokenRoles:
+    """Of a processor that tells each token's characters.
 
-    Some processors (Molmo 2's, Emu 3's) put the begin token in front of the text and count from there.
+    A token that an answer begins or ends in is trained whole. Some processors (Molmo 2's, Emu 3's) put the begin token
+    in front of the text and count from there.
+
+    Args:
+        chat: the text and its answers.
+        offsets: each token's characters, in the text in which pictures and videos stand as their tokens.
+        moves: each picture's and video's characters in the chat's text, and in that one.
+        begin: the begin token's text.
     """
     gained = sum((new[1] - new[0]) - (old[1] - old[0]) for old, new in moves)
     added = max((last for _, last in offsets), default=0) - len(chat.text) - gained
     shift = len(begin) if added == len(begin) and not chat.text.startswith(begin) else 0
-    if not shift:
-        return Characters(list(offsets), list(moves))
-    return Characters(
-        [_back(span, shift) for span in offsets], [(_back(old, shift), _back(new, shift)) for old, new in moves]
+    answers = [(_moved(start, moves, shift), _moved(end, moves, shift)) for start, end in chat.answer_spans]
+    trained = [any(first < end and start < last for start, end in answers) for first, last in offsets]
+    last = moves[-1][1][1] if moves else 0
+    return TokenRoles(
+        trained, max((n for n, (start, end) in enumerate(offsets, 1) if start < last and end > start), default=0)
     )
 
 
-def from_token_types(chat: Chat, token_type_ids: Sequence[int]) -> Characters:
-    """Of a processor that takes the answer apart and marks its tokens by ones: the answer's span, or the text."""
-    (answer,) = chat.answer_spans or ((len(chat.text), len(chat.text) + 1),)
-    text = (0, answer[0])
-    return Characters([answer if one == 1 else text for one in token_type_ids], [(text, text)])
+def _moved(place: int, moves: Sequence[Move], shift: int) -> int:
+    """A place in the chat's text, in the text that was tokenised; `moves` count from the latter's beginning."""
+    ends = [old[1] for old, _ in moves]
+    gained = [0, *(new[1] - old[1] for old, new in moves)]
+    return place + shift + gained[bisect_right(ends, place + shift)]
 
 
-def from_prefixes(chat: Chat, ids: Sequence[int], ids_of: Callable[[str], list[int]], *, picture: str) -> Characters:
+def from_token_types(token_type_ids: Sequence[int]) -> TokenRoles:
+    """Of a processor that takes the answer apart and marks its tokens by ones; all before it count as the picture's."""
+    trained = [kind == 1 for kind in token_type_ids]
+    return TokenRoles(trained, trained.index(True) if True in trained else len(trained))
+
+
+def from_prefixes(chat: Chat, ids: Sequence[int], ids_of: Callable[[str], list[int]], *, picture: str) -> TokenRoles:
     """Of a processor that tells nothing: from how many tokens the text takes up to an answer, and through it.
 
-    Tokens of an answer get the answer's span, those before the last picture's end the text up to there, others none.
     It costs the processor two further calls an answer, pictures included.
 
     Args:
@@ -54,17 +68,12 @@ def from_prefixes(chat: Chat, ids: Sequence[int], ids_of: Callable[[str], list[i
         ids_of: a beginning of the text as tokens, by the same processor.
         picture: what stands for a picture in the text.
     """
-    offsets: list[Span] = [(0, 0)] * len(ids)
-    moves: list[Move] = []
-    if (last := chat.text.rfind(picture)) >= 0:
-        before = (0, last + len(picture))
-        end = _shared(ids, ids_of(chat.text[: before[1]]))
-        offsets[:end] = [before] * end
-        moves = [(before, before)]
+    trained = [False] * len(ids)
     for answer in chat.answer_spans:
         start, end = (_shared(ids, ids_of(chat.text[:place])) for place in answer)
-        offsets[start:end] = [answer] * (end - start)
-    return Characters(offsets, moves)
+        trained[start:end] = [True] * (end - start)
+    last = chat.text.rfind(picture)
+    return TokenRoles(trained, _shared(ids, ids_of(chat.text[: last + len(picture)])) if last >= 0 else 0)
 
 
 def _shared(ids: Sequence[int], prefix: Sequence[int]) -> int:
@@ -73,15 +82,16 @@ def _shared(ids: Sequence[int], prefix: Sequence[int]) -> int:
     return next((place for place, (one, other) in pairs if one != other), min(len(ids), len(prefix)))
 
 
-def _back(span: Span, shift: int) -> Span:
-    return max(span[0] - shift, 0), max(span[1] - shift, 0)
-
-
 class TextProcessor:
     """Takes what a processor takes, without pictures; its methods and attributes have a processor's names."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The tokenizer's own."""
+        return self.tokenizer.model_input_names
 
     @property
     def chat_template(self) -> str | None:

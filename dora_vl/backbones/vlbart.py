@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from dora_vl.adapters.foreign_layouts import ADDED_ROWS
-from dora_vl.backbones.base import Backbone, Features, max_positions
+from dora_vl.backbones.base import Attention, Backbone, Features, max_positions
 from dora_vl.backbones.score_watch import ScoreWatch
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration, joint_mask
 from dora_vl.data.dataset import IGNORED_LABEL
@@ -226,7 +226,7 @@ def vlbart_config(folder: str | Path) -> VlBartConfig:
 
 
 def load_vlbart(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, attn_implementation: Attention = None
 ) -> VlBartBackbone:
     """A VL-BART folder (`vlbart_compose` writes them), every weight in `dtype`, in eval mode.
 

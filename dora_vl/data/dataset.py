@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -18,6 +18,14 @@ BOOKKEEPING = ("samples", "sample_ids", "padding_tokens", "skipped", "cut", "shr
 """Names in a batch of what is counted and told; all else goes to the model."""
 IGNORED_LABEL = -100
 """Label of a position that is not trained; what `torch.nn.functional.cross_entropy` ignores by default."""
+
+
+class TrainedAnswer(NamedTuple):
+    """What labels say of one answer: its text, what opens it and is trained too, and what closes it."""
+
+    opening: str
+    text: str
+    closing: str
 
 
 @dataclass(frozen=True)

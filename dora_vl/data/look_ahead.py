@@ -1,27 +1,33 @@
-"""What is wrong with a run's samples, before any weight is read: their turns, and whether their files are there.
-
-Nothing is decoded here: a picture that is there and broken is found when it is read.
+"""What is wrong with a run's samples, before any weight is read: their turns, their labels, and whether their files are
+there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import datasets
 import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.data.bad_samples import BadSampleCounts, BadSampleLedger
-from dora_vl.data.dataset import ConversationDataset, Skipped
+from dora_vl.data.dataset import IGNORED_LABEL, TrainedAnswer
 from dora_vl.data.media import HeldPictures, path_inside
 from dora_vl.data.turns import read_conversation
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import BadSample, UserError, shown_text
 
 MOST = 20_000
 """Rows that are looked at, a few seconds' worth; of more, so many at even distances."""
 AT_ONCE = 1_000
 FIRST = 8
-"""Samples that are brought into tokens as a try."""
+"""Samples whose labels are read before the first step, and of those with pictures so many more."""
+SHOWN, BEFORE = 120, 20
+"""Characters of a text in a message, and of them those before where it differs from another."""
 
 
 def look_ahead(
@@ -57,19 +63,70 @@ def look_ahead(
     ledger.judge(BadSampleCounts(seen=len(places), bad=len(bad)))
 
 
-def try_first(samples: ConversationDataset, *, source: str) -> None:
-    """Brings the first few samples into tokens.
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """A sample's labels as training takes them, and what they must say.
+
+    Attributes:
+        cut: whether its end may have been cut.
+    """
+
+    id: str
+    labels: Int[Tensor, " seq"]
+    answers: Sequence[TrainedAnswer]
+    tokenizer: PreTrainedTokenizerBase
+    cut: bool = False
+
+
+def check_labels(samples: Iterable[Labelled]) -> None:
+    """Refuses a run whose labels are not the answers and what closes them.
+
+    They are read back as text. White space is not compared: tokenizers put some before a text and take some off it.
 
     Raises:
-        UserError: none of them can be used; with the first one's reason.
+        UserError: with the sample's id and both texts.
     """
-    reasons: list[str] = []
-    for index in range(min(FIRST, len(samples))):
-        found = samples[index]
-        if not isinstance(found, Skipped):
-            return
-        reasons.append(f"{found.id}: {found.reason}")
-    raise UserError(f"{source}: none of its first {len(reasons)} samples can be used; for example {reasons[0]}")
+    for sample in samples:
+        labels = sample.labels[sample.labels != IGNORED_LABEL]
+        trained = _read(sample.tokenizer, labels.tolist())
+        if _says(trained, sample):
+            continue
+        meant = "".join("".join(answer) for answer in sample.answers)
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(trained, meant, strict=False)))
+        start = max(0, alike - BEFORE) if max(len(trained), len(meant)) > SHOWN else 0
+        raise UserError(
+            f"sample {shown_text(sample.id)}: its labels would train {shown_text(trained[start:], SHOWN)!r}, and its "
+            f"answers with what closes them are {shown_text(meant[start:], SHOWN)!r}; the base's tokenizer or chat "
+            "template does not fit: set another model.template, or take another base"
+        )
+
+
+def _says(trained: str, sample: Labelled) -> bool:
+    """Whether a text is the sample's answers, one after another, each closed; of a cut sample their beginning."""
+    rest, closing = _squashed(trained), ""
+    for answer in sample.answers:
+        forms = [form for text in ("".join(answer), answer.text + answer.closing) for form in _forms(text, sample)]
+        closing = answer.closing
+        form = next((form for form in forms if rest.startswith(form)), None)
+        if form is None:
+            kept = rest.removesuffix(_squashed(closing)).rstrip("\ufffd")  # of a character cut in two
+            return sample.cut and any(form.startswith(kept) for form in forms)
+        rest = rest[len(form) :]
+    return not rest and (sample.cut or not closing.isspace() or trained[-1:].isspace())
+
+
+def _forms(text: str, sample: Labelled) -> tuple[str, str]:
+    """A text as it stands, and as the tokenizer gives it back, which may spell it otherwise or not know it."""
+    ids = sample.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _squashed(text), _squashed(_read(sample.tokenizer, ids))
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _squashed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _rows(rows: datasets.Dataset) -> Iterator[Mapping[str, object]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -21,16 +21,17 @@ from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE
 from dora_vl.adapters.named_folder import no_adapter
 from dora_vl.adapters.provenance import content_hash, local_folder
 from dora_vl.adapters.settings import check_peft_fields
+from dora_vl.backbones.base import Attention
 from dora_vl.backbones.families import NOT_TRAINED, model_type_of
 from dora_vl.backbones.prompt_formats import FORMATS
 from dora_vl.backbones.template_table import TEMPLATES
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.result_files import file_sha256
+from dora_vl.model_files import HUB_ID
 from dora_vl.run.adapting import CAUSAL_LM, IMAGE_TEXT, LLAVA, VLBART
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 ENTRIES: Mapping[str, tuple[str, ...]] = {
     LLAVA: ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens"),
     IMAGE_TEXT: ("base", "revision", "base_sha256", "dtype", "max_tokens"),
@@ -43,6 +44,9 @@ ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_
 OWN_TEMPLATE = "tokenizer"
 """The name of a language model's own chat template."""
 DTYPES = ("bfloat16", "float16", "float32")
+FLASH = "flash_attention_2"
+KERNELS = ("sdpa", "eager", FLASH)
+"""Of attention; transformers fetches others from the hub and runs them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,7 @@ class ModelSource:
         place: folder or hub id of the base, or of the model itself.
         recipe: the adapter's; empty where no training run of ours wrote one.
         dtype: of the weights.
+        attention: as the adapter was trained with it; None: transformers' choice.
     """
 
     kind: str
@@ -62,6 +67,7 @@ class ModelSource:
     revision: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+    attention: Attention = None
 
 
 def find_source(wanted: Wanted) -> ModelSource:
@@ -122,8 +128,31 @@ def _of_run(wanted: Wanted, adapter: Path, recipe: Mapping[str, Any]) -> ModelSo
         raise UserError(f"{adapter / RECIPE_FILE} lacks {', '.join(missing)}; it was not written by a training run")
     if not wanted.any_base:
         check_base(recipe, place, adapter)
-    dtype = str(recipe["dtype"])
-    return ModelSource(kind=kind, place=place, wanted=wanted, revision=revision, recipe=recipe, dtype=dtype)
+    return ModelSource(
+        kind=kind,
+        place=place,
+        wanted=wanted,
+        revision=revision,
+        recipe=recipe,
+        dtype=str(recipe["dtype"]),
+        attention=_attention(recipe.get("attn_implementation"), adapter),
+    )
+
+
+def _attention(stated: object, adapter: Path) -> Attention:
+    """What a recipe states; transformers' choice where it is for another machine than this one.
+
+    Raises:
+        UserError: it states something else than `KERNELS`.
+    """
+    kernels = [*stated.values()] if isinstance(stated, dict) else [stated]
+    if stated is not None and not all(kernel in KERNELS for kernel in kernels):
+        raise UserError(
+            f"{adapter / RECIPE_FILE}: attn_implementation is {shown(stated)}; there are {', '.join(KERNELS)}"
+        )
+    if FLASH in kernels and not torch.cuda.is_available():
+        return None
+    return cast(Attention, stated)
 
 
 def _of_peft(wanted: Wanted, adapter: Path) -> ModelSource:

@@ -133,12 +133,14 @@ DECODERS: Mapping[str, Callable[[ModelSource], DecoderParts]] = {
 def _model_config(source: ModelSource) -> ModelConfig:
     template: Any = source.recipe.get("template") or source.wanted.template or ModelConfig.template
     dtype: Any = source.dtype
+    attention: Any = source.attention
     return ModelConfig(
         base=source.place,
         revision=source.revision,
         template=template,
         image_aspect=source.recipe.get("image_aspect") or "pad",
         dtype=dtype,
+        attn_implementation=attention,
         quantisation=source.recipe.get("quantisation"),
     )
 

@@ -247,7 +247,7 @@ def open_vlbart(source: ModelSource, *, merged: bool = False) -> Opened:
     """
     wanted, recipe, place = source.wanted, source.recipe, source.place
     adapter = Path(str(wanted.adapter))
-    loaded = load_vlbart(place, dtype=getattr(torch, source.dtype))
+    loaded = load_vlbart(place, dtype=getattr(torch, source.dtype), attn_implementation=source.attention)
     lists, of_base = recipe.get(CLOSED_ANSWERS, {}), set(loaded.config.closed_answers)
     if wanted.strength != 1 and set(lists) - of_base:
         raise UserError(f"--strength: {adapter} answers from lists that its base does not have; leave it out")

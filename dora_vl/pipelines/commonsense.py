@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.causal_lm import PAPER_TARGETS, CausalLMBackbone, load_causal_lm, write_causal_lm
-from dora_vl.backbones.image_text import skeleton_of
+from dora_vl.backbones.image_text import config_of, skeleton_of
 from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.core import DoRAConfig
@@ -25,8 +25,8 @@ from dora_vl.evaluation.commonsense_run import evaluate_commonsense, no_media, r
 from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import InstructionPrompts
 from dora_vl.evaluation.questions import Question
-from dora_vl.model_files import check_model_folder
-from dora_vl.pipelines.instruct_data import InstructPipeline
+from dora_vl.model_files import check_model_folder, check_place
+from dora_vl.pipelines.instruct_data import InstructPipeline, MakeDataset
 from dora_vl.run.adapting import CAUSAL_LM, check_quantisation, core_config, load_base, make_base
 from dora_vl.run.assembly import base_record, pad_token_id
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig, LanguageModelConfig
@@ -53,6 +53,11 @@ class CommonsensePipeline(InstructPipeline[CommonsenseRunConfig]):
         samples.look_ahead()
         model = self.config.model
         make_base(write_causal_lm, model.source, model.base, arguments)
+        check_place(model.base)
+
+    def _labelling(self, arguments: TrainingArguments) -> tuple[MakeDataset, InstructionEncoder]:
+        encoder = build_encoder(self.config)
+        return partial(_spoken, encoder=encoder), encoder
 
     def skeleton(self) -> Backbone[Any]:
         """The language model without its weights."""
@@ -80,14 +85,14 @@ class CommonsensePipeline(InstructPipeline[CommonsenseRunConfig]):
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training files' instructions, in the Trainer's random order unless the settings say otherwise."""
         data = self.config.data
-        encoder = build_encoder(self.config, backbone)
+        encoder = build_encoder(self.config)
         found = self._samples(arguments).training_data(
             partial(_spoken, encoder=encoder), collate=Collator(pad_token_id(encoder), pack=data.packing)
         )
         return dataclasses.replace(found, longest_tokens=data.max_tokens)  # words would not count the prompt's tokens
 
     def _assistant(self, backbone: Backbone[Any]) -> Assistant:
-        return Assistant(backbone, InstructionPrompts(build_encoder(self.config, backbone)), while_training=True)
+        return Assistant(backbone, InstructionPrompts(build_encoder(self.config)), while_training=True)
 
     def _places(self, backbone: Backbone[Any]) -> frozenset[int]:
         return frozenset()
@@ -124,7 +129,7 @@ class CommonsensePipeline(InstructPipeline[CommonsenseRunConfig]):
         config, run_folder = self.config, run_folder_of(self.config)
         backbone, _ = with_adapter(load_backbone(config.model, beams=config.evaluation.beams), run_folder / ADAPTER)
         return evaluate_commonsense(
-            backbone, build_encoder(config, backbone), config.evaluation, run_folder=run_folder, numbers=numbers
+            backbone, build_encoder(config), config.evaluation, run_folder=run_folder, numbers=numbers
         )
 
 
@@ -133,9 +138,9 @@ def load_backbone(model: LanguageModelConfig, *, beams: int) -> CausalLMBackbone
     return load_base(load_causal_lm, model, generation={"num_beams": beams})
 
 
-def build_encoder(config: CommonsenseRunConfig, backbone: Backbone[Any]) -> InstructionEncoder:
+def build_encoder(config: CommonsenseRunConfig) -> InstructionEncoder:
     """Tokens and labels for this base and prompt; what the model has no positions for is cut as by `max_tokens`."""
-    most = max_positions(backbone.model.config) or config.data.max_tokens
+    most = max_positions(config_of(config.model.base, config.model.revision)) or config.data.max_tokens
     return InstructionEncoder(
         load_tokenizer(config.model.base, revision=config.model.revision),
         prompt=config.data.prompt,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.families import ALIGNED, LLAVA, check_trained, model_type_of, sees_pictures
 from dora_vl.backbones.image_text import (
     ImageTextBackbone,
+    config_of,
     language_targets,
     load_image_text,
     projector_patterns,
@@ -76,12 +77,22 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         samples.describe()
         if self.config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(self.config), self.config)
-        encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
+        encoder = self._encoder
         _check_pixels(self.config, encoder, arguments)
         if samples.has_videos:
             _check_videos(self.config, encoder, pictures=samples.has_pictures)
         samples.look_ahead(pictures=Path(self.config.data.image_folder), videos=video_folder(self.config.data))
-        samples.try_first(self._make(samples, encoder, arguments))
+
+    @cached_property
+    def _encoder(self) -> ImageTextEncoder:
+        """What makes samples and prompts; what the model has no positions for is cut as by `max_tokens`."""
+        model, most = self.config.model, self.config.data.max_tokens
+        return processor_encoder(
+            model, max_tokens=min(most, max_positions(config_of(model.base, model.revision)) or most)
+        )
+
+    def _labelling(self, arguments: TrainingArguments) -> tuple[MakeDataset, ImageTextEncoder]:
+        return self._make(self._samples(arguments), self._encoder, arguments), self._encoder
 
     def skeleton(self) -> Backbone[Any]:
         """The model without its weights."""
@@ -104,10 +115,7 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The training file's conversations, grouped by modality and length."""
-        data = self.config.data
-        positions = max_positions(backbone.model.config)
-        encoder = processor_encoder(self.config.model, max_tokens=min(data.max_tokens, positions or data.max_tokens))
-        samples = self._samples(arguments)
+        data, encoder, samples = self.config.data, self._encoder, self._samples(arguments)
         dummy, dummy_video = _dummies(samples, encoder)
         seen_videos = samples.has_videos and encoder.sees_pictures
         return samples.training_data(
@@ -119,16 +127,14 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         )
 
     def _assistant(self, backbone: Backbone[Any]) -> Assistant:
-        encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
-        return Assistant(backbone, ImageTextPrompts(encoder), while_training=True)
+        return Assistant(backbone, ImageTextPrompts(self._encoder), while_training=True)
 
     def _places(self, backbone: Backbone[Any]) -> frozenset[int]:
         config = backbone.model.config.to_dict()
         if found := [config[name] for name in PLACES if isinstance(config.get(name), int)]:
             return frozenset(found)
-        encoder = processor_encoder(self.config.model, max_tokens=self.config.data.max_tokens)
-        token = vars(encoder.processor).get("image_token")
-        return frozenset([encoder.tokenizer.convert_tokens_to_ids(token)] if isinstance(token, str) else [])
+        token = vars(self._encoder.processor).get("image_token")
+        return frozenset([self._encoder.tokenizer.convert_tokens_to_ids(token)] if isinstance(token, str) else [])
 
     def _test_questions(self) -> list[Question]:
         return read_test(self.config.evaluation)[0]
@@ -163,9 +169,8 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         """Answers `evaluation.file` with the saved adapter on the base loaded again, as `LlavaPipeline.test`."""
         config = self.config
         check_test(config)
-        encoder = processor_encoder(config.model, max_tokens=config.data.max_tokens)
         backbone, _ = with_adapter(load_base(load_image_text, config.model), run_folder_of(config) / ADAPTER)
-        return run_test(Assistant(backbone, ImageTextPrompts(encoder)), config, numbers=numbers)
+        return run_test(Assistant(backbone, ImageTextPrompts(self._encoder)), config, numbers=numbers)
 
     def _projector(self, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
         """What trains beside the adapters, where its name is known."""
@@ -189,7 +194,7 @@ def check_settings(config: RunConfig) -> None:
         "data.share_pictures": (config.data.share_pictures, "each sample brings its own pictures"),
         "model.image_aspect": (config.model.image_aspect != "pad", "the model's own processor prepares pictures"),
         "model.template": (
-            config.model.template not in ("vicuna_v1", "tokenizer", *FORMATS),
+            config.model.template not in (None, "tokenizer", *FORMATS),
             f"prompts come from the processor's own chat template, or are {' or '.join(FORMATS)}",
         ),
     }

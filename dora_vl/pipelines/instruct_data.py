@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -13,10 +13,13 @@ from PIL import Image
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone
+from dora_vl.backbones.encode import LlavaEncoder
+from dora_vl.backbones.image_text_encode import ImageTextEncoder
+from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.data.dataset import ConversationDataset, Rows, Sample, Skipped
 from dora_vl.data.largest_items import longest_places, places_of_largest_pictures
-from dora_vl.data.look_ahead import look_ahead, try_first
-from dora_vl.data.media import HeldPictures, StoredPictures, any_is_there
+from dora_vl.data.look_ahead import FIRST, Labelled, look_ahead
+from dora_vl.data.media import HeldPictures, RowPictureBytes, StoredPictures, any_is_there
 from dora_vl.data.sampler import SamplingLengths, sampling_lengths
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
 from dora_vl.data.stream_sources import StreamSource
@@ -40,6 +43,7 @@ from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, Training
 MakeDataset = Callable[[Rows, HeldPictures], ConversationDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
 
+Encoder = LlavaEncoder | ImageTextEncoder | InstructionEncoder
 InstructConfig = RunConfig | CommonsenseRunConfig
 Settings = TypeVar("Settings", bound=InstructConfig)
 
@@ -150,14 +154,43 @@ class InstructData:
             source=source,
         )
 
-    def try_first(self, make: MakeDataset) -> None:
-        """Brings the first training samples into tokens; refuses a set where none of them can be.
+    def labelled(self, make: MakeDataset, encoder: Encoder) -> Iterator[Labelled]:
+        """Yields the labels of the first training samples, and of the first with pictures.
 
         Args:
             make: samples of rows.
+            encoder: what makes their labels.
+
+        Raises:
+            UserError: none of them can be used; with the first one's reason.
         """
-        if self._train is not None:
-            try_first(make(self._train.samples, self._train.stored), source=train_name(self._config.data.train))
+        bad: list[Skipped] = []
+        used = 0
+        for row, sample in self._first(make):
+            if isinstance(sample, Skipped):
+                bad.append(sample)
+                continue
+            used += 1
+            cut = len(sample.labels) == encoder.max_tokens
+            answers, tokenizer = encoder.answers(read_conversation(row)), encoder.tokenizer
+            yield Labelled(id=sample.id, labels=sample.labels, answers=answers, tokenizer=tokenizer, cut=cut)
+        if bad and not used:
+            raise UserError(
+                f"{train_name(self._config.data.train)}: none of its first {len(bad)} samples can be used; for example "
+                f"{bad[0].id}: {bad[0].reason}"
+            )
+
+    def _first(self, make: MakeDataset) -> Iterator[tuple[Mapping[str, object], Sample | Skipped]]:
+        if self._train is None:
+            sources = () if self._stream is None else self._stream.sources
+            rows = [row for source in sources for row in source.first_rows if row.problem is None]
+            for row in (rows[place] for place in _places([row.images for row in rows])):
+                yield row.record(), make([row.record()], RowPictureBytes(row.held))[0]
+            return
+        rows = self._train.samples
+        samples = make(rows, self._train.stored)
+        for place in _places(rows[:FIRST_ROWS]["images"]):
+            yield rows[place], samples[place]
 
     def warn_of_overlap(self, questions: Sequence[Question], config: RunConfig) -> None:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""
@@ -242,6 +275,12 @@ class InstructData:
         )
 
 
+def _places(images: Sequence[Sequence[str]]) -> list[int]:
+    """Of the first samples, and of the first with pictures."""
+    with_pictures = [place for place, names in enumerate(images) if names]
+    return list(dict.fromkeys([*range(min(FIRST, len(images))), *with_pictures[:FIRST]]))
+
+
 def _pools(
     samples: ConversationDataset,
     train: SampleRows,
@@ -285,6 +324,14 @@ class InstructPipeline(Pipeline, Generic[Settings]):
     def config(self) -> Settings:
         """The run's settings."""
         return self._config
+
+    def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
+        """Those of its encoder."""
+        return self._samples(arguments).labelled(*self._labelling(arguments))
+
+    @abstractmethod
+    def _labelling(self, arguments: TrainingArguments) -> tuple[MakeDataset, Encoder]:
+        """What makes samples and their labels before the model is there."""
 
     def _samples(self, arguments: TrainingArguments) -> InstructData:
         """The run's data, read at the first call."""

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from dora_vl.backbones.base import Backbone
+from dora_vl.backbones.chat_template import get_template
 from dora_vl.backbones.compose import compose_llava
 from dora_vl.backbones.encode import LlavaEncoder
+from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import LlavaBackbone, llava_config, llava_skeleton
 from dora_vl.core import DoRAConfig
 from dora_vl.data.collate import Collator
@@ -26,7 +28,7 @@ from dora_vl.evaluation.open_asker import with_adapter
 from dora_vl.evaluation.prompt_inputs import LlavaPrompts
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.run import check_test, media_of_run, pictures_of_test, read_test, run_test
-from dora_vl.pipelines.instruct_data import InstructPipeline
+from dora_vl.pipelines.instruct_data import InstructPipeline, MakeDataset
 from dora_vl.run.adapting import LLAVA, check_quantisation, make_base
 from dora_vl.run.assembly import (
     build_encoder,
@@ -62,12 +64,13 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
             samples.warn_of_overlap(check_test(self.config), self.config)
         samples.look_ahead(pictures=Path(self.config.data.image_folder))
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
+        image_preparation(self.config.model)  # refused before the weights
+
+    def _labelling(self, arguments: TrainingArguments) -> tuple[MakeDataset, LlavaEncoder]:
         model = self.config.model
-        encoder = encoder_of(
-            model, llava_config(model.base, revision=model.revision), max_tokens=self.config.data.max_tokens
-        )
-        samples.try_first(partial(_in_words, encoder=encoder))
-        image_preparation(model)  # refused before the weights
+        config = llava_config(model.base, revision=model.revision)
+        encoder = encoder_of(model, config, max_tokens=self.config.data.max_tokens)
+        return partial(_in_words, encoder=encoder), encoder
 
     def skeleton(self) -> Backbone[Any]:
         """The LLaVA without its weights."""
@@ -131,7 +134,9 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
 
     def recipe(self) -> dict[str, Any]:
         """Base, template and picture settings."""
-        return {**recipe_record(self.config, self.name), "backbone": LLAVA}
+        model = self.config.model
+        template = get_template(model.template, load_tokenizer(model.base, revision=model.revision)).name
+        return {**recipe_record(self.config, self.name), "backbone": LLAVA, "template": template}
 
     def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Answers `evaluation.file` with the saved adapter.

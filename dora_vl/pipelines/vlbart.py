@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from dora_vl.backbones.vlbart_compose import compose_vlbart
 from dora_vl.core import DoRAConfig
 from dora_vl.data.example_file import ExampleFile
 from dora_vl.data.feature_input import FeatureReader
+from dora_vl.data.look_ahead import FIRST, Labelled
 from dora_vl.data.mixture import MixturePlan, Source
 from dora_vl.errors import UserError
 from dora_vl.evaluation.seq2seq_check import check_tests, open_test
@@ -119,6 +120,15 @@ class VlBartPipeline(Pipeline):
         if self.config.data.closed_answers:
             self._make_lists()
 
+    def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
+        """Those of each task's first samples; where one of a closed list is trained there are none."""
+        encoder = self.encoder()
+        train = self._mixture(arguments, encoder, vlbart_config(self.config.model.base).feature_width)
+        for sample, target, subtask in train.first(FIRST):
+            labels, answer = sample.labels, encoder.answer(target.text)
+            cut = len(labels) >= subtask.target_tokens
+            yield Labelled(id=sample.id, labels=labels, answers=[answer], tokenizer=encoder.tokenizer, cut=cut)
+
     def skeleton(self) -> VlBartBackbone:
         """The VL-BART without its weights."""
         return self._with_heads(vlbart_skeleton(self.config.model.base))
@@ -158,6 +168,24 @@ class VlBartPipeline(Pipeline):
 
     def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
         """The mixture of all training files."""
+        data = self.config.data
+        encoder, width = self.encoder(), cast(VlBartBackbone, backbone).config.feature_width
+        train = self._mixture(arguments, encoder, width)
+        return TrainingData(
+            train=train,
+            pools=lambda: [[one] for one in train.longest()],
+            validation=self._validation(encoder, width, arguments.world_size),
+            collate=Seq2SeqCollator(encoder.pad_token_id, (data.feature_tokens, width)),
+            sampler=SequentialSampler(train),
+            set_epoch=(train.set_epoch,),
+            samples=sum(source.items for source in train.plan.sources),
+            ids=lambda: chain.from_iterable(file.ids() for file in train.files),
+            read_in_a_pass=train.plan.items,
+            source=", ".join(str(path) for file in data.train.values() for path in paths_of(file)),
+            longest_tokens=max(self._subtasks[name].input_tokens or 64 for name in data.train) + data.feature_tokens,
+        )
+
+    def _mixture(self, arguments: TrainingArguments, encoder: Seq2SeqEncoder, width: int) -> MixtureDataset:
         data, parts = self.config.data, arguments.world_size * arguments.gradient_accumulation_steps
         names = list(data.train)
         subtasks = [self._subtasks[name] for name in names]
@@ -166,24 +194,9 @@ class VlBartPipeline(Pipeline):
             Source(name=one.name, items=len(file), batch_size=max(1, int(data.batch_size * one.batch_share)))
             for one, file in zip(subtasks, files, strict=True)
         ]
-        encoder, width = self.encoder(), cast(VlBartBackbone, backbone).config.feature_width
         plan = MixturePlan(sources, parts=parts, mixing=data.mixing, seed=order_seed(arguments))
-        train = MixtureDataset(
-            plan, subtasks, files, encoder=encoder, readers=self._readers(names, width), seed=arguments.seed
-        )
-        return TrainingData(
-            train=train,
-            pools=lambda: [[one] for one in train.longest()],
-            validation=self._validation(encoder, width, arguments.world_size),
-            collate=Seq2SeqCollator(encoder.pad_token_id, (data.feature_tokens, width)),
-            sampler=SequentialSampler(train),
-            set_epoch=(train.set_epoch,),
-            samples=sum(source.items for source in sources),
-            ids=lambda: chain.from_iterable(file.ids() for file in files),
-            read_in_a_pass=plan.items,
-            source=", ".join(str(path) for file in data.train.values() for path in paths_of(file)),
-            longest_tokens=max(one.input_tokens or 64 for one in subtasks) + data.feature_tokens,
-        )
+        readers = self._readers(names, width)
+        return MixtureDataset(plan, subtasks, files, encoder=encoder, readers=readers, seed=arguments.seed)
 
     def loss(self, backbone: Backbone[Any]) -> Seq2SeqLoss:
         """Cross-entropy, as each task normalises it."""

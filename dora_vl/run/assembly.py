@@ -93,7 +93,6 @@ def recipe_record(config: RunConfig, task: str) -> dict[str, Any]:
     return {
         **base_record(model, task, max_tokens=config.data.max_tokens, training=config.training),
         "compose": None if model.compose is None else dataclasses.asdict(model.compose),
-        "template": model.template,
         "image_aspect": model.image_aspect,
     }
 

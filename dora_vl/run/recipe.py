@@ -18,6 +18,8 @@ from dora_vl.data.train_files import TrainFile, train_name
 
 SampleBound = Literal["max_pixels_per_step", "max_tokens"]
 """A setting that says how large a sample may be."""
+Kernel = Literal["sdpa", "flash_attention_2", "eager"]
+"""Of attention."""
 Decayed = Literal["matrices", "all_but_biases"]
 """What weight decay acts on."""
 
@@ -35,8 +37,10 @@ class LoadedModelConfig:
     quantisation: Quantisation | None = None
     """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
     QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
-    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Attention kernel; flash_attention_2 needs CUDA and the flash-attn package."""
+    attn_implementation: Kernel | Mapping[str, Kernel] | None = None
+    """Attention kernel, or one for each part by its config's name ({"": eager, vision_config: sdpa}); flash_attention_2
+    needs CUDA and the flash-attn package; null: transformers' choice for each part, sdpa where it can be. The adapter's
+    recipe.json says which, and the model is opened so again."""
 
     @property
     def may_be_quantised(self) -> bool:
@@ -53,9 +57,10 @@ class ModelConfig(LoadedModelConfig):
     LLaVA is written to."""
     compose: ComposeSpec | None = None
     """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
-    template: TemplateName | FormatName = "vicuna_v1"
+    template: TemplateName | FormatName | None = None
     """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
-    own. Other models have their processor's chat template, or where it has none `question_answer` or `paligemma`."""
+    own; null: the first of vicuna_v1, chatml and tokenizer whose special tokens its tokenizer has. Other models have
+    their processor's chat template, or where it has none `question_answer` or `paligemma`."""
     image_aspect: Literal["pad", "square"] = "pad"
     """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
 

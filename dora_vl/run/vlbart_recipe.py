@@ -21,8 +21,8 @@ class VlBartModelConfig:
     """Makes `base` from a BART and a fresh visual embedding, if the folder is not there yet."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number type of the frozen weights; the published runs are float32."""
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel."""
+    attn_implementation: Literal["sdpa", "eager"] | None = None
+    """Attention kernel; null: transformers' choice."""
 
     @property
     def may_be_quantised(self) -> bool:

@@ -15,7 +15,7 @@ from statistics import median
 from dora_vl.errors import UserError
 from dora_vl.setup.look import Look, Row, look_at
 from dora_vl.setup.questions_file import RUN_FILE, find_questions
-from dora_vl.setup.run_file import Base, Data, base_of, written
+from dora_vl.setup.run_file import HUB_BASE, Base, Data, base_of, written
 from dora_vl.setup.split import split, usual_share, write_rows
 
 DESCRIPTION = """\
@@ -65,6 +65,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     try:
         look = look_at(folder, questions, media_to=staging)
         yield from look.lines()
+        if base.is_llava and any(row.conversation.videos for row in look.rows):
+            raise UserError(
+                f"{folder} holds videos, and {base.name} is a LLaVA-1.5, which is not trained on them; --model names "
+                f"another base, such as {HUB_BASE}"
+            )
         share = usual_share(len(look.rows)) if arguments.test_share is None else arguments.test_share
         train, test = split(look, share=share, seed=arguments.seed)
         yield (

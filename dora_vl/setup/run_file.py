@@ -87,23 +87,11 @@ def base_of(model: str | None) -> Base:
 
 
 def _template_of(name: str) -> str:
-    """The first prompt format that the tokenizer has the tokens of."""
+    """The prompt format that the tokenizer has the tokens of."""
     from dora_vl.backbones.chat_template import get_template
-    from dora_vl.backbones.encode import LlavaEncoder
     from dora_vl.backbones.language_source import load_tokenizer
-    from dora_vl.data.turns import Conversation, Turn
 
-    tokenizer = load_tokenizer(name)
-    talk = Conversation("probe", (), (Turn("user", "Which?"), Turn("assistant", "That.")))
-    for template in ("vicuna_v1", "chatml"):
-        made = get_template(template, tokenizer)
-        encoder = LlavaEncoder(tokenizer, made, tokens_per_image=0, image_token_id=-1, max_tokens=1 << 20)
-        try:
-            encoder.encode(talk)
-        except UserError:
-            continue
-        return template
-    return "tokenizer"
+    return get_template(None, load_tokenizer(name)).name
 
 
 def _parameters_in(folder: Path) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Protocol, runtime_checkable
@@ -134,9 +134,9 @@ class MixtureDataset(Dataset[MicroBatch]):
         readers: Sequence[FeatureReader],
         seed: int,
     ) -> None:
-        self._plan = plan
+        self.plan = plan
         self._subtasks = tuple(subtasks)
-        self._files = tuple(files)
+        self.files = tuple(files)
         self._encoder = encoder
         self._readers = tuple(readers)
         self._seed = seed
@@ -144,7 +144,7 @@ class MixtureDataset(Dataset[MicroBatch]):
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self.plan)
 
     def set_epoch(self, epoch: int) -> None:
         """Moves the order and the random choices of every worker to this epoch."""
@@ -156,15 +156,25 @@ class MixtureDataset(Dataset[MicroBatch]):
         Raises:
             BadSample: a line is no record.
         """
-        part = self._plan.part(number, epoch=int(self._epoch))
-        return [self._files[part.source][index] for index in part.indices]
+        part = self.plan.part(number, epoch=int(self._epoch))
+        return [self.files[part.source][index] for index in part.indices]
+
+    def first(self, count: int) -> Iterator[tuple[Seq2SeqSample, Target, Subtask]]:
+        """Yields each task's first samples whose label is a text, and what they are trained on."""
+        epoch = int(self._epoch)
+        for number, source in enumerate(self.plan.sources):
+            for index in range(min(count, source.items)):
+                sample = self._item(number, index, epoch)
+                if isinstance(sample, Seq2SeqSample) and sample.soft_scores is None:
+                    target = self._target(number, index, self.files[number][index], epoch)
+                    yield sample, target, self._subtasks[number]
 
     def longest(self) -> list[MicroBatch]:
         """For each task the largest micro-batch that can be made of its samples, of those at even distances."""
         epoch = int(self._epoch)
         found = []
-        for number, source in enumerate(self._plan.sources):
-            count = -(-source.batch_size // self._plan.parts)
+        for number, source in enumerate(self.plan.sources):
+            count = -(-source.batch_size // self.plan.parts)
             looked_at = max(LOOKED_AT, 2 * count)
             places = range(0, source.items, max(1, source.items // looked_at))
             items = [self._item(number, index, epoch) for index in places]
@@ -175,22 +185,25 @@ class MixtureDataset(Dataset[MicroBatch]):
 
     def __getitem__(self, number: int) -> MicroBatch:
         epoch = int(self._epoch)
-        part = self._plan.part(number, epoch=epoch)
+        part = self.plan.part(number, epoch=epoch)
         items = [self._item(part.source, index, epoch) for index in part.indices]
         return MicroBatch(self._subtasks[part.source], items)
 
     def _item(self, source: int, index: int, epoch: int) -> Seq2SeqSample | Skipped:
-        subtask, file = self._subtasks[source], self._files[source]
+        subtask, file = self._subtasks[source], self.files[source]
         name = f"{subtask.name}:{index}"
         try:
             example = file[index]
             name = example.id
-            drawn = sample_random(self._seed, epoch, index)
-            target = subtask.target(example, file.answer_of(index), drawn)
+            target = self._target(source, index, example, epoch)
             reader = self._readers[source]
             return make_sample(example, subtask, encoder=self._encoder, reader=reader, target=target)
         except BadSample as error:
             return Skipped(index, name, error.reason)
+
+    def _target(self, source: int, index: int, example: Example, epoch: int) -> Target:
+        drawn = sample_random(self._seed, epoch, index)
+        return self._subtasks[source].target(example, self.files[source].answer_of(index), drawn)
 
 
 class ValidationBatches(Dataset[MicroBatch]):

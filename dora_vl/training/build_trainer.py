@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.provenance import versions
-from dora_vl.backbones.base import Backbone
+from dora_vl.backbones.base import Backbone, attention_of
 from dora_vl.core import trained_parts
 from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.run.checkpoint_manifest import settings_of
@@ -195,8 +194,9 @@ def _read_in_a_pass(samples: int, arguments: TrainingArguments) -> int:
     return whole if arguments.dataloader_drop_last or whole == samples else whole + together
 
 
-def _persistence(pipeline: Pipeline, model: nn.Module, run_folder: Path, *, writes: bool) -> Persistence:
-    base, recipe = pipeline.config.model.base, pipeline.recipe() if writes else None
+def _persistence(pipeline: Pipeline, model: PreTrainedModel, run_folder: Path, *, writes: bool) -> Persistence:
+    base, attention = pipeline.config.model.base, {"attn_implementation": attention_of(model)}
+    recipe = {**pipeline.recipe(), **attention} if writes else None
 
     def save(folder: Path) -> None:
         save_adapter(model, folder, base_model=base, recipe=recipe, gather=gather_to_read, write=writes)

@@ -20,6 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.backbones.base import Backbone
 from dora_vl.core import DoRAConfig
+from dora_vl.data.look_ahead import Labelled
 from dora_vl.heads.generation import generation_loss
 from dora_vl.run.run_settings import RunSettings
 from dora_vl.run.watched import Watch
@@ -154,6 +155,10 @@ class Pipeline(ABC):
     @abstractmethod
     def prepare(self, arguments: TrainingArguments) -> None:
         """Refuses settings it cannot use and makes what the run names and does not find; for one rank alone."""
+
+    @abstractmethod
+    def labelled(self, arguments: TrainingArguments) -> Iterable[Labelled]:
+        """The first training samples' labels, and what they must say; for one rank alone, after `prepare`."""
 
     @abstractmethod
     def skeleton(self) -> Backbone[Any]:

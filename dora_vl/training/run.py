@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from dora_vl.adapters.folder import WEIGHTS_FILE, read_json
 from dora_vl.data.bad_samples import write_skipped
+from dora_vl.data.look_ahead import check_labels
 from dora_vl.errors import UserError
 from dora_vl.run.adapting import adapt, check_initial
 from dora_vl.run.arguments import launch_of, training_arguments
@@ -115,6 +116,7 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
         on_first_rank(partial(check_manifest, checkpoint, settings_of(config), launch_of(arguments)))
     on_first_rank(partial(check_initial, config.adapter.initial))
     on_first_rank(partial(pipeline.prepare, arguments))
+    on_first_rank(lambda: check_labels(pipeline.labelled(arguments)))
     on_first_rank(partial(check_parts, pipeline, arguments))
     if checkpoint is None:
         # Not for a run that cannot begin; a resume that is refused in `_go_on` leaves all as it was.

@@ -37,6 +37,24 @@ TALKS: dict[str, Talk] = {
         ),
         (RED, BLUE),
     ),
+    "a picture later": (
+        (
+            Turn("user", "Say the colour red."),
+            Turn("assistant", "red"),
+            Turn("user", f"<image>\n{ASKED}"),
+            Turn("assistant", SAID),
+        ),
+        (RED,),
+    ),
+    "a picture each": (
+        (
+            Turn("user", f"<image>\n{ASKED}"),
+            Turn("assistant", SAID),
+            Turn("user", "<image>\nIs it blue?"),
+            Turn("assistant", "Yes"),
+        ),
+        (RED, BLUE),
+    ),
 }
 
 
@@ -86,6 +104,7 @@ def processor_inputs(encoder: ImageTextEncoder, family: str, talks: Sequence[Tal
     """What the family's own processor makes of the talks, padded on the right."""
     many: dict[str, Any] = {"padding": True, "padding_side": "right"} if len(talks) > 1 else {}
     processor, prompt = encoder.processor, FAMILIES[family].format
+    many |= {"return_mm_token_type_ids": True} if family == "cosmos3_edge" else {}  # its model cannot do without
     if prompt is None:
         conversations = [messages_of(talk) for talk in talks]
         return dict(
@@ -124,9 +143,9 @@ def batch_of(encoder: ImageTextEncoder, talks: Sequence[Talk]) -> dict[str, Any]
     return inputs_of(collate([sample_of(encoder, talk) for talk in talks]))
 
 
-def adapted_backbone(folder: Path, attn_implementation: str = "sdpa") -> ImageTextBackbone:
+def adapted_backbone(folder: Path) -> ImageTextBackbone:
     """With an adapter away from its start, and the projector too (Gemma 3's own projection begins with zeros)."""
-    backbone = load_image_text(str(folder), attn_implementation=attn_implementation)
+    backbone = load_image_text(str(folder))
     model = backbone.model
     projector = projector_patterns(model)
     config = DoRAConfig(

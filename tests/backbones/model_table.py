@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from dora_vl.backbones.families import NOT_TRAINED
 from tests.backbones.tiny_families.family import Family
-from tests.backbones.tiny_families.language import EAGER, LANGUAGE_MODELS
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -34,7 +34,7 @@ LANGUAGE = """
 ## Language models
 
 Conversations of words alone, through the tokenizer's chat template; a sample with a picture is refused by its id.
-Tested: {tested} ({eager} with `model.attn_implementation: eager`). Other types of
+Tested: {tested}. Other types of
 `AutoModelForCausalLM` go the same way.
 """
 REFUSED = """
@@ -81,7 +81,7 @@ def page() -> str:
     refused = [f"| {name} | {NOT_TRAINED[name]} |" for name in sorted(NOT_TRAINED)]
     return (
         f"{HEAD}{chr(10).join(lines)}\n"
-        f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS), eager=' and '.join(EAGER))}"
+        f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS))}"
         f"{REFUSED}{chr(10).join(refused)}\n"
         f"{UNTRIED.format(untried=', '.join(untried))}"
     )

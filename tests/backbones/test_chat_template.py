@@ -5,11 +5,14 @@ from __future__ import annotations
 import pickle
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dora_vl.backbones.chat_template import get_template
 from dora_vl.data.turns import Conversation, Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.encoded_talk import MakeEncoder, talk
+from tests.backbones.tiny_image_text import CHATML
 
 
 class TestChatTemplate:
@@ -28,6 +31,43 @@ class TestChatTemplate:
     def write_content(own: PreTrainedTokenizerFast, content: str) -> None:
         """Another way for the template to write what a message says."""
         own.chat_template = str(own.chat_template).replace("{{ m.content }}", content)
+
+    @pytest.mark.parametrize(
+        ("template", "said"),
+        [
+            (
+                "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+                "does not end within 2 s",
+            ),
+            ("{{ 9 ** (9 ** 9) }}", "does not end within 2 s"),
+            ("{{ 'a' * 10 ** 10 }}", "or takes more than 1 GiB"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "leaves out what is said"),
+            ("{{ 1 / 0 }}", "leaves out what is said"),
+        ],
+    )
+    def test_one_that_does_not_end_is_refused(self, own: PreTrainedTokenizerFast, template: str, said: str) -> None:
+        own.chat_template = template
+        with pytest.raises(UserError, match=said):
+            get_template("tokenizer", own)
+
+    @pytest.mark.parametrize(
+        ("special", "chosen"),
+        [
+            (("<s>", "</s>", "<|im_start|>", "<|im_end|>"), "vicuna_v1"),
+            (("<|im_start|>", "<|im_end|>"), "chatml"),
+            (("<|end|>",), "tokenizer"),
+        ],
+    )
+    def test_without_a_name_it_is_the_first_whose_tokens_are_there(self, special: tuple[str, ...], chosen: str) -> None:
+        words = Tokenizer(models.BPE(unk_token="<unk>"))
+        words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokens = ["<unk>", *special]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        words.train_from_iterator([""], trainers.BpeTrainer(special_tokens=tokens, initial_alphabet=alphabet))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token=special[-1])
+        tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
+        tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|end|>")
+        assert get_template(None, tokenizer).name == chosen
 
     def test_equals_chatml_but_for_the_last_newline(
         self, own: PreTrainedTokenizerFast, make_encoder: MakeEncoder
@@ -107,7 +147,7 @@ class TestChatTemplate:
             "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
             + str(own.chat_template)
         )
-        with pytest.raises(BadSample, match="refuses these turns: no system here"):
+        with pytest.raises(BadSample, match="refuses it: no system here"):
             make_encoder(own, "tokenizer").encode(Conversation("a", (), turns))
         self.write_content(own, "{{ m.content if m.role != 'system' else '' }}")
         own.chat_template = str(own.chat_template).partition("{% endif %}")[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.data.look_ahead import Labelled, check_labels
+from dora_vl.data.turns import Conversation
+from dora_vl.errors import UserError
 from tests.backbones.image_text_talks import (
     TALKS,
     batch_of,
@@ -54,6 +58,13 @@ def test_answers_and_what_closes_them_are_labelled_and_nothing_else(folders: Fol
         space = " " if FAMILIES[family].format == "question_answer" else ""
         said = "".join(f"{space}{turn.text}<|im_end|>" for turn in turns if turn.role == "assistant")
         assert encoder.tokenizer.decode(sample.labels[trained]) == said
+        meant = encoder.answers(Conversation("talk", (), turns))
+        check_labels([labelled := Labelled(id="7", labels=sample.labels, answers=meant, tokenizer=encoder.tokenizer)])
+        before = sample.labels.clone()
+        first = int(trained.nonzero()[0])
+        before[first - 3 : first] = sample.input_ids[first - 3 : first]
+        with pytest.raises(UserError, match=r"sample 7: .*red"):
+            check_labels([replace(labelled, labels=before)])
 
 
 @families

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.template_table import VICUNA_SYSTEM
+from dora_vl.data.look_ahead import Labelled, check_labels
 from tests.backbones.encoded_talk import NASTY, MakeEncoder, answers_of, talk
 
 TOKENS_PER_IMAGE = 4
@@ -119,4 +120,6 @@ def test_supervised_tokens_decode_to_the_answers(
     assume(not any(0xFDD0 <= ord(letter) <= 0xFDEF for text in texts for letter in text))
     encoder = make_encoder(tokenizer, template)
     encoded = encoder.encode(talk(*texts))
+    meant = encoder.answers(talk(*texts))
+    check_labels([Labelled(id="7", labels=encoded.labels, answers=meant, tokenizer=tokenizer)])
     assert answers_of(encoder, encoded.labels, close) == [before + answer + after for answer in texts[1::2]]

@@ -13,7 +13,7 @@ from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.heads.generation import generation_loss
 from tests.backbones.image_text_talks import TALKS, adapted_backbone, batch_of, encoder_of, sample_of
-from tests.backbones.tiny_families.language import EAGER, LANGUAGE_MODELS
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_image_text import write_tiny_language
 
 ROUNDS = (
@@ -30,7 +30,7 @@ ROUNDS = (
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
 def test_ids_are_the_chat_template_s_and_the_loss_is_the_model_s_own(tmp_path: Path, model_type: str) -> None:
     folder = write_tiny_language(model_type, tmp_path / model_type)
-    backbone = adapted_backbone(folder, "eager" if model_type in EAGER else "sdpa")
+    backbone = adapted_backbone(folder)
     encoder = encoder_of(folder)
     sample = sample_of(encoder, ROUNDS)
     messages = [{"role": turn.role, "content": turn.text} for turn in ROUNDS[0]]

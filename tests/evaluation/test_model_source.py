@@ -64,12 +64,31 @@ def test_the_kind_is_stated_or_the_base_s(
     [
         ("llava", {"backbone": "other"}, "backbone is 'other'; there are llava, image_text, causal_lm, vlbart"),
         ("llama", {"backbone": "causal_lm"}, "lacks prompt, train_on"),
+        (
+            "qwen2_5_vl",
+            {"backbone": "image_text", "attn_implementation": "hub/kernel"},
+            "attn_implementation is 'hub/kernel'",
+        ),
+        (
+            "qwen2_5_vl",
+            {"backbone": "image_text", "attn_implementation": {"": "sdpa", "text_config": [1]}},
+            "attn_impl",
+        ),
         ("bert", {}, "'bert', which cannot be asked here"),
     ],
 )
 def test_what_cannot_be_asked_is_named(model_type: str, recipe: dict[str, object], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         find_source(Wanted(adapter=folders(tmp_path, model_type, **recipe)))
+
+
+def test_attention_is_the_recipe_s_and_another_machine_s_is_transformers_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = folders(tmp_path, "qwen2_5_vl", backbone="image_text", attn_implementation={"": "flash_attention_2"})
+    for there, found in ((True, {"": "flash_attention_2"}), (False, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert find_source(Wanted(adapter=adapter)).attention == found
 
 
 def test_the_name_of_a_vlbart_is_its_config_s() -> None:

@@ -315,3 +315,13 @@ def test_shards_are_one_file_and_videos_are_named(
         (tmp_path / str(number)).mkdir()
         WRITERS["parquet"](tmp_path / str(number), half).rename(tmp_path / "my" / f"{number}.parquet")
     assert "my: question/answer, 16 rows" in told(capsys, "my", "--model", base)
+
+
+def test_a_llava_is_not_started_on_videos(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(b"a clip")
+    rows = [{"video": "a.mp4", "question": f"Which of {number}?", "answer": "red"} for number in range(8)]
+    (tmp_path / "clips" / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert f"{base} is a LLaVA-1.5, which is not trained on them; --model" in refused(
+        capsys, tmp_path / "clips", "--model", base
+    )

@@ -12,12 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
+from dora_vl import cli
 from dora_vl.adapters.folder import load_adapter, read_weights
+from dora_vl.app.engine import Engine
+from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.backbones.base import attention_of
 from dora_vl.backbones.image_text import load_image_text
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
+from dora_vl.evaluation.asker import Shown
 from tasks import image_qa, llava_instruct
+from tests.app.test_engine import NEW_TOKENS, answers
+from tests.app.tiny_served import alone, answer_alone, served
 from tests.backbones.image_text_talks import TWO_QUESTIONS, encoder_of, talks_of
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
@@ -141,6 +148,46 @@ def test_a_family_trains_resumes_opens_merges_and_answers(
     capsys.readouterr()
     image_qa.main(["--adapter", str(adapter), *asked])
     assert "Say the colour." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention"),
+    [("hy_v4_vl", {"": "eager", "text_config": "eager", "vision_config": "sdpa"}), ("gemma2", "eager")],
+)
+def test_where_sdpa_cannot_be_it_trains_answers_is_evaluated_and_served_without_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_type: str, attention: Any
+) -> None:
+    sees = model_type in FAMILIES
+    base = (write_tiny if sees else write_tiny_language)(model_type, tmp_path / model_type)
+    records = write_talks(tmp_path / "data", pictures=(1,) if sees else (0,), rounds=1)
+    path = write_run(
+        tmp_path / "run.yaml",
+        base,
+        records,
+        training={**TRAINING, "save_strategy": "no"},
+        optim={"projector_learning_rate": None},
+        evaluation={"file": str(records)},
+    )
+    started(monkeypatch, "--config", str(path))
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "recipe.json").read_text())["attn_implementation"] == attention
+    turns = [Turn("user", "<image>\nSay the colour." if sees else "Say the colour.")]
+    shown = Shown(pictures=(Image.open(tmp_path / "data" / "0-0.png").convert("RGB"),)) if sees else Shown()
+    opened = [alone(base, adapter), alone(base, None)]
+    assert [attention_of(one.backbone.model) for one in opened] == [attention, attention]
+    expected = answer_alone(opened[0], turns, shown, tokens=NEW_TOKENS)
+    named = ["--image", str(tmp_path / "data" / "0-0.png")] if sees else []
+    capsys.readouterr()
+    image_qa.main(
+        ["--adapter", str(adapter), *named, "--question", "Say the colour.", "--max-new-tokens", str(NEW_TOKENS)]
+    )
+    assert expected in capsys.readouterr().out
+    to = tmp_path / "scores"
+    asked = ["--benchmarks", f"exact_match={records}", "--images", str(records.parent), "--to", str(to)]
+    cli.main(["evaluate", "--adapter", str(adapter), *asked, "--max-new-tokens", "8"])
+    assert json.loads((to / "metrics.json").read_text())["benchmarks"]["exact_match"]["n"] == 6
+    with Engine(served(base, {"mine": adapter}), EngineSettings()) as engine:
+        assert answers(engine, [("mine", turns, shown)]) == [expected]
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma", "lfm2"])

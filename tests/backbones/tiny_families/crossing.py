@@ -131,7 +131,7 @@ FAMILIES: Mapping[str, Family] = {
         _mllama_config,
         _mllama,
         "<|image|>",
-        remark="pictures through cross attention; in a batch with pictures, words alone see an empty one",
+        remark="pictures through cross attention, which words alone pass by",
     ),
     "molmo2": Family(
         _molmo2_config,

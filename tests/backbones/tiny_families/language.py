@@ -32,5 +32,3 @@ LANGUAGE_MODELS: Mapping[str, Mapping[str, Any]] = {
     "helium": ONE_HEAD,
 }
 """Model types of `AutoModelForCausalLM`, written and trained from tokenizer and chat template alone."""
-EAGER = ("gemma2", "gpt_oss")
-"""Those that transformers runs with `model.attn_implementation: eager` alone."""

@@ -45,12 +45,15 @@ def _qwen3_vl_config(t: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {"text_config": text, "vision_config": {**vision, "deepstack_visual_indexes": [0]}, **qwen_tokens(t)}
 
 
+SMALL = {"shortest_edge": 64, "longest_edge": 1024}
+
+
 def qwen_parts(patch_size: int = 4) -> tuple[Any, Any]:
     from transformers import Qwen2VLImageProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
     sizes = {"patch_size": patch_size, "merge_size": 2}
-    images = Qwen2VLImageProcessor(**sizes, size={"shortest_edge": 64, "longest_edge": 1024})
+    images = Qwen2VLImageProcessor(**sizes, size=SMALL)
     return images, Qwen2VLVideoProcessor(**sizes)
 
 
@@ -255,6 +258,46 @@ def _minicpmv4_7(t: PreTrainedTokenizerFast) -> Any:
     return MiniCPMV4_7Processor(MiniCPMV4_6ImageProcessor(**sizes), MiniCPMV4_6VideoProcessor(**sizes), t)
 
 
+def _cosmos3_edge_config(t: PreTrainedTokenizerFast) -> dict[str, Any]:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return {
+        "text_config": _qwen2_text(head_dim=8),
+        "vision_config": {**vision, "patch_size": 4, "num_patches": 16},
+        "projector_hidden_size": 48,
+        **qwen_tokens(t),
+    }
+
+
+def _cosmos3_edge(t: PreTrainedTokenizerFast) -> Any:
+    from transformers.models.cosmos3_edge.image_processing_cosmos3_edge import Cosmos3EdgeImageProcessor
+    from transformers.models.cosmos3_edge.processing_cosmos3_edge import Cosmos3EdgeProcessor
+    from transformers.models.cosmos3_edge.video_processing_cosmos3_edge import Cosmos3EdgeVideoProcessor
+
+    images = Cosmos3EdgeImageProcessor(patch_size=4, size=SMALL)
+    return Cosmos3EdgeProcessor(images, t, Cosmos3EdgeVideoProcessor(patch_size=4))
+
+
+def _hy_v4_vl_config(t: PreTrainedTokenizerFast) -> dict[str, Any]:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    looked_up = {"index_topk": 256, "index_head_dim": 16, "index_n_heads": 2, "hc_mult": 2}
+    return {
+        "text_config": {**_qwen2_text(), **latent, **experts, **looked_up},
+        "vision_config": {**vision, "patch_size": 4, "out_hidden_size": 32, "max_image_size": 64},
+        "image_token_id": token(t, "<|image_pad|>"),
+        "video_token_id": token(t, "<|video_pad|>"),
+    }
+
+
+def _hy_v4_vl(t: PreTrainedTokenizerFast) -> Any:
+    from transformers.models.hy_v4_vl.image_processing_hy_v4_vl import HYV4VLImageProcessor
+    from transformers.models.hy_v4_vl.processing_hy_v4_vl import HYV4VLProcessor
+    from transformers.models.hy_v4_vl.video_processing_hy_v4_vl import HYV4VLVideoProcessor
+
+    return HYV4VLProcessor(HYV4VLImageProcessor(patch_size=4, size=SMALL), t, HYV4VLVideoProcessor(patch_size=4))
+
+
 FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": Family(_qwen2_vl_config, _qwen2_vl, QWEN_PICTURE, video=True),
     "qwen2_5_vl": Family(_qwen2_5_vl_config, _qwen2_5_vl, QWEN_PICTURE, video=True),
@@ -270,6 +313,16 @@ FAMILIES: Mapping[str, Family] = {
         adapted=17,
         unadapted="experts and their router, convolutions",
         video=True,
+    ),
+    "cosmos3_edge": Family(_cosmos3_edge_config, _cosmos3_edge, QWEN_PICTURE, video=True, adapted=12, since="5.24"),
+    "hy_v4_vl": Family(
+        _hy_v4_vl_config,
+        _hy_v4_vl,
+        QWEN_PICTURE,
+        video=True,
+        unadapted="experts and their router",
+        adapted=18,
+        since="5.24",
     ),
     "exaone4_5": Family(_exaone4_5_config, _exaone4_5, QWEN_PICTURE, video=True),
     "video_llama_3": Family(_video_llama_3_config, _video_llama_3, "<|image_pad|>", video=True),
