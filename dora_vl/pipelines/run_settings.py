@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,9 +46,6 @@ def _likeliest(words: Sequence[str], classes: Mapping[str, type[Any]]) -> str:
 
 def _stated(words: Sequence[str]) -> set[str]:
     """Dotted names of all settings that the file and the command line give."""
-    from jsonargparse import get_loader
-    from yaml import YAMLError
-
     from dora_vl.report.settings_view import flattened
     from dora_vl.run.command_line import files_first
 
@@ -57,14 +54,7 @@ def _stated(words: Sequence[str]) -> set[str]:
         name, _, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
             continue
-        if name != "config":
-            found.add(name)
-            continue
-        try:
-            content = get_loader("yaml")(value if value.startswith("{") else Path(value).read_text(encoding="utf-8"))
-        except (OSError, ValueError, YAMLError):  # the parser says what is wrong with it
-            continue
-        found |= set(flattened(content))
+        found |= set(flattened(json.loads(value))) if name == "config" else {name}
     return found
 
 

@@ -1,4 +1,4 @@
-"""One process writes to a folder at a time: a lock of the operating system, which ends with the process that holds it."""
+"""One process writes to a folder at a time: a lock of the operating system, which ends with its process."""
 
 from __future__ import annotations
 

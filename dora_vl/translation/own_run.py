@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from dora_vl.errors import UserError
-from dora_vl.run.command_line import SECTIONS, read_run, setting_names, with_variant
-from dora_vl.run.other_tools import refuse_other_tools
+from dora_vl.run.command_line import read_run, setting_names, with_variant
 from dora_vl.translation import to_llama_factory, to_peft, to_trl
 from dora_vl.translation.rules import Tool
 
@@ -34,20 +30,9 @@ def read_own(name: str, variant: str | None, other: str) -> tuple[Tool, Mapping[
     """
     chosen = [] if variant is None else [f"--variant={variant}"]
     read_run([f"--config={name}", *chosen])
-    (resolved,) = with_variant([name], variant)
-    content = json.loads(resolved) if resolved.startswith("{") else _read(Path(resolved))
-    refuse_other_tools(Path(name), content, SECTIONS)
+    (content,) = with_variant([name], variant)
     leaves = {name.removesuffix(".help") for name in setting_names() if name != "training"}
     return TOOLS[other], dict(_leaves(content, leaves))
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    from jsonargparse import get_loader
-
-    content = get_loader("yaml")(path.read_text(encoding="utf-8"))
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: no mapping of settings")
-    return content
 
 
 def _leaves(content: Mapping[str, Any], leaves: set[str], before: str = "") -> list[tuple[str, Any]]:
