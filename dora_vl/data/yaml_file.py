@@ -64,7 +64,7 @@ def _check(node: Node | None, seen: set[int]) -> None:
     if id(node) in seen:  # an alias
         return
     seen.add(id(node))
-    if isinstance(node, ScalarNode) and node.style is None:  # not in quotes
+    if isinstance(node, ScalarNode) and not node.style:  # not in quotes
         refuse_other_number(node.value)
     elif isinstance(node, SequenceNode):
         for inside in node.value:

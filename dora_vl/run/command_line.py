@@ -98,7 +98,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     """
     content = read_yaml(path)
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: must hold settings such as `model:`, found {shown(content)}")
+        raise UserError(f"{path}: must hold settings such as `model:`, found a {type(content).__name__}")
     refuse_other_tools(path, content, SECTIONS)
     return content
 
@@ -111,14 +111,10 @@ def _resolved(path: Path, variant: str | None) -> dict[str, Any]:
         raise UserError(f"{path}: variants is not a mapping of names to settings")
     settings = {key: value for key, value in content.items() if key != VARIANTS}
     name = settings.get(VARIANT) if variant is None else variant
-    if VARIANTS not in content or name is None:
-        return _settings_alone(settings, path)
-    if name not in variants:
-        raise UserError(f"{path}: no variant {shown(name)}; there are {', '.join(map(str, variants))}")
-    return _settings_alone({**merged(settings, variants[name]), VARIANT: name}, path)
-
-
-def _settings_alone(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    if VARIANTS in content and name is not None:
+        if name not in variants:
+            raise UserError(f"{path}: no variant {shown(name)}; there are {', '.join(map(str, variants))}")
+        settings = {**merged(settings, variants[name]), VARIANT: name}
     if strange := [name for name in NO_SETTINGS if name in settings]:
         raise UserError(f"{path}: {strange[0]} is not a setting; it belongs on the command line")
     return settings
