@@ -64,7 +64,7 @@ def test_a_stopped_demo_goes_on_and_a_whole_one_loses_nothing(checkout: Path, ta
         status, started = said(checkout, target, stop_at=part)
         assert status != 0
         assert started == list(PARTS[: number + 1])  # each finds by itself what is done
-        (folder / "features").mkdir(exist_ok=True)
+        (folder / "features").mkdir(parents=True, exist_ok=True)
         (folder / "features" / "computed").touch()
     assert said(checkout, target) == (0, [PARTS[0], PARTS[1], PARTS[3]])  # the base is merged already
     for name in ("features/computed", "pretrain/adapter", "base"):
