@@ -95,7 +95,7 @@ def training_fits(trainer: Any, config: RunSettings) -> Iterator[None]:
             if not str(error).startswith(_WORKER):
                 raise
             raise UserError(
-                f"{one_line(str(error), 120)} It was at step {trainer.state.global_step}; where the machine's memory was "
+                f"{one_line(str(error), 120)} It was at step {trainer.state.global_step}; where the memory was "
                 f"used up, set data.workers below {config.data.workers}. --resume last resumes from the last checkpoint"
             ) from None
 

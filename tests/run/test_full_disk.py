@@ -8,7 +8,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -85,9 +85,12 @@ def test_both_libraries_that_write_weights(small_disk: Path, library: str) -> No
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])
 def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, number: int, kind: type[Exception]) -> None:
     """RuntimeError: as safetensors words it, by the system's text alone."""
-    with pytest.raises(UserError, match=r"weights could not be written; checkpoint-3 is the last whole"):
-        with full_disk_reported(tmp_path, "weights", lambda: "checkpoint-3"):
-            raise OSError(number, os.strerror(number)) if kind is OSError else kind(f"I/O: {os.strerror(number)}")
+    raised = OSError(number, os.strerror(number)) if kind is OSError else kind(f"I/O: {os.strerror(number)}")
+    with (
+        pytest.raises(UserError, match=r"weights could not be written; checkpoint-3 is the last whole"),
+        full_disk_reported(tmp_path, "weights", lambda: "checkpoint-3"),
+    ):
+        raise raised
 
 
 def test_a_file_larger_than_allowed_ends_a_run_in_one_line(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> None:
@@ -108,7 +111,10 @@ def test_a_killed_data_worker_ends_a_run_in_one_line(
     training = {"use_cpu": True, "max_steps": 200}
     run_file = write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, data={"workers": 1}, training=training)
 
-    def kill_worker(self: StepFaults, ids: object) -> None:
+    begin = StepFaults.begin_step
+
+    def kill_worker(self: StepFaults, ids: Sequence[Sequence[str]]) -> None:
+        begin(self, ids)
         (worker,) = multiprocessing.active_children()
         worker.kill()
         worker.join()
