@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader
 from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
 
 from dora_vl.errors import UserError, one_line, shown_text
 
 MOST_VALUES = 100_000
 """Of a file of settings, each reference to an earlier part counted as what it stands for."""
+_FLOAT, _SCIENTIFIC = "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 _OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] - the C one where it was built
+    """YAML in which `1e-4` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    _FLOAT, re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def read_yaml(path: Path) -> Any:
@@ -28,8 +37,8 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        _check(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), set())
-        content = get_loader("yaml")(text)
+        _check(yaml.compose(text, Loader=_Loader), set())
+        content = yaml.load(text, Loader=_Loader)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except YAMLError as error:
@@ -37,7 +46,7 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: no YAML: {said}; indent with spaces alone") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # no UTF-8
+    except ValueError as error:  # no UTF-8, or a day that no month has
         raise UserError(f"{path}: no YAML: {one_line(str(error), 200)}") from None
     except RecursionError:
         raise UserError(f"{path}: no YAML that can be read: it is nested too deeply") from None
