@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from os import getpid
@@ -140,8 +141,19 @@ def _on_gpu() -> bool:
 
 
 def _command() -> str:
-    program = "deepspeed" if _on_gpu() else "python"
-    return f"{program} tasks/llava_instruct.py --config"
+    """What starts a run, as a shell here finds it: on GPUs through the launcher."""
+    if _on_gpu():
+        return f"{_program('deepspeed')} --module dora_vl.cli train"
+    return f"{_program('dora-vl')} train"
+
+
+def _program(name: str) -> str:
+    """A program of this environment, which may be in no PATH."""
+    own, in_path = Path(sys.executable).with_name(name), shutil.which(name)
+    if own.exists() and not (in_path and own.samefile(in_path)):
+        return quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
+    module = {"dora-vl": "dora_vl.cli", "deepspeed": "deepspeed.launcher.runner"}[name]
+    return name if in_path else f"{quote(sys.executable)} -m {module}"
 
 
 def _size(base: Base) -> str:
