@@ -80,6 +80,20 @@ def test_unknown_verb_is_one_line(capsys):
     assert "no command 'merg'; did you mean 'merge'?" in failed(capsys, "merg")
 
 
+@pytest.mark.parametrize(
+    ("words", "fact"),
+    [
+        (["--image", "a.png", "--video", "b.mp4"], "--image does not go with --video"),
+        (["--video", "b.mp4", "--together"], "--together does not go with --video"),
+        (["--image", "a.png", "--choice", "red"], "--choice does not go with --image"),
+        (["--image", "gone.png"], "gone.png is missing"),
+        (["--video", "gone.mp4"], "gone.mp4 is missing"),
+    ],
+)
+def test_ask_is_about_pictures_or_about_videos(capsys, words, fact):
+    assert fact in failed(capsys, "ask", "--model", "none", "--question", "q", *words)
+
+
 def test_convert_keeps_and_exports(folders, capsys):
     main(["convert", str(folders / "one"), "--to", str(folders / "same")])
     assert "4 layers, 0 other tensors" in capsys.readouterr().out

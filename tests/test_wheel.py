@@ -112,6 +112,7 @@ def test_a_vlbart_adapter_knows_its_tasks(installed: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_pictures_become_an_adapter_that_answers(installed: Path, tmp_path: Path) -> None:
     """In an empty folder, with `init`'s last line as it stands; the same command again finds nothing to do."""
     write_folder(tmp_path / "my")
