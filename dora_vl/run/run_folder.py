@@ -50,6 +50,7 @@ TRAINING_NUMBERS = (
     "padding_share",
     "skipped_samples",
     "shrunk_samples",
+    "steps_left_out",
 )
 """What `metrics.json` says of the training."""
 
