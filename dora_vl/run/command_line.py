@@ -194,7 +194,13 @@ def files_first(arguments: Sequence[str]) -> list[str]:
     for argument in others:
         refuse_other_number(argument.partition("=")[2] if argument.startswith("--") else argument)
     settings = with_variant(files, variants[-1] if variants else None)
-    return [f"--config={json.dumps(one, default=str)}" for one in settings] + others
+    return [f"--config={_as_json(one)}" for one in settings] + others
+
+
+def _as_json(settings: Mapping[str, Any]) -> str:
+    """JSON that YAML reads alike, as the parser does: an emoji as it is, not as the two halves of a pair."""
+    pair = re.compile(r"\\ud[89ab]\w\w\\ud[c-f]\w\w")
+    return pair.sub(lambda halves: json.loads(f'"{halves[0]}"'), json.dumps(settings, default=str))
 
 
 def _taken(arguments: Sequence[str], option: str) -> tuple[list[str], list[str]]:
