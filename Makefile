@@ -16,6 +16,7 @@ DEEPSPEED := $(if $(wildcard /dev/nvidia* /dev/dxg /dev/kfd),,DS_ACCELERATOR=cpu
 
 DEMO := runs/demo
 
+# A demo that was stopped goes on, and a finished one stays as it is: `make clean` makes room for another.
 demo: $(INSTALLED)
 	$(BIN)/python -m data_prep.demo_assets --to $(DEMO)/assets
 	$(BIN)/python -m data_prep.easy_vqa --from $(DEMO)/assets/easy_vqa --to $(DEMO)/data
@@ -26,44 +27,37 @@ demo: $(INSTALLED)
 	@echo "$(DEMO)/loss_curve.png and $(DEMO)/contact_sheet.png. All of it on one page: $(BIN)/dora-vl report $(DEMO)"
 	@echo "Ask about a picture of your own, a coloured shape:"
 	@echo
-	@echo "  $(BIN)/python tasks/image_qa.py --adapter $(DEMO)/adapter --image FILE --question \"what color is the shape?\""
-
-# A demo of several parts begins anew; one that was stopped goes on: finished parts stay, a stopped one is resumed.
-begin = test -e $(1)/unfinished || rm -rf $(addprefix $(1)/,features start pretrain base); mkdir -p $(1); touch $(1)/unfinished
+	@echo "  $(BIN)/dora-vl ask --adapter $(DEMO)/adapter --image FILE --question \"what color is the shape?\""
 
 VLDEMO := runs/demo-vlbart
 LITE0 := --library timm --name tf_efficientnet_lite0 --weights-in-order --image-size 128 --grid-pool 2 --workers 0 \
 	--weights $(DEMO)/assets/efficientnet_lite0/efficientnet-lite0-57934424.pth
 
 demo-vlbart: $(INSTALLED)
-	@$(call begin,$(VLDEMO))
 	$(BIN)/python -m data_prep.demo_assets --to $(DEMO)/assets
 	$(BIN)/python -m data_prep.easy_vqa_halves --from $(DEMO)/assets/easy_vqa --to $(VLDEMO)/records
 	$(BIN)/python -m data_prep.features --root $(DEMO)/assets/easy_vqa --to $(VLDEMO)/features/train $(LITE0) \
 		--records $(VLDEMO)/records/pretrain.jsonl $(VLDEMO)/records/adapt.jsonl
 	$(BIN)/python -m data_prep.features --root $(DEMO)/assets/easy_vqa --to $(VLDEMO)/features/test $(LITE0) \
 		--records $(VLDEMO)/records/test.jsonl
-	test -e $(VLDEMO)/pretrain/adapter || $(DEEPSPEED) tasks/vlbart_image.py \
+	$(DEEPSPEED) tasks/vlbart_image.py \
 		--config configs/vlbart/demo.yaml --variant pretrain --resume if_stopped
 	test -e $(VLDEMO)/base || $(BIN)/dora-vl merge --adapter $(VLDEMO)/pretrain/adapter --to $(VLDEMO)/base
 	$(DEEPSPEED) tasks/vlbart_image.py --config configs/vlbart/demo.yaml --variant adapt --resume if_stopped
-	@rm $(VLDEMO)/unfinished
 
 VIDEO := runs/demo-video
 
 demo-video: $(INSTALLED)
-	@$(call begin,$(VIDEO))
 	$(BIN)/python -m data_prep.demo_assets --to $(DEMO)/assets
 	$(BIN)/python -m data_prep.moving_shapes --to $(VIDEO)/data --seed 1
 	$(BIN)/python -m data_prep.features --root $(VIDEO)/data --to $(VIDEO)/features --library timm \
 		--name tf_efficientnet_lite0 --weights-in-order \
 		--weights $(DEMO)/assets/efficientnet_lite0/efficientnet-lite0-57934424.pth \
 		--layer -2 --grid-pool 4 --merge 2 --changes --image-size 128 --frames 6 --workers 0
-	test -e $(VIDEO)/pretrain/adapter || $(DEEPSPEED) tasks/vlbart_video.py \
+	$(DEEPSPEED) tasks/vlbart_video.py \
 		--config configs/vlbart/demo_video.yaml --variant pretrain --resume if_stopped
 	test -e $(VIDEO)/base || $(BIN)/dora-vl merge --adapter $(VIDEO)/pretrain/adapter --to $(VIDEO)/base
 	$(DEEPSPEED) tasks/vlbart_video.py --config configs/vlbart/demo_video.yaml --variant adapt --resume if_stopped
-	@rm $(VIDEO)/unfinished
 
 lint: $(INSTALLED) docs
 	$(BIN)/ruff format --check .

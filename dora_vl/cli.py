@@ -1,4 +1,4 @@
-"""`dora-vl VERB ...`: the command line over the library; starting and evaluating runs is `python tasks/...`."""
+"""`dora-vl VERB ...`: the command line over the library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ class _Parser(argparse.ArgumentParser):
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one verb; a problem in the input is one line on stderr and exit status 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].startswith("--local_rank"):  # the deepspeed launcher's; LOCAL_RANK says the same
         words = words[1:]
@@ -45,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog=f"dora-vl {verb}", description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
+    if not getattr(module, "SETS_UP_LOGGING", False):
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for line in module.run(_options(parser, rest, takes_settings=getattr(module, "TAKES_SETTINGS", False))):
         print(line, flush=True)
 

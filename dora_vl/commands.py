@@ -11,7 +11,7 @@ class Command:
 
     Its module is imported when the verb is used. It holds `DESCRIPTION` (what --help says),
     `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready; `TAKES_SETTINGS`
-    where a run's own settings may follow, which `run` finds as `arguments.settings`.
+    where a run's own settings may follow, which `run` finds as `arguments.settings`; `SETS_UP_LOGGING` where it does.
     """
 
     module: str
@@ -20,6 +20,7 @@ class Command:
 
 COMMANDS = {
     "analyze": Command("dora_vl.evaluation.analyze_command", "what training changed: magnitudes and directions"),
+    "ask": Command("dora_vl.evaluation.ask_command", "a model's answers about pictures or videos of your own"),
     "check-data": Command("dora_vl.sources.check_command", "what is wrong with data files, before a run finds it"),
     "completion": Command("dora_vl.completion_command", "a script with which a shell completes all of this"),
     "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out"),
@@ -36,5 +37,6 @@ COMMANDS = {
     "report": Command("dora_vl.report.report_command", "a run, or several side by side, as one page"),
     "serve": Command("dora_vl.app.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"),
     "show": Command("dora_vl.pipelines.show_command", "the first batch of a run, its tokens by label"),
+    "train": Command("dora_vl.pipelines.train_command", "a run, from its settings to a tested adapter"),
     "translate": Command("dora_vl.translation.command", "other tools' settings as a run's YAML"),
 }

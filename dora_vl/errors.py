@@ -147,17 +147,23 @@ class BadSample(UserError):
         return type(self), (self.sample_id, self.reason, self.kind)
 
 
+UNWRITABLE = {
+    errno.ENOSPC: ("the disk is full", "make room"),
+    errno.EDQUOT: ("your quota of the disk is used up", "make room"),
+    errno.EROFS: ("the file system can only be read", "mount it for writing"),
+    errno.EFBIG: ("a file would be larger than is allowed", "raise the limit (ulimit -f)"),
+}
+"""Why a disk takes nothing more, and what to do: by the system's number."""
 _OF_THE_SYSTEM = {
     errno.ENAMETOOLONG: "no file can have a name so long",
-    errno.ENOSPC: "the disk is full; make room and start again",
-    errno.EDQUOT: "your quota of the disk is used up; make room and start again",
+    **{number: f"{cause}; {remedy} and start again" for number, (cause, remedy) in UNWRITABLE.items()},
 }
 
 
 def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Result]:
     """Wraps an entry point: a `UserError` becomes one line on stderr and exit status 2, never a traceback.
 
-    So does a path of more characters than a file's name may have, and a full disk, wherever it is met.
+    So does a path of more characters than a file's name may have, and a disk that takes no more, wherever it is met.
     A reader of the output that leaves early (`| head`) ends the program quietly, as it ends others.
     """
 

@@ -9,21 +9,13 @@ sample, in any format of docs/data.md. It also runs under torchrun and plain pyt
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
-from dora_vl.training.start import start
-
-if TYPE_CHECKING:
-    from dora_vl.pipelines.commonsense import CommonsensePipeline
+from dora_vl.pipelines.train_command import train_script
 
 
-def pipeline_of(config: CommonsenseRunConfig) -> CommonsensePipeline:
-    """The task of these settings; its imports take seconds, so they wait until the settings are right."""
-    from dora_vl.pipelines.commonsense import CommonsensePipeline
-
-    return CommonsensePipeline(config)
+def main() -> None:
+    """Reads the settings, trains, tests."""
+    train_script("commonsense", __doc__)
 
 
 if __name__ == "__main__":
-    start("commonsense.py", __doc__ or "", CommonsenseRunConfig, pipeline_of)
+    main()

@@ -9,25 +9,12 @@ training.output_dir; `--resume last` resumes from the last checkpoint.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from dora_vl.run.recipe import RunConfig
-from dora_vl.training.start import start
-
-if TYPE_CHECKING:
-    from dora_vl.training.pipeline import Pipeline
-
-
-def instruct(config: RunConfig) -> Pipeline:
-    """The base's task; its imports take seconds, so they come after mistakes in the settings were reported."""
-    from dora_vl.pipelines.image_text import instruct_pipeline
-
-    return instruct_pipeline(config)
+from dora_vl.pipelines.train_command import train_script
 
 
 def main() -> None:
     """Reads the settings, trains, tests."""
-    start("llava_instruct.py", __doc__ or "", RunConfig, instruct)
+    train_script("llava_instruct", __doc__)
 
 
 if __name__ == "__main__":

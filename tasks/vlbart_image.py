@@ -8,28 +8,12 @@ It also runs under torchrun and plain python. Which tasks are trained is what `d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from dora_vl.tasks.vlbart_image import subtasks
-
-if TYPE_CHECKING:
-    from dora_vl.run.vlbart_recipe import VlBartRunConfig
-    from dora_vl.training.pipeline import Pipeline
-
-
-def pipeline_of(config: VlBartRunConfig) -> Pipeline:
-    """The run's task; imports what takes seconds."""
-    from dora_vl.pipelines.vlbart import VlBartPipeline
-
-    return VlBartPipeline(config, subtasks(task_prompt=config.data.task_prompt), name="vlbart_image")
+from dora_vl.pipelines.train_command import train_script
 
 
 def main() -> None:
     """Reads the settings, trains, tests."""
-    from dora_vl.run.vlbart_recipe import VlBartRunConfig
-    from dora_vl.training.start import start
-
-    start("vlbart_image.py", __doc__ or "", VlBartRunConfig, pipeline_of)
+    train_script("vlbart_image", __doc__)
 
 
 if __name__ == "__main__":

@@ -174,11 +174,18 @@ def check_dora_vl(words: Sequence[str], is_whole: bool) -> None:
         add_arguments(parser)
         own, settings = parser.parse_known_args(list(words[1:]))
         check_settings("llava_instruct", ["--config", own.config, *settings])
+    if words[0] == "train":
+        check_settings(_task_of(options.config), ["--config", options.config, *options.settings])
     if words[0] == "show":
         from dora_vl.pipelines.show_command import _own_options
 
         own, settings = _own_options(options.settings)
-        check_settings(own.task or "llava_instruct", ["--config", options.config, *settings])
+        check_settings(own.task or _task_of(options.config), ["--config", options.config, *settings])
+
+
+def _task_of(config: str) -> str:
+    """Whose settings a recipe holds, by its folder; a reader's own are a vision-language model's."""
+    return {"vlbart": "vlbart_image", "commonsense": "commonsense"}.get(Path(config).parent.name, "llava_instruct")
 
 
 def check_python(words: Sequence[str], is_whole: bool) -> None:

@@ -96,7 +96,9 @@ def test_what_a_page_shows(tmp_path: Path) -> None:
 
 
 def test_every_script_that_trains_has_its_settings() -> None:
-    trained = {path.stem for path in (ROOT / "tasks").glob("*.py") if "start(" in path.read_text(encoding="utf-8")}
+    trained = {
+        path.stem for path in (ROOT / "tasks").glob("*.py") if "train_script(" in path.read_text(encoding="utf-8")
+    }
     assert trained == set(settings_of_tasks())
     assert {"dora-vl", "deepspeed", "make"} <= set(CHECKS)
 

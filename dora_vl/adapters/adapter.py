@@ -249,7 +249,7 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
         raise UserError(
             f"{adapter.source}: {len(adapter.input_axis)} layers, first {min(adapter.input_axis)}, have one magnitude "
             "an input column; an adapter folder holds one an output row, so this would lose them. Merge it into its "
-            "base (dora-vl merge) or export a LoRA with its error stated (--as lora --rank R --max-error X)"
+            "base (dora-vl merge) or export a LoRA with its error stated (dora-vl convert --as lora)"
         )
     target = Path(folder)
     refuse_to_replace_adapter(target)

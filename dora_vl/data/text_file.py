@@ -10,8 +10,7 @@ import codecs
 import contextlib
 import csv
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,34 +93,6 @@ def refuse_half_pairs(value: object, where: str) -> None:
         raise UserError(f"{where}: its text holds half of a surrogate pair, which is no character") from None
     except RecursionError:
         raise UserError(f"{where}: not whole JSON (its values are nested too deeply)") from None
-
-
-MOST_VALUES = 100_000
-"""Of a file of settings, each reference to an earlier part counted as what it stands for."""
-
-
-def refuse_expansion(value: object, where: str) -> None:
-    """Refuses what a YAML file's aliases make of it: a few lines can stand for more values than any memory holds.
-
-    Raises:
-        UserError: more than `MOST_VALUES` values, or one that holds itself.
-    """
-    if _values(value, {}) > MOST_VALUES:
-        raise UserError(
-            f"{where}: its aliases (*name) stand for more than {MOST_VALUES:,} values, or for themselves; write out "
-            "what is meant"
-        )
-
-
-def _values(value: object, known: dict[int, int | float]) -> int | float:
-    """How many values there are; infinitely many in one that holds itself. Each is looked at once."""
-    if not isinstance(value, Mapping | list):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = math.inf
-        inside = value.values() if isinstance(value, Mapping) else value
-        known[id(value)] = 1 + sum(_values(one, known) for one in inside)
-    return known[id(value)]
 
 
 def json_object(path: Path, wanted: str) -> dict[str, object]:

@@ -8,18 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from dora_vl.adapters.adapter import write_json
-from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.decomposition import Panel, Request, as_json, layers_to_compare, measured
-from dora_vl.adapters.tuned_weights import refuse_saved_on_another_base, saved_in
 from dora_vl.errors import UserError
 from dora_vl.evaluation.pictures import AS_IT_STANDS, INK, VALIDATION, new_figure, plain_axes, plain_text, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from dora_vl.adapters.decomposition import Panel, Request
 
 MARKERS = "oDs^vP*X<>"
 PANEL_WIDTH, HEIGHT = 4.2, 4.6  # inches
@@ -120,6 +115,12 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Measures, draws and writes; yields the lines to print."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the picture needs matplotlib: pip install 'dora-vl[demo]'")
+    from tqdm import tqdm
+
+    from dora_vl.adapters.base_weights import BaseWeights  # seconds, so not for --help
+    from dora_vl.adapters.decomposition import layers_to_compare, measured
+    from dora_vl.adapters.tuned_weights import refuse_saved_on_another_base
+
     requests = _requests(arguments.tuned, arguments.label)
     if not arguments.to.resolve().parent.is_dir():
         raise UserError(f"--to {arguments.to}: there is no folder {arguments.to.resolve().parent}")
@@ -142,6 +143,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 def _requests(paths: Sequence[Path], labels: Sequence[str] | None) -> list[Request]:
     if labels is not None and len(labels) != len(paths):
         raise UserError(f"{len(paths)} times TUNED and {len(labels)} times --label; give one for each")
+    from dora_vl.adapters.decomposition import Request
+    from dora_vl.adapters.tuned_weights import saved_in
+
     named = zip(labels or [str(path) for path in paths], paths, strict=True)
     return [Request(label, path, saved_in(path)) for label, path in named]
 
@@ -154,6 +158,8 @@ def _line(panel: Panel) -> str:
 
 
 def _write(panels: Sequence[Panel], layers: Sequence[str], arguments: argparse.Namespace) -> Iterator[str]:
+    from dora_vl.adapters.adapter import write_json
+    from dora_vl.adapters.decomposition import as_json
 
     picture, numbers = (arguments.to.with_name(f"{arguments.to.name}{suffix}") for suffix in (".png", ".json"))
     draw_panels(panels, layers, picture)

@@ -20,10 +20,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
-
-from dora_vl.data.text_file import refuse_expansion, text_lines
-from dora_vl.errors import UserError, one_line, shown
+from dora_vl.data.yaml_file import read_yaml
+from dora_vl.errors import UserError, shown
 from dora_vl.scores import (
     caption,
     commonsense,
@@ -178,12 +176,7 @@ def read_own(path: Path) -> Found:
 
 
 def _mapping(path: Path) -> Mapping[Any, Any]:
-    text = "\n".join(line for _, line in text_lines(path, "a benchmark's settings"))
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
-        raise UserError(f"{path}: not YAML ({one_line(str(error), 200)})") from None
-    refuse_expansion(content, f"{path}")
+    content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: must hold settings such as `name: receipts`, found {shown(content)}")
     return content

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from dora_vl.data.records import stream_values
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.questions import Question, is_question, read_question_file, read_questions
-from dora_vl.run.run_folder import SETTINGS
 from dora_vl.whole_numbers import positive
 
 if TYPE_CHECKING:
@@ -126,6 +125,8 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
 
 def _settings_of_run(adapter: Path) -> Mapping[str, Any]:
     """The settings of the run that an adapter folder, or a checkpoint's, lies in; empty where there is none."""
+    from dora_vl.run.run_folder import SETTINGS
+
     for folder in adapter.resolve().parents[:2]:
         if (folder / SETTINGS).is_file():
             found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))

@@ -21,8 +21,8 @@ DESCRIPTION = """\
 Says what a run will take of each GPU: bytes by part, bytes that an optimizer step sends, and its time from a share of
 the GPUs' peak and the links' speed. The model is made from its config alone, on torch's meta device: no weight is read.
 
-  dora-vl estimate --config llava/llava15 --variant 7b_dora --shape llava-1.5-7b --gpus 8
-  dora-vl estimate --config my_run.yaml --gpus 64 --machines 8 --mfu 0.4 --training.deepspeed zero2
+  dora-vl estimate llava/llava15 --variant 7b_dora --shape llava-1.5-7b --gpus 8
+  dora-vl estimate my_run.yaml --gpus 64 --machines 8 --mfu 0.4 --training.deepspeed zero2
 
 What this command does not know is a setting of the run, --section.key value, as for the script itself. docs/cluster.md
 says what is counted and how.
@@ -36,7 +36,7 @@ TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options; a run's own settings may stand between them."""
-    parser.add_argument("--config", required=True, help="YAML file with the run's settings, or a recipe's name")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file with the run's settings, or a recipe's name")
     parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs in all")
     parser.add_argument("--machines", type=positive, metavar="M", help="that hold them (default: 8 GPUs in each)")
     parser.add_argument("--shape", metavar="NAME", help="a published model's sizes, in place of model.base")
@@ -76,17 +76,20 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     machines = _machines(arguments)
     words = [f"--config={arguments.config}", *arguments.settings]
 
-    from dora_vl.pipelines.estimate import as_record, imagine_run
     from dora_vl.pipelines.published_shapes import with_shape
     from dora_vl.pipelines.run_settings import pipeline_of, settings_and_task
-    from dora_vl.training.step_traffic import Cluster
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     config, task = settings_and_task(words, None, program="dora-vl estimate")
     if task.startswith("vlbart"):
         raise UserError("estimate is for runs of llava_instruct and commonsense; a VL-BART fits any GPU")
     with tempfile.TemporaryDirectory() as folder:
-        pipeline = pipeline_of(with_shape(config, arguments.shape, Path(folder)), task)
+        config = with_shape(config, arguments.shape, Path(folder))
+
+        from dora_vl.pipelines.estimate import as_record, imagine_run  # seconds, so after all that can be refused
+        from dora_vl.training.step_traffic import Cluster
+
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        pipeline = pipeline_of(config, task)
         imagined = imagine_run(pipeline, tokens=arguments.tokens, labelled=arguments.labelled)
     found = imagined.on(arguments.gpus)
     others = {stage: imagined.under(stage).on(arguments.gpus) for stage in STAGES}

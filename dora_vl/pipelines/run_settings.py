@@ -1,9 +1,9 @@
-"""Which script a run's settings are for, and its pipeline, for commands that look at a run without starting it."""
+"""Which task a run's settings are for, and its pipeline: for training, and for commands that look at a run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 TASKS = ("llava_instruct", "vlbart_image", "vlbart_video", "commonsense")
 
 
-def settings_and_task(words: Sequence[str], task: str | None, *, program: str) -> tuple[Any, str]:
+def settings_and_task(
+    words: Sequence[str], task: str | None, *, program: str, description: str = ""
+) -> tuple[Any, str]:
     """The settings by the class of the named task, or of the one that knows most of what is stated."""
-    from dora_vl.run.command_line import read_settings, setting_names
+    from dora_vl.run.command_line import read_settings
     from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
     from dora_vl.run.recipe import RunConfig
     from dora_vl.run.vlbart_recipe import VlBartRunConfig
-    from dora_vl.tasks import vlbart_image
 
     classes: dict[str, type[Any]] = {
         "llava_instruct": RunConfig,
@@ -26,19 +27,25 @@ def settings_and_task(words: Sequence[str], task: str | None, *, program: str) -
         "vlbart_image": VlBartRunConfig,
         "vlbart_video": VlBartRunConfig,
     }
-    stated = _stated(words)
-    name = task or min(list(classes)[:3], key=lambda one: len(_unknown(stated, setting_names(classes[one]))))
-    config = read_settings(words, classes[name], program=program)
-    if task is None and name == "vlbart_image" and not set(config.data.train) <= set(vlbart_image.subtasks()):
-        return config, "vlbart_video"
+    name = task or _likeliest(words, {name: classes[name] for name in TASKS if name != "vlbart_video"})
+    config = read_settings(words, classes[name], program=program, description=description)
+    if task is None and name == "vlbart_image":
+        from dora_vl.tasks.vlbart_image import subtasks
+
+        return config, "vlbart_image" if set(config.data.train) <= set(subtasks()) else "vlbart_video"
     return config, name
+
+
+def _likeliest(words: Sequence[str], classes: Mapping[str, type[Any]]) -> str:
+    """The task whose settings know most of what is stated."""
+    from dora_vl.run.command_line import setting_names
+
+    stated = _stated(words)
+    return min(classes, key=lambda name: len(_unknown(stated, setting_names(classes[name]))))
 
 
 def _stated(words: Sequence[str]) -> set[str]:
     """Dotted names of all settings that the file and the command line give."""
-    from jsonargparse import get_loader
-    from yaml import YAMLError
-
     from dora_vl.report.settings_view import flattened
     from dora_vl.run.command_line import files_first
 
@@ -47,14 +54,7 @@ def _stated(words: Sequence[str]) -> set[str]:
         name, _, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
             continue
-        if name != "config":
-            found.add(name)
-            continue
-        try:
-            content = get_loader("yaml")(value if value.startswith("{") else Path(value).read_text(encoding="utf-8"))
-        except (OSError, ValueError, YAMLError):  # the parser says what is wrong with it
-            continue
-        found |= set(flattened(content))
+        found |= set(flattened(json.loads(value))) if name == "config" else {name}
     return found
 
 
@@ -65,7 +65,7 @@ def _unknown(stated: set[str], names: Sequence[str]) -> list[str]:
 
 
 def pipeline_of(config: Any, task: str) -> Pipeline:
-    """The pipeline that the task's script would run."""
+    """The task's pipeline; its imports take seconds, so they come after mistakes in the settings were reported."""
     if task == "llava_instruct":
         from dora_vl.pipelines.image_text import instruct_pipeline
 

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, one_line
 from dora_vl.run.build_locks import report_old_build_locks
 from dora_vl.run.command_line import said_plainly, shipped_folder
 from dora_vl.run.launch import launched_first, several_ranks, stand_alone_environment, start_cpu_communication
@@ -32,6 +32,8 @@ SAID_TWICE = {
     "gradient_clipping": "max_grad_norm",
 }
 """DeepSpeed's name -> the field of the `training:` section that says the same."""
+BLOCKS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "activation_checkpointing")
+"""What is an object in a DeepSpeed config."""
 SHORT_NAMES = ("zero0", "zero2", "zero3", "zero3_offload")
 
 
@@ -61,6 +63,32 @@ def _find(value: str) -> Path:
 def zero_stage(config: Mapping[str, Any] | None) -> int:
     """ZeRO stage of a DeepSpeed config; 0 without one."""
     return 0 if config is None else int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def check_form(config: Mapping[str, Any]) -> None:
+    """Reads a config as DeepSpeed will, without what the `training:` section says.
+
+    Raises:
+        UserError: a block or a value that DeepSpeed does not take; by itself it says so after the model was loaded.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    stated = {name: value for name, value in _without_auto(config).items() if name not in SAID_TWICE}
+    stated |= {"train_micro_batch_size_per_gpu": 1}
+    stated.pop("train_batch_size", None)
+    try:
+        DeepSpeedConfig(stated)
+    except (ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
+        wrong = [f'"{name}" is no object' for name in BLOCKS if not isinstance(config.get(name, {}), Mapping)]
+        said = wrong[0] if wrong else one_line(str(error), 200)
+        raise UserError(f"DeepSpeed config: {said}") from error
+
+
+def _without_auto(value: Any) -> Any:
+    """What transformers does not fill in."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _without_auto(inside) for name, inside in value.items() if inside != "auto"}
 
 
 def check_deepspeed(config: Mapping[str, Any], *, method: str, bf16: bool) -> None:
@@ -252,6 +280,7 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
         given.pop("tf32", None)  # CUDA's alone: a GPU recipe also runs, slowly, on a CPU
     if given.get("deepspeed") is not None:
         given["deepspeed"] = read_deepspeed(given["deepspeed"])
+        check_form(given["deepspeed"])
         check_deepspeed(given["deepspeed"], method=config.adapter.method, bf16=bool(section.get("bf16")))
         _choose_deepspeed_device(given)
         stand_alone_environment()

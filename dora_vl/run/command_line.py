@@ -16,16 +16,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_parsing_settings
-from yaml import YAMLError
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from dora_vl.data.text_file import refuse_expansion
-from dora_vl.errors import UserError, one_line, shown, shown_text
+from dora_vl.data.yaml_file import read_yaml, refuse_other_number
+from dora_vl.errors import UserError, shown, shown_text
 from dora_vl.run.other_tools import NAMES, refuse_other_tools
 from dora_vl.run.recipe import RunConfig
 
 ENDING = ".yaml"
 VARIANTS, VARIANT = "variants", "variant"
+NO_SETTINGS = ("config", "print_config", "local_rank", "help")
+"""Options of the parser; from a file it would take another file's name by the first."""
 SECTIONS = ("model", "adapter", "data", "optim", "training", "evaluation", VARIANTS)
 
 
@@ -56,22 +57,21 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"--config {shown(name, 200)}: no such file or recipe; the recipes are {', '.join(recipe_names())}")
 
 
-def with_variant(names: Sequence[str], variant: str | None) -> list[str]:
-    """What the parser reads for each `--config`: the file, or the text of its settings under the variant.
+def with_variant(names: Sequence[str], variant: str | None) -> list[dict[str, Any]]:
+    """The settings of each `--config`, under the variant.
 
     Args:
         names: paths or recipes' names.
         variant: what `--variant` says; None: each file's own choice, its key `variant`, or the file as it stands.
 
     Raises:
-        UserError: a file is not there, has not the variant, or none of them has any.
+        UserError: a file is not there or cannot be used, has not the variant, or none of them has any.
     """
     paths = [find_recipe(name) for name in names]
-    resolved = [_resolved(path, variant) for path in paths]
-    if variant is not None and all(one is None for one in resolved):
+    if variant is not None and not any(map(variants_of, paths)):
         where = f"{', '.join(map(str, paths))}: no variants there" if paths else "no --config FILE is given"
         raise UserError(f"--variant {shown(variant)}: {where}")
-    return [str(path) if one is None else json.dumps(one) for path, one in zip(paths, resolved, strict=True)]
+    return [_resolved(path, variant) for path in paths]
 
 
 def variants_of(path: Path) -> list[str]:
@@ -91,40 +91,33 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    """A file's content; empty where it is no mapping: the parser says what is wrong with it.
+    """A file's settings.
 
     Raises:
-        UserError: it is no YAML.
+        UserError: it is no YAML, no mapping of settings, or another tool's.
     """
-    try:
-        content = get_loader("yaml")(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        said = one_line(str(error).replace(' in "<unicode string>"', ""), 200)
-        raise UserError(f"{path}: no YAML: {said}; indent with spaces alone") from None
-    except (OSError, ValueError):
-        return {}
-    except RecursionError:
-        raise UserError(f"{path}: no YAML that can be read: it is nested too deeply") from None
-    refuse_expansion(content, f"{path}")
-    return content if isinstance(content, Mapping) else {}
-
-
-def _resolved(path: Path, variant: str | None) -> dict[str, Any] | None:
-    """A file's settings under a variant; None where the file has no variants."""
-    content = _read(path)
+    content = read_yaml(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: must hold settings such as `model:`, found a {type(content).__name__}")
     refuse_other_tools(path, content, SECTIONS)
-    if VARIANTS not in content:
-        return None
-    variants = content[VARIANTS]
+    return content
+
+
+def _resolved(path: Path, variant: str | None) -> dict[str, Any]:
+    """A file's settings under a variant: the one of this name, or else the file's own choice."""
+    content = _read(path)
+    variants = content.get(VARIANTS, {})
     if not isinstance(variants, Mapping) or not all(isinstance(one, Mapping) for one in variants.values()):
         raise UserError(f"{path}: variants is not a mapping of names to settings")
     settings = {key: value for key, value in content.items() if key != VARIANTS}
     name = settings.get(VARIANT) if variant is None else variant
-    if name is None:
-        return settings
-    if name not in variants:
-        raise UserError(f"{path}: no variant {shown(name)}; there are {', '.join(map(str, variants))}")
-    return {**merged(settings, variants[name]), VARIANT: name}
+    if VARIANTS in content and name is not None:
+        if name not in variants:
+            raise UserError(f"{path}: no variant {shown(name)}; there are {', '.join(map(str, variants))}")
+        settings = {**merged(settings, variants[name]), VARIANT: name}
+    if strange := [name for name in NO_SETTINGS if name in settings]:
+        raise UserError(f"{path}: {strange[0]} is not a setting; it belongs on the command line")
+    return settings
 
 
 Settings = TypeVar("Settings")
@@ -192,10 +185,22 @@ def _check_counts(config: object) -> None:
 
 
 def files_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with each `--config` in front, under its variant, so that a setting wins wherever it stands."""
+    """The arguments with the settings of each `--config` in front, as JSON: one given here wins wherever it stands.
+
+    The parser itself opens no file.
+    """
     files, others = _taken(arguments, "--config")
     variants, _ = _taken(others, "--variant")
-    return [f"--config={one}" for one in with_variant(files, variants[-1] if variants else None)] + others
+    for argument in others:
+        refuse_other_number(argument.partition("=")[2] if argument.startswith("--") else argument)
+    settings = with_variant(files, variants[-1] if variants else None)
+    return [f"--config={_as_json(one)}" for one in settings] + others
+
+
+def _as_json(settings: Mapping[str, Any]) -> str:
+    """JSON that YAML reads alike, as the parser does: an emoji as it is, not as the two halves of a pair."""
+    pair = re.compile(r"\\ud[89ab]\w\w\\ud[c-f]\w\w")
+    return pair.sub(lambda halves: json.loads(f'"{halves[0]}"'), json.dumps(settings, default=str))
 
 
 def _taken(arguments: Sequence[str], option: str) -> tuple[list[str], list[str]]:

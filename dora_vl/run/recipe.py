@@ -211,8 +211,8 @@ class ResumableRun:
     """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
     file, or zero0, zero2, zero3, zero3_offload, the shipped ones."""
     resume: str | None = None
-    """`last` resumes from the run folder's last complete checkpoint, `if_stopped` too where a run with these settings
-    was stopped before its end, and else starts anew; or a checkpoint folder."""
+    """`last` resumes from the run folder's last complete checkpoint; `if_stopped` does where a run was stopped before
+    its end, starts one where there is none, and leaves a finished one as it is; or a checkpoint folder."""
     overwrite: bool = False
     """Removes what an earlier run left in training.output_dir; otherwise that is refused."""
     test_only: bool = False

@@ -16,6 +16,7 @@ from dora_vl.adapters.checkpoints import (
     complete_checkpoints,
     drop_leftovers,
     set_later_aside,
+    step_of,
 )
 from dora_vl.adapters.folder import refuse_to_replace_adapter
 from dora_vl.errors import UserError
@@ -37,8 +38,10 @@ SAVED = (ADAPTER, METRICS, *PREDICTED)
 RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, *PREDICTED, WATCHED, "loss_curve.png", "contact_sheet.png")
 IF_STOPPED = "if_stopped"
 _OTHERWISE = "--overwrite true removes it, --training.output_dir names another folder"
-HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only", "watch", "try_largest_batch"})
-"""Settings that may differ between a run and the one that resumes it."""
+HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only"})
+"""Settings of one start, which say nothing of the run: `settings.json` as --config must not repeat an overwrite."""
+BESIDE_THE_RUN = frozenset({"watch", "try_largest_batch"})
+"""Settings that change nothing of what a run leaves."""
 TRAINING_NUMBERS = (
     "train_seconds",
     "samples_per_second",
@@ -47,6 +50,7 @@ TRAINING_NUMBERS = (
     "padding_share",
     "skipped_samples",
     "shrunk_samples",
+    "steps_left_out",
 )
 """What `metrics.json` says of the training."""
 
@@ -76,27 +80,43 @@ def checkpoint_of(config: RunSettings) -> Path | None:
         raise UserError(f"resume: no complete checkpoint in {folder}; {way_out}")
     if config.resume != IF_STOPPED:
         return checkpoint_to_resume(config.resume, folder)
-    found = complete_checkpoints(folder)
-    return found[-1] if found and not _finished(folder, config) and _same_settings(folder, config) else None
+    checkpoints = complete_checkpoints(folder)
+    return checkpoints[-1] if checkpoints and not _is_finished(folder, config) else None
 
 
-def replaces_earlier(config: RunSettings) -> bool:
-    """Whether what an earlier run left goes."""
-    return config.overwrite or (config.resume == IF_STOPPED and checkpoint_of(config) is None)
+def finished_already(config: RunSettings) -> bool:
+    """Whether a run that `resume: if_stopped` starts again has nothing left to do.
+
+    Raises:
+        UserError: the finished run in its folder had other settings.
+    """
+    folder = run_folder_of(config)
+    if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
+        return False
+    then, now = (_run_alone(settings) for settings in (_json_of(folder / SETTINGS), _as_json(config)))
+    if changed := [name for name in now.keys() | then.keys() if now.get(name) != then.get(name)]:
+        raise UserError(
+            f"{folder} holds a finished run with other settings (in {', '.join(sorted(changed))}); {_OTHERWISE}"
+        )
+    return True
 
 
-def _finished(folder: Path, config: RunSettings) -> bool:
+def _is_finished(folder: Path, config: RunSettings) -> bool:
     """Whether a run has its adapter and, where it is tested, more numbers than those of the training."""
-    metrics = _json_of(folder / METRICS)
+    metrics, checkpoints = _json_of(folder / METRICS), complete_checkpoints(folder)
+    if checkpoints and step_of(checkpoints[-1]) > metrics.get("train_steps", 0):
+        return False  # they are of the run before the resume that was stopped there
     tested = config.evaluation.file is None or bool(metrics.keys() - set(TRAINING_NUMBERS))
     return (folder / ADAPTER).is_dir() and bool(metrics) and tested
 
 
-def _same_settings(folder: Path, config: RunSettings) -> bool:
-    ours: Any = config
-    now = json.loads(json.dumps(dataclasses.asdict(ours), default=str))
-    then = _json_of(folder / SETTINGS)
-    return all(now.get(name) == then.get(name) for name in (now.keys() | then.keys()) - HOW_IT_STARTS)
+def _as_json(config: Any) -> dict[str, Any]:
+    """Settings in JSON's types."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _run_alone(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in HOW_IT_STARTS | BESIDE_THE_RUN}
 
 
 def _json_of(path: Path) -> dict[str, Any]:
@@ -158,12 +178,13 @@ def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool
 
 
 def write_settings(folder: Path, config: Any) -> None:
-    """Writes the settings that a run was started with, defaults and the variant included.
+    """Writes a run's settings, defaults and the variant included, as a file that --config takes.
 
     Args:
         config: the run's dataclass.
     """
-    write_json(folder / SETTINGS, dataclasses.asdict(config))
+    settings = dataclasses.asdict(config)
+    write_json(folder / SETTINGS, {name: settings[name] for name in settings.keys() - HOW_IT_STARTS})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from os import getpid
 from pathlib import Path
 from shlex import quote
 from statistics import median
+from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError
-from dora_vl.setup.look import Look, Row, look_at
-from dora_vl.setup.questions_file import RUN_FILE, find_questions
-from dora_vl.setup.run_file import HUB_BASE, Base, Data, base_of, written
-from dora_vl.setup.split import split, usual_share, write_rows
+
+if TYPE_CHECKING:
+    from dora_vl.setup.look import Look, Row
+    from dora_vl.setup.run_file import Base, Data
 
 DESCRIPTION = """\
 Looks at a folder of pictures and questions, says what it saw, holds a test out, and writes the YAML of a first run:
@@ -29,7 +31,7 @@ questions are not touched; pictures that the questions file holds itself are wri
 Questions are any file that training reads (docs/data.md): CSV with the columns image, question, answer, JSON, JSON
 lines, Parquet, Arrow, tar. No picture is in both halves.
 """
-TRAIN, TEST, RUN = "train.jsonl", "test.jsonl", RUN_FILE
+TRAIN, TEST, RUN = "train.jsonl", "test.jsonl", "run.yaml"
 MEDIA = "media"
 
 
@@ -59,6 +61,12 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"--questions {arguments.questions}: no such file")
     to: Path = arguments.to or Path("runs") / _name_of(folder)
     _refuse_earlier(to, overwrite=arguments.overwrite)
+
+    from dora_vl.setup.look import look_at  # seconds, so not for --help
+    from dora_vl.setup.questions_file import find_questions
+    from dora_vl.setup.run_file import HUB_BASE, base_of, written
+    from dora_vl.setup.split import split, usual_share
+
     base = base_of(arguments.model)
     questions = arguments.questions or find_questions(folder)
     staging = to.with_name(f".{to.name}.writing-{getpid()}")
@@ -89,6 +97,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 def _write(staging: Path, to: Path, train: Sequence[Row], test: Sequence[Row], text: str) -> None:
     """Writes all files under other names, reads the settings as a run would, and moves them into place."""
     from dora_vl.run.command_line import read_run_file
+    from dora_vl.setup.split import write_rows
 
     staging.mkdir(parents=True, exist_ok=True)
     seen = Counter[str]()
@@ -116,6 +125,8 @@ def _refuse_earlier(to: Path, *, overwrite: bool) -> None:
 
 
 def _data(look: Look, train: Sequence[Row], to: Path) -> Data:
+    from dora_vl.setup.run_file import Data
+
     answers = [text for row in look.rows for text in row.texts("assistant")]
     words = [len(text.split()) for text in answers]
     return Data(
@@ -145,8 +156,19 @@ def _on_gpu() -> bool:
 
 
 def _command() -> str:
-    program = "deepspeed" if _on_gpu() else "python"
-    return f"{program} tasks/llava_instruct.py --config"
+    """What starts a run, as a shell here finds it: on GPUs through the launcher."""
+    if _on_gpu():
+        return f"{_program('deepspeed')} --module dora_vl.cli train"
+    return f"{_program('dora-vl')} train"
+
+
+def _program(name: str) -> str:
+    """A program of this environment, which may be in no PATH."""
+    own, in_path = Path(sys.executable).with_name(name), shutil.which(name)
+    if own.exists() and not (in_path and own.samefile(in_path)):
+        return quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
+    module = {"dora-vl": "dora_vl.cli", "deepspeed": "deepspeed.launcher.runner"}[name]
+    return name if in_path else f"{quote(sys.executable)} -m {module}"
 
 
 def _size(base: Base) -> str:

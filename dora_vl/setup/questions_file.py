@@ -19,7 +19,7 @@ SHARDED = (".parquet", ".arrow", ".tar")
 MOST_FILES, MOST_NAMES = 2_000, 200
 EXAMPLE = "image,question,answer"
 RUN_FILE = "run.yaml"
-"""What `dora-vl init` writes: the folder of this file is a run's."""
+"""What `dora-vl init` writes: a folder that holds one is a run's."""
 
 
 def find_questions(folder: Path) -> Path:

@@ -220,14 +220,14 @@ class ValidateFirst(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGINT or SIGTERM: finish the step, save a checkpoint, stop.
+    """SIGINT, SIGTERM or SIGHUP (a terminal or an ssh that was closed): finish the step, save a checkpoint, stop.
 
     All ranks agree at the end of a step, since one that stopped alone would leave the others waiting. A second
     Ctrl-C ends the process at once; a further SIGTERM does not, since the deepspeed launcher turns one Ctrl-C into
     a SIGINT and several SIGTERM, and kills after 30 seconds anyway.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -236,11 +236,14 @@ class StopOnSignal(TrainerCallback):
         self._since = 0.0
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts listening."""
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in self.SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # what nohup says stays
+                self._before[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Asks all ranks whether one of them received a signal to stop."""
@@ -269,6 +272,9 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self._heard is not None
+        if number == signal.SIGHUP:
+            for descriptor in self._terminals:  # gone, so that a line to it would be an error in place of the save
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if again and number == signal.SIGINT and time.monotonic() - self._since > ECHO_SECONDS:
             raise KeyboardInterrupt
         if not again:

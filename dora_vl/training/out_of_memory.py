@@ -22,6 +22,8 @@ PIXELS_TO_START_WITH = 1280 * 28 * 28
 """Of a picture of a model of dynamic resolution: 1,280 pieces of 28 x 28 (Qwen2-VL's own example)."""
 SHORTEST = 64
 """Tokens below which `data.max_tokens` is no longer what to lower."""
+_WORKER = "DataLoader worker"
+"""How torch begins to say that one was killed."""
 _ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -75,7 +77,7 @@ def out_of_memory_reported(where: Callable[[], str], device: torch.device, advic
 
 @contextlib.contextmanager
 def training_fits(trainer: Any, config: RunSettings) -> Iterator[None]:
-    """The same around a run's steps, told by the step, or as a validation's."""
+    """The same around a run's steps, told by the step, or as a validation's; and a line for a data worker's end."""
 
     def where() -> str:
         validates = not trainer.model.training
@@ -87,7 +89,15 @@ def training_fits(trainer: Any, config: RunSettings) -> Iterator[None]:
         )
 
     with out_of_memory_reported(where, trainer.args.device, advice):
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if not str(error).startswith(_WORKER):
+                raise
+            raise UserError(
+                f"{one_line(str(error), 120)} It was at step {trainer.state.global_step}; where the memory was "
+                f"used up, set data.workers below {config.data.workers}. --resume last resumes from the last checkpoint"
+            ) from None
 
 
 def what_to_lower(config: RunSettings, arguments: TrainingArguments, *, fits: int | None = None) -> str:

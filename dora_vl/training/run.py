@@ -40,7 +40,6 @@ from dora_vl.run.run_folder import (
     check_run_folder,
     checkpoint_of,
     prepare_run_folder,
-    replaces_earlier,
     run_folder_of,
     write_settings,
 )
@@ -110,8 +109,7 @@ def train(pipeline: Pipeline) -> RunResult:
 def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpoint: Path | None) -> None:
     """All that can be wrong before weights are loaded, and the folder of a new run."""
     config, run_folder = pipeline.config, run_folder_of(pipeline.config)
-    overwrite = replaces_earlier(config)
-    on_first_rank(partial(check_run_folder, run_folder, resume=checkpoint is not None, overwrite=overwrite))
+    on_first_rank(partial(check_run_folder, run_folder, resume=checkpoint is not None, overwrite=config.overwrite))
     if checkpoint is not None:
         on_first_rank(partial(check_manifest, checkpoint, settings_of(config), launch_of(arguments)))
     on_first_rank(partial(check_initial, config.adapter.initial))
@@ -120,7 +118,7 @@ def _check_and_prepare(pipeline: Pipeline, arguments: TrainingArguments, checkpo
     on_first_rank(partial(check_parts, pipeline, arguments))
     if checkpoint is None:
         # Not for a run that cannot begin; a resume that is refused in `_go_on` leaves all as it was.
-        on_first_rank(partial(prepare_run_folder, run_folder, checkpoint=None, overwrite=overwrite))
+        on_first_rank(partial(prepare_run_folder, run_folder, checkpoint=None, overwrite=config.overwrite))
         on_first_rank(partial(write_settings, run_folder, config))
 
 

@@ -72,10 +72,10 @@ def test_every_scoring_has_its_usual_question(tmp_path: Path, scoring: str, prom
         ("name: mine\nscoring: exact\nframes: true", "frames must be a whole number, it is True"),
         ("name: mine\nscoring: exact\nframes: 0", "frames is 0; at least 1"),
         ("- name", "must hold settings such as `name: receipts`"),
-        ("name: [", "not YAML"),
-        ("{? [a] : b}", "not YAML|unknown setting"),
-        ("name: 2001-99-99\nscoring: exact", "not YAML"),
-        ("[" * 5000, "not YAML"),
+        ("name: [", "no YAML"),
+        ("{? [a] : b}", "no YAML|unknown setting"),
+        ("name: 2001-99-99\nscoring: exact", "no YAML"),
+        ("[" * 5000, "no YAML"),
     ],
 )
 def test_a_file_that_says_something_else_is_refused(tmp_path: Path, text: str, said: str) -> None:

@@ -14,7 +14,7 @@ from dora_vl.pipelines.published_shapes import SHAPES
 from dora_vl.training.engine_memory import Engine, engine_of
 from dora_vl.training.step_traffic import Cluster, Sizes, Traffic, step_time, traffic_of
 
-LLAVA = ("estimate", "--config", "llava/llava15", "--variant", "7b_dora", "--shape", "llava-1.5-7b")
+LLAVA = ("estimate", "llava/llava15", "--variant", "7b_dora", "--shape", "llava-1.5-7b")
 
 
 @pytest.mark.slow
@@ -53,8 +53,8 @@ def test_a_published_shape_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureF
         ([*LLAVA, "--gpus", "8", "--model.quantisation", "nf4"], "of a quantised base no estimate is made"),
         ([*LLAVA[:-1], "gpt-5", "--gpus", "8"], "--shape gpt-5 is not known; there are llava-1.5-7b"),
         ([*LLAVA[:-2], "--gpus", "8", "--model.base", "not/there"], "is not composed yet"),
-        (["estimate", "--config", "nothing.yaml", "--gpus", "8"], "nothing.yaml"),
-        (["estimate", "--config", "vlbart/image", "--gpus", "8"], "estimate is for runs of llava_instruct"),
+        (["estimate", "nothing.yaml", "--gpus", "8"], "nothing.yaml"),
+        (["estimate", "vlbart/image", "--gpus", "8"], "estimate is for runs of llava_instruct"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,35 @@ def test_aliases_that_stand_for_endlessly_much_end_at_once(run_file: Path, lines
     assert time.process_time() - started < 5
 
 
+@pytest.mark.parametrize(
+    ("lines", "facts"),
+    [
+        ("adapter:\n  alpha: 8\nadapter:\n  rank: 4", ("run.yaml", "adapter", "lines 1 and 3")),
+        ("training:\n  seed: 1\n  max_steps: 2\n  seed: 3", ("seed", "lines 2 and 4")),
+        ("training:\n  learning_rate: 1:30", ("run.yaml", "1:30", "90")),
+        ("adapter:\n  rank: 010", ("010", "8")),
+        ("config: {secret}", ("config is not a setting",)),
+        ("variants:\n  a:\n    config: {secret}\nvariant: a", ("config is not a setting",)),
+        ("a list\nof words", ("run.yaml", "must hold settings")),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_a_person_is_refused(tmp_path: Path, lines: str, facts: tuple[str, ...]) -> None:
+    (tmp_path / "secret").write_text("word: of honour")
+    (tmp_path / "run.yaml").write_text(lines.replace("{secret}", str(tmp_path / "secret")))
+    with pytest.raises(UserError) as error:
+        read_run_file(tmp_path / "run.yaml")
+    assert all(fact in str(error.value) for fact in facts)
+    assert "honour" not in str(error.value)
+
+
+def test_a_number_of_the_command_line_means_what_it_says(run_file: Path) -> None:
+    for words in (["--training.learning_rate", "1:30"], ["--adapter.rank=1:30"]):
+        with pytest.raises(UserError, match="1:30 is 90"):
+            read_run([f"--config={run_file}", *words])
+    run_file.write_text(run_file.read_text() + "\nevaluation: {answer_after: '1:30'}\n")
+    assert read_run_file(run_file).evaluation.answer_after == "1:30"
+
+
 def test_aliases_in_a_file_of_settings_are_read(run_file: Path) -> None:
     text = run_file.read_text()
     run_file.write_text(text.replace("adapter:", "adapter:\n  parts: {one: &part {targets: ['*.a']}, two: *part}", 1))

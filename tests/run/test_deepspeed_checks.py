@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.run.arguments import check_agreement, check_deepspeed, read_deepspeed, training_arguments, zero_stage
+from dora_vl.run.arguments import (
+    check_agreement,
+    check_deepspeed,
+    check_form,
+    read_deepspeed,
+    training_arguments,
+    zero_stage,
+)
 from dora_vl.run.command_line import read_run_file
 from tests.training.tiny_run import write_run
 
@@ -30,6 +37,33 @@ def test_unsafe_blocks_are_refused(block: dict[str, Any], said: str) -> None:
     config = {**read_deepspeed("zero2"), **block}
     with pytest.raises(UserError, match=said):
         check_deepspeed(config, method="dora", bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("block", "fact"),
+    [
+        ({"zero_optimization": 3}, "zero_optimization"),
+        ({"zero_optimization": None}, "zero_optimization"),
+        ({"zero_optimization": {"stage": "two"}}, "stage"),
+        ({"zero_optimization": {"stage": 7}}, "stage"),
+        ({"zero_optimization": {"stag": 2}}, "stag"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "big"}}, "reduce_bucket_size"),
+        ({"bf16": True}, "bf16"),
+        ({"fp16": "yes"}, "fp16"),
+        ({"torch_autocast": True}, "torch_autocast"),
+        ({"activation_checkpointing": 5}, "activation_checkpointing"),
+        ({"communication_data_type": "fp99"}, "fp99"),
+    ],
+)
+def test_what_deepspeed_does_not_take_is_one_line(block: dict[str, Any], fact: str) -> None:
+    with pytest.raises(UserError, match=fact):
+        check_form({**read_deepspeed("zero2"), **block})
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero2", "zero3", "zero3_offload"])
+def test_the_shipped_configs_are_taken(name: str) -> None:
+    check_form(read_deepspeed(name))
 
 
 def test_a_number_that_is_said_twice_must_agree() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
+import os
+import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file
 from dora_vl.run.full_disk import full_disk_reported
 from dora_vl.training.run import train
+from dora_vl.training.step_faults import StepFaults
 from tests.training.tiny_run import write_run
 
 SMALL_DISK_KIB = 1400
@@ -75,6 +79,49 @@ def test_both_libraries_that_write_weights(small_disk: Path, library: str) -> No
 
     with pytest.raises(UserError, match=r"the disk is full .*, weights could not be written; make room, start again"):
         write()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EFBIG, errno.EDQUOT])
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, number: int, kind: type[Exception]) -> None:
+    """RuntimeError: as safetensors words it, by the system's text alone."""
+    raised = OSError(number, os.strerror(number)) if kind is OSError else kind(f"I/O: {os.strerror(number)}")
+    with (
+        pytest.raises(UserError, match=r"weights could not be written; checkpoint-3 is the last whole"),
+        full_disk_reported(tmp_path, "weights", lambda: "checkpoint-3"),
+    ):
+        raise raised
+
+
+def test_a_file_larger_than_allowed_ends_a_run_in_one_line(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> None:
+    training = {"use_cpu": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    run_file = write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, adapter={"rank": 16}, training=training)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"larger than is allowed .* checkpoint-1 could not be written"):
+            train(LlavaPipeline(read_run_file(run_file)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_killed_data_worker_ends_a_run_in_one_line(
+    tmp_path: Path, tiny_llava: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"use_cpu": True, "max_steps": 200}
+    run_file = write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, data={"workers": 1}, training=training)
+
+    begin = StepFaults.begin_step
+
+    def kill_worker(self: StepFaults, ids: Sequence[Sequence[str]]) -> None:
+        begin(self, ids)
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        worker.join()
+
+    monkeypatch.setattr(StepFaults, "begin_step", kill_worker)
+    with pytest.raises(UserError, match=r"DataLoader worker .* set data.workers below 1"):
+        train(LlavaPipeline(read_run_file(run_file)))
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:

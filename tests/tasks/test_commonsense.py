@@ -15,9 +15,9 @@ from data_prep import generated_commonsense
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.core import apply_dora
 from dora_vl.errors import UserError
+from dora_vl.pipelines.run_settings import pipeline_of
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
-from dora_vl.training.start import start
 from tasks import commonsense
 from tests.backbones.tiny_language import write_tiny_language
 
@@ -100,7 +100,7 @@ def test_the_smoke_run_is_tested_again_without_training(
 ) -> None:
     def again(output: str, *more: str) -> None:
         monkeypatch.setattr(sys, "argv", ["commonsense.py", *arguments(folder, output, "--test_only", "true", *more)])
-        start("commonsense.py", "", CommonsenseRunConfig, commonsense.pipeline_of)
+        commonsense.main()
 
     with pytest.raises(SystemExit):
         again("nothing_here")
@@ -108,7 +108,7 @@ def test_the_smoke_run_is_tested_again_without_training(
     assert not (folder / "nothing_here").exists()
     run = folder / "tested"
     (run / "adapter").mkdir(parents=True)
-    task = commonsense.pipeline_of(settings(folder, "tested"))
+    task = pipeline_of(settings(folder, "tested"), "commonsense")
     backbone = task.load()
     apply_dora(backbone.model, task.dora_config(backbone))
     save_adapter(backbone.model, run / "adapter")

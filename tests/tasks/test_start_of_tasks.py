@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from dora_vl import cli
+from dora_vl.errors import UserError
+from dora_vl.pipelines import train_command
 from tests.backbones.tiny_image_text import write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +57,28 @@ except SystemExit as left:
     print(left.code, "torch" in sys.modules, "transformers" in sys.modules)
 """
     assert in_a_process("-c", code).split() == ["2", "False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "variant", "task"),
+    [
+        ("llava/llava15", "7b_dora", "llava_instruct"),
+        ("image_text/qwen2_5_vl", "3b_dora", "llava_instruct"),
+        ("vlbart/image", "dora", "vlbart_image"),
+        ("vlbart/video", "dora", "vlbart_video"),
+        ("commonsense/llama", "llama2_7b_dora_r16", "commonsense"),
+    ],
+)
+def test_train_starts_what_the_settings_are_of(
+    recipe: str, variant: str, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def record(config: Any, found: str) -> None:
+        raise UserError(f"{found} with rank {config.adapter.rank}")
+
+    monkeypatch.setattr(train_command, "pipeline_of", record)
+    with pytest.raises(SystemExit):
+        cli.main(["train", recipe, "--variant", variant, "--adapter.rank", "7"])
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {task} with rank 7"
 
 
 @pytest.mark.parametrize("task", TASKS)

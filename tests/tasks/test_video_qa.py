@@ -19,10 +19,12 @@ from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.evaluation.result_files import read_predictions
 from dora_vl.pipelines.llava import LlavaPipeline
+from dora_vl.pipelines.run_settings import pipeline_of
 from dora_vl.run.command_line import read_run_file, read_settings
 from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.tasks import vlbart_video
 from dora_vl.training.run import run
-from tasks import image_qa, video_qa, vlbart_video
+from tasks import image_qa, video_qa
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
 pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
@@ -88,7 +90,7 @@ def vlbart(place: Path) -> Path:
     path = place / "vlbart.yaml"
     path.write_text(json.dumps(settings))
     config = read_settings([f"--config={path}"], VlBartRunConfig, program="vlbart_video.py", description="")
-    run(vlbart_video.pipeline_of(config))
+    run(pipeline_of(config, "vlbart_video"))
     return place / "vlbart" / "adapter"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from dora_vl.backbones.llava import load_llava
 from dora_vl.errors import UserError
 from dora_vl.pipelines.llava import LlavaPipeline
 from dora_vl.run.command_line import read_run_file
+from dora_vl.run.run_folder import add_metrics, finished_already
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.run import train
 from dora_vl.training.step_faults import StepFaults
@@ -263,9 +265,7 @@ def test_a_missing_picture_shows_before_weights_are_read_and_leaves_nothing(
     assert "sample-0" in (run_folder(run_file) / "skipped.jsonl").read_text()
 
 
-def test_if_stopped_goes_on_with_a_stopped_run_and_redoes_a_whole_or_another_one(
-    run_file: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_if_stopped_resumes_what_was_stopped_and_refuses_other_settings(run_file: Path) -> None:
     settings = ["--training.save_strategy=steps", "--training.save_steps=3", "--training.save_total_limit=5"]
     folder = run_folder(run_file)
     whole = train_file(run_file, *settings, "--resume=if_stopped")  # nothing is there: it starts
@@ -273,16 +273,47 @@ def test_if_stopped_goes_on_with_a_stopped_run_and_redoes_a_whole_or_another_one
     shutil.rmtree(folder / "adapter")
     shutil.rmtree(folder / "checkpoint-6")  # as a Ctrl-C after step 3 would have left it
     (folder / "checkpoint-3" / "mark").touch()
+    with pytest.raises(UserError, match=r"training\.learning_rate was"):
+        train_file(run_file, *settings, "--resume=if_stopped", "--training.learning_rate=1e-4")
     assert train_file(run_file, *settings, "--resume=if_stopped") == whole
-    assert (folder / "checkpoint-3" / "mark").is_file()  # went on from it, or it would be another one
-    assert train_file(run_file, *settings, "--resume=if_stopped") == whole
-    assert not (folder / "checkpoint-3" / "mark").exists()  # was whole, so it was done again
-    (folder / "metrics.json").unlink()
-    (folder / "checkpoint-3" / "mark").touch()
-    other = train_file(run_file, *settings, "--resume=if_stopped", "--training.learning_rate=1e-4")
-    assert other[0] == whole[0]
-    assert other[2:] != whole[2:]
-    assert not (folder / "checkpoint-3" / "mark").exists()
+    assert (folder / "checkpoint-3" / "mark").is_file()  # resumed from it, or it would be another one
+    assert finished_already(read_run_file(run_file, *settings, "--resume=if_stopped"))
+    longer = [*settings, "--training.max_steps=9"]
+    train_file(run_file, *longer, "--resume=last", "--training.save_steps=1")
+    add_metrics(folder / "metrics.json", {"train_steps": 6})  # as if it had been stopped before its end
+    assert not finished_already(read_run_file(run_file, *longer, "--resume=if_stopped"))
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--resume=if_stopped"], 0, "finished already; --overwrite true replaces it"),
+        (["--config={run}/settings.json"], 2, "holds an earlier run's adapter"),
+        (["--config={run}/settings.json", "--resume=if_stopped"], 0, "finished already"),
+        (["--resume=if_stopped", "--training.learning_rate=1e-4"], 2, "other settings (in training)"),
+    ],
+)
+def test_a_finished_run_stays_as_it_is_to_the_byte(
+    run_file: Path,
+    options: list[str],
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    folder = run_folder(run_file)
+    train_file(run_file, "--resume=if_stopped", "--overwrite=true", "--training.max_steps=2")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for _ in range(2):
+        words = [one.format(run=folder) for one in options]
+        given = [] if words[0].startswith("--config") else [f"--config={run_file}", "--training.max_steps=2"]
+        monkeypatch.setattr("sys.argv", ["llava_instruct.py", *given, *words])
+        with contextlib.nullcontext() if status == 0 else pytest.raises(SystemExit, match=str(status)):
+            llava_instruct.main()
+        assert said in caplog.text + capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_starts_from_a_projector_alone(run_file: Path, tmp_path: Path) -> None:

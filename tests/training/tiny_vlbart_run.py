@@ -125,11 +125,11 @@ def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], /, **change
 
 
 def main() -> None:
+    from dora_vl.pipelines import train_command
     from dora_vl.pipelines.vlbart import VlBartPipeline
-    from dora_vl.run.vlbart_recipe import VlBartRunConfig
-    from dora_vl.training.start import start
 
-    start("tiny", "", VlBartRunConfig, lambda config: VlBartPipeline(config, all_subtasks(), name="tiny"))
+    train_command.pipeline_of = lambda config, _: VlBartPipeline(config, all_subtasks(), name="tiny")
+    train_command.train_script("vlbart_image", "")
 
 
 if __name__ == "__main__":
