@@ -5,7 +5,6 @@ What a talk is stands in `side_by_side.py`, how it looks in `page_view.py`, the 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web
 
 from dora_vl.app.example_questions import ExampleQuestion
 from dora_vl.app.page_parts import TAKE_QUESTION, Column, Start, lay_out
+from dora_vl.app.page_server import Uploads
 from dora_vl.app.page_view import column_view, notice_view, shown_view
 from dora_vl.app.row_decoding import Sampling
 from dora_vl.app.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
@@ -32,12 +32,12 @@ class PageSettings:
     """How the page is set up.
 
     Attributes:
-        uploads: the folder that Gradio keeps uploads in; nothing outside it is ever deleted.
+        uploads: what visitors have sent; no other file is ever read or deleted.
         new_tokens: longest answer, where nobody chooses another.
         temperature: likewise; 0 takes the likeliest token.
     """
 
-    uploads: Path
+    uploads: Uploads
     new_tokens: int = 256
     temperature: float = 0.0
 
@@ -55,7 +55,7 @@ class Page:
         self.side = side
         self.examples = tuple(examples)
         self.talks = Talks()
-        self._uploads = settings.uploads.resolve()
+        self.uploads = settings.uploads
         self._base = side.engine.model.base_name
         start = Start(
             models=side.engine.model.names,
@@ -105,11 +105,14 @@ class Page:
             return gr.skip()
         emptied = {self.parts.files: None, self.parts.webcam: None}
         try:
+            if not all(self.uploads.holds(str(file)) for file in files):
+                raise UserError("a file is here no longer; choose it again")
             return {**emptied, **self._begun(Talk(shown=self.side.look(files)), person)}
         except UserError as error:
             return {**emptied, self.parts.notice: notice_view(plain(error))}
         finally:
-            self._delete(files)
+            for file in files:
+                self.uploads.delete(file)
 
     def show_nothing(self, person: str) -> Update:
         """The pictures go, and the talk with them."""
@@ -211,13 +214,6 @@ class Page:
             part.talk: column_view(talk, number, named=name)
             for number, (part, name) in enumerate(zip(parts, names, strict=True))
         }
-
-    def _delete(self, files: Sequence[Path]) -> None:
-        """Uploads, each in a folder of its own."""
-        for file in files:
-            folder = file.resolve().parent
-            if folder.parent == self._uploads:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sampling(tokens: float | int | None, temperature: float | int | None) -> Sampling:

@@ -20,8 +20,6 @@ FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif
 STRONGEST, STEP = 2.0, 0.05
 """Of the dial; a request may ask for more."""
 LONGEST_ANSWER = 1024
-FORGET_SECONDS = (60, 600)
-"""How often it is looked for files of the page that nobody has used, and how old they are then."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,7 @@ def theme() -> gr.themes.Base:
 def lay_out(start: Start) -> tuple[gr.Blocks, Parts]:
     """The page without anything happening on it yet."""
     found: dict[str, Any] = {}
-    with gr.Blocks(
-        title="dora-vl demo", analytics_enabled=False, fill_width=True, delete_cache=FORGET_SECONDS
-    ) as blocks:
+    with gr.Blocks(title="dora-vl demo", analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(heading_view(start.place, start.models[1:]))
         found |= {"person": gr.State(""), "key": gr.State("")}
         with gr.Row(equal_height=False):

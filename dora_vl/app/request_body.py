@@ -1,17 +1,15 @@
-"""The JSON that a request brings: of its declared type, of at most so many bytes, values and seconds, and checked."""
+"""The JSON that a request brings: of its declared type, of at most so many bytes and values, and checked."""
 
 from __future__ import annotations
 
-import asyncio
-from functools import partial
+from dataclasses import dataclass
 from typing import TypeVar
 
-from anyio.to_thread import run_sync
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from dora_vl.app.answering import Stopped, TooLate
+from dora_vl.app.answering import Stopped, TooManyRequests
 from dora_vl.app.request_media import BadRequest, TooLarge
 from dora_vl.errors import UserError, one_line, shown
 
@@ -30,43 +28,56 @@ class NotJson(UserError):
     """A request's content is not declared as JSON."""
 
 
-async def read_body(request: Request, kind: type[Model], *, most: int, seconds: float) -> Model:
-    """A request's content.
+@dataclass
+class Intake:
+    """The content of requests while it comes: a client that sends slowly has no more of it than it has sent.
 
-    Args:
-        most: bytes.
-        seconds: longest time that the client may take to send it.
+    Attributes:
+        each: most bytes of a request.
+        together: of all that are on their way.
+    """
+
+    each: int
+    together: int
+    _coming: int = 0
+
+    async def content(self, request: Request) -> bytes:
+        """A request's content, whole.
+
+        Raises:
+            TooLarge: it has more bytes.
+            TooManyRequests: too many bytes of requests are on their way.
+            Stopped: the client has gone away.
+        """
+        stated = request.headers.get("content-length", "")
+        too_large = TooLarge(f"the request is larger than the {self.each:,} bytes allowed here")
+        if stated.isdecimal() and int(stated) > self.each:
+            raise too_large
+        content = bytearray()
+        try:
+            async for chunk in request.stream():
+                content.extend(chunk)
+                self._coming += len(chunk)
+                if len(content) > self.each:
+                    raise too_large
+                if self._coming > self.together:
+                    raise TooManyRequests("too many requests are being sent; try again later")
+        except ClientDisconnect:
+            raise Stopped("the client has gone away") from None
+        finally:
+            self._coming -= len(content)
+        return bytes(content)
+
+
+def check_json(request: Request) -> None:
+    """Refuses what is not declared as JSON: a browser lets any web page post other types to this machine unasked.
 
     Raises:
-        NotJson: it is not declared as JSON. A browser lets any web page post other types to this machine unasked.
-        TooLarge: it has more bytes, or more values than any request needs.
-        TooLate: it took longer.
-        Stopped: the client has gone away.
-        BadRequest: it is wrong; the first place that is.
+        NotJson: it is not.
     """
     declared = request.headers.get("content-type", "")
     if declared.partition(";")[0].strip().lower() != JSON_TYPE:
         raise NotJson(f"the request's Content-Type must be {JSON_TYPE}, not {shown(declared)}")
-    try:
-        content = await asyncio.wait_for(_received(request, most), seconds)
-    except ClientDisconnect:
-        raise Stopped("the client has gone away") from None
-    except asyncio.TimeoutError:
-        raise TooLate(f"the request was not sent within {seconds:g} s") from None
-    return await run_sync(partial(parsed, kind, content))
-
-
-async def _received(request: Request, most: int) -> bytes:
-    stated = request.headers.get("content-length", "")
-    too_large = TooLarge(f"the request is larger than the {most:,} bytes allowed here")
-    if stated.isdecimal() and int(stated) > most:
-        raise too_large
-    content = bytearray()
-    async for chunk in request.stream():
-        content.extend(chunk)
-        if len(content) > most:
-            raise too_large
-    return bytes(content)
 
 
 def parsed(kind: type[Model], content: bytes) -> Model:

@@ -51,7 +51,9 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
     examples = [ExampleQuestion("Say the colour.", RED, "red"), ExampleQuestion(QUESTION, WIDE, "blue")]
     settings = EngineSettings(batch_rows=16, window_seconds=0.2)
-    with page_of(model, uploads, limits=LIMITS, settings=settings, examples=examples, new_tokens=TOKENS) as found:
+    with page_of(
+        model, uploads, limits=LIMITS, engine_settings=settings, examples=examples, new_tokens=TOKENS
+    ) as found:
         yield found
 
 
