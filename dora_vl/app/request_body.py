@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -12,6 +13,9 @@ from starlette.requests import ClientDisconnect
 from dora_vl.app.answering import Stopped, TooManyRequests
 from dora_vl.app.request_media import BadRequest, TooLarge
 from dora_vl.errors import UserError, one_line, shown
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Model = TypeVar("Model", bound=BaseModel)
 JSON_TYPE = "application/json"
@@ -22,6 +26,23 @@ TEXTS_OF_A_VALUE = 2
 """Of a comma or bracket at most, in JSON that is right: a name and a text."""
 NO_MARKS = bytes(set(range(256)).difference(b'"', *BEFORE_A_VALUE))
 LONGEST_PLACE, LONGEST_REASON = 80, 300
+FORM = re.compile(r"str|list\[.*\]")
+REASONS = {
+    "missing": "it is missing",
+    "extra_forbidden": "there is no such field here",
+    "union_tag_invalid": "its type must be text, image_url or video_url",
+    "union_tag_not_found": "it needs a type: text, image_url or video_url",
+}
+WORDS = {
+    "Input should be": "it must be",
+    "List should have": "it must have",
+    " after validation": "",
+    "a valid ": "a ",
+    "a integer": "an integer",
+    "a object": "an object",
+    "Value error, ": "",
+    "Invalid JSON": "it is no JSON",
+}
 
 
 class NotJson(UserError):
@@ -96,9 +117,32 @@ def parsed(kind: type[Model], content: bytes) -> Model:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
         # Of several forms of one place the one that came farthest: deepest, and beyond its type.
         first = max(errors, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
-        place = ".".join(map(str, first["loc"])) or "the request"
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise BadRequest(one_line(place, LONGEST_PLACE), one_line(first["msg"], LONGEST_REASON) + more) from None
+        places = [_place(one) for one in errors]
+        place, others = _place(first), {one for one in places if not _place(first).startswith(one)}
+        more = f" (and {len(others)} more)" if others else ""
+        raise BadRequest(one_line(place, LONGEST_PLACE), one_line(_reason(first), LONGEST_REASON) + more) from None
+
+
+def _place(error: ErrorDetails) -> str:
+    """Where it is, such as `messages[0].content[1].image_url`: without pydantic's names for the forms of a value."""
+    place, form = "", False
+    for number, piece in enumerate(error["loc"]):
+        named = error["type"] == "extra_forbidden" and number == len(error["loc"]) - 1
+        if isinstance(piece, int):
+            place += f"[{piece}]"
+        elif (form or FORM.fullmatch(piece)) and not named:
+            form = not form and piece != "str"  # an item's form comes after its number
+        else:
+            place += f".{piece}"
+    return place.removeprefix(".") or "the request"
+
+
+def _reason(error: ErrorDetails) -> str:
+    """What is wrong, to a person who knows OpenAI's fields and not pydantic's."""
+    reason = REASONS.get(error["type"], error["msg"])
+    for theirs, ours in WORDS.items():
+        reason = reason.replace(theirs, ours)
+    return reason
 
 
 def _holds_too_many(content: bytes) -> bool:

@@ -131,7 +131,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _read(self, request: Request, kind: type[Model]) -> AsyncIterator[Model]:
-        """A request's content, checked; it is held from when it has come whole, a streamed one until its first piece."""
+        """A request's content, checked; it is held once it has come whole, a streamed one until its first piece."""
         check_json(request)
         self._refuse_more()
         content = await self._intake.content(request)
