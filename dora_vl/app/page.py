@@ -145,12 +145,13 @@ class Page:
 
     @no_type_check  # likewise
     def ask_again(self, person: str, key: str, *chosen: Any) -> Iterator[Update]:
-        """The last question once more, to the models as they are chosen now; nothing where none was asked."""
+        """The last question once more, to the models as they are chosen now; nothing where just these were asked it."""
         try:
-            asked_before = bool(self.talks.get(key).exchanges)
+            last = self.talks.get(key).exchanges[-1:]
+            asked = [answer.speaker for exchange in last for answer in exchange.answers]
         except UserError:
-            asked_before = False
-        if not asked_before:
+            asked = []
+        if asked in ([], self._speakers(chosen)):
             yield gr.skip()  # a generator without anything would empty all parts
             return
         yield from self._answers(person, key, chosen, lambda talk: (talk.without_last(), talk.exchanges[-1].question))
@@ -168,7 +169,10 @@ class Page:
     def _begun(self, talk: Talk, person: str) -> Update:
         self.side.stop(person)
         parts = self.parts
-        shown = {parts.seen: shown_view(talk.shown), parts.notice: notice_view("")}
+        shown = {
+            parts.seen: shown_view(talk.shown, frames_are_pictures=self.side.frames_are_pictures),
+            parts.notice: notice_view(""),
+        }
         return {parts.key: self.talks.begin(talk), **shown, **self._columns(talk)}
 
     def _answers(
@@ -188,12 +192,11 @@ class Page:
             typed: what goes back into the box where it cannot be asked.
         """
         parts = self.parts
-        *who, tokens, temperature, remember = chosen
-        names, strengths = who[: len(parts.columns)], who[len(parts.columns) :]
+        *_, tokens, temperature, remember = chosen
         try:
-            speakers = [
-                Speaker(name=name, strength=checked_strength(one)) for name, one in zip(names, strengths, strict=True)
-            ]
+            speakers = self._speakers(chosen)
+            for speaker in speakers:
+                checked_strength(speaker.strength)
             sampling = _sampling(tokens, temperature)
             talk, question = which(self.talks.get(key))
             key = key or self.talks.begin(talk)
@@ -206,6 +209,12 @@ class Page:
         except UserError as error:
             yield {parts.notice: notice_view(plain(error)), **({parts.question: typed} if typed else {})}
         yield {parts.ask: gr.update(interactive=True), parts.stop: gr.update(interactive=False)}
+
+    def _speakers(self, chosen: Sequence[Any]) -> list[Speaker]:
+        """Who is asked, one a column; the base has no strength."""
+        count = len(self.parts.columns)
+        both = zip(chosen[:count], chosen[count : 2 * count], strict=True)
+        return [Speaker(name=name, strength=1.0 if name == self._base else strength) for name, strength in both]
 
     def _columns(self, talk: Talk) -> Update:
         names = (next(iter(self.side.engine.model.names[1:]), self._base), self._base)

@@ -253,7 +253,7 @@ def build_page_app(page: Any, admission: Admission, *, upload_bytes: int, waitin
     """
     import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
 
-    from dora_vl.app.page_parts import STYLE, theme
+    from dora_vl.app.page_parts import DIAL, STYLE, theme
 
     app = FastAPI(
         title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None, lifespan=page.uploads.forgetting
@@ -275,4 +275,5 @@ def build_page_app(page: Any, admission: Admission, *, upload_bytes: int, waitin
         mcp_server=False,
         theme=theme(),
         css_paths=[STYLE],
+        js=DIAL.read_text(encoding="utf-8"),
     )
