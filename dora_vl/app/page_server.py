@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -43,9 +42,9 @@ ADDRESSES = {
 LARGEST_EVENT = 2**20
 """Bytes of what the page says to its program; pictures are uploaded."""
 SENT_AT_ONCE = 64
-BODY_SECONDS = 600.0
-FORGET_SECONDS, LOOK_SECONDS = 120.0, 20.0
-"""How old uploads are that nobody has asked about when they go, and how often that is looked for."""
+BODY_SECONDS = 300.0
+FORGET_SECONDS, LOOK_SECONDS = BODY_SECONDS + 60, 20.0
+"""How old uploads are that the page has not read when they go, others of their request having come; how often it looks."""
 MOST_UPLOADS = 1000
 OWN = "'self'"
 POLICY = "; ".join(
@@ -89,7 +88,7 @@ class Uploads:
     def delete(self, file: Path) -> None:
         """Deletes an uploaded file, and nothing else."""
         if self.holds(str(file)):
-            shutil.rmtree(file.resolve().parent, ignore_errors=True)
+            _remove(file)
 
     @contextlib.contextmanager
     def coming(self, size: str) -> Iterator[None]:
@@ -117,14 +116,12 @@ class Uploads:
         """Deletes what is too old; the sizes of the files that are left."""
         sizes, oldest = [], time.time() - FORGET_SECONDS
         for file in [path for path in self.folder.rglob("*") if not path.is_dir()]:
-            with contextlib.suppress(OSError):  # it was read just now
+            with contextlib.suppress(FileNotFoundError):  # it was read just now
                 seen = file.lstat()
                 if seen.st_mtime >= oldest:
                     sizes.append(seen.st_size)
-                    continue
-                file.unlink()
-                if file.parent != self.folder:
-                    file.parent.rmdir()
+                else:
+                    _remove(file)
         return sizes
 
     @contextlib.asynccontextmanager
@@ -141,6 +138,13 @@ class Uploads:
             yield
         finally:
             task.cancel()
+
+
+def _remove(file: Path) -> None:
+    """A file, and its folder where nothing else is in it, such as the same file under another's name."""
+    with contextlib.suppress(OSError):
+        file.unlink()
+        file.parent.rmdir()
 
 
 class OwnFilesAlone:

@@ -299,7 +299,7 @@ def test_no_address_of_gradios_gives_a_file(app: Any, client: TestClient, not_up
             answer = client.request(method, address, params={"deep_link": not_uploaded})
             assert "root:" not in answer.text
             assert SECRET not in answer.text
-            assert answer.status_code == 403 or not re.search("file|proxy|run|call|api/|record", path)
+            assert answer.status_code >= 400 or "{" not in path
 
 
 @pytest.mark.parametrize("what", FOREIGN)
