@@ -44,7 +44,7 @@ LARGEST_EVENT = 2**20
 SENT_AT_ONCE = 64
 BODY_SECONDS = 300.0
 FORGET_SECONDS, LOOK_SECONDS = BODY_SECONDS + 60, 20.0
-"""How old uploads are that the page has not read when they go, others of their request having come; how often it looks."""
+"""How old uploads are that go unread, older than those that come with them; and how often that is looked for."""
 MOST_UPLOADS = 1000
 OWN = "'self'"
 POLICY = "; ".join(
@@ -88,7 +88,7 @@ class Uploads:
     def delete(self, file: Path) -> None:
         """Deletes an uploaded file, and nothing else."""
         if self.holds(str(file)):
-            _remove(file)
+            self._remove(file)
 
     @contextlib.contextmanager
     def coming(self, size: str) -> Iterator[None]:
@@ -121,8 +121,15 @@ class Uploads:
                 if seen.st_mtime >= oldest:
                     sizes.append(seen.st_size)
                 else:
-                    _remove(file)
+                    self._remove(file)
         return sizes
+
+    def _remove(self, file: Path) -> None:
+        """A file, and its folder where nothing else is in it, such as the same content under another name."""
+        with contextlib.suppress(OSError):
+            file.unlink()
+            if file.parent != self.folder:
+                file.parent.rmdir()
 
     @contextlib.asynccontextmanager
     async def forgetting(self, _: FastAPI) -> AsyncIterator[None]:
@@ -138,13 +145,6 @@ class Uploads:
             yield
         finally:
             task.cancel()
-
-
-def _remove(file: Path) -> None:
-    """A file, and its folder where nothing else is in it, such as the same file under another's name."""
-    with contextlib.suppress(OSError):
-        file.unlink()
-        file.parent.rmdir()
 
 
 class OwnFilesAlone:
