@@ -14,10 +14,12 @@ from PIL import Image
 from dora_vl.app.door import Admission
 from dora_vl.app.engine import Engine
 from dora_vl.app.example_questions import ExampleQuestion
+from dora_vl.app.page_view import shown_view
 from dora_vl.app.request_media import MediaLimits
 from dora_vl.app.served_model import ServedModel
 from dora_vl.app.side_by_side import SideBySide
 from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.asker import Shown
 from dora_vl.vision.frame_sampling import Uniform
@@ -143,6 +145,11 @@ def test_both_columns_are_rows_of_one_batch(visitor: Visitor, opened: tuple[str,
     assert [visitor.page.inner_text(f"#dv-{name}") for name in ("ask", "stop")] == ["Ask", "Stop"]
     visitor.ask(QUESTION)
     assert batches == [[("one", 0.5), None]]
+
+
+def test_frames_that_are_pictures_to_a_model_are_called_so() -> None:
+    shown = Shown(videos=(grey_video((9, 9, 9), 8),))
+    assert [("pictures" in shown_view(shown, frames_are_pictures=are)) for are in (False, True)] == [False, True]
 
 
 def test_two_pictures(visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]) -> None:

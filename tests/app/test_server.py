@@ -376,7 +376,7 @@ def test_a_server_of_other_settings(model: ServedModel, monkeypatch: Any) -> Non
             slow.sendall(head.encode() + b"{")
             assert slow.recv(100).startswith(b"HTTP/1.1 504")
         monkeypatch.setattr(model.backbone.model.generation_config, "eos_token_id", None)
-        asked = {"model": "one", "messages": words("a"), "max_tokens": 1500}
+        asked = {"model": "one", "messages": words("a"), "max_tokens": 500}
         with ThreadPoolExecutor(2) as threads:
             both = [threads.submit(client.chat.completions.create, **asked) for _ in range(2)]
             refused = [one.exception() for one in both if one.exception() is not None]
