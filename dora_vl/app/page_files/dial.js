@@ -11,6 +11,6 @@
     const slider = event.target;
     if (slider.type !== "range" || !in_dial(event)) return;
     clearTimeout(waiting.get(slider));
-    waiting.set(slider, setTimeout(() => slider.dispatchEvent(new PointerEvent("pointerup")), PAUSE));
+    waiting.set(slider, setTimeout(() => slider.dispatchEvent(new PointerEvent("pointerup", {bubbles: true})), PAUSE));
   });
 }
