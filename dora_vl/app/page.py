@@ -148,13 +148,15 @@ class Page:
         """The last question once more, to the models as they are chosen now; nothing where just these were asked it."""
         try:
             last = self.talks.get(key).exchanges[-1:]
-            asked = [answer.speaker for exchange in last for answer in exchange.answers]
         except UserError:
-            asked = []
-        if asked in ([], self._speakers(chosen)):
+            last = ()
+        if not last:
             yield gr.skip()  # a generator without anything would empty all parts
             return
-        yield from self._answers(person, key, chosen, lambda talk: (talk.without_last(), talk.exchanges[-1].question))
+        before = [answer.speaker for answer in last[0].answers]
+        yield from self._answers(
+            person, key, chosen, lambda talk: (talk.without_last(), talk.exchanges[-1].question), before=before
+        )
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed: nobody waits for an answer any more."""
@@ -183,6 +185,7 @@ class Page:
         which: Callable[[Talk], tuple[Talk, str]],
         *,
         typed: str = "",
+        before: Sequence[Speaker] = (),
     ) -> Iterator[Update]:
         """The talk as it grows by the answers to a question.
 
@@ -190,13 +193,15 @@ class Page:
             chosen: as `Parts.chosen` has them, behind the key.
             which: the talk so far, and the question.
             typed: what goes back into the box where it cannot be asked.
+            before: who has answered it; the same are not asked again.
         """
         parts = self.parts
         *_, tokens, temperature, remember = chosen
         try:
             speakers = self._speakers(chosen)
-            for speaker in speakers:
-                checked_strength(speaker.strength)
+            if speakers == before:
+                yield gr.skip()
+                return
             sampling = _sampling(tokens, temperature)
             talk, question = which(self.talks.get(key))
             key = key or self.talks.begin(talk)
@@ -211,10 +216,17 @@ class Page:
         yield {parts.ask: gr.update(interactive=True), parts.stop: gr.update(interactive=False)}
 
     def _speakers(self, chosen: Sequence[Any]) -> list[Speaker]:
-        """Who is asked, one a column; the base has no strength."""
+        """Who is asked, one a column; the base has no strength.
+
+        Raises:
+            UserError: a strength is none.
+        """
         count = len(self.parts.columns)
         both = zip(chosen[:count], chosen[count : 2 * count], strict=True)
-        return [Speaker(name=name, strength=1.0 if name == self._base else strength) for name, strength in both]
+        return [
+            Speaker(name=name, strength=1.0 if name == self._base else checked_strength(strength))
+            for name, strength in both
+        ]
 
     def _columns(self, talk: Talk) -> Update:
         names = (next(iter(self.side.engine.model.names[1:]), self._base), self._base)
