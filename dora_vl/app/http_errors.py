@@ -48,11 +48,11 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
 }
 """The first class that an error is of counts, from the top."""
 HEADERS: Mapping[int, Mapping[str, str]] = {
-    401: {"WWW-Authenticate": 'Bearer, Basic realm="dora-vl"'},
+    401: {"WWW-Authenticate": 'Basic realm="dora-vl"'},
     429: {"Retry-After": "1"},
     503: {"Retry-After": "1"},
 }
-"""What an answer of a status has besides; a browser asks its person for the key by it."""
+"""What an answer of a status has besides; a browser asks its person for the key, if no other scheme stands beside it."""
 INTERNAL = Problem(500, "server_error", "internal_error")
 
 
