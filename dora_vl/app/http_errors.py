@@ -52,7 +52,7 @@ HEADERS: Mapping[int, Mapping[str, str]] = {
     429: {"Retry-After": "1"},
     503: {"Retry-After": "1"},
 }
-"""What an answer of a status has besides; a browser asks its person for the key, if no other scheme stands beside it."""
+"""What an answer of a status has besides; a browser asks for the key where this scheme stands alone."""
 INTERNAL = Problem(500, "server_error", "internal_error")
 
 
