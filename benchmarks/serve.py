@@ -38,6 +38,7 @@ from benchmarks.dora_step import Turns, take_turns
 from benchmarks.report import median, table, write_json
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.shared_copy import shared_tensors
+from dora_vl.app.door import http_config
 from dora_vl.app.engine import Engine
 from dora_vl.app.row_decoding import Sampling
 from dora_vl.app.served_model import ServedModel, open_served
@@ -281,7 +282,7 @@ def ask(engine: Engine, name: str, tokens: int) -> Iterator[object]:
 def running(app: FastAPI) -> Iterator[str]:
     """A server in a thread; its address."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(http_config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

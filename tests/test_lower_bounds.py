@@ -20,6 +20,7 @@ BROUGHT = {
     "typing_extensions": "torch",
     "anyio": "fastapi",
     "pydantic": "fastapi",
+    "h11": "uvicorn",
     "starlette": "fastapi",
 }
 """Imported, and held by the bounds of what brings it."""

@@ -128,6 +128,12 @@ class ChatRequest(_Strict):
     user: str | None = None
     metadata: Annotated[dict[str, str] | None, BeforeValidator(_few)] = None
     store: Literal[False] | None = None
+    service_tier: str | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    """With `user` and `metadata` of those that clients send along; without tools they change no answer."""
 
     @field_validator("stop")
     @classmethod

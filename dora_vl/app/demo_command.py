@@ -17,6 +17,7 @@ from dora_vl.app.listening_options import (
     add_address,
     add_answers,
     add_media,
+    admission,
     engine_settings,
     listening,
     media_limits,
@@ -36,7 +37,8 @@ to the same question side by side on the right, turn after turn, and a dial for 
 
 An adapter is the folder of a run, or of PEFT, and is called as its run unless NAME= says otherwise. All adapters are
 over one base, which is loaded once; nothing is merged. The page listens on this machine alone unless --host says
-otherwise, asks no other host for anything, and keeps no file that was shown to it. docs/page.md says more.
+otherwise, answers to the names of --allow-host besides, asks for a key where --api-key gives one, asks no other host
+for anything, reads no file but what was uploaded, and keeps none. docs/page.md says more.
 """
 NEEDED = ("gradio", "uvicorn")
 ADAPTER_FOLDER = "adapter"
@@ -44,6 +46,8 @@ CHECKPOINT = re.compile(r"checkpoint-\d+")
 BASE_NAME = "the base"
 ROOM_FOR_A_MESSAGE = 4
 """So many times the largest file may be sent, so that the page itself can say that it is too large."""
+UPLOADS_AT_ONCE = 8
+"""So many of those may lie there until they are read."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,17 +74,18 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     with (
         contextlib.suppress(KeyboardInterrupt),
         _leaving_at_sigterm(),
-        listening(options.host, options.port) as door,
+        listening(options.host, options.port) as listener,
         tempfile.TemporaryDirectory(prefix="dora-vl-page-") as folder,
     ):
-        yield from _serve(options, adapters, door, Path(folder))
+        yield from _serve(options, adapters, listener, Path(folder))
 
 
 def _serve(
-    options: argparse.Namespace, adapters: Mapping[str, Path], door: socket.socket, folder: Path
+    options: argparse.Namespace, adapters: Mapping[str, Path], listener: socket.socket, folder: Path
 ) -> Iterator[str]:
-    from dora_vl.app.page_server import build_page_app, keep_gradio_quiet, serve_page
+    from dora_vl.app.page_server import Uploads, build_page_app, keep_gradio_quiet, serve_page
 
+    admitted = admission(options)
     keep_gradio_quiet(folder)
     from dora_vl.app.engine import Engine
     from dora_vl.app.request_media import RequestMedia
@@ -94,14 +99,15 @@ def _serve(
 
     media = RequestMedia(media_limits(options), model.assistant.prompts.videos_of_one_length)
     examples = next(filter(None, map(example_questions, adapters.values())), ())
-    settings = PageSettings(uploads=folder, new_tokens=options.max_new_tokens, temperature=options.temperature)
+    most = media.limits.bytes * ROOM_FOR_A_MESSAGE
+    uploads = Uploads(folder, most * UPLOADS_AT_ONCE)
+    settings = PageSettings(uploads=uploads, new_tokens=options.max_new_tokens, temperature=options.temperature)
     with Engine(model, engine_settings(options)) as engine, contextlib.closing(media):
         page = Page(SideBySide(engine, media), settings, examples)
-        most = media.limits.bytes * ROOM_FOR_A_MESSAGE
-        app = build_page_app(page, upload_bytes=most, waiting=options.waiting)
-        host, port = door.getsockname()[:2]
+        app = build_page_app(page, admitted, upload_bytes=most, waiting=options.waiting)
+        host, port = listener.getsockname()[:2]
         yield f"{', '.join(model.names)} at http://{host}:{port} (Ctrl-C ends)"
-        serve_page(app, door)
+        serve_page(app, listener)
 
 
 def chosen_adapters(given: Sequence[str]) -> Mapping[str, Path]:

@@ -15,6 +15,14 @@ from dora_vl.app.served_model import UnknownModel
 from dora_vl.errors import BadSample, UserError
 
 
+class Refused(UserError):
+    """Whoever asks may not, or not for this."""
+
+
+class NoKey(UserError):
+    """The program was started with a key, and the request lacks it."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """How an error is told: its HTTP status and OpenAI's type and code."""
@@ -26,6 +34,8 @@ class Problem:
 
 INVALID = Problem(400, "invalid_request_error")
 PROBLEMS: Mapping[type[Exception], Problem] = {
+    NoKey: Problem(401, "invalid_request_error", "invalid_api_key"),
+    Refused: Problem(403, "invalid_request_error", "refused"),
     UnknownModel: Problem(404, "invalid_request_error", "model_not_found"),
     TooLarge: Problem(413, "invalid_request_error", "too_large"),
     NotJson: Problem(415, "invalid_request_error", "not_json"),
@@ -37,14 +47,19 @@ PROBLEMS: Mapping[type[Exception], Problem] = {
     UserError: INVALID,
 }
 """The first class that an error is of counts, from the top."""
+HEADERS: Mapping[int, Mapping[str, str]] = {
+    401: {"WWW-Authenticate": 'Basic realm="dora-vl"'},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+}
+"""What an answer of a status has besides; a browser asks for the key where this scheme stands alone."""
 INTERNAL = Problem(500, "server_error", "internal_error")
 
 
 def error_response(error: Exception, param: str | None = None) -> JSONResponse:
     """An error as OpenAI's JSON."""
     problem = problem_of(error)
-    after = {"Retry-After": "1"} if problem.status in (429, 503) else None
-    return JSONResponse(error_content(error, param), status_code=problem.status, headers=after)
+    return JSONResponse(error_content(error, param), status_code=problem.status, headers=HEADERS.get(problem.status))
 
 
 def problem_of(error: Exception) -> Problem:

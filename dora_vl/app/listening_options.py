@@ -1,25 +1,37 @@
-"""What the command lines of the server and of the page share: where they listen, batches, limits on what is shown."""
+"""What the command lines of the server and of the page share: where they listen, to whom, batches, limits."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 from typing import TYPE_CHECKING
 
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
 from dora_vl.whole_numbers import positive
 
 if TYPE_CHECKING:
+    from dora_vl.app.door import Admission
     from dora_vl.app.request_media import MediaLimits
     from dora_vl.app.waiting_room import EngineSettings
 
 MIB = 2**20
+KEY_VARIABLE = "DORA_VL_API_KEY"
+EVERY_ADDRESS = frozenset({"", "0.0.0.0", "::"})
 
 
 def add_address(to: argparse.ArgumentParser, *, port: int) -> None:
-    """Where it listens."""
+    """Where it listens, and to whom."""
     to.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     to.add_argument("--port", type=_port, default=port, help=f"0 takes a free one (default: {port})")
+    to.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that it is reached by, beside localhost and --host; may be given several times",
+    )
+    to.add_argument("--api-key", metavar="KEY", help=f"what clients must know (default: {KEY_VARIABLE}; else nothing)")
 
 
 def add_answers(to: argparse._ArgumentGroup) -> None:
@@ -42,6 +54,26 @@ def add_media(to: argparse._ArgumentGroup) -> None:
     to.add_argument("--max-media-mib", type=positive, default=32, help="of one picture or video (32)")
     to.add_argument("--frames", type=positive, default=8, help="frames of a video that the model sees (8)")
     to.add_argument("--video-seconds", type=seconds, default=20.0, help="longest time to decode a video (20)")
+
+
+def admission(options: argparse.Namespace) -> Admission:
+    """The options about who may come in.
+
+    Raises:
+        UserError: a name or the key is none.
+    """
+    from dora_vl.app.door import LOCAL, Admission, name_of
+
+    names = {given: name_of(given.lower()) for given in options.allow_host}
+    for given, name in names.items():
+        if name is None:
+            raise UserError(f"--allow-host {shown(given)}: give a name or an address, such as gpu.example.org")
+    key = os.environ.get(KEY_VARIABLE) if options.api_key is None else options.api_key
+    if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
+        raise UserError(f"--api-key or {KEY_VARIABLE}: a key is one or more ASCII characters without spaces")
+    allowed = frozenset(name for name in names.values() if name)
+    own = frozenset({options.host.lower()}) - EVERY_ADDRESS
+    return Admission(hosts=allowed | own | {*LOCAL}, origins=allowed, key=key)
 
 
 def engine_settings(options: argparse.Namespace) -> EngineSettings:

@@ -5,7 +5,6 @@ What a talk is stands in `side_by_side.py`, how it looks in `page_view.py`, the 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web
 
 from dora_vl.app.example_questions import ExampleQuestion
 from dora_vl.app.page_parts import TAKE_QUESTION, Column, Start, lay_out
+from dora_vl.app.page_server import Uploads
 from dora_vl.app.page_view import column_view, notice_view, shown_view
 from dora_vl.app.row_decoding import Sampling
 from dora_vl.app.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
@@ -32,12 +32,12 @@ class PageSettings:
     """How the page is set up.
 
     Attributes:
-        uploads: the folder that Gradio keeps uploads in; nothing outside it is ever deleted.
+        uploads: what visitors have sent; no other file is ever read or deleted.
         new_tokens: longest answer, where nobody chooses another.
         temperature: likewise; 0 takes the likeliest token.
     """
 
-    uploads: Path
+    uploads: Uploads
     new_tokens: int = 256
     temperature: float = 0.0
 
@@ -55,7 +55,7 @@ class Page:
         self.side = side
         self.examples = tuple(examples)
         self.talks = Talks()
-        self._uploads = settings.uploads.resolve()
+        self.uploads = settings.uploads
         self._base = side.engine.model.base_name
         start = Start(
             models=side.engine.model.names,
@@ -105,11 +105,14 @@ class Page:
             return gr.skip()
         emptied = {self.parts.files: None, self.parts.webcam: None}
         try:
+            if not all(self.uploads.holds(str(file)) for file in files):
+                raise UserError("a file is here no longer; choose it again")
             return {**emptied, **self._begun(Talk(shown=self.side.look(files)), person)}
         except UserError as error:
             return {**emptied, self.parts.notice: notice_view(plain(error))}
         finally:
-            self._delete(files)
+            for file in files:
+                self.uploads.delete(file)
 
     def show_nothing(self, person: str) -> Update:
         """The pictures go, and the talk with them."""
@@ -142,15 +145,18 @@ class Page:
 
     @no_type_check  # likewise
     def ask_again(self, person: str, key: str, *chosen: Any) -> Iterator[Update]:
-        """The last question once more, to the models as they are chosen now; nothing where none was asked."""
+        """The last question once more, to the models as they are chosen now; nothing where just these were asked it."""
         try:
-            asked_before = bool(self.talks.get(key).exchanges)
+            last = self.talks.get(key).exchanges[-1:]
         except UserError:
-            asked_before = False
-        if not asked_before:
+            last = ()
+        if not last:
             yield gr.skip()  # a generator without anything would empty all parts
             return
-        yield from self._answers(person, key, chosen, lambda talk: (talk.without_last(), talk.exchanges[-1].question))
+        before = [answer.speaker for answer in last[0].answers]
+        yield from self._answers(
+            person, key, chosen, lambda talk: (talk.without_last(), talk.exchanges[-1].question), before=before
+        )
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed: nobody waits for an answer any more."""
@@ -165,7 +171,10 @@ class Page:
     def _begun(self, talk: Talk, person: str) -> Update:
         self.side.stop(person)
         parts = self.parts
-        shown = {parts.seen: shown_view(talk.shown), parts.notice: notice_view("")}
+        shown = {
+            parts.seen: shown_view(talk.shown, frames_are_pictures=self.side.frames_are_pictures),
+            parts.notice: notice_view(""),
+        }
         return {parts.key: self.talks.begin(talk), **shown, **self._columns(talk)}
 
     def _answers(
@@ -176,6 +185,7 @@ class Page:
         which: Callable[[Talk], tuple[Talk, str]],
         *,
         typed: str = "",
+        before: Sequence[Speaker] = (),
     ) -> Iterator[Update]:
         """The talk as it grows by the answers to a question.
 
@@ -183,14 +193,15 @@ class Page:
             chosen: as `Parts.chosen` has them, behind the key.
             which: the talk so far, and the question.
             typed: what goes back into the box where it cannot be asked.
+            before: who has answered it; the same are not asked again.
         """
         parts = self.parts
-        *who, tokens, temperature, remember = chosen
-        names, strengths = who[: len(parts.columns)], who[len(parts.columns) :]
+        *_, tokens, temperature, remember = chosen
         try:
-            speakers = [
-                Speaker(name=name, strength=checked_strength(one)) for name, one in zip(names, strengths, strict=True)
-            ]
+            speakers = self._speakers(chosen)
+            if speakers == before:
+                yield gr.skip()
+                return
             sampling = _sampling(tokens, temperature)
             talk, question = which(self.talks.get(key))
             key = key or self.talks.begin(talk)
@@ -204,6 +215,19 @@ class Page:
             yield {parts.notice: notice_view(plain(error)), **({parts.question: typed} if typed else {})}
         yield {parts.ask: gr.update(interactive=True), parts.stop: gr.update(interactive=False)}
 
+    def _speakers(self, chosen: Sequence[Any]) -> list[Speaker]:
+        """Who is asked, one a column; the base has no strength.
+
+        Raises:
+            UserError: a strength is none.
+        """
+        count = len(self.parts.columns)
+        both = zip(chosen[:count], chosen[count : 2 * count], strict=True)
+        return [
+            Speaker(name=name, strength=1.0 if name == self._base else checked_strength(strength))
+            for name, strength in both
+        ]
+
     def _columns(self, talk: Talk) -> Update:
         names = (next(iter(self.side.engine.model.names[1:]), self._base), self._base)
         parts: tuple[Column, ...] = self.parts.columns
@@ -211,13 +235,6 @@ class Page:
             part.talk: column_view(talk, number, named=name)
             for number, (part, name) in enumerate(zip(parts, names, strict=True))
         }
-
-    def _delete(self, files: Sequence[Path]) -> None:
-        """Uploads, each in a folder of its own."""
-        for file in files:
-            folder = file.resolve().parent
-            if folder.parent == self._uploads:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sampling(tokens: float | int | None, temperature: float | int | None) -> Sampling:

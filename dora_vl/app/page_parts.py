@@ -14,14 +14,12 @@ from dora_vl.app.page_view import column_view, heading_view, notice_view, shown_
 from dora_vl.app.side_by_side import NOTHING, Talk
 
 STYLE = Path(__file__).parent / "page_files" / "page.css"
-TAKE_QUESTION = STYLE.with_name("take_question.js")
+TAKE_QUESTION, DIAL = STYLE.with_name("take_question.js"), STYLE.with_name("dial.js")
 FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
 """Those that the visitor's own system has: none is fetched."""
 STRONGEST, STEP = 2.0, 0.05
 """Of the dial; a request may ask for more."""
 LONGEST_ANSWER = 1024
-FORGET_SECONDS = (60, 600)
-"""How often it is looked for files of the page that nobody has used, and how old they are then."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,7 @@ def theme() -> gr.themes.Base:
 def lay_out(start: Start) -> tuple[gr.Blocks, Parts]:
     """The page without anything happening on it yet."""
     found: dict[str, Any] = {}
-    with gr.Blocks(
-        title="dora-vl demo", analytics_enabled=False, fill_width=True, delete_cache=FORGET_SECONDS
-    ) as blocks:
+    with gr.Blocks(title="dora-vl demo", analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(heading_view(start.place, start.models[1:]))
         found |= {"person": gr.State(""), "key": gr.State("")}
         with gr.Row(equal_height=False):
@@ -146,7 +142,7 @@ def _left(start: Start) -> dict[str, Any]:
             elem_id="dv-webcam",
         )
     seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
-    nothing = gr.Button("Show nothing", size="sm", variant="secondary", elem_id="dv-nothing")
+    nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
     examples = _examples(start.examples) if start.examples else None
     with gr.Accordion("Settings", open=False):
         tokens = gr.Slider(
@@ -181,14 +177,14 @@ def _right(start: Start) -> dict[str, Any]:
     notice = gr.HTML(notice_view(""), elem_id="dv-notice")
     with gr.Row(equal_height=True):
         columns = (_column(start, adapters[0], "left"), _column(start, base, "right"))
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=True, elem_id="dv-asking"):
         question = gr.Textbox(
             placeholder="Type a question, then Enter", show_label=False, container=False, lines=1, scale=8,
             autofocus=True, elem_id="dv-question",
         )  # fmt: skip
         ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False, elem_id="dv-ask")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="dv-stop")
-        anew = gr.Button("New talk", scale=1, min_width=120, elem_id="dv-anew")
+        anew = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
     asked, answered = gr.Textbox(visible="hidden"), gr.State("")
     return {
         "notice": notice, "columns": columns, "question": question, "asked": asked, "answered": answered, "ask": ask,

@@ -18,14 +18,19 @@ ENDINGS = {"length": " · as long as allowed", "ended": " · stopped"}
 EMPTY = "the model ended its answer at once"
 
 
-def shown_view(shown: Shown) -> str:
-    """The pictures, and a video's frames with their times, as the model sees them."""
+def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
+    """The pictures, and a video's frames with their times, as the model sees them.
+
+    Args:
+        frames_are_pictures: the model takes no videos, and sees their frames as so many pictures.
+    """
     figures = [_figure(picture, _size(picture)) for picture in shown.pictures]
     parts = [f'<div class="dv-pictures">{"".join(figures)}</div>'] if figures else []
     for video in shown.videos:
         times = zip(video.pictures, video.seconds, strict=True)
         frames = "".join(_figure(picture, f"{seconds:.1f} s") for picture, seconds in times)
         told = f"what the model sees: {len(video.pictures)} of {video.count} frames, of {video.duration:.1f} s"
+        told += ", as separate pictures: it takes no videos" if frames_are_pictures else ""
         parts.append(f'<div class="dv-frames">{frames}</div><p class="dv-faint">{told}</p>')
     return "".join(parts) or '<p class="dv-faint dv-nothing">Nothing is shown yet. A question needs no picture.</p>'
 

@@ -13,7 +13,10 @@ import socket
 import ssl
 import threading
 import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from dora_vl.errors import UserError, shown
@@ -22,6 +25,8 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MOST_REDIRECTS = 3
 CHUNK = 1 << 16
 PORTS = {"http": 80, "https": 443}
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "3fff::/20", "5f00::/16")))
+"""Of the registries of special addresses what Python's own tables lack: 6to4 relays, documentation, segment routing."""
 
 
 class NotFetched(UserError):
@@ -72,14 +77,26 @@ def _checked(url: str) -> SplitResult:
     return parts
 
 
-def public_addresses(host: str, port: int) -> list[str]:
-    """The IP addresses of a host.
+def public_addresses(host: str, port: int, seconds: float) -> list[str]:
+    """The IP addresses of a host, where they are known within so many seconds.
 
     Raises:
-        NotFetched: it has none, or one that is not public.
+        NotFetched: it has none, or one that is not public, or nobody says in time.
     """
+    answer: Future[list[Any]] = Future()
+
+    def resolve() -> None:
+        try:
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            answer.set_exception(error)
+
+    # The system's resolver knows no limit: whoever waits for it leaves it behind.
+    threading.Thread(target=resolve, name="dora-vl resolver", daemon=True).start()
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = answer.result(seconds)
+    except FutureTimeoutError:
+        raise _too_slow(host) from None
     except (OSError, UnicodeError) as error:
         raise NotFetched(f"{shown(host)} cannot be resolved ({error})") from None
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
@@ -100,7 +117,7 @@ def is_public(address: str) -> bool:
             return is_public(str(inside))
         if ip.is_reserved or ip.is_site_local:  # outside of 2000::/3 Python calls most of both global
             return False
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in NOT_PUBLIC)
 
 
 class _Pinned(http.client.HTTPConnection):
@@ -145,7 +162,7 @@ class _Pinned(http.client.HTTPConnection):
 def _get(parts: SplitResult, most: int, deadline: float) -> bytes | str:
     """The content, or where it has moved to."""
     host, port = str(parts.hostname), parts.port or PORTS[parts.scheme]
-    connection = _Pinned(parts, public_addresses(host, port)[0], _left(host, deadline))
+    connection = _Pinned(parts, public_addresses(host, port, _left(host, deadline))[0], _left(host, deadline))
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     watch = threading.Timer(_left(host, deadline), connection.abort)  # a timeout alone begins anew at every byte
     watch.daemon = True

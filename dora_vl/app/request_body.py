@@ -1,19 +1,21 @@
-"""The JSON that a request brings: of its declared type, of at most so many bytes, values and seconds, and checked."""
+"""The JSON that a request brings: of its declared type, of at most so many bytes and values, and checked."""
 
 from __future__ import annotations
 
-import asyncio
-from functools import partial
-from typing import TypeVar
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
-from anyio.to_thread import run_sync
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from dora_vl.app.answering import Stopped, TooLate
+from dora_vl.app.answering import Stopped, TooManyRequests
 from dora_vl.app.request_media import BadRequest, TooLarge
 from dora_vl.errors import UserError, one_line, shown
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Model = TypeVar("Model", bound=BaseModel)
 JSON_TYPE = "application/json"
@@ -24,49 +26,79 @@ TEXTS_OF_A_VALUE = 2
 """Of a comma or bracket at most, in JSON that is right: a name and a text."""
 NO_MARKS = bytes(set(range(256)).difference(b'"', *BEFORE_A_VALUE))
 LONGEST_PLACE, LONGEST_REASON = 80, 300
+FORM = re.compile(r"str|list\[.*\]")
+REASONS = {
+    "missing": "it is missing",
+    "extra_forbidden": "there is no such field here",
+    "union_tag_invalid": "its type must be text, image_url or video_url",
+    "union_tag_not_found": "it needs a type: text, image_url or video_url",
+}
+WORDS = {
+    "Input should be": "it must be",
+    "List should have": "it must have",
+    " after validation": "",
+    "a valid ": "a ",
+    "a integer": "an integer",
+    "a object": "an object",
+    "Value error, ": "",
+    "Invalid JSON": "it is no JSON",
+}
 
 
 class NotJson(UserError):
     """A request's content is not declared as JSON."""
 
 
-async def read_body(request: Request, kind: type[Model], *, most: int, seconds: float) -> Model:
-    """A request's content.
+@dataclass
+class Intake:
+    """The content of requests while it comes: a client that sends slowly has no more of it than it has sent.
 
-    Args:
-        most: bytes.
-        seconds: longest time that the client may take to send it.
+    Attributes:
+        each: most bytes of a request.
+        together: of all that are on their way.
+    """
+
+    each: int
+    together: int
+    _coming: int = 0
+
+    async def content(self, request: Request) -> bytes:
+        """A request's content, whole.
+
+        Raises:
+            TooLarge: it has more bytes.
+            TooManyRequests: too many bytes of requests are on their way.
+            Stopped: the client has gone away.
+        """
+        stated = request.headers.get("content-length", "")
+        too_large = TooLarge(f"the request is larger than the {self.each:,} bytes allowed here")
+        if stated.isdecimal() and int(stated) > self.each:
+            raise too_large
+        content = bytearray()
+        try:
+            async for chunk in request.stream():
+                content.extend(chunk)
+                self._coming += len(chunk)
+                if len(content) > self.each:
+                    raise too_large
+                if self._coming > self.together:
+                    raise TooManyRequests("too many requests are being sent; try again later")
+        except ClientDisconnect:
+            raise Stopped("the client has gone away") from None
+        finally:
+            self._coming -= len(content)
+        return bytes(content)
+
+
+def check_json(request: Request) -> None:
+    """Refuses what is not declared as JSON: a browser lets any web page post other types to this machine unasked.
 
     Raises:
-        NotJson: it is not declared as JSON. A browser lets any web page post other types to this machine unasked.
-        TooLarge: it has more bytes, or more values than any request needs.
-        TooLate: it took longer.
-        Stopped: the client has gone away.
-        BadRequest: it is wrong; the first place that is.
+        NotJson: it is not.
     """
     declared = request.headers.get("content-type", "")
     if declared.partition(";")[0].strip().lower() != JSON_TYPE:
         raise NotJson(f"the request's Content-Type must be {JSON_TYPE}, not {shown(declared)}")
-    try:
-        content = await asyncio.wait_for(_received(request, most), seconds)
-    except ClientDisconnect:
-        raise Stopped("the client has gone away") from None
-    except asyncio.TimeoutError:
-        raise TooLate(f"the request was not sent within {seconds:g} s") from None
-    return await run_sync(partial(parsed, kind, content))
-
-
-async def _received(request: Request, most: int) -> bytes:
-    stated = request.headers.get("content-length", "")
-    too_large = TooLarge(f"the request is larger than the {most:,} bytes allowed here")
-    if stated.isdecimal() and int(stated) > most:
-        raise too_large
-    content = bytearray()
-    async for chunk in request.stream():
-        content.extend(chunk)
-        if len(content) > most:
-            raise too_large
-    return bytes(content)
 
 
 def parsed(kind: type[Model], content: bytes) -> Model:
@@ -85,9 +117,32 @@ def parsed(kind: type[Model], content: bytes) -> Model:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
         # Of several forms of one place the one that came farthest: deepest, and beyond its type.
         first = max(errors, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
-        place = ".".join(map(str, first["loc"])) or "the request"
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise BadRequest(one_line(place, LONGEST_PLACE), one_line(first["msg"], LONGEST_REASON) + more) from None
+        places = [_place(one) for one in errors]
+        place, others = _place(first), {one for one in places if not _place(first).startswith(one)}
+        more = f" (and {len(others)} more)" if others else ""
+        raise BadRequest(one_line(place, LONGEST_PLACE), one_line(_reason(first), LONGEST_REASON) + more) from None
+
+
+def _place(error: ErrorDetails) -> str:
+    """Where it is, such as `messages[0].content[1].image_url`: without pydantic's names for the forms of a value."""
+    place, form = "", False
+    for number, piece in enumerate(error["loc"]):
+        named = error["type"] == "extra_forbidden" and number == len(error["loc"]) - 1
+        if isinstance(piece, int):
+            place += f"[{piece}]"
+        elif (form or FORM.fullmatch(piece)) and not named:
+            form = not form and piece != "str"  # an item's form comes after its number
+        else:
+            place += f".{piece}"
+    return place.removeprefix(".") or "the request"
+
+
+def _reason(error: ErrorDetails) -> str:
+    """What is wrong, to a person who knows OpenAI's fields and not pydantic's."""
+    reason = REASONS.get(error["type"], error["msg"])
+    for theirs, ours in WORDS.items():
+        reason = reason.replace(theirs, ours)
+    return reason
 
 
 def _holds_too_many(content: bytes) -> bool:

@@ -14,6 +14,7 @@ from dora_vl.app.listening_options import (
     add_address,
     add_answers,
     add_media,
+    admission,
     engine_settings,
     listening,
     media_limits,
@@ -42,8 +43,9 @@ Then, with the openai package:
       {"type": "text", "text": "What color is the shape?"}]}])
 
 An adapter is the folder of a run, or of PEFT; the base is where the first one says, unless --model names it. The base
-is asked as the first adapter was trained to be. It listens on this machine alone unless --host says otherwise, and has
-no passwords: put a proxy that has before it. docs/serving.md says what cannot be served, and why.
+is asked as the first adapter was trained to be. It listens on this machine alone unless --host says otherwise, answers
+to the names of --allow-host besides, and asks for a key where --api-key gives one. docs/serving.md says what cannot be
+served, and why.
 """
 
 
@@ -88,23 +90,23 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     try:
         import uvicorn
 
+        from dora_vl.app.door import http_config
         from dora_vl.app.server import Server, build_app
     except ImportError as error:
         raise UserError(f"serving needs {error.name}: pip install 'dora-vl[serve]'") from error
-    door = listening(options.host, options.port)
+    settings = server_settings(options)
+    listener = listening(options.host, options.port)
     from dora_vl.app.engine import Engine
     from dora_vl.app.served_model import open_served
 
     named = {"base_name": options.base_name, "template": options.template, "any_base": options.any_base}
     served = open_served(options.model, adapters, **named)
-    settings = server_settings(options)
-    with door, Engine(served, engine_settings(options)) as engine, Server(engine, settings) as server:
-        host, port = door.getsockname()[:2]
+    with listener, Engine(served, engine_settings(options)) as engine, Server(engine, settings) as server:
+        host, port = listener.getsockname()[:2]
         yield f"serving {', '.join(served.names)} at http://{host}:{port}/v1 (Ctrl-C ends)"
-        app = build_app(server)
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+        config = http_config(build_app(server), lifespan="off", timeout_graceful_shutdown=5)
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[door])
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def named_adapters(given: Sequence[str]) -> Mapping[str, Path]:
@@ -132,6 +134,7 @@ def server_settings(options: argparse.Namespace) -> ServerSettings:
 
     media = replace(media_limits(options), fetch_seconds=options.fetch_seconds, remote=options.allow_remote_media)
     return ServerSettings(
+        admission=admission(options),
         media=media,
         body_bytes=options.max_body_mib * MIB,
         body_seconds=options.body_seconds,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,10 @@ from starlette.exceptions import HTTPException
 from dora_vl.app.answering import Answering, Event, Failed, Finished, Prepared, TooManyRequests, unloaded
 from dora_vl.app.chat_answers import chunks, completion
 from dora_vl.app.chat_request import ChatRequest, LoadRequest, UnloadRequest
+from dora_vl.app.door import Admission, Door
 from dora_vl.app.engine import Engine
 from dora_vl.app.http_errors import error_response
-from dora_vl.app.request_body import Model, read_body
+from dora_vl.app.request_body import Intake, Model, check_json, parsed
 from dora_vl.app.request_media import BadRequest, MediaLimits, RequestMedia
 from dora_vl.app.row_decoding import Sampling
 from dora_vl.app.served_model import UnknownModel
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 PREPARED_AT_ONCE = 8
 """Requests whose pictures are decoded at a time; the memory of all that may wait would be too much."""
+SENT_AT_ONCE = 8
+"""So many times the largest request may be on its way, of however many clients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +44,17 @@ class ServerSettings:
     """What a client may ask for, and what it gets without asking.
 
     Attributes:
+        admission: who may ask.
         media: what a request may show.
         body_bytes: largest request.
         body_seconds: longest time that a client may take to send it.
-        held: most requests that are being read, wait or are answered.
+        held: most requests that have come whole, wait or are answered.
         new_tokens: longest answer of a request that does not say.
         temperature: of a request that does not say.
         adapter_root: adapters below this folder may be loaded and dropped by clients; None: they may not.
     """
 
+    admission: Admission = field(default_factory=Admission)
     media: MediaLimits = field(default_factory=MediaLimits)
     body_bytes: int = 64 * 2**20
     body_seconds: float = 30.0
@@ -73,6 +78,7 @@ class Server:
         self.media = RequestMedia(settings.media, engine.model.assistant.prompts.videos_of_one_length)
         self.started = int(time.time())
         self._held = 0
+        self._intake = Intake(settings.body_bytes, SENT_AT_ONCE * settings.body_bytes)
         self._preparing = CapacityLimiter(PREPARED_AT_ONCE)
 
     def __enter__(self) -> Server:
@@ -85,9 +91,8 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        with self._one_more():
-            client = WaitingClient(request, self.engine.settings.answer_seconds)
-            asked = await self._body(request, ChatRequest)
+        client = WaitingClient(request, self.engine.settings.answer_seconds)
+        async with self._read(request, ChatRequest) as asked:
             self.engine.model.asked(asked.model)  # before any picture is decoded
             with _still_served(asked.model):
                 return await self._answer(client, asked)
@@ -110,37 +115,38 @@ class Server:
 
     async def load(self, request: Request) -> Response:
         """`POST /v1/load_lora_adapter`, as vLLM has it."""
-        with self._one_more():
-            asked = await self._body(request, LoadRequest)
+        async with self._read(request, LoadRequest) as asked:
             folder = self._allowed(asked.lora_path)
             await run_sync(partial(self.engine.load, asked.lora_name, folder))
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
         """`POST /v1/unload_lora_adapter`, as vLLM has it."""
-        with self._one_more():
-            asked = await self._body(request, UnloadRequest)
+        async with self._read(request, UnloadRequest) as asked:
             self._adapter_root()
             await run_sync(partial(self.engine.unload, asked.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     # -- reading a request -------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _one_more(self) -> Iterator[None]:
-        """Counts a request as held meanwhile; a streamed one counts until its first piece."""
-        if self._held >= self.settings.held:
-            raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
+    @contextlib.asynccontextmanager
+    async def _read(self, request: Request, kind: type[Model]) -> AsyncIterator[Model]:
+        """A request's content, checked; it is held once it has come whole, a streamed one until its first piece."""
+        check_json(request)
+        self._refuse_more()
+        content = await self._intake.content(request)
+        self._refuse_more()
         self._held += 1
         try:
-            yield
+            asked = await run_sync(partial(parsed, kind, content))
+            del content  # its pictures are in what was asked
+            yield asked
         finally:
             self._held -= 1
 
-    async def _body(self, request: Request, kind: type[Model]) -> Model:
-        """The request's content, within the server's limits."""
-        settings = self.settings
-        return await read_body(request, kind, most=settings.body_bytes, seconds=settings.body_seconds)
+    def _refuse_more(self) -> None:
+        if self._held >= self.settings.held:
+            raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
 
     def _prepared(self, asked: ChatRequest, go_on: Callable[[], object]) -> Prepared:
         """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
@@ -233,6 +239,7 @@ def _still_served(name: str) -> Iterator[None]:
 def build_app(server: Server) -> FastAPI:
     """The application: routes, and every error as OpenAI's JSON."""
     app = FastAPI(title="dora-vl serve", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Door, admission=server.settings.admission, body_seconds=server.settings.body_seconds)
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", server.chat),
         ("GET", "/v1/models", server.models),

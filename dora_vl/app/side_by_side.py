@@ -140,6 +140,7 @@ class SideBySide:
     def __init__(self, engine: Engine, media: RequestMedia) -> None:
         self.engine = engine
         self.media = media
+        self.frames_are_pictures = engine.model.assistant.prompts.frames_are_pictures
         self._running: dict[str, _Running] = {}
         self._lock = threading.Lock()
 

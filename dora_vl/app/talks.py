@@ -37,7 +37,7 @@ class Talks:
             return Talk()
         with self._lock:
             if key not in self._talks:
-                raise UserError("this talk is no longer here; show its pictures again, or press New talk")
+                raise UserError("this chat is no longer here; show its pictures again, or press New chat")
             self._talks.move_to_end(key)
             return self._talks[key]
 

@@ -249,7 +249,8 @@ def ask_clip(opened: Opened, clips: ClipReader, path: Path, question: str, optio
     )
     view = opened.adapted.view(example, frames=options.frames)
     frames = clips.frames(path, view.clip, view.sampling)
-    times = f"{len(frames.seconds)} frames, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
+    what = "frames as separate pictures, since it takes no videos" if view.as_pictures else "frames"
+    times = f"{len(frames.seconds)} {what}, {frames.seconds[0]:.1f} to {frames.seconds[-1]:.1f} s"
     print(f"{path} ({times}, {frames.backend})  {question}")
 
     def answer(_: str, asker: Asker) -> str:

@@ -168,11 +168,16 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A question about a video as a model is asked it, and what it looks at."""
+    """A question about a video as a model is asked it, and what it looks at.
+
+    Attributes:
+        as_pictures: the model takes no videos; the frames are so many pictures to it.
+    """
 
     example: Example
     clip: Clip
     sampling: Sampling
+    as_pictures: bool = False
 
 
 @runtime_checkable

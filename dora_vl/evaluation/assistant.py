@@ -90,7 +90,8 @@ class Assistant:
         """See `Asker.view`: so many frames of the example's own clip."""
         if example.video is None:
             raise ValueError(f"example {example.id} has no video")
-        return View(example=example, clip=example.video, sampling=Uniform(frames))
+        as_pictures = self.prompts.frames_are_pictures
+        return View(example=example, clip=example.video, sampling=Uniform(frames), as_pictures=as_pictures)
 
     def answer_example(
         self, example: Example, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None

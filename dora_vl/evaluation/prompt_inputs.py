@@ -48,6 +48,11 @@ class Prompts(Protocol):
         """Whether the videos of a batch must have equally many frames."""
         ...
 
+    @property
+    def frames_are_pictures(self) -> bool:
+        """Whether the model takes no videos, and is asked about their frames as so many pictures."""
+        ...
+
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         """Turns that end with a question, up to where the answer begins, without labels; never cut.
 
@@ -97,8 +102,13 @@ class _TokenPrompts:
 
     @property
     def videos_of_one_length(self) -> bool:
-        """See `Prompts`: frames are pictures."""
+        """See `Prompts`."""
         return False
+
+    @property
+    def frames_are_pictures(self) -> bool:
+        """See `Prompts`."""
+        return True
 
     def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
         """See `Prompts.collate`."""
@@ -151,6 +161,11 @@ class ImageTextPrompts:
     def videos_of_one_length(self) -> bool:
         """See `Prompts`."""
         return self.encoder.videos_of_one_length
+
+    @property
+    def frames_are_pictures(self) -> bool:
+        """See `Prompts`."""
+        return self.encoder.why_no_videos is not None
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         """See `Prompts.sample`."""

@@ -122,10 +122,10 @@ class Look:
             list(chain.from_iterable(row.texts(role) for row in self.rows)) for role in ("user", "assistant")
         )
         rounds = [len(row.texts("assistant")) for row in self.rows]
-        yield f"questions: {_spread(rounds)} a row, {_spread(map(_words, asked))} words"
+        yield f"questions: {_spread(rounds)} a row, {_lengths(asked)}"
         most, times = Counter(said).most_common(1)[0]
         yield (
-            f"answers: {_spread(map(_words, said))} words, {len(set(said)):,} different, most often "
+            f"answers: {_lengths(said)}, {len(set(said)):,} different, most often "
             f"{shown_text(most, 30)} ({times / len(said):.0%})"
         )
         if self.trouble:
@@ -250,6 +250,12 @@ def _bytes(files: Sequence[Path]) -> int:
 
 def _words(text: str) -> int:
     return len(text.split())
+
+
+def _lengths(texts: Sequence[str]) -> str:
+    """How many words they have."""
+    words = _spread(map(_words, texts))
+    return f"{words} word" if words == "1" else f"{words} words"
 
 
 def _spread(numbers: Iterator[int] | Sequence[int]) -> str:

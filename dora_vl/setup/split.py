@@ -37,8 +37,8 @@ def split(look: Look, *, share: float, seed: int) -> tuple[list[Row], list[Row]]
     except UserError:
         groups = len({key for keys in media for key in keys}) or len(ids)
         raise UserError(
-            f"{look.questions}: {len(ids)} usable rows about {groups} pictures cannot be parted by --test-share "
-            f"{share:g}, since rows of one picture stay together; give another share, or more pictures"
+            f"{look.questions}: {len(ids)} usable rows about {groups} {look.media} cannot be parted by --test-share "
+            f"{share:g}, since rows about the same stay together; give another share, or more {look.media}"
         ) from None
     train = [row for place, row in enumerate(look.rows) if place not in held]
     return train, [row for place, row in enumerate(look.rows) if place in held]

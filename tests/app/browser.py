@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
+from dora_vl.app.door import Admission, http_config
 from dora_vl.app.engine import Engine
 from dora_vl.app.example_questions import ExampleQuestion
 from dora_vl.app.request_media import MediaLimits, RequestMedia
@@ -57,20 +57,22 @@ def page_of(
     uploads: Path,
     *,
     limits: MediaLimits | None = None,
-    settings: EngineSettings | None = None,
+    engine_settings: EngineSettings | None = None,
     examples: Sequence[ExampleQuestion] = (),
     new_tokens: int = 8,
+    admission: Admission | None = None,
 ) -> Iterator[tuple[str, Engine]]:
     """The page over a model; its address and its engine."""
-    from dora_vl.app.page_server import build_page_app, keep_gradio_quiet
+    from dora_vl.app.page_server import Uploads, build_page_app, keep_gradio_quiet
 
     keep_gradio_quiet(uploads)
     from dora_vl.app.page import Page, PageSettings
 
     media = RequestMedia(limits or MediaLimits(), model.assistant.prompts.videos_of_one_length)
-    with Engine(model, settings) as engine, contextlib.closing(media):
-        page = Page(SideBySide(engine, media), PageSettings(uploads=uploads, new_tokens=new_tokens), examples)
-        app = build_page_app(page, upload_bytes=4 * media.limits.bytes, waiting=64)
+    with Engine(model, engine_settings) as engine, contextlib.closing(media):
+        settings = PageSettings(uploads=Uploads(uploads, 2**24), new_tokens=new_tokens)
+        page = Page(SideBySide(engine, media), settings, examples)
+        app = build_page_app(page, admission or Admission(), upload_bytes=4 * media.limits.bytes, waiting=64)
         with _running(app) as address:
             yield address, engine
 
@@ -80,8 +82,7 @@ def _running(app: FastAPI) -> Iterator[str]:
     from dora_vl.app.page_server import QuietServer
 
     with socket.create_server(("127.0.0.1", 0)) as door:
-        config = uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
-        server = QuietServer(config)
+        server = QuietServer(http_config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
         thread.start()
         try:

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dora_vl.app.door import Admission
 from dora_vl.app.engine import Engine
 from dora_vl.app.example_questions import ExampleQuestion
+from dora_vl.app.page_view import shown_view
 from dora_vl.app.request_media import MediaLimits
 from dora_vl.app.served_model import ServedModel
 from dora_vl.app.side_by_side import SideBySide
 from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
 from dora_vl.evaluation.asker import Shown
 from dora_vl.vision.frame_sampling import Uniform
@@ -51,7 +54,9 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(model: ServedModel, uploads: Path) -> Iterator[tuple[str, Engine]]:
     examples = [ExampleQuestion("Say the colour.", RED, "red"), ExampleQuestion(QUESTION, WIDE, "blue")]
     settings = EngineSettings(batch_rows=16, window_seconds=0.2)
-    with page_of(model, uploads, limits=LIMITS, settings=settings, examples=examples, new_tokens=TOKENS) as found:
+    with page_of(
+        model, uploads, limits=LIMITS, engine_settings=settings, examples=examples, new_tokens=TOKENS
+    ) as found:
         yield found
 
 
@@ -142,6 +147,11 @@ def test_both_columns_are_rows_of_one_batch(visitor: Visitor, opened: tuple[str,
     assert batches == [[("one", 0.5), None]]
 
 
+def test_frames_that_are_pictures_to_a_model_are_called_so() -> None:
+    shown = Shown(videos=(grey_video((9, 9, 9), 8),))
+    assert [("pictures" in shown_view(shown, frames_are_pictures=are)) for are in (False, True)] == [False, True]
+
+
 def test_two_pictures(visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]) -> None:
     visitor.show(pictures["wide"], pictures["red"])
     visitor.see(2)
@@ -181,6 +191,52 @@ def test_the_dial_from_the_base_to_the_adapter(
         assert found[strength] == expected(opened[1], "one", first(QUESTION), seen, strength=float(strength))
     assert found[0] == printable(right)
     assert len(set(found.values())) > 2
+
+
+def test_the_dial_by_keyboard(
+    visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each strength is asked once: Enter in the number, an arrow on the slider; leaving either changes nothing."""
+    ask, asked = SideBySide.ask, []
+    monkeypatch.setattr(SideBySide, "ask", lambda *given: (asked.append(given[4][0].strength), ask(*given))[1])
+    visitor.show(pictures["red"])
+    visitor.see(1)
+    visitor.ask(QUESTION)
+    number, slider = (visitor.page.locator(f"#dv-strength-left input[type={kind}]") for kind in ("number", "range"))
+    number.fill("0.25")
+    for strength, field, key in ((0.25, number, "Enter"), (0.3, slider, "ArrowRight")):
+        field.press(key)
+        visitor.page.locator("#dv-talk-left .dv-tally", has_text=f"one at {strength:g} ·").wait_for()
+        left, _ = visitor.both(1)
+        seen = Shown(pictures=(RED,))
+        assert printable(left) == expected(opened[1], "one", first(QUESTION), seen, strength=strength)
+    number.focus()
+    number.blur()
+    visitor.ask("And then?")
+    assert asked == [1, 0.25, 0.3, 0.3]
+
+
+def test_on_a_telephone_the_question_is_at_hand(chromium: Any, opened: tuple[str, Engine]) -> None:
+    context = chromium.new_context(viewport={"width": 390, "height": 844})
+    visitor = Visitor(context, opened[0])
+    box = visitor.page.locator(QUESTION_BOX).bounding_box()
+    assert box["y"] + box["height"] < 844
+    assert all(visitor.ask(QUESTION))
+    context.close()
+
+
+def test_a_page_with_a_key(chromium: Any, model: ServedModel, pictures: dict[str, Path], uploads: Path) -> None:
+    """A browser asks its person for it once, and sends it with every request of the page."""
+    with page_of(model, uploads, limits=LIMITS, new_tokens=TOKENS, admission=Admission(key="open-sesame")) as (at, _):
+        context = chromium.new_context()
+        assert context.new_page().goto(at).status == 401
+        context.close()
+        context = chromium.new_context(http_credentials={"username": "me", "password": "open-sesame"})
+        visitor = Visitor(context, at)
+        visitor.show(pictures["red"])
+        visitor.see(1)
+        assert all(visitor.ask(QUESTION))
+        context.close()
 
 
 def test_adapters_are_switched(visitor: Visitor, opened: tuple[str, Engine], pictures: dict[str, Path]) -> None:

@@ -27,6 +27,7 @@ LIMITS = FetchLimits(bytes=1000, seconds=2.0)
         "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:db8::1",
         "::127.0.0.1", "::10.0.0.1", "fec0::1", "feff::1", "64:ff9b:1::a00:1", "64:ff9b::10.0.0.1", "4000::1",
         "::ffff:0:127.0.0.1", "2001:0:1:1:1:1:80ff:fffe", "2002:a00:1::", "240.0.0.1",
+        "192.88.99.1", "3fff::1", "5f00::1",
     ],
 )  # fmt: skip
 def test_an_address_that_is_not_public(address: str) -> None:
@@ -47,14 +48,25 @@ def test_an_address_that_is_public(address: str) -> None:
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "2130706433", "0x7f.1", "127.1", "0", "[::1]".strip("[]")])
 def test_other_spellings_of_this_machine_are_refused(host: str) -> None:
     with pytest.raises(NotFetched, match=r"is no public address|cannot be resolved"):
-        public_addresses(host, 80)
+        public_addresses(host, 80, 10.0)
 
 
 def test_one_private_address_among_public_ones_is_refused(monkeypatch: Any) -> None:
     entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 80)) for one in ("8.8.8.8", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: entries)
     with pytest.raises(NotFetched, match=r"10\.0\.0\.1"):
-        public_addresses("example.com", 80)
+        public_addresses("example.com", 80, 10.0)
+
+
+def test_a_name_that_takes_too_long_is_left(monkeypatch: Any) -> None:
+    """The system's resolver may take half a minute for a name whose servers do not answer."""
+    resolved = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **named: resolved.wait(20))
+    before = time.monotonic()
+    with pytest.raises(NotFetched, match="was too slow"):
+        fetch("http://example.com/a.png", FetchLimits(bytes=1000, seconds=0.3))
+    assert time.monotonic() - before < 5
+    resolved.set()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +134,7 @@ def site(monkeypatch: Any) -> Iterator[str]:
     monkeypatch.setattr(
         remote_media,
         "public_addresses",
-        lambda host, port: ["127.0.0.1"] if host == "site.example" else resolve(host, port),
+        lambda host, *given: ["127.0.0.1"] if host == "site.example" else resolve(host, *given),
     )
     yield f"http://site.example:{server.server_address[1]}"
     server.shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -149,14 +150,45 @@ def test_what_is_never_closed_is_refused_in_little_time(what: str) -> None:
     assert time.process_time() - began < 5
 
 
+PART = {"type": "text", "text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "place"),
+    [
+        ({"best_of": 2}, "best_of"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
+        ({"messages": [SAID, {"role": "user", "content": 5}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": [PART, {"type": "audio"}]}]}, "messages[0].content[1]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{**PART, "str": 1}]}]}, "messages[0].content[0].str"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"stop": [1]}, "stop[0]"),
+    ],
+)
+def test_a_place_is_as_the_client_wrote_it(wrong: dict[str, Any], place: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        parsed(ChatRequest, json.dumps(request(**wrong)).encode())
+    assert refused.value.place == place
+    assert not re.search("Input|List|Value error|Extra|tag", str(refused.value)), refused.value
+
+
+def test_what_clients_send_along_is_taken() -> None:
+    along = {"service_tier": "auto", "tool_choice": "auto", "parallel_tool_calls": True, "store": False, "user": "me"}
+    along |= {"prompt_cache_key": "a", "safety_identifier": "b", "metadata": {"run": "1"}}
+    assert parsed(ChatRequest, json.dumps(request(**along)).encode()).model == "one"
+
+
 def test_one_more_is_refused() -> None:
     for body, line in (
-        (request(messages=[SAID] * (MOST_MESSAGES + 1)), f"messages: List should have at most {MOST_MESSAGES} items"),
-        (request(metadata=names(MOST_FIELDS + 1)), "metadata: Value error, it has 65 fields, and 64 are allowed"),
-        (request(**names(MOST_FIELDS)), "the request: Value error, it has 66 fields, and 64 are allowed"),
+        (request(messages=[SAID] * (MOST_MESSAGES + 1)), f"messages: it must have at most {MOST_MESSAGES} items"),
+        (request(metadata=names(MOST_FIELDS + 1)), "metadata: it has 65 fields, and 64 are allowed"),
+        (request(**names(MOST_FIELDS)), "the request: it has 66 fields, and 64 are allowed"),
         (
             request(messages=[{"role": "user", "content": [TEXT] * (MOST_PARTS + 1)}]),
-            f"List should have at most {MOST_PARTS} items",
+            f"messages[0].content: it must have at most {MOST_PARTS} items",
         ),
     ):
         with pytest.raises(BadRequest) as refused:

@@ -135,6 +135,7 @@ def test_a_family_with_videos_is_shown_videos(name: str, tmp_path: Path) -> None
     samples = [assistant.prompts.sample(*one) for one in asked]
     assert ["pixel_values_videos" in sample.inputs for sample in samples] == [True, True, False]
     assert assistant.prompts.videos_of_one_length is (name == "llava_onevision")
+    assert not assistant.prompts.frames_are_pictures
     together = assistant.new_ids(assistant.prompts.collate(samples, "left"), max_new_tokens=NEW_TOKENS)
     alone = [
         assistant.new_ids(assistant.prompts.collate([one], "left"), max_new_tokens=NEW_TOKENS)[0] for one in samples

@@ -38,6 +38,7 @@ class LetterPrompts:
 
     tokenizer = PreTrainedTokenizerBase()
     videos_of_one_length = False
+    frames_are_pictures = False
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         if "\ufdd0" in turns[-1].text:

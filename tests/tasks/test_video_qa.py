@@ -98,10 +98,12 @@ def test_a_llava_sees_frames_as_pictures(llava: Path, clip: str, capsys: Any) ->
     common = ["--adapter", str(llava), "--video", clip, "--question", "What moves?", "--max-new-tokens", "3"]
     video_qa.main([*common, "--frames", "2", "--compare-base"])
     heading, *answers = capsys.readouterr().out.splitlines()
-    assert heading == f"{clip} (2 frames, 0.8 to 2.4 s, pyav)  What moves?"
+    assert (
+        heading == f"{clip} (2 frames as separate pictures, since it takes no videos, 0.8 to 2.4 s, pyav)  What moves?"
+    )
     assert [answer[:19].strip() for answer in answers] == ["with adapter:", "without adapter:"]
     video_qa.main([*common, "--frames", "3", "--start", "1", "--end", "2", "--choice", "red", "--choice", "blue"])
-    assert "3 frames, 1.1 to 1.8 s" in capsys.readouterr().out
+    assert "3 frames as separate pictures, since it takes no videos, 1.1 to 1.8 s" in capsys.readouterr().out
 
 
 def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: Any) -> None:

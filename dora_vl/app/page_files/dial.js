@@ -1,0 +1,16 @@
+// A dial asks again when its number is confirmed by Enter and when keys have moved its slider: by itself Gradio does so where
+// the mouse lets go of it, or leaves it, alone.
+() => {
+  const PAUSE = 300; // a key that is held moves the slider many times a second
+  const in_dial = (event) => event.target.closest?.("#dv-strength-left, #dv-strength-right");
+  const waiting = new Map();
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && event.target.type === "number" && in_dial(event)) event.target.blur();
+  });
+  document.addEventListener("change", (event) => {
+    const slider = event.target;
+    if (slider.type !== "range" || !in_dial(event)) return;
+    clearTimeout(waiting.get(slider));
+    waiting.set(slider, setTimeout(() => slider.dispatchEvent(new PointerEvent("pointerup", {bubbles: true})), PAUSE));
+  });
+}

@@ -1,0 +1,338 @@
+"""Who may come in, by which name, from where and how slowly; and that the page gives and reads no file of the disk."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.datastructures import Headers
+from starlette.testclient import TestClient
+
+from dora_vl.app import door, listening_options
+from dora_vl.app.door import Admission
+from dora_vl.app.engine import Engine
+from dora_vl.app.http_errors import NoKey, Refused
+from dora_vl.app.request_media import MediaLimits, RequestMedia
+from dora_vl.app.served_model import ServedModel
+from dora_vl.app.server import Server, ServerSettings, build_app
+from dora_vl.app.side_by_side import SideBySide
+from dora_vl.cli import main
+from tests.app.tiny_served import running, served, spread, write_adapter
+from tests.backbones.tiny_image_text import write_tiny
+
+HERE = "http://localhost:7860"
+FOREIGN = {"a foreign host": {"Host": "evil.example"}, "a foreign origin": {"Origin": "http://evil.example"}}
+ENDLESS = {"{session_hash}", "data", "upload_progress"}
+SECRET = "0123456789 never shown"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    folder = tmp_path_factory.mktemp("served")
+    base = spread(write_tiny("qwen2_5_vl", folder / "base"))
+    adapter = write_adapter(base, folder / "one", seed=1, targets=("*language_model*.q_proj",), rank=2, alpha=5.0)
+    return served(base, {"one": adapter})
+
+
+# -- who may come in -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "admitted"),
+    [
+        ("localhost", None, True),
+        ("LOCALHOST:7860", "http://localhost:7860", True),
+        ("127.0.0.1:7860", "http://127.0.0.1:7860", True),
+        ("[::1]:7860", "http://[::1]:7860", True),
+        ("gpu.example", "https://gpu.example", True),
+        ("127.0.0.1:7860", "https://gpu.example:8443", True),  # a proxy that was named
+        ("10.1.2.3:7860", "http://10.1.2.3:7860", True),
+        (None, None, False),
+        ("evil.example", None, False),
+        ("localhost.evil.example", None, False),
+        ("localhost@evil.example", None, False),
+        ("evil.example:localhost", None, False),
+        ("192.168.0.7:7860", None, False),
+        ("evil.example:7860", "http://evil.example:7860", False),
+        ("localhost:7860", "http://evil.example", False),
+        ("localhost:7860", "http://localhost:3000", False),  # another program of this machine
+        ("localhost:7860", "http://127.0.0.1:7860", False),
+        ("localhost:7860", "null", False),
+        ("localhost:7860", "", False),
+    ],
+)
+def test_a_name_and_an_origin(host: str | None, origin: str | None, admitted: bool) -> None:
+    admission = Admission(hosts=frozenset({*door.LOCAL, "gpu.example", "10.1.2.3"}), origins=frozenset({"gpu.example"}))
+    given = {"host": host, "origin": origin}
+    headers = Headers({name: value for name, value in given.items() if value is not None})
+    with contextlib.nullcontext() if admitted else pytest.raises(Refused):
+        admission.check(headers)
+
+
+def test_options_name_hosts_and_the_key(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    import argparse
+
+    def admission(*given: str) -> Admission:
+        parser = argparse.ArgumentParser()
+        listening_options.add_address(parser, port=0)
+        return listening_options.admission(parser.parse_args(given))
+
+    assert admission() == Admission()
+    assert admission("--host", "0.0.0.0").hosts == frozenset(door.LOCAL)
+    named = admission("--host", "10.1.2.3", "--allow-host", "GPU.example", "--allow-host", "[fd00::1]")
+    assert named.hosts == frozenset({*door.LOCAL, "10.1.2.3", "gpu.example", "fd00::1"})
+    assert named.origins == frozenset({"gpu.example", "fd00::1"})
+    monkeypatch.setenv(listening_options.KEY_VARIABLE, "of-the-environment")
+    assert admission().key == "of-the-environment"
+    assert admission("--api-key", "stated").key == "stated"
+    for wrong in (("--api-key", ""), ("--api-key", "two words"), ("--allow-host", "http://gpu.example/")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["serve", "--model", str(tmp_path), "--port", "0", *wrong])
+        assert stopped.value.code == 2
+        assert wrong[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "admitted"),
+    [
+        ("Bearer open-sesame", True),
+        ("bearer open-sesame", True),
+        (f"Basic {base64.b64encode(b'anybody:open-sesame').decode()}", True),  # as a browser asks its person
+        (None, False),
+        ("Bearer ", False),
+        ("Bearer open-sesame2", False),
+        ("Basic open-sesame", False),
+        (f"Basic {base64.b64encode(b'open-sesame:').decode()}", False),
+        ("open-sesame", False),
+    ],
+)
+def test_a_key(given: str | None, admitted: bool) -> None:
+    headers = Headers({"host": "localhost", **({"authorization": given} if given is not None else {})})
+    with contextlib.nullcontext() if admitted else pytest.raises(NoKey):
+        Admission(key="open-sesame").check(headers)
+
+
+def test_the_server_is_behind_the_door(model: ServedModel) -> None:
+    settings = ServerSettings(admission=Admission(key="open-sesame"))
+    key = {"Authorization": "Bearer open-sesame"}
+    with Engine(model) as engine, Server(engine, settings) as server:
+        client = TestClient(build_app(server), base_url=HERE)
+        for method, path in (
+            ("GET", "/v1/models"),
+            ("POST", "/v1/chat/completions"),
+            ("POST", "/v1/load_lora_adapter"),
+        ):
+            for headers in FOREIGN.values():
+                answer = client.request(method, path, headers={**headers, **key}, json={})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "refused")
+            answer = client.request(method, path, json={})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert "Basic" in answer.headers["WWW-Authenticate"]
+        assert client.get("/v1/models", headers=key).status_code == 200
+
+
+# -- how slowly ----------------------------------------------------------------------------------------------------
+
+
+def connection(address: str) -> socket.socket:
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def test_a_head_that_does_not_end_is_not_waited_for(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that never begins, one behind an answered request, or one that is too long."""
+    monkeypatch.setattr(door, "HEAD_SECONDS", 0.5)
+    whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(model) as address:
+        for begun in (b"", whole[:30]):
+            with connection(address) as slow:
+                slow.sendall(begun)
+                assert slow.recv(100) == b""
+        with connection(address) as slow:
+            slow.sendall(whole)
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += slow.recv(10_000)
+            slow.sendall(whole[:30])
+            assert slow.recv(100) == b""
+        with connection(address) as long:
+            long.sendall(whole[:-2] + b"X: " + b"a" * door.HEAD_BYTES)
+            assert long.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_slow_senders_take_no_place(model: ServedModel) -> None:
+    """Of one that a server has; what they have sent is counted, and too much of it is refused."""
+    settings = ServerSettings(held=1, body_bytes=1000)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    asked = json.dumps({"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2})
+
+    def status(address: str) -> int:
+        client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+        client.request("POST", "/v1/chat/completions", asked, {"Content-Type": "application/json"})
+        return client.getresponse().status
+
+    with running(model, settings) as address, contextlib.ExitStack() as senders:
+        for _ in range(3):
+            slow = senders.enter_context(connection(address))
+            slow.sendall(f"{head}Content-Length: 900\r\n\r\n{{".encode())
+        assert status(address) == 200
+        full = [senders.enter_context(connection(address)) for _ in range(9)]
+        for slow in full:
+            slow.sendall(f"{head}Content-Length: 900\r\n\r\n".encode() + b"a" * 890)
+        assert [slow.recv(12) for slow in full if wait_for_answer(slow)] == [b"HTTP/1.1 429"]
+
+
+def wait_for_answer(slow: socket.socket, seconds: float = 1.0) -> bool:
+    """Whether one comes without any more being sent."""
+    slow.settimeout(seconds)
+    try:
+        return bool(slow.recv(1, socket.MSG_PEEK))
+    except TimeoutError:
+        return False
+
+
+# -- the page and the disk -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("page") / "uploads"
+
+
+@pytest.fixture(scope="module")
+def app(model: ServedModel, uploads: Path) -> Iterator[Any]:
+    pytest.importorskip("gradio", reason="pip install 'dora-vl[web]'")
+    from dora_vl.app.page_server import Uploads, build_page_app, keep_gradio_quiet
+
+    uploads.mkdir()
+    keep_gradio_quiet(uploads)
+    from dora_vl.app.page import Page, PageSettings
+
+    media = RequestMedia(MediaLimits(), model.assistant.prompts.videos_of_one_length)
+    with Engine(model) as engine, contextlib.closing(media):
+        page = Page(SideBySide(engine, media), PageSettings(uploads=Uploads(uploads, 10_000)))
+        built = build_page_app(page, Admission(), upload_bytes=8_000, waiting=4)
+        built.state.page = page
+        yield built
+
+
+@pytest.fixture
+def client(app: Any) -> TestClient:
+    return TestClient(app, base_url=HERE, raise_server_exceptions=False)
+
+
+@pytest.fixture(params=["password file", "beside the uploads", "out of the uploads", "a link", "a device", "the web"])
+def not_uploaded(request: pytest.FixtureRequest, uploads: Path) -> Iterator[str]:
+    beside = uploads.with_name("uploads-of-another") / "ab" / "secret.png"
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(SECRET)
+    link = uploads / "cd" / "link.png"
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(beside)
+    yield {
+        "password file": "/etc/passwd",
+        "beside the uploads": str(beside),
+        "out of the uploads": f"{uploads}/ef/../../{beside.parent.parent.name}/ab/secret.png",
+        "a link": str(link),
+        "a device": "/dev/zero",
+        "the web": "http://127.0.0.1:1/a.png",
+    }[request.param]
+    link.unlink()
+
+
+def file_data(path: str) -> dict[str, Any]:
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+
+def stored(uploads: Path) -> list[Path]:
+    return [path for path in uploads.rglob("*") if path.is_file() and not path.is_symlink()]
+
+
+def test_no_function_of_the_page_takes_a_file_that_was_not_uploaded(
+    app: Any, client: TestClient, uploads: Path, not_uploaded: str
+) -> None:
+    functions = app.state.page.blocks.fns
+    assert len(functions) > 8
+    for number, function in functions.items():
+        for named in (file_data(not_uploaded), [file_data(not_uploaded)], {"value": {"path": not_uploaded}}):
+            body = {"fn_index": number, "session_hash": "s", "data": [named] * max(1, len(function.inputs))}
+            ways = ("run/predict", "queue/join", f"run/{function.api_name}", f"api/{function.api_name}")
+            for way in (*ways, f"call/{function.api_name}", f"call/v2/{function.api_name}", "component_server"):
+                answer = client.post(f"/gradio_api/{way}", json=body)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "refused"), (function, way)
+    assert not stored(uploads)
+
+
+def test_gradios_own_check_is_on(app: Any, uploads: Path, not_uploaded: str) -> None:
+    """Behind ours: what its functions read of the disk, and copy to where it is given away."""
+    if not_uploaded.startswith("http"):
+        pytest.skip("Gradio fetches; only ours refuses")
+    behind = TestClient(app.routes[-1].app, base_url=HERE, raise_server_exceptions=False)
+    for number, function in app.state.page.blocks.fns.items():
+        if function.queue or not function.inputs:
+            continue
+        body = {"fn_index": number, "session_hash": "s", "data": [file_data(not_uploaded)] * len(function.inputs)}
+        answer = behind.post("/gradio_api/run/predict", json=body)
+        assert SECRET not in answer.text
+        assert "root:" not in answer.text
+    assert not stored(uploads)
+
+
+def test_no_address_of_gradios_gives_a_file(app: Any, client: TestClient, not_uploaded: str) -> None:
+    paths = app.routes[-1].app.openapi()["paths"]
+    assert "/gradio_api/file={path_or_url}" in paths
+    for path, methods in paths.items():
+        if path.rpartition("/")[2] in ENDLESS:  # and they name no file
+            continue
+        for method in methods:
+            address = re.sub(r"\{\w+\}", lambda _: not_uploaded, path)
+            answer = client.request(method, address, params={"deep_link": not_uploaded})
+            assert "root:" not in answer.text
+            assert SECRET not in answer.text
+            assert answer.status_code >= 400 or "{" not in path
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_nothing_of_the_page_is_for_foreigners(app: Any, client: TestClient, uploads: Path, what: str) -> None:
+    for number, function in app.state.page.blocks.fns.items():
+        body = {"fn_index": number, "session_hash": "s", "data": [None] * len(function.inputs)}
+        for way in ("run/predict", "queue/join"):
+            assert client.post(f"/gradio_api/{way}", json=body, headers=FOREIGN[what]).status_code == 403
+    sent = client.post("/gradio_api/upload", files={"files": ("a.png", b"a")}, headers=FOREIGN[what])
+    assert sent.status_code == 403
+    assert not stored(uploads)
+    for path in ("/", "/config", "/gradio_api/heartbeat/s", "/gradio_api/queue/data?session_hash=s"):
+        assert client.get(path, headers=FOREIGN[what]).status_code == 403
+    assert client.get("/").status_code == 200
+
+
+def test_uploads_are_counted_and_forgotten(app: Any, client: TestClient, uploads: Path) -> None:
+    def send(size: int) -> int:
+        content = os.urandom(size)
+        return client.post("/gradio_api/upload", files={"files": ("a.png", content)}).status_code
+
+    assert [send(4_000), send(4_000), send(4_000)] == [200, 200, 429]
+    assert len(stored(uploads)) == 2
+    chunked = client.post(
+        "/gradio_api/upload", content=iter([b"a"]), headers={"Content-Type": "multipart/form-data; boundary=b"}
+    )
+    assert chunked.status_code == 403
+    (uploads / "partial").write_bytes(b"a" * 3_000)  # as of a client that went away
+    hours_ago = time.time() - 7200
+    for file in stored(uploads):
+        os.utime(file, (hours_ago, hours_ago))
+    assert app.state.page.uploads.forget() == []
+    assert not stored(uploads)
+    assert send(4_000) == 200
+    app.state.page.uploads.delete(stored(uploads)[0])
+    assert not stored(uploads)
