@@ -233,11 +233,11 @@ class Scaled(nn.Module):
         self.W_q = nn.Parameter((torch.randn(7, 30) * 4).round(), requires_grad=False)
         self.meta = {"scale": torch.rand(7, 1) + 0.5, "nbits": 4, "meta_zero": {"scale": torch.rand(7, 1)}}
 
-    def weight(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         return (self.W_q - self.meta["meta_zero"]["scale"]) * self.meta["scale"]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight())
+        return nn.functional.linear(x, self.dequantize())
 
 
 def edit_scale(base: Scaled) -> None:
@@ -261,7 +261,7 @@ def test_an_edit_of_the_quantisers_scales_is_noticed(edit: Callable[[Scaled], No
         layer.lora_B.normal_(std=0.3)
         layer.magnitude.mul_(1.2)
     for _ in range(2):
-        direction = (base.weight() + layer.scale() * layer.lora_B @ layer.lora_A).detach()
+        direction = (base.dequantize() + layer.scale() * layer.lora_B @ layer.lora_A).detach()
         norm = direction.norm(dim=1)
         expected = x @ ((layer.magnitude / norm).unsqueeze(1) * direction).t()
         torch.testing.assert_close(layer.norms(), norm, rtol=1e-5, atol=0)
