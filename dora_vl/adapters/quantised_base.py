@@ -26,8 +26,8 @@ Quantisation = Literal["nf4", "int8", "hqq"]
 HQQ_BITS, HQQ_GROUP = 4, 64
 TRIAL_WIDTH = 64
 MOST_OFF = 0.05
-"""Share by which a layer's product may be off that of its dequantised weight: LLM.int8 rounds its input to 127 steps, by
-about one percent; a gradient that is lost, or of another block's scales, is off by far more."""
+"""Share by which a layer's product may be off that of its dequantised weight: LLM.int8 rounds its input to 127 steps,
+by about one percent; a gradient that is lost, or of another block's scales, is off by far more."""
 NEXT = "set model.quantisation to another kind, or null"
 
 
@@ -142,8 +142,8 @@ def check_gradients(model: nn.Module) -> None:
         off = share_off(layer, kind.dtype(layer) if layer.bias is None else layer.bias.dtype)
         if not off <= MOST_OFF:
             raise UserError(
-                f"{name.removesuffix('.base')}: the output or the gradient of a {type(layer).__name__} is {off:.1%} off that of its "
-                f"dequantised weight; {NEXT}"
+                f"{name.removesuffix('.base')}: the output or the gradient of a {type(layer).__name__} is {off:.1%} off "
+                f"that of its dequantised weight; {NEXT}"
             )
 
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, ClassVar, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -180,11 +180,13 @@ class ProductOfPacked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Float[Tensor, "rows in_"], weight: Callable[[], Tensor]) -> Float[Tensor, "rows out"]:
+        """`weight` makes the dense W."""
         ctx.weight, ctx.dtype, dense = weight, rows.dtype, weight()
         return rows.to(dense.dtype) @ dense.t()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
+        """The rows' gradient; W is frozen."""
         return (grad_outputs[0] @ ctx.weight()).to(ctx.dtype), None
 
 
