@@ -142,7 +142,7 @@ def check_gradients(model: nn.Module) -> None:
         off = share_off(layer, kind.dtype(layer) if layer.bias is None else layer.bias.dtype)
         if not off <= MOST_OFF:
             raise UserError(
-                f"{name.removesuffix('.base')}: the output or the gradient of a {type(layer).__name__} is {off:.1%} off "
+                f"{name.removesuffix('.base')}: output or gradient of a {type(layer).__name__} is {off:.1%} off "
                 f"that of its dequantised weight; {NEXT}"
             )
 
