@@ -222,6 +222,22 @@ def test_hqq():
     assert_equals_dense(layer, base.dequantize().float(), x, 1e-5)
 
 
+def test_a_folder_over_an_hqq_layer_whose_bias_has_a_graph(tmp_path):
+    hqq = pytest.importorskip("hqq.core.quantize", reason="optional quantisation: pip install hqq")
+    torch.manual_seed(0)
+    linear, settings = nn.Linear(128, 64), hqq.BaseQuantizeConfig(nbits=4, group_size=64)
+    made = {"compute_dtype": torch.float32, "device": "cpu", "del_orig": False}
+    layers = [hqq.HQQLinear(linear, settings, **made) for _ in range(2)]
+    assert layers[0].bias.grad_fn is not None
+    model, x = adapted(layers[0]), torch.randn(3, 128)
+    with torch.no_grad():
+        model["q"].lora_B.normal_(std=0.3)
+    save_adapter(model, tmp_path / "a")
+    other = nn.ModuleDict({"q": layers[1]})
+    load_adapter(other, tmp_path / "a")
+    torch.testing.assert_close(other["q"](x), model["q"](x))
+
+
 class Scaled(nn.Module):
     """Keeps its scales as HQQ does: in a dictionary, one of them quantised itself, beside parameters and buffers."""
 
