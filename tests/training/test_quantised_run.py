@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from data_prep import generated_commonsense
@@ -135,7 +136,7 @@ def test_the_merged_plain_model_is_the_trained_one(
 def gradients_of(monkeypatch: pytest.MonkeyPatch, path: Path, *, training: bool = False) -> list[list[torch.Tensor]]:
     """Those of each step of a run of the script, whose base is in this mode when the adapter goes in."""
     steps: list[list[torch.Tensor]] = []
-    kept = torch.optim.optimizer.register_optimizer_step_pre_hook(
+    kept = register_optimizer_step_pre_hook(
         lambda optimizer, *_: steps.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"]])
     )
     adapt = training_run.adapt
