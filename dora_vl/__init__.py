@@ -41,6 +41,8 @@ _HOMES = {
     "unmerge_dora": "dora_vl.core",
 }
 
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:

@@ -15,14 +15,20 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dora_vl.adapters.base_weights import BaseWeights, skeleton
+from dora_vl.core.opaque import class_path, dequantised, quantised_in, settle_quantised
 from dora_vl.errors import UserError, one_line, shown
 
 Quantisation = Literal["nf4", "int8", "hqq"]
 """`nf4`: 4-bit NormalFloat, its block scales quantised too (QLoRA); `int8`: LLM.int8; `hqq`: 4 bits in groups of 64."""
 HQQ_BITS, HQQ_GROUP = 4, 64
 TRIAL_WIDTH = 64
+MOST_OFF = 0.05
+"""Share by which a layer's product may be off that of its dequantised weight: LLM.int8 rounds its input to 127 steps,
+by about one percent; a gradient that is lost, or of another block's scales, is off by far more."""
+NEXT = "set model.quantisation to another kind, or null"
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,11 @@ class Scheme:
     Attributes:
         package: what pip installs for it.
         layer: a linear layer with its weight quantised as it is loaded in a number type, on a device.
-        values: the weight that such a layer multiplies by.
         width: what a layer's number of inputs must be a multiple of; others stay whole.
     """
 
     package: str
     layer: Callable[[nn.Linear, torch.dtype, torch.device], nn.Module]
-    values: Callable[[Any], Float[Tensor, "out in_"]]
     width: int = 1
 
 
@@ -55,23 +59,7 @@ def _nf4(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Modu
     made: Any = layers.Linear4bit(width, height, linear.bias is not None, dtype, quant_type="nf4", device="meta")
     made.weight = layers.Params4bit(linear.weight.data.to(dtype), requires_grad=False, quant_type="nf4", module=made)
     made.bias = linear.bias
-    keep_packing(made)
     return made.to(device)
-
-
-def keep_packing(layer: Any) -> None:
-    """Stops bitsandbytes (0.50) from packing a 4-bit weight anew at the first pass without gradients.
-
-    On a CPU with AVX512-BF16 it does so for speed, in place: scales are rounded to bfloat16 for good, so that training,
-    asking and merging would each see other values; and it ends where the outputs are no multiple of 32.
-    """
-    layer.support_avx512bf16_for_cpu = False
-
-
-def _nf4_values(layer: Any) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def _int8(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -85,13 +73,6 @@ def _int8(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Mod
     )
     made.bias = linear.bias
     return made
-
-
-def _int8_values(layer: Any) -> Tensor:
-    from bitsandbytes.functional import int8_vectorwise_dequant
-
-    codes, scales = (layer.weight.CB, layer.weight.SCB) if layer.state.CB is None else (layer.state.CB, layer.state.SCB)
-    return int8_vectorwise_dequant(codes, scales)
 
 
 @torch.no_grad()
@@ -109,9 +90,9 @@ def _hqq(linear: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Modu
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
         # On a CPU bitsandbytes 0.50 gives weights back with other blocks' scales where a row ends inside a block of 64.
-        "nf4": Scheme("bitsandbytes", _nf4, _nf4_values, width=64),
-        "int8": Scheme("bitsandbytes", _int8, _int8_values),
-        "hqq": Scheme("hqq", _hqq, lambda layer: layer.dequantize()),
+        "nf4": Scheme("bitsandbytes", _nf4, width=64),
+        "int8": Scheme("bitsandbytes", _int8),
+        "hqq": Scheme("hqq", _hqq),
     }
 )
 
@@ -135,13 +116,53 @@ def check_runs_here(kind: Quantisation, dtype: torch.dtype) -> None:
         )
     try:
         layer = scheme.layer(nn.Linear(TRIAL_WIDTH, TRIAL_WIDTH, bias=False), dtype, here())
-        rows = torch.ones(2, TRIAL_WIDTH, dtype=dtype, device=here(), requires_grad=True)
-        layer(rows).sum().backward()
+        settle_quantised(layer)
+        off = share_off(layer, dtype)
     except (RuntimeError, NotImplementedError, ValueError, AttributeError, ImportError) as error:
         raise UserError(
             f"model.quantisation: {kind} does not run on this {here().type} in {str(dtype).removeprefix('torch.')} "
             f"({one_line(str(error), 200)}); take another kind, or null"
         ) from error
+    if not off <= MOST_OFF:
+        raise UserError(f"model.quantisation: {kind} multiplies wrongly on this {here().type} ({off:.1%} off); {NEXT}")
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Sees that one quantised layer of each class and shape trains as its dequantised weight would.
+
+    Raises:
+        UserError: its output, or the gradient of its input, is another; it names the layer.
+    """
+    checked: set[tuple[str, int, int]] = set()
+    for name, layer, kind in quantised_in(model):
+        alike = class_path(layer), layer.in_features, layer.out_features
+        if alike in checked:
+            continue
+        checked.add(alike)
+        off = share_off(layer, kind.dtype(layer) if layer.bias is None else layer.bias.dtype)
+        if not off <= MOST_OFF:
+            raise UserError(
+                f"{name.removesuffix('.base')}: output or gradient of a {type(layer).__name__} is {off:.1%} off "
+                f"that of its dequantised weight; {NEXT}"
+            )
+
+
+def share_off(layer: Any, dtype: torch.dtype) -> float:
+    """How far a quantised layer's product, and its input's gradient, are from its dequantised weight's: norms' ratio.
+
+    In training mode, after a pass in eval mode: packages prepare weights for inference there.
+    """
+    weight, was_training = dequantised(layer).float(), layer.training
+    draw = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(4, width, generator=draw).to(weight.device, dtype) for width in weight.shape[::-1])
+    with torch.no_grad():
+        layer.eval()(x)
+    y = layer.train()(x.requires_grad_())
+    layer.train(was_training)
+    dx = torch.autograd.grad(y, x, dy)[0] if y.requires_grad else torch.zeros_like(x)
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    pairs = ((y.detach(), F.linear(x.detach().float(), weight, bias)), (dx, dy.float() @ weight))
+    return max(float((found.float() - right).norm() / right.norm().clamp_min(1e-30)) for found, right in pairs)
 
 
 @dataclass(frozen=True)
@@ -212,9 +233,8 @@ def quantised_values(weight: Float[Tensor, "out in_"], kind: str, dtype: torch.d
     """What a weight becomes where it is loaded in `dtype` and quantised, in float32 on the CPU."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    scheme = SCHEMES[kind]
     with torch.no_grad():
-        return scheme.values(scheme.layer(linear, dtype, here())).float().cpu()
+        return dequantised(SCHEMES[kind].layer(linear, dtype, here())).float().cpu()
 
 
 class QuantisedWeights(BaseWeights):

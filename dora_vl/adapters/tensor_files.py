@@ -45,8 +45,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     raise UserError(f"{path} is no weight file; these are read: {SAFETENSORS_SUFFIX}, {', '.join(PICKLE_SUFFIXES)}")
 
 
+TRAINED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BESIDE_WEIGHTS = (torch.int64, torch.bool)
+"""Positions and counts that whole modules carry; an A or B of them was rounded."""
+
+
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises a `UserError` that names the file (`source`) and the first tensors holding NaN or infinity."""
+    """Raises a `UserError` that names the file (`source`) and the first tensors holding NaN or infinity.
+
+    Or numbers of a type that nothing trains in: they would be cast.
+    """
+    for key, tensor in tensors.items():
+        if tensor.dtype not in TRAINED_IN and ("lora" in key.lower() or tensor.dtype not in BESIDE_WEIGHTS):
+            raise UserError(
+                f"{source}: {key} holds {str(tensor.dtype).removeprefix('torch.')}, in which no adapter trains; save "
+                "it in float32, float16 or bfloat16"
+            )
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; use another save")

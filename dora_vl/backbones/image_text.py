@@ -146,7 +146,7 @@ def language_targets(model: PreTrainedModel) -> tuple[str, ...]:
     head = model.get_output_embeddings()
     patterns: dict[str, None] = {}
     for name, module in decoder.named_modules(prefix=prefix):
-        if _is_adapted(module) and module is not head and not name.endswith(BYPASSED):
+        if is_adaptable_linear(name, module) and module is not head:
             patterns[".".join("*" if part.isdecimal() else part for part in name.split("."))] = None
     if not patterns:
         raise UserError(f"no linear layer was found in {prefix} of {type(model).__name__}; set adapter.targets")
@@ -161,9 +161,7 @@ def weights_out_of_reach(model: PreTrainedModel) -> dict[str, int]:
     decoder = decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     layers = [
-        one
-        for name, one in decoder.named_modules()
-        if isinstance(one, nn.Embedding) or (_is_adapted(one) and not name.endswith(BYPASSED))
+        one for name, one in decoder.named_modules() if isinstance(one, nn.Embedding) or is_adaptable_linear(name, one)
     ]
     held = {id(weight) for one in layers for weight in one.parameters()}
     parameters = decoder.named_parameters(prefix=prefix)
@@ -174,8 +172,12 @@ def weights_out_of_reach(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    """Whether the core adapts it as a linear layer; not so of classes made from one (Llama 4's router)."""
+def is_adaptable_linear(name: str, module: nn.Module) -> bool:
+    """Whether an adapter in a linear layer would be heard: not in classes made from one, which use their weight without
+    being called (Llama 4's router, the output of torch's attention), nor where a family's model does so.
+    """
+    if name.endswith(BYPASSED):
+        return False
     if isinstance(module, AdaptedLayer) or is_quantised(module):
         return True
     return isinstance(module, nn.Linear) and adaptable(module, DoRAConfig(targets=("*",))) is not None

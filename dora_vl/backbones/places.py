@@ -5,6 +5,7 @@ Each stands for full-name patterns, found in the model itself, wherever a run's 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,10 +14,12 @@ from types import MappingProxyType
 from torch import nn
 from transformers import PreTrainedModel
 
-from dora_vl.backbones.image_text import projector_patterns
+from dora_vl.backbones.image_text import is_adaptable_linear, projector_patterns
 from dora_vl.core.experts import expert_projections
 from dora_vl.core.opaque import is_quantised
 from dora_vl.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Place = Mapping[str, nn.Module]
 """The modules of a place by full name."""
@@ -107,14 +110,17 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _layers_in(model: PreTrainedModel, place: Place) -> list[str]:
-    return [name for name, module in place.items() if _is_linear(module)]
+    """The place's linear layers, without those in which an adapter would be passed over."""
+    linears = {name: module for name, module in place.items() if _is_linear(module)}
+    names = [name for name, module in linears.items() if is_adaptable_linear(name, module)]
+    if left := [name for name in linears if name not in names]:
+        log.warning("%d linear layers cannot be adapted and are left out, first %s", len(left), left[0])
+    return names
 
 
 def _layers_and_experts_in(model: PreTrainedModel, place: Place) -> list[str]:
-    names: list[str] = []
-    for name, module in place.items():
-        names += [name] if _is_linear(module) else [f"{name}.{leaf}" for leaf in expert_projections(module)]
-    return names
+    experts = [f"{name}.{leaf}" for name, module in place.items() for leaf in expert_projections(module)]
+    return [*_layers_in(model, place), *experts]
 
 
 def _owners_in(model: PreTrainedModel, place: Place) -> list[str]:

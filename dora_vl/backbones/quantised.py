@@ -13,8 +13,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from dora_vl.adapters.quantised_base import SCHEMES, Quantisation, here, keep_packing, kept_whole, quantised_layers
-from dora_vl.core.opaque import is_quantised
+from dora_vl.adapters.quantised_base import SCHEMES, Quantisation, here, kept_whole, quantised_layers
+from dora_vl.core.opaque import quantised_in, settle_quantised
 from dora_vl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,14 +37,8 @@ class QuantisedLoading:
         """
         if self.kind == "hqq":
             self._replace_layers(model)
-        elif self.kind == "nf4":
-            for name in self.layers:
-                keep_packing(model.get_submodule(name))
-        elif self.kind == "int8":
-            for name in self.layers:
-                layer: Any = model.get_submodule(name)
-                layer.init_8bit_state()  # else the first of two copies that share a weight takes its codes along
-        found = {name for name, module in model.named_modules() if is_quantised(module)}
+        settle_quantised(model)
+        found = {name for name, _, _ in quantised_in(model)}
         if other := sorted(found ^ set(self.layers)):
             raise UserError(
                 f"model.quantisation: {len(found)} layers are quantised instead of {len(self.layers)}, first "

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar, get_args
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown
 
 Method = Literal["dora", "lora", "full", "magnitude", "dvora"]
 DropoutMode = Literal["low_rank", "whole_change"]
@@ -26,6 +29,47 @@ RESERVED = frozenset((MAIN_PART, "full", "magnitude"))
 """Names that no part of one's own may have: what trains is called `dora.A`, `vision.magnitude`, `full`."""
 
 
+def check_types(settings: Any) -> None:
+    """Raises a `UserError` where a value of a dataclass is not of its field's type; it says what would be."""
+    kinds = get_type_hints(type(settings))
+    values = {one.name: getattr(settings, one.name) for one in fields(settings)}
+    wrong = {name: needed for name, value in values.items() if (needed := _needed(value, kinds[name]))}
+    if wrong:
+        said = (f"{name} is {shown(values[name])}; it must be {needed}" for name, needed in wrong.items())
+        raise UserError("adapter: " + "; ".join(said))
+
+
+def _needed(value: object, kind: Any) -> str | None:
+    """What a value must be to be of an annotated type; None where it is."""
+    inside = get_args(kind)
+    if get_origin(kind) is Literal:
+        nearest = get_close_matches(str(value).lower(), inside, n=1, cutoff=0.0)[0]
+        return None if value in inside else f"one of {', '.join(inside)} (the nearest is {nearest})"
+    if get_origin(kind) is UnionType:
+        needed = [_needed(value, one) for one in inside]
+        return None if None in needed else " or ".join(map(str, needed))
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple | list):
+            return f"a tuple, such as ({shown(value)},)"
+        return next((f"a tuple, each {needed}" for one in value if (needed := _needed(one, inside[0]))), None)
+    if get_origin(kind) is Mapping:
+        if not isinstance(value, Mapping):
+            return "a mapping"
+        return next((f"a mapping to {needed}" for one in value.values() if (needed := _needed(one, inside[1]))), None)
+    named, taken = PLAIN.get(kind, (f"of type {kind.__name__}", kind))
+    return None if isinstance(value, taken) and (kind is bool or not isinstance(value, bool)) else named
+
+
+PLAIN: Mapping[type, tuple[str, type]] = {
+    int: ("a whole number", Integral),
+    float: ("a number", Real),
+    bool: ("True or False", bool),
+    str: ("text", str),
+    type(None): ("None", type(None)),
+}
+"""Types of settings, as messages call them, and whose values they take: a float takes whole numbers, NumPy's too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdaptedPart:
     """Layers that are adapted under a name of their own, with their own rank, alpha and learning rate."""
@@ -36,6 +80,9 @@ class AdaptedPart:
     """Rows of A; null: the adapter's."""
     alpha: float | None = None
     """Numerator of the scale; null: the adapter's."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +132,7 @@ class AdapterSettings:
     at the end (`*.shared.weight[-200:]`) no others of the tensor are."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         problems = [
             message
             for wrong, message in (

@@ -84,8 +84,11 @@ def is_plain_parameter(tensor: object) -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """The count of edits in place, which tensors made under `torch.inference_mode` do not keep."""
-    return -1 if tensor.is_inference() else tensor._version
+    """The count of edits in place, which tensors made under `torch.inference_mode` do not keep; a shard's too."""
+    if tensor.is_inference():
+        return -1
+    local = getattr(tensor, "_local_tensor", None)  # what `dcp.load` and `to_local()` write to under a `DTensor`
+    return tensor._version if local is None else tensor._version + local._version
 
 
 class Snapshot:

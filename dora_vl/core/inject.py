@@ -14,6 +14,7 @@ from dora_vl.core.fast.gain_family import found_families
 from dora_vl.core.initialise import OriginalWeight, fill_from_weights, start_loftq, take_starts
 from dora_vl.core.kinds import adaptable, adaptable_names
 from dora_vl.core.linear import ProductLayer
+from dora_vl.core.opaque import settle_quantised
 from dora_vl.core.precision import Gather, no_gather, train_in_own_dtype
 from dora_vl.core.trainable import (
     adapted_layers,
@@ -41,6 +42,7 @@ def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gath
     if is_adapted(model):
         raise UserError("the model is adapted already; load it again before applying another adapter")
     refuse_unmatched(model, config.also_train, config.also_keep)
+    settle_quantised(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         return _apply(model, config, gather)

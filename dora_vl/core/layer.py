@@ -307,8 +307,8 @@ class AdaptedLayer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any, **named: Any) -> None:
+        self.forget_norms(frozen=True)  # before, because torch swaps no tensor that something refers to weakly
         super()._load_from_state_dict(state_dict, prefix, *rest, **named)
-        self.forget_norms(frozen=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickled layer may wake in a process where no layer was built, so that nothing counts steps yet.

@@ -61,7 +61,7 @@ class ProductLayer(AdaptedLayer):
         """y = g (W x + s B A x) + b; W x + b alone while merged."""
         if self.merged:
             self.refuse_training_while_merged()
-            return F.linear(input, self.as_matrix(self.weight), self.bias)
+            return F.linear(*self._in_compute_dtype(input))
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return compiled_linear(self, input)
         x, weight, bias = self._in_compute_dtype(input)

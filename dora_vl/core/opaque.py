@@ -1,17 +1,19 @@
-"""Adapted linear layers whose weight cannot be read (quantised, or of a class unknown here), through their forward.
+"""Adapted linear layers whose weight is packed (quantised), or of a class unknown here.
 
-The norm needs W only as W A^T and ||W||^2. Both come from the layer's own forward pass: on A's rows, and once on the
-rows of the identity, a block at a time. Nothing is dequantised for it and no dense copy of W ever exists.
+The norm needs W only as W A^T and ||W||^2. A quantised layer's come from W as its class dequantises it, which is let go
+again: its forward pass may round its input, pack its weight for inference or cast its bias. A layer of an unknown class
+is only called: on A's rows, and once on the identity's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,10 +34,12 @@ IDENTITY_ROWS = 256
 class OpaqueKind:
     """What must be known of a class of opaque linear layer."""
 
-    probe_dtype: Callable[[Any], torch.dtype]
-    """The dtype of the rows that it is asked about."""
-    rounds_input: bool = False
-    """It quantises its input too (LLM.int8): only one-hot rows pass exactly, so A's rows go through the identity."""
+    dtype: Callable[[Any], torch.dtype]
+    """The dtype of W."""
+    weight: Callable[[Any], Float[Tensor, "out in_"]] | None = None
+    """W as the class itself dequantises it; None: the layer can only be called."""
+    settle: Callable[[str, Any], None] = lambda name, layer: None
+    """Keeps W, and the gradient through it, the same in training and in evaluation, of a layer with this full name."""
     loose_tensors: Callable[[Any], Iterator[Tensor]] = lambda layer: iter(())
     """Tensors that W is made of and that are neither parameters nor buffers."""
 
@@ -49,24 +53,63 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(one)
 
 
-def four_bit_dtype(layer: Any) -> torch.dtype:
+def _four_bit_state(layer: Any) -> Any:
+    return vars(layer.weight).get("quant_state") or layer.quant_state
+
+
+def _four_bit_dtype(layer: Any) -> torch.dtype:
     """The dtype that a 4-bit weight comes back in; a copy of the layer without values has no state that says so."""
-    state = vars(layer.weight).get("quant_state")
+    state = _four_bit_state(layer)
     return state.dtype if state is not None else layer.compute_dtype or torch.float32
 
 
-FOUR_BITS = OpaqueKind(four_bit_dtype)
+def _four_bit_weight(layer: Any) -> Tensor:
+    if torch.compiler.is_compiling():  # its tensors cannot be traced
+        return torch.compiler.disable(_four_bit_weight)(layer)
+    return import_module("bitsandbytes.functional").dequantize_4bit(layer.weight.data, _four_bit_state(layer))
+
+
+def _keep_packing(name: str, layer: Any) -> None:
+    """Stops bitsandbytes (0.50) from packing a 4-bit weight anew at the first pass in eval mode.
+
+    On a CPU with AVX512-BF16 it does so for speed, in place: no gradient passes such a weight, its scales are rounded
+    to bfloat16 for good, so that training, asking and merging would each see other values, and it ends where the
+    outputs are no multiple of 32.
+    """
+    if getattr(_four_bit_state(layer), "packing_format_for_cpu", False):
+        raise UserError(
+            f"{name}: bitsandbytes has packed its 4-bit weight for inference, at a pass in eval mode, so that no "
+            "gradient comes through; load the base again and adapt it before its first pass"
+        )
+    layer.support_avx512bf16_for_cpu = False
+
+
+def _int8_weight(layer: Any) -> Tensor:
+    holder = layer.weight if layer.state.CB is None else layer.state
+    return holder.CB * (holder.SCB.float() / 127).unsqueeze(1)
+
+
+def _hold_own_codes(name: str, layer: Any) -> None:
+    """Moves the codes off the weight; else the first of two copies that share it takes them along at its first pass."""
+    if layer.weight.CB is not None:
+        layer.init_8bit_state()
+
+
+FOUR_BITS = OpaqueKind(_four_bit_dtype, _four_bit_weight, _keep_packing)
 OPAQUE_KINDS: Mapping[str, OpaqueKind] = {
     "bitsandbytes.nn.modules.Linear4bit": FOUR_BITS,
     "bitsandbytes.nn.modules.LinearNF4": FOUR_BITS,
     "bitsandbytes.nn.modules.LinearFP4": FOUR_BITS,
     "bitsandbytes.nn.modules.Linear8bitLt": OpaqueKind(
-        lambda layer: torch.float16,
-        rounds_input=True,
-        loose_tensors=lambda layer: tensors_in({"codes": layer.state.CB, "scales": layer.state.SCB}),
-    ),  # there once the layer has run
+        lambda layer: torch.float32,
+        _int8_weight,
+        _hold_own_codes,
+        lambda layer: tensors_in({"codes": layer.state.CB, "scales": layer.state.SCB}),
+    ),
     "hqq.core.quantize.HQQLinear": OpaqueKind(
-        lambda layer: layer.compute_dtype, loose_tensors=lambda layer: tensors_in(layer.meta)
+        lambda layer: layer.compute_dtype,
+        lambda layer: layer.dequantize(),
+        loose_tensors=lambda layer: tensors_in({**layer.meta, "bias": layer.bias}),
     ),  # scales and zeros, which may be quantised themselves
 }
 TENSOR_SUBCLASS = OpaqueKind(lambda layer: layer.weight.dtype)
@@ -85,11 +128,34 @@ def is_quantised(module: nn.Module) -> bool:
     return class_path(module) in OPAQUE_KINDS
 
 
+def quantised_in(model: nn.Module) -> Iterator[tuple[str, Any, OpaqueKind]]:
+    """The quantised linear layers of a model, by full name, and what is known of their class."""
+    for name, module in model.named_modules():
+        if is_quantised(module):
+            yield name, module, OPAQUE_KINDS[class_path(module)]
+
+
+def settle_quantised(model: nn.Module) -> None:
+    """Keeps the quantised layers' weights, adapted or not, and the gradients through them, what they are.
+
+    Raises:
+        UserError: it is too late for one; the message names it.
+    """
+    for name, layer, kind in quantised_in(model):
+        kind.settle(name, layer)
+
+
+def dequantised(layer: nn.Module) -> Float[Tensor, "out in_"]:
+    """The weight that a quantised layer multiplies by."""
+    weight = OPAQUE_KINDS[class_path(layer)].weight
+    assert weight is not None
+    return weight(layer)
+
+
 def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
     """What quantised layers hold that is neither parameter nor buffer; for whoever copies a model."""
-    for module in model.modules():
-        if is_quantised(module):
-            yield from OPAQUE_KINDS[class_path(module)].loose_tensors(module)
+    for _, layer, kind in quantised_in(model):
+        yield from kind.loose_tensors(layer)
 
 
 @torch.no_grad()
@@ -109,8 +175,23 @@ def columns_by_product(
         yield start, product(rows)
 
 
+class ProductOfPacked(torch.autograd.Function):
+    """Rows times a weight that is dequantised in each direction and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Float[Tensor, "rows in_"], weight: Callable[[], Tensor]) -> Float[Tensor, "rows out"]:
+        """`weight` makes the dense W."""
+        ctx.weight, ctx.dtype, dense = weight, rows.dtype, weight()
+        return rows.to(dense.dtype) @ dense.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
+        """The rows' gradient; W is frozen."""
+        return (grad_outputs[0] @ ctx.weight()).to(ctx.dtype), None
+
+
 class OpaqueLinear(AdaptedLayer):
-    """An adapter around a linear layer that is only ever called; the layer stays whole, as the child `base`."""
+    """An adapter around a linear layer whose weight is packed; the layer stays whole, as the child `base`."""
 
     weight_is_readable: ClassVar[bool] = False
 
@@ -135,8 +216,8 @@ class OpaqueLinear(AdaptedLayer):
         return self.out_features, self.in_features
 
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the rows that the layer is asked about."""
-        return self.kind.probe_dtype(self.base)
+        """The dtype of W."""
+        return self.kind.dtype(self.base)
 
     def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         """y = base(x) + (g - 1) (base(x) - b) + g s B A x."""
@@ -205,38 +286,37 @@ class OpaqueLinear(AdaptedLayer):
         own = [getattr(self, name) for name in self.FILE_LEAVES]
         return [*own, self.bias, *self._shards.values(), *self.frozen_tensors()]
 
-    # -- the norm, through the layer's own forward -------------------------------------------------------------
+    # -- the norm ----------------------------------------------------------------------------------------------
 
     def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "rows out"]:
-        """The frozen weight applied to rows, without the bias."""
-        if not self.kind.rounds_input:
+        """The frozen weight applied to rows, without the bias; W is dequantised anew for the backward pass."""
+        if self.kind.weight is None:
             return self._without_bias(self.base(rows.to(self.compute_dtype())))
-        product = torch.zeros(len(rows), self.out_features, device=rows.device)
-        for start, columns in self._columns():
-            product = product + rows[:, start : start + len(columns)].float() @ columns.float()
-        return product
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().frozen_on_rows(rows)
+        return cast(Tensor, ProductOfPacked.apply(rows, self._frozen_weight))
 
-    def frozen_rows(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows in_"]:
-        """Some rows of W."""
-        return torch.cat([columns[:, index] for _, columns in self._columns()]).t()
-
-    def dense_weight(self) -> Float[Tensor, "out in_"]:
-        """All of W in float32, for starting values alone."""
-        return torch.cat([columns.float() for _, columns in self._columns()]).t().contiguous()
+    def _frozen_weight(self) -> Float[Tensor, "out in_"]:
+        """W, made for the one who asks."""
+        if self.weight.device.type == "meta":
+            return torch.empty(self.matrix_shape(), dtype=self.compute_dtype(), device="meta")
+        if self.kind.weight is not None:
+            return self.kind.weight(self.base)
+        return torch.cat([columns for _, columns in self._columns()]).t()
 
     @torch.no_grad()
     def frozen_norms_squared(self) -> Float[Tensor, " out"]:
-        """||W_i||^2 of every row, from W's columns."""
+        """||W_i||^2 of every row; of a layer that is only called from its columns, a block at a time."""
+        if self.kind.weight is not None or self.weight.device.type == "meta":
+            return super().frozen_norms_squared()
         dtype = functional.accumulation_dtype(self.compute_dtype())
-        if self.weight.device.type == "meta":
-            return torch.empty(self.out_features, dtype=dtype, device="meta")
         total = torch.zeros(self.out_features, dtype=dtype, device=self.weight.device)
         for _, columns in self._columns():
             total += columns.to(dtype).square().sum(dim=0)
         return total
 
     def _columns(self) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
-        """W's columns, a block at a time."""
+        """The columns of a W that is only called, a block at a time."""
         place = self.compute_dtype(), self.weight.device
         return columns_by_product(lambda rows: self._without_bias(self.base(rows)), self.in_features, *place)
 

@@ -80,7 +80,8 @@ def matching(names: Iterable[str], patterns: Iterable[str], what: str) -> list[s
         found = [name for name in names if fnmatchcase(name, pattern)]
         if not found:
             nearest = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.0)
-            raise UserError(f"{what}: pattern {pattern!r} matches none of {len(names)} names, such as {nearest}")
+            hint = f"; did you mean '*.{pattern}'?" if any(name.endswith(f".{pattern}") for name in names) else ""
+            raise UserError(f"{what}: pattern {pattern!r} matches none of {len(names)} names, such as {nearest}{hint}")
         hits.update(found)
     return [name for name in names if name in hits]
 

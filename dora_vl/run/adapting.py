@@ -17,7 +17,7 @@ from dora_vl.adapters.agreement import LEAVES, fields_of_the_change, first_diffe
 from dora_vl.adapters.folder import WEIGHTS_FILE, own_name, read_weights
 from dora_vl.adapters.folder_files import read_peft_config, read_recipe
 from dora_vl.adapters.named_folder import no_adapter
-from dora_vl.adapters.quantised_base import check_runs_here
+from dora_vl.adapters.quantised_base import check_gradients, check_runs_here
 from dora_vl.adapters.settings import read_config
 from dora_vl.backbones.places import names_experts, resolved_targets, resolved_weights
 from dora_vl.backbones.written_base import check_made_from
@@ -160,8 +160,13 @@ def check_initial(initial: str | None) -> None:
 
 
 def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:
-    """Puts the adapter in, decides what trains, and loads the folder `initial`; returns the adapted layers' names."""
+    """Puts the adapter in, decides what trains, and loads the folder `initial`; returns the adapted layers' names.
+
+    Raises:
+        UserError: the adapter does not fit the model, or a quantised layer passes on a wrong gradient.
+    """
     names = apply_dora(model, config, gather=gather_to_write)
+    check_gradients(model)
     if initial is not None:
         load_initial(model, Path(initial))
     return names

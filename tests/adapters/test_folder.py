@@ -387,3 +387,15 @@ def test_another_method_or_scale_in_one_of_the_files_is_refused(tmp_path):
             read_adapter(changed(tmp_path / "adapter", CONFIG_FILE, **{field: wrong}))
         changed(tmp_path / "adapter", CONFIG_FILE, **{field: not wrong})
     read_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.complex64, torch.float8_e4m3fn])
+def test_factors_of_a_type_that_nothing_trains_in_are_refused(tmp_path, dtype):
+    save_adapter(trained_small("dora"), tmp_path / "a")
+    path = tmp_path / "a" / WEIGHTS_FILE
+    tensors = load_file(path)
+    key = next(name for name in tensors if name.endswith("lora_A.weight"))
+    save_file({**tensors, key: tensors[key].to(dtype)}, path)
+    for read in (lambda: load_adapter(Small(), tmp_path / "a"), lambda: read_adapter(tmp_path / "a")):
+        with pytest.raises(UserError, match=f"{key} holds {str(dtype).removeprefix('torch.')}"):
+            read()

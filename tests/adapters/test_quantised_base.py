@@ -22,7 +22,10 @@ from dora_vl.adapters.quantised_base import (
     quantised_layers,
     quantised_values,
 )
+from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
+from dora_vl.core.opaque import dequantised
 from dora_vl.errors import UserError
+from dora_vl.run.adapting import adapt
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 
@@ -120,7 +123,7 @@ def test_a_device_that_cannot_is_told_in_one_line(monkeypatch: pytest.MonkeyPatc
     def fails(*given: object) -> nn.Module:
         raise NotImplementedError("no kernel\nfor this device")
 
-    monkeypatch.setattr(quantised_base, "SCHEMES", {"int8": Scheme("torch", fails, lambda layer: layer)})
+    monkeypatch.setattr(quantised_base, "SCHEMES", {"int8": Scheme("torch", fails)})
     with pytest.raises(UserError, match=r"int8 does not run on this cpu in bfloat16 \(no kernel for this device\)"):
         check_runs_here("int8", torch.bfloat16)
 
@@ -162,3 +165,70 @@ def test_widths_that_nf4_takes_are_those_that_come_back_right(tmp_path: Path) ->
     codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten().long()
     expected = (state.code[codes].view(-1, 64) * state.absmax[:, None]).view_as(weight)
     torch.testing.assert_close(functional.dequantize_4bit(packed, state), expected, rtol=0, atol=0)
+
+
+CONFIG = DoRAConfig(targets=("0", "2"), rank=3, alpha=7.0, dropout=0.0)
+"""Of three layers the first and the last, so that gradients pass one that is not adapted."""
+
+
+def three_layers(kind: str) -> tuple[nn.Sequential, nn.Sequential]:
+    """Quantised ones, and plain ones of the same values."""
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    model = nn.Sequential(*(SCHEMES[kind].layer(nn.Linear(128, 128), torch.float32, cpu) for _ in range(3)))
+    plain = nn.Sequential(*(nn.Linear(128, 128) for _ in range(3)))
+    with torch.no_grad():
+        for ours, theirs in zip(model, plain, strict=True):
+            theirs.weight.copy_(dequantised(ours))
+            theirs.bias.copy_(ours.bias)
+    return model, plain
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_an_evaluation_gradients_are_the_dequantised_layers(kind: str, training: bool) -> None:
+    """Whichever mode the model is adapted in; bitsandbytes packs 4-bit weights at a pass in eval mode on some CPUs."""
+    needs(kind)
+    model, plain = three_layers(kind)
+    biases, x = [layer.bias.detach().clone() for layer in model], torch.randn(5, 128)
+    apply_dora(model.train(training), CONFIG)
+    apply_dora(plain, CONFIG)
+    with torch.no_grad():
+        for (_, ours), (_, theirs) in zip(adapted_layers(model), adapted_layers(plain), strict=True):
+            torch.testing.assert_close(ours.magnitude, theirs.magnitude, rtol=1e-6, atol=0)
+            theirs.lora_B.normal_(std=0.2)
+            theirs.magnitude.mul_(1.3)
+            for leaf in ("lora_A", "lora_B", "magnitude"):
+                getattr(ours, leaf).copy_(getattr(theirs, leaf))
+        model.eval()(x)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for network, given in zip((model, plain), inputs, strict=True):
+        network.train()(given).square().sum().backward()
+    wanted = {"x": inputs[1], **{name: p for name, p in plain.named_parameters() if p.requires_grad}}
+    found = {"x": inputs[0], **{name: p for name, p in model.named_parameters() if p.requires_grad}}
+    assert found.keys() == wanted.keys()
+    for name, one in wanted.items():
+        assert float((found[name].grad - one.grad).norm() / one.grad.norm()) < 1e-5, name
+    inside = [getattr(layer, "base", layer) for layer in model]
+    assert all(torch.equal(layer.bias, bias) for layer, bias in zip(inside, biases, strict=True))
+
+
+def test_a_weight_that_is_packed_for_inference_already_is_refused() -> None:
+    needs("nf4")
+    model, _ = three_layers("nf4")
+    model[1].weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(UserError, match="1: bitsandbytes has packed its 4-bit weight"):
+        apply_dora(model, CONFIG)
+    assert not any(adapted_layers(model))
+
+
+@pytest.mark.parametrize("wrong", [lambda layer, x: layer(x.detach()), lambda layer, x: layer(x) + 0.2 * x])
+def test_a_run_does_not_start_with_wrong_gradients(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+    needs("nf4")
+    model, _ = three_layers("nf4")
+    adapt(model, CONFIG)
+    model, _ = three_layers("nf4")
+    forward = model[0].forward
+    monkeypatch.setattr(model[0], "forward", lambda x: wrong(forward, x))
+    with pytest.raises(UserError, match="0: output or gradient of a Linear4bit is"):
+        adapt(model, CONFIG)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dora_vl.backbones.image_text import load_image_text
 from dora_vl.backbones.llava import DORA_TARGETS
 from dora_vl.backbones.places import resolved_targets, resolved_weights
+from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.errors import UserError
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_vlbart import tiny
@@ -55,6 +59,21 @@ def test_each_preset_is_the_linears_of_its_place(folders: dict[str, Path], famil
     between = [name for name in names if name.startswith(projector)]
     if between:  # Gemma 3's projector is a bare matrix
         assert hits(names, resolved_targets(model, ("projector",), "adapter.targets")) == between
+
+
+def test_layers_that_cannot_be_adapted_are_left_out_and_named(folders: dict[str, Path], caplog: Any) -> None:
+    """SigLIP's pooling head is torch's attention, which uses its output layer's weight without calling it."""
+    config = AutoConfig.from_pretrained(folders["gemma3"])
+    config.vision_config.vision_use_head = True
+    model = AutoModelForImageTextToText.from_config(config)
+    (bypassed,) = [name for name in linears(model) if type(model.get_submodule(name)) is not nn.Linear]
+    for preset in ("vision", "all-linear"):
+        caplog.clear()
+        adapted = copy.deepcopy(model)
+        names = apply_dora(adapted, DoRAConfig(targets=resolved_targets(model, (preset,), "targets"), rank=2))
+        place = VISION["gemma3"][0] if preset == "vision" else ""
+        assert names == [n for n in linears(model) if n.startswith(place) and n not in (bypassed, "lm_head")]
+        assert bypassed in caplog.text
 
 
 @families

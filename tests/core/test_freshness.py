@@ -49,11 +49,15 @@ def test_after_an_edit_in_place(leaf, training):
     assert_fresh(layer)
 
 
-@pytest.mark.parametrize("assign", [True, False])
-def test_after_loading_a_state(assign):
+@pytest.mark.parametrize(("assign", "swap"), [(True, False), (False, False), (False, True)])
+def test_after_loading_a_state(assign, swap):
     layer, other = moved_layer(config()).eval(), moved_layer(config())
     assert_fresh(layer)
-    layer.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        layer.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
     assert_fresh(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -299,3 +300,44 @@ def test_a_model_whose_adapters_were_taken_out_can_be_adapted_again() -> None:
     with pytest.raises(ValueError, match="no adapter"):
         trained_parts(model)
     assert apply_dora(model, config(rank=3)) == first
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "named"),
+    [
+        ("method", "LoRA", "lora"),
+        ("init", "PiSSA", "pissa"),
+        ("dropout_mode", "peft", "whole_change"),
+        ("rank_scaling", "none", "linear"),
+        ("kinds", ("lineer",), "linear"),
+        ("kinds", "linear", "('linear',)"),
+        ("targets", "*q_proj", "('*q_proj',)"),
+        ("also_train", {"bias": "*.bias"}, "('*.bias',)"),
+        ("rank", "8", "whole number"),
+        ("rank", 8.0, "whole number"),
+        ("rank_pattern", {"*": "8"}, "whole number"),
+        ("alpha", True, "number"),
+        ("detach_norm", "no", "True or False"),
+        ("parts", {"eyes": {"targets": ("*",)}}, "AdaptedPart"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_with_what_it_takes(setting, value, named):
+    with pytest.raises(UserError, match=f"adapter: {setting} is ") as refused:
+        unchecked(**{setting: value}).__post_init__()
+    assert named in str(refused.value).partition("must be")[2]
+
+
+def test_numbers_of_numpy_and_lists_are_taken():
+    unchecked(rank=numpy.int64(4), alpha=numpy.float32(8), targets=["text.*"], parts={}).__post_init__()
+
+
+def unchecked(**changes) -> DoRAConfig:
+    """A config whose `__init__`, the one place where the tests' own type checker looks, did not run."""
+    made = object.__new__(DoRAConfig)
+    vars(made).update({**vars(config()), **changes})
+    return made
+
+
+def test_a_target_without_its_path_is_answered_with_the_pattern():
+    with pytest.raises(UserError, match=r"did you mean '\*\.q_proj'"):
+        apply_dora(Small(), config(targets=("q_proj",)))

@@ -222,6 +222,22 @@ def test_hqq():
     assert_equals_dense(layer, base.dequantize().float(), x, 1e-5)
 
 
+def test_a_folder_over_an_hqq_layer_whose_bias_has_a_graph(tmp_path):
+    hqq = pytest.importorskip("hqq.core.quantize", reason="optional quantisation: pip install hqq")
+    torch.manual_seed(0)
+    linear, settings = nn.Linear(128, 64), hqq.BaseQuantizeConfig(nbits=4, group_size=64)
+    made = {"compute_dtype": torch.float32, "device": "cpu", "del_orig": False}
+    layers = [hqq.HQQLinear(linear, settings, **made) for _ in range(2)]
+    assert layers[0].bias.grad_fn is not None
+    model, x = adapted(layers[0]), torch.randn(3, 128)
+    with torch.no_grad():
+        model["q"].lora_B.normal_(std=0.3)
+    save_adapter(model, tmp_path / "a")
+    other = nn.ModuleDict({"q": layers[1]})
+    load_adapter(other, tmp_path / "a")
+    torch.testing.assert_close(other["q"](x), model["q"](x))
+
+
 class Scaled(nn.Module):
     """Keeps its scales as HQQ does: in a dictionary, one of them quantised itself, beside parameters and buffers."""
 
@@ -233,11 +249,11 @@ class Scaled(nn.Module):
         self.W_q = nn.Parameter((torch.randn(7, 30) * 4).round(), requires_grad=False)
         self.meta = {"scale": torch.rand(7, 1) + 0.5, "nbits": 4, "meta_zero": {"scale": torch.rand(7, 1)}}
 
-    def weight(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         return (self.W_q - self.meta["meta_zero"]["scale"]) * self.meta["scale"]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight())
+        return nn.functional.linear(x, self.dequantize())
 
 
 def edit_scale(base: Scaled) -> None:
@@ -261,7 +277,7 @@ def test_an_edit_of_the_quantisers_scales_is_noticed(edit: Callable[[Scaled], No
         layer.lora_B.normal_(std=0.3)
         layer.magnitude.mul_(1.2)
     for _ in range(2):
-        direction = (base.weight() + layer.scale() * layer.lora_B @ layer.lora_A).detach()
+        direction = (base.dequantize() + layer.scale() * layer.lora_B @ layer.lora_A).detach()
         norm = direction.norm(dim=1)
         expected = x @ ((layer.magnitude / norm).unsqueeze(1) * direction).t()
         torch.testing.assert_close(layer.norms(), norm, rtol=1e-5, atol=0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dora_vl.core import DoRAConfig, apply_dora, strip_adapters
+from dora_vl.core import DoRAConfig, apply_dora, merge_dora, strip_adapters
+from tests.core.dense_dora import move
 from tests.core.test_inject import Small, Tied, config
 
 
@@ -29,3 +30,14 @@ def test_strip_keeps_a_tied_extra_tied():
     strip_adapters(model)
     assert model.head.weight is model.table.weight
     assert model(torch.tensor([[1, 2]])).dtype == model.table.weight.dtype == torch.bfloat16
+
+
+def test_a_trained_bias_over_a_half_precision_base_is_merged_beside():
+    model, x = Small().bfloat16().eval(), torch.randn(2, 6).bfloat16()
+    apply_dora(model, config(also_train={"bias": ("text.*.q_proj.bias",)}))
+    move(model)
+    with torch.no_grad():
+        model.text[0].q_proj.bias.add_(1.5)
+        expected = model(x)
+        merge_dora(model)
+        torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from data_prep import generated_commonsense
 from dora_vl.adapters.folder import load_adapter, read_weights
-from dora_vl.adapters.quantised_base import SCHEMES
+from dora_vl.adapters.quantised_base import SCHEMES, quantised_layers, quantised_values
 from dora_vl.backbones.causal_lm import load_causal_lm
 from dora_vl.backbones.image_text import load_image_text
 from dora_vl.data.turns import Turn
@@ -26,6 +28,7 @@ from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.pipelines.commonsense import CommonsensePipeline
 from dora_vl.run.command_line import read_settings
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
+from dora_vl.training import run as training_run
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
@@ -128,6 +131,48 @@ def test_the_merged_plain_model_is_the_trained_one(
     stored = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "b", "--base-values", "stored"))
     other = Assistant(type(opened.adapted.backbone)(stored.eval()), opened.adapted.prompts)
     assert float((logits_of(other, there / "red.png") - logits_of(assistant, there / "red.png")).abs().max()) > 1e-3
+
+
+def gradients_of(monkeypatch: pytest.MonkeyPatch, path: Path, *, training: bool = False) -> list[list[torch.Tensor]]:
+    """Those of each step of a run of the script, whose base is in this mode when the adapter goes in."""
+    steps: list[list[torch.Tensor]] = []
+    kept = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: steps.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"]])
+    )
+    adapt = training_run.adapt
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training_run, "adapt", lambda model, *given, **named: adapt(model.train(training), *given, **named)
+        )
+        start(patch, llava_instruct, "--config", str(path))
+    kept.remove()
+    return steps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_dequantised_base(there: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """After an evaluation too, from an adapter that has moved, whichever mode it goes in."""
+    often = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "learning_rate": 1e-4}
+    data = {"validation": str(there / "data" / "train.json"), "validation_limit": 4}
+    changes = {
+        "training": often,
+        "data": data,
+        "adapter": {"initial": str(trained(there, monkeypatch, "qwen2_5_vl", kind))},
+    }
+    plain = shutil.copytree(there / "qwen2_5_vl", there / f"plain-{kind}")
+    model = AutoModelForImageTextToText.from_pretrained(plain)
+    with torch.no_grad():
+        for name in quantised_layers(json.loads((plain / "config.json").read_text()), kind, "base").quantised:
+            weight = model.get_submodule(name).weight
+            weight.copy_(quantised_values(weight.detach(), kind, torch.float32))
+    model.save_pretrained(plain)
+    wanted = gradients_of(monkeypatch, settings(there, plain.name, f"plain-run-{kind}", **changes))
+    assert len(wanted) == 3
+    for training in (False, True):
+        path = settings(there, "qwen2_5_vl", f"{kind}-{training}", model={"quantisation": kind}, **changes)
+        for found, step in zip(gradients_of(monkeypatch, path, training=training), wanted, strict=True):
+            for ours, theirs in zip(found, step, strict=True):
+                assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
 def test_a_resumed_run_ends_where_a_whole_one_does(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
