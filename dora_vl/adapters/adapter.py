@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dora_vl.adapters.agreement import LEAVES, by_own_name
 from dora_vl.adapters.checkpoints import replace_folder
 from dora_vl.adapters.factors import ExpertFactors, Factors
 from dora_vl.adapters.folder import (
@@ -50,7 +51,7 @@ PEFT_LEAVES = {
 CLOSED_ANSWERS = "closed_answers"
 """Answer lists by task, in `recipe.json`, and in the `config.json` of a VL-BART that has their heads."""
 
-SHARED_A, SHARED_B = f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B"
+SHARED = SHARED_A, SHARED_B = f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B"
 """Names of the random matrices that all layers of a DVoRA adapter share."""
 
 
@@ -82,7 +83,13 @@ class Adapter:
     @cached_property
     def extras(self) -> dict[str, Tensor]:
         """Every other tensor (projector, trained biases, kept rows) under the model's own name."""
-        return {own_extra_name(key): tensor for key, tensor in self.tensors.items() if is_extra(key)}
+        own, _ = by_own_name(self.source, self.tensors)
+        return {name: own[name] for name in own if name.rpartition(".")[2] not in LEAVES and name not in SHARED}
+
+    @cached_property
+    def copies(self) -> dict[str, Tensor]:
+        """PEFT's copies of the weights under adapted embeddings and heads, by the model's own names."""
+        return by_own_name(self.source, self.tensors)[1]
 
     @cached_property
     def answer_heads(self) -> frozenset[str]:
@@ -194,14 +201,7 @@ def split_key(key: str) -> tuple[str, str | None]:
 
 def is_extra(key: str) -> bool:
     """Whether a tensor belongs to the model itself: neither to an adapted layer nor shared by all of them."""
-    return split_key(key)[1] is None and key.removeprefix(PEFT_PREFIX) not in {SHARED_A, SHARED_B}
-
-
-def own_extra_name(key: str) -> str:
-    """The model's own name of an extra tensor; PEFT puts `base_layer` into names inside adapted layers."""
-    owner, _, leaf = key.removeprefix(PEFT_PREFIX).rpartition(".")
-    owner = owner.removesuffix(".base_layer")
-    return f"{owner}.{leaf}" if owner else leaf
+    return split_key(key)[1] is None and key.removeprefix(PEFT_PREFIX) not in SHARED
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:

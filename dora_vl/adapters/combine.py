@@ -28,7 +28,7 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.folder import PEFT_PREFIX
 from dora_vl.adapters.low_rank_export import truncated
-from dora_vl.adapters.merged_weights import check_fit, factors_on
+from dora_vl.adapters.merged_weights import planned_factors
 from dora_vl.adapters.peft_config import new_config
 from dora_vl.core import functional
 from dora_vl.errors import UserError
@@ -110,9 +110,8 @@ def combine(
     active = {name: share for name, share in shares.items() if share != 0}
     if list(active.values()) == [1]:
         return Combination(adapters[next(iter(active))], {})
-    found = {name: factors_on(base, adapters[name]) for name in active}
+    found = {name: planned_factors(base, adapters[name]) for name in active}
     for name in active:
-        check_fit(base, adapters[name], found[name])
         _refuse_special(adapters[name])
     results: dict[str, Factors] = {}
     errors: dict[str, float] = {}
