@@ -29,7 +29,7 @@ from dora_vl.adapters.folder import (
 )
 from dora_vl.adapters.folder_files import read_peft_config, read_recipe
 from dora_vl.adapters.peft_config import rank_of, scale_of
-from dora_vl.adapters.settings import check_peft_fields, refuse_contradiction
+from dora_vl.adapters.settings import check_peft_fields, refuse_contradiction, type_of
 from dora_vl.adapters.tensor_files import read_tensors, refuse_not_finite
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.errors import UserError
@@ -241,6 +241,8 @@ def names_adapter(path: Path) -> bool:
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     """Writes the folder under a temporary name and renames it; tensors and fields stay exactly as they are.
 
+    But for one: where PEFT would leave some of the tensors out, `peft_type` is one that it refuses.
+
     Raises:
         UserError: the adapter has magnitudes that PEFT's format cannot hold, or `folder` is there already and is no
             adapter folder. Nothing is written then.
@@ -258,7 +260,11 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     staging.mkdir(parents=True)
     tensors = {key: tensor.contiguous() for key, tensor in adapter.tensors.items()}
     save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(staging / CONFIG_FILE, adapter.config)
+    kind = adapter.config.get("peft_type", "LORA")
+    if kind == "LORA":
+        own, _ = by_own_name(adapter.source, tensors)
+        kind = type_of(own, adapter.config)
+    write_json(staging / CONFIG_FILE, {**adapter.config, "peft_type": kind})
     if adapter.recipe:
         write_json(staging / RECIPE_FILE, adapter.recipe)
     replace_folder(staging, target)

@@ -109,8 +109,8 @@ def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> A
         if field in adapter.config
     }
     config = {**fresh, **carried}
-    kept = sorted(set(adapter.recipe.get("adapter", {}).get("kept", ())) & set(adapter.extras))
-    own = own_recipe(config, sorted(set(adapter.extras) - set(kept)), kept) if adapter.recipe else {}
+    kept = adapter.extras.keys() & adapter.recipe.get("adapter", {}).get("kept", ())
+    own = own_recipe(config, adapter.extras, kept) if adapter.recipe else {}
     return Adapter(tensors, config, {**adapter.recipe, **own}, adapter.source)
 
 

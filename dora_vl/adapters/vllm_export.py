@@ -174,7 +174,7 @@ def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
         "use_dora": use_dora,
         "use_rslora": False,
     }
-    recipe = {**adapter.recipe, **own_recipe(config, [], [])} if adapter.recipe else {}
+    recipe = {**adapter.recipe, **own_recipe(config)} if adapter.recipe else {}
     return Adapter(tensors, config, recipe, adapter.source)
 
 
