@@ -167,7 +167,8 @@ def _as_adapter(
         if with_magnitude:
             magnitude = factors.magnitude
             if magnitude is None:
-                magnitude = _magnitude(factors, base.weight_of(layer), torch.ones(()))
+                weight = base.weight_of(layer)
+                magnitude = _magnitude(factors, weight, torch.ones(len(factors.as_matrix(weight))))
             tensors[f"{PEFT_PREFIX}{layer}.lora_magnitude_vector"] = magnitude
     adapted = {layer: factors for layer, factors in results.items() if factors.rank}
     config = new_config(

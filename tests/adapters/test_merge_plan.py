@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.folder import WEIGHTS_FILE, load_adapter
 from dora_vl.adapters.gguf_export import export_gguf
 from dora_vl.adapters.merge_folder import merge_to_folder
+from dora_vl.adapters.merged_weights import MergedWeights
 from dora_vl.adapters.tuned_weights import Saved, opened
 from dora_vl.errors import UserError
+from dora_vl.evaluation import merge_command
 from tests.adapters.gguf_models import language
 from tests.adapters.peft_folders import moved_peft
 from tests.adapters.test_gguf_export import read_back
@@ -125,3 +129,31 @@ def test_a_copy_of_another_weight_is_no_base(tmp_path: Path, tokenizer: PreTrain
     for _, way in (loads, *ways(base, folder, tmp_path, tokenizer)):
         with pytest.raises(UserError, match=r"lm_head\.weight"):
             way()
+
+
+def merged_by_verb(*words: str) -> list[str]:
+    parser = ArgumentParser()
+    merge_command.add_arguments(parser)
+    return list(merge_command.run(parser.parse_args(list(words))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_verb_compares_what_it_wrote(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    base = language(tmp_path / "base", "llama", tokenizer)
+    peft_folder(base, tmp_path / "adapter", **CHANGES["head"])
+    words = ["--adapter", str(tmp_path / "adapter"), "--base", str(base), "--to", str(tmp_path / "merged")]
+    told = merged_by_verb(*words, "--dtype", dtype)
+    share = float(re.findall(r"differ .* by (\S+) of", told[-1])[0])
+    assert share < {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    read = MergedWeights.read
+    monkeypatch.setattr(  # a head that stays the base's
+        MergedWeights,
+        "read",
+        lambda self, stored: self.base.read(stored.name) if stored.name == "lm_head.weight" else read(self, stored),
+    )
+    with pytest.raises(SystemExit) as ended:
+        merged_by_verb(*words, "--dtype", dtype)
+    assert ended.value.code == 1
+    assert len(merged_by_verb(*words, "--no-check")) == 1
