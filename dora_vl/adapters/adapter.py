@@ -23,6 +23,7 @@ from dora_vl.adapters.factors import ExpertFactors, Factors
 from dora_vl.adapters.folder import (
     CONFIG_FILE,
     PEFT_PREFIX,
+    PICKLED_WEIGHTS_FILE,
     RECIPE_FILE,
     WEIGHTS_FILE,
     refuse_to_replace_adapter,
@@ -33,8 +34,6 @@ from dora_vl.adapters.settings import check_peft_fields, refuse_contradiction, t
 from dora_vl.adapters.tensor_files import read_tensors, refuse_not_finite
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.errors import UserError
-
-PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 
 PEFT_LEAVES = {
     "lora_A.weight": "A",

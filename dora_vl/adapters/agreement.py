@@ -27,6 +27,7 @@ FILE_TO_LEAF = {
 }
 """Every spelling of an adapter's tensor that a file may have -> the layer's own name of it."""
 LEAVES = frozenset(FILE_TO_LEAF.values())
+TRAINED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COPY = ".base_layer.weight"
 """End of PEFT's key of the weight under an adapter."""
 
@@ -46,13 +47,15 @@ def by_own_name(source: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
     PEFT saves `lm_head.base_layer.weight`, which did not train, beside the factors of an embedding or output head.
 
     Raises:
-        UserError: two keys name one tensor.
+        UserError: two keys name one tensor, or one of an adapter's own is no plain float.
     """
     adapted = {owner for owner, _, leaf in (own_name(key).rpartition(".") for key in tensors) if leaf in LEAVES}
     own: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = own_name(key)
+        if name.rpartition(".")[2] in LEAVES and tensor.dtype not in TRAINED_DTYPES:
+            raise UserError(f"{source}: {name} is {tensor.dtype}; A, B and magnitudes are float16, bfloat16 or float32")
         is_copy = key.endswith(COPY) and name.rpartition(".")[0] in adapted
         if name in (own if not is_copy else copies):
             raise UserError(f"{source} holds {name} twice, the second time as {key}; save the adapter again")

@@ -64,6 +64,11 @@ def stem_in(folder: Path) -> str | None:
     return next(found, None)
 
 
+def config_in(folder: Path) -> dict[str, Any]:
+    """A model folder's configuration; empty where it has none."""
+    return read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+
+
 class BaseWeights:
     """Opens a folder's safetensors files and hands out tensors; nothing is held in memory between two reads."""
 
@@ -71,7 +76,7 @@ class BaseWeights:
         self.folder = folder
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
-        self.config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+        self.config = config_in(folder)
         self.stem = self._stem()
         """How its weight files begin."""
         self.stored = tuple(self._list())

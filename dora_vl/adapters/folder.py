@@ -50,6 +50,7 @@ from dora_vl.errors import UserError
 from dora_vl.model_files import check_whole
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 FILES = (WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE)
 
 
@@ -224,6 +225,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
+        if (folder / PICKLED_WEIGHTS_FILE).is_file():
+            raise pickled(folder)
         there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise UserError(f"{path} does not exist ({there}); give the folder that save_adapter or PEFT wrote")
     check_whole(path)
@@ -233,6 +236,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
     refuse_not_finite(tensors, str(path))
     return tensors
+
+
+def pickled(folder: Path) -> UserError:
+    """The error of a whole folder whose tensors are in PEFT's older form."""
+    return UserError(
+        f"{folder} holds its tensors as a pickle ({PICKLED_WEIGHTS_FILE}), and {WEIGHTS_FILE} is what is opened: "
+        f"dora-vl convert {folder} --to NEW_FOLDER writes it, running nothing that is in the pickle"
+    )
 
 
 def _without_values(model: nn.Module) -> nn.Module:

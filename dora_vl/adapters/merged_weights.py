@@ -96,7 +96,7 @@ def _on_base(base: BaseWeights, name: str, factors: Factors) -> Factors:
 
 
 def _refuse_tied(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
-    """An adapted layer changes for itself alone, and so does what PEFT trained whole; a run's own part is the tensor."""
+    """An adapted layer changes for itself alone, and so does what PEFT trained whole; a run's own part for all."""
     changes = dict.fromkeys((f"{name}.weight" for name in factors), "adapts")
     if not adapter.recipe.get("adapter"):
         changes |= dict.fromkeys(adapter.extras, "trained")

@@ -337,7 +337,10 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
     _refuse_changed_base(source, peft)
     changing = sorted(name for name in REFUSED_FIELDS if peft.get(name))
     if changing:
-        raise UserError(f"{source}: {', '.join(changing)} is set, which changes the forward pass; not supported")
+        raise UserError(
+            f"{source}: {', '.join(changing)} is set, which changes the forward pass and is not computed here; merge "
+            "it in PEFT (merge_and_unload) and take the merged model"
+        )
     unknown = sorted(name for name, value in peft.items() if name not in KNOWN_FIELDS and value not in (None, False))
     if unknown:
         nearest = get_close_matches(unknown[0], KNOWN_FIELDS, n=1, cutoff=0.0)[0]

@@ -47,7 +47,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raises a `UserError` that names the file (`source`) and the first tensors holding NaN or infinity."""
-    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    floats = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    if packed := [key for key, tensor in floats.items() if tensor.dtype.itemsize < 2]:
+        raise UserError(
+            f"{source}: {len(packed)} tensors are {tensors[packed[0]].dtype}, first {packed[:3]}; give those of before "
+            "quantisation"
+        )
+    broken = [key for key, tensor in floats.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; use another save")
 

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from dora_vl.adapters import merge_command
 from dora_vl.adapters.adapter import Adapter, write_adapter
-from dora_vl.adapters.base_weights import CONFIG_FILE, BaseWeights, skeleton
-from dora_vl.adapters.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from dora_vl.adapters.folder import WEIGHTS_FILE, load_adapter, read_json
+from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
+from dora_vl.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from dora_vl.adapters.merge_command import Plan
 from dora_vl.adapters.tensor_files import DTYPES
 from dora_vl.errors import UserError, one_line
@@ -39,8 +38,8 @@ ROUNDING = {False: 1e-3, True: 5e-2}
 """Largest difference, as a share of the largest logit, by whether weights are stored in less than float32."""
 
 DESCRIPTION = f"""{merge_command.DESCRIPTION}
-The result's logits for a few drawn texts are compared with those of base and adapter (exit status 1 where they differ by
-more than rounding); --no-check leaves this out.
+The result's logits for a few drawn texts are compared with those of base and adapter (exit status 1 where they differ
+by more than rounding); --no-check leaves this out.
 
 {CHECK_HELP}
 
@@ -85,8 +84,8 @@ def compared(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
         with adapter_folder(plan, arguments) as folder:
             expected, _ = _logits(plan.base, folder)
         found, dtype = _logits(result, None)
-    except (UserError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:  # of any forward
-        yield f"{beside}, which do not take text alone: {one_line(str(error))}"
+    except UserError as error:
+        yield f"{beside}: {error}"
         return
     share = float((found - expected).abs().max() / expected.abs().max())
     yield f"{result}: logits for {ROWS} drawn texts differ from base and adapter's by {share:.1e} of the largest"
@@ -101,7 +100,7 @@ def _incomparable(plan: Plan) -> str:
         return "whose base was quantised for training (--check compares answers)"
     if plan.adapter.input_axis:
         return "whose magnitudes are one an input column"
-    model = skeleton(read_json(plan.base / CONFIG_FILE)) if (plan.base / CONFIG_FILE).is_file() else None
+    model = skeleton(config_in(plan.base))
     if model is None:
         return "of whose class transformers has none"
     needed = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
@@ -111,8 +110,8 @@ def _incomparable(plan: Plan) -> str:
 
 @torch.no_grad()
 def _logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dtype]:
-    """Logits in float32 for drawn tokens, none of them special, and the dtype that the weights are stored in."""
-    shell = skeleton(read_json(folder / CONFIG_FILE))
+    """Logits in float32 for drawn tokens, none of them special, and the narrowest dtype that weights are stored in."""
+    shell = skeleton(config_in(folder))
     model = type(shell).from_pretrained(folder, dtype=torch.float32).eval()
     if adapter is not None:
         load_adapter(model, adapter)
@@ -122,14 +121,18 @@ def _logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dtype]:
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with BaseWeights(folder) as stored:
         dtypes = {DTYPES[one.dtype] for one in stored.tensors.values() if DTYPES[one.dtype].is_floating_point}
-    return model(input_ids=ids, **both).logits.float(), min(dtypes, key=lambda dtype: dtype.itemsize)
+    try:
+        logits = model(input_ids=ids, **both).logits
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"a {type(model).__name__} takes no text alone ({one_line(str(error))})") from error
+    return logits, min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def _special(config: Mapping[str, Any]) -> set[object]:
     """Ids of tokens that stand for something else than text."""
     ids: set[object] = set()
     for name, value in config.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name.endswith("_config"):
             ids |= _special(value)
         elif "token" in name:
             ids.update(value if isinstance(value, list) else [value])
@@ -151,7 +154,7 @@ def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:
 def adapter_folder(plan: Plan, arguments: argparse.Namespace) -> Iterator[Path]:
     """The folder of the adapter that is merged; written for the time being where it is a combination or foreign."""
     given = arguments.adapter[0]
-    if plan.adapter is plan.adapters[0] and all((given / name).is_file() for name in (ADAPTER_CONFIG_FILE, WEIGHTS_FILE)):
+    if plan.adapter is plan.adapters[0] and all((given / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         yield given
         return
     target: Path = arguments.to

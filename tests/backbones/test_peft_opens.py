@@ -43,7 +43,9 @@ def opens(open_base: Callable[[], Any], batch: Mapping[str, Any], folder: Path, 
         with pytest.raises(KeyError, match="DORA_VL"):
             PeftModel.from_pretrained(base, folder)
         return False
-    torch.testing.assert_close(PeftModel.from_pretrained(base, folder).eval()(**batch).logits, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(base, folder).eval()(**batch).logits, expected, rtol=0, atol=1e-4
+    )
     return True
 
 
