@@ -55,7 +55,7 @@ def by_own_name(source: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
     for key, tensor in tensors.items():
         name = own_name(key)
         if name.rpartition(".")[2] in LEAVES and tensor.dtype not in TRAINED_DTYPES:
-            raise UserError(f"{source}: {name} is {tensor.dtype}; A, B and magnitudes are float16, bfloat16 or float32")
+            raise UserError(f"{source}: {name} is {tensor.dtype}, and A, B and magnitudes are of 16 bits or more")
         is_copy = key.endswith(COPY) and name.rpartition(".")[0] in adapted
         if name in (own if not is_copy else copies):
             raise UserError(f"{source} holds {name} twice, the second time as {key}; save the adapter again")
@@ -68,8 +68,8 @@ def refuse_other_copy(source: str, name: str, copy: Tensor, weight: Tensor) -> N
     narrow = min(copy.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
     if copy.shape != weight.shape or not torch.equal(copy.to(narrow), weight.detach().to(copy.device, narrow)):
         raise UserError(
-            f"{source} stands on another {name} ({list(copy.shape)}) than the base's ({list(weight.shape)}): PEFT saved "
-            "the weight beside A and B; give the base that it was trained on, with its tokens added and its weights "
+            f"{source} stands on another {name} ({list(copy.shape)}) than the base's ({list(weight.shape)}): PEFT "
+            "saves the weight beside A and B; give the base that it was trained on, with its tokens added and its weights "
             "trained"
         )
 
