@@ -68,9 +68,8 @@ def refuse_other_copy(source: str, name: str, copy: Tensor, weight: Tensor) -> N
     narrow = min(copy.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
     if copy.shape != weight.shape or not torch.equal(copy.to(narrow), weight.detach().to(copy.device, narrow)):
         raise UserError(
-            f"{source} stands on another {name} ({list(copy.shape)}) than the base's ({list(weight.shape)}): PEFT "
-            "saves the weight beside A and B; give the base that it was trained on, with its tokens added and its weights "
-            "trained"
+            f"{source} stands on another {name} ({list(copy.shape)}) than the base's ({list(weight.shape)}), of which "
+            "PEFT saved a copy beside A and B; give the base that it was trained on, tokens added and weights trained"
         )
 
 
