@@ -31,6 +31,7 @@ from dora_vl.evaluation.check_options import (
     planned_check,
     unmerged_source,
 )
+from dora_vl.model_files import opening
 
 ROWS, TOKENS = 3, 12
 """Of the texts that are compared."""
@@ -112,11 +113,12 @@ def _incomparable(plan: Plan) -> str:
 def _logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dtype]:
     """Logits in float32 for drawn tokens, none of them special, and the narrowest dtype that weights are stored in."""
     shell = skeleton(config_in(folder))
-    model = type(shell).from_pretrained(folder, dtype=torch.float32).eval()
+    with opening(f"{folder} cannot be opened"):
+        model = type(shell).from_pretrained(folder, dtype=torch.float32).eval()
     if adapter is not None:
         load_adapter(model, adapter)
-    words = model.get_input_embeddings().num_embeddings
-    plain = torch.tensor([word for word in range(words // 4, words) if word not in _special(model.config.to_dict())])
+    words, special = model.config.get_text_config().vocab_size, _special(model.config.to_dict())
+    plain = torch.tensor([word for word in range(words // 4, words) if word not in special])
     ids = plain[torch.randint(len(plain), (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))]
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with BaseWeights(folder) as stored:
