@@ -40,7 +40,10 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             return (folder / name,)
         if (folder / f"{name}.index.json").is_file():
             return _shards(folder / f"{name}.index.json")
-    kinds = ([path for path in sorted(folder.iterdir()) if path.suffix == suffix] for suffix in WEIGHT_SUFFIXES)
+    kinds = (
+        [path for path in sorted(folder.iterdir()) if path.suffix == suffix and path.is_file()]
+        for suffix in WEIGHT_SUFFIXES
+    )
     return tuple(next((found for found in kinds if found), []))
 
 

@@ -17,23 +17,23 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dora_vl.adapters.agreement import LEAVES, by_own_name
 from dora_vl.adapters.checkpoints import replace_folder
 from dora_vl.adapters.factors import ExpertFactors, Factors
 from dora_vl.adapters.folder import (
     CONFIG_FILE,
     PEFT_PREFIX,
+    PICKLED_WEIGHTS_FILE,
     RECIPE_FILE,
     WEIGHTS_FILE,
     refuse_to_replace_adapter,
 )
 from dora_vl.adapters.folder_files import read_peft_config, read_recipe
 from dora_vl.adapters.peft_config import rank_of, scale_of
-from dora_vl.adapters.settings import check_peft_fields, refuse_contradiction
+from dora_vl.adapters.settings import check_peft_fields, refuse_contradiction, type_of
 from dora_vl.adapters.tensor_files import read_tensors, refuse_not_finite
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.errors import UserError
-
-PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 
 PEFT_LEAVES = {
     "lora_A.weight": "A",
@@ -50,7 +50,7 @@ PEFT_LEAVES = {
 CLOSED_ANSWERS = "closed_answers"
 """Answer lists by task, in `recipe.json`, and in the `config.json` of a VL-BART that has their heads."""
 
-SHARED_A, SHARED_B = f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B"
+SHARED = SHARED_A, SHARED_B = f"{SHARED_NAME}.random_A", f"{SHARED_NAME}.random_B"
 """Names of the random matrices that all layers of a DVoRA adapter share."""
 
 
@@ -82,7 +82,13 @@ class Adapter:
     @cached_property
     def extras(self) -> dict[str, Tensor]:
         """Every other tensor (projector, trained biases, kept rows) under the model's own name."""
-        return {own_extra_name(key): tensor for key, tensor in self.tensors.items() if is_extra(key)}
+        own, _ = by_own_name(self.source, self.tensors)
+        return {name: own[name] for name in own if name.rpartition(".")[2] not in LEAVES and name not in SHARED}
+
+    @cached_property
+    def copies(self) -> dict[str, Tensor]:
+        """PEFT's copies of the weights under adapted embeddings and heads, by the model's own names."""
+        return by_own_name(self.source, self.tensors)[1]
 
     @cached_property
     def answer_heads(self) -> frozenset[str]:
@@ -194,14 +200,7 @@ def split_key(key: str) -> tuple[str, str | None]:
 
 def is_extra(key: str) -> bool:
     """Whether a tensor belongs to the model itself: neither to an adapted layer nor shared by all of them."""
-    return split_key(key)[1] is None and key.removeprefix(PEFT_PREFIX) not in {SHARED_A, SHARED_B}
-
-
-def own_extra_name(key: str) -> str:
-    """The model's own name of an extra tensor; PEFT puts `base_layer` into names inside adapted layers."""
-    owner, _, leaf = key.removeprefix(PEFT_PREFIX).rpartition(".")
-    owner = owner.removesuffix(".base_layer")
-    return f"{owner}.{leaf}" if owner else leaf
+    return split_key(key)[1] is None and key.removeprefix(PEFT_PREFIX) not in SHARED
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
@@ -241,6 +240,8 @@ def names_adapter(path: Path) -> bool:
 def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     """Writes the folder under a temporary name and renames it; tensors and fields stay exactly as they are.
 
+    But for one: where PEFT would leave some of the tensors out, `peft_type` is one that it refuses.
+
     Raises:
         UserError: the adapter has magnitudes that PEFT's format cannot hold, or `folder` is there already and is no
             adapter folder. Nothing is written then.
@@ -258,7 +259,11 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     staging.mkdir(parents=True)
     tensors = {key: tensor.contiguous() for key, tensor in adapter.tensors.items()}
     save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(staging / CONFIG_FILE, adapter.config)
+    kind = adapter.config.get("peft_type", "LORA")
+    if kind == "LORA":
+        own, _ = by_own_name(adapter.source, tensors)
+        kind = type_of(own, adapter.config)
+    write_json(staging / CONFIG_FILE, {**adapter.config, "peft_type": kind})
     if adapter.recipe:
         write_json(staging / RECIPE_FILE, adapter.recipe)
     replace_folder(staging, target)

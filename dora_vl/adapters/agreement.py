@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.layer import AdaptedLayer
@@ -26,6 +27,9 @@ FILE_TO_LEAF = {
 }
 """Every spelling of an adapter's tensor that a file may have -> the layer's own name of it."""
 LEAVES = frozenset(FILE_TO_LEAF.values())
+TRAINED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COPY = ".base_layer.weight"
+"""End of PEFT's key of the weight under an adapter."""
 
 
 def own_name(key: str) -> str:
@@ -35,6 +39,65 @@ def own_name(key: str) -> str:
         if name.endswith(f".{spelling}"):
             return f"{name.removesuffix(spelling)}{leaf}"
     return name
+
+
+def by_own_name(source: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """An adapter file's tensors by the model's own names; apart from them PEFT's copies of adapted layers' weights.
+
+    PEFT saves `lm_head.base_layer.weight`, which did not train, beside the factors of an embedding or output head.
+
+    Raises:
+        UserError: two keys name one tensor, or one of an adapter's own is no plain float.
+    """
+    adapted = {owner for owner, _, leaf in (own_name(key).rpartition(".") for key in tensors) if leaf in LEAVES}
+    own: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = own_name(key)
+        if name.rpartition(".")[2] in LEAVES and tensor.dtype not in TRAINED_DTYPES:
+            raise UserError(f"{source}: {name} is {tensor.dtype}, and A, B and magnitudes are of 16 bits or more")
+        is_copy = key.endswith(COPY) and name.rpartition(".")[0] in adapted
+        if name in (own if not is_copy else copies):
+            raise UserError(f"{source} holds {name} twice, the second time as {key}; save the adapter again")
+        (copies if is_copy else own)[name] = tensor
+    return own, copies
+
+
+def refuse_other_copy(source: str, name: str, copy: Tensor, weight: Tensor) -> None:
+    """Raises a `UserError` unless PEFT's copy of an adapted layer's weight is the base's own, rounding left aside."""
+    narrow = min(copy.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+    if copy.shape != weight.shape or not torch.equal(copy.to(narrow), weight.detach().to(copy.device, narrow)):
+        raise UserError(
+            f"{source} stands on another {name} ({list(copy.shape)}) than the base's ({list(weight.shape)}), of which "
+            "PEFT saved a copy beside A and B; give the base that it was trained on, tokens added and weights trained"
+        )
+
+
+def tied_names(model: nn.Module) -> dict[int, list[str]]:
+    """Every name of each parameter that has several, by the parameter's id."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {parameter: several for parameter, several in names.items() if len(several) > 1}
+
+
+def untied(source: str, name: str, others: Sequence[str], change: str) -> UserError:
+    """The error of a change of one of several tied tensors, which the others must not see."""
+    return UserError(
+        f"{source} {change} {name}, which in this base is one tensor with {', '.join(others)}, and that would change "
+        "too; give a base that stores both (tie_word_embeddings: false in its config.json)"
+    )
+
+
+def refuse_untied_values(source: str, model: nn.Module, names: Iterable[str], own: Mapping[str, Any]) -> None:
+    """Raises a `UserError` where PEFT trained one of several tied tensors, which it holds apart from the others.
+
+    With `own` settings the folder is this package's, whose values are those of all of them.
+    """
+    tied = () if own else tied_names(model).values()
+    for name in names:
+        if others := [other for group in tied if name in group for other in group if other != name]:
+            raise untied(source, name, others, "trained")
 
 
 def file_name(model: nn.Module, name: str) -> str:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dora_vl.adapters.agreement import tied_names
 from dora_vl.adapters.folder import read_json
 from dora_vl.adapters.hub_names import hub_names
 from dora_vl.core.experts import expert_projections
@@ -63,6 +64,11 @@ def stem_in(folder: Path) -> str | None:
     return next(found, None)
 
 
+def config_in(folder: Path) -> dict[str, Any]:
+    """A model folder's configuration; empty where it has none."""
+    return read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+
+
 class BaseWeights:
     """Opens a folder's safetensors files and hands out tensors; nothing is held in memory between two reads."""
 
@@ -70,7 +76,7 @@ class BaseWeights:
         self.folder = folder
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
-        self.config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+        self.config = config_in(folder)
         self.stem = self._stem()
         """How its weight files begin."""
         self.stored = tuple(self._list())
@@ -84,6 +90,7 @@ class BaseWeights:
         """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
         self.expert_pieces = layout.pieces
         """Stored tensors that are, or are a piece of, the weight of experts that are one tensor in the model."""
+        self._tied = layout.tied
         self.hub_keys = layout.hub
         """The name that published folders have for a key; a class that transformers does not have has none."""
 
@@ -144,6 +151,15 @@ class BaseWeights:
             raise UserError(f"{self.folder}: {layer} is stored as {weight.dtype}; give the base before quantisation")
         return weight
 
+    def tied_to(self, name: str) -> list[str]:
+        """The model's other names for a tensor; transformers does not tie what the files hold apart."""
+        others = next((group - {name} for group in self._tied if name in group), ())
+        return [
+            other
+            for other in sorted(others)
+            if not {name, other} <= self.tensors.keys() or torch.equal(self.read(name), self.read(other))
+        ]
+
     def module_names(self) -> list[str]:
         """Full names of the modules that own a weight."""
         return [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
@@ -174,6 +190,8 @@ class Layout:
     pieces: Mapping[str, ExpertPiece] = field(default_factory=dict)
     hub: Mapping[str, str] = field(default_factory=dict)
     """The published name of each key."""
+    tied: tuple[frozenset[str], ...] = ()
+    """Names of one tensor each."""
 
 
 def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Layout:
@@ -213,7 +231,8 @@ def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     }
     transposed = frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D | nn.Embedding))
     unjoined = partial(renamed, weight_renamings=renamings, weight_converters=[])
-    return Layout(names, transposed, pieces, hub_names(model, found, read_as, lambda key: unjoined(key)[0]))
+    hub = hub_names(model, found, read_as, lambda key: unjoined(key)[0])
+    return Layout(names, transposed, pieces, hub, tuple(map(frozenset, tied_names(model).values())))
 
 
 def _is_reversed(stored: tuple[int, ...], own: Tensor) -> bool:

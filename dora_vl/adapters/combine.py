@@ -28,9 +28,10 @@ from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.folder import PEFT_PREFIX
 from dora_vl.adapters.low_rank_export import truncated
-from dora_vl.adapters.merged_weights import check_fit, factors_on
-from dora_vl.adapters.peft_config import new_config
+from dora_vl.adapters.merged_weights import planned_factors
+from dora_vl.adapters.peft_config import new_config, own_recipe
 from dora_vl.core import functional
+from dora_vl.core.trainable import kept_rows, split_rows
 from dora_vl.errors import UserError
 
 SMALLEST_GAIN = 1e-5
@@ -110,9 +111,8 @@ def combine(
     active = {name: share for name, share in shares.items() if share != 0}
     if list(active.values()) == [1]:
         return Combination(adapters[next(iter(active))], {})
-    found = {name: factors_on(base, adapters[name]) for name in active}
+    found = {name: planned_factors(base, adapters[name]) for name in active}
     for name in active:
-        check_fit(base, adapters[name], found[name])
         _refuse_special(adapters[name])
     results: dict[str, Factors] = {}
     errors: dict[str, float] = {}
@@ -124,7 +124,7 @@ def combine(
             results[layer] = reduce_rank(exact, weight, rank)
             errors[layer] = _relative_error(results[layer], exact, weight)
     extras = _combined_extras({name: adapters[name] for name in active}, active, base)
-    return Combination(_as_adapter(results, extras, adapters[next(iter(active))], base), errors)
+    return Combination(_as_adapter(results, extras, [adapters[name] for name in active], base), errors)
 
 
 def _relative_error(found: Factors, exact: Factors, weight: Tensor) -> float:
@@ -144,7 +144,7 @@ def _combined_extras(
 ) -> dict[str, Tensor]:
     combined: dict[str, Tensor] = {}
     for name in sorted({extra for adapter in adapters.values() for extra in adapter.extras}):
-        start = base.read(name)
+        start = kept_rows(name, base.read(split_rows(name)[0]))
         dtype = functional.accumulation_dtype(start.dtype)
         total = start.to(dtype)
         for adapter, share in ((adapters[key], shares[key]) for key in adapters):
@@ -155,27 +155,30 @@ def _combined_extras(
 
 
 def _as_adapter(
-    results: Mapping[str, Factors], extras: Mapping[str, Tensor], like: Adapter, base: BaseWeights
+    results: Mapping[str, Factors], extras: Mapping[str, Tensor], adapters: Sequence[Adapter], base: BaseWeights
 ) -> Adapter:
     tensors: dict[str, Tensor] = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in extras.items()}
     # PEFT has one method an adapter: a layer that only LoRA adapters touch gets the magnitude that changes nothing.
-    use_dora = any(factors.magnitude is not None for factors in results.values())
+    with_magnitude = any(factors.magnitude is not None for factors in results.values())
     for layer, factors in results.items():
         if factors.lora_A is not None and factors.lora_B is not None:
             tensors[f"{PEFT_PREFIX}{layer}.lora_A.weight"] = factors.lora_A
             tensors[f"{PEFT_PREFIX}{layer}.lora_B.weight"] = factors.lora_B
-        if use_dora:
+        if with_magnitude:
             magnitude = factors.magnitude
             if magnitude is None:
-                magnitude = _magnitude(factors, base.weight_of(layer), torch.ones(()))
+                weight = base.weight_of(layer)
+                magnitude = _magnitude(factors, weight, torch.ones(len(factors.as_matrix(weight))))
             tensors[f"{PEFT_PREFIX}{layer}.lora_magnitude_vector"] = magnitude
     adapted = {layer: factors for layer, factors in results.items() if factors.rank}
     config = new_config(
         ranks={layer: factors.rank for layer, factors in adapted.items()},
         scales={layer: factors.scale for layer, factors in adapted.items()},
-        use_dora=use_dora,
-        whole_modules=like.config.get("modules_to_save") or (),
-        base_model=str(like.config.get("base_model_name_or_path") or ""),
+        use_dora=with_magnitude and bool(adapted),
+        whole_modules={module for one in adapters for module in one.config.get("modules_to_save") or ()},
+        base_model=str(adapters[0].config.get("base_model_name_or_path") or ""),
     )
-    config["fan_in_fan_out"] = like.config.get("fan_in_fan_out", False)
-    return Adapter(tensors, config, source="combination")
+    config["fan_in_fan_out"] = adapters[0].config.get("fan_in_fan_out", False)
+    kept = {name for one in adapters for name in one.recipe.get("adapter", {}).get("kept", ())} & extras.keys()
+    recipe = own_recipe(config, extras, kept, results.keys() - adapted.keys())
+    return Adapter(tensors, config, recipe, source="combination")

@@ -22,7 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dora_vl.adapters.agreement import PEFT_PREFIX as PEFT_PREFIX
-from dora_vl.adapters.agreement import file_name, refuse_other_settings, refuse_pefts_other_result, whole_change
+from dora_vl.adapters.agreement import (
+    by_own_name,
+    file_name,
+    refuse_other_copy,
+    refuse_other_settings,
+    refuse_pefts_other_result,
+    refuse_untied_values,
+    whole_change,
+)
 from dora_vl.adapters.agreement import own_name as own_name
 from dora_vl.adapters.checkpoints import refuse_to_replace, replace_folder
 from dora_vl.adapters.folder_files import CONFIG_FILE as CONFIG_FILE
@@ -42,6 +50,7 @@ from dora_vl.errors import UserError
 from dora_vl.model_files import check_whole
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 FILES = (WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE)
 
 
@@ -135,8 +144,10 @@ def load_adapter(
             model then.
     """
     source = Path(folder)
-    tensors = {own_name(key): tensor for key, tensor in read_weights(source).items()}
+    tensors, copies = by_own_name(str(source), read_weights(source))
     own, peft = read_recipe(source).get("adapter", {}), read_peft_config(source)
+    refuse_untied_values(str(source), model, tensors, own)
+    _refuse_other_copies(source, model, copies, gather)
     config = read_config(str(source), peft, own, tensors)
     if is_adapted(model):
         refuse_other_settings(str(source), model, config, dropout_mode_is_stated="dropout_mode" in own)
@@ -151,6 +162,13 @@ def load_adapter(
     for _, layer in adapted_layers(model):
         layer.forget_norms()
     return [name for name, _ in adapted_layers(model)]
+
+
+def _refuse_other_copies(source: Path, model: nn.Module, copies: Mapping[str, Tensor], gather: Gather) -> None:
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name in copies.keys() & weights.keys():
+        with gather([weights[name]]):
+            refuse_other_copy(str(source), name, copies[name], weights[name])
 
 
 def _adapted_twin(source: Path, model: nn.Module, config: DoRAConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -207,6 +225,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
+        if (folder / PICKLED_WEIGHTS_FILE).is_file():
+            raise pickled(folder)
         there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise UserError(f"{path} does not exist ({there}); give the folder that save_adapter or PEFT wrote")
     check_whole(path)
@@ -216,6 +236,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
     refuse_not_finite(tensors, str(path))
     return tensors
+
+
+def pickled(folder: Path) -> UserError:
+    """The error of a whole folder whose tensors are in PEFT's older form."""
+    return UserError(
+        f"{folder} holds its tensors as a pickle ({PICKLED_WEIGHTS_FILE}), and {WEIGHTS_FILE} is what is opened: "
+        f"dora-vl convert {folder} --to NEW_FOLDER writes it, running nothing that is in the pickle"
+    )
 
 
 def _without_values(model: nn.Module) -> nn.Module:

@@ -25,6 +25,8 @@ AS_JSON_HAS_IT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 """No text for a number, no number for a flag; what is not named here is not read, or looked at where it is."""
 Count = Annotated[int, Field(ge=1)]
 Names = list[str]
+Place = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""Of a folder or a hub: the operating system takes no name with a NUL in it."""
 
 
 @with_config(AS_JSON_HAS_IT)
@@ -42,8 +44,8 @@ class PeftFields(TypedDict, total=False):
     fan_in_fan_out: bool
     modules_to_save: Names | None
     target_modules: str | Names | None
-    base_model_name_or_path: str | None
-    revision: str | None
+    base_model_name_or_path: Place | None
+    revision: Place | None
 
 
 @with_config(AS_JSON_HAS_IT)
@@ -75,8 +77,8 @@ class RecipeFields(TypedDict, total=False):
     """Our `recipe.json`: how the model is asked again."""
 
     task: str
-    base: str
-    revision: str | None
+    base: Place
+    revision: Place | None
     base_sha256: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
     quantisation: str | None

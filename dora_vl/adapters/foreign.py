@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,7 +13,6 @@ from dora_vl.adapters.adapter import Adapter
 from dora_vl.adapters.folder import PEFT_PREFIX
 from dora_vl.adapters.foreign_layouts import KeptRows, Layout
 from dora_vl.adapters.peft_config import new_config, own_recipe
-from dora_vl.adapters.settings import OWN_TYPE
 from dora_vl.core.trainable import kept_rows
 from dora_vl.errors import UserError
 
@@ -75,15 +74,16 @@ def to_adapter(
     new = new_config(
         ranks=ranks,
         scales=scales,
-        use_dora=any("magnitude" in layer for layer in layers.values()),
+        use_dora=bool(ranks) and any("magnitude" in layer for layer in layers.values()),
         whole_modules={name.rpartition(".")[0] for name in extras if name.endswith(".weight")},
         base_model=base_model,
         dropout=float(config.get("lora_dropout", 0.0)),
     )
     own.update({f"{PEFT_PREFIX}{name}": tensor for name, tensor in extras.items()})
     kept = [layout.kept.own] if layout.kept is not None and layout.kept.own in extras else []
-    recipe = own_recipe(new, sorted(set(extras) - set(kept)), kept) if extras else {}
-    return Adapter(own, _of_a_type_that_loads_all(new, extras, kept), recipe, source, input_axis)
+    alone = layers.keys() - ranks.keys()
+    recipe = own_recipe(new, extras, kept, alone) if extras or alone else {}
+    return Adapter(own, new, recipe, source, input_axis)
 
 
 def _convert_layers(
@@ -105,15 +105,6 @@ def _convert_layers(
         if "A" in layer:
             scales[name] = _scale(layer, len(converted["lora_A.weight"]), layout, config, alpha, source)
     return own, scales, frozenset(input_axis)
-
-
-def _of_a_type_that_loads_all(
-    config: dict[str, Any], extras: Mapping[str, Tensor], kept: Sequence[str]
-) -> dict[str, Any]:
-    """The configuration, of a type that PEFT refuses where it would leave some of the other tensors out."""
-    whole = set(config["modules_to_save"] or ())
-    left_out = kept or any(name.rpartition(".")[0] not in whole for name in extras)
-    return config | {"peft_type": OWN_TYPE} if left_out else config
 
 
 def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:

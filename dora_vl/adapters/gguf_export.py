@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter
-from dora_vl.adapters.base_weights import BaseWeights, skeleton
+from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
 from dora_vl.adapters.checkpoints import refuse_to_replace, written_whole
 from dora_vl.adapters.gguf_architectures import (
     Architecture,
@@ -48,6 +48,11 @@ def refuse_gguf_target(target: Path) -> None:
     refuse_to_replace(target, (MODEL_FILE, VISION_FILE, *CERTIFICATES))
 
 
+def refuse_gguf_base(base_folder: Path) -> None:
+    """Raises a `UserError` where a base's configuration is of no form that is written, before its weights are read."""
+    _forms(config_in(base_folder), base_folder)
+
+
 def export_gguf(
     adapter: Adapter,
     base_folder: Path,
@@ -71,11 +76,8 @@ def export_gguf(
     check_package()
     refuse_gguf_target(target)
     with open_base(base_folder) as base:
-        config, told = _config_of(base), []
-        language = config.text_config if config.model_type == LLAVA else config
-        found = architecture_of(language, str(base_folder))
-        if config.model_type == LLAVA:
-            check_vision(config, base_folder)
+        config, language, found = _forms(base.config, base_folder)
+        told: list[str] = []
         vocabulary = vocabulary_of(tokenizer, language.vocab_size, str(base_folder))
         weights = MergedWeights(base, adapter)
 
@@ -98,21 +100,25 @@ def _write_vision(path: Path, weights: MergedWeights, config: Any, kind: str) ->
     return write_gguf(path, "clip", kind, vision_pieces(weights, config, kind), add_fields)
 
 
-def _config_of(base: BaseWeights) -> Any:
-    """The base's configuration as transformers completes it, of a language model or a LLaVA."""
-    model = skeleton(base.config)
+def _forms(stated: Mapping[str, Any], folder: Path) -> tuple[Any, Any, Architecture]:
+    """A base's configuration as transformers completes it, its language model's, and llama.cpp's form of that."""
+    model = skeleton(stated)
     if model is None:
         raise UserError(
-            f"{base.folder} is a {shown(base.config.get('model_type'))}, of which transformers has no class and "
+            f"{folder} is a {shown(stated.get('model_type'))}, of which transformers has no class and "
             "llama.cpp no form; dora-vl merge writes it as a plain folder"
         )
     config = model.config
     if config.model_type != LLAVA and "vision_config" in config.sub_configs:
         raise UserError(
-            f"{base.folder} is a {shown(config.model_type)}; of models that see, LLaVA is written as GGUF. "
+            f"{folder} is a {shown(config.model_type)}; of models that see, LLaVA is written as GGUF. "
             "dora-vl merge writes a plain folder, from which llama.cpp's own convert_hf_to_gguf.py may know more"
         )
-    return config
+    if config.model_type != LLAVA:
+        return config, config, architecture_of(config, str(folder))
+    found = architecture_of(config.text_config, str(folder))
+    check_vision(config, folder)
+    return config, config.text_config, found
 
 
 def _pieces(weights: MergedWeights, config: Any, found: Architecture, kind: str) -> Iterator[Piece]:

@@ -17,7 +17,7 @@ from dora_vl.adapters.adapter import Adapter, is_extra
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.folder import PEFT_PREFIX
-from dora_vl.adapters.merged_weights import check_fit, factors_on
+from dora_vl.adapters.merged_weights import planned_factors
 from dora_vl.adapters.peft_config import new_config, own_recipe
 from dora_vl.errors import UserError
 
@@ -47,8 +47,7 @@ def export_layers(adapter: Adapter, base: BaseWeights, rank: int) -> Iterator[La
             f"{adapter.source} (method: {adapter.method}) holds whole tensors and no adapted layer, so there is "
             "nothing to write as a LoRA; dora-vl merge writes it with its base as a model"
         )
-    factors = factors_on(base, adapter)
-    check_fit(base, adapter, factors)
+    factors = planned_factors(base, adapter)
     for layer, found in factors.items():
         change = change_of(found, base.weight_of(layer))
         a, b = truncated(change, rank)
@@ -110,8 +109,8 @@ def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> A
         if field in adapter.config
     }
     config = {**fresh, **carried}
-    kept = sorted(set(adapter.recipe.get("adapter", {}).get("kept", ())) & set(adapter.extras))
-    own = own_recipe(config, sorted(set(adapter.extras) - set(kept)), kept) if adapter.recipe else {}
+    kept = adapter.extras.keys() & adapter.recipe.get("adapter", {}).get("kept", ())
+    own = own_recipe(config, adapter.extras, kept) if adapter.recipe else {}
     return Adapter(tensors, config, {**adapter.recipe, **own}, adapter.source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter
+from dora_vl.adapters.agreement import refuse_other_copy, untied
 from dora_vl.adapters.base_weights import BaseWeights, ExpertPiece, StoredTensor
 from dora_vl.adapters.factors import ExpertFactors, Factors
 from dora_vl.adapters.tensor_files import DTYPES
 from dora_vl.core.trainable import split_rows
-from dora_vl.errors import UserError
+from dora_vl.errors import UserError, shown_names
 
 
 class MergedWeights:
@@ -27,8 +29,7 @@ class MergedWeights:
     def __init__(self, base: BaseWeights, adapter: Adapter) -> None:
         self.base = base
         self.adapter = adapter
-        self.factors = factors_on(base, adapter, adapter.matrix_factors)
-        check_fit(base, adapter, self.factors, added=adapter.answer_heads)
+        self.factors = planned_factors(base, adapter, adapter.matrix_factors, added=adapter.answer_heads)
         check_experts(base, adapter)
 
     @cached_property
@@ -59,20 +60,62 @@ class MergedWeights:
         return {split_rows(name)[0]: name for name in extras if split_rows(name)[0] != name}
 
 
-def factors_on(base: BaseWeights, adapter: Adapter, chosen: Mapping[str, Factors] | None = None) -> dict[str, Factors]:
-    """The adapter's factors, or the chosen ones, turned the way that each layer's class stores its weight."""
-    found: dict[str, Factors] = {}
-    for name, factors in (adapter.factors if chosen is None else chosen).items():
-        stored = base.tensors.get(f"{name}.weight")
-        transposed = name in base.transposed_layers
-        found[name] = factors if stored is None else factors.on_weight(stored.shape, transposed=transposed)
-    return found
+def planned_factors(
+    base: BaseWeights,
+    adapter: Adapter,
+    chosen: Mapping[str, Factors] | None = None,
+    *,
+    added: frozenset[str] = frozenset(),
+) -> dict[str, Factors]:
+    """The adapter's factors, or the chosen ones, turned the way that each layer's class stores its weight.
+
+    Whatever merges, exports, combines or measures begins here: each tensor of the base is changed by one thing, under
+    the one name that it has.
+
+    Args:
+        added: extras that the base need not have.
+
+    Raises:
+        UserError: a layer or an extra without a place in the base, or of another shape; a tensor that is changed twice,
+            or that is tied to one that must not change; a copy of a weight that is not the base's.
+    """
+    chosen = adapter.factors if chosen is None else chosen
+    _refuse_tied(base, adapter, chosen)
+    _refuse_twice(adapter, chosen)
+    factors = {name: _on_base(base, name, found) for name, found in chosen.items()}
+    _check_fit(base, adapter, factors, added)
+    for name, copy in adapter.copies.items():
+        refuse_other_copy(adapter.source, name, copy, base.read(name))
+    return factors
 
 
-def check_fit(
-    base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors], *, added: frozenset[str] = frozenset()
-) -> None:
-    """Raises a `UserError` unless every layer and extra has its place in the base, but those that are `added` to it."""
+def _on_base(base: BaseWeights, name: str, factors: Factors) -> Factors:
+    stored = base.tensors.get(f"{name}.weight")
+    transposed = name in base.transposed_layers
+    return factors if stored is None else factors.on_weight(stored.shape, transposed=transposed)
+
+
+def _refuse_tied(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
+    """An adapted layer changes for itself alone, and so does what PEFT trained whole; a run's own part for all."""
+    changes = dict.fromkeys((f"{name}.weight" for name in factors), "adapts")
+    if not adapter.recipe.get("adapter"):
+        changes |= dict.fromkeys(adapter.extras, "trained")
+    for name, change in changes.items():
+        if others := base.tied_to(name):
+            raise untied(adapter.source, name, others, change)
+
+
+def _refuse_twice(adapter: Adapter, factors: Mapping[str, Factors]) -> None:
+    changed = Counter([f"{name}.weight" for name in factors])
+    changed.update([*adapter.experts, *(split_rows(name)[0] for name in adapter.extras)])
+    if twice := [name for name, times in changed.items() if times > 1]:
+        raise UserError(
+            f"{adapter.source} changes {shown_names(twice)} twice, by A and B and by a tensor of its own; take one of "
+            "them out of the file"
+        )
+
+
+def _check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors], added: frozenset[str]) -> None:
     missing = [f"{name}.weight" for name in factors if f"{name}.weight" not in base.tensors]
     missing += [name for name in adapter.extras if split_rows(name)[0] not in base.tensors and name not in added]
     if missing and adapter.answer_heads.issuperset(missing):
@@ -83,7 +126,7 @@ def check_fit(
     if missing:
         raise UserError(
             f"{adapter.source} does not fit {base.folder}: {len(missing)} tensors are not in the base, first "
-            f"{missing[:3]} (a tied matrix is stored once, under its other name); is it the right base?"
+            f"{missing[:3]}; is it the right base?"
         )
     for name, found in factors.items():
         weight = base.weight_of(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dora_vl.adapters.checkpoints import complete_checkpoints
-from dora_vl.adapters.folder import CONFIG_FILE, FILES, WEIGHTS_FILE
+from dora_vl.adapters.folder import CONFIG_FILE, FILES, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, pickled
 from dora_vl.errors import UserError, shown_names
 
 INNER = "adapter"
@@ -26,6 +26,8 @@ def no_adapter(place: Path) -> UserError:
             f"{place} is the folder of a run that has not ended; resume it, or take the adapter of its last "
             f"checkpoint, {checkpoints[-1]}"
         )
+    if (place / PICKLED_WEIGHTS_FILE).is_file():
+        return pickled(place)
     if (place / CONFIG_FILE).is_file():
         return UserError(f"{place} has no {WEIGHTS_FILE}; the folder is incomplete, copy it again or train again")
     if (place / "config.json").is_file():

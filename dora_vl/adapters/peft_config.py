@@ -39,7 +39,7 @@ def new_config(
     alpha / rank gives each layer its scale.
     """
     alphas = {layer: _alpha(scales[layer], rank) for layer, rank in ranks.items()}
-    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())  # 1 where there are magnitudes alone
     return {
         "alpha_pattern": {layer: value for layer, value in alphas.items() if value != alpha},
         "base_model_name_or_path": base_model,
@@ -60,11 +60,27 @@ def new_config(
     }
 
 
-def own_recipe(config: Mapping[str, Any], parts: list[str], kept: list[str]) -> dict[str, Any]:
-    """The `recipe.json` of an adapter with other tensors beside it: which of them train, and what PEFT's fields say."""
-    own = {"method": "dora" if config["use_dora"] else "lora", "rank": config["r"], "alpha": config["lora_alpha"]}
-    patterns = {field: config[field] for field in ("rank_pattern", "alpha_pattern")}
-    return {"adapter": {**own, **patterns, "parts": {"extra": parts}, "kept": kept}}
+def own_recipe(
+    config: Mapping[str, Any], extras: Iterable[str] = (), kept: Iterable[str] = (), alone: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The `recipe.json` of an adapter that holds more than A and B.
+
+    Args:
+        config: PEFT's fields.
+        extras: names of its other tensors.
+        kept: those of them that do not train.
+        alone: layers with a magnitude alone.
+    """
+    kept, alone = sorted(kept), sorted(alone)
+    method = "magnitude" if not config["target_modules"] else "dora" if config["use_dora"] else "lora"
+    return {
+        "adapter": {
+            **{"method": method, "rank": config["r"], "alpha": float(config["lora_alpha"])},
+            **{field: config[field] for field in ("rank_pattern", "alpha_pattern")},
+            **{"parts": {"extra": sorted(set(extras) - set(kept))}, "kept": kept},
+            "magnitude_targets": alone if method != "magnitude" else [],
+        }
+    }
 
 
 def _alpha(scale: float, rank: int) -> float:
@@ -75,4 +91,4 @@ def _alpha(scale: float, rank: int) -> float:
 
 def _commonest(values: Iterable[Any]) -> Any:
     found = list(values)
-    return max(sorted(set(found)), key=found.count)
+    return max(sorted(set(found)), key=found.count, default=1)

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_vl.adapters.adapter import PICKLED_WEIGHTS_FILE, Adapter, names_adapter, read_adapter
+from dora_vl.adapters.adapter import Adapter, names_adapter, read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, read_json
+from dora_vl.adapters.folder import CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, read_json
 from dora_vl.adapters.folder_files import read_peft_config
 from dora_vl.adapters.foreign import to_adapter
 from dora_vl.adapters.foreign_layouts import LAYOUTS, from_kohya, from_torchtune, from_vl_adapter

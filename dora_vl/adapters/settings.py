@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
 import regex
+import torch
 from torch import Tensor, nn
 
-from dora_vl.adapters.agreement import LEAVES, layers_beyond_peft
+from dora_vl.adapters.agreement import LEAVES, PEFT_PREFIX, layers_beyond_peft, tied_names
 from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRAConfig
 from dora_vl.core.dvora import SHARED_NAME
 from dora_vl.core.experts import ExpertsProjection
@@ -31,6 +32,8 @@ OWN_TYPES = {"full": "DORA_VL_FULL", "magnitude": "DORA_VL_MAGNITUDE"}
 OWN_TYPE = "DORA_VL"
 MATCHING_SECONDS = 1.0
 """For one pattern and one name: a folder's expression may be made to take years, and Python's own `re` has no limit."""
+NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules that hold others, and that PEFT saves none of."""
 READ_TYPES = frozenset({"LORA", OWN_TYPE, *OWN_TYPES.values()})
 """Every `peft_type` that is read."""
 BY_NAME = frozenset(("magnitude_targets", "rank_pattern", "alpha_pattern", "parts", "also_train", "also_keep"))
@@ -79,14 +82,14 @@ def peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
     alphas = {name: _file_alpha(layer) for name, layer in layers.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     first = _main_layer(layers).adapter
+    common["use_dora"] = first.method == "dora"
     return {
-        "peft_type": _peft_type(model, layers, extras, whole),
+        "peft_type": _peft_type(model, layers, extras, common),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
         "lora_dropout": first.dropout,
-        "use_dora": first.method == "dora",
         "use_rslora": first.rank_scaling == "sqrt",
         "init_lora_weights": True,
         **common,
@@ -129,31 +132,71 @@ def _main_layer(layers: Mapping[str, AdaptedLayer]) -> AdaptedLayer:
 
 
 def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
-    """The topmost modules all of whose parameters are named; what PEFT calls `modules_to_save`."""
+    """The topmost modules all of whose parameters are named; what PEFT calls `modules_to_save`.
+
+    A list is not one of them for PEFT, which calls the modules that it saves: the list's members are.
+    """
     chosen: list[str] = []
     for name, module in model.named_modules():
         own = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
         inside = any(name.startswith(f"{outer}.") for outer in chosen)
-        if name and own and own <= parameters and not inside:
+        if name and own and own <= parameters and not inside and not isinstance(module, NEVER_CALLED):
             chosen.append(name)
     return chosen
 
 
-def _peft_type(model: nn.Module, layers: Mapping[str, AdaptedLayer], extras: set[str], whole: list[str]) -> str:
-    methods = {layer.adapter.method for layer in layers.values()}
-    if methods == {"magnitude"}:
+def _peft_type(
+    model: nn.Module, layers: Mapping[str, AdaptedLayer], extras: set[str], config: Mapping[str, Any]
+) -> str:
+    if {layer.adapter.method for layer in layers.values()} == {"magnitude"}:
         return OWN_TYPES["magnitude"]
-    loose = [name for name in extras if not any(name.startswith(f"{module}.") for module in whole)]
-    transposed = {_is_transposed(layer) for layer in layers.values()}
+    adapting = {name for part in trained_parts(model) if part.adapts for name in part.parameters}
+    tied = {name for group in tied_names(model).values() for name in group}  # PEFT trains each for itself
     known = (
-        len(methods) == 1
-        and methods <= {"dora", "lora"}
-        and not loose
-        and not kept_tensors(model)
-        and len(transposed) == 1
+        type_of({*adapting, *extras, *kept_tensors(model)}, config) == "LORA"
+        and not extras & tied
+        and len({_is_transposed(layer) for layer in layers.values()}) == 1
+        and not _renamed_by_peft(model, layers)
         and not _named_as_beyond_peft(layers)
     )
     return "LORA" if known else OWN_TYPE
+
+
+def type_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
+    """`peft_type` of a folder: LORA where PEFT takes every tensor into account, else one that it refuses.
+
+    Args:
+        names: of all tensors, as the model names them.
+        config: PEFT's other fields.
+    """
+    factors = {"lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])}
+    whole = tuple(f".{module}." for module in config.get("modules_to_save") or ())
+    biases = config.get("bias", "none") != "none"
+    layers: dict[str, set[str]] = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        if leaf in LEAVES:
+            layers.setdefault(owner, set()).add(leaf)
+        elif not (any(module in f".{name}" for module in whole) or (biases and leaf == "bias")):
+            return OWN_TYPE
+    return "LORA" if all(leaves == factors for leaves in layers.values()) else OWN_TYPE
+
+
+def _renamed_by_peft(model: nn.Module, layers: Collection[str]) -> bool:
+    """Whether PEFT takes the layers' names, or their targets, for those of older models, and then misses them."""
+    if not hasattr(model, "config"):
+        return False
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_adapter_state_dict_for_transformers,
+        convert_peft_config_for_transformers,
+    )
+
+    config = LoraConfig(target_modules=list(layers))
+    tensors = {f"{PEFT_PREFIX}{name}.lora_A.weight": torch.empty(1, 1, device="meta") for name in layers}
+    read = convert_peft_adapter_state_dict_for_transformers(model, config, dict(tensors))
+    convert_peft_config_for_transformers(config, model, None)
+    return read.keys() != tensors.keys() or set(config.target_modules or ()) != set(layers)
 
 
 def _named_as_beyond_peft(layers: Mapping[str, AdaptedLayer]) -> bool:
@@ -294,7 +337,10 @@ def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
     _refuse_changed_base(source, peft)
     changing = sorted(name for name in REFUSED_FIELDS if peft.get(name))
     if changing:
-        raise UserError(f"{source}: {', '.join(changing)} is set, which changes the forward pass; not supported")
+        raise UserError(
+            f"{source}: {', '.join(changing)} is set, which changes the forward pass and is not computed here; merge "
+            "it in PEFT (merge_and_unload) and take the merged model"
+        )
     unknown = sorted(name for name, value in peft.items() if name not in KNOWN_FIELDS and value not in (None, False))
     if unknown:
         nearest = get_close_matches(unknown[0], KNOWN_FIELDS, n=1, cutoff=0.0)[0]

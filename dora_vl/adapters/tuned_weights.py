@@ -18,7 +18,7 @@ from dora_vl.adapters.base_weights import SINGLE_FILE, BaseWeights, stem_in
 from dora_vl.adapters.checkpoints import complete_checkpoints, step_of
 from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from dora_vl.adapters.merged_weights import check_fit, factors_on
+from dora_vl.adapters.merged_weights import planned_factors
 from dora_vl.adapters.provenance import refuse_other_base
 from dora_vl.core import functional
 from dora_vl.errors import UserError
@@ -147,8 +147,7 @@ def _opened_model(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
 @contextmanager
 def _opened_adapter(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
     adapter = read_adapter(saved.folder)
-    factors = factors_on(base, adapter)
-    check_fit(base, adapter, factors)
+    factors = planned_factors(base, adapter)
     extras = {name.removesuffix(".weight") for name in adapter.extras if name.endswith(".weight")}
     whole = frozenset(name for name in matrices_of(base) if name in extras)
     yield TunedWeights(

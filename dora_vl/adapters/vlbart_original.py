@@ -18,7 +18,7 @@ from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.foreign_layouts import ALIASES, EMBEDDING
-from dora_vl.adapters.merged_weights import check_fit, factors_on
+from dora_vl.adapters.merged_weights import planned_factors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
 
@@ -58,8 +58,7 @@ def original_dictionary(
     if adapter.answer_heads or base.config.get(CLOSED_ANSWERS):
         raise UserError(f"{form} has no place for the heads of closed answer lists; dora-vl merge writes them")
     _check_method(adapter, form, tasks)
-    factors = factors_on(base, adapter)
-    check_fit(base, adapter, factors)
+    factors = planned_factors(base, adapter)
     rank = _one_rank(adapter, factors)
     alpha = rank * NVLABS_SCALE if form == "nvlabs-vlbart" else _one_alpha(adapter, factors, alpha)
     state = _whole_state(base, adapter.extras)

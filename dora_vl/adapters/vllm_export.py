@@ -88,15 +88,20 @@ def export_for_vllm(
     return Exported(len(served.layers), base_of_result, merged, rank, bool(served.config["use_dora"]))
 
 
-def refuse_unserved(adapter: Adapter, base: BaseWeights, language: Collection[str], head: str | None) -> None:
-    """Raises a `UserError` that says what vLLM cannot serve, why, and what to do."""
-    tower = base.config.get("vision_config")
+def refuse_unserved_base(config: Mapping[str, Any], folder: Path) -> None:
+    """Raises a `UserError` where vLLM has no class for a base's tower, by the base's configuration."""
+    tower = config.get("vision_config")
     if isinstance(tower, Mapping) and tower.get("model_type") == GRID_TOWER:
         raise UserError(
-            f"{base.folder} has a tower of {tower.get('library')} ({tower.get('architecture') or 'pooled'}) as grid "
+            f"{folder} has a tower of {tower.get('library')} ({tower.get('architecture') or 'pooled'}) as grid "
             "tokens, which vLLM has no class for: its LLaVA takes CLIP, SigLIP and Pixtral; dora-vl merge writes the "
             "whole model for transformers instead"
         )
+
+
+def refuse_unserved(adapter: Adapter, base: BaseWeights, language: Collection[str], head: str | None) -> None:
+    """Raises a `UserError` that says what vLLM cannot serve, why, and what to do."""
+    refuse_unserved_base(base.config, base.folder)
     if adapter.method not in ("dora", "lora"):
         raise UserError(
             f"{adapter.source}: vLLM's slots hold A and B, and a {adapter.method} adapter has none; {WHOLE}"
@@ -174,7 +179,7 @@ def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
         "use_dora": use_dora,
         "use_rslora": False,
     }
-    recipe = {**adapter.recipe, **own_recipe(config, [], [])} if adapter.recipe else {}
+    recipe = {**adapter.recipe, **own_recipe(config)} if adapter.recipe else {}
     return Adapter(tensors, config, recipe, adapter.source)
 
 

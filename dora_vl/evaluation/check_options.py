@@ -34,6 +34,9 @@ def add_check_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that can check what it wrote."""
     group = parser.add_argument_group("checking the result")
     group.add_argument(
+        "--no-check", dest="check", action="store_const", const=0, help="merge: compares no logits either"
+    )
+    group.add_argument(
         "--check",
         type=positive,
         nargs="?",
@@ -95,7 +98,7 @@ def planned_check(options: argparse.Namespace, adapter: Path) -> Check | None:
     Raises:
         UserError: options that belong to --check without it, no questions, or no picture of theirs.
     """
-    if options.check is None:
+    if not options.check:
         if options.questions is not None or options.images is not None or options.check_dtype is not None:
             raise UserError("--questions, --images and --check-dtype say how --check asks; add --check")
         return None

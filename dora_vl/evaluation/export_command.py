@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_vl.adapters import merge_command
-from dora_vl.adapters.base_weights import skeleton
+from dora_vl.adapters.base_weights import config_in, skeleton
 from dora_vl.adapters.checkpoints import refuse_to_replace
 from dora_vl.adapters.convert_command import add_reading_arguments
-from dora_vl.adapters.folder import read_json
-from dora_vl.adapters.gguf_export import export_gguf, refuse_gguf_target
+from dora_vl.adapters.gguf_export import export_gguf, refuse_gguf_base, refuse_gguf_target
 from dora_vl.adapters.gguf_files import KINDS, check_package
 from dora_vl.adapters.merge_command import DTYPES, Plan
-from dora_vl.adapters.vllm_export import ADAPTER, BASE, export_for_vllm
+from dora_vl.adapters.vllm_export import ADAPTER, BASE, export_for_vllm, refuse_unserved_base
 from dora_vl.errors import UserError
 from dora_vl.evaluation.check_options import (
     CHECK_HELP,
@@ -77,7 +76,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.gguf is not None:
         check_package()
     check = planned_check(arguments, arguments.adapter[0])
-    plan = merge_command.plan(arguments, _refuse_gguf if arguments.gguf is not None else _refuse_any)
+    plan = merge_command.plan(arguments, _refuse_gguf if arguments.gguf is not None else _refuse_vllm)
     write = _write_gguf if arguments.gguf is not None else _write_for_vllm
     if check is None:
         yield from write(plan, arguments)
@@ -88,12 +87,14 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         yield from (_check_gguf if arguments.gguf is not None else _check_for_vllm)(check, source, plan, arguments)
 
 
-def _refuse_gguf(target: Path, _: Path) -> None:
+def _refuse_gguf(target: Path, base: Path) -> None:
     refuse_gguf_target(target)
+    refuse_gguf_base(base)
 
 
-def _refuse_any(target: Path, _: Path) -> None:
+def _refuse_vllm(target: Path, base: Path) -> None:
     refuse_to_replace(target, ())
+    refuse_unserved_base(config_in(base), base)
 
 
 # -- vLLM ----------------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def _language_of(base: Path) -> tuple[frozenset[str], str | None]:
     """
     from dora_vl.backbones.places import resolved_layers
 
-    model = skeleton(read_json(base / "config.json"))
+    model = skeleton(config_in(base))
     if model is None:
         raise UserError(
             f"{base} is of no class of transformers, and vLLM has none for it; dora-vl merge writes a plain folder"

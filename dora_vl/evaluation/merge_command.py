@@ -1,4 +1,4 @@
-"""`dora-vl merge`: adapters folded into their base, and with `--check` the certificate that answers are the same."""
+"""`dora-vl merge`: adapters folded into their base, compared with them, and with `--check` certified by answers."""
 
 from __future__ import annotations
 
@@ -9,21 +9,39 @@ from contextlib import contextmanager
 from dataclasses import replace
 from os import getpid
 from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
 
 from dora_vl.adapters import merge_command
 from dora_vl.adapters.adapter import Adapter, write_adapter
-from dora_vl.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
+from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
+from dora_vl.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from dora_vl.adapters.merge_command import Plan
+from dora_vl.adapters.tensor_files import DTYPES
+from dora_vl.errors import UserError, one_line
 from dora_vl.evaluation.check_options import (
     CHECK_HELP,
+    FAILED_STATUS,
     add_check_options,
     as_model,
     checked,
     planned_check,
     unmerged_source,
 )
+from dora_vl.model_files import opening
+
+ROWS, TOKENS = 3, 12
+"""Of the texts that are compared."""
+ROUNDING = {False: 1e-3, True: 5e-2}
+"""Largest difference, as a share of the largest logit, by whether weights are stored in less than float32."""
 
 DESCRIPTION = f"""{merge_command.DESCRIPTION}
+The result's logits for a few drawn texts are compared with those of base and adapter (exit status 1 where they differ
+by more than rounding); --no-check leaves this out.
+
 {CHECK_HELP}
 
   dora-vl merge --adapter runs/llava/adapter --to llava-merged --check 50
@@ -43,12 +61,84 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     plan = merge_command.plan(arguments)
     if check is None:
         yield from merge_command.merge(plan, arguments)
+        yield from compared(plan, arguments) if arguments.check is None else ()
         return
     with adapter_folder(plan, arguments) as folder:
         source = unmerged_source(check, folder, plan.base, arguments.template)
         yield from merge_command.merge(plan, arguments)
         merged = as_model(source, arguments.to)
         yield from checked(check, source, {"merged": lambda: merged}, arguments.to, about(plan, arguments))
+
+
+def compared(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    """The merged folder's logits beside those of base and adapter, for drawn tokens without pictures.
+
+    Raises:
+        SystemExit: with status 1, they differ by more than rounding.
+    """
+    result: Path = arguments.to
+    beside = f"{result}: not compared with base and adapter"
+    if reason := _incomparable(plan):
+        yield f"{beside}, {reason}"
+        return
+    try:
+        with adapter_folder(plan, arguments) as folder:
+            expected, _ = _logits(plan.base, folder)
+        found, dtype = _logits(result, None)
+    except UserError as error:
+        yield f"{beside}: {error}"
+        return
+    share = float((found - expected).abs().max() / expected.abs().max())
+    yield f"{result}: logits for {ROWS} drawn texts differ from base and adapter's by {share:.1e} of the largest"
+    if not share <= ROUNDING[dtype.itemsize < torch.float32.itemsize]:
+        yield f"{result}: that is more than rounding, so this is not the trained model: do not use it"
+        raise SystemExit(FAILED_STATUS)
+
+
+def _incomparable(plan: Plan) -> str:
+    """Why the two are not opened here; nothing where they are."""
+    if any(adapter.recipe.get("quantisation") for adapter in plan.adapters):
+        return "whose base was quantised for training (--check compares answers)"
+    if plan.adapter.input_axis:
+        return "whose magnitudes are one an input column"
+    model = skeleton(config_in(plan.base))
+    if model is None:
+        return "of whose class transformers has none"
+    needed = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
+    free = psutil.virtual_memory().available
+    return f"which takes {needed:,} bytes in float32, and {free:,} are free" if needed > free else ""
+
+
+@torch.no_grad()
+def _logits(folder: Path, adapter: Path | None) -> tuple[Tensor, torch.dtype]:
+    """Logits in float32 for drawn tokens, none of them special, and the narrowest dtype that weights are stored in."""
+    shell = skeleton(config_in(folder))
+    with opening(f"{folder} cannot be opened"):
+        model = type(shell).from_pretrained(folder, dtype=torch.float32).eval()
+    if adapter is not None:
+        load_adapter(model, adapter)
+    words, special = model.config.get_text_config().vocab_size, _special(model.config.to_dict())
+    plain = torch.tensor([word for word in range(words // 4, words) if word not in special])
+    ids = plain[torch.randint(len(plain), (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))]
+    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with BaseWeights(folder) as stored:
+        dtypes = {DTYPES[one.dtype] for one in stored.tensors.values() if DTYPES[one.dtype].is_floating_point}
+    try:
+        logits = model(input_ids=ids, **both).logits
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"a {type(model).__name__} takes no text alone ({one_line(str(error))})") from error
+    return logits, min(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def _special(config: Mapping[str, Any]) -> set[object]:
+    """Ids of tokens that stand for something else than text."""
+    ids: set[object] = set()
+    for name, value in config.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            ids |= _special(value)
+        elif "token" in name:
+            ids.update(value if isinstance(value, list) else [value])
+    return ids
 
 
 def about(plan: Plan, arguments: argparse.Namespace) -> Mapping[str, object]:

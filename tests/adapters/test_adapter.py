@@ -162,3 +162,40 @@ def test_lost_magnitude_and_broken_values_are_named(tmp_path):
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         read_adapter(tmp_path)
+
+
+def changed_tensor(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = next(key for key in tensors if "lora_B" in key)
+    save_file({**tensors, key: change(tensors[key])}, folder / "adapter_model.safetensors")
+
+
+def changed_json(folder, name, **fields):
+    path = folder / name
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **fields}))
+
+
+def pickled(folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "fact"),
+    [
+        (lambda folder: changed_tensor(folder, lambda one: one.to(torch.float8_e4m3fn)), "float8_e4m3fn"),
+        (lambda folder: changed_tensor(folder, lambda one: one.to(torch.int8)), r"lora_B.*int8"),
+        (lambda folder: changed_tensor(folder, lambda one: one.to(torch.complex64)), r"lora_B.*complex64"),
+        (lambda folder: changed_json(folder, "recipe.json", base="a\0b"), r"recipe\.json: base"),
+        (lambda folder: changed_json(folder, "adapter_config.json", base_model_name_or_path="a\0b"), "base_model_name"),
+        (lambda folder: changed_json(folder, "adapter_config.json", lora_bias=True), "lora_bias.*merge_and_unload"),
+        (pickled, r"adapter_model\.bin.*dora-vl convert"),
+    ],
+    ids=["float8", "int8", "complex", "NUL in the recipe", "NUL in the base", "lora_bias", "pickle"],
+)
+def test_odd_folders_are_one_line(tmp_path, damage, fact):
+    moved_peft(tiny_llama()).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=fact):
+        load_adapter(tiny_llama(), tmp_path)

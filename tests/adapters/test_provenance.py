@@ -50,6 +50,7 @@ def test_a_folder_of_pickles_alone_is_hashed_by_them(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"two")
     assert content_hash(tmp_path) != before
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "unknown.bin")
+    (tmp_path / "folder.safetensors").mkdir()
     assert weight_files(tmp_path) == (tmp_path / "unknown.bin",)
 
 

@@ -30,6 +30,11 @@ is named in the log of the run.
 | `model_type` | pictures in a conversation | videos | prompt | not adapted | remarks |
 | --- | --- | --- | --- | --- | --- |
 """
+PEFT = """
+PEFT opens the adapters of these families, and of the language models below, with the same logits (within 1e-4), but
+for {refused}, whose layers it takes for those of an older model and would lose, as it would {untried}'s: their folders
+say `DORA_VL`, which PEFT refuses.
+"""
 LANGUAGE = """
 ## Language models
 
@@ -45,6 +50,8 @@ Refused in one line before any weight is loaded.
 | `model_type` | why |
 | --- | --- |
 """
+LOST_BY_PEFT = ("inkling2", "inkling2_loop", "unlimited_ocr")
+"""Types that have no tiny model here, and that PEFT takes for older ones."""
 UNTRIED = """
 ## Not tried
 
@@ -78,9 +85,11 @@ def page() -> str:
     tried = set(FAMILIES) | set(NOT_TRAINED)
     untried = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - tried)
     lines = [row(name, FAMILIES[name]) for name in sorted(FAMILIES)]
+    refused_by_peft = [name for name in sorted(FAMILIES) if not FAMILIES[name].peft]
     refused = [f"| {name} | {NOT_TRAINED[name]} |" for name in sorted(NOT_TRAINED)]
     return (
         f"{HEAD}{chr(10).join(lines)}\n"
+        f"{PEFT.format(refused=', '.join(refused_by_peft), untried=', '.join(LOST_BY_PEFT))}"
         f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS))}"
         f"{REFUSED}{chr(10).join(refused)}\n"
         f"{UNTRIED.format(untried=', '.join(untried))}"

@@ -100,6 +100,8 @@ class Family:
     """Whether an adapter can be merged: not where transformers splits the files' tensors when it loads them."""
     video: bool = False
     """Whether the processor takes videos as such; else their frames go in as pictures."""
+    peft: bool = True
+    """Whether PEFT opens an adapter of it; else it refuses the folder."""
     remark: str = ""
     since: str = ""
     """The first version of transformers that has it, where an older one is taken too."""

@@ -63,6 +63,8 @@ GLM_PICTURE = "<|begin_of_image|><|image|><|end_of_image|>"
 FAMILIES: Mapping[str, Family] = {
     "glm4v": Family(_glm4v_config, _glm4v, GLM_PICTURE, adapted=12, video=True),
     "glm46v": Family(_glm4v_config, _glm46v, GLM_PICTURE, adapted=12, video=True),
-    "glm4v_moe": Family(_glm4v_moe_config, _glm4v, GLM_PICTURE, unadapted="experts and their router", video=True),
+    "glm4v_moe": Family(
+        _glm4v_moe_config, _glm4v, GLM_PICTURE, unadapted="experts and their router", video=True, peft=False
+    ),
     "glm_ocr": Family(_glm_ocr_config, _glm46v, GLM_PICTURE, adapted=12, video=True),
 }

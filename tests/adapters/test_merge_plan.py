@@ -1,0 +1,159 @@
+"""One plan for all that merges: PEFT's folders of heads and embeddings give PEFT's logits, or all ways refuse them."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from dora_vl import merge_dora
+from dora_vl.adapters.adapter import read_adapter
+from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.folder import WEIGHTS_FILE, load_adapter
+from dora_vl.adapters.gguf_export import export_gguf
+from dora_vl.adapters.merge_folder import merge_to_folder
+from dora_vl.adapters.merged_weights import MergedWeights
+from dora_vl.adapters.tuned_weights import Saved, opened
+from dora_vl.errors import UserError
+from dora_vl.evaluation import merge_command
+from tests.adapters.gguf_models import language
+from tests.adapters.peft_folders import moved_peft
+from tests.adapters.test_gguf_export import read_back
+from tests.backbones.tiny_language import byte_tokenizer
+
+HEAD, TABLE = "lm_head", "model.embed_tokens"
+CHANGES: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "table": {"target_modules": ["q_proj", "embed_tokens"]},
+    "both": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+    "both, kept tied by PEFT": {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+    "whole head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "whole table": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+}
+CASES = [(tied, name) for tied in (False, True) for name in CHANGES if tied or "tied" not in name]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+def peft_folder(base: Path, folder: Path, **settings: Any) -> torch.Tensor:
+    """Writes PEFT's folder of a moved adapter; returns PEFT's logits."""
+    wrapped = moved_peft(AutoModelForCausalLM.from_pretrained(base), **settings).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(torch.linspace(0.8, 1.3, len(parameter)).unsqueeze(1))
+        wrapped.save_pretrained(folder)
+        return wrapped(ids()).logits
+
+
+def ids() -> torch.Tensor:
+    return torch.arange(14).view(2, 7) * 11 % 200
+
+
+def ways(base: Path, folder: Path, to: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, Callable]]:
+    """What folds the adapter into its base, by name; each returns the model that came of it."""
+
+    def in_memory() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        load_adapter(model, folder)
+        merge_dora(model.eval())
+        return model
+
+    def as_folder() -> Any:
+        merge_to_folder(read_adapter(folder), base, to / "merged")
+        return AutoModelForCausalLM.from_pretrained(to / "merged")
+
+    def as_gguf() -> Any:
+        export_gguf(read_adapter(folder), base, to / "gguf", tokenizer, kind="f32")
+        return read_back(to / "gguf")
+
+    def as_measured() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        with BaseWeights(base) as weights, opened(Saved(folder), weights) as tuned, torch.no_grad():
+            for layer in {*tuned.factors, *tuned.whole}:
+                after = torch.cat([rows for _, rows in tuned.blocks(layer)])
+                weight = model.get_submodule(layer).weight
+                weight.copy_(after.t() if weight.shape != after.shape else after)
+        return model
+
+    yield from (("merge_dora", in_memory), ("merge", as_folder), ("gguf", as_gguf), ("analyze", as_measured))
+
+
+@pytest.mark.parametrize("use_dora", [True, False], ids=["dora", "lora"])
+@pytest.mark.parametrize(("tied", "name"), CASES)
+def test_all_give_pefts_logits_or_all_refuse(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tied: bool, name: str, use_dora: bool
+) -> None:
+    base = language(tmp_path / "base", "llama, tied" if tied else "llama", tokenizer)
+    expected = peft_folder(base, tmp_path / "adapter", use_dora=use_dora, **CHANGES[name])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert float((model(ids()).logits - expected).abs().max()) > 0.05
+    if tied and name.startswith("whole"):
+        with pytest.raises(UserError, match=HEAD):
+            load_adapter(model, tmp_path / "adapter")
+    else:
+        load_adapter(model, tmp_path / "adapter")
+        torch.testing.assert_close(model.eval()(ids()).logits, expected, rtol=1e-4, atol=1e-4)
+    for _, merged in ways(base, tmp_path / "adapter", tmp_path, tokenizer):
+        if tied:
+            with pytest.raises(UserError, match=rf"{HEAD}.*{TABLE}|{TABLE}.*{HEAD}"):
+                merged()
+        else:
+            torch.testing.assert_close(merged().eval()(ids()).logits, expected, rtol=1e-4, atol=1e-4)
+    assert [path.name for path in tmp_path.glob("*") if tied] in ([], ["base", "adapter"], ["adapter", "base"])
+
+
+@pytest.mark.parametrize("damage", ["another base", "tokens added", "twice"])
+def test_a_copy_of_another_weight_is_no_base(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, damage: str) -> None:
+    base, folder = language(tmp_path / "base", "llama", tokenizer), tmp_path / "adapter"
+    peft_folder(base, folder, **CHANGES["head"])
+    tensors = load_file(folder / WEIGHTS_FILE)
+    copy = next(key for key in tensors if key.endswith("lm_head.base_layer.weight"))
+    tensors |= {
+        "another base": {copy: tensors[copy] + 1e-3},
+        "tokens added": {copy: torch.cat([tensors[copy], tensors[copy][:1]])},
+        "twice": {copy.replace(".base_layer", ""): tensors[copy].clone()},
+    }[damage]
+    save_file(tensors, folder / WEIGHTS_FILE)
+    loads = ("load", lambda: load_adapter(AutoModelForCausalLM.from_pretrained(base), folder))
+    for _, way in (loads, *ways(base, folder, tmp_path, tokenizer)):
+        with pytest.raises(UserError, match=r"lm_head\.weight"):
+            way()
+
+
+def merged_by_verb(*words: str) -> list[str]:
+    parser = ArgumentParser()
+    merge_command.add_arguments(parser)
+    return list(merge_command.run(parser.parse_args(list(words))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_verb_compares_what_it_wrote(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    base = language(tmp_path / "base", "llama", tokenizer)
+    peft_folder(base, tmp_path / "adapter", **CHANGES["head"])
+    words = ["--adapter", str(tmp_path / "adapter"), "--base", str(base), "--to", str(tmp_path / "merged")]
+    told = merged_by_verb(*words, "--dtype", dtype)
+    share = float(re.findall(r"by (\S+) of", told[-1])[0])
+    assert share < {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    read = MergedWeights.read
+    monkeypatch.setattr(  # a head that stays the base's
+        MergedWeights,
+        "read",
+        lambda self, stored: self.base.read(stored.name) if stored.name == "lm_head.weight" else read(self, stored),
+    )
+    with pytest.raises(SystemExit) as ended:
+        merged_by_verb(*words, "--dtype", dtype)
+    assert ended.value.code == 1
+    assert len(merged_by_verb(*words, "--no-check")) == 1

@@ -1,0 +1,236 @@
+"""Whatever `convert`, `save` or `combine` writes opens here as its source was, and in PEFT equally or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dora_vl import AdapterSet, merge_dora
+from dora_vl.adapters.adapter import read_adapter, write_adapter
+from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.combine import combine
+from dora_vl.adapters.folder import CONFIG_FILE, load_adapter, save_adapter
+from dora_vl.adapters.low_rank_export import as_lora, export_layers
+from dora_vl.adapters.read import ReadOptions, read_any
+from dora_vl.core import DoRAConfig, apply_dora
+from dora_vl.core.config import AdaptedPart
+from dora_vl.core.trainable import trained_parts
+from tests.adapters.foreign_files import DOWN, RANK, WIDTH, Q, dora, factors, saved
+from tests.adapters.peft_folders import moved_peft
+from tests.core.dense_dora import move
+
+GATE, HEAD, TABLE = "model.layers.0.mlp.gate_proj", "lm_head", "model.embed_tokens"
+
+
+def base_model(*, tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": WIDTH, "intermediate_size": 20, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attention_bias=True, tie_word_embeddings=tied)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model.eval()(torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(3))).logits
+
+
+# -- other tools' files ---------------------------------------------------------------------------------------
+
+
+def foreign(file_of: Callable[[dict[str, tuple[Tensor, Tensor, Tensor]], Path], None], scale: float, **options: Any):
+    """A layout: `file_of` writes A, B and m of some layers as its tool does; the truth is written out dense."""
+
+    def write(folder: Path) -> Tensor:
+        model = base_model()
+        base = saved(model, folder / "base")
+        layers = {name: factors(model.get_submodule(name).weight, seed) for seed, name in enumerate((Q, DOWN, GATE))}
+        source = folder / "source"
+        source.mkdir()
+        file_of(layers, source)
+        adapter = read_any(source, ReadOptions(base=base, **options))
+        write_adapter(adapter, folder / "adapter")
+        for name, (a, b, m) in layers.items():
+            alone = adapter.factors[name].rank == 0
+            weight = model.get_submodule(name).weight.detach()
+            magnitude = m if adapter.factors[name].magnitude is not None else None
+            model.get_submodule(name).weight = torch.nn.Parameter(
+                dora(weight, a, torch.zeros_like(b) if alone else b, magnitude, scale)
+            )
+        return logits(model)
+
+    return write
+
+
+def nvlabs(alone: tuple[str, ...], layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path) -> None:
+    file = {}
+    for name, (a, b, m) in layers.items():
+        file[f"base_model.model.{name}.weight_m_wdecomp.weight"] = m[:, None]
+        if name not in alone:
+            file |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    torch.save(file, folder / "adapter_model.bin")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "DORA", "r": RANK, "lora_alpha": 7}))
+
+
+def torchtune(layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path) -> None:
+    names = {DOWN: "layers.1.mlp.w2", GATE: "layers.0.mlp.w1"}
+    parts = zip(("lora_a.weight", "lora_b.weight", "magnitude"), (0, 1, 2), strict=True)
+    tensors = {f"{key}.{leaf}": layers[name][i] for leaf, i in parts for name, key in names.items()}
+    del layers[Q]  # whose rows stand in another order there: see test_foreign
+    torch.save(tensors, folder / "adapter_0.pt")
+
+
+def mlx(layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path) -> None:
+    file = {}
+    for name, (a, b, m) in layers.items():
+        file |= {f"{name}.lora_a": a.t().contiguous(), f"{name}.lora_b": b.t().contiguous(), f"{name}.m": m}
+    save_file(file, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": RANK, "scale": 2.0}}))
+
+
+def kohya(layers: dict[str, tuple[Tensor, Tensor, Tensor]], folder: Path) -> None:
+    file = {}
+    for name, (a, b, m) in layers.items():
+        flat = f"lora_te_{name.replace('.', '_')}"
+        file |= {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b, f"{flat}.dora_scale": m[:, None]}
+        file[f"{flat}.alpha"] = torch.tensor(5.0)
+    save_file(file, folder / "adapters.safetensors")
+
+
+# -- our own ---------------------------------------------------------------------------------------------------
+
+
+def own(*, tied: bool = False, **settings: Any) -> Callable[[Path], Tensor]:
+    """What `save_adapter` writes with these settings, moved away from its start."""
+
+    def write(folder: Path, name: str = "adapter") -> Tensor:
+        model = base_model(tied=tied)
+        saved(model, folder / "base")
+        apply_dora(model, DoRAConfig(**{"targets": ("*.q_proj", "*.down_proj"), "rank": 3, "alpha": 7.0, **settings}))
+        move(model)
+        with torch.no_grad():
+            for part in trained_parts(model):
+                for parameter in part.parameters.values() if not part.adapts else ():
+                    parameter.add_(torch.linspace(-0.3, 0.5, parameter.numel()).view(parameter.shape))
+        save_adapter(model, folder / name, base_model=str(folder / "base"))
+        return logits(model)
+
+    return write
+
+
+def combined(*parts: dict[str, Any]) -> Callable[[Path], Tensor]:
+    """What `combine` writes of several; the truth is its definition, over each of the merged models."""
+
+    def write(folder: Path) -> Tensor:
+        shares = {str(number): 0.7 - 0.2 * number for number in range(len(parts))}
+        model, start = base_model(), dict(base_model().named_parameters())
+        for (name, share), part in zip(shares.items(), parts, strict=True):
+            own(**part)(folder, name)
+            merged = base_model()
+            load_adapter(merged, folder / name)
+            merge_dora(merged)
+            with torch.no_grad():
+                for key, parameter in model.named_parameters():
+                    parameter.add_(share * (merged.get_parameter(key) - start[key]))
+        with BaseWeights(folder / "base") as base:
+            found = combine({name: read_adapter(folder / name) for name in shares}, shares, base)
+        write_adapter(found.adapter, folder / "adapter")
+        return logits(model)
+
+    return write
+
+
+def combined_in_memory(*parts: dict[str, Any]) -> Callable[[Path], Tensor]:
+    """The same by an `AdapterSet`, whose active adapter is saved."""
+
+    def write(folder: Path) -> Tensor:
+        expected = combined(*parts)(folder)
+        adapters = AdapterSet(base_model())
+        for number in range(len(parts)):
+            adapters.load(str(number), folder / str(number))
+        adapters.combine("all", {str(number): 0.7 - 0.2 * number for number in range(len(parts))})
+        save_adapter(adapters.model, folder / "adapter")
+        return expected
+
+    return write
+
+
+def low_rank(folder: Path) -> Tensor:
+    """`convert --as lora` at full rank, with trained biases beside it."""
+    expected = own(also_train={"biases": ("*.q_proj.bias",)})(folder, "source")
+    adapter = read_adapter(folder / "source")
+    with BaseWeights(folder / "base") as base:
+        write_adapter(as_lora(adapter, list(export_layers(adapter, base, WIDTH + 4)), 1.0), folder / "adapter")
+    return expected
+
+
+def by_peft(folder: Path) -> Tensor:
+    wrapped = moved_peft(base_model(), target_modules=["q_proj", "lm_head"], bias="lora_only")
+    wrapped.save_pretrained(folder / "source")
+    write_adapter(read_any(folder / "source", ReadOptions()), folder / "adapter")
+    return logits(wrapped)
+
+
+PROJECTOR = {"norm": ("model.norm.weight",)}
+GRANULAR = {"magnitude_targets": ("*.o_proj",)}
+LAYOUTS: dict[str, tuple[Callable[[Path], Tensor], str]] = {
+    "nvlabs": (foreign(lambda *to: nvlabs((), *to), 7 / RANK), "LORA"),
+    "nvlabs, granular": (foreign(lambda *to: nvlabs((GATE,), *to), 7 / RANK), "DORA_VL"),
+    "nvlabs, magnitudes alone": (foreign(lambda *to: nvlabs((Q, DOWN, GATE), *to), 7 / RANK), "DORA_VL"),
+    "torchtune": (foreign(torchtune, 2.0, alpha=2.0 * RANK), "LORA"),
+    "mlx": (foreign(mlx, 2.0), "LORA"),
+    "kohya": (foreign(kohya, 5 / RANK), "LORA"),
+    "peft, head and biases": (by_peft, "LORA"),
+    "dora": (own(), "LORA"),
+    "lora, patterns": (own(method="lora", rank_pattern={"*.down_proj": 2}, alpha_pattern={"*.down_proj": 9.0}), "LORA"),
+    "pissa": (own(init="pissa", rank_scaling="sqrt"), "LORA"),
+    "head and table": (own(targets=(HEAD, TABLE, "*.q_proj"), kinds=("linear", "embedding")), "LORA"),
+    "whole norm": (own(also_train=PROJECTOR), "LORA"),
+    "single biases": (own(also_train={"biases": ("*.q_proj.bias",)}), "DORA_VL"),
+    "kept rows": (own(also_keep=(f"{TABLE}.weight[-5:]",)), "DORA_VL"),
+    "whole head": (own(also_train={"head": ("lm_head.weight",)}), "LORA"),
+    "whole tied table": (own(tied=True, also_train={"table": (f"{TABLE}.weight",)}), "DORA_VL"),
+    "granular": (own(**GRANULAR), "DORA_VL"),
+    "parts": (own(parts={"mlp": AdaptedPart(targets=("*.up_proj",), rank=2, alpha=5.0)}), "LORA"),
+    "dvora": (own(method="dvora"), "DORA_VL"),
+    "magnitude": (own(method="magnitude"), "DORA_VL_MAGNITUDE"),
+    "full": (own(method="full"), "DORA_VL_FULL"),
+    "dora + lora": (combined({}, {"method": "lora"}), "LORA"),
+    "granular + whole norm": (combined(GRANULAR, {"also_train": PROJECTOR}), "DORA_VL"),
+    "magnitudes": (combined({"method": "magnitude"}, {"method": "magnitude"}), "DORA_VL"),
+    "dora + lora, in memory": (
+        combined_in_memory({"targets": ("*.q_proj",)}, {"method": "lora", "targets": ("*.down_proj",)}),
+        "DORA_VL",
+    ),
+    "as lora": (low_rank, "DORA_VL"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_written_opens_here_and_in_peft_alike_or_not(tmp_path: Path, layout: str) -> None:
+    write, kind = LAYOUTS[layout]
+    expected = write(tmp_path)
+    tied = "tied" in layout
+    assert float((logits(base_model(tied=tied)) - expected).abs().max()) > 0.01
+    model = base_model(tied=tied)
+    load_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())["peft_type"] == kind
+    if kind == "LORA":
+        opened = PeftModel.from_pretrained(base_model(tied=tied), tmp_path / "adapter")
+        torch.testing.assert_close(logits(opened), expected, rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(KeyError, match="DORA_VL"):
+            PeftModel.from_pretrained(base_model(tied=tied), tmp_path / "adapter")

@@ -1,0 +1,77 @@
+"""What a run saves opens in PEFT with the same logits, or PEFT refuses it: every family, by each method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from dora_vl import DoRAConfig, apply_dora, save_adapter, trained_parts
+from dora_vl.adapters.folder import CONFIG_FILE
+from dora_vl.adapters.settings import peft_config
+from dora_vl.backbones.image_text import language_targets, load_image_text, projector_patterns
+from tests.backbones.image_text_talks import TALKS, batch_of, encoder_of, talks_of
+from tests.backbones.model_table import LOST_BY_PEFT
+from tests.backbones.tiny_families.language import LANGUAGE_MODELS
+from tests.backbones.tiny_families.table import FAMILIES, families_in_turn
+from tests.backbones.tiny_image_text import write_tiny_language
+
+methods = pytest.mark.parametrize("method", ["dora", "lora"])
+
+
+@torch.no_grad()
+def opens(open_base: Callable[[], Any], batch: Mapping[str, Any], folder: Path, method: Any) -> bool:
+    """Whether PEFT opens a moved adapter of all that trains by default; its logits are then the same."""
+    model, base = open_base(), open_base()
+    projector = projector_patterns(model)
+    also = {"projector": projector} if projector else {}
+    apply_dora(model, DoRAConfig(targets=language_targets(model), method=method, rank=3, alpha=7.0, also_train=also))
+    torch.manual_seed(1)
+    for part in trained_parts(model):
+        for parameter in part.parameters.values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    save_adapter(model, folder)
+    expected = model.eval()(**batch).logits
+    assert float((base(**batch).logits - expected).abs().max()) > 0.01
+    if json.loads((folder / CONFIG_FILE).read_text())["peft_type"] != "LORA":
+        with pytest.raises(KeyError, match="DORA_VL"):
+            PeftModel.from_pretrained(base, folder)
+        return False
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(base, folder).eval()(**batch).logits, expected, rtol=0, atol=1e-4
+    )
+    return True
+
+
+@methods
+@families_in_turn
+def test_a_family_opens_or_is_refused(folders: Mapping[str, Path], tmp_path: Path, family: str, method: str) -> None:
+    batch = batch_of(encoder_of(folders[family]), [TALKS[talk] for talk in talks_of(family)])
+    found = opens(lambda: load_image_text(str(folders[family])).model.eval(), batch, tmp_path / "adapter", method)
+    assert found == FAMILIES[family].peft
+
+
+@methods
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_a_language_model_opens(tmp_path: Path, family: str, method: str) -> None:
+    base = write_tiny_language(family, tmp_path / "base")
+    batch = {"input_ids": torch.arange(9).unsqueeze(0) + 300}
+
+    def open_base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+
+    assert opens(open_base, batch, tmp_path / "adapter", method)
+
+
+@pytest.mark.parametrize("model_type", LOST_BY_PEFT)
+def test_a_type_that_peft_takes_for_an_older_one_is_not_called_its_own(model_type: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type))
+    apply_dora(model, DoRAConfig(targets=language_targets(model)))
+    assert peft_config(model, "")["peft_type"] == "DORA_VL"
