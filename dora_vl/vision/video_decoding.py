@@ -99,6 +99,9 @@ def decode(request: Request, backend: str) -> Iterator[Decoded]:
         yield from _decode(request, backend)
     except OverLimit as error:
         raise BadSample(request.clip.path, f"video {request.clip.path} {error}") from None
+    except NotWhole as error:
+        again = "copy it again, or remux a recording that ended so (ffmpeg -i FILE -c copy FILE.mp4)"
+        raise BadSample(request.clip.path, f"video {request.clip.path} {error}; {again}") from None
 
 
 def _decode(request: Request, backend: str) -> Iterator[Decoded]:
