@@ -6,14 +6,13 @@ Nothing is decoded here: a picture that is there and broken is found when it is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import datasets
 import numpy as np
 
 from dora_vl.data.bad_samples import BadSampleCounts, BadSampleLedger
 from dora_vl.data.dataset import ConversationDataset, Skipped
-from dora_vl.data.media import HeldPictures, path_inside
+from dora_vl.data.media import HeldPictures, MediaFolder, path_inside
 from dora_vl.data.turns import read_conversation
 from dora_vl.errors import BadSample, UserError
 
@@ -28,8 +27,8 @@ def look_ahead(
     rows: datasets.Dataset,
     stored: HeldPictures,
     *,
-    pictures: Path | None,
-    videos: Path | None,
+    pictures: MediaFolder | None,
+    videos: MediaFolder | None,
     max_bad_share: float,
     source: str,
 ) -> None:
@@ -78,7 +77,9 @@ def _rows(rows: datasets.Dataset) -> Iterator[Mapping[str, object]]:
         yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
-def _check(row: Mapping[str, object], stored: HeldPictures, pictures: Path | None, videos: Path | None) -> None:
+def _check(
+    row: Mapping[str, object], stored: HeldPictures, pictures: MediaFolder | None, videos: MediaFolder | None
+) -> None:
     conversation = read_conversation(row)
     if pictures is not None:
         for name in conversation.images:
@@ -89,7 +90,7 @@ def _check(row: Mapping[str, object], stored: HeldPictures, pictures: Path | Non
             _find(videos, clip.path, "video")
 
 
-def _find(root: Path, name: str, kind: str) -> None:
+def _find(root: MediaFolder, name: str, kind: str) -> None:
     try:
         there = path_inside(root, name, kind=kind).exists()
     except OSError:  # a name that no file system takes

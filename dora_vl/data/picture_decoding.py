@@ -32,7 +32,6 @@ from dora_vl.data.media_limits import (
 from dora_vl.data.regular_file import NoRegularFile, open_regular
 from dora_vl.errors import DECODING_ERRORS, BadSample
 
-
 log = logging.getLogger(__name__)
 
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx")
@@ -170,7 +169,11 @@ class _HeaderReads:
 def _no_format(stream: BinaryIO | BytesIO, size: int, formats: tuple[str, ...]) -> str:
     stream.seek(0)
     if size and _is_heic(stream):
-        return "cannot be read as a HEIC" if "HEIF" in formats else "is a HEIC; pip install pillow-heif reads those"
+        return (
+            "cannot be read as a HEIC"
+            if "HEIF" in formats
+            else "is a HEIC; its decoder is missing (pip install pillow-heif)"
+        )
     start = stream.read(16)
     for name in formats:
         _, begins_as_one = Image.OPEN[name]

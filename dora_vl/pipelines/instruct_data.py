@@ -16,7 +16,7 @@ from dora_vl.backbones.base import Backbone
 from dora_vl.data.dataset import ConversationDataset, Rows, Sample, Skipped
 from dora_vl.data.largest_items import longest_places, places_of_largest_pictures
 from dora_vl.data.look_ahead import look_ahead, try_first
-from dora_vl.data.media import HeldPictures, StoredPictures, any_is_there
+from dora_vl.data.media import HeldPictures, MediaFolder, StoredPictures, any_is_there
 from dora_vl.data.sampler import SamplingLengths, sampling_lengths
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
 from dora_vl.data.stream_sources import StreamSource
@@ -122,21 +122,21 @@ class InstructData:
             counts = len(self._held_out.rows), len(self._held_out.pictures), seed
             logger.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
 
-    def look_ahead(self, *, pictures: Path | None = None, videos: Path | None = None) -> None:
+    def look_ahead(self, *, pictures: MediaFolder | None = None, videos: MediaFolder | None = None) -> None:
         """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
 
         Args:
             pictures: root of their paths.
             videos: likewise.
         """
-        if pictures is not None and not pictures.is_dir():
+        if pictures is not None and not pictures.root.is_dir():
             raise UserError(f"picture folder {pictures} does not exist; set data.image_folder")
         if self._train is None:
             return
         source = train_name(self._config.data.train)
         first = self._train.rows[:FIRST_ROWS]["images"] if pictures else []
         named = list(dict.fromkeys(name for names in first for name in names if name not in self._train.stored))
-        if pictures is not None and named and not any_is_there(named, pictures):
+        if pictures is not None and named and not any_is_there(named, pictures.root):
             raise UserError(
                 f"{source}: not one of its first {len(named):,} pictures is in {pictures}, such as {shown(named[0])}; "
                 "set data.image_folder to the folder that their paths start from"
@@ -181,7 +181,7 @@ class InstructData:
         tokens_per_image: int = 0,
         tokens_per_video: int = 0,
         share_pictures: bool = False,
-        sized_pictures: Path | None = None,
+        sized_pictures: MediaFolder | None = None,
     ) -> TrainingData:
         """What the Trainer takes.
 
@@ -249,7 +249,7 @@ def _pools(
     count: int,
     *,
     grouped: bool,
-    sized: Path | None,
+    sized: MediaFolder | None,
 ) -> list[list[Sample | Skipped]]:
     """The largest samples, those with pictures and those without apart where no micro-batch mixes them.
 

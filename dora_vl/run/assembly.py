@@ -95,6 +95,7 @@ def recipe_record(config: RunConfig, task: str) -> dict[str, Any]:
         "compose": None if model.compose is None else dataclasses.asdict(model.compose),
         "template": model.template,
         "image_aspect": model.image_aspect,
+        "as_published": config.data.as_published,
     }
 
 
