@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,14 +17,15 @@ from dora_vl.backbones.base import Backbone
 from dora_vl.data.dataset import ConversationDataset, Rows, Sample, Skipped
 from dora_vl.data.largest_items import longest_places, places_of_largest_pictures
 from dora_vl.data.look_ahead import look_ahead, try_first
-from dora_vl.data.media import HeldPictures, MediaFolder, StoredPictures, any_is_there
+from dora_vl.data.media import HeldPictures, MediaFolder, StoredPictures, any_is_there, path_inside
+from dora_vl.data.regular_file import content_key
 from dora_vl.data.sampler import SamplingLengths, sampling_lengths
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
 from dora_vl.data.stream_sources import StreamSource
 from dora_vl.data.train_files import train_files, train_name
 from dora_vl.data.training_rows import SampleRows, described, load_rows, overlap, overlap_warning
 from dora_vl.data.turns import Turn, read_conversation
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.questions import Question
@@ -32,7 +34,15 @@ from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.run.recipe import RunConfig
-from dora_vl.run.samples import check_streaming, open_stream, read_samples, read_validation, samples_of_a_run
+from dora_vl.run.samples import (
+    check_streaming,
+    image_folder,
+    open_stream,
+    read_samples,
+    read_validation,
+    samples_of_a_run,
+    video_folder,
+)
 from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.memory_estimate import Activations, decoder_activations
 from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, TrainingData
@@ -45,6 +55,8 @@ Settings = TypeVar("Settings", bound=InstructConfig)
 
 logger = logging.getLogger(__name__)
 
+HASHED_ROWS = 2_000
+"""At even distances, whose pictures and videos a resume compares: a second's work, a few more from a network's disk."""
 FIRST_ROWS = 1_000
 """Where none of their pictures is in the folder, it is another one."""
 
@@ -210,9 +222,24 @@ class InstructData:
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(train.rows),
             ids=train.ids,
+            media=self._media_keys,
             source=train_name(data.train),
             longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
         )
+
+    def _media_keys(self) -> dict[str, str]:
+        """What the files of some training samples hold, by name; one that the data file holds is named after it."""
+        if self._train is None or not isinstance(self._config, RunConfig):
+            return {}
+        rows, data, found = self._train.samples, self._config.data, dict[str, str]()
+        for place in range(0, len(rows), math.ceil(len(rows) / HASHED_ROWS)):
+            try:
+                row = read_conversation(rows[place])
+            except BadSample:
+                continue
+            found |= {name: _key(image_folder(data), name, self._train.stored) for name in row.images}
+            found |= {clip.path: _key(video_folder(data), clip.path, self._train.stored) for clip in row.videos}
+        return found
 
     @property
     def _micro_batch(self) -> int:
@@ -240,6 +267,13 @@ class InstructData:
             source=train_name(data.train),
             longest_tokens=data.max_tokens,
         )
+
+
+def _key(folder: MediaFolder, name: str, stored: HeldPictures) -> str:
+    try:
+        return "" if name in stored else content_key(path_inside(folder, name))
+    except (BadSample, OSError):  # told of when it is read
+        return ""
 
 
 def _pools(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from dora_vl.data.picture_decoding import NOT_DECODED, opened_picture
 from dora_vl.data.readers.containers import find_files
+from dora_vl.data.regular_file import content_key
 from dora_vl.data.sample_rows import format_of, read_row, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip, Conversation, as_conversation
 from dora_vl.errors import BadSample, UserError, shown_text
@@ -23,9 +23,6 @@ from dora_vl.sources.check_command import table
 from dora_vl.sources.check_media import MediaCheck
 from dora_vl.sources.check_rows import FileCheck, Limits, Sample, read_sample
 from dora_vl.sources.media_files import save_picture
-
-HASHED_BYTES = 1 << 16
-"""Of a picture's beginning and end: with its size enough to tell a copy under another name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +72,7 @@ class Pictures:
         if name in self.keys:
             return
         path = self.root / name
-        self.keys[name] = _content_key(path)
+        self.keys[name] = content_key(path)
         try:
             with opened_picture(path) as image:
                 self.formats[image.format or "unknown"] += 1
@@ -228,14 +225,6 @@ def _usable(check: FileCheck, record: Mapping[str, object], number: int, media_t
 def _first_problem(check: FileCheck) -> str:
     found = max(check.findings.values(), key=lambda finding: finding.count)
     return f"{found.count:,} times {found.problem}, for example {found.ids[0]}: {shown_text(found.example, 120)}"
-
-
-def _content_key(path: Path) -> str:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        beginning = file.read(HASHED_BYTES)
-        file.seek(max(0, size - HASHED_BYTES))
-        return hashlib.sha256(b"%d " % size + beginning + file.read()).hexdigest()
 
 
 def _clip(clip: Clip) -> object:
