@@ -11,27 +11,13 @@ PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVI
 """Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders.
 HEIC is read beside them where pillow-heif is installed."""
 PICTURE_ENDINGS = (
-    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "apng", "mpo", "jp2", "j2k", "avif",
-    "heic", "heif",
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "apng", "mpo",
+    "jp2", "j2k", "jpc", "jpf", "jpx", "j2c", "avif", "avifs", "heic", "heif", "hif",
 )  # fmt: skip
 """How files of these formats end."""
 VIDEO_ENDINGS = (
-    "mp4",
-    "mkv",
-    "webm",
-    "avi",
-    "mov",
-    "m4v",
-    "ts",
-    "m2ts",
-    "flv",
-    "mpg",
-    "mpeg",
-    "vob",
-    "wmv",
-    "asf",
-    "mxf",
-)
+    "mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "m2ts", "flv", "mpg", "mpeg", "vob", "wmv", "asf", "mxf",
+)  # fmt: skip
 PICTURE_PIXELS = 178_956_970
 """Most of a picture: the number from which Pillow itself refuses. Decoding it takes 0.6 to 2.2 GB, and seconds."""
 PICTURE_ELONGATION = 500

@@ -332,8 +332,9 @@ def _plain_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         image = _of_real_numbers(image)
     elif image.mode.startswith("I"):
-        bits = _depth(image)
-        image = image.convert("I").point(lambda value: value / 2 ** (bits - 8)).convert("L")
+        numbers = image if image.mode in {"I", "I;16"} else image.convert("I")
+        bits = _depth(numbers, stated=not isinstance(image, TiffImageFile))
+        image = numbers.point(lambda value: value / 2 ** (bits - 8)).convert("L")
     elif image.mode in _WITH_ALPHA or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
@@ -351,17 +352,18 @@ def _of_real_numbers(image: Image.Image) -> Image.Image:
     return image.point(lambda value: value * 255 + 0.5).convert("L")
 
 
-def _depth(image: Image.Image) -> int:
+def _depth(image: Image.Image, *, stated: bool) -> int:
     """How many bits the whole numbers of a picture have.
 
-    A TIFF stores those of 10, 12 and 14 bits in 16 and does not say so: they are as many as the brightest needs. PNG
-    and JPEG 2000 use all 16.
+    Args:
+        stated: its format uses all 16, as PNG and JPEG 2000 do; a TIFF stores those of 10, 12 and 14 bits in 16 and
+            does not say so: they are as many as the brightest needs.
     """
     least, most = (int(end) for end in image.getextrema() if isinstance(end, int | float))
     if least < 0 or most >= 2 ** DEPTHS[-1]:
         # Pillow would make black and white of these, without a word.
         raise NoPicture(f"holds numbers from {least:,} to {most:,}; those from 0 to {2 ** DEPTHS[-1] - 1:,} are read")
-    if not isinstance(image, TiffImageFile):
+    if stated:
         return DEPTHS[-1]
     bits = next(bits for bits in DEPTHS if most < 2**bits)
     if 8 < bits < DEPTHS[-1]:

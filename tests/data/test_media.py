@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_vl.data.media import open_image
+from dora_vl.data.media import MediaFolder, open_image
 from dora_vl.errors import BadSample
 
 
@@ -56,7 +56,7 @@ def test_a_link_out_of_the_folder_is_refused_unless_links_are_followed(root: Pat
     for path in ("file.png", "folder/outside.png"):
         with pytest.raises(BadSample, match="is a link that leads out of"):
             open_image(root, path)
-        assert open_image(root, path, follow_links=True).size == (7, 5)
+        assert open_image(MediaFolder(root, follow_links=True), path).size == (7, 5)
 
 
 def test_links_inside_the_folder_and_a_linked_folder_itself_are_fine(root: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_missing_empty_folder_and_text_are_named(root: Path) -> None:
         open_image(root, "none.png")
     for path, why in {
         "empty.png": "is no picture of PNG, JPEG.*: it has 0 bytes",
-        "text.png": "is no picture of PNG, JPEG.*: it begins with b'not a pi'",
+        "text.png": "is no picture of PNG, JPEG.*: it begins with b'not a pictur'",
         "cut.png": "begins as a PNG and is cut or damaged near its start",
         "coco": "cannot be read: it is a folder, no file",
     }.items():
@@ -191,8 +191,9 @@ def test_sixteen_bit_grey_keeps_its_range(root: Path) -> None:
 @pytest.mark.parametrize(
     ("numbers", "kind", "told"),
     [
-        ([[0.0, 0.25, 1.0]], np.float32, "floating-point numbers"),
-        ([[np.nan, 200.0, 3.0]], np.float32, "floating-point numbers"),
+        ([[0.0, 0.25, 1.01]], np.float32, "floating-point numbers from 0 to 1.01"),
+        ([[-0.5, 0.25, 1.0]], np.float32, "floating-point numbers from -0.5 to 1"),
+        ([[0.5, np.nan, 0.5]], np.float32, "floating-point numbers from nan"),
         ([[0, 70_000, 5]], np.int32, "numbers from 0 to 70,000; those from 0 to 65,535 are read"),
         ([[-3, 20, 5]], np.int32, "numbers from -3 to 20"),
     ],
@@ -202,9 +203,3 @@ def test_numbers_that_are_no_brightness_are_refused(root: Path, numbers: object,
     Image.fromarray(np.array(numbers, dtype=kind)).save(root / "scan.tiff")
     with pytest.raises(BadSample, match=told):
         open_image(root, "scan.tiff")
-
-
-@pytest.mark.parametrize(("most", "read"), [(200, 200), (65_535, 255)])
-def test_whole_numbers_of_a_tiff_keep_their_range(root: Path, most: int, read: int) -> None:
-    Image.fromarray(np.array([[0, most]], dtype=np.int32)).save(root / "scan.tiff")
-    assert np.asarray(open_image(root, "scan.tiff"))[0, :, 1].tolist() == [0, read]

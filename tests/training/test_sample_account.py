@@ -17,7 +17,7 @@ MEDIA = {"a.png": "1", "b.png": "2", "missing.png": "", "broken.png": "3"}
 
 
 def progress_over(*ids: str, **media: str) -> Progress:
-    statistics = BatchStatistics(BadSampleLedger(max_bad_share=1, total_samples=3, source="train.json"))
+    statistics = BatchStatistics(BadSampleLedger(max_bad_share=1.0, total_samples=3, source="train.json"))
     statistics.carry_over({"c": "picture broken.png in . cannot be decoded"})
     found = Progress(statistics, None)
     found.trains_on(lambda: ids, "train.json", lambda: {**MEDIA, **{f"{name}.png": key for name, key in media.items()}})
