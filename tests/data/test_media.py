@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dora_vl.data.examples import Clip
+from dora_vl.data.largest_items import places_of_largest_pictures
+from dora_vl.data.look_ahead import look_ahead
 from dora_vl.data.media import MediaFolder, open_image
-from dora_vl.errors import BadSample
+from dora_vl.data.training_rows import load_rows
+from dora_vl.errors import BadSample, UserError
+from dora_vl.sources.check_media import MediaCheck
+from dora_vl.vision.compute_features import Media, Medium
+from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.vision.images import ImagePreparation, Preparation
+from dora_vl.vision.video import read_frames
+from tests.vision.video_files import write_clip
 
 
 def noise(height: int, width: int, channels: int) -> np.ndarray:
@@ -203,3 +215,49 @@ def test_numbers_that_are_no_brightness_are_refused(root: Path, numbers: object,
     Image.fromarray(np.array(numbers, dtype=kind)).save(root / "scan.tiff")
     with pytest.raises(BadSample, match=told):
         open_image(root, "scan.tiff")
+
+
+def test_whatever_reads_files_follows_links_by_one_option(tmp_path: Path) -> None:
+    """As DVC and git-annex lay them: training's start and batches, check-data and init, features, videos."""
+    root = tmp_path / "linked"
+    root.mkdir()
+    for name in ("a.png", "a.mp4"):
+        (root / name).symlink_to(tmp_path / f"stored_{name}")
+    Image.fromarray(noise(5, 7, 3)).save(tmp_path / "stored_a.png")
+    write_clip(tmp_path / "stored_a.mp4")
+    row = {
+        "id": "1",
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "b"}],
+    }
+    (tmp_path / "train.json").write_text(json.dumps([row]))
+    rows = load_rows(str(tmp_path / "train.json"))
+
+    def start(folder: MediaFolder) -> bool:
+        try:
+            look_ahead(rows.rows, rows.stored, pictures=folder, videos=None, max_bad_share=0.0, source="train.json")
+        except UserError as error:
+            assert "data.follow_links" in str(error)
+            return False
+        return True
+
+    def features(folder: MediaFolder) -> bool:
+        preparation = ImagePreparation(Preparation(image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3), aspect="pad")
+        return not Media(media=[Medium("a", "a.png")], root=folder, preparation=preparation)[0][0].broken
+
+    def video(folder: MediaFolder) -> bool:
+        try:
+            return len(read_frames(folder, Clip(path="a.mp4"), Uniform(2)).pictures) == 2
+        except BadSample:
+            return False
+
+    readers: list[Callable[[MediaFolder], bool]] = [
+        start,
+        features,
+        video,
+        lambda folder: MediaCheck(folder, decode=False).trouble("a.png") is None,
+        lambda folder: MediaCheck(folder, decode=True).trouble("a.mp4") is None,
+        lambda folder: bool(places_of_largest_pictures(rows.rows, rows.stored, folder, 1)),
+    ]
+    for follow_links in (False, True):
+        assert [read(MediaFolder(root, follow_links)) for read in readers] == [follow_links] * len(readers)
