@@ -55,7 +55,7 @@ class MediaCheck:
 
     def _look_into(self, content: bytes) -> Trouble | None:
         quick = ends_trouble(content[:16], content[-4096:], len(content))
-        return decoding_trouble(BytesIO(content)) if self._decode or quick else None
+        return self._judged(quick, BytesIO(content))
 
     def _look(self, name: str, video: bool) -> Trouble | None:
         try:
@@ -76,8 +76,12 @@ class MediaCheck:
             return Trouble("zero-byte media", "0 bytes")
         if video or path.suffix.lower().removeprefix(".") in VIDEO_ENDINGS:
             return video_trouble(path)
-        # What looks odd is for training's own decoder to judge.
-        return decoding_trouble(path) if self._decode or quick_trouble(path, size) else None
+        return self._judged(quick_trouble(path, size), path)
+
+    def _judged(self, quick: Trouble | None, source: Path | BytesIO) -> Trouble | None:
+        """What looks odd is for training's own decoder to judge."""
+        found = decoding_trouble(source) if self._decode or quick else None
+        return quick if found and quick and quick.kind == TRUNCATED else found
 
 
 def quick_trouble(path: Path, size: int) -> Trouble | None:

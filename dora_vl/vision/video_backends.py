@@ -197,6 +197,8 @@ class PyavVideo:
         self._keys.sort()
         if self._format in STREAMS and not self._ends_whole():
             raise NotWhole("is cut off: its last picture is not whole")
+        if self._format == "mpeg":  # where it is entered elsewhere, several frames in one packet get wrong times
+            del self._keys[1:]
         self._pts = [pts for pts, _ in shown]
         self._tick = float(self._stream.time_base)
         self._begins = [(pts - self._pts[0]) * self._tick for pts in self._pts]
