@@ -207,13 +207,13 @@ class PyavVideo:
 
     def _ends_whole(self) -> bool:
         """Whether the last picture can be decoded without a fault, from the last key frame but one on."""
-        whole = True
+        whole, begun = True, not self._keys
         with self._readable(), self._av.open(self._path, format=self._format) as container:
             stream = container.streams.video[0]
             stream.codec_context.options, stream.thread_type = {"err_detect": "explode"}, "NONE"
-            container.seek(self._keys[-2:][0], stream=stream) if self._keys else None
-            for packet in container.demux(stream):
-                if packet.size:
+            for packet in container.demux(stream):  # no seeking: in streams it may land behind the key frame
+                begun = begun or (packet.is_keyframe and packet.pts in self._keys[-2:])
+                if begun and packet.size:
                     try:
                         whole = not any(frame.is_corrupt for frame in packet.decode())
                     except self._av.error.FFmpegError:
