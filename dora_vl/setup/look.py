@@ -12,6 +12,7 @@ from statistics import median
 from PIL import ExifTags
 from tqdm import tqdm
 
+from dora_vl.data.media import MediaFolder, path_inside
 from dora_vl.data.picture_decoding import NOT_DECODED, opened_picture
 from dora_vl.data.readers.containers import find_files
 from dora_vl.data.regular_file import content_key
@@ -111,6 +112,16 @@ class Look:
         kinds = ("pictures", any(talk.images for talk in talks)), ("videos", any(talk.videos for talk in talks))
         return " and ".join(name for name, are_there in kinds if are_there) or "pictures"
 
+    @property
+    def links_out(self) -> bool:
+        """Whether a file that the rows name is a link out of their folder."""
+        try:
+            for name in chain.from_iterable(row.media for row in self.rows):
+                path_inside(self.root, name)
+        except BadSample:
+            return True
+        return False
+
     def lines(self) -> Iterator[str]:
         """What is told of it."""
         yield f"{self.questions}: {self.format}, {self.read:,} rows ({self.columns}), {len(self.rows):,} usable"
@@ -159,7 +170,9 @@ def look_at(folder: Path, questions: Path, *, media_to: Path) -> Look:
     held, names, first = _begin(records.rows())
     root = media_to if held else root_of_pictures(folder, questions, names)
     check = FileCheck(
-        questions, Limits(most=10**9, unit="words", length=_words, answers_needed=True), MediaCheck(root, decode=True)
+        questions,
+        Limits(most=10**9, unit="words", length=_words, answers_needed=True),
+        MediaCheck(MediaFolder(root, follow_links=True), decode=True),
     )
     rows: list[Row] = []
     with tqdm(total=_bytes(records.files), unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:

@@ -101,6 +101,8 @@ OURS_ALONE: Mapping[str, Rule] = {
     "data.share_pictures": _empty("no sharing of pictures"),
     "data.cache_features": _empty("no stored features; the tower runs in every step"),
     "data.feature_cache": _empty("no stored features"),
+    "data.follow_links": same("links are followed there"),
+    "data.as_published": same("pictures are read so there"),
     "data.max_bad_share": lost("bad samples end the run there, or are passed over"),
     "optim.rates": _rates,
     "optim.projector_learning_rate": _one_rate,
