@@ -228,7 +228,7 @@ def _is_intact(chunk: bytes) -> bool:
 END_MARK, SCAN = b"\xff\xd9", b"\xff\xda"
 RESTARTS = b"\xff\xdd"
 """The mark of a JPEG of parts, whose reader looks for the next one's mark instead of reading on."""
-INSTEAD_OF_A_CUT = (b"", b"\x55" * 64, b"\xaa" * 64)
+INSTEAD_OF_A_CUT = (b"\x55" * 64, b"\xaa" * 64)
 """Bits that would be read as pixels where some are missing, and as nothing where none are."""
 
 
