@@ -226,9 +226,11 @@ def _is_intact(chunk: bytes) -> bool:
 
 
 END_MARK, SCAN = b"\xff\xd9", b"\xff\xda"
+MOST_MENDED = 2**26
+"""Pixels of a JPEG that is decoded four times."""
 RESTARTS = b"\xff\xdd"
 """The mark of a JPEG of parts, whose reader looks for the next one's mark instead of reading on."""
-INSTEAD_OF_A_CUT = (b"\x55" * 64, b"\xaa" * 64)
+INSTEAD_OF_A_CUT = (b"", b"\x55" * 64, b"\xaa" * 64)
 """Bits that would be read as pixels where some are missing, and as nothing where none are."""
 
 
@@ -241,7 +243,7 @@ def _with_end_mark(content: bytes) -> bytes | None:
         with opened_picture(BytesIO(content)) as image:
             scan = content.rfind(SCAN, 0, vars(image)["fp"].tell())
             several_scans = image.info.get("progressive") or content[scan + 4] != len(image.getbands())
-            if several_scans or RESTARTS in content:
+            if several_scans or RESTARTS in content or image.width * image.height > MOST_MENDED:
                 return None
         sums = {_loaded_sum(content + instead + END_MARK) for instead in INSTEAD_OF_A_CUT}
     except NOT_DECODED:  # IndexError where it ends in its header
