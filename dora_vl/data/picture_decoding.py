@@ -45,7 +45,7 @@ class NoPicture(ValueError):
     """Not one of the formats, or over a limit: what stands behind "picture X in Y"."""
 
 
-NOT_DECODED = (*DECODING_ERRORS, MemoryError, Image.DecompressionBombError)
+NOT_DECODED = (*DECODING_ERRORS, RuntimeError, MemoryError, Image.DecompressionBombError)
 """Whatever opening or decoding a picture raises; `NoPicture` and `NoRegularFile` are among them."""
 
 
