@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.fuzz_case import Outcome, memory_mb
 from benchmarks.hostile_pictures import OTHER_FORMATS, lying_and_bursting, saved
-from benchmarks.hostile_videos import OTHER_VIDEOS, large_frames, lying_and_endless
+from benchmarks.hostile_videos import OTHER_VIDEOS, asf_mxf_and_mpeg, large_frames, lying_and_endless
 from benchmarks.media_case import judged, read, with_read
 
 HOSTILE = "hostile"
@@ -68,7 +68,7 @@ def hostile_inputs(scratch: Path) -> Iterator[Hostile]:
             yield Hostile(said, video, _written(content))
     for said, content in lying_and_bursting():
         yield Hostile(said, video=False, put=_written(content), must_fail=False)
-    for said, content in (*lying_and_endless(), *large_frames(scratch)):
+    for said, content in (*lying_and_endless(), *asf_mxf_and_mpeg(), *large_frames(scratch)):
         yield Hostile(said, video=True, put=_written(content), must_fail=False)
     for video in (False, True):
         for said, make in SPECIAL.items():

@@ -7,7 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 
-from PIL import Image
+from PIL import Image, features
 
 PNG, GIF = b"\x89PNG\r\n\x1a\n", b"GIF89a"
 
@@ -155,8 +155,29 @@ def lying_and_bursting() -> Iterator[tuple[str, bytes]]:
     yield from _png()
     yield from _jpeg_and_gif()
     yield from _bmp_tiff_and_webp()
+    yield from _jpeg_2000_and_avif()
     yield "nothing at all", b""
     yield "one byte", b"\x89"
+
+
+def _jpeg_2000_and_avif() -> Iterator[tuple[str, bytes]]:
+    """Sizes that lie, and JPEGs that lack their end and would be decoded more than once."""
+    stream = saved("JPEG2000", no_jp2=True)
+    for width, height in ((2**31 - 1,) * 2, (13_000, 13_000), (1, 2**31 - 1), (0, 0)):
+        yield f"JPEG 2000 of {width} x {height}", stream[:8] + struct.pack(">II", width, height) + stream[16:]
+        tiles = stream[:24] + struct.pack(">II", 1, 1) + stream[32:]
+        yield (
+            f"JPEG 2000 of tiles of a pixel, {width} x {height}",
+            (tiles[:8] + struct.pack(">II", width, height) + tiles[16:]),
+        )
+    if features.check("avif"):
+        avif = saved("AVIF")
+        place = avif.index(b"ispe") + 8
+        for side in (2**31 - 1, 13_000, 0):
+            yield f"AVIF of {side} x {side}", avif[:place] + struct.pack(">II", side, side) + avif[place + 8 :]
+    for side in (2_000, 13_000):
+        yield f"JPEG of {side} x {side} without its end", saved("JPEG", (side, side))[:-2]
+    yield "JPEG that says 13,000 x 13,000 without its end", jpeg(13_000, 13_000)[:-2]
 
 
 def _png() -> Iterator[tuple[str, bytes]]:

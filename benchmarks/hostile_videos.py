@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.hostile_pictures import OTHER_FORMATS, gif, gif_frame
 from benchmarks.media_files import written_clip
+from dora_vl.vision.video_containers import ASF, KLV_KEY, PACK
 
 EBML = bytes.fromhex("1a45dfa3")
 SEGMENT = bytes.fromhex("18538067")
@@ -74,6 +75,19 @@ def nested(depth: int) -> bytes:
 def riff(form: bytes, data: bytes) -> bytes:
     """One chunk with lists."""
     return b"RIFF" + struct.pack("<I", len(data) + 4) + form + data
+
+
+def asf_mxf_and_mpeg() -> Iterator[tuple[str, bytes]]:
+    """Likewise."""
+    mxf = KLV_KEY + bytes.fromhex("020501010d0102010102040000")
+    yield "ASF of three million empty objects", (ASF + struct.pack("<Q", 24)) * 3_000_000
+    yield "ASF of its mark alone", ASF + struct.pack("<Q", 30) + bytes(6)
+    yield "MXF of three million empty triplets", mxf + (KLV_KEY + bytes(13)) * 3_000_000
+    yield "ASF of an object of 2^64 - 1 bytes", ASF + b"\xff" * 8 + bytes(20)
+    yield "MXF of a triplet of 2^56 bytes", mxf + KLV_KEY + bytes(12) + b"\x87" + b"\xff" * 7
+    yield "MXF of a length of 127 bytes", mxf + KLV_KEY + bytes(12) + b"\xff" * 40
+    yield "MPEG program of three million ends", PACK + b"\x44" + bytes(9) + b"\0\0\1\xb9" * 3_000_000
+    yield "MPEG program of zeros", PACK + b"\x44" + bytes(9) + bytes(100_000)
 
 
 def lying_and_endless() -> Iterator[tuple[str, bytes]]:

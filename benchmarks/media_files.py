@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 PICTURES, VIDEOS, STREAMS = "pictures", "videos", "streams"
 
@@ -63,6 +63,10 @@ def _pictures() -> list[MediaFile]:
         ("lzw.tiff", rgba, "TIFF", {"compression": "tiff_lzw"}),
         ("jpeg.tiff", rgb, "TIFF", {"compression": "jpeg"}),
         ("several.tiff", rgb, "TIFF", moving),
+        ("colours.tiff", rgb.convert("YCbCr"), "TIFF", {}),
+        ("noted.png", rgb, "PNG", {"icc_profile": bytes(2**21)}),
+        ("plain.jp2", rgb, "JPEG2000", {}),
+        *([("plain.avif", rgb, "AVIF", {})] if features.check("avif") else []),
     ]
     made = []
     for name, image, form, options in saved:
@@ -89,6 +93,9 @@ CLIPS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
     "parts.mp4": (STREAMS, "libx264", {"movflags": "frag_keyframe+empty_moov"}),
     "live.webm": (STREAMS, "libvpx", {"live": "1"}),
     "plain.ts": (STREAMS, "libx264", {}),
+    "plain.mpg": (STREAMS, "mpeg2video", {}),
+    "plain.wmv": (VIDEOS, "wmv2", {}),
+    "plain.mxf": (VIDEOS, "mpeg2video", {}),
 }
 PIXELS = {"gif": "rgb8", "mjpeg": "yuvj420p"}
 

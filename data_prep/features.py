@@ -34,7 +34,8 @@ from torch import Tensor
 from dora_vl.data.bad_samples import BadSampleLedger, write_skipped
 from dora_vl.data.examples import Clip, iterate_examples
 from dora_vl.data.feature_input import clip_of_features, in_words
-from dora_vl.data.media_limits import VIDEO_SECONDS
+from dora_vl.data.media import MediaFolder
+from dora_vl.data.media_limits import PICTURE_ENDINGS, VIDEO_ENDINGS, VIDEO_SECONDS
 from dora_vl.errors import UserError, exit_on_user_error, one_line, shown_text
 from dora_vl.run.busy_cores import give_way_when_busy
 from dora_vl.vision.compute_features import Media, Medium, computed
@@ -44,8 +45,7 @@ from dora_vl.vision.features import HASH, FeatureWriter
 from dora_vl.vision.tower_sources import TowerSpec
 from dora_vl.vision.video import VideoReader
 
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
-VIDEOS = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".flv"})
+PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE_ENDINGS, VIDEO_ENDINGS))
 
 
 def media_in_records(files: Iterable[Path]) -> list[Medium]:
@@ -138,7 +138,11 @@ def compute(
     ):
         own = missing(media[part::parts], to)
         files = Media(
-            media=own, root=root, preparation=encoder.preparation, sampling=encoder.settings.sampling, reader=reader
+            media=own,
+            root=MediaFolder(root, options.follow_links),
+            preparation=encoder.preparation,
+            sampling=encoder.settings.sampling,
+            reader=reader,
         )
         rows = computed(files, encode, at_once=1, workers=options.workers, progress=part == 0)
         try:
@@ -196,6 +200,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Any = made.add_argument
     add("--root", type=Path, required=True, help="folder of the pictures and videos")
+    add("--follow-links", action="store_true", help="read files that are links out of the folder")
     add("--records", type=Path, nargs="+", default=[], help="take what these files of records name")
     add("--to", type=Path, required=True, help="folder that gets the shards")
     add("--library", choices=("timm", "open_clip", "transformers"), required=True)

@@ -85,6 +85,7 @@ class RecipeFields(TypedDict, total=False):
     max_tokens: Count
     template: str | None
     image_aspect: str | None
+    as_published: bool
     adapter: OwnFields
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dora_vl.data.media import open_image
+from dora_vl.data.media import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.result_files import Prediction, read_predictions
 from dora_vl.report.answers import PREDICTIONS
@@ -83,6 +83,6 @@ def _watched(run: RunRecord) -> Iterator[ExampleQuestion]:
 def _opened(folder: Path, images: Sequence[str], question: str, truth: str) -> Iterator[ExampleQuestion]:
     """The example, where its picture can be opened."""
     try:
-        yield ExampleQuestion(question, open_image(folder, images[0], follow_links=True), truth)
+        yield ExampleQuestion(question, open_image(MediaFolder(folder, follow_links=True), images[0]), truth)
     except BadSample:
         return

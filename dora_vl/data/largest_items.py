@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import datasets
 import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from dora_vl.data.media import HeldPictures, path_inside
+from dora_vl.data.media import HeldPictures, MediaFolder, path_inside
 from dora_vl.data.picture_decoding import NOT_DECODED, opened_picture
 from dora_vl.data.sampler import SamplingLengths
 from dora_vl.errors import BadSample
@@ -26,7 +25,9 @@ def longest_places(known: SamplingLengths, count: int, among: Bool[Tensor, " sam
     return kept[:count].tolist()
 
 
-def places_of_largest_pictures(rows: datasets.Dataset, stored: HeldPictures, folder: Path, count: int) -> list[int]:
+def places_of_largest_pictures(
+    rows: datasets.Dataset, stored: HeldPictures, folder: MediaFolder, count: int
+) -> list[int]:
     """The places of `count` rows whose pictures have the most pixels; nothing is decoded.
 
     Args:
@@ -41,7 +42,7 @@ def places_of_largest_pictures(rows: datasets.Dataset, stored: HeldPictures, fol
     return [int(places[one]) for one in order if pixels[one]]
 
 
-def _pixels(name: str, stored: HeldPictures, folder: Path) -> int:
+def _pixels(name: str, stored: HeldPictures, folder: MediaFolder) -> int:
     """Those that a picture's header tells of; none of one that cannot be read."""
     try:
         source = io.BytesIO(stored.read(name)) if name in stored else path_inside(folder, name)

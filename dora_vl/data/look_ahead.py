@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -17,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dora_vl.data.bad_samples import BadSampleCounts, BadSampleLedger
 from dora_vl.data.dataset import IGNORED_LABEL, TrainedAnswer
-from dora_vl.data.media import HeldPictures, path_inside
+from dora_vl.data.media import HeldPictures, MediaFolder, path_inside
 from dora_vl.data.turns import read_conversation
 from dora_vl.errors import BadSample, UserError, shown_text
 
@@ -34,8 +33,8 @@ def look_ahead(
     rows: datasets.Dataset,
     stored: HeldPictures,
     *,
-    pictures: Path | None,
-    videos: Path | None,
+    pictures: MediaFolder | None,
+    videos: MediaFolder | None,
     max_bad_share: float,
     source: str,
 ) -> None:
@@ -135,7 +134,9 @@ def _rows(rows: datasets.Dataset) -> Iterator[Mapping[str, object]]:
         yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
-def _check(row: Mapping[str, object], stored: HeldPictures, pictures: Path | None, videos: Path | None) -> None:
+def _check(
+    row: Mapping[str, object], stored: HeldPictures, pictures: MediaFolder | None, videos: MediaFolder | None
+) -> None:
     conversation = read_conversation(row)
     if pictures is not None:
         for name in conversation.images:
@@ -146,7 +147,7 @@ def _check(row: Mapping[str, object], stored: HeldPictures, pictures: Path | Non
             _find(videos, clip.path, "video")
 
 
-def _find(root: Path, name: str, kind: str) -> None:
+def _find(root: MediaFolder, name: str, kind: str) -> None:
     try:
         there = path_inside(root, name, kind=kind).exists()
     except OSError:  # a name that no file system takes

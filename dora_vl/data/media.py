@@ -21,48 +21,75 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def open_image(root: Path, relative: str, *, follow_links: bool = False) -> Image.Image:
+ALLOW_LINKS = "data.follow_links: true (--follow-links) reads such links"
+
+
+@dataclass(frozen=True)
+class MediaFolder:
+    """Where the paths of pictures or videos start, and how the files there are read.
+
+    Attributes:
+        root: the folder.
+        follow_links: a file may be a link that leads out of it, as DVC and git-annex lay them (`data.follow_links`).
+        as_published: pictures become pixels as in LLaVA's own code (`data.as_published`), see `open_image`.
+    """
+
+    root: Path
+    follow_links: bool = False
+    as_published: bool = False
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    @classmethod
+    def of(cls, root: Path | MediaFolder) -> MediaFolder:
+        """A path alone is read as usual."""
+        return root if isinstance(root, MediaFolder) else cls(root)
+
+
+def open_image(root: Path | MediaFolder, relative: str) -> Image.Image:
     """The picture at `relative` under `root`, as RGB, decoded whole, as a viewer shows it.
 
-    Turned as its EXIF orientation says, and what is transparent laid on white. LLaVA's own code does neither
-    (`convert("RGB")` in c121f04, `llava/train/train.py`): it reads a phone's photograph sideways, and shows whatever
-    colour is stored below transparency. Every other
-    picture has the same pixels there and here, but for 16-bit grey, which is scaled to 8 bits (Pillow's `convert`
-    clips it to white), and those with a side of more than `media_limits.PICTURE_SIDE` pixels, which are shrunk to it.
+    Turned as its EXIF orientation says, what is transparent laid on white, 16-bit grey scaled to 8 bits. LLaVA's own
+    code does none of these (`convert("RGB")` in c121f04, `llava/train/train.py`): it reads a phone's photograph
+    sideways, shows whatever colour is stored below transparency, and clips 16 bits to white; so does this
+    `as_published`. Every other picture has the same pixels there and here, but for those with a side of more than
+    `media_limits.PICTURE_SIDE` pixels, which are shrunk to it.
 
     Args:
         root: the folder that holds all pictures.
         relative: a path inside it, with `/`; an absolute path that lies in it counts as that.
-        follow_links: accept a link inside `root` that leads out of it, as in a folder composed of links.
 
     Raises:
         BadSample: the path leaves `root`, nothing is there, or it cannot be decoded; its `sample_id` is the
             path, because a picture does not know its sample.
     """
-    return decode_image(path_inside(root, relative, follow_links=follow_links), relative, str(root))
+    folder = MediaFolder.of(root)
+    return decode_image(path_inside(folder, relative), relative, str(folder), as_published=folder.as_published)
 
 
-def path_inside(root: Path, relative: str, *, follow_links: bool = False, kind: str = "picture") -> Path:
+def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture") -> Path:
     """Where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it.
 
     Raises:
         BadSample: the path leaves `root`, through dots or through a link that may not be followed.
     """
+    folder = MediaFolder.of(root)
     parts = PurePosixPath(relative)
     absolute = parts.is_absolute() or Path(relative).is_absolute()
-    if not relative or "\0" in relative or (absolute and not _is_below(root, Path(relative))):
-        raise BadSample(relative, f"{kind} path {relative!r} must be relative to {root}, or lie in it")
+    if not relative or "\0" in relative or (absolute and not _is_below(folder.root, Path(relative))):
+        raise BadSample(relative, f"{kind} path {relative!r} must be relative to {folder}, or lie in it")
     if ".." in parts.parts or ".." in Path(relative).parts:
-        raise BadSample(relative, f"{kind} path {relative!r} must not leave {root}")
-    path = root / relative
-    if follow_links:
+        raise BadSample(relative, f"{kind} path {relative!r} must not leave {folder}")
+    path = folder.root / relative
+    if folder.follow_links:
         return path
     try:
-        real, real_root = path.resolve(), root.resolve()
+        real, real_root = path.resolve(), folder.root.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name too long, or of no encoding
         raise BadSample(relative, f"{kind} path {relative!r} cannot be followed: {in_one_line(error)}") from None
     if not real.is_relative_to(real_root):
-        raise BadSample(relative, f"{kind} {relative} is a link that leads out of {root}, to {real}")
+        raise BadSample(relative, f"{kind} {relative} is a link that leads out of {folder}, to {real}; {ALLOW_LINKS}")
     return path
 
 
@@ -140,14 +167,15 @@ class StoredPictures:
         return pictures.field("content")[place].as_py()
 
 
-def open_picture(root: Path, name: str, stored: HeldPictures | None = None) -> Image.Image:
+def open_picture(root: Path | MediaFolder, name: str, stored: HeldPictures | None = None) -> Image.Image:
     """A picture of the data file itself, or the file at `name` under `root`; see `media.open_image`.
 
     Raises:
         BadSample: as `open_image`.
     """
     if stored is not None and name in stored:
-        return decode_image(io.BytesIO(stored.read(name)), name, "the data file")
+        as_published = MediaFolder.of(root).as_published
+        return decode_image(io.BytesIO(stored.read(name)), name, "the data file", as_published=as_published)
     return open_image(root, name)
 
 

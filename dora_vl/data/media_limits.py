@@ -7,15 +7,21 @@ from __future__ import annotations
 
 MEBIBYTE = 2**20
 
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders."""
-PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "apng", "mpo")
-"""How files of these formats end: all that Pillow knows, and a JPEG's of several pictures."""
-VIDEO_ENDINGS = ("mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "flv")
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
+"""Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders.
+HEIC is read beside them where pillow-heif is installed."""
+PICTURE_ENDINGS = (
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jpe", "jfif", "apng", "mpo",
+    "jp2", "j2k", "jpc", "jpf", "jpx", "j2c", "avif", "avifs", "heic", "heif", "hif",
+)  # fmt: skip
+"""How files of these formats end."""
+VIDEO_ENDINGS = (
+    "mp4", "mkv", "webm", "avi", "mov", "m4v", "ts", "m2ts", "flv", "mpg", "mpeg", "vob", "wmv", "asf", "mxf",
+)  # fmt: skip
 PICTURE_PIXELS = 178_956_970
 """Most of a picture: the number from which Pillow itself refuses. Decoding it takes 0.6 to 2.2 GB, and seconds."""
-PICTURE_ELONGATION = 200
-"""How many times longer than the other a picture's side may be."""
+PICTURE_ELONGATION = 500
+"""How many times longer than the other a picture's side may be: some models bring the shorter one to their own size."""
 PICTURE_SIDE = 8_192
 """Pixels of the longer side above which a picture is shrunk when it is read, since many models pad it to a square."""
 PICTURE_BYTES = 512 * MEBIBYTE

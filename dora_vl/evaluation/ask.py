@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dora_vl.data.media import MediaFolder
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Asked
 from dora_vl.evaluation.evaluation_set import EvaluationSet
@@ -66,7 +67,7 @@ class Asking:
 
     Attributes:
         folder: receives `predictions.jsonl`.
-        pictures: root of the examples' pictures and videos.
+        pictures: root of the examples' pictures and videos, and how they are read.
         sha256: what tells the model's answers from others', by what was hashed (`model_source.hashes`).
         batch_size: questions at once.
         max_new_tokens: longest answer.
@@ -79,7 +80,7 @@ class Asking:
     """
 
     folder: Path
-    pictures: Path
+    pictures: Path | MediaFolder
     batch_size: int
     max_new_tokens: int
     workers: int = 0
@@ -88,7 +89,7 @@ class Asking:
     by_likelihood: bool = False
 
     def __post_init__(self) -> None:
-        if not self.pictures.is_dir():
+        if not MediaFolder.of(self.pictures).root.is_dir():
             raise UserError(f"picture folder {self.pictures} does not exist; name the pictures' root with --images")
 
     def settings(self, one: EvaluationSet) -> dict[str, object]:
@@ -96,7 +97,7 @@ class Asking:
         return {
             **{f"{name}_sha256": digest for name, digest in self.sha256.items()},
             "questions_sha256": file_sha256(one.file),
-            "images": str(self.pictures.resolve()),
+            "images": str(MediaFolder.of(self.pictures).root.resolve()),
             "max_new_tokens": self.max_new_tokens,
         }
 

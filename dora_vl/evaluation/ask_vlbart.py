@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dora_vl.backbones.score_watch import NoNumbers
 from dora_vl.data.dataset import Skipped
 from dora_vl.data.examples import Example
-from dora_vl.data.media import open_image
+from dora_vl.data.media import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Asking, ask
 from dora_vl.evaluation.asker import Asked
@@ -67,7 +67,13 @@ def _answer_share(
 
 
 def _said(
-    assistant: VlBartAssistant, example: Example, *, task: str, letters: bool, root: Path, videos: VideoReader
+    assistant: VlBartAssistant,
+    example: Example,
+    *,
+    task: str,
+    letters: bool,
+    root: Path | MediaFolder,
+    videos: VideoReader,
 ) -> str:
     """What the benchmark's score takes: of a choice its letter where it takes `letters`, else its label."""
     if example.video is None:

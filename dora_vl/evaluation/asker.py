@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dora_vl.backbones.video_inputs import Video, as_pictures
-from dora_vl.data.media import HeldPictures, any_is_there, open_picture
+from dora_vl.data.media import HeldPictures, MediaFolder, any_is_there, open_picture
 from dora_vl.data.turns import VIDEO_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.questions import Question
@@ -57,7 +57,7 @@ class MediaReader:
         stored: pictures that a data file holds itself.
     """
 
-    folder: Path
+    folder: Path | MediaFolder
     videos: VideoReading
     features: Callable[[str], Tensor] | None = None
     stored: HeldPictures | None = None

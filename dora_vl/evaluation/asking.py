@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from dora_vl.data.media import open_image
+from dora_vl.data.media import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def open_picture(path: Path) -> Image.Image:
     if found := _WEB.match(str(path)):
         raise UserError(f"{found[1]}://{found[2]} is on the web; save the picture and give its file")
     try:
-        return open_image(path.parent, path.name, follow_links=True)
+        return open_image(MediaFolder(path.parent, follow_links=True), path.name)
     except BadSample as error:
         raise UserError(error.reason) from error
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_vl.data.media import any_is_there
+from dora_vl.data.media import MediaFolder, any_is_there
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.answer_joins import join
 from dora_vl.evaluation.asking import add_model_options
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", type=Path, help="another adapter, model or predictions file: paired difference")
     parser.add_argument("--records", type=Path, default=Path("records"), help="folder of records (default: records)")
     parser.add_argument("--images", type=Path, default=Path(), help="root of the pictures (default: here)")
+    parser.add_argument("--follow-links", action="store_true", help="read pictures that are links out of that folder")
     parser.add_argument("--to", type=Path, help="results (default: `evaluation` beside the adapter or predictions)")
     parser.add_argument("--mode", action="append", default=[], help="NAME=VERSION, such as vqav2=before_2021")
     parser.add_argument("--limit", type=positive, help="only the first so many examples of each benchmark")
@@ -203,17 +204,24 @@ def _asked(sets: Sequence[EvaluationSet], wanted: Wanted, options: argparse.Name
     if options.answer_by == "likelihood" and source.kind == VLBART:
         raise UserError(f"{wanted.adapter}: a VL-BART answers each task as it was trained; leave --answer-by out")
     opened, sha256 = open_source(source), hashes(source)
-    return {one.name: _ask(opened, sha256, one, options, to) for one in sets}
+    pictures = MediaFolder(options.images, options.follow_links, as_published=bool(source.recipe.get("as_published")))
+    return {one.name: _ask(opened, sha256, one, options, to=to, pictures=pictures) for one in sets}
 
 
 def _ask(
-    opened: Opened, sha256: Mapping[str, str], one: EvaluationSet, options: argparse.Namespace, to: Path
+    opened: Opened,
+    sha256: Mapping[str, str],
+    one: EvaluationSet,
+    options: argparse.Namespace,
+    *,
+    to: Path,
+    pictures: MediaFolder,
 ) -> Answers:
     from dora_vl.evaluation.ask import Asking
 
     asking = Asking(
         folder=to / one.name,
-        pictures=options.images,
+        pictures=pictures,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or one.benchmark.max_new_tokens,
         workers=options.workers,

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
-from dora_vl.data.media import open_image
+from dora_vl.data.media import MediaFolder, open_image
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Asked, MediaReader, check_pictures
 from dora_vl.evaluation.assistant import Assistant
@@ -23,7 +23,7 @@ from dora_vl.evaluation.questions import Question, read_questions
 from dora_vl.evaluation.result_files import Prediction, PredictionsFile, file_sha256
 from dora_vl.run.recipe import EvaluationConfig, RunConfig
 from dora_vl.run.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
-from dora_vl.run.samples import VideoReading, check_videos, video_folder, video_sampling
+from dora_vl.run.samples import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.scores.exact_match import Answered, ExactMatch, exact_match, final_answer
 from dora_vl.vision.video import VideoReader
 
@@ -68,7 +68,7 @@ def evaluate_run(
     metrics = {**_score_entries(score), **(numbers or {}), **_asked_entries(asked, evaluation, failed)}
     write_json(run_folder / METRICS, metrics)
     _report(score, run_folder)
-    draw_run(done, score, run_folder=run_folder, image_folder=media.folder, answer_after=evaluation.answer_after)
+    draw_run(done, score, run_folder=run_folder, pictures=media.folder, answer_after=evaluation.answer_after)
     return metrics
 
 
@@ -101,7 +101,7 @@ def media_of_run(
         reader: of its videos; None starts one where there are any.
     """
     data = config.data
-    folder = pictures_of_test(config) if of_test else Path(data.image_folder)
+    folder = pictures_of_test(config) if of_test else image_folder(data)
     same = data.video_frames if assistant.prompts.videos_of_one_length else None
     root = folder if of_test and config.evaluation.image_folder else video_folder(data)
     videos = VideoReading(
@@ -110,9 +110,9 @@ def media_of_run(
     return MediaReader(folder=folder, videos=videos)
 
 
-def pictures_of_test(config: RunConfig) -> Path:
+def pictures_of_test(config: RunConfig) -> MediaFolder:
     """Root of the test's pictures."""
-    return Path(config.evaluation.image_folder or config.data.image_folder)
+    return image_folder(config.data, config.evaluation.image_folder)
 
 
 def read_test(evaluation: EvaluationConfig) -> tuple[list[Question], dict[str, str]]:
@@ -134,7 +134,7 @@ def check_test(config: RunConfig) -> list[Question]:
             videos.
     """
     questions, _ = read_test(config.evaluation)
-    check_pictures(questions, pictures_of_test(config), setting="evaluation.image_folder (or data.image_folder)")
+    check_pictures(questions, pictures_of_test(config).root, setting="evaluation.image_folder (or data.image_folder)")
     if any(question.videos for question in questions):
         check_videos(config.data)
     return questions
@@ -166,7 +166,7 @@ def draw_run(
     score: ExactMatch,
     *,
     run_folder: Path,
-    image_folder: Path,
+    pictures: Path | MediaFolder,
     answer_after: str | None = None,
 ) -> None:
     """Writes the loss curve and the contact sheet; without matplotlib it says so and leaves them out."""
@@ -182,9 +182,7 @@ def draw_run(
     title = f"{score.accuracy:.1%} of {score.n:,} right (95 % interval {low:.1%} to {high:.1%})"
     if predictions:
         sheet = run_folder / CONTACT_SHEET
-        write_contact_sheet(
-            predictions, partial(open_image, image_folder), sheet, title=title, answer_after=answer_after
-        )
+        write_contact_sheet(predictions, partial(open_image, pictures), sheet, title=title, answer_after=answer_after)
 
 
 def _settings(evaluation: EvaluationConfig, run_folder: Path) -> dict[str, object]:

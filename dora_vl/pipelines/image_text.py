@@ -26,7 +26,7 @@ from dora_vl.backbones.pixel_budget import LEAST_PIXELS, within_pixels
 from dora_vl.backbones.prompt_formats import FORMATS
 from dora_vl.core import DoRAConfig
 from dora_vl.data.dataset import ConversationDataset, Encoded, Rows, Sample
-from dora_vl.data.media import HeldPictures, StoredPictures, open_picture
+from dora_vl.data.media import HeldPictures, MediaFolder, StoredPictures, open_picture
 from dora_vl.data.processor_inputs import ProcessorCollator
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import BadSample, UserError
@@ -42,7 +42,7 @@ from dora_vl.run.adapting import IMAGE_TEXT, check_quantisation, core_config, lo
 from dora_vl.run.assembly import processor_encoder, recipe_record
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
-from dora_vl.run.samples import VideoReading, check_videos, video_folder, video_sampling
+from dora_vl.run.samples import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.training.pipeline import Pipeline, TrainingData
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         _check_pixels(self.config, encoder, arguments)
         if samples.has_videos:
             _check_videos(self.config, encoder, pictures=samples.has_pictures)
-        samples.look_ahead(pictures=Path(self.config.data.image_folder), videos=video_folder(self.config.data))
+        samples.look_ahead(pictures=image_folder(self.config.data), videos=video_folder(self.config.data))
 
     @cached_property
     def _encoder(self) -> ImageTextEncoder:
@@ -123,7 +123,7 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
             collate=ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED, dummy=dummy, dummy_video=dummy_video),
             tokens_per_image=len(encoder.dummy().input_ids) if encoder.sees_pictures else 0,
             tokens_per_video=len(encoder.dummy_video(data.video_frames).input_ids) if seen_videos else 0,
-            sized_pictures=Path(data.image_folder) if encoder.pixels_count else None,
+            sized_pictures=image_folder(data) if encoder.pixels_count else None,
         )
 
     def _assistant(self, backbone: Backbone[Any]) -> Assistant:
@@ -155,7 +155,7 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         exactly = data.video_frames if samples.has_videos and encoder.videos_of_one_length else None
         videos = VideoReading(folder=video_folder(data), sampling=video_sampling(data), frames=exactly)
         share = pixels_of_a_sample(self.config, arguments)
-        return partial(_illustrated, encoder=encoder, folder=Path(data.image_folder), videos=videos, most_pixels=share)
+        return partial(_illustrated, encoder=encoder, folder=image_folder(data), videos=videos, most_pixels=share)
 
     def recipe(self) -> dict[str, Any]:
         """Base and backbone; prompts and pictures are the base's own processor's."""
@@ -240,7 +240,7 @@ def encode_from_folder(
     conversation: Conversation,
     *,
     encoder: ImageTextEncoder,
-    folder: Path,
+    folder: MediaFolder,
     stored: HeldPictures,
     videos: VideoReading,
     most_pixels: int | None = None,
@@ -259,7 +259,7 @@ def _illustrated(
     stored: HeldPictures,
     *,
     encoder: ImageTextEncoder,
-    folder: Path,
+    folder: MediaFolder,
     videos: VideoReading,
     most_pixels: int | None,
 ) -> ConversationDataset:

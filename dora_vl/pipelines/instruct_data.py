@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,14 +20,22 @@ from dora_vl.backbones.instruction_prompt import InstructionEncoder
 from dora_vl.data.dataset import ConversationDataset, Rows, Sample, Skipped
 from dora_vl.data.largest_items import longest_places, places_of_largest_pictures
 from dora_vl.data.look_ahead import FIRST, Labelled, look_ahead
-from dora_vl.data.media import HeldPictures, RowPictureBytes, StoredPictures, any_is_there
+from dora_vl.data.media import (
+    HeldPictures,
+    MediaFolder,
+    RowPictureBytes,
+    StoredPictures,
+    any_is_there,
+    path_inside,
+)
+from dora_vl.data.regular_file import content_key
 from dora_vl.data.sampler import SamplingLengths, sampling_lengths
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder
 from dora_vl.data.stream_sources import StreamSource
 from dora_vl.data.train_files import train_files, train_name
 from dora_vl.data.training_rows import SampleRows, described, load_rows, overlap, overlap_warning
 from dora_vl.data.turns import Turn, read_conversation
-from dora_vl.errors import UserError, shown
+from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.questions import Question
@@ -35,7 +44,15 @@ from dora_vl.run.arguments import order_seed
 from dora_vl.run.assembly import build_sampler
 from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
 from dora_vl.run.recipe import RunConfig
-from dora_vl.run.samples import check_streaming, open_stream, read_samples, read_validation, samples_of_a_run
+from dora_vl.run.samples import (
+    check_streaming,
+    image_folder,
+    open_stream,
+    read_samples,
+    read_validation,
+    samples_of_a_run,
+    video_folder,
+)
 from dora_vl.run.watched import Watch, evenly
 from dora_vl.training.memory_estimate import Activations, decoder_activations
 from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, TrainingData
@@ -49,6 +66,8 @@ Settings = TypeVar("Settings", bound=InstructConfig)
 
 logger = logging.getLogger(__name__)
 
+HASHED_ROWS = 2_000
+"""At even distances, whose pictures and videos a resume compares: a second's work, a few more from a network's disk."""
 FIRST_ROWS = 1_000
 """Where none of their pictures is in the folder, it is another one."""
 
@@ -126,21 +145,21 @@ class InstructData:
             counts = len(self._held_out.rows), len(self._held_out.pictures), seed
             logger.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)
 
-    def look_ahead(self, *, pictures: Path | None = None, videos: Path | None = None) -> None:
+    def look_ahead(self, *, pictures: MediaFolder | None = None, videos: MediaFolder | None = None) -> None:
         """Refuses training samples that a run over them would end for; see `data.look_ahead`. Of a stream none.
 
         Args:
             pictures: root of their paths.
             videos: likewise.
         """
-        if pictures is not None and not pictures.is_dir():
+        if pictures is not None and not pictures.root.is_dir():
             raise UserError(f"picture folder {pictures} does not exist; set data.image_folder")
         if self._train is None:
             return
         source = train_name(self._config.data.train)
         first = self._train.rows[:FIRST_ROWS]["images"] if pictures else []
         named = list(dict.fromkeys(name for names in first for name in names if name not in self._train.stored))
-        if pictures is not None and named and not any_is_there(named, pictures):
+        if pictures is not None and named and not any_is_there(named, pictures.root):
             raise UserError(
                 f"{source}: not one of its first {len(named):,} pictures is in {pictures}, such as {shown(named[0])}; "
                 "set data.image_folder to the folder that their paths start from"
@@ -214,7 +233,7 @@ class InstructData:
         tokens_per_image: int = 0,
         tokens_per_video: int = 0,
         share_pictures: bool = False,
-        sized_pictures: Path | None = None,
+        sized_pictures: MediaFolder | None = None,
     ) -> TrainingData:
         """What the Trainer takes.
 
@@ -243,9 +262,24 @@ class InstructData:
             set_epoch=() if sampler is None else (sampler.set_epoch,),
             samples=len(train.rows),
             ids=train.ids,
+            media=self._media_keys,
             source=train_name(data.train),
             longest_tokens=min(data.max_tokens, int(lengths.lengths.max())),
         )
+
+    def _media_keys(self) -> dict[str, str]:
+        """What the files of some training samples hold, by name; one that the data file holds is named after it."""
+        if self._train is None or not isinstance(self._config, RunConfig):
+            return {}
+        rows, data, found = self._train.samples, self._config.data, dict[str, str]()
+        for place in range(0, len(rows), math.ceil(len(rows) / HASHED_ROWS)):
+            try:
+                row = read_conversation(rows[place])
+            except BadSample:
+                continue
+            found |= {name: _key(image_folder(data), name, self._train.stored) for name in row.images}
+            found |= {clip.path: _key(video_folder(data), clip.path, self._train.stored) for clip in row.videos}
+        return found
 
     @property
     def _micro_batch(self) -> int:
@@ -281,6 +315,13 @@ def _places(images: Sequence[Sequence[str]]) -> list[int]:
     return list(dict.fromkeys([*range(min(FIRST, len(images))), *with_pictures[:FIRST]]))
 
 
+def _key(folder: MediaFolder, name: str, stored: HeldPictures) -> str:
+    try:
+        return "" if name in stored else content_key(path_inside(folder, name))
+    except (BadSample, OSError):  # told of when it is read
+        return ""
+
+
 def _pools(
     samples: ConversationDataset,
     train: SampleRows,
@@ -288,7 +329,7 @@ def _pools(
     count: int,
     *,
     grouped: bool,
-    sized: Path | None,
+    sized: MediaFolder | None,
 ) -> list[list[Sample | Skipped]]:
     """The largest samples, those with pictures and those without apart where no micro-batch mixes them.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -40,7 +39,7 @@ from dora_vl.run.assembly import (
 )
 from dora_vl.run.recipe import RunConfig
 from dora_vl.run.run_folder import ADAPTER, run_folder_of
-from dora_vl.run.samples import PictureReader, image_preparation, picture_reader
+from dora_vl.run.samples import PictureReader, image_folder, image_preparation, picture_reader
 from dora_vl.training.pipeline import TrainingData
 
 
@@ -62,7 +61,7 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
         samples.describe()
         if self.config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(self.config), self.config)
-        samples.look_ahead(pictures=Path(self.config.data.image_folder))
+        samples.look_ahead(pictures=image_folder(self.config.data))
         make_base(compose_llava, self.config.model.compose, self.config.model.base, arguments)
         image_preparation(self.config.model)  # refused before the weights
 
@@ -93,7 +92,7 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
             self.config,
             llava,
             samples.pictures if data.cache_features else (),
-            folder=Path(data.image_folder),
+            folder=image_folder(data),
             device=arguments.device,
             stored=samples.stored if data.cache_features else None,
         )

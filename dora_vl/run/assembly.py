@@ -94,6 +94,7 @@ def recipe_record(config: RunConfig, task: str) -> dict[str, Any]:
         **base_record(model, task, max_tokens=config.data.max_tokens, training=config.training),
         "compose": None if model.compose is None else dataclasses.asdict(model.compose),
         "image_aspect": model.image_aspect,
+        "as_published": config.data.as_published,
     }
 
 

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "data.closed_answers*",  # compared as the lists themselves
     "data.workers",
     "data.feature_cache",
+    "data.follow_links",
     "data.max_bad_share",
     "training.output_dir",
     "training.save_*",

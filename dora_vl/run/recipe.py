@@ -137,6 +137,10 @@ class DataConfig(SamplesConfig):
     """Root that the pictures' paths in the files are relative to."""
     video_folder: str | None = None
     """Root of the videos' paths; null: image_folder."""
+    follow_links: bool = False
+    """Reads pictures and videos that are links out of their folder, as DVC and git-annex lay them."""
+    as_published: bool = False
+    """Reads pictures as LLaVA's own code: not turned by EXIF, no white under transparency, 16-bit grey clipped."""
     video_frames: int = 8
     """Frames taken of each video, in the middles of so many equal parts; with video_fps the most that are taken."""
     video_fps: float | None = None

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from dora_vl.backbones.llava import LlavaBackbone, llava_config, picture_side
 from dora_vl.backbones.video_inputs import Video, repeated
 from dora_vl.data.feature_input import FeatureStore
-from dora_vl.data.media import HeldPictures, StoredPictures, open_picture
+from dora_vl.data.media import HeldPictures, MediaFolder, StoredPictures, open_picture
 from dora_vl.data.stream import SampleStream
 from dora_vl.data.stream_sources import StreamSource
 from dora_vl.data.train_files import train_files, train_name
@@ -54,7 +54,7 @@ def picture_reader(
     backbone: LlavaBackbone,
     pictures: Iterable[str],
     *,
-    folder: Path,
+    folder: MediaFolder,
     device: torch.device,
     stored: StoredPictures | None = None,
 ) -> PictureReader:
@@ -63,7 +63,7 @@ def picture_reader(
     With `data.cache_features` missing features are computed first.
     Every rank must call it: they share the computing.
     """
-    if not folder.is_dir():
+    if not folder.root.is_dir():
         raise UserError(f"picture folder {folder} does not exist; set data.image_folder (evaluation.image_folder)")
     preparation = image_preparation(config.model)
     if not config.data.cache_features:
@@ -94,7 +94,7 @@ def image_preparation(model: ModelConfig) -> ImagePreparation:
 
 
 def read_pixels(
-    path: str, *, folder: Path, preparation: ImagePreparation, stored: HeldPictures | None = None
+    path: str, *, folder: MediaFolder, preparation: ImagePreparation, stored: HeldPictures | None = None
 ) -> Tensor:
     """Pixels of one picture; a top-level function, so that worker processes can receive it."""
     return preparation.prepare(open_picture(folder, path, stored))
@@ -105,7 +105,7 @@ def _filled_store(
     backbone: LlavaBackbone,
     pictures: Iterable[str],
     *,
-    folder: Path,
+    folder: MediaFolder,
     preparation: ImagePreparation,
     device: torch.device,
     stored: StoredPictures | None,
@@ -135,7 +135,7 @@ class VideoReading:
         frames: a video that has fewer shows some of them again, for families that take videos of one length only.
     """
 
-    folder: Path
+    folder: Path | MediaFolder
     sampling: Sampling
     frames: int | None = None
     reader: VideoReader = field(default_factory=VideoReader, repr=False)
@@ -150,9 +150,14 @@ class VideoReading:
         return found if self.frames is None else [repeated(video, self.frames) for video in found]
 
 
-def video_folder(data: DataConfig) -> Path:
+def image_folder(data: DataConfig, root: str | None = None) -> MediaFolder:
+    """Where the pictures' paths start, `data.image_folder` unless another `root` is given, and how they are read."""
+    return MediaFolder(Path(root or data.image_folder), data.follow_links, data.as_published)
+
+
+def video_folder(data: DataConfig) -> MediaFolder:
     """The root of the videos' paths."""
-    return Path(data.video_folder or data.image_folder)
+    return image_folder(data, data.video_folder)
 
 
 def video_sampling(data: DataConfig) -> Sampling:
@@ -178,7 +183,7 @@ def check_videos(data: DataConfig) -> None:
         UserError: no library that decodes videos can be imported, or the folder is not there.
     """
     video_sampling(data)
-    if not video_folder(data).is_dir():
+    if not video_folder(data).root.is_dir():
         raise UserError(f"video folder {video_folder(data)} does not exist; set data.video_folder")
     reasons: dict[str, Exception] = {}
     for backend in BACKENDS:

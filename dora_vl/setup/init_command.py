@@ -138,6 +138,7 @@ def _data(look: Look, train: Sequence[Row], to: Path) -> Data:
         answer_characters=max(map(len, answers)),
         usual_answer_words=float(median(words)),
         has_videos=any(row.conversation.videos for row in look.rows),
+        follow_links=look.links_out,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,10 @@ from statistics import median
 from PIL import ExifTags
 from tqdm import tqdm
 
+from dora_vl.data.media import MediaFolder, path_inside
 from dora_vl.data.picture_decoding import NOT_DECODED, opened_picture
 from dora_vl.data.readers.containers import find_files
+from dora_vl.data.regular_file import content_key
 from dora_vl.data.sample_rows import format_of, read_row, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip, Conversation, as_conversation
 from dora_vl.errors import BadSample, UserError, shown_text
@@ -23,9 +24,6 @@ from dora_vl.sources.check_command import table
 from dora_vl.sources.check_media import MediaCheck
 from dora_vl.sources.check_rows import FileCheck, Limits, Sample, read_sample
 from dora_vl.sources.media_files import save_picture
-
-HASHED_BYTES = 1 << 16
-"""Of a picture's beginning and end: with its size enough to tell a copy under another name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ class Pictures:
         if name in self.keys:
             return
         path = self.root / name
-        self.keys[name] = _content_key(path)
+        self.keys[name] = content_key(path)
         try:
             with opened_picture(path) as image:
                 self.formats[image.format or "unknown"] += 1
@@ -113,6 +111,16 @@ class Look:
         talks = [row.conversation for row in self.rows]
         kinds = ("pictures", any(talk.images for talk in talks)), ("videos", any(talk.videos for talk in talks))
         return " and ".join(name for name, are_there in kinds if are_there) or "pictures"
+
+    @property
+    def links_out(self) -> bool:
+        """Whether a file that the rows name is a link out of their folder."""
+        try:
+            for name in chain.from_iterable(row.media for row in self.rows):
+                path_inside(self.root, name)
+        except BadSample:
+            return True
+        return False
 
     def lines(self) -> Iterator[str]:
         """What is told of it."""
@@ -162,7 +170,9 @@ def look_at(folder: Path, questions: Path, *, media_to: Path) -> Look:
     held, names, first = _begin(records.rows())
     root = media_to if held else root_of_pictures(folder, questions, names)
     check = FileCheck(
-        questions, Limits(most=10**9, unit="words", length=_words, answers_needed=True), MediaCheck(root, decode=True)
+        questions,
+        Limits(most=10**9, unit="words", length=_words, answers_needed=True),
+        MediaCheck(MediaFolder(root, follow_links=True), decode=True),
     )
     rows: list[Row] = []
     with tqdm(total=_bytes(records.files), unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
@@ -228,14 +238,6 @@ def _usable(check: FileCheck, record: Mapping[str, object], number: int, media_t
 def _first_problem(check: FileCheck) -> str:
     found = max(check.findings.values(), key=lambda finding: finding.count)
     return f"{found.count:,} times {found.problem}, for example {found.ids[0]}: {shown_text(found.example, 120)}"
-
-
-def _content_key(path: Path) -> str:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        beginning = file.read(HASHED_BYTES)
-        file.seek(max(0, size - HASHED_BYTES))
-        return hashlib.sha256(b"%d " % size + beginning + file.read()).hexdigest()
 
 
 def _clip(clip: Clip) -> object:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from dora_vl.data.media import MediaFolder, path_inside
 from dora_vl.data.readers.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, find_files
 from dora_vl.data.sample_rows import format_of
-from dora_vl.errors import UserError, shown, shown_names
+from dora_vl.errors import BadSample, UserError, shown, shown_names
 
 MANIFESTS = ("manifest.json", *BESIDE_ARROW)
 SHARDED = (".parquet", ".arrow", ".tar")
@@ -131,7 +132,6 @@ def _files_below(folder: Path) -> Iterable[Path]:
 
 def _is_there(root: Path, name: str) -> bool:
     try:
-        path = root / name
-        return path.is_file() and path.resolve().is_relative_to(root.resolve())
-    except (OSError, ValueError):
+        return path_inside(MediaFolder(root, follow_links=True), name).is_file()
+    except (BadSample, OSError, ValueError):
         return False

@@ -54,6 +54,7 @@ class Data:
     answer_characters: int
     usual_answer_words: float
     has_videos: bool
+    follow_links: bool = False
 
 
 def base_of(model: str | None) -> Base:
@@ -165,6 +166,8 @@ def _data(base: Base, data: Data) -> list[str]:
         f"  train: {_read_twice(data.train)}",
         f"  image_folder: {_text(data.root)}   # where the pictures' paths start",
     ]
+    if data.follow_links:
+        lines.append("  follow_links: true          # some of them are links out of that folder")
     if data.rows >= LEAST_VALIDATED:
         lines.append(
             "  validation_share: 0.05      # of the training rows, whole pictures: their loss is measured each epoch"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dora_vl.data.media import MediaFolder
 from dora_vl.data.readers.containers import BESIDE_ARROW, JSON_ENDINGS, READERS
 from dora_vl.errors import UserError, shown_text
 from dora_vl.sources.check_media import MediaCheck
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; else not looked at"
     )
     parser.add_argument("--videos", type=Path, metavar="FOLDER", help="the root of videos, where it is another")
+    parser.add_argument("--follow-links", action="store_true", help="files may be links out of those folders")
     parser.add_argument(
         "--decode", action="store_true", help="decode each picture whole too: slower, finds damage inside"
     )
@@ -56,7 +58,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         if folder is not None and not folder.is_dir():
             raise UserError(f"{folder}: no such folder; {option} takes the root of the samples' paths")
     media, videos = (
-        None if folder is None else MediaCheck(folder, decode=arguments.decode) for folder in looked_in.values()
+        None if folder is None else MediaCheck(MediaFolder(folder, arguments.follow_links), decode=arguments.decode)
+        for folder in looked_in.values()
     )
     checks = [_check(file, limits_of(arguments, file), media, videos) for file in files]
     found = [(check.path, finding) for check in checks for finding in check.findings.values()]

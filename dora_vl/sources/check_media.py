@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from dora_vl.data.media import MediaFolder, path_inside
 from dora_vl.data.media_limits import VIDEO_ENDINGS
 from dora_vl.data.regular_file import NoRegularFile, refuse_no_file
+from dora_vl.errors import BadSample
 
 ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
 """How whole files of a kind end, within their last bytes: a quick look that needs no decoding."""
@@ -27,13 +29,13 @@ class MediaCheck:
     """Looks files up under a root.
 
     Args:
-        root: what the paths of samples are relative to.
+        root: what the paths of samples are relative to; with `follow_links` they may be links out of it.
         decode: pictures are decoded whole too, which finds damage inside; their size, beginning and end are looked
             at in any case.
     """
 
-    def __init__(self, root: Path, *, decode: bool) -> None:
-        self._root = root
+    def __init__(self, root: Path | MediaFolder, *, decode: bool) -> None:
+        self._folder = MediaFolder.of(root)
         self._decode = decode
         self._known: dict[str, Trouble | None] = {}
 
@@ -53,21 +55,18 @@ class MediaCheck:
 
     def _look_into(self, content: bytes) -> Trouble | None:
         quick = ends_trouble(content[:16], content[-4096:], len(content))
-        if self._decode and (quick is None or quick.kind == BROKEN):
-            return decoding_trouble(BytesIO(content))
-        return quick
+        return self._judged(quick, BytesIO(content))
 
     def _look(self, name: str, video: bool) -> Trouble | None:
-        parts = PurePosixPath(name)
-        below = not parts.is_absolute() or parts.is_relative_to(self._root.resolve())
-        if not below or ".." in parts.parts or "\0" in name or not name:
-            return Trouble("path leaves the folder", "paths must be relative to the media folder")
-        path = self._root / parts
+        try:
+            path = path_inside(self._folder, name, kind="video" if video else "picture")
+        except BadSample as error:
+            return Trouble("path leaves the folder", error.reason)
         try:
             found = path.stat()
             refuse_no_file(found.st_mode)
         except FileNotFoundError:
-            return Trouble("missing media", f"not in {self._root}")
+            return Trouble("missing media", f"not in {self._folder}")
         except NoRegularFile as error:
             return Trouble("no file", str(error))
         except OSError as error:
@@ -77,10 +76,12 @@ class MediaCheck:
             return Trouble("zero-byte media", "0 bytes")
         if video or path.suffix.lower().removeprefix(".") in VIDEO_ENDINGS:
             return video_trouble(path)
-        quick = quick_trouble(path, size)
-        if self._decode and (quick is None or quick.kind == BROKEN):  # a format unknown here may be one to Pillow
-            return decoding_trouble(path)
-        return quick
+        return self._judged(quick_trouble(path, size), path)
+
+    def _judged(self, quick: Trouble | None, source: Path | BytesIO) -> Trouble | None:
+        """What looks odd is for training's own decoder to judge."""
+        found = decoding_trouble(source) if self._decode or quick else None
+        return quick if found and quick and quick.kind == TRUNCATED else found
 
 
 def quick_trouble(path: Path, size: int) -> Trouble | None:
@@ -108,18 +109,17 @@ def ends_trouble(beginning: bytes, last: bytes, size: int) -> Trouble | None:
 
 def decoding_trouble(path: Path | BytesIO) -> Trouble | None:
     """Decodes a picture whole, from a file or from memory, within the limits of training."""
-    from dora_vl.data.picture_decoding import NOT_DECODED, NoPicture, opened_picture
+    from dora_vl.data.picture_decoding import NOT_DECODED, NoPicture, load_picture
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with opened_picture(path) as image:
-                image.load()
+            load_picture(path)
     except NoPicture as error:
         return Trouble(BROKEN, str(error))
     except NOT_DECODED as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        kind = TRUNCATED if "truncated" in reason else BROKEN
+        kind = TRUNCATED if "truncated" in reason or "cut off" in reason else BROKEN
         return Trouble(kind, reason)
     return None
 

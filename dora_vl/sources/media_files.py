@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from dora_vl.errors import BadSample, UserError
-from dora_vl.sources.check_media import decoding_trouble, ends_trouble
+from dora_vl.sources.check_media import decoding_trouble
 
 FOLDER = "media"
 """In the task's folder of records, which is then the root of the pictures' paths."""
@@ -41,7 +41,7 @@ def save_picture(data: bytes, task_folder: Path, sample_id: str) -> str:
     target = task_folder / relative
     if target.is_file() and target.stat().st_size == len(data):
         return relative
-    trouble = ends_trouble(data[:16], data[-4096:], len(data)) or decoding_trouble(io.BytesIO(data))
+    trouble = decoding_trouble(io.BytesIO(data))
     if trouble is not None:
         raise BadSample(sample_id, f"its picture is {trouble.kind.removesuffix(' media')}: {trouble.detail}")
     partial = target.with_name(f".{target.name}.{os.getpid()}")

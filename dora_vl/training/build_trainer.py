@@ -95,7 +95,7 @@ def build_trainer(
     )
     if data.stream is not None and not arguments.ignore_data_skip:
         trainer.progress.follow(data.stream)
-    trainer.progress.trains_on(data.ids, data.source)
+    trainer.progress.trains_on(data.ids, data.source, data.media)
     _order_callbacks(trainer)
     _watch_and_show(trainer, watch, run_folder)
     trainer.add_callback(ValidateFirst(trainer.validate_at_once))  # shown, asked and logged by those before

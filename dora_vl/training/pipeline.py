@@ -110,6 +110,7 @@ class TrainingData:
         read_in_a_pass: how many an epoch reads over all ranks; None: `samples`, and what accelerate repeats of them.
         source: the training file, for messages.
         ids: the training samples', in the data's order; None: they are not known beforehand, as of a stream.
+        media: what the picture and video files of some of them hold, by name (`content_key`).
         longest_tokens: the longest sequence, for the memory estimate.
         pools: of `train`'s items, the largest of each kind that a micro-batch is drawn from; read when it is asked.
     """
@@ -124,6 +125,7 @@ class TrainingData:
     source: str
     longest_tokens: int
     ids: Callable[[], Iterable[str]] | None = None
+    media: Callable[[], Mapping[str, str]] = dict
     read_in_a_pass: int | None = None
     pools: Callable[[], Sequence[Sequence[Any]]] = tuple
 

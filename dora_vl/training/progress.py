@@ -138,6 +138,7 @@ class Progress:
         self._validation = validation
         self._stream: EndlessOrder | None = None
         self._ids: Callable[[], Iterable[str]] | None = None
+        self._media: Callable[[], Mapping[str, str]] = dict
         self._source = ""
         self._earlier_seconds = 0.0
         self._started = time.monotonic()
@@ -151,18 +152,21 @@ class Progress:
         """Keeps the length of a stream's epochs too; the Trainer must skip what a resumed run has seen of it."""
         self._stream = stream
 
-    def trains_on(self, ids: Callable[[], Iterable[str]] | None, source: str) -> None:
+    def trains_on(
+        self, ids: Callable[[], Iterable[str]] | None, source: str, media: Callable[[], Mapping[str, str]] = dict
+    ) -> None:
         """Keeps an account of the training samples too.
 
         Args:
             ids: theirs, in order; None: they are not known beforehand, as of a stream.
             source: the training file, for messages.
+            media: what the files of some of them hold.
         """
-        self._ids, self._source = ids, source
+        self._ids, self._source, self._media = ids, source, media
 
     @cached_property
     def _samples(self) -> SampleAccount | None:
-        return None if self._ids is None else account_of(self._ids())
+        return None if self._ids is None else account_of(self._ids(), self._media())
 
     def check_samples(self, checkpoint: Path) -> None:
         """Compares the training samples with those of a checkpoint, where both are known; for one rank alone.
@@ -171,9 +175,10 @@ class Progress:
             UserError: they are others, or in another order.
         """
         path = checkpoint / PROGRESS
-        then = json.loads(path.read_text(encoding="utf-8")).get(SAMPLES) if path.is_file() else None
-        if then is not None and self._samples is not None:
-            refuse_other_samples(checkpoint, then, self._samples, self._source)
+        written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if (then := written.get(SAMPLES)) is not None and self._samples is not None:
+            skipped = written["skipped"].values()
+            refuse_other_samples(checkpoint, then, self._samples, source=self._source, skipped=skipped)
 
     def go_on_from(self, checkpoint: Path) -> None:
         """Takes over what stands in a checkpoint."""

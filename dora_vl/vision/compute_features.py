@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from dora_vl.data.examples import Clip
 from dora_vl.data.feature_input import FeatureStore, Part, part_of
-from dora_vl.data.media import HeldPictures, open_picture
+from dora_vl.data.media import HeldPictures, MediaFolder, open_picture
+from dora_vl.data.picture_decoding import AS_PUBLISHED
 from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.features import HASH, WHOLE, FeatureRow, FeatureWriter, file_state, shard_rows, store_key
 from dora_vl.vision.frame_sampling import Sampling
@@ -54,7 +55,7 @@ class Media(Dataset[tuple[FeatureRow, Tensor | None]]):
     """
 
     media: Sequence[Medium]
-    root: Path
+    root: MediaFolder
     preparation: ImagePreparation
     held: HeldPictures | None = None
     sampling: Sampling | None = None
@@ -65,7 +66,7 @@ class Media(Dataset[tuple[FeatureRow, Tensor | None]]):
 
     def __getitem__(self, index: int) -> tuple[FeatureRow, Tensor | None]:
         medium = self.media[index]
-        row = FeatureRow(medium.name, None, part=medium.part, state=file_state(self.root, medium.path))
+        row = FeatureRow(medium.name, None, part=medium.part, state=file_state(self.root.root, medium.path))
         try:
             return self._read(medium, row)
         except BadSample as error:
@@ -149,16 +150,20 @@ class FeatureCache:
         *,
         tower: FrozenTower,
         preparation: ImagePreparation,
-        root: Path,
+        root: Path | MediaFolder,
         held: HeldPictures | None = None,
     ) -> None:
+        folder = MediaFolder.of(root)
         settings = {
             **tower.tower_settings,
             "preparation": preparation.fingerprint(),
-            "pictures": str(root.resolve()),  # another folder may have pictures of the same names, sizes and times
+            "pictures": str(
+                folder.root.resolve()
+            ),  # another folder may have pictures of the same names, sizes and times
+            **({"reading": AS_PUBLISHED} if folder.as_published else {}),
         }
         self._settings = {**settings, HASH: store_key(tower.tower, settings)}
-        self._tower, self._preparation, self._root, self._held = tower, preparation, root, held
+        self._tower, self._preparation, self._folder, self._held = tower, preparation, folder, held
         self.folder = cache / self._settings[HASH]
         self._rows = shard_rows(self.folder)
 
@@ -192,7 +197,7 @@ class FeatureCache:
                 return
             megabytes = len(own) * picture_bytes / 2**20
             log.info("computing features of %d pictures, %.1f MiB, in %s", len(own), megabytes, self.folder)
-            media = Media(media=own, root=self._root, preparation=self._preparation, held=self._held)
+            media = Media(media=own, root=self._folder, preparation=self._preparation, held=self._held)
             rows = computed(media, self._encode, at_once=batch_size, workers=workers, progress=part[0] == 0)
             for row in rows:
                 writer.add(row)
@@ -200,7 +205,7 @@ class FeatureCache:
     def _is_current(self, picture: str) -> bool:
         """Whether it need not be computed; what could not be read is tried again by every run that comes."""
         row = self._rows.get(picture)
-        return row is not None and not row.broken and row.state == file_state(self._root, picture)
+        return row is not None and not row.broken and row.state == file_state(self._folder.root, picture)
 
     def _encode(self, pixels: list[Tensor]) -> Tensor:
         return self._tower.picture_features(torch.cat(pixels)).cpu()

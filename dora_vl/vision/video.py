@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from dora_vl.data.examples import Clip
+from dora_vl.data.media import MediaFolder
 from dora_vl.data.media_limits import VIDEO_SECONDS
 from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.frame_sampling import Sampling
@@ -42,7 +43,7 @@ START_SECONDS = 300.0  # for the process and its library: torch alone takes a mi
 
 
 def read_frames(
-    root: Path, clip: Clip, sampling: Sampling, *, backends: Sequence[str] = tuple(BACKENDS)
+    root: Path | MediaFolder, clip: Clip, sampling: Sampling, *, backends: Sequence[str] = tuple(BACKENDS)
 ) -> Frames[Image.Image]:
     """Decodes in this process: for files that are known to be sound. `VideoReader` is for all others.
 
@@ -80,12 +81,16 @@ class VideoReader:
         self._connection: Connection | None = None
         self._missing: dict[str, Exception] = {}
 
-    def read(self, root: Path, clip: Clip, sampling: Sampling) -> Frames[Image.Image]:
+    def read(self, root: Path | MediaFolder, clip: Clip, sampling: Sampling) -> Frames[Image.Image]:
         """The frames as RGB pictures; see `read_prepared`."""
         return self.read_prepared(root, clip, sampling, lambda picture: picture)
 
     def read_prepared(
-        self, root: Path, clip: Clip, sampling: Sampling, prepare: Callable[[Image.Image], Kept]
+        self,
+        root: Path | MediaFolder,
+        clip: Clip,
+        sampling: Sampling,
+        prepare: Callable[[Image.Image], Kept],
     ) -> Frames[Kept]:
         """The frames, each turned into something smaller as it comes, so that a long clip need not fit in memory.
 

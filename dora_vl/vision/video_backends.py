@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dora_vl.data.media_limits import FRAME_PIXELS, VIDEO_FRAMES
-from dora_vl.vision.video_containers import container_of
+from dora_vl.vision.video_containers import STREAMS, NotWhole, container_of
 
 SOURCE_LINE = re.compile(r"\[[\d:]+\] \S+: |SingleStreamDecoder, \S+, ")  # where in its C++ a library gave up
 ROUNDING_SECONDS = 1e-4  # decord keeps times in single precision; the same frame must be found by all
@@ -195,15 +195,35 @@ class PyavVideo:
             raise Unreadable("it holds no frame")
         shown.sort(key=lambda one: one[0])
         self._keys.sort()
+        if self._format in STREAMS and not self._ends_whole():
+            raise NotWhole("is cut off: its last picture is not whole")
+        if self._format == "mpeg":  # where it is entered elsewhere, several frames in one packet get wrong times
+            del self._keys[1:]
         self._pts = [pts for pts, _ in shown]
         self._tick = float(self._stream.time_base)
         self._begins = [(pts - self._pts[0]) * self._tick for pts in self._pts]
         self.count = len(self._begins)
         self.duration = _end_of(self._begins, stated=self._begins[-1] + shown[-1][1] * self._tick)
 
+    def _ends_whole(self) -> bool:
+        """Whether the last picture can be decoded without a fault, from the last key frame but one on."""
+        whole, begun = True, not self._keys
+        with self._readable(), self._av.open(self._path, format=self._format) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.options, stream.thread_type = {"err_detect": "explode"}, "NONE"
+            for packet in container.demux(stream):  # no seeking: in streams it may land behind the key frame
+                begun = begun or (packet.is_keyframe and packet.pts in self._keys[-2:])
+                if begun and packet.size:
+                    try:
+                        whole = not any(frame.is_corrupt for frame in packet.decode())
+                    except self._av.error.FFmpegError:
+                        whole = False
+        return whole
+
     def _open(self) -> None:
+        self._format = container_of(Path(self._path))
         with self._readable():
-            self._container = self._av.open(self._path, format=container_of(Path(self._path)))
+            self._container = self._av.open(self._path, format=self._format)
             if not self._container.streams.video:
                 raise Unreadable("it has no video stream")
         self._stream = self._container.streams.video[0]

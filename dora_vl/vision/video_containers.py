@@ -8,9 +8,11 @@ which are compared with the file's own:
   duration against the last block's time (RFC 9559, RFC 8794);
 - AVI: every RIFF chunk's, and those of the index beyond them (OpenDML AVI 1.02);
 - GIF: its blocks, up to the trailer (GIF89a, 27);
-- FLV: its tags (FLV 10.1); MPEG transport streams: whole packets.
+- WMV: its objects (ASF 01.20.03, 2); MXF: its triplets, and where its footer begins (SMPTE 377-1);
+- FLV: its tags (FLV 10.1); MPEG program streams: their packets (ISO/IEC 13818-1, 2.5); transport streams: whole ones.
 
-What a stream lost at the very end of a block it cannot know, if its container has no length. FFmpeg's other formats,
+What a stream (`STREAMS`) lost at the very end of a block it cannot know, as its container has no length: there
+`video_backends` looks whether the last picture is whole. FFmpeg's other formats,
 playlists among them, which name further files and addresses, are not opened.
 """
 
@@ -25,7 +27,8 @@ from typing import BinaryIO
 
 from dora_vl.data.regular_file import open_regular
 
-FORMATS = "MP4, MOV, Matroska, WebM, AVI, GIF, FLV, MPEG transport streams"
+FORMATS = "MP4, MOV, Matroska, WebM, AVI, GIF, FLV, WMV, MXF, MPEG program and transport streams"
+STREAMS = ("mpegts", "mpeg")
 MP4_BOXES = frozenset({b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"uuid"})
 EBML, SEGMENT, INFO, CLUSTER, BLOCK_GROUP = 0x1A45DFA3, 0x18538067, 0x1549A966, 0x1F43B675, 0xA0
 CLUSTER_TIME, SIMPLE_BLOCK, BLOCK, TIME_SCALE, DURATION = 0xE7, 0xA3, 0xA1, 0x2AD7B1, 0x4489
@@ -326,6 +329,68 @@ def _check_tags(file: BinaryIO, size: int) -> None:
             raise _cut(size, place)
 
 
+# -- WMV, MXF, MPEG program streams: one part behind the other ----------------------------------------------
+
+
+def _parts_of(length: Callable[[bytes], int]) -> Callable[[BinaryIO, int], None]:
+    """A check of files that are such parts alone.
+
+    Args:
+        length: of a whole part, by its first 32 bytes; raises `ValueError` or `IndexError` where none begins.
+    """
+
+    def check(file: BinaryIO, size: int) -> None:
+        place = 0
+        for _ in _parts():
+            if place >= size:
+                return
+            file.seek(place)
+            try:
+                place += length(file.read(32))
+            except IndexError:
+                raise _cut(size, size + 1) from None
+            except ValueError:
+                raise _damaged(place) from None
+            if place > size:
+                raise _cut(size, place)
+
+    return check
+
+
+def _asf_length(head: bytes) -> int:
+    length = int.from_bytes(head[16:24], "little")
+    if length < 24 <= len(head):
+        raise ValueError("no object")
+    return length if len(head) >= 24 else 24
+
+
+def _klv_length(head: bytes) -> int:
+    if not KLV_KEY.startswith(head[:4]):
+        raise ValueError("no triplet")
+    more = max(0, head[16] - 128)  # a short length, or how many bytes a long one has
+    return 17 + more + (int.from_bytes(head[17 : 17 + more], "big") if more else head[16])
+
+
+def _check_mxf(file: BinaryIO, size: int) -> None:
+    head = file.read(64)
+    footer = int.from_bytes(head[17 + max(0, head[16] - 128) :][24:32], "big")
+    if footer >= size:
+        raise _cut(size, footer + 1)
+    _parts_of(_klv_length)(file, size)
+
+
+def _pack_length(head: bytes) -> int:
+    if head[:3] != b"\0\0\1"[: len(head)]:
+        raise ValueError("no packet")
+    if head[3] == PACK[3]:
+        return 14 + (head[13] & 7) if head[4] >> 6 == 1 else 12  # MPEG-2's, or MPEG-1's
+    return 4 if head[3] == PROGRAM_END else 6 + int.from_bytes(bytes([head[4], head[5]]), "big")
+
+
+ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+KLV_KEY, PACK, PROGRAM_END = b"\x06\x0e\x2b\x34", b"\0\0\1\xba", 0xB9
+
+
 def _packets(length: int) -> Callable[[BinaryIO, int], None]:
     def check(file: BinaryIO, size: int) -> None:
         if size % length:
@@ -339,4 +404,7 @@ _BY_START: Mapping[bytes, tuple[str, Callable[[BinaryIO, int], None]]] = {
     b"GIF87a": ("gif", _check_gif),
     b"GIF89a": ("gif", _check_gif),
     b"FLV\x01": ("flv", _check_tags),
+    ASF: ("asf", _parts_of(_asf_length)),
+    KLV_KEY: ("mxf", _check_mxf),
+    PACK: ("mpeg", _parts_of(_pack_length)),
 }

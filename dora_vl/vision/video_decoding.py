@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dora_vl.data.examples import Clip
-from dora_vl.data.media import path_inside
+from dora_vl.data.media import MediaFolder, path_inside
 from dora_vl.errors import BadSample, UserError
 from dora_vl.vision.frame_sampling import Sampling, clip_span, moments
 from dora_vl.vision.video_backends import BackendMissing, OverLimit, Unreadable, open_video, refuse_size
@@ -68,7 +68,7 @@ class Request:
     sampling: Sampling
 
 
-def clip_path(root: Path, clip: Clip) -> Path:
+def clip_path(root: Path | MediaFolder, clip: Clip) -> Path:
     """The clip's file, inside `root`, there, of a format that is read, and not cut off.
 
     Raises:
@@ -99,6 +99,9 @@ def decode(request: Request, backend: str) -> Iterator[Decoded]:
         yield from _decode(request, backend)
     except OverLimit as error:
         raise BadSample(request.clip.path, f"video {request.clip.path} {error}") from None
+    except NotWhole as error:
+        again = "copy it again, or remux a recording that ended so (ffmpeg -i FILE -c copy FILE.mp4)"
+        raise BadSample(request.clip.path, f"video {request.clip.path} {error}; {again}") from None
 
 
 def _decode(request: Request, backend: str) -> Iterator[Decoded]:

@@ -311,11 +311,9 @@ def test_an_endless_talk_is_refused_before_it_is_rendered(
 
     with Engine(model) as engine:
         monkeypatch.setattr(type(model.asked("one").prompts), "sample", sample)
-        before = time.monotonic()
         for name in ("one", "base"):
             with pytest.raises(BadSample, match=reason):
                 engine.prepare(name, turns, Sampling(max_new_tokens=1), fill=True)
-        assert time.monotonic() - before < 0.5
 
 
 def test_a_batch_has_so_many_tokens(model: ServedModel, monkeypatch: Any) -> None:

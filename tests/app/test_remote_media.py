@@ -182,17 +182,13 @@ def test_what_is_not_fetched(site: str, path: str, reason: str) -> None:
 @pytest.mark.parametrize("path", ["/slow", *DRIBBLES])
 def test_a_site_that_dribbles_is_left(site: str, path: str) -> None:
     """Also where each byte comes in time, and where http.client has let go of the socket (`Connection: close`)."""
-    before = time.monotonic()
     with pytest.raises(NotFetched, match="was too slow"):
         fetch(f"{site}{path}", FetchLimits(bytes=1000, seconds=1.0))
-    assert time.monotonic() - before < 3
 
 
 def test_a_site_that_dribbles_its_handshake_is_left(site: str, slow_tls: int) -> None:
-    before = time.monotonic()
     with pytest.raises(NotFetched, match="was too slow"):
         fetch(f"https://site.example:{slow_tls}/", FetchLimits(bytes=1000, seconds=1.0))
-    assert time.monotonic() - before < 3
 
 
 def test_a_handshake_that_ends_by_the_sockets_own_timeout_was_too_slow(

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dora_vl.data.media import open_image
-from dora_vl.errors import BadSample
+from dora_vl.data.examples import Clip
+from dora_vl.data.largest_items import places_of_largest_pictures
+from dora_vl.data.look_ahead import look_ahead
+from dora_vl.data.media import MediaFolder, open_image
+from dora_vl.data.training_rows import load_rows
+from dora_vl.errors import BadSample, UserError
+from dora_vl.sources.check_media import MediaCheck
+from dora_vl.vision.compute_features import Media, Medium
+from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.vision.images import ImagePreparation, Preparation
+from dora_vl.vision.video import read_frames
+from tests.vision.video_files import write_clip
 
 
 def noise(height: int, width: int, channels: int) -> np.ndarray:
@@ -56,7 +68,7 @@ def test_a_link_out_of_the_folder_is_refused_unless_links_are_followed(root: Pat
     for path in ("file.png", "folder/outside.png"):
         with pytest.raises(BadSample, match="is a link that leads out of"):
             open_image(root, path)
-        assert open_image(root, path, follow_links=True).size == (7, 5)
+        assert open_image(MediaFolder(root, follow_links=True), path).size == (7, 5)
 
 
 def test_links_inside_the_folder_and_a_linked_folder_itself_are_fine(root: Path, tmp_path: Path) -> None:
@@ -79,7 +91,7 @@ def test_missing_empty_folder_and_text_are_named(root: Path) -> None:
         open_image(root, "none.png")
     for path, why in {
         "empty.png": "is no picture of PNG, JPEG.*: it has 0 bytes",
-        "text.png": "is no picture of PNG, JPEG.*: it begins with b'not a pi'",
+        "text.png": "is no picture of PNG, JPEG.*: it begins with b'not a pictur'",
         "cut.png": "begins as a PNG and is cut or damaged near its start",
         "coco": "cannot be read: it is a folder, no file",
     }.items():
@@ -191,8 +203,9 @@ def test_sixteen_bit_grey_keeps_its_range(root: Path) -> None:
 @pytest.mark.parametrize(
     ("numbers", "kind", "told"),
     [
-        ([[0.0, 0.25, 1.0]], np.float32, "floating-point numbers"),
-        ([[np.nan, 200.0, 3.0]], np.float32, "floating-point numbers"),
+        ([[0.0, 0.25, 1.01]], np.float32, "floating-point numbers from 0 to 1.01"),
+        ([[-0.5, 0.25, 1.0]], np.float32, "floating-point numbers from -0.5 to 1"),
+        ([[0.5, np.nan, 0.5]], np.float32, "floating-point numbers from nan"),
         ([[0, 70_000, 5]], np.int32, "numbers from 0 to 70,000; those from 0 to 65,535 are read"),
         ([[-3, 20, 5]], np.int32, "numbers from -3 to 20"),
     ],
@@ -204,7 +217,46 @@ def test_numbers_that_are_no_brightness_are_refused(root: Path, numbers: object,
         open_image(root, "scan.tiff")
 
 
-@pytest.mark.parametrize(("most", "read"), [(200, 200), (65_535, 255)])
-def test_whole_numbers_of_a_tiff_keep_their_range(root: Path, most: int, read: int) -> None:
-    Image.fromarray(np.array([[0, most]], dtype=np.int32)).save(root / "scan.tiff")
-    assert np.asarray(open_image(root, "scan.tiff"))[0, :, 1].tolist() == [0, read]
+def test_whatever_reads_files_follows_links_by_one_option(tmp_path: Path) -> None:
+    """As DVC and git-annex lay them: training's start and batches, check-data and init, features, videos."""
+    root = tmp_path / "linked"
+    root.mkdir()
+    for name in ("a.png", "a.mp4"):
+        (root / name).symlink_to(tmp_path / f"stored_{name}")
+    Image.fromarray(noise(5, 7, 3)).save(tmp_path / "stored_a.png")
+    write_clip(tmp_path / "stored_a.mp4")
+    row = {
+        "id": "1",
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "b"}],
+    }
+    (tmp_path / "train.json").write_text(json.dumps([row]))
+    rows = load_rows(str(tmp_path / "train.json"))
+
+    def start(folder: MediaFolder) -> bool:
+        try:
+            look_ahead(rows.rows, rows.stored, pictures=folder, videos=None, max_bad_share=0.0, source="train.json")
+        except UserError as error:
+            return "data.follow_links" not in str(error)
+        return True
+
+    def features(folder: MediaFolder) -> bool:
+        preparation = ImagePreparation(Preparation(image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3), aspect="pad")
+        return not Media(media=[Medium("a", "a.png")], root=folder, preparation=preparation)[0][0].broken
+
+    def video(folder: MediaFolder) -> bool:
+        try:
+            return len(read_frames(folder, Clip(path="a.mp4"), Uniform(2)).pictures) == 2
+        except BadSample:
+            return False
+
+    readers: list[Callable[[MediaFolder], bool]] = [
+        start,
+        features,
+        video,
+        lambda folder: MediaCheck(folder, decode=False).trouble("a.png") is None,
+        lambda folder: MediaCheck(folder, decode=True).trouble("a.mp4") is None,
+        lambda folder: bool(places_of_largest_pictures(rows.rows, rows.stored, folder, 1)),
+    ]
+    for follow_links in (False, True):
+        assert [read(MediaFolder(root, follow_links)) for read in readers] == [follow_links] * len(readers)

@@ -7,19 +7,20 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dora_vl.data import media_limits, picture_decoding
-from dora_vl.data.media import open_image
+from dora_vl.data.media import MediaFolder, open_image
 from dora_vl.errors import BadSample
+from dora_vl.sources.check_media import decoding_trouble
 
 
 def png(width: int, height: int) -> bytes:
@@ -45,7 +46,7 @@ showpage
 OPENS = """
 import sys
 from pathlib import Path
-from dora_vl.data.media import open_image
+from dora_vl.data.media import MediaFolder, open_image
 from dora_vl.errors import BadSample
 
 def hook(event, arguments):
@@ -70,12 +71,12 @@ def test_a_picture_starts_no_other_program(tmp_path: Path) -> None:
     done = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
-    assert "is no picture of PNG, JPEG, WEBP, GIF, BMP, TIFF: it begins with b'%!PS-Ado'" in done.stdout
+    assert "is no picture of PNG, JPEG, WEBP, GIF, BMP, TIFF, JPEG2000" in done.stdout
     assert "STARTED" not in done.stdout
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "PCX", "JPEG2000"])
+@pytest.mark.parametrize("kind", ["PPM", "TGA", "ICO", "PCX", "DIB"])
 def test_formats_beside_the_list_are_named(tmp_path: Path, kind: str) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png", kind)
     with pytest.raises(BadSample, match=r"picture a\.png in .* is no picture of PNG, JPEG, WEBP, GIF, BMP, TIFF"):
@@ -86,8 +87,8 @@ def test_formats_beside_the_list_are_named(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("size", "why"),
     [
-        ((1, 100_000), "has 1 x 100,000 pixels; a side may be 200 times the other"),
-        ((100_000, 1), "has 100,000 x 1 pixels; a side may be 200 times the other"),
+        ((1, 100_000), "has 1 x 100,000 pixels; a side may be 500 times the other"),
+        ((100_000, 1), "has 100,000 x 1 pixels; a side may be 500 times the other"),
         ((14_000, 13_000), r"182000000 pixels\) exceeds limit of 178956970"),
         ((2**31 - 1, 2**31 - 1), "pixels"),
     ],
@@ -119,10 +120,8 @@ def test_pipes_sockets_devices_and_folders_are_no_pictures(tmp_path: Path, monke
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket.png")
         for name, kind in {"pipe.png": "a named pipe", "zero.png": "a device", ".": "a folder"}.items():
-            started = time.monotonic()
-            with pytest.raises(BadSample, match=f"cannot be read: it is {kind}, no file"):
-                open_image(tmp_path, name, follow_links=True)
-            assert time.monotonic() - started < 1
+            with pytest.raises(BadSample, match=f"cannot be read: it is {kind}, no file"):  # and none is waited for
+                open_image(MediaFolder(tmp_path, follow_links=True), name)
         with pytest.raises(BadSample, match="cannot be"):
             open_image(tmp_path, "socket.png")
 
@@ -131,7 +130,7 @@ def test_pipes_sockets_devices_and_folders_are_no_pictures(tmp_path: Path, monke
 @pytest.mark.parametrize("follow_links", [False, True])
 def test_names_that_no_file_system_takes_are_bad_samples(tmp_path: Path, name: str, follow_links: bool) -> None:
     with pytest.raises(BadSample) as raised:
-        open_image(tmp_path, name, follow_links=follow_links)
+        open_image(MediaFolder(tmp_path, follow_links=follow_links), name)
     assert str(raised.value).isprintable()
 
 
@@ -196,3 +195,139 @@ def test_a_picture_of_cameras_with_several_in_it_is_its_first(tmp_path: Path) ->
     with Image.open(BytesIO((tmp_path / "a.jpg").read_bytes())) as image:
         assert image.format == "MPO"
     assert np.asarray(open_image(tmp_path, "a.jpg"))[4, 4, 0] > 250
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def noted(**options: Any) -> bytes:
+    """A PNG with a note."""
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("note", **options)
+    return saved(PHOTO, "PNG", pnginfo=notes)
+
+
+def flipped(content: bytes, chunk: bytes) -> bytes:
+    """With another bit in the chunk, so that its checksum is wrong."""
+    place = content.index(chunk) + 4
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def big_endian(pixels: np.ndarray) -> bytes:
+    """A TIFF of 16-bit greys, the high byte first."""
+    height, width = pixels.shape
+    entries = [(256, width), (257, height), (258, 16), (259, 1), (262, 1), (273, 122), (277, 1), (278, height)]
+    entries.append((279, 2 * width * height))
+    told = b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in entries)
+    return struct.pack(">2sHIH", b"MM", 42, 8, len(entries)) + told + bytes(4) + pixels.astype(">u2").tobytes()
+
+
+def heic() -> bytes:
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pip install pillow-heif")
+    stream = BytesIO()
+    pillow_heif.from_pillow(PHOTO).save(stream, quality=95)
+    return stream.getvalue()
+
+
+RAMP = np.linspace(0, 1, 48 * 36, dtype=np.float32).reshape(36, 48)
+ROWS, COLUMNS = np.mgrid[0:36, 0:48]
+PIXELS = np.stack([COLUMNS * 5, ROWS * 7, 255 - COLUMNS * 5], axis=2).astype(np.uint8)
+PHOTO = Image.fromarray(PIXELS)
+JPEG, PNG = saved(PHOTO, "JPEG", quality=95), saved(PHOTO, "PNG")
+LONG = np.full((3, 1_200, 3), 90, np.uint8)
+
+
+def greys(bits: int) -> np.ndarray:
+    return np.round(RAMP * (2**bits - 1)).astype(np.uint16)
+
+
+GREY = np.stack([RAMP * 255] * 3, axis=2)
+ODD: Mapping[str, tuple[Callable[[], bytes], np.ndarray, float]] = {
+    "a JPEG without its end mark": (lambda: JPEG[:-2], PIXELS, 12),
+    "a JPEG with half an end mark": (lambda: JPEG[:-1], PIXELS, 12),
+    "a JPEG whose end mark is zeros": (lambda: JPEG[:-2] + bytes(900), PIXELS, 12),
+    "a PNG with a note of 2 MB, compressed": (lambda: noted(value="x" * 2**21, zip=True), PIXELS, 0),
+    "a PNG with a profile of 2 MB": (lambda: saved(PHOTO, "PNG", icc_profile=bytes(2**21)), PIXELS, 0),
+    "a PNG with a damaged note": (lambda: flipped(noted(value="x"), b"tEXt"), PIXELS, 0),
+    "a TIFF of YCbCr": (lambda: saved(PHOTO.convert("YCbCr"), "TIFF"), PIXELS, 3),
+    "a TIFF of 0 to 1": (lambda: saved(Image.fromarray(RAMP), "TIFF"), GREY, 0.51),
+    "a TIFF of 32-bit numbers to 255": (lambda: saved(Image.fromarray(greys(8).astype(np.int32)), "TIFF"), GREY, 1),
+    **{
+        f"a TIFF of {bits} bits in 16": (lambda bits=bits: saved(Image.fromarray(greys(bits)), "TIFF"), GREY, 1.01)
+        for bits in (10, 12, 14, 16)
+    },
+    "a TIFF of 12 bits, the high byte first": (lambda: big_endian(greys(12)), GREY, 1.01),
+    "a dark PNG of 16 bits": (lambda: saved(Image.fromarray(greys(12)), "PNG"), GREY / 16, 1),
+    "1,200 x 3 pixels": (lambda: saved(Image.fromarray(LONG), "PNG"), LONG, 0),
+    "10 x 2,500 pixels": (lambda: saved(Image.new("RGB", (10, 2_500), "red"), "PNG"), np.array([[[255, 0, 0]]]), 0),
+    "an AVIF": (lambda: saved(PHOTO, "AVIF", quality=100), PIXELS, 12),
+    "a JPEG 2000": (lambda: saved(PHOTO, "JPEG2000"), PIXELS, 0),
+    "a JPEG 2000 without its box": (lambda: saved(PHOTO, "JPEG2000", no_jp2=True), PIXELS, 0),
+    "a HEIC": (heic, PIXELS, 12),
+}
+"""What others open: a file, its pixels, and how far each may be from them."""
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_but_valid_picture_has_its_pixels(tmp_path: Path, name: str) -> None:
+    make, pixels, tolerance = ODD[name]
+    (tmp_path / "a").write_bytes(make())
+    found = np.asarray(open_image(tmp_path, "a"), dtype=np.float32)
+    np.testing.assert_allclose(found, np.broadcast_to(pixels, found.shape), atol=tolerance, rtol=0)
+    assert name.startswith("10 x") or found.shape == pixels.shape
+    assert decoding_trouble(tmp_path / "a") is None
+
+
+FLAWED: Mapping[str, Callable[[], bytes]] = {
+    "a JPEG cut in its middle": lambda: JPEG[: len(JPEG) * 2 // 3],
+    "a JPEG cut in its last block": lambda: JPEG[:-6],
+    "a JPEG cut and filled up with zeros": lambda: JPEG[: len(JPEG) * 2 // 3] + bytes(9_000),
+    "a JPEG cut and filled up with ones": lambda: JPEG[: len(JPEG) * 2 // 3] + b"\xff" * 900,
+    "a progressive JPEG without its end mark": lambda: saved(PHOTO, "JPEG", progressive=True)[:-2],
+    "a JPEG cut between two restarts": lambda: (whole := saved(PHOTO, "JPEG", restart_marker_blocks=2))[
+        : whole.index(b"\xff\xd2")
+    ],
+    "a PNG with damaged pixels": lambda: flipped(PNG, b"IDAT"),
+    "a PNG with a damaged header": lambda: flipped(PNG, b"IHDR"),
+    "a PNG with damaged transparency": lambda: flipped(saved(PHOTO, "PNG", transparency=(1, 2, 3)), b"tRNS"),
+    "a JPEG 2000 cut behind its header": lambda: (whole := saved(PHOTO, "JPEG2000"))[: whole.index(b"\xff\x93")],
+    "an AVIF that was cut": lambda: saved(PHOTO, "AVIF")[:-5],
+}
+
+
+@pytest.mark.parametrize("name", FLAWED)
+def test_a_picture_that_lost_pixels_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a").write_bytes(FLAWED[name]())
+    with pytest.raises(BadSample, match=r"picture a in .* (cannot be decoded|begins as a)"):
+        open_image(tmp_path, "a")
+    assert decoding_trouble(tmp_path / "a") is not None
+
+
+def test_a_heic_names_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "a").write_bytes(b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic" + bytes(40))
+    with pytest.raises(BadSample, match="pip install pillow-heif"):
+        open_image(tmp_path, "a")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        saved(PHOTO, "JPEG", exif=bytes.fromhex("4578696600004d4d002a00000008000101120003000000010006000000000000")),
+        saved(PHOTO.convert("LA"), "PNG"),
+        saved(Image.merge("RGBA", (*PHOTO.split(), Image.new("L", PHOTO.size, 9))), "PNG"),
+        saved(Image.fromarray(greys(16)), "PNG"),
+    ],
+)
+def test_as_published_a_picture_is_what_pillow_makes_rgb_of(tmp_path: Path, content: bytes) -> None:
+    """`Image.open(...).convert("RGB")`, as llava/train/train.py has it."""
+    (tmp_path / "a").write_bytes(content)
+    published = Image.open(BytesIO(content)).convert("RGB")
+    found = open_image(MediaFolder(tmp_path, as_published=True), "a")
+    assert found.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(published))
+    shown = np.asarray(open_image(tmp_path, "a"))
+    assert np.array_equal(shown, np.asarray(found)) == (Image.open(BytesIO(content)).mode == "LA")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +88,7 @@ def test_a_folder_of_pictures_and_videos(root: Path, tmp_path: Path, weights: st
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, None])
 def test_an_interruption_loses_no_features(
-    root: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys, how: signal.Signals | None
+    root: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys, request, how: int | None
 ) -> None:
     to, encode, seen = tmp_path / "features", FeatureEncoder.encode, []
 
@@ -97,10 +97,14 @@ def test_an_interruption_loses_no_features(
         if len(seen) == 3:
             if how is None:
                 raise RuntimeError("out of memory")
-            os.kill(os.getpid(), how)
+            signal.raise_signal(how)  # handled before it returns
+            raise AssertionError("the signal ended nothing")
         return encode(self, pixels)
 
     monkeypatch.setattr(FeatureEncoder, "encode", interrupted)
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever tests before, or who started them, made of it
+    terminated = signal.getsignal(signal.SIGTERM)
     with pytest.raises({signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit, None: RuntimeError}[how]):
         run(root, to, weights)
     assert set(open_features(to).held) == {"one", "three"}
@@ -109,7 +113,7 @@ def test_an_interruption_loses_no_features(
     run(root, to, weights)
     assert "features of 1 more files" in capsys.readouterr().out
     assert set(open_features(to).held) == {"one", "three", "two"}
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is terminated
 
 
 def test_a_folder_of_an_earlier_version_is_completed(root: Path, tmp_path: Path, weights: str, capsys) -> None:

@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from dora_vl.data.bad_samples import BadSampleLedger
 from dora_vl.errors import UserError
 from dora_vl.training.progress import BatchStatistics, Progress
 from dora_vl.training.sample_account import account_of
 
+MEDIA = {"a.png": "1", "b.png": "2", "missing.png": "", "broken.png": "3"}
 
-def progress_over(*ids: str) -> Progress:
-    found = Progress(BatchStatistics(), None)
-    found.trains_on(lambda: ids, "train.json")
+
+def progress_over(*ids: str, **media: str) -> Progress:
+    statistics = BatchStatistics(BadSampleLedger(max_bad_share=1.0, total_samples=3, source="train.json"))
+    statistics.carry_over({"c": "picture broken.png in . cannot be decoded"})
+    found = Progress(statistics, None)
+    found.trains_on(lambda: ids, "train.json", lambda: {**MEDIA, **{f"{name}.png": key for name, key in media.items()}})
     return found
 
 
@@ -53,6 +58,13 @@ def test_others_are_refused_with_both_numbers_and_the_next_step(
         progress_over(*ids).check_samples(checkpoint)
     assert said in str(error.value)
     assert str(error.value).endswith(f"--adapter.initial {checkpoint / 'adapter'}")
+
+
+def test_a_replaced_file_is_named_and_a_mended_one_goes_on(checkpoint: Path) -> None:
+    progress_over("a", "b", "c", missing="5", broken="6").check_samples(checkpoint)
+    for key in ("7", ""):  # another picture, none
+        with pytest.raises(UserError, match=r"other content in 1 of 4 files looked at, b\.png"):
+            progress_over("a", "b", "c", b=key).check_samples(checkpoint)
 
 
 def test_streams_and_checkpoints_of_earlier_versions_go_on(checkpoint: Path) -> None:

@@ -28,6 +28,7 @@ def write_video(
     seconds: Sequence[float] = STEADY,
     *,
     sound: bool = False,
+    noise: bool = False,
     options: dict | None = None,
     x264: str = "keyint=20",
 ) -> Path:
@@ -41,7 +42,10 @@ def write_video(
             video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
             video.codec_context.time_base = MILLISECOND
             for number, begin in enumerate(seconds):
-                frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+                pixels = picture(number)
+                if noise:  # so that a frame takes many packets
+                    pixels[:, :, 1] = np.random.default_rng(number).integers(0, 256, pixels.shape[:2])
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 frame.pts, frame.time_base = round(begin * 1000), MILLISECOND
                 container.mux(video.encode(frame))
             container.mux(video.encode())
@@ -63,6 +67,9 @@ CODECS = {
     ".gif": "gif",
     ".flv": "flv1",
     ".ts": "libx264",
+    ".mpg": "mpeg2video",
+    ".wmv": "wmv2",
+    ".mxf": "mpeg2video",
 }
 """One that each container holds."""
 
