@@ -131,7 +131,7 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         return frozenset([encoder.tokenizer.convert_tokens_to_ids(token)] if isinstance(token, str) else [])
 
     def _test_questions(self) -> list[Question]:
-        return read_test(self.config.evaluation)[0]
+        return read_test(self.config.evaluation, self.config.data.contract)[0]
 
     def _media(
         self,

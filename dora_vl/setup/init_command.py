@@ -17,6 +17,7 @@ from dora_vl.setup.look import Look, Row, look_at
 from dora_vl.setup.questions_file import RUN_FILE, find_questions
 from dora_vl.setup.run_file import Base, Data, base_of, written
 from dora_vl.setup.split import split, usual_share, write_rows
+from dora_vl.sources.check_command import add_columns, columns_of
 
 DESCRIPTION = """\
 Looks at a folder of pictures and questions, says what it saw, holds a test out, and writes the YAML of a first run:
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions", type=Path, metavar="FILE", help="default: the one file in FOLDER that holds some"
     )
+    add_columns(parser)
     parser.add_argument(
         "--model", metavar="BASE", help="folder or hub id; default: the demo's base where it is, else a small SmolVLM"
     )
@@ -60,10 +62,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     to: Path = arguments.to or Path("runs") / _name_of(folder)
     _refuse_earlier(to, overwrite=arguments.overwrite)
     base = base_of(arguments.model)
-    questions = arguments.questions or find_questions(folder)
+    columns = columns_of(arguments)
+    questions = arguments.questions or find_questions(folder, columns)
     staging = to.with_name(f".{to.name}.writing-{getpid()}")
     try:
-        look = look_at(folder, questions, media_to=staging)
+        look = look_at(folder, questions, media_to=staging, columns=columns)
         yield from look.lines()
         share = usual_share(len(look.rows)) if arguments.test_share is None else arguments.test_share
         train, test = split(look, share=share, seed=arguments.seed)
