@@ -6,11 +6,12 @@ Only the standard library at import, so that data preparation can use it alone.
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 from dora_vl.data.text_file import NotUtf8, Progress, opened, refuse_half_pairs
 from dora_vl.errors import UserError, shown
@@ -147,7 +148,7 @@ def _numbered_entries(source: _Source) -> Iterator[tuple[int, object]]:
 class _Source:
     """The unread part of a file: a buffer, a position in it, and the line the buffer starts at."""
 
-    def __init__(self, path: Path, file: BinaryIO, progress: Progress | None = None) -> None:
+    def __init__(self, path: Path, file: io.BufferedIOBase, progress: Progress | None = None) -> None:
         self._path = path
         self._progress = progress
         self._file = file

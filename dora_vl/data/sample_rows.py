@@ -211,12 +211,10 @@ class SampleRowReader:
             self._check_format(name, row)
         try:
             if name == LLAVA and _is_llava(resolved.fields):
-                sample = _llava_row(resolved.fields, sample_id)
-            else:
-                sample = _example_row(_read(resolved, sample_id), name)
+                return _llava_row(resolved, sample_id)
+            return _example_row(_read(resolved, sample_id), resolved)
         except BadSample as error:
-            sample = SampleRow(id=sample_id, problem=error.reason, format=name)
-        return replace(sample, columns=resolved.uses)
+            return SampleRow(id=sample_id, problem=error.reason, format=name, columns=resolved.uses)
 
     def _check_format(self, name: str, row: str) -> None:
         self._first_of_format.setdefault(name, row)
@@ -241,12 +239,13 @@ def _is_llava(fields: Row) -> bool:
     return is_nothing(fields.get("system")) and not _roles_in_conversations(fields)
 
 
-def _llava_row(fields: Row, sample_id: str) -> SampleRow:
+def _llava_row(resolved: Resolved, sample_id: str) -> SampleRow:
     """LLaVA's turns are kept as they stand; `turns.read_conversation` decides what they mean."""
+    fields = resolved.fields
     pictures, turns = row_pictures(fields, sample_id), tuple(raw_turns(fields, sample_id))
     refuse_marked_turns(fields, sample_id)
-    if has_tags(text for _, text in turns):
-        return _example_row(with_tagged_pictures(_read_conversations(fields, sample_id)), LLAVA)
+    if has_tags([text for _, text in turns]):
+        return _example_row(with_tagged_pictures(_read_conversations(fields, sample_id)), resolved)
     return SampleRow(
         id=sample_id,
         images=tuple(pictures.names),
@@ -254,10 +253,11 @@ def _llava_row(fields: Row, sample_id: str) -> SampleRow:
         turns=turns,
         format=LLAVA,
         held=pictures.held,
+        columns=resolved.uses,
     )
 
 
-def _example_row(example: Example, form: str | None) -> SampleRow:
+def _example_row(example: Example, resolved: Resolved) -> SampleRow:
     turns = turns_of(example)
     return SampleRow(
         id=example.id,
@@ -265,6 +265,7 @@ def _example_row(example: Example, form: str | None) -> SampleRow:
         video=example.clips,
         turns=tuple((SPEAKERS[turn.role], turn.text) for turn in turns),
         input_characters=turns[-2].input_characters if len(turns) > 1 else 0,
-        format=form,
+        format=resolved.format and resolved.format.name,
         held=example.image_bytes,
+        columns=resolved.uses,
     )

@@ -10,13 +10,13 @@ import codecs
 import contextlib
 import csv
 import gzip
+import io
 import json
 import logging
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from dora_vl.errors import UserError, one_line, shown_names, shown_text
 
@@ -31,7 +31,7 @@ Progress = Callable[[int], object]
 
 
 @contextlib.contextmanager
-def opened(path: Path, wanted: str) -> Iterator[BinaryIO]:
+def opened(path: Path, wanted: str) -> Iterator[io.BufferedIOBase]:
     """The file's bytes, those inside of one that gzip packed.
 
     Args:
@@ -43,8 +43,8 @@ def opened(path: Path, wanted: str) -> Iterator[BinaryIO]:
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file of {wanted}")
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            yield cast(BinaryIO, file)
+        with gzip.GzipFile(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            yield file
     except (OSError, EOFError, zlib.error) as error:  # of gzip: cut, or damaged
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
@@ -215,7 +215,7 @@ def _lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterat
 def _recoded_lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
     try:
         with opened(path, wanted) as file:
-            for number, line in enumerate(codecs.getreader(encoding)(file), 1):
+            for number, line in enumerate(io.TextIOWrapper(file, encoding, newline=""), 1):
                 if len(line) > LONGEST_LINE_BYTES:
                     raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES:,} characters")
                 progress(len(line.encode(encoding)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from dora_vl.data.examples import FIELDS
 from dora_vl.data.media_limits import PICTURE_ENDINGS, VIDEO_ENDINGS
@@ -194,8 +194,14 @@ class Columns:
 
     def id_of(self, row: Row) -> object:
         """What the row itself says as its id; None where it says nothing."""
-        names = (*(column for column, name in self.roles.items() if name in ROLES["id"]), *ROLES["id"])
-        return next((row[name] for name in names if row.get(name) is not None), None)
+        for name in self._ids:
+            if row.get(name) is not None:
+                return row[name]
+        return None
+
+    @cached_property
+    def _ids(self) -> tuple[str, ...]:
+        return (*(column for column, name in self.roles.items() if name in ROLES["id"]), *ROLES["id"])
 
     def _shapes_of(self, names: Sequence[str]) -> Iterator[_Shape]:
         kept = [name for name in names if name not in self.ignored]

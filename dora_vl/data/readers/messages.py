@@ -74,7 +74,7 @@ _TAGS = re.compile(r"<(?:img>(.*?)</img>|bbox>|ref-object>|audio>(?!.*</audio>))
 
 def has_tags(texts: Iterable[str]) -> bool:
     """Whether a text holds a picture's path in `<img>`, or another medium's place."""
-    return any(_TAGS.search(text) for text in texts)
+    return any(map(_TAGS.search, texts))
 
 
 def with_tagged_pictures(example: Example) -> Example:
@@ -282,7 +282,7 @@ def read_columns(row: Mapping[str, object], sample_id: str) -> Example:
     asked, said = _text(row["question"], "question", sample_id), _answer(row["answer"], sample_id)
     if not is_nothing(row.get("choices")) and said.strip():
         labels, choices = _choices(row["choices"], sample_id)
-        asked, said = written_choices(asked, choices, said, sample_id, labels)
+        asked, said = written_choices(asked, choices, said, sample_id, labels) if choices else (asked, said)
     if not _says(asked, [hint := _text_or_none(row, "hint", sample_id).strip()]):
         asked = f"{hint}\n{asked}"
     if earlier := _earlier_rounds(row, sample_id):
