@@ -16,6 +16,7 @@ import logging
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from dora_vl.errors import UserError, one_line, shown_names, shown_text
@@ -182,9 +183,15 @@ def encoding_of(path: Path, wanted: str) -> str:
                 part = file.read(1 << 20)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
-            _log.warning("%s: not UTF-8, so it is read as Windows-1252", path)
+            _say_encoding(path)
             return WITHOUT_A_MARK
     return UTF_8
+
+
+@lru_cache
+def _say_encoding(path: Path) -> None:
+    """Once for each file, however often it is read."""
+    _log.warning("%s: not UTF-8, so it is read as Windows-1252", path)
 
 
 def text_lines(path: Path, wanted: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:

@@ -12,7 +12,7 @@ from dora_vl.data.readers.columns import Columns, roles_of_columns
 from dora_vl.data.readers.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of
 from dora_vl.errors import UserError, shown_names, shown_text
 from dora_vl.sources.check_media import MediaCheck
-from dora_vl.sources.check_rows import FileCheck, Finding, Limits, overlap, pairs, total
+from dora_vl.sources.check_rows import LEFT_OUT, FileCheck, Finding, Limits, overlap, pairs, total
 
 DESCRIPTION = """\
 Checks data files of every format that training reads, and records of `dora-vl prepare`. Finds duplicate ids, empty
@@ -96,6 +96,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{len(files)} files, {rows:,} samples{looked}: nothing found"
         return
     yield from table(found)
+    if any(finding.problem == LEFT_OUT for _, finding in found):
+        yield f"{LEFT_OUT}: --columns COLUMN=ROLE,... says what they are, --ignore-columns COLUMN,... leaves them out"
     yield f"{len(files)} files, {rows:,} samples{looked}: {total(finding for _, finding in found):,} problems"
     raise SystemExit(1)
 

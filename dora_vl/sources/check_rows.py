@@ -15,6 +15,8 @@ from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, BadSample, shown_
 from dora_vl.sources.check_media import MediaCheck
 
 SHOWN_IDS = 5
+LEFT_OUT = "columns left out"
+"""The problem of rows that a run would refuse for a column."""
 
 
 @dataclass(kw_only=True)
@@ -119,7 +121,7 @@ class FileCheck:
                 return _example(example, answers_needed=self._limits.answers_needed)
             return _talk(read_row({**record, "id": sample_id}, columns=self._columns), form)
         except ColumnsError as error:
-            return Sample(id=sample_id, problem=str(error), kind="columns left out", format=form)
+            return Sample(id=sample_id, problem=str(error), kind=LEFT_OUT, format=form)
         except BadSample as error:
             return Sample(id=sample_id, problem=error.reason, kind=error.kind, format=form)
 

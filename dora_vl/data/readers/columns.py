@@ -159,11 +159,11 @@ class Columns:
             if role not in ROLES and role not in _KNOWN:
                 raise UserError(f"data.columns: {shown(column)} cannot be {shown(role)}; there are {', '.join(ROLES)}")
 
-    def resolve(self, row: Row) -> Resolved:
+    def resolve(self, row: Row, *, strict: bool = True) -> Resolved:
         """The row's format, and what it holds of each role.
 
         Raises:
-            ColumnsError: a column would be left out that looks like a part of the sample.
+            ColumnsError: a column would be left out that looks like a part of the sample, if that is `strict`.
         """
         shape = self.shape_of(row)
         if shape is None:
@@ -179,7 +179,7 @@ class Columns:
             fields[role] = _held(row, columns)
             places.append(place)
         uses, left = shape.uses(tuple(places))
-        if left:
+        if left and strict:
             has_media = not (is_nothing(fields.get("images")) and is_nothing(fields.get("videos")))
             _refuse_left_out(row, left, shape.format, has_media)
         return Resolved(shape.format, fields, uses)
