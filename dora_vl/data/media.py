@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from dora_vl.data.picture_decoding import decode_image, in_one_line
-from dora_vl.data.readers.columns import is_nothing
 from dora_vl.errors import ON_THE_WEB, BadSample, shown
 
 if TYPE_CHECKING:
@@ -219,7 +218,8 @@ def row_pictures(fields: Mapping[str, object], sample_id: str) -> RowPictures:
     """
     pictures = RowPictures(sample_id)
     value = fields.get("images")
-    if not is_nothing(value):
-        for one in value if isinstance(value, list | tuple) else [value]:
-            pictures.add(one, "images")
+    if value is None or value in ("", b"", []) or value != value:  # NaN: a table's empty cell
+        return pictures
+    for one in value if isinstance(value, list | tuple) else [value]:
+        pictures.add(one, "images")
     return pictures

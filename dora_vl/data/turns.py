@@ -147,7 +147,8 @@ def read_conversation(record: Mapping[str, object]) -> Conversation:
     if record.get("problem"):  # `record_table.load_table` found it while converting the file
         raise BadSample(sample_id, str(record["problem"]))
     images = read_paths(record, ("images", "image"), sample_id)
-    return as_conversation(sample_id, images, spoken_turns(record, sample_id), row_clips(record, sample_id, "video"))
+    videos = row_clips(record, sample_id) or row_clips(record, sample_id, "video")
+    return as_conversation(sample_id, images, spoken_turns(record, sample_id), videos)
 
 
 def as_conversation(

@@ -30,6 +30,7 @@ from typing import Any
 
 from dora_vl.data.examples import JSON, Answer, Example
 from dora_vl.data.readers.columns import ROLES
+from dora_vl.data.readers.containers import class_names, with_class_names
 from dora_vl.data.readers.shard_files import by_split, counted, meaning, of_the_set
 from dora_vl.data.right_choice import correct_choice, listed_choices
 from dora_vl.data.turns import Turn, read_conversation
@@ -134,9 +135,10 @@ def _rows(hub: Mapping[str, Any] | None, shards: Sequence[Path], progress: Progr
         else:
             files = [str(shard) for shard in shards]
             stream = datasets.load_dataset(BUILDERS[shards[0].suffix], data_files=files, split="train", streaming=True)
+        names = class_names(stream)
         for number, row in enumerate(_undecoded(stream), start=1):
             progress(_size(row))
-            yield {**row, "row number": number}
+            yield {**with_class_names(row, names), "row number": number}
     except (UserError, BadSample):
         raise
     except Exception as error:

@@ -55,5 +55,5 @@ def convert(raw: Raw) -> dict[str, JSON]:
     """
     sample_id = optional(raw, "id", identifier, UNKNOWN_ID)
     fields = USUAL.resolve(raw, strict=False).fields  # the record keeps all of its columns
-    conversation = read_conversation({**fields, "video": fields.get("videos"), "id": sample_id})
+    conversation = read_conversation({**fields, "id": sample_id})
     return {"id": conversation.id, **{name: value for name, value in raw.items() if name != "id"}}

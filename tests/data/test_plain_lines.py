@@ -22,7 +22,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 TURN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "cat"]), "value": TEXT})
 RECORD = st.fixed_dictionaries(
     {"id": TEXT, "conversations": st.lists(TURN, min_size=1, max_size=4)},
-    optional={"image": st.none() | TEXT, "model": st.none() | TEXT | st.integers(), "video": st.none()},
+    optional={"image": st.none() | TEXT, "model": st.none() | TEXT, "video": st.none()},
 )
 
 

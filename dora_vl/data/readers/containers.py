@@ -44,9 +44,8 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     try:
         with pq.ParquetFile(path) as file:
             # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
-            names = _class_names(file.schema_arrow.metadata)
             for group in range(file.num_row_groups):
-                yield from _rows(file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group]), names)
+                yield from _rows(file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group]))
     except READING_ERRORS as error:
         raise _unreadable_columns(path, "Parquet", error) from None
 
@@ -108,20 +107,21 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
         return {}
 
 
-def _named(row: dict[str, object], names: ClassNames) -> dict[str, object]:
+def with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, object]:
+    """The row with a class's name for its number."""
     for column, words in names.items():
         if isinstance(number := row.get(column), int):
             row[column] = words[number] if 0 <= number < len(words) else None  # -1: no label, as `datasets` has it
     return row
 
 
-def _rows(batches: Iterable[pa.RecordBatch], names: ClassNames | None = None) -> Iterator[dict[str, object]]:
+def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
     for batch in batches:
-        words = _class_names(batch.schema.metadata) if names is None else names
+        names = _class_names(batch.schema.metadata)
         batch.validate(full=True)  # offsets that lead out of a damaged file's memory would end the process
         step = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * len(batch) // max(1, batch.nbytes)))
         for start in range(0, len(batch), step):
-            yield from (_named(row, words) for row in batch.slice(start, step).to_pylist())
+            yield from (with_class_names(row, names) for row in batch.slice(start, step).to_pylist())
 
 
 def _unreadable_columns(path: Path, kind: str, error: BaseException) -> UserError:
@@ -190,15 +190,19 @@ def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, 
     Raises:
         UserError: whatever `datasets` says against it, such as a connection that breaks.
     """
-    import datasets
-
-    words = {
-        column: kind.names for column, kind in (stream.features or {}).items() if isinstance(kind, datasets.ClassLabel)
-    }
+    names = class_names(stream)
     try:
-        yield from (_named(row, words) for row in stream)
+        yield from (with_class_names(row, names) for row in stream)
     except Exception as error:
         raise _unreadable(name, error) from error
+
+
+def class_names(stream: datasets.IterableDataset) -> ClassNames:
+    """What the numbers of a stream's ClassLabel columns stand for."""
+    import datasets
+
+    features = (stream.features or {}).items()
+    return {column: kind.names for column, kind in features if isinstance(kind, datasets.ClassLabel)}
 
 
 def _opened(name: str, *, streaming: bool) -> Any:
