@@ -11,7 +11,7 @@ OFF: Mapping[str, str] = {
     "custom_dataset_info": "name the files themselves",
     "cached_dataset": "samples are made as they are needed: name the files themselves",
     "cached_val_dataset": "samples are made as they are needed: name the files themselves",
-    "columns": "rows are read by their own keys; `dora-vl prepare hugging-face --set columns=...` renames",
+    "columns": "data.columns says what a column is, {COLUMN: ROLE}",
     "interleave_prob": "weights say how often an epoch sees each sample: data.train with {path, weight}",
     "callbacks": "no code of one's own in the loop",
     "optimizer": "optimizers are transformers': training.optim",

@@ -45,7 +45,10 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
         with pq.ParquetFile(path) as file:
             # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
             for group in range(file.num_row_groups):
-                yield from _rows(file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group]))
+                held = file.metadata.row_group(group)
+                yield from _rows(
+                    file.iter_batches(batch_size=_rows_of(held.num_rows, held.total_byte_size), row_groups=[group])
+                )
     except READING_ERRORS as error:
         raise _unreadable_columns(path, "Parquet", error) from None
 
@@ -115,11 +118,16 @@ def with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, obj
     return row
 
 
+def _rows_of(rows: int, size: int) -> int:
+    """How many rows of so many bytes in all are taken at once."""
+    return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * rows // max(1, size)))
+
+
 def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
     for batch in batches:
         names = _class_names(batch.schema.metadata)
         batch.validate(full=True)  # offsets that lead out of a damaged file's memory would end the process
-        step = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * len(batch) // max(1, batch.nbytes)))
+        step = _rows_of(len(batch), batch.nbytes)
         for start in range(0, len(batch), step):
             yield from (with_class_names(row, names) for row in batch.slice(start, step).to_pylist())
 
