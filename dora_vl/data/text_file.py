@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from dora_vl.errors import UserError, one_line, shown_names, shown_text
 
@@ -222,7 +223,7 @@ def _lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterat
 def _recoded_lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
     try:
         with opened(path, wanted) as file:
-            for number, line in enumerate(io.TextIOWrapper(file, encoding, newline=""), 1):
+            for number, line in enumerate(io.TextIOWrapper(cast(BinaryIO, file), encoding, newline=""), 1):
                 if len(line) > LONGEST_LINE_BYTES:
                     raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES:,} characters")
                 progress(len(line.encode(encoding)))

@@ -213,7 +213,8 @@ class Columns:
     def _alternatives(self, role: str, names: Sequence[str]) -> list[Candidate]:
         """The columns that may hold a role, those together that are taken as one."""
         said = [column for column, name in self.roles.items() if column in names and name in (role, *ROLES[role])]
-        alternatives = [dict.fromkeys(said, "")] if role in _JOINED and said else [{name: ""} for name in said]
+        joined = role in _JOINED and bool(said)
+        alternatives: list[Candidate] = [dict.fromkeys(said, "")] if joined else [{name: ""} for name in said]
         free = {name: plain_name(name) for name in names if name not in self.roles}
         alternatives += [{name: ""} for known in ROLES[role] for name, plain in free.items() if plain == known]
         for pattern in _JOINED.get(role, ()):

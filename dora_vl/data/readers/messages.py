@@ -377,8 +377,9 @@ def _answer(value: object, sample_id: str, name: str = "answer") -> str:
 
 def _in_object(value: object) -> object:
     """What an object says as its answer or text; anything else is that itself."""
-    keys = ("answer", "text") if isinstance(value, Mapping) else ()
-    return next((said for key in keys if (said := value.get(key)) is not None), value)
+    if not isinstance(value, Mapping):
+        return value
+    return next((said for key in ("answer", "text") if (said := value.get(key)) is not None), value)
 
 
 def _text_or_none(row: Mapping[str, object], name: str, sample_id: str) -> str:
