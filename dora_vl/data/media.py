@@ -6,13 +6,11 @@ import base64
 import binascii
 import hashlib
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from dora_vl.data.media_limits import PICTURE_ENDINGS
 from dora_vl.data.picture_decoding import decode_image, in_one_line
 from dora_vl.errors import ON_THE_WEB, BadSample, shown
 
@@ -179,11 +177,10 @@ def open_picture(root: Path | MediaFolder, name: str, stored: HeldPictures | Non
     return open_image(root, name)
 
 
-PICTURE_KEYS = ("images", "image", "image_path", "img", "picture", *PICTURE_ENDINGS)
-"""Where pictures stand in a row; the first of them that holds any counts."""
-_NUMBERED = re.compile(r"image_(\d{1,4})")
 WEB, IN_PLACE, AS_URL = ("http://", "https://"), "data:", "file://"
 """What begins a picture's text where that is no path."""
+BARE_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+"""How the bytes of PNG, JPEG, GIF and WebP begin in base64."""
 STORED = "bytes:"
 
 
@@ -208,11 +205,13 @@ class RowPictures:
             self._hold(bytes(value))
         elif isinstance(value, str) and value.startswith(IN_PLACE):
             self._hold(self._from_data_url(value))
+        elif isinstance(value, str) and value.startswith(BARE_BASE64) and (data := _from_base64(value)) is not None:
+            self._hold(data)
         elif isinstance(value, str) and value.startswith(WEB):
             told = f"{key!r} is on the web, {shown(value)}; fetch it and name the file"
             raise BadSample(self.sample_id, told, ON_THE_WEB)
         elif isinstance(value, str) and value:
-            self.names.append(value.removeprefix(AS_URL))
+            self.names.append(value.removeprefix(AS_URL).replace("\\", "/"))
         else:
             raise BadSample(self.sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
 
@@ -231,32 +230,24 @@ class RowPictures:
             raise BadSample(self.sample_id, f"its data URL {shown(url)} cannot be read: {error}") from None
 
 
-def numbered_columns(row: Iterable[str]) -> list[str]:
-    """Of a row's columns `image_1`, `image_2`, ..., in the order of their numbers."""
-    found = [name for name in row if name.startswith("image_") and _NUMBERED.fullmatch(name)]
-    return sorted(found, key=lambda name: int(name.removeprefix("image_")))
+def _from_base64(text: str) -> bytes | None:
+    """The bytes, or None where the text is no base64: a path may begin alike."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (ValueError, binascii.Error):
+        return None
 
 
-def row_pictures(row: Mapping[str, object], sample_id: str) -> RowPictures:
-    """The pictures under the first of `PICTURE_KEYS` that holds any, or of all numbered columns in their order.
-
-    One that is no list counts as a list of one.
+def row_pictures(fields: Mapping[str, object], sample_id: str) -> RowPictures:
+    """The pictures among a row's fields; one that is no list counts as a list of one.
 
     Raises:
-        BadSample: they stand in both; or see `RowPictures.add`.
+        BadSample: see `RowPictures.add`.
     """
     pictures = RowPictures(sample_id)
-    first = next((key for key in PICTURE_KEYS if key in row and not _is_empty(row[key])), None)
-    numbered = [key for key in numbered_columns(row) if not _is_empty(row[key])]
-    if first and numbered:
-        raise BadSample(sample_id, f"it has pictures under {first!r} and {numbered[0]!r}; leave one of them out")
-    for key in numbered if first is None else (first,):
-        value = row[key]
-        listed = value if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) else [value]
-        for one in listed:
-            pictures.add(one, key)
+    value = fields.get("images")
+    if value is None or value in ("", b"", []) or value != value:  # NaN: a table's empty cell
+        return pictures
+    for one in value if isinstance(value, list | tuple) else [value]:
+        pictures.add(one, "images")
     return pictures
-
-
-def _is_empty(value: object) -> bool:
-    return value is None or value == "" or value == [] or value == b""

@@ -8,7 +8,8 @@ that).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from dora_vl.data.media import AS_URL, IN_PLACE, PICTURE_KEYS, WEB
-from dora_vl.data.readers.left_out import MARKS
-from dora_vl.data.readers.messages import SYSTEMS
-from dora_vl.data.turns import VIDEO_KEYS
+from dora_vl.data.media import AS_URL, BARE_BASE64, IN_PLACE, WEB
+from dora_vl.data.readers.columns import MEDIA_ENDINGS, USUAL, Columns, named_like
+from dora_vl.data.readers.messages import MARKS
 
 BLOCK_BYTES = 8 << 20
 """Read at once; a record longer than that makes a file not plain."""
@@ -28,17 +28,15 @@ PLAIN_FORMAT = "conversations"
 NAMED_VIDEO = pa.struct([("path", pa.string()), ("start_seconds", pa.float64()), ("end_seconds", pa.float64())])
 HELD_PICTURE = pa.struct([("name", pa.string()), ("content", pa.large_binary())])
 _TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
-_NUMBERED = ("image_0", "image_1", "image_2")
-"""Where numbered pictures begin; each column asked for costs a hundredth of the time."""
-_ELSEWHERE = (*(name for name in PICTURE_KEYS if name != "image"), *_NUMBERED, *VIDEO_KEYS, *SYSTEMS)
-"""Where a record may have what plain ones have not; a column that is not named here would be passed over."""
-_NO_PATH = pc.MatchSubstringOptions("^(" + "|".join((IN_PLACE, AS_URL, *WEB)) + ")")
+_NO_PATH = pc.MatchSubstringOptions("^(" + "|".join((IN_PLACE, AS_URL, *BARE_BASE64, *WEB)) + r")|\\")
+_MEDIA = pc.MatchSubstringOptions(rf"\.({'|'.join(MEDIA_ENDINGS)})$", ignore_case=True)
+_TAGS = pc.MatchSubstringOptions("<(img|bbox|ref-object|audio)>")
+_USED = {"id": "id", "image": "images", "conversations": "conversations"}
 _FORM = pa.schema(
     [
         ("id", pa.string()),
         ("image", pa.string()),
         ("conversations", pa.list_(pa.struct([*_TURN, *((mark, pa.float64()) for mark in MARKS)]))),
-        *((name, pa.list_(pa.string()) if name.endswith("s") else pa.string()) for name in _ELSEWHERE),
     ]
 )
 
@@ -47,7 +45,7 @@ class NotPlainError(Exception):
     """The file holds something that has to be looked at record by record."""
 
 
-def plain_batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def plain_batches(path: Path, schema: pa.Schema, columns: Columns = USUAL) -> Iterator[pa.RecordBatch]:
     """Yields a plain file's rows in the columns of `record_table`.
 
     Raises:
@@ -57,30 +55,61 @@ def plain_batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         if not file.read(3).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             raise NotPlainError
     reading = pj.ReadOptions(block_size=BLOCK_BYTES)
-    parsing = pj.ParseOptions(explicit_schema=_FORM, unexpected_field_behavior="ignore")
+    parsing = pj.ParseOptions(explicit_schema=_FORM, unexpected_field_behavior="infer")
     try:
         for block in pj.open_json(path, read_options=reading, parse_options=parsing):
-            yield _columns(block, schema)
+            yield _columns(block, schema, _uses(block, columns))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError) as error:
         raise NotPlainError from error
 
 
-def _columns(block: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+def written_uses(uses: Mapping[str, str]) -> str:
+    """The role of each column as a table holds it."""
+    return json.dumps(uses, ensure_ascii=False)
+
+
+def _uses(block: pa.RecordBatch, columns: Columns) -> dict[str, str]:
+    """The role of each column that is not empty, where those left out are notes in any row."""
+    named = {
+        name: True for name, column in zip(block.schema.names, block, strict=True) if column.null_count < len(column)
+    }
+    shape = columns.shape_of(named)
+    if shape is None or shape.format.name != PLAIN_FORMAT:
+        raise NotPlainError
+    uses, left = shape.uses((0,) * len(shape.candidates))
+    if {name: role for name, role in uses.items() if role} != {name: _USED[name] for name in _USED if name in uses}:
+        raise NotPlainError
+    for name in left:
+        column = block.column(name)
+        if (
+            named_like(name)
+            or pa.types.is_nested(column.type)
+            or (pa.types.is_string(column.type) and _any(column, _MEDIA))
+        ):
+            raise NotPlainError
+    return dict(uses)
+
+
+def _any(texts: pa.Array, matching: pc.MatchSubstringOptions) -> bool:
+    return bool(pc.call_function("any", [pc.call_function("match_substring_regex", [texts], matching)]).as_py())
+
+
+def _columns(block: pa.RecordBatch, schema: pa.Schema, uses: Mapping[str, str]) -> pa.RecordBatch:
     ids, images, conversations = (block.column(name) for name in ("id", "image", "conversations"))
     turns = conversations.flatten()
     texts, speakers = turns.field("value"), turns.field("from")
-    others = [block.column(name).null_count for name in _ELSEWHERE]
     offsets = _offsets(conversations)
-    marked = any(turns.field(mark).null_count != len(turns) for mark in MARKS)
+    others = (turns.field(part.name) for part in turns.type if part.name not in ("from", "value"))
+    marked = any(field.null_count != len(turns) for field in others)
     if (
         marked
-        or pc.call_function("any", [pc.call_function("match_substring_regex", [images], _NO_PATH)]).as_py()
+        or _any(images, _NO_PATH)
+        or _any(texts, _TAGS)
         or ids.null_count
         or conversations.null_count
         or turns.null_count
         or texts.null_count
         or speakers.null_count
-        or others != [len(block)] * len(others)
         or (np.diff(offsets) == 0).any()
     ):
         raise NotPlainError
@@ -98,6 +127,7 @@ def _columns(block: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         pa.nulls(len(block), pa.string()),
         pa.repeat(PLAIN_FORMAT, len(block)),
         pa.ListArray.from_arrays(_lengths_to_offsets(np.zeros(len(block), bool)), pa.array([], HELD_PICTURE)),
+        pa.array([written_uses(uses), *[None] * (len(block) - 1)], pa.string()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import os
 import time
@@ -18,7 +19,8 @@ import datasets.config
 import pyarrow as pa
 from filelock import FileLock
 
-from dora_vl.data.plain_lines import HELD_PICTURE, NAMED_VIDEO, NotPlainError, plain_batches
+from dora_vl.data.plain_lines import HELD_PICTURE, NAMED_VIDEO, NotPlainError, plain_batches, written_uses
+from dora_vl.data.readers.columns import USUAL, Columns
 from dora_vl.data.readers.containers import DataFiles, find_files
 from dora_vl.data.sample_rows import SampleRow, SampleRowReader, check_usable
 from dora_vl.data.turns import INPUT_CHARACTERS
@@ -27,7 +29,7 @@ from dora_vl.errors import UserError
 _log = logging.getLogger(__name__)
 
 
-TABLE_VERSION = 5
+TABLE_VERSION = 6
 """Part of the cache's key: raise it when columns or their meaning change."""
 
 ROWS_A_BATCH = 4096
@@ -46,22 +48,25 @@ _SCHEMA = pa.schema(
         ("problem", pa.string()),
         ("format", pa.string()),
         ("held_pictures", pa.list_(HELD_PICTURE)),
+        ("columns", pa.string()),
     ]
 )
 
 
-def load_table(path: Path, *, cache_folder: Path | None = None) -> datasets.Dataset:
+def load_table(path: Path, *, cache_folder: Path | None = None, columns: Columns = USUAL) -> datasets.Dataset:
     """A data file of any format and container as memory-mapped rows, converted once and kept in a cache.
 
     Columns: `id`, `images` (paths), `video` (the fields of a `turns.Clip` each), `conversations` (list of {from,
     value}, as LLaVA's), `input_characters` (of the last question; `turns.Turn`), `length` (words in all turns),
     `is_multimodal`, `problem` (why the record is unusable as it stands, else null), `format` (`sample_rows`),
-    `held_pictures` (name and content of the pictures that the file holds, each in the first row that has it). Every
-    row goes into `turns.read_conversation`. The cache is keyed by the files' paths, sizes and modification times, so a
-    changed file is converted again; a content hash would read a gigabyte at each start.
+    `held_pictures` (name and content of the pictures that the file holds, each in the first row that has it), `columns`
+    (the role of each of the file's columns, as JSON, likewise in the first row that has these). Every row goes into
+    `turns.read_conversation`. The cache is keyed by the files' paths, sizes and modification times, so a changed file
+    is converted again; a content hash would read a gigabyte at each start.
 
     Args:
         path: what `readers.containers.find_files` takes; of JSON the first character decides between list and lines.
+        columns: what the file's columns are.
         cache_folder: where converted files stay; default `dora_vl` in the cache folder of `datasets`.
 
     Raises:
@@ -70,12 +75,12 @@ def load_table(path: Path, *, cache_folder: Path | None = None) -> datasets.Data
     """
     found = find_files(path)
     folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE) / "dora_vl"
-    table = folder / f"{path.stem}-{_fingerprint(found.files)}.arrow"
+    table = folder / f"{path.stem}-{_fingerprint(found.files, columns)}.arrow"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{table}.lock"):  # the ranks of a machine: one converts, the others wait for it
             if not table.exists():
-                _convert(path, found, table)
+                _convert(path, found, table, columns)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot keep the converted {path.name} there ({error}); set HF_DATASETS_CACHE"
@@ -83,24 +88,24 @@ def load_table(path: Path, *, cache_folder: Path | None = None) -> datasets.Data
     return datasets.Dataset.from_file(str(table))
 
 
-def _fingerprint(files: Sequence[Path]) -> str:
-    key = f"samples {TABLE_VERSION}"
+def _fingerprint(files: Sequence[Path], columns: Columns) -> str:
+    key = f"samples {TABLE_VERSION} {json.dumps([dict(columns.roles), columns.ignored])}"
     for file in files:
         stat = file.stat()
         key += f"\0{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-def _convert(path: Path, found: DataFiles, table: Path) -> None:
+def _convert(path: Path, found: DataFiles, table: Path, columns: Columns) -> None:
     """Writes under another name first: what a killed process leaves is never taken for whole."""
-    before, started = _fingerprint(found.files), time.perf_counter()
+    before, started = _fingerprint(found.files, columns), time.perf_counter()
     partial = table.with_suffix(".partial")  # the lock is held: a leftover of this name is nobody's, overwrite it
     try:
         with partial.open("wb") as file:
-            rows = _Writer(found).write(path, file)
+            rows = _Writer(found, columns).write(path, file)
             file.flush()
             os.fsync(file.fileno())
-        if _fingerprint(found.files) != before:
+        if _fingerprint(found.files, columns) != before:
             raise UserError(f"{path}: changed while it was read; start again when it is complete")
         partial.replace(table)
     except BaseException:
@@ -116,16 +121,18 @@ def _convert(path: Path, found: DataFiles, table: Path) -> None:
 class _Writer:
     """Converts the rows of some files; remembers what it has met among them."""
 
-    def __init__(self, found: DataFiles) -> None:
+    def __init__(self, found: DataFiles, columns: Columns) -> None:
         self._found = found
-        self._reader = SampleRowReader(found.name)
+        self._columns = columns
+        self._reader = SampleRowReader(found.name, columns)
+        self._uses: set[str] = set()
         self._held: set[str] = set()
 
     def write(self, path: Path, file: BinaryIO) -> int:
         """Writes an Arrow stream and returns the number of its rows."""
         if self._found.is_json:
             try:
-                return _write_plain(path, file)
+                return _write_plain(self._found.files[0], file, self._columns)
             except NotPlainError:
                 file.seek(0)
                 file.truncate()
@@ -137,12 +144,20 @@ class _Writer:
         first_problem: str | None = None
         with pa.ipc.new_stream(file, _SCHEMA) as writer:
             for batch in _batches(self._row(record, number) for number, record in enumerate(self._found.rows())):
-                writer.write_batch(_record_batch(batch))
+                writer.write_batch(_record_batch(batch, list(map(self._new_uses, batch))))
                 rows += len(batch)
                 usable += sum(row.problem is None for row in batch)
                 first_problem = first_problem or next((row.problem for row in batch if row.problem), None)
         check_usable(str(path), rows, usable, first_problem)
         return rows
+
+    def _new_uses(self, row: SampleRow) -> str | None:
+        """What the row's columns are, where no earlier row had these."""
+        uses = written_uses(row.columns)
+        if uses in self._uses:
+            return None
+        self._uses.add(uses)
+        return uses
 
     def _row(self, record: Mapping[str, object], number: int) -> SampleRow:
         """The row with the pictures that no earlier one held."""
@@ -154,10 +169,10 @@ class _Writer:
         return dataclasses.replace(row, held=held)
 
 
-def _write_plain(path: Path, file: BinaryIO) -> int:
+def _write_plain(path: Path, file: BinaryIO, columns: Columns) -> int:
     rows = 0
     with pa.ipc.new_stream(file, _SCHEMA) as writer:
-        for batch in plain_batches(path, _SCHEMA):
+        for batch in plain_batches(path, _SCHEMA, columns):
             writer.write_batch(batch)
             rows += len(batch)
     if not rows:
@@ -178,14 +193,14 @@ def _batches(rows: Iterable[SampleRow]) -> Iterator[list[SampleRow]]:
         yield batch
 
 
-def _record_batch(rows: list[SampleRow]) -> pa.RecordBatch:
+def _record_batch(rows: list[SampleRow], uses: list[str | None]) -> pa.RecordBatch:
     try:
-        return _columns(rows)
+        return _columns(rows, uses)
     except UnicodeEncodeError:
-        return _columns([row.encodable() for row in rows])
+        return _columns([row.encodable() for row in rows], uses)
 
 
-def _columns(rows: list[SampleRow]) -> pa.RecordBatch:
+def _columns(rows: list[SampleRow], uses: list[str | None]) -> pa.RecordBatch:
     offsets = [0]
     for row in rows:
         offsets.append(offsets[-1] + len(row.turns))
@@ -205,5 +220,6 @@ def _columns(rows: list[SampleRow]) -> pa.RecordBatch:
         pa.array([row.problem for row in rows], pa.string()),
         pa.array([row.format for row in rows], pa.string()),
         pa.array(held, pa.list_(HELD_PICTURE)),
+        pa.array(uses, pa.string()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)

@@ -6,10 +6,12 @@ Only the standard library at import, so that data preparation can use it alone.
 from __future__ import annotations
 
 import codecs
+import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 from dora_vl.data.text_file import NotUtf8, Progress, opened, refuse_half_pairs
 from dora_vl.errors import UserError, shown
@@ -17,6 +19,8 @@ from dora_vl.errors import UserError, shown
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_CHARACTERS = 1 << 26
 """A value that is still open after 64 Mi characters is a missing quote or bracket, not a sample."""
+
+_ROWS_IN_AN_OBJECT = re.compile(r'\{\s*"(data|rows|samples|examples)"\s*:\s*\[\s*\{')
 
 _WHITESPACE = " \t\r\n"
 
@@ -44,6 +48,8 @@ def stream_records(
         elif source.next_character() == "[":
             yield from _list_entries(source)
             source.expect_end("list")
+        elif (name := source.name_of_list()) is not None:
+            yield from _list_under(source, name, alone=True)
         else:
             while source.next_character():
                 yield source.take_object()
@@ -63,6 +69,8 @@ def stream_values(path: Path, wanted: str) -> Iterator[tuple[int, object]]:
         if source.next_character() == "[":
             yield from _numbered_entries(source)
             source.expect_end("list")
+        elif (name := source.name_of_list()) is not None:
+            yield from ((source.line(), row) for row in _list_under(source, name, alone=True))
         else:
             while source.next_character():
                 yield source.line(), source.take_text_value()
@@ -80,12 +88,17 @@ def stream_members(path: Path, *, progress: Progress | None = None) -> Iterator[
             yield name, source.take_object()
 
 
-def _list_under(source: _Source, key: str) -> Iterator[dict[str, object]]:
+def _list_under(source: _Source, key: str, *, alone: bool = False) -> Iterator[dict[str, object]]:
+    """Yields what the list holds; where it must stand `alone`, other lists and objects are not passed over."""
     names: list[str] = []
     for name in _member_names(source):
         names.append(name)
         if name != key:
-            source.take_value()
+            value = source.take_value()
+            if alone and value and isinstance(value, list | dict):
+                source.fail(
+                    f"beside {key!r} stands {shown(name)}; write the rows that are meant as a list of their own"
+                )
         elif source.next_character() != "[":
             source.fail(f"{key!r} must hold a list")
         else:
@@ -135,7 +148,7 @@ def _numbered_entries(source: _Source) -> Iterator[tuple[int, object]]:
 class _Source:
     """The unread part of a file: a buffer, a position in it, and the line the buffer starts at."""
 
-    def __init__(self, path: Path, file: BinaryIO, progress: Progress | None = None) -> None:
+    def __init__(self, path: Path, file: io.BufferedIOBase, progress: Progress | None = None) -> None:
         self._path = path
         self._progress = progress
         self._file = file
@@ -159,6 +172,11 @@ class _Source:
             if self._ended:
                 return ""
             self._refill(CHUNK_BYTES)
+
+    def name_of_list(self) -> str | None:
+        """The name of the rows' list, where the file is one object that begins with it."""
+        found = _ROWS_IN_AN_OBJECT.match(self._buffer, self._position)
+        return found and found[1]
 
     def line(self) -> int:
         """The line of the current position, from 1."""

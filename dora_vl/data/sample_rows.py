@@ -3,75 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from dora_vl.data.examples import FIELDS, Example, clip_fields, from_record
-from dora_vl.data.media import PICTURE_KEYS, numbered_columns, row_pictures
-from dora_vl.data.readers.left_out import refuse_marked_turns, refuse_media_left_out
+from dora_vl.data.examples import Answer, Example, clip_fields, from_record
+from dora_vl.data.media import row_pictures
+from dora_vl.data.readers.columns import FORMATS, USUAL, Columns, ColumnsError, Resolved, Row, is_nothing
 from dora_vl.data.readers.messages import (
-    ANSWERS,
-    CAPTIONS,
-    QUESTIONS,
-    SYSTEMS,
-    first_of,
+    has_tags,
     read_caption,
     read_columns,
     read_instructions,
     read_messages,
     read_prompt_completion,
     read_texts,
+    refuse_marked_turns,
     with_system,
+    with_tagged_pictures,
+    written_choices,
 )
-from dora_vl.data.turns import INPUT_CHARACTERS, SPEAKERS, VIDEO_KEYS, Clip, Turn, raw_turns, row_clips, spoken_turns
+from dora_vl.data.turns import INPUT_CHARACTERS, SPEAKERS, Clip, Turn, raw_turns, row_clips, spoken_turns
 from dora_vl.errors import NO_ANSWER, BadSample, UserError, shown
 
-Row = Mapping[str, object]
-ID_KEYS = ("id", "question_id", "qid", "__key__")
-_MEDIA_AND_IDS = frozenset((*ID_KEYS, *PICTURE_KEYS, *VIDEO_KEYS))
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """One form that a row can have."""
-
-    name: str
-    keys: str
-    """What makes a row one of this form, for messages."""
-    fits: Callable[[Row], bool]
-    read: Callable[[Row, str], Example]
-
-
-def _holds(name: str, other: str | None = None) -> Callable[[Row], bool]:
-    return lambda row: row.get(name) is not None and (other is None or row.get(other) is not None)
+LLAVA = "conversations"
+"""The format whose turns are LLaVA's."""
 
 
 def _roles_in_conversations(row: Row) -> bool:
     turns = row.get("conversations")
     first = turns[0] if isinstance(turns, Sequence) and turns else None
     return isinstance(first, Mapping) and first.get("role") is not None
-
-
-def _is_record(row: Row) -> bool:
-    if not {name for name, value in row.items() if value is not None} <= FIELDS:
-        return False
-    answers = row.get("answers")
-    first = answers[0] if isinstance(answers, Sequence) and not isinstance(answers, str) and answers else None
-    return row.get("turns") is not None or (isinstance(first, Mapping) and "text" in first)
-
-
-def _is_instruction(row: Row) -> bool:
-    """An empty output is still one, and named."""
-    return row.get("instruction") is not None and "output" in row
-
-
-def _is_columns(row: Row) -> bool:
-    return first_of(row, QUESTIONS) is not None and first_of(row, ANSWERS) is not None
-
-
-def _is_caption(row: Row) -> bool:
-    media = (*PICTURE_KEYS, *numbered_columns(row), *VIDEO_KEYS)
-    return first_of(row, media) is not None and first_of(row, CAPTIONS) is not None
 
 
 def _read_conversations(row: Row, sample_id: str) -> Example:
@@ -90,14 +51,15 @@ def _read_conversations(row: Row, sample_id: str) -> Example:
 
 
 def _read_record(row: Row, sample_id: str) -> Example:
-    example = from_record({**_without_nulls(row), "id": sample_id})
-    if example.choices:
-        raise BadSample(
-            sample_id,
-            "it has choices; `python -m data_prep.llava_conversations --benchmark seed` writes them with letters, "
-            "and the right one's as the reply",
-        )
-    return example
+    record = {**_without_nulls(row), "id": sample_id}
+    if isinstance(record.get("videos"), Mapping):
+        record["video"] = record.pop("videos")
+    example = from_record(record)
+    if not example.choices:
+        return example
+    known = example.extra.get("correct", example.answers[0].text if example.answers else None)
+    asked, said = written_choices(example.question, example.choices, known, sample_id)
+    return replace(example, question=asked, answers=(Answer(text=said),))
 
 
 def _without_nulls(value: Row) -> dict[str, object]:
@@ -111,62 +73,52 @@ def _inner(value: object) -> object:
     return [_inner(entry) for entry in value] if isinstance(value, list) else value
 
 
-FORMATS: tuple[RowFormat, ...] = (
-    RowFormat("conversations", "conversations", _holds("conversations"), _read_conversations),
-    RowFormat("messages", "messages", _holds("messages"), read_messages),
-    RowFormat("texts", "texts", _holds("texts"), read_texts),
-    RowFormat("prompt/completion", "prompt, completion", _holds("prompt", "completion"), read_prompt_completion),
-    RowFormat("instructions", "instruction, output", _is_instruction, read_instructions),
-    RowFormat("records", "answers or turns of `dora-vl prepare`", _is_record, _read_record),
-    RowFormat(
-        "question/answer", f"one of {', '.join(QUESTIONS)} and of {', '.join(ANSWERS)}", _is_columns, read_columns
-    ),
-    RowFormat("captions", f"a picture or video and one of {', '.join(CAPTIONS)}", _is_caption, read_caption),
-)
-"""Asked from the top: the first that fits is the row's."""
+READERS: Mapping[str, Callable[[Row, str], Example]] = {
+    "conversations": _read_conversations,
+    "messages": read_messages,
+    "texts": read_texts,
+    "prompt/completion": read_prompt_completion,
+    "instructions": read_instructions,
+    "records": _read_record,
+    "question/answer": read_columns,
+    "captions": read_caption,
+}
+"""What makes an example of a row's fields, by its format."""
 
 
-def format_of(row: Row) -> RowFormat | None:
-    """The row's format by its own keys; None where none fits."""
-    return next((form for form in FORMATS if form.fits(row)), None)
-
-
-def id_of(row: Row, number: int = 0) -> str:
+def id_of(row: Row, number: int = 0, columns: Columns = USUAL) -> str:
     """The row's own id, else its place, from 0."""
-    own = next((value for key in ID_KEYS if (value := row.get(key)) is not None), None)
+    own = columns.id_of(row)
     if own is None:
         return f"record {number}"
     return own if isinstance(own, str) else shown(own)
 
 
-def read_row(row: Row, *, number: int = 0) -> Example:
+def read_row(row: Row, *, number: int = 0, columns: Columns = USUAL) -> Example:
     """One row of any format as an example.
 
     Args:
         row: what a container gives: JSON's values, and bytes where a table or an archive holds pictures.
         number: its place in the file, which is the id of one that has none.
+        columns: what its columns are.
 
     Raises:
         BadSample: its keys fit no format, or it does not hold what its format asks for.
+        ColumnsError: it holds something that its format would leave out.
     """
-    sample_id, form = id_of(row, number), format_of(row)
-    if form is None:
-        known = "; ".join(form.keys for form in FORMATS[:5])
+    return _read(columns.resolve(row), id_of(row, number, columns))
+
+
+def _read(resolved: Resolved, sample_id: str) -> Example:
+    if resolved.format is None:
+        known = "; ".join(" and ".join(form.needs) for form in FORMATS if form.needs)
         raise BadSample(
-            sample_id, f"its keys {shown([*row], 120)} fit no format ({known}; question and answer; docs/data.md)"
+            sample_id,
+            f"its keys {shown([*resolved.fields], 120)} fit no format ({known}); data.columns says what a column is, "
+            "such as {headline: question}",
         )
-    return _read(form, row, sample_id)
-
-
-def _read(form: RowFormat, row: Row, sample_id: str) -> Example:
-    example = form.read(row, sample_id)
-    _refuse_left_out(row, sample_id)
-    return example
-
-
-def _refuse_left_out(row: Row, sample_id: str) -> None:
-    refuse_marked_turns(row, sample_id)
-    refuse_media_left_out(row, sample_id, _MEDIA_AND_IDS)
+    refuse_marked_turns(resolved.fields, sample_id)
+    return with_tagged_pictures(READERS[resolved.format.name](resolved.fields, sample_id))
 
 
 def turns_of(example: Example) -> tuple[Turn, ...]:
@@ -199,6 +151,8 @@ class SampleRow:
     problem: str | None = None
     format: str | None = None
     held: Mapping[str, bytes] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The role of each of its row's columns, "" where it is left out."""
 
     def strings(self) -> Iterator[str]:
         """All of its text, the problem left out."""
@@ -223,7 +177,7 @@ class SampleRow:
         except UnicodeEncodeError:
             readable_id = self.id.encode("utf-8", "backslashreplace").decode()
             problem = "its text holds half of a surrogate pair, which is no character"
-            return SampleRow(id=readable_id, problem=problem, format=self.format)
+            return SampleRow(id=readable_id, problem=problem, format=self.format, columns=self.columns)
         return self
 
 
@@ -232,29 +186,35 @@ class SampleRowReader:
 
     Args:
         name: of the file, for messages.
+        columns: what its columns are.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, columns: Columns = USUAL) -> None:
         self._name = name
+        self._columns = columns
         self._first_of_format: dict[str, str] = {}
 
     def read(self, record: Mapping[str, object], number: int) -> SampleRow:
         """The row `number`, from 0, of what the container gives.
 
         Raises:
-            UserError: it is in another format than an earlier one.
+            UserError: it is in another format than an earlier one, or a column that means something is left out.
         """
-        sample_id, form = id_of(record, number), format_of(record)
-        name = None if form is None else form.name
-        if name is not None:
-            self._check_format(name, f"row {number + 1} ({sample_id})")
+        sample_id = id_of(record, number, self._columns)
+        row = f"row {number + 1} ({sample_id})"
         try:
-            if form is FORMATS[0] and _is_llava(record):
-                return _llava_row(record, sample_id)
-            example = read_row(record, number=number) if form is None else _read(form, record, sample_id)
-            return _example_row(example, name)
+            resolved = self._columns.resolve(record)
+        except ColumnsError as error:
+            raise UserError(f"{self._name}, {row}: {error}") from None
+        name = None if resolved.format is None else resolved.format.name
+        if name is not None:
+            self._check_format(name, row)
+        try:
+            if name == LLAVA and _is_llava(resolved.fields):
+                return _llava_row(resolved, sample_id)
+            return _example_row(_read(resolved, sample_id), resolved)
         except BadSample as error:
-            return SampleRow(id=sample_id, problem=error.reason, format=name)
+            return SampleRow(id=sample_id, problem=error.reason, format=name, columns=resolved.uses)
 
     def _check_format(self, name: str, row: str) -> None:
         self._first_of_format.setdefault(name, row)
@@ -275,25 +235,29 @@ def check_usable(name: str, rows: int, usable: int, first_problem: str | None) -
         raise UserError(f"{name}: none of its {rows} records is a sample; the first one: {first_problem}")
 
 
-def _is_llava(record: Row) -> bool:
-    return not any(record.get(name) for name in SYSTEMS) and not _roles_in_conversations(record)
+def _is_llava(fields: Row) -> bool:
+    return is_nothing(fields.get("system")) and not _roles_in_conversations(fields)
 
 
-def _llava_row(record: Row, sample_id: str) -> SampleRow:
+def _llava_row(resolved: Resolved, sample_id: str) -> SampleRow:
     """LLaVA's turns are kept as they stand; `turns.read_conversation` decides what they mean."""
-    pictures, turns = row_pictures(record, sample_id), tuple(raw_turns(record, sample_id))
-    _refuse_left_out(record, sample_id)
+    fields = resolved.fields
+    pictures, turns = row_pictures(fields, sample_id), tuple(raw_turns(fields, sample_id))
+    refuse_marked_turns(fields, sample_id)
+    if has_tags([text for _, text in turns]):
+        return _example_row(with_tagged_pictures(_read_conversations(fields, sample_id)), resolved)
     return SampleRow(
         id=sample_id,
         images=tuple(pictures.names),
-        video=row_clips(record, sample_id),
+        video=row_clips(fields, sample_id),
         turns=turns,
-        format=FORMATS[0].name,
+        format=LLAVA,
         held=pictures.held,
+        columns=resolved.uses,
     )
 
 
-def _example_row(example: Example, form: str | None) -> SampleRow:
+def _example_row(example: Example, resolved: Resolved) -> SampleRow:
     turns = turns_of(example)
     return SampleRow(
         id=example.id,
@@ -301,6 +265,7 @@ def _example_row(example: Example, form: str | None) -> SampleRow:
         video=example.clips,
         turns=tuple((SPEAKERS[turn.role], turn.text) for turn in turns),
         input_characters=turns[-2].input_characters if len(turns) > 1 else 0,
-        format=form,
+        format=resolved.format and resolved.format.name,
         held=example.image_bytes,
+        columns=resolved.uses,
     )

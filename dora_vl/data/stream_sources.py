@@ -16,8 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from dora_vl.data.readers.columns import USUAL, Columns, column_lines
 from dora_vl.data.readers.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_stream
-from dora_vl.data.sample_rows import ID_KEYS, SampleRow, SampleRowReader, check_usable
+from dora_vl.data.sample_rows import SampleRow, SampleRowReader, check_usable
 from dora_vl.data.train_files import TrainFile
 
 if TYPE_CHECKING:
@@ -103,13 +104,15 @@ class StreamSource:
     Args:
         file: what `data.train` says of it.
         limit: only the first so many rows.
+        columns: what its columns are.
         seed: which rows a weight that is no whole number takes once more; they are the same in every epoch.
     """
 
-    def __init__(self, file: TrainFile, *, limit: int | None, seed: int) -> None:
+    def __init__(self, file: TrainFile, *, limit: int | None, seed: int, columns: Columns = USUAL) -> None:
         self.file = file
         self._limit = limit
         self._seed = seed
+        self._columns = columns
         self._container = _container(file.path)
         self.fraction = math.fmod(file.weight, 1)
 
@@ -128,7 +131,7 @@ class StreamSource:
         Raises:
             UserError: a row of another format than the first, or a file that cannot be read on.
         """
-        reader, name = SampleRowReader(self.file.path), Path(self.file.path).name
+        reader, name = SampleRowReader(self.file.path, self._columns), Path(self.file.path).name
         mixed = order if self._limit is None and (share == 1 or isinstance(self._container, _Files)) else None
         found = (
             (record, number, shard)
@@ -139,7 +142,7 @@ class StreamSource:
         for record, number, shard in islice(found, self._limit):
             if share < 1 and self._draws(shard, drawn).random() >= share:
                 continue
-            yield reader.read(_named(record, number, shard, name), number).encodable()
+            yield reader.read(self._with_shard(record, number, shard, name), number).encodable()
 
     def _draws(self, shard: str, drawn: dict[str, random.Random]) -> random.Random:
         """What says of each row of a shard in turn whether it is taken."""
@@ -178,12 +181,19 @@ class StreamSource:
         rows = max(1.0, self._container.estimate())
         return rows if self._limit is None else min(rows, float(self._limit))
 
-    def described(self) -> str:
-        """One line about it: name, format, rows where they are known, and the weight."""
+    def described(self) -> list[str]:
+        """Lines about it: name, format, rows where they are known, the weight, and what its first rows' columns are."""
         form = next((row.format for row in self.first_rows if row.format), "no known format")
         rows = "" if self.count is None else f", {self.count:,} rows"
         weight = "" if self.file.weight == 1 else f", weight {self.file.weight:g}"
-        return f"{Path(self.file.path).name}: {form}{rows}, streamed{weight}"
+        first = f"{Path(self.file.path).name}: {form}{rows}, streamed{weight}"
+        return [first, *column_lines(row.columns for row in self.first_rows)]
+
+    def _with_shard(self, record: Record, number: int, shard: str, name: str) -> Record:
+        """With the shard in the name of a row that has none: its place alone would name several."""
+        if shard in ("", name) or self._columns.id_of(record) is not None:
+            return record
+        return {**record, "id": f"{shard}, record {number}"}
 
 
 def _container(path: str) -> _Files | _Hub:
@@ -196,10 +206,3 @@ def _container(path: str) -> _Files | _Hub:
 def _written_bytes(record: Record) -> int:
     """About how long a row is in a file: as a line of JSON, bytes as a member of an archive (with its header)."""
     return len(json.dumps(record, ensure_ascii=False, default=lambda value: "x" * (len(value) + 1024)))
-
-
-def _named(record: Record, number: int, shard: str, name: str) -> Record:
-    """With the shard in the name of a row that has none: its place alone would name several."""
-    if shard in ("", name) or any(record.get(key) is not None for key in ID_KEYS):
-        return record
-    return {**record, "id": f"{shard}, record {number}"}

@@ -9,12 +9,19 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import gzip
+import io
 import json
+import logging
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from dora_vl.errors import UserError, one_line, shown_names, shown_text
+
+_log = logging.getLogger(__name__)
 
 LONGEST_LINE_BYTES = 1 << 26
 """A line that still goes on after 64 MiB is no line of text; MMBench keeps pictures in its tables."""
@@ -25,8 +32,8 @@ Progress = Callable[[int], object]
 
 
 @contextlib.contextmanager
-def opened(path: Path, wanted: str) -> Iterator[BinaryIO]:
-    """The file's bytes.
+def opened(path: Path, wanted: str) -> Iterator[io.BufferedIOBase]:
+    """The file's bytes, those inside of one that gzip packed.
 
     Args:
         wanted: what the file should be, such as "predictions; give JSON lines", for the message.
@@ -37,10 +44,10 @@ def opened(path: Path, wanted: str) -> Iterator[BinaryIO]:
     try:
         if not path.is_file():
             raise UserError(f"{path}: no such file of {wanted}")
-        with path.open("rb") as file:
+        with gzip.GzipFile(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             yield file
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (OSError, EOFError, zlib.error) as error:  # of gzip: cut, or damaged
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 class NotUtf8(UserError):
@@ -127,17 +134,52 @@ def whole_text(path: Path, wanted: str) -> str:
         return text_of(file.read().removeprefix(codecs.BOM_UTF8), f"{path}")
 
 
-def text_lines(path: Path, wanted: str) -> Iterator[tuple[int, str]]:
+UTF_8, WITHOUT_A_MARK = "utf-8", "cp1252"
+MARKS = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+
+
+def encoding_of(path: Path, wanted: str) -> str:
+    """A table's encoding: what its byte order mark says, else UTF-8, else Windows-1252, which is logged.
+
+    Raises:
+        UserError: as `opened`.
+    """
+    with opened(path, wanted) as file:
+        beginning = file.read(2)
+        if beginning in MARKS:
+            return MARKS[beginning]
+        decoder, part = codecs.getincrementaldecoder(UTF_8)(), beginning
+        try:
+            while part:
+                decoder.decode(part)
+                part = file.read(1 << 20)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            _say_encoding(path)
+            return WITHOUT_A_MARK
+    return UTF_8
+
+
+@lru_cache
+def _say_encoding(path: Path) -> None:
+    """Once for each file, however often it is read."""
+    _log.warning("%s: not UTF-8, so it is read as Windows-1252", path)
+
+
+def text_lines(path: Path, wanted: str, encoding: str = UTF_8) -> Iterator[tuple[int, str]]:
     """Yields each line with its number, from 1, without its line break.
 
     Raises:
         UserError: no such file, a line that is not UTF-8, or one of more than 64 MiB.
     """
-    return ((number, line.rstrip("\r\n")) for number, line in _lines(path, wanted, lambda size: None))
+    return ((number, line.rstrip("\r\n")) for number, line in _lines(path, wanted, lambda size: None, encoding))
 
 
-def _lines(path: Path, wanted: str, progress: Progress) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
     """Yields each line as it is, with its number."""
+    if encoding != UTF_8:
+        yield from _recoded_lines(path, wanted, progress, encoding)
+        return
     with opened(path, wanted) as file:
         number = 0
         while line := file.readline(LONGEST_LINE_BYTES + 1):
@@ -147,6 +189,18 @@ def _lines(path: Path, wanted: str, progress: Progress) -> Iterator[tuple[int, s
             progress(len(line))
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             yield number, text_of(line, f"{path}, line {number}")
+
+
+def _recoded_lines(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterator[tuple[int, str]]:
+    try:
+        with opened(path, wanted) as file:
+            for number, line in enumerate(io.TextIOWrapper(cast(BinaryIO, file), encoding, newline=""), 1):
+                if len(line) > LONGEST_LINE_BYTES:
+                    raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES:,} characters")
+                progress(len(line.encode(encoding)))
+                yield number, line.removeprefix("\ufeff") if number == 1 else line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not whole {encoding} ({error.reason}); write it as UTF-8") from None
 
 
 def json_lines(path: Path, wanted: str) -> Iterator[tuple[int, dict[str, object]]]:
@@ -176,6 +230,7 @@ def table_rows(
     columns: Sequence[str] = (),
     required: Sequence[str] = (),
     progress: Progress = lambda size: None,
+    encoding: str = UTF_8,
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the rows of a CSV or TSV file by column, with the number of each one's last line; all values are text.
 
@@ -188,7 +243,7 @@ def table_rows(
             that is never closed, or a cell of more than 64 Mi characters.
     """
     csv.field_size_limit(LONGEST_LINE_BYTES)
-    reader = csv.reader(_with_end(path, wanted, progress), delimiter=delimiter)
+    reader = csv.reader(_with_end(path, wanted, progress, encoding), delimiter=delimiter)
     try:
         heads = list(columns) or next(reader)
         if heads == [_END]:
@@ -215,8 +270,8 @@ def table_rows(
     )
 
 
-def _with_end(path: Path, wanted: str, progress: Progress) -> Iterator[str]:
-    yield from (line.replace("\r\n", "\n") for _, line in _lines(path, wanted, progress))
+def _with_end(path: Path, wanted: str, progress: Progress, encoding: str) -> Iterator[str]:
+    yield from (line.replace("\r\n", "\n") for _, line in _lines(path, wanted, progress, encoding))
     yield _END
 
 

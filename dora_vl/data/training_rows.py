@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dora_vl.data.media import StoredPictures
+from dora_vl.data.readers.columns import USUAL, Columns, column_lines
 from dora_vl.data.record_table import load_table
 from dora_vl.data.train_files import TrainFile
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, INPUT_CHARACTERS
@@ -62,13 +64,15 @@ class SampleRows:
         return any(len(chunk.flatten()) for chunk in column.chunks)
 
 
-def load_rows(path: str, limit: int | None = None, *, cache_folder: Path | None = None) -> SampleRows:
+def load_rows(
+    path: str, limit: int | None = None, *, cache_folder: Path | None = None, columns: Columns = USUAL
+) -> SampleRows:
     """The samples of one path, the first `limit` of them.
 
     Raises:
         UserError: see `record_table.load_table`.
     """
-    table = load_table(Path(path), cache_folder=cache_folder)
+    table = load_table(Path(path), cache_folder=cache_folder, columns=columns)
     rows = table.remove_columns("held_pictures")
     return SampleRows(rows if limit is None else rows.select(range(min(limit, len(rows)))), StoredPictures([table]))
 
@@ -80,6 +84,7 @@ def load_training_rows(
     share: float = 0.0,
     seed: int = 0,
     cache_folder: Path | None = None,
+    columns: Columns = USUAL,
 ) -> tuple[SampleRows, SampleRows | None]:
     """The training samples of all files, and those held out for validation (None with a share of 0).
 
@@ -87,12 +92,13 @@ def load_training_rows(
         limit: only the first so many samples of each file.
         share: of all samples, held out before weights repeat or drop any; see `held_out_places`.
         seed: of the split, and of what a weight below 1 leaves out.
+        columns: what the files' columns are.
 
     Raises:
         UserError: a file or a weight that cannot be used, or a split that leaves one side empty.
     """
     check_weights(files)
-    found = [load_rows(file.path, limit, cache_folder=cache_folder) for file in files]
+    found = [load_rows(file.path, limit, cache_folder=cache_folder, columns=columns) for file in files]
     rows = datasets.concatenate_datasets([one.rows for one in found]) if len(found) > 1 else found[0].rows
     stored = found[0].stored if len(found) == 1 else StoredPictures.joined([one.stored for one in found])
     media = (
@@ -190,15 +196,27 @@ def _groups(members: Sequence[tuple[str, ...]]) -> list[str]:
     return [root(names[0]) for names in members]
 
 
-def described(file: TrainFile, rows: datasets.Dataset) -> str:
-    """One line about a file: its name, format, rows, and how many of them cannot be used."""
+def described(file: TrainFile, rows: datasets.Dataset) -> list[str]:
+    """Lines about a file: name, format, rows, how many cannot be used, what its columns are, and its pictures a row."""
     formats = [name for name in rows.unique("format") if name is not None]
     bad = sum(problem is not None for problem in rows["problem"])
     trouble = f", {bad:,} of them unusable" if bad else ""
     weight = "" if file.weight == 1 else f", weight {file.weight:g}"
-    return (
-        f"{Path(file.path).name}: {formats[0] if formats else 'no known format'}, {len(rows):,} rows{trouble}{weight}"
-    )
+    first = f"{Path(file.path).name}: {formats[0] if formats else 'no known format'}, {len(rows):,} rows"
+    return [f"{first}{trouble}{weight}", *column_lines(uses_of(rows)), *_media_lines(rows)]
+
+
+def uses_of(rows: datasets.Dataset) -> list[Mapping[str, str]]:
+    """The roles of the columns of each kind of row; see `record_table.load_table`."""
+    return [json.loads(uses) for uses in rows.unique("columns") if uses is not None]
+
+
+def _media_lines(rows: datasets.Dataset) -> Iterator[str]:
+    table = rows.select_columns(["images", "video"]).with_format("arrow")[:]
+    for name, what in (("images", "pictures"), ("video", "videos")):
+        counts = Counter(pc.call_function("list_value_length", [table[name]]).to_pylist())
+        if name == "images" or set(counts) != {0}:
+            yield f"  {what}: " + ", ".join(f"{count or 'none'} in {counts[count]:,} rows" for count in sorted(counts))
 
 
 @runtime_checkable

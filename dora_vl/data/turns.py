@@ -8,14 +8,13 @@ Source of the rules: LLaVA c121f04, `llava/train/train.py` (`preprocess_multimod
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, ON_THE_WEB, BadSample, shown
 
-VIDEO_KEYS = ("videos", "video")
-"""Where videos stand in a row; the first of them that holds any counts."""
 _PATHS = ("path", "video", "url", "video_url")
 _STARTS = ("start_seconds", "video_start")
 _ENDS = ("end_seconds", "video_end")
@@ -30,19 +29,16 @@ class Clip:
     end_seconds: float | None = None
 
 
-def row_clips(row: Mapping[str, object], sample_id: str, keys: Sequence[str] = VIDEO_KEYS) -> tuple[Clip, ...]:
-    """The videos under the first of `keys` that holds any; one that is no list counts as a list of one.
+def row_clips(fields: Mapping[str, object], sample_id: str, key: str = "videos") -> tuple[Clip, ...]:
+    """The videos among a row's fields; one that is no list counts as a list of one.
 
     Raises:
         BadSample: see `read_clip`.
     """
-    for key in keys:
-        value = row.get(key)
-        if value is None or value == "" or value == []:
-            continue
-        listed = value if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) else [value]
-        return tuple(read_clip(one, key, sample_id) for one in listed)
-    return ()
+    value = fields.get(key)
+    if value is None or value == "" or value == []:
+        return ()
+    return tuple(read_clip(one, key, sample_id) for one in (value if isinstance(value, list | tuple) else [value]))
 
 
 def read_clip(value: object, key: str, sample_id: str) -> Clip:
@@ -62,7 +58,7 @@ def read_clip(value: object, key: str, sample_id: str) -> Clip:
         raise BadSample(sample_id, f"{key!r} must be a path or a list of paths, got {shown(value)}")
     if value.startswith(("http://", "https://", "data:")):
         raise BadSample(sample_id, f"{key!r} is no file, {shown(value)}; fetch it and name the file", ON_THE_WEB)
-    return Clip(path=value.removeprefix("file://"), start_seconds=times[0], end_seconds=times[1])
+    return Clip(path=value.removeprefix("file://").replace("\\", "/"), start_seconds=times[0], end_seconds=times[1])
 
 
 def _seconds(value: Mapping[str, object], names: Sequence[str], sample_id: str) -> float | None:
@@ -151,7 +147,8 @@ def read_conversation(record: Mapping[str, object]) -> Conversation:
     if record.get("problem"):  # `record_table.load_table` found it while converting the file
         raise BadSample(sample_id, str(record["problem"]))
     images = read_paths(record, ("images", "image"), sample_id)
-    return as_conversation(sample_id, images, spoken_turns(record, sample_id), row_clips(record, sample_id))
+    videos = row_clips(record, sample_id) or row_clips(record, sample_id, "video")
+    return as_conversation(sample_id, images, spoken_turns(record, sample_id), videos)
 
 
 def as_conversation(
@@ -166,6 +163,7 @@ def as_conversation(
     talk = _alternating(_without_leading_answer([*turns[len(system) :]]), sample_id)
     if system and not system[0].text.strip():
         system = []
+    images, talk = _numbered_places(images, talk, sample_id)
     talk = _with_places(system, talk, images, videos)
     counted = {IMAGE_PLACEHOLDER: (len(images), "pictures")}
     if videos:
@@ -178,6 +176,24 @@ def as_conversation(
     if len(images) == 1 and not videos:
         talk = [Turn(turn.role, placeholder_first(turn.text)) for turn in talk]
     return Conversation(sample_id, tuple(images), (*system, *talk), tuple(videos))
+
+
+_NUMBERED_PLACE = re.compile(r"<(\|?)image[ _]?(\d{1,3})\1>")
+"""`<image1>`, `<image 1>`, `<image_1>`, `<|image_1|>`: where the first picture goes, in MMMU, MATH-V, for Phi."""
+
+
+def _numbered_places(images: Sequence[str], talk: list[Turn], sample_id: str) -> tuple[Sequence[str], list[Turn]]:
+    """Numbered places as `<image>`, and the pictures in the order in which the text shows them."""
+    shown_at = [int(number) for turn in talk for _, number in _NUMBERED_PLACE.findall(turn.text)]
+    if not shown_at:
+        return images, talk
+    missing = sorted({number for number in shown_at if not 0 < number <= len(images)})
+    unplaced = sorted(set(range(1, len(images) + 1)) - set(shown_at))
+    if missing or unplaced or any(IMAGE_PLACEHOLDER in turn.text for turn in talk):
+        told = f"its text has places of the pictures {sorted(set(shown_at))}, and it names {len(images)} pictures"
+        raise BadSample(sample_id, told, "placeholders differ from pictures")
+    talk = [replace(turn, text=_NUMBERED_PLACE.sub(IMAGE_PLACEHOLDER, turn.text)) for turn in talk]
+    return [images[number - 1] for number in shown_at], talk
 
 
 def _with_places(system: Sequence[Turn], talk: list[Turn], images: Sequence[str], videos: Sequence[Clip]) -> list[Turn]:

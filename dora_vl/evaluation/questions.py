@@ -11,6 +11,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from dora_vl.data.examples import Example
+from dora_vl.data.readers.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.readers.containers import find_files
 from dora_vl.data.records import stream_values
 from dora_vl.data.sample_rows import id_of, read_row, turns_of
@@ -47,13 +48,14 @@ class Question:
         return (text.replace(VIDEO_PLACEHOLDER, "") if self.videos else text).strip()
 
 
-def question_of(record: Mapping[str, object]) -> Question:
+def question_of(record: Mapping[str, object], columns: Columns = USUAL) -> Question:
     """The last round of one row, of any format that training reads, as a question.
 
     Raises:
         BadSample: the record cannot be read.
+        ColumnsError: a column that means something would be left out.
     """
-    example = read_row(record)
+    example = read_row(record, columns=columns)
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
     conversation = as_conversation(example.id, example.images, turns_of(example), example.clips)
@@ -82,7 +84,9 @@ def question_of_task(example: Example) -> Question:
     )
 
 
-def read_questions(path: Path, limit: int | None = None) -> tuple[list[Question], dict[str, str]]:
+def read_questions(
+    path: Path, limit: int | None = None, columns: Columns = USUAL
+) -> tuple[list[Question], dict[str, str]]:
     """The first `limit` questions of a file of any format that training reads.
 
     Beside them the reason for each that cannot be read, by id.
@@ -92,14 +96,14 @@ def read_questions(path: Path, limit: int | None = None) -> tuple[list[Question]
             not be told apart.
     """
     found = find_files(path)
-    numbered = stream_values(path, "questions") if found.is_json else enumerate(found.rows(), 1)
+    numbered = stream_values(found.files[0], "questions") if found.is_json else enumerate(found.rows(), 1)
     questions: list[Question] = []
     unreadable: dict[str, str] = {}
     seen: dict[str, int] = {}
     for number, (line, record) in enumerate(islice(numbered, limit)):
         if not isinstance(record, Mapping):
             raise UserError(f"{path}, line {line}: a record must be an object, found {type(record).__name__}")
-        name = id_of(record, number)
+        name = id_of(record, number, columns)
         first = seen.setdefault(name, line)
         if len(seen) <= number:
             raise UserError(
@@ -107,7 +111,9 @@ def read_questions(path: Path, limit: int | None = None) -> tuple[list[Question]
                 "apart"
             )
         try:
-            questions.append(question_of({**record, "id": name}))
+            questions.append(question_of({**record, "id": name}, columns))
+        except ColumnsError as error:
+            raise UserError(f"{path}, row {number + 1} ({name}): {error}") from None
         except BadSample as error:
             unreadable[name] = error.reason
     if not seen:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.data.media import MediaFolder, open_image
+from dora_vl.data.readers.columns import USUAL, Columns
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Asked, MediaReader, check_pictures
 from dora_vl.evaluation.assistant import Assistant
@@ -39,6 +40,7 @@ def evaluate_run(
     run_folder: Path,
     media: MediaReader,
     numbers: Mapping[str, object] | None = None,
+    columns: Columns = USUAL,
 ) -> dict[str, Any]:
     """Answers the test questions with the trained model and writes everything that shows how the run went.
 
@@ -47,6 +49,7 @@ def evaluate_run(
     Args:
         run_folder: holds `adapter/` and `log.jsonl`; receives the predictions, metrics and pictures.
         media: reads the questions' pictures and videos; the contact sheet draws from its folder.
+        columns: what the columns of `evaluation.file` are.
         numbers: more entries for `metrics.json`, such as `train_seconds`.
 
     Returns:
@@ -55,7 +58,7 @@ def evaluate_run(
     Raises:
         UserError: `evaluation.file` is not set, missing, or holds no question.
     """
-    questions, failed = read_test(evaluation)
+    questions, failed = read_test(evaluation, columns)
     settings = _settings(evaluation, run_folder)
     if any(question.videos for question in questions):
         settings["frames"] = repr(media.videos.sampling)
@@ -87,7 +90,12 @@ def run_test(
     with VideoReader() as reader:
         media = replace(media_of_run(config, assistant, of_test=True, reader=reader), features=features)
         return evaluate_run(
-            assistant, config.evaluation, run_folder=run_folder_of(config), media=media, numbers=numbers
+            assistant,
+            config.evaluation,
+            run_folder=run_folder_of(config),
+            media=media,
+            numbers=numbers,
+            columns=config.data.contract,
         )
 
 
@@ -115,7 +123,7 @@ def pictures_of_test(config: RunConfig) -> MediaFolder:
     return image_folder(config.data, config.evaluation.image_folder)
 
 
-def read_test(evaluation: EvaluationConfig) -> tuple[list[Question], dict[str, str]]:
+def read_test(evaluation: EvaluationConfig, columns: Columns = USUAL) -> tuple[list[Question], dict[str, str]]:
     """The questions of `evaluation.file`, and the reason for each that cannot be read, by id.
 
     Raises:
@@ -123,7 +131,7 @@ def read_test(evaluation: EvaluationConfig) -> tuple[list[Question], dict[str, s
     """
     if evaluation.file is None:
         raise UserError("evaluation.file is not set; give a file of questions with answers")
-    return read_questions(Path(evaluation.file), evaluation.limit)
+    return read_questions(Path(evaluation.file), evaluation.limit, columns)
 
 
 def check_test(config: RunConfig) -> list[Question]:
@@ -133,7 +141,7 @@ def check_test(config: RunConfig) -> list[Question]:
         UserError: as `read_test`; the picture folder is none, or holds none of their pictures; or nothing decodes their
             videos.
     """
-    questions, _ = read_test(config.evaluation)
+    questions, _ = read_test(config.evaluation, config.data.contract)
     check_pictures(questions, pictures_of_test(config).root, setting="evaluation.image_folder (or data.image_folder)")
     if any(question.videos for question in questions):
         check_videos(config.data)

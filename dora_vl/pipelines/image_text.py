@@ -137,7 +137,7 @@ class ImageTextPipeline(InstructPipeline[RunConfig]):
         return frozenset([self._encoder.tokenizer.convert_tokens_to_ids(token)] if isinstance(token, str) else [])
 
     def _test_questions(self) -> list[Question]:
-        return read_test(self.config.evaluation)[0]
+        return read_test(self.config.evaluation, self.config.data.contract)[0]
 
     def _media(
         self,

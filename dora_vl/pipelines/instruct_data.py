@@ -137,10 +137,12 @@ class InstructData:
         data, seed = self._config.data, order_seed(self._arguments)
         if self._stream is not None:
             for source in self._stream.sources:
-                logger.info(source.described())
+                for line in source.described():
+                    logger.info(line)
             return
         for file in train_files(data.train):
-            logger.info(described(file, load_rows(file.path, data.limit).rows))
+            for line in described(file, load_rows(file.path, data.limit, columns=data.contract).rows):
+                logger.info(line)
         if self._held_out is not None and data.validation_share:
             counts = len(self._held_out.rows), len(self._held_out.pictures), seed
             logger.info("%d samples of %d pictures held out for validation, chosen by seed %d", *counts)

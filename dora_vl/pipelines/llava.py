@@ -114,7 +114,7 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
         return frozenset([cast(LlavaBackbone, backbone).config.image_token_id])
 
     def _test_questions(self) -> list[Question]:
-        return read_test(self.config.evaluation)[0]
+        return read_test(self.config.evaluation, self.config.data.contract)[0]
 
     def _media(
         self,
@@ -161,7 +161,7 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
         config = self.config
         if not config.data.cache_features:
             return None
-        questions, _ = read_test(config.evaluation)
+        questions, _ = read_test(config.evaluation, config.data.contract)
         names = dict.fromkeys(path for question in questions for path in question.images)
         device = next(backbone.parameters()).device
         return picture_reader(config, backbone, names, folder=pictures_of_test(config), device=device).features

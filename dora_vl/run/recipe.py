@@ -14,6 +14,7 @@ from dora_vl.backbones.prompt_formats import FormatName
 from dora_vl.backbones.specs import ComposeSpec
 from dora_vl.backbones.template_table import TemplateName
 from dora_vl.core.config import AdapterSettings
+from dora_vl.data.readers.columns import Columns
 from dora_vl.data.train_files import TrainFile, train_name
 
 SampleBound = Literal["max_pixels_per_step", "max_tokens"]
@@ -107,6 +108,11 @@ class SamplesConfig:
     say how many rows it has (all but Parquet and Arrow)."""
     shuffle_buffer: int = 2048
     """Streamed samples among which the next one is drawn; fewer where they hold more than 256 MiB; 1: as they come."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What columns of other names are, in the files of data and of the test: {photo_file: image, caption: question}.
+    A role (image, video, question, answer, choices, hint, system, ...) or a name that docs/data.md lists for one."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns that are left out although they look like media, choices, a label or a rating, which ends a run."""
     limit: int | None = None
     """Uses only the first so many training samples (of several files, of each)."""
     validation_limit: int | None = None
@@ -117,6 +123,11 @@ class SamplesConfig:
         """What the loss is measured on while training, for messages; None: nothing."""
         part = self.validation_size or self.validation_share
         return self.validation or (f"{part:g} of {train_name(self.train)}" if part else None)
+
+    @property
+    def contract(self) -> Columns:
+        """What the files' columns are."""
+        return Columns(self.columns, tuple(self.ignore_columns))
 
     @property
     def step_samples(self) -> int | None:

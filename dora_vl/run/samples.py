@@ -207,7 +207,9 @@ def read_samples(data: SamplesConfig, *, seed: int) -> tuple[SampleRows, SampleR
     files = train_files(data.train)
     if data.validation_size and any(file.weight != 1 for file in files):
         raise UserError("data.validation_size takes no weights of data.train; set data.validation_share")
-    train, held_out = load_training_rows(files, limit=data.limit, share=data.validation_share, seed=seed)
+    train, held_out = load_training_rows(
+        files, limit=data.limit, share=data.validation_share, seed=seed, columns=data.contract
+    )
     if data.validation_size:
         train, held_out = drawn_out(train, data.validation_size)
     if data.validation is not None:
@@ -221,7 +223,9 @@ def read_samples(data: SamplesConfig, *, seed: int) -> tuple[SampleRows, SampleR
 
 def read_validation(data: SamplesConfig) -> SampleRows | None:
     """The samples of `data.validation`, where it names a file; they are never streamed."""
-    return None if data.validation is None else load_rows(data.validation, data.validation_limit)
+    if data.validation is None:
+        return None
+    return load_rows(data.validation, data.validation_limit, columns=data.contract)
 
 
 def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
@@ -232,7 +236,7 @@ def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
     """
     files = train_files(data.train)
     check_weights(files)
-    sources = [StreamSource(file, limit=data.limit, seed=seed) for file in files]
+    sources = [StreamSource(file, limit=data.limit, seed=seed, columns=data.contract) for file in files]
     for source in sources:
         _ = source.first_rows
     return SampleStream(sources, buffer=data.shuffle_buffer, seed=seed)

@@ -7,13 +7,12 @@ hold the publisher's question, so they are added here. The wordings for captions
 from __future__ import annotations
 
 from collections.abc import Callable
-from string import ascii_uppercase
 
 from dora_vl.data.examples import Example
+from dora_vl.data.right_choice import LETTER, with_letters
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 
 SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_CN = "请直接回答选项字母。"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 YES_OR_NO = "Please answer yes or no."
@@ -48,7 +47,7 @@ def true_or_false(example: Example) -> str:
 
 def about_video(example: Example) -> str:
     """TVQA, How2QA and one's own videos: what is said in the clip, the question, and lettered choices."""
-    choices = _choices(example)
+    choices = with_letters(example.choices)
     return "\n".join([*_subtitles(example), example.question, *choices, *([LETTER] if choices else [])])
 
 
@@ -71,11 +70,7 @@ def turns_of(example: Example, prompt: Prompt) -> tuple[Turn, ...]:
     return (Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(example.images) + prompt(example)),)
 
 
-def _choices(example: Example) -> list[str]:
-    return [f"{name}. {text}" for name, text in zip(ascii_uppercase, example.choices, strict=False)]
-
-
 def lettered(example: Example, before_hint: str = "") -> str:
     """Hint, question and choices, a line each."""
     hint = str(example.extra.get("hint") or "")
-    return "\n".join([*([before_hint + hint] if hint else []), example.question, *_choices(example)])
+    return "\n".join([*([before_hint + hint] if hint else []), example.question, *with_letters(example.choices)])

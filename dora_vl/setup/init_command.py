@@ -15,6 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from dora_vl.errors import UserError
+from dora_vl.sources.check_command import add_columns, columns_of
 
 if TYPE_CHECKING:
     from dora_vl.setup.look import Look, Row
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions", type=Path, metavar="FILE", help="default: the one file in FOLDER that holds some"
     )
+    add_columns(parser)
     parser.add_argument(
         "--model", metavar="BASE", help="folder or hub id; default: the demo's base where it is, else a small SmolVLM"
     )
@@ -68,10 +70,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     from dora_vl.setup.split import split, usual_share
 
     base = base_of(arguments.model)
-    questions = arguments.questions or find_questions(folder)
+    columns = columns_of(arguments)
+    questions = arguments.questions or find_questions(folder, columns)
     staging = to.with_name(f".{to.name}.writing-{getpid()}")
     try:
-        look = look_at(folder, questions, media_to=staging)
+        look = look_at(folder, questions, media_to=staging, columns=columns)
         yield from look.lines()
         if base.is_llava and any(row.conversation.videos for row in look.rows):
             raise UserError(

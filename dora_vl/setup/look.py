@@ -14,15 +14,16 @@ from tqdm import tqdm
 
 from dora_vl.data.media import MediaFolder, path_inside
 from dora_vl.data.picture_decoding import NOT_DECODED, opened_picture
+from dora_vl.data.readers.columns import USUAL, Columns, column_lines
 from dora_vl.data.readers.containers import find_files
 from dora_vl.data.regular_file import content_key
-from dora_vl.data.sample_rows import format_of, read_row, turns_of
+from dora_vl.data.sample_rows import read_row, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip, Conversation, as_conversation
 from dora_vl.errors import BadSample, UserError, shown_text
 from dora_vl.setup.questions_file import MOST_NAMES, picture_files, root_of_pictures
 from dora_vl.sources.check_command import table
 from dora_vl.sources.check_media import MediaCheck
-from dora_vl.sources.check_rows import FileCheck, Limits, Sample, read_sample
+from dora_vl.sources.check_rows import FileCheck, Limits, Sample
 from dora_vl.sources.media_files import save_picture
 
 
@@ -98,7 +99,7 @@ class Look:
     root: Path
     holds: bool
     format: str
-    columns: str
+    columns: Sequence[str]
     read: int
     rows: Sequence[Row]
     pictures: Pictures
@@ -124,7 +125,8 @@ class Look:
 
     def lines(self) -> Iterator[str]:
         """What is told of it."""
-        yield f"{self.questions}: {self.format}, {self.read:,} rows ({self.columns}), {len(self.rows):,} usable"
+        yield f"{self.questions}: {self.format}, {self.read:,} rows, {len(self.rows):,} usable"
+        yield from self.columns
         yield from self._picture_lines()
         asked, said = (
             list(chain.from_iterable(row.texts(role) for row in self.rows)) for role in ("user", "assistant")
@@ -156,31 +158,32 @@ class Look:
             yield f"sizes: {least} to {most} pixels, in the middle {middle}{turned}{white}"
 
 
-def look_at(folder: Path, questions: Path, *, media_to: Path) -> Look:
+def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns = USUAL) -> Look:
     """Reads the questions and looks at every picture that they name.
 
     Args:
         folder: holds the pictures.
         media_to: gets the pictures that the questions file holds itself.
+        columns: what the file's columns are.
 
     Raises:
         UserError: the file cannot be read to its end, no picture is found, or no row can be used.
     """
     records = find_files(questions)
-    held, names, first = _begin(records.rows())
+    limits = Limits(most=10**9, unit="words", length=_words, answers_needed=True)
+    held, names = _begin(records.rows(), FileCheck(questions, limits, None, columns=columns))
     root = media_to if held else root_of_pictures(folder, questions, names)
-    check = FileCheck(
-        questions,
-        Limits(most=10**9, unit="words", length=_words, answers_needed=True),
-        MediaCheck(MediaFolder(root, follow_links=True), decode=True),
-    )
+    check = FileCheck(questions, limits, MediaCheck(MediaFolder(root, follow_links=True), decode=True), columns=columns)
+    forms: dict[str, None] = {}
     rows: list[Row] = []
     with tqdm(total=_bytes(records.files), unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
         for number, record in enumerate(records.rows(bar.update), start=1):
             check.rows = number
-            row = _usable(check, record, number, media_to if held else None)
+            sample = check.read(record, number)
+            row = _usable(check, record, sample, media_to if held else None, columns)
             if row is not None:
                 rows.append(row)
+                forms[str(sample.format)] = None
     trouble = list(table([(questions, finding) for name, finding in check.findings.items() if name != "duplicate id"]))
     if not rows:
         raise UserError(f"{questions}: not one of its {check.rows:,} rows can be used; {_first_problem(check)}")
@@ -190,13 +193,12 @@ def look_at(folder: Path, questions: Path, *, media_to: Path) -> Look:
     ):
         pictures.add(name)
     there = 0 if held else sum(1 for _ in picture_files(root))
-    form = format_of(first)
     return Look(
         questions=questions,
         root=root,
         holds=held,
-        format="no known format" if form is None else form.name,
-        columns=", ".join(map(str, list(first)[:8])),
+        format=" and ".join(forms),
+        columns=column_lines(check.uses),
         read=check.rows,
         rows=rows,
         pictures=pictures,
@@ -205,24 +207,24 @@ def look_at(folder: Path, questions: Path, *, media_to: Path) -> Look:
     )
 
 
-def _begin(records: Iterator[Mapping[str, object]]) -> tuple[bool, list[str], Mapping[str, object]]:
-    """Whether the first rows hold their pictures, the names of media in them, and the first of all."""
-    held, names, first = False, list[str](), dict[str, object]()
+def _begin(records: Iterator[Mapping[str, object]], check: FileCheck) -> tuple[bool, list[str]]:
+    """Whether the first rows hold their pictures, and the names of media in them."""
+    held, names = False, list[str]()
     for number, record in enumerate(islice(records, MOST_NAMES), start=1):
-        first = first or dict(record)
-        sample = read_sample(record, number, answers_needed=True)
+        sample = check.read(record, number)
         held = held or bool(sample.held)
         names += [name for name in sample.media if name not in sample.held]
-    return held, names, first
+    return held, names
 
 
-def _usable(check: FileCheck, record: Mapping[str, object], number: int, media_to: Path | None) -> Row | None:
+def _usable(
+    check: FileCheck, record: Mapping[str, object], sample: Sample, media_to: Path | None, columns: Columns
+) -> Row | None:
     """The row, or nothing where it cannot be used, which `check` then has noted."""
-    sample = read_sample(record, number, answers_needed=True)
     if not check.check(sample):
         return None
     try:
-        example = read_row({**record, "id": sample.id})
+        example = read_row({**record, "id": sample.id}, columns=columns)
         talk = as_conversation(example.id, example.images, turns_of(example), example.clips)
         if media_to is not None:
             names = {name: save_picture(data, media_to, example.id) for name, data in example.image_bytes.items()}

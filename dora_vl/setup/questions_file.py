@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from dora_vl.data.media import MediaFolder, path_inside
-from dora_vl.data.readers.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, find_files
-from dora_vl.data.sample_rows import format_of
+from dora_vl.data.readers.columns import USUAL, Columns
+from dora_vl.data.readers.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of, find_files
 from dora_vl.errors import BadSample, UserError, shown, shown_names
 
 MANIFESTS = ("manifest.json", *BESIDE_ARROW)
@@ -23,7 +23,7 @@ RUN_FILE = "run.yaml"
 """What `dora-vl init` writes: a folder that holds one is a run's."""
 
 
-def find_questions(folder: Path) -> Path:
+def find_questions(folder: Path, columns: Columns = USUAL) -> Path:
     """The one file, or folder of shards, below a folder whose rows are questions or captions.
 
     Raises:
@@ -32,7 +32,7 @@ def find_questions(folder: Path) -> Path:
     tried: dict[Path, str] = {}
     found: list[Path] = []
     for path in islice(_data_files(folder), MOST_FILES):
-        problem = why_no_questions(path)
+        problem = why_no_questions(path, columns)
         if problem is None:
             found.append(path)
         else:
@@ -55,7 +55,7 @@ def find_questions(folder: Path) -> Path:
     )
 
 
-def why_no_questions(path: Path) -> str | None:
+def why_no_questions(path: Path, columns: Columns = USUAL) -> str | None:
     """Why the first row of a file cannot be a sample; None where it can."""
     try:
         first = next(find_files(path).rows(), None)
@@ -63,7 +63,7 @@ def why_no_questions(path: Path) -> str | None:
         return str(error)
     if first is None:
         return f"{path.name} is empty"
-    return None if format_of(first) is not None else f"{path.name}: its columns are {shown_names(first)}"
+    return None if columns.shape_of(first) is not None else f"{path.name}: its columns are {shown_names(first)}"
 
 
 def root_of_pictures(folder: Path, questions: Path, names: Sequence[str]) -> Path:
@@ -105,7 +105,7 @@ def _data_files(folder: Path) -> Iterator[Path]:
     """Data files below a folder, a folder of shards as one."""
     seen: set[Path] = set()
     for path in _files_below(folder):
-        ending = path.suffix.lower()
+        ending = ending_of(path)
         if path.name in MANIFESTS or ending not in (*JSON_ENDINGS, *READERS):
             continue
         whole = _shards(path) if ending in SHARDED else path

@@ -9,10 +9,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dora_vl.data.media import MediaFolder
-from dora_vl.data.readers.containers import BESIDE_ARROW, JSON_ENDINGS, READERS
-from dora_vl.errors import UserError, shown_text
+from dora_vl.data.readers.columns import Columns, roles_of_columns
+from dora_vl.data.readers.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of
+from dora_vl.errors import UserError, shown_names, shown_text
 from dora_vl.sources.check_media import MediaCheck
-from dora_vl.sources.check_rows import FileCheck, Finding, Limits, overlap, pairs, total
+from dora_vl.sources.check_rows import LEFT_OUT, FileCheck, Finding, Limits, overlap, pairs, total
 
 DESCRIPTION = """\
 Checks data files of every format that training reads, and records of `dora-vl prepare`. Finds duplicate ids, empty
@@ -43,7 +44,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.json; else words count"
     )
+    add_columns(parser)
     parser.add_argument("--longest", type=int, metavar="N", help=f"default {TOKENS} tokens, or {WORDS} words")
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """The options that say what columns are, as `data.columns` and `data.ignore_columns` do."""
+    parser.add_argument("--columns", metavar="COLUMN=ROLE,...", default="", help="such as photo_file=image")
+    parser.add_argument("--ignore-columns", metavar="COLUMN,...", default="", help="columns to be left out")
+
+
+def columns_of(arguments: argparse.Namespace) -> Columns:
+    """What the options say of the columns.
+
+    Raises:
+        UserError: `--columns` is of another form, or names what no column can be.
+    """
+    pairs = [part.rpartition("=") for part in filter(None, arguments.columns.split(","))]
+    if any(not column for column, _, _ in pairs):
+        raise UserError(f"--columns {shown_text(arguments.columns, 100)}: must be COLUMN=ROLE,...")
+    roles = {column: role for column, _, role in pairs}
+    return Columns(roles, tuple(filter(None, arguments.ignore_columns.split(","))))
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
@@ -61,7 +82,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         None if folder is None else MediaCheck(MediaFolder(folder, arguments.follow_links), decode=arguments.decode)
         for folder in looked_in.values()
     )
-    checks = [_check(file, limits_of(arguments, file), media, videos) for file in files]
+    columns = columns_of(arguments)
+    checks = [_check(file, limits_of(arguments, file), media, videos, columns) for file in files]
+    for check in checks:
+        if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
+            yield f"{shown_text(check.path.name, 120)}: left out {shown_names(left)}"
     found = [(check.path, finding) for check in checks for finding in check.findings.values()]
     for first, second in pairs(checks):
         shared = overlap(first, second)
@@ -74,6 +99,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{len(files)} files, {rows:,} samples{looked}: nothing found"
         return
     yield from table(found)
+    if any(finding.problem == LEFT_OUT for _, finding in found):
+        yield f"{LEFT_OUT}: --columns COLUMN=ROLE,... says what they are, --ignore-columns COLUMN,... leaves them out"
     yield f"{len(files)} files, {rows:,} samples{looked}: {total(finding for _, finding in found):,} problems"
     raise SystemExit(1)
 
@@ -88,7 +115,7 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = [path] if path.is_file() else []
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+            found = sorted(file for file in path.rglob("*") if ending_of(file) in ENDINGS)
             inside = [file for file in found if file.name not in NO_DATA and not file.name.startswith(".")]
         if not inside:
             raise UserError(f"{path}: neither a data file nor a folder with {', '.join(ENDINGS)} in it")
@@ -126,9 +153,11 @@ def table(found: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
         yield "  ".join([*cells, row[4]]).rstrip()
 
 
-def _check(file: Path, limits: Limits, media: MediaCheck | None, videos: MediaCheck | None) -> FileCheck:
+def _check(
+    file: Path, limits: Limits, media: MediaCheck | None, videos: MediaCheck | None, columns: Columns
+) -> FileCheck:
     with tqdm(total=file.stat().st_size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
-        return FileCheck(file, limits, media, videos).run(bar.update)
+        return FileCheck(file, limits, media, videos, columns).run(bar.update)
 
 
 def _words(text: str) -> int:

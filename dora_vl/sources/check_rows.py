@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dora_vl.data.examples import FIELDS, JSON, Example, from_record
+from dora_vl.data.readers.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.readers.containers import find_files
-from dora_vl.data.sample_rows import format_of, id_of, read_row, turns_of
+from dora_vl.data.sample_rows import id_of, read_row, turns_of
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, as_conversation
 from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, BadSample, shown_text
 from dora_vl.sources.check_media import MediaCheck
 
 SHOWN_IDS = 5
+LEFT_OUT = "columns left out"
+"""The problem of rows that a run would refuse for a column."""
 
 
 @dataclass(kw_only=True)
@@ -49,6 +52,7 @@ class Sample:
     """Of the problem, as the table names it."""
     held: Mapping[str, bytes] = field(default_factory=dict)
     """The media that the file itself holds, by name."""
+    format: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +73,20 @@ class Limits:
 class FileCheck:
     """Checks one file's samples one after another; `findings` grow with them."""
 
-    def __init__(self, path: Path, limits: Limits, media: MediaCheck | None, videos: MediaCheck | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        limits: Limits,
+        media: MediaCheck | None,
+        videos: MediaCheck | None = None,
+        columns: Columns = USUAL,
+    ) -> None:
         self.path = path
         self.rows = 0
         self.findings: dict[str, Finding] = {}
         self.samples: dict[int, str] = {}  # hash of what is asked, with its media -> id
+        self.uses: list[Mapping[str, str]] = []
+        self._columns = columns
         self._limits = limits
         self._media = media
         self._videos = videos or media
@@ -84,14 +97,33 @@ class FileCheck:
         formats: dict[str, str] = {}
         for number, record in enumerate(find_files(self.path).rows(progress), start=1):
             self.rows += 1
-            form = format_of(record)
-            if form is not None:
-                first = formats.setdefault(form.name, f"row {number}")
-                if form.name != next(iter(formats)) and first == f"row {number}":
+            sample = self.read(record, number)
+            if sample.format is not None:
+                first = formats.setdefault(sample.format, f"row {number}")
+                if sample.format != next(iter(formats)) and first == f"row {number}":
                     firsts = "; ".join(f"{name}: {place}" for name, place in formats.items())
-                    self._add("mixed formats", id_of(record, number), f"the first of each: {firsts}")
-            self.check(read_sample(record, number, answers_needed=self._limits.answers_needed))
+                    self._add("mixed formats", sample.id, f"the first of each: {firsts}")
+            self.check(sample)
         return self
+
+    def read(self, record: Mapping[str, JSON], number: int) -> Sample:
+        """One row, from 1: a talk, an instruction, or a record; what cannot be read is a sample with its problem."""
+        own = self._columns.id_of(record)
+        sample_id = f"row {number}" if own is None else id_of(record, number, self._columns)
+        form = None
+        try:
+            resolved = self._columns.resolve(record)
+            form = None if resolved.format is None else resolved.format.name
+            if resolved.uses not in self.uses:
+                self.uses.append(resolved.uses)
+            if form in (None, "records") and record.keys() <= FIELDS:
+                example = from_record({**record, "id": sample_id})
+                return _example(example, answers_needed=self._limits.answers_needed)
+            return _talk(read_row({**record, "id": sample_id}, columns=self._columns), form)
+        except ColumnsError as error:
+            return Sample(id=sample_id, problem=str(error), kind=LEFT_OUT, format=form)
+        except BadSample as error:
+            return Sample(id=sample_id, problem=error.reason, kind=error.kind, format=form)
 
     def check(self, sample: Sample) -> bool:
         """Checks one sample; returns whether it can be used, however long it is and whatever else has its id."""
@@ -124,19 +156,7 @@ class FileCheck:
         self.findings.setdefault(problem, Finding(problem=problem)).add(sample_id, detail)
 
 
-def read_sample(record: Mapping[str, JSON], number: int, *, answers_needed: bool) -> Sample:
-    """A LLaVA record, an instruction, or an example; what cannot be read is a sample with its problem."""
-    form = format_of(record)
-    sample_id = id_of(record) if id_of(record) != id_of({}) else f"row {number}"
-    try:
-        if (form is None or form.name == "records") and record.keys() <= FIELDS:
-            return _example(from_record({**record, "id": sample_id}), answers_needed=answers_needed)
-        return _talk(read_row({**record, "id": sample_id}))
-    except BadSample as error:
-        return Sample(id=sample_id, problem=error.reason, kind=error.kind)
-
-
-def _talk(example: Example) -> Sample:
+def _talk(example: Example, form: str | None) -> Sample:
     conversation = as_conversation(example.id, example.images, turns_of(example), example.clips)
     asked = [turn.text for turn in conversation.turns if turn.role == "user"]
     videos = tuple(clip.path for clip in example.clips)
@@ -148,6 +168,7 @@ def _talk(example: Example) -> Sample:
         answers=tuple(turn.text for turn in conversation.turns if turn.role == "assistant"),
         text="\n".join(turn.text for turn in conversation.turns),
         held=example.image_bytes,
+        format=form,
     )
 
 
@@ -169,6 +190,7 @@ def _example(example: Example, *, answers_needed: bool) -> Sample:
         asked="\n".join(part for part in (asked, *_spans(example), order) if part.strip()),
         answers=answers,
         text="\n".join(part for part in (subtitles, asked, max(answers, key=len, default="")) if part),
+        format="records",
     )
 
 

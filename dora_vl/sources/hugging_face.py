@@ -12,8 +12,8 @@ folder). Licence: the set's own; its card says so. Options:
 - `task`: the folder under records; default the set's or the folder's name.
 
 An answer may be text, a list of text, a list of objects that hold `answer` (as in VQA v2), or of a choice what
-`choice_columns` says. Pictures, whether bytes or paths, are taken undecoded and written once to `records/<task>/media`.
-Conversations are taken in LLaVA's form.
+`data.right_choice` says. Pictures, whether bytes or paths, are taken undecoded and written once to
+`records/<task>/media`. Conversations are taken in LLaVA's form.
 
 Quirks: rows without an id are numbered. A row group, not a row, is what parquet reads at once: sets with pictures
 in one huge group need that much memory. A stream from the hub has no length beforehand, so progress shows rows
@@ -29,10 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from dora_vl.data.examples import JSON, Answer, Example
+from dora_vl.data.readers.columns import ROLES
+from dora_vl.data.readers.containers import class_names, with_class_names
 from dora_vl.data.readers.shard_files import by_split, counted, meaning, of_the_set
+from dora_vl.data.right_choice import correct_choice, listed_choices
 from dora_vl.data.turns import Turn, read_conversation
 from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text
-from dora_vl.sources.choice_columns import correct_choice, listed_choices
 from dora_vl.sources.fields import UNKNOWN_ID, given, identifier, integer
 from dora_vl.sources.joins import soft_answers
 from dora_vl.sources.media_files import save_picture
@@ -40,11 +42,11 @@ from dora_vl.sources.published import Progress, Raw, Split
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 NAMES: Mapping[str, tuple[str, ...]] = {
-    "id": ("id", "question_id", "qid", "__key__"),
-    "images": ("images", "image", "jpg", "png", "jpeg", "webp"),
-    "question": ("question", "query", "prompt", "json.question", "sentence"),
-    "answers": ("answers", "answer", "label", "caption", "captions", "txt", "json.answers", "json.answer"),
-    "choices": ("choices", "options", "json.choices"),
+    "id": ROLES["id"],
+    "images": ROLES["images"],
+    "question": (*ROLES["question"], "json.question", "sentence"),
+    "answers": (*ROLES["answers"], *ROLES["answer"], *ROLES["caption"], "json.answers", "json.answer"),
+    "choices": (*ROLES["choices"], "json.choices"),
     "correct": ("correct",),
     "turns": ("conversations", "json.conversations"),
 }
@@ -133,9 +135,10 @@ def _rows(hub: Mapping[str, Any] | None, shards: Sequence[Path], progress: Progr
         else:
             files = [str(shard) for shard in shards]
             stream = datasets.load_dataset(BUILDERS[shards[0].suffix], data_files=files, split="train", streaming=True)
+        names = class_names(stream)
         for number, row in enumerate(_undecoded(stream), start=1):
             progress(_size(row))
-            yield {**row, "row number": number}
+            yield {**with_class_names(row, names), "row number": number}
     except (UserError, BadSample):
         raise
     except Exception as error:

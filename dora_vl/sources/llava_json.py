@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from dora_vl.data.examples import JSON
+from dora_vl.data.readers.columns import USUAL
 from dora_vl.data.turns import read_conversation
 from dora_vl.errors import UserError
 from dora_vl.sources.fields import UNKNOWN_ID, identifier, optional
@@ -53,5 +54,6 @@ def convert(raw: Raw) -> dict[str, JSON]:
         BadSample: see `turns.read_conversation`; or its id is neither text nor a number.
     """
     sample_id = optional(raw, "id", identifier, UNKNOWN_ID)
-    conversation = read_conversation({**raw, "id": sample_id})
+    fields = USUAL.resolve(raw, strict=False).fields  # the record keeps all of its columns
+    conversation = read_conversation({**fields, "id": sample_id})
     return {"id": conversation.id, **{name: value for name, value in raw.items() if name != "id"}}

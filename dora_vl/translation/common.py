@@ -129,7 +129,9 @@ def chosen_places(setting: Setting, freezes: Mapping[str, tuple[str, bool]]) -> 
 
 def whole_places(setting: Setting, freezes: Mapping[str, tuple[str, bool]]) -> Counterpart:
     """What full fine-tuning trains; with adapters the targets say it."""
-    if setting.method != "full" or setting.key != next(name for name, _ in freezes.values() if name in setting.settings):
+    if setting.method != "full" or setting.key != next(
+        name for name, _ in freezes.values() if name in setting.settings
+    ):
         return Counterpart(note="said by adapter.targets")
     places = chosen_places(setting, freezes)
     globs = [glob for place in places for glob in (DECODER if place == "language" else (place,))]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dora_vl.data import plain_lines, record_table
 from dora_vl.data.plain_lines import NotPlainError, plain_batches, word_counts
+from dora_vl.data.readers.columns import USUAL, Columns, roles_of_columns
 from dora_vl.data.readers.containers import find_files
 from dora_vl.data.record_table import load_table
 
@@ -21,7 +22,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 TURN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "cat"]), "value": TEXT})
 RECORD = st.fixed_dictionaries(
     {"id": TEXT, "conversations": st.lists(TURN, min_size=1, max_size=4)},
-    optional={"image": st.none() | TEXT, "model": st.none() | TEXT | st.integers(), "video": st.none()},
+    optional={"image": st.none() | TEXT, "model": st.none() | TEXT, "video": st.none()},
 )
 
 
@@ -41,13 +42,16 @@ def test_columns_are_those_of_the_careful_reader(
     path.write_text(
         "".join(json.dumps(row, ensure_ascii=escaped) + "\n" for row in records), encoding="utf-8", newline="\n"
     )
-    fast = rows_of(path, record_table._write_plain)
+    fast = rows_of(path, lambda path, file: record_table._write_plain(path, file, USUAL))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record_table, "plain_batches", not_plain)
-        assert fast == rows_of(path, record_table._Writer(find_files(path)).write)
+        careful = rows_of(path, record_table._Writer(find_files(path), USUAL).write)
+    uses = [[json.loads(str(use)) for row in rows if (use := row.pop("columns"))] for rows in (fast, careful)]
+    assert fast == careful
+    assert roles_of_columns(uses[0]) == roles_of_columns(uses[1])
 
 
-def not_plain(path: Path, schema: pa.Schema) -> object:
+def not_plain(path: Path, schema: pa.Schema, columns: Columns) -> object:
     raise NotPlainError
 
 
@@ -77,6 +81,12 @@ PLAIN = {"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": 
         {"img": "a.png"},
         {"bmp": "a.bmp"},
         {"image_1": "a.png"},
+        {"Image": "a.png"},
+        {"file_name": "a.png"},
+        {"image": "a\\b.png"},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "<img>a.png</img>"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x", "note": "y"}]},
+        {"more": [1]},
         {"system_prompt": "Be brief."},
         {"image": "file:///there/a.png"},
         {"image": "https://a.b/c.png"},

@@ -131,8 +131,9 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 
 NO_FORMAT = (
-    "its keys ['id'] fit no format (conversations; messages; texts; prompt, completion; instruction, output; question "
-    "and answer; docs/data.md)"
+    "its keys ['id'] fit no format (conversations; messages; texts; prompt and completion; instruction and output; "
+    "question and answer; caption and images; caption and videos); data.columns says what a column is, such as "
+    "{headline: question}"
 )
 
 
@@ -147,7 +148,7 @@ def test_one_misshapen_record_is_a_bad_sample_and_the_others_are_read(tmp_path: 
     assert [outcome(row) for row in rows][1:5] == [
         ("5", NO_FORMAT),
         ("b", "turn 1 must have text as 'from' and 'value', got from 'human' and value None"),
-        ("a", "'image' must be a path or a list of paths, got 3"),
+        ("a", "'images' must be a path or a list of paths, got 3"),
         ("half", "its text holds half of a surrogate pair, which is no character"),
     ]
 
@@ -170,10 +171,10 @@ def test_a_killed_conversion_is_not_taken_for_whole(tmp_path: Path) -> None:
         from dora_vl.data import record_table
         record_table.ROWS_A_BATCH = 10
         columns, batches = record_table._columns, itertools.count()
-        def columns_or_death(rows):
+        def columns_or_death(rows, uses):
             if next(batches) == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return columns(rows)
+            return columns(rows, uses)
         record_table._columns = columns_or_death
         record_table.load_table(Path({str(path)!r}), cache_folder=Path({str(cache)!r}))
     """)

@@ -123,7 +123,7 @@ def test_a_weight_that_is_none_is_refused(tmp_path: Path, weight: float) -> None
 def test_a_file_is_said_with_its_format_and_what_cannot_be_used(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{}, {"question": None}, {"image": 3}])
     rows = load_rows(path, cache_folder=tmp_path / "cache").rows
-    assert described(TrainFile(path=path), rows) == "a.jsonl: question/answer, 3 rows, 2 of them unusable"
+    assert described(TrainFile(path=path), rows)[0] == "a.jsonl: question/answer, 3 rows, 2 of them unusable"
 
 
 def test_the_same_question_about_the_same_picture_is_found(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(
     write_table(tmp_path / "my" / "answers.csv", [*rows, *extra])
 
     said = told(capsys, "my", "--model", base)
-    assert "my/answers.csv: question/answer, 30 rows (image, question, answer), 27 usable" in said
+    assert "my/answers.csv: question/answer, 30 rows, 27 usable\n  image: used as images\n  question: used as" in said
     assert "pictures: 27 in my/photos, PNG 26, JPEG 1; 2 more that no row names" in said
     assert "turned upright by their EXIF notes 1; shown on white for their transparency 1" in said
     assert "questions: 1 a row, 2 to 4 (in the middle 3) words" in said
@@ -136,7 +136,7 @@ def test_every_container_gives_the_same_halves(
     WRITERS[name](folder, made)
     said = told(capsys, "my", "--model", base, "--to", "out")
     assert "16 rows" in said
-    assert "left out" not in said
+    assert "left out, as check-data" not in said
     rows = [row for half in ("train", "test") for row in rows_of(tmp_path / "out" / f"{half}.jsonl")]
     asked = {tuple(turn["value"] for turn in row["conversations"]) for row in rows}
     assert asked == {(f"<image>\n{item.question}", item.answer) for item in made}
@@ -296,15 +296,21 @@ def test_the_current_folder_with_runs_in_it_is_still_one_folder(
     assert "answers.csv: question/answer, 24 rows" in told(capsys, ".", "--model", base, "--to", "runs/second")
 
 
-def test_rows_that_would_lose_their_choices_are_one_line(
+def test_rows_that_would_lose_a_column_are_one_line_until_it_is_named(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    row = {"image": "a.png", "question": "Which?", "choices": ["up", "down"], "answer": 1}
-    (tmp_path / "problems.jsonl").write_text("".join(json.dumps({"id": name, **row}) + "\n" for name in "abcd"))
-    said = refused(capsys, tmp_path, "--model", base)
-    assert "not one of its 4 rows can be used; 4 times not a sample, for example a: it has 'choices' that" in said
-    assert said.endswith("write both into 'question', or use records (docs/data.md)\n")
+    row = {"image": "a.png", "question": "Which?", "choices": ["up", "down"], "reply": 1, "rating": 3}
+    Image.new("RGB", (8, 9)).save(tmp_path / "b.png")
+    rows = [{"id": name, **row, "image": image} for name, image in zip("abcd", ["a.png", "b.png"] * 2, strict=True)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reply = (tmp_path, "--model", base, "--test-share", "0.5", "--columns", "reply=answer")
+    said = refused(capsys, *reply)
+    assert "not one of its 4 rows can be used; 4 times columns left out, for example a: " in said
+    assert "'rating' (a rating)" in said
+    assert "  rating: left out" not in told(capsys, *reply, "--ignore-columns", "rating", "--to", "out")
+    assert rows_of(tmp_path / "out" / "test.jsonl")[0]["conversations"][1]["value"] == "B"
+    assert "must be COLUMN=ROLE" in refused(capsys, *reply[:-1], "reply")
 
 
 def test_shards_are_one_file_and_videos_are_named(

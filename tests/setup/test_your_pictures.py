@@ -26,7 +26,7 @@ def test_the_commands_run_one_after_the_other(tmp_path: Path, monkeypatch: pytes
     base = write_tiny_llava(tmp_path / "base")
     short = ("--training.max_steps", "2", "--training.use_cpu", "true", "--evaluation.limit", "4")
     told, checked, _, answered = run_all(tmp_path, base, *short)
-    assert "my/questions.csv: question/answer, 200 rows (image, question, answer), 200 usable" in told
+    assert "my/questions.csv: question/answer, 200 rows, 200 usable" in told
     assert "nothing found" in checked
     assert "with adapter:" in answered
     assert (tmp_path / "runs/my/adapter/adapter_model.safetensors").is_file()

@@ -203,7 +203,7 @@ def test_choices_and_conversations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "columns", "said"),
     [
-        ({"question": "Which?", "choices": ["a"], "answer": 4}, {}, "'answer' is 4, but there are 1 choices"),
+        ({"question": "Which?", "choices": ["a"], "answer": 4}, {}, "its answer is 4, but there are 1 choices"),
         ({"question": "Which?"}, {"answers": "label"}, "no column 'label'; the row has question"),
         ({"other": 1}, {}, "neither question nor answer; its columns are other"),
         ({"question": "What?", "image": {"bytes": b"<html>", "path": None}}, {}, "begins with b'<html>'"),

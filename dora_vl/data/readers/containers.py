@@ -6,7 +6,9 @@ WebDataset archives, and sets of the hub by `hub:OWNER/NAME`, or `hub:OWNER/NAME
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dora_vl.data.readers.columns import plain_name
 from dora_vl.data.readers.shard_files import BESIDE_ARROW, by_split, counted, meaning, of_the_set
 from dora_vl.data.readers.webdataset import webdataset_rows
 from dora_vl.data.records import stream_records
-from dora_vl.data.text_file import LONGEST_REASON, json_of, table_rows
+from dora_vl.data.text_file import LONGEST_REASON, encoding_of, json_of, table_rows, text_lines
 from dora_vl.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 64
 """Rows in memory as Python objects; with pictures each may be megabytes."""
+BYTES_AT_ONCE = 64 << 20
+"""Likewise what these rows may hold; one row may be more."""
 READING_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError)
 """What pyarrow raises on files that are cut, damaged, or of another kind."""
 
@@ -40,7 +45,10 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
         with pq.ParquetFile(path) as file:
             # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
             for group in range(file.num_row_groups):
-                yield from _rows(file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group]))
+                held = file.metadata.row_group(group)
+                yield from _rows(
+                    file.iter_batches(batch_size=_rows_of(held.num_rows, held.total_byte_size), row_groups=[group])
+                )
     except READING_ERRORS as error:
         raise _unreadable_columns(path, "Parquet", error) from None
 
@@ -81,15 +89,47 @@ def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
         reader = pa.ipc.open_file(source)
         yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
     else:
+        source.seek(source.size() - min(source.size(), len(END_OF_STREAM)))
+        if source.read() != END_OF_STREAM:  # a cut between two batches looks whole to a reader of streams
+            raise ValueError("its end is missing")
         source.seek(0)
         yield from pa.ipc.open_stream(source)
 
 
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+ClassNames = Mapping[str, Sequence[str]]
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
+    """What the numbers of `datasets`' ClassLabel columns stand for, as it writes them beside a schema."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        named = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+        return {name: list(kind["names"]) for name, kind in named.items()}
+    except (KeyError, ValueError, TypeError, AttributeError):  # another program's
+        return {}
+
+
+def with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, object]:
+    """The row with a class's name for its number."""
+    for column, words in names.items():
+        if isinstance(number := row.get(column), int):
+            row[column] = words[number] if 0 <= number < len(words) else None  # -1: no label, as `datasets` has it
+    return row
+
+
+def _rows_of(rows: int, size: int) -> int:
+    """How many rows of so many bytes in all are taken at once."""
+    return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * rows // max(1, size)))
+
+
 def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
     for batch in batches:
+        names = _class_names(batch.schema.metadata)
         batch.validate(full=True)  # offsets that lead out of a damaged file's memory would end the process
-        for start in range(0, len(batch), ROWS_AT_ONCE):
-            yield from batch.slice(start, ROWS_AT_ONCE).to_pylist()
+        step = _rows_of(len(batch), batch.nbytes)
+        for start in range(0, len(batch), step):
+            yield from (with_class_names(row, names) for row in batch.slice(start, step).to_pylist())
 
 
 def _unreadable_columns(path: Path, kind: str, error: BaseException) -> UserError:
@@ -97,29 +137,37 @@ def _unreadable_columns(path: Path, kind: str, error: BaseException) -> UserErro
     return UserError(f"{path}: cannot be read as {kind} ({reason}); fetch or write it again")
 
 
-LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "choices", "subtitles"})
+LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
 OBJECTS = frozenset({"extra", "video"})
 """Columns whose cells may hold JSON; any other cell is text as it stands."""
+DELIMITERS, TSV_DELIMITERS = ",;\t|", "\t,;|"
 
 
 def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
     """Yields the rows of a table; an empty cell is null where its column may hold JSON or an id.
 
+    Its delimiter is the one that parts the first line into most columns, its encoding what a byte order mark says, else
+    UTF-8, else Windows-1252, which a line in the log says.
+
     Raises:
         UserError: as `table_rows`, or JSON that cannot be read.
     """
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    for line, cells in table_rows(path, "samples", delimiter=delimiter):
+    encoding = encoding_of(path, "samples")
+    _, first = next(text_lines(path, "samples", encoding), (1, ""))
+    marks = TSV_DELIMITERS if ending_of(path) == ".tsv" else DELIMITERS
+    delimiter = max(marks, key=re.sub('"[^"]*"', "", first).count)
+    for line, cells in table_rows(path, "samples", delimiter=delimiter, encoding=encoding):
         yield {name: _value(name, cell, f"{path}, line {line}, column {name}") for name, cell in cells.items()}
 
 
 def _value(name: str, cell: str, where: str) -> object:
-    if name in LISTS or name in OBJECTS:
-        opening = "[" if name in LISTS else "{"
+    known = plain_name(name)
+    if known in LISTS or known in OBJECTS:
+        opening = "[" if known in LISTS else "{"
         if cell.lstrip().startswith(opening):
             return json_of(cell, where)
         return cell or None
-    return None if name == "id" and not cell else cell
+    return None if known == "id" and not cell else cell
 
 
 def hub_files(name: str) -> tuple[Path, ...]:
@@ -150,10 +198,19 @@ def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, 
     Raises:
         UserError: whatever `datasets` says against it, such as a connection that breaks.
     """
+    names = class_names(stream)
     try:
-        yield from stream
+        yield from (with_class_names(row, names) for row in stream)
     except Exception as error:
         raise _unreadable(name, error) from error
+
+
+def class_names(stream: datasets.IterableDataset) -> ClassNames:
+    """What the numbers of a stream's ClassLabel columns stand for."""
+    import datasets
+
+    features = (stream.features or {}).items()
+    return {column: kind.names for column, kind in features if isinstance(kind, datasets.ClassLabel)}
 
 
 def _opened(name: str, *, streaming: bool) -> Any:
@@ -189,6 +246,14 @@ NO_SAMPLES = {
 }
 """Endings of files that people have, and what to do with such a one."""
 JSON_ENDINGS = (".json", ".jsonl")
+PACKED = (".csv", ".tsv", *JSON_ENDINGS)
+"""Endings of text, which may be packed with gzip."""
+
+
+def ending_of(path: Path) -> str:
+    """What a data file's name ends in; of `a.jsonl.gz` what it holds."""
+    inner = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else ""
+    return inner if inner in PACKED else path.suffix.lower()
 
 
 @dataclass(frozen=True)
@@ -201,7 +266,7 @@ class DataFiles:
     @property
     def is_json(self) -> bool:
         """Whether it is a single file of JSON."""
-        return len(self.files) == 1 and self.files[0].suffix.lower() not in READERS
+        return len(self.files) == 1 and ending_of(self.files[0]) not in READERS
 
     def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
         """Yields the rows of all files in order.
@@ -213,7 +278,7 @@ class DataFiles:
             UserError: a file cannot be read, or not to its end; it names file and place.
         """
         for file in self.files:
-            reader = READERS.get(file.suffix.lower())
+            reader = READERS.get(ending_of(file))
             if reader is None:
                 yield from stream_records(file, progress=progress)
                 continue
@@ -231,7 +296,7 @@ def find_files(path: Path) -> DataFiles:
     if str(path).startswith(HUB):
         return DataFiles(str(path), hub_files(str(path).removeprefix(HUB)))
     if path.is_file():
-        if (do := NO_SAMPLES.get(path.suffix.lower())) is not None:
+        if (do := NO_SAMPLES.get(ending_of(path))) is not None:
             raise UserError(f"{path}: a {path.suffix} file is not read; {do}")
         return DataFiles(str(path), (path,))
     if not path.is_dir():
@@ -247,9 +312,9 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     found = of_the_set(
         file
         for file in sorted(folder.iterdir())
-        if file.suffix.lower() in endings and file.is_file() and file.name not in (*BESIDE_ARROW, "manifest.json")
+        if ending_of(file) in endings and file.is_file() and file.name not in (*BESIDE_ARROW, "manifest.json")
     )
-    kinds = sorted({file.suffix.lower() for file in found})
+    kinds = sorted({ending_of(file) for file in found})
     if len(kinds) > 1:
         raise UserError(
             f"{folder}: files of several kinds ({', '.join(kinds)}); give one file, or a folder of one kind"

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
-from dora_vl.data.media import PICTURE_KEYS
-from dora_vl.data.media_limits import VIDEO_ENDINGS
+from dora_vl.data.media_limits import PICTURE_ENDINGS, VIDEO_ENDINGS
+from dora_vl.data.readers.columns import ROLES, plain_name
 from dora_vl.data.text_file import LONGEST_REASON, json_of, opened, text_of
-from dora_vl.data.turns import VIDEO_KEYS
 from dora_vl.errors import UserError, one_line
 
 LARGEST_MEMBER_BYTES = 1 << 30
@@ -61,14 +60,16 @@ def _row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[str, obje
             row |= fields if isinstance(fields, dict) else {"json": fields}
         elif ending == "txt":
             row["txt"] = text_of(content, where)
-        elif ending.rpartition(".")[2] in PICTURE_KEYS:
+        elif ending.rpartition(".")[2] in PICTURE_ENDINGS:
             pictures.append(content)
         elif ending.rpartition(".")[2] in VIDEO_ENDINGS:
             videos.append({"bytes": content})
         else:
             row[ending] = content
     if pictures:  # they stand for what the text calls them by
-        row = {name: value for name, value in row.items() if name not in PICTURE_KEYS} | {"images": pictures}
-    if videos and not any(row.get(name) for name in VIDEO_KEYS):
+        row = {name: value for name, value in row.items() if plain_name(name) not in ROLES["images"]} | {
+            "images": pictures
+        }
+    if videos and not any(row.get(name) for name in ROLES["videos"]):
         row["videos"] = videos
     return row

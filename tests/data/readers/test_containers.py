@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import random
@@ -24,6 +25,7 @@ from dora_vl.data.readers.containers import READERS, find_files
 from dora_vl.data.record_table import load_table
 from dora_vl.data.sample_rows import read_row
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.questions import read_questions
 from tests.training.own_data import (
     HOLD_PICTURES,
     WRITERS,
@@ -174,8 +176,6 @@ def test_the_endings_are_those_of_the_formats() -> None:
     [
         ("a.mp4", "'videos' holds a video's bytes; write it to a file and name that"),
         ("a.left.WEBM", "'videos' holds a video's bytes"),
-        ("a.wav", "its 'wav' holds bytes that nothing reads; name it 'image' if it is a picture"),
-        ("a.cls", "its 'cls' holds bytes"),
     ],
 )
 def test_an_archive_s_other_files_are_named(tmp_path: Path, name: str, said: str) -> None:
@@ -191,6 +191,67 @@ def test_a_video_that_the_fields_name_is_that_file(tmp_path: Path) -> None:
     fields = json.dumps({**QUESTION, "video": "clips/a.mp4"}).encode()
     path = write_tar(tmp_path / "a.tar", {"a.mp4": b"x", "a.json": fields})
     assert load_table(path, cache_folder=tmp_path / "cache")[0]["video"][0]["path"] == "clips/a.mp4"
+    path = write_tar(tmp_path / "b.tar", {"a.wav": b"x", "a.json": json.dumps(QUESTION).encode()})
+    with pytest.raises(UserError, match=r"b.tar, row 1 \(a\): question/answer would leave out 'wav' \(a picture or"):
+        load_table(path, cache_folder=tmp_path / "cache")
+
+
+TABLE = "Image,Question ,answer\na.png,Wie groß?,größer; „so“\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", TABLE.replace(";", "").encode()),
+        ("a.csv", TABLE.replace(",", ";").replace("; „", " „").encode()),
+        ("a.csv", TABLE.replace(",", "\t").encode()),
+        ("a.tsv", TABLE.replace(",", "|").encode()),
+        ("a.csv", TABLE.encode("utf-16")),
+        ("a.csv", b"\xfe\xff" + TABLE.encode("utf-16-be")),
+        ("a.csv", TABLE.encode("cp1252")),
+        ("a.csv", TABLE.encode("utf-8-sig")),
+        ("a.csv.gz", gzip.compress(TABLE.encode("utf-16"))),
+        ("a.jsonl.gz", gzip.compress(json.dumps({"image": "a.png", "question": "Wie groß?", "answer": "x"}).encode())),
+        ("a.json", json.dumps({"data": [{"image": "a.png", "question": "Wie groß?", "answer": "x"}]}).encode()),
+        ("a.json", b'{"rows": [{"img": "a.png", "question": "Wie gro\\u00df?", "answer": "x"}], "version": 1}'),
+    ],
+)
+def test_files_that_people_have_are_read_as_they_are(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    (row,) = load_table(tmp_path / name, cache_folder=tmp_path / "cache")
+    assert (row["images"], row["problem"], row["conversations"][0]["value"]) == (["a.png"], None, "Wie groß?")
+    ((question,), _) = read_questions(tmp_path / name)
+    assert (question.images, question.text) == (("a.png",), "Wie groß?")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl.gz", gzip.compress(json.dumps(QUESTION).encode())[:-12], "a.jsonl.gz: cannot be read"),
+        ("a.json", json.dumps({"data": [QUESTION], "test": [QUESTION]}).encode(), "beside 'data' stands 'test'"),
+        ("a.csv", b"\xff\xfe" + TABLE.encode("utf-16-le")[:-1], "a.csv: not whole utf-16-le"),
+    ],
+)
+def test_such_files_that_are_not_whole(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        load_table(tmp_path / name, cache_folder=tmp_path / "cache")
+
+
+def test_a_stream_of_arrow_that_was_cut_between_two_batches_loses_no_row(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    batch = pa.RecordBatch.from_pylist([QUESTION] * 3)
+    with pa.ipc.new_stream(stream, batch.schema) as writer:
+        writer.write_batch(batch)
+        cut = stream.tell()
+        writer.write_batch(batch)
+    for content, rows in ((stream.getvalue(), 6), (stream.getvalue()[:cut], None)):
+        (tmp_path / "a.arrow").write_bytes(content)
+        if rows is not None:
+            assert len(list(find_files(tmp_path / "a.arrow").rows())) == rows
+            continue
+        with pytest.raises(UserError, match=r"a.arrow: cannot be read as Arrow \(its end is missing\)"):
+            list(find_files(tmp_path / "a.arrow").rows())
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_an_unusable_row_is_named_and_the_others_stay(tmp_path: Path, change: di
 def test_what_ends_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nope\.json: no such file; give a file of samples"):
         load_rows(str(tmp_path / "nope.json"))
-    with pytest.raises(UserError, match=r"none of its 1 records is a sample.* fit no format .*instruction, output"):
+    with pytest.raises(UserError, match=r"none of its 1 records is a sample.* fit no format .*instruction and output"):
         load_rows(str(write(tmp_path / "other.json", [{"id": "1", "output": "x"}])), cache_folder=tmp_path)
     with pytest.raises(UserError, match=r"holds no records"):
         load_rows(str(write(tmp_path / "none.json", [])), cache_folder=tmp_path)

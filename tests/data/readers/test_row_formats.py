@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_vl.data.examples import Example, to_record
-from dora_vl.data.sample_rows import FORMATS, SampleRow, SampleRowReader, format_of, read_row, turns_of
+from dora_vl.data.readers.columns import FORMATS, USUAL, ColumnsError
+from dora_vl.data.sample_rows import SampleRow, SampleRowReader, read_row, turns_of
 from dora_vl.data.turns import Conversation, Turn, as_conversation
 from dora_vl.errors import BadSample, UserError
 
@@ -49,7 +50,7 @@ def test_each_row_with_a_video_of_the_documentation_is_the_same_sample(line: str
 
 
 def test_the_documentation_has_a_row_of_every_format() -> None:
-    formats = [format_of(json.loads(line)) for line in documented_rows()]
+    formats = [USUAL.resolve(json.loads(line)).format for line in documented_rows()]
     assert {form.name for form in formats if form} == {form.name for form in FORMATS}
 
 
@@ -169,34 +170,80 @@ def test_pictures_of_earlier_rounds_come_before_those_of_the_prompt() -> None:
     assert talk({**row, "images": ["a.png"]}).images == ("a.png", "b.png")
 
 
-ASKING = {"question": "Which is red?", "answer": "one"}
+ASKING = {"question": "Which is red?", "answer": "two"}
+LETTERED = (
+    "Which is red?\nA. one\nB. two\nAnswer with the option's letter from the given choices directly.",
+    "B",
+)
 
 
 @pytest.mark.parametrize(
-    "beside",
+    ("beside", "expected"),
     [
-        {"choices": ["one", "two"]},
-        {"options": "['one', 'two']"},
-        {"choices": [1, 2]},
-        {"context": "One is red."},
-        {"input": "One is red."},
-        {"options": {"A": "one"}},
+        ({"choices": ["one", "two"]}, LETTERED),
+        ({"options": "['one', 'two']", "answer": "B"}, LETTERED),
+        ({"choices": {"text": ["one", "two"], "label": ["1", "2"]}, "answer": "2"}, LETTERED),
+        ({"options": {"A": "one", "B": "two", "C": None}, "answer": "(b)"}, LETTERED),
+        ({"A": "one", "B": "two", "C": ""}, LETTERED),
+        ({"choice_a": "one", "choice_b": "two", "answer": 1}, LETTERED),
+        ({"option 1": "one", "option 2": "two", "answer": "2"}, LETTERED),
+        ({"A": "one", "B": None, "C": "two", "answer": "C"}, LETTERED),
+        ({"hint": "One is blue.", "A": "one", "B": "two"}, (f"One is blue.\n{LETTERED[0]}", "B")),
+        ({"context": "One is blue."}, ("One is blue.\nWhich is red?", "two")),
+        ({"question": "Which is red? It is one.", "input": "It is one."}, ("Which is red? It is one.", "two")),
+        (
+            {"question": "Which?\nA. one\nB. two", "answer": "A", "options": ["one", "two"]},
+            ("Which?\nA. one\nB. two", "A"),
+        ),
+        ({"question": "Is one or two red?", "options": ["one", "two"]}, ("Is one or two red?", "two")),
+        (
+            {"question": "Is one or two?", "options": ["one", "two"], "answer": "B"},
+            (f"Is one or two?{LETTERED[0][13:]}", "B"),
+        ),
+        ({"answer": {"text": ["two"], "start": [3]}}, ("Which is red?", "two")),
     ],
 )
-def test_what_belongs_to_a_question_is_not_left_out_in_silence(beside: dict[str, object]) -> None:
-    (name,) = beside
-    with pytest.raises(BadSample, match=f"it has '{name}' that would not be asked .* write both into 'question'"):
-        talk({**ASKING, **beside})
-    notes = {"source": "a set", "split": "train", "category": 3, "label_id": 7}
+def test_what_belongs_to_a_question_is_asked_with_it(beside: dict[str, object], expected: tuple[str, str]) -> None:
+    found = talk({**ASKING, **beside})
+    assert tuple(turn.text for turn in found.turns) == expected
+    record = {"id": "r", "question": ASKING["question"], "choices": ["one", "two"], "extra": {"correct": 1}}
+    assert tuple(turn.text for turn in talk({**record, "answers": [{"text": "two"}]}).turns) == LETTERED
+    notes = {"source": "a set", "split": "train", "category": 3, "answer_type": 7}
     for nothing in (None, "", [], [None], {}, float("nan")):
-        assert talk({**ASKING, **notes, name: nothing}).turns == talk(ASKING).turns
+        assert talk({**ASKING, **notes, "choices": nothing}).turns == talk(ASKING).turns
 
 
-def test_choices_that_the_question_says_itself_may_stand_beside_it() -> None:
-    row = {"question": "Which is red?\nA. one\nB. two", "answer": "A", "choices": ["one", "two"]}
-    assert talk(row).turns[0].text == row["question"]
-    with pytest.raises(BadSample, match="it has 'choices'"):
-        talk({**row, "choices": ["one", "wo"]})
+@pytest.mark.parametrize("place", ["<image{}>", "<image {}>", "<image_{}>", "<|image_{}|>"])
+def test_numbered_places_keep_the_order_of_their_pictures(place: str) -> None:
+    first, second = place.format(1), place.format(2)
+    row = {"question": f"Is {second} or {first}?", "answer": "a", "images": ["a.png", "b.png"]}
+    found = talk(row)
+    assert (found.images, found.turns[0].text) == (("b.png", "a.png"), "Is <image> or <image>?")
+    assert talk({**row, "question": f"{first} {second} {first}"}).images == ("a.png", "b.png", "a.png")
+    lettered = talk({**row, "question": "Which?", "options": [first, second], "answer": "B"}).turns
+    assert lettered[0].text.startswith("Which?\nA. <image>\nB. <image>\n")
+    for wrong in (first, f"{first} {second} <image>", place.format(3)):
+        with pytest.raises(BadSample, match="its text has places of the pictures"):
+            talk({**row, "question": wrong})
+
+
+def test_pictures_in_tags_and_by_index() -> None:
+    found = talk({"question": "Is <img>a.png</img> or <img> b.png</img>?", "answer": "so"})
+    assert (found.images, found.turns[0].text) == (("a.png", "b.png"), "Is <image> or <image>?")
+    llava = [LLAVA[0] | {"value": "<img>a.png</img>\nq"}, LLAVA[1]]
+    line = SampleRowReader("a").read({"conversations": llava}, 0)
+    assert (line.images, line.turns[0]) == (("a.png",), ("human", "<image>\nq"))
+    parts = [{"type": "image", "index": 1}, {"type": "text", "text": "or"}, {"type": "image", "index": 0}]
+    messages = [{"role": "user", "content": parts}, SAID[1]]
+    assert talk({"messages": messages, "images": ["a.png", "b.png"]}).images == ("b.png", "a.png")
+    with pytest.raises(BadSample, match="the index 1 of 1 pictures"):
+        talk({"messages": messages, "images": ["a.png"]})
+
+
+def test_pictures_in_base64_and_paths_of_windows() -> None:
+    png = b"\x89PNG\r\n\x1a\n and more"
+    found = read_row({**ASKING, "images": [base64.b64encode(png).decode(), "a\\b.png", "/9j/a.png"]})
+    assert (found.image_bytes[found.images[0]], found.images[1:]) == (png, ("a/b.png", "/9j/a.png"))
 
 
 @pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"weight": 0.5}, {"loss": 0}])
@@ -225,21 +272,20 @@ def test_numbered_pictures_are_in_the_order_of_their_numbers() -> None:
     assert (found.images[0], found.image_bytes[found.images[1]], found.images[2]) == ("a.png", b"b", "c.png")
     assert talk({"image_1": "a.png", "caption": "one"}).images == ("a.png",)
     assert read_row({**ASKING, "image": "a.png", "image_1": None}).images == ("a.png",)
-    with pytest.raises(BadSample, match="it has pictures under 'image' and 'image_1'; leave one of them out"):
+    with pytest.raises(ColumnsError, match="would leave out 'image_1'"):
         read_row({**ASKING, "image": "a.png", "image_1": "b.png"})
 
 
 @pytest.mark.parametrize(
-    "held", [b"x", {"bytes": b"x", "path": None}, {"bytes": None, "path": "a.png"}, [None, b"x"], [{"bytes": b"x"}]]
+    "held",
+    [b"x", {"bytes": b"x", "path": None}, {"bytes": None, "path": "a"}, [None, b"x"], [{"bytes": b"x"}], "a.PNG"],
 )
 @pytest.mark.parametrize("row", [ASKING, {"messages": SAID}, {"conversations": LLAVA}, {"image": "a", "caption": "c"}])
 def test_bytes_in_a_column_that_nothing_reads_are_named(row: dict[str, object], held: object) -> None:
-    told = "its 'screenshot' holds bytes that nothing reads; name it 'image' if"
-    with pytest.raises(BadSample, match=told):
-        read_row({**row, "screenshot": held})
-    assert told in (SampleRowReader("a").read({**row, "screenshot": held}, 0).problem or "")
-    for nothing in (None, b"", [], {"bytes": None, "path": None}, {"path": "a.png"}, "a.png", [1.5]):
-        assert read_row({**row, "screenshot": nothing, "id": b"1"}).turns == read_row(row).turns
+    with pytest.raises(UserError, match=r"a, row 1 \(record 0\): .* 'thumb' \(a picture or video\).*ignore_columns"):
+        SampleRowReader("a").read({**row, "thumb": held}, 0)
+    for nothing in (None, b"", [], {"bytes": None, "path": None}, {"path": "a.png"}, "a.", [1.5]):
+        assert read_row({**row, "thumb": nothing, "id": b"1"}).turns == read_row(row).turns
 
 
 @pytest.mark.parametrize(
@@ -258,13 +304,19 @@ def test_bytes_in_a_column_that_nothing_reads_are_named(row: dict[str, object], 
         ({"messages": SAID, "system": {"a": 1}}, "'system' must hold text, got {'a': 1}"),
         ({"question": True, "answer": "x"}, "'question' must hold text"),
         ({"question": "q", "answer": float("nan")}, "'answer' must hold text, got nan"),
+        ({"question": "q", "answer": {"value": "x"}}, "'answer' must hold text, got {'value': 'x'}"),
+        ({"question": "q", "answer": "c", "choices": ["a", "b"]}, "'c' is no letter, number from 0 or text of its 2"),
+        ({"question": "q", "answer": "B", "A": "a", "B": None, "C": "c"}, "'B' is no text of its 2 choices"),
+        ({"question": "see <image 2>", "answer": "a", "image_1": "a.png"}, "has places of the pictures [2], and it na"),
+        ({"question": "is <bbox> red?", "answer": "a"}, "its text has <bbox>, which nothing here fills"),
+        ({"messages": [SAID[0], SAID[1] | {"tool_calls": [{}, "f"]}]}, "turn 2 has 'tool_calls'"),
+        ({"messages": [SAID[0], SAID[1] | {"reasoning_content": "so"}]}, "turn 2 has 'reasoning_content'"),
         ({"question": "q", "answer": " "}, "answer 1 of 1 is empty"),
         ({"question": "q", "answer": "a", "image": "https://a.b/c.png"}, "is on the web"),
         ({"question": "q", "answer": "a", "image": "data:image/png,x"}, "cannot be read: it is not base64"),
         ({"question": "q", "answer": "a", "image": "data:;base64,?"}, "cannot be read: "),
         ({"question": "q", "answer": "a", "image": {"bytes": None, "path": None}}, "must be a path or a list of paths"),
         ({"question": "q", "answer": "a", "videos": ["a.mp4", 7]}, "'videos' must be a path or a list of paths, got 7"),
-        ({"id": "r", "question": "q", "answers": [{"text": "a"}], "choices": ["a", "b"]}, "it has choices"),
     ],
 )
 def test_what_is_wrong_is_named(row: dict[str, object], reason: str) -> None:
@@ -306,7 +358,7 @@ def test_any_row_is_a_sample_or_a_bad_one(values: dict[str, object], formed: dic
     for row in (values, {**formed, **values}, {**values, **formed}):
         try:
             found = talk(row)
-        except BadSample as error:
+        except (BadSample, ColumnsError) as error:
             longest = len(str(error))
             continue
         assert found.turns[-1].text.strip()
@@ -320,6 +372,6 @@ def test_numbers_of_thousands_of_digits_are_bad_samples(line: str) -> None:
         for huge in (10**5000, [10**5000], {"text": 10**5000}):
             try:
                 found = talk({**json.loads(line), name: huge})
-            except BadSample:
+            except (BadSample, ColumnsError):
                 continue
             assert name in ("id", "system", "caption"), found
