@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dora_vl.core.config import Method
-from dora_vl.data.media import PICTURE_KEYS
-from dora_vl.data.readers.messages import ANSWERS, QUESTIONS
-from dora_vl.data.turns import VIDEO_KEYS
 from dora_vl.errors import UserError, shown, shown_names
 from dora_vl.translation.common import (
     ATTENTION,
@@ -134,22 +131,26 @@ def _template(setting: Setting) -> Counterpart:
 # -- dataset_info.json --------------------------------------------------------------------------------------------
 
 INFO = "dataset_info.json"
-TALKS: Mapping[tuple[str, str], tuple[str, ...]] = {
-    ("from", "value"): ("conversations",),
-    ("role", "content"): ("messages", "conversations"),
+ROLES: Mapping[str, str] = {
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "history": "history",
+    "system": "system",
+    "images": "images",
+    "videos": "videos",
 }
-"""Where a row may hold its turns, by what the turns call the speaker and the words."""
-INSTRUCTIONS: Mapping[str, str] = {"prompt": "instruction", "query": "input", "response": "output"}
-"""The columns that are read as an instruction, its input and the output: all by these names, or none."""
-PAIRS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ((QUESTIONS, ANSWERS), (("prompt",), ("completion",)))
-"""Other names of a question and its answer; beside them no `input` is read."""
+"""What `columns` of a set calls a column -> its role in `data.columns`."""
+TURNS: Mapping[tuple[str, str], str] = {("from", "value"): "conversations", ("role", "content"): "messages"}
+"""What the turns call the speaker and the words -> the role of their column."""
 
 
 @dataclass(frozen=True)
-class _Set:
-    """One data set: where it is, and what of it has no counterpart."""
+class _DataSet:
+    """One data set: where it is, what its columns are, and what of it has no counterpart."""
 
-    path: str
+    path: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
     trouble: str = ""
 
 
@@ -178,14 +179,18 @@ def _files(name: str, setting: Setting) -> Counterpart:
         return Counterpart(note=f"{where}, which says what file that is, is not there; put the file here", is_lost=True)
     if unknown := [name for name in names if name not in info]:
         raise UserError(f"{setting.file}: {setting.key} names {unknown[0]}, which {INFO} has not: {shown_names(info)}")
-    sets = [_set(info[name], _folder(setting)) for name in names]
-    trouble = [f"{name}: {entry.trouble}" for name, entry in zip(names, sets, strict=True) if entry.trouble]
-    if without := [name for name, entry in zip(names, sets, strict=True) if not entry.path]:
-        return Counterpart(note="; ".join(trouble) or f"{without[0]} is no file", is_lost=True)
-    paths = [entry.path for entry in sets]
-    return Counterpart(
-        settings={name: paths[0] if len(paths) == 1 else paths}, note="; ".join(trouble), is_lost=bool(trouble)
-    )
+    sets = {name: _data_set(info[name], _folder(setting)) for name in names}
+    trouble = [f"{name}: {entry.trouble}" for name, entry in sets.items() if entry.trouble]
+    columns = {column: role for entry in sets.values() for column, role in entry.columns.items()}
+    for set_name, entry in sets.items():
+        if clash := [column for column, role in entry.columns.items() if columns[column] != role]:
+            trouble.append(f"{set_name}: its column {clash[0]} is {entry.columns[clash[0]]} here; rename one")
+    paths = [entry.path for entry in sets.values()]
+    if not all(paths):
+        return Counterpart(note="; ".join(trouble), is_lost=True)
+    settings: dict[str, Any] = {name: paths[0] if len(paths) == 1 else paths}
+    settings |= {"data.columns": columns} if columns else {}
+    return Counterpart(settings=settings, note="; ".join(trouble), is_lost=bool(trouble))
 
 
 def _read_info(setting: Setting) -> Mapping[str, Any] | None:
@@ -207,59 +212,30 @@ def _read_info(setting: Setting) -> Mapping[str, Any] | None:
     return content
 
 
-def _set(entry: Any, folder: str) -> _Set:
+def _data_set(entry: Any, folder: str) -> _DataSet:
     if not isinstance(entry, Mapping):
-        return _Set("", "its entry is no object")
+        return _DataSet(trouble="its entry is no object")
     if entry.get("ranking"):
-        return _Set("", "pairs of a better and a worse answer are no samples")
+        return _DataSet(trouble="pairs of a better and a worse answer are no samples")
     if name := entry.get("file_name"):
         path = str(Path(folder) / str(name))
     elif name := entry.get("hf_hub_url"):
         split = str(entry.get("split") or "train")
         path = f"hub:{name}" if split == "train" else f"hub:{name}:{split}"
     else:
-        return _Set("", "it is loaded by a script, or from another hub; put its rows into a file")
-    return _Set(path, "; ".join(_trouble(entry)))
-
-
-def _trouble(entry: Mapping[str, Any]) -> list[str]:
-    """What our readers, which go by a row's own keys, would not find."""
-    columns = entry.get("columns") or {}
-    tags = entry.get("tags") or {}
+        return _DataSet(trouble="it is loaded by a script, or from another hub; put its rows into a file")
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     trouble = [f"num_samples {entry['num_samples']}: data.limit"] if entry.get("num_samples") else []
     trouble += [f"subset {entry['subset']}: `dora-vl prepare hugging-face` takes one"] if entry.get("subset") else []
-    if entry.get("formatting", "alpaca") == "alpaca":
-        trouble += _question_trouble(columns)
-        wanted: dict[str, tuple[str, ...]] = {}
-    else:
-        names = (tags.get("role_tag", "from"), tags.get("content_tag", "value"))
-        wanted = {"messages": TALKS.get(names, ("messages",))}
-        if names not in TALKS:
+    trouble += [f"its column {columns[name]} is not read" for name in ("tools", "audios") if columns.get(name)]
+    roles = {str(columns[name]): role for name, role in ROLES.items() if columns.get(name)}
+    if entry.get("formatting", "alpaca") != "alpaca":
+        role = TURNS.get((tags.get("role_tag", "from"), tags.get("content_tag", "value")))
+        if role is None:
             trouble.append("its turns' keys: rename them to from and value, or role and content")
-    known = {"images": PICTURE_KEYS, "videos": VIDEO_KEYS, "system": ("system",)}
-    wanted |= {name: keys for name, keys in known.items() if columns.get(name)}
-    for name, keys in wanted.items():
-        if (column := columns.get(name) or keys[0]) not in keys:
-            trouble.append(f"rename its column {column} to {keys[0]}")
-    trouble += [
-        f"its column {columns[name]} is not read" for name in ("tools", "audios", "history") if columns.get(name)
-    ]
-    return trouble
-
-
-def _question_trouble(columns: Mapping[str, Any]) -> list[str]:
-    """Which of the columns of a question, its input and its answer are not read by their names."""
-    columns_of = {
-        name: str(columns.get(name) or own) for name, own in INSTRUCTIONS.items() if columns.get(name) or not columns
-    }
-    question, answer = columns_of.get("prompt", "instruction"), columns_of.get("response", "output")
-    renamed = [(column, INSTRUCTIONS[name]) for name, column in columns_of.items() if column != INSTRUCTIONS[name]]
-    if not any(question in questions and answer in answers for questions, answers in PAIRS):
-        return [f"rename its column {column} to {name}" for column, name in renamed]
-    if "query" not in columns_of:
-        return []
-    renaming = ", ".join(f"{column} to {name}" for column, name in renamed)
-    return [f"its column {columns_of['query']} is not read beside {question} and {answer}: rename {renaming}"]
+        roles[str(columns.get("messages") or "conversations")] = role or "conversations"
+    roles = {column: role for column, role in roles.items() if column != role}
+    return _DataSet(path, roles, "; ".join(trouble))
 
 
 TABLE: Mapping[str, Rule] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ import pytest
 import yaml
 
 from dora_vl.cli import main
-from dora_vl.data.sample_rows import read_row, turns_of
-from dora_vl.errors import BadSample
 from dora_vl.run.command_line import read_run_file
 from dora_vl.run.recipe import RunConfig
-from dora_vl.translation.llama_factory import PAIRS
 from tests.translation import peer_files
 
 
@@ -76,7 +72,7 @@ def test_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
         True,
     )
     assert (config.optim.weight_decay_on, config.optim.loss_normalisation) == ("all_but_biases", "micro_batch")
-    assert "rename its column talk to conversations" in rows["dataset"]
+    assert dict(data.columns) == {"talk": "conversations"}
     assert "NO COUNTERPART" in rows["image_max_pixels"]
     assert "as here" in rows["do_train"]
 
@@ -85,62 +81,33 @@ ROLE_TAGS = {"role_tag": "role", "content_tag": "content"}
 
 
 @pytest.mark.parametrize(
-    ("entry", "named"),
+    ("entry", "columns"),
     [
-        ({}, ""),
-        ({"columns": {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}}, ""),
-        ({"columns": {"prompt": "question", "response": "answer", "images": "images"}}, ""),
-        ({"columns": {"prompt": "prompt", "response": "completion"}}, ""),
-        ({"columns": {"prompt": "question", "response": "answer", "query": None}}, ""),
+        ({}, {}),
+        ({"columns": {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}}, {}),
         (
-            {"columns": {"prompt": "prompt", "query": "input", "response": "response"}},
-            "its column input is not read beside prompt and response: rename prompt to instruction, response to output",
+            {"columns": {"prompt": "question", "query": "context", "response": "answer", "images": "photo"}},
+            {"question": "instruction", "context": "input", "answer": "output", "photo": "images"},
         ),
+        ({"formatting": "sharegpt"}, {}),
         (
-            {"columns": {"prompt": "instruction", "query": "context", "response": "output"}},
-            "rename its column context to input",
+            {"formatting": "sharegpt", "columns": {"messages": "talk", "system": "role"}},
+            {"talk": "conversations", "role": "system"},
         ),
-        ({"columns": {"prompt": "instruction", "response": "response"}}, "rename its column response to output"),
-        ({"columns": {"prompt": "asked", "response": "output"}}, "rename its column asked to instruction"),
-        (
-            {"columns": {"prompt": "instruction", "response": "output", "system": "role"}},
-            "rename its column role to system",
-        ),
-        ({"formatting": "sharegpt", "columns": {"messages": "conversations", "system": "system"}}, ""),
-        ({"formatting": "sharegpt", "columns": {"messages": "messages", "system": "system"}, "tags": ROLE_TAGS}, ""),
-        (
-            {"formatting": "sharegpt", "columns": {"messages": "messages", "system": "role"}, "tags": ROLE_TAGS},
-            "rename its column role to system",
-        ),
-        (
-            {"formatting": "sharegpt", "columns": {"messages": "messages"}},
-            "rename its column messages to conversations",
-        ),
+        ({"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": ROLE_TAGS}, {}),
+        ({"formatting": "sharegpt", "columns": {"messages": "messages"}}, {"messages": "conversations"}),
     ],
 )
-def test_columns_of_llama_factory_that_are_not_read_are_named(
-    capsys: pytest.CaptureFixture[str], entry: dict[str, Any], named: str
+def test_columns_of_llama_factory_get_their_roles(
+    capsys: pytest.CaptureFixture[str], entry: dict[str, Any], columns: dict[str, str]
 ) -> None:
     Path("data").mkdir()
     info = {"mine": {"file_name": "mine.json", **entry}}
     Path("data/dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-    text = "stage: sft\nmodel_name_or_path: base\ndataset: mine\n"
-    config, rows = translated(capsys, "sft.yaml", text)
+    config, rows = translated(capsys, "sft.yaml", "stage: sft\nmodel_name_or_path: base\ndataset: mine\n")
     assert config.data.train == "data/mine.json"
-    assert rows["dataset"].partition("data.train: ")[2] == (
-        f"data/mine.json  (IN PART: mine: {named})" if named else "data/mine.json"
-    )
-    head = Path("run.yaml").read_text(encoding="utf-8").splitlines()[0]
-    assert ("1 in part: dataset" in head) == bool(named), head
-
-
-def test_no_input_is_read_beside_other_names_of_a_question() -> None:
-    for asked, said in ((asked, said) for asks, says in PAIRS for asked in asks for said in says):
-        row = {asked: "Translate:", "input": "Hund", said: "dog"}
-        with suppress(BadSample):  # refused is as well named
-            assert "Hund" not in str(turns_of(read_row(row))), (asked, said)
-    asked = turns_of(read_row({"instruction": "Translate:", "input": "Hund", "output": "dog"}))[0]
-    assert asked.text == "Translate:\nHund"
+    assert dict(config.data.columns) == columns
+    assert "IN PART" not in rows["dataset"]
 
 
 def test_llama_factory_takes_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
