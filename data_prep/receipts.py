@@ -1,0 +1,93 @@
+"""Receipts, drawn here, with questions that no colour alone decides, as a folder of pictures and a table of questions.
+
+Run it as `python -m data_prep.receipts --to receipts`. A receipt has the shop's name on a band of its colour, a few
+items, a total, and how it was paid; place, paper, light and what stands between differ. Each is asked one of three
+questions: which shop, how paid, what total. The same seed gives the same pictures. It writes `photos/000.png`, ... and
+`questions.csv` with the columns image, question, answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from dora_vl.data.examples import whole_file
+from dora_vl.errors import UserError, exit_on_user_error
+
+SHOPS = {
+    "Corner Cafe": (150, 75, 40),
+    "City Books": (40, 70, 160),
+    "Green Market": (40, 130, 60),
+    "Toy House": (190, 50, 110),
+}
+PAYMENTS = ("cash", "card")
+TOTALS = ("5.00", "10.00", "15.00", "20.00", "25.00", "30.00")
+ITEMS = ("bread", "tea", "pen", "soap", "milk", "map", "cup", "cord")
+QUESTIONS = ("which shop is it from?", "how was it paid?", "what is the total?")
+SIDE, WIDTH = 320, 220
+
+
+def draw(chance: random.Random) -> tuple[Image.Image, tuple[str, str, str]]:
+    """A receipt on a table, and the answers to the three questions about it."""
+    shop, paid, total = chance.choice(list(SHOPS)), chance.choice(PAYMENTS), chance.choice(TOTALS)
+    picture = Image.new("RGB", (SIDE, SIDE), tuple(chance.randrange(60, 140) for _ in range(3)))
+    pen, left, top = ImageDraw.Draw(picture), chance.randrange(30, 70), chance.randrange(4, 18)
+    paper, ink = chance.randrange(225, 256), chance.randrange(10, 60)
+    pen.rectangle((left, top, left + WIDTH, top + 290), fill=(paper, paper, paper))
+    shade = chance.uniform(0.85, 1.15)
+    pen.rectangle((left, top, left + WIDTH, top + 54), fill=tuple(min(255, int(part * shade)) for part in SHOPS[shop]))
+    write = _writer(pen, left + 10, (ink, ink, ink))
+    _writer(pen, left + 10, (255, 255, 255))(shop, top + 10, 29)
+    for line, item in enumerate(chance.sample(ITEMS, chance.randrange(2, 5))):
+        write(f"{item:<5} {chance.randrange(1, 5)}.{chance.randrange(10, 100)}", top + 64 + 24 * line, 18)
+    write(f"TOTAL {total}", top + 170, 30)
+    pen.rectangle((left + 6, top + 216, left + WIDTH - 6, top + 280), outline=(ink, ink, ink), width=3)
+    write("CASH" if paid == "cash" else "CARD **** 07", top + 226, 36 if paid == "cash" else 28)
+    return picture, (shop, paid, total)
+
+
+def _writer(pen: ImageDraw.ImageDraw, left: int, ink: tuple[int, int, int]):  # noqa: ANN202
+    def write(text: str, top: int, size: int) -> None:
+        pen.text((left, top), text, fill=ink, font=ImageFont.load_default(size))
+
+    return write
+
+
+def make(to: Path, count: int, *, seed: int) -> None:
+    """Draws so many receipts and writes the questions about them.
+
+    Raises:
+        UserError: the folder holds a table of questions already.
+    """
+    if (to / "questions.csv").exists():
+        raise UserError(f"{to / 'questions.csv'} is there already; name another folder with --to")
+    (to / "photos").mkdir(parents=True, exist_ok=True)
+    chance = random.Random(seed)
+    with whole_file(to / "questions.csv") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "question", "answer"])
+        for number in range(count):
+            picture, answers = draw(chance)
+            picture.save(to / "photos" / f"{number:03}.png")
+            asked = number % len(QUESTIONS)
+            table.writerow([f"{number:03}.png", QUESTIONS[asked], answers[asked]])
+
+
+@exit_on_user_error
+def main(arguments: list[str] | None = None) -> None:
+    """Draws the receipts and says where they are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, default=Path("receipts"), help="folder that gets pictures and questions")
+    parser.add_argument("--count", type=int, default=200, help="receipts; each is asked one question")
+    parser.add_argument("--seed", type=int, default=0, help="fixes every picture")
+    given = parser.parse_args(arguments)
+    make(given.to, given.count, seed=given.seed)
+    print(f"{given.to}: {given.count} receipts in photos, questions.csv")
+
+
+if __name__ == "__main__":
+    main()
