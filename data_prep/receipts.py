@@ -24,7 +24,8 @@ SHOPS = {
     "Green Market": (40, 130, 60),
     "Toy House": (190, 50, 110),
 }
-PAYMENTS = ("cash", "card")
+PAYMENTS = {"cash": ("CASH", 226, 36), "card": ("CARD **** 07", 230, 28)}
+"""Answer -> what is printed, how far down, how large."""
 TOTALS = ("5.00", "10.00", "15.00", "20.00", "25.00", "30.00")
 ITEMS = ("bread", "tea", "pen", "soap", "milk", "map", "cup", "cord")
 QUESTIONS = ("which shop is it from?", "how was it paid?", "what is the total?")
@@ -33,28 +34,24 @@ SIDE, WIDTH = 320, 220
 
 def draw(chance: random.Random) -> tuple[Image.Image, tuple[str, str, str]]:
     """A receipt on a table, and the answers to the three questions about it."""
-    shop, paid, total = chance.choice(list(SHOPS)), chance.choice(PAYMENTS), chance.choice(TOTALS)
+    shop, paid, total = chance.choice(list(SHOPS)), chance.choice(list(PAYMENTS)), chance.choice(TOTALS)
     picture = Image.new("RGB", (SIDE, SIDE), tuple(chance.randrange(60, 140) for _ in range(3)))
     pen, left, top = ImageDraw.Draw(picture), chance.randrange(30, 70), chance.randrange(4, 18)
-    paper, ink = chance.randrange(225, 256), chance.randrange(10, 60)
-    pen.rectangle((left, top, left + WIDTH, top + 290), fill=(paper, paper, paper))
-    shade = chance.uniform(0.85, 1.15)
-    pen.rectangle((left, top, left + WIDTH, top + 54), fill=tuple(min(255, int(part * shade)) for part in SHOPS[shop]))
-    write = _writer(pen, left + 10, (ink, ink, ink))
-    _writer(pen, left + 10, (255, 255, 255))(shop, top + 10, 29)
+    paper, ink = (chance.randrange(225, 256),) * 3, (chance.randrange(10, 60),) * 3
+    light = chance.uniform(0.85, 1.15)
+
+    def write(text: str, down: int, size: int, fill: tuple[int, ...] = ink) -> None:
+        pen.text((left + 10, top + down), text, fill=fill, font=ImageFont.load_default(size))
+
+    pen.rectangle((left, top, left + WIDTH, top + 290), fill=paper)
+    pen.rectangle((left, top, left + WIDTH, top + 54), fill=tuple(int(part * light) for part in SHOPS[shop]))
+    write(shop, 10, 29, (255, 255, 255))
     for line, item in enumerate(chance.sample(ITEMS, chance.randrange(2, 5))):
-        write(f"{item:<5} {chance.randrange(1, 5)}.{chance.randrange(10, 100)}", top + 64 + 24 * line, 18)
-    write(f"TOTAL {total}", top + 170, 30)
-    pen.rectangle((left + 6, top + 216, left + WIDTH - 6, top + 280), outline=(ink, ink, ink), width=3)
-    write("CASH" if paid == "cash" else "CARD **** 07", top + 226, 36 if paid == "cash" else 28)
+        write(f"{item} {chance.randrange(1, 5)}.{chance.randrange(10, 100)}", 64 + 24 * line, 18)
+    write(f"TOTAL {total}", 170, 30)
+    pen.rectangle((left + 6, top + 216, left + WIDTH - 6, top + 280), outline=ink, width=3)
+    write(*PAYMENTS[paid])
     return picture, (shop, paid, total)
-
-
-def _writer(pen: ImageDraw.ImageDraw, left: int, ink: tuple[int, int, int]):  # noqa: ANN202
-    def write(text: str, top: int, size: int) -> None:
-        pen.text((left, top), text, fill=ink, font=ImageFont.load_default(size))
-
-    return write
 
 
 def make(to: Path, count: int, *, seed: int) -> None:

@@ -85,7 +85,8 @@ class Baselines:
 
     def _part(self, name: str, scored: Scored) -> dict[str, Any]:
         limits = intervals(scored).get(self.metric)
-        return {"value": scored.metrics[self.metric], "interval_95": limits, "n": scored.n, "how": HOW[name]}
+        value, limits = scored.metrics[self.metric], None if limits is None else list(limits)
+        return {"value": value, "interval_95": limits, "n": scored.n, "how": HOW[name]}
 
     def lines(self) -> list[str]:
         """What to print, the warning last."""
