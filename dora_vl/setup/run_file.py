@@ -164,9 +164,7 @@ def _adapter(base: Base) -> list[str]:
         "  alpha: 32.0                 # the change is scaled by alpha / rank",
         f"  dropout: {0.0 if base.is_new else 0.05}",
         *(
-            [
-                "  train_projector: true       # this base was composed here: its projector has seen few pictures, or none"
-            ]
+            ["  train_projector: true       # this base was composed here: its projector has seen little"]
             if base.is_new
             else []
         ),

@@ -20,7 +20,7 @@ def block(page: Path, mark: str) -> str:
 
 
 def programs(page: Path, mark: str = "commands") -> list[list[str]]:
-    """Each command behind a mark as words, with the programs of this environment and checkout in the place of those in a path."""
+    """Each command behind a mark as words, its program this environment's, its script this checkout's."""
     own = {"dora-vl": [sys.executable, "-m", "dora_vl.cli"], "python": [sys.executable]}
     lines = [shlex.split(line) for line in block(page, mark).splitlines()]
     return [
