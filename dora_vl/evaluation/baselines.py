@@ -38,73 +38,69 @@ class Exchange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A headline's value with its interval, None where it is no formula, over `n` items."""
+
+    value: float
+    interval_95: tuple[float, float] | None
+    n: int
+
+    def __str__(self) -> str:
+        low_high = self.interval_95
+        return f"{self.value:.2f} of {self.n:,}" + (
+            "" if low_high is None else f" (95 % interval {low_high[0]:.2f} to {low_high[1]:.2f})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Baselines:
     """What a score's headline is compared with, each None where it cannot be.
 
     Attributes:
-        own: the model's score on the questions of `exchanged`, with their own pictures.
-        pictures: whether the test shows any, and the model was asked about others.
+        own: the model's value on the questions of `exchanged`, with their own pictures.
+        difference: `own` minus `exchanged`, paired question by question.
+        shows: whether the test shows any pictures, and the model was to be asked about others.
     """
 
     metric: str
-    commonest: Scored | None
-    exchanged: Scored | None
-    own: Scored | None
-    pictures: bool
+    commonest: Baseline | None
+    exchanged: Baseline | None = None
+    own: float | None = None
+    difference: Difference | None = None
+    shows: bool = False
 
     @property
-    def difference(self) -> Difference | None:
-        """Own pictures minus exchanged ones, paired question by question."""
-        if self.own is None or self.exchanged is None:
-            return None
-        return paired_differences(self.own, self.exchanged).get(self.metric)
-
     def warning(self) -> str | None:
         """What to say where exchanged pictures leave the score where it was, as far as chance goes."""
         apart = self.difference
-        if apart is None or not apart.low <= 0 <= apart.high:
+        if self.exchanged is None or apart is None or not apart.low <= 0 <= apart.high:
             return None
         return (
-            f"the answers do not depend on the pictures: with others' the same questions score as well (difference of "
-            f"{self.metric} {apart.value:+.2f}, 95 % interval {apart.low:+.2f} to {apart.high:+.2f}). Where they "
-            "cannot be answered unseen, try a base whose projector has learned (or adapter.train_projector: true), "
-            "more pictures, more epochs"
+            f"the answers do not depend on the pictures, as far as {self.exchanged.n} questions tell: {self.metric} "
+            f"with their own less that with others' is {apart.value:+.2f} (95 % interval {apart.low:+.2f} to "
+            f"{apart.high:+.2f}). Where they cannot be answered unseen, try a base whose projector has learned (or adapter.train_projector: "
+            "true), more pictures, more epochs"
         )
 
     def entry(self) -> dict[str, Any]:
         """What `metrics.json` holds, in the metric's own unit: percent, of an accuracy."""
-        parts = {COMMONEST: self.commonest, EXCHANGED: self.exchanged}
-        found: dict[str, Any] = {name: self._part(name, one) for name, one in parts.items() if one is not None}
-        if self.own is not None and self.difference is not None:
-            found[EXCHANGED] |= {
-                "with_their_own": self.own.metrics[self.metric],
-                "difference": asdict(self.difference),
-            }
-        warning = self.warning()
-        return {"metric": self.metric, **found, **({WARNING: warning} if warning else {})}
-
-    def _part(self, name: str, scored: Scored) -> dict[str, Any]:
-        limits = intervals(scored).get(self.metric)
-        value, limits = scored.metrics[self.metric], None if limits is None else list(limits)
-        return {"value": value, "interval_95": limits, "n": scored.n, "how": HOW[name]}
+        found: dict[str, Any] = {"metric": self.metric}
+        if self.commonest is not None:
+            found[COMMONEST] = {**asdict(self.commonest), "how": HOW[COMMONEST]}
+        if self.exchanged is not None:
+            apart = None if self.difference is None else asdict(self.difference)
+            with_own = {"with_their_own": self.own, "difference": apart}
+            found[EXCHANGED] = {**asdict(self.exchanged), **with_own, "how": HOW[EXCHANGED]}
+        return found | ({} if self.warning is None else {WARNING: self.warning})
 
     def lines(self) -> list[str]:
         """What to print, the warning last."""
-        said = []
-        if self.commonest is not None:
-            said.append(f"{self.metric} of each question's commonest answer {self._told(self.commonest)}")
-        if self.exchanged is not None and self.own is not None:
-            own = self.own.metrics[self.metric]
-            said.append(f"with pictures exchanged {self._told(self.exchanged)}; of the same with their own {own:.2f}")
-        elif self.pictures:
+        said = [] if self.commonest is None else [f"{self.metric} of each question's commonest answer {self.commonest}"]
+        if self.exchanged is not None:
+            said.append(f"with pictures exchanged {self.exchanged}; of the same with their own {self.own:.2f}")
+        elif self.shows:
             said.append("no pictures were exchanged: no two of the questions show as many and different ones")
-        warning = self.warning()
-        return [*said, warning] if warning else said
-
-    def _told(self, scored: Scored) -> str:
-        limits = intervals(scored).get(self.metric)
-        told = "" if limits is None else f" (95 % interval {limits[0]:.2f} to {limits[1]:.2f})"
-        return f"{scored.metrics[self.metric]:.2f} of {scored.n:,}{told}"
+        return said if self.warning is None else [*said, self.warning]
 
 
 def compared(
@@ -126,17 +122,31 @@ def compared(
         says: the right answer as a model says it; "" where the file holds none.
         exchange: None where no model was asked about exchanged pictures.
     """
+    metric = next(iter(scored.metrics))
     commonest = commonest_answers(examples, says)
-    by_id = {example.id: example for example in examples}
-    sample = [by_id[one.id] for one in exchange.examples] if exchange is not None else []
-    own = {example.id: answers[example.id] for example in sample}
-    return Baselines(
-        metric=next(iter(scored.metrics)),
-        commonest=score(examples, commonest) if commonest else None,
-        exchanged=score(sample, exchange.answers) if exchange is not None and sample else None,
-        own=score(sample, own) if sample else None,
-        pictures=exchange is not None and any(map(_shows, examples)),
+    found = Baselines(
+        metric=metric,
+        commonest=_baseline(score(examples, commonest), metric) if commonest else None,
+        shows=exchange is not None and any(map(_shows, examples)),
     )
+    if exchange is None or not exchange.examples:
+        return found
+    by_id = {example.id: example for example in examples}
+    sample = [by_id[one.id] for one in exchange.examples]
+    own, others = (
+        score(sample, {one.id: said[one.id] for one in sample if one.id in said})
+        for said in (answers, exchange.answers)
+    )
+    return replace(
+        found,
+        exchanged=_baseline(others, metric),
+        own=own.metrics[metric],
+        difference=paired_differences(own, others).get(metric),
+    )
+
+
+def _baseline(scored: Scored, metric: str) -> Baseline:
+    return Baseline(value=scored.metrics[metric], interval_95=intervals(scored).get(metric), n=scored.n)
 
 
 def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str]) -> dict[str, str]:
