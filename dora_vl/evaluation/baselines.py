@@ -78,8 +78,8 @@ class Baselines:
         return (
             f"the answers do not depend on the pictures, as far as {self.exchanged.n} questions tell: {self.metric} "
             f"with their own less that with others' is {apart.value:+.2f} (95 % interval {apart.low:+.2f} to "
-            f"{apart.high:+.2f}). Where they cannot be answered unseen, try a base whose projector has learned (or adapter.train_projector: "
-            "true), more pictures, more epochs"
+            f"{apart.high:+.2f}). Where they cannot be answered unseen, try a base whose projector has learned (or "
+            "adapter.train_projector: true), more pictures, more epochs"
         )
 
     def entry(self) -> dict[str, Any]:
@@ -160,9 +160,8 @@ def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str
     groups: defaultdict[str, list[Example]] = defaultdict(list)
     for example in asked:
         groups[example.question if times[example.question] >= LEAST_ASKED else ""].append(example)
-    return {
-        example.id: Counter(map(says, group)).most_common(1)[0][0] for group in groups.values() for example in group
-    }
+    commonest = {name: Counter(map(says, group)).most_common(1)[0][0] for name, group in groups.items()}
+    return {example.id: commonest[name] for name, group in groups.items() for example in group}
 
 
 def right_text(example: Example) -> str:
