@@ -19,13 +19,12 @@ from dora_vl.data.examples import whole_file
 from dora_vl.errors import UserError, exit_on_user_error
 
 SHOPS = {
-    "Corner Cafe": (150, 75, 40),
-    "City Books": (40, 70, 160),
-    "Green Market": (40, 130, 60),
-    "Toy House": (190, 50, 110),
+    "Corner Cafe": (220, 140, 20),
+    "City Books": (30, 60, 200),
+    "Green Market": (20, 150, 50),
+    "Toy House": (200, 30, 40),
 }
-PAYMENTS = {"cash": ("CASH", 226, 36), "card": ("CARD **** 07", 230, 28)}
-"""Answer -> what is printed, how far down, how large."""
+PAYMENTS = ("cash", "card")
 TOTALS = ("5.00", "10.00", "15.00", "20.00", "25.00", "30.00")
 ITEMS = ("bread", "tea", "pen", "soap", "milk", "map", "cup", "cord")
 QUESTIONS = ("which shop is it from?", "how was it paid?", "what is the total?")
@@ -34,8 +33,8 @@ SIDE, WIDTH = 320, 220
 
 def draw(chance: random.Random) -> tuple[Image.Image, tuple[str, str, str]]:
     """A receipt on a table, and the answers to the three questions about it."""
-    shop, paid, total = chance.choice(list(SHOPS)), chance.choice(list(PAYMENTS)), chance.choice(TOTALS)
-    picture = Image.new("RGB", (SIDE, SIDE), tuple(chance.randrange(60, 140) for _ in range(3)))
+    shop, paid, total = chance.choice(list(SHOPS)), chance.choice(PAYMENTS), chance.choice(TOTALS)
+    picture = Image.new("RGB", (SIDE, SIDE), (chance.randrange(150, 180),) * 3)
     pen, left, top = ImageDraw.Draw(picture), chance.randrange(30, 70), chance.randrange(4, 18)
     paper, ink = (chance.randrange(225, 256),) * 3, (chance.randrange(10, 60),) * 3
     light = chance.uniform(0.85, 1.15)
@@ -44,13 +43,16 @@ def draw(chance: random.Random) -> tuple[Image.Image, tuple[str, str, str]]:
         pen.text((left + 10, top + down), text, fill=fill, font=ImageFont.load_default(size))
 
     pen.rectangle((left, top, left + WIDTH, top + 290), fill=paper)
-    pen.rectangle((left, top, left + WIDTH, top + 54), fill=tuple(int(part * light) for part in SHOPS[shop]))
-    write(shop, 10, 29, (255, 255, 255))
+    pen.rectangle((left, top, left + WIDTH, top + 84), fill=tuple(int(part * light) for part in SHOPS[shop]))
+    write(shop, 24, 30, (255, 255, 255))
     for line, item in enumerate(chance.sample(ITEMS, chance.randrange(2, 5))):
-        write(f"{item} {chance.randrange(1, 5)}.{chance.randrange(10, 100)}", 64 + 24 * line, 18)
-    write(f"TOTAL {total}", 170, 30)
-    pen.rectangle((left + 6, top + 216, left + WIDTH - 6, top + 280), outline=ink, width=3)
-    write(*PAYMENTS[paid])
+        write(f"{item} {chance.randrange(1, 5)}.{chance.randrange(10, 100)}", 94 + 20 * line, 16)
+    write(f"TOTAL {total}", 174, 30)
+    by_card = paid == "card"
+    pen.rectangle(
+        (left + 6, top + 216, left + WIDTH - 6, top + 280), outline=ink, width=3, fill=ink if by_card else None
+    )
+    write(paid.upper(), 226, 36, paper if by_card else ink)
     return picture, (shop, paid, total)
 
 
