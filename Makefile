@@ -22,9 +22,12 @@ demo: $(INSTALLED)
 	$(BIN)/python -m data_prep.easy_vqa --from $(DEMO)/assets/easy_vqa --to $(DEMO)/data
 	$(DEEPSPEED) tasks/llava_instruct.py \
 		--config configs/llava/easyvqa_smollm2_dora.yaml --resume if_stopped
+	@test $(DEMO)/tuned/model.safetensors -nt $(DEMO)/adapter/adapter_model.safetensors || rm -rf $(DEMO)/tuned
+	test -e $(DEMO)/tuned || $(BIN)/dora-vl merge --adapter $(DEMO)/adapter --to $(DEMO)/tuned
 	@echo
 	@echo "The adapter is in $(DEMO)/adapter, its scores in $(DEMO)/metrics.json, pictures of the run in"
 	@echo "$(DEMO)/loss_curve.png and $(DEMO)/contact_sheet.png. All of it on one page: $(BIN)/dora-vl report $(DEMO)"
+	@echo "What it learned is the base of your own pictures: $(DEMO)/tuned (docs/your_pictures.md)."
 	@echo "Ask about a picture of your own, a coloured shape:"
 	@echo
 	@echo "  $(BIN)/dora-vl ask --adapter $(DEMO)/adapter --image FILE --question \"what color is the shape?\""

@@ -83,6 +83,8 @@ def clip_fields(clips: Sequence[Clip]) -> dict[str, Any]:
     return {"video": clips[0]} if len(clips) == 1 else {"videos": tuple(clips)}
 
 
+MIDDLE_FRAME = "middle_frame"
+"""In an example's `extra`: the picture that LLaVA-1.5 takes for its video."""
 FIELDS = frozenset(Example.__dataclass_fields__) - {"image_bytes"}
 """The fields of a record."""
 

@@ -74,6 +74,7 @@ class Asking:
         workers: processes that read pictures ahead.
         frames: how many frames of a video a model is shown that was not trained to see certain ones.
         by_likelihood: of choices the likeliest letter is taken, instead of what is generated.
+        sample: digest of a sample with exchanged pictures; "" where the questions are as their file has them.
 
     Raises:
         UserError: no folder of pictures.
@@ -87,6 +88,7 @@ class Asking:
     frames: int = FRAMES
     sha256: Mapping[str, str] = field(default_factory=dict)
     by_likelihood: bool = False
+    sample: str = ""
 
     def __post_init__(self) -> None:
         if not MediaFolder.of(self.pictures).root.is_dir():
@@ -99,6 +101,7 @@ class Asking:
             "questions_sha256": file_sha256(one.file),
             "images": str(MediaFolder.of(self.pictures).root.resolve()),
             "max_new_tokens": self.max_new_tokens,
+            **({"exchanged": self.sample} if self.sample else {}),
         }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_vl.data.dataset import Sample, Skipped
-from dora_vl.data.examples import Example
+from dora_vl.data.examples import MIDDLE_FRAME, Example
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.ask import Asking, ask
 from dora_vl.evaluation.asker import Asked, MediaReader, videos_placed
@@ -106,10 +106,6 @@ def _with_each_letter(
     samples = [prompts.with_answer(question.turns, seen, letter) for letter in ascii_uppercase[:choices]]
     replace(decoding, max_new_tokens=0).check_room(max(len(sample.input_ids) for sample in samples), question.id)
     return samples
-
-
-MIDDLE_FRAME = "middle_frame"
-"""In an example's `extra`: the picture that LLaVA-1.5 takes for its video."""
 
 
 def ask_decoder(assistant: Assistant, one: EvaluationSet, asking: Asking) -> Asked:

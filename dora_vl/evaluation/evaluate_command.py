@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from dora_vl.data.media import MediaFolder, any_is_there
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.answer_joins import join
 from dora_vl.evaluation.asking import add_model_options
+from dora_vl.evaluation.baselines import Exchange, digest, exchanged
 from dora_vl.evaluation.benchmarks import find_benchmark
 from dora_vl.evaluation.evaluation_set import EvaluationSet, read_set
 from dora_vl.evaluation.finish import Answers, finish
@@ -22,6 +24,7 @@ from dora_vl.whole_numbers import positive
 if TYPE_CHECKING:
     from dora_vl.evaluation.asker import Opened, Wanted
 
+EXCHANGED = "exchanged"
 DESCRIPTION = """\
 Scores a model on published benchmarks, or one of your own, as official scripts do, with 95 % intervals.
 
@@ -65,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="generation",
         help="likelihood: of choices the likeliest letter (default: generation)",
     )
+    parser.add_argument(
+        "--no-exchange",
+        action="store_true",
+        help="leaves out asking at most 200 questions again about others' pictures, which shows whether they count",
+    )
     add_model_options(parser)
     parser.add_argument("--all-metrics", action="store_true", help="the table shows parts of sets too")
 
@@ -97,10 +105,11 @@ def _ask_and_score(options: argparse.Namespace) -> Iterator[str]:
         to = _results(options)
         refuse_anothers(to / METRICS)
         check_media(sets, options.images)
-        answered = _asked(sets, _wanted(options, adapter=options.adapter, model=options.model), options, to)
+        wanted = _wanted(options, adapter=options.adapter, model=options.model)
+        answered = _asked(sets, wanted, options, to, exchange=not options.no_exchange)
         other = _other_file(sets, options)
         if other is None and options.against is not None:
-            other = _asked(sets, _against(options), options, to / "against")
+            other = _asked(sets, _against(options), options, to / "against", exchange=False)
         if is_first_rank():
             yield from finish(sets, answered, other, options, to)
 
@@ -188,8 +197,10 @@ def _other_file(sets: Sequence[EvaluationSet], options: argparse.Namespace) -> d
     return {sets[0].name: _from_file(options.against, sets[0], options)}
 
 
-def _asked(sets: Sequence[EvaluationSet], wanted: Wanted, options: argparse.Namespace, to: Path) -> dict[str, Answers]:
-    """Every benchmark put to one model."""
+def _asked(
+    sets: Sequence[EvaluationSet], wanted: Wanted, options: argparse.Namespace, to: Path, *, exchange: bool
+) -> dict[str, Answers]:
+    """Every benchmark put to one model, and where `exchange` says so a sample of it about others' pictures."""
     from dora_vl.evaluation.model_source import find_source, hashes
     from dora_vl.evaluation.open_asker import open_source
     from dora_vl.run.adapting import CAUSAL_LM, VLBART
@@ -205,7 +216,7 @@ def _asked(sets: Sequence[EvaluationSet], wanted: Wanted, options: argparse.Name
         raise UserError(f"{wanted.adapter}: a VL-BART answers each task as it was trained; leave --answer-by out")
     opened, sha256 = open_source(source), hashes(source)
     pictures = MediaFolder(options.images, options.follow_links, as_published=bool(source.recipe.get("as_published")))
-    return {one.name: _ask(opened, sha256, one, options, to=to, pictures=pictures) for one in sets}
+    return {one.name: _ask(opened, sha256, one, options, to=to, pictures=pictures, exchange=exchange) for one in sets}
 
 
 def _ask(
@@ -216,6 +227,7 @@ def _ask(
     *,
     to: Path,
     pictures: MediaFolder,
+    exchange: bool,
 ) -> Answers:
     from dora_vl.evaluation.ask import Asking
 
@@ -230,9 +242,16 @@ def _ask(
         by_likelihood=options.answer_by == "likelihood",
     )
     asked = opened.adapted.ask(one, asking)
+    others = None
+    if exchange and one.scorer is not None:
+        sample = exchanged(one.scored, asked.answers, together=one.benchmark.together)
+        again = replace(asking, folder=asking.folder / EXCHANGED, sample=digest(sample))
+        about = replace(one, examples=sample, unreadable={}, not_scored={})
+        others = Exchange(examples=sample, answers=opened.adapted.ask(about, again).answers if sample else {})
     return Answers(
         answers=asked.answers,
         failed=asked.failed,
+        exchange=others,
         sha256=sha256,
         asked_with={
             "images": str(options.images),

@@ -120,7 +120,7 @@ def read_file(path: Path, limit: int | None) -> tuple[list[Example], dict[str, s
         return examples, {}
     questions, unreadable = read_questions(path, limit)
     lost = [Example(id=name, answers=(Answer(text=""),)) for name in unreadable]
-    return [*map(_example, questions), *lost], unreadable
+    return [*map(example_of, questions), *lost], unreadable
 
 
 def _is_list(path: Path) -> bool:
@@ -128,7 +128,8 @@ def _is_list(path: Path) -> bool:
         return file.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def _example(question: Question) -> Example:
+def example_of(question: Question) -> Example:
+    """A question of a LLaVA format, or of a run's test, as an example."""
     return Example(
         id=question.id,
         images=question.images,

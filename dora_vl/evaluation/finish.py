@@ -9,16 +9,21 @@ import argparse
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from string import ascii_uppercase
 from types import MappingProxyType
 
-from dora_vl.data.examples import whole_file
+from dora_vl.data.examples import Example, whole_file
 from dora_vl.errors import UserError, one_line, shown
+from dora_vl.evaluation.baselines import Baselines, Exchange, compared, right_text
 from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.result_files import METRICS, Origin, file_sha256, write_metrics
+from dora_vl.scores.benchmark import Benchmark, Scorer
 from dora_vl.scores.bootstrap import RESAMPLES, Difference, intervals, paired_differences
+from dora_vl.scores.choices import correct_index
+from dora_vl.scores.exact_match import final_answer
 from dora_vl.scores.exact_match import score as exact_match
 from dora_vl.scores.scored import Scored
 
@@ -41,6 +46,7 @@ class Result:
     not_scored: Mapping[str, str]
     ranges: Mapping[str, tuple[float, float]]
     differences: Mapping[str, Difference] = field(default_factory=dict)
+    baselines: Baselines | None = None
 
     def entry(self) -> dict[str, object]:
         """What `metrics.json` holds about it."""
@@ -52,7 +58,11 @@ class Result:
             "headline": headline,
             "n": scored.n,
             "metrics": {
-                name: {"value": value, "interval_95": list(self.ranges[name]) if name in self.ranges else None}
+                name: {
+                    "value": value,
+                    "interval_95": list(self.ranges[name]) if name in self.ranges else None,
+                    "n": scored.items_of(name),
+                }
                 for name, value in scored.metrics.items()
             },
             "settings": scored.settings,
@@ -65,6 +75,7 @@ class Result:
                 if self.differences
                 else {}
             ),
+            **({"baselines": self.baselines.entry()} if self.baselines is not None else {}),
         }
 
 
@@ -135,6 +146,7 @@ class Answers:
         failed: the reason for each question that could not be asked or read, by id.
         sha256: of what gave the answers: adapter and base, or predictions.
         asked_with: the options that they were made with; empty for a predictions file.
+        exchange: answers about exchanged pictures; None where none were asked for.
         joined_by: what a predictions file's rows and the questions had in common; "" for a model's own answers.
         strangers: ids of rows of the file that answer no question of the benchmark.
     """
@@ -143,6 +155,7 @@ class Answers:
     failed: Mapping[str, str]
     sha256: Mapping[str, str]
     asked_with: Mapping[str, object] = field(default_factory=dict)
+    exchange: Exchange | None = None
     joined_by: str = ""
     strangers: tuple[str, ...] = ()
 
@@ -193,6 +206,9 @@ def finish(
     results = [outcome.result for outcome in outcomes if outcome.result is not None]
     if results:
         yield from table(results, details=options.all_metrics)
+        for one in results:
+            for line in [] if one.baselines is None else one.baselines.lines():
+                yield f"{one.name}: {line}"
     if outcomes:
         yield from write_metrics(
             to / METRICS,
@@ -211,8 +227,11 @@ def _outcome(one: EvaluationSet, mine: Answers, others: Answers | None, options:
     if one.scorer is not None:
         scored = _score(one, mine, options)
         against = None if others is None else _score(one, others, options)
-        found = result(
-            scored, name=one.name, file=one.file, failed=mine.failed, against=against, not_scored=one.not_scored
+        found = replace(
+            result(
+                scored, name=one.name, file=one.file, failed=mine.failed, against=against, not_scored=one.not_scored
+            ),
+            baselines=_baselines(one, scored, mine, options),
         )
     with _named_failures(one):
         write = one.benchmark.submissions.get(one.mode, one.benchmark.submission)
@@ -276,11 +295,7 @@ def _origin(
 
 
 def _score(one: EvaluationSet, mine: Answers, options: argparse.Namespace) -> Scored:
-    scorer = one.scorer
-    if one.name == "exact_match" and options.answer_after:
-        scorer = partial(exact_match, answer_after=options.answer_after)
-    if scorer is None:
-        raise ValueError(f"{one.name} has no scorer")
+    scorer = _scorer(one, options)
     answers = {name: answer for name, answer in mine.answers.items() if name not in one.not_scored}
     with _named_failures(one):
         scored = scorer(one.scored, answers)
@@ -289,3 +304,31 @@ def _score(one: EvaluationSet, mine: Answers, options: argparse.Namespace) -> Sc
     if mine.joined_by:
         scored.settings.setdefault("answers found by", mine.joined_by)
     return scored
+
+
+def _scorer(one: EvaluationSet, options: argparse.Namespace) -> Scorer:
+    if one.scorer is None:
+        raise ValueError(f"{one.name} has no scorer")
+    if one.name == "exact_match" and options.answer_after:
+        return partial(exact_match, answer_after=options.answer_after)
+    return one.scorer
+
+
+def _baselines(one: EvaluationSet, scored: Scored, mine: Answers, options: argparse.Namespace) -> Baselines:
+    with _named_failures(one):
+        return compared(
+            scored,
+            one.scored,
+            mine.answers,
+            _scorer(one, options),
+            says=partial(_says, one.benchmark, answer_after=options.answer_after),
+            exchange=mine.exchange,
+        )
+
+
+def _says(benchmark: Benchmark, example: Example, *, answer_after: str | None) -> str:
+    """The right answer as a model says it: a choice's label or letter, else the words that are compared."""
+    if not benchmark.chooses and not benchmark.labels_choices:
+        return final_answer(right_text(example), answer_after) or ""
+    index = correct_index(example)
+    return f"a{index}" if benchmark.labels_choices else ascii_uppercase[index]

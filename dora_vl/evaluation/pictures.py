@@ -15,7 +15,7 @@ from PIL import Image
 
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.result_files import Prediction
-from dora_vl.scores.exact_match import Answered, final_answer, is_match
+from dora_vl.scores.exact_match import final_answer, is_match
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,7 +130,7 @@ def chosen_for_sheet(
 
 def _matches(prediction: Prediction, answer_after: str | None = None) -> bool:
     answer = final_answer(prediction.prediction, answer_after)
-    return is_match(Answered(id=prediction.id, truth=prediction.truth, prediction=answer))
+    return is_match(final_answer(prediction.truth, answer_after) or "", answer)
 
 
 def _by_share(prediction: Prediction, shares: Mapping[str, float]) -> bool | None:

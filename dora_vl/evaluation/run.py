@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,35 @@ from typing import Any
 from torch import Tensor
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
+from dora_vl.data.examples import Answer, Example
 from dora_vl.data.media import MediaFolder, open_image
 from dora_vl.data.readers.columns import USUAL, Columns
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Asked, MediaReader, check_pictures
 from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.baselines import Exchange, compared, digest, exchanged, right_text
+from dora_vl.evaluation.evaluation_set import example_of
 from dora_vl.evaluation.predict import predict
 from dora_vl.evaluation.questions import Question, read_questions
 from dora_vl.evaluation.result_files import Prediction, PredictionsFile, file_sha256
 from dora_vl.run.recipe import EvaluationConfig, RunConfig
 from dora_vl.run.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
 from dora_vl.run.samples import VideoReading, check_videos, image_folder, video_folder, video_sampling
-from dora_vl.scores.exact_match import Answered, ExactMatch, exact_match, final_answer
+from dora_vl.scores.bootstrap import intervals
+from dora_vl.scores.exact_match import final_answer
+from dora_vl.scores.exact_match import score as exact_match
+from dora_vl.scores.scored import PERCENT, Scored
 from dora_vl.vision.video import VideoReader
 
 log = logging.getLogger(__name__)
 
-PREDICTIONS, LOSS_CURVE, CONTACT_SHEET = "predictions.jsonl", "loss_curve.png", "contact_sheet.png"
+PREDICTIONS, EXCHANGED, LOSS_CURVE, CONTACT_SHEET = (
+    "predictions.jsonl",
+    "predictions_exchanged.jsonl",
+    "loss_curve.png",
+    "contact_sheet.png",
+)
+ACCURACY, OF_KIND = "accuracy", "kind/"
 
 
 def evaluate_run(
@@ -62,17 +74,54 @@ def evaluate_run(
     settings = _settings(evaluation, run_folder)
     if any(question.videos for question in questions):
         settings["frames"] = repr(media.videos.sampling)
+    ask = partial(_ask, assistant, evaluation=evaluation, media=media)
     with PredictionsFile(run_folder / PREDICTIONS, settings) as file:
-        asked = _ask(assistant, questions, evaluation, media=media, file=file)
+        asked = ask(questions, file=file)
         done = [file.done[name] for name in asked.answers]
     failed |= asked.failed
-    answered = [_answered(prediction, evaluation.answer_after) for prediction in done]
-    score = exact_match([*answered, *(_unanswered(name, questions) for name in failed)])
-    metrics = {**_score_entries(score), **(numbers or {}), **_asked_entries(asked, evaluation, failed)}
+    examples = [*map(example_of, questions)]
+    known = {question.id for question in questions}
+    examples += [Example(id=name, answers=(Answer(text=""),)) for name in failed if name not in known]
+    after = evaluation.answer_after
+    score = partial(exact_match, answer_after=after)
+    scored = score(examples, asked.answers)
+    metrics = {**_score_entries(scored, asked), **(numbers or {}), **_asked_entries(asked, evaluation, failed)}
     write_json(run_folder / METRICS, metrics)
-    _report(score, run_folder)
-    draw_run(done, score, run_folder=run_folder, pictures=media.folder, answer_after=evaluation.answer_after)
+    _report(scored, asked, run_folder)
+    draw_run(done, scored, run_folder=run_folder, pictures=media.folder, answer_after=after)
+    exchange = (
+        _exchange(questions, examples, asked, ask, run_folder, settings) if evaluation.exchange_pictures else None
+    )
+    baselines = compared(
+        scored,
+        examples,
+        asked.answers,
+        score,
+        says=lambda example: final_answer(right_text(example), after) or "",
+        exchange=exchange,
+    )
+    for line in baselines.lines():
+        log.info("%s", line)
+    metrics["baselines"] = baselines.entry()
+    write_json(run_folder / METRICS, metrics)
     return metrics
+
+
+def _exchange(
+    questions: Sequence[Question],
+    examples: Sequence[Example],
+    asked: Asked,
+    ask: Callable[..., Asked],
+    run_folder: Path,
+    settings: Mapping[str, object],
+) -> Exchange:
+    """A sample of the questions asked again, about others' pictures."""
+    sample, by_id = exchanged(examples, asked.answers), {question.id: question for question in questions}
+    if not sample:
+        return Exchange(examples=(), answers={})
+    about_others = [replace(by_id[one.id], images=one.images, videos=one.clips) for one in sample]
+    with PredictionsFile(run_folder / EXCHANGED, {**settings, "exchanged": digest(sample)}) as file:
+        return Exchange(examples=sample, answers=ask(about_others, file=file).answers)
 
 
 def run_test(
@@ -151,8 +200,8 @@ def check_test(config: RunConfig) -> list[Question]:
 def _ask(
     assistant: Assistant,
     questions: Sequence[Question],
-    evaluation: EvaluationConfig,
     *,
+    evaluation: EvaluationConfig,
     media: MediaReader,
     file: PredictionsFile,
 ) -> Asked:
@@ -171,7 +220,7 @@ def _ask(
 
 def draw_run(
     predictions: Sequence[Prediction],
-    score: ExactMatch,
+    scored: Scored,
     *,
     run_folder: Path,
     pictures: Path | MediaFolder,
@@ -186,8 +235,8 @@ def draw_run(
     entries = read_log(run_folder / LOSS_LOG)
     if any("loss" in entry for entry in entries):
         write_loss_curve(entries, run_folder / LOSS_CURVE)
-    low, high = score.interval_95
-    title = f"{score.accuracy:.1%} of {score.n:,} right (95 % interval {low:.1%} to {high:.1%})"
+    low, high = intervals(scored)[ACCURACY]
+    title = f"{scored.metrics[ACCURACY]:.1f}% of {scored.n:,} right (95 % interval {low:.1f}% to {high:.1f}%)"
     if predictions:
         sheet = run_folder / CONTACT_SHEET
         write_contact_sheet(predictions, partial(open_image, pictures), sheet, title=title, answer_after=answer_after)
@@ -205,31 +254,19 @@ def _settings(evaluation: EvaluationConfig, run_folder: Path) -> dict[str, objec
     }
 
 
-def _answered(prediction: Prediction, answer_after: str | None) -> Answered:
-    return Answered(
-        id=prediction.id,
-        truth=prediction.truth,
-        prediction=final_answer(prediction.prediction, answer_after),
-        kind=prediction.kind,
-        group="\n".join(prediction.images),
-    )
-
-
-def _unanswered(name: str, questions: Sequence[Question]) -> Answered:
-    known = next((question for question in questions if question.id == name), None)
-    if known is None:
-        return Answered(id=name, truth="", prediction=None)
-    return Answered(id=name, truth=known.truth, prediction=None, kind=known.kind, group="\n".join(known.images))
-
-
-def _score_entries(score: ExactMatch) -> dict[str, object]:
+def _score_entries(scored: Scored, asked: Asked) -> dict[str, object]:
+    """Accuracies as shares of 1."""
+    kinds = {name.removeprefix(OF_KIND): name for name in scored.metrics if name.startswith(OF_KIND)}
     return {
-        "accuracy": score.accuracy,
-        "n": score.n,
-        "interval_95": list(score.interval_95),
-        "by_kind": {kind: asdict(part) for kind, part in score.by_kind.items()},
-        "unanswered": score.unanswered,
-        "empty_answers": score.empty,
+        "accuracy": scored.metrics[ACCURACY] / PERCENT,
+        "n": scored.n,
+        "interval_95": [limit / PERCENT for limit in intervals(scored)[ACCURACY]],
+        "by_kind": {
+            kind: {"accuracy": scored.metrics[name] / PERCENT, "n": scored.items_of(name)}
+            for kind, name in kinds.items()
+        },
+        "unanswered": len(scored.failed),
+        "empty_answers": sum(not answer.strip() for answer in asked.answers.values()),
     }
 
 
@@ -243,15 +280,19 @@ def _asked_entries(asked: Asked, evaluation: EvaluationConfig, failed: Mapping[s
     }
 
 
-def _report(score: ExactMatch, run_folder: Path) -> None:
-    low, high = score.interval_95
-    log.info("accuracy %.4f on %d questions (95 %% interval %.4f to %.4f)", score.accuracy, score.n, low, high)
-    for kind, part in score.by_kind.items():
-        log.info("  %-16s %.4f of %d", kind, part.accuracy, part.n)
-    if score.unanswered or score.empty:
+def _report(scored: Scored, asked: Asked, run_folder: Path) -> None:
+    low, high = intervals(scored)[ACCURACY]
+    log.info(
+        "accuracy %.2f %% of %d questions (95 %% interval %.2f to %.2f)", scored.metrics[ACCURACY], scored.n, low, high
+    )
+    for name, value in scored.metrics.items():
+        if name.startswith(OF_KIND):
+            log.info("  %-16s %.2f %% of %d", name.removeprefix(OF_KIND), value, scored.items_of(name))
+    empty = sum(not answer.strip() for answer in asked.answers.values())
+    if scored.failed or empty:
         log.warning(
             "%d questions could not be asked and %d answers are empty; both count as wrong, %s names the former",
-            score.unanswered,
-            score.empty,
+            len(scored.failed),
+            empty,
             run_folder / METRICS,
         )

@@ -24,8 +24,9 @@ from dora_vl.data.examples import Example, whole_file
 from dora_vl.data.feature_input import FeatureReader
 from dora_vl.errors import BadSample, one_line, shown_text
 from dora_vl.evaluation.asker import Asked
+from dora_vl.evaluation.baselines import Exchange, compared, exchanged
 from dora_vl.evaluation.predict import refuse_without_numbers
-from dora_vl.evaluation.seq2seq_pictures import Shown, draw
+from dora_vl.evaluation.seq2seq_pictures import Shown, draw, expected
 from dora_vl.heads.choice import likeliest, says_true
 from dora_vl.run.run_folder import METRICS, write_json
 from dora_vl.scores.bootstrap import intervals
@@ -132,6 +133,11 @@ class EvaluationSection(Protocol):
         """Root of the pictures, for a contact sheet."""
         ...
 
+    @property
+    def exchange_pictures(self) -> bool:
+        """Whether a sample is asked again about others' pictures."""
+        ...
+
 
 def evaluate_subtasks(
     backbone: VlBartBackbone,
@@ -155,7 +161,7 @@ def evaluate_subtasks(
     """
     backbone.eval()
     started, tasks = time.monotonic(), {}
-    shown: list[Shown] = []
+    every: list[Shown] = []
     headlines: dict[str, dict[str, Any]] = {}
     metrics: dict[str, Any] = {}
     for subtask, file, reader in tested:
@@ -168,7 +174,7 @@ def evaluate_subtasks(
         tasks[subtask.name] = _entries(subtask, scored, done, asked=len(examples))
         if scored is not None and "accuracy" in scored.metrics:
             headlines[subtask.name] = _headline(scored, examples)
-        shown.append(Shown(subtask.name, examples, answers, scored))
+        every.append(Shown(subtask.name, examples, answers, scored))
         log.info("%s: %s", subtask.name, {k: round(v, 3) for k, v in tasks[subtask.name]["metrics"].items()})
         metrics = {
             **dict(numbers),
@@ -178,9 +184,21 @@ def evaluate_subtasks(
             **_at_the_top(tasks, headlines),
         }
         write_json(run_folder / METRICS, metrics)  # now: an error in a later task shall not cost this one's score
-    if len(headlines) == 1:
-        shown = [one for one in shown if one.task in headlines]
+    shown = [one for one in every if one.task in headlines] if len(headlines) == 1 else every
     draw(shown, run_folder=run_folder, image_folder=evaluation.image_folder)
+    for (subtask, _, reader), one in zip(tested, every, strict=True):
+        if one.scored is None:
+            continue
+        exchange = None
+        if evaluation.exchange_pictures:
+            sample = exchanged(one.examples, one.answers)
+            _, others = answer(backbone, encoder, subtask, sample, reader, batch_size=evaluation.batch_size)
+            exchange = Exchange(examples=sample, answers=others.answers)
+        baselines = compared(one.scored, one.examples, one.answers, subtask.score, says=expected, exchange=exchange)
+        for line in baselines.lines():
+            log.info("%s: %s", subtask.name, line)
+        tasks[subtask.name]["baselines"] = baselines.entry()
+    write_json(run_folder / METRICS, metrics)
     return metrics
 
 
@@ -188,7 +206,7 @@ def answer(
     backbone: VlBartBackbone,
     encoder: Seq2SeqEncoder,
     subtask: Subtask,
-    file: ExampleFile,
+    file: ExampleFile | Sequence[Example],
     reader: FeatureReader,
     *,
     batch_size: int,
@@ -196,7 +214,10 @@ def answer(
     """Answers every example that can be asked; all examples, and what came of them."""
     examples: list[Example] = []
     done = Asked()
-    with torch.inference_mode(), tqdm(total=len(file), desc=subtask.name, unit="question") as progress:
+    with (
+        torch.inference_mode(),
+        tqdm(total=len(file), desc=subtask.name, unit="question", disable=not len(file)) as progress,
+    ):
         for rows in _batches(file, batch_size):
             examples.extend(rows)
             found = answer_rows(backbone, encoder, subtask, reader, rows)
@@ -246,7 +267,7 @@ def asked(
         return Skipped(0, example.id, error.reason)
 
 
-def _batches(file: ExampleFile, size: int) -> Iterator[list[Example]]:
+def _batches(file: ExampleFile | Sequence[Example], size: int) -> Iterator[list[Example]]:
     for start in range(0, len(file), size):
         yield [file[index] for index in range(start, min(start + size, len(file)))]
 

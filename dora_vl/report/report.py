@@ -13,7 +13,7 @@ from dora_vl.report.charts import Chart
 from dora_vl.report.curves import curves
 from dora_vl.report.inline_pictures import InlinePictures
 from dora_vl.report.run_record import RunRecord
-from dora_vl.report.score_tables import Confusion, ScoreRow, benchmark_rows, confusion, score_rows, worst
+from dora_vl.report.score_tables import Confusion, ScoreRow, benchmark_rows, blind, confusion, score_rows, worst
 from dora_vl.report.settings_view import SettingTables, setting_tables
 from dora_vl.report.watched_view import WatchedTable, watched_tables
 from dora_vl.report.weight_changes import over_depth, plane, weight_changes
@@ -100,7 +100,7 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> Re
         tests.append(found)
         notes["scores"] += trouble
     scores, told = score_rows(runs, tests)
-    notes["scores"] += told
+    notes["scores"] += [*told, *blind(runs)]
     with InlinePictures() as pictures:
         watched, notes["watched"] = watched_tables(runs, pictures)
         bad, notes["worst"] = _worst(runs, tests, pictures)

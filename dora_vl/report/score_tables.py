@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dora_vl.errors import UserError
+from dora_vl.evaluation.baselines import COMMONEST, EXCHANGED, WARNING
 from dora_vl.report.answers import Item, SetAnswers, set_name
 from dora_vl.report.run_record import RunRecord
 from dora_vl.scores.bootstrap import intervals, paired_differences
 from dora_vl.scores.exact_match import normalised
 
+BASELINES = {COMMONEST: "each question's commonest answer", EXCHANGED: "with pictures exchanged"}
 MOST_LABELS = 24
 OTHER = "other"
 DETAIL = "/"
@@ -19,9 +22,10 @@ DETAIL = "/"
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One run's number of a metric; `difference` is from the first run, "" where there is none."""
+    """One run's number of a metric over `n` items; `difference` is from the first run, "" where there is none."""
 
     value: float
+    n: int
     interval: tuple[float, float] | None
     difference: str = ""
     clear: bool = False
@@ -34,8 +38,12 @@ class ScoreRow:
 
     test: str
     metric: str
-    n: int
     cells: tuple[Cell | None, ...]
+
+    @property
+    def n(self) -> int:
+        """How many items it is over."""
+        return next(cell.n for cell in self.cells if cell is not None)
 
     @property
     def is_part(self) -> bool:
@@ -71,13 +79,16 @@ def score_rows(runs: Sequence[RunRecord], tests: Sequence[Sequence[SetAnswers]])
     for name in dict.fromkeys(name for one in (*by_name, *recorded) for name in one):
         found = [one.get(name) for one in by_name]
         cells = [
-            kept.get(name, {}) if one is None else _cells(one, found[0] if place else None, notes)
+            kept.get(name, {}) | ({} if one is None else _cells(one, found[0] if place else None, notes))
             for place, (one, kept) in enumerate(zip(found, recorded, strict=True))
         ]
-        n = next((one.scored.n for one in found if one is not None and one.scored is not None), _asked(runs, name))
-        metrics = dict.fromkeys(metric for one in cells for metric in one)
-        rows += [ScoreRow(test=name, metric=one, n=n, cells=tuple(cell.get(one) for cell in cells)) for one in metrics]
+        rows += _rows(name, cells)
     return rows, list(dict.fromkeys(notes))
+
+
+def _rows(name: str, cells: Sequence[Mapping[str, Cell]]) -> list[ScoreRow]:
+    metrics = dict.fromkeys(metric for one in cells for metric in one)
+    return [ScoreRow(test=name, metric=one, cells=tuple(cell.get(one) for cell in cells)) for one in metrics]
 
 
 def _cells(one: SetAnswers, first: SetAnswers | None, notes: list[str]) -> dict[str, Cell]:
@@ -96,7 +107,8 @@ def _cells(one: SetAnswers, first: SetAnswers | None, notes: list[str]) -> dict[
         apart = differences.get(name)
         told = "" if apart is None else f"{apart.value:+.2f} ({apart.low:+.2f} to {apart.high:+.2f})"
         clear = apart is not None and (apart.low > 0 or apart.high < 0)
-        found[name] = Cell(value=value, interval=ranges.get(name), difference=told, clear=clear)
+        n = scored.items_of(name)
+        found[name] = Cell(value=value, n=n, interval=ranges.get(name), difference=told, clear=clear)
     return found
 
 
@@ -105,46 +117,55 @@ def _recorded(run: RunRecord) -> dict[str, dict[str, Cell]]:
     tasks, found = run.metrics.get("tasks"), dict[str, dict[str, Cell]]()
     for name, one in tasks.items() if isinstance(tasks, Mapping) else ():
         limits = one.get("intervals_95") or {}
-        found[name] = {
-            metric: Cell(value=value, interval=None if metric not in limits else (limits[metric][0], limits[metric][1]))
-            for metric, value in one["metrics"].items()
-        }
+        own = {metric: _cell(value, one["n"], limits.get(metric)) for metric, value in one["metrics"].items()}
+        found[name] = own | _baseline_cells(one)
     if "accuracy" in run.metrics and "interval_95" in run.metrics:
-        low, high = run.metrics["interval_95"]
-        cell = Cell(value=100 * run.metrics["accuracy"], interval=(100 * low, 100 * high))
-        found[set_name(run.metrics.get("evaluation_file"))] = {"accuracy": cell}
+        limits = [100 * limit for limit in run.metrics["interval_95"]]
+        own = {"accuracy": _cell(100 * run.metrics["accuracy"], run.metrics["n"], limits)}
+        found[set_name(run.metrics.get("evaluation_file"))] = own | _baseline_cells(run.metrics)
     return found
 
 
-def _asked(runs: Sequence[RunRecord], name: str) -> int:
-    """How many questions a set has, by the runs' `metrics.json`."""
-    tasks = [run.metrics.get("tasks") for run in runs]
-    counts = [one[name]["n"] for one in tasks if isinstance(one, Mapping) and name in one]
-    return int(next(iter([*counts, *(run.metrics["n"] for run in runs if "n" in run.metrics)]), 0))
+def _cell(value: float, n: int, limits: Sequence[float] | None) -> Cell:
+    return Cell(value=float(value), n=int(n), interval=None if limits is None else (limits[0], limits[1]))
+
+
+def _baseline_cells(entry: Mapping[str, Any]) -> dict[str, Cell]:
+    """What a score is compared with, by what a row of it is called."""
+    known = entry.get("baselines") or {}
+    return {
+        title: _cell(one["value"], one["n"], one["interval_95"])
+        for name, title in BASELINES.items()
+        if (one := known.get(name)) is not None
+    }
+
+
+def blind(runs: Sequence[RunRecord]) -> list[str]:
+    """A sentence for each set whose answers do not depend on its pictures."""
+    said = []
+    for run in runs:
+        parts = [run.metrics.get("tasks"), run.benchmarks.get("benchmarks"), {"": run.metrics}]
+        for name, entry in (pair for part in parts if isinstance(part, Mapping) for pair in part.items()):
+            warning = (entry.get("baselines") or {}).get(WARNING)
+            said += [f"{', '.join(filter(None, (run.label, name)))}: {warning}."] if warning else []
+    return said
 
 
 def benchmark_rows(runs: Sequence[RunRecord]) -> list[ScoreRow]:
     """What `dora-vl evaluate` wrote beside the runs: headline and other whole metrics of each benchmark."""
     found = [_benchmarks(run) for run in runs]
-    names = dict.fromkeys((name, metric) for one in found for name, metrics in one.items() for metric in metrics)
-    rows = []
-    for name, metric in names:
-        cells = tuple(one.get(name, {}).get(metric) for one in found)
-        n = next((cell[1] for cell in cells if cell is not None), 0)
-        only = tuple(None if cell is None else cell[0] for cell in cells)
-        rows.append(ScoreRow(test=name, metric=metric, n=n, cells=only))
+    names = dict.fromkeys(name for one in found for name in one)
+    rows = [row for name in names for row in _rows(name, [one.get(name, {}) for one in found])]
     return [row for row in rows if not row.is_part]
 
 
-def _benchmarks(run: RunRecord) -> dict[str, dict[str, tuple[Cell, int]]]:
+def _benchmarks(run: RunRecord) -> dict[str, dict[str, Cell]]:
     entries = run.benchmarks.get("benchmarks")
-    found: dict[str, dict[str, tuple[Cell, int]]] = {}
-    for name, entry in entries.items() if isinstance(entries, Mapping) else ():
-        for metric, one in entry["metrics"].items():
-            limits = one.get("interval_95")
-            cell = Cell(value=float(one["value"]), interval=None if limits is None else (limits[0], limits[1]))
-            found.setdefault(name, {})[metric] = cell, int(entry["n"])
-    return found
+    return {
+        name: {metric: _cell(one["value"], one["n"], one["interval_95"]) for metric, one in entry["metrics"].items()}
+        | _baseline_cells(entry)
+        for name, entry in (entries.items() if isinstance(entries, Mapping) else ())
+    }
 
 
 def confusion(title: str, items: Sequence[Item]) -> Confusion | None:

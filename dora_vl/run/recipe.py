@@ -213,6 +213,8 @@ class EvaluationConfig:
     """Longest answer."""
     limit: int | None = None
     """Asks only the first so many questions."""
+    exchange_pictures: bool = True
+    """Asks at most 200 of them again about other pictures: a score that stays as it was is not of the pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)

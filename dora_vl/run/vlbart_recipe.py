@@ -113,6 +113,8 @@ class VlBartEvaluationConfig:
     """Inputs answered at once."""
     limit: int | None = None
     """Asks only the first so many of each task."""
+    exchange_pictures: bool = True
+    """Asks at most 200 of each again about other pictures: a score that stays as it was is not of the pictures."""
 
     @property
     def file(self) -> str | None:

@@ -21,6 +21,8 @@ Sums = Mapping[str, Numbers]
 """A column's name -> its sum over the drawn items, one number for each draw."""
 
 PERCENT = 100.0
+ASKED = "asked"
+"""Begins the name of a column that counts items: all, or those of a kind."""
 
 
 @runtime_checkable
@@ -139,6 +141,14 @@ class Scored:
     settings: dict[str, str]
     failed: tuple[str, ...]
     table: Table
+
+    def items_of(self, metric: str) -> int:
+        """How many items a metric is over: those of a kind for an accuracy of that kind, else all."""
+        formula = self.table.formulas.get(metric)
+        bottom = formula.bottom if isinstance(formula, Ratio) else None
+        if not isinstance(bottom, str) or not bottom.startswith(ASKED):
+            return self.n
+        return round(float(self.table.columns[:, self.table.names.index(bottom)].sum()))
 
 
 class Tally:

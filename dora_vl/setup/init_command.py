@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_columns(parser)
     parser.add_argument(
-        "--model", metavar="BASE", help="folder or hub id; default: the demo's base where it is, else a small SmolVLM"
+        "--model",
+        metavar="BASE",
+        help="folder or hub id; default: what the demo trained (runs/demo/tuned) where it is, else a small SmolVLM",
     )
     parser.add_argument(
         "--to", type=Path, metavar="DIR", help="folder of the run; default: runs/ and the folder's name"

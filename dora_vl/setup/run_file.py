@@ -16,7 +16,8 @@ from dora_vl.backbones.families import LLAVA, check_trained, model_type_of
 from dora_vl.backbones.written_base import SETTINGS_FILE as MADE_HERE
 from dora_vl.errors import UserError, one_line, shown
 
-DEMO_BASE, HUB_BASE = Path("runs/demo/base"), "HuggingFaceTB/SmolVLM-500M-Instruct"
+DEMO_BASE, HUB_BASE = Path("runs/demo/tuned"), "HuggingFaceTB/SmolVLM-500M-Instruct"
+"""What the demo leaves has a projector that has learned; its own base's is random, and 200 rows do not teach one."""
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(b|m)(?![a-z])", re.IGNORECASE)
 LARGE, MIDDLE = 2e9, 6e8
@@ -35,7 +36,7 @@ class Base:
     name: str
     is_llava: bool = False
     is_new: bool = False
-    """Composed here: its projector has not been trained, and needs high rates."""
+    """Composed here: its projector has seen few pictures or none, and needs high rates."""
     template: str | None = None
     parameters: float = 0.0
     """About so many; 0: not known."""
@@ -61,7 +62,7 @@ def base_of(model: str | None) -> Base:
     """The base by a folder's config, or by a hub id's name: nothing is fetched.
 
     Args:
-        model: None is the demo's base where it is, else a small model of the hub.
+        model: None is what the demo trained where it is, else a small model of the hub.
 
     Raises:
         UserError: no such folder and no hub id, or a model that cannot be trained here.
@@ -152,7 +153,7 @@ def _adapter(base: Base) -> list[str]:
         "  alpha: 32.0                 # the change is scaled by alpha / rank",
         f"  dropout: {0.0 if base.is_new else 0.05}",
         *(
-            ["  train_projector: true       # this base was composed here: nothing else has trained it"]
+            ["  train_projector: true       # this base was composed here: its projector has seen little"]
             if base.is_new
             else []
         ),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dora_vl.data.examples import Answer, Clip, Example
+from dora_vl.data.examples import MIDDLE_FRAME, Answer, Clip, Example
 from dora_vl.data.text_file import json_object
 from dora_vl.errors import BadSample, shown
 from dora_vl.sources.fields import filled, given, identifier, integer, key, mapping, optional, seconds, text
@@ -56,7 +56,7 @@ def convert(raw: Raw) -> Example:
         raise BadSample(sample_id, f"its data_type is {shown(kind)}, which is neither 'image' nor 'video'")
     data_id, type_id = identifier(raw, "data_id", sample_id), integer(raw, "question_type_id", sample_id)
     correct = LETTERS.index(answer)
-    frame = {"middle_frame": f"SEED-Bench-video-image/{type_id}_{sample_id}.png"} if kind == "video" else {}
+    frame = {MIDDLE_FRAME: f"SEED-Bench-video-image/{type_id}_{sample_id}.png"} if kind == "video" else {}
     return Example(
         id=sample_id,
         images=(f"SEED-Bench-image/{data_id}",) if kind == "image" else (),

@@ -6,13 +6,13 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.errors import shown_names
@@ -66,12 +66,23 @@ class StepFaults(TrainerCallback):
         """The step's gradient norm where the Trainer or DeepSpeed has it."""
         self._norm = norm if norm is not None else self._norm
 
+    @property
+    def norm(self) -> float | None:
+        """The step's gradient norm, before any clipping, as far as it is known."""
+        return None if self._norm is None else float(self._norm)
+
+    def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Takes the norm of the gradients themselves."""
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        if gradients:
+            norms = torch._foreach_norm(gradients)
+            self._norm = torch.stack([one.to(norms[0].device) for one in norms]).norm()
+
     def drop_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before a torch optimizer's step: where a gradient is no number, the step has none and changes nothing."""
         parameters = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
-        if self._norm is None and parameters:
-            norms = torch._foreach_norm([one.grad for one in parameters])
-            self._norm = torch.stack([one.to(norms[0].device) for one in norms]).norm()
+        if self._norm is None:
+            self.note_gradients(parameters)
         if not self._gradient_is_finite():
             for one in parameters:
                 one.grad = None

@@ -144,7 +144,7 @@ class AdapterTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.faults.note_norm(norm)
-        return norm
+        return self.faults.norm if norm is None else norm
 
     # ---- validation
 
@@ -181,6 +181,16 @@ class AdapterTrainer(Trainer):
             if not self._drops_gradients_itself:
                 self.optimizer.register_step_pre_hook(self.faults.drop_gradients)
         return self.optimizer
+
+    def _see_gradients_before_clipping(self, engine: DeepSpeedEngine) -> None:
+        """The engine clips float32 gradients without ZeRO inside its step, and keeps their norm to itself."""
+        clip = engine.clip_fp32_gradients
+
+        def seen_and_clipped() -> None:
+            self.faults.note_gradients(engine.module.parameters())
+            clip()
+
+        engine.clip_fp32_gradients = seen_and_clipped
 
     @property
     def _drops_gradients_itself(self) -> bool:
@@ -273,6 +283,8 @@ class AdapterTrainer(Trainer):
         optimizer = cast(Any, self.optimizer).optimizer
         trained = {name: one for part in self.parts for name, one in part.parameters.items()}
         self._places = places_of(optimizer, trained, self.args.device)
+        if self.is_deepspeed_enabled:
+            self._see_gradients_before_clipping(cast("DeepSpeedEngine", self.model_wrapped))
         if self._drops_gradients_itself:
             # ZeRO 1 and 2 look for overflow in half precision alone unless told; 3 always does.
             optimizer.check_grad_overflow = True

@@ -126,6 +126,26 @@ def test_metrics_agree_with_the_predictions_and_name_what_failed(alone: Path) ->
     assert len({one.prediction for one in predictions.values()}) > 2  # equal answers would prove nothing below
 
 
+def test_the_same_questions_are_asked_about_others_pictures(
+    alone: Path, trained: Path, tmp_path: Path, capsys: Any
+) -> None:
+    entry = metrics_of(alone)["exact_match"]["baselines"]
+    own = read_predictions(alone / "exact_match" / "predictions.jsonl")
+    others = read_predictions(alone / "exact_match" / "exchanged" / "predictions.jsonl")
+    assert others.keys() == own.keys()
+    assert all(others[name].images != own[name].images for name in own)
+    assert {one.images[0] for one in others.values()} == {one.images[0] for one in own.values()}
+    right = sum(one.prediction == one.truth for one in others.values())
+    assert entry["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
+    assert entry["exchanged_pictures"]["n"] == 23
+    assert entry["commonest_answer"]["n"] == 24
+    lines = evaluate(capsys, *on_test_file(trained, alone))  # asks nothing again
+    assert any(line.startswith("exact_match: with pictures exchanged ") for line in lines)
+    evaluate(capsys, *on_test_file(trained, tmp_path, "--no-exchange"))
+    assert metrics_of(tmp_path)["exact_match"]["baselines"].keys() == {"metric", "commonest_answer"}
+    assert not (tmp_path / "exact_match" / "exchanged").exists()
+
+
 def test_another_batch_size_gives_the_same(trained: Path, alone: Path, tmp_path: Path, capsys: Any) -> None:
     lines = evaluate(capsys, *on_test_file(trained, tmp_path, "--batch-size", 32))
     assert metrics_of(tmp_path) == metrics_of(alone)
@@ -192,7 +212,7 @@ def test_a_stopped_run_goes_on_with_what_each_process_had(
         (folder / f"predictions.part-{part}.jsonl").write_text(content)
         (folder / f"predictions.part-{part}.settings.json").write_text(settings)
     evaluate(capsys, *on_test_file(trained, tmp_path, "--batch-size", 8))
-    assert len(asked) == 4  # 24 less the 20 that were answered
+    assert len(asked) == 4 + 23  # 24 less the 20 that were answered; then all again, about others' pictures
     assert metrics_of(tmp_path) == metrics_of(alone)
 
 
@@ -201,7 +221,7 @@ def test_answers_of_another_base_or_of_other_pictures_are_not_taken_over(
 ) -> None:
     def count(*more: object) -> int:
         asked.clear()
-        evaluate(capsys, *on_test_file(trained, tmp_path / "to", "--limit", 4, *more))
+        evaluate(capsys, *on_test_file(trained, tmp_path / "to", "--limit", 4, "--no-exchange", *more))
         return len(asked)
 
     shutil.copytree(trained / "llava", tmp_path / "moved")

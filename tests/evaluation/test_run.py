@@ -66,6 +66,26 @@ def test_metrics_agree_with_the_predictions_and_count_what_failed(tested: RunCon
     assert low <= metrics["accuracy"] <= high
 
 
+def test_the_same_questions_are_asked_about_others_pictures(
+    tested: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry, own = metrics_of(tested)["baselines"], read_predictions(output(tested) / "predictions.jsonl")
+    others = read_predictions(output(tested) / "predictions_exchanged.jsonl")
+    assert others.keys() == own.keys()
+    assert all(others[name].images != own[name].images for name in own)
+    right = sum(one.prediction == one.truth for one in others.values())
+    assert entry["exchanged_pictures"]["value"] == pytest.approx(100 * right / 23)
+    assert "do not depend on the pictures" in entry["warning"]  # a few steps of a tiny model teach it nothing
+    with caplog.at_level("INFO"):
+        again = LlavaPipeline(tested).test({})
+    assert metrics_of(tested)["baselines"] == entry
+    assert any("do not depend on the pictures" in line for line in caplog.messages)
+    without = dataclasses.replace(tested.evaluation, exchange_pictures=False)
+    found = LlavaPipeline(dataclasses.replace(tested, evaluation=without)).test({})
+    assert found["baselines"].keys() == {"metric", "commonest_answer"}
+    assert found["accuracy"] == again["accuracy"]
+
+
 def test_the_pictures_are_drawn(tested: RunConfig) -> None:
     for name in ("loss_curve.png", "contact_sheet.png"):
         assert (output(tested) / name).read_bytes().startswith(b"\x89PNG")

@@ -104,6 +104,31 @@ def test_scores_are_those_of_the_test(llava_run: Path, tmp_path: Path) -> None:
     assert f"{wrong} of {metrics['n']} answers are wrong" in page.words
 
 
+def test_what_a_score_is_compared_with_stands_below_it(copied: Path, vlbart_run: Path, tmp_path: Path) -> None:
+    metrics = json.loads((copied / "metrics.json").read_text())
+    part = metrics["baselines"]["exchanged_pictures"]
+    metrics["baselines"]["warning"] = "the answers do not look"
+    (copied / "metrics.json").write_text(json.dumps(metrics))
+    words = " ".join(reported(copied, to=tmp_path / "page.html").words.split())
+    low, high = part["interval_95"]
+    assert f"with pictures exchanged {part['n']} {part['value']:.2f} {low:.2f} to {high:.2f}" in words
+    assert "copied: the answers do not look." in words
+    tasks = json.loads((vlbart_run / "metrics.json").read_text())["tasks"]
+    assert all(one["baselines"]["exchanged_pictures"]["n"] > 1 for one in tasks.values())
+    rows = " ".join(reported(vlbart_run, to=tmp_path / "page.html").words.split())
+    assert rows.count("with pictures exchanged") == len(tasks)
+
+
+def test_each_kind_s_row_says_how_many_it_is_of(copied: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (copied / "predictions.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["kind"] = "often" if number % 3 else "seldom"
+    (copied / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = " ".join(reported(copied, to=tmp_path / "page.html").words.split())
+    assert "kind/often 16 " in words
+    assert "kind/seldom 8 " in words
+
+
 def test_a_run_of_a_vlbart(vlbart_run: Path, tmp_path: Path) -> None:
     page = reported(vlbart_run, to=tmp_path / "page.html")
     for words in ("vqav2", "tvqa", "what is it", "what is said?", "evaluation.image_folder names no folder"):

@@ -6,7 +6,6 @@ import pytest
 
 from dora_vl.scores.agreeing_units import wilson
 from dora_vl.scores.bootstrap import intervals, paired_differences
-from dora_vl.scores.exact_match import Answered, exact_match
 from dora_vl.scores.scored import Mean, Ratio, Scored, Tally, Total
 
 
@@ -29,12 +28,8 @@ def test_the_limits_are_those_of_newcombe_s_table(right: int, of: int, low: floa
 
 
 def test_forty_of_forty_right_are_no_certainty() -> None:
-    answers = [Answered(id=str(n), truth="yes", prediction="Yes.") for n in range(40)]
-    score = exact_match(answers)
-    assert (score.accuracy, score.interval_95[1]) == (1.0, 1.0)
-    assert score.interval_95[0] == pytest.approx(0.9124, abs=5e-5)
-    wrong = exact_match([Answered(id=str(n), truth="yes", prediction="no") for n in range(40)])
-    assert wrong.interval_95 == (0.0, pytest.approx(1 - 0.9124, abs=5e-5))
+    assert intervals(questions([1] * 40))["accuracy"] == (pytest.approx(91.24, abs=5e-3), 100.0)
+    assert intervals(questions([0] * 40))["accuracy"] == (0.0, pytest.approx(100 - 91.24, abs=5e-3))
 
 
 def test_questions_of_one_picture_count_as_one() -> None:

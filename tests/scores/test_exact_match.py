@@ -8,17 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from dora_vl.scores.exact_match import (
-    Answered,
-    KindScore,
-    exact_match,
-    final_answer,
-    is_match,
-)
+from dora_vl.data.examples import Answer, Example
+from dora_vl.scores.bootstrap import intervals
+from dora_vl.scores.exact_match import final_answer, is_match, score
+from dora_vl.scores.scored import Scored
 
 
-def answered(truth: str, prediction: str | None, kind: str | None = None, group: str = "") -> Answered:
-    return Answered(id="x", truth=truth, prediction=prediction, kind=kind, group=group)
+def scored(*rows: tuple[str, str | None, str | None], picture_of: int = 1, after: str | None = None) -> Scored:
+    """The score of truth, prediction and kind; so many neighbours are about one picture."""
+    examples = [
+        Example(
+            id=str(number),
+            images=(f"{number // picture_of}.png",),
+            answers=(Answer(text=truth),),
+            extra={} if kind is None else {"kind": kind},
+        )
+        for number, (truth, _, kind) in enumerate(rows)
+    ]
+    answers = {str(number): said for number, (_, said, _) in enumerate(rows) if said is not None}
+    return score(examples, answers, answer_after=after)
 
 
 @pytest.mark.parametrize(
@@ -34,45 +42,40 @@ def answered(truth: str, prediction: str | None, kind: str | None = None, group:
     ],
 )
 def test_what_counts_as_right(truth: str, prediction: str | None, right: bool) -> None:
-    assert is_match(answered(truth, prediction)) is right
+    assert is_match(truth, prediction) is right
 
 
-def test_by_kind_with_failed_and_empty_counted_as_wrong() -> None:
-    score = exact_match(
-        [
-            answered("red", "red", "color"),
-            answered("red", "blue", "color"),
-            answered("red", None, "color"),
-            answered("yes", "yes", "yes/no"),
-            answered("yes", " "),
-        ]
+def test_by_kind_with_failed_counted_as_wrong() -> None:
+    found = scored(
+        ("red", "red", "color"),
+        ("red", "blue", "color"),
+        ("red", None, "color"),
+        ("yes", "yes", "yes/no"),
+        ("yes", " ", None),
     )
-    assert (score.accuracy, score.n, score.unanswered, score.empty) == (2 / 5, 5, 1, 1)
-    assert score.by_kind == {"color": KindScore(accuracy=1 / 3, n=3), "yes/no": KindScore(accuracy=1.0, n=1)}
+    assert (found.n, found.failed) == (5, ("2",))
+    assert found.metrics == pytest.approx({"accuracy": 40.0, "kind/color": 100 / 3, "kind/yes/no": 100.0})
+    assert {name: found.items_of(name) for name in found.metrics} == {"accuracy": 5, "kind/color": 3, "kind/yes/no": 1}
 
 
-def test_the_interval_of_single_questions_is_the_binomial_one() -> None:
-    questions = [answered("yes", "yes" if number < 900 else "no") for number in range(1000)]
-    low, high = exact_match(questions).interval_95
-    spread = 1.96 * (0.9 * 0.1 / 1000) ** 0.5
-    assert low == pytest.approx(0.9 - spread, abs=0.003)
-    assert high == pytest.approx(0.9 + spread, abs=0.003)
-    assert exact_match(questions).interval_95 == (low, high)  # the seed fixes it
+@pytest.mark.parametrize("together", [1, 10])  # 1000 questions, or 100 pictures, each wholly right or wholly wrong
+def test_the_interval_is_the_binomial_one_over_pictures(together: int) -> None:
+    found = scored(*[("yes", "yes" if number < 900 else "no", None) for number in range(1000)], picture_of=together)
+    low, high = intervals(found)["accuracy"]
+    spread = 196 * (0.9 * 0.1 / (1000 / together)) ** 0.5
+    assert low == pytest.approx(90 - spread, abs=1.0)
+    assert high == pytest.approx(90 + spread, abs=1.0)
+    assert intervals(found)["accuracy"] == (low, high)  # the seed fixes it
 
 
-def test_questions_of_one_picture_widen_the_interval() -> None:
-    questions = [
-        answered("yes", "yes" if number < 900 else "no", group=f"picture {number // 10}") for number in range(1000)
-    ]
-    low, high = exact_match(questions).interval_95
-    spread = 1.96 * (0.9 * 0.1 / 100) ** 0.5  # 100 pictures, each wholly right or wholly wrong
-    assert low == pytest.approx(0.9 - spread, abs=0.01)
-    assert high == pytest.approx(0.9 + spread, abs=0.01)
+def test_a_truth_that_reasons_first_is_cut_as_the_answer_is() -> None:
+    found = scored(("blue circle, so no", "red square, so no", None), ("no", "it is blue, so yes", None), after=", so ")
+    assert found.metrics["accuracy"] == 50.0
 
 
 def test_nothing_to_score_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no answers"):
-        exact_match([])
+    with pytest.raises(ValueError, match="nothing"):
+        scored()
 
 
 def test_scoring_needs_no_torch() -> None:

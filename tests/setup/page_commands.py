@@ -19,17 +19,17 @@ def block(page: Path, mark: str) -> str:
     return found
 
 
-def programs(page: Path) -> list[list[str]]:
-    """Each command as words, with the programs of this environment and checkout in the place of those in a path."""
+def programs(page: Path, mark: str = "commands") -> list[list[str]]:
+    """Each command behind a mark as words, its program this environment's, its script this checkout's."""
     own = {"dora-vl": [sys.executable, "-m", "dora_vl.cli"], "python": [sys.executable]}
-    lines = [shlex.split(line) for line in block(page, "commands").splitlines()]
+    lines = [shlex.split(line) for line in block(page, mark).splitlines()]
     return [
         [*own[words[0]], *(str(ROOT / one) if one.startswith("tasks/") else one for one in words[1:])]
         for words in lines
     ]
 
 
-def run_commands(page: Path, folder: Path, *, more: Mapping[int, Sequence[str]]) -> list[str]:
+def run_commands(page: Path, folder: Path, *, more: Mapping[int, Sequence[str]], mark: str = "commands") -> list[str]:
     """What each command of a page prints, one after the other, in `folder`.
 
     Args:
@@ -37,7 +37,7 @@ def run_commands(page: Path, folder: Path, *, more: Mapping[int, Sequence[str]])
     """
     said = []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(folder / ".cache")}
-    for number, words in enumerate(programs(page)):
+    for number, words in enumerate(programs(page, mark)):
         words += more.get(number, ())
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-3000:])

@@ -104,6 +104,16 @@ def test_a_table_and_photographs_below_become_the_files_of_a_run(
     assert (config.evaluation.file, config.model.template) == ("runs/my/test.jsonl", "vicuna_v1")
 
 
+def test_the_base_is_what_the_demo_trained_where_it_is(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "my")
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    for name in ("base", "tuned"):
+        (tmp_path / "runs" / "demo" / name).symlink_to(base)
+    assert "base runs/demo/tuned" in told(capsys, "my")
+
+
 def _turned() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -150,6 +150,23 @@ def test_large_finite_weights_are_numbers() -> None:
     check_base_weights(model, "base")
 
 
+def test_without_zero_the_engine_s_log_holds_the_norm_before_clipping(run_file: Path) -> None:
+    clipped = ("--training.max_steps=2", "--training.max_grad_norm=0.01")
+    trained(run_file, *clipped)
+    folder = run_file.parent / "engine"
+    result = launch(
+        run_file, *clipped, f"--training.output_dir={folder}", "--training.deepspeed=zero0", ranks=1, port=29743
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    plain, engine = (
+        [line["grad_norm"] for line in read_log(one / "log.jsonl") if "grad_norm" in line]
+        for one in (run_file.parent / run_file.stem, folder)
+    )
+    assert engine == pytest.approx(plain, rel=1e-3)
+    assert len(engine) == 2
+    assert min(engine) > 0.02
+
+
 def test_a_spike_stands_far_above_its_window_in_two_ways() -> None:
     quiet = [1.0 + 0.01 * (step % 5) for step in range(30)]
     assert is_spike(2.5, quiet)

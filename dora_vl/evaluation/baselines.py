@@ -1,0 +1,218 @@
+"""What a score is compared with: each question's commonest answer, and the same questions with pictures exchanged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from random import Random
+from typing import Any
+
+from dora_vl.data.examples import MIDDLE_FRAME, Clip, Example, clip_fields
+from dora_vl.scores.benchmark import Scorer
+from dora_vl.scores.bootstrap import Difference, intervals, paired_differences
+from dora_vl.scores.known_truth import Group
+from dora_vl.scores.scored import Scored
+
+MOST_EXCHANGED, SEED = 200, 0
+LEAST_ASKED = 5
+"""A question asked more seldom has no commonest answer of its own: it would be its own truth."""
+COMMONEST, EXCHANGED, WARNING = "commonest_answer", "exchanged_pictures", "warning"
+HOW = {
+    COMMONEST: f"the test's own commonest right answer to each question that it asks {LEAST_ASKED} times or more, to "
+    "all other questions together one; no model",
+    EXCHANGED: f"questions drawn by seed {SEED}, at most {MOST_EXCHANGED}, each with the pictures of another of them "
+    "that shows as many and not the same",
+}
+Media = tuple[tuple[str, ...], tuple[Clip, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """A sample of a test's examples, each with the pictures of another, and a model's answers to them by id."""
+
+    examples: Sequence[Example]
+    answers: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A headline's value with its interval, None where it is no formula, over `n` items."""
+
+    value: float
+    interval_95: tuple[float, float] | None
+    n: int
+
+    def __str__(self) -> str:
+        low_high = self.interval_95
+        return f"{self.value:.2f} of {self.n:,}" + (
+            "" if low_high is None else f" (95 % interval {low_high[0]:.2f} to {low_high[1]:.2f})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baselines:
+    """What a score's headline is compared with, each None where it cannot be.
+
+    Attributes:
+        own: the model's value on the questions of `exchanged`, with their own pictures.
+        difference: `own` minus `exchanged`, paired question by question.
+        shows: whether the test shows any pictures, and the model was to be asked about others.
+    """
+
+    metric: str
+    commonest: Baseline | None
+    exchanged: Baseline | None = None
+    own: float | None = None
+    difference: Difference | None = None
+    shows: bool = False
+
+    @property
+    def warning(self) -> str | None:
+        """What to say where exchanged pictures leave the score where it was, as far as chance goes."""
+        apart = self.difference
+        if self.exchanged is None or apart is None or not apart.low <= 0 <= apart.high:
+            return None
+        return (
+            f"the answers do not depend on the pictures, as far as {self.exchanged.n} questions tell: {self.metric} "
+            f"with their own less that with others' is {apart.value:+.2f} (95 % interval {apart.low:+.2f} to "
+            f"{apart.high:+.2f}). Where they cannot be answered unseen, try a base whose projector has learned (or "
+            "adapter.train_projector: true), more pictures, more epochs"
+        )
+
+    def entry(self) -> dict[str, Any]:
+        """What `metrics.json` holds, in the metric's own unit: percent, of an accuracy."""
+        found: dict[str, Any] = {"metric": self.metric}
+        if self.commonest is not None:
+            found[COMMONEST] = {**asdict(self.commonest), "how": HOW[COMMONEST]}
+        if self.exchanged is not None:
+            apart = None if self.difference is None else asdict(self.difference)
+            with_own = {"with_their_own": self.own, "difference": apart}
+            found[EXCHANGED] = {**asdict(self.exchanged), **with_own, "how": HOW[EXCHANGED]}
+        return found | ({} if self.warning is None else {WARNING: self.warning})
+
+    def lines(self) -> list[str]:
+        """What to print, the warning last."""
+        said = [] if self.commonest is None else [f"{self.metric} of each question's commonest answer {self.commonest}"]
+        if self.exchanged is not None:
+            said.append(f"with pictures exchanged {self.exchanged}; of the same with their own {self.own:.2f}")
+        elif self.shows:
+            said.append("no pictures were exchanged: no two of the questions show as many and different ones")
+        return said if self.warning is None else [*said, self.warning]
+
+
+def compared(
+    scored: Scored,
+    examples: Sequence[Example],
+    answers: Mapping[str, str],
+    score: Scorer,
+    *,
+    says: Callable[[Example], str],
+    exchange: Exchange | None,
+) -> Baselines:
+    """The baselines of a model's score.
+
+    Args:
+        scored: the model's.
+        examples: those that the score is over.
+        answers: the model's, to these.
+        score: the test's scorer.
+        says: the right answer as a model says it; "" where the file holds none.
+        exchange: None where no model was asked about exchanged pictures.
+    """
+    metric = next(iter(scored.metrics))
+    commonest = commonest_answers(examples, says)
+    found = Baselines(
+        metric=metric,
+        commonest=_baseline(score(examples, commonest), metric) if commonest else None,
+        shows=exchange is not None and any(map(_shows, examples)),
+    )
+    if exchange is None or not exchange.examples:
+        return found
+    by_id = {example.id: example for example in examples}
+    sample = [by_id[one.id] for one in exchange.examples]
+    own, others = (
+        score(sample, {one.id: said[one.id] for one in sample if one.id in said})
+        for said in (answers, exchange.answers)
+    )
+    return replace(
+        found,
+        exchanged=_baseline(others, metric),
+        own=own.metrics[metric],
+        difference=paired_differences(own, others).get(metric),
+    )
+
+
+def _baseline(scored: Scored, metric: str) -> Baseline:
+    return Baseline(value=scored.metrics[metric], interval_95=intervals(scored).get(metric), n=scored.n)
+
+
+def commonest_answers(examples: Sequence[Example], says: Callable[[Example], str]) -> dict[str, str]:
+    """For each example's id the commonest right answer to its question; empty where nothing is asked.
+
+    A question that fewer than `LEAST_ASKED` examples ask takes the commonest of all such; of equally common ones the
+    first in the file.
+    """
+    asked = [example for example in examples if example.question and says(example)]
+    times = Counter(example.question for example in asked)
+    groups: defaultdict[str, list[Example]] = defaultdict(list)
+    for example in asked:
+        groups[example.question if times[example.question] >= LEAST_ASKED else ""].append(example)
+    commonest = {name: Counter(map(says, group)).most_common(1)[0][0] for name, group in groups.items()}
+    return {example.id: commonest[name] for name, group in groups.items() for example in group}
+
+
+def right_text(example: Example) -> str:
+    """The right answer that most people gave; "" where the file holds none."""
+    return max(example.answers, key=lambda one: one.weight).text if example.answers else ""
+
+
+def exchanged(examples: Iterable[Example], answered: Container[str], *, together: Group | None = None) -> list[Example]:
+    """A seeded sample of the examples that a model has answered, each with the pictures and videos of another.
+
+    Pictures go round: all questions about one get the same other one.
+
+    Args:
+        together: examples with equal values are scored as one, and stay together.
+    """
+    groups: defaultdict[Any, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[example.id if together is None else together(example)].append(example)
+    usable = [group for group in groups.values() if all(one.id in answered and _shows(one) for one in group)]
+    Random(SEED).shuffle(usable)
+    sample: list[Example] = []
+    for group in usable:
+        sample += group if len(sample) + len(group) <= MOST_EXCHANGED else []
+    by_shape: defaultdict[tuple[int, int], dict[Media, Example]] = defaultdict(dict)
+    for example in sample:
+        by_shape[len(example.images), len(example.clips)].setdefault(_media(example), example)
+    other: dict[Media, Example] = {}
+    for shown in by_shape.values():
+        following = [*shown.values()][1:] + [*shown.values()][:1]
+        other |= dict(zip(shown, following, strict=True)) if len(shown) > 1 else {}
+    return [_showing(example, other[_media(example)]) for example in sample if _media(example) in other]
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Tells one exchanged sample from another."""
+    pairs = [(one.id, one.images, [repr(clip) for clip in one.clips]) for one in examples]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def _media(example: Example) -> Media:
+    return example.images, example.clips
+
+
+def _shows(example: Example) -> bool:
+    return bool(example.images or example.clips)
+
+
+def _showing(example: Example, other: Example) -> Example:
+    """The example with what another shows."""
+    extra = {name: value for name, value in example.extra.items() if name != MIDDLE_FRAME}
+    frame = {MIDDLE_FRAME: other.extra[MIDDLE_FRAME]} if MIDDLE_FRAME in other.extra else {}
+    return replace(
+        example, images=other.images, **{"video": None, "videos": (), **clip_fields(other.clips)}, extra=extra | frame
+    )

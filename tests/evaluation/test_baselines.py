@@ -1,0 +1,137 @@
+"""What a score is compared with: written out by hand on answers that see their pictures, and on answers that do not."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+from dora_vl.data.examples import MIDDLE_FRAME, Answer, Clip, Example
+from dora_vl.evaluation.baselines import (
+    MOST_EXCHANGED,
+    Exchange,
+    commonest_answers,
+    compared,
+    digest,
+    exchanged,
+    right_text,
+)
+from dora_vl.scores.exact_match import score
+
+COLOURS = ("red", "blue", "green")
+
+
+def rows(count: int, question: str = "which colour?") -> list[Example]:
+    """Pictures whose names say their colour, in turn."""
+    return [
+        Example(
+            id=str(number),
+            images=(f"{COLOURS[number % 3]}-{number}.png",),
+            question=question,
+            answers=(Answer(text=COLOURS[number % 3]),),
+        )
+        for number in range(count)
+    ]
+
+
+def seen(example: Example) -> str:
+    """What a model that looks says."""
+    return example.images[0].partition("-")[0]
+
+
+def told(examples: list[Example], says: Any) -> dict[str, Any]:
+    """The entry of `metrics.json` for a model that says this."""
+    answers = {one.id: says(one) for one in examples}
+    sample = exchanged(examples, answers)
+    exchange = Exchange(examples=sample, answers={one.id: says(one) for one in sample})
+    found = compared(score(examples, answers), examples, answers, score, says=right_text, exchange=exchange)
+    assert found.lines()[-1] == found.warning or found.warning is None
+    return found.entry()
+
+
+def test_answers_that_see_their_pictures_fall_with_others() -> None:
+    entry = told(rows(60), seen)
+    assert entry["metric"] == "accuracy"
+    part = entry["exchanged_pictures"]
+    sample = exchanged(rows(60), [one.id for one in rows(60)])
+    right = sum(seen(one) == right_text(one) for one in sample)
+    assert (part["n"], part["value"], part["with_their_own"]) == (60, pytest.approx(100 * right / 60), 100.0)
+    assert part["difference"]["value"] == pytest.approx(100 - 100 * right / 60)
+    assert part["difference"]["low"] > 30
+    assert "warning" not in entry
+
+
+@pytest.mark.parametrize("says", [lambda _: "red", lambda one: COLOURS[int(one.id) % 3]])
+def test_answers_that_do_not_are_warned_of(says: Any) -> None:
+    """One always says the same; the other is always right, by the question alone."""
+    entry = told(rows(60), says)
+    assert entry["exchanged_pictures"]["difference"]["value"] == 0
+    assert "do not depend on the pictures" in entry["warning"]
+
+
+def test_the_commonest_answer_is_each_question_s_own_where_it_is_asked_often() -> None:
+    often = rows(7)  # red red red, blue blue, green green
+    seldom = [
+        Example(id=f"s{number}", question=f"question {number}?", answers=(Answer(text=text),))
+        for number, text in enumerate(("no", "yes", "yes"))
+    ]
+    blank = [Example(id="kept", question="which colour?"), Example(id="caption", answers=(Answer(text="a dog"),))]
+    assert commonest_answers([*often, *seldom, *blank], right_text) == {
+        **{one.id: "red" for one in often},
+        **{one.id: "yes" for one in seldom},
+    }
+    entry = told([*often, *seldom], seen_or("no"))
+    assert entry["commonest_answer"]["value"] == pytest.approx(100 * 5 / 10)
+    assert entry["commonest_answer"]["n"] == 10
+
+
+def seen_or(otherwise: str) -> Any:
+    return lambda one: seen(one) if one.images else otherwise
+
+
+def test_every_picture_gets_one_other_of_as_many() -> None:
+    singles, pairs = rows(20), [Example(id=f"p{n}", images=(f"{n}.png", f"{n + 1}.png")) for n in range(4)]
+    twice = [Example(id=f"again{one.id}", images=one.images, question="again?") for one in singles[:3]]
+    clips = [
+        Example(
+            id=f"c{n}",
+            video=Clip(path="v.mp4", start_seconds=float(n)),
+            extra={MIDDLE_FRAME: f"{float(n)}.png", "kind": n},
+        )
+        for n in range(3)
+    ]
+    words, alone = Example(id="words", question="?"), Example(id="alone", images=("a.png", "b.png", "c.png"))
+    everything = {one.id: one for one in (*singles, *pairs, *twice, *clips, words, alone)}
+    sample = {one.id: one for one in exchanged(everything.values(), everything)}
+    assert sample.keys() == everything.keys() - {"words", "alone"}
+    for name, one in sample.items():
+        own = everything[name]
+        assert (one.images, one.clips) != (own.images, own.clips)
+        assert (len(one.images), len(one.clips)) == (len(own.images), len(own.clips))
+        assert (one.question, one.answers, one.extra.get("kind")) == (own.question, own.answers, own.extra.get("kind"))
+    assert all(sample[f"again{n}"].images == sample[str(n)].images for n in range(3))
+    for n in range(3):
+        assert sample[f"c{n}"].extra[MIDDLE_FRAME] == f"{sample[f'c{n}'].clips[0].start_seconds}.png"
+    assert exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"}) != [*sample.values()]
+    assert "p3" not in {one.id for one in exchanged(everything.values(), everything.keys() - {"p0", "p1", "p2"})}
+
+
+def test_the_sample_is_seeded_bounded_and_keeps_what_is_scored_together() -> None:
+    examples = rows(3 * MOST_EXCHANGED)
+    take = partial(exchanged, examples, {one.id for one in examples}, together=lambda one: int(one.id) // 7)
+    sample = take()
+    assert sample == take()
+    assert MOST_EXCHANGED - 7 < len(sample) <= MOST_EXCHANGED
+    kept = {int(one.id) // 7 for one in sample}
+    assert len(sample) == sum(int(one.id) // 7 in kept for one in examples)
+    assert digest(sample) != digest(sample[1:])
+
+
+def test_where_no_pictures_differ_it_says_so_and_warns_of_nothing() -> None:
+    same = [Example(id=str(n), images=("a.png",), question="?", answers=(Answer(text="x"),)) for n in range(9)]
+    answers = {one.id: "x" for one in same}
+    exchange = Exchange(examples=exchanged(same, answers), answers={})
+    found = compared(score(same, answers), same, answers, score, says=right_text, exchange=exchange)
+    assert any("no pictures were exchanged" in line for line in found.lines())
+    assert found.entry().keys() == {"metric", "commonest_answer"}
