@@ -10,7 +10,6 @@ import json
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from dora_vl.data.training_rows import load_training_rows
 from dora_vl.run.assembly import build_encoder, pad_token_id
 from dora_vl.run.command_line import read_run
 from dora_vl.run.recipe import RunConfig
-from dora_vl.run.samples import image_preparation, read_pixels
+from dora_vl.run.samples import image_folder, image_preparation, read_pixels
 from dora_vl.vision.towers import register_towers
 from dora_vl.whole_numbers import positive
 
@@ -52,7 +51,7 @@ def main() -> None:
     backbone = LlavaBackbone(model)
     encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
     found = load_training_rows(train_files(config.data.train), limit=options.limit)[0]
-    folder = Path(config.data.image_folder)
+    folder = image_folder(config.data)
     pixels = partial(read_pixels, folder=folder, preparation=image_preparation(config.model), stored=found.stored)
     samples = ConversationDataset(found.rows, encode=encoder.encode, picture=pixels)
     tower_seconds = time_tower(backbone, samples, count=min(16, len(samples)))

@@ -48,7 +48,7 @@ def attention_of(model: PreTrainedModel) -> Attention:
     """The kernels that a model was opened with."""
     parts = {type(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     kinds = {name: type(getattr(model.config, name)) for name in model.config.sub_configs}
-    kernels = {name: parts[kind]._attn_implementation for name, kind in kinds.items() if kind in parts}
+    kernels: dict[str, Any] = {name: parts[kind]._attn_implementation for name, kind in kinds.items() if kind in parts}
     kernels[""] = model.config._attn_implementation
     return kernels if len({*kernels.values()}) > 1 else kernels[""]
 

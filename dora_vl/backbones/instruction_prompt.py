@@ -130,7 +130,7 @@ class InstructionEncoder:
         """What the labels of a conversation must say; the prompt too where it is trained."""
         opening = ""
         if self.train_on == "all":
-            start = self.tokenizer.decode(self._text.start_ids)
+            start = str(self.tokenizer.decode(self._text.start_ids))
             opening = start + self._before_output(conversation.turns[:-1], conversation.id, test=False)
         return [TrainedAnswer(opening, conversation.turns[-1].text, str(self.tokenizer.eos_token))]
 

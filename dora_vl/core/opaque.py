@@ -65,7 +65,7 @@ def _four_bit_dtype(layer: Any) -> torch.dtype:
 
 def _four_bit_weight(layer: Any) -> Tensor:
     if torch.compiler.is_compiling():  # its tensors cannot be traced
-        return torch.compiler.disable(_four_bit_weight)(layer)
+        return cast(Tensor, torch.compiler.disable(_four_bit_weight)(layer))
     return import_module("bitsandbytes.functional").dequantize_4bit(layer.weight.data, _four_bit_state(layer))
 
 

@@ -66,7 +66,9 @@ def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image
         raise
     except NOT_DECODED as error:
         with _stream(source) as stream:
-            content = b"" if stream.seek(0, 2) > PICTURE_BYTES else stream.seek(0) or stream.read()
+            is_large = stream.seek(0, 2) > PICTURE_BYTES
+            stream.seek(0)
+            content = b"" if is_large else stream.read()
         mended = _without_flaw(content, over_a_limit=isinstance(error, NoPicture))
         if mended is None:
             raise

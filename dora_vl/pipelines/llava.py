@@ -128,7 +128,8 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
             return replace(media, stored=stored)
         names = dict.fromkeys(path for question in questions for path in question.images)
         llava, device = cast(LlavaBackbone, backbone), arguments.device
-        kept = picture_reader(self.config, llava, names, folder=media.folder, device=device, stored=stored)
+        folder = pictures_of_test(self.config) if stored is None else image_folder(self.config.data)
+        kept = picture_reader(self.config, llava, names, folder=folder, device=device, stored=stored)
         return replace(media, stored=stored, features=kept.features)
 
     def recipe(self) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class AdapterTrainer(Trainer):
         clip = engine.clip_fp32_gradients
 
         def seen_and_clipped() -> None:
-            self.faults.note_gradients(engine.module.parameters())
+            self.faults.note_gradients(engine.parameters())
             clip()
 
         engine.clip_fp32_gradients = seen_and_clipped
