@@ -210,8 +210,11 @@ TABLE = "Image,Question ,answer\na.png,Wie groß?,größer; „so“\n"
         ("a.csv", b"\xfe\xff" + TABLE.encode("utf-16-be")),
         ("a.csv", TABLE.encode("cp1252")),
         ("a.csv", TABLE.encode("utf-8-sig")),
-        ("a.csv.gz", gzip.compress(TABLE.encode("utf-16"))),
-        ("a.jsonl.gz", gzip.compress(json.dumps({"image": "a.png", "question": "Wie groß?", "answer": "x"}).encode())),
+        ("a.csv.gz", gzip.compress(TABLE.encode("utf-16"), mtime=0)),
+        (
+            "a.jsonl.gz",
+            gzip.compress(json.dumps({"image": "a.png", "question": "Wie groß?", "answer": "x"}).encode(), mtime=0),
+        ),
         ("a.json", json.dumps({"data": [{"image": "a.png", "question": "Wie groß?", "answer": "x"}]}).encode()),
         ("a.json", b'{"rows": [{"img": "a.png", "question": "Wie gro\\u00df?", "answer": "x"}], "version": 1}'),
     ],
@@ -227,7 +230,7 @@ def test_files_that_people_have_are_read_as_they_are(tmp_path: Path, name: str, 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl.gz", gzip.compress(json.dumps(QUESTION).encode())[:-12], "a.jsonl.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(json.dumps(QUESTION).encode(), mtime=0)[:-12], "a.jsonl.gz: cannot be read"),
         ("a.json", json.dumps({"data": [QUESTION], "test": [QUESTION]}).encode(), "beside 'data' stands 'test'"),
         ("a.csv", b"\xff\xfe" + TABLE.encode("utf-16-le")[:-1], "a.csv: not whole utf-16-le"),
     ],
