@@ -15,6 +15,7 @@ from data_prep.moving_shapes import Settings, make
 from dora_vl import cli
 from dora_vl.data.dataset import Sample
 from dora_vl.data.examples import Answer, Clip, Example, iterate_examples, write_examples
+from dora_vl.evaluation import ask_command
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.open_asker import open_asker
 from dora_vl.evaluation.result_files import read_predictions
@@ -184,7 +185,7 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
         subtasks=(vlbart_video.subtasks()[task],),
         features={task: trained.features["video_words"]},
     )
-    monkeypatch.setattr(video_qa, "open_model", lambda options: Opened(adapted=one))
+    monkeypatch.setattr(ask_command, "open_model", lambda options: Opened(adapted=one))
     common = ["--adapter", str(vlbart), "--video", clip, *asked]
     video_qa.main([*common, "--start", "0.5", "--end", "2"])
     assert stated in texts[-1]

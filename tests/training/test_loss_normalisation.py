@@ -16,7 +16,7 @@ from dora_vl.data.dataset import ConversationDataset
 from dora_vl.run.assembly import build_encoder, pad_token_id
 from dora_vl.run.command_line import read_run_file
 from dora_vl.run.recipe import RunConfig
-from dora_vl.run.samples import image_preparation, read_pixels, read_samples
+from dora_vl.run.samples import image_folder, image_preparation, read_pixels, read_samples
 from tests.training.test_run import run_folder, train_file
 from tests.training.tiny_run import write_run, write_tiny_data
 
@@ -26,7 +26,7 @@ PROJECTOR = "model.multi_modal_projector.linear_2.bias"
 
 def micro_batches(config: RunConfig, backbone: LlavaBackbone, size: int) -> list[dict[str, Any]]:
     encoder = build_encoder(config.model, backbone, max_tokens=config.data.max_tokens)
-    preparation, folder = image_preparation(config.model), Path(config.data.image_folder)
+    preparation, folder = image_preparation(config.model), image_folder(config.data)
     train, _ = read_samples(config.data, seed=0)
     samples = ConversationDataset(
         train.rows,

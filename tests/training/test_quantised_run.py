@@ -167,12 +167,12 @@ def test_gradients_are_those_of_the_dequantised_base(there: Path, monkeypatch: p
             weight.copy_(quantised_values(weight.detach(), kind, torch.float32))
     model.save_pretrained(plain)
     wanted = gradients_of(monkeypatch, settings(there, plain.name, f"plain-run-{kind}", **changes))
-    assert len(wanted) == 3
+    assert [any(bool(gradient.any()) for gradient in step) for step in wanted] == [True] * 3
     for training in (False, True):
         path = settings(there, "qwen2_5_vl", f"{kind}-{training}", model={"quantisation": kind}, **changes)
         for found, step in zip(gradients_of(monkeypatch, path, training=training), wanted, strict=True):
             for ours, theirs in zip(found, step, strict=True):
-                assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+                assert float((ours - theirs).norm()) <= 1e-5 * float(theirs.norm())  # 0 of what a batch does not reach
 
 
 def test_a_resumed_run_ends_where_a_whole_one_does(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
