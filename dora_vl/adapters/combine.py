@@ -47,15 +47,17 @@ class Combination:
     """Relative error of each layer's change, where a smaller rank was asked for; empty for the exact form."""
 
 
-def combine_factors(weight: Tensor, parts: Sequence[tuple[float, Factors]]) -> Factors:
+def combine_factors(weight: Tensor, parts: Sequence[tuple[float, Factors]], *, as_dora: bool = False) -> Factors:
     """The exact combination on one layer, of rank sum of ranks and scale 1.
 
     Args:
         weight: The layer's own weight, in its own shape.
         parts: (weight of the adapter, its factors); a single one with weight 1 comes back as it is.
+        as_dora: with a magnitude also where no part has one: beside a DoRA's layers those of a LoRA need theirs.
     """
     parts = [(share, factors) for share, factors in parts if share != 0]
-    if len(parts) == 1 and parts[0][0] == 1:
+    plain = not as_dora and all(factors.magnitude is None for _, factors in parts)
+    if len(parts) == 1 and parts[0][0] == 1 and (plain or parts[0][1].magnitude is not None):
         return parts[0][1]
     gains = [factors.gain_on(weight) for _, factors in parts]
     c = 1 + sum((share * (g - 1) for (share, _), g in zip(parts, gains, strict=True)), torch.zeros(()))
@@ -66,7 +68,6 @@ def combine_factors(weight: Tensor, parts: Sequence[tuple[float, Factors]]) -> F
             blocks_A.append(factors.lora_A.to(g.dtype))
             blocks_B.append((share * factors.scale * g / c).unsqueeze(1) * factors.lora_B.to(g.dtype))
     a, b = (torch.cat(blocks_A), torch.cat(blocks_B, dim=1)) if blocks_A else (None, None)
-    plain = all(factors.magnitude is None for _, factors in parts)
     shape = parts[0][1]
     result = replace(shape, lora_A=a, lora_B=b, magnitude=None, scale=1.0)
     return result if plain else replace(result, magnitude=_magnitude(result, weight, c))

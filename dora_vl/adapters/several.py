@@ -118,11 +118,12 @@ class AdapterSet:
             ]
             for layer in sorted({layer for one in loaded.values() for layer in one.layers})
         }
+        as_dora = any(factors.magnitude is not None for parts in found.values() for _, factors in parts)
         self.switch(None)
         for layer, parts in found.items():
             base = self._base_layers[layer]
             assert isinstance(base, nn.Linear)
-            self._put(layer, _layer_of(combine_factors(base.weight.detach(), parts), base))
+            self._put(layer, _layer_of(combine_factors(base.weight.detach(), parts, as_dora=as_dora), base))
         values = self._combined_values(loaded, shares)
         trained = _union(one.parts for one in loaded.values())
         kept = tuple(dict.fromkeys(name for one in loaded.values() for name in one.kept))

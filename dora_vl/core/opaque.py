@@ -91,7 +91,7 @@ def _int8_weight(layer: Any) -> Tensor:
 
 def _hold_own_codes(name: str, layer: Any) -> None:
     """Moves the codes off the weight; else the first of two copies that share it takes them along at its first pass."""
-    if layer.weight.CB is not None:
+    if vars(layer.weight).get("CB") is not None:  # a copy's weight has none
         layer.init_8bit_state()
 
 

@@ -143,7 +143,7 @@ def _write_rows(split: Split, partial: Partial, *, workers: int, limit: int | No
         raise UserError(f"{_names(split)}: holds no rows")
     if not counts.written:
         raise UserError(f"{_names(split)}: none of its {counts.rows:,} rows can be used; {counts.first_reason()}")
-    if counts.repeated * 2 >= counts.written:
+    if counts.repeated * 2 == counts.written:
         raise UserError(
             f"{_names(split)}: is doubled, {counts.repeated:,} of its {counts.written:,} records repeat an earlier "
             "one; fetch the file again"

@@ -212,7 +212,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Tensor], str]] = {
     "magnitudes": (combined({"method": "magnitude"}, {"method": "magnitude"}), "DORA_VL"),
     "dora + lora, in memory": (
         combined_in_memory({"targets": ("*.q_proj",)}, {"method": "lora", "targets": ("*.down_proj",)}),
-        "DORA_VL",
+        "LORA",
     ),
     "as lora": (low_rank, "DORA_VL"),
 }

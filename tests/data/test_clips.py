@@ -15,13 +15,14 @@ PART = Clip(path="a.mp4", start_seconds=1.5, end_seconds=3.0)
     ("row", "clips"),
     [
         ({}, ()),
-        ({"video": None, "videos": []}, ()),
-        ({"video": "a.mp4"}, (Clip(path="a.mp4"),)),
+        ({"videos": None}, ()),
+        ({"videos": []}, ()),
+        ({"videos": "a.mp4"}, (Clip(path="a.mp4"),)),
         ({"videos": ["a.mp4", "b.mp4"]}, (Clip(path="a.mp4"), Clip(path="b.mp4"))),
-        ({"video": {"path": "a.mp4", "start_seconds": 1.5, "end_seconds": 3}}, (PART,)),
-        ({"video": [{"path": "a.mp4", "start_seconds": 1.5, "end_seconds": None}]}, (LATE,)),
+        ({"videos": {"path": "a.mp4", "start_seconds": 1.5, "end_seconds": 3}}, (PART,)),
+        ({"videos": [{"path": "a.mp4", "start_seconds": 1.5, "end_seconds": None}]}, (LATE,)),
         ({"videos": {"type": "video", "video": "file://a.mp4", "video_start": 1.5, "video_end": 3.0}}, (PART,)),
-        ({"video": {"video_url": {"url": "a.mp4"}}}, (Clip(path="a.mp4"),)),
+        ({"videos": {"video_url": {"url": "a.mp4"}}}, (Clip(path="a.mp4"),)),
     ],
 )  # fmt: skip
 def test_the_forms_that_people_write(row: dict[str, object], clips: tuple[Clip, ...]) -> None:
@@ -31,8 +32,8 @@ def test_the_forms_that_people_write(row: dict[str, object], clips: tuple[Clip, 
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (7, "'video' must be a path or a list of paths, got 7"),
-        ([["1.png", "2.png"]], "'video' must be a path or a list of paths, got ['1.png', '2.png']"),
+        (7, "'videos' must be a path or a list of paths, got 7"),
+        ([["1.png", "2.png"]], "'videos' must be a path or a list of paths, got ['1.png', '2.png']"),
         ({"bytes": b"x", "path": "a.mp4"}, "holds a video's bytes; write it to a file"),
         ({"start_seconds": 1}, "must be a path or a list of paths, got None"),
         ("https://a.b/c.mp4", "is no file, 'https://a.b/c.mp4'; fetch it"),
@@ -44,6 +45,6 @@ def test_the_forms_that_people_write(row: dict[str, object], clips: tuple[Clip, 
 )
 def test_what_is_wrong_is_named(value: object, reason: str) -> None:
     with pytest.raises(BadSample) as caught:
-        row_clips({"video": value}, "sample 7")
+        row_clips({"videos": value}, "sample 7")
     assert caught.value.sample_id == "sample 7"
     assert reason in caught.value.reason

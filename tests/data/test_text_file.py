@@ -49,7 +49,7 @@ def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path: Path) -> Non
     path.write_bytes(BOM + b'{"a": 1}\r\n \r\n{"b": 2}')
     assert list(json_lines(path, "rows")) == [(1, {"a": 1}), (3, {"b": 2})]
     path.write_bytes(BOM + b'id,answer\r\n1,"a, b"\r\n\r\n2,"two\r\nlines"\r\n3,an "inch"\n')
-    rows = [(2, "1", "a, b"), (5, "2", "two\r\nlines"), (6, "3", 'an "inch"')]
+    rows = [(2, "1", "a, b"), (5, "2", "two\nlines"), (6, "3", 'an "inch"')]
     expected = [(number, {"id": name, "answer": answer}) for number, name, answer in rows]
     assert list(table_rows(path, "rows", delimiter=",")) == expected
 
