@@ -148,6 +148,8 @@ class Scored:
         bottom = formula.bottom if isinstance(formula, Ratio) else None
         if not isinstance(bottom, str) or not bottom.startswith(ASKED):
             return self.n
+        if bottom not in self.table.names:
+            return 0
         return round(float(self.table.columns[:, self.table.names.index(bottom)].sum()))
 
 
