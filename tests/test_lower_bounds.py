@@ -20,6 +20,7 @@ BROUGHT = {
     "typing_extensions": "torch",
     "anyio": "fastapi",
     "pydantic": "fastapi",
+    "pydantic_core": "fastapi",
     "h11": "uvicorn",
     "starlette": "fastapi",
 }

@@ -202,7 +202,7 @@ DATA: dict[str, tuple[Callable[[Person], str], list[str]]] = {
     ),
     "an address for a picture": (
         lambda one: one.rows(row("https://example.com/a.png")),
-        ["'image' is on the web", "fetch it and name the file"],
+        ["is on the web", "fetch it and name the file"],
     ),
     "a placeholder too many": (
         lambda one: one.rows(row(question="<image> <image> Which?")),

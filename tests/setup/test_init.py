@@ -28,6 +28,7 @@ from tests.backbones.tiny_image_text import write_tiny
 from tests.setup.people import picture, write_folder, write_table
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, write_pictures
 from tests.training.tiny_run import write_tiny_llava
+from tests.vision.video_files import write_clip
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +337,7 @@ def test_shards_are_one_file_and_videos_are_named(
 
 def test_a_llava_is_not_started_on_videos(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "clips").mkdir()
-    (tmp_path / "clips" / "a.mp4").write_bytes(b"a clip")
+    write_clip(tmp_path / "clips" / "a.mp4")
     rows = [{"video": "a.mp4", "question": f"Which of {number}?", "answer": "red"} for number in range(8)]
     (tmp_path / "clips" / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert f"{base} is a LLaVA-1.5, which is not trained on them; --model" in refused(

@@ -181,7 +181,7 @@ def test_a_table_cut_inside_a_picture_keeps_no_half_of_it(tmp_path: Path) -> Non
         prepare("mmbench", folder, tmp_path / "records")
     path.write_text(whole[:place] + whole[whole.index("\tsynthetic") :].partition("\n")[0], encoding="utf-8")
     said = prepare("mmbench", folder, tmp_path / "records")
-    assert "  1 dropped: its picture is truncated: 30 bytes, its end is missing" in said
+    assert [line for line in said if line.startswith("  1 dropped: its picture is broken")]
     for picture in (tmp_path / "records").glob("*/media/*"):
         assert picture.read_bytes().endswith(b"IEND\xaeB`\x82")
 
