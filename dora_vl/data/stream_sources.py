@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from dora_vl.data.readers.columns import USUAL, Columns, column_lines
 from dora_vl.data.readers.containers import HUB, DataFiles, count_rows, find_files, hub_rows, hub_stream
@@ -33,23 +33,6 @@ Record = Mapping[str, object]
 def generator(*key: object) -> random.Random:
     """A generator that is a function of the key alone."""
     return random.Random("/".join(map(str, key)).encode("utf-8", "surrogateescape"))
-
-
-@runtime_checkable
-class _Container(Protocol):
-    """Where rows come from."""
-
-    def shards(self, order: random.Random | None) -> Iterator[tuple[str, Iterator[Record]]]:
-        """Yields each shard's name and rows, in its own order or in a random one."""
-        ...
-
-    def count(self) -> int | None:
-        """All rows, where it is known without reading them."""
-        ...
-
-    def estimate(self) -> float:
-        """About how many rows, by what is known without reading them all."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def write_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
 
     Args:
         checkpoint: the folder.
-        settings: the run's, as `settings_of` gives them.
+        settings: the run's, as `run_folder.settings_of` gives them.
         launch: the processes that wrote it.
     """
     files = {str(path.relative_to(checkpoint)): _described(path) for path in _files_in(checkpoint)}
@@ -83,16 +83,6 @@ def write_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
         "files": files,
     }
     (checkpoint / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def settings_of(config: Any) -> dict[str, Any]:
-    """A run's resolved settings in JSON's types.
-
-    Args:
-        config: the run's dataclass.
-    """
-    resolved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return resolved
 
 
 def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch) -> None:

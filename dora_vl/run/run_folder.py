@@ -93,7 +93,7 @@ def finished_already(config: RunSettings) -> bool:
     folder = run_folder_of(config)
     if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
         return False
-    then, now = (_run_alone(settings) for settings in (_json_of(folder / SETTINGS), _as_json(config)))
+    then, now = (_run_alone(settings) for settings in (_json_of(folder / SETTINGS), settings_of(config)))
     if changed := [name for name in now.keys() | then.keys() if now.get(name) != then.get(name)]:
         raise UserError(
             f"{folder} holds a finished run with other settings (in {', '.join(sorted(changed))}); {_OTHERWISE}"
@@ -110,8 +110,8 @@ def _is_finished(folder: Path, config: RunSettings) -> bool:
     return (folder / ADAPTER).is_dir() and bool(metrics) and tested
 
 
-def _as_json(config: Any) -> dict[str, Any]:
-    """Settings in JSON's types."""
+def settings_of(config: Any) -> dict[str, Any]:
+    """A run's resolved settings, a dataclass, in JSON's types."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 

@@ -21,9 +21,8 @@ from dora_vl.adapters.provenance import versions
 from dora_vl.backbones.base import Backbone, attention_of
 from dora_vl.core import trained_parts
 from dora_vl.data.bad_samples import BadSampleLedger
-from dora_vl.run.checkpoint_manifest import settings_of
 from dora_vl.run.launch import is_first_rank, on_first_rank
-from dora_vl.run.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of
+from dora_vl.run.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, settings_of
 from dora_vl.run.watched import Watch
 from dora_vl.run.zero import gather_to_read, gather_to_write
 from dora_vl.training.callbacks import (

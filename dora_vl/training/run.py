@@ -19,7 +19,7 @@ from dora_vl.errors import UserError
 from dora_vl.run.adapting import adapt, check_initial
 from dora_vl.run.arguments import launch_of, training_arguments
 from dora_vl.run.busy_cores import give_way_when_busy
-from dora_vl.run.checkpoint_manifest import check_base, check_manifest, settings_of
+from dora_vl.run.checkpoint_manifest import check_base, check_manifest
 from dora_vl.run.launch import (
     is_first_rank,
     keep_freed_memory,
@@ -41,6 +41,7 @@ from dora_vl.run.run_folder import (
     checkpoint_of,
     prepare_run_folder,
     run_folder_of,
+    settings_of,
     write_settings,
 )
 from dora_vl.run.run_settings import RunSettings
