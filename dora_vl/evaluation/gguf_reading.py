@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.adapters.base_weights import BaseWeights, skeleton
-from dora_vl.adapters.gguf_export import LANGUAGE_PREFIX, LLAVA, MODEL_FILE, VISION_FILE
+from dora_vl.adapters.gguf_export import LANGUAGE_PREFIX, MODEL_FILE, VISION_FILE
 from dora_vl.adapters.gguf_vision import vision_names
 from dora_vl.adapters.merge_folder import NOT_COPIED, WEIGHT_SUFFIXES
 from dora_vl.backbones.language_source import read_language_model
@@ -33,7 +33,7 @@ def folder_of_gguf(exported: Path, base_folder: Path, target: Path) -> Path:
         shell = skeleton(base.config)
         config = copy.deepcopy(shell.config)
         weights = dict(language.weights)
-        if config.model_type == LLAVA:
+        if config.model_type == "llava":
             weights = {
                 LANGUAGE_PREFIX + name.removeprefix("model.") if name.startswith("model.") else name: value
                 for name, value in weights.items()
@@ -62,13 +62,13 @@ def folder_of_gguf(exported: Path, base_folder: Path, target: Path) -> Path:
 
 
 def _embedding(config: Any) -> str:
-    prefix = LANGUAGE_PREFIX if config.model_type == LLAVA else "model."
+    prefix = LANGUAGE_PREFIX if config.model_type == "llava" else "model."
     return f"{prefix}embed_tokens.weight"
 
 
 def _is_run(name: str, config: Any) -> bool:
     """Whether a LLaVA's answers depend on a tensor; what they do not, an mmproj file leaves out."""
-    if config.model_type != LLAVA or not name.startswith("model.vision_tower."):
+    if config.model_type != "llava" or not name.startswith("model.vision_tower."):
         return True
     hub = {name: name.replace("model.vision_tower.", "vision_tower.vision_model.", 1)}
     return bool(vision_names(hub, config))

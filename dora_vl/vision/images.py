@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxtyping import Float
-from PIL.Image import Image, Resampling, new
+from PIL import Image
+from PIL.Image import Resampling, new
 from torch import Tensor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -86,14 +87,14 @@ class ImagePreparation:
             )
         return cls(preparation, aspect=aspect)
 
-    def prepare(self, picture: Image) -> Float[Tensor, "3 height width"]:
+    def prepare(self, picture: Image.Image) -> Float[Tensor, "3 height width"]:
         """Normalised pixels of one RGB picture."""
         if self.aspect == "pad" and max(picture.size) > PADDED_SIDE:
             picture = self._padded_by_rows(picture)
         pixels = self._processor(images=picture, return_tensors="pt")["pixel_values"]
         return pixels[0]
 
-    def _padded_by_rows(self, picture: Image) -> Image:
+    def _padded_by_rows(self, picture: Image.Image) -> Image.Image:
         """The padded square at its final size, without ever holding the square, which has gigabytes for long pictures.
 
         Pillow resizes rows first, each by itself, and rounds them to 8 bits before the columns; so does this, and
