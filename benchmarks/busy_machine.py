@@ -100,8 +100,7 @@ def steps_a_second(seconds: float, *, give_way: bool) -> float:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dora_vl.core import DoRAConfig, apply_dora
-    from dora_vl.run.busy_cores import give_way_when_busy
-    from dora_vl.run.launch import available_cores
+    from dora_vl.training.launch import available_cores, give_way_when_busy
 
     torch.set_num_threads(available_cores())
     if give_way:

@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_vl.pipelines.estimate import Estimate, imagine_run
-from dora_vl.pipelines.image_text import instruct_pipeline
-from dora_vl.pipelines.published_shapes import with_shape
-from dora_vl.run.command_line import read_run
-from dora_vl.training.memory_estimate import GIB
-from dora_vl.training.step_traffic import Cluster, step_time
+from dora_vl.training.command_line import read_run
+from dora_vl.training.engine_memory import Cluster, step_time
+from dora_vl.training.estimate import Estimate, imagine_run, with_shape
+from dora_vl.training.image_text_pipeline import instruct_pipeline
+from dora_vl.training.memory import GIB
 
 RESULTS = Path(__file__).parent / "results" / "cluster_table.json"
 GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)

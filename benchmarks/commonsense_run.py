@@ -22,16 +22,14 @@ from typing import Any
 
 from report import table, write_json
 
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.errors import UserError, exit_on_user_error, positive
 from dora_vl.evaluation.commonsense_run import PREDICTIONS, read_sets
+from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.result_files import read_predictions
-from dora_vl.run.command_line import read_settings
-from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
-from dora_vl.scores.bootstrap import intervals, paired_differences
-from dora_vl.scores.commonsense import extracted
-from dora_vl.scores.scored import Mean, Ratio, Scored, Tally
-from dora_vl.whole_numbers import positive
+from dora_vl.evaluation.scores.commonsense import extracted
+from dora_vl.evaluation.scores.scored import Mean, Ratio, Scored, Tally, intervals, paired_differences
+from dora_vl.training.command_line import read_settings
+from dora_vl.training.recipe import CommonsenseRunConfig
 
 CONFIG = "configs/commonsense/smollm2_135m_dora.yaml"
 SETS = ("openbookqa", "ARC-Easy", "ARC-Challenge")

@@ -20,8 +20,8 @@ from unittest import mock
 from benchmarks.file_mutations import mutate
 from benchmarks.fuzz_targets import PREDICTIONS, PUBLISHERS, SHARDS, Target
 from dora_vl.cli import main
-from dora_vl.data.examples import iterate_examples
-from dora_vl.data.records import stream_records
+from dora_vl.data.example import iterate_examples
+from dora_vl.data.readers import stream_records
 from dora_vl.errors import UserError
 
 LONGEST_LINE = 500

@@ -35,8 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, it is found
 from benchmarks.fuzz_case import Outcome, run_case
 from benchmarks.fuzz_predictions import prediction_targets
 from benchmarks.fuzz_targets import PREDICTIONS, PUBLISHERS, Target, publisher_targets
-from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.whole_numbers import positive
+from dora_vl.errors import UserError, exit_on_user_error, positive
 
 A_CHUNK = 50
 SHOWN = 10

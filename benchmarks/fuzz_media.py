@@ -35,8 +35,7 @@ from benchmarks.fuzz_files import MEMORY_FOLDER, lines_of, outcomes_of, summary
 from benchmarks.hostile_inputs import HOSTILE, hostile_inputs, run_hostile
 from benchmarks.media_case import CUT, run_case
 from benchmarks.media_files import PICTURES, STREAMS, VIDEOS
-from dora_vl.errors import exit_on_user_error
-from dora_vl.whole_numbers import positive
+from dora_vl.errors import exit_on_user_error, positive
 
 CUT_AND_READ = {
     PICTURES: "pictures with the pixels of the whole one",

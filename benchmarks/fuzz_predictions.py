@@ -15,12 +15,12 @@ from pathlib import Path, PurePosixPath
 
 from benchmarks.fuzz_targets import FIXTURES, OTHER_NAMES, PREDICTIONS, Target
 from dora_vl.cli import main
-from dora_vl.data.examples import Example, iterate_examples, to_record
+from dora_vl.data.example import Example, iterate_examples, to_record
 from dora_vl.errors import UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.scores import prompts, vqa
-from dora_vl.scores.commonsense import PATTERNS
-from dora_vl.scores.own_scores import SCORINGS
+from dora_vl.evaluation.scores import prompts, vqa
+from dora_vl.evaluation.scores.commonsense import PATTERNS
+from dora_vl.evaluation.scores.exact import SCORINGS
 
 CAPTIONS, JAVA_WEIGHT = frozenset({"coco_caption", "tvc", "yc2c"}), 0.02
 """Captions are scored by Java programs, seconds for ten of them: most cases take the tokenizer that stands in."""
@@ -29,7 +29,7 @@ LIKE = {"exact_match": "textvqa", **dict.fromkeys(sorted(PATTERNS.keys() - {"boo
 ANSWERS, RECORDS, OWN = "predictions.jsonl", "records.jsonl", "own.yaml"
 
 LISTED = {
-    "vqav2_karpathy": vqa.submission,
+    "vqav2_karpathy": vqa.vqa_submission,
     **{
         name: benchmark.submission
         for name, benchmark in BENCHMARKS.items()

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.errors import UserError
-from dora_vl.sources.table import SOURCES
 
 PUBLISHERS, PREDICTIONS = "publishers", "predictions"
 FIXTURES = Path(__file__).parents[1] / "tests" / "sources" / "fixtures"

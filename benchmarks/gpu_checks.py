@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl import DoRAConfig, apply_dora
-from dora_vl.core.fast.compiled import safe_norms
+from dora_vl.core.fast.cpu_step import safe_norms
 from dora_vl.core.fast.dropout import Dropped, draw_dropped
-from dora_vl.core.fast.fused import without_kernels
+from dora_vl.core.fast.products import without_kernels
 from dora_vl.core.functional import row_norms_squared
 from dora_vl.core.linear import SHARED_DROPOUT
 

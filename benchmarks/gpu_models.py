@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl import DoRAConfig, apply_dora
-from dora_vl.core.fast.fused import without_kernels
+from dora_vl.core.fast.products import without_kernels
 
 CONTENDERS = ("frozen", "peft_lora", "peft_dora", "ours_eager", "ours", "ours_compiled")
 """`ours_eager` is this project without its kernels, `ours_compiled` under `torch.compile`."""

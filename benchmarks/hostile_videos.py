@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.hostile_pictures import OTHER_FORMATS, gif, gif_frame
 from benchmarks.media_files import written_clip
-from dora_vl.vision.video_containers import ASF, KLV_KEY, PACK
+from dora_vl.data.video_containers import ASF, KLV_KEY, PACK
 
 EBML = bytes.fromhex("1a45dfa3")
 SEGMENT = bytes.fromhex("18538067")

@@ -237,12 +237,12 @@ def _join_launch(case: Case, rank: int, port: int) -> None:
 
 
 def _train(case: Case, settings: Path, resume: Sequence[str]) -> None:
-    from dora_vl.pipelines.image_text import instruct_pipeline
-    from dora_vl.pipelines.vlbart import VlBartPipeline
-    from dora_vl.run.command_line import read_run, read_settings
-    from dora_vl.run.launch import log_to_stderr
-    from dora_vl.run.vlbart_recipe import VlBartRunConfig
+    from dora_vl.training.command_line import read_run, read_settings
+    from dora_vl.training.image_text_pipeline import instruct_pipeline
+    from dora_vl.training.launch import log_to_stderr
+    from dora_vl.training.recipe import VlBartRunConfig
     from dora_vl.training.run import run
+    from dora_vl.training.vlbart_pipeline import VlBartPipeline
     from tests.training.tiny_vlbart_run import all_subtasks
 
     log_to_stderr()

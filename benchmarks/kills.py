@@ -212,10 +212,10 @@ def _import_everything() -> None:
     import accelerate
     import datasets
     import deepspeed
-    import transformers
-
     import dora_vl.pipelines.image_text
     import dora_vl.pipelines.vlbart
+    import transformers
+
     import dora_vl.training.run
     import tests.training.tiny_vlbart_run
 

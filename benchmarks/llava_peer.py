@@ -18,16 +18,14 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from dora_vl.backbones.llava import LlavaBackbone
-from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import ConversationDataset
-from dora_vl.data.train_files import train_files
-from dora_vl.data.training_rows import load_training_rows
-from dora_vl.run.assembly import build_encoder, pad_token_id
-from dora_vl.run.command_line import read_run
-from dora_vl.run.recipe import RunConfig
-from dora_vl.run.samples import image_folder, image_preparation, read_pixels
-from dora_vl.vision.towers import register_towers
-from dora_vl.whole_numbers import positive
+from dora_vl.backbones.towers import register_towers
+from dora_vl.data.batches import Collator
+from dora_vl.data.order import train_files
+from dora_vl.data.samples import ConversationDataset, load_training_rows
+from dora_vl.errors import positive
+from dora_vl.training.assembly import build_encoder, image_folder, image_preparation, pad_token_id, read_pixels
+from dora_vl.training.command_line import read_run
+from dora_vl.training.recipe import RunConfig
 
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values")

@@ -17,11 +17,10 @@ from random import Random
 from benchmarks.file_mutations import BYTE_CHANGES
 from benchmarks.fuzz_case import LONGEST_LINE, Outcome, memory_mb
 from benchmarks.media_files import PICTURES, STREAMS, MediaFile, whole_files
-from dora_vl.data.examples import Clip
-from dora_vl.data.media import open_image
+from dora_vl.data.example import Clip
+from dora_vl.data.pictures import open_image
+from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample
-from dora_vl.vision.frame_sampling import Uniform
-from dora_vl.vision.video import VideoReader
 
 PICTURE_SECONDS, VIDEO_SECONDS = 10.0, 20.0
 """Above which a picture (of the processor's time) or a video counts as hung; a video's reader keeps the time itself."""
@@ -29,7 +28,7 @@ SPARE_SECONDS = 15.0
 """For ending the decoder's process and starting another."""
 MOST_MEMORY_MB = 1_500.0
 FRAMES = Uniform(4)
-WORKER = "dora_vl.vision.video_worker"
+WORKER = "dora_vl.data.video"
 CUT = "cut"
 CHANGES = tuple(
     name for name in BYTE_CHANGES if name not in {"UTF-16", "UTF-32", "Latin-1", "lines mixed", "nested deeply"}

@@ -23,13 +23,12 @@ from transformers import LlavaForConditionalGeneration
 from dora_vl.adapters.folder import RECIPE_FILE, load_adapter, read_json
 from dora_vl.backbones.llava import load_llava
 from dora_vl.core import merge_dora
-from dora_vl.data.media import open_image
-from dora_vl.errors import UserError, exit_on_user_error
+from dora_vl.data.pictures import open_image
+from dora_vl.errors import UserError, exit_on_user_error, positive
 from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.open_model import open_asker
 from dora_vl.evaluation.questions import Question, read_questions
-from dora_vl.whole_numbers import positive
 
 Inputs = tuple[Tensor, Tensor]
 """Ids and pixels of one question, each with a batch of one in front."""

@@ -62,10 +62,10 @@ import json, sys, time
 started = float(sys.argv[4])
 import torch
 from pathlib import Path
-from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import Encoded, ConversationDataset
-from dora_vl.data.record_table import load_table
-from dora_vl.data.sampler import ModalityLengthSampler, sampling_lengths
+from dora_vl.data.batches import Collator
+from dora_vl.data.samples import Encoded, ConversationDataset
+from dora_vl.data.table import load_table
+from dora_vl.data.order import ModalityLengthSampler, sampling_lengths
 
 def encode(conversation):
     ids = torch.tensor([len(word) for turn in conversation.turns for word in turn.text.split()] or [1, 1])

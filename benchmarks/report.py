@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dora_vl.run.launch import available_cores
+from dora_vl.training.launch import available_cores
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "deepspeed")
 

@@ -36,14 +36,8 @@ from openai import OpenAI
 
 from benchmarks.dora_step import Turns, take_turns
 from benchmarks.report import median, table, write_json
+from dora_vl.adapters.base_weights import shared_tensors
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.adapters.shared_copy import shared_tensors
-from dora_vl.app.door import http_config
-from dora_vl.app.engine import Engine
-from dora_vl.app.row_decoding import Sampling
-from dora_vl.app.served_model import ServedModel, open_served
-from dora_vl.app.server import Server, build_app
-from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.backbones.image_text import language_targets
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.data.turns import Turn
@@ -51,6 +45,12 @@ from dora_vl.errors import exit_on_user_error
 from dora_vl.evaluation.asker import Shown
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.prompt_inputs import model_inputs
+from dora_vl.serving.answering import EngineSettings
+from dora_vl.serving.decoding import Sampling
+from dora_vl.serving.door import http_config
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.model import ServedModel, open_served
+from dora_vl.serving.server import Server, build_app
 
 NAMES = ("a", "b", "c", "d")
 PARTS = ("step", "load", "joining")

@@ -29,10 +29,10 @@ PICTURE_BYTES = 20_000
 READ = """
 import json, sys, time
 from pathlib import Path
-from dora_vl.data.record_table import load_table
+from dora_vl.data.table import load_table
 from dora_vl.data.stream import SampleStream
-from dora_vl.data.stream_sources import StreamSource
-from dora_vl.data.train_files import TrainFile
+from dora_vl.data.stream import StreamSource
+from dora_vl.data.order import TrainFile
 
 how, path, cache = sys.argv[1:]
 def peak():  # of this program alone: getrusage's counts what it was before it was this one

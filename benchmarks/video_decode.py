@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import table, write_json
-from dora_vl.data.examples import Clip
+from dora_vl.data.example import Clip
+from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, read_frames
+from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.vision.frame_sampling import EverySeconds, Sampling, Uniform
-from dora_vl.vision.video import VideoReader, read_frames
-from dora_vl.vision.video_backends import BACKENDS, BackendMissing, import_backend
 
 MANY = 500  # more than any of the clips has
 SAMPLINGS: dict[str, Sampling] = {"every": Uniform(MANY), "uniform": Uniform(8), "paced": EverySeconds(1.0, least=1)}

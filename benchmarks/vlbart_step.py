@@ -21,7 +21,7 @@ from dora_vl.backbones.vlbart import DORA_TARGETS, VlBartBackbone, also_trained
 from dora_vl.backbones.vlbart_compose import drawn
 from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
-from dora_vl.training.seq2seq_loss import Seq2SeqLoss
+from dora_vl.training.seq2seq_tasks import Seq2SeqLoss
 
 Method = Literal["full", "lora", "dora"]
 METHODS: tuple[Method, ...] = ("full", "lora", "dora")

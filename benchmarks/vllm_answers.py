@@ -21,7 +21,7 @@ def main() -> None:
 
 def leave_gains_at_one() -> None:
     """What a server would answer that reads A and B alone."""
-    from dora_vl.app.vllm.layer import DoRALayer
+    from dora_vl.serving.vllm.layer import DoRALayer
 
     def nothing(self: DoRALayer, slot: int, minus_one: object) -> None:
         pass

@@ -86,7 +86,7 @@ def version_of(python: Path) -> str:
     """
     if not python.is_file():
         raise UserError(f"--vllm-python {python}: there is no such file")
-    code = "import dora_vl.app.vllm.plugin, vllm; print(vllm.__version__)"
+    code = "import dora_vl.serving.vllm.plugin, vllm; print(vllm.__version__)"
     found = in_vllm(python, ["-c", code], check=False)
     if found.returncode:
         reason = found.stderr.strip().splitlines()[-1:]

@@ -126,9 +126,9 @@ class Turns(TrainerCallback):
 
 def timed(scratch: Path, *, pairs: int, width: int, batch: int) -> Turns:
     """The run."""
-    from dora_vl.pipelines.llava import LlavaPipeline
-    from dora_vl.run.command_line import read_run_file
     from dora_vl.training import run as training
+    from dora_vl.training.command_line import read_run_file
+    from dora_vl.training.llava_pipeline import LlavaPipeline
     from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
     turns = Turns(pairs)
@@ -161,7 +161,7 @@ def timed(scratch: Path, *, pairs: int, width: int, batch: int) -> Turns:
 
 def put_switches(turns: Turns, trainer: Any) -> None:
     """Every watcher of a Trainer can be switched off."""
-    from dora_vl.data.dataset import BOOKKEEPING
+    from dora_vl.data.samples import BOOKKEEPING
     from dora_vl.training.callbacks import EpochCallback
 
     def taken(batch: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from data_prep.easy_vqa import balanced, reasoned, seen_in_pictures
 from data_prep.easy_vqa_package import YES_NO, Question, kind_of, picture_path, read_answers, read_questions
-from dora_vl.data.examples import Answer, Example, whole_file, write_examples
+from dora_vl.data.example import Answer, Example, whole_file, write_examples
 from dora_vl.errors import exit_on_user_error
 
 

@@ -31,19 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_vl.data.bad_samples import BadSampleLedger, write_skipped
-from dora_vl.data.examples import Clip, iterate_examples
-from dora_vl.data.feature_input import clip_of_features, in_words
-from dora_vl.data.media import MediaFolder
-from dora_vl.data.media_limits import PICTURE_ENDINGS, VIDEO_ENDINGS, VIDEO_SECONDS
+from dora_vl.backbones.published_features import FeatureEncoder, FeatureSettings, open_shards
+from dora_vl.backbones.tower_sources import TowerSpec
+from dora_vl.backbones.vision_store import HASH, FeatureWriter, Media, Medium, clip_of_features, computed, in_words
+from dora_vl.data.example import Clip, iterate_examples
+from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS, VIDEO_SECONDS, MediaFolder
+from dora_vl.data.samples import BadSampleLedger, write_skipped
+from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError, exit_on_user_error, one_line, shown_text
-from dora_vl.run.busy_cores import give_way_when_busy
-from dora_vl.vision.compute_features import Media, Medium, computed
-from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings
-from dora_vl.vision.feature_files import open_shards
-from dora_vl.vision.features import HASH, FeatureWriter
-from dora_vl.vision.tower_sources import TowerSpec
-from dora_vl.vision.video import VideoReader
+from dora_vl.training.launch import give_way_when_busy
 
 PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE_ENDINGS, VIDEO_ENDINGS))
 

@@ -18,14 +18,12 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from dora_vl.data.examples import JSON, Example, iterate_examples, whole_file
+from dora_vl.data.example import JSON, Example, iterate_examples, whole_file
 from dora_vl.data.turns import SPEAKERS
 from dora_vl.errors import BadSample, UserError, exit_on_user_error
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.scores.benchmark import Benchmark
-from dora_vl.scores.choices import correct_index, letters
-from dora_vl.scores.known_truth import has_right_choice
-from dora_vl.scores.prompts import turns_of
+from dora_vl.evaluation.scores.benchmark import Benchmark, correct_index, has_right_choice, letters
+from dora_vl.evaluation.scores.prompts import turns_of
 
 NAMED = 5
 """How many of the records that were left out are named in the summary."""

@@ -31,7 +31,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from data_prep.moving_shapes_drawing import CLIP_SECONDS, COLORS, DIRECTIONS, SHAPES, Mover, write_clip
-from dora_vl.data.examples import JSON, Answer, Clip, Example, Subtitle, iterate_examples, whole_file, write_examples
+from dora_vl.data.example import JSON, Answer, Clip, Example, Subtitle, iterate_examples, whole_file, write_examples
 from dora_vl.errors import UserError, exit_on_user_error
 
 QUESTIONS, CAPTIONS = "moving_shapes", "moving_shapes_caption"
@@ -229,7 +229,7 @@ def make(to: Path, settings: Settings, *, workers: int) -> dict[str, JSON]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from dora_vl.run.launch import available_cores
+    from dora_vl.training.launch import available_cores
 
     usual = Settings()
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dora_vl.data.examples import whole_file
+from dora_vl.data.example import whole_file
 from dora_vl.errors import UserError, exit_on_user_error
 
 SHOPS = {

@@ -5,14 +5,55 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 from dora_vl import __version__
-from dora_vl.commands import COMMANDS
 from dora_vl.errors import LONGEST_MESSAGE, UserError, exit_on_user_error, one_line, shown
+
+# What `dora-vl` can do: one line for each verb, written by hand.
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb of `dora-vl`.
+
+    Its module is imported when the verb is used. It holds `DESCRIPTION` (what --help says),
+    `add_arguments(parser)` and `run(arguments)`, which yields the lines to print as they are ready; `TAKES_SETTINGS`
+    where a run's own settings may follow, which `run` finds as `arguments.settings`; `SETS_UP_LOGGING` where it does.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "analyze": Command("dora_vl.evaluation.analyze_command", "what training changed: magnitudes and directions"),
+    "ask": Command("dora_vl.evaluation.ask_command", "a model's answers about pictures or videos of your own"),
+    "check-data": Command("dora_vl.data.check", "what is wrong with data files, before a run finds it"),
+    "completion": Command("dora_vl.cli", "a script with which a shell completes all of this"),
+    "convert": Command("dora_vl.adapters.convert_command", "adapters of other tools, in and out"),
+    "demo": Command("dora_vl.serving.demo_command", "a web page: adapters and their base answer side by side"),
+    "doctor": Command("dora_vl.start.doctor", "what this machine has for a run, and what is missing"),
+    "estimate": Command("dora_vl.training.estimate", "memory, traffic and time of a run, before it starts"),
+    "evaluate": Command("dora_vl.evaluation.commands", "official scores with intervals, of adapters and predictions"),
+    "export": Command("dora_vl.evaluation.export_command", "a trained model for vLLM, or as GGUF; checks it"),
+    "init": Command("dora_vl.start.init", "your pictures and questions to the files of a first run"),
+    "merge": Command("dora_vl.evaluation.merge_command", "base + adapters as a plain model folder; checks it"),
+    "prepare": Command("dora_vl.data.prepare", "a publisher's files to records"),
+    "report": Command("dora_vl.report.report", "a run, or several side by side, as one page"),
+    "serve": Command(
+        "dora_vl.serving.serve_command", "a base and adapters, unmerged in one batch, for OpenAI's clients"
+    ),
+    "show": Command("dora_vl.training.first_batch", "the first batch of a run, its tokens by label"),
+    "train": Command("dora_vl.training.train_command", "a run, from its settings to a tested adapter"),
+    "translate": Command("dora_vl.start.translate", "other tools' settings as a run's YAML"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,3 +110,48 @@ def overview() -> str:
 
 if __name__ == "__main__":
     main()
+
+
+# `dora-vl completion`: a script with which a shell completes verbs and options, without a lookup at each Tab.
+
+
+DESCRIPTION = """\
+Prints a script with which a shell completes dora-vl's verbs, options and files.
+
+  dora-vl completion bash > ~/.local/share/bash-completion/completions/dora-vl
+  dora-vl completion zsh > ~/.zfunc/_dora-vl            # a folder of your fpath
+"""
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dora-vl completion`."""
+    parser.add_argument("shell", choices=SHELLS)
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yields the script.
+
+    Raises:
+        UserError: shtab, which writes it, is not installed.
+    """
+    if find_spec("shtab") is None:
+        raise UserError("completion needs the package shtab; pip install shtab (or 'dora-vl[shell]')")
+    import shtab
+
+    yield shtab.complete(whole_parser(), shell=arguments.shell)
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """All verbs with all their options in one parser."""
+    import shtab
+
+    whole = argparse.ArgumentParser(prog="dora-vl")
+    verbs = whole.add_subparsers()
+    for verb, command in COMMANDS.items():
+        parser = verbs.add_parser(verb, help=command.summary)
+        import_module(command.module).add_arguments(parser)
+        for action in parser._actions:
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return whole

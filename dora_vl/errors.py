@@ -5,17 +5,51 @@ Also the errors of Pillow. Only the standard library below it.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import functools
+import logging
 import os
 import re
 import select
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import ParamSpec, TypeVar
 
-from dora_vl.foreign_lines import leave_out_foreign_lines
+import torch
+from torch.distributed import DistError
+
+# Lines of other libraries that tell a person of nothing to do: left out of what our programs say.
+
+
+LEFT_OUT: Mapping[str, tuple[str, ...]] = {
+    # It looks for a kernel of the hub's at import; its own way on a CPU does the same.
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+    # The tables before the first step say which device it is.
+    "DeepSpeed": ("Setting accelerator to CPU", "Unable to find hostfile"),
+}
+"""A logger's name -> how such lines begin."""
+
+
+class _Without(logging.Filter):
+    """Lets through whatever does not begin so."""
+
+    def __init__(self, beginnings: tuple[str, ...]) -> None:
+        super().__init__()
+        self._beginnings = beginnings
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(self._beginnings)
+
+
+def leave_out_foreign_lines() -> None:
+    """Leaves them out of this process; may be called again."""
+    for name, beginnings in LEFT_OUT.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(one, _Without) for one in logger.filters):
+            logger.addFilter(_Without(beginnings))
+
 
 Inputs = ParamSpec("Inputs")
 Result = TypeVar("Result")
@@ -201,3 +235,53 @@ def _reader_left() -> bool:
     poller = select.poll()
     poller.register(sys.stdout.fileno(), select.POLLOUT)
     return any(event & select.POLLERR for _, event in poller.poll(0))
+
+
+# What a RuntimeError of torch is about, where neither is the fault of what was being done: too little memory, another
+# rank's end.
+
+
+_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+"""Of RuntimeErrors that have no type of their own: the CPU allocator's, cuBLAS's and cuDNN's, and those of CUDA itself,
+whose AcceleratorError is one for all that can go wrong there."""
+_COMMUNICATION = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset by peer")
+"""Words of the errors that a rank gets because of another and that have no type of their own: all of gloo's and some of
+NCCL's are plain RuntimeErrors."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small: for torch's allocator on a GPU, for Python and numpy, or as torch words it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY)
+
+
+def is_communication(error: BaseException) -> bool:
+    """Whether the library that moves the bytes says that another rank is not there."""
+    if isinstance(error, DistError):  # a backend's, a store's or a connection's
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _COMMUNICATION)
+
+
+# Whole numbers in text: those of a command line that count something, and ids.
+
+
+MOST_DIGITS = 18
+"""Fewer than 64 bits; an id of more is text."""
+
+
+def number_of(text: str) -> int | None:
+    """The number that a text is, in ASCII digits without a sign; None for other text ("²" is a digit for Python)."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS else None
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, as a type of argparse.
+
+    Raises:
+        ArgumentTypeError: it is less; argparse names the option.
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number

@@ -9,7 +9,7 @@ sample, in any format of docs/data.md. It also runs under torchrun and plain pyt
 
 from __future__ import annotations
 
-from dora_vl.pipelines.train_command import train_script
+from dora_vl.training.train_command import train_script
 
 
 def main() -> None:

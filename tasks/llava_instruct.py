@@ -9,7 +9,7 @@ training.output_dir; `--resume last` resumes from the last checkpoint.
 
 from __future__ import annotations
 
-from dora_vl.pipelines.train_command import train_script
+from dora_vl.training.train_command import train_script
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ It also runs under torchrun and plain python. Which tasks are trained is what `d
 
 from __future__ import annotations
 
-from dora_vl.pipelines.train_command import train_script
+from dora_vl.training.train_command import train_script
 
 
 def main() -> None:

@@ -153,8 +153,8 @@ def complaint(command: Documented) -> str | None:
 def check_dora_vl(words: Sequence[str], is_whole: bool) -> None:
     """`dora-vl VERB ...`: the verb, its options, and the names that some of them take from a table."""
     from dora_vl import cli
+    from dora_vl.data.benchmarks.table import SOURCES
     from dora_vl.evaluation.benchmarks import find_benchmark
-    from dora_vl.sources.table import SOURCES
 
     if words and words[0] in ("--help", "--version"):
         return
@@ -168,7 +168,7 @@ def check_dora_vl(words: Sequence[str], is_whole: bool) -> None:
             if not name.endswith(".yaml"):
                 find_benchmark(name.partition("=")[0].partition(":")[0])
     if words[0] == "estimate":
-        from dora_vl.pipelines.estimate_command import add_arguments
+        from dora_vl.training.estimate import add_arguments
 
         parser = argparse.ArgumentParser()
         add_arguments(parser)
@@ -177,7 +177,7 @@ def check_dora_vl(words: Sequence[str], is_whole: bool) -> None:
     if words[0] == "train":
         check_settings(_task_of(options.config), ["--config", options.config, *options.settings])
     if words[0] == "show":
-        from dora_vl.pipelines.show_command import _own_options
+        from dora_vl.training.first_batch import _own_options
 
         own, settings = _own_options(options.settings)
         check_settings(own.task or _task_of(options.config), ["--config", options.config, *settings])
@@ -266,9 +266,7 @@ CHECKS: dict[str, Callable[[Sequence[str], bool], Any]] = {
 
 def settings_of_tasks() -> dict[str, type[Any]]:
     """The scripts of tasks/ that train -> the dataclass of their settings."""
-    from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
-    from dora_vl.run.recipe import RunConfig
-    from dora_vl.run.vlbart_recipe import VlBartRunConfig
+    from dora_vl.training.recipe import CommonsenseRunConfig, RunConfig, VlBartRunConfig
 
     return {
         "llava_instruct": RunConfig,
@@ -283,7 +281,7 @@ def check_settings(task: str, words: Sequence[str], *, is_whole: bool = True) ->
 
     A reader's own file stands for whatever a run needs.
     """
-    from dora_vl.run.command_line import read_settings
+    from dora_vl.training.command_line import read_settings
 
     kind = settings_of_tasks()[task]
     given = [word for word in words if word not in ("--help", "--print_config")]

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from dora_vl.adapters.folder import save_adapter
-from dora_vl.cli import main
-from dora_vl.commands import COMMANDS
+from dora_vl.cli import COMMANDS, main
 from dora_vl.core import DoRAConfig, apply_dora
 from tests.adapters.foreign_files import saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft

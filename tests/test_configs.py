@@ -23,21 +23,19 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from dora_vl.backbones.causal_lm import CausalLMBackbone
 from dora_vl.backbones.image_text import ImageTextBackbone
+from dora_vl.backbones.tower_sources import load_tower
+from dora_vl.backbones.towers import register_towers
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration
 from dora_vl.core import trained_parts
 from dora_vl.errors import UserError
-from dora_vl.pipelines.commonsense import CommonsensePipeline
-from dora_vl.pipelines.image_text import ImageTextPipeline
-from dora_vl.pipelines.vlbart_settings import vlbart_dora_config
-from dora_vl.run.adapting import adapt
-from dora_vl.run.arguments import SHORT_NAMES, check_deepspeed, check_training_section, read_deepspeed
-from dora_vl.run.assembly import dora_config
-from dora_vl.run.command_line import read_settings, variants_of
-from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
-from dora_vl.run.recipe import ModelConfig, RunConfig
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
-from dora_vl.vision.tower_sources import load_tower
-from dora_vl.vision.towers import register_towers
+from dora_vl.training.adapting import adapt
+from dora_vl.training.arguments import SHORT_NAMES, check_deepspeed, check_training_section, read_deepspeed
+from dora_vl.training.assembly import dora_config
+from dora_vl.training.command_line import read_settings, variants_of
+from dora_vl.training.commonsense_pipeline import CommonsensePipeline
+from dora_vl.training.image_text_pipeline import ImageTextPipeline
+from dora_vl.training.recipe import CommonsenseRunConfig, ModelConfig, RunConfig, VlBartRunConfig
+from dora_vl.training.vlbart_pipeline import vlbart_dora_config
 from tests.backbones.tiny_families.table import FAMILIES as TINY_FAMILIES
 from tests.backbones.tiny_image_text import tiny_tokenizer
 from tests.backbones.tiny_vlbart import BART_BASE

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dora_vl.core import DoRAConfig
-from dora_vl.data.examples import Answer, Example
-from dora_vl.scores.bootstrap import intervals
-from dora_vl.sources import published
+from dora_vl.data.benchmarks import fields
+from dora_vl.data.example import Answer, Example
+from dora_vl.evaluation.scores.scored import intervals
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PARTS = re.findall(r"^\+\+\+ (\S+)\n(.*?)(?=^\+\+\+ |^```$)", TEXT, re.MULTILINE | re.DOTALL)
@@ -25,10 +25,10 @@ def run(module: str, path: str, *more: str) -> dict[str, Any]:
     """The lines that a diff adds to a file, run with the names that a module of that kind has.
 
     Args:
-        more: names of `dora_vl.sources.published` that it imports besides.
+        more: names of `dora_vl.data.benchmarks.fields` that it imports besides.
     """
     names = dict(vars(importlib.import_module(module)))
-    names |= {name: getattr(published, name) for name in more}
+    names |= {name: getattr(fields, name) for name in more}
     (body,) = [body for part, body in PARTS if part == path]
     lines = [line[1:] for line in body.splitlines() if line.startswith("+") and not line.startswith("+    every =")]
     exec(compile("from __future__ import annotations\n" + "\n".join(lines), path, "exec"), names)
@@ -41,7 +41,7 @@ def test_every_section_has_a_diff() -> None:
 
 def test_the_source_reads_its_files(tmp_path: Path) -> None:
     (tmp_path / "birds_test.json").write_text(json.dumps([{"id": "1", "file": "a.jpg", "species": "wren"}]))
-    names = run("dora_vl.sources.nlvr", "dora_vl/sources/birds.py", "json_rows")
+    names = run("dora_vl.data.benchmarks.images", "dora_vl/sources/birds.py", "json_rows")
     (split,) = names["splits"](tmp_path, {}, tmp_path)
     (row,) = split.rows(lambda _: None)
     (example,) = split.convert(row)
@@ -49,7 +49,7 @@ def test_the_source_reads_its_files(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_scores_with_an_interval() -> None:
-    names = run("dora_vl.scores.exact_match", "dora_vl/scores/birds.py")
+    names = run("dora_vl.evaluation.scores.exact", "dora_vl/scores/birds.py")
     examples = [Example(id=str(n), answers=(Answer(text="wren"),)) for n in range(10)]
     answers = {str(n): "It is a Wren." if n < 7 else "a crow" for n in range(9)}
     scored = names["score"](examples, answers)
@@ -61,13 +61,13 @@ def test_the_benchmark_scores_with_an_interval() -> None:
 
 
 def test_the_task_is_one() -> None:
-    names = run("dora_vl.tasks.vlbart_image", "dora_vl/tasks/vlbart_image.py")
+    names = run("dora_vl.training.vlbart_tasks", "dora_vl/tasks/vlbart_image.py")
     task = names["counting_task"](lambda name: partial(names["question_prompt"], prefix=f"{name}: "))
     assert (task.name, task.target_tokens) == ("counting", 4)
 
 
 def test_the_adapter_method_is_a_dora_with_an_inner_scale() -> None:
-    names = run("dora_vl.core.dvora", "dora_vl/core/scaled.py")
+    names = run("dora_vl.core.inject", "dora_vl/core/scaled.py")
     torch.manual_seed(0)
     base = torch.nn.Linear(5, 4)
     plain, bias = base.weight.detach().clone(), base.bias.detach().clone()

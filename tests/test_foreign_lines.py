@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from dora_vl.foreign_lines import LEFT_OUT, leave_out_foreign_lines
+from dora_vl.errors import LEFT_OUT, leave_out_foreign_lines
 
 
 class Kept(logging.Handler):

@@ -17,9 +17,9 @@ from PIL import Image
 
 from dora_vl.cli import main as dora_vl
 from dora_vl.errors import LONGEST_MESSAGE
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run import trackers
-from dora_vl.setup import init_command
+from dora_vl.start import init
+from dora_vl.training import arguments
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from tasks import image_qa, llava_instruct, video_qa
 from tests.adapters.foreign_files import saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft
@@ -101,7 +101,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def person(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Person:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / ".cache"))
-    monkeypatch.setattr(trackers, "_is_installed", lambda module: False)
+    monkeypatch.setattr(arguments, "_is_installed", lambda module: False)
     monkeypatch.setattr(LlavaPipeline, "load", lambda self: pytest.fail("weights are read"))
     (tmp_path / "base").symlink_to(model)
     data = write_tiny_data(tmp_path / "pictures", samples=12)
@@ -325,7 +325,7 @@ def test_verbs(person: Person) -> None:
 
 
 def test_first_steps(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init_command, "_on_gpu", lambda: False)
+    monkeypatch.setattr(init, "_on_gpu", lambda: False)
     write_folder(person.folder / "whole", count=8)
     write_table(person.folder / "two" / "b.csv", [["x.png", "Q?", "a"]])
     write_table(person.folder / "two" / "a.csv", [["x.png", "Q?", "a"]])

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.distributed import DistStoreError
 
+from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.adapters.folder import read_weights as read_adapter_weights
-from dora_vl.adapters.tensor_files import read_tensors
 from dora_vl.backbones.causal_lm import load_causal_lm
+from dora_vl.backbones.towers import read_weights as read_tower_weights
 from dora_vl.errors import UserError
-from dora_vl.model_files import BRINGS_CODE, check_whole, opening
-from dora_vl.vision.weights import read_weights as read_tower_weights
+from dora_vl.files import BRINGS_CODE, check_whole, opening
 from tests.backbones.tiny_language import tiny_language
 
 TENSORS = {"a": torch.arange(40.0).view(8, 5), "b": torch.ones(3, dtype=torch.bfloat16)}

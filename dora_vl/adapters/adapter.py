@@ -5,21 +5,26 @@ Our own adapter folder is a PEFT folder with a `recipe.json`, so one reader and 
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import cached_file
 
 from dora_vl.adapters.agreement import LEAVES, by_own_name
-from dora_vl.adapters.checkpoints import replace_folder
-from dora_vl.adapters.factors import ExpertFactors, Factors
+from dora_vl.adapters.files import read_peft_config, read_recipe, read_tensors, refuse_not_finite, replace_folder
 from dora_vl.adapters.folder import (
     CONFIG_FILE,
     PEFT_PREFIX,
@@ -28,12 +33,115 @@ from dora_vl.adapters.folder import (
     WEIGHTS_FILE,
     refuse_to_replace_adapter,
 )
-from dora_vl.adapters.folder_files import read_peft_config, read_recipe
-from dora_vl.adapters.peft_config import rank_of, scale_of
-from dora_vl.adapters.settings import check_peft_fields, refuse_contradiction, type_of
-from dora_vl.adapters.tensor_files import read_tensors, refuse_not_finite
-from dora_vl.core.dvora import SHARED_NAME
+from dora_vl.adapters.settings import check_peft_fields, rank_of, refuse_contradiction, scale_of, type_of
+from dora_vl.core import functional
+from dora_vl.core.inject import SHARED_NAME
 from dora_vl.errors import UserError
+from dora_vl.files import weight_files
+
+# One adapted layer as the equation reads it, whatever the layer is: a linear, a convolution, an embedding.
+#
+# A convolution's kernel is a linear layer's weight once its last axes are flattened; an embedding's table and
+# transformers' `Conv1D` weight are linear weights transposed. So the equation in `core.functional` serves all.
+
+
+MagnitudeAxis = Literal["output", "input"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """A, B and magnitude of one layer, flattened to two axes; A and B None is a magnitude alone."""
+
+    lora_A: Float[Tensor, "rank in_"] | None
+    lora_B: Float[Tensor, "out rank"] | None
+    magnitude: Float[Tensor, " length"] | None
+    scale: float
+    transposed: bool = False
+    """The layer stores its weight as [in, out]: an embedding's table, transformers' `Conv1D`."""
+    magnitude_axis: MagnitudeAxis = "output"
+    """`output`: one magnitude an output row, the paper's form; `input`: one an input column (early LyCORIS)."""
+    shared_A: bool = False
+    """A is DVoRA's, as wide as the widest layer: `on_weight` cuts it."""
+
+    @property
+    def rank(self) -> int:
+        """Rows of A; 0 for a magnitude alone."""
+        return 0 if self.lora_A is None else len(self.lora_A)
+
+    def on_weight(self, shape: tuple[int, ...], *, transposed: bool) -> Factors:
+        """These factors for a layer whose weight has this shape and whose class may store it as [in, out]."""
+        turned = replace(self, transposed=True) if transposed else self
+        if self.lora_A is None or not self.shared_A:
+            return turned
+        columns = turned.as_matrix(torch.empty(shape, device="meta")).shape[1]
+        return replace(turned, lora_A=self.lora_A[:, :columns], shared_A=False)
+
+    def shape_fits(self, weight: Tensor) -> bool:
+        """Whether A, B and the magnitude belong to a weight of this shape."""
+        rows, columns = self.as_matrix(weight).shape
+        along = rows if self.magnitude_axis == "output" else columns
+        return (
+            (self.lora_A is None or self.lora_A.shape[1] == columns)
+            and (self.lora_B is None or self.lora_B.shape[0] == rows)
+            and (self.magnitude is None or self.magnitude.numel() == along)
+        )
+
+    def as_matrix(self, weight: Tensor) -> Float[Tensor, "out in_"]:
+        """The layer's weight as the equation's [out, in]; a view."""
+        return weight.t() if self.transposed else weight.flatten(1)
+
+    def in_layer_shape(self, matrix: Float[Tensor, "out in_"], like: Tensor) -> Tensor:
+        """Back from [out, in] to the shape that the layer stores."""
+        return matrix.t().contiguous() if self.transposed else matrix.view(like.shape)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """W' in the shape of `weight`, computed and returned in float32 (float64 for float64)."""
+        matrix = self.as_matrix(weight.detach())
+        wide = matrix.to(functional.accumulation_dtype(weight.dtype))
+        if self.magnitude_axis == "input":
+            a = None if self.lora_B is None else self.lora_B.t()
+            b = None if self.lora_A is None else self.lora_A.t()
+            new = functional.merged_weight(wide.t(), a, b, self.magnitude, self.scale).t().contiguous()
+        else:
+            new = functional.merged_weight(wide, self.lora_A, self.lora_B, self.magnitude, self.scale)
+        return self.in_layer_shape(new, weight)
+
+    def gain_on(self, weight: Tensor) -> Float[Tensor, " out"]:
+        """g = m / ||W + s B A|| of each output row; ones without a magnitude."""
+        matrix = self.as_matrix(weight.detach())
+        direction = functional.dense_direction(matrix, self.lora_A, self.lora_B, self.scale)
+        if self.magnitude is None:
+            return torch.ones(len(matrix), dtype=direction.dtype)
+        return functional.gain(self.magnitude, functional.root(functional.row_norms_squared(direction)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFactors:
+    """A, B and magnitude of experts that are one tensor in the model."""
+
+    lora_A: Float[Tensor, "experts rank in_"] | None
+    lora_B: Float[Tensor, "experts out rank"] | None
+    magnitude: Float[Tensor, "experts out"] | None
+    scale: float
+
+    @property
+    def experts_and_rows(self) -> tuple[int, int]:
+        """How many experts there are, and output rows of each."""
+        known = self.lora_B if self.lora_B is not None else self.magnitude
+        assert known is not None
+        return known.shape[0], known.shape[1]
+
+    def of(self, expert: int, part: int = 0, parts: int = 1) -> Factors:
+        """Those of one expert's matrix, or of the `part`-th of `parts` of its output rows."""
+        size = self.experts_and_rows[1] // parts
+        rows = slice(part * size, (part + 1) * size)
+        return Factors(
+            lora_A=None if self.lora_A is None else self.lora_A[expert],
+            lora_B=None if self.lora_B is None else self.lora_B[expert, rows],
+            magnitude=None if self.magnitude is None else self.magnitude[expert, rows],
+            scale=self.scale,
+        )
+
 
 PEFT_LEAVES = {
     "lora_A.weight": "A",
@@ -272,3 +380,88 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """One JSON object, indented as PEFT writes it."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# Where an adapter comes from: the base's content, the versions that made it, and whether a folder is that base.
+
+
+PACKAGES = ("dora-vl", "torch", "transformers", "deepspeed", "accelerate", "timm", "open_clip_torch")
+BASE_CONFIG_FILE = "config.json"
+_SHA256_HEX = 64
+
+
+def local_folder(folder_or_id: str, revision: str | None = None) -> Path:
+    """Where a model's files are: the folder itself, or a hub id's snapshot in the cache."""
+    if Path(folder_or_id).is_dir():
+        return Path(folder_or_id)
+    config = cached_file(folder_or_id, "config.json", revision=revision or "main", local_files_only=True)
+    return Path(str(config)).parent
+
+
+def content_hash(folder: Path) -> str:
+    """SHA-256 over a model folder's config and the weights files that are loaded, in the order of their names.
+
+    A file in the hub's cache is a link to a blob named by its SHA-256; that name is taken instead of reading
+    gigabytes again.
+
+    Raises:
+        UserError: a list of shards names one that is not there.
+    """
+    digest = hashlib.sha256()
+    config = [folder / BASE_CONFIG_FILE] if (folder / BASE_CONFIG_FILE).is_file() else []
+    for path in sorted([*config, *weight_files(folder)]):
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    blob = path.resolve().name
+    if path.is_symlink() and len(blob) == _SHA256_HEX and set(blob) <= set("0123456789abcdef"):
+        return blob
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a run depends on; packages that are not there are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def base_of(adapter: Adapter) -> Path:
+    """The base's folder that an adapter states: a folder, or a hub id's snapshot in the local cache.
+
+    Raises:
+        UserError: it states none, or it is not on this machine.
+    """
+    stated = str(adapter.config.get("base_model_name_or_path") or "")
+    if not stated:
+        raise UserError(f"{adapter.source} does not say which base it was trained on; add --base FOLDER")
+
+    try:
+        return local_folder(stated, adapter.config.get("revision"))
+    except OSError as error:
+        raise UserError(f"base {stated!r} of {adapter.source} is not on this machine; add --base FOLDER") from error
+
+
+def refuse_other_base(recipe: Mapping[str, Any], base: Path, source: str) -> None:
+    """Raises a `UserError` where the recipe holds the base's content hash and this folder's is another."""
+    stated = recipe.get("base_sha256")
+    if stated is None:
+        return
+
+    found = content_hash(base)
+    if found != stated:
+        raise UserError(
+            f"{source} was trained on another base than {base} (content hash {stated[:12]}, this one {found[:12]}); "
+            "give the right --base, or --any-base if you know that its weights are the same"
+        )

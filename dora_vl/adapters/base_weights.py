@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,11 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dora_vl.adapters.agreement import tied_names
-from dora_vl.adapters.folder import read_json
+from dora_vl.adapters.folder import own_name, read_json, read_weights
 from dora_vl.adapters.hub_names import hub_names
 from dora_vl.core.experts import expert_projections
+from dora_vl.core.quantised import loose_tensors
+from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
-from dora_vl.model_files import check_whole
+from dora_vl.files import check_whole
 
 STEMS = ("model", "diffusion_pytorch_model")
 """How the weight files of a folder begin: transformers' and diffusers' names."""
@@ -255,7 +257,7 @@ def skeleton(config: Mapping[str, Any]) -> Any:
     import transformers
 
     import_module("transformers.models.auto.modeling_auto")
-    from dora_vl.vision.towers import register_towers
+    from dora_vl.backbones.towers import register_towers
 
     architecture = (config.get("architectures") or [None])[0]
     if architecture is None or architecture not in dir(transformers):
@@ -268,3 +270,18 @@ def skeleton(config: Mapping[str, Any]) -> Any:
         model = kind(settings)
     assert isinstance(model, nn.Module)
     return model
+
+
+# A second model over the weights of the first: its structure copied, its tensors the same objects.
+
+
+def replaced_by(adapter: Path) -> frozenset[str]:
+    """Names of the model's tensors that an adapter folder holds values of its own for, such as a projector's."""
+    return frozenset(split_rows(own_name(key))[0] for key in read_weights(adapter))
+
+
+def shared_tensors(model: nn.Module, replaced: Collection[str] = ()) -> dict[int, Tensor]:
+    """What `copy.deepcopy` takes as its memo, so that a copy has these tensors themselves: all but the `replaced`."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    shared = {id(tensor): tensor for name, tensor in tensors if name not in replaced}
+    return shared | {id(tensor): tensor for tensor in loose_tensors(model)}

@@ -23,13 +23,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dora_vl.adapters.adapter import Adapter
+from dora_vl.adapters.adapter import Adapter, Factors
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.factors import Factors
+from dora_vl.adapters.exports import truncated
 from dora_vl.adapters.folder import PEFT_PREFIX
-from dora_vl.adapters.low_rank_export import truncated
-from dora_vl.adapters.merged_weights import planned_factors
-from dora_vl.adapters.peft_config import new_config, own_recipe
+from dora_vl.adapters.merge import planned_factors
+from dora_vl.adapters.settings import new_config, own_recipe
 from dora_vl.core import functional
 from dora_vl.core.trainable import kept_rows, split_rows
 from dora_vl.errors import UserError

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dora_vl.adapters.adapter import Adapter, write_adapter
+from dora_vl.adapters.adapter import Adapter, base_of, refuse_other_base, write_adapter
 from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.exports import LayerExport, as_lora, export_layers
 from dora_vl.adapters.folder import refuse_to_replace_adapter
-from dora_vl.adapters.low_rank_export import LayerExport, as_lora, export_layers
-from dora_vl.adapters.provenance import base_of, refuse_other_base
 from dora_vl.adapters.read import FORMATS, ReadOptions, read_any
 from dora_vl.adapters.vlbart_original import (
     ORIGINAL_FORMS,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.tuned_weights import Saved, TunedWeights, opened
+from dora_vl.adapters.merge import Saved, TunedWeights, opened
 from dora_vl.core.analysis import Axis, Line, WeightChange, change_of_blocks, fit_line
 from dora_vl.errors import UserError
 

@@ -32,22 +32,26 @@ from dora_vl.adapters.agreement import (
     whole_change,
 )
 from dora_vl.adapters.agreement import own_name as own_name
-from dora_vl.adapters.checkpoints import refuse_to_replace, replace_folder
-from dora_vl.adapters.folder_files import CONFIG_FILE as CONFIG_FILE
-from dora_vl.adapters.folder_files import RECIPE_FILE as RECIPE_FILE
-from dora_vl.adapters.folder_files import read_json as read_json
-from dora_vl.adapters.folder_files import read_peft_config, read_recipe
+from dora_vl.adapters.files import CONFIG_FILE as CONFIG_FILE
+from dora_vl.adapters.files import RECIPE_FILE as RECIPE_FILE
+from dora_vl.adapters.files import (
+    complete_checkpoints,
+    read_peft_config,
+    read_recipe,
+    refuse_not_finite,
+    refuse_to_replace,
+    replace_folder,
+)
+from dora_vl.adapters.files import read_json as read_json
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
-from dora_vl.adapters.tensor_files import refuse_not_finite
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.initialise import take_from_weight
 from dora_vl.core.inject import apply_dora, refuse_unwritable
-from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.opaque import loose_tensors
+from dora_vl.core.layer import AdaptedLayer, take_from_weight
 from dora_vl.core.precision import Gather, no_gather
+from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import adapted_layers, is_adapted, kept_rows, kept_tensors, trained_parts
-from dora_vl.errors import UserError
-from dora_vl.model_files import check_whole
+from dora_vl.errors import UserError, shown_names
+from dora_vl.files import check_whole
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
@@ -289,3 +293,38 @@ def _shapes_in_file(model: nn.Module, name: str, tensor: Tensor) -> tuple[tuple[
 def _expected(model: nn.Module) -> dict[str, Tensor]:
     trained = {name: p for part in trained_parts(model) for name, p in part.parameters.items()}
     return {**trained, **kept_tensors(model)}
+
+
+# What a person has named instead of an adapter's folder, and which folder is meant.
+
+
+INNER = "adapter"
+"""Where a run and each of its checkpoints keep their adapter."""
+
+
+def no_adapter(place: Path) -> UserError:
+    """The error of a path that holds no adapter: what is there, and the next step."""
+    if not place.exists():
+        return UserError(f"{place} holds no adapter: no such file or folder; give a run's adapter folder")
+    if place.is_file():
+        return UserError(f"{place} is not a folder; give the adapter folder of a run, such as runs/demo/adapter")
+    if (place / INNER / WEIGHTS_FILE).is_file():
+        return UserError(f"{place} is a run's folder or a checkpoint; its adapter is {place / INNER}")
+    checkpoints = [one / INNER for one in complete_checkpoints(place) if (one / INNER / WEIGHTS_FILE).is_file()]
+    if checkpoints:
+        return UserError(
+            f"{place} is the folder of a run that has not ended; resume it, or take the adapter of its last "
+            f"checkpoint, {checkpoints[-1]}"
+        )
+    if (place / PICKLED_WEIGHTS_FILE).is_file():
+        return pickled(place)
+    if (place / CONFIG_FILE).is_file():
+        return UserError(f"{place} has no {WEIGHTS_FILE}; the folder is incomplete, copy it again or train again")
+    if (place / "config.json").is_file():
+        return UserError(
+            f"{place} is a model's folder and has no {WEIGHTS_FILE}; give an adapter's, or ask it as --model"
+        )
+    there = shown_names(sorted(path.name for path in place.iterdir()))
+    return UserError(
+        f"{place} holds no adapter: it has no {WEIGHTS_FILE}, but {there}; an adapter is {', '.join(FILES)}"
+    )

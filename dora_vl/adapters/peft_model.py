@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core.config import DropoutMode
-from dora_vl.core.fast.gain_family import GainFamily
+from dora_vl.core.fast.change import GainFamily
 from dora_vl.core.gain import is_plain_parameter, unwatch
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.adapters.base_weights import BaseWeights, skeleton
-from dora_vl.core.opaque import class_path, dequantised, quantised_in, settle_quantised
+from dora_vl.core.quantised import class_path, dequantised, quantised_in, settle_quantised
 from dora_vl.errors import UserError, one_line, shown
 
 Quantisation = Literal["nf4", "int8", "hqq"]

@@ -11,13 +11,10 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter, names_adapter, read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.folder import CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, read_json
-from dora_vl.adapters.folder_files import read_peft_config
-from dora_vl.adapters.foreign import to_adapter
-from dora_vl.adapters.foreign_layouts import LAYOUTS, from_kohya, from_torchtune, from_vl_adapter
-from dora_vl.adapters.named_folder import no_adapter
+from dora_vl.adapters.files import read_peft_config, read_tensors, refuse_not_finite
+from dora_vl.adapters.folder import CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, no_adapter, read_json
+from dora_vl.adapters.foreign import LAYOUTS, from_kohya, from_torchtune, from_vl_adapter, to_adapter
 from dora_vl.adapters.settings import READ_TYPES
-from dora_vl.adapters.tensor_files import read_tensors, refuse_not_finite
 from dora_vl.errors import UserError
 
 FORMATS = ("peft", *LAYOUTS)

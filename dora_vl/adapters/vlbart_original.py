@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter, Factors
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.factors import Factors
-from dora_vl.adapters.foreign_layouts import ALIASES, EMBEDDING
-from dora_vl.adapters.merged_weights import planned_factors
+from dora_vl.adapters.foreign import ALIASES, EMBEDDING
+from dora_vl.adapters.merge import planned_factors
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from dora_vl.backbones.score_watch import ScoreWatch
-from dora_vl.data.collate import visible
-from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.backbones.generation import ScoreWatch
+from dora_vl.data.batches import visible
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
 
 Model = TypeVar("Model", bound=PreTrainedModel)

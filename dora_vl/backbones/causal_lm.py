@@ -24,12 +24,10 @@ from dora_vl.backbones.base import (
     new_tokens,
     output_layer_sees,
 )
-from dora_vl.backbones.language_source import PlainLanguageModel, read_language_model
-from dora_vl.backbones.quantised import quantised_loading
-from dora_vl.backbones.specs import LanguageSource as LanguageSource
-from dora_vl.backbones.written_base import written_base
+from dora_vl.backbones.loading import LanguageSource as LanguageSource
+from dora_vl.backbones.loading import PlainLanguageModel, quantised_loading, read_language_model, written_base
 from dora_vl.errors import UserError
-from dora_vl.model_files import NO_OWN_CODE, check_model_folder, opening
+from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,11 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from transformers.models.llava.processing_llava import LlavaProcessor
 
 from dora_vl.adapters.hub_names import save_under_hub_names
-from dora_vl.backbones.language_source import LanguageModel, load_language_model
-from dora_vl.backbones.specs import ComposeSpec as ComposeSpec
-from dora_vl.backbones.written_base import written_base
-from dora_vl.vision.images import image_processor
-from dora_vl.vision.tower_sources import LoadedTower, load_tower
-from dora_vl.vision.towers import register_towers
+from dora_vl.backbones.loading import ComposeSpec as ComposeSpec
+from dora_vl.backbones.loading import LanguageModel, load_language_model, written_base
+from dora_vl.backbones.tower_pictures import image_processor
+from dora_vl.backbones.tower_sources import LoadedTower, load_tower
+from dora_vl.backbones.towers import register_towers
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
-from dora_vl.backbones.growing_text import decoded
+from dora_vl.backbones.generation import decoded
 from dora_vl.backbones.templates import PROBE, Rendered, Span, Template, framed, refuse_marks
-from dora_vl.data.dataset import IGNORED_LABEL, Encoded, TrainedAnswer
+from dora_vl.data.samples import IGNORED_LABEL, Encoded, TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample, UserError
 

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from dora_vl.errors import UserError
-from dora_vl.model_files import BRINGS_CODE, check_place, opening
+from dora_vl.files import BRINGS_CODE, check_place, opening
 
 LLAVA = "llava"
 """Has its own path: LLaVA-1.5's wording, its padding of pictures, its masks, stored features."""

@@ -14,8 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from dora_vl.adapters.adapter import local_folder
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.provenance import local_folder
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Attention, Backbone, Features, labelled_positions, new_tokens, output_layer_sees
 from dora_vl.backbones.families import (
@@ -27,13 +27,13 @@ from dora_vl.backbones.families import (
     model_type_of,
     sees_pictures,
 )
-from dora_vl.backbones.quantised import quantised_loading
+from dora_vl.backbones.loading import quantised_loading
 from dora_vl.core import DoRAConfig
-from dora_vl.core.kinds import adaptable
+from dora_vl.core.inject import adaptable
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.opaque import is_quantised
+from dora_vl.core.quantised import is_quantised
 from dora_vl.errors import UserError
-from dora_vl.model_files import NO_OWN_CODE, check_model_folder, opening
+from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 
 class ImageTextBackbone(Backbone[PreTrainedModel]):

@@ -15,12 +15,11 @@ from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from dora_vl.backbones.families import ALIGNED, sees_pictures
-from dora_vl.backbones.growing_text import decoded
-from dora_vl.backbones.language_source import load_tokenizer
-from dora_vl.backbones.processor_chat import Chat
-from dora_vl.backbones.prompt_formats import PROCESSOR_OPTIONS, prompts_of
+from dora_vl.backbones.generation import decoded
+from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.pieces import TextProcessor, TokenRoles, from_offsets, from_prefixes, from_token_types
+from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, Chat, prompts_of
 from dora_vl.backbones.templates import PROBE, framed, refuse_marks
-from dora_vl.backbones.text_processor import TextProcessor, TokenRoles, from_offsets, from_prefixes, from_token_types
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,
     Video,
@@ -32,10 +31,10 @@ from dora_vl.backbones.video_inputs import (
     repeated,
     video_arguments,
 )
-from dora_vl.data.dataset import IGNORED_LABEL, Encoded, Sample, TrainedAnswer
+from dora_vl.data.samples import IGNORED_LABEL, Encoded, Sample, TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample, UserError, one_line
-from dora_vl.model_files import NO_OWN_CODE, opening
+from dora_vl.files import NO_OWN_CODE, opening
 
 DUMMY_SIDE = 64
 LARGE_SIDE = 1024

@@ -20,11 +20,11 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 from dora_vl.adapters.quantised_base import Quantisation
 from dora_vl.backbones.base import Attention, Backbone, Features, labelled_positions, layout_attention, pad_token_id
 from dora_vl.backbones.families import LLAVA
-from dora_vl.backbones.quantised import quantised_loading
-from dora_vl.backbones.score_watch import ScoreWatch
+from dora_vl.backbones.generation import ScoreWatch
+from dora_vl.backbones.loading import quantised_loading
+from dora_vl.backbones.towers import register_towers
 from dora_vl.errors import UserError
-from dora_vl.model_files import check_model_folder, opening
-from dora_vl.vision.towers import register_towers
+from dora_vl.files import check_model_folder, opening
 
 LANGUAGE_LAYERS = "model.language_model.layers.*"
 DORA_TARGETS = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from dora_vl.data.dataset import TrainedAnswer
+from dora_vl.data.samples import TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import UserError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -13,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
-from dora_vl.backbones.processor_chat import Chat
+from dora_vl.backbones.prompts import Chat
 from dora_vl.backbones.templates import VIDEO_MARK
-from dora_vl.data.processor_inputs import stacked
+from dora_vl.data.batches import stacked
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
-from dora_vl.vision.video_decoding import Frames
+from dora_vl.data.video import Frames
 
 Video: TypeAlias = Frames[Image.Image]
 """RGB frames of one video, as `VideoReader.read` gives them."""
@@ -172,3 +173,36 @@ def displaced_inputs(
                 processor.video_processor(arguments["videos"], return_tensors="pt", **arguments["videos_kwargs"])
             )
     return {name: stacked([one[name][0] for one in made], 0)[None] for name in sorted(names)}
+
+
+# Pictures and frames of a sample within a number of pixels: what is above it is shrunk, all by one factor.
+
+
+LEAST_PIXELS = 32 * 32
+"""A sample's share must be at least that: a picture of fewer shows nothing."""
+
+
+def within_pixels(
+    pictures: Sequence[Image.Image], videos: Sequence[Video], most: int
+) -> tuple[list[Image.Image], list[Video], int]:
+    """The pictures and videos of a sample, shrunk where together they have more than `most` pixels.
+
+    Returns: them, and how many pixels they lost; 0 where they fit.
+    """
+    before = _pixels(pictures, videos)
+    if before <= most:
+        return list(pictures), list(videos), 0
+    factor = math.sqrt(most / before)
+    smaller = [_shrunk(one, factor) for one in pictures]
+    clips = [replace(one, pictures=tuple(_shrunk(frame, factor) for frame in one.pictures)) for one in videos]
+    return smaller, clips, before - _pixels(smaller, clips)
+
+
+def _pixels(pictures: Sequence[Image.Image], videos: Sequence[Video]) -> int:
+    shown = [*pictures, *(frame for video in videos for frame in video.pictures)]
+    return sum(one.width * one.height for one in shown)
+
+
+def _shrunk(picture: Image.Image, factor: float) -> Image.Image:
+    sides = (max(1, math.floor(picture.width * factor)), max(1, math.floor(picture.height * factor)))
+    return picture.resize(sides, Image.Resampling.BICUBIC, reducing_gap=3.0)

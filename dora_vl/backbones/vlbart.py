@@ -13,14 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from dora_vl.adapters.foreign_layouts import ADDED_ROWS
+from dora_vl.adapters.foreign import ADDED_ROWS
 from dora_vl.backbones.base import Attention, Backbone, Features, max_positions
-from dora_vl.backbones.score_watch import ScoreWatch
+from dora_vl.backbones.generation import ScoreWatch
 from dora_vl.backbones.vlbart_model import VlBartConfig, VlBartForConditionalGeneration, joint_mask
-from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
+from dora_vl.files import check_model_folder, opening
 from dora_vl.heads.answer import AnswerHead
-from dora_vl.model_files import check_model_folder, opening
 
 log = logging.getLogger(__name__)
 

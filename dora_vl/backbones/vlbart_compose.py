@@ -20,16 +20,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.bart.modeling_bart import BartForConditionalGeneration
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dora_vl.adapters.foreign_layouts import ALIASES, EMBEDDING
-from dora_vl.adapters.tensor_files import read_tensors
-from dora_vl.backbones.specs import SmallBart as SmallBart
-from dora_vl.backbones.specs import VlBartSpec as VlBartSpec
+from dora_vl.adapters.files import read_tensors
+from dora_vl.adapters.foreign import ALIASES, EMBEDDING
+from dora_vl.backbones.loading import SmallBart as SmallBart
+from dora_vl.backbones.loading import VlBartSpec as VlBartSpec
+from dora_vl.backbones.loading import written_base
+from dora_vl.backbones.published_features import open_features
 from dora_vl.backbones.vlbart_model import VisualNorm, VlBartConfig, VlBartForConditionalGeneration
-from dora_vl.backbones.written_base import written_base
-from dora_vl.data.examples import Example, iterate_examples
+from dora_vl.data.example import Example, iterate_examples
 from dora_vl.errors import UserError
-from dora_vl.model_files import NO_OWN_CODE, check_model_folder, opening
-from dora_vl.vision.feature_files import open_features
+from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 RAW_WEIGHT = ".weight_v"  # NVlabs' DoRA keeps the frozen weight under this name
 ADAPTER_LEAVES = (".weight_m", ".lora_A", ".lora_B")

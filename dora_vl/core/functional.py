@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_vl.core.fast.dropout import Dropped
-from dora_vl.core.fast.fused import fused_kernels
-from dora_vl.core.fast.products import ROW_HALVES, factor_gradient, scaled_product
+from dora_vl.core.fast.products import ROW_HALVES, factor_gradient, fused_kernels, scaled_product
 from dora_vl.core.gain import CANCELLATION, EditsInPlace, Gain, apply_gain, scaled_with_sums
 
 NORM_CHUNK_ROWS = 1024

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import cast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dora_vl.core.config import DoRAConfig
-from dora_vl.core.dvora import SHARED_NAME, DVoRALinear, SharedRandom, share_random
+from dora_vl.core import functional
+from dora_vl.core.config import DoRAConfig, LayerKind
+from dora_vl.core.conv import DoRAConv1d, DoRAConv2d
+from dora_vl.core.embedding import SCALED_EMBEDDINGS, DoRAEmbedding
 from dora_vl.core.experts import AdaptedExperts, expert_projections
-from dora_vl.core.fast.gain_family import found_families
-from dora_vl.core.initialise import OriginalWeight, fill_from_weights, start_loftq, take_starts
-from dora_vl.core.kinds import adaptable, adaptable_names
-from dora_vl.core.linear import ProductLayer
-from dora_vl.core.opaque import settle_quantised
+from dora_vl.core.fast.change import found_families
+from dora_vl.core.layer import AdaptedLayer, OriginalWeight, fill_from_weights, start_loftq, take_starts
+from dora_vl.core.linear import DoRALinear, ProductLayer, TransposedLinear
 from dora_vl.core.precision import Gather, no_gather, train_in_own_dtype
+from dora_vl.core.quantised import (
+    OPAQUE_KINDS,
+    TENSOR_SUBCLASS,
+    UNKNOWN_LINEAR,
+    OpaqueKind,
+    OpaqueLinear,
+    class_path,
+    settle_quantised,
+)
 from dora_vl.core.trainable import (
     adapted_layers,
     choose_trained,
@@ -25,6 +38,143 @@ from dora_vl.core.trainable import (
     refuse_unmatched,
 )
 from dora_vl.errors import UserError
+
+# Which class adapts which layer: a table by class path, so that nothing of other packages is imported here.
+
+
+@dataclass(frozen=True)
+class Adaptable:
+    """One row: what the layer counts as in `config.kinds`, and what builds its adapted form."""
+
+    kind: LayerKind
+    build: Callable[[Any, DoRAConfig], AdaptedLayer]
+    weight_is_readable: bool = True
+    """Whether the layer's weight can be read, and written for `init="pissa"`; not so where it is only called."""
+
+
+ADAPTABLE: Mapping[str, Adaptable] = {
+    "torch.nn.modules.linear.Linear": Adaptable("linear", DoRALinear),
+    "transformers.pytorch_utils.Conv1D": Adaptable("linear", TransposedLinear),
+    "torch.nn.modules.conv.Conv1d": Adaptable("conv", DoRAConv1d),
+    "torch.nn.modules.conv.Conv2d": Adaptable("conv", DoRAConv2d),
+    "torch.nn.modules.sparse.Embedding": Adaptable("embedding", DoRAEmbedding),
+    **{path: Adaptable("embedding", DoRAEmbedding) for path in SCALED_EMBEDDINGS},
+}
+
+
+def adaptable_names(model: nn.Module, config: DoRAConfig) -> list[str]:
+    """Full names of all that can be adapted, in the model's order: layers, and experts' weights that are one tensor."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if adaptable(module, config) is not None:
+            names.append(name)
+        if "experts" in config.kinds:
+            names += [f"{name}.{leaf}".lstrip(".") for leaf in expert_projections(module)]
+    return names
+
+
+def adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
+    """How a module is adapted; None if it is not, or not of `config.kinds`.
+
+    By exact class: a subclass may use its weight without calling itself (torch's attention does), and an adapter
+    there would be passed over in silence.
+    """
+    row = _row(module, config)
+    return row if row is not None and row.kind in config.kinds else None
+
+
+def _row(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
+    path = class_path(module)
+    if path in OPAQUE_KINDS:
+        return _opaque(OPAQUE_KINDS[path])
+    if path in config.opaque_layers:
+        return _opaque(UNKNOWN_LINEAR)
+    row = ADAPTABLE.get(path)
+    if isinstance(module, nn.Linear) and row is not None and is_traceable_wrapper_subclass(module.weight.data):
+        return _opaque(TENSOR_SUBCLASS)
+    return row
+
+
+def _opaque(kind: OpaqueKind) -> Adaptable:
+    return Adaptable("linear", lambda module, config: OpaqueLinear(module, config, kind), weight_is_readable=False)
+
+
+# DVoRA: DoRA over VeRA. One frozen random A and B for all layers; each trains two vectors and its magnitude.
+#
+# V = W + diag(b) B diag(d) A, with A and B cut to the layer's size (arXiv 2402.09353 section 5.5; VeRA is arXiv
+# 2310.11454). Both vectors fold into B, so the layer is an ordinary one with the factors A and diag(b) B diag(d), and
+# its norm is factored as any other.
+
+
+SHARED_NAME = "dvora_shared"
+"""Name of the module that holds the random matrices, at the model's root."""
+START_OF_D = 0.1
+"""VeRA's starting value of d; b starts at 0."""
+
+
+class SharedRandom(nn.Module):
+    """The frozen A and B, large enough for every layer; buffers that the base's checkpoint does not know of."""
+
+    random_A: Tensor
+    random_B: Tensor
+
+    def __init__(self, *, rank: int, in_features: int, out_features: int, seed: int, like: Tensor) -> None:
+        super().__init__()
+        dtype = functional.accumulation_dtype(like.dtype)
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in (("random_A", (rank, in_features)), ("random_B", (out_features, rank))):
+            matrix = torch.empty(shape, dtype=dtype)
+            # VeRA's start; fan-in is the second axis of either matrix.
+            nn.init.kaiming_uniform_(matrix, generator=generator)
+            self.register_buffer(name, matrix.to(like.device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input: a root that calls its children in turn, `nn.Sequential`, calls this one too."""
+        return x
+
+
+class DVoRALinear(DoRALinear):
+    """A linear layer that trains d [rank], b [out] and the magnitude over the shared A and B."""
+
+    FILE_LEAVES: ClassVar[Mapping[str, str]] = {
+        "lambda_d": "vera_lambda_d",
+        "lambda_b": "vera_lambda_b",
+        "magnitude": "lora_magnitude_vector",
+    }
+
+    def __init__(self, base: nn.Linear, config: DoRAConfig, shared: SharedRandom) -> None:
+        self._shared_matrices = (shared,)  # in a tuple: the module is the model's, not this layer's
+        super().__init__(base, config)
+
+    def create_parameters(self) -> None:
+        """d = 0.1, b = 0 and the magnitude: nothing changes yet."""
+        dtype, device = functional.accumulation_dtype(self.weight.dtype), self.weight.device
+        self.lambda_d = nn.Parameter(torch.full((self.adapter.rank,), START_OF_D, dtype=dtype, device=device))
+        self.lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device))
+        self.create_magnitude()
+
+    def scale(self) -> float:
+        """1: b takes the place of a scale."""
+        return 1.0
+
+    def factors(self) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
+        """A, and B with both vectors folded in."""
+        (shared,) = self._shared_matrices
+        b = shared.random_B[: self.out_features] * self.lambda_d * self.lambda_b.unsqueeze(1)
+        return shared.random_A[:, : self.in_features], b
+
+
+def share_random(model: nn.Module, layers: list[nn.Linear], config: DoRAConfig) -> SharedRandom:
+    """Gives the model its random matrices, as large as its largest layer needs."""
+    shared = SharedRandom(
+        rank=config.rank,
+        in_features=max(layer.in_features for layer in layers),
+        out_features=max(layer.out_features for layer in layers),
+        seed=config.random_seed,
+        like=cast(Tensor, layers[0].weight),
+    )
+    model.add_module(SHARED_NAME, shared)
+    return shared
 
 
 def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gather) -> list[str]:

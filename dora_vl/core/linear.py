@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.fast.compiled import compiled_linear
-from dora_vl.core.fast.cpu_step import compiled_pass, output_is_compiled
+from dora_vl.core.fast.change import GainFamily
+from dora_vl.core.fast.cpu_step import compiled_linear, compiled_pass, output_is_compiled
 from dora_vl.core.fast.dropout import SharedDropout
-from dora_vl.core.fast.gain_family import GainFamily
 from dora_vl.core.fast.products import ROW_HALVES
 from dora_vl.core.gain import Gain, Snapshot, careful_gain, quick_gains
 from dora_vl.core.layer import AdaptedLayer

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.core import functional
-from dora_vl.core.batch_at_hand import BatchAtHand, Layout, Place, Run
+from dora_vl.core.active_adapters import BatchAtHand, Layout, Place, Run
 from dora_vl.core.gain import Gain, careful_gain
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.strength import GainByStrength, Share, layer_between

@@ -12,12 +12,10 @@ from pathlib import Path
 
 import torch
 
-from dora_vl.data.media import MediaFolder
+from dora_vl.data.pictures import MediaFolder
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Asked
-from dora_vl.evaluation.evaluation_set import EvaluationSet
-from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.result_files import (
+from dora_vl.evaluation.predictions import (
     PredictionsFile,
     cut_broken_tail,
     file_sha256,
@@ -26,15 +24,16 @@ from dora_vl.evaluation.result_files import (
     settings_file,
     write_in_order,
 )
-from dora_vl.run.busy_cores import give_way_when_busy
-from dora_vl.run.launch import (
+from dora_vl.evaluation.questions import EvaluationSet, Question
+from dora_vl.evaluation.scores.benchmark import FRAMES
+from dora_vl.training.launch import (
+    give_way_when_busy,
     leave_process_group,
     on_first_rank,
     rank_and_ranks,
     threads_of_this_rank,
     wait_for_everyone,
 )
-from dora_vl.scores.benchmark import FRAMES
 
 PREDICTIONS = "predictions.jsonl"
 PART = "predictions.part-{}.jsonl"

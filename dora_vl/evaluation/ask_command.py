@@ -22,12 +22,10 @@ from dora_vl.evaluation.asking import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dora_vl.data.examples import Clip
+    from dora_vl.data.example import Clip
     from dora_vl.data.turns import Turn
+    from dora_vl.data.video import Frames, Sampling, VideoReader
     from dora_vl.evaluation.asker import Asker, Opened
-    from dora_vl.vision.frame_sampling import Sampling
-    from dora_vl.vision.video import VideoReader
-    from dora_vl.vision.video_decoding import Frames
 
 DESCRIPTION = """\
 Asks a model about pictures or videos of your own.
@@ -132,7 +130,7 @@ def ask_about_videos(options: argparse.Namespace) -> None:
     for path in paths:
         if not path.is_file():  # shows before the model loads
             raise UserError(f"video {path} is missing")
-    from dora_vl.vision.video import VideoReader
+    from dora_vl.data.video import VideoReader
 
     opened = open_model(options)
     with VideoReader() as reader:
@@ -237,7 +235,7 @@ class ClipReader:
 
 def ask_clip(opened: Opened, clips: ClipReader, path: Path, question: str, options: argparse.Namespace) -> None:
     """Puts one question to one video."""
-    from dora_vl.data.examples import Clip, Example, Subtitle
+    from dora_vl.data.example import Clip, Example, Subtitle
     from dora_vl.evaluation.asker import Shown
 
     example = Example(

@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from dora_vl.data.dataset import Sample, Skipped
-from dora_vl.data.examples import MIDDLE_FRAME, Example
+from dora_vl.data.example import MIDDLE_FRAME, Example
+from dora_vl.data.samples import Sample, Skipped
+from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.ask import Asking, ask
 from dora_vl.evaluation.asker import Asked, MediaReader, videos_placed
 from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.predict import (
     Decoding,
     note_failures,
@@ -29,12 +29,11 @@ from dora_vl.evaluation.predict import (
     refuse_without_numbers,
     unanswered,
 )
+from dora_vl.evaluation.predictions import PredictionsFile
 from dora_vl.evaluation.prompt_inputs import Prompts
-from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.result_files import PredictionsFile
-from dora_vl.run.samples import VideoReading
-from dora_vl.scores.prompts import Prompt, turns_of
-from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.evaluation.questions import EvaluationSet, Question
+from dora_vl.evaluation.scores.prompts import Prompt, turns_of
+from dora_vl.training.assembly import VideoReading
 
 
 @runtime_checkable

@@ -11,19 +11,18 @@ from string import ascii_uppercase
 from PIL import Image
 from tqdm import tqdm
 
-from dora_vl.backbones.score_watch import NoNumbers
-from dora_vl.data.dataset import Skipped
-from dora_vl.data.examples import Example
-from dora_vl.data.media import MediaFolder, open_image
+from dora_vl.backbones.generation import NoNumbers
+from dora_vl.data.example import Example
+from dora_vl.data.pictures import MediaFolder, open_image
+from dora_vl.data.samples import Skipped
+from dora_vl.data.video import VideoReader
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Asking, ask
 from dora_vl.evaluation.asker import Asked
-from dora_vl.evaluation.evaluation_set import EvaluationSet
 from dora_vl.evaluation.predict import note_failures, prediction_of, refuse_without_numbers
-from dora_vl.evaluation.questions import Question, question_of_task
-from dora_vl.evaluation.result_files import PredictionsFile
+from dora_vl.evaluation.predictions import PredictionsFile
+from dora_vl.evaluation.questions import EvaluationSet, Question, question_of_task
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-from dora_vl.vision.video import VideoReader
 
 TASKS: Mapping[str, str] = {"vqav2_karpathy": "vqav2"}
 """Benchmark -> the task that it is asked as, where the names differ."""

@@ -11,19 +11,19 @@ from PIL import Image
 from torch import Tensor
 
 from dora_vl.backbones.video_inputs import Video, as_pictures
-from dora_vl.data.media import HeldPictures, MediaFolder, any_is_there, open_picture
+from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_picture
 from dora_vl.data.turns import VIDEO_PLACEHOLDER, Turn
+from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.questions import Question
-from dora_vl.run.samples import VideoReading
-from dora_vl.run.watched import SIDE, tiled
-from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.training.assembly import VideoReading
+from dora_vl.training.watching import SIDE, tiled
 
 if TYPE_CHECKING:
-    from dora_vl.data.examples import Clip, Example
+    from dora_vl.data.example import Clip, Example
+    from dora_vl.data.video import Sampling
     from dora_vl.evaluation.ask import Asking
-    from dora_vl.evaluation.evaluation_set import EvaluationSet
-    from dora_vl.vision.frame_sampling import Sampling
+    from dora_vl.evaluation.questions import EvaluationSet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from dora_vl.data.media import MediaFolder, open_image
+from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample, UserError
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def open_model(options: argparse.Namespace) -> Opened:
         raise UserError("--strength is about an adapter; name one with --adapter")
     from dora_vl.core.strength import checked_strength
     from dora_vl.evaluation.asker import Wanted
-    from dora_vl.evaluation.open_asker import open_asker
-    from dora_vl.run.busy_cores import give_way_when_busy
+    from dora_vl.evaluation.open_model import open_asker
+    from dora_vl.training.launch import give_way_when_busy
 
     give_way_when_busy()
     return open_asker(

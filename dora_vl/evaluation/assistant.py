@@ -13,22 +13,21 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.base import Features, max_positions
-from dora_vl.backbones.growing_text import NOT_YET_A_CHARACTER
-from dora_vl.backbones.score_watch import NO_TOKEN, NoNumbers
-from dora_vl.data.dataset import Sample
-from dora_vl.data.examples import Example
+from dora_vl.backbones.generation import NO_TOKEN, NOT_YET_A_CHARACTER, NoNumbers
+from dora_vl.data.example import Example
+from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
+from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.asker import Asked, Shown, View, Write, videos_placed
 from dora_vl.evaluation.asking import open_picture as open_picture
 from dora_vl.evaluation.predict import Decoding
 from dora_vl.evaluation.prompt_inputs import Prompts, model_inputs
-from dora_vl.scores.prompts import about_video, turns_of
-from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.evaluation.scores.prompts import about_video, turns_of
 
 if TYPE_CHECKING:
     from dora_vl.evaluation.ask import Asking
-    from dora_vl.evaluation.evaluation_set import EvaluationSet
+    from dora_vl.evaluation.questions import EvaluationSet
 
 
 class TextStreamer(BaseStreamer):

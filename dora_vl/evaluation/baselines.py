@@ -10,11 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any
 
-from dora_vl.data.examples import MIDDLE_FRAME, Clip, Example, clip_fields
-from dora_vl.scores.benchmark import Scorer
-from dora_vl.scores.bootstrap import Difference, intervals, paired_differences
-from dora_vl.scores.known_truth import Group
-from dora_vl.scores.scored import Scored
+from dora_vl.data.example import MIDDLE_FRAME, Clip, Example, clip_fields
+from dora_vl.evaluation.scores.benchmark import Group, Scorer
+from dora_vl.evaluation.scores.scored import Difference, Scored, intervals, paired_differences
 
 MOST_EXCHANGED, SEED = 200, 0
 LEAST_ASKED = 5

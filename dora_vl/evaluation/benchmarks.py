@@ -20,51 +20,37 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from dora_vl.data.yaml_file import read_yaml
 from dora_vl.errors import UserError, shown
-from dora_vl.scores import (
-    caption,
-    commonsense,
-    exact_match,
-    gqa,
-    llava_bench,
-    mmbench,
-    mme,
-    mmvet,
-    nlvr2,
-    pope,
-    prompts,
-    scienceqa,
-    seed,
-    textvqa,
-    video_qa,
-    vizwiz,
-    vqa,
-)
-from dora_vl.scores.benchmark import FRAMES, SHORT_ANSWER_TOKENS, Benchmark
-from dora_vl.scores.own_scores import SCORINGS
-from dora_vl.scores.prompts import Prompt
+from dora_vl.evaluation.scores import caption, commonsense, exact, llava, prompts, video, vqa
+from dora_vl.evaluation.scores import vqa as gqa
+from dora_vl.evaluation.scores import vqa as nlvr2
+from dora_vl.evaluation.scores import vqa as textvqa
+from dora_vl.evaluation.scores import vqa as vizwiz
+from dora_vl.evaluation.scores.benchmark import FRAMES, SHORT_ANSWER_TOKENS, Benchmark
+from dora_vl.evaluation.scores.exact import SCORINGS
+from dora_vl.evaluation.scores.prompts import Prompt
+from dora_vl.files import read_yaml
 
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "exact_match": exact_match.BENCHMARK,
-    "vqav2": vqa.BENCHMARK,
+    "exact_match": exact.BENCHMARK,
+    "vqav2": vqa.VQA,
     "vqav2_karpathy": vqa.KARPATHY,
-    "gqa": gqa.BENCHMARK,
-    "vizwiz": vizwiz.BENCHMARK,
-    "textvqa": textvqa.BENCHMARK,
-    "scienceqa": scienceqa.BENCHMARK,
-    "pope": pope.BENCHMARK,
-    "mmbench": mmbench.BENCHMARK,
-    "mmbench_cn": mmbench.CHINESE,
-    "mme": mme.BENCHMARK,
-    "seed": seed.BENCHMARK,
-    "llava_bench": llava_bench.BENCHMARK,
-    "mmvet": mmvet.BENCHMARK,
+    "gqa": gqa.GQA,
+    "vizwiz": vizwiz.VIZWIZ,
+    "textvqa": textvqa.TEXTVQA,
+    "scienceqa": llava.SCIENCEQA,
+    "pope": llava.POPE,
+    "mmbench": llava.MMBENCH,
+    "mmbench_cn": llava.CHINESE,
+    "mme": llava.MME,
+    "seed": llava.SEED,
+    "llava_bench": llava.LLAVA_BENCH,
+    "mmvet": llava.MMVET,
     "nlvr": nlvr2.NLVR,
     "nlvr2": nlvr2.NLVR2,
     "coco_caption": caption.COCO,
-    "tvqa": video_qa.TVQA,
-    "how2qa": video_qa.HOW2QA,
+    "tvqa": video.TVQA,
+    "how2qa": video.HOW2QA,
     "tvc": caption.TVC,
     "yc2c": caption.YC2C,
     **dict.fromkeys(commonsense.PATTERNS, commonsense.BENCHMARK),

@@ -13,23 +13,22 @@ from torch import Tensor, nn
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.backbones.base import max_positions
-from dora_vl.backbones.instruction_prompt import InstructionEncoder
-from dora_vl.data.examples import Answer, Example
+from dora_vl.backbones.prompt_table import InstructionEncoder
+from dora_vl.data.example import Answer, Example
+from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.likelihood import choose
 from dora_vl.evaluation.predict import predict
+from dora_vl.evaluation.predictions import PredictionsFile, file_sha256
 from dora_vl.evaluation.prompt_inputs import InstructionPrompts
 from dora_vl.evaluation.questions import Question, read_questions
-from dora_vl.evaluation.result_files import PredictionsFile, file_sha256
-from dora_vl.run.commonsense_recipe import CommonsenseEvaluationConfig
-from dora_vl.run.run_folder import ADAPTER, METRICS, write_json
-from dora_vl.run.samples import VideoReading
-from dora_vl.scores.bootstrap import intervals
-from dora_vl.scores.commonsense import PATTERNS, extracted, score
-from dora_vl.scores.scored import Scored
-from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.evaluation.scores.commonsense import PATTERNS, extracted, score
+from dora_vl.evaluation.scores.scored import Scored, intervals
+from dora_vl.training.assembly import VideoReading
+from dora_vl.training.recipe import CommonsenseEvaluationConfig
+from dora_vl.training.run_folder import ADAPTER, METRICS, write_json
 
 log = logging.getLogger(__name__)
 

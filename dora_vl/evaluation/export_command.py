@@ -10,16 +10,14 @@ from os import getpid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_vl.adapters import merge_command
 from dora_vl.adapters.base_weights import config_in, skeleton
-from dora_vl.adapters.checkpoints import refuse_to_replace
 from dora_vl.adapters.convert_command import add_reading_arguments
-from dora_vl.adapters.gguf_export import export_gguf, refuse_gguf_base, refuse_gguf_target
-from dora_vl.adapters.gguf_files import KINDS, check_package
-from dora_vl.adapters.merge_command import DTYPES, Plan
-from dora_vl.adapters.vllm_export import ADAPTER, BASE, export_for_vllm, refuse_unserved_base
+from dora_vl.adapters.exports import ADAPTER, BASE, export_for_vllm, refuse_unserved_base
+from dora_vl.adapters.files import refuse_to_replace
+from dora_vl.adapters.gguf import KINDS, check_package, export_gguf, refuse_gguf_base, refuse_gguf_target
 from dora_vl.errors import UserError
-from dora_vl.evaluation.check_options import (
+from dora_vl.evaluation import merge_command
+from dora_vl.evaluation.commands import (
     CHECK_HELP,
     Check,
     add_check_options,
@@ -28,10 +26,10 @@ from dora_vl.evaluation.check_options import (
     planned_check,
     unmerged_source,
 )
-from dora_vl.evaluation.merge_command import about, adapter_folder
+from dora_vl.evaluation.merge_command import RESULT_DTYPES, Plan, about, adapter_folder
 
 if TYPE_CHECKING:
-    from dora_vl.evaluation.model_source import ModelSource
+    from dora_vl.evaluation.open_model import ModelSource
 
 DESCRIPTION = f"""\
 Writes a trained model as another server takes it.
@@ -60,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, action="append", required=True, metavar="DIR", help="folder of a run")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="--for vllm: of the base; default: each tensor's own")
+    parser.add_argument(
+        "--dtype", choices=sorted(RESULT_DTYPES), help="--for vllm: of the base; default: each tensor's own"
+    )
     parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
     parser.set_defaults(weight=None, base_values="trained")
     add_reading_arguments(parser)
@@ -108,7 +108,7 @@ def _write_for_vllm(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
         arguments.to,
         language,
         head=head,
-        dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
+        dtype=RESULT_DTYPES[arguments.dtype] if arguments.dtype else None,
         open_base=plan.open_base,
     )
     adapter, rank = arguments.to / ADAPTER, exported.max_lora_rank
@@ -153,7 +153,7 @@ def _check_for_vllm(check: Check, source: ModelSource, plan: Plan, arguments: ar
 
 
 def _write_gguf(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
-    from dora_vl.backbones.language_source import load_tokenizer
+    from dora_vl.backbones.loading import load_tokenizer
 
     tokenizer = load_tokenizer(str(plan.base))
     exported = export_gguf(
@@ -166,7 +166,7 @@ def _write_gguf(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _check_gguf(check: Check, source: ModelSource, plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
-    from dora_vl.evaluation.gguf_reading import folder_of_gguf
+    from dora_vl.evaluation.open_model import folder_of_gguf
 
     target: Path = arguments.to
     folder = target.with_name(f".{target.name}.read-{getpid()}")

@@ -15,17 +15,15 @@ from pathlib import Path
 from string import ascii_uppercase
 from types import MappingProxyType
 
-from dora_vl.data.examples import Example, whole_file
+from dora_vl.data.example import Example, whole_file
 from dora_vl.errors import UserError, one_line, shown
 from dora_vl.evaluation.baselines import Baselines, Exchange, compared, right_text
-from dora_vl.evaluation.evaluation_set import EvaluationSet
-from dora_vl.evaluation.result_files import METRICS, Origin, file_sha256, write_metrics
-from dora_vl.scores.benchmark import Benchmark, Scorer
-from dora_vl.scores.bootstrap import RESAMPLES, Difference, intervals, paired_differences
-from dora_vl.scores.choices import correct_index
-from dora_vl.scores.exact_match import final_answer
-from dora_vl.scores.exact_match import score as exact_match
-from dora_vl.scores.scored import Scored
+from dora_vl.evaluation.predictions import METRICS, Origin, file_sha256, write_metrics
+from dora_vl.evaluation.questions import EvaluationSet
+from dora_vl.evaluation.scores.benchmark import Benchmark, Scorer, correct_index
+from dora_vl.evaluation.scores.exact import final_answer
+from dora_vl.evaluation.scores.exact import score as exact_match
+from dora_vl.evaluation.scores.scored import RESAMPLES, Difference, Scored, intervals, paired_differences
 
 DETAIL = "/"  # metrics of parts of a set have it in their name: they are in the file, not in the table
 

@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from dora_vl.backbones.base import Features
-from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import BadSample, UserError, shown, shown_text
 from dora_vl.evaluation.predict import refuse_without_numbers
+from dora_vl.evaluation.predictions import Prediction, PredictionsFile
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.result_files import Prediction, PredictionsFile
 
 FORMAT = re.compile(r"Answer format:\s*(\S.*?)\s*$")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from os import getpid
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ import psutil
 import torch
 from torch import Tensor
 
-from dora_vl.adapters import merge_command
-from dora_vl.adapters.adapter import Adapter, write_adapter
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, Adapter, base_of, refuse_other_base, write_adapter
 from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
+from dora_vl.adapters.combine import combine
+from dora_vl.adapters.convert_command import add_reading_arguments, reading_options
+from dora_vl.adapters.files import DTYPES
 from dora_vl.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from dora_vl.adapters.merge_command import Plan
-from dora_vl.adapters.tensor_files import DTYPES
+from dora_vl.adapters.merge import SHARD_BYTES, merge_to_folder, refuse_target
+from dora_vl.adapters.quantised_base import as_trained
+from dora_vl.adapters.read import read_any
 from dora_vl.errors import UserError, one_line
-from dora_vl.evaluation.check_options import (
+from dora_vl.evaluation.commands import (
     CHECK_HELP,
     FAILED_STATUS,
     add_check_options,
@@ -31,14 +35,126 @@ from dora_vl.evaluation.check_options import (
     planned_check,
     unmerged_source,
 )
-from dora_vl.model_files import opening
+from dora_vl.files import opening
+
+# Merging as `dora-vl merge` does it: adapters folded into their base, as a plain model folder that any tool opens.
+
+
+RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+FOLDERS_DESCRIPTION = """\
+Writes base + adapter as a plain model folder: sharded safetensors, configuration, tokenizer and processor. Computed in
+float32, one tensor in memory at a time, so a 7B model needs no second copy.
+
+  dora-vl merge --adapter runs/llava/adapter --to llava-merged
+  dora-vl merge --adapter adapter --base llava-1.5-7b/ --dtype float16 --to merged
+
+Several adapters merge with weights: W' = W + sum of weight * (W'_i - W). Weight 1 of one adapter is that adapter.
+
+  dora-vl merge --adapter a --adapter b --weight 0.7 --weight 0.3 --base BASE --to merged
+"""
+
+
+def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dora-vl merge`."""
+    parser.add_argument("--adapter", type=Path, action="append", required=True, metavar="DIR", help="may come often")
+    parser.add_argument("--weight", type=float, action="append", metavar="W", help="one for each --adapter; default 1")
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="FOLDER", help="model folder to write; an earlier merge is replaced"
+    )
+    parser.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter says it was trained on")
+    parser.add_argument("--dtype", choices=sorted(RESULT_DTYPES), help="of the result; default: each tensor's own")
+    parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="largest output file")
+    parser.add_argument(
+        "--base-values",
+        choices=("trained", "stored"),
+        default="trained",
+        help="of a base that was quantised for training: trained (default) merges into the values after quantisation, "
+        "so that the result is the trained model; stored into the folder's own, which the adapter never saw",
+    )
+    parser.add_argument("--any-base", action="store_true", help="accept a base whose content hash differs")
+    add_reading_arguments(parser)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is merged into what; everything that was asked for has been read and fits.
+
+    Attributes:
+        adapters: as they were given.
+        adapter: the one that is merged: the given one, or their combination.
+        base: the base's folder.
+        open_base: gives the values that are merged into.
+    """
+
+    adapters: list[Adapter]
+    adapter: Adapter
+    base: Path
+    open_base: Callable[[Path], BaseWeights]
+
+
+def plan(arguments: argparse.Namespace, refuse: Callable[[Path, Path], None] = refuse_target) -> Plan:
+    """Reads the adapters and finds their base.
+
+    Args:
+        refuse: raises where the result may not be written over what is there, given its folder and the base's.
+
+    Raises:
+        UserError: as reading, combining and `refuse`; or the base is another than the one trained on.
+    """
+    options = reading_options(arguments)
+    adapters = [read_any(source, options) for source in arguments.adapter]
+    base = arguments.base or base_of(adapters[0])
+    refuse(arguments.to, base)
+    if not arguments.any_base:
+        for adapter in adapters:
+            refuse_other_base(adapter.recipe, base, adapter.source)
+    open_base = _opener(adapters, stored=arguments.base_values == "stored")
+    adapter = _one(adapters, arguments.weight or [1.0] * len(adapters), base, open_base)
+    return Plan(adapters=adapters, adapter=adapter, base=base, open_base=open_base)
+
+
+def merge(found: Plan, arguments: argparse.Namespace) -> Iterator[str]:
+    """Merges; yields the lines to print."""
+    adapter, dtype = found.adapter, RESULT_DTYPES[arguments.dtype] if arguments.dtype else None
+    merged = merge_to_folder(
+        adapter, found.base, arguments.to, dtype=dtype, shard_bytes=arguments.shard_bytes, open_base=found.open_base
+    )
+    yield (
+        f"{arguments.to}: {merged.layers} layers merged, {merged.replaced} other tensors taken from the adapter, "
+        f"{merged.files} files, {merged.bytes:,} bytes"
+    )
+    if adapter.answer_heads:
+        tasks = ", ".join(adapter.recipe[CLOSED_ANSWERS])
+        yield f"{arguments.to}: it has the closed answer lists of {tasks} with their heads"
+
+
+def _opener(adapters: list[Adapter], *, stored: bool) -> Callable[[Path], BaseWeights]:
+    """What opens the base: with the values that the adapters were trained on, or with the stored ones."""
+    if stored:
+        return BaseWeights
+    return partial(as_trained, recipes={adapter.source: adapter.recipe for adapter in adapters})
+
+
+def _one(
+    adapters: list[Adapter], weights: list[float], base: Path, open_base: Callable[[Path], BaseWeights]
+) -> Adapter:
+    if len(weights) != len(adapters):
+        raise UserError(f"{len(adapters)} times --adapter and {len(weights)} times --weight; give one for each")
+    if len(adapters) == 1 and weights == [1.0]:
+        return adapters[0]
+    by_name = {str(index): adapter for index, adapter in enumerate(adapters)}
+    shares = {str(index): weight for index, weight in enumerate(weights)}
+    with open_base(base) as opened:
+        return combine(by_name, shares, opened).adapter
+
 
 ROWS, TOKENS = 3, 12
 """Of the texts that are compared."""
 ROUNDING = {False: 1e-3, True: 5e-2}
 """Largest difference, as a share of the largest logit, by whether weights are stored in less than float32."""
 
-DESCRIPTION = f"""{merge_command.DESCRIPTION}
+DESCRIPTION = f"""{FOLDERS_DESCRIPTION}
 The result's logits for a few drawn texts are compared with those of base and adapter (exit status 1 where they differ
 by more than rounding); --no-check leaves this out.
 
@@ -51,23 +167,23 @@ by more than rounding); --no-check leaves this out.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dora-vl merge`."""
-    merge_command.add_arguments(parser)
+    add_folder_arguments(parser)
     add_check_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Merges, and checks where that is asked for; yields the lines to print."""
     check = planned_check(arguments, arguments.adapter[0])
-    plan = merge_command.plan(arguments)
+    merging = plan(arguments)
     if check is None:
-        yield from merge_command.merge(plan, arguments)
-        yield from compared(plan, arguments) if arguments.check is None else ()
+        yield from merge(merging, arguments)
+        yield from compared(merging, arguments) if arguments.check is None else ()
         return
-    with adapter_folder(plan, arguments) as folder:
-        source = unmerged_source(check, folder, plan.base, arguments.template)
-        yield from merge_command.merge(plan, arguments)
+    with adapter_folder(merging, arguments) as folder:
+        source = unmerged_source(check, folder, merging.base, arguments.template)
+        yield from merge(merging, arguments)
         merged = as_model(source, arguments.to)
-        yield from checked(check, source, {"merged": lambda: merged}, arguments.to, about(plan, arguments))
+        yield from checked(check, source, {"merged": lambda: merged}, arguments.to, about(merging, arguments))
 
 
 def compared(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.result_files import Prediction
-from dora_vl.scores.exact_match import final_answer, is_match
+from dora_vl.evaluation.predictions import Prediction
+from dora_vl.evaluation.scores.exact import final_answer, is_match
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

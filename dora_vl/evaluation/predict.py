@@ -10,13 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dora_vl.backbones.score_watch import NO_NUMBERS
-from dora_vl.data.dataset import Sample, Skipped
+from dora_vl.backbones.generation import NO_NUMBERS
+from dora_vl.data.samples import Sample, Skipped
 from dora_vl.errors import BadSample, UserError, one_line, shown_names, shown_text
 from dora_vl.evaluation.asker import MediaReader
+from dora_vl.evaluation.predictions import Prediction, PredictionsFile
 from dora_vl.evaluation.prompt_inputs import Prompts
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.result_files import Prediction, PredictionsFile
 
 log = logging.getLogger(__name__)
 

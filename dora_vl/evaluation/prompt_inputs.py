@@ -11,10 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dora_vl.backbones.families import ALIGNED
-from dora_vl.backbones.growing_text import growing_text
-from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import BOOKKEEPING, IGNORED_LABEL, Encoded, Sample
-from dora_vl.data.processor_inputs import ProcessorCollator
+from dora_vl.backbones.generation import growing_text
+from dora_vl.data.batches import Collator, ProcessorCollator
+from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Encoded, Sample
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.asker import Shown, frames_as_pictures, refuse_media
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 
     from dora_vl.backbones.encode import LlavaEncoder
     from dora_vl.backbones.image_text_encode import ImageTextEncoder
-    from dora_vl.backbones.instruction_prompt import InstructionEncoder
-    from dora_vl.vision.images import ImagePreparation
+    from dora_vl.backbones.prompt_table import InstructionEncoder
+    from dora_vl.backbones.tower_pictures import ImagePreparation
 
 Side = Literal["left", "right"]
 PADDING_ID = 0  # fills shorter rows; masked, so that any id but a picture's does

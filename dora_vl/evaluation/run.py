@@ -14,25 +14,23 @@ from typing import Any
 from torch import Tensor
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
-from dora_vl.data.examples import Answer, Example
-from dora_vl.data.media import MediaFolder, open_image
-from dora_vl.data.readers.columns import USUAL, Columns
+from dora_vl.data.columns import USUAL, Columns
+from dora_vl.data.example import Answer, Example
+from dora_vl.data.pictures import MediaFolder, open_image
+from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Asked, MediaReader, check_pictures
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.baselines import Exchange, compared, digest, exchanged, right_text
-from dora_vl.evaluation.evaluation_set import example_of
 from dora_vl.evaluation.predict import predict
-from dora_vl.evaluation.questions import Question, read_questions
-from dora_vl.evaluation.result_files import Prediction, PredictionsFile, file_sha256
-from dora_vl.run.recipe import EvaluationConfig, RunConfig
-from dora_vl.run.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
-from dora_vl.run.samples import VideoReading, check_videos, image_folder, video_folder, video_sampling
-from dora_vl.scores.bootstrap import intervals
-from dora_vl.scores.exact_match import final_answer
-from dora_vl.scores.exact_match import score as exact_match
-from dora_vl.scores.scored import PERCENT, Scored
-from dora_vl.vision.video import VideoReader
+from dora_vl.evaluation.predictions import Prediction, PredictionsFile, file_sha256
+from dora_vl.evaluation.questions import Question, example_of, read_questions
+from dora_vl.evaluation.scores.exact import final_answer
+from dora_vl.evaluation.scores.exact import score as exact_match
+from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
+from dora_vl.training.assembly import VideoReading, check_videos, image_folder, video_folder, video_sampling
+from dora_vl.training.recipe import EvaluationConfig, RunConfig
+from dora_vl.training.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
 
 log = logging.getLogger(__name__)
 

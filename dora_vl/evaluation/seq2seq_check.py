@@ -7,16 +7,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
-from dora_vl.data.dataset import Skipped
-from dora_vl.data.example_file import ExampleFile
-from dora_vl.data.examples import Example
-from dora_vl.data.feature_input import FeatureReader
+from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.vision_store import FeatureReader
+from dora_vl.data.example import Example, ExampleFile
+from dora_vl.data.samples import Skipped
 from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.scores.benchmark import check_choices
 from dora_vl.evaluation.seq2seq_run import Tested, asked, has_answers
-from dora_vl.scores.choices import check_choices
-from dora_vl.tasks.seq2seq import check_sample
-from dora_vl.tasks.subtask import Subtask
+from dora_vl.training.seq2seq_tasks import Subtask, check_sample
 
 log = logging.getLogger(__name__)
 

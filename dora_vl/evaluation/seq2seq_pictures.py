@@ -10,14 +10,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from dora_vl.data.examples import Clip, Example
-from dora_vl.data.media import open_image
-from dora_vl.evaluation.result_files import Prediction
-from dora_vl.run.run_folder import LOSS_LOG, read_log
-from dora_vl.run.watched import SIDE, tiled
-from dora_vl.scores.scored import Scored
-from dora_vl.vision.frame_sampling import Uniform
-from dora_vl.vision.video import VideoReader
+from dora_vl.data.example import Clip, Example
+from dora_vl.data.pictures import open_image
+from dora_vl.data.video import Uniform, VideoReader
+from dora_vl.evaluation.predictions import Prediction
+from dora_vl.evaluation.scores.scored import Scored
+from dora_vl.training.run_folder import LOSS_LOG, read_log
+from dora_vl.training.watching import SIDE, tiled
 
 
 def clip_picture(reader: VideoReader, root: Path, clip: Clip) -> Image.Image:

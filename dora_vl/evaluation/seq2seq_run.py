@@ -15,24 +15,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from dora_vl.backbones.score_watch import NO_TOKEN, with_numbers
-from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.generation import NO_TOKEN, likeliest, says_true, with_numbers
+from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone
-from dora_vl.data.dataset import IGNORED_LABEL, Skipped
-from dora_vl.data.example_file import ExampleFile
-from dora_vl.data.examples import Example, whole_file
-from dora_vl.data.feature_input import FeatureReader
+from dora_vl.data.example import Example, ExampleFile, whole_file
+from dora_vl.data.samples import IGNORED_LABEL, Skipped
 from dora_vl.errors import BadSample, one_line, shown_text
 from dora_vl.evaluation.asker import Asked
 from dora_vl.evaluation.baselines import Exchange, compared, exchanged
 from dora_vl.evaluation.predict import refuse_without_numbers
+from dora_vl.evaluation.scores.scored import Scored, intervals
 from dora_vl.evaluation.seq2seq_pictures import Shown, draw, expected
-from dora_vl.heads.choice import likeliest, says_true
-from dora_vl.run.run_folder import METRICS, write_json
-from dora_vl.scores.bootstrap import intervals
-from dora_vl.scores.scored import Scored
-from dora_vl.tasks.seq2seq import MicroBatch, Seq2SeqCollator, Seq2SeqSample, make_sample
-from dora_vl.tasks.subtask import Subtask
+from dora_vl.training.run_folder import METRICS, write_json
+from dora_vl.training.seq2seq_tasks import MicroBatch, Seq2SeqCollator, Seq2SeqSample, Subtask, make_sample
 
 TRUE, FALSE = "true", "false"
 LONGEST_LABEL = 20

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.pieces import Seq2SeqEncoder
 from dora_vl.backbones.vlbart import VlBartBackbone
-from dora_vl.data.examples import Example
-from dora_vl.data.media import open_image
+from dora_vl.data.example import Example
+from dora_vl.data.pictures import open_image
+from dora_vl.data.video import VideoReader
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.seq2seq_pictures import clip_picture, expected, in_words, media_of
 from dora_vl.evaluation.seq2seq_run import Tested, answer_rows
-from dora_vl.run.watched import Watch, WatchedQuestion, evenly, tiled
-from dora_vl.vision.video import VideoReader
+from dora_vl.training.watching import Watch, WatchedQuestion, evenly, tiled
 
 
 def watch_subtasks(

@@ -15,30 +15,29 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import CLOSED_ANSWERS
 from dora_vl.backbones.base import max_positions
-from dora_vl.backbones.language_source import load_tokenizer
-from dora_vl.backbones.score_watch import NoNumbers
-from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.generation import NoNumbers
+from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.published_features import FeatureEncoder, open_encoders
+from dora_vl.backbones.vision_store import clip_of_features, fixed_length
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_heads
-from dora_vl.data.examples import Example
-from dora_vl.data.feature_input import clip_of_features, fixed_length
+from dora_vl.data.example import Example
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
+from dora_vl.data.video import Sampling
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Asking
 from dora_vl.evaluation.asker import Asked, Opened, Shown, View, Write
-from dora_vl.evaluation.evaluation_set import EvaluationSet
-from dora_vl.evaluation.model_source import ModelSource
-from dora_vl.evaluation.open_asker import with_adapter
+from dora_vl.evaluation.open_model import ModelSource, with_adapter
+from dora_vl.evaluation.questions import EvaluationSet
 from dora_vl.evaluation.seq2seq_run import answers_of
-from dora_vl.tasks.closed_answers import closed
-from dora_vl.tasks.subtask import Subtask, with_input_tokens
-from dora_vl.vision.feature_encoder import FeatureEncoder, open_encoders
-from dora_vl.vision.frame_sampling import Sampling
+from dora_vl.training.seq2seq_tasks import Subtask, with_input_tokens
+from dora_vl.training.vlbart_tasks import closed
 
 log = logging.getLogger(__name__)
 
 FRAMES_TASK = "vlbart_video"
 """Whose older folders do not say that pictures are a video's frames."""
-TASK_FILES = {"vlbart_image": "dora_vl.tasks.vlbart_image", "vlbart_video": "dora_vl.tasks.vlbart_video"}
+TASK_FILES = {"vlbart_image": "dora_vl.training.vlbart_tasks", "vlbart_video": "dora_vl.training.vlbart_tasks"}
 CHOOSING = frozenset({"choice", "words"})
 WITH_CHOICES = "a question with its choices (--choice, several times)"
 FREE = "a question without choices"

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dora_vl.data.examples import Example
-from dora_vl.data.media import open_image
+from dora_vl.data.example import Example
+from dora_vl.data.pictures import open_image
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.certificate import Logits, Probe
-from dora_vl.evaluation.model_source import ModelSource
+from dora_vl.evaluation.open_model import ModelSource
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.seq2seq_run import LONGEST_LABEL
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant, open_vlbart

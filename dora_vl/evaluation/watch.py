@@ -12,7 +12,7 @@ from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.predict import answered
 from dora_vl.evaluation.questions import Question
-from dora_vl.run.watched import Watch, WatchedQuestion, evenly
+from dora_vl.training.watching import Watch, WatchedQuestion, evenly
 
 MOST_NEW_TOKENS = 32
 

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dora_vl import __version__
+from dora_vl.data.example import whole_file
 from dora_vl.errors import UserError
-from dora_vl.report.answers import Item, SetAnswers, read_tests
-from dora_vl.report.charts import Chart
-from dora_vl.report.curves import curves
-from dora_vl.report.inline_pictures import InlinePictures
-from dora_vl.report.run_record import RunRecord
-from dora_vl.report.score_tables import Confusion, ScoreRow, benchmark_rows, blind, confusion, score_rows, worst
-from dora_vl.report.settings_view import SettingTables, setting_tables
-from dora_vl.report.watched_view import WatchedTable, watched_tables
-from dora_vl.report.weight_changes import over_depth, plane, weight_changes
+from dora_vl.report.answers import (
+    Confusion,
+    Item,
+    ScoreRow,
+    SetAnswers,
+    benchmark_rows,
+    blind,
+    confusion,
+    read_tests,
+    score_rows,
+    worst,
+)
+from dora_vl.report.charts import Chart, curves
+from dora_vl.report.run_record import InlinePictures, RunRecord
+from dora_vl.report.views import (
+    SettingTables,
+    WatchedTable,
+    over_depth,
+    plane,
+    setting_tables,
+    watched_tables,
+    weight_changes,
+)
 
 WORST = 12
 SKIPPED_SHOWN = 20
@@ -239,3 +259,102 @@ def _versions(runs: Sequence[RunRecord]) -> tuple[tuple[str, tuple[str, ...]], .
     found = [run.plan.get("versions") or run.recipe.get("versions") or {} for run in runs]
     names = dict.fromkeys(name for one in found for name in one)
     return tuple((name, tuple(str(one.get(name, "–")) for one in found)) for name in names)
+
+
+# A report as one HTML file: templates with every text escaped, style and script inside, no address of any host.
+
+
+SECTIONS = (
+    ("scores", "Scores"),
+    ("curves", "Training"),
+    ("watched", "Questions"),
+    ("worst", "Worst"),
+    ("confusion", "Confusion"),
+    ("weights", "Weights"),
+    ("parts", "Parts"),
+    ("data", "Data"),
+    ("settings", "Settings"),
+    ("versions", "Versions"),
+)
+
+
+@cache
+def _environment() -> Environment:
+    loader = FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def rendered(template: str, values: Mapping[str, Any]) -> str:
+    """A template with its values; halves of surrogate pairs, which no file takes, become the sign for the unknown."""
+    text = _environment().get_template(template).render(version=__version__, **values)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def report_page(report: Report) -> str:
+    """The report's HTML."""
+    notes = {name: report.notes.get(name, []) for name, _ in SECTIONS}
+    return rendered("report.html.j2", {"report": report, "sections": SECTIONS, "notes": notes})
+
+
+def write_page(path: Path, text: str) -> int:
+    """Writes a page whole or not at all; its size in bytes.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with whole_file(path) as file:
+        file.write(text)
+    return path.stat().st_size
+
+
+# `dora-vl report`: what a run folder holds as one page: curves, answers, weights, settings; runs side by side.
+
+
+DESCRIPTION = """\
+Makes one HTML file of a run, or of several side by side: scores with 95 % intervals and paired differences, curves,
+the watched questions through training, the worst answers with their pictures, confusion of closed answers, magnitude
+and direction change of each layer, what trained, settings and versions. It opens without a network.
+
+  dora-vl report runs/demo
+  dora-vl report runs/lora runs/dora --to comparison.html
+
+A part that a run holds nothing for says so. The first run is the one that others are compared with.
+"""
+SUFFIXES = (".html", ".htm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dora-vl report`."""
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, its training.output_dir")
+    parser.add_argument("--to", type=Path, metavar="FILE.html", help="default: report.html in the first run's folder")
+    parser.add_argument("--label", action="append", metavar="TEXT", help="one for each RUN; default: its folder's name")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="where the base is, if not where the adapter says")
+    parser.add_argument(
+        "--no-weights", action="store_true", help="leave out the change of weights, which reads the base"
+    )
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Reads, draws, writes; yields the lines to print.
+
+    Raises:
+        UserError: a folder is no run's, or the file cannot be written.
+    """
+    from dora_vl.report.run_record import labels_of, read_run
+
+    folders = list(arguments.runs)
+    if arguments.label is not None and len(arguments.label) != len(folders):
+        raise UserError(f"{len(folders)} times RUN and {len(arguments.label)} times --label; give one for each")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("one run is named twice; name each once")
+    to = arguments.to or folders[0] / "report.html"
+    if to.suffix not in SUFFIXES or to.is_dir():
+        raise UserError(f"--to {to}: give the name of an .html file")
+    runs = [
+        read_run(folder, label) for folder, label in zip(folders, arguments.label or labels_of(folders), strict=True)
+    ]
+    for one in runs:
+        yield from (f"{one.label}: {trouble}" for trouble in one.damaged)
+    report = gather(runs, weights=not arguments.no_weights, base=arguments.base)
+    size = write_page(to, report_page(report))
+    yield f"{to}: {size / 1e6:.1f} MB"

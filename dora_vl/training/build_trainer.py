@@ -16,15 +16,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from dora_vl.adapters.adapter import versions
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.adapters.provenance import versions
 from dora_vl.backbones.base import Backbone, attention_of
 from dora_vl.core import trained_parts
-from dora_vl.data.bad_samples import BadSampleLedger
-from dora_vl.run.launch import is_first_rank, on_first_rank
-from dora_vl.run.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, settings_of
-from dora_vl.run.watched import Watch
-from dora_vl.run.zero import gather_to_read, gather_to_write
+from dora_vl.data.samples import BadSampleLedger
 from dora_vl.training.callbacks import (
     EpochCallback,
     LossLog,
@@ -35,9 +31,11 @@ from dora_vl.training.callbacks import (
     StopOnSignal,
     ValidateFirst,
 )
+from dora_vl.training.faults import StepFaults, steps_left_out
 from dora_vl.training.largest_batch import LargestBatch, Pool, cost_of
+from dora_vl.training.launch import gather_to_read, gather_to_write, is_first_rank, on_first_rank
 from dora_vl.training.live_view import LiveView, can_show
-from dora_vl.training.memory_estimate import Activations, Table, estimate_memory, memory_table
+from dora_vl.training.memory import Activations, Table, estimate_memory, memory_table
 from dora_vl.training.optim import (
     LearningRates,
     frozen_table,
@@ -48,10 +46,10 @@ from dora_vl.training.optim import (
 )
 from dora_vl.training.pipeline import Pipeline, TrainingData
 from dora_vl.training.progress import BatchStatistics
-from dora_vl.training.step_faults import StepFaults, steps_left_out
+from dora_vl.training.run_folder import FAULTS, LOSS_LOG, PLAN, run_folder_of, settings_of
 from dora_vl.training.trainer import AdapterTrainer, Persistence, Watched
 from dora_vl.training.validation import ValidationLoss, WholeSteps, check_validation
-from dora_vl.training.watching import WatchQuestions
+from dora_vl.training.watching import Watch, WatchQuestions
 
 logger = logging.getLogger(__name__)
 

@@ -3,15 +3,236 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_vl.errors import UserError
-from dora_vl.training.optimizer_places import OptimizerPlaces
-from dora_vl.training.state_files import StateFiles, is_plain
+from dora_vl.training.checkpoint_files import StateFiles, is_plain
+from dora_vl.training.launch import gather_to_write
+
+# Where an optimizer holds each tensor that trains: as itself, or as a piece of a flat tensor that ranks share.
+#
+# torch's optimizers hold parameters. DeepSpeed's hold copies in float32, under ZeRO 1 to 3 as flat tensors of which
+# every rank has a part. Here both are the same: flat tensors that a torch optimizer steps, and pieces of them.
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one trained tensor that this rank's optimizer holds; `count` 0: another rank holds all of it.
+
+    Attributes:
+        flat: number of the tensor that the optimizer steps.
+        start: first element in it.
+        first: first element in the whole tensor, read row by row.
+        count: elements.
+        group: the ranks that hold the others; None: this rank holds all.
+    """
+
+    flat: int
+    start: int
+    first: int
+    count: int
+    group: Any = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An optimizer's tensors.
+
+    Attributes:
+        optimizer: torch's, the innermost.
+        flats: what it steps, by number.
+        pieces: by the `id` of the model's parameter.
+        stage3: DeepSpeed's optimizer of ZeRO-3, which lends `optimizer` its tensors for a step alone.
+    """
+
+    optimizer: torch.optim.Optimizer
+    flats: Sequence[Tensor]
+    pieces: Mapping[int, Piece]
+    stage3: Any = None
+
+
+class OptimizerPlaces:
+    """The tensors that an optimizer steps, and where in them each trained tensor is.
+
+    Args:
+        layout: as one rank has it.
+        trained: the model's parameters by name, in the same order on all ranks.
+        device: where ranks exchange tensors.
+    """
+
+    def __init__(self, layout: Layout, trained: Mapping[str, nn.Parameter], device: torch.device) -> None:
+        self.optimizer, self.flats = layout.optimizer, layout.flats
+        self.pieces = {name: layout.pieces[id(one)] for name, one in trained.items()}
+        self._trained = trained
+        self._device = device
+        self._stage3 = layout.stage3
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether ranks share the tensors (ZeRO 1 to 3)."""
+        return any(piece.group is not None for piece in self.pieces.values())
+
+    def shape(self, name: str) -> torch.Size:
+        """The whole tensor's."""
+        parameter = self._trained[name]
+        return vars(parameter).get("ds_shape", parameter.shape)  # DeepSpeed's note on a sharded one
+
+    def state_of(self, name: str) -> Mapping[str, Any]:
+        """What the optimizer keeps beside the tensor that holds a piece of this one; nothing before its first step."""
+        return self.optimizer.state.get(self.flats[self.pieces[name].flat], {})
+
+    def counts_in_integers(self) -> bool:
+        """Whether the optimizer keeps its steps as a plain integer, where torch has a tensor."""
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return isinstance(self.optimizer, DeepSpeedCPUAdam)
+
+    def is_by_element(self, name: str, value: Any) -> bool:
+        """Whether a value of `state_of` has a number for each element."""
+        return isinstance(value, Tensor) and value.shape == self.flats[self.pieces[name].flat].shape
+
+    def whole(self, name: str, held: Tensor) -> Tensor:
+        """A trained tensor, or one that goes with it by element, on the CPU; every rank must call it.
+
+        Args:
+            held: what has the shape of the flat tensor.
+        """
+        piece = self.pieces[name]
+        if piece.group is None:
+            own = held.flatten()[piece.start : piece.start + piece.count]
+            return own.to("cpu", copy=True).view(self.shape(name))
+        whole = torch.zeros(self.shape(name).numel(), dtype=held.dtype, device=self._device)
+        whole[piece.first : piece.first + piece.count] = held[piece.start : piece.start + piece.count]
+        # Bytes, of which all ranks but one have zeros, add up to the same bits; floats would not (-0.0).
+        torch.distributed.all_reduce(whole.view(torch.uint8), group=piece.group)
+        return whole.cpu().view(self.shape(name))
+
+    def put(self, name: str, whole: Tensor, into: Tensor) -> None:
+        """Writes this rank's piece of a whole tensor into one that has the shape of the flat tensor."""
+        piece = self.pieces[name]
+        if piece.count == into.numel() == whole.numel():  # whatever its strides
+            into.copy_(whole.reshape(into.shape))
+        else:
+            own = whole.flatten()[piece.first : piece.first + piece.count]
+            into[piece.start : piece.start + piece.count] = own.to(into)
+
+    @torch.no_grad()
+    def set_value(self, name: str, whole: Tensor) -> None:
+        """Gives the optimizer's tensor and the model's parameter a value; every rank must call it."""
+        parameter = self._trained[name]
+        flat = self.flats[self.pieces[name].flat]
+        self.put(name, whole, flat.data)
+        if flat is not parameter:
+            with gather_to_write([parameter]):
+                parameter.data.copy_(whole.to(parameter.device))
+
+    @contextmanager
+    def whole_parameters_written(self) -> Iterator[None]:
+        """To be around `set_value`: ZeRO-3 keeps small parameters whole on every rank, and gathers them anew."""
+        if self._stage3 is not None:
+            self._stage3.checkpoint_event_prologue()
+        yield
+        if self._stage3 is not None:
+            self._stage3.checkpoint_event_epilogue()
+
+    @contextmanager
+    def in_optimizer(self) -> Iterator[None]:
+        """To be around `optimizer.load_state_dict`: the tensors are in the optimizer's groups."""
+        if self._stage3 is not None:
+            self._stage3._set_fp32_optimizer_param_groups()
+        try:
+            yield
+        finally:
+            if self._stage3 is not None:
+                self._stage3._clear_fp32_optimizer_param_groups()
+
+
+def places_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch.device) -> OptimizerPlaces:
+    """Finds them.
+
+    Args:
+        optimizer: torch's, or an engine's of DeepSpeed.
+        trained: the model's parameters by name, in the same order on all ranks.
+        device: where ranks exchange tensors.
+
+    Raises:
+        UserError: its state could not be written as whole tensors.
+    """
+    layout = _of_torch(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else _of_deepspeed(optimizer)
+    places = OptimizerPlaces(layout, trained, device)
+    if places.partitioned and type(places.optimizer).__module__.startswith("bitsandbytes"):
+        raise UserError(
+            "training.optim: states of 8 bits belong to blocks, which ZeRO cuts through, and no checkpoint could hold "
+            "them; set adamw_torch, or leave training.deepspeed out"
+        )
+    return places
+
+
+def _of_torch(optimizer: torch.optim.Optimizer) -> Layout:
+    flats = [one for group in optimizer.param_groups for one in group["params"]]
+    return Layout(optimizer, flats, {id(one): Piece(n, 0, 0, one.numel()) for n, one in enumerate(flats)})
+
+
+def _of_deepspeed(optimizer: Any) -> Layout:
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return _of_linked(optimizer, optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups)
+    if isinstance(optimizer, BF16_Optimizer):  # ZeRO-1
+        return _of_linked(optimizer, optimizer.fp32_groups_flat_partition, optimizer.bf16_groups)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return _of_stage_3(optimizer)
+    if isinstance(optimizer, FP16_UnfusedOptimizer):  # ZeRO-0 in half precision
+        return _of_copies(optimizer)
+    raise UserError(
+        f"training.optim: a checkpoint cannot hold the state of DeepSpeed's {type(optimizer).__name__}; set adamw_torch"
+    )
+
+
+def _of_copies(optimizer: Any) -> Layout:
+    """Each parameter in half precision has a float32 copy, the same on every rank."""
+    groups = zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True)
+    pairs = [pair for copies, halves in groups for pair in zip(copies, halves, strict=True)]
+    pieces = {id(half): Piece(number, 0, 0, half.numel()) for number, (_, half) in enumerate(pairs)}
+    return Layout(optimizer.optimizer, [copy for copy, _ in pairs], pieces)
+
+
+def _of_linked(optimizer: Any, flats: Sequence[Tensor], groups: Sequence[Sequence[Any]]) -> Layout:
+    """A flat tensor a group; each parameter knows which of its elements this rank has (`_hp_mapping`)."""
+    pieces = {}
+    for number, group in enumerate(groups):
+        for one in group:
+            linked = one._hp_mapping
+            if linked is None:
+                pieces[id(one)] = Piece(number, 0, 0, 0, one._dp_group)
+            else:
+                held, own = linked.hp_fragment_address, linked.lp_fragment_address
+                pieces[id(one)] = Piece(number, held.start, own.start, held.numel, one._dp_group)
+    return Layout(optimizer.optimizer, flats, pieces)
+
+
+def _of_stage_3(optimizer: Any) -> Layout:
+    """Each rank has an equal part of every parameter, the last ones padded."""
+    if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
+        raise UserError("training.deepspeed: a checkpoint cannot hold what is offloaded to nvme; offload to cpu")
+    pieces = {}
+    for group in optimizer.fp16_groups:
+        for one in group:
+            number, start, count = optimizer.grad_position[optimizer.get_param_id(one)]
+            first = torch.distributed.get_rank(one.ds_process_group) * count
+            own = max(0, min(count, one.ds_numel - first))
+            pieces[id(one)] = Piece(number, start, first if own else 0, own, one.ds_process_group)
+    return Layout(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat, pieces, stage3=optimizer)
+
 
 VALUE = "value"
 """What a trained tensor itself is called beside the optimizer's own names (`exp_avg`, `step`...)."""

@@ -2,20 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
+import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TextIO, cast, runtime_checkable
 
 import torch
 
-from dora_vl.data.bad_samples import BadSampleCounts, BadSampleLedger
-from dora_vl.data.dataset import BOOKKEEPING
-from dora_vl.training.sample_account import SampleAccount, account_of, refuse_other_samples
+from dora_vl.data.samples import BOOKKEEPING, BadSampleCounts, BadSampleLedger
+from dora_vl.errors import UserError, shown_names
+from dora_vl.training.run_folder import ADAPTER
+
+# Which samples a run trains on, in which order: an epoch's order is one of places, so a resume needs the same.
+
+
+@dataclass(frozen=True)
+class SampleAccount:
+    """How many samples, a SHA-256 of their ids in order, and what the files of some of them hold (`content_key`)."""
+
+    samples: int
+    ids_sha256: str
+    media: Mapping[str, str] = field(default_factory=dict)
+
+
+def account_of(ids: Iterable[str], media: Mapping[str, str] | None = None) -> SampleAccount:
+    """The account of samples by their ids, which are read once."""
+    digest, samples = hashlib.sha256(), 0
+    for name in ids:
+        digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
+        samples += 1
+    return SampleAccount(samples, digest.hexdigest(), media or {})
+
+
+def refuse_other_samples(
+    checkpoint: Path, then: Mapping[str, Any], now: SampleAccount, source: str, skipped: Collection[str] = ()
+) -> None:
+    """Compares the samples of a checkpoint's run with those of the run that would resume from it.
+
+    Args:
+        checkpoint: its folder.
+        then: the fields of its account.
+        now: of the run's samples.
+        source: the training file, for the message.
+        skipped: why samples of that run could not be used; a file that they name may have been mended, or come.
+
+    Raises:
+        UserError: rows came or went, or stand in another order: samples would be lost and others come twice. Or a
+            picture or video has been replaced under its name.
+    """
+    others = (name for name, key in now.media.items() if then["media"].get(name, "") not in ("", key))
+    changed = [name for name in others if not any(name in reason for reason in skipped)]
+    if now.samples != then["samples"]:
+        found = f"are {now.samples:,}"
+    elif now.ids_sha256 != then["ids_sha256"]:
+        found = "are as many with other ids, or in other order"
+    elif not changed:
+        return
+    else:
+        found = f"have other content in {len(changed):,} of {len(now.media):,} files looked at, {shown_names(changed)}"
+    raise UserError(
+        f"resume: {checkpoint} was written in training on {then['samples']:,} samples; those of {source} {found}. "
+        "Put the data back as it was, or begin a new run from its weights with "
+        f"--adapter.initial {checkpoint / ADAPTER}"
+    )
 
 
 @dataclass
@@ -208,3 +265,83 @@ class Progress:
         if writes:
             content[SAMPLES] = None if self._samples is None else asdict(self._samples)
             (checkpoint / PROGRESS).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# Lines that are written while a live view stands at the bottom of a terminal: they go above it, not through it.
+
+
+class LinesAbove:
+    """Stands for a terminal's stream: whole lines are handed on, all else is the stream's own.
+
+    A process forked from this one, such as a data worker, has no view and writes to the stream itself. What has drawn
+    over its line (`\\r`, as progress bars do) is told as it was last.
+
+    Args:
+        tell: takes a line, without its end.
+    """
+
+    def __init__(self, stream: TextIO, tell: Callable[[str], None]) -> None:
+        self._stream = stream
+        self._tell = tell
+        self._process = os.getpid()
+        self._begun = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Tells each line that is whole now."""
+        if os.getpid() != self._process:
+            return self._stream.write(text)
+        *whole, begun = (self._begun + text).split("\n")
+        self._begun = begun[begun.rfind("\r") + 1 :]
+        for line in whole:
+            self._tell(line.rstrip("\r").rpartition("\r")[2])
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Writes one after another."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """A line that has no end yet waits for it."""
+        if os.getpid() != self._process:
+            self._stream.flush()
+
+    def finish(self) -> None:
+        """Tells a line that never got its end."""
+        if self._begun:
+            self._tell(self._begun)
+            self._begun = ""
+
+
+@contextlib.contextmanager
+def lines_above(tell: Callable[[str], None]) -> Iterator[None]:
+    """What is written to stdout and stderr where they are terminals, by loggers too, goes to `tell`, line by line."""
+    out, err = sys.stdout, sys.stderr
+    own = {id(stream): LinesAbove(stream, tell) for stream in (out, err) if stream.isatty()}
+    handlers = [one for one in _stream_handlers() if id(one.stream) in own]  # they keep the stream they were made with
+    before = [one.stream for one in handlers]
+    for one in handlers:
+        one.setStream(own[id(one.stream)])
+    sys.stdout, sys.stderr = (cast(TextIO, own.get(id(stream), stream)) for stream in (out, err))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
+        for one, stream in zip(handlers, before, strict=True):
+            one.setStream(stream)
+        for stream in own.values():
+            stream.finish()
+
+
+def _stream_handlers() -> list[logging.StreamHandler[Any]]:
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    return [
+        handler
+        for logger in loggers
+        if isinstance(logger, logging.Logger)
+        for handler in logger.handlers
+        if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler)  # some ask for sys.stderr each time
+    ]

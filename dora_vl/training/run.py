@@ -13,24 +13,31 @@ import torch
 from transformers import TrainingArguments
 
 from dora_vl.adapters.folder import WEIGHTS_FILE, read_json
-from dora_vl.data.bad_samples import write_skipped
-from dora_vl.data.look_ahead import check_labels
+from dora_vl.data.samples import check_labels, write_skipped
 from dora_vl.errors import UserError
-from dora_vl.run.adapting import adapt, check_initial
-from dora_vl.run.arguments import launch_of, training_arguments
-from dora_vl.run.busy_cores import give_way_when_busy
-from dora_vl.run.checkpoint_manifest import check_base, check_manifest
-from dora_vl.run.launch import (
+from dora_vl.training.adapting import adapt, check_initial
+from dora_vl.training.arguments import launch_of, training_arguments
+from dora_vl.training.build_trainer import build_trainer
+from dora_vl.training.checkpoint_files import check_base, check_manifest
+from dora_vl.training.faults import check_base_weights, steps_left_out
+from dora_vl.training.largest_batch import out_of_memory_reported, smaller_model, smaller_test, training_fits
+from dora_vl.training.launch import (
+    give_way_when_busy,
     is_first_rank,
     keep_freed_memory,
     launched_first,
     leave_process_group,
+    load_whole_models_again,
     on_first_rank,
     threads_of_this_rank,
 )
-from dora_vl.run.one_writer import one_writer
-from dora_vl.run.rank_watch import ranks_end_together, watch_ranks
-from dora_vl.run.run_folder import (
+from dora_vl.training.live_view import close_views
+from dora_vl.training.optim import check_parts
+from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.progress import Counts
+from dora_vl.training.ranks import ranks_end_together, watch_ranks
+from dora_vl.training.recipe import RunSettings
+from dora_vl.training.run_folder import (
     ADAPTER,
     FAULTS,
     METRICS,
@@ -39,21 +46,12 @@ from dora_vl.run.run_folder import (
     add_metrics,
     check_run_folder,
     checkpoint_of,
+    one_writer,
     prepare_run_folder,
     run_folder_of,
     settings_of,
     write_settings,
 )
-from dora_vl.run.run_settings import RunSettings
-from dora_vl.run.zero import load_whole_models_again
-from dora_vl.training.build_trainer import build_trainer
-from dora_vl.training.finite import check_base_weights
-from dora_vl.training.live_view import close_views
-from dora_vl.training.optim import check_parts
-from dora_vl.training.out_of_memory import out_of_memory_reported, smaller_model, smaller_test, training_fits
-from dora_vl.training.pipeline import Pipeline
-from dora_vl.training.progress import Counts
-from dora_vl.training.step_faults import steps_left_out
 from dora_vl.training.trainer import AdapterTrainer
 
 logger = logging.getLogger(__name__)

@@ -14,20 +14,10 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dora_vl.adapters.checkpoints import (
-    STATE_FILE,
-    WRITING,
-    complete_checkpoints,
-    drop_old_checkpoints,
-    replace_folder,
-)
+from dora_vl.adapters.files import STATE_FILE, WRITING, complete_checkpoints, drop_old_checkpoints, replace_folder
 from dora_vl.core import TrainedPart, adapted_layers
-from dora_vl.run.arguments import launch_of, zero_stage
-from dora_vl.run.checkpoint_manifest import STATE, write_manifest
-from dora_vl.run.full_disk import full_disk_reported
-from dora_vl.run.run_folder import ADAPTER
-from dora_vl.tasks.seq2seq import over_step
-from dora_vl.training.checkpoint_state import (
+from dora_vl.training.arguments import launch_of, zero_stage
+from dora_vl.training.checkpoint import (
     RunningState,
     load_random_states,
     load_state,
@@ -35,11 +25,13 @@ from dora_vl.training.checkpoint_state import (
     save_random_states,
     save_state,
 )
-from dora_vl.training.finite import check_trained_weights
+from dora_vl.training.checkpoint_files import STATE, write_manifest
+from dora_vl.training.faults import StepFaults, check_trained_weights
 from dora_vl.training.optim import LearningRates, parameter_groups
-from dora_vl.training.optimizer_places import OptimizerPlaces, places_of
+from dora_vl.training.optimizer_state import OptimizerPlaces, places_of
 from dora_vl.training.progress import BatchStatistics, Progress
-from dora_vl.training.step_faults import StepFaults
+from dora_vl.training.run_folder import ADAPTER, full_disk_reported
+from dora_vl.training.seq2seq_tasks import over_step
 from dora_vl.training.validation import ValidationLoss, random_state_kept
 
 if TYPE_CHECKING:

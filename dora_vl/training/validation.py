@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from dora_vl.data.bad_samples import BadSampleLedger
+from dora_vl.data.samples import BadSampleLedger
 from dora_vl.errors import UserError
 from dora_vl.training.progress import BatchStatistics
 

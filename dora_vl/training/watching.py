@@ -3,21 +3,216 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from dora_vl.errors import UserError
-from dora_vl.run.watched import Watch, add_answers, begin, read_watched
-from dora_vl.training.tracked_answers import track_answers
+from dora_vl.data.pictures import PICTURE_FORMATS
+from dora_vl.errors import BadSample, UserError
+from dora_vl.training.live_view import Asked
+from dora_vl.training.run_folder import WATCHED, read_log, write_json, write_log
 from dora_vl.training.validation import random_state_kept
-from dora_vl.training.view_rows import Asked
+
+# Fixed questions whose answers are kept through training: what is asked, and the files of a run that hold it.
+#
+# `watched/questions.json` holds the questions, `watched/answers.jsonl` a line for each step at which they were asked,
+# and beside them lie small pictures.
+
+
+log = logging.getLogger(__name__)
+
+QUESTIONS, ANSWERS = "questions.json", "answers.jsonl"
+SMALL_PX = 224
+EXACT_PX = 128
+"""Pictures up to this side are kept to the pixel, as PNG; larger ones are photographs, as JPEG."""
+JPEG_QUALITY = 82
+SIDE, GAP_PX, PAPER = 2, 2, (255, 255, 255)
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchedQuestion:
+    """One question; `picture` is the name of its small picture in the folder, "" where there is none."""
+
+    id: str
+    question: str
+    truth: str
+    picture: str = ""
+    why_no_picture: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What a pipeline has asked while it trains.
+
+    Attributes:
+        questions: in the order in which they are shown.
+        pictures: by question's id, what opens its picture; raises BadSample where it cannot be read.
+        ask: the answers by id with the weights of now; every rank must call it. What cannot be asked is left out.
+        source: where the questions are from, for messages.
+    """
+
+    questions: tuple[WatchedQuestion, ...]
+    pictures: Mapping[str, Callable[[], Image.Image]]
+    ask: Callable[[], Mapping[str, str]]
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """What a run's folder holds of it.
+
+    Attributes:
+        answers: by step, the answers by id.
+    """
+
+    folder: Path
+    questions: tuple[WatchedQuestion, ...] = ()
+    answers: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """So many of them, evenly from the first on; all where there are fewer."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
+
+
+def begin(folder: Path, watch: Watch, *, step: int) -> None:
+    """Writes the questions and their pictures into a run's folder; of a resumed run the answers up to `step` stay."""
+    inside = folder / WATCHED
+    inside.mkdir(parents=True, exist_ok=True)
+    kept = [line for line in read_log(inside / ANSWERS) if line["step"] <= step] if step else []
+    named = [_with_picture(one, number, watch, inside) for number, one in enumerate(watch.questions)]
+    write_json(inside / QUESTIONS, {"source": watch.source, "questions": [asdict(one) for one in named]})
+    write_log(inside / ANSWERS, kept)
+
+
+def add_answers(folder: Path, step: int, answers: Mapping[str, str]) -> None:
+    """Appends the answers of one step."""
+    with (folder / WATCHED / ANSWERS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "answers": dict(answers)}) + "\n")
+
+
+def read_watched(run_folder: Path) -> Watched | None:
+    """What a run's folder holds; None where nothing was asked, or its files cannot be read."""
+    folder = run_folder / WATCHED
+    try:
+        content = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
+        questions = tuple(WatchedQuestion(**one) for one in content["questions"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    lines = read_log(folder / ANSWERS)
+    answers = {one["step"]: one["answers"] for one in lines if isinstance(one.get("answers"), dict) and "step" in one}
+    return Watched(folder=folder, questions=questions, answers=answers)
+
+
+def small_picture(picture: Image.Image, most: int = SMALL_PX) -> Image.Image:
+    """The picture, at most so many pixels wide and high."""
+    if max(picture.size) <= most:
+        return picture
+    return ImageOps.contain(picture, (most, most))
+
+
+def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Up to four pictures as one, two by two, each in the size of the first; one alone as it is."""
+    first, *others = pictures[: SIDE**2]
+    if not others:
+        return first
+    width, height = first.size
+    rows = -(-(1 + len(others)) // SIDE)
+    tile = Image.new("RGB", (SIDE * width + GAP_PX, rows * height + (rows - 1) * GAP_PX), PAPER)
+    for number, picture in enumerate([first, *others]):
+        row, column = divmod(number, SIDE)
+        fitted = picture if picture.size == first.size else ImageOps.pad(picture, first.size, color=PAPER)
+        tile.paste(fitted, (column * (width + GAP_PX), row * (height + GAP_PX)))
+    return tile
+
+
+def _with_picture(one: WatchedQuestion, number: int, watch: Watch, folder: Path) -> WatchedQuestion:
+    """The question with its picture's name; the picture is in the folder then."""
+    if one.id not in watch.pictures:
+        return one
+    fields = asdict(one)
+    try:
+        picture = small_picture(watch.pictures[one.id]().convert("RGB"))
+    except BadSample as error:
+        return WatchedQuestion(**{**fields, "why_no_picture": error.reason})
+    name = f"{number}.{'png' if max(picture.size) <= EXACT_PX else 'jpg'}"
+    picture.save(folder / name, quality=JPEG_QUALITY)
+    return WatchedQuestion(**{**fields, "picture": name})
+
+
+# The watched questions in TensorBoard, trackio and Weights & Biases: a table of pictures and answers at each asking.
+#
+# transformers' own reporters send the numbers of `log.jsonl`; they know nothing of pictures. A run's
+# `training.report_to` names them.
+
+
+NAME = "watched"
+COLUMNS = ("picture", "question", "right", "answer")
+STEP = "train/global_step"
+
+
+def track_answers(callbacks: Sequence[TrainerCallback], found: Watched, step: int) -> None:
+    """Sends the answers of one step to each tracker among a Trainer's callbacks; for the first rank alone."""
+    answers = found.answers[step]
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            _to_tensorboard(callback.tb_writer, found, answers, step)
+        elif isinstance(callback, TrackioCallback):
+            _as_table(callback._trackio, found, answers, step)
+        elif isinstance(callback, WandbCallback) and callback._wandb is not None:
+            _as_table(callback._wandb, found, answers, step)
+
+
+def _to_tensorboard(writer: Any, found: Watched, answers: Mapping[str, str], step: int) -> None:
+    """A text for each question, which TensorBoard shows by step, and its picture once."""
+    if writer is None:  # before training begins, or after its end
+        return
+    first = step == min(found.answers)
+    for number, one in enumerate(found.questions):
+        name = f"{NAME}/{number}"
+        if one.id in answers:
+            writer.add_text(name, "\n\n".join(map(_indented, (one.question, answers[one.id], one.truth))), step)
+        picture = _picture(found, one) if first else None
+        if picture is not None:
+            writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    writer.flush()
+
+
+def _indented(text: str) -> str:
+    """As a block of code in Markdown: a model's answer is shown, not followed."""
+    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+
+
+def _as_table(tracker: Any, found: Watched, answers: Mapping[str, str], step: int) -> None:
+    """One table; trackio takes Weights & Biases' calls."""
+    rows = [_row(tracker, found, one, answers[one.id]) for one in found.questions if one.id in answers]
+    tracker.log({NAME: tracker.Table(columns=[*COLUMNS], data=rows), STEP: step})
+
+
+def _row(tracker: Any, found: Watched, one: WatchedQuestion, answer: str) -> list[Any]:
+    picture = _picture(found, one)
+    return [None if picture is None else tracker.Image(picture), one.question, one.truth, answer]
+
+
+def _picture(found: Watched, one: WatchedQuestion) -> Image.Image | None:
+    if not one.picture:
+        return None
+    with Image.open(found.folder / one.picture, formats=PICTURE_FORMATS) as picture:
+        return picture.convert("RGB")
+
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from dora_vl.adapters.adapter import Adapter, read_adapter
 from dora_vl.adapters.folder import save_adapter
-from dora_vl.adapters.gguf_tokenizer import SPLITS
+from dora_vl.adapters.gguf import SPLITS
 from dora_vl.core import DoRAConfig, apply_dora
 from tests.core.dense_dora import move
 

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.adapters.adapter import Adapter, read_adapter, write_adapter
+from dora_vl.adapters.adapter import Adapter, Factors, read_adapter, write_adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.combine import combine, combine_factors
-from dora_vl.adapters.factors import Factors
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.adapters.merge_folder import merge_to_folder
+from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.errors import UserError
 from tests.adapters.foreign_files import DOWN, Q, dora, factors, saved, tiny_llama
 from tests.adapters.peft_folders import moved_peft

@@ -9,9 +9,9 @@ from transformers import LlamaForCausalLM
 
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.exports import as_lora, export_layers
 from dora_vl.adapters.folder import save_adapter
-from dora_vl.adapters.low_rank_export import as_lora, export_layers
-from dora_vl.adapters.merge_folder import merge_to_folder
+from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.adapters.several import AdapterSet
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.errors import UserError

@@ -15,11 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.quantization_config import GgufConfig
 
 from dora_vl.adapters.adapter import Adapter, read_adapter
-from dora_vl.adapters.gguf_architectures import frequency_factors, in_pairs
-from dora_vl.adapters.gguf_export import MODEL_FILE, VISION_FILE, export_gguf
-from dora_vl.adapters.gguf_tokenizer import vocabulary_of
+from dora_vl.adapters.gguf import MODEL_FILE, VISION_FILE, export_gguf, frequency_factors, in_pairs, vocabulary_of
 from dora_vl.errors import UserError
-from dora_vl.evaluation.gguf_reading import folder_of_gguf
+from dora_vl.evaluation.open_model import folder_of_gguf
 from tests.adapters.gguf_models import MODELS, SIZES, TEXTS, TOKENIZERS, byte_level, dora_on, language, sentencepiece
 from tests.adapters.test_hub_names import adapter_on
 from tests.backbones.tiny_image_text import write_tiny

@@ -20,7 +20,7 @@ from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.hub_names import save_under_hub_names
-from dora_vl.adapters.merge_folder import merge_to_folder
+from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.backbones.places import resolved_layers
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.data.turns import Turn

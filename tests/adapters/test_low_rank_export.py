@@ -10,8 +10,8 @@ from peft import PeftModel
 
 from dora_vl.adapters.adapter import read_adapter, write_adapter
 from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.exports import as_lora, export_layers, truncated
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.adapters.low_rank_export import as_lora, export_layers, truncated
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.errors import UserError
 from tests.adapters.foreign_files import saved, tiny_llama

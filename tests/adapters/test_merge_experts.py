@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dora_vl import DoRAConfig, apply_dora, save_adapter
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.merge_folder import merge_to_folder
+from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.errors import UserError
 from tests.core.test_experts import moved, tiny_mixtral, tiny_qwen
 

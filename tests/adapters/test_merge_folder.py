@@ -23,7 +23,7 @@ from transformers import (
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.folder import save_adapter
-from dora_vl.adapters.merge_folder import merge_to_folder
+from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.adapters.read import ReadOptions, read_any
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.errors import UserError
@@ -201,7 +201,7 @@ import sys, threading, time
 from pathlib import Path
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.merge_folder import merge_to_folder
+from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.adapters.read import ReadOptions, read_any
 
 def anonymous() -> int:

@@ -17,10 +17,8 @@ from dora_vl import merge_dora
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.folder import WEIGHTS_FILE, load_adapter
-from dora_vl.adapters.gguf_export import export_gguf
-from dora_vl.adapters.merge_folder import merge_to_folder
-from dora_vl.adapters.merged_weights import MergedWeights
-from dora_vl.adapters.tuned_weights import Saved, opened
+from dora_vl.adapters.gguf import export_gguf
+from dora_vl.adapters.merge import MergedWeights, Saved, merge_to_folder, opened
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
 from tests.adapters.gguf_models import language

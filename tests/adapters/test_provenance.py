@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.adapters.provenance import content_hash
+from dora_vl.adapters.adapter import content_hash
 from dora_vl.errors import UserError
-from dora_vl.model_files import weight_files
+from dora_vl.files import weight_files
 from tests.backbones.tiny_language import tiny_language
 
 

@@ -23,9 +23,9 @@ from dora_vl.adapters.quantised_base import (
     quantised_values,
 )
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
-from dora_vl.core.opaque import dequantised
+from dora_vl.core.quantised import dequantised
 from dora_vl.errors import UserError
-from dora_vl.run.adapting import adapt
+from dora_vl.training.adapting import adapt
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 

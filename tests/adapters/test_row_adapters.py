@@ -13,10 +13,10 @@ from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.adapters.quantised_base import SCHEMES
-from dora_vl.adapters.row_adapters import Layers, RowAdapters, rows_seen
+from dora_vl.adapters.several import Layers, RowAdapters, rows_seen
 from dora_vl.backbones.causal_lm import load_causal_lm
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
-from dora_vl.core.batch_at_hand import Row
+from dora_vl.core.active_adapters import Row
 from dora_vl.core.rows import RowLayer
 from dora_vl.core.strength import Share
 from dora_vl.errors import UserError

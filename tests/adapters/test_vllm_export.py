@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from dora_vl.adapters.adapter import Adapter, read_adapter
+from dora_vl.adapters.exports import export_for_vllm
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.adapters.peft_config import alpha_of, rank_of
-from dora_vl.adapters.vllm_export import export_for_vllm
+from dora_vl.adapters.settings import alpha_of, rank_of
 from dora_vl.backbones.places import resolved_layers
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.config import AdaptedPart

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from dora_vl.app.door import Admission, http_config
-from dora_vl.app.engine import Engine
-from dora_vl.app.example_questions import ExampleQuestion
-from dora_vl.app.request_media import MediaLimits, RequestMedia
-from dora_vl.app.served_model import ServedModel
-from dora_vl.app.side_by_side import SideBySide
-from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.serving.answering import EngineSettings
+from dora_vl.serving.door import Admission, http_config
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.model import ServedModel
+from dora_vl.serving.page_parts import ExampleQuestion
+from dora_vl.serving.requests import MediaLimits, RequestMedia
+from dora_vl.serving.side_by_side import SideBySide
 
 MILLISECONDS = 60_000  # a busy machine has taken more than ten seconds for one answer
 PICTURES = "#dv-seen figure"
@@ -63,10 +63,10 @@ def page_of(
     admission: Admission | None = None,
 ) -> Iterator[tuple[str, Engine]]:
     """The page over a model; its address and its engine."""
-    from dora_vl.app.page_server import Uploads, build_page_app, keep_gradio_quiet
+    from dora_vl.serving.page import Uploads, build_page_app, keep_gradio_quiet
 
     keep_gradio_quiet(uploads)
-    from dora_vl.app.page import Page, PageSettings
+    from dora_vl.serving.page import Page, PageSettings
 
     media = RequestMedia(limits or MediaLimits(), model.assistant.prompts.videos_of_one_length)
     with Engine(model, engine_settings) as engine, contextlib.closing(media):
@@ -79,7 +79,7 @@ def page_of(
 
 @contextlib.contextmanager
 def _running(app: FastAPI) -> Iterator[str]:
-    from dora_vl.app.page_server import QuietServer
+    from dora_vl.serving.page import QuietServer
 
     with socket.create_server(("127.0.0.1", 0)) as door:
         server = QuietServer(http_config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dora_vl.app.example_questions import example_questions
-from dora_vl.app.served_model import open_served
+from dora_vl.serving.model import open_served
+from dora_vl.serving.page_parts import example_questions
 from tests.app.browser import Visitor, browser, page_of
 
 SIZE = {"width": 1240, "height": 800}

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from dora_vl.adapters.provenance import content_hash
-from dora_vl.app import demo_command
-from dora_vl.app.demo_command import name_of
+from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
+from dora_vl.serving import demo_command
+from dora_vl.serving.demo_command import name_of
 from tests.app.tiny_served import spread, write_adapter
 from tests.backbones.tiny_image_text import write_tiny
 from tests.tasks.test_start_of_tasks import in_a_process

@@ -18,15 +18,15 @@ import pytest
 from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
-from dora_vl.app import door, listening_options
-from dora_vl.app.door import Admission
-from dora_vl.app.engine import Engine
-from dora_vl.app.http_errors import NoKey, Refused
-from dora_vl.app.request_media import MediaLimits, RequestMedia
-from dora_vl.app.served_model import ServedModel
-from dora_vl.app.server import Server, ServerSettings, build_app
-from dora_vl.app.side_by_side import SideBySide
 from dora_vl.cli import main
+from dora_vl.serving import door
+from dora_vl.serving import door as listening_options
+from dora_vl.serving.door import Admission, NoKey, Refused
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.model import ServedModel
+from dora_vl.serving.requests import MediaLimits, RequestMedia
+from dora_vl.serving.server import Server, ServerSettings, build_app
+from dora_vl.serving.side_by_side import SideBySide
 from tests.app.tiny_served import running, served, spread, write_adapter
 from tests.backbones.tiny_image_text import write_tiny
 
@@ -212,11 +212,11 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def app(model: ServedModel, uploads: Path) -> Iterator[Any]:
     pytest.importorskip("gradio", reason="pip install 'dora-vl[web]'")
-    from dora_vl.app.page_server import Uploads, build_page_app, keep_gradio_quiet
+    from dora_vl.serving.page import Uploads, build_page_app, keep_gradio_quiet
 
     uploads.mkdir()
     keep_gradio_quiet(uploads)
-    from dora_vl.app.page import Page, PageSettings
+    from dora_vl.serving.page import Page, PageSettings
 
     media = RequestMedia(MediaLimits(), model.assistant.prompts.videos_of_one_length)
     with Engine(model) as engine, contextlib.closing(media):

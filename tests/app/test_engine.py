@@ -10,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_vl.app.answering import Finished, Piece
-from dora_vl.app.engine import Engine
-from dora_vl.app.row_decoding import Sampling
-from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.asker import Shown
+from dora_vl.serving.answering import EngineSettings, Finished, Piece
+from dora_vl.serving.decoding import Sampling
+from dora_vl.serving.engine import Engine
 from tests.app.tiny_served import ADAPTERS, alone, answer_alone, served, spread, write_adapters
 from tests.backbones.tiny_image_text import write_tiny
 

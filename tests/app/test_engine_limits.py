@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from dora_vl.app.answering import Failed, Finished, Piece, Stopped, TooLate, TooManyRequests
-from dora_vl.app.engine import Engine
-from dora_vl.app.row_decoding import RowText, Sampling
-from dora_vl.app.served_model import ServedModel
-from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
+from dora_vl.serving.answering import EngineSettings, Failed, Finished, Piece, Stopped, TooLate, TooManyRequests
+from dora_vl.serving.decoding import RowText, Sampling
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.model import ServedModel
 from tests.app.tiny_served import served, spread, write_adapter
 from tests.backbones.tiny_image_text import write_tiny
 

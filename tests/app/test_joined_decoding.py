@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dora_vl.app.answering import Event, Failed, Finished, Piece
-from dora_vl.app.engine import Engine
-from dora_vl.app.joined_rows import JoinedRows
-from dora_vl.app.row_decoding import Sampling
-from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Shown
+from dora_vl.serving.answering import EngineSettings, Event, Failed, Finished, Piece
+from dora_vl.serving.decoding import JoinedRows, Sampling
+from dora_vl.serving.engine import Engine
 from tests.app.tiny_served import alone, answer_alone, served, spread, write_adapters
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.training.tiny_run import write_tiny_llava
@@ -203,7 +201,7 @@ def test_a_row_whose_scores_are_no_numbers_fails_alone(
     model = served(base, folders)
     model.backbone.model.generation_config.eos_token_id = None
     if not joins:
-        monkeypatch.setattr("dora_vl.app.joined_decoding.can_join", lambda *_: False)
+        monkeypatch.setattr("dora_vl.serving.engine.can_join", lambda *_: False)
     for layer in model.backbone.model.modules():
         if isinstance(layer, RowLayer):
             layer._changes["huge"].scaled_B.fill_(float("nan"))

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dora_vl.app.request_media import MediaLimits
-from dora_vl.app.server import ServerSettings
+from dora_vl.serving.requests import MediaLimits
+from dora_vl.serving.server import ServerSettings
 from tests.app.tiny_served import data_url, running, served, spread, write_adapter
 from tests.backbones.tiny_image_text import write_tiny
 

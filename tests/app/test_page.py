@@ -11,19 +11,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dora_vl.app.door import Admission
-from dora_vl.app.engine import Engine
-from dora_vl.app.example_questions import ExampleQuestion
-from dora_vl.app.page_view import shown_view
-from dora_vl.app.request_media import MediaLimits
-from dora_vl.app.served_model import ServedModel
-from dora_vl.app.side_by_side import SideBySide
-from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.backbones.video_inputs import grey_video
 from dora_vl.data.turns import Clip, Turn
+from dora_vl.data.video import Uniform, read_frames
 from dora_vl.evaluation.asker import Shown
-from dora_vl.vision.frame_sampling import Uniform
-from dora_vl.vision.video import read_frames
+from dora_vl.serving.answering import EngineSettings
+from dora_vl.serving.door import Admission
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.model import ServedModel
+from dora_vl.serving.page_parts import ExampleQuestion, shown_view
+from dora_vl.serving.requests import MediaLimits
+from dora_vl.serving.side_by_side import SideBySide
 from tests.app.browser import QUESTION_BOX, Visitor, browser, find_chromium, page_of
 from tests.app.test_engine import answers
 from tests.app.tiny_served import ADAPTERS, served, spread, write_adapters

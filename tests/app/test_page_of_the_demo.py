@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dora_vl.app.engine import Engine
-from dora_vl.app.example_questions import ExampleQuestion, example_questions
-from dora_vl.app.served_model import open_served
-from dora_vl.scores.exact_match import final_answer
+from dora_vl.evaluation.scores.exact import final_answer
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.model import open_served
+from dora_vl.serving.page_parts import ExampleQuestion, example_questions
 from tests.app.browser import Visitor, browser, find_chromium, page_of
 
 DEMO = Path(__file__).parents[2] / "runs" / "demo" / "adapter"

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dora_vl.app.prompt_limits import MOST_TURNS, longest_token, refuse_endless
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
+from dora_vl.serving.model import MOST_TURNS, longest_token, refuse_endless
 from tests.backbones.tiny_image_text import tiny_tokenizer
 
 

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from dora_vl.app import remote_media
-from dora_vl.app.remote_media import FetchLimits, NotFetched, _Pinned, fetch, is_public, public_addresses
+from dora_vl.serving import remote_media
+from dora_vl.serving.remote_media import FetchLimits, NotFetched, _Pinned, fetch, is_public, public_addresses
 
 LIMITS = FetchLimits(bytes=1000, seconds=2.0)
 

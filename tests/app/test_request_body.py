@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from dora_vl.app.chat_request import MOST_FIELDS, MOST_MESSAGES, MOST_PARTS, ChatRequest
-from dora_vl.app.request_body import MOST_VALUES, parsed
-from dora_vl.app.request_media import BadRequest, TooLarge
+from dora_vl.serving.requests import (
+    MOST_FIELDS,
+    MOST_MESSAGES,
+    MOST_PARTS,
+    MOST_VALUES,
+    BadRequest,
+    ChatRequest,
+    TooLarge,
+    parsed,
+)
 
 MANY = 80_000
 MOST_ERRORS = 40
@@ -63,8 +70,8 @@ def test_however_much_is_wrong_few_errors_are_collected(what: str) -> None:
 
 MEASURE = """
 import json, resource, sys, time
-from dora_vl.app.chat_request import ChatRequest
-from dora_vl.app.request_body import parsed
+from dora_vl.serving.requests import ChatRequest
+from dora_vl.serving.requests import parsed
 from dora_vl.errors import UserError
 
 for body in (b'{"messages":[' + b"0," * COUNT + b"0]}", b"{" + b'"a":0,' * COUNT + b'"a":0}', b"[" * COUNT):

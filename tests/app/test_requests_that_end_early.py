@@ -14,12 +14,11 @@ import openai
 import pytest
 from PIL import Image
 
-from dora_vl.app.answering import Answering
-from dora_vl.app.engine import Engine
-from dora_vl.app.request_media import RequestMedia
-from dora_vl.app.served_model import ServedModel
-from dora_vl.app.server import Server, ServerSettings
-from dora_vl.app.waiting_room import EngineSettings, WaitingRoom
+from dora_vl.serving.answering import Answering, EngineSettings, WaitingRoom
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.model import ServedModel
+from dora_vl.serving.requests import RequestMedia
+from dora_vl.serving.server import Server, ServerSettings
 from tests.app.tiny_served import picture_part, running, served, spread, write_adapter
 from tests.backbones.tiny_image_text import write_tiny
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dora_vl.app.row_decoding import RowSampling, RowStops, RowText, Sampling
 from dora_vl.errors import UserError
+from dora_vl.serving.decoding import RowSampling, RowStops, RowText, Sampling
 
 END = 0
 

@@ -13,16 +13,15 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from dora_vl.adapters.provenance import content_hash
-from dora_vl.app.answering import Finished
-from dora_vl.app.engine import Engine
-from dora_vl.app.row_decoding import Sampling
-from dora_vl.app.served_model import ServedModel, UnknownModel, open_served
-from dora_vl.app.waiting_room import EngineSettings
+from dora_vl.adapters.adapter import content_hash
 from dora_vl.core.rows import RowLayer
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Shown
+from dora_vl.serving.answering import EngineSettings, Finished
+from dora_vl.serving.decoding import Sampling
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.model import ServedModel, UnknownModel, open_served
 from tests.adapters.peft_folders import moved_peft
 from tests.app.test_engine import answers
 from tests.app.test_engine_limits import last

@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
-from dora_vl.app.request_media import MediaLimits
-from dora_vl.app.row_decoding import RowText
-from dora_vl.app.served_model import ServedModel
-from dora_vl.app.server import ServerSettings
-from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.asker import Shown
+from dora_vl.serving.answering import EngineSettings
+from dora_vl.serving.decoding import RowText
+from dora_vl.serving.model import ServedModel
+from dora_vl.serving.requests import MediaLimits
+from dora_vl.serving.server import ServerSettings
 from tests.app.tiny_served import (
     ADAPTERS,
     NOTHING,
@@ -161,8 +161,7 @@ def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Pa
     pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
     from data_prep.moving_shapes import Settings, make
     from dora_vl.data.turns import Clip
-    from dora_vl.vision.frame_sampling import Uniform
-    from dora_vl.vision.video import read_frames
+    from dora_vl.data.video import Uniform, read_frames
 
     make(tmp_path / "data", Settings(pretrain=1, adapt=1, test=1, seed=1), workers=1)
     file = tmp_path / "data" / "clips" / "test-00000.mp4"

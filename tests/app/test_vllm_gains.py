@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_vl.app.vllm.gains import FrozenLayer, Slice, frozen_layer, gains_minus_one
+from dora_vl.serving.vllm.layer import FrozenLayer, Slice, frozen_layer, gains_minus_one
 
 INPUTS, SIZES = 300, (12, 5, 7)
 CPU = torch.device("cpu")

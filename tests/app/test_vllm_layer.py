@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dora_vl.app.vllm.adapters import compute_gains, magnitude_of_parts, magnitudes_of, write_gains
-from dora_vl.app.vllm.layer import DoRALayer
-from dora_vl.app.vllm.magnitudes import UnservableAdapter
+from dora_vl.serving.vllm.adapters import compute_gains, magnitude_of_parts, magnitudes_of, write_gains
+from dora_vl.serving.vllm.layer import DoRALayer, UnservableAdapter
 
 INPUTS, SIZES, SLOTS = 8, (6, 4), 3
 

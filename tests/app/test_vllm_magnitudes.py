@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_vl.app.vllm.magnitudes import UnservableAdapter, as_factor, take_magnitudes
+from dora_vl.serving.vllm.layer import UnservableAdapter, as_factor, take_magnitudes
 
 Q, V = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.0.self_attn.v_proj"
 

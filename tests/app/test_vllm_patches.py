@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_vl.app.vllm import patches
-from dora_vl.app.vllm.layer import DoRALayer
-from dora_vl.app.vllm.magnitudes import UnservableAdapter
+from dora_vl.serving.vllm import plugin
+from dora_vl.serving.vllm.layer import DoRALayer, UnservableAdapter
 from tests.app.test_vllm_layer import INPUTS, SIZES, Layer, Wrapper, layer_with, weights, written_out
 
 STEM = "base_model.model.model.attn"
@@ -88,9 +87,9 @@ def vllm() -> SimpleNamespace:
     module.parse_fine_tuned_lora_name = parse_fine_tuned_lora_name  # pyright: ignore
     made = SimpleNamespace(**{kind.__name__: type(kind.__name__, (kind,), {}) for kind in (Model, Packed, Manager)})
     module.LoRAModel = made.Model  # pyright: ignore
-    patches.keep_magnitudes(module)
-    patches.pack_magnitudes(made.Packed)
-    patches.give_gains_to_slots(made.Manager)
+    plugin.keep_magnitudes(module)
+    plugin.pack_magnitudes(made.Packed)
+    plugin.give_gains_to_slots(made.Manager)
     made.Manager.packed = made.Packed
     made.parse = module.parse_fine_tuned_lora_name
     return made
@@ -161,16 +160,16 @@ def test_a_layer_that_is_nowhere_is_refused_but_in_a_pipeline(
 
 
 def test_listed_wrappers_get_gains_under_their_own_names_and_others_none() -> None:
-    names = (*patches.LINEAR, "CustomLinearWithLoRA")
+    names = (*plugin.LINEAR, "CustomLinearWithLoRA")
     kinds = {name: type(name, (Wrapper,), {}) for name in names if name != "RowParallelLinearWithShardedLoRA"}
     kinds["RowParallelLinearWithShardedLoRA"] = type(
         "RowParallelLinearWithShardedLoRA", (kinds["RowParallelLinearWithLoRA"],), {}
     )
     module = SimpleNamespace(_all_lora_classes=tuple(kinds.values()))
-    patches.wrap_layers(module, SimpleNamespace(**kinds))
+    plugin.wrap_layers(module, SimpleNamespace(**kinds))
     found = {one.__name__: one for one in module._all_lora_classes}
     assert list(found) == list(kinds)
-    assert {name for name, one in found.items() if issubclass(one, DoRALayer)} == set(patches.LINEAR)
+    assert {name for name, one in found.items() if issubclass(one, DoRALayer)} == set(plugin.LINEAR)
     assert {name for name, one in found.items() if getattr(one, "shards_inputs", False)} == {
         "RowParallelLinearWithLoRA",
         "RowParallelLinearWithShardedLoRA",

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_vl.app.vllm import cpu_base_rows, patches, places, plugin
-from dora_vl.app.vllm.places import Place, difference
+from dora_vl.serving.vllm import adapters, plugin
+from dora_vl.serving.vllm import plugin as patches
+from dora_vl.serving.vllm.adapters import Place, difference
 
 
 class Helper:
@@ -105,7 +106,7 @@ def test_another_version_is_left_as_it_is(installed: list[str], said: Any, monke
     ((level, line),) = said()
     assert level == "WARNING"
     assert "vLLM is left as it is: version 0.99.0 was never tried" in line
-    assert f"(tested with vLLM {', '.join(places.TESTED)})" in line
+    assert f"(tested with vLLM {', '.join(adapters.TESTED)})" in line
     assert "\n" not in line
 
 
@@ -153,7 +154,7 @@ def test_it_steps_aside_where_vllm_takes_dora_itself(installed: list[str], said:
 
 def test_places_name_each_patch() -> None:
     """What `patches` puts something in place of was looked at before."""
-    names = {place.name for place in places.PLACES}
+    names = {place.name for place in adapters.PLACES}
     assert {
         "PEFTHelper._validate_features",
         "parse_fine_tuned_lora_name",
@@ -167,7 +168,7 @@ def test_places_name_each_patch() -> None:
 
 def test_vllm_finds_it_by_its_entry_point() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '[project.entry-points."vllm.general_plugins"]\ndora_vl = "dora_vl.app.vllm.plugin:register"' in project
+    assert '[project.entry-points."vllm.general_plugins"]\ndora_vl = "dora_vl.serving.vllm.plugin:register"' in project
     for found in entry_points(group="vllm.general_plugins", name="dora_vl"):  # none where another checkout is installed
         assert found.load() is plugin.register
 
@@ -189,12 +190,12 @@ def bgmv_shrink(rows: Tensor, weights: Tensor, output: Tensor, slots: Tensor, sc
 
 
 def test_rows_of_the_base_get_nothing_once_mended(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (cpu_base_rows.KERNELS, *cpu_base_rows.USERS):
+    for name in (adapters.KERNELS, *adapters.USERS):
         module = ModuleType(name)
         module.bgmv_shrink = bgmv_shrink  # pyright: ignore
         monkeypatch.setitem(sys.modules, name, module)
-    assert cpu_base_rows.mend() is True
-    found = {sys.modules[name].bgmv_shrink for name in (cpu_base_rows.KERNELS, *cpu_base_rows.USERS)}
+    assert adapters.mend() is True
+    found = {sys.modules[name].bgmv_shrink for name in (adapters.KERNELS, *adapters.USERS)}
     assert len(found) == 1
     rows, weights, slots = torch.randn(3, 4), torch.randn(2, 1, 5, 4), torch.tensor([0, -1, 1])
     output, expected = torch.zeros(3, 5), torch.zeros(3, 5)
@@ -202,4 +203,4 @@ def test_rows_of_the_base_get_nothing_once_mended(monkeypatch: pytest.MonkeyPatc
     bgmv_shrink(rows, weights, expected, slots.clamp_min(0), 2.0)
     expected[1] = 0
     assert torch.equal(output, expected)
-    assert cpu_base_rows.mend() is False  # nothing to mend any more
+    assert adapters.mend() is False  # nothing to mend any more

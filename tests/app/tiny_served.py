@@ -17,15 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from benchmarks.serve import running as running_app
 from dora_vl.adapters.folder import save_adapter
-from dora_vl.app.engine import Engine
-from dora_vl.app.served_model import ServedModel, open_served
-from dora_vl.app.server import Server, ServerSettings, build_app
-from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.open_model import open_asker
+from dora_vl.serving.answering import EngineSettings
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.model import ServedModel, open_served
+from dora_vl.serving.server import Server, ServerSettings, build_app
 
 NOTHING = Shown()
 LANGUAGE = ("*language_model*.q_proj", "*language_model*.down_proj")

@@ -26,8 +26,8 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from dora_vl.app.vllm.layer import DoRALayer
-from dora_vl.app.vllm.plugin import register
+from dora_vl.serving.vllm.layer import DoRALayer
+from dora_vl.serving.vllm.plugin import register
 
 RANK, FULLY_SHARDED = int(os.environ["RANK"]), bool(int(sys.argv[1]))
 HIDDEN, INNER, ROWS, RANK_OF_B = 64, 128, 9, 8

@@ -12,10 +12,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-from dora_vl.backbones.chat_template import get_template
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.llava import LlavaBackbone
-from dora_vl.backbones.template_table import VICUNA_SYSTEM
+from dora_vl.backbones.prompt_table import VICUNA_SYSTEM
+from dora_vl.backbones.prompts import get_template
 from tests.backbones.tiny_image_text import write_tiny
 
 SPECIAL = ["<unk>", "<s>", "</s>"]

@@ -13,8 +13,8 @@ from dora_vl import DoRAConfig, apply_dora, trained_parts
 from dora_vl.backbones.families import ALIGNED
 from dora_vl.backbones.image_text import ImageTextBackbone, language_targets, load_image_text, projector_patterns
 from dora_vl.backbones.image_text_encode import ImageTextEncoder, load_processor
-from dora_vl.data.dataset import Sample
-from dora_vl.data.processor_inputs import ProcessorCollator
+from dora_vl.data.batches import ProcessorCollator
+from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Conversation, Turn
 from tests.backbones.tiny_families.table import FAMILIES
 

@@ -18,10 +18,10 @@ from dora_vl.backbones.causal_lm import (
     load_causal_lm,
     write_causal_lm,
 )
-from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import IGNORED_LABEL, Sample
+from dora_vl.backbones.generation import generation_loss
+from dora_vl.data.batches import Collator
+from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
-from dora_vl.heads.generation import generation_loss
 from tests.backbones.tiny_language import FAMILIES, tiny_language, write_tiny_language
 
 LENGTHS = (9, 4, 7, 3, 5)

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dora_vl.backbones.chat_template import get_template
+from dora_vl.backbones.prompts import get_template
 from dora_vl.data.turns import Conversation, Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.encoded_talk import MakeEncoder, talk

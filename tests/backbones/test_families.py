@@ -15,8 +15,8 @@ from dora_vl.backbones.causal_lm import load_causal_lm
 from dora_vl.backbones.families import NOT_TRAINED, check_trained, model_type_of
 from dora_vl.backbones.image_text import skeleton_of
 from dora_vl.backbones.image_text_encode import load_processor
-from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import load_llava
+from dora_vl.backbones.loading import load_tokenizer
 from dora_vl.errors import UserError
 from tests.backbones.tiny_image_text import write_tiny
 

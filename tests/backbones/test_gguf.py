@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_vl.backbones.language_source import load_language_model, read_language_model
+from dora_vl.backbones.loading import load_language_model, read_language_model
 from dora_vl.errors import UserError
 
 gguf = pytest.importorskip("gguf", reason="pip install 'dora-vl[demo]'")

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dora_vl.backbones.growing_text import GrowingText, decoded, growing_text
+from dora_vl.backbones.generation import GrowingText, decoded, growing_text
 
 TEXTS = ["Größe naïve 東京 😀 words, and more words.", "It's here; don't. The end!", "  two spaces\n\nand lines\t"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_vl.backbones.image_text_encode import load_processor
-from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.image_text_talks import TALKS, encoder_of, sample_of

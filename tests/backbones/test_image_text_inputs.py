@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_vl.data.dataset import IGNORED_LABEL
-from dora_vl.data.look_ahead import Labelled, check_labels
+from dora_vl.data.samples import IGNORED_LABEL, Labelled, check_labels
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import UserError
 from tests.backbones.image_text_talks import (

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dora_vl import DoRAConfig, apply_dora, trained_parts
 from dora_vl.backbones.families import ALIGNED
+from dora_vl.backbones.generation import generation_loss
 from dora_vl.backbones.image_text import (
     decoder_of,
     language_targets,
@@ -20,9 +21,8 @@ from dora_vl.backbones.image_text import (
     weights_out_of_reach,
 )
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
-from dora_vl.data.dataset import IGNORED_LABEL
-from dora_vl.data.processor_inputs import ProcessorCollator, stacked
-from dora_vl.heads.generation import generation_loss
+from dora_vl.data.batches import ProcessorCollator, stacked
+from dora_vl.data.samples import IGNORED_LABEL
 from tests.backbones.image_text_talks import (
     TALKS,
     adapted_backbone,

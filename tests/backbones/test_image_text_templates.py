@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.image_text_talks import SAID, TALKS, encoder_of, sample_of
 from tests.backbones.published_chat import (

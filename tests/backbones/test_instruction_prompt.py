@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.backbones.instruction_prompt import PROMPTS, InstructionEncoder
-from dora_vl.data.dataset import ConversationDataset, Sample
-from dora_vl.data.training_rows import load_rows
+from dora_vl.backbones.prompt_table import PROMPTS, InstructionEncoder
+from dora_vl.data.samples import ConversationDataset, Sample, load_rows
 from dora_vl.data.turns import Clip, Conversation, Turn
 from dora_vl.errors import BadSample
 from tests.backbones.tiny_language import byte_tokenizer

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dora_vl.backbones.generation import generation_loss
 from dora_vl.backbones.image_text import load_image_text, projector_patterns
-from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from dora_vl.heads.generation import generation_loss
 from tests.backbones.image_text_talks import TALKS, adapted_backbone, batch_of, encoder_of, sample_of
 from tests.backbones.tiny_families.language import LANGUAGE_MODELS
 from tests.backbones.tiny_image_text import write_tiny_language

@@ -13,8 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from dora_vl.backbones.llava import ALSO_TRAIN, DORA_TARGETS, LlavaBackbone, llava_config, load_llava
 from dora_vl.core import DoRAConfig, apply_dora
-from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import IGNORED_LABEL, Sample
+from dora_vl.data.batches import Collator
+from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.errors import UserError
 from tests.backbones.conftest import tiny_llava_config
 

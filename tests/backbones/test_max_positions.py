@@ -8,8 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlavaConfig
 
 from dora_vl.backbones.base import max_positions
 from dora_vl.backbones.causal_lm import CausalLMBackbone
-from dora_vl.backbones.seq2seq_prompt import Prompt
-from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.prompts import Prompt
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.errors import BadSample

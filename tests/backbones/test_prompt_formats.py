@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from dora_vl.backbones.prompt_formats import QuestionAnswer
-from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.backbones.prompts import QuestionAnswer
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.image_text_talks import RED, SAID, TALKS, TWO_QUESTIONS, adapted_backbone, encoder_of, sample_of

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from dora_vl.adapters.quantised_base import SCHEMES, quantised_layers, quantised_values
-from dora_vl.backbones import quantised
+from dora_vl.backbones import loading
 from dora_vl.backbones.causal_lm import load_causal_lm
 from dora_vl.backbones.image_text import language_targets, load_image_text, weights_out_of_reach
 from dora_vl.backbones.llava import load_llava
 from dora_vl.core import DoRAConfig, apply_dora
-from dora_vl.core.opaque import is_quantised
+from dora_vl.core.quantised import is_quantised
 from dora_vl.errors import UserError
-from dora_vl.training.memory_estimate import weight_count
+from dora_vl.training.memory import weight_count
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.tiny_run import write_tiny_llava
@@ -125,7 +125,7 @@ def test_packed_weights_do_not_train_themselves(tmp_path: Path) -> None:
 def test_other_layers_than_meant_are_not_taken_silently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     base = write_tiny("qwen2_5_vl", tmp_path / "base", width=64)
-    monkeypatch.setattr(quantised, "kept_whole", lambda *given: [])
+    monkeypatch.setattr(loading, "kept_whole", lambda *given: [])
     with pytest.raises(UserError, match=r"layers are quantised instead of 14, first \['lm_head"):
         load_image_text(str(base), quantisation="nf4")
 

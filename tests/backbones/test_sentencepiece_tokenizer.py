@@ -10,12 +10,12 @@ import sentencepiece
 import torch
 from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 
-from dora_vl.backbones import language_source
-from dora_vl.backbones.chat_template import get_template
+from dora_vl.backbones import loading
 from dora_vl.backbones.compose import ComposeSpec, compose_llava
 from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.backbones.language_source import add_image_token, load_tokenizer
 from dora_vl.backbones.llava import load_llava
+from dora_vl.backbones.loading import add_image_token, load_tokenizer
+from dora_vl.backbones.prompts import get_template
 from dora_vl.errors import UserError
 from tests.backbones.encoded_talk import talk
 from tests.backbones.tiny_sentencepiece import sentencepiece_model, write_tiny_vicuna, write_tokenizer_model
@@ -151,7 +151,7 @@ class TestSaysWhatIsMissing:
     @pytest.mark.parametrize("package", ["sentencepiece", "protobuf"])
     def test_a_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
         folder = write_tokenizer_model(tmp_path)
-        monkeypatch.setitem(language_source.NEEDED, package, lambda: False)
+        monkeypatch.setitem(loading.NEEDED, package, lambda: False)
         with pytest.raises(
             UserError, match=rf"tokenizer\.model is read with .*; not installed: {package} \(pip"
         ) as said:
@@ -161,7 +161,7 @@ class TestSaysWhatIsMissing:
     def test_the_model_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = write_tokenizer_model(tmp_path)
         (folder / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\nsize 499723\n")
-        monkeypatch.setattr(language_source, "is_tiktoken_available", lambda: False)
+        monkeypatch.setattr(loading, "is_tiktoken_available", lambda: False)
         with pytest.raises(UserError, match=r"tokenizer\.model \(55 bytes\) is no SentencePiece model; fetch it again"):
             load_tokenizer(str(folder))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
-from dora_vl.data.dataset import IGNORED_LABEL, Sample
+from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from tests.backbones.image_text_talks import (

@@ -13,10 +13,10 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from dora_vl.backbones.chat_template import get_template
 from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.backbones.language_source import add_image_token, load_tokenizer
-from dora_vl.backbones.template_table import TEMPLATES, TemplateName
+from dora_vl.backbones.loading import add_image_token, load_tokenizer
+from dora_vl.backbones.prompt_table import TEMPLATES, TemplateName
+from dora_vl.backbones.prompts import get_template
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from tests.backbones.encoded_talk import talk

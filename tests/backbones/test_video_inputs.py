@@ -15,15 +15,15 @@ from PIL import Image
 
 from dora_vl import DoRAConfig, apply_dora, trained_parts
 from dora_vl.backbones.families import ALIGNED
+from dora_vl.backbones.generation import generation_loss
 from dora_vl.backbones.image_text import ImageTextBackbone, language_targets, load_image_text, projector_patterns
 from dora_vl.backbones.image_text_encode import ImageTextEncoder, load_processor
 from dora_vl.backbones.video_inputs import Video, as_pictures, metadata, pixels, repeated
-from dora_vl.data.dataset import IGNORED_LABEL, Sample
-from dora_vl.data.processor_inputs import ProcessorCollator
+from dora_vl.data.batches import ProcessorCollator
+from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.turns import Clip, Conversation, Turn
+from dora_vl.data.video import Frames
 from dora_vl.errors import BadSample
-from dora_vl.heads.generation import generation_loss
-from dora_vl.vision.video_decoding import Frames
 from tests.backbones import tiny_image_text
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_video import VIDEO_FAMILIES, coloured_video, write_tiny_video

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter
 from dora_vl.backbones.vlbart import load_vlbart
 from dora_vl.backbones.vlbart_compose import (
     SmallBart,
@@ -18,9 +19,8 @@ from dora_vl.backbones.vlbart_compose import (
     small_tokenizer,
     standardise,
 )
-from dora_vl.data.examples import Answer, Example, write_examples
+from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import UserError
-from dora_vl.vision.features import FeatureRow, FeatureWriter
 
 TEXTS = ("what color is the circle?", "blue", "circle")
 SCALES = torch.tensor([1.0, 5.0, 0.5, 3.0])

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import write_adapter
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.adapters.foreign import to_adapter
-from dora_vl.adapters.foreign_layouts import LAYOUTS
+from dora_vl.adapters.foreign import LAYOUTS, to_adapter
 from dora_vl.backbones.vlbart import DORA_TARGETS, VlBartBackbone
 from dora_vl.backbones.vlbart_compose import add_picture_tokens, as_original, load_original, original_state
 from dora_vl.errors import UserError
@@ -85,7 +84,7 @@ def test_nvlabs_dora_gives_the_same_forward(tmp_path: Path) -> None:
 
 
 def test_vl_adapter_lora_gives_the_same_forward(tmp_path: Path) -> None:
-    from dora_vl.adapters.foreign_layouts import from_vl_adapter
+    from dora_vl.adapters.foreign import from_vl_adapter
 
     trained = tiny(seed=8)
     generator = torch.Generator().manual_seed(9)

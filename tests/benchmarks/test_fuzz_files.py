@@ -18,8 +18,8 @@ from benchmarks.fuzz_case import Run, judged, left_behind, run_case, run_command
 from benchmarks.fuzz_files import lines_of, main, summary, targets_of
 from benchmarks.fuzz_predictions import JAVA_WEIGHT, prediction_targets
 from benchmarks.fuzz_targets import PREDICTIONS, PUBLISHERS, Target, publisher_targets
+from dora_vl.data.benchmarks.table import SOURCES
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.sources.table import SOURCES
 
 POPE = "pope"
 

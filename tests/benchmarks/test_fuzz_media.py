@@ -19,8 +19,8 @@ from benchmarks.hostile_inputs import Hostile, hostile_inputs, run_hostile
 from benchmarks.hostile_pictures import OTHER_FORMATS, saved
 from benchmarks.media_case import CUT, Read, judged, read, run_case
 from benchmarks.media_files import PICTURES, STREAMS, whole_files
-from dora_vl.data import picture_decoding
-from dora_vl.vision import video_decoding
+from dora_vl.data import pictures
+from dora_vl.data import video as video_decoding
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -84,14 +84,14 @@ def test_what_must_not_happen_is_seen(tmp_path: Path, monkeypatch: pytest.Monkey
         subprocess.run([sys.executable, "-c", ""], check=True)
         raise MemoryError
 
-    monkeypatch.setattr(picture_decoding.Image, "open", start)
+    monkeypatch.setattr(pictures.Image, "open", start)
     found = read(tmp_path, "a.png", video=False)
     assert judged(found, 0.0, video=False)[0] == "another program is started"
     assert "subprocess.Popen" in found.started[0]
 
 
 def test_another_format_that_is_accepted_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture_decoding, "PICTURE_FORMATS", ("PNG", "PPM"))
+    monkeypatch.setattr(pictures, "PICTURE_FORMATS", ("PNG", "PPM"))
 
     def put(folder: Path) -> str:
         (folder / "a").write_bytes(OTHER_FORMATS["PPM"])

@@ -12,7 +12,7 @@ from dora_vl.adapters.folder import load_adapter, save_adapter
 from dora_vl.core import DoRAConfig, apply_dora, merge_dora
 from dora_vl.core.gain import Snapshot
 from dora_vl.core.inject import loftq
-from dora_vl.core.opaque import OPAQUE_KINDS, OpaqueLinear
+from dora_vl.core.quantised import OPAQUE_KINDS, OpaqueLinear
 from dora_vl.errors import UserError
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core import rows as rows_module
-from dora_vl.core.batch_at_hand import BatchAtHand, runs_of
+from dora_vl.core.active_adapters import BatchAtHand, runs_of
 from dora_vl.core.embedding import DoRAEmbedding
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.opaque import OpaqueLinear
+from dora_vl.core.quantised import OpaqueLinear
 from dora_vl.core.rows import RowChange, RowLayer
 from dora_vl.core.strength import Share
 from tests.core.dense_dora import dense_dora

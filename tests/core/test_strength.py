@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear, functional
 from dora_vl.core import rows as rows_module
-from dora_vl.core.batch_at_hand import BatchAtHand
+from dora_vl.core.active_adapters import BatchAtHand
 from dora_vl.core.conv import DoRAConv2d
 from dora_vl.core.embedding import DoRAEmbedding
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.opaque import OpaqueLinear
+from dora_vl.core.quantised import OpaqueLinear
 from dora_vl.core.rows import RowChange, RowLayer
 from dora_vl.core.strength import MOST_STRENGTH, GainByStrength, Share, checked_strength, layer_between
 from dora_vl.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.bad_samples import BadSampleCounts, BadSampleLedger, write_skipped
+from dora_vl.data.samples import BadSampleCounts, BadSampleLedger, write_skipped
 from dora_vl.errors import UserError
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import Sample, Skipped
+from dora_vl.data.batches import Collator
+from dora_vl.data.samples import Sample, Skipped
 
 
 def sample(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_vl.data.dataset import ConversationDataset, Encoded, Sample, Skipped, sample_random
+from dora_vl.data.samples import ConversationDataset, Encoded, Sample, Skipped, sample_random
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import BadSample
 
@@ -104,7 +104,7 @@ def test_random_choices_depend_on_seed_epoch_and_index_only() -> None:
 
 def test_a_missing_picture_folder_names_every_sample(tmp_path: Path) -> None:
     def read_file(path: str) -> Tensor:
-        from dora_vl.data.media import open_image
+        from dora_vl.data.pictures import open_image
 
         return torch.zeros(3, *reversed(open_image(tmp_path / "none", path).size))
 

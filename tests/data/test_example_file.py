@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_vl.data.example_file import ExampleFile
-from dora_vl.data.examples import Example
+from dora_vl.data.example import Example, ExampleFile
 from dora_vl.errors import BadSample, UserError
 
 GOOD = b'{"id":"a","answers":[{"text":"red"},{"text":"blue"}]}\n'

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_vl.data.examples import (
+from dora_vl.data.example import (
     Answer,
     Clip,
     Example,
@@ -215,7 +215,7 @@ def test_it_needs_the_standard_library_only() -> None:
         import sys
         for name in ("torch", "transformers", "datasets", "pyarrow", "numpy", "PIL"):
             sys.modules[name] = None
-        import dora_vl.data.examples
+        import dora_vl.data.example
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 

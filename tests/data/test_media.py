@@ -13,17 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_vl.data.examples import Clip
-from dora_vl.data.largest_items import places_of_largest_pictures
-from dora_vl.data.look_ahead import look_ahead
-from dora_vl.data.media import MediaFolder, open_image
-from dora_vl.data.training_rows import load_rows
+from dora_vl.backbones.tower_pictures import ImagePreparation, Preparation
+from dora_vl.backbones.vision_store import Media, Medium
+from dora_vl.data.check import MediaCheck
+from dora_vl.data.example import Clip
+from dora_vl.data.order import places_of_largest_pictures
+from dora_vl.data.pictures import MediaFolder, open_image
+from dora_vl.data.samples import load_rows, look_ahead
+from dora_vl.data.video import Uniform, read_frames
 from dora_vl.errors import BadSample, UserError
-from dora_vl.sources.check_media import MediaCheck
-from dora_vl.vision.compute_features import Media, Medium
-from dora_vl.vision.frame_sampling import Uniform
-from dora_vl.vision.images import ImagePreparation, Preparation
-from dora_vl.vision.video import read_frames
 from tests.vision.video_files import write_clip
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from dora_vl.data.mixture import Mixing, MixturePlan, Source
+from dora_vl.data.order import Mixing, MixturePlan, Source
 
 SOURCES = (
     Source(name="vqav2", items=23, batch_size=6),

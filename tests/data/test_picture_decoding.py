@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from dora_vl.data import media_limits, picture_decoding
-from dora_vl.data.media import MediaFolder, open_image
+from dora_vl.data import pictures
+from dora_vl.data.check import decoding_trouble
+from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample
-from dora_vl.sources.check_media import decoding_trouble
 
 
 def png(width: int, height: int) -> bytes:
@@ -46,7 +46,7 @@ showpage
 OPENS = """
 import sys
 from pathlib import Path
-from dora_vl.data.media import MediaFolder, open_image
+from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.errors import BadSample
 
 def hook(event, arguments):
@@ -106,8 +106,8 @@ def test_a_long_picture_is_shrunk_to_the_largest_side(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 12_000).astype(np.uint8)
     Image.fromarray(np.repeat(ramp[:, None, None], 1080, 1).repeat(3, 2)).save(tmp_path / "a.png")
     found = open_image(tmp_path, "a.png")
-    assert found.size == (737, media_limits.PICTURE_SIDE)
-    expected = np.linspace(0, 255, media_limits.PICTURE_SIDE)
+    assert found.size == (737, pictures.PICTURE_SIDE)
+    expected = np.linspace(0, 255, pictures.PICTURE_SIDE)
     np.testing.assert_allclose(np.asarray(found)[:, 300, 1], expected, atol=1.5)
     Image.new("RGB", (8192, 100)).save(tmp_path / "b.png")
     assert open_image(tmp_path, "b.png").size == (8192, 100)
@@ -135,7 +135,7 @@ def test_names_that_no_file_system_takes_are_bad_samples(tmp_path: Path, name: s
 
 
 def test_a_file_of_too_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture_decoding, "PICTURE_BYTES", 1000)
+    monkeypatch.setattr(pictures, "PICTURE_BYTES", 1000)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(BadSample, match=r"has 2,\d\d\d bytes; at most 1,000 are read"):
         open_image(tmp_path, "a.png")
@@ -174,7 +174,7 @@ def test_a_header_in_too_many_pieces_is_not_read_on(
 def test_pixels_in_many_pieces_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 301, 3), np.uint8))
     noise.save(tmp_path / "a.png")
-    monkeypatch.setattr(picture_decoding, "HEADER_READS_TIMES_BYTES", 5_000)
+    monkeypatch.setattr(pictures, "HEADER_READS_TIMES_BYTES", 5_000)
     assert np.array_equal(np.asarray(open_image(tmp_path, "a.png")), np.asarray(noise))
 
 

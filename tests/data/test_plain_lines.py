@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_vl.data import plain_lines, record_table
-from dora_vl.data.plain_lines import NotPlainError, plain_batches, word_counts
-from dora_vl.data.readers.columns import USUAL, Columns, roles_of_columns
-from dora_vl.data.readers.containers import find_files
-from dora_vl.data.record_table import load_table
+from dora_vl.data import table as plain_lines
+from dora_vl.data import table as record_table
+from dora_vl.data.columns import USUAL, Columns, roles_of_columns
+from dora_vl.data.containers import find_files
+from dora_vl.data.table import NotPlainError, load_table, plain_batches, word_counts
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 TURN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "cat"]), "value": TEXT})

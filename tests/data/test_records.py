@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_vl.data import records
-from dora_vl.data.record_table import load_table
-from dora_vl.data.records import stream_records
+from dora_vl.data import readers
+from dora_vl.data.readers import stream_records
+from dora_vl.data.table import load_table
 from dora_vl.data.turns import read_conversation
 from dora_vl.errors import BadSample, UserError
 
@@ -53,7 +53,7 @@ def test_every_spelling_reads_the_same(
     path = tmp_path / "any.json"
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(readers, "CHUNK_BYTES", chunk_bytes)
         assert list(stream_records(path)) == rows
 
 
@@ -117,8 +117,8 @@ def test_a_broken_file_is_one_clear_line(tmp_path: Path, content: bytes, expecte
 def test_a_quote_that_never_closes_does_not_read_the_whole_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "MAX_RECORD_CHARACTERS", 1 << 16)
-    monkeypatch.setattr(records, "CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(readers, "MAX_RECORD_CHARACTERS", 1 << 16)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1 << 12)
     path = tmp_path / "open.json"
     path.write_text(f"[{LINE},\n" + '{"id": "' + "x" * 10_000_000)
     with pytest.raises(UserError, match=r"line 2: .*Unterminated string"):
@@ -190,7 +190,7 @@ def test_ranks_that_start_together_convert_once(tmp_path: Path) -> None:
     rank = textwrap.dedent(f"""
         import logging
         from pathlib import Path
-        from dora_vl.data.record_table import load_table
+        from dora_vl.data.table import load_table
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         assert len(load_table(Path({str(path)!r}), cache_folder=Path({str(cache)!r}))) == 2000
     """)
@@ -205,6 +205,6 @@ def test_reading_records_and_turns_needs_the_standard_library_only() -> None:
         import sys
         for name in ("torch", "transformers", "datasets", "pyarrow", "numpy", "PIL"):
             sys.modules[name] = None
-        import dora_vl.data.records, dora_vl.data.turns
+        import dora_vl.data.readers, dora_vl.data.turns
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from dora_vl.data.record_table import load_table
-from dora_vl.data.sampler import ModalityLengthSampler, sampling_lengths
+from dora_vl.data.order import ModalityLengthSampler, sampling_lengths
+from dora_vl.data.table import load_table
 
 SAMPLES = st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=70)
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.collate import Collator, shared_rows, visible
-from dora_vl.data.dataset import IGNORED_LABEL, Sample
+from dora_vl.data.batches import Collator, shared_rows, visible
+from dora_vl.data.samples import IGNORED_LABEL, Sample
 
 PICTURE = 99
 IGNORED = IGNORED_LABEL

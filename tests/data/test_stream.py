@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import ConversationDataset, Encoded, Rows
-from dora_vl.data.media import HeldPictures, StoredPictures
-from dora_vl.data.record_table import load_table
-from dora_vl.data.sample_rows import SampleRow
-from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, interleaved, shuffled
-from dora_vl.data.stream_sources import StreamSource
-from dora_vl.data.train_files import TrainFile
+from dora_vl.data.batches import Collator
+from dora_vl.data.order import TrainFile
+from dora_vl.data.pictures import HeldPictures, StoredPictures
+from dora_vl.data.readers import SampleRow
+from dora_vl.data.samples import ConversationDataset, Encoded, Rows
+from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource, interleaved, shuffled
+from dora_vl.data.table import load_table
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import UserError
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dora_vl.data import text_file
-from dora_vl.data.records import stream_values
+from dora_vl.data.readers import stream_values
 from dora_vl.data.text_file import NotUtf8, json_lines, json_object, table_rows, text_lines
 from dora_vl.errors import LONGEST_MESSAGE, UserError
 

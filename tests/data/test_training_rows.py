@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.train_files import TrainFile
-from dora_vl.data.training_rows import described, held_out_places, load_rows, load_training_rows, overlap
+from dora_vl.data.order import TrainFile
+from dora_vl.data.samples import described, held_out_places, load_rows, load_training_rows, overlap
 from dora_vl.data.turns import Clip, read_conversation
 from dora_vl.errors import UserError
 from dora_vl.evaluation.questions import question_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.easy_vqa_halves import main
-from dora_vl.data.examples import Example, iterate_examples
+from dora_vl.data.example import Example, iterate_examples
 from tests.data_prep.test_easy_vqa import write_split
 
 

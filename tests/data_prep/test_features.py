@@ -14,12 +14,10 @@ import torch
 from PIL import Image
 
 from data_prep.features import main, media_in_records, media_under, which_part
-from dora_vl.data.examples import Clip, Example, write_examples
+from dora_vl.backbones.published_features import FeatureEncoder, open_features
+from dora_vl.backbones.vision_store import FeatureRow, Medium, read_settings
+from dora_vl.data.example import Clip, Example, write_examples
 from dora_vl.errors import UserError
-from dora_vl.vision.compute_features import Medium
-from dora_vl.vision.feature_encoder import FeatureEncoder
-from dora_vl.vision.feature_files import open_features
-from dora_vl.vision.features import FeatureRow, read_settings
 from tests.vision.parquet_shards import write_parquet
 from tests.vision.video_files import write_video
 

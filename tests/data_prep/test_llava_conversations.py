@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from data_prep.llava_conversations import conversation_of, main
-from dora_vl.data.examples import Answer, Clip, Example, write_examples
-from dora_vl.data.record_table import load_table
+from dora_vl.data.example import Answer, Clip, Example, write_examples
+from dora_vl.data.table import load_table
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.scores.benchmark import Benchmark
+from dora_vl.evaluation.scores.benchmark import Benchmark
 
 TRUE = Answer(text="true")
 AS_IS = Benchmark(modes={})

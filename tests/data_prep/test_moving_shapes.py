@@ -11,9 +11,8 @@ import pytest
 
 from data_prep.moving_shapes import KINDS, Settings, examples_of, main, make
 from data_prep.moving_shapes_drawing import COLORS, FRAMES, Mover, draw
-from dora_vl.data.examples import iterate_examples
-from dora_vl.vision.frame_sampling import Uniform
-from dora_vl.vision.video import read_frames
+from dora_vl.data.example import iterate_examples
+from dora_vl.data.video import Uniform, read_frames
 
 pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
 SMALL = Settings(pretrain=3, adapt=3, test=2, seed=5)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.folder import save_adapter
-from dora_vl.adapters.merge_folder import merge_to_folder
+from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, adapted_layers, apply_dora
 from dora_vl.core.analysis import weight_change

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from dora_vl.data.examples import Example
+from dora_vl.data.example import Example
 from dora_vl.errors import UserError
-from dora_vl.evaluation.answer_joins import Joined, join
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.scores import prompts
-from dora_vl.scores.answer_rows import read_answers, read_rows
+from dora_vl.evaluation.predictions import Joined, join
+from dora_vl.evaluation.scores import prompts
+from dora_vl.evaluation.scores.benchmark import read_answers, read_rows
 
 SHORT = prompts.SHORT
 

@@ -16,19 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_vl.cli import main
-from dora_vl.data.examples import Answer, Clip, Example, write_examples
+from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
+from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import MediaReader, Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.predictions import Prediction, read_predictions
 from dora_vl.evaluation.prompt_inputs import model_inputs
-from dora_vl.evaluation.result_files import Prediction, read_predictions
 from dora_vl.evaluation.run import evaluate_run
-from dora_vl.run.recipe import EvaluationConfig
-from dora_vl.run.samples import VideoReading
-from dora_vl.vision.frame_sampling import Uniform
-from dora_vl.vision.video import VideoReader
+from dora_vl.training.assembly import VideoReading
+from dora_vl.training.recipe import EvaluationConfig
 from tasks import image_qa
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
 from tests.backbones.tiny_language import write_tiny_language

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dora_vl.data.examples import MIDDLE_FRAME, Answer, Clip, Example
+from dora_vl.data.example import MIDDLE_FRAME, Answer, Clip, Example
 from dora_vl.evaluation.baselines import (
     MOST_EXCHANGED,
     Exchange,
@@ -17,7 +17,7 @@ from dora_vl.evaluation.baselines import (
     exchanged,
     right_text,
 )
-from dora_vl.scores.exact_match import score
+from dora_vl.evaluation.scores.exact import score
 
 COLOURS = ("red", "blue", "green")
 

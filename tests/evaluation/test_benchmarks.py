@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_vl.cli import main
-from dora_vl.data.examples import Answer, Example, write_examples
+from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import LONGEST_MESSAGE, UserError
 from dora_vl.evaluation import benchmarks
 from dora_vl.evaluation.benchmarks import find_benchmark, read_own
-from dora_vl.evaluation.evaluation_set import read_set
-from dora_vl.scores import prompts
+from dora_vl.evaluation.questions import read_set
+from dora_vl.evaluation.scores import prompts
 
 RECEIPTS = "name: receipts\nscoring: anls\nfile: receipts.jsonl\nprompt: as_is\nmax_new_tokens: 24\nframes: 2\n"
 
@@ -93,8 +93,8 @@ def test_any_bytes_are_a_benchmark_or_one_line(tmp_path: Path, content: bytes) -
 
 
 PACKAGE = """
-from dora_vl.scores.benchmark import Benchmark
-from dora_vl.scores.scored import ACCURACY, Tally
+from dora_vl.evaluation.scores.benchmark import Benchmark
+from dora_vl.evaluation.scores.scored import ACCURACY, Tally
 
 def score(examples, answers):
     tally = Tally()

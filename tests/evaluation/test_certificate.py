@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_vl.adapters.provenance import content_hash
+from dora_vl.adapters.adapter import content_hash
 from dora_vl.cli import main
-from dora_vl.evaluation import check_options
+from dora_vl.evaluation import commands
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.open_model import open_asker
 from dora_vl.evaluation.questions import Question
 from tests.adapters.test_hub_names import adapter_on
 from tests.evaluation.test_ask_any_model import peft_adapter, spread, write_model
@@ -61,7 +61,7 @@ def test_a_merge_that_answers_alike_passes_and_says_so(folders: Path, tmp_path: 
 
 def answer(assistant: Assistant, folders: Path, name: str) -> str:
     """What the unmerged model says, asked by itself."""
-    from dora_vl.data.media import open_picture
+    from dora_vl.data.pictures import open_picture
     from dora_vl.evaluation.questions import read_questions
 
     questions, _ = read_questions(folders / "data" / "train.json")
@@ -72,7 +72,7 @@ def answer(assistant: Assistant, folders: Path, name: str) -> str:
 
 def broken_merge(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """Merging that gets the output head wrong."""
-    from dora_vl.adapters import merge_command
+    from dora_vl.evaluation import merge_command
 
     right = merge_command.merge
 
@@ -162,8 +162,8 @@ def test_what_cannot_be_checked_is_said_before_anything_is_merged(folders: Path,
 
 def test_questions_are_spread_over_the_file() -> None:
     questions = [Question(id=str(number), images=(), turns=(), truth="") for number in range(10)]
-    assert [one.id for one in check_options._spread(questions, 3)] == ["0", "3", "6"]
-    assert check_options._spread(questions, 30) == questions
+    assert [one.id for one in commands._spread(questions, 3)] == ["0", "3", "6"]
+    assert commands._spread(questions, 30) == questions
 
 
 def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path, capsys) -> None:

@@ -40,7 +40,7 @@ def test_answers_from_a_list_are_those_of_the_adapter(asked: Path, tmp_path: Pat
 def test_a_merge_that_answers_otherwise_fails(
     asked: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dora_vl.adapters import merge_command
+    from dora_vl.evaluation import merge_command
 
     right = merge_command.merge
 

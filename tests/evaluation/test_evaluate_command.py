@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_vl.cli import main
-from dora_vl.data.examples import Answer, Clip, Example, write_examples
+from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.asker import Wanted
 from dora_vl.evaluation.assistant import open_picture
-from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.evaluation.result_files import read_predictions
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run.command_line import read_run_file
+from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import run
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.data.examples import Answer, Example, write_examples
+from dora_vl.data.example import Answer, Example, write_examples
 from tests.backbones.tiny_language import write_tiny_language
 
 ROOT = Path(__file__).parents[2]

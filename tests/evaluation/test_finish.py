@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.data.examples import Answer, Clip, Example, write_examples
+from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.errors import UserError
-from dora_vl.evaluation.evaluation_set import EvaluationSet, read_set
 from dora_vl.evaluation.finish import Answers, finish
+from dora_vl.evaluation.questions import EvaluationSet, read_set
 
 CHOICES = ("red", "blue")
 

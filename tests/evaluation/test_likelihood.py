@@ -11,8 +11,8 @@ from dora_vl.backbones.causal_lm import CausalLMBackbone
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.likelihood import branches, choose, log_likelihoods, outputs_of
+from dora_vl.evaluation.predictions import PredictionsFile
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.result_files import PredictionsFile
 from tests.backbones.tiny_language import tiny_language
 
 OUTPUTS = [  # one is the beginning of another but for its end token, 2

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.data.examples import Answer, Example, write_examples
+from dora_vl.data.example import Answer, Example, write_examples
 from dora_vl.errors import UserError
-from dora_vl.evaluation.result_files import Origin, file_sha256, refuse_anothers, write_metrics
+from dora_vl.evaluation.predictions import Origin, file_sha256, refuse_anothers, write_metrics
 
 ORIGIN = Origin(answers_of="run/adapter", answers_sha256={"adapter": "a", "base": "b"}, limit=4)
 

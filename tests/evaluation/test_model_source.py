@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from dora_vl import DoRAConfig, apply_dora, save_adapter
-from dora_vl.adapters.provenance import content_hash
+from dora_vl.adapters.adapter import content_hash
 from dora_vl.backbones.causal_lm import load_causal_lm
-from dora_vl.backbones.instruction_prompt import InstructionEncoder
-from dora_vl.backbones.language_source import load_tokenizer
+from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.prompt_table import InstructionEncoder
 from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Wanted
-from dora_vl.evaluation.model_source import find_source
-from dora_vl.run.adapting import VLBART
+from dora_vl.evaluation.open_model import find_source
+from dora_vl.training.adapting import VLBART
 from tasks import image_qa
 from tests.backbones.tiny_language import write_tiny_language
 

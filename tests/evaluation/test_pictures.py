@@ -24,7 +24,7 @@ from dora_vl.evaluation.pictures import (
     write_contact_sheet,
     write_loss_curve,
 )
-from dora_vl.evaluation.result_files import Prediction
+from dora_vl.evaluation.predictions import Prediction
 
 
 def prediction(number: int, answer: str = "red") -> Prediction:

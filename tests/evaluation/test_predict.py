@@ -13,19 +13,19 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dora_vl.backbones.score_watch import NO_TOKEN
-from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import Sample
+from dora_vl.backbones.generation import NO_TOKEN
+from dora_vl.data.batches import Collator
+from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
+from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.asker import MediaReader, Shown
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.predict import Decoding, predict
+from dora_vl.evaluation.predictions import PredictionsFile
 from dora_vl.evaluation.prompt_inputs import Side
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.result_files import PredictionsFile
-from dora_vl.run.samples import PictureReader, VideoReading
-from dora_vl.vision.frame_sampling import Uniform
+from dora_vl.training.assembly import PictureReader, VideoReading
 
 END = 1
 FIRST_LETTER = 10

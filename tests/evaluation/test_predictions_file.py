@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.result_files import Prediction, PredictionsFile, cut_broken_tail, read_predictions
+from dora_vl.evaluation.predictions import Prediction, PredictionsFile, cut_broken_tail, read_predictions
 
 SETTINGS = {"adapter": "a1", "limit": None, "sizes": (1, 2)}
 

@@ -11,9 +11,8 @@ import pytest
 from dora_vl.cli import main
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
-from dora_vl.evaluation.evaluation_set import EvaluationSet, read_set
-from dora_vl.evaluation.questions import read_question_file
-from dora_vl.scores import prompts
+from dora_vl.evaluation.questions import EvaluationSet, read_question_file, read_set
+from dora_vl.evaluation.scores import prompts
 
 SHORT, LETTER = prompts.SHORT, prompts.LETTER
 

@@ -13,14 +13,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dora_vl.cli import main
-from dora_vl.data.example_file import ExampleFile
-from dora_vl.data.examples import Answer, Example, iterate_examples, write_examples
+from dora_vl.data.example import Answer, Example, ExampleFile, iterate_examples, write_examples
 from dora_vl.errors import LONGEST_MESSAGE, UserError
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.evaluation_set import read_set
-from dora_vl.evaluation.questions import read_question_file, read_questions
-from dora_vl.evaluation.result_files import read_predictions
-from dora_vl.scores.answer_rows import read_answers
+from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.evaluation.questions import read_question_file, read_questions, read_set
+from dora_vl.evaluation.scores.benchmark import read_answers
 
 Reader = Callable[[Path], object]
 

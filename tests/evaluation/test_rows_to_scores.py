@@ -18,24 +18,23 @@ from typing import Any
 
 import pytest
 
-from dora_vl.backbones.instruction_prompt import PROMPTS
-from dora_vl.backbones.template_table import TEMPLATES
-from dora_vl.data.examples import Example
+from dora_vl.backbones.prompt_table import PROMPTS, TEMPLATES
+from dora_vl.data import prepare
+from dora_vl.data.benchmarks.table import SOURCES
+from dora_vl.data.example import Example
 from dora_vl.data.turns import read_conversation
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.evaluation_set import read_set
-from dora_vl.scores import prompts
-from dora_vl.scores.commonsense import PATTERNS
-from dora_vl.sources import prepare_command
-from dora_vl.sources.table import SOURCES
-from dora_vl.tasks import vlbart_image, vlbart_video
-from dora_vl.tasks.subtask import Subtask
+from dora_vl.evaluation.questions import read_set
+from dora_vl.evaluation.scores import prompts
+from dora_vl.evaluation.scores.commonsense import PATTERNS
+from dora_vl.training import vlbart_tasks
+from dora_vl.training.seq2seq_tasks import Subtask
 
 FIXTURES = Path(__file__).parents[1] / "sources" / "fixtures"
 ROWS: list[dict[str, Any]] = [
     json.loads(line) for line in Path(__file__).with_name("rows_to_scores.jsonl").read_text("utf-8").splitlines()
 ]
-SUBTASKS: Mapping[str, Subtask] = {**vlbart_image.subtasks(), **vlbart_video.subtasks()}
+SUBTASKS: Mapping[str, Subtask] = {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}
 OF_ONES_OWN = {"hugging-face", "llava-json"}  # no publisher's form; test_hugging_face, test_prepare_split
 
 
@@ -80,9 +79,9 @@ def test_every_source_is_followed_to_its_score() -> None:
 def prepared(row: Mapping[str, Any], to: Path) -> Path:
     """The split's file, as `dora-vl prepare` writes it."""
     parser = argparse.ArgumentParser()
-    prepare_command.add_arguments(parser)
+    prepare.add_arguments(parser)
     words = [row["source"], "--from", str(FIXTURES / row["fixture"]), "--to", str(to), "--workers", "0"]
-    list(prepare_command.run(parser.parse_args(words)))
+    list(prepare.run(parser.parse_args(words)))
     return to / f"{row['split']}.jsonl"
 
 

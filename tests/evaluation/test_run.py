@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.evaluation.result_files import read_predictions
+from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.run import evaluate_run
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run.command_line import read_run_file
-from dora_vl.run.recipe import RunConfig
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.recipe import RunConfig
 from dora_vl.training.run import run
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 

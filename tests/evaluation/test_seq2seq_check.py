@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.vision_store import FeatureReader, FeatureStore, Stored
 from dora_vl.backbones.vlbart_compose import small_tokenizer
-from dora_vl.data.example_file import ExampleFile
-from dora_vl.data.examples import Answer, Example, write_examples
-from dora_vl.data.feature_input import FeatureReader, FeatureStore, Stored
+from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.seq2seq_check import check_tests
-from dora_vl.pipelines.vlbart import VlBartPipeline
-from dora_vl.run.command_line import read_settings
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.training.command_line import read_settings
+from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
 
 

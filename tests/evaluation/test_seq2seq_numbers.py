@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation import seq2seq_run
-from dora_vl.pipelines.vlbart import VlBartPipeline
-from dora_vl.run.command_line import read_settings
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.training.command_line import read_settings
+from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
 
 TASKS = {"gqa": "text", "coco_caption": "text", "nlvr2": "pair", "tvqa": "choice"}

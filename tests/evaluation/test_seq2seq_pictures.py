@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_vl.data.examples import Answer, Example
+from dora_vl.data.example import Answer, Example
 from dora_vl.evaluation.pictures import RIGHT, WRONG
+from dora_vl.evaluation.scores import caption, video, vqa
+from dora_vl.evaluation.scores import vqa as nlvr2
 from dora_vl.evaluation.seq2seq_pictures import Shown, draw
-from dora_vl.scores import caption, nlvr2, video_qa, vqa
 from tests.evaluation.test_pictures import colors_in
 
 
@@ -21,7 +22,7 @@ def people(name: str, *said: str) -> Example:
 
 def vqa_task(**answers: str) -> Shown:
     examples = [people(name, "cat", "kitten") for name in answers]
-    return Shown("vqav2", examples, answers, vqa.score(examples, answers, version="before_2021"))
+    return Shown("vqav2", examples, answers, vqa.vqa_score(examples, answers, version="before_2021"))
 
 
 def test_the_title_and_the_marks_are_the_scores() -> None:
@@ -36,14 +37,14 @@ def test_what_could_not_be_asked_counts_as_wrong_in_the_title_too() -> None:
         Example(id=f"dev-{n}-0-0", images=("a.png",), question="?", answers=(Answer(text="true"),)) for n in range(4)
     ]
     answers = {"dev-0-0-0": "True", "dev-1-0-0": "false"}
-    task = Shown("nlvr2", examples, answers, nlvr2.score(examples, answers))
+    task = Shown("nlvr2", examples, answers, nlvr2.nlvr2_score(examples, answers))
     assert task.title == "nlvr2: 25.0% of 4 right"
     assert len(task.predictions()) == 2
 
 
 def test_a_label_stands_in_its_words_and_other_scores_are_no_share() -> None:
     choice = Example(id="1", images=("a.png",), choices=("red", "blue"), extra={"correct": 1})
-    asked = Shown("tvqa", [choice], {"1": "a1"}, video_qa.score([choice], {"1": "a1"}))
+    asked = Shown("tvqa", [choice], {"1": "a1"}, video.score([choice], {"1": "a1"}))
     assert [(one.prediction, one.truth) for one in asked.predictions()] == [("blue", "blue")]
     clips = [Example(id=n, images=("a.png",), answers=(Answer(text=f"a man {n} runs"),)) for n in ("one", "two")]
     said = {"one": "a man one runs", "two": "a dog"}

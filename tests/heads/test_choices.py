@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from dora_vl.backbones.generation import likeliest, says_true
 from dora_vl.heads.answer import AnswerHead, answer_loss
-from dora_vl.heads.choice import likeliest, says_true
 
 
 def test_the_likeliest_choice() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dora_vl.heads.generation import generation_loss
+from dora_vl.backbones.generation import generation_loss
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.5, 0.0]])
 TARGETS = torch.tensor([0, 2])

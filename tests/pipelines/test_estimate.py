@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend
 
-from dora_vl.pipelines.estimate import imagine_run
-from dora_vl.pipelines.image_text import instruct_pipeline
-from dora_vl.run.command_line import read_run_file
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.estimate import imagine_run
+from dora_vl.training.image_text_pipeline import instruct_pipeline
 from tests.training.tiny_run import write_run, write_tiny_llava
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,8 @@ import pytest
 from transformers import AutoConfig
 
 from dora_vl.cli import main
-from dora_vl.pipelines.published_shapes import SHAPES
-from dora_vl.training.engine_memory import Engine, engine_of
-from dora_vl.training.step_traffic import Cluster, Sizes, Traffic, step_time, traffic_of
+from dora_vl.training.engine_memory import Cluster, Engine, Sizes, Traffic, engine_of, step_time, traffic_of
+from dora_vl.training.estimate import SHAPES
 
 LLAVA = ("estimate", "llava/llava15", "--variant", "7b_dora", "--shape", "llava-1.5-7b")
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.pipelines.vlbart import VlBartPipeline
-from dora_vl.run.command_line import read_run_file, read_settings
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run
 

@@ -8,10 +8,9 @@ import pytest
 
 from dora_vl.adapters.decomposition import Panel, Point
 from dora_vl.core.analysis import WeightChange
-from dora_vl.report.answers import Item
+from dora_vl.report.answers import Item, confusion, worst
 from dora_vl.report.charts import BOTTOM, HEIGHT, LEFT, MOST_POINTS, RIGHT, TOP, WIDTH, Series, chart
-from dora_vl.report.score_tables import confusion, worst
-from dora_vl.report.weight_changes import by_stack, depth_of, over_depth
+from dora_vl.report.views import by_stack, depth_of, over_depth
 
 
 def test_a_line_is_where_its_numbers_are() -> None:

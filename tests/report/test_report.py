@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.report.page import SECTIONS
+from dora_vl.report.report import SECTIONS
 from tests.report.conftest import HOSTILE
 
 VOID = {"meta", "img", "br"}

@@ -10,12 +10,11 @@ import torch
 from transformers import TrainingArguments
 
 from dora_vl.backbones.causal_lm import LanguageSource
-from dora_vl.backbones.written_base import written_base
+from dora_vl.backbones.loading import written_base
 from dora_vl.errors import UserError
-from dora_vl.run import adapting
-from dora_vl.run.adapting import load_base, make_base
-from dora_vl.run.commonsense_recipe import LanguageModelConfig
-from dora_vl.run.recipe import ModelConfig
+from dora_vl.training import adapting
+from dora_vl.training.adapting import load_base, make_base
+from dora_vl.training.recipe import LanguageModelConfig, ModelConfig
 
 
 @pytest.mark.parametrize("section", [ModelConfig, LanguageModelConfig])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_vl.run.build_locks import OLD_SECONDS, report_old_build_locks
+from dora_vl.training.launch import OLD_SECONDS, report_old_build_locks
 
 
 def test_an_old_lock_is_named_with_its_age_and_a_young_one_is_not(

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from dora_vl.run import busy_cores
+from dora_vl.training import launch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP on Linux")
 WAITING = """
 import json, time, torch
-from dora_vl.run.busy_cores import IdleThreads
+from dora_vl.training.launch import IdleThreads
 torch.set_num_threads(2)
 work = torch.ones(1 << 20)
 
@@ -96,13 +96,11 @@ def test_load_of_others_is_not_this_process(monkeypatch: pytest.MonkeyPatch) -> 
     zero = dict.fromkeys(("user", "nice", "system", "irq", "softirq", "steal", "idle", "iowait", "guest"), 0.0)
     cores = [dict(zero) for _ in range(4)]
     clock = {"wall": 10.0, "own": 5.0}
-    monkeypatch.setattr(busy_cores.os, "sched_getaffinity", lambda of: {1, 3})
-    monkeypatch.setattr(
-        busy_cores.psutil, "cpu_times", lambda percpu: [SimpleNamespace(**one) for one in cores if percpu]
-    )
-    monkeypatch.setattr(busy_cores.time, "monotonic", lambda: clock["wall"])
-    monkeypatch.setattr(busy_cores.time, "process_time", lambda: clock["own"])
-    load = busy_cores.OthersLoad()
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda of: {1, 3})
+    monkeypatch.setattr(launch.psutil, "cpu_times", lambda percpu: [SimpleNamespace(**one) for one in cores if percpu])
+    monkeypatch.setattr(launch.time, "monotonic", lambda: clock["wall"])
+    monkeypatch.setattr(launch.time, "process_time", lambda: clock["own"])
+    load = launch.OthersLoad()
     assert load.cores() == 0
     cores[0]["user"] = cores[2]["user"] = 2.0
     cores[1] |= {"user": 1.0, "system": 0.5, "steal": 0.25, "idle": 0.25}
@@ -116,6 +114,6 @@ def test_load_of_others_is_not_this_process(monkeypatch: pytest.MonkeyPatch) -> 
 def test_libraries_are_torchs() -> None:
     import torch  # noqa: F401
 
-    found = busy_cores.openmp_libraries()
+    found = launch.openmp_libraries()
     assert found
     assert all("libgomp" in one for one in found)

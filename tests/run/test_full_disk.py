@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from dora_vl.errors import UserError, exit_on_user_error
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run.command_line import read_run_file
-from dora_vl.run.full_disk import full_disk_reported
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.faults import StepFaults
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
-from dora_vl.training.step_faults import StepFaults
+from dora_vl.training.run_folder import full_disk_reported
 from tests.training.tiny_run import write_run
 
 SMALL_DISK_KIB = 1400

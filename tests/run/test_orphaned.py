@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 RANK = """
 import signal, sys, time
-from dora_vl.run.orphaned import end_with_launcher
+from dora_vl.training.ranks import end_with_launcher
 if sys.argv[1] == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 end_with_launcher(every=0.1, patience=0.5)

@@ -17,10 +17,9 @@ from typing import NoReturn
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError, HashStore
 
-from dora_vl.run import rank_watch
-from dora_vl.run.rank_signs import Sign, is_timeout, who_did_not_come
-from dora_vl.run.rank_watch import RankWatch
-from dora_vl.runtime_errors import is_communication
+from dora_vl.errors import is_communication
+from dora_vl.training import ranks
+from dora_vl.training.ranks import RankWatch, Sign, is_timeout, who_did_not_come
 from tests.training.tiny_run import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -122,14 +121,14 @@ def test_errors_because_of_another_rank_are_told_by_their_type_or_by_gloos_words
 
 
 def test_a_rank_that_gives_up_shows_no_traceback_of_what_it_tells_of(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(rank_watch, "SECONDS_FOR_THE_NEWS", 0.0)
+    monkeypatch.setattr(ranks, "SECONDS_FOR_THE_NEWS", 0.0)
     left = threading.Event()
 
     def leave(status: int) -> NoReturn:
         left.set()
         raise SystemExit(status)
 
-    monkeypatch.setattr(rank_watch.os, "_exit", leave)
+    monkeypatch.setattr(ranks.os, "_exit", leave)
     watch = RankWatch(HashStore(), 1, 2, limit=LIMIT)
     error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:123")
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from dora_vl.errors import UserError
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run.command_line import find_recipe, merged, read_run, recipe_names, variants_of
+from dora_vl.training.command_line import find_recipe, merged, read_run, recipe_names, variants_of
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
 from tests.training.tiny_run import write_run
 

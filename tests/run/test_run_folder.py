@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dora_vl.errors import UserError
-from dora_vl.run.command_line import read_run_file
-from dora_vl.run.run_folder import checkpoint_of, prepare_run_folder
-from dora_vl.run.run_settings import RunSettings
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.recipe import RunSettings
+from dora_vl.training.run_folder import checkpoint_of, prepare_run_folder
 from tests.training.tiny_run import write_run
 
 

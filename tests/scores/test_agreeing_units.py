@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dora_vl.scores.agreeing_units import wilson
-from dora_vl.scores.bootstrap import intervals, paired_differences
-from dora_vl.scores.scored import Mean, Ratio, Scored, Tally, Total
+from dora_vl.evaluation.scores.scored import Mean, Ratio, Scored, Tally, Total, intervals, paired_differences, wilson
 
 
 def questions(hits: list[int], per_unit: int = 1) -> Scored:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_vl.errors import UserError
-from dora_vl.scores.answer_rows import ANSWERS, MODEL_ANSWERS, read_answers
+from dora_vl.evaluation.scores.benchmark import ANSWERS, MODEL_ANSWERS, read_answers
 
 
 def test_three_forms(tmp_path: Path) -> None:

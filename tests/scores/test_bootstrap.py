@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dora_vl.data.examples import Answer, Example
+from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.scores import bootstrap, exact_match, gqa, mme, pope
-from dora_vl.scores.bootstrap import draws, intervals, paired_differences
-from dora_vl.scores.scored import Mean, Ratio, Scored, Tally, Total
+from dora_vl.evaluation.scores import exact, llava, vqa
+from dora_vl.evaluation.scores import scored as bootstrap
+from dora_vl.evaluation.scores.scored import Mean, Ratio, Scored, Tally, Total, draws, intervals, paired_differences
 
 
 def questions(hits: list[int], per_unit: int = 1) -> Scored:
@@ -85,9 +85,7 @@ def test_formulas_over_sums() -> None:
 def of_kinds(kinds: list[str], right: set[int]) -> Scored:
     answers = {str(n): "yes" if n in right else "no" for n in range(len(kinds))}
     yes = (Answer(text="yes"),)
-    return exact_match.score(
-        [Example(id=str(n), answers=yes, extra={"kind": kind}) for n, kind in enumerate(kinds)], answers
-    )
+    return exact.score([Example(id=str(n), answers=yes, extra={"kind": kind}) for n, kind in enumerate(kinds)], answers)
 
 
 @pytest.mark.filterwarnings("error")
@@ -147,7 +145,7 @@ def answered(category: str, number: int) -> Example:
 def test_metrics_that_are_no_means_get_intervals_around_their_value() -> None:
     examples = [answered(task, number) for task in ("existence", "OCR", "code_reasoning") for number in range(60)]
     answers = {one.id: "yes" if int(one.id.split("-")[1]) % 3 else "no" for one in examples}
-    scored = mme.score(examples, answers)
+    scored = llava.mme_score(examples, answers)
     ranges = intervals(scored)
     assert set(ranges) == set(scored.metrics)
     for name, (low, high) in ranges.items():
@@ -156,12 +154,12 @@ def test_metrics_that_are_no_means_get_intervals_around_their_value() -> None:
         Example(id=one.id, images=one.images, answers=(Answer(text=one.answers[0].text.lower()),), extra=one.extra)
         for one in examples
     ]
-    low, high = intervals(pope.score(lower, answers))["f1"]
-    assert low < pope.score(lower, answers).metrics["f1"] < high
+    low, high = intervals(llava.pope_score(lower, answers))["f1"]
+    assert low < llava.pope_score(lower, answers).metrics["f1"] < high
 
 
 def test_a_metric_of_the_whole_set_alone_has_no_interval() -> None:
     examples = [Example(id=str(n), answers=(Answer(text="yes"),), extra={"global_group": "colour"}) for n in range(5)]
-    scored = gqa.score(examples, {"0": "yes"})
+    scored = vqa.gqa_score(examples, {"0": "yes"})
     assert "distribution" in scored.metrics
     assert "distribution" not in intervals(scored)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.examples import Answer, Example
+from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.scores import caption
-from dora_vl.scores.caption_tokens import DROPPED, fallback_tokens, one_line, tokenized
+from dora_vl.evaluation.scores import caption
+from dora_vl.evaluation.scores.caption import DROPPED, fallback_tokens, one_line, tokenized
 from tests.shared_data import shared
 
 pytest.importorskip("pycocoevalcap", reason="pip install 'dora-vl[caption]'")

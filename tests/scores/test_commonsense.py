@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.examples import Answer, Example
+from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.scores import commonsense
-from dora_vl.scores.commonsense import PATTERNS, RESPONSE, extracted, response
+from dora_vl.evaluation.scores import commonsense
+from dora_vl.evaluation.scores.commonsense import PATTERNS, RESPONSE, extracted, response
 from tests.shared_data import shared
 
 GOES_ON = f"the correct answer is answer1\n\n### Instruction:\nagain\n\n{RESPONSE} the correct answer is answer2"

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dora_vl.data.examples import Answer, Example
-from dora_vl.scores.bootstrap import intervals
-from dora_vl.scores.exact_match import final_answer, is_match, score
-from dora_vl.scores.scored import Scored
+from dora_vl.data.example import Answer, Example
+from dora_vl.evaluation.scores.exact import final_answer, is_match, score
+from dora_vl.evaluation.scores.scored import Scored, intervals
 
 
 def scored(*rows: tuple[str, str | None, str | None], picture_of: int = 1, after: str | None = None) -> Scored:
@@ -79,7 +78,7 @@ def test_nothing_to_score_is_an_error() -> None:
 
 
 def test_scoring_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import dora_vl.scores.exact_match"
+    code = "import sys; sys.modules['torch'] = None; import dora_vl.evaluation.scores.exact"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 

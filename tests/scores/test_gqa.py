@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dora_vl.data.examples import Answer, Example
+from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.scores import gqa
+from dora_vl.evaluation.scores import vqa
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from dora_vl.scores import gqa
     [("Yes.", "yes"), ("yes...", "yes"), ("yes. ", "yes. "), (" yes", " yes"), ("U.S.", "u.s"), ("", "")],
 )
 def test_conversion(answer: str, expected: str) -> None:
-    assert gqa.converted(answer) == expected
+    assert vqa.converted(answer) == expected
 
 
 ROWS = [  # truth, answer, structural, semantic, entailed, group
@@ -42,7 +42,7 @@ def ten() -> tuple[list[Example], dict[str, str]]:
 
 
 def test_ten_rows() -> None:
-    scored = gqa.score(*ten())
+    scored = vqa.gqa_score(*ten())
     assert list(scored.per_item.values()) == [1, 1, 0, 1, 0, 1, 0, 1, 0, 1]
     metrics = scored.metrics
     assert metrics["accuracy"] == pytest.approx(60.0)
@@ -74,7 +74,7 @@ def test_what_a_record_should_hold_is_named(field: str, value: object, said: str
     extra = {**examples[4].extra, field: value}
     examples[4] = Example(id="4", answers=examples[4].answers, extra=extra)
     with pytest.raises(UserError, match=rf"^question '4': {said}$"):
-        gqa.score(examples, answers)
+        vqa.gqa_score(examples, answers)
 
 
 def test_plain_questions_need_no_types_and_unbalanced_ones_are_left_out() -> None:
@@ -82,12 +82,12 @@ def test_plain_questions_need_no_types_and_unbalanced_ones_are_left_out() -> Non
         Example(id="1", answers=(Answer(text="yes"),)),
         Example(id="2", answers=(Answer(text="yes"),), extra={"is_balanced": False}),
     ]
-    scored = gqa.score(examples, {"1": "yes"})
+    scored = vqa.gqa_score(examples, {"1": "yes"})
     assert (scored.metrics, scored.n) == ({"accuracy": 100.0}, 1)
 
 
 def test_vl_t5_compares_the_text_as_it_is_and_weighs_answers() -> None:
     several = Example(id="1", answers=(Answer(text="car", weight=0.6), Answer(text="taxi", weight=0.3)))
     for said, llava, vl_t5 in (("car", 60.0, 60.0), ("Taxi.", 30.0, 0.0), ("taxi", 30.0, 30.0), ("bus", 0.0, 0.0)):
-        assert gqa.score([several], {"1": said}).metrics["accuracy"] == pytest.approx(llava)
-        assert gqa.score([several], {"1": said}, conversion="vl_t5").metrics["accuracy"] == pytest.approx(vl_t5)
+        assert vqa.gqa_score([several], {"1": said}).metrics["accuracy"] == pytest.approx(llava)
+        assert vqa.gqa_score([several], {"1": said}, conversion="vl_t5").metrics["accuracy"] == pytest.approx(vl_t5)

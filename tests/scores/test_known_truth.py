@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.data.examples import Answer, Example, write_examples
-from dora_vl.evaluation.evaluation_set import read_set
+from dora_vl.data.example import Answer, Example, write_examples
+from dora_vl.evaluation.questions import read_set
 
 
 def entry_of(

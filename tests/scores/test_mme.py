@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dora_vl.data.examples import Answer, Example
+from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.scores import mme
+from dora_vl.evaluation.scores import llava
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from dora_vl.scores import mme
     ],
 )
 def test_reading(answer: str, expected: str) -> None:
-    assert mme.said(answer) == expected
+    assert llava.said(answer) == expected
 
 
 ROWS = [  # subtask, picture, label, answer
@@ -53,7 +53,7 @@ def ten() -> tuple[list[Example], dict[str, str]]:
 
 
 def test_ten_rows() -> None:
-    metrics = mme.score(*ten()).metrics
+    metrics = llava.mme_score(*ten()).metrics
     assert metrics["existence"] == pytest.approx(75 + 50)
     assert metrics["OCR"] == pytest.approx(200)
     assert metrics["code_reasoning"] == pytest.approx(25 + 0)
@@ -65,12 +65,12 @@ def test_ten_rows() -> None:
 def test_a_picture_with_one_question_is_refused() -> None:
     examples, answers = ten()
     with pytest.raises(UserError, match=r"MME picture 1\.jpg of existence has 1 questions"):
-        mme.score(examples[1:], answers)
+        llava.mme_score(examples[1:], answers)
 
 
 def test_a_missing_answer_costs_the_picture_its_plus() -> None:
     examples, answers = ten()
     del answers["0"]
-    scored = mme.score(examples, answers)
+    scored = llava.mme_score(examples, answers)
     assert scored.metrics["existence"] == pytest.approx(50 + 0)
     assert scored.failed == ("0",)

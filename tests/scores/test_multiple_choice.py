@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dora_vl.data.examples import Example
+from dora_vl.data.example import Example
 from dora_vl.errors import UserError
-from dora_vl.scores import mmbench, scienceqa, seed, video_qa
-from dora_vl.scores.mmbench import Matcher, chosen
+from dora_vl.evaluation.scores import llava, video
+from dora_vl.evaluation.scores.llava import Matcher, chosen
 from tests.shared_data import shared
 
 FOUR = ("red", "green", "blue", "white")
@@ -38,7 +38,7 @@ def asked(name: str, correct: int, choices: tuple[str, ...] = FOUR, images: tupl
     ],
 )
 def test_scienceqa_reading(answer: str, letter: str | None) -> None:
-    assert scienceqa.parsed(answer) == letter
+    assert llava.parsed(answer) == letter
 
 
 def test_scienceqa_ten_rows() -> None:
@@ -55,7 +55,7 @@ def test_scienceqa_ten_rows() -> None:
         (asked("8", 3), "D", 1),
         (asked("9", 0), "E", 0),
     ]
-    scored = scienceqa.score([row[0] for row in rows], {row[0].id: row[1] for row in rows})
+    scored = llava.scienceqa_score([row[0] for row in rows], {row[0].id: row[1] for row in rows})
     assert list(scored.per_item.values()) == [row[2] for row in rows]
     assert scored.metrics == pytest.approx({"image accuracy": 50.0, "accuracy": 50.0})
     assert next(iter(scored.metrics)) == "image accuracy"
@@ -67,7 +67,7 @@ def test_seed_ten_rows() -> None:
         asked(str(n), n % 3, data_type="image" if n < 6 else "video", question_type=("count", "text")[n > 7])
         for n in range(10)
     ]
-    scored = seed.score(examples, {str(n): answer for n, answer in enumerate(answers) if answer})
+    scored = llava.seed_score(examples, {str(n): answer for n, answer in enumerate(answers) if answer})
     right = [1, 1, 1, 0, 0, 0, 0, 0, 1, 0]
     assert list(scored.per_item.values()) == right
     assert scored.metrics["accuracy"] == pytest.approx(40.0)
@@ -118,7 +118,7 @@ def test_mmbench_ten_rows(matcher: Matcher, right: int) -> None:
     answers = {one.id: "ABCD"[one.extra["correct"]] for one in rows}
     answers["8-3"] = "A"  # one rotation wrong: the question is wrong
     answers["9-1"] = "Answer:B"  # read by one matcher alone
-    scored = mmbench.score(rows, answers, matcher=matcher)
+    scored = llava.mmbench_score(rows, answers, matcher=matcher)
     assert scored.metrics["accuracy"] == pytest.approx(100 * right / 3)
     assert scored.metrics["vanilla"] == pytest.approx(90.0 if right == 2 else 80.0)
     assert scored.metrics["l2/seeing"] == 100.0
@@ -130,13 +130,13 @@ def test_mmbench_ten_rows(matcher: Matcher, right: int) -> None:
 def test_video_qa_ten_rows() -> None:
     answers = ["a0", "a1", "a2", "a3", "A0", "a1.", " a2", "", "x3", "a"]
     examples = [asked(str(n), n % 4) for n in range(10)]
-    scored = video_qa.score(examples, {str(n): answer for n, answer in enumerate(answers)})
+    scored = video.score(examples, {str(n): answer for n, answer in enumerate(answers)})
     assert scored.metrics["accuracy"] == pytest.approx(40.0)
     # parsed by the second character, else 0: "A0" 0, "a1." 1, " a2" none -> 0, "" 0, "x3" 3, "a" 0
     parsed = [0, 1, 2, 3, 0, 1, 0, 0, 3, 0]
     right = sum(index == n % 4 for n, index in enumerate(parsed))
     assert scored.metrics["value_accuracy"] == pytest.approx(10.0 * right)
-    third = video_qa.score(examples[:3], {"0": "a0"})
+    third = video.score(examples[:3], {"0": "a0"})
     assert third.metrics["value_accuracy"] == 33.33  # two decimals, as the server
     assert third.metrics["accuracy"] == pytest.approx(100 / 3)
     assert third.failed == ("1", "2")
@@ -144,14 +144,14 @@ def test_video_qa_ten_rows() -> None:
 
 def test_extra_answers_are_ignored_by_tvqa_and_refused_by_how2qa() -> None:
     examples, answers = [asked("1", 0)], {"1": "a0", "2": "a1"}
-    assert video_qa.score(examples, answers).metrics["accuracy"] == 100.0
+    assert video.score(examples, answers).metrics["accuracy"] == 100.0
     with pytest.raises(UserError, match="How2QA's server rejects extra answers: 1 here, first '2'"):
-        video_qa.score_how2qa(examples, answers)
+        video.score_how2qa(examples, answers)
 
 
 def test_where_the_answer_is_kept_by_the_publisher_it_says_so() -> None:
     with pytest.raises(UserError, match=r"example '1' does not say which of its 4 choices is right \(extra\.correct\)"):
-        seed.score([Example(id="1", choices=FOUR)], {"1": "A"})
+        llava.seed_score([Example(id="1", choices=FOUR)], {"1": "A"})
 
 
 def test_how2qa_as_published() -> None:
@@ -161,12 +161,12 @@ def test_how2qa_as_published() -> None:
         asked(str(row["qid"]), row["answer_idx"], tuple(row[f"a{n}"] for n in range(4)), vid_name=row["vid_name"])
         for row in rows
     ]
-    always_second = video_qa.score_how2qa(examples, {one.id: "a1" for one in examples})
+    always_second = video.score_how2qa(examples, {one.id: "a1" for one in examples})
     counts = [sum(row["answer_idx"] == index for row in rows) for index in range(4)]
     assert (len(rows), counts) == (3115, [778, 727, 781, 829])
     assert always_second.metrics["accuracy"] == pytest.approx(100 * 727 / 3115)
     assert always_second.metrics["value_accuracy"] == 23.34
-    nonsense = video_qa.score_how2qa(examples, {one.id: "" for one in examples})
+    nonsense = video.score_how2qa(examples, {one.id: "" for one in examples})
     assert (nonsense.metrics["accuracy"], nonsense.metrics["value_accuracy"]) == (0.0, 24.98)  # 778 of 3,115
 
 
@@ -178,6 +178,6 @@ def test_tvqa_as_published() -> None:
         for show, questions in of_show.items()
         for name, correct in questions.items()
     ]
-    scored = video_qa.score(examples, {one.id: f"a{one.extra['correct']}" for one in examples})
+    scored = video.score(examples, {one.id: f"a{one.extra['correct']}" for one in examples})
     assert scored.n == 15253
     assert scored.metrics["accuracy"] == 100.0

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from dora_vl.data.examples import Answer, Example
+from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.scores import nlvr2
+from dora_vl.evaluation.scores import vqa
 from tests.shared_data import shared
 
 ROWS = [  # identifier, label, answer, right
@@ -27,7 +27,7 @@ ROWS = [  # identifier, label, answer, right
 
 def test_ten_rows() -> None:
     examples = [Example(id=name, answers=(Answer(text=label),)) for name, label, *_ in ROWS]
-    scored = nlvr2.score(examples, {name: answer for name, _, answer, _ in ROWS})
+    scored = vqa.nlvr2_score(examples, {name: answer for name, _, answer, _ in ROWS})
     assert list(scored.per_item.values()) == [row[-1] for row in ROWS]
     # sentences: 1-0 both right, 1-1 one wrong, 2-0 one wrong, 3-0 wrong, 3-1 right, 4-0 and 4-1 wrong
     assert scored.metrics == pytest.approx({"accuracy": 50.0, "consistency": 100 * 2 / 7})
@@ -51,20 +51,20 @@ def test_an_answer_is_read_as_the_line_of_a_csv(answer: str, right: float) -> No
     """Each against the published script's `line.strip().split(",")[1]`, in a file that ends a line with the answer."""
     line = f"dev-1-0-0,{answer}".strip()
     assert float(line.split(",")[1].lower() == "true") == right
-    scored = nlvr2.score([Example(id="dev-1-0-0", answers=(Answer(text="True"),))], {"dev-1-0-0": answer})
+    scored = vqa.nlvr2_score([Example(id="dev-1-0-0", answers=(Answer(text="True"),))], {"dev-1-0-0": answer})
     assert scored.per_item == {"dev-1-0-0": right}
 
 
 def test_an_identifier_of_another_form_is_refused() -> None:
     with pytest.raises(UserError, match="NLVR2 identifier '12-3' has 2 fields"):
-        nlvr2.score([Example(id="12-3", answers=(Answer(text="true"),))], {})
+        vqa.nlvr2_score([Example(id="12-3", answers=(Answer(text="true"),))], {})
 
 
 def test_nlvr2_as_published() -> None:
     with shared("nlvr2/dev.json").open() as file:
         rows = [json.loads(line) for line in file]
     examples = [Example(id=row["identifier"], answers=(Answer(text=row["label"]),)) for row in rows]
-    scored = nlvr2.score(examples, dict.fromkeys((one.id for one in examples), "true"))
+    scored = vqa.nlvr2_score(examples, dict.fromkeys((one.id for one in examples), "true"))
     true = sum(row["label"] == "True" for row in rows)
     assert scored.n == 6982
     assert scored.metrics["accuracy"] == pytest.approx(100 * true / 6982)
@@ -80,7 +80,7 @@ def test_nlvr_as_published() -> None:
     with shared("nlvr/dev/dev.json").open() as file:
         rows = [json.loads(line) for line in file]
     examples = [Example(id=row["identifier"], answers=(Answer(text=row["label"]),)) for row in rows]
-    scored = nlvr2.score_nlvr(examples, {row["identifier"]: row["label"] for row in rows})
+    scored = vqa.score_nlvr(examples, {row["identifier"]: row["label"] for row in rows})
     assert scored.n == 989
     assert scored.metrics == {"accuracy": 100.0, "consistency": 100.0}
     assert len(scored.table.units) == len({row["identifier"].split("-")[0] for row in rows})

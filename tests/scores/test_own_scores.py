@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.data.examples import Answer, Example
-from dora_vl.scores import own_scores
+from dora_vl.data.example import Answer, Example
+from dora_vl.evaluation.scores import exact as own_scores
 
 
 def asked(name: str, *answers: str, **extra: object) -> Example:

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from dora_vl.data.examples import Answer, Example
+from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.scores import pope
+from dora_vl.evaluation.scores import llava
 from tests.shared_data import shared
 
 
@@ -16,14 +16,14 @@ from tests.shared_data import shared
     "answer", ["no", "No", "no, it is not.", "There is no dog.", "it is not there", "No. Yes", "no ,"]
 )
 def test_read_as_no(answer: str) -> None:
-    assert pope.says_no(answer)
+    assert llava.says_no(answer)
 
 
 @pytest.mark.parametrize(
     "answer", ["yes", "", "NO", "Not", "nope", "isn't", "No\n", "no!", "Yes. There is no doubt.", "nothing", ".no"]
 )
 def test_read_as_yes(answer: str) -> None:
-    assert not pope.says_no(answer)
+    assert not llava.says_no(answer)
 
 
 ROWS = [  # category, label, answer
@@ -49,7 +49,7 @@ def ten() -> tuple[list[Example], dict[str, str]]:
 
 
 def test_ten_rows() -> None:
-    scored = pope.score(*ten())
+    scored = llava.pope_score(*ten())
     metrics = scored.metrics
     assert next(iter(metrics)) == "f1"
     assert metrics["random/f1"] == pytest.approx(50.0)  # tp fn fp tn, one each
@@ -67,7 +67,7 @@ def test_ten_rows() -> None:
 def test_precision_recall_and_f1_hang_together() -> None:
     examples, answers = ten()
     answers = {**answers, "3": "yes"}  # random: 1 tp, 1 fn, 2 fp
-    metrics = pope.score(examples, answers).metrics
+    metrics = llava.pope_score(examples, answers).metrics
     precision, recall = 1 / 3, 1 / 2
     assert metrics["random/precision"] == pytest.approx(100 * precision)
     assert metrics["random/recall"] == pytest.approx(100 * recall)
@@ -77,9 +77,9 @@ def test_precision_recall_and_f1_hang_together() -> None:
 def test_answers_to_other_questions_are_refused_and_missing_ones_are_wrong() -> None:
     examples, answers = ten()
     with pytest.raises(UserError, match="1 POPE answers belong to no question here, first 'stranger'"):
-        pope.score(examples, {**answers, "stranger": "yes"})
+        llava.pope_score(examples, {**answers, "stranger": "yes"})
     del answers["0"]
-    scored = pope.score(examples, answers)
+    scored = llava.pope_score(examples, answers)
     assert scored.failed == ("0",)
     assert scored.metrics["random/recall"] == 0.0
 
@@ -96,7 +96,7 @@ def test_the_published_files_by_hand_written_rules() -> None:
                 )
                 # says yes unless the object's name is short: some of both, wrong and right
                 answers[name] = "No, there is not." if len(row["text"]) % 3 == 0 else "Yes, there is."
-    scored = pope.score(examples, answers)
+    scored = llava.pope_score(examples, answers)
     assert scored.n == 9000
     assert scored.settings["labels"] == "current"
     for category in ("random", "popular", "adversarial"):
@@ -106,5 +106,5 @@ def test_the_published_files_by_hand_written_rules() -> None:
         assert scored.metrics[f"{category}/yes share"] == pytest.approx(100 * said / 3000)
         assert scored.metrics[f"{category}/precision"] == pytest.approx(100 * tp / said)
         assert scored.metrics[f"{category}/f1"] == pytest.approx(200 * tp / (said + 1500))  # 1,500 are yes in each
-    all_yes = pope.score(examples, dict.fromkeys(answers, "Yes"))
+    all_yes = llava.pope_score(examples, dict.fromkeys(answers, "Yes"))
     assert all_yes.metrics["random/accuracy"] == 50.0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dora_vl.data.examples import Example, Subtitle
+from dora_vl.data.example import Example, Subtitle
 from dora_vl.data.turns import Turn
-from dora_vl.scores import mmbench, mme, prompts, scienceqa, textvqa, vizwiz
+from dora_vl.evaluation.scores import llava, prompts, vqa
 
 ASKED = Example(
     id="1",
@@ -24,18 +24,18 @@ def text(prompt: prompts.Prompt) -> str:
 def test_every_suffix() -> None:
     short = "Answer the question using a single word or phrase."
     assert text(prompts.short) == f"<image>\nWhich?\n{short}"
-    assert text(vizwiz.prompt) == (
+    assert text(vqa.vizwiz_prompt) == (
         f"<image>\nWhich?\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n{short}"
     )
-    assert text(textvqa.prompt) == f"<image>\nWhich?\nReference OCR token: stop, go\n{short}"
+    assert text(vqa.textvqa_prompt) == f"<image>\nWhich?\nReference OCR token: stop, go\n{short}"
     letter = "Answer with the option's letter from the given choices directly."
     assert text(prompts.letter) == f"<image>\nLook.\nWhich?\nA. red\nB. blue\n{letter}"
-    assert text(scienceqa.prompt) == f"<image>\nContext: Look.\nWhich?\nA. red\nB. blue\n{letter}"
-    without = scienceqa.prompt(Example(id="1", question="Which?", choices=("red", "blue")))
+    assert text(llava.scienceqa_prompt) == f"<image>\nContext: Look.\nWhich?\nA. red\nB. blue\n{letter}"
+    without = llava.scienceqa_prompt(Example(id="1", question="Which?", choices=("red", "blue")))
     assert without == f"Which?\nA. red\nB. blue\n{letter}"
-    assert text(mmbench.letter_cn) == "<image>\nLook.\nWhich?\nA. red\nB. blue\n请直接回答选项字母。"
+    assert text(llava.letter_cn) == "<image>\nLook.\nWhich?\nA. red\nB. blue\n请直接回答选项字母。"
     of_mme = Example(id="1", images=("a.jpg",), question="Is it red? Please answer yes or no.")
-    assert mme.prompt(of_mme) == f"Is it red?\n{short}"
+    assert llava.mme_prompt(of_mme) == f"Is it red?\n{short}"
 
 
 def test_two_pictures_and_none() -> None:

@@ -8,12 +8,11 @@ from random import Random
 
 import pytest
 
-from dora_vl.data.example_file import ExampleFile
-from dora_vl.data.examples import Example, iterate_examples
+from dora_vl.data.example import Example, ExampleFile, iterate_examples
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.evaluation_set import read_set
-from dora_vl.scores.choices import check_choices, correct_index
-from dora_vl.tasks import vlbart_video
+from dora_vl.evaluation.questions import read_set
+from dora_vl.evaluation.scores.benchmark import check_choices, correct_index
+from dora_vl.training import vlbart_tasks
 
 
 def question(**changes: object) -> dict[str, object]:
@@ -48,7 +47,7 @@ def test_a_right_choice_that_is_not_there_names_file_line_and_numbers(
 
 @pytest.mark.parametrize("task", ["tvqa", "video_words"])
 def test_a_choice_task_refuses_to_train_on_what_is_no_choice(task: str) -> None:
-    target = vlbart_video.subtasks()[task].target
+    target = vlbart_tasks.video_subtasks()[task].target
     right = Example(id="1", choices=("red", "blue"), extra={"correct": 1})
     assert target(right, None, Random(0)).text == {"tvqa": "a1", "video_words": "blue"}[task]
     with pytest.raises(BadSample, match=r"sample 2: extra\.correct is 0, but it has no choices"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from dora_vl.data.examples import Answer, Example
+from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.scores import textvqa, vizwiz, vqa
-from dora_vl.scores.human_answers import leave_one_out
+from dora_vl.evaluation.scores import vqa
+from dora_vl.evaluation.scores import vqa as textvqa
+from dora_vl.evaluation.scores import vqa as vizwiz
+from dora_vl.evaluation.scores.vqa import leave_one_out
 
 ROWS = [  # the ten people, the prediction, points before 2021, points after, points of TextVQA
     (["yes"] * 10, "Yes.", 1.0, 0.0, 1.0),  # after 2021 nothing is normalised where all agree
@@ -42,7 +44,7 @@ ANSWERS = {str(number): row[1] for number, row in enumerate(ROWS)}
 @pytest.mark.parametrize(("version", "column"), [("before_2021", 2), ("after_2021", 3)])
 def test_vqa_in_both_versions(version, column: int) -> None:
     expected = [row[column] for row in ROWS]
-    scored = vqa.score(examples(), ANSWERS, version=version)
+    scored = vqa.vqa_score(examples(), ANSWERS, version=version)
     assert list(scored.per_item.values()) == pytest.approx(expected)
     assert scored.metrics["accuracy"] == pytest.approx(10 * sum(expected))
     assert scored.metrics["answer type/number"] == pytest.approx(50 * sum(expected[3:5]))
@@ -55,7 +57,7 @@ def test_textvqa_and_vizwiz() -> None:
         scored = scorer.score(examples(), ANSWERS)
         assert list(scored.per_item.values()) == pytest.approx(expected)
         assert scored.metrics["accuracy"] == pytest.approx(10 * sum(expected))
-    assert vizwiz.score(examples(), ANSWERS).metrics["accuracy/unanswerable"] == 0.0
+    assert vizwiz.vizwiz_score(examples(), ANSWERS).metrics["accuracy/unanswerable"] == 0.0
 
 
 @pytest.mark.parametrize(("said", "points"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
@@ -64,7 +66,7 @@ def test_leave_one_out(said: int, points: float) -> None:
 
 
 def test_a_missing_answer_is_wrong_and_named() -> None:
-    scored = vqa.score(examples(), {name: text for name, text in ANSWERS.items() if name != "1"})
+    scored = vqa.vqa_score(examples(), {name: text for name, text in ANSWERS.items() if name != "1"})
     assert scored.failed == ("1",)
     assert scored.n == 10
     assert scored.per_item["1"] == 0.0
@@ -73,4 +75,4 @@ def test_a_missing_answer_is_wrong_and_named() -> None:
 def test_ten_people_are_needed() -> None:
     short = Example(id="q", answers=(Answer(text="yes"),))
     with pytest.raises(UserError, match="example 'q' has 1 human answers"):
-        vqa.score([short], {"q": "yes"})
+        vqa.vqa_score([short], {"q": "yes"})

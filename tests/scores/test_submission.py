@@ -8,22 +8,24 @@ import json
 
 import pytest
 
-from dora_vl.data.examples import Answer, Example
+from dora_vl.data.example import Answer, Example
 from dora_vl.errors import UserError
-from dora_vl.scores import caption, gqa, llava_bench, mmbench, mmvet, video_qa, vizwiz, vqa
+from dora_vl.evaluation.scores import caption, llava, video, vqa
+from dora_vl.evaluation.scores import vqa as gqa
+from dora_vl.evaluation.scores import vqa as vizwiz
 from tests.shared_data import shared
 
 
 def test_vqa_family() -> None:
     examples = [Example(id="7", images=("val/a.jpg",)), Example(id="8", images=("val/b.jpg",))]
-    name, text = vqa.submission(examples, {"7": "A dog."})
+    name, text = vqa.vqa_submission(examples, {"7": "A dog."})
     assert (name, json.loads(text)) == (
         "vqav2.json",
         [{"question_id": 7, "answer": "dog"}, {"question_id": 8, "answer": ""}],
     )
-    _, text = vizwiz.submission(examples, {"8": "two's"})
+    _, text = vizwiz.vizwiz_submission(examples, {"8": "two's"})
     assert json.loads(text) == [{"image": "a.jpg", "answer": ""}, {"image": "b.jpg", "answer": "2 's"}]
-    _, text = gqa.submission(examples, {"7": "Yes."})
+    _, text = gqa.gqa_submission(examples, {"7": "Yes."})
     assert json.loads(text) == [{"questionId": "7", "prediction": "yes"}, {"questionId": "8", "prediction": ""}]
 
 
@@ -41,10 +43,10 @@ def test_vqa_family() -> None:
 )
 def test_an_id_that_is_no_number_stays_text(name: str, written: object) -> None:
     example = Example(id=name, images=("a.jpg",), extra={"image_id": name})
-    assert json.loads(vqa.submission([example], {})[1]) == [{"question_id": written, "answer": ""}]
+    assert json.loads(vqa.vqa_submission([example], {})[1]) == [{"question_id": written, "answer": ""}]
     assert json.loads(caption.coco_caption([example], {})[1]) == [{"image_id": written, "caption": ""}]
     assert json.loads(caption.yc2c([example], {})[1])["clip_id"] == written
-    assert list(mmvet.judge_file([example], {})) == [f"v1_{name}" if isinstance(written, int) else name]
+    assert list(llava.judge_file([example], {})) == [f"v1_{name}" if isinstance(written, int) else name]
 
 
 def test_mmbench_columns() -> None:
@@ -54,7 +56,7 @@ def test_mmbench_columns() -> None:
         ),
         Example(id="2", question="q", choices=("x", "y", "z"), extra={"index": 2}),
     ]
-    _, text = mmbench.submission(rows, {"1": "A", "2": "tab\there"})
+    _, text = llava.mmbench_submission(rows, {"1": "A", "2": "tab\there"})
     header, first, second = csv.reader(io.StringIO(text), delimiter="\t")
     assert header == ["index", "question", "A", "B", "C", "hint", "category", "prediction"]
     assert first == ["1", "which\tone?", "x", "y", "", "a\nb", "c", "A"]
@@ -63,8 +65,8 @@ def test_mmbench_columns() -> None:
 
 def test_value_files_have_the_published_form() -> None:
     qa = [Example(id=name, choices=("a", "b", "c", "d")) for name in ("11", "12", "13")]
-    assert json.loads(video_qa.how2qa(qa, {"11": "a3", "12": "nonsense"})[1]) == {"11": 3, "12": 0, "13": -1}
-    assert video_qa.tvqa(qa, {})[0] == "tvqa_test_predictions.json"
+    assert json.loads(video.how2qa(qa, {"11": "a3", "12": "nonsense"})[1]) == {"11": 3, "12": 0, "13": -1}
+    assert video.tvqa(qa, {})[0] == "tvqa_test_predictions.json"
     with shared("value/yc2c_val_predictions_sample.jsonl").open() as file:
         published = [json.loads(line) for line in file]
     examples, answers = [], {}
@@ -103,12 +105,12 @@ def mmvet_ten() -> list[Example]:
 
 
 def test_mmvet() -> None:
-    assert mmvet.judge_file(mmvet_ten(), {"v1_0": "x"})["v1_0"] == "x"
-    scored = mmvet.score_grades(mmvet_ten(), {f"v1_{n}": n / 10 for n in range(9)})
+    assert llava.judge_file(mmvet_ten(), {"v1_0": "x"})["v1_0"] == "x"
+    scored = llava.score_grades(mmvet_ten(), {f"v1_{n}": n / 10 for n in range(9)})
     assert scored.metrics == pytest.approx({"total": 36.0, "capability/ocr": 52.0, "capability/rec": 36.0})
     assert scored.failed == ("v1_9",)
     with pytest.raises(UserError, match=r"grade of v1_0 is 7"):
-        mmvet.score_grades(mmvet_ten(), {"v1_0": 7.0})
+        llava.score_grades(mmvet_ten(), {"v1_0": 7.0})
 
 
 def llava_ten() -> list[Example]:
@@ -123,19 +125,19 @@ def llava_ten() -> list[Example]:
 
 def test_llava_bench() -> None:
     reviews = {str(n): f"{8 if n < 4 else 10} {n}\nbecause, 3 things" for n in range(10)}
-    scored = llava_bench.score_reviews(llava_ten(), reviews)
+    scored = llava.score_reviews(llava_ten(), reviews)
     assert scored.metrics["relative score"] == pytest.approx(100 * 45 / 92)
     assert scored.metrics["category/conv"] == pytest.approx(100 * 6 / 32)
     assert scored.metrics["mean/model"] == pytest.approx(4.5)
-    assert llava_bench.scores_of("8.5, 7\nText") == (8.5, 7.0)
+    assert llava.scores_of("8.5, 7\nText") == (8.5, 7.0)
     with pytest.raises(UserError, match="must begin with two numbers, found 'Both are good'"):
-        llava_bench.scores_of("Both are good\n8 7")
+        llava.scores_of("Both are good\n8 7")
     with pytest.raises(UserError, match="question 9 has no review"):
-        llava_bench.score_reviews(llava_ten(), {str(n): "1 1" for n in range(9)})
+        llava.score_reviews(llava_ten(), {str(n): "1 1" for n in range(9)})
 
 
 def test_a_judges_request_holds_all_it_needs() -> None:
-    first, *_ = llava_bench.judge_requests(llava_ten(), {"0": "mine"}, {"conv": "Rate them."})
+    first, *_ = llava.judge_requests(llava_ten(), {"0": "mine"}, {"conv": "Rate them."})
     assert first["category"] == "conv"
     places = [first["text"].index(part) for part in ("a cat", "q0", "ref", "mine", "Rate them.")]
     assert places == sorted(places)

@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
-from dora_vl.data.examples import Answer, Example
+from dora_vl.data.example import Answer, Example
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.scores import caption
-from dora_vl.scores.benchmark import Benchmark
-from dora_vl.scores.evalai_normaliser import normalise
-from dora_vl.scores.human_answers import leave_one_out
-from dora_vl.scores.mmbench import chosen
-from dora_vl.scores.vqa import accuracy
+from dora_vl.evaluation.scores import caption
+from dora_vl.evaluation.scores.benchmark import Benchmark
+from dora_vl.evaluation.scores.llava import chosen
+from dora_vl.evaluation.scores.vqa import accuracy, leave_one_out, normalise_evalai
 
 RAW = (
     "True",
@@ -77,10 +75,10 @@ def vqav2(version: str) -> Rule:
 
 
 def vizwiz(examples: Sequence[Example], text: str) -> float:
-    given = {row["image"]: normalise(row["answer"]) for row in json.loads(text)}
+    given = {row["image"]: normalise_evalai(row["answer"]) for row in json.loads(text)}
     points = []
     for example in examples:
-        points.append(leave_one_out(given[example.images[0]], [normalise(answer) for answer in people(example)]))
+        points.append(leave_one_out(given[example.images[0]], [normalise_evalai(answer) for answer in people(example)]))
     return percent(points)
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_vl.scores import evalai_normaliser, vqa_normaliser
-from dora_vl.scores.vqa_normaliser import ARTICLES, CONTRACTIONS, DIGITS
+from dora_vl.evaluation.scores import vqa
+from dora_vl.evaluation.scores.vqa import ARTICLES, CONTRACTIONS, DIGITS
 
 SHARED = [
     ("The  Dogs", "dogs"),
@@ -34,9 +34,9 @@ SHARED = [
 
 
 @pytest.mark.parametrize(("answer", "expected"), SHARED)
-@pytest.mark.parametrize("module", [vqa_normaliser, evalai_normaliser])
-def test_what_both_do(module, answer: str, expected: str) -> None:
-    assert module.normalise(answer) == expected
+@pytest.mark.parametrize("normalise", [vqa.normalise, vqa.normalise_evalai])
+def test_what_both_do(normalise, answer: str, expected: str) -> None:
+    assert normalise(answer) == expected
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_what_both_do(module, answer: str, expected: str) -> None:
     ],
 )
 def test_where_they_differ(answer: str, official: str, evalai: str) -> None:
-    assert vqa_normaliser.normalise(answer) == official
-    assert evalai_normaliser.normalise(answer) == evalai
+    assert vqa.normalise(answer) == official
+    assert vqa.normalise_evalai(answer) == evalai
 
 
 def test_the_table_of_contractions_is_the_published_one_without_its_empty_entries() -> None:
@@ -67,9 +67,9 @@ def test_the_table_of_contractions_is_the_published_one_without_its_empty_entrie
 
 
 @given(st.text(max_size=60))
-@pytest.mark.parametrize("module", [vqa_normaliser, evalai_normaliser])
-def test_any_text_ends_in_plain_words(module, text: str) -> None:
-    words = module.normalise(text).split(" ")
+@pytest.mark.parametrize("normalise", [vqa.normalise, vqa.normalise_evalai])
+def test_any_text_ends_in_plain_words(normalise, text: str) -> None:
+    words = normalise(text).split(" ")
     assert words == [""] or all(words)
     for word in words:
         assert word not in ARTICLES
@@ -78,7 +78,7 @@ def test_any_text_ends_in_plain_words(module, text: str) -> None:
 
 
 @given(st.lists(st.sampled_from([*CONTRACTIONS, *DIGITS, *ARTICLES, "1,2", "-", "/", ".", "dog", "?"]), max_size=6))
-@pytest.mark.parametrize("module", [vqa_normaliser, evalai_normaliser])
-def test_white_space_around_an_answer_changes_nothing(module, words: list[str]) -> None:
+@pytest.mark.parametrize("normalise", [vqa.normalise, vqa.normalise_evalai])
+def test_white_space_around_an_answer_changes_nothing(normalise, words: list[str]) -> None:
     text = " ".join(words)
-    assert module.normalise(f"\t{text} \n") == module.normalise(text)
+    assert normalise(f"\t{text} \n") == normalise(text)

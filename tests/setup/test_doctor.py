@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.setup import doctor_command
-from dora_vl.setup.doctor_command import declared, why_not_writable
+from dora_vl.start import doctor
+from dora_vl.start.doctor import declared, why_not_writable
 
 LINES = [
     "numpy",
@@ -39,15 +39,15 @@ def test_the_declared_packages_and_extras() -> None:
 def test_a_machine_that_has_all_and_one_that_misses_something(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor_command, "requires", lambda name: LINES)
-    monkeypatch.setattr(doctor_command, "_installed", lambda name: "1.2.3")
-    monkeypatch.setattr(doctor_command, "places", lambda: [Path.cwd()])
+    monkeypatch.setattr(doctor, "requires", lambda name: LINES)
+    monkeypatch.setattr(doctor, "_installed", lambda name: "1.2.3")
+    monkeypatch.setattr(doctor, "places", lambda: [Path.cwd()])
     lines, status = told(capsys)
     assert status == 0
     assert "writing: here and in the caches" in lines
     assert "extra video: installed" in lines
     assert any(line.startswith("devices: ") and "CPU cores" in line for line in lines)
-    monkeypatch.setattr(doctor_command, "_installed", lambda name: "" if name in {"h5py", "torch"} else "1.2.3")
+    monkeypatch.setattr(doctor, "_installed", lambda name: "" if name in {"h5py", "torch"} else "1.2.3")
     lines, status = told(capsys)
     assert status == 1
     assert "extra video: missing h5py: pip install 'dora-vl[video]'" in lines

@@ -18,11 +18,10 @@ from jsonargparse import get_loader
 from PIL import Image
 
 from dora_vl.cli import main
-from dora_vl.run.command_line import read_run_file
-from dora_vl.setup import init_command
-from dora_vl.setup.run_file import Base, Data, base_of, written
-from dora_vl.sources.check_media import MediaCheck
-from dora_vl.sources.check_rows import FileCheck, Limits
+from dora_vl.data.check import FileCheck, Limits, MediaCheck
+from dora_vl.start import init
+from dora_vl.start.run_file import Base, Data, base_of, written
+from dora_vl.training.command_line import read_run_file
 from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
 from tests.setup.people import picture, write_folder, write_table
@@ -40,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / ".cache"))
-    monkeypatch.setattr(init_command, "_on_gpu", lambda: False)
+    monkeypatch.setattr(init, "_on_gpu", lambda: False)
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: object) -> str:

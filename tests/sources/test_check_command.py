@@ -19,9 +19,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dora_vl.cli import main
-from dora_vl.data.examples import Answer, Clip, Example, write_examples
-from dora_vl.sources import check_command
-from dora_vl.sources.check_media import MediaCheck
+from dora_vl.data import check as check_command
+from dora_vl.data.check import MediaCheck
+from dora_vl.data.example import Answer, Clip, Example, write_examples
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, write_pictures
 
 

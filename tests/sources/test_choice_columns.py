@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dora_vl.data.examples import Answer, Example, from_record, to_record
+from dora_vl.data.benchmarks.hugging_face import convert
+from dora_vl.data.example import Answer, Example, from_record, to_record
 from dora_vl.errors import BadSample
-from dora_vl.scores.choices import correct_index
-from dora_vl.sources.hugging_face import convert
+from dora_vl.evaluation.scores.benchmark import correct_index
 
 MMMU = {"id": "v1", "question": "Which?", "options": "['Yes', 'No']", "answer": "B"}
 AI2D = {"question": "Which?", "options": ["Yes", "No"], "answer": "1"}

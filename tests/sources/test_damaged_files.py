@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from dora_vl.data.examples import iterate_examples
+from dora_vl.data import prepare as prepare_command
+from dora_vl.data.benchmarks.table import SOURCES
+from dora_vl.data.example import iterate_examples
 from dora_vl.data.text_file import table_rows
 from dora_vl.errors import UserError
-from dora_vl.sources import prepare_command
-from dora_vl.sources.table import SOURCES
 
 HERE = Path(__file__).parent
 FIXTURES = HERE / "fixtures"
@@ -166,7 +166,7 @@ def test_sources_look_into_rows_through_fields_alone() -> None:
                 and node.value.id in rows
                 and node.attr in {"get", "pop"}
             )
-            allowed = source.module == "dora_vl.sources.llava_json"  # passes a row on as it is
+            allowed = source.module == "dora_vl.data.benchmarks.llava"  # passes a row on as it is
             assert allowed or not (subscripted or got), f"{source.module}, line {getattr(node, 'lineno', 0)}"
             assert not isinstance(node, ast.Call) or ast.unparse(node.func) not in {"json.loads", "json.load"}
 
@@ -384,7 +384,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pyt
     def unreadable(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "dev.json")
 
-    monkeypatch.setattr("dora_vl.sources.conversion.file_sha256", unreadable)
+    monkeypatch.setattr("dora_vl.data.benchmarks.table.file_sha256", unreadable)
     with pytest.raises(UserError, match=r"dev\.json: cannot be read \(Permission denied\)"):
         prepare("nlvr2", FIXTURES / "nlvr2", tmp_path)
     assert [path.name for path in tmp_path.rglob(".*") if path.name != ".prepare.lock"] == []
@@ -394,7 +394,7 @@ def test_an_error_of_the_program_itself_leaves_no_partial_file(tmp_path: Path, m
     def broken(raw: object, **_: object) -> None:
         raise TypeError("unhashable type: 'list'")
 
-    monkeypatch.setattr(import_module("dora_vl.sources.pope"), "convert", broken)
+    monkeypatch.setattr(import_module("dora_vl.data.benchmarks.llava"), "convert", broken)
     with pytest.raises(TypeError):
         prepare("pope", FIXTURES / "pope", tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.name != ".prepare.lock"] == []

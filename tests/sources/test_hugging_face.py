@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_vl.data.examples import Answer, Example, iterate_examples
+from dora_vl.data import prepare as prepare_command
+from dora_vl.data.benchmarks.hugging_face import convert
+from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
-from dora_vl.sources import prepare_command
-from dora_vl.sources.hugging_face import convert
 
 
 def prepare(folder: Path, to: Path, **options: str) -> list[Example]:

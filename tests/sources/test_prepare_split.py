@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from dora_vl.cli import main
-from dora_vl.data.examples import Answer, Example, iterate_examples
+from dora_vl.data import prepare as prepare_command
+from dora_vl.data import prepare as prepare_split
+from dora_vl.data.benchmarks.fields import Progress, Raw, Split
+from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.errors import BadSample, UserError
-from dora_vl.sources import prepare_command, prepare_split
-from dora_vl.sources.published import Progress, Raw, Split
 
 
 def row(number: int, **changes: object) -> dict[str, object]:

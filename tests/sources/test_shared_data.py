@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dora_vl.data.examples import iterate_examples
-from dora_vl.sources import prepare_command
+from dora_vl.data import prepare as prepare_command
+from dora_vl.data.example import iterate_examples
 
 FOLDER = Path(os.environ.get("DORA_VL_SHARED_DATA", "")) if os.environ.get("DORA_VL_SHARED_DATA") else None
 pytestmark = pytest.mark.skipif(FOLDER is None or not FOLDER.is_dir(), reason="DORA_VL_SHARED_DATA names no folder")

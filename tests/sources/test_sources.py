@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from dora_vl.data.examples import iterate_examples
+from dora_vl.data import prepare as prepare_command
+from dora_vl.data.benchmarks.table import SOURCES
+from dora_vl.data.example import iterate_examples
 from dora_vl.errors import UserError
-from dora_vl.sources import prepare_command
-from dora_vl.sources.table import SOURCES
 
 HERE = Path(__file__).parent
 FIXTURES = HERE / "fixtures"
@@ -69,8 +69,8 @@ def test_a_source_in_the_table_has_a_fixture_and_says_where_its_files_are_publis
     assert tested == set(SOURCES)
     for source in SOURCES.values():
         documentation = import_module(source.module).__doc__ or ""
-        assert "Licence" in documentation or "MIT" in documentation or source.module == "dora_vl.sources.llava_json"
-        assert "Quirks" in documentation or source.module == "dora_vl.sources.llava_json"
+        assert "Licence" in documentation or "MIT" in documentation or source.module == "dora_vl.data.benchmarks.llava"
+        assert "Quirks" in documentation or source.module == "dora_vl.data.benchmarks.llava"
 
 
 def test_ids_of_the_mix_are_numbered_and_turns_stay_as_they_are(tmp_path: Path) -> None:
@@ -147,14 +147,14 @@ def test_the_versions_of_popes_labels_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_nothing_but_the_standard_library_tables_and_our_records_is_imported() -> None:
-    allowed = {"dora_vl.data.examples", "dora_vl.data.turns", "dora_vl.data.records", "dora_vl.errors"}
-    allowed |= {"dora_vl.data.text_file", "dora_vl.data.readers.containers", "dora_vl.data.sample_rows"}
-    allowed |= {"dora_vl.data.readers.shard_files", "dora_vl.data.media_limits"}
-    allowed |= {"dora_vl.data.regular_file", "dora_vl.data.picture_decoding", "dora_vl.vision.video_containers"}
-    allowed |= {"dora_vl.scores.pope"}  # which label version a file has
-    allowed |= {"dora_vl.scores.human_answers"}  # how many people a metric needs
-    allowed |= {"dora_vl.data.media", "dora_vl.data.readers.columns", "dora_vl.data.right_choice"}
-    commands = {"dora_vl.sources.prepare_command", "dora_vl.sources.check_command"}
+    allowed = {"dora_vl.data.example", "dora_vl.data.turns", "dora_vl.data.readers", "dora_vl.errors"}
+    allowed |= {"dora_vl.data.text_file", "dora_vl.data.containers", "dora_vl.data.readers"}
+    allowed |= {"dora_vl.data.containers", "dora_vl.data.pictures"}
+    allowed |= {"dora_vl.files", "dora_vl.data.pictures", "dora_vl.data.video_containers"}
+    allowed |= {"dora_vl.evaluation.scores.llava"}  # which label version a file has
+    allowed |= {"dora_vl.evaluation.scores.vqa"}  # how many people a metric needs
+    allowed |= {"dora_vl.data.pictures", "dora_vl.data.columns", "dora_vl.data.example"}
+    commands = {"dora_vl.data.prepare", "dora_vl.data.check"}
     modules = {source.module for source in SOURCES.values()} | commands
     seen: set[str] = set()
     while modules - seen:
@@ -176,7 +176,7 @@ def test_nothing_but_the_standard_library_tables_and_our_records_is_imported() -
 
 
 def test_sources_are_read_without_torch_and_transformers() -> None:
-    modules = sorted({source.module for source in SOURCES.values()} | {"dora_vl.sources.prepare_command"})
+    modules = sorted({source.module for source in SOURCES.values()} | {"dora_vl.data.prepare"})
     code = "import sys\nfor name in ('torch', 'transformers', 'datasets'):\n    sys.modules[name] = None\n"
     code += "".join(f"import {module}\n" for module in modules)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_vl.cli import main
+from dora_vl.data.benchmarks import images
+from dora_vl.data.benchmarks.commonsense import labels_of, options_of
+from dora_vl.data.benchmarks.fields import soft_answers
+from dora_vl.data.benchmarks.images import read_shares, share_of
+from dora_vl.data.benchmarks.videos import Subtitles, parse_srt, span, subtitles_of
 from dora_vl.errors import BadSample, UserError
-from dora_vl.sources import coco_caption
-from dora_vl.sources.commonsense import labels_of, options_of
-from dora_vl.sources.joins import soft_answers
-from dora_vl.sources.nlvr import read_shares, share_of
-from dora_vl.sources.subtitles import Subtitles, parse_srt, span, subtitles_of
 
 LINE = st.text(st.characters(categories=["L", "N", "P"], include_characters=" "), min_size=1, max_size=20).filter(
     lambda text: text.strip() and not text.strip().isdigit() and "-->" not in text
@@ -97,7 +97,7 @@ def test_subtitles_of_no_words_are_kept_and_entries_without_text_are_not() -> No
 def test_a_caption_keeps_what_is_inside_it() -> None:
     said = [{"raw": "\nA dog  runs.\nFast. "}, {"raw": " \n"}, {"raw": "A\tdog"}]
     row = {"cocoid": 7, "split": "test", "filepath": "val2014", "filename": "7.jpg", "sentences": said}
-    assert [answer.text for answer in coco_caption.convert(row).answers] == ["A dog  runs.\nFast.", "A\tdog"]
+    assert [answer.text for answer in images.coco_caption_convert(row).answers] == ["A dog  runs.\nFast.", "A\tdog"]
 
 
 def test_subtitles_of_a_folder_of_files(tmp_path: Path) -> None:

@@ -15,24 +15,22 @@ from torch.nn import functional
 
 from data_prep import features
 from dora_vl.adapters.folder import load_adapter
+from dora_vl.backbones.published_features import open_features
+from dora_vl.backbones.vision_store import FeatureReader
 from dora_vl.backbones.vlbart import VlBartBackbone, load_vlbart, set_answer_heads
 from dora_vl.cli import main
-from dora_vl.data.example_file import ExampleFile
-from dora_vl.data.examples import Answer, Example, write_examples
-from dora_vl.data.feature_input import FeatureReader
-from dora_vl.data.mixture import MixturePlan, Source
+from dora_vl.data.example import Answer, Example, ExampleFile, write_examples
+from dora_vl.data.order import MixturePlan, Source
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Wanted
-from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.open_model import open_asker
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-from dora_vl.pipelines.vlbart import VlBartPipeline
-from dora_vl.run.command_line import read_settings
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
-from dora_vl.tasks.closed_answers import closed
-from dora_vl.tasks.seq2seq import MicroBatch, MixtureDataset, Seq2SeqCollator
+from dora_vl.training.command_line import read_settings
+from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
-from dora_vl.training.seq2seq_loss import Seq2SeqLoss
-from dora_vl.vision.feature_files import open_features
+from dora_vl.training.seq2seq_tasks import MicroBatch, MixtureDataset, Seq2SeqCollator, Seq2SeqLoss
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
+from dora_vl.training.vlbart_tasks import closed
 from tasks import image_qa
 from tests.training.test_two_ranks import losses
 from tests.training.tiny_vlbart_run import (

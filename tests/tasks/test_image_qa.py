@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_vl.app.served_model import open_served
 from dora_vl.data.turns import Turn
 from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant, TextStreamer, open_picture
-from dora_vl.evaluation.open_asker import open_asker
+from dora_vl.evaluation.open_model import open_asker
 from dora_vl.evaluation.prompt_inputs import model_inputs
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run.command_line import read_run_file
+from dora_vl.serving.model import open_served
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import run
 from tasks import image_qa
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava

@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from dora_vl.errors import UserError
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run.command_line import read_run_file
 from dora_vl.training.callbacks import read_log
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
 from tasks import llava_instruct
 from tests.training.own_data import HOLD_PICTURES, WRITERS, items, lines, write_llava, write_pictures

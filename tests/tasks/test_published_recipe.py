@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.backbones.language_source import load_tokenizer
 from dora_vl.backbones.llava import load_llava
+from dora_vl.backbones.loading import load_tokenizer
 from tests.tasks.published_recipe import run_all
 
 

@@ -11,20 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_vl.backbones.seq2seq_prompt import Prompt
-from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.prompts import Prompt
+from dora_vl.backbones.published_features import open_features
+from dora_vl.backbones.vision_store import (
+    FeatureReader,
+    FeatureRow,
+    FeatureStore,
+    FeatureWriter,
+    Stored,
+    features_of,
+    fixed_length,
+)
 from dora_vl.backbones.vlbart_compose import small_tokenizer
-from dora_vl.data.dataset import Skipped
-from dora_vl.data.example_file import ExampleFile
-from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
-from dora_vl.data.feature_input import FeatureReader, FeatureStore, Stored, features_of, fixed_length
-from dora_vl.data.mixture import MixturePlan, Source
+from dora_vl.data.benchmarks.videos import convert_clip
+from dora_vl.data.example import Answer, Clip, Example, ExampleFile, Subtitle, write_examples
+from dora_vl.data.order import MixturePlan, Source
+from dora_vl.data.samples import Skipped
 from dora_vl.errors import BadSample, UserError
-from dora_vl.sources.video_captions import convert_clip
-from dora_vl.tasks import vlbart_image, vlbart_video
-from dora_vl.tasks.seq2seq import MixtureDataset, Seq2SeqCollator, over_step
-from dora_vl.vision.feature_files import open_features
-from dora_vl.vision.features import FeatureRow, FeatureWriter
+from dora_vl.training import vlbart_tasks
+from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqCollator, over_step
 
 WORDS = (
     "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"
@@ -67,7 +73,7 @@ TAIL = " [Q] is it red? [TS] (1.5-2.5) [Choices] a0: red. a1: blue. a2: green. a
 
 
 def test_a_long_text_loses_subtitles_and_keeps_question_choices_and_prompt(encoder: Seq2SeqEncoder) -> None:
-    task = vlbart_video.subtasks()["tvqa"]
+    task = vlbart_tasks.video_subtasks()["tvqa"]
     prompt = task.prompt(VIDEO)
     ids, cut = encoder.encode(prompt, max_tokens=600)
     assert len(ids) == 600
@@ -84,7 +90,7 @@ def test_a_long_text_loses_subtitles_and_keeps_question_choices_and_prompt(encod
 
 
 def test_the_published_texts(encoder: Seq2SeqEncoder) -> None:
-    images, videos = vlbart_image.subtasks(), vlbart_video.subtasks()
+    images, videos = vlbart_tasks.image_subtasks(), vlbart_tasks.video_subtasks()
     example = Example(id="1", images=("a.png",), question="is it red?", answers=(Answer(text="True"),))
     said = {name: images[name].prompt(example).text for name in ("vqav2", "gqa", "nlvr2", "coco_caption")}
     assert said == {
@@ -93,7 +99,7 @@ def test_the_published_texts(encoder: Seq2SeqEncoder) -> None:
         "nlvr2": "nlvr: is it red?",
         "coco_caption": "caption: ",
     }
-    assert vlbart_image.subtasks(task_prompt=False)["vqav2"].prompt(example).text == "is it red?"
+    assert vlbart_tasks.image_subtasks(task_prompt=False)["vqav2"].prompt(example).text == "is it red?"
     clip = Example(id="2", video=Clip(path="a.mp4"), subtitles=(Subtitle("hello"),), extra={"ts": [1.5, 2.0]})
     for name, expected in (("tvc", "[Subs] hello [TS] ([1.5, 2.0]) tvc: "), ("yc2c", "[Subs] hello yc2c: ")):
         prompt = videos[name].prompt(clip)
@@ -127,7 +133,7 @@ def test_video_texts_are_the_published_ones_to_the_last_space(
     )
     clip = Example(**shared, extra={"ts": [1.5, 2.5]})
     tail = "[Q] who comes in? [TS] (1.5-2.5) [Choices] a0: ann. a1: ben."
-    tasks = vlbart_video.subtasks()
+    tasks = vlbart_tasks.video_subtasks()
     for name, example, expected in (
         ("tvqa", question, f"{heard} {tail} tvqa: "),
         ("how2qa", question, f"{heard} {tail} how2qa: "),
@@ -144,7 +150,7 @@ def test_a_descriptions_leading_space_is_in_its_first_token(encoder: Seq2SeqEnco
     """TVC's descriptions as its files have them, some with a space before them."""
     row = {"clip_id": 7, "vid_name": "a", "descs": [{"desc": " hello is it"}, {"desc": "hello"}, {"desc": " "}]}
     write_examples(tmp_path / "tvc.jsonl", [convert_clip(row, answered=True)])
-    file, task = ExampleFile(tmp_path / "tvc.jsonl", each_answer=True), vlbart_video.subtasks()["tvc"]
+    file, task = ExampleFile(tmp_path / "tvc.jsonl", each_answer=True), vlbart_tasks.video_subtasks()["tvc"]
     said = [task.target(file[place], file.answer_of(place), Random(0)).text for place in range(len(file))]
     assert said == [" hello is it", "hello"]
     first = encoder.tokenizer.convert_ids_to_tokens(encoder.labels(said[0], max_tokens=20).tolist())[1]
@@ -154,7 +160,7 @@ def test_a_descriptions_leading_space_is_in_its_first_token(encoder: Seq2SeqEnco
 def test_an_answer_is_drawn_as_often_as_its_score_says_and_weighs_so() -> None:
     answers = (Answer(text="red", weight=0.9), Answer(text="blue", weight=0.3), Answer(text="never", weight=0.0))
     example = Example(id="1", images=("a.png",), answers=answers)
-    images = vlbart_image.subtasks()
+    images = vlbart_tasks.image_subtasks()
     drawn = [images["vqav2"].target(example, None, Random(number)) for number in range(4000)]
     share = Counter(one.text for one in drawn)["red"] / 4000
     assert abs(share - 0.75) < 0.03
@@ -220,7 +226,7 @@ def test_a_caption_file_counts_each_caption_and_others_each_example(tmp_path: Pa
     ]
     write_examples(tmp_path / "c.jsonl", examples)
     captions = ExampleFile(tmp_path / "c.jsonl", each_answer=True)
-    task = vlbart_image.subtasks()["coco_caption"]
+    task = vlbart_tasks.image_subtasks()["coco_caption"]
     said = [task.target(captions[i], captions.answer_of(i), Random(0)).text for i in range(len(captions))]
     assert said == ["1 0", "3 0", "3 1", "3 2", "2 0", "2 1"]
     assert [example.id for example in ExampleFile(tmp_path / "c.jsonl")] == ["1", "3", "2"]
@@ -238,7 +244,7 @@ def test_a_batch_counts_what_is_usable_and_names_what_it_skips(encoder: Seq2SeqE
         for n, name in enumerate(pictures)
     ]
     write_examples(tmp_path / "v.jsonl", examples)
-    task, file = vlbart_image.subtasks()["vqav2"], ExampleFile(tmp_path / "v.jsonl")
+    task, file = vlbart_tasks.image_subtasks()["vqav2"], ExampleFile(tmp_path / "v.jsonl")
     plan = MixturePlan([Source(name="vqav2", items=5, batch_size=5)], parts=6, mixing="proportional", seed=0)
     data = MixtureDataset(plan, [task], [file], encoder=encoder, readers=[READER], seed=0)
     collate = Seq2SeqCollator(encoder.pad_token_id, (4, 3))

@@ -10,16 +10,15 @@ import pytest
 from PIL import Image
 
 from dora_vl.cli import main
-from dora_vl.pipelines.first_batch import first_batch, shown_settings
-from dora_vl.pipelines.image_text import instruct_pipeline
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.pipelines.vlbart import VlBartPipeline
-from dora_vl.report.batch_text import batch_page, batch_picture, terminal_lines
-from dora_vl.report.batch_view import BatchView, Piece
-from dora_vl.run.command_line import read_run_file, read_settings
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.report.batch import BatchView, Piece, batch_page, batch_picture, terminal_lines
+from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.training.first_batch import first_batch, shown_settings
+from dora_vl.training.image_text_pipeline import instruct_pipeline
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.progress import BatchStatistics
+from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import train
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.backbones.tiny_image_text import write_tiny
 from tests.report.test_report import Page, asks_a_host
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
@@ -148,7 +147,7 @@ def test_a_task_is_known_by_its_settings(task: str, tmp_path: Path, capsys: pyte
 
 
 def view_of(*pieces: Piece) -> BatchView:
-    from dora_vl.report.batch_view import BatchRow
+    from dora_vl.report.batch import BatchRow
 
     return BatchView(rows=(BatchRow(title="<b>row</b>", lines=(pieces,)),), facts=(("samples", "1"),))
 

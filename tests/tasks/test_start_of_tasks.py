@@ -14,7 +14,7 @@ from PIL import Image
 
 from dora_vl import cli
 from dora_vl.errors import UserError
-from dora_vl.pipelines import train_command
+from dora_vl.training import train_command
 from tests.backbones.tiny_image_text import write_tiny
 
 ROOT = Path(__file__).parents[2]

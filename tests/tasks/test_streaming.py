@@ -12,10 +12,10 @@ import torch
 import yaml
 
 from dora_vl.errors import UserError
-from dora_vl.pipelines.image_text import instruct_pipeline
-from dora_vl.run import samples
-from dora_vl.run.command_line import read_run_file
+from dora_vl.training import assembly
 from dora_vl.training.callbacks import read_log
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.image_text_pipeline import instruct_pipeline
 from dora_vl.training.run import train
 from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
@@ -86,9 +86,9 @@ def test_a_resumed_run_has_the_losses_of_a_whole_one(
     dropout = "--adapter.dropout=0.2"
     whole = trained(path, "whole", dropout)
     decoded: list[str] = []
-    read_pixels = samples.open_picture
+    read_pixels = assembly.open_picture
     monkeypatch.setattr(
-        samples,
+        assembly,
         "open_picture",
         lambda root, picture, *more: decoded.append(picture) or read_pixels(root, picture, *more),
     )

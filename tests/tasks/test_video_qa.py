@@ -13,18 +13,18 @@ import pytest
 from data_prep import features
 from data_prep.moving_shapes import Settings, make
 from dora_vl import cli
-from dora_vl.data.dataset import Sample
-from dora_vl.data.examples import Answer, Clip, Example, iterate_examples, write_examples
+from dora_vl.data.example import Answer, Clip, Example, iterate_examples, write_examples
+from dora_vl.data.samples import Sample
 from dora_vl.evaluation import ask_command
 from dora_vl.evaluation.asker import Wanted
-from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.evaluation.result_files import read_predictions
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.pipelines.run_settings import pipeline_of
-from dora_vl.run.command_line import read_run_file, read_settings
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
-from dora_vl.tasks import vlbart_video
+from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.training import vlbart_tasks
+from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
+from dora_vl.training.run_settings import pipeline_of
 from tasks import image_qa, video_qa
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
@@ -123,12 +123,12 @@ def test_a_vlbart_sees_what_it_was_trained_on(vlbart: Path, clip: str, capsys: A
 def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) -> None:
     import torch
 
-    from dora_vl.data.examples import Clip, Example
+    from dora_vl.backbones.published_features import open_features
+    from dora_vl.data.example import Clip, Example
+    from dora_vl.data.video import VideoReader
     from dora_vl.errors import UserError
     from dora_vl.evaluation.asker import Shown
     from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-    from dora_vl.vision.feature_files import open_features
-    from dora_vl.vision.video import VideoReader
 
     assistant = open_asker(Wanted(adapter=vlbart)).adapted
     assert isinstance(assistant, VlBartAssistant)
@@ -146,14 +146,14 @@ def test_features_on_the_way_equal_the_stored_ones(vlbart: Path, place: Path) ->
     torch.testing.assert_close(assistant.inputs(frames, words)[0, 0], made)  # what a question typed in gets
     halves = replace(assistant, feature_tokens=2).inputs(frames, words)[0, 0]
     torch.testing.assert_close(halves, torch.stack([made[:2].amax(0), made[1:].amax(0)]))  # pooled over time
-    labels_alone = replace(assistant, subtasks=(vlbart_video.subtasks()["tvqa"],))
+    labels_alone = replace(assistant, subtasks=(vlbart_tasks.video_subtasks()["tvqa"],))
     with pytest.raises(UserError, match="trained for tvqa; ask a question with its choices"):
         labels_alone.answer_example(Example(id="1", question="which?"), Shown(pictures=frames))
     without = replace(assistant, features={"video_caption": assistant.features["video_caption"]})
     with pytest.raises(UserError, match=r"nothing says how the features of video_words .*; video_caption can"):
         without.answer_example(Example(id="1", question="which?"), Shown(pictures=frames))
     with pytest.raises(UserError, match=r"ask a question with its choices .* or for a caption"):
-        replace(labels_alone, subtasks=(*labels_alone.subtasks, vlbart_video.subtasks()["tvc"])).answer_example(
+        replace(labels_alone, subtasks=(*labels_alone.subtasks, vlbart_tasks.video_subtasks()["tvc"])).answer_example(
             Example(id="1", question="which?"), Shown(pictures=frames)
         )
 
@@ -182,7 +182,7 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
     )
     one = replace(
         trained,
-        subtasks=(vlbart_video.subtasks()[task],),
+        subtasks=(vlbart_tasks.video_subtasks()[task],),
         features={task: trained.features["video_words"]},
     )
     monkeypatch.setattr(ask_command, "open_model", lambda options: Opened(adapted=one))

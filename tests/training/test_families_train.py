@@ -14,14 +14,14 @@ from PIL import Image
 
 from dora_vl import cli
 from dora_vl.adapters.folder import load_adapter, read_weights
-from dora_vl.app.engine import Engine
-from dora_vl.app.waiting_room import EngineSettings
 from dora_vl.backbones.base import attention_of
 from dora_vl.backbones.image_text import load_image_text
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
 from dora_vl.evaluation.asker import Shown
+from dora_vl.serving.answering import EngineSettings
+from dora_vl.serving.engine import Engine
 from tasks import image_qa, llava_instruct
 from tests.app.test_engine import NEW_TOKENS, answers
 from tests.app.tiny_served import alone, answer_alone, served

@@ -15,16 +15,16 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from dora_vl import cli
 from dora_vl.adapters.folder import read_weights
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
-from dora_vl.data.dataset import IGNORED_LABEL
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
 from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant, open_picture
-from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.evaluation.result_files import read_predictions
-from dora_vl.pipelines.image_text import ImageTextPipeline, instruct_pipeline
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run.command_line import read_run_file
+from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.image_text_pipeline import ImageTextPipeline, instruct_pipeline
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct
 from tests.backbones.tiny_image_text import write_tiny

@@ -13,16 +13,16 @@ import pytest
 from data_prep import generated_commonsense
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
-from dora_vl.backbones.instruction_prompt import InstructionEncoder
-from dora_vl.backbones.seq2seq_text import Seq2SeqEncoder
+from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.prompt_table import InstructionEncoder
 from dora_vl.errors import UserError
-from dora_vl.pipelines.commonsense import CommonsensePipeline
-from dora_vl.pipelines.image_text import instruct_pipeline
-from dora_vl.pipelines.vlbart import VlBartPipeline
-from dora_vl.run.command_line import read_run_file, read_settings
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.training.commonsense_pipeline import CommonsensePipeline
+from dora_vl.training.image_text_pipeline import instruct_pipeline
 from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import train
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.backbones.tiny_image_text import write_tiny, write_tiny_language
 from tests.backbones.tiny_language import write_tiny_language as write_tiny_llama
 from tests.tasks.test_commonsense import settings

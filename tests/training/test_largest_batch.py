@@ -12,26 +12,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_vl.data.dataset import Sample, Skipped
-from dora_vl.errors import UserError
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.pipelines.vlbart import VlBartPipeline
-from dora_vl.run.command_line import read_run_file, read_settings
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
-from dora_vl.runtime_errors import is_out_of_memory
+from dora_vl.data.samples import Sample, Skipped
+from dora_vl.errors import UserError, is_out_of_memory
 from dora_vl.training import largest_batch
 from dora_vl.training.callbacks import read_log
-from dora_vl.training.largest_batch import cost_of, largest, take_and_undo
-from dora_vl.training.memory_estimate import Activations
-from dora_vl.training.out_of_memory import (
+from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.training.largest_batch import (
     asked_bytes,
+    cost_of,
+    largest,
     smaller_micro_batch,
     smaller_model,
     smaller_validation,
+    take_and_undo,
     what_to_lower,
 )
+from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.memory import Activations
 from dora_vl.training.pipeline import NextTokenLoss
+from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import train
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.test_two_ranks import launch
 from tests.training.test_two_ranks import losses as losses_of
 from tests.training.tiny_run import write_run, write_tiny_data
@@ -241,7 +242,7 @@ def test_the_validation_has_its_own_setting(run_file: Path, monkeypatch: pytest.
 
 
 def test_advice_goes_from_the_mildest_on(run_file: Path) -> None:
-    from dora_vl.run.arguments import training_arguments
+    from dora_vl.training.arguments import training_arguments
 
     def said(*overrides: str, fits: int | None = None) -> str:
         config = read_run_file(run_file, *overrides)
@@ -257,7 +258,7 @@ def test_advice_goes_from_the_mildest_on(run_file: Path) -> None:
 
 
 def test_advice_names_only_settings_that_the_run_has(run_file: Path, tmp_path: Path) -> None:
-    from dora_vl.run.arguments import training_arguments
+    from dora_vl.training.arguments import training_arguments
 
     data = write_vlbart_data(tmp_path / "data")
     path = write_vlbart_run(tmp_path / "bart.yaml", data, ("vqav2",), training={"use_cpu": True})

@@ -15,9 +15,8 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from dora_vl.training.lines_above import LinesAbove, lines_above
-from dora_vl.training.live_view import LiveView, can_show, close_views
-from dora_vl.training.view_rows import Asked, RunNumbers, clock, rows, sparkline
+from dora_vl.training.live_view import Asked, LiveView, RunNumbers, can_show, clock, close_views, rows, sparkline
+from dora_vl.training.progress import LinesAbove, lines_above
 
 LINE = {
     "loss": 0.5,

@@ -11,12 +11,18 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from dora_vl.backbones.llava import LlavaBackbone, load_llava
-from dora_vl.data.collate import Collator
-from dora_vl.data.dataset import ConversationDataset
-from dora_vl.run.assembly import build_encoder, pad_token_id
-from dora_vl.run.command_line import read_run_file
-from dora_vl.run.recipe import RunConfig
-from dora_vl.run.samples import image_folder, image_preparation, read_pixels, read_samples
+from dora_vl.data.batches import Collator
+from dora_vl.data.samples import ConversationDataset
+from dora_vl.training.assembly import (
+    build_encoder,
+    image_folder,
+    image_preparation,
+    pad_token_id,
+    read_pixels,
+    read_samples,
+)
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.recipe import RunConfig
 from tests.training.test_run import run_folder, train_file
 from tests.training.tiny_run import write_run, write_tiny_data
 

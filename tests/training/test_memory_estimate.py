@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dora_vl.core import DoRAConfig, apply_dora
-from dora_vl.training.memory_estimate import Activations, estimate_memory
+from dora_vl.training.memory import Activations, estimate_memory
 
 ACTIVATIONS = Activations(tokens=10, layers=2, hidden_width=8, element_bytes=2, recomputed=False)
 FROZEN_BYTES = 100 * 200 * 2  # a bfloat16 weight

@@ -11,15 +11,13 @@ import yaml
 
 from data_prep import generated_commonsense
 from dora_vl.errors import UserError
-from dora_vl.pipelines.commonsense import CommonsensePipeline
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.pipelines.vlbart import VlBartPipeline
-from dora_vl.run.command_line import read_settings
-from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
-from dora_vl.run.recipe import RunConfig
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.training.command_line import read_settings
+from dora_vl.training.commonsense_pipeline import CommonsensePipeline
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.pipeline import Pipeline
+from dora_vl.training.recipe import CommonsenseRunConfig, RunConfig, VlBartRunConfig
 from dora_vl.training.run import train
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.backbones.tiny_language import write_tiny_language
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run

@@ -15,8 +15,8 @@ from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.core import merge_dora, strip_adapters, trained_parts
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
-from dora_vl.pipelines.image_text import instruct_pipeline
-from dora_vl.run.command_line import read_run_file
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.image_text_pipeline import instruct_pipeline
 from dora_vl.training.run import run
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.tiny_run import write_run, write_tiny_data
@@ -135,7 +135,7 @@ def test_parts_that_are_not_there_are_refused_before_weights_are_loaded(
     def load(*positional: object, **named: object) -> None:
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr("dora_vl.pipelines.image_text.load_base", load)
+    monkeypatch.setattr("dora_vl.training.image_text_pipeline.load_base", load)
     path = settings(there, f"refused_{tmp_path.name}", **changes)
     with pytest.raises(UserError, match=said):
         run(instruct_pipeline(read_run_file(path)))

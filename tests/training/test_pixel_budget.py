@@ -10,13 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_vl.backbones.pixel_budget import within_pixels
-from dora_vl.backbones.video_inputs import grey_video
+from dora_vl.backbones.video_inputs import grey_video, within_pixels
 from dora_vl.errors import UserError
-from dora_vl.pipelines.image_text import instruct_pipeline
-from dora_vl.run.arguments import training_arguments
-from dora_vl.run.command_line import read_run_file
+from dora_vl.training.arguments import training_arguments
 from dora_vl.training.callbacks import read_log
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.image_text_pipeline import instruct_pipeline
 from dora_vl.training.run import run
 from tests.backbones.tiny_image_text import write_tiny
 from tests.training.tiny_run import write_run, write_tiny_llava

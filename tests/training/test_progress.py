@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run.command_line import read_run_file
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
 from tests.training.test_two_ranks import launch
 from tests.training.tiny_run import write_run, write_tiny_data

@@ -24,11 +24,11 @@ from dora_vl.data.turns import Turn
 from dora_vl.evaluation import merge_command
 from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant, open_picture
-from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.pipelines.commonsense import CommonsensePipeline
-from dora_vl.run.command_line import read_settings
-from dora_vl.run.commonsense_recipe import CommonsenseRunConfig
+from dora_vl.evaluation.open_model import open_asker
 from dora_vl.training import run as training_run
+from dora_vl.training.command_line import read_settings
+from dora_vl.training.commonsense_pipeline import CommonsensePipeline
+from dora_vl.training.recipe import CommonsenseRunConfig
 from dora_vl.training.run import run
 from tasks import image_qa, llava_instruct
 from tests.backbones.tiny_image_text import write_tiny

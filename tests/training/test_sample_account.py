@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.data.bad_samples import BadSampleLedger
+from dora_vl.data.samples import BadSampleLedger
 from dora_vl.errors import UserError
-from dora_vl.training.progress import BatchStatistics, Progress
-from dora_vl.training.sample_account import account_of
+from dora_vl.training.progress import BatchStatistics, Progress, account_of
 
 MEDIA = {"a.png": "1", "b.png": "2", "missing.png": "", "broken.png": "3"}
 

@@ -14,11 +14,18 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors.torch import load_file, save_file
 
 from dora_vl.errors import UserError
-from dora_vl.training.checkpoint_state import MALFORMED
-from dora_vl.training.optimizer_places import Layout, OptimizerPlaces, Piece, places_of
-from dora_vl.training.optimizer_state import load_optimizer, load_values, optimizer_numbers, whole_tensors
-from dora_vl.training.random_states import random_file, random_states, restore_random_states, seed_all
-from dora_vl.training.state_files import StateFiles, write_numbers, write_state
+from dora_vl.training.checkpoint import MALFORMED, random_file, random_states, restore_random_states, seed_all
+from dora_vl.training.checkpoint_files import StateFiles, write_numbers, write_state
+from dora_vl.training.optimizer_state import (
+    Layout,
+    OptimizerPlaces,
+    Piece,
+    load_optimizer,
+    load_values,
+    optimizer_numbers,
+    places_of,
+    whole_tensors,
+)
 
 CPU = torch.device("cpu")
 Trained = dict[str, torch.nn.Parameter]

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run.command_line import read_run_file
 from dora_vl.training.callbacks import read_log
-from dora_vl.training.finite import check_base_weights, check_trained_weights
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.faults import check_base_weights, check_trained_weights, is_spike
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
-from dora_vl.training.step_faults import is_spike
 from dora_vl.training.trainer import AdapterTrainer
 from tests.training.test_two_ranks import launch
 from tests.training.tiny_run import write_run

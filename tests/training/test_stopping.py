@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_vl.adapters.checkpoints import complete_checkpoints
+from dora_vl.adapters.files import complete_checkpoints
 from dora_vl.training.callbacks import read_log
 from tests.training.test_two_ranks import ROOT, launch, losses
 from tests.training.tiny_run import write_run

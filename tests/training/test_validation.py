@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from dora_vl.errors import UserError
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.pipelines.vlbart import VlBartPipeline
-from dora_vl.run.command_line import read_run_file, read_settings
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
 from dora_vl.training.callbacks import read_log
+from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import train
 from dora_vl.training.validation import ValidationLoss, WholeSteps
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.test_two_ranks import launch
 from tests.training.tiny_run import write_run, write_tiny_data
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run

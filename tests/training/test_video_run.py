@@ -12,15 +12,14 @@ import torch
 
 from dora_vl.adapters.folder import read_weights
 from dora_vl.data.turns import Clip, Turn
+from dora_vl.data.video import Uniform, read_frames
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_asker import open_asker
-from dora_vl.pipelines.image_text import instruct_pipeline
-from dora_vl.run.command_line import read_run_file
+from dora_vl.evaluation.open_model import open_asker
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.image_text_pipeline import instruct_pipeline
 from dora_vl.training.run import run
-from dora_vl.vision.frame_sampling import Uniform
-from dora_vl.vision.video import read_frames
 from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_video import write_tiny_video

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_vl.data.examples import iterate_examples, write_examples
-from dora_vl.pipelines.vlbart import VlBartPipeline
-from dora_vl.run.command_line import read_settings
-from dora_vl.run.vlbart_recipe import VlBartRunConfig
+from dora_vl.data.example import iterate_examples, write_examples
 from dora_vl.training.callbacks import read_log
+from dora_vl.training.command_line import read_settings
+from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
+from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from tests.training.test_two_ranks import losses
 from tests.training.test_vlbart_ranks import launch
 from tests.training.tiny_vlbart_run import all_subtasks, write_vlbart_data, write_vlbart_run

@@ -14,18 +14,15 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from dora_vl.errors import UserError
 from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_asker import with_adapter
+from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.prompt_inputs import LlavaPrompts
 from dora_vl.evaluation.questions import read_questions
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run.assembly import build_encoder, load_backbone
-from dora_vl.run.command_line import read_run_file
-from dora_vl.run.samples import image_preparation
-from dora_vl.run.watched import Watched, WatchedQuestion, evenly, read_watched, tiled
+from dora_vl.training.assembly import build_encoder, image_preparation, load_backbone
 from dora_vl.training.callbacks import read_log
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
-from dora_vl.training.tracked_answers import track_answers
-from dora_vl.training.watching import steps_to_ask
+from dora_vl.training.watching import Watched, WatchedQuestion, evenly, read_watched, steps_to_ask, tiled, track_answers
 from tests.training.tiny_run import write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,8 +17,8 @@ PROGRAM = """
 import json, sys
 import torch
 from dora_vl.training import run as run_module
-from dora_vl.run.command_line import read_run_file
-from dora_vl.pipelines.llava import LlavaPipeline
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.llava_pipeline import LlavaPipeline
 
 seen = {}
 def keep(task, arguments, backbone):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dora_vl.data.examples import Answer, Clip, Example, Subtitle, write_examples
-from dora_vl.tasks.subtask import Subtask
+from dora_vl.data.example import Answer, Clip, Example, Subtitle, write_examples
+from dora_vl.training.seq2seq_tasks import Subtask
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 FEATURE_WIDTH, FEATURE_TOKENS, FEATURES = 8, 4, 6
@@ -23,9 +23,9 @@ WORDS = ("red", "green", "blue", "a longer answer", "circle", "yes", "no")
 
 
 def all_subtasks() -> Mapping[str, Subtask]:
-    from dora_vl.tasks import vlbart_image, vlbart_video
+    from dora_vl.training import vlbart_tasks
 
-    return {**vlbart_image.subtasks(), **vlbart_video.subtasks()}
+    return {**vlbart_tasks.image_subtasks(), **vlbart_tasks.video_subtasks()}
 
 
 def image_examples(task: str) -> list[Example]:
@@ -125,8 +125,8 @@ def write_vlbart_run(path: Path, data: Path, tasks: tuple[str, ...], /, **change
 
 
 def main() -> None:
-    from dora_vl.pipelines import train_command
-    from dora_vl.pipelines.vlbart import VlBartPipeline
+    from dora_vl.training import train_command
+    from dora_vl.training.vlbart_pipeline import VlBartPipeline
 
     train_command.pipeline_of = lambda config, _: VlBartPipeline(config, all_subtasks(), name="tiny")
     train_command.train_script("vlbart_image", "")

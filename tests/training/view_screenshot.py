@@ -15,12 +15,11 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from dora_vl.pipelines.llava import LlavaPipeline
-from dora_vl.run.command_line import read_run_file
 from dora_vl.training import build_trainer as building
-from dora_vl.training.live_view import LiveView
+from dora_vl.training.command_line import read_run_file
+from dora_vl.training.live_view import LiveView, drawn
+from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
-from dora_vl.training.view_rows import drawn
 from dora_vl.training.watching import WatchQuestions
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 

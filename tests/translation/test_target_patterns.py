@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from dora_vl.translation.target_patterns import globs_of_endings, globs_of_expression
+from dora_vl.start.rules import globs_of_endings, globs_of_expression
 
 NAMES = [
     f"{place}.layers.{number}.{block}.{leaf}"

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from dora_vl.vision.features import FeatureRow
+from dora_vl.backbones.vision_store import FeatureRow
 
 
 def write_parquet(path: Path, rows: Sequence[FeatureRow], *, group_rows: int = 2) -> None:

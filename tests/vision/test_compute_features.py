@@ -16,12 +16,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dora_vl.data.feature_input import FeatureStore
+from dora_vl.backbones import vision_store as computing
+from dora_vl.backbones.tower_pictures import ImagePreparation, Preparation
+from dora_vl.backbones.vision_store import FeatureCache, FeatureStore, FeatureWriter, read_settings
 from dora_vl.errors import BadSample, UserError
-from dora_vl.vision import compute_features as computing
-from dora_vl.vision.compute_features import FeatureCache
-from dora_vl.vision.features import FeatureWriter, read_settings
-from dora_vl.vision.images import ImagePreparation, Preparation
 
 PREPARATION = ImagePreparation(Preparation(image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3), aspect="pad")
 

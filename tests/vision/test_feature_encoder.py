@@ -11,13 +11,12 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
 
-from dora_vl.data.examples import Clip
+from dora_vl.backbones.published_features import FeatureEncoder, FeatureSettings, merged
+from dora_vl.backbones.tower_pictures import ImagePreparation, Preparation
+from dora_vl.backbones.tower_sources import TowerSpec
+from dora_vl.data.example import Clip
+from dora_vl.data.video import EverySeconds, Uniform, VideoReader
 from dora_vl.errors import UserError
-from dora_vl.vision.feature_encoder import FeatureEncoder, FeatureSettings, merged
-from dora_vl.vision.frame_sampling import EverySeconds, Uniform
-from dora_vl.vision.images import ImagePreparation, Preparation
-from dora_vl.vision.tower_sources import TowerSpec
-from dora_vl.vision.video import VideoReader
 from tests.vision.video_files import write_video
 
 TIMM = TowerSpec(library="timm", name="tf_efficientnet_lite0", weights="random", image_size=64)

@@ -11,11 +11,10 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from dora_vl.data.feature_input import FeatureStore
+from dora_vl.backbones import published_features
+from dora_vl.backbones.published_features import ParquetShards, open_features
+from dora_vl.backbones.vision_store import FeatureRow, FeatureStore, FeatureWriter
 from dora_vl.errors import BadSample, UserError
-from dora_vl.vision import feature_files
-from dora_vl.vision.feature_files import ParquetShards, open_features
-from dora_vl.vision.features import FeatureRow, FeatureWriter
 from tests.vision.parquet_shards import write_parquet
 
 
@@ -48,7 +47,7 @@ def test_shards_of_earlier_versions_are_read_and_added_to(tmp_path: Path) -> Non
 def test_only_so_many_groups_and_shards_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, row in enumerate(rows(6)):
         write_parquet(tmp_path / f"{number}.parquet", [row])
-    monkeypatch.setattr(feature_files, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(published_features, "OPEN_SHARDS", 2)
     for cache_bytes in (50, 1):
         shards = ParquetShards(tmp_path, cache_bytes=cache_bytes)
         source = FeatureStore(tmp_path, shards.rows())

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from dora_vl.backbones.published_features import open_features
+from dora_vl.backbones.vision_store import FeatureRow, FeatureWriter, shard_rows
 from dora_vl.errors import BadSample, UserError
-from dora_vl.vision.feature_files import open_features
-from dora_vl.vision.features import FeatureRow, FeatureWriter, shard_rows
 
 
 def made(seed: int, *shape: int) -> torch.Tensor:
@@ -118,7 +118,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypat
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dora_vl.vision.features.save_file", full)
+    monkeypatch.setattr("dora_vl.backbones.vision_store.save_file", full)
     with pytest.raises(UserError, match=r"No space left on device.*nothing half-written was left"):
         write(tmp_path, rows(1)[0])
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]

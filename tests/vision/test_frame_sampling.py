@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import pytest
 
+from dora_vl.data.video import AtSeconds, EverySeconds, Uniform, clip_span, moments
 from dora_vl.errors import BadSample, UserError
-from dora_vl.vision.frame_sampling import AtSeconds, EverySeconds, Uniform, clip_span, moments
 
 
 def test_uniform_takes_the_middle_of_equal_parts() -> None:

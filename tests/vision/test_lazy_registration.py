@@ -60,7 +60,7 @@ def test_every_vision_module_can_be_the_first_import_of_a_process(module: str) -
 
 @pytest.mark.parametrize(
     ("version", "registered"),
-    [("5.20.0", {"dora_vl.vision.tower_config", "dora_vl.vision.towers"}), ("4.57.1", set()), ("6.0.0", set())],
+    [("5.20.0", {"dora_vl.backbones.towers"}), ("4.57.1", set()), ("6.0.0", set())],
 )
 def test_only_the_major_version_that_we_know(
     monkeypatch: pytest.MonkeyPatch, version: str, registered: set[str]
@@ -68,11 +68,11 @@ def test_only_the_major_version_that_we_know(
     """vLLM's plugin brings us into processes with an older transformers, where its own import must not fail for us."""
     import transformers.models.auto.modeling_auto  # both tables stand then
 
-    from dora_vl.vision import lazy_registration
+    from dora_vl.backbones import towers
 
     found: set[str] = set()
-    real = lazy_registration.import_module
+    real = towers.import_module
     monkeypatch.setattr(transformers, "__version__", version)
-    monkeypatch.setattr(lazy_registration, "import_module", lambda name: found.add(name) or real(name))
-    lazy_registration.register_with_transformers()
+    monkeypatch.setattr(towers, "import_module", lambda name: found.add(name) or real(name))
+    towers.register_with_transformers()
     assert found == registered

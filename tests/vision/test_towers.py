@@ -14,10 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModel
 
+from dora_vl.backbones.tower_sources import TowerSpec, load_tower
+from dora_vl.backbones.towers import GridTower, read_weights, register_towers, renamed_in_order
 from dora_vl.errors import UserError
-from dora_vl.vision.tower_sources import TowerSpec, load_tower
-from dora_vl.vision.towers import GridTower, register_towers
-from dora_vl.vision.weights import read_weights, renamed_in_order
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 

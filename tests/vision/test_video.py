@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dora_vl.data.examples import Clip
+from dora_vl.data.example import Clip
+from dora_vl.data.video import AtSeconds, EverySeconds, Uniform, VideoReader, read_frames
+from dora_vl.data.video_backends import Unreadable, open_video
 from dora_vl.errors import BadSample, UserError
-from dora_vl.vision.frame_sampling import AtSeconds, EverySeconds, Uniform
-from dora_vl.vision.video import VideoReader, read_frames
-from dora_vl.vision.video_backends import Unreadable, open_video
 from tests.vision.video_files import OPEN_GOPS, STEADY, turned, write_clip, write_video
 
 pytest.importorskip("av", reason="pip install 'dora-vl[video]'")

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dora_vl.data.examples import Clip
+from dora_vl.data import video_containers
+from dora_vl.data.example import Clip
+from dora_vl.data.video import Uniform, read_frames
+from dora_vl.data.video_containers import ASF, KLV_KEY, PACK, NotWhole, NoVideoFormat, check_whole_video, container_of
 from dora_vl.errors import BadSample
-from dora_vl.vision import video_containers
-from dora_vl.vision.frame_sampling import Uniform
-from dora_vl.vision.video import read_frames
-from dora_vl.vision.video_containers import ASF, KLV_KEY, PACK, NotWhole, NoVideoFormat, check_whole_video, container_of
 from tests.vision.video_files import CODECS, OPEN_GOPS, write_clip, write_video
 
 pytest.importorskip("av", reason="pip install 'dora-vl[video]'")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dora_vl.core.fast.fused import dropout_kernels
+from dora_vl.core.fast.products import dropout_kernels
 from dora_vl.core.gain import version_of
 
 

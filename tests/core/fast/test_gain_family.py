@@ -129,7 +129,7 @@ def test_a_family_keeps_no_layer_alive():
 
 
 def test_wide_layers_are_taken_in_batches(monkeypatch):
-    monkeypatch.setattr("dora_vl.core.fast.gain_family.LARGEST_BATCH_BYTES", 1)
+    monkeypatch.setattr("dora_vl.core.fast.change.LARGEST_BATCH_BYTES", 1)
     seen = []
     computed = functional.with_growth
     monkeypatch.setattr(

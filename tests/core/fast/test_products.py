@@ -8,13 +8,7 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.fast import products
-from dora_vl.core.fast.products import (
-    RowHalves,
-    halved_product,
-    halves_are_faster,
-    halves_have_the_bits,
-    whole_product,
-)
+from dora_vl.core.fast.products import RowHalves, halved_product, halves_are_faster, halves_have_the_bits, whole_product
 
 
 @pytest.fixture(autouse=True)

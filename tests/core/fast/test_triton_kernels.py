@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.core.fast import fused
-from dora_vl.core.fast.fused import SWITCH, fused_kernels
+from dora_vl.core.fast import products
+from dora_vl.core.fast.products import SWITCH, fused_kernels
 
 ROOT = Path(__file__).parents[2]
 LOWEST = "3.9"
@@ -39,9 +39,9 @@ def run_checks(file: str, *more: str, **environment: str) -> None:
 @pytest.fixture
 def undecided():
     """As in a process that asked for no kernels yet."""
-    fused.decided.cache_clear()
+    products.decided.cache_clear()
     yield
-    fused.decided.cache_clear()
+    products.decided.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_the_switch(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv(SWITCH, "0")
     assert fused_kernels(torch.empty(1)) is None
-    fused.decided.cache_clear()
+    products.decided.cache_clear()
     monkeypatch.delenv(SWITCH)
-    assert fused.are_wanted(torch.device("cpu"), torch.bfloat16)
-    assert not fused.are_wanted(torch.device("cpu"), torch.float64)
-    assert not fused.are_wanted(torch.device("meta"), torch.float32)
+    assert products.are_wanted(torch.device("cpu"), torch.bfloat16)
+    assert not products.are_wanted(torch.device("cpu"), torch.float64)
+    assert not products.are_wanted(torch.device("meta"), torch.float32)
 
 
 @pytest.mark.usefixtures("undecided")
@@ -82,9 +82,9 @@ def test_a_block_without_kernels(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv(SWITCH, raising=False)
-    with fused.without_kernels():
+    with products.without_kernels():
         assert fused_kernels(torch.empty(1)) is None
-    assert fused.are_wanted(torch.device("cpu"), torch.float32)
+    assert products.are_wanted(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.gpu

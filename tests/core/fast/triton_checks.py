@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
-from dora_vl.core.fast.fused import are_wanted
+from dora_vl.core.fast.products import are_wanted
 from dora_vl.core.gain import Gain
 
 if not are_wanted(torch.device(os.environ.get("CHECKED_DEVICE", "cpu")), torch.float32):
     pytest.skip("runs in Triton's interpreter or on a GPU", allow_module_level=True)
 
-from dora_vl.core.fast import triton_backward as backward
-from dora_vl.core.fast import triton_kernels as kernels
-from dora_vl.core.fast.triton_tiles import Config, Operands, TiledKernel
+from dora_vl.core.fast import triton as backward
+from dora_vl.core.fast import triton as kernels
+from dora_vl.core.fast.triton import Config, Operands, TiledKernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -214,14 +214,14 @@ class RecordingTuner:
 
 @pytest.mark.parametrize("which", ["output", "backward"])
 def test_timing_writes_to_no_callers_buffer_and_runs_once_a_bucket(monkeypatch, which):
-    from dora_vl.core.fast import triton_tiles
+    from dora_vl.core.fast import triton
 
     tiled = replace(kernels.OUTPUT if which == "output" else backward.BACKWARD, _chosen={})
     monkeypatch.setattr(kernels if which == "output" else backward, which.upper(), tiled)
     tuner = RecordingTuner(tiled)
     other = RecordingTuner(backward.BACKWARD if which == "output" else kernels.OUTPUT)
-    monkeypatch.setattr(triton_tiles, "_may_time", lambda device: True)
-    monkeypatch.setattr(triton_tiles, "_tuner", lambda one, card: tuner if one is tiled else other)
+    monkeypatch.setattr(triton, "_may_time", lambda device: True)
+    monkeypatch.setattr(triton, "_tuner", lambda one, card: tuner if one is tiled else other)
     gain, b, bias = gain_of(70, torch.float32), torch.randn(70, 5), torch.randn(70)
     for count, rows in enumerate((33, 40, 64, 65, 128, 5, 1), start=1):
         product, hidden, dy = torch.randn(rows, 70), torch.randn(rows, 5), torch.randn(rows, 70)
@@ -238,14 +238,14 @@ def test_timing_writes_to_no_callers_buffer_and_runs_once_a_bucket(monkeypatch, 
 @pytest.mark.parametrize("which", ["output", "backward"])
 def test_tritons_own_autotuner_runs_every_fitting_tile_and_the_quickest_is_taken(monkeypatch, which):
     """Times are made up: the interpreter's mean nothing."""
-    from dora_vl.core.fast import triton_tiles
+    from dora_vl.core.fast import triton
 
     module = kernels if which == "output" else backward
     other = backward.BACKWARD if which == "output" else kernels.OUTPUT
     tiled = replace(getattr(module, which.upper()), _chosen={})
     monkeypatch.setattr(module, which.upper(), tiled)
     monkeypatch.setattr(other, "config", lambda operands, *_: other.fixed(operands))
-    monkeypatch.setattr(triton_tiles, "_may_time", lambda device: True)
+    monkeypatch.setattr(triton, "_may_time", lambda device: True)
     times: list[float] = []
 
     def made_up(call, quantiles, **_):
@@ -253,7 +253,7 @@ def test_tritons_own_autotuner_runs_every_fitting_tile_and_the_quickest_is_taken
         times.append([9.0, 8.0, 1.0, 7.0][len(times) % 4])
         return [times[-1]] * 3
 
-    monkeypatch.setattr(triton_tiles, "do_bench", made_up)
+    monkeypatch.setattr(triton, "do_bench", made_up)
     gain, b = gain_of(70, torch.float32), torch.randn(70, 5)
     for scale in (0.7, 0.8):  # no reason to time again
         product, hidden, dy = torch.randn(33, 70), torch.randn(33, 5), torch.randn(33, 70)
@@ -268,23 +268,23 @@ def test_tritons_own_autotuner_runs_every_fitting_tile_and_the_quickest_is_taken
 
 
 def test_what_forbids_timing(monkeypatch):
-    from dora_vl.core.fast import triton_tiles
+    from dora_vl.core.fast import triton
 
     capturing = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.delenv(triton_tiles.SWITCH, raising=False)
+    monkeypatch.delenv(triton.SWITCH, raising=False)
     card = torch.device("cuda", 0)
-    assert triton_tiles._may_time(card)
-    assert not triton_tiles._may_time(torch.device("cpu"))
+    assert triton._may_time(card)
+    assert not triton._may_time(torch.device("cpu"))
     capturing[0] = True
-    assert not triton_tiles._may_time(card)
+    assert not triton._may_time(card)
     capturing[0] = False
-    monkeypatch.setenv(triton_tiles.SWITCH, "fixed")
-    assert not triton_tiles._may_time(card)
-    monkeypatch.delenv(triton_tiles.SWITCH)
+    monkeypatch.setenv(triton.SWITCH, "fixed")
+    assert not triton._may_time(card)
+    monkeypatch.delenv(triton.SWITCH)
     torch.use_deterministic_algorithms(True)
     try:
-        assert not triton_tiles._may_time(card)
+        assert not triton._may_time(card)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -304,7 +304,7 @@ def test_only_tiles_that_fit_are_timed():
 
 
 def test_products_follow_torchs_precision():
-    from dora_vl.core.fast.triton_tiles import dot_precision
+    from dora_vl.core.fast.triton import dot_precision
 
     before = torch.get_float32_matmul_precision()
     try:

@@ -22,11 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dora_vl.core.fast import triton_backward as backward
-from dora_vl.core.fast import triton_dropout as dropout
-from dora_vl.core.fast import triton_kernels as kernels
-from dora_vl.core.fast import triton_norms as norms
-from dora_vl.core.fast.triton_tiles import Config, TiledKernel, padded
+from dora_vl.core.fast import triton as backward
+from dora_vl.core.fast import triton as dropout
+from dora_vl.core.fast import triton as kernels
+from dora_vl.core.fast import triton as norms
+from dora_vl.core.fast.triton import Config, TiledKernel, padded
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 SPILLED_BYTES = 128

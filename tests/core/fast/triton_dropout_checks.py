@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from dora_vl.core import DoRAConfig, DoRALinear, apply_dora, linear
 from dora_vl.core.fast import dropout
 from dora_vl.core.fast.dropout import Dropped, draw_dropped
-from dora_vl.core.fast.fused import are_wanted
+from dora_vl.core.fast.products import are_wanted
 
 if not are_wanted(torch.device(os.environ.get("CHECKED_DEVICE", "cpu")), torch.float32):
     pytest.skip("runs in Triton's interpreter or on a GPU", allow_module_level=True)
 
-from dora_vl.core.fast import triton_dropout as kernels
+from dora_vl.core.fast import triton as kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOW = 2**32 - 1

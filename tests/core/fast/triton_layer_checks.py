@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear, apply_dora, rows
 from dora_vl.core.fast.dropout import Dropped
-from dora_vl.core.fast.fused import are_wanted
+from dora_vl.core.fast.products import are_wanted
 from dora_vl.core.linear import SHARED_DROPOUT
 
 if not are_wanted(torch.device(os.environ.get("CHECKED_DEVICE", "cpu")), torch.float32):
     pytest.skip("runs in Triton's interpreter or on a GPU", allow_module_level=True)
 
-from dora_vl.core.fast import triton_dropout, triton_kernels
+from dora_vl.core.fast import triton
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,8 @@ def device():
 def launches(monkeypatch):
     """How often the kernel of the output ran."""
     calls: list[int] = []
-    real = triton_kernels._output
-    monkeypatch.setattr(triton_kernels, "_output", lambda *operands: calls.append(1) or real(*operands))
+    real = triton._output
+    monkeypatch.setattr(triton, "_output", lambda *operands: calls.append(1) or real(*operands))
     return calls
 
 
@@ -94,7 +94,7 @@ def test_opaque_layers(monkeypatch, launches, changes, trained_bias, dropout):
     narrow[0].base.bias.requires_grad_(trained_bias)
     wide = copy.deepcopy(narrow).double()
     x, upstream, seed = torch.randn(2, 9, 26), torch.randn(2, 9, 37), torch.tensor(13)
-    masks = {torch.float32: seed, torch.float64: triton_dropout.masked_copy(torch.ones(18, 26), seed, 0.4) == 0}
+    masks = {torch.float32: seed, torch.float64: triton.masked_copy(torch.ones(18, 26), seed, 0.4) == 0}
     monkeypatch.setattr(SHARED_DROPOUT, "draw", lambda tensor, p, user: Dropped(p, masks[tensor.dtype]))
     found = passed(narrow, x, upstream)
     assert launches == [1]
@@ -145,17 +145,17 @@ def test_every_launch_is_on_its_tensors_device(monkeypatch):
     """Triton launches on the current device; a model spread over several has its layers on others."""
     from contextlib import nullcontext
 
-    from dora_vl.core.fast import triton_backward, triton_norms, triton_tiles
+    from dora_vl.core.fast import triton
 
-    assert isinstance(triton_tiles.on_device(torch.device("cuda", 1)), torch.cuda.device)
-    assert triton_tiles.on_device(torch.device("cuda", 1)).idx == 1
+    assert isinstance(triton.on_device(torch.device("cuda", 1)), torch.cuda.device)
+    assert triton.on_device(torch.device("cuda", 1)).idx == 1
     entered: list[torch.device] = []
-    for module in (triton_tiles, triton_backward, triton_dropout, triton_norms):
+    for module in (triton, triton, triton, triton):
         monkeypatch.setattr(module, "on_device", lambda device: entered.append(device) or nullcontext())
     launched: list[str] = []
-    run = type(triton_kernels._output_kernel).run
+    run = type(triton._output_kernel).run
     monkeypatch.setattr(
-        type(triton_kernels._output_kernel),
+        type(triton._output_kernel),
         "run",
         lambda kernel, *operands, **named: launched.append(str(kernel)) or run(kernel, *operands, **named),
     )
@@ -163,7 +163,7 @@ def test_every_launch_is_on_its_tensors_device(monkeypatch):
     layer.weight.requires_grad_(False)
     layer(torch.randn(4, 33, requires_grad=True)).sum().backward()
     weight, a, b = layer.weight.detach(), layer.lora_A.detach(), layer.lora_B.detach()
-    triton_norms.norms(weight, weight.square().sum(1), a, b, 2.0)
+    triton.norms(weight, weight.square().sum(1), a, b, 2.0)
     assert len(launched) == 8, "masked copy, output, backward, sums, masked copy and product, two for the norms"
     assert entered == [layer.weight.device] * 8
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_vl.core import DoRAConfig, apply_dora, functional
-from dora_vl.core.fast.compiled import safe_norms, trusted_norms
-from dora_vl.core.fast.fused import are_wanted
+from dora_vl.core.fast.cpu_step import safe_norms, trusted_norms
+from dora_vl.core.fast.products import are_wanted
 from dora_vl.core.gain import CANCELLATION
 
 if not are_wanted(torch.device(os.environ.get("CHECKED_DEVICE", "cpu")), torch.float32):
     pytest.skip("runs in Triton's interpreter or on a GPU", allow_module_level=True)
 
-from dora_vl.core.fast import triton_norms as kernels
+from dora_vl.core.fast import triton as kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALE = 1.7

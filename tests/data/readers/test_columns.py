@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dora_vl.data.readers.columns import Columns
-from dora_vl.data.stream_sources import StreamSource
-from dora_vl.data.train_files import TrainFile
-from dora_vl.data.training_rows import described, load_rows
+from dora_vl.data.check import FileCheck, Limits
+from dora_vl.data.columns import Columns
+from dora_vl.data.order import TrainFile
+from dora_vl.data.samples import described, load_rows
+from dora_vl.data.stream import StreamSource
 from dora_vl.data.turns import read_conversation
 from dora_vl.errors import UserError
 from dora_vl.evaluation.questions import read_questions
-from dora_vl.sources.check_rows import FileCheck, Limits
 
 ASKED = {"question": "Which?", "answer": "two"}
 TWO = ("a.png", "b.png")

@@ -18,12 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dora_vl.data import record_table
-from dora_vl.data.media import StoredPictures
-from dora_vl.data.media_limits import PICTURE_ENDINGS, PICTURE_FORMATS
-from dora_vl.data.readers.containers import READERS, find_files
-from dora_vl.data.record_table import load_table
-from dora_vl.data.sample_rows import read_row
+from dora_vl.data import table as record_table
+from dora_vl.data.containers import READERS, find_files
+from dora_vl.data.pictures import PICTURE_ENDINGS, PICTURE_FORMATS, StoredPictures
+from dora_vl.data.readers import read_row
+from dora_vl.data.table import load_table
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.questions import read_questions
 from tests.training.own_data import (

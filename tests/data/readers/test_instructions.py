@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dora_vl.data.dataset import ConversationDataset, Skipped
-from dora_vl.data.sample_rows import SampleRowReader
-from dora_vl.data.training_rows import load_rows
+from dora_vl.data.readers import SampleRowReader
+from dora_vl.data.samples import ConversationDataset, Skipped, load_rows
 from dora_vl.data.turns import Conversation, Turn, read_conversation
 from dora_vl.errors import UserError
 from dora_vl.evaluation.questions import read_questions

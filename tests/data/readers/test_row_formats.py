@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_vl.data.examples import Example, to_record
-from dora_vl.data.readers.columns import FORMATS, USUAL, ColumnsError
-from dora_vl.data.sample_rows import SampleRow, SampleRowReader, read_row, turns_of
+from dora_vl.data.columns import FORMATS, USUAL, ColumnsError
+from dora_vl.data.example import Example, to_record
+from dora_vl.data.readers import SampleRow, SampleRowReader, read_row, turns_of
 from dora_vl.data.turns import Conversation, Turn, as_conversation
 from dora_vl.errors import BadSample, UserError
 

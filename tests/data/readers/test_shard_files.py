@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dora_vl.data.readers.containers import find_files
-from dora_vl.data.readers.shard_files import by_split, meaning
+from dora_vl.data.containers import by_split, find_files, meaning
 from dora_vl.errors import UserError
 from tests.training.own_data import as_dataset, items, write_saved
 

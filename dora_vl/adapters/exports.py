@@ -1,0 +1,294 @@
+"""A plain LoRA that comes nearest to an adapter, for tools that cannot serve magnitudes; its error is stated.
+
+The change of a DoRA layer, W' - W = (g - 1) W + g s B A, has full rank, so no LoRA below full rank equals it. The
+nearest one of rank R is the change's truncated SVD (Eckart-Young); what is lost is measured, layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dora_vl.adapters.adapter import Adapter, Factors, content_hash, is_extra, split_key, write_adapter
+from dora_vl.adapters.base_weights import BaseWeights
+from dora_vl.adapters.files import refuse_to_replace, written_whole
+from dora_vl.adapters.folder import PEFT_PREFIX
+from dora_vl.adapters.merge import Merged, MergedWeights, merge_to_folder, planned_factors
+from dora_vl.adapters.settings import new_config, own_recipe
+from dora_vl.errors import UserError
+
+EXACT_SVD_UP_TO = 1024
+"""Shorter side of a change up to which the whole SVD is taken; beyond it a randomised one of the leading part."""
+
+
+@dataclass(frozen=True)
+class LayerExport:
+    """One layer as LoRA, and what it lost."""
+
+    layer: str
+    lora_A: Float[Tensor, "rank in_"]
+    lora_B: Float[Tensor, "out rank"]
+    relative_error: float
+    """||change - B A|| / ||change||, Frobenius norms, measured on the result; 0 where nothing changed."""
+
+
+def export_layers(adapter: Adapter, base: BaseWeights, rank: int) -> Iterator[LayerExport]:
+    """Each layer's nearest LoRA of rank `rank`, one layer in memory at a time.
+
+    Raises:
+        UserError: the adapter changes no layer, only whole tensors, or does not fit the base.
+    """
+    if not adapter.layers:
+        raise UserError(
+            f"{adapter.source} (method: {adapter.method}) holds whole tensors and no adapted layer, so there is "
+            "nothing to write as a LoRA; dora-vl merge writes it with its base as a model"
+        )
+    factors = planned_factors(base, adapter)
+    for layer, found in factors.items():
+        change = change_of(found, base.weight_of(layer))
+        a, b = truncated(change, rank)
+        norm = float(change.norm())
+        error = float((change - b @ a).norm()) / norm if norm else 0.0
+        yield LayerExport(layer, a, b, error)
+
+
+def change_of(factors: Factors, weight: Tensor) -> Float[Tensor, "out in_"]:
+    """W' - W as [out, in], in float32."""
+    merged = factors.merged(weight)
+    return factors.as_matrix(merged - weight.to(merged.dtype))
+
+
+def truncated(
+    change: Float[Tensor, "out in_"], rank: int
+) -> tuple[Float[Tensor, "rank in_"], Float[Tensor, "out rank"]]:
+    """A and B of the nearest product of rank `rank` (less where the matrix is smaller), scale 1."""
+    rank = min(rank, *change.shape)
+    if min(change.shape) <= EXACT_SVD_UP_TO or 4 * rank >= min(change.shape):
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
+        u, s, v = u[:, :rank], s[:rank], v[:rank]
+    else:
+        # The generator's state is put back: an export must not change what a program draws next.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, columns = torch.svd_lowrank(change, q=min(rank + 16, *change.shape), niter=6)
+        u, s, v = u[:, :rank], s[:rank], columns[:, :rank].t()
+    root = s.sqrt()
+    return (root.unsqueeze(1) * v).contiguous(), (u * root).contiguous()
+
+
+def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> Adapter:
+    """The exported layers as a LoRA adapter, with the adapter's other tensors beside them.
+
+    Raises:
+        UserError: some layer lost more than `max_error`, or the adapter is no linear layers' alone.
+    """
+    above = sorted((e for e in exports if e.relative_error > max_error), key=lambda e: -e.relative_error)
+    if above:
+        raise UserError(
+            f"{len(above)} of {len(exports)} layers lose more than {max_error:g} of their change, most "
+            f"{above[0].layer} ({above[0].relative_error:.3g}); nothing written. Raise --rank or --max-error, or "
+            "merge instead (dora-vl merge), which is exact"
+        )
+    special = [name for name, layer in adapter.layers.items() if "embedding_A" in layer or _kernel(layer)]
+    if special:
+        raise UserError(f"{adapter.source}: {special[0]} is no linear layer; only linears are exported")
+    tensors = {key: tensor for key, tensor in adapter.tensors.items() if is_extra(key)}
+    for export in exports:
+        tensors[f"{PEFT_PREFIX}{export.layer}.lora_A.weight"] = export.lora_A
+        tensors[f"{PEFT_PREFIX}{export.layer}.lora_B.weight"] = export.lora_B
+    fresh = new_config(
+        ranks={e.layer: len(e.lora_A) for e in exports}, scales={e.layer: 1.0 for e in exports}, use_dora=False
+    )
+    carried = {
+        field: adapter.config[field]
+        for field in ("base_model_name_or_path", "modules_to_save", "task_type", "revision", "fan_in_fan_out", "bias")
+        if field in adapter.config
+    }
+    config = {**fresh, **carried}
+    kept = adapter.extras.keys() & adapter.recipe.get("adapter", {}).get("kept", ())
+    own = own_recipe(config, adapter.extras, kept) if adapter.recipe else {}
+    return Adapter(tensors, config, {**adapter.recipe, **own}, adapter.source)
+
+
+def _kernel(layer: dict[str, Tensor]) -> bool:
+    return "A" in layer and layer["A"].ndim > 2
+
+
+# An adapter as vLLM serves it: what its LoRA slots hold stays an adapter, all else is folded into the base beside it.
+#
+# The slots hold A and B of the language model's linear layers (and, with a plugin, magnitudes); a trained projector,
+# and adapted layers of the vision tower, are no adapter there. Base and adapter together are exactly the trained
+# model.
+
+
+BASE, ADAPTER = "base", "adapter"
+"""The two folders of an export."""
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `--max-lora-rank` may be."""
+GRID_TOWER = "dora_grid_tower"
+"""`model_type` of a tower of timm or open_clip, or of a pooled one."""
+WHOLE = "dora-vl merge writes the whole model as plain weights instead"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    layers: int
+    """That stay an adapter."""
+    base: Path
+    """What the adapter is to be served on: a new folder, or the given one where nothing had to change in it."""
+    folded: Merged | None
+    """What was folded into it; None where it is the given one."""
+    max_lora_rank: int
+    use_dora: bool
+
+
+def export_for_vllm(
+    adapter: Adapter,
+    base_folder: Path,
+    target: Path,
+    language: Collection[str],
+    *,
+    head: str | None = None,
+    dtype: torch.dtype | None = None,
+    open_base: Callable[[Path], BaseWeights] = BaseWeights,
+) -> Exported:
+    """Writes `target/adapter`, and `target/base` where something has to be folded in or renamed for vLLM.
+
+    Args:
+        language: full names of the language model's linear layers, without the output head.
+        head: full name of the output head.
+        dtype: of the new base; None keeps each tensor's own.
+        open_base: gives the values that the adapter was trained on, where they are not the stored ones.
+
+    Raises:
+        UserError: something that vLLM cannot serve, a base that does not fit, or a target that is there already.
+            Nothing is written then.
+    """
+    refuse_to_replace(target, ())
+    with open_base(base_folder) as base:
+        refuse_unserved(adapter, base, language, head)
+        MergedWeights(base, adapter)  # everything fits
+        is_plain = type(base) is BaseWeights and dtype is None
+        renamed = any(name != key for key, name in base.hub_keys.items())
+    served, folded = split(adapter, language)
+    with written_whole(target) as staging:
+        merged = None
+        if folded.tensors or renamed or not is_plain:
+            merged = merge_to_folder(folded, base_folder, staging / BASE, dtype=dtype, open_base=open_base)
+        base_of_result = base_folder if merged is None else target / BASE
+        digest = content_hash(base_folder if merged is None else staging / BASE)
+        write_adapter(_on_base(served, base_of_result, digest), staging / ADAPTER)
+    rank = next(one for one in RANKS if one >= served.config["r"])
+    return Exported(len(served.layers), base_of_result, merged, rank, bool(served.config["use_dora"]))
+
+
+def refuse_unserved_base(config: Mapping[str, Any], folder: Path) -> None:
+    """Raises a `UserError` where vLLM has no class for a base's tower, by the base's configuration."""
+    tower = config.get("vision_config")
+    if isinstance(tower, Mapping) and tower.get("model_type") == GRID_TOWER:
+        raise UserError(
+            f"{folder} has a tower of {tower.get('library')} ({tower.get('architecture') or 'pooled'}) as grid "
+            "tokens, which vLLM has no class for: its LLaVA takes CLIP, SigLIP and Pixtral; dora-vl merge writes the "
+            "whole model for transformers instead"
+        )
+
+
+def refuse_unserved(adapter: Adapter, base: BaseWeights, language: Collection[str], head: str | None) -> None:
+    """Raises a `UserError` that says what vLLM cannot serve, why, and what to do."""
+    refuse_unserved_base(base.config, base.folder)
+    if adapter.method not in ("dora", "lora"):
+        raise UserError(
+            f"{adapter.source}: vLLM's slots hold A and B, and a {adapter.method} adapter has none; {WHOLE}"
+        )
+    for name, layer in adapter.layers.items():
+        reason = "is the output head" if name == head else _unserved(name, layer, adapter, base)
+        if reason is not None:
+            raise UserError(f"{adapter.source}: {name} {reason}, which vLLM serves no adapter of; {WHOLE}")
+    inside = [name for name in adapter.layers if name in language]
+    if not inside:
+        raise UserError(
+            f"{adapter.source}: no linear layer of the language model is adapted, nothing to serve; {WHOLE}"
+        )
+    highest = max(found.rank for found in adapter.factors.values())
+    if highest > RANKS[-1]:
+        raise UserError(f"{adapter.source}: rank {highest} is above vLLM's largest, {RANKS[-1]}; {WHOLE}")
+
+
+def _unserved(name: str, layer: Mapping[str, Any], adapter: Adapter, base: BaseWeights) -> str | None:
+    if name in adapter.experts:
+        return "is experts in one tensor"
+    if "embedding_A" in layer:
+        return "is an embedding"
+    if "A" in layer and layer["A"].ndim > 2:
+        return "is a convolution"
+    if "A" not in layer:
+        return "has a magnitude alone"
+    if name in adapter.input_axis:
+        return "has a magnitude for each input column"
+    if name in base.transposed_layers:
+        return "is a Conv1D"
+    return None
+
+
+def split(adapter: Adapter, language: Collection[str]) -> tuple[Adapter, Adapter]:
+    """The part that is served, every layer with one scale, and the part that is folded into the base."""
+    served = {name: found for name, found in adapter.factors.items() if name in language}
+    rest = {key: tensor for key, tensor in adapter.tensors.items() if is_extra(key) or split_key(key)[0] not in served}
+    recipe = {name: value for name, value in adapter.recipe.items() if name != "adapter"}
+    return _of_one_scale(adapter, served), replace(adapter, tensors=rest, recipe=recipe)
+
+
+def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
+    """Served layers as PEFT's files, such that alpha / r is each layer's scale.
+
+    vLLM reads `r` and `lora_alpha` alone, PEFT the patterns too: where a layer's scale is another, B takes it up.
+    """
+    scale = Counter(found.scale for found in served.values()).most_common(1)[0][0]
+    highest = max(found.rank for found in served.values())
+    use_dora = bool(adapter.config.get("use_dora"))
+    tensors = {}
+    for name, found in served.items():
+        assert found.lora_A is not None  # refused before
+        assert found.lora_B is not None
+        factor = found.scale / scale
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = found.lora_A
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = found.lora_B if factor == 1 else factor * found.lora_B
+        if found.magnitude is not None:
+            tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = found.magnitude
+    ranks = {name: found.rank for name, found in served.items() if found.rank != highest}
+    config = {
+        "alpha_pattern": {name: scale * rank for name, rank in ranks.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": scale * highest,
+        "lora_dropout": float(adapter.config.get("lora_dropout") or 0.0),
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": highest,
+        "rank_pattern": ranks,
+        "target_modules": sorted(served),
+        "task_type": adapter.config.get("task_type"),
+        "use_dora": use_dora,
+        "use_rslora": False,
+    }
+    recipe = {**adapter.recipe, **own_recipe(config)} if adapter.recipe else {}
+    return Adapter(tensors, config, recipe, adapter.source)
+
+
+def _on_base(served: Adapter, base: Path, digest: str) -> Adapter:
+    """The same for another base, whose values are those that it was trained on."""
+    recipe = served.recipe
+    if "base" in recipe:
+        recipe = {**recipe, "base": str(base), "revision": None, "base_sha256": digest, "quantisation": None}
+    return replace(served, config={**served.config, "base_model_name_or_path": str(base)}, recipe=recipe)

@@ -1,0 +1,430 @@
+"""Tensors in files: read from any tool's, no pickled code run; written one tensor at a time.
+
+The format of safetensors (github.com/huggingface/safetensors, README): eight bytes of header length, little-endian; a
+JSON object of name -> dtype, shape and byte range; then the bytes, in the order of the ranges, without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import shutil
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, count
+from os import getpid
+from os.path import lexists
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from dora_vl.core.config import DropoutMode, Init, LayerKind, Method, RankScaling
+from dora_vl.errors import UserError, shown
+from dora_vl.files import NoRegularFile, check_whole, open_regular
+
+SAFETENSORS_SUFFIX = ".safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file on CPU, by key; a pickle is read with `weights_only=True` and no other way.
+
+    Raises:
+        UserError: the file is missing, cut short, of another kind, or holds something that is no tensor.
+    """
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else "no such folder"
+        raise UserError(f"{path} does not exist ({there}); give the folder or file that holds the adapter")
+    if path.suffix in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
+        check_whole(path)
+    if path.suffix == SAFETENSORS_SUFFIX:
+        return _read_safetensors(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        return _read_pickle(path)
+    raise UserError(f"{path} is no weight file; these are read: {SAFETENSORS_SUFFIX}, {', '.join(PICKLE_SUFFIXES)}")
+
+
+TRAINED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BESIDE_WEIGHTS = (torch.int64, torch.bool)
+"""Positions and counts that whole modules carry; an A or B of them was rounded."""
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises a `UserError` that names the file (`source`) and the first tensors holding NaN or infinity.
+
+    Or numbers of a type that nothing trains in: they would be cast.
+    """
+    for key, tensor in tensors.items():
+        if tensor.dtype not in TRAINED_IN and ("lora" in key.lower() or tensor.dtype not in BESIDE_WEIGHTS):
+            raise UserError(
+                f"{source}: {key} holds {str(tensor.dtype).removeprefix('torch.')}, in which no adapter trains; save "
+                "it in float32, float16 or bfloat16"
+            )
+    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; use another save")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as plain tensors ({reason}); nothing in it was run") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    others = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise UserError(f"{path}: {others[:3]} are no tensors; save the state dictionary alone")
+    return {str(key): tensor.detach() for key, tensor in content.items()}
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def byte_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of one tensor in the file."""
+    return math.prod(shape) * dtype.itemsize
+
+
+class SafetensorsStream:
+    """Writes a file's tensors in the order that was announced.
+
+    Args:
+        path: Of the file.
+        entries: Name -> (shape, dtype), in writing order.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self._entries = dict(entries)
+        self._waiting = list(entries)
+        self._file = path.open("wb")
+        self._file.write(self._header())
+
+    def _header(self) -> bytes:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (shape, dtype) in self._entries.items():
+            end = offset + byte_size(shape, dtype)
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Appends the next announced tensor."""
+        expected = self._waiting.pop(0)
+        shape, dtype = self._entries[expected]
+        if name != expected or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"announced {expected} {shape} {dtype}, got {name} {tuple(tensor.shape)} {tensor.dtype}")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            self._file.write(flat.view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> SafetensorsStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if error is None and self._waiting:
+            raise ValueError(f"{len(self._waiting)} announced tensors were not written, first {self._waiting[0]}")
+
+
+# The two JSON files of an adapter folder, `adapter_config.json` and `recipe.json`, and the types of their fields.
+#
+# A folder comes from anywhere: a value of another type than its field's is refused by name before anything is computed
+# with it.
+
+
+CONFIG_FILE = "adapter_config.json"
+RECIPE_FILE = "recipe.json"
+
+AS_JSON_HAS_IT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+"""No text for a number, no number for a flag; what is not named here is not read, or looked at where it is."""
+Count = Annotated[int, Field(ge=1)]
+Names = list[str]
+Place = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""Of a folder or a hub: the operating system takes no name with a NUL in it."""
+
+
+@with_config(AS_JSON_HAS_IT)
+class PeftFields(TypedDict, total=False):
+    """PEFT's `adapter_config.json`, as far as something here is computed from it."""
+
+    peft_type: str
+    r: Count
+    lora_alpha: float
+    lora_dropout: float
+    rank_pattern: dict[str, Count] | None
+    alpha_pattern: dict[str, float] | None
+    use_dora: bool
+    use_rslora: bool
+    fan_in_fan_out: bool
+    modules_to_save: Names | None
+    target_modules: str | Names | None
+    base_model_name_or_path: Place | None
+    revision: Place | None
+
+
+@with_config(AS_JSON_HAS_IT)
+class OwnFields(TypedDict, total=False):
+    """`adapter` of our `recipe.json`."""
+
+    method: Method
+    rank: Count
+    alpha: float
+    dropout: float
+    dropout_mode: DropoutMode
+    detach_norm: bool
+    rank_scaling: RankScaling
+    kinds: list[LayerKind]
+    init: Init
+    random_seed: int
+    opaque_layers: Names
+    rank_pattern: dict[str, Count]
+    alpha_pattern: dict[str, float]
+    magnitude_targets: Names
+    parts: dict[str, Names]
+    adapted_parts: dict[str, Names]
+    experts: Names
+    kept: Names
+
+
+@with_config(AS_JSON_HAS_IT)
+class RecipeFields(TypedDict, total=False):
+    """Our `recipe.json`: how the model is asked again."""
+
+    task: str
+    base: Place
+    revision: Place | None
+    base_sha256: str | None
+    dtype: Literal["float32", "bfloat16", "float16"]
+    quantisation: str | None
+    max_tokens: Count
+    template: str | None
+    image_aspect: str | None
+    as_published: bool
+    adapter: OwnFields
+
+
+_PEFT, _RECIPE = TypeAdapter(PeftFields), TypeAdapter(RecipeFields)
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """PEFT's fields of an adapter folder.
+
+    Raises:
+        UserError: the file is missing or no JSON object, or a field is of another type.
+    """
+    return _checked(folder / CONFIG_FILE, _PEFT.validate_python)
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """Our own settings beside them; empty for a folder that was not made here.
+
+    Raises:
+        UserError: the file is no JSON object, or a field is of another type.
+    """
+    path = folder / RECIPE_FILE
+    return _checked(path, _RECIPE.validate_python) if path.is_file() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object of an adapter folder.
+
+    Raises:
+        UserError: the file is missing or is not a JSON object.
+    """
+    try:
+        with open_regular(path) as file:
+            content = json.loads(file.read().decode("utf-8"))
+    except NoRegularFile as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; an adapter folder holds it beside its tensors") from None
+    except (ValueError, RecursionError) as error:  # no JSON, nested endlessly, or a number of thousands of digits
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _checked(path: Path, validate: Callable[[object], object]) -> dict[str, Any]:
+    content = read_json(path)
+    try:
+        validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(one) for one in first["loc"])
+        raise UserError(f"{path}: {place} is {shown(first['input'])}; {_in_small(first['msg'])}") from None
+    return content
+
+
+def _in_small(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+# Folders that appear whole or not at all: what may be replaced, and checkpoints to resume from, found again.
+
+
+def refuse_to_replace(target: Path, written: Collection[str]) -> None:
+    """Raises a `UserError` unless nothing is there, or a folder that holds no file but those named in `written`."""
+    if not lexists(target):
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} is there already and is no folder; name another one, or move it away")
+    foreign = sorted(path.name for path in target.iterdir() if path.name not in written or path.is_dir())
+    if foreign:
+        raise UserError(
+            f"{target} is there already and holds {foreign[0]} ({len(foreign)} files or folders that were not written "
+            "by this), which replacing it would delete; name another folder, or move it away"
+        )
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Renames a finished folder into place; an older one steps aside first and is removed last, whatever it holds.
+
+    Ask `refuse_to_replace` before, where a person named the folder.
+    """
+    if not target.exists():
+        staging.rename(target)
+        return
+    previous = target.with_name(f".{target.name}.previous-{getpid()}")
+    target.rename(previous)
+    staging.rename(target)
+    if previous.is_symlink():  # the link was the folder's name; what it points to is not ours to remove
+        previous.unlink()
+    else:
+        shutil.rmtree(previous)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `target`, which takes its name when the block ends well, and goes otherwise.
+
+    Ask `refuse_to_replace` before.
+    """
+    staging = target.with_name(f".{target.name}.writing-{getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        replace_folder(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+WRITING = ".checkpoints-being-written"
+REMOVING = ".removing"
+SUPERSEDED = "superseded-"
+STATE_FILE = "trainer_state.json"
+LAST = "last"
+"""What `resume` calls the newest whole checkpoint."""
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step a checkpoint folder is named by."""
+    found = _NAME.fullmatch(checkpoint.name)
+    if found is None:
+        raise UserError(f"{checkpoint} is not a checkpoint folder (checkpoint-<step>)")
+    return int(found[1])
+
+
+def complete_checkpoints(run_folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first. A folder gets its name only when everything is in it."""
+    if not run_folder.is_dir():
+        return []
+    named = [path for path in run_folder.iterdir() if _NAME.fullmatch(path.name) and (path / STATE_FILE).is_file()]
+    return sorted(named, key=step_of)
+
+
+def checkpoint_to_resume(resume: str | None, run_folder: Path) -> Path | None:
+    """The folder that `resume` means: null, `last`, or a path.
+
+    Raises:
+        UserError: there is none.
+    """
+    if resume is None:
+        return None
+    if resume != LAST:
+        path = Path(resume)
+        if not (path / STATE_FILE).is_file():
+            raise UserError(f"resume: {path} is not a complete checkpoint (no {STATE_FILE} in it)")
+        step_of(path)
+        return path
+    found = complete_checkpoints(run_folder)
+    if not found:
+        raise UserError(f"resume: no complete checkpoint in {run_folder}; start without resume")
+    return found[-1]
+
+
+def set_later_aside(run_folder: Path, checkpoint: Path) -> list[tuple[Path, Path]]:
+    """Renames the whole checkpoints that a run from `checkpoint` leaves behind, so that they no longer count as its.
+
+    Those of later steps; all, where `checkpoint` is in another folder. Returns each old name with the new one.
+    """
+    found = complete_checkpoints(run_folder)
+    since = next((step_of(one) for one in found if one.samefile(checkpoint)), -1)
+    renamed = []
+    for later in [one for one in found if step_of(one) > since]:
+        renamed.append((later, later.rename(_free_name(later.with_name(f"{SUPERSEDED}{later.name}")))))
+    return renamed
+
+
+def _free_name(path: Path) -> Path:
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(name for name in chain([path], numbered) if not lexists(name))
+
+
+def drop_old_checkpoints(run_folder: Path, *, keep: int | None, also_keep: Iterable[Path] = ()) -> None:
+    """Removes all but the `keep` newest checkpoints (None keeps all), and those named."""
+    if keep is None or keep <= 0:
+        return
+    spared = {path.resolve() for path in also_keep}
+    for old in complete_checkpoints(run_folder)[:-keep]:
+        if old.resolve() not in spared:
+            going = old.with_name(f".{old.name}{REMOVING}")  # a half of it shall not count as a checkpoint
+            old.rename(going)
+            shutil.rmtree(going)
+
+
+def drop_leftovers(run_folder: Path) -> None:
+    """Removes what a crash left of half-written and half-removed checkpoints and adapters."""
+    patterns = (f".checkpoint-*{REMOVING}", ".checkpoint-*.previous-*", ".adapter.writing-*", ".adapter.previous-*")
+    for path in [run_folder / WRITING, *(path for pattern in patterns for path in run_folder.glob(pattern))]:
+        shutil.rmtree(path, ignore_errors=True)

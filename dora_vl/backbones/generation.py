@@ -1,0 +1,221 @@
+"""Text of tokens as they come, at the cost of the last few: to decode the whole answer each time takes ever longer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dora_vl.errors import UserError
+
+NOT_YET_A_CHARACTER = "\ufffd"
+"""What decoding gives for the first bytes of a character whose last are still to come."""
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Iterable[object]) -> str:
+    """The text of ids, without special tokens; `ids` may be a tensor's row."""
+    return str(tokenizer.decode([int(one) for one in ids], skip_special_tokens=True))  # pyright: ignore[reportArgumentType]
+
+
+def growing_text(tokenizer: PreTrainedTokenizerBase, answer_in: Callable[[str], str]) -> Callable[[Sequence[int]], str]:
+    """What gives the text of an answer's ids as they grow.
+
+    Args:
+        answer_in: what of the whole text is the answer.
+    """
+    if tokenizer.clean_up_tokenization_spaces:  # takes spaces back across several tokens
+        return lambda ids: answer_in(decoded(tokenizer, ids))
+    return GrowingText(partial(decoded, tokenizer), answer_in)
+
+
+class GrowingText:
+    """Gives the text of ids that grow from call to call; the same as decoding them all.
+
+    A token's text depends on the one before it (a space between words, the rest of a character), so what is decoded
+    each time is the tokens since the last text but one.
+
+    Args:
+        decode: the text of some ids.
+        answer_in: what of the whole text is the answer.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], answer_in: Callable[[str], str]) -> None:
+        self._decode = decode
+        self._answer_in = answer_in
+        self._text = ""
+        self._from = 0
+        self._until = 0
+        self._known = ""
+        """The text of the ids from `_from` to `_until`."""
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        """The answer so far; `ids` begin with those of the call before."""
+        window = self._decode(ids[self._from :])
+        if not window.startswith(self._known):
+            return self._answer_in(self._anew(ids))
+        new = window[len(self._known) :]
+        if not new or window.endswith(NOT_YET_A_CHARACTER):
+            return self._answer_in(self._text + new)
+        self._text += new
+        self._go_on(len(ids), ids)
+        return self._answer_in(self._text)
+
+    def _anew(self, ids: Sequence[int]) -> str:
+        """A tokenizer that takes text back which it gave, such as a space before a full stop."""
+        whole = self._decode(ids)
+        if not whole.endswith(NOT_YET_A_CHARACTER):
+            self._text = whole
+            self._go_on(len(ids), ids)
+        return whole
+
+    def _go_on(self, until: int, ids: Sequence[int]) -> None:
+        self._from, self._until = self._until, until
+        self._known = self._decode(ids[self._from : self._until])
+
+
+# Rows of transformers' generate whose scores are no numbers: the likeliest of NaN would be any token, in silence.
+
+
+NO_NUMBERS = "the model's scores of the next word are no numbers; ask with a lower strength, or another adapter"
+
+
+class NoNumbers(UserError):
+    """The scores were no numbers for the one question that was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(NO_NUMBERS)
+
+
+NO_TOKEN = -1
+"""What the ids of a row without numbers are."""
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Tokens that end an answer."""
+    generation = model.generation_config
+    ends = None if generation is None else generation.eos_token_id
+    return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
+
+
+def with_numbers(texts: Sequence[str], scores: Float[Tensor, "rows ..."]) -> list[str | None]:
+    """The texts that were chosen by scores, a row each; None where one of a row's is NaN."""
+    broken = scores.isnan().flatten(1).any(1).tolist()
+    return [None if one else text for text, one in zip(texts, broken, strict=True)]
+
+
+class ScoreWatch:
+    """Ends rows whose scores are no numbers, and marks them; the others go on.
+
+    A row's largest score is NaN where any is. Nothing is read back from the device before the end. Whoever gives
+    generate a logits processor or a stopping criterion of their own looks at the scores themselves.
+
+    Attributes:
+        options: for transformers' generate.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.options: dict[str, Any] = {
+            "logits_processor": LogitsProcessorList([_Look(self)]),
+            "stopping_criteria": StoppingCriteriaList([_End(self)]),
+        }
+        self._ends = sorted(end_tokens(model))
+        self._over: Tensor | None = None
+        self._broken: Tensor | None = None
+
+    def look(self, scores: Float[Tensor, "rows vocab"]) -> None:
+        """Notes the rows without numbers; one that is over already is padded, and says nothing any more."""
+        broken = ~scores.amax(-1).isfinite()
+        if self._broken is None or self._over is None:
+            self._broken, self._over = broken, torch.zeros_like(broken)
+        self._broken = self._broken | (broken & ~self._over)
+
+    def end(self, last: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
+        """Which rows end here, given each one's newest token; none of a search with beams, whose rows change places."""
+        if self._broken is None or self._over is None or len(last) != len(self._broken):
+            return torch.zeros_like(last, dtype=torch.bool)
+        self._over = self._over | torch.isin(last, last.new_tensor(self._ends))
+        return self._broken
+
+    def marked(self, new: Int[Tensor, "batch new"]) -> Int[Tensor, "batch new"]:
+        """The ids, all `NO_TOKEN` in rows without numbers in any of their beams."""
+        if self._broken is None:
+            return new
+        broken = self._broken.view(len(new), -1).any(1, keepdim=True)
+        return new.masked_fill(broken.to(new.device), NO_TOKEN)
+
+
+class _Look(LogitsProcessor):
+    def __init__(self, watch: ScoreWatch) -> None:
+        self._watch = watch
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
+    ) -> Float[Tensor, "rows vocab"]:
+        self._watch.look(scores)
+        return scores
+
+
+class _End(StoppingCriteria):
+    def __init__(self, watch: ScoreWatch) -> None:
+        self._watch = watch
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Int[Tensor, "rows seq"], scores: Any, **named: Any
+    ) -> Bool[Tensor, " rows"]:
+        return self._watch.end(input_ids[:, -1])
+
+
+# Choice among given answers, always a valid one, without any search: by likelihood, or true or false by two logits.
+
+
+def likeliest(log_probabilities: Float[Tensor, "batch choices"]) -> Int[Tensor, " batch"]:
+    """The most likely choice of each row; of equals the first."""
+    return log_probabilities.argmax(1)
+
+
+def says_true(logits: Float[Tensor, "batch vocab"], *, true_token: int, false_token: int) -> Bool[Tensor, " batch"]:
+    """Whether each row prefers the token of "true" (NLVR2 in VL-T5); of equals it is false."""
+    return logits[:, true_token] > logits[:, false_token]
+
+
+# Loss of next-token generation, from logits that exist only where a label does.
+
+
+@dataclass(frozen=True)
+class GenerationLoss:
+    """The loss to go backward from, and how many tokens it saw."""
+
+    loss: Float[Tensor, ""]
+    labelled_tokens: Int[Tensor, ""]
+
+
+def generation_loss(
+    logits: Float[Tensor, "labelled vocab"],
+    targets: Int[Tensor, " labelled"],
+    *,
+    divide_by: Int[Tensor, ""] | Float[Tensor, ""] | float | None = None,
+) -> GenerationLoss:
+    """Cross-entropy of the labelled positions, summed in float32 and divided.
+
+    Args:
+        logits: one row for each labelled position, already shifted: row i predicts `targets[i]`.
+        targets: token ids.
+        divide_by: the sum is divided by this; None divides by the labelled tokens here, which makes a mean.
+
+    Without any labelled position the loss is 0 and still belongs to the graph, so that ranks stay in step.
+    """
+    count = torch.tensor(targets.numel(), device=logits.device)
+    if targets.numel() == 0:
+        return GenerationLoss(logits.float().sum() * 0.0, count)
+    total = functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return GenerationLoss(total / (count if divide_by is None else divide_by), count)

@@ -1,0 +1,523 @@
+"""Reads a causal language model from a folder, a hub id or a GGUF file; for a LLaVA, with the picture token."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.models.llama.tokenization_llama import LlamaTokenizer
+from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
+from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
+
+from dora_vl.adapters.quantised_base import SCHEMES, Quantisation, here, kept_whole, quantised_layers
+from dora_vl.backbones.towers import TowerSpec, VisionLibrary
+from dora_vl.core.quantised import quantised_in, settle_quantised
+from dora_vl.data.turns import IMAGE_PLACEHOLDER
+from dora_vl.errors import UserError
+from dora_vl.files import BRINGS_CODE, NO_OWN_CODE, check_model_folder, opening, why_not_read
+
+SPACE_MARK = "▁"
+NEEDED = {"sentencepiece": is_sentencepiece_available, "protobuf": is_protobuf_available}
+"""What transformers reads a `tokenizer.model` with -> whether it is installed."""
+_CARRIED = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "chat_template")
+
+
+def is_sentencepiece(file: Path) -> bool:
+    """Whether a `tokenizer.model` is SentencePiece's; else it may be tiktoken's, where that is installed.
+
+    transformers tries both in silence, and says at the end that tiktoken is missing, whatever was wrong.
+
+    Raises:
+        UserError: a package is not installed, or the file is no model; it names them.
+    """
+    if missing := [name for name, installed in NEEDED.items() if not installed()]:
+        raise UserError(
+            f"{file} is read with {' and '.join(NEEDED)}; not installed: {', '.join(missing)} "
+            f"(pip install {' '.join(missing)})"
+        )
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor().LoadFromSerializedProto(file.read_bytes())
+    except RuntimeError as error:
+        if is_tiktoken_available():
+            return False
+        raise UserError(
+            f"{file} ({file.stat().st_size} bytes) is no SentencePiece model; fetch it again (one that git-lfs has not "
+            "pulled yet has about 130 bytes), or pip install tiktoken if it is tiktoken's"
+        ) from error
+    return True
+
+
+def as_sentencepiece(tokenizer: PreTrainedTokenizerBase, settings_file: Path | None) -> PreTrainedTokenizerBase:
+    """The tokenizer with SentencePiece's own space marks; one of another class comes back as it is.
+
+    Args:
+        tokenizer: as transformers built it from a SentencePiece model.
+        settings_file: its `tokenizer_config.json`. `legacy` there says whether the text after a special token gets
+            a space mark too; where it is not said it does, as in every transformers before 5.
+    """
+    if not isinstance(tokenizer, LlamaTokenizer):
+        return tokenizer
+    settings = {} if settings_file is None else json.loads(settings_file.read_text(encoding="utf-8"))
+    legacy = settings.get("legacy")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:  # normalised as well, "</s>" in a text would have to read "▁</s>"
+        token["normalized"] = token["normalized"] and not token["special"]
+    backend = Tokenizer.from_str(json.dumps(state))
+    mark_spaces(backend, legacy=legacy is None or legacy, prefix=settings.get("add_prefix_space") is not False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        **{name: getattr(tokenizer, name) for name in _CARRIED},
+    )
+
+
+def mark_spaces(tokenizer: Tokenizer, *, legacy: bool, prefix: bool) -> None:
+    """Makes each space a `▁` and puts one in front, also where the text begins with a space.
+
+    `legacy` puts it before every stretch between special tokens (as the published `tokenizer.json` files do), else
+    only before a stretch that begins the text. Only a `Metaspace` can tell which stretch begins the text, and it puts
+    its mark only where there is none yet: so the first one marks with a space, which the second makes a `▁`.
+    """
+    spaces = normalizers.Replace(" ", SPACE_MARK)
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([*([normalizers.Prepend(SPACE_MARK)] if prefix else []), spaces])
+        tokenizer.pre_tokenizer = None
+        return
+    tokenizer.normalizer = spaces
+    first = pre_tokenizers.Metaspace(" ", prepend_scheme="first" if prefix else "never", split=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [first, pre_tokenizers.Metaspace(SPACE_MARK, prepend_scheme="never", split=False)]
+    )
+
+
+VOCABULARY_MULTIPLE = 64  # rows of an embedding that has to grow; matrix products like it
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""One of them holds a tokenizer's vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainLanguageModel:
+    """A language model's weights and what belongs to them, ready to become part of something else."""
+
+    config: PreTrainedConfig
+    weights: dict[str, Tensor]
+    """Names of the causal model: `model.…` and, where it is not tied to the embedding, `lm_head.weight`."""
+    generation: GenerationConfig | None
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel(PlainLanguageModel):
+    """The same with `<image>` in its vocabulary, ready to become part of a LLaVA."""
+
+    image_token_id: int
+
+
+def load_tokenizer(
+    folder: str, *, gguf_file: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer, exactly as its `tokenizer.json` says, or else as its `tokenizer.model` does.
+
+    transformers 5 rebuilds LLaMA's tokenizer from the vocabulary, and the result splits a text that begins with a
+    space (as one after a picture may) differently from either file.
+
+    Raises: UserError if there is no tokenizer, it is broken, or a package that reads it is not installed.
+    """
+    try:
+        if gguf_file is not None:
+            return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, **NO_OWN_CODE)
+        if _file(folder, "tokenizer.json", revision):
+            return PreTrainedTokenizerFast.from_pretrained(folder, revision=revision or "main")
+        model = _file(folder, "tokenizer.model", revision)
+        sentencepiece = model is not None and is_sentencepiece(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision or "main", **NO_OWN_CODE)
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # as in `opening`
+        reason = why_not_read(error)
+        if reason != BRINGS_CODE:
+            reason = _without_tokenizer(folder) or reason
+        raise UserError(f"no tokenizer could be read from {folder!r}: {reason}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where it finds no file
+        raise UserError(f"no tokenizer could be read from {folder!r}: {_without_tokenizer(folder)}")
+    if sentencepiece:
+        return as_sentencepiece(tokenizer, _file(folder, "tokenizer_config.json", revision))
+    return tokenizer
+
+
+def _without_tokenizer(folder: str) -> str:
+    """What to say of a folder that has no tokenizer's file; nothing of another one, or of a hub id."""
+    if not Path(folder).is_dir() or any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        return ""
+    return f"none of {', '.join(TOKENIZER_FILES)} is there; copy the tokenizer's files from where the model comes from"
+
+
+def _file(folder: str, name: str, revision: str | None) -> Path | None:
+    found = cached_file(folder, name, revision=revision or "main", _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def load_language_model(
+    folder: str, *, gguf_file: str | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """A causal language model with `<image>` in its vocabulary; see `read_language_model`."""
+    plain = read_language_model(folder, gguf_file=gguf_file, dtype=dtype)
+    image_token_id = add_image_token(plain.tokenizer)
+    weights, config = dict(plain.weights), plain.config
+    rows = vocabulary_rows(config.vocab_size, len(plain.tokenizer))
+    if rows != config.vocab_size:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in weights:
+                weights[name] = with_mean_rows(weights[name], rows)
+        config.vocab_size = rows
+    return LanguageModel(
+        config=config,
+        weights=weights,
+        generation=plain.generation,
+        tokenizer=plain.tokenizer,
+        image_token_id=image_token_id,
+    )
+
+
+def read_language_model(
+    folder: str, *, gguf_file: str | None = None, dtype: torch.dtype | None = None
+) -> PlainLanguageModel:
+    """A causal language model as it is.
+
+    Args:
+        folder: a folder or hub id; with `gguf_file`, where that file lies.
+        gguf_file: name of a GGUF file, which is dequantised.
+        dtype: of the weights; None keeps the folder's own (float32 for GGUF).
+
+    Raises: UserError if the folder cannot be read.
+    """
+    tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
+    if gguf_file is None:
+        check_model_folder(folder)
+    with opening(f"no causal language model could be read from {folder!r}"):
+        if gguf_file is not None:
+            # float32: what dequantising computes in. The caller's dtype follows below, rounded once.
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=gguf_file, dtype=torch.float32, **NO_OWN_CODE, **_dequantised()
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **NO_OWN_CODE)
+    # A GGUF model's config says it is quantised, though its weights no longer are.
+    config = type(model.config).from_dict(
+        {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    )
+    weights = {name: value.to(dtype or value.dtype) for name, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    config.name_or_path = ""  # a path of this machine
+    return PlainLanguageModel(
+        config=config, weights=weights, generation=copy.deepcopy(model.generation_config), tokenizer=tokenizer
+    )
+
+
+def _dequantised() -> dict[str, Any]:
+    """The argument that makes transformers unpack a GGUF file; before `GgufConfig` came it did nothing else."""
+    try:
+        from transformers.utils.quantization_config import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of `<image>`, which becomes a special token of this tokenizer if it is none yet."""
+    tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, normalized=False, special=True)], special_tokens=True)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    if not isinstance(image_token_id, int):
+        raise TypeError(f"the tokenizer gave {image_token_id!r} for {IMAGE_PLACEHOLDER}")
+    return image_token_id
+
+
+def vocabulary_rows(rows: int, tokens: int) -> int:
+    """Embedding rows for this many tokens: as they are if they suffice, else the next multiple of 64."""
+    return rows if tokens <= rows else math.ceil(tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def with_mean_rows(embedding: Float[Tensor, "old width"], rows: int) -> Float[Tensor, "new width"]:
+    """The embedding with rows added, each the mean of the old ones: no new token stands out before it is trained."""
+    mean = embedding.float().mean(0, keepdim=True).to(embedding.dtype)
+    return torch.cat([embedding, mean.expand(rows - len(embedding), -1)])
+
+
+# How transformers is asked for a base with its language model quantised, and what is done after.
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantisedLoading:
+    """What to give `from_pretrained`, and the layers that are to come out quantised; by default nothing and none."""
+
+    kind: Quantisation | None = None
+    dtype: torch.dtype = torch.float32
+    layers: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def finish(self, model: nn.Module) -> None:
+        """Quantises what transformers does not, and checks that it is those layers.
+
+        Raises:
+            UserError: other layers are quantised than were meant to be.
+        """
+        if self.kind == "hqq":
+            self._replace_layers(model)
+        settle_quantised(model)
+        found = {name for name, _, _ in quantised_in(model)}
+        if other := sorted(found ^ set(self.layers)):
+            raise UserError(
+                f"model.quantisation: {len(found)} layers are quantised instead of {len(self.layers)}, first "
+                f"{other[:2]}; this model cannot be quantised here, set model.quantisation: null"
+            )
+
+    def _replace_layers(self, model: nn.Module) -> None:
+        """transformers 5.24 opens folders that HQQ wrote, but quantises none with it while loading."""
+        for name in self.layers:
+            parent, _, leaf = name.rpartition(".")
+            linear: Any = model.get_submodule(name)
+            setattr(model.get_submodule(parent), leaf, SCHEMES["hqq"].layer(linear, self.dtype, here()))
+
+
+def quantised_loading(
+    folder_or_id: str, quantisation: Quantisation | None, *, dtype: torch.dtype, revision: str | None
+) -> QuantisedLoading:
+    """How a base is loaded for `model.quantisation`; nothing but its config is read.
+
+    Raises:
+        UserError: the base cannot be quantised.
+    """
+    if quantisation is None:
+        return QuantisedLoading()
+    config: Any = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision or "main")[0]
+    found = quantised_layers(config, quantisation, folder_or_id)
+    layers = found.quantised
+    if found.whole:
+        log.warning(
+            "%d of the language model's %d linear layers stay whole, first %s: %s takes widths that are multiples "
+            "of %d",
+            len(found.whole),
+            len(found.whole) + len(layers),
+            found.whole[0],
+            quantisation,
+            SCHEMES[quantisation].width,
+        )
+    options: dict[str, Any] = {}
+    if quantisation != "hqq":
+        whole = kept_whole(config, layers, folder_or_id)
+        options["quantization_config"] = _bits_and_bytes(quantisation, dtype, whole)
+    return QuantisedLoading(quantisation, dtype, layers, options)
+
+
+def _bits_and_bytes(kind: Quantisation, dtype: torch.dtype, whole: list[str]) -> BitsAndBytesConfig:
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=whole,
+    )
+
+
+# A base that is written from settings: whole or not there, and it says which settings those were.
+
+
+SETTINGS_FILE = "made_from.json"
+
+
+@contextlib.contextmanager
+def written_base(folder: Path, spec: Any) -> Iterator[Path]:
+    """Yields a folder to write to, which gets its name, with the settings in it, when the block ends well.
+
+    Args:
+        spec: the dataclass of settings.
+
+    Raises:
+        UserError: the folder exists.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already; remove it or write to another place")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    (unfinished / SETTINGS_FILE).write_text(json.dumps(_digests(spec), indent=2) + "\n", encoding="utf-8")
+    unfinished.rename(folder)
+
+
+def check_made_from(folder: Path, spec: Any) -> None:
+    """Refuses a base that was written with other settings; one that does not say is taken as it is.
+
+    Raises:
+        UserError: a setting differs.
+    """
+    file = folder / SETTINGS_FILE
+    made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for name, digest in _digests(spec).items():
+        if made.get(name, digest) != digest:
+            raise UserError(
+                f"{folder} was made with another {name} than the run says ({getattr(spec, name)!r}); remove the folder "
+                "to have it made anew, or name another model.base"
+            )
+
+
+def _digests(spec: Any) -> dict[str, str]:
+    """Each setting's digest: a base that is passed on says nothing of the paths on the machine that made it."""
+    settings = dataclasses.asdict(spec).items()
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in settings}
+
+
+# What a run's settings say of its base, whichever kind it is; imports nothing that takes time.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeSpec:
+    """What a composed LLaVA is made of; between the two stands LLaVA-1.5's projector, `mlp2x_gelu`."""
+
+    vision_library: VisionLibrary
+    """Where the vision tower comes from."""
+    vision_name: str
+    """timm's or open_clip's model name; for transformers a folder or hub id."""
+    language_model: str
+    """Folder or hub id of a causal language model; with `gguf_file`, the folder that file lies in."""
+    gguf_file: str | None = None
+    """A GGUF file in `language_model`; it is dequantised."""
+    vision_weights: str = "pretrained"
+    """`pretrained` (the library's own download), `random`, an open_clip tag, or a .pth / .safetensors file."""
+    vision_weights_in_order: bool = False
+    """Matches the weights file to the network by position instead of by name, every shape checked."""
+    vision_layer: int | None = None
+    """Hidden state counted from the end; None is -2 for transformers (as in LLaVA-1.5), -1 for the others."""
+    grid_pool: int | None = None
+    """Side of the picture's grid after average pooling in the tower; None keeps the tower's grid."""
+    image_size: int | None = None
+    """Pixels along a side; None takes the tower's published value."""
+    image_mean: tuple[float, float, float] | None = None
+    """Colour mean, 0 to 1; None takes the tower's published value."""
+    image_std: tuple[float, float, float] | None = None
+    """Colour deviation, 0 to 1; None takes the tower's published value."""
+    projector_seed: int = 0
+    """Seed of the projector's initial weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights in the folder; None keeps the language model's own (float32 for GGUF)."""
+
+    def tower(self) -> TowerSpec:
+        """The part of this that is about the vision tower."""
+        return TowerSpec(
+            library=self.vision_library,
+            name=self.vision_name,
+            weights=self.vision_weights,
+            weights_in_order=self.vision_weights_in_order,
+            layer=self.vision_layer,
+            grid_pool=self.grid_pool,
+            image_size=self.image_size,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+        )
+
+
+PromptName = Literal["nvlabs", "llm_adapters", "alpaca"]
+TrainOn = Literal["all", "answer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageSource:
+    """A causal language model that is written once as a plain Hugging Face folder: a GGUF file, or another dtype."""
+
+    folder: str
+    """Folder or hub id of the model; with `gguf_file`, the folder that file lies in."""
+    gguf_file: str | None = None
+    """A GGUF file in `folder`; it is dequantised."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the written weights; None keeps the folder's own (float32 for GGUF)."""
+
+
+Boxes = Literal["zeros", "grid", "strip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallBart:
+    """A BART to be pretrained here, for data too small or too special for a published one."""
+
+    texts: tuple[str, ...]
+    """Records files whose texts its vocabulary is made from."""
+    words: tuple[str, ...] = ()
+    """More texts for the vocabulary: what the task writes around a question, which is spelled letter by letter
+    otherwise."""
+    vocabulary: int = 1000
+    """Tokens before the added ones, at most."""
+    width: int = 256
+    layers: int = 3
+    """Of the encoder, and of the decoder."""
+    heads: int = 4
+    feedforward: int = 1024
+    max_positions: int = 256
+    """Longest text."""
+    init_std: float = 0.02
+    """Spread of the random weights. BART's 0.02 suits widths near 1000: with it, a width of 128 had learned to count
+    and nothing else after 600 steps on moving shapes; with 0.1, near 1/sqrt(width), it found colors after 200."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlBartSpec:
+    """What a VL-BART is made of."""
+
+    bart: str = "facebook/bart-base"
+    """Folder or hub id of a BART; its tokenizer and weights are taken."""
+    small: SmallBart | None = None
+    """Makes a small BART with random weights instead, and its vocabulary from texts."""
+    checkpoint: str | None = None
+    """A file of VL-T5 or VL-Adapter (`Epoch30.pth`, `LAST.pth`) whose weights the model starts from."""
+    feature_width: int = 2048
+    """Numbers of a picture token: 2048 for CLIP's RN101 grid, 512 for video frames of CLIP's ViT-B/32."""
+    pooled_side: int | None = 6
+    """Max-pools each picture's grid to so many rows and columns; null keeps its tokens (video)."""
+    boxes: Boxes = "zeros"
+    """A picture token's place: zeros as published for grids and videos; its cell's real box; or its box on a strip of
+    a video's frames, which says when."""
+    frame_side: int = 1
+    """Rows and columns of one frame's tokens, for boxes: strip."""
+    max_images: int = 2
+    """Pictures that one input may have."""
+    dropout: float = 0.1
+    """All of BART's dropouts; the published runs set all three to this."""
+    standardise: str | None = None
+    """Folder of features: the fresh visual embedding begins as if each of their numbers had mean 0 and spread 1.
+    Deep features of simple pictures have much in common, which a randomly initialised model has
+    to learn to look past."""
+    seed: int = 9595
+    """Draws the visual embedding and the new tokens' rows."""

@@ -1,0 +1,551 @@
+"""A processor's own chat template: a conversation's text, and which characters of it are answers."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dora_vl.backbones.prompt_table import TEMPLATES
+from dora_vl.backbones.templates import (
+    BREAK,
+    PROBE,
+    VIDEO_MARK,
+    Rendered,
+    Span,
+    Template,
+    check_ends,
+    check_order,
+    refuse_system,
+    rendered_by,
+    system_and_talk,
+)
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Role, Turn
+from dora_vl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PROCESSOR_PROBE = (
+    Turn("user", "Which colour is it?"),
+    Turn("assistant", "It is purple."),
+    Turn("user", "Which shape has it?"),
+    Turn("assistant", "It is a square."),
+)
+PICTURE_PROBE = (Turn("user", f"{IMAGE_PLACEHOLDER}\nWhich colour is it?"), Turn("assistant", "It is purple."))
+SYSTEM_PROBE = Turn("system", "Look at its edges too.")
+FORMS: tuple[frozenset[Role], ...] = (frozenset({"user", "assistant"}), frozenset(), frozenset({"user"}))
+"""Whose messages without pictures are lists of parts, in the order in which they are tried."""
+MEDIA = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_MARK})")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation's text, pictures as the template marks them, and the characters that are supervised.
+
+    An answer's span goes from the end of the generation prompt before it through the token that closes it.
+    """
+
+    text: str
+    answer_spans: tuple[Span, ...]
+    suffix: str | None = None
+    """An answer that the processor takes apart from the text; its span then stands behind the text."""
+    by_token_types: bool = False
+    """Whether the processor marks the answer's tokens itself, by `token_type_ids` of one."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Where an answer stands in the template's text; `asked`, the generation prompt's end, replaces its `opening`."""
+
+    opening: Span
+    asked: str
+    end: int
+
+
+class ProcessorChat:
+    """Renders turns by a processor's chat template.
+
+    Tried once, with a question and with a picture, so that a template that cannot be trained on is refused before
+    anything is loaded: one that leaves out what is said, or knows no pictures. Of one that writes an earlier answer
+    differently once later turns follow (reasoning that is stripped) conversations of several questions are refused,
+    since what the model saw there is in no single text. Where it opens an answer with other white space than it asks
+    for one with (LLaVA-OneVision: a space and a line break, and a line break), the answer is trained behind what is
+    asked. Where it closes an answer with no special token, the tokenizer's end token is put behind it, or a trained
+    model would not stop. A system turn goes to the template's own place for one; where there is none, the sample is
+    refused.
+
+    Args:
+        processor: of a vision-language model, or a language model's tokenizer in the same form.
+        name: of the model, for messages.
+        pictures: whether the model sees any; a template that leaves them out is refused.
+
+    Raises: UserError for such a template, or where there is none.
+    """
+
+    def __init__(self, processor: Any, name: str, *, pictures: bool = True) -> None:
+        self._processor = processor
+        self._name = name
+        self._template = processor.chat_template or processor.tokenizer.chat_template
+        if not self._template:
+            raise UserError(
+                f"{name} has no chat template, which says how questions and answers are put to the model; put its "
+                "chat_template.jinja into the folder, take a model that is made for chats (its -Instruct or -it), or "
+                "set model.template: question_answer"
+            )
+        self.bos_token: str | None = processor.tokenizer.bos_token
+        self._special = special_tokens(processor)
+        self._closing = ""
+        check_ends(partial(self._try, pictures=pictures), name)
+        self._try(pictures=pictures)
+
+    def _try(self, *, pictures: bool) -> None:
+        self._in_parts = self._wanted_parts()
+        self._in_parts = self._with_system()
+        self._try_answers()
+        if pictures:
+            self._try_picture()
+
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
+        """The turns as text, the first one the system's where it is; `generation_prompt` opens the next answer.
+
+        Raises: ValueError if the turns do not fit the template, or hold one of the tokenizer's special tokens.
+        """
+        system, talk = system_and_talk(turns)
+        check_order(talk, generation_prompt=generation_prompt)
+        refuse_special(turns, self._special)
+        messages = [self._message(turn) for turn in turns]
+        whole = self._apply(messages, generation_prompt=generation_prompt)
+        self._check_nothing_lost(turns, whole)
+        text, spans, place = "", [], 0
+        first = 2 if system is None else 3
+        for answer in [self._answer(messages[:end], whole) for end in range(first, len(messages) + 1, 2)]:
+            text += whole[place : answer.opening[0]] + answer.asked
+            start = len(text)
+            text += whole[answer.opening[1] : answer.end]
+            spans.append((start, len(text)))
+            place = answer.end
+        return Chat(text + whole[place:], tuple(spans))
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        pieces = MEDIA.split(turn.text)
+        closing = self._closing if turn.role == "assistant" else ""
+        if len(pieces) == 1 and turn.role not in self._in_parts:
+            return {"role": turn.role, "content": turn.text + closing}
+        parts: list[dict[str, str]] = []
+        for number, piece in enumerate(pieces):
+            if number % 2:
+                parts.append({"type": "image" if piece == IMAGE_PLACEHOLDER else "video"})
+                continue
+            if number:
+                piece = piece.removeprefix("\n")  # what records write between a picture and its question
+            if piece or len(pieces) == 1:
+                parts.append({"type": "text", "text": piece})
+        if closing:
+            parts[-1]["text"] += closing
+        return {"role": turn.role, "content": parts}
+
+    def _answer(self, messages: list[dict[str, Any]], whole: str) -> _Answer:
+        before = self._apply(messages[:-1], generation_prompt=True)
+        after = self._apply(messages, generation_prompt=False)
+        if not whole.startswith(after):
+            raise ValueError("the chat template writes an earlier answer differently once later turns follow")
+        differing = (place for place, (one, other) in enumerate(zip(before, after, strict=False)) if one != other)
+        shared = next(differing, min(len(before), len(after)))
+        asked, given = before[shared:], after[shared:]
+        first = shared + (len(given) - len(given.lstrip()) if asked else 0)
+        if asked.strip():
+            raise ValueError("the chat template opens an answer otherwise when it is asked for than when it is given")
+        closing = [match.end() for match in self._special.finditer(after) if match.start() >= first]
+        if not closing:
+            raise ValueError("the chat template closes an answer with no special token")
+        return _Answer((shared, first), asked, closing[-1])
+
+    def _check_nothing_lost(self, turns: Sequence[Turn], whole: str) -> None:
+        contents = [self._message(turn)["content"] for turn in turns]
+        if any(str(content) in whole for content in contents if not isinstance(content, str)):
+            raise ValueError("the chat template writes a message's list of parts as it stands")
+        self._check_system_kept(turns, whole)
+        place = 0
+        for number, turn in enumerate(turns):
+            for piece in MEDIA.split(turn.text)[::2]:
+                found = whole.find(piece.strip(), place)
+                if found < 0 and whole.find(piece.strip()) < 0:
+                    raise ValueError(f"the chat template leaves out or changes the text of turn {number}")
+                place = max(place, found)
+
+    def _check_system_kept(self, turns: Sequence[Turn], whole: str) -> None:
+        """Refuses a template without a place for a system turn, also where its words are said again later."""
+        system, talk = system_and_talk(turns)
+        said = system.text.strip() if system else ""
+        if not said:
+            return
+        again = sum(piece.strip().count(said) for turn in talk for piece in MEDIA.split(turn.text)[::2])
+        if whole.count(said) <= again:
+            raise ValueError("the chat template leaves out or changes the system turn")
+
+    def _why_not(self, turns: Sequence[Turn]) -> str | None:
+        """What the template loses of these turns in the present form, or why it refuses them; None: nothing."""
+        try:
+            self._check_nothing_lost(turns, self._apply([*map(self._message, turns)], generation_prompt=False))
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _wanted_parts(self) -> frozenset[Role]:
+        """Whose messages without pictures are lists of parts to this template too; the others' must be strings."""
+        reasons: list[str] = []
+        for form in FORMS:
+            self._in_parts = form
+            why = self._why_not(PROCESSOR_PROBE[:2])
+            if why is None:
+                return form
+            reasons.append(why)
+        raise UserError(
+            f"the chat template of {self._name} cannot be used: {reasons[0]}; and as plain text {reasons[1]}"
+        )
+
+    def _with_system(self) -> frozenset[Role]:
+        """Likewise with the system's, which some templates (GLM-4.1V's) write as it stands.
+
+        It is tried before a question alone: some (Pixtral's) have no place for it once an answer follows. A template
+        that takes none in either form refuses the samples that have one.
+        """
+        talk = self._in_parts
+        whole: frozenset[Role] = frozenset((*talk, "system"))
+        forms = (whole, talk) if talk else (talk, whole)
+        for form in forms:
+            self._in_parts = form
+            if self._why_not((SYSTEM_PROBE, PROCESSOR_PROBE[0])) is None:
+                return form
+        return forms[0]
+
+    def _try_answers(self) -> None:
+        try:
+            self.render(PROCESSOR_PROBE[:2])
+        except ValueError:
+            self._closing = str(self._processor.tokenizer.eos_token or "")
+            log.info("the chat template of %s closes no answer; %r is put behind each", self._name, self._closing)
+        try:
+            self.render(PROCESSOR_PROBE[:2])
+        except ValueError as error:
+            raise UserError(
+                f"{self._name}: {error}, so its answers cannot be trained on; change chat_template"
+            ) from error
+        if self.render(PROCESSOR_PROBE[:2]).text != self._apply(
+            [*map(self._message, PROCESSOR_PROBE[:2])], generation_prompt=False
+        ):
+            log.info(
+                "the chat template of %s opens an answer otherwise than it asks for it; taken as asked", self._name
+            )
+        try:
+            self.render(PROCESSOR_PROBE)
+        except ValueError as error:
+            log.warning("%s: conversations of several questions are skipped: %s", self._name, error)
+
+    def _try_picture(self) -> None:
+        try:
+            with_picture, without = self.render(PICTURE_PROBE).text, self.render(PROCESSOR_PROBE[:2]).text
+        except ValueError as error:
+            raise UserError(f"the chat template of {self._name} takes no pictures: {error}") from error
+        if with_picture == without:
+            raise UserError(f"the chat template of {self._name} leaves pictures out; it is a language model's")
+
+    def _apply(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
+        return rendered_by(
+            partial(
+                self._processor.apply_chat_template,
+                messages,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
+        )
+
+
+def refuse_special(turns: Sequence[Turn], special: re.Pattern[str]) -> None:
+    """Refuses words that the tokenizer would take for one of its special tokens.
+
+    Raises: ValueError; it names the turn and the token.
+    """
+    for number, turn in enumerate(turns):
+        if found := special.search(turn.text.replace(IMAGE_PLACEHOLDER, "")):
+            raise ValueError(f"turn {number} holds {found[0]!r}, which is a special token of this model")
+
+
+def special_tokens(processor: Any) -> re.Pattern[str]:
+    """Matches whatever the tokenizer would take for a special token, and what the processor takes for a picture."""
+    tokenizer = processor.tokenizer
+    tokens = set(tokenizer.all_special_tokens)
+    tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    own = vars(processor)
+    tokens |= {own[name] for name in ("image_token", "video_token", "audio_token") if isinstance(own.get(name), str)}
+    tokens.discard("")
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
+
+
+# A prompt format by its name: a row of the table, or the language model's own chat template, by its tokenizer.
+
+
+USUAL = ("vicuna_v1", "chatml")
+
+
+class ChatTemplate:
+    """The language model's own chat template, by its tokenizer.
+
+    An answer's span runs from the generation prompt before it to the last special token of the text that it
+    adds. That is only right where earlier turns read the same with and without later ones; a template that
+    rewrites them (reasoning models drop old thoughts) is refused with the sample. Templates of models that take
+    pictures want a message as a list of parts and leave a plain string out; which one it is, is tried.
+    """
+
+    name = "tokenizer"
+    stop = ""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"{tokenizer.name_or_path} has no chat template; set model.template to {', '.join(TEMPLATES)}"
+            )
+        self._tokenizer = tokenizer
+        tokens = {token for token in tokenizer.all_special_tokens if token != IMAGE_PLACEHOLDER}
+        tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        tokens.discard(IMAGE_PLACEHOLDER)
+        self._special = re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+        check_ends(self._wants_parts, tokenizer.name_or_path)
+        self._as_parts = self._wants_parts()
+
+    def _wants_parts(self) -> bool:
+        """Whether a message is a list of parts to this template. Raises: UserError where it takes neither form."""
+        said = [{"role": turn.role, "content": turn.text} for turn in PROBE]
+        for as_parts in (False, True):
+            self._as_parts = as_parts
+            try:
+                text = self._apply(said, generation_prompt=False)
+            except ValueError:  # it takes no string, or no list
+                continue
+            if all(one["content"] in text for one in said):
+                return as_parts
+        raise UserError(
+            f"the chat template of {self._tokenizer.name_or_path} leaves out what is said, as text and as a list of "
+            f"parts; set model.template to one of {', '.join(TEMPLATES)}"
+        )
+
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Rendered:
+        """See `Template.render`."""
+        system, talk = system_and_talk(turns)
+        check_order(talk, generation_prompt=generation_prompt)
+        messages = [{"role": turn.role, "content": self._broken(turn.text)} for turn in turns]
+        whole = self._apply(messages, generation_prompt=generation_prompt)
+        if lost := [number for number, one in enumerate(messages) if one["content"].strip() not in whole]:
+            raise ValueError(f"the chat template leaves out or changes the text of turn {lost[0]}")
+        spans = [
+            self._answer_span(messages[:end], whole) for end in range(2 + (system is not None), len(messages) + 1, 2)
+        ]
+        controls = [match.span() for match in self._special.finditer(whole)]
+        breaks = [match.start() for match in re.finditer(BREAK, whole)]
+
+        def cleaned(span: Span) -> Span:
+            start, end = (place - sum(mark < place for mark in breaks) for place in span)
+            return start, end
+
+        return Rendered(whole.replace(BREAK, ""), tuple(map(cleaned, spans)), tuple(map(cleaned, controls)))
+
+    def _answer_span(self, messages: list[dict[str, str]], whole: str) -> Span:
+        before = self._apply(messages[:-1], generation_prompt=True)
+        after = self._apply(messages, generation_prompt=False)
+        if not whole.startswith(before) or not whole.startswith(after):
+            raise ValueError("the chat template writes earlier turns differently once later ones follow")
+        closing = [match.end() for match in self._special.finditer(after) if match.start() >= len(before)]
+        if not closing:
+            raise UserError(
+                f"the chat template of {self._tokenizer.name_or_path} closes an answer with no special token, so a "
+                f"model trained on it would not stop; set model.template to one of {', '.join(TEMPLATES)}"
+            )
+        return len(before), closing[-1]
+
+    def _broken(self, text: str) -> str:
+        """The text with each special token in it split by a mark, so that it is not taken for the template's."""
+        return self._special.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
+
+    def _apply(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
+        said: list[dict[str, Any]] = [*messages]
+        if self._as_parts:
+            said = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+        return rendered_by(
+            partial(self._tokenizer.apply_chat_template, said, tokenize=False, add_generation_prompt=generation_prompt)
+        )
+
+
+def get_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """A template by its name; `tokenizer` is the language model's own, and None the first of `USUAL` that it has the
+    tokens of, else its own.
+
+    Raises: UserError if there is none of that name.
+    """
+    if name is None:
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        probes = {usual: TEMPLATES[usual].render(PROBE) for usual in USUAL}
+        fitting = (
+            usual
+            for usual, probe in probes.items()
+            if special.issuperset(probe.text[a:b] for a, b in probe.control_spans)
+        )
+        name = next(fitting, "tokenizer")
+    if name == "tokenizer":
+        return ChatTemplate(tokenizer)
+    if name not in TEMPLATES:
+        raise UserError(f"model.template {name!r}: there are {', '.join(TEMPLATES)} and tokenizer (the model's own)")
+    return TEMPLATES[name]
+
+
+# Prompts of models whose processor has no chat template, by a name of `model.template`.
+
+
+FormatName = Literal["question_answer", "paligemma"]
+
+
+@runtime_checkable
+class Prompts(Protocol):
+    """Turns as the text that a processor takes."""
+
+    bos_token: str | None
+
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
+        """The turns as text; `generation_prompt` opens the next answer.
+
+        Raises: ValueError if the turns do not fit.
+        """
+        ...
+
+
+class QuestionAnswer:
+    """`Question: ... Answer: ...`, a line for each round, pictures where the question has them.
+
+    An answer is closed by the tokenizer's end token; nothing else would stop a trained model.
+
+    Raises: UserError if the tokenizer has no end token, or the processor no token for a picture, or if it puts
+        something behind every text.
+    """
+
+    def __init__(self, processor: Any, name: str, *, pictures: bool) -> None:
+        self.bos_token: str | None = processor.tokenizer.bos_token
+        self._end = str(processor.tokenizer.eos_token or "")
+        self._picture = str(vars(processor).get("image_token") or "")
+        self._special = special_tokens(processor)
+        if not self._end or (pictures and not self._picture):
+            lacking = "a token for a picture" if self._end else "an end token"
+            raise UserError(f"model.template: question_answer needs {lacking}, and the processor of {name} names none")
+        _refuse_text_behind(processor, name)
+
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
+        """The turns as text; `generation_prompt` opens the next answer.
+
+        Raises: ValueError if the turns do not alternate, begin with a system turn, or hold one of the tokenizer's
+            special tokens.
+        """
+        refuse_system(turns, "question_answer")
+        check_order(turns, generation_prompt=generation_prompt)
+        refuse_special(turns, self._special)
+        text, spans = "", []
+        for turn in turns:
+            if turn.role == "user":
+                pieces = [piece.removeprefix("\n") for piece in turn.text.split(IMAGE_PLACEHOLDER)]
+                text += ("\n" if text else "") + f"Question: {self._picture.join(pieces)} Answer:"
+            else:
+                start = len(text)
+                text += f" {turn.text}{self._end}"
+                spans.append((start, len(text)))
+        return Chat(text, tuple(spans))
+
+
+class PaliGemma:
+    """PaliGemma's two parts: pictures and question, seen in both directions, and the answer, seen from its left.
+
+    The processor is given the answer apart, as `suffix`, and tells the parts from one another by token_type_ids. So
+    a conversation has one question, and its pictures stand before it (google-research/big_vision, paligemma).
+    """
+
+    def __init__(self, processor: Any, name: str, *, pictures: bool) -> None:
+        del name, pictures
+        self.bos_token: str | None = processor.tokenizer.bos_token
+        self._picture = str(processor.image_token)
+        self._special = special_tokens(processor)
+
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False) -> Chat:
+        """The question as text and the answer as its suffix; `generation_prompt` leaves the answer to the model.
+
+        Raises: ValueError if there are more turns, a picture stands in or behind the question, or the turns hold a
+            special token.
+        """
+        if system_and_talk(turns)[0] is not None:
+            raise ValueError("a PaliGemma has no place for a system turn; leave it out")
+        check_order(turns, generation_prompt=generation_prompt)
+        refuse_special(turns, self._special)
+        if len(turns) > 2:
+            raise ValueError(f"{len(turns)} turns, and a PaliGemma takes one question and one answer")
+        question = turns[0].text
+        asked = question.replace(IMAGE_PLACEHOLDER, "").lstrip("\n")
+        pictures = question.count(IMAGE_PLACEHOLDER)
+        before = question.rpartition(IMAGE_PLACEHOLDER)[0].replace(IMAGE_PLACEHOLDER, "")
+        if before.strip():
+            raise ValueError("a picture stands behind words, and a PaliGemma takes pictures before the question alone")
+        if not pictures:
+            raise ValueError("it has no picture, and a PaliGemma's processor takes no words without one")
+        text = self._picture * pictures + asked
+        if generation_prompt:
+            return Chat(text, (), by_token_types=True)
+        return Chat(text, ((len(text), len(text) + 1),), suffix=turns[1].text, by_token_types=True)
+
+
+FORMATS: Mapping[str, type[QuestionAnswer] | type[PaliGemma]] = MappingProxyType(
+    {"question_answer": QuestionAnswer, "paligemma": PaliGemma}
+)
+PROCESSOR_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"ChameleonProcessor": {"return_for_text_completion": True}}  # or it puts a separator behind every text
+)
+
+
+def _refuse_text_behind(processor: Any, name: str) -> None:
+    """Before 5.23 transformers puts the separator behind a Chameleon's text whatever is asked: it would be trained."""
+    options = PROCESSOR_OPTIONS.get(type(processor).__name__)
+    if options is None:
+        return
+    told = [int(one) for one in processor(text=["."], **options)["input_ids"][0]]
+    if told != processor.tokenizer(".")["input_ids"]:
+        raise UserError(
+            f"model.template: the processor of {name} puts a separator behind every text; "
+            "take transformers 5.23 or later"
+        )
+
+
+OWN_FORMAT: Mapping[str, FormatName] = MappingProxyType({"PaliGemmaProcessor": "paligemma"})
+"""Processors that take one format and no other, whatever the settings say of chat templates."""
+
+
+def prompts_of(processor: Any, name: str, template: str | None, *, pictures: bool) -> Prompts:
+    """How turns are put to this processor: by the format `template`, or else by its chat template.
+
+    Raises: UserError if there is neither, or it cannot be trained on.
+    """
+    chosen = template if template in FORMATS else OWN_FORMAT.get(type(processor).__name__)
+    if chosen is not None:
+        return FORMATS[chosen](processor, name, pictures=pictures)
+    return ProcessorChat(processor, name, pictures=pictures)
+
+
+# The text that an encoder-decoder is asked with; imports nothing that takes time, as task files need it.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The encoder's text. `subtitles` may be cut at their end so that the whole fits; `text` follows them."""
+
+    subtitles_before: str = ""
+    subtitles: str = ""
+    text: str

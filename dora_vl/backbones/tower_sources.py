@@ -1,0 +1,255 @@
+"""Fetches a pretrained vision network from its library and measures what it returns, once, when a LLaVA is composed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL.Image import Resampling
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from dora_vl.backbones.tower_pictures import Preparation, of_three_colours
+from dora_vl.backbones.towers import (
+    PRETRAINED,
+    RANDOM,
+    GridTower,
+    GridTowerConfig,
+    Layout,
+    keep_all_buffers,
+    load_weights,
+    network_output,
+    read_weights,
+)
+from dora_vl.backbones.towers import TowerSpec as TowerSpec
+from dora_vl.backbones.towers import VisionLibrary as VisionLibrary
+from dora_vl.errors import UserError
+from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
+
+FeatureSelect = Literal["default", "full"]
+LLAVA_LAYER = -2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedTower:
+    """A tower with its weights and what LLaVA's config must say about it (the preparation included)."""
+
+    model: PreTrainedModel
+    layer: int
+    select: FeatureSelect
+    tokens: int
+    patch_size: int
+    prefix_tokens: int
+    preparation: Preparation
+
+
+def load_tower(spec: TowerSpec) -> LoadedTower:
+    """The pretrained network as a `GridTower`, or as transformers' own class where LLaVA can use that directly.
+
+    Raises: UserError if the name, the weights or the layer do not exist or do not fit.
+    """
+    loaders = {"timm": load_timm, "open_clip": load_open_clip, "transformers": load_transformers}
+    if spec.library not in loaders:
+        raise UserError(f"vision_library {spec.library!r}: there are {', '.join(loaders)}")
+    if spec.weights_in_order and spec.library == "open_clip":
+        raise UserError("vision_weights_in_order: open_clip reads its files itself, by name; leave it off")
+    network, config = loaders[spec.library](spec)
+    network.eval()
+    measure(network, config)
+    # LLaVA itself reads sequences only, and drops at most one class token.
+    readable = config.layout == "NLC" and config.prefix_tokens <= 1 and spec.grid_pool is None
+    if readable and isinstance(network, PreTrainedModel):
+        return described(network, config, select="default" if config.prefix_tokens else "full")
+    tower = GridTower(config)
+    keep_all_buffers(network)
+    tower.network.load_state_dict(network.state_dict(), strict=True)
+    return described(tower.eval(), config, select="full")
+
+
+def described(model: PreTrainedModel, config: GridTowerConfig, *, select: FeatureSelect) -> LoadedTower:
+    """The tower with the numbers that LLaVA's config and processor need."""
+    own = isinstance(model, GridTower)
+    return LoadedTower(
+        model=model,
+        layer=-1 if own else config.layer,
+        select=select,
+        tokens=config.tokens,
+        patch_size=config.patch_size,
+        prefix_tokens=0 if own else config.prefix_tokens,
+        preparation=Preparation(
+            image_size=config.image_size,
+            mean=tuple(config.image_mean or ()),
+            std=tuple(config.image_std or ()),
+            interpolation=config.interpolation,
+        ),
+    )
+
+
+def load_timm(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
+    """A timm network without its classifier."""
+    import timm
+
+    published = timm.get_pretrained_cfg(spec.name, allow_unregistered=True)
+    if published is None or not timm.is_model(spec.name.split(".")[0]):
+        raise UserError(f"timm has no model {spec.name!r}; timm.list_models('*part of the name*') finds it")
+    options: dict[str, Any] = {}
+    if spec.image_size is not None and published.fixed_input_size:
+        options["img_size"] = spec.image_size
+    try:
+        network: Any = timm.create_model(spec.name, pretrained=spec.weights == PRETRAINED, **options)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"timm could not load {spec.name!r}, weights {spec.weights!r}: {error}") from error
+    load_from_file(network, spec)
+    network.reset_classifier(0)
+    preparation = Preparation(
+        image_size=published.input_size[-1],
+        mean=tuple(published.mean),
+        std=tuple(published.std),
+        interpolation=published.interpolation,
+    )
+    return network, draft_config(spec, architecture=spec.name, options=options, published=preparation)
+
+
+def load_open_clip(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
+    """An open_clip model's vision tower."""
+    import open_clip
+    from open_clip.transformer import QuickGELU
+
+    config = open_clip.get_model_config(spec.name)
+    if config is None:
+        raise UserError(f"open_clip has no model {spec.name!r}; open_clip.list_models() names them")
+    tag = None if spec.weights == RANDOM else spec.weights
+    try:
+        model: Any = open_clip.create_model(
+            spec.name, pretrained=tag, load_weights=tag is not None, force_image_size=spec.image_size
+        )
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"open_clip could not load {spec.name!r}, weights {spec.weights!r}: {error}") from error
+    published = open_clip.get_model_preprocess_cfg(model)
+    size = spec.image_size or config["vision_cfg"].get("image_size", 224)
+    options = {
+        "embed_dim": config["embed_dim"],
+        # Rebuilt later from these options: nothing in them may fetch weights again.
+        "vision_cfg": {**config["vision_cfg"], "image_size": size, "timm_model_pretrained": False},
+        "quick_gelu": any(isinstance(module, QuickGELU) for module in model.visual.modules()),
+    }
+    preparation = Preparation(
+        image_size=size,
+        mean=tuple(published["mean"]),
+        std=tuple(published["std"]),
+        interpolation=published.get("interpolation", "bicubic"),
+    )
+    return model.visual, draft_config(spec, architecture=spec.name, options=options, published=preparation)
+
+
+def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
+    """A transformers vision model, cut out of a two-tower model where the folder holds one."""
+    check_model_folder(spec.name)
+    with opening(f"transformers could not load a vision model from {spec.name!r}"):
+        whole = AutoConfig.from_pretrained(spec.name, **NO_OWN_CODE)
+        vision: PreTrainedConfig = whole.vision_config if "vision_config" in whole.sub_configs else whole
+        network_class: Any = MODEL_MAPPING[type(vision)]
+        if spec.weights == PRETRAINED:
+            network, report = network_class.from_pretrained(spec.name, config=vision, output_loading_info=True)
+        else:
+            network, report = network_class(vision), {"missing_keys": []}
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{spec.name}: {len(missing)} vision weights are missing, first {missing[:3]}")
+    load_from_file(network, spec)
+    vision.name_or_path = network.config.name_or_path = ""  # a path of this machine, which no folder should carry
+    options = {**vision.to_diff_dict(), "model_type": vision.model_type}
+    return network, draft_config(
+        spec,
+        architecture=vision.model_type,
+        options=options,
+        published=transformers_preparation(spec, vision),
+    )
+
+
+def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
+    """Fills the network from the file that `weights` names, if it names one; every tensor has to fit.
+
+    Raises: UserError if there is no such file, or it does not fit.
+    """
+    if spec.weights not in {PRETRAINED, RANDOM}:
+        state = read_weights(Path(spec.weights))
+        load_weights(network, state, in_order=spec.weights_in_order, source=spec.weights)
+
+
+def transformers_preparation(spec: TowerSpec, vision: PreTrainedConfig) -> Preparation:
+    """What the folder's preprocessor says, its size taken from the network's config."""
+    size = spec.image_size or vision.to_dict().get("image_size")
+    if size is None:
+        raise UserError(f"{spec.name} states no image_size; set it (pixels along a side)")
+    if spec.image_mean is not None and spec.image_std is not None:
+        return Preparation(image_size=size, mean=spec.image_mean, std=spec.image_std)
+    with opening(f"{spec.name} has no picture preprocessor; set image_mean and image_std"):
+        processor = AutoImageProcessor.from_pretrained(spec.name, backend="pil", **NO_OWN_CODE).to_dict()
+        return Preparation(
+            image_size=size,
+            mean=of_three_colours(processor["image_mean"]),
+            std=of_three_colours(processor["image_std"]),
+            interpolation=Resampling(int(processor["resample"])).name.lower(),
+        )
+
+
+def draft_config(
+    spec: TowerSpec, *, architecture: str, options: dict[str, Any], published: Preparation
+) -> GridTowerConfig:
+    """A tower config with everything but what only a run of the network can tell (`measure`)."""
+    default_layer = LLAVA_LAYER if spec.library == "transformers" else -1
+    return GridTowerConfig(
+        library=spec.library,
+        architecture=architecture,
+        options=options,
+        layer=default_layer if spec.layer is None else spec.layer,
+        grid_pool=spec.grid_pool,
+        image_size=spec.image_size or published.image_size,
+        image_mean=list(spec.image_mean or published.mean),
+        image_std=list(spec.image_std or published.std),
+        interpolation=published.interpolation,
+    )
+
+
+@torch.no_grad()
+def measure(network: nn.Module, config: GridTowerConfig) -> None:
+    """Runs one empty picture and writes layout, grid side, prefix tokens and width into the config.
+
+    A sequence's grid is the largest square in it; what is left over (class and register tokens) stands in front.
+    Raises: UserError if the layer does not exist or the output is no grid.
+    """
+    blank = torch.zeros(1, 3, config.image_size, config.image_size)
+    try:
+        raw = network_output(network, config, blank)
+    except (IndexError, AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"{config.architecture}: layer {config.layer} of a {config.image_size} px picture failed: {error}"
+        ) from error
+    config.layout = layout_of(raw, config.architecture)
+    if config.layout == "NLC":
+        config.grid_side = math.isqrt(raw.shape[1])
+        config.prefix_tokens = raw.shape[1] - config.grid_side**2
+        config.hidden_size = raw.shape[2]
+    else:
+        channels, sides = (1, (2, 3)) if config.layout == "NCHW" else (3, (1, 2))
+        if raw.shape[sides[0]] != raw.shape[sides[1]]:
+            raise UserError(f"{config.architecture} gives a {tuple(raw.shape)} grid, which is not square")
+        config.grid_side, config.hidden_size = raw.shape[sides[0]], raw.shape[channels]
+
+
+def layout_of(raw: Tensor, architecture: str) -> Layout:
+    """Where the channels are in a network's output: a square picture's grid has two equal sides."""
+    if raw.dim() == 3:
+        return "NLC"
+    if raw.dim() == 4 and raw.shape[2] == raw.shape[3]:
+        return "NCHW"
+    if raw.dim() == 4 and raw.shape[1] == raw.shape[2]:
+        return "NHWC"
+    raise UserError(f"{architecture} gives an output of shape {tuple(raw.shape)}; a grid or a sequence is needed")

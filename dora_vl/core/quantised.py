@@ -1,0 +1,345 @@
+"""Adapted linear layers whose weight is packed (quantised), or of a class unknown here.
+
+The norm needs W only as W A^T and ||W||^2. A quantised layer's come from W as its class dequantises it, which is let go
+again: its forward pass may round its input, pack its weight for inference or cast its bias. A layer of an unknown class
+is only called: on A's rows, and once on the identity's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dora_vl.core import functional
+from dora_vl.core.config import DoRAConfig
+from dora_vl.core.fast.change import FusedChange, gain_over_norm
+from dora_vl.core.fast.products import fused_kernels
+from dora_vl.core.gain import Gain, Snapshot
+from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.linear import SHARED_DROPOUT
+from dora_vl.errors import UserError
+
+IDENTITY_ROWS = 256
+"""Columns of W read at a time."""
+
+
+@dataclass(frozen=True)
+class OpaqueKind:
+    """What must be known of a class of opaque linear layer."""
+
+    dtype: Callable[[Any], torch.dtype]
+    """The dtype of W."""
+    weight: Callable[[Any], Float[Tensor, "out in_"]] | None = None
+    """W as the class itself dequantises it; None: the layer can only be called."""
+    settle: Callable[[str, Any], None] = lambda name, layer: None
+    """Keeps W, and the gradient through it, the same in training and in evaluation, of a layer with this full name."""
+    loose_tensors: Callable[[Any], Iterator[Tensor]] = lambda layer: iter(())
+    """Tensors that W is made of and that are neither parameters nor buffers."""
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors of a dictionary, and of those in it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from tensors_in(one)
+
+
+def _four_bit_state(layer: Any) -> Any:
+    return vars(layer.weight).get("quant_state") or layer.quant_state
+
+
+def _four_bit_dtype(layer: Any) -> torch.dtype:
+    """The dtype that a 4-bit weight comes back in; a copy of the layer without values has no state that says so."""
+    state = _four_bit_state(layer)
+    return state.dtype if state is not None else layer.compute_dtype or torch.float32
+
+
+def _four_bit_weight(layer: Any) -> Tensor:
+    if torch.compiler.is_compiling():  # its tensors cannot be traced
+        return cast(Tensor, torch.compiler.disable(_four_bit_weight)(layer))
+    return import_module("bitsandbytes.functional").dequantize_4bit(layer.weight.data, _four_bit_state(layer))
+
+
+def _keep_packing(name: str, layer: Any) -> None:
+    """Stops bitsandbytes (0.50) from packing a 4-bit weight anew at the first pass in eval mode.
+
+    On a CPU with AVX512-BF16 it does so for speed, in place: no gradient passes such a weight, its scales are rounded
+    to bfloat16 for good, so that training, asking and merging would each see other values, and it ends where the
+    outputs are no multiple of 32.
+    """
+    if getattr(_four_bit_state(layer), "packing_format_for_cpu", False):
+        raise UserError(
+            f"{name}: bitsandbytes has packed its 4-bit weight for inference, at a pass in eval mode, so that no "
+            "gradient comes through; load the base again and adapt it before its first pass"
+        )
+    layer.support_avx512bf16_for_cpu = False
+
+
+def _int8_weight(layer: Any) -> Tensor:
+    holder = layer.weight if layer.state.CB is None else layer.state
+    return holder.CB * (holder.SCB.float() / 127).unsqueeze(1)
+
+
+def _hold_own_codes(name: str, layer: Any) -> None:
+    """Moves the codes off the weight; else the first of two copies that share it takes them along at its first pass."""
+    if vars(layer.weight).get("CB") is not None:  # a copy's weight has none
+        layer.init_8bit_state()
+
+
+FOUR_BITS = OpaqueKind(_four_bit_dtype, _four_bit_weight, _keep_packing)
+OPAQUE_KINDS: Mapping[str, OpaqueKind] = {
+    "bitsandbytes.nn.modules.Linear4bit": FOUR_BITS,
+    "bitsandbytes.nn.modules.LinearNF4": FOUR_BITS,
+    "bitsandbytes.nn.modules.LinearFP4": FOUR_BITS,
+    "bitsandbytes.nn.modules.Linear8bitLt": OpaqueKind(
+        lambda layer: torch.float32,
+        _int8_weight,
+        _hold_own_codes,
+        lambda layer: tensors_in({"codes": layer.state.CB, "scales": layer.state.SCB}),
+    ),
+    "hqq.core.quantize.HQQLinear": OpaqueKind(
+        lambda layer: layer.compute_dtype,
+        lambda layer: layer.dequantize(),
+        loose_tensors=lambda layer: tensors_in({**layer.meta, "bias": layer.bias}),
+    ),  # scales and zeros, which may be quantised themselves
+}
+TENSOR_SUBCLASS = OpaqueKind(lambda layer: layer.weight.dtype)
+"""An `nn.Linear` whose weight is a tensor subclass (torchao)."""
+UNKNOWN_LINEAR = OpaqueKind(lambda layer: torch.float32)
+"""A class that the user named."""
+
+
+def class_path(module: nn.Module) -> str:
+    """A module's class as the tables write it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module is a quantised linear layer of a class known here."""
+    return class_path(module) in OPAQUE_KINDS
+
+
+def quantised_in(model: nn.Module) -> Iterator[tuple[str, Any, OpaqueKind]]:
+    """The quantised linear layers of a model, by full name, and what is known of their class."""
+    for name, module in model.named_modules():
+        if is_quantised(module):
+            yield name, module, OPAQUE_KINDS[class_path(module)]
+
+
+def settle_quantised(model: nn.Module) -> None:
+    """Keeps the quantised layers' weights, adapted or not, and the gradients through them, what they are.
+
+    Raises:
+        UserError: it is too late for one; the message names it.
+    """
+    for name, layer, kind in quantised_in(model):
+        kind.settle(name, layer)
+
+
+def dequantised(layer: nn.Module) -> Float[Tensor, "out in_"]:
+    """The weight that a quantised layer multiplies by."""
+    weight = OPAQUE_KINDS[class_path(layer)].weight
+    assert weight is not None
+    return weight(layer)
+
+
+def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """What quantised layers hold that is neither parameter nor buffer; for whoever copies a model."""
+    for _, layer, kind in quantised_in(model):
+        yield from kind.loose_tensors(layer)
+
+
+@torch.no_grad()
+def columns_by_product(
+    product: Callable[[Tensor], Tensor], in_features: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
+    """The columns of a weight of which only W x is known, `IDENTITY_ROWS` at a time, each block with its first's index.
+
+    Args:
+        product: W x of rows, without a bias.
+        dtype: of the rows that it takes.
+    """
+    for start in range(0, in_features, IDENTITY_ROWS):
+        count = min(IDENTITY_ROWS, in_features - start)
+        rows = torch.zeros(count, in_features, dtype=dtype, device=device)
+        rows[torch.arange(count), start + torch.arange(count)] = 1
+        yield start, product(rows)
+
+
+class ProductOfPacked(torch.autograd.Function):
+    """Rows times a weight that is dequantised in each direction and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Float[Tensor, "rows in_"], weight: Callable[[], Tensor]) -> Float[Tensor, "rows out"]:
+        """`weight` makes the dense W."""
+        ctx.weight, ctx.dtype, dense = weight, rows.dtype, weight()
+        return rows.to(dense.dtype) @ dense.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:
+        """The rows' gradient; W is frozen."""
+        return (grad_outputs[0] @ ctx.weight()).to(ctx.dtype), None
+
+
+class OpaqueLinear(AdaptedLayer):
+    """An adapter around a linear layer whose weight is packed; the layer stays whole, as the child `base`."""
+
+    weight_is_readable: ClassVar[bool] = False
+
+    def __init__(self, base: nn.Module, config: DoRAConfig, kind: OpaqueKind = UNKNOWN_LINEAR) -> None:
+        super().__init__()
+        self.base, self.kind = base, kind
+        self.in_features, self.out_features = cast(int, base.in_features), cast(int, base.out_features)
+        self.start_adapter(base, config)
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where the frozen weight is and of which version; its values are not read."""
+        return next(self.base.parameters())
+
+    @property
+    def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The layer's own bias."""
+        return cast("Tensor | None", self.base.bias)
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
+
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of W."""
+        return self.kind.dtype(self.base)
+
+    def forward(self, input: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
+        """y = base(x) + (g - 1) (base(x) - b) + g s B A x."""
+        output, factors = self.base(input), self.factors()
+        probability = self.adapter.dropout if self.training and factors is not None else 0.0
+        whole = bool(probability) and self.adapter.dropout_mode == "whole_change"
+        fused = None if whole else self._fused_forward(output, input, probability)
+        if fused is not None:
+            return fused
+        gain = self.gain()
+        dropped = input
+        if whole or (probability and torch.compiler.is_compiling()):
+            dropped = F.dropout(input, probability)
+        elif probability:
+            dropped = SHARED_DROPOUT.draw(input, probability, id(self)).apply(input) / (1 - probability)
+        low_rank = None
+        if factors is not None:
+            a, b = factors
+            low_rank = self.scale() * F.linear(F.linear(dropped, a.to(input.dtype)), b.to(input.dtype))
+            low_rank = low_rank.to(output.dtype)
+        frozen = self._without_bias(self.base(dropped) if whole else output)
+        return functional.changed_output(output, frozen, low_rank, gain)
+
+    def _fused_forward(self, output: Tensor, input: Tensor, probability: float) -> Float[Tensor, "*batch out"] | None:
+        """`forward` through the CUDA kernels; None where they are not there, or the norm's gradient is wanted."""
+        live_norm = torch.is_grad_enabled() and not self.adapter.detach_norm
+        if self.magnitude is None or live_norm or input.dtype != output.dtype or fused_kernels(output) is None:
+            return None
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return None
+        dropped = SHARED_DROPOUT.draw(input, probability, id(self)) if probability else None
+        a, b = self.factors() or (None, None)
+        gain = self._current_gain(output.dtype)
+        operands = (output, input, self.bias, a, b, self.magnitude, gain, self.scale(), dropped)
+        return cast(Tensor, FusedChange.apply(*operands))
+
+    def _current_gain(self, dtype: torch.dtype) -> Gain:
+        if self._gain is None or self._gain[1] != dtype or not self.still_holds(self._gain[2]):
+            with torch.no_grad():
+                gain = gain_over_norm(cast(Tensor, self.magnitude), self.norms(), dtype)
+            self._gain = gain, dtype, self.snapshot()
+        return self._gain[0]
+
+    def forget_norms(self, *, frozen: bool = False) -> None:
+        """Drops what was computed from A, B and the magnitude, and with `frozen` from the frozen weight too."""
+        super().forget_norms(frozen=frozen)
+        self._gain: tuple[Gain, torch.dtype, Snapshot] | None = None
+
+    def frozen_tensors(self) -> list[Tensor | None]:
+        """All of the layer's tensors but its bias, which may train: which of them hold W is not known.
+
+        A loose one made in inference mode, as HQQ makes its scales, has no version; nothing but inference mode can edit
+        it in place, and that is not seen.
+        """
+        bias = self.bias
+        inside = [
+            tensor
+            for module in self.base.modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not bias
+        ]
+        return [*inside, *self.kind.loose_tensors(self.base)]
+
+    def tensors(self) -> list[Tensor | None]:
+        """The adapter's own, and those of the layer inside."""
+        own = [getattr(self, name) for name in self.FILE_LEAVES]
+        return [*own, self.bias, *self._shards.values(), *self.frozen_tensors()]
+
+    # -- the norm ----------------------------------------------------------------------------------------------
+
+    def frozen_on_rows(self, rows: Float[Tensor, "rows in_"]) -> Float[Tensor, "rows out"]:
+        """The frozen weight applied to rows, without the bias; W is dequantised anew for the backward pass."""
+        if self.kind.weight is None:
+            return self._without_bias(self.base(rows.to(self.compute_dtype())))
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().frozen_on_rows(rows)
+        return cast(Tensor, ProductOfPacked.apply(rows, self._frozen_weight))
+
+    def _frozen_weight(self) -> Float[Tensor, "out in_"]:
+        """W, made for the one who asks."""
+        if self.weight.device.type == "meta":
+            return torch.empty(self.matrix_shape(), dtype=self.compute_dtype(), device="meta")
+        if self.kind.weight is not None:
+            return self.kind.weight(self.base)
+        return torch.cat([columns for _, columns in self._columns()]).t()
+
+    @torch.no_grad()
+    def frozen_norms_squared(self) -> Float[Tensor, " out"]:
+        """||W_i||^2 of every row; of a layer that is only called from its columns, a block at a time."""
+        if self.kind.weight is not None or self.weight.device.type == "meta":
+            return super().frozen_norms_squared()
+        dtype = functional.accumulation_dtype(self.compute_dtype())
+        total = torch.zeros(self.out_features, dtype=dtype, device=self.weight.device)
+        for _, columns in self._columns():
+            total += columns.to(dtype).square().sum(dim=0)
+        return total
+
+    def _columns(self) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
+        """The columns of a W that is only called, a block at a time."""
+        place = self.compute_dtype(), self.weight.device
+        return columns_by_product(lambda rows: self._without_bias(self.base(rows)), self.in_features, *place)
+
+    def _without_bias(self, output: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
+        return output if self.bias is None else output - self.bias.to(output.dtype)
+
+    # -- not possible here -------------------------------------------------------------------------------------
+
+    def merge(self, *, keep_base: bool = True) -> None:
+        """Refused.
+
+        Raises:
+            UserError: always; a quantised weight cannot hold the merged values.
+        """
+        self.refuse_merging("this layer")
+
+    def refuse_merging(self, name: str) -> None:
+        """Raises the `UserError` that names the layer."""
+        kind = type(self.base).__name__
+        raise UserError(
+            f"{name}: a {kind} cannot hold merged weights; load the base without quantisation and merge there"
+        )
+
+    def plain(self) -> nn.Module:
+        """The layer that was here before."""
+        return self.base.train(self.training)

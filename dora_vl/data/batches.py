@@ -1,0 +1,341 @@
+"""Samples as one batch: padded, masked by length, pictures that several share read once; every loss counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from typing_extensions import NotRequired
+
+from dora_vl.data.samples import IGNORED_LABEL, Sample, Skipped
+
+
+@dataclass(frozen=True)
+class SharedRow:
+    """One row of a batch. `pictures_of` are the samples whose pictures stand in it, one for each tree, in order."""
+
+    input_ids: Int[Tensor, " seq"]
+    labels: Int[Tensor, " seq"]
+    layout: Int[Tensor, "3 seq"]
+    pictures_of: tuple[Sample, ...]
+
+
+def visible(layout: Int[Tensor, "batch 3 seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
+    """Which earlier tokens each token sees: its group's prefix and its own branch, and itself."""
+    _, groups, branches = layout.unbind(dim=1)
+    same_group = groups.unsqueeze(2) == groups.unsqueeze(1)
+    own_branch = branches.unsqueeze(2) == branches.unsqueeze(1)
+    prefix = (branches == 0).unsqueeze(1)
+    causal = torch.ones(layout.shape[2], layout.shape[2], dtype=torch.bool, device=layout.device).tril()
+    return (causal & same_group & (own_branch | prefix)).unsqueeze(1)
+
+
+def shared_rows(samples: Sequence[Sample], *, picture_token_id: int) -> list[SharedRow]:
+    """A micro-batch's samples as few full rows; samples of the same pictures share them where their text allows it."""
+    trees = [tree for group in _by_pictures(samples) for tree in _trees(group, picture_token_id)]
+    return [_join(row) for row in _fill_rows(trees)]
+
+
+def packed_rows(samples: Sequence[Sample]) -> list[SharedRow]:
+    """A micro-batch's samples as few full rows, nothing shared: each sees itself alone, from position 0."""
+    return [_join(row) for row in _fill_rows([_tree([sample], len(sample.input_ids)) for sample in samples])]
+
+
+def _by_pictures(samples: Iterable[Sample]) -> list[list[Sample]]:
+    groups: dict[tuple[object, ...], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.images or (sample.index, sample.id), []).append(sample)
+    return list(groups.values())
+
+
+def _trees(group: list[Sample], picture_token_id: int) -> list[SharedRow]:
+    """One tree where all pictures stand in the common prefix, else each sample by itself."""
+    shared = _shared_tokens(group)
+    pictures = group[0].input_ids == picture_token_id
+    if len(group) > 1 and bool(pictures.any()) and not bool(pictures[shared:].any()):
+        return [_tree(group, shared)]
+    return [_tree([sample], len(sample.input_ids)) for sample in group]
+
+
+def _shared_tokens(group: list[Sample]) -> int:
+    """Length of the prefix: the same tokens, and no label on the branches' first, which the prefix would predict."""
+    first = group[0].input_ids
+    shared = min(int((sample.labels != IGNORED_LABEL).int().argmax()) - 1 for sample in group)
+    for sample in group[1:]:
+        length = min(shared, len(first), len(sample.input_ids))
+        differs = (first[:length] != sample.input_ids[:length]).nonzero()
+        shared = int(differs[0]) if len(differs) else length
+    return max(0, shared)
+
+
+def _tree(group: list[Sample], shared: int) -> SharedRow:
+    branches = [torch.arange(len(sample.input_ids)) for sample in group]
+    prefix = torch.stack([torch.arange(shared), torch.ones(shared).long(), torch.zeros(shared).long()])
+    layout = [prefix]
+    for number, places in enumerate(branches, start=1):
+        own = places[shared:]
+        layout.append(torch.stack([own, torch.ones_like(own), torch.full_like(own, number)]))
+    return SharedRow(
+        torch.cat([group[0].input_ids[:shared], *(sample.input_ids[shared:] for sample in group)]),
+        torch.cat([group[0].labels[:shared], *(sample.labels[shared:] for sample in group)]),
+        torch.cat(layout, dim=1),
+        (group[0],),
+    )
+
+
+def _fill_rows(trees: Sequence[SharedRow]) -> list[list[SharedRow]]:
+    """First fit, longest first, into rows as long as the longest tree: hardly any padding, few rows."""
+    rows: list[list[SharedRow]] = []
+    free: list[int] = []
+    longest = max((len(tree.input_ids) for tree in trees), default=0)
+    for tree in sorted(trees, key=lambda one: -len(one.input_ids)):
+        length = len(tree.input_ids)
+        place = next((number for number, room in enumerate(free) if room >= length), None)
+        if place is None:
+            rows.append([tree])
+            free.append(longest - length)
+        else:
+            rows[place].append(tree)
+            free[place] -= length
+    return rows
+
+
+def _join(trees: Sequence[SharedRow]) -> SharedRow:
+    """Trees one after another; the first token of each carries no label, so none is predicted across a border."""
+    layouts = [tree.layout.clone() for tree in trees]
+    for number, layout in enumerate(layouts, start=1):
+        layout[1] = number
+    labels = [tree.labels.clone() for tree in trees]
+    for one in labels:
+        one[0] = IGNORED_LABEL
+    return SharedRow(
+        torch.cat([tree.input_ids for tree in trees]),
+        torch.cat(labels),
+        torch.cat(layouts, dim=1),
+        tuple(sample for tree in trees for sample in tree.pictures_of),
+    )
+
+
+class Batch(TypedDict):
+    """What a backbone and the bookkeeping receive. `labels[b, t]` is the token at `t`; the backbone shifts.
+
+    Pictures of all rows stand one after another, in the order of their placeholders; at most one of
+    `pixel_values` and `image_features` is there, neither when every row is text only. `samples` counts the
+    real samples, `padding_tokens` the positions that hold no token, `cut` what the length limit removed. With
+    `layout` a row holds several samples.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    pixel_values: NotRequired[Float[Tensor, "images 3 height width"]]
+    image_features: NotRequired[Float[Tensor, "images tokens width"]]
+    layout: NotRequired[Int[Tensor, "batch 3 seq"]]
+    samples: int
+    sample_ids: list[str]
+    padding_tokens: int
+    skipped: list[tuple[str, str]]
+    cut: list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads samples to the longest of them. Training pads on the right; decoding needs the left.
+
+    The attention mask comes from lengths, not from ids: an unknown word may share the padding's id.
+    """
+
+    pad_token_id: int
+    pad_side: Literal["right", "left"] = "right"
+    share_pictures_by: int | None = None
+    """The picture token's id: samples of the same pictures then share their tokens."""
+    pack: bool = False
+    """Several samples stand in a row where they fit, each by itself: the same loss, hardly any padding."""
+
+    def __call__(self, items: Sequence[Sample | Skipped | None]) -> Batch:
+        """One batch; None is left out. Without a usable sample, one row of padding without labels keeps ranks in step.
+
+        That row's only position is attended to: a row masked as a whole gives NaN in some attention kernels.
+        """
+        samples = [item for item in items if isinstance(item, Sample)]
+        batch, illustrated = self._rows(samples)
+        batch["skipped"] = [(item.id, item.reason) for item in items if isinstance(item, Skipped)]
+        pixels = [picture for sample in illustrated for picture in sample.pictures]
+        if pixels:
+            batch["pixel_values"] = torch.stack(pixels)
+        features = [picture for sample in illustrated for picture in sample.features]
+        if features:
+            batch["image_features"] = torch.stack(features)
+        return batch
+
+    def _rows(self, samples: Sequence[Sample]) -> tuple[Batch, Sequence[Sample]]:
+        """The rows' tensors and counts, and the samples whose pictures stand in them."""
+        if not samples or (self.share_pictures_by is None and not self.pack):
+            ids = [sample.input_ids for sample in samples] or [torch.tensor([self.pad_token_id])]
+            labels = [sample.labels for sample in samples] or [torch.tensor([IGNORED_LABEL])]
+            return self._padded(samples, ids, labels), samples
+        shared = self.share_pictures_by
+        rows = packed_rows(samples) if shared is None else shared_rows(samples, picture_token_id=shared)
+        batch = self._padded(samples, [row.input_ids for row in rows], [row.labels for row in rows])
+        batch["layout"] = torch.stack([self._pad([row.layout[k] for row in rows], 0) for k in range(3)], dim=1)
+        return batch, [sample for row in rows for sample in row.pictures_of]
+
+    def _padded(self, samples: Sequence[Sample], ids: Sequence[Tensor], labels: Sequence[Tensor]) -> Batch:
+        mask = self._pad([torch.ones_like(row) for row in ids], 0)
+        return {
+            "input_ids": self._pad(ids, self.pad_token_id),
+            "attention_mask": mask,
+            "labels": self._pad(labels, IGNORED_LABEL),
+            "samples": len(samples),
+            "sample_ids": [sample.id for sample in samples],
+            "padding_tokens": mask.numel() - (sum(len(row) for row in ids) if samples else 0),
+            "skipped": [],
+            "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
+        }
+
+    def _pad(self, rows: Sequence[Int[Tensor, " _"]], value: int) -> Int[Tensor, "batch longest"]:
+        longest = max(len(row) for row in rows)
+        padded = torch.full((len(rows), longest), value, dtype=torch.int64)
+        for target, row in zip(padded, rows, strict=True):
+            start = 0 if self.pad_side == "right" else longest - len(row)
+            target[start : start + len(row)] = row
+        return padded
+
+
+# A processor's inputs of several samples as one batch, as the processor itself would have batched them.
+
+
+BY_ROW = "cross_attention_mask"
+"""A family with this input (mllama) looks its pictures up by row, so a row of words alone has pictures of zeros."""
+
+
+IN_ONE_ROW = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
+"""Pixels whose patches all stand in one row, one picture behind another, and the input that tells it (MiniCPM-V)."""
+
+
+FIRST_TILE = "aspect_ratio_mask"
+"""Of mllama's missing pictures the first tile counts as there, as its processor says, or attention divides by zero."""
+POINTING = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
+"""Places among the patches of a batch's pixels, -1 for none, so those of a later sample begin further on (Molmo 2)."""
+
+
+@dataclass(frozen=True)
+class ProcessorCollator:
+    """Joins samples' inputs by name: tokens are padded, pictures stand one after another.
+
+    Tensors are joined along their first dimension and filled with zeros where other dimensions differ (tiles of a
+    picture, pictures of a row), which is what processors do in a batch of their own. A batch without pictures gets a
+    further row, `dummy`: under ZeRO-3 every rank must run the vision part, and what trains in it gets gradients of
+    zero instead of none. A batch without videos gets `dummy_video`, since ranks must run it equally often, and in many
+    families pictures and videos are a pass each; where they have the same inputs, either will do.
+
+    Args:
+        pad_token_id: fills short rows.
+        aligned: names of inputs that hold an entry for each token.
+        dummy: a row with a picture and without labels; None where no rank ever sees a picture, and in decoding.
+        dummy_video: likewise with a video.
+        pad_side: training pads on the right; decoding needs the left.
+    """
+
+    pad_token_id: int
+    aligned: tuple[str, ...]
+    dummy: Sample | None = None
+    dummy_video: Sample | None = None
+    pad_side: Literal["right", "left"] = "right"
+
+    def __call__(self, items: Sequence[Sample | Skipped | None]) -> dict[str, Any]:
+        """One batch and its bookkeeping; None is left out."""
+        samples = [item for item in items if isinstance(item, Sample)]
+        rows = list(samples)
+        for dummy in (self.dummy, self.dummy_video):
+            if dummy is not None and not any(self._media(dummy) <= self._media(row) for row in rows):
+                rows.append(dummy)
+        if not rows:
+            rows = [self._nothing()]
+        batch = self._joined(rows)
+        tokens = sum(len(sample.input_ids) for sample in samples)
+        shrunk = [(sample.id, sample.lost_pixels) for sample in samples if sample.lost_pixels]
+        return {
+            **batch,
+            "samples": len(samples),
+            "sample_ids": [sample.id for sample in samples],
+            "padding_tokens": batch["input_ids"].numel() - tokens,
+            "skipped": [(item.id, item.reason) for item in items if isinstance(item, Skipped)],
+            "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
+            **({"shrunk": shrunk} if shrunk else {}),
+        }
+
+    def _media(self, row: Sample) -> frozenset[str]:
+        """Names of a row's inputs for pictures and videos."""
+        return frozenset(row.inputs).difference(self.aligned)
+
+    def _nothing(self) -> Sample:
+        ids = torch.tensor([self.pad_token_id])
+        mask = {"attention_mask": torch.ones(1, 1, dtype=torch.int64)}
+        return Sample(index=-1, id="", input_ids=ids, labels=torch.tensor([IGNORED_LABEL]), inputs=mask)
+
+    def _joined(self, rows: Sequence[Sample]) -> dict[str, Any]:
+        joined: dict[str, Any] = {
+            "input_ids": self._tokens([row.input_ids[None] for row in rows], self.pad_token_id),
+            "labels": self._tokens([row.labels[None] for row in rows], IGNORED_LABEL),
+        }
+        crossing = any(BY_ROW in row.inputs for row in rows)
+        for name in dict.fromkeys(name for row in rows for name in row.inputs):
+            values = [row.inputs[name] for row in rows if name in row.inputs]
+            if crossing and name not in self.aligned:
+                values = [row.inputs[name] if name in row.inputs else torch.zeros_like(values[0]) for row in rows]
+            if name in self.aligned:
+                joined[name] = self._tokens([_of_row(row, name, like=values[0]) for row in rows], 0)
+            elif any(IN_ONE_ROW.get(name) in row.inputs for row in rows):
+                joined[name] = torch.cat(values, dim=-1)
+            elif name in POINTING:
+                pixels = [row.inputs[POINTING[name]] for row in rows if name in row.inputs]
+                joined[name] = stacked(_further_on(values, [one.shape[0] * one.shape[1] for one in pixels]), -1)
+            else:
+                joined[name] = joined_values(values)
+        if crossing and FIRST_TILE in joined:
+            joined[FIRST_TILE][:, :, 0] = 1
+        return joined
+
+    def _tokens(self, rows: Sequence[Tensor], value: int) -> Tensor:
+        if self.pad_side == "left":
+            return stacked([row.flip(1) for row in rows], value).flip(1)
+        return stacked(rows, value)
+
+
+def _of_row(row: Sample, name: str, *, like: Tensor) -> Tensor:
+    """A row's entry for each token; zeros where its sample has none (words alone beside pictures)."""
+    found: Mapping[str, Any] = row.inputs
+    if name in found:
+        return found[name]
+    return torch.zeros(1, len(row.input_ids), *like.shape[2:], dtype=like.dtype)
+
+
+def _further_on(places: Sequence[Tensor], patches: Sequence[int]) -> list[Tensor]:
+    """Each sample's places behind the patches of those before it."""
+    starts = [sum(patches[:number]) for number in range(len(patches))]
+    return [torch.where(one >= 0, one + start, one) for one, start in zip(places, starts, strict=True)]
+
+
+def joined_values(values: Sequence[Any]) -> Any:
+    """Tensors one after another along the first dimension; lists as one list."""
+    if all(isinstance(value, Tensor) for value in values):
+        return stacked(values, 0)
+    return [one for value in values for one in value]
+
+
+def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:
+    """Tensors one after another, each filled up at its ends to the largest size of every other dimension."""
+    if len({tensor.shape[1:] for tensor in tensors}) == 1:
+        return torch.cat(list(tensors))
+    sizes = [max(tensor.shape[place] for tensor in tensors) for place in range(1, tensors[0].dim())]
+    whole = tensors[0].new_full((sum(len(tensor) for tensor in tensors), *sizes), value)
+    start = 0
+    for tensor in tensors:
+        whole[(slice(start, start + len(tensor)), *(slice(size) for size in tensor.shape[1:]))] = tensor
+        start += len(tensor)
+    return whole

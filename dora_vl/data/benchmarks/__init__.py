@@ -1,0 +1,1 @@
+"""Published data sets as records: one function a source."""

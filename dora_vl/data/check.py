@@ -1,0 +1,523 @@
+"""`dora-vl check-data`: what would make samples unusable, before a run finds it: one table with counts and ids."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dora_vl.data.columns import USUAL, Columns, ColumnsError, roles_of_columns
+from dora_vl.data.containers import BESIDE_ARROW, JSON_ENDINGS, READERS, ending_of, find_files
+from dora_vl.data.example import FIELDS, JSON, Example, from_record
+from dora_vl.data.pictures import VIDEO_ENDINGS, MediaFolder, path_inside
+from dora_vl.data.readers import id_of, read_row, turns_of
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, as_conversation
+from dora_vl.errors import EMPTY_ANSWER, NO_ANSWER, NO_SAMPLE, BadSample, UserError, shown_names, shown_text
+from dora_vl.files import NoRegularFile, refuse_no_file
+
+# Whether pictures and videos are there and whole; each file is looked at once, however many samples name it.
+
+
+ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"\x3b"}
+"""How whole files of a kind end, within their last bytes: a quick look that needs no decoding."""
+TRUNCATED, BROKEN = "truncated media", "broken media"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a file cannot be used; `kind` is the same for all files with that trouble."""
+
+    kind: str
+    detail: str
+
+
+class MediaCheck:
+    """Looks files up under a root.
+
+    Args:
+        root: what the paths of samples are relative to; with `follow_links` they may be links out of it.
+        decode: pictures are decoded whole too, which finds damage inside; their size, beginning and end are looked
+            at in any case.
+    """
+
+    def __init__(self, root: Path | MediaFolder, *, decode: bool) -> None:
+        self._folder = MediaFolder.of(root)
+        self._decode = decode
+        self._known: dict[str, Trouble | None] = {}
+
+    @property
+    def looked_at(self) -> int:
+        """How many files."""
+        return len(self._known)
+
+    def trouble(self, name: str, content: bytes | None = None, video: bool = False) -> Trouble | None:
+        """What is wrong with a file, or with a picture whose `content` the data file holds; None where nothing is.
+
+        A `video` is looked at as one, whatever its name ends in.
+        """
+        if name not in self._known:
+            self._known[name] = self._look(name, video) if content is None else self._look_into(content)
+        return self._known[name]
+
+    def _look_into(self, content: bytes) -> Trouble | None:
+        quick = ends_trouble(content[:16], content[-4096:], len(content))
+        return self._judged(quick, BytesIO(content))
+
+    def _look(self, name: str, video: bool) -> Trouble | None:
+        try:
+            path = path_inside(self._folder, name, kind="video" if video else "picture")
+        except BadSample as error:
+            return Trouble("path leaves the folder", error.reason)
+        try:
+            found = path.stat()
+            refuse_no_file(found.st_mode)
+        except FileNotFoundError:
+            return Trouble("missing media", f"not in {self._folder}")
+        except NoRegularFile as error:
+            return Trouble("no file", str(error))
+        except OSError as error:
+            return Trouble("missing media", str(error.strerror))
+        size = found.st_size
+        if size == 0:
+            return Trouble("zero-byte media", "0 bytes")
+        if video or path.suffix.lower().removeprefix(".") in VIDEO_ENDINGS:
+            return video_trouble(path)
+        return self._judged(quick_trouble(path, size), path)
+
+    def _judged(self, quick: Trouble | None, source: Path | BytesIO) -> Trouble | None:
+        """What looks odd is for training's own decoder to judge."""
+        found = decoding_trouble(source) if self._decode or quick else None
+        return quick if found and quick and quick.kind == TRUNCATED else found
+
+
+def quick_trouble(path: Path, size: int) -> Trouble | None:
+    """Looks at a picture's first and last bytes."""
+    with path.open("rb") as file:
+        beginning = file.read(16)
+        file.seek(max(0, size - 4096))
+        last = file.read()
+    return ends_trouble(beginning, last, size)
+
+
+def ends_trouble(beginning: bytes, last: bytes, size: int) -> Trouble | None:
+    """What a picture's first 16 and last 4,096 bytes say; `size` is all of it."""
+    for start, end in ENDS.items():
+        if beginning.startswith(start):
+            whole = last.rstrip(b"\0").endswith(end) or end in last[-64:]
+            return None if whole else Trouble(TRUNCATED, f"{size:,} bytes, its end is missing")
+    if beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP":
+        stated = int.from_bytes(beginning[4:8], "little") + 8
+        return None if size >= stated else Trouble(TRUNCATED, f"{size:,} of {stated:,} bytes")
+    if beginning.startswith((b"BM", b"II*\0", b"MM\0*")):
+        return None
+    return Trouble(BROKEN, f"begins with {beginning[:8]!r}, which is no known picture format")
+
+
+def decoding_trouble(path: Path | BytesIO) -> Trouble | None:
+    """Decodes a picture whole, from a file or from memory, within the limits of training."""
+    from dora_vl.data.pictures import NOT_DECODED, NoPicture, load_picture
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load_picture(path)
+    except NoPicture as error:
+        return Trouble(BROKEN, str(error))
+    except NOT_DECODED as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        kind = TRUNCATED if "truncated" in reason or "cut off" in reason else BROKEN
+        return Trouble(kind, reason)
+    return None
+
+
+def video_trouble(path: Path) -> Trouble | None:
+    """Compares the lengths that a video's container states with the file's."""
+    from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
+
+    try:
+        check_whole_video(path)
+    except NotWhole as error:
+        return Trouble(TRUNCATED, str(error))
+    except NoVideoFormat as error:
+        return Trouble(BROKEN, str(error))
+    return None
+
+
+# What is wrong with a data file's rows, found in one pass: ids, answers, placeholders, lengths, media, overlap.
+
+
+SHOWN_IDS = 5
+LEFT_OUT = "columns left out"
+"""The problem of rows that a run would refuse for a column."""
+
+
+@dataclass(kw_only=True)
+class Finding:
+    """One kind of problem of one file: how many samples have it, and the first of their ids."""
+
+    problem: str
+    count: int = 0
+    ids: list[str] = field(default_factory=list)
+    example: str = ""
+
+    def add(self, sample_id: str, detail: str = "") -> None:
+        """Counts one more sample."""
+        self.count += 1
+        if len(self.ids) < SHOWN_IDS:
+            self.ids.append(shown_text(sample_id, 60))
+        self.example = self.example or detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What of a row is checked, whichever form it is in."""
+
+    id: str
+    media: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
+    """Those of the media that are videos."""
+    asked: str = ""
+    answers: tuple[str, ...] = ()
+    text: str = ""
+    problem: str = ""
+    kind: str = NO_SAMPLE
+    """Of the problem, as the table names it."""
+    held: Mapping[str, bytes] = field(default_factory=dict)
+    """The media that the file itself holds, by name."""
+    format: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What counts as too long, and in what it is counted.
+
+    Attributes:
+        length: of a text, in `unit`.
+        answers_needed: an example without any answer is a problem (a test set may keep them back).
+    """
+
+    most: int
+    unit: str
+    length: Callable[[str], int]
+    answers_needed: bool
+
+
+class FileCheck:
+    """Checks one file's samples one after another; `findings` grow with them."""
+
+    def __init__(
+        self,
+        path: Path,
+        limits: Limits,
+        media: MediaCheck | None,
+        videos: MediaCheck | None = None,
+        columns: Columns = USUAL,
+    ) -> None:
+        self.path = path
+        self.rows = 0
+        self.findings: dict[str, Finding] = {}
+        self.samples: dict[int, str] = {}  # hash of what is asked, with its media -> id
+        self.uses: list[Mapping[str, str]] = []
+        self._columns = columns
+        self._limits = limits
+        self._media = media
+        self._videos = videos or media
+        self._ids: set[str] = set()
+
+    def run(self, progress: Callable[[int], object]) -> FileCheck:
+        """Reads the whole file."""
+        formats: dict[str, str] = {}
+        for number, record in enumerate(find_files(self.path).rows(progress), start=1):
+            self.rows += 1
+            sample = self.read(record, number)
+            if sample.format is not None:
+                first = formats.setdefault(sample.format, f"row {number}")
+                if sample.format != next(iter(formats)) and first == f"row {number}":
+                    firsts = "; ".join(f"{name}: {place}" for name, place in formats.items())
+                    self._add("mixed formats", sample.id, f"the first of each: {firsts}")
+            self.check(sample)
+        return self
+
+    def read(self, record: Mapping[str, JSON], number: int) -> Sample:
+        """One row, from 1: a talk, an instruction, or a record; what cannot be read is a sample with its problem."""
+        own = self._columns.id_of(record)
+        sample_id = f"row {number}" if own is None else id_of(record, number, self._columns)
+        form = None
+        try:
+            resolved = self._columns.resolve(record)
+            form = None if resolved.format is None else resolved.format.name
+            if resolved.uses not in self.uses:
+                self.uses.append(resolved.uses)
+            if form in (None, "records") and record.keys() <= FIELDS:
+                example = from_record({**record, "id": sample_id})
+                return _example(example, answers_needed=self._limits.answers_needed)
+            return _talk(read_row({**record, "id": sample_id}, columns=self._columns), form)
+        except ColumnsError as error:
+            return Sample(id=sample_id, problem=str(error), kind=LEFT_OUT, format=form)
+        except BadSample as error:
+            return Sample(id=sample_id, problem=error.reason, kind=error.kind, format=form)
+
+    def check(self, sample: Sample) -> bool:
+        """Checks one sample; returns whether it can be used, however long it is and whatever else has its id."""
+        if sample.id in self._ids:
+            self._add("duplicate id", sample.id)
+        self._ids.add(sample.id)
+        usable = True
+        if sample.problem:
+            usable = False
+            self._add(sample.kind, sample.id, sample.problem)
+        elif any(not answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in sample.answers):
+            usable = False
+            self._add(EMPTY_ANSWER, sample.id)
+        length = self._limits.length(sample.text)
+        if length > self._limits.most:
+            self._add(
+                f"longer than {self._limits.most:,} {self._limits.unit}", sample.id, f"{length:,} {self._limits.unit}"
+            )
+        for name in sample.media:
+            check = self._videos if name in sample.videos else self._media
+            trouble = None if check is None else check.trouble(name, sample.held.get(name), name in sample.videos)
+            if trouble is not None:
+                usable = False
+                self._add(trouble.kind, sample.id, f"{name}: {trouble.detail}")
+        if sample.asked or sample.media:
+            self.samples.setdefault(hash((sample.asked, sample.media)), sample.id)
+        return usable
+
+    def _add(self, problem: str, sample_id: str, detail: str = "") -> None:
+        self.findings.setdefault(problem, Finding(problem=problem)).add(sample_id, detail)
+
+
+def _talk(example: Example, form: str | None) -> Sample:
+    conversation = as_conversation(example.id, example.images, turns_of(example), example.clips)
+    asked = [turn.text for turn in conversation.turns if turn.role == "user"]
+    videos = tuple(clip.path for clip in example.clips)
+    return Sample(
+        id=example.id,
+        media=conversation.images + videos,
+        videos=videos,
+        asked="\n".join([*asked, *_spans(example)]),
+        answers=tuple(turn.text for turn in conversation.turns if turn.role == "assistant"),
+        text="\n".join(turn.text for turn in conversation.turns),
+        held=example.image_bytes,
+        format=form,
+    )
+
+
+def _example(example: Example, *, answers_needed: bool) -> Sample:
+    said = tuple(turn.text for turn in example.turns if turn.role == "assistant")
+    answers = tuple(answer.text for answer in example.answers) + said
+    asked = "\n".join(
+        [example.question, *(turn.text for turn in example.turns if turn.role == "user"), *example.choices]
+    )
+    subtitles = " ".join(subtitle.text for subtitle in example.subtitles)
+    if answers_needed and not answers:
+        raise BadSample(example.id, "it has no answer", NO_ANSWER)
+    videos = tuple(clip.path for clip in example.clips)
+    order = str(example.extra.get("order", ""))
+    return Sample(
+        id=example.id,
+        media=example.images + videos,
+        videos=videos,
+        asked="\n".join(part for part in (asked, *_spans(example), order) if part.strip()),
+        answers=answers,
+        text="\n".join(part for part in (subtitles, asked, max(answers, key=len, default="")) if part),
+        format="records",
+    )
+
+
+def _spans(example: Example) -> list[str]:
+    """Which part of each video is meant: the same question about another part is another one."""
+    return [f"{clip.start_seconds}-{clip.end_seconds}" for clip in example.clips]
+
+
+def overlap(first: FileCheck, second: FileCheck) -> Finding | None:
+    """Samples that ask the same of the same media in both files."""
+    common = first.samples.keys() & second.samples.keys()
+    if not common:
+        return None
+    finding = Finding(problem=f"also in {second.path.name}")
+    for key in sorted(common, key=lambda key: first.samples[key]):
+        same = f"{first.samples[key]} is {second.samples[key]} there"
+        finding.add(first.samples[key], same)
+    return finding
+
+
+def pairs(checks: Sequence[FileCheck]) -> Iterator[tuple[FileCheck, FileCheck]]:
+    """Each two of the files once."""
+    for number, first in enumerate(checks):
+        for second in checks[number + 1 :]:
+            yield first, second
+
+
+def total(findings: Iterable[Finding]) -> int:
+    """How many problems there are in all."""
+    return sum(finding.count for finding in findings)
+
+
+DESCRIPTION = """\
+Checks data files of every format that training reads, and records of `dora-vl prepare`. Finds duplicate ids, empty
+and missing answers, placeholders that differ from the pictures, samples that are too long, missing, empty, truncated
+and broken media, rows of mixed formats, and samples that stand in two of the files. Prints one table; exit status 1
+when something was found.
+
+  dora-vl check-data records/nlvr/train.jsonl records/nlvr/test.jsonl --media downloads/nlvr
+  dora-vl check-data train.json --media pictures --decode --tokenizer vicuna-7b-v1.5 --longest 2048
+"""
+
+ENDINGS = (*JSON_ENDINGS, *READERS)
+NO_DATA = ("manifest.json", *BESIDE_ARROW)
+WORDS, TOKENS = 1_500, 2_048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dora-vl check-data`."""
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="data files, or folders of them")
+    parser.add_argument(
+        "--media", type=Path, metavar="FOLDER", help="the root of pictures and videos; else not looked at"
+    )
+    parser.add_argument("--videos", type=Path, metavar="FOLDER", help="the root of videos, where it is another")
+    parser.add_argument("--follow-links", action="store_true", help="files may be links out of those folders")
+    parser.add_argument(
+        "--decode", action="store_true", help="decode each picture whole too: slower, finds damage inside"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer.json; else words count"
+    )
+    add_columns(parser)
+    parser.add_argument("--longest", type=int, metavar="N", help=f"default {TOKENS} tokens, or {WORDS} words")
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """The options that say what columns are, as `data.columns` and `data.ignore_columns` do."""
+    parser.add_argument("--columns", metavar="COLUMN=ROLE,...", default="", help="such as photo_file=image")
+    parser.add_argument("--ignore-columns", metavar="COLUMN,...", default="", help="columns to be left out")
+
+
+def columns_of(arguments: argparse.Namespace) -> Columns:
+    """What the options say of the columns.
+
+    Raises:
+        UserError: `--columns` is of another form, or names what no column can be.
+    """
+    pairs = [part.rpartition("=") for part in filter(None, arguments.columns.split(","))]
+    if any(not column for column, _, _ in pairs):
+        raise UserError(f"--columns {shown_text(arguments.columns, 100)}: must be COLUMN=ROLE,...")
+    roles = {column: role for column, _, role in pairs}
+    return Columns(roles, tuple(filter(None, arguments.ignore_columns.split(","))))
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Checks the files; yields the lines to print.
+
+    Raises:
+        SystemExit: with status 1, after the table, when something was found.
+    """
+    files = data_files(arguments.paths)
+    looked_in = {"--media": arguments.media, "--videos": arguments.videos}
+    for option, folder in looked_in.items():
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; {option} takes the root of the samples' paths")
+    media, videos = (
+        None if folder is None else MediaCheck(MediaFolder(folder, arguments.follow_links), decode=arguments.decode)
+        for folder in looked_in.values()
+    )
+    columns = columns_of(arguments)
+    checks = [_check(file, limits_of(arguments, file), media, videos, columns) for file in files]
+    for check in checks:
+        if left := [name for name, roles in roles_of_columns(check.uses).items() if not roles]:
+            yield f"{shown_text(check.path.name, 120)}: left out {shown_names(left)}"
+    found = [(check.path, finding) for check in checks for finding in check.findings.values()]
+    for first, second in pairs(checks):
+        shared = overlap(first, second)
+        if shared is not None:
+            found.append((first.path, shared))
+    rows = sum(check.rows for check in checks)
+    roots = [one for one in (media, videos) if one is not None]
+    looked = f", {sum(one.looked_at for one in roots):,} media files" if roots else ""
+    if not found:
+        yield f"{len(files)} files, {rows:,} samples{looked}: nothing found"
+        return
+    yield from table(found)
+    if any(finding.problem == LEFT_OUT for _, finding in found):
+        yield f"{LEFT_OUT}: --columns COLUMN=ROLE,... says what they are, --ignore-columns COLUMN,... leaves them out"
+    yield f"{len(files)} files, {rows:,} samples{looked}: {total(finding for _, finding in found):,} problems"
+    raise SystemExit(1)
+
+
+def data_files(paths: Sequence[Path]) -> list[Path]:
+    """The files themselves, and those of the folders (manifests left out).
+
+    Raises:
+        UserError: a path is neither, or nothing is in it.
+    """
+    files: list[Path] = []
+    for path in paths:
+        inside = [path] if path.is_file() else []
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if ending_of(file) in ENDINGS)
+            inside = [file for file in found if file.name not in NO_DATA and not file.name.startswith(".")]
+        if not inside:
+            raise UserError(f"{path}: neither a data file nor a folder with {', '.join(ENDINGS)} in it")
+        files += inside
+    return list(dict.fromkeys(files))
+
+
+def limits_of(arguments: argparse.Namespace, file: Path) -> Limits:
+    """What is too long, and whether the file's answers may be kept back, as in test sets."""
+    if arguments.longest is not None and arguments.longest < 1:
+        raise UserError(f"--longest is {arguments.longest}; at least 1 is needed")
+    length = _words if arguments.tokenizer is None else _tokens(arguments.tokenizer)
+    usual = WORDS if arguments.tokenizer is None else TOKENS
+    return Limits(
+        most=arguments.longest or usual,
+        unit="words" if arguments.tokenizer is None else "tokens",
+        length=length,
+        answers_needed=not file.stem.startswith("test"),
+    )
+
+
+def table(found: Sequence[tuple[Path, Finding]]) -> Iterator[str]:
+    """One line for each kind of problem in each file, the most frequent first."""
+    rows = [("file", "problem", "samples", "ids", "for example")]
+    for path, finding in sorted(found, key=lambda pair: (str(pair[0]), -pair[1].count)):
+        more = ", ..." if finding.count > len(finding.ids) else ""
+        ids = ", ".join(shown_text(one) for one in finding.ids) + more
+        shown = shown_text(str(Path(path.parent.name, path.name)), 120)  # its name alone in the current folder
+        rows.append(
+            (shown, shown_text(finding.problem, 120), f"{finding.count:,}", ids, shown_text(finding.example, 100))
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
+        yield "  ".join([*cells, row[4]]).rstrip()
+
+
+def _check(
+    file: Path, limits: Limits, media: MediaCheck | None, videos: MediaCheck | None, columns: Columns
+) -> FileCheck:
+    with tqdm(total=file.stat().st_size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
+        return FileCheck(file, limits, media, videos, columns).run(bar.update)
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def _tokens(folder: Path) -> Callable[[str], int]:
+    """The tokenizer of a model's folder, through `tokenizers` alone."""
+    path = folder / "tokenizer.json" if folder.is_dir() else folder
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --tokenizer takes a folder with tokenizer.json")
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from error
+    return lambda text: len(tokenizer.encode(text).ids)

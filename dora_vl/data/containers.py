@@ -1,0 +1,534 @@
+"""Rows of a data file or folder, one after another, whatever holds them; nothing but the current rows is in memory.
+
+JSON and JSON lines (the first character decides), CSV, TSV, Parquet, Arrow (files, and folders that `datasets` saved),
+WebDataset archives, and sets of the hub by `hub:OWNER/NAME`, or `hub:OWNER/NAME:SPLIT`.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dora_vl.data.columns import ROLES, plain_name
+from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS
+from dora_vl.data.readers import stream_records
+from dora_vl.data.text_file import LONGEST_REASON, encoding_of, json_of, opened, table_rows, text_lines, text_of
+from dora_vl.errors import UserError, one_line, shown, shown_names
+
+if TYPE_CHECKING:
+    import datasets
+
+
+# Which files of a folder hold its rows: of those that `datasets` saved, and of which split each is by its name.
+#
+# Names are read as `datasets` reads a folder without a card: words such as `train` or `val`, in the file's name or in
+# its folder's, and whatever stands before `-00000-of-00002`. But different words are never one split here: `dev` and
+# `validation` of MMMU are not.
+
+
+SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"
+BESIDE_ARROW = ("dataset_info.json", SAVED_STATE, SAVED_SPLITS)
+"""What `datasets` writes beside the Arrow files of a folder."""
+LEFTOVERS = ("cache-", "tmp")
+"""How names of Arrow files begin that `datasets` keeps beside a set's own: what `map` and `filter` made of its rows."""
+
+WORDS: Mapping[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "evaluation", "eval"),
+}
+"""The words that a name says its split with, by what they mean."""
+_WORD = "|".join(word for words in WORDS.values() for word in words)
+_ANY_WORD = re.compile(rf"(?:^|[-._ 0-9])({_WORD})(?=[-._ 0-9]|$)")
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}")
+
+
+def of_the_set(found: Iterable[Path]) -> list[Path]:
+    """The files without the Arrow files that are no shards of the set beside them.
+
+    Beside a `state.json` of `datasets` the shards are those that it lists, in its order.
+
+    Raises:
+        UserError: that file cannot be read, or lists one that is not beside it.
+    """
+    by_folder: dict[Path, list[Path]] = {}
+    for path in found:
+        by_folder.setdefault(path.parent, []).append(path)
+    return [path for folder, paths in by_folder.items() for path in _of_one_set(folder, paths)]
+
+
+def _of_one_set(folder: Path, paths: list[Path]) -> list[Path]:
+    arrow = [path for path in paths if path.suffix.lower() == ".arrow"]
+    if not arrow:
+        return paths
+    listed = _saved_names(folder / SAVED_STATE)
+    if listed is None:
+        return [path for path in paths if path not in arrow or not path.name.startswith(LEFTOVERS)]
+    there = {path.name: path for path in arrow}
+    gone = [name for name in listed if name not in there]
+    if gone:
+        raise UserError(
+            f"{folder / SAVED_STATE}: lists {shown(gone[0])}, which is no Arrow file beside it; copy the folder again"
+        )
+    return [path for path in paths if path not in arrow] + [there[name] for name in listed]
+
+
+def _saved_names(state: Path) -> list[str] | None:
+    """The files that a saved set consists of; None where nothing, or another program's file, says so."""
+    if not state.is_file():
+        return None
+    try:
+        content = json_of(state.read_text(encoding="utf-8"), str(state))
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{state}: cannot be read ({error}); copy the folder again") from None
+    entries = content.get("_data_files") if isinstance(content, Mapping) else None
+    if not isinstance(entries, list):
+        return None
+    said = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in entries]
+    names = [name for name in said if isinstance(name, str)]
+    if len(names) < len(said):
+        raise UserError(f"{state}: its _data_files must name files, got {shown(entries)}; copy the folder again")
+    return names
+
+
+def by_split(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each split, where names say so; all under "" where none does, or some do and name but one.
+
+    Args:
+        folder: what is looked through; only names below it count.
+
+    Raises:
+        UserError: there are several, and a file does not say which it belongs to.
+    """
+    said = {file: _named_split(folder, file.relative_to(folder)) for file in files}
+    if any(said.values()):
+        said = {file: name or _weakly_named_split(folder, file.relative_to(folder)) for file, name in said.items()}
+    splits: dict[str, list[Path]] = {}
+    for file, name in said.items():
+        splits.setdefault(name, []).append(file)
+    named = [name for name in splits if name]
+    if len(splits) > 1 and len(named) == 1:
+        return {"": list(files)}
+    if "" in splits and named:
+        raise UserError(
+            f"{folder}: names say splits ({shown_names(named)}), but not that of {splits[''][0].relative_to(folder)}; "
+            "give one file, or a folder for each split"
+        )
+    return splits
+
+
+def meaning(name: str) -> str | None:
+    """`train`, `validation` or `test` for a split's name that means it: `val`, `test_seen`."""
+    word = _word(name.lower())
+    return next((split for split, words in WORDS.items() if word in words), None)
+
+
+def counted(splits: Mapping[str, Sequence[Path]]) -> str:
+    """The splits for a message, each with its number of files."""
+    return shown_names(f"{name} ({len(files)})" for name, files in splits.items())
+
+
+def _named_split(folder: Path, path: PurePath) -> str:
+    """What a file's name says, else a folder's; "" where none says anything."""
+    if len(path.parts) > 1 and (folder / SAVED_SPLITS).is_file():
+        return path.parts[0]
+    name = path.name.lower()
+    shard = _SHARD.match(name)
+    if shard and _ANY_WORD.match(name):
+        return shard[1]  # `test_seen` and `test_unseen` are two
+    return _word(name) or next(filter(None, (_word(part.lower()) for part in reversed(path.parts[:-1]))), "")
+
+
+def _weakly_named_split(folder: Path, path: PurePath) -> str:
+    """What counts beside files that say splits in words: `testdev-00000-of-00001`, or the folder of a saved set."""
+    if len(path.parts) > 1 and (folder / path).with_name(SAVED_STATE).is_file():
+        return path.parts[-2]
+    shard = _SHARD.match(path.name)
+    return shard[1] if shard else ""
+
+
+def _word(name: str) -> str:
+    """The word that a name begins with, else the last one in it."""
+    found = _ANY_WORD.match(name)
+    return found[1] if found else next(iter(reversed(_ANY_WORD.findall(name))), "")
+
+
+# WebDataset archives: the files of one sample have one name up to its first dot, and stand one after another.
+
+
+LARGEST_MEMBER_BYTES = 1 << 30
+WEBDATASET_READING_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
+
+
+def webdataset_rows(path: Path) -> Iterator[dict[str, object]]:
+    """Yields a row for each sample: the fields of its `.json`, its pictures as bytes, its `.txt` as a caption.
+
+    Its videos are bytes too, which is told where the row is read, unless the fields name a video's file. Other files of
+    a sample are fields by their ending, as bytes; `__key__` is the sample's name.
+
+    Raises:
+        UserError: it cannot be read to its end, or a `.json` or `.txt` in it is none.
+    """
+    with opened(path, "samples") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r|*") as archive:
+                for key, members in groupby(_members(archive, path), key=lambda member: member[0]):
+                    yield _row(key, [member[1:] for member in members], path)
+        except WEBDATASET_READING_ERRORS as error:
+            reason = one_line(str(error), LONGEST_REASON) or type(error).__name__
+            raise UserError(f"{path}: cannot be read as a tar archive ({reason}); fetch or write it again") from None
+
+
+def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, bytes]]:
+    for member in archive:
+        if not member.isfile():
+            continue
+        if member.size > LARGEST_MEMBER_BYTES:
+            raise UserError(f"{path}: {one_line(member.name, 60)} has {member.size:,} bytes; a sample's file has less")
+        content = archive.extractfile(member)
+        place = PurePosixPath(member.name)
+        name, _, ending = place.name.partition(".")
+        yield str(place.parent / name), ending.lower(), b"" if content is None else content.read()
+
+
+def _row(key: str, files: list[tuple[str, bytes]], path: Path) -> dict[str, object]:
+    row: dict[str, object] = {"__key__": key}
+    pictures: list[bytes] = []
+    videos: list[object] = []
+    for ending, content in files:
+        where = f"{path}, {one_line(key, 60)}.{one_line(ending, 20)}"
+        if ending == "json":
+            fields = json_of(text_of(content, where), where)
+            row |= fields if isinstance(fields, dict) else {"json": fields}
+        elif ending == "txt":
+            row["txt"] = text_of(content, where)
+        elif ending.rpartition(".")[2] in PICTURE_ENDINGS:
+            pictures.append(content)
+        elif ending.rpartition(".")[2] in VIDEO_ENDINGS:
+            videos.append({"bytes": content})
+        else:
+            row[ending] = content
+    if pictures:  # they stand for what the text calls them by
+        row = {name: value for name, value in row.items() if plain_name(name) not in ROLES["images"]} | {
+            "images": pictures
+        }
+    if videos and not any(row.get(name) for name in ROLES["videos"]):
+        row["videos"] = videos
+    return row
+
+
+ROWS_AT_ONCE = 64
+"""Rows in memory as Python objects; with pictures each may be megabytes."""
+BYTES_AT_ONCE = 64 << 20
+"""Likewise what these rows may hold; one row may be more."""
+CONTAINERS_READING_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError)
+"""What pyarrow raises on files that are cut, damaged, or of another kind."""
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
+    """Yields the rows of a Parquet file.
+
+    Raises:
+        UserError: it cannot be read to its end.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            # One group after another: an iterator over all of them holds what it has read, 422 MiB of a file of 400.
+            for group in range(file.num_row_groups):
+                held = file.metadata.row_group(group)
+                yield from _rows(
+                    file.iter_batches(batch_size=_rows_of(held.num_rows, held.total_byte_size), row_groups=[group])
+                )
+    except CONTAINERS_READING_ERRORS as error:
+        raise _unreadable_columns(path, "Parquet", error) from None
+
+
+def arrow_rows(path: Path) -> Iterator[dict[str, object]]:
+    """Yields the rows of an Arrow file, a stream (as `datasets` writes it) or a file with a footer.
+
+    Raises:
+        UserError: it cannot be read to its end.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            yield from _rows(_arrow_batches(source))
+    except CONTAINERS_READING_ERRORS as error:
+        raise _unreadable_columns(path, "Arrow", error) from None
+
+
+def count_rows(path: Path) -> int | None:
+    """How many rows a Parquet or Arrow file has, without reading them; None for any other file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    kind = {".parquet": "Parquet", ".arrow": "Arrow"}.get(path.suffix.lower())
+    if kind is None:
+        return None
+    try:
+        if kind == "Parquet":
+            return pq.read_metadata(path).num_rows
+        with pa.memory_map(str(path)) as source:
+            return sum(map(len, _arrow_batches(source)))
+    except CONTAINERS_READING_ERRORS as error:
+        raise _unreadable_columns(path, kind, error) from None
+
+
+def _arrow_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+    if source.read(6) == b"ARROW1":
+        reader = pa.ipc.open_file(source)
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        source.seek(source.size() - min(source.size(), len(END_OF_STREAM)))
+        if source.read() != END_OF_STREAM:  # a cut between two batches looks whole to a reader of streams
+            raise ValueError("its end is missing")
+        source.seek(0)
+        yield from pa.ipc.open_stream(source)
+
+
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+ClassNames = Mapping[str, Sequence[str]]
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
+    """What the numbers of `datasets`' ClassLabel columns stand for, as it writes them beside a schema."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        named = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+        return {name: list(kind["names"]) for name, kind in named.items()}
+    except (KeyError, ValueError, TypeError, AttributeError):  # another program's
+        return {}
+
+
+def with_class_names(row: dict[str, object], names: ClassNames) -> dict[str, object]:
+    """The row with a class's name for its number."""
+    for column, words in names.items():
+        if isinstance(number := row.get(column), int):
+            row[column] = words[number] if 0 <= number < len(words) else None  # -1: no label, as `datasets` has it
+    return row
+
+
+def _rows_of(rows: int, size: int) -> int:
+    """How many rows of so many bytes in all are taken at once."""
+    return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * rows // max(1, size)))
+
+
+def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
+    for batch in batches:
+        names = _class_names(batch.schema.metadata)
+        batch.validate(full=True)  # offsets that lead out of a damaged file's memory would end the process
+        step = _rows_of(len(batch), batch.nbytes)
+        for start in range(0, len(batch), step):
+            yield from (with_class_names(row, names) for row in batch.slice(start, step).to_pylist())
+
+
+def _unreadable_columns(path: Path, kind: str, error: BaseException) -> UserError:
+    reason = one_line(str(error), LONGEST_REASON) or type(error).__name__
+    return UserError(f"{path}: cannot be read as {kind} ({reason}); fetch or write it again")
+
+
+LISTS = frozenset({"messages", "conversations", "texts", "turns", "images", "image", "answers", "subtitles"})
+OBJECTS = frozenset({"extra", "video"})
+"""Columns whose cells may hold JSON; any other cell is text as it stands."""
+DELIMITERS, TSV_DELIMITERS = ",;\t|", "\t,;|"
+
+
+def delimited_rows(path: Path) -> Iterator[dict[str, object]]:
+    """Yields the rows of a table; an empty cell is null where its column may hold JSON or an id.
+
+    Its delimiter is the one that parts the first line into most columns, its encoding what a byte order mark says, else
+    UTF-8, else Windows-1252, which a line in the log says.
+
+    Raises:
+        UserError: as `table_rows`, or JSON that cannot be read.
+    """
+    encoding = encoding_of(path, "samples")
+    _, first = next(text_lines(path, "samples", encoding), (1, ""))
+    marks = TSV_DELIMITERS if ending_of(path) == ".tsv" else DELIMITERS
+    delimiter = max(marks, key=re.sub('"[^"]*"', "", first).count)
+    for line, cells in table_rows(path, "samples", delimiter=delimiter, encoding=encoding):
+        yield {name: _value(name, cell, f"{path}, line {line}, column {name}") for name, cell in cells.items()}
+
+
+def _value(name: str, cell: str, where: str) -> object:
+    known = plain_name(name)
+    if known in LISTS or known in OBJECTS:
+        opening = "[" if known in LISTS else "{"
+        if cell.lstrip().startswith(opening):
+            return json_of(cell, where)
+        return cell or None
+    return None if known == "id" and not cell else cell
+
+
+def hub_files(name: str) -> tuple[Path, ...]:
+    """The Arrow files of a set's split, fetched where they are not there yet.
+
+    Args:
+        name: `OWNER/NAME` or `OWNER/NAME:SPLIT`; the split is `train` where none is named.
+
+    Raises:
+        UserError: whatever `datasets` says against it.
+    """
+    found: Any = _opened(name, streaming=False)
+    return tuple(Path(one["filename"]) for one in found.cache_files)
+
+
+def hub_stream(name: str) -> datasets.IterableDataset:
+    """A set's split, to be fetched while it is read; pictures stay bytes or paths. See `hub_files`.
+
+    Raises:
+        UserError: whatever `datasets` says against it.
+    """
+    return _opened(name, streaming=True).decode(False)
+
+
+def hub_rows(name: str, stream: datasets.IterableDataset) -> Iterator[dict[str, object]]:
+    """Yields the rows of a stream.
+
+    Raises:
+        UserError: whatever `datasets` says against it, such as a connection that breaks.
+    """
+    names = class_names(stream)
+    try:
+        yield from (with_class_names(row, names) for row in stream)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def class_names(stream: datasets.IterableDataset) -> ClassNames:
+    """What the numbers of a stream's ClassLabel columns stand for."""
+    import datasets
+
+    features = (stream.features or {}).items()
+    return {column: kind.names for column, kind in features if isinstance(kind, datasets.ClassLabel)}
+
+
+def _opened(name: str, *, streaming: bool) -> Any:
+    import datasets
+
+    repository, _, split = name.partition(":")
+    try:
+        return datasets.load_dataset(repository, split=split or "train", streaming=streaming)
+    except Exception as error:  # its loaders raise of every kind
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    return UserError(f"hub:{name}: cannot be read by `datasets`: {one_line(str(error), 300)}")
+
+
+HUB = "hub:"
+Progress = Callable[[int], object]
+Reader = Callable[[Path], Iterator[dict[str, object]]]
+
+
+READERS: Mapping[str, Reader] = {
+    ".csv": delimited_rows,
+    ".tsv": delimited_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
+    ".tar": webdataset_rows,
+}
+"""By a file's ending; any other is JSON."""
+NO_SAMPLES = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as CSV"),
+    **dict.fromkeys((".zip", ".gz", ".7z", ".rar", ".zst"), "unpack it first"),
+}
+"""Endings of files that people have, and what to do with such a one."""
+JSON_ENDINGS = (".json", ".jsonl")
+PACKED = (".csv", ".tsv", *JSON_ENDINGS)
+"""Endings of text, which may be packed with gzip."""
+
+
+def ending_of(path: Path) -> str:
+    """What a data file's name ends in; of `a.jsonl.gz` what it holds."""
+    inner = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else ""
+    return inner if inner in PACKED else path.suffix.lower()
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files that one entry of `data.train` stands for."""
+
+    name: str
+    files: tuple[Path, ...]
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it is a single file of JSON."""
+        return len(self.files) == 1 and ending_of(self.files[0]) not in READERS
+
+    def rows(self, progress: Progress | None = None) -> Iterator[dict[str, object]]:
+        """Yields the rows of all files in order.
+
+        Args:
+            progress: called with the number of bytes read.
+
+        Raises:
+            UserError: a file cannot be read, or not to its end; it names file and place.
+        """
+        for file in self.files:
+            reader = READERS.get(ending_of(file))
+            if reader is None:
+                yield from stream_records(file, progress=progress)
+                continue
+            yield from reader(file)
+            if progress is not None:
+                progress(file.stat().st_size)
+
+
+def find_files(path: Path) -> DataFiles:
+    """The files of a path: itself, the shards of one kind and split in a folder, or a set of the hub.
+
+    Raises:
+        UserError: nothing is there, or files of several kinds or splits.
+    """
+    if str(path).startswith(HUB):
+        return DataFiles(str(path), hub_files(str(path).removeprefix(HUB)))
+    if path.is_file():
+        if (do := NO_SAMPLES.get(ending_of(path))) is not None:
+            raise UserError(f"{path}: a {path.suffix} file is not read; {do}")
+        return DataFiles(str(path), (path,))
+    if not path.is_dir():
+        kinds = ", ".join([*JSON_ENDINGS, *READERS])
+        raise UserError(
+            f"{path}: no such file; give a file of samples ({kinds}), a folder of shards, or {HUB}OWNER/NAME"
+        )
+    return DataFiles(str(path), _shards(path))
+
+
+def _shards(folder: Path) -> tuple[Path, ...]:
+    endings = (*READERS, *JSON_ENDINGS)
+    found = of_the_set(
+        file
+        for file in sorted(folder.iterdir())
+        if ending_of(file) in endings and file.is_file() and file.name not in (*BESIDE_ARROW, "manifest.json")
+    )
+    kinds = sorted({ending_of(file) for file in found})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{folder}: files of several kinds ({', '.join(kinds)}); give one file, or a folder of one kind"
+        )
+    if not found:
+        below = sorted(each.name for each in folder.iterdir() if each.is_dir())[:5]
+        hint = f"; give one of its folders ({', '.join(below)})" if below else ""
+        raise UserError(f"{folder}: no file of samples in it ({', '.join(endings)}){hint}")
+    splits = by_split(folder, found)
+    if len(splits) > 1:
+        trained_on = next((files for name, files in splits.items() if meaning(name) == "train"), found)
+        raise UserError(
+            f"{folder}: files of several splits, {counted(splits)}; name the file that is meant, such as "
+            f"{trained_on[0].name}, in data.train also a list of files, or move each split to a folder of its own"
+        )
+    return tuple(found)

@@ -1,0 +1,308 @@
+"""The order of an epoch: global batches of one modality and of similar length, the same on every rank.
+
+A text-only sample is far shorter than one with a picture; in one batch they pad each other. Grouping is LLaVA's
+(arXiv 2310.03744; `llava_trainer.py`, about a quarter faster), without its dependence on the global random state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dora_vl.data.pictures import NOT_DECODED, HeldPictures, MediaFolder, opened_picture, path_inside
+from dora_vl.errors import BadSample
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class SamplingLengths(NamedTuple):
+    """What the sampler knows of each sample."""
+
+    lengths: Int[Tensor, " samples"]
+    is_multimodal: Bool[Tensor, " samples"]
+    pictures: Int[Tensor, " samples"]
+    """A number for each different list of pictures; samples with the same number can share their tokens."""
+
+
+def sampling_lengths(rows: datasets.Dataset, *, tokens_per_image: int, tokens_per_video: int = 0) -> SamplingLengths:
+    """Lengths of `record_table.load_table`'s rows: words of the text plus the tokens of its pictures and videos.
+
+    Words stand for tokens, as in LLaVA: near enough to sort by, and known without a tokenizer.
+    """
+    columns = rows.select_columns(["length", "is_multimodal", "images", "video"]).with_format("arrow")[:]
+    words, is_multimodal = (columns[name].to_numpy() for name in ("length", "is_multimodal"))
+    lengths = torch.tensor(words, dtype=torch.int64)
+    for name, tokens in (("images", tokens_per_image), ("video", tokens_per_video)):
+        named = columns[name].combine_chunks().value_lengths().to_numpy()
+        lengths = lengths + tokens * torch.tensor(named, dtype=torch.int64)
+    return SamplingLengths(lengths, torch.tensor(is_multimodal), _picture_numbers(columns["images"]))
+
+
+def _picture_numbers(images: pa.ChunkedArray) -> Int[Tensor, " samples"]:
+    from pyarrow import compute  # half a second, which readers of this module alone need not pay
+
+    joined = compute.call_function("binary_join", [images.combine_chunks(), "\0"])
+    return torch.tensor(joined.dictionary_encode().indices.to_numpy(), dtype=torch.int64)
+
+
+class ModalityLengthSampler(torch.utils.data.Sampler[int]):
+    """Indices of one epoch, a function of (seed, epoch) alone.
+
+    A global batch is `batch_size * world_size * accumulation` consecutive indices. Micro-batch k of an epoch goes to
+    rank `k % world_size` (accelerate's `BatchSamplerShard`), so inside a global batch, sorted from long to short,
+    the ranks of one micro-step get neighbours in length: little padding, little waiting. Samples are drawn
+    into global batches at random, the batches are shuffled, and what fills no global batch of its modality comes
+    last, pictures before text: only there can modalities meet, in at most one micro-batch.
+
+    With `pictures`, samples of the same pictures are drawn together instead of by length, for a collator that runs
+    what they share once; a global batch's border may part them.
+    """
+
+    def __init__(
+        self,
+        lengths: Int[Tensor, " samples"],
+        is_multimodal: Bool[Tensor, " samples"],
+        *,
+        pictures: Int[Tensor, " samples"] | None = None,
+        batch_size: int,
+        world_size: int,
+        accumulation: int,
+        seed: int,
+    ) -> None:
+        if min(batch_size, world_size, accumulation) < 1:
+            raise ValueError("batch_size, world_size and accumulation must be at least 1")
+        self._lengths = lengths
+        self._is_multimodal = is_multimodal
+        self._pictures = pictures
+        self._global_batch = batch_size * world_size * accumulation
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Every epoch has its own order; a resumed run sets the epoch and skips what it has seen."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(_generator_seed(self._seed, self._epoch))
+        full, rest = [], []
+        for modality in (self._is_multimodal, ~self._is_multimodal):
+            members = modality.nonzero().flatten()
+            drawn = self._together(members[torch.randperm(len(members), generator=generator)], generator)
+            cut = len(drawn) - len(drawn) % self._global_batch
+            full.append(self._long_to_short(drawn[:cut].view(-1, self._global_batch)))
+            rest.append(self._long_to_short(drawn[cut:].unsqueeze(0)).flatten())
+        batches = torch.cat(full)
+        batches = batches[torch.randperm(len(batches), generator=generator)]
+        return iter(torch.cat([batches.flatten(), *rest]).tolist())
+
+    def _together(self, drawn: Int[Tensor, " drawn"], generator: torch.Generator) -> Int[Tensor, " drawn"]:
+        """Samples of the same pictures one after another, the pictures in random order."""
+        if self._pictures is None:
+            return drawn
+        numbers, picture = self._pictures[drawn].unique(return_inverse=True)
+        return drawn[torch.randperm(len(numbers), generator=generator)[picture].argsort(stable=True)]
+
+    def _long_to_short(self, batches: Int[Tensor, "batches batch"]) -> Int[Tensor, "batches batch"]:
+        if self._pictures is not None:
+            return batches
+        order = self._lengths[batches].argsort(dim=1, descending=True, stable=True)
+        return batches.gather(1, order)
+
+
+def _generator_seed(seed: int, epoch: int) -> int:
+    """A hash, not a sum: seed 0 in epoch 1 is not seed 1 in epoch 0."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8], "little", signed=True)
+
+
+# Several tasks in one run: which of them each step is about, and which of its samples, the same on every rank.
+#
+# A step is about one task, whose batch is as large as the task asks for; its samples are dealt out to the ranks and to
+# the micro-batches that are accumulated, so a run with more ranks does the same steps. The order is a function of
+# (seed, epoch) alone. VL-Adapter's `roundrobin` is `proportional` here: each task's samples once an epoch, the tasks'
+# steps shuffled.
+
+
+Mixing = Literal["proportional", "balanced"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One task's share of a mixture.
+
+    Attributes:
+        items: its training items.
+        batch_size: items of one optimizer step, over all ranks and micro-batches.
+    """
+
+    name: str
+    items: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.items < 1 or self.batch_size < 1:
+            raise ValueError(f"{self.name}: {self.items} items in batches of {self.batch_size}")
+
+    @property
+    def steps(self) -> int:
+        """Steps that see each item once; the last may be smaller."""
+        return -(-self.items // self.batch_size)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank does in one micro-batch; `indices` may be empty where a small last batch does not reach."""
+
+    source: int
+    indices: tuple[int, ...]
+
+
+class MixturePlan:
+    """Every micro-batch of an epoch, by its number.
+
+    Micro-batch k belongs to step k // parts; accelerate gives it to rank k % ranks.
+
+    Args:
+        parts: micro-batches of one step over all ranks (ranks times accumulation).
+        mixing: `proportional`: each task's items once an epoch; `balanced`: as many steps in all, the same number for
+            every task, a small task's items several times.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, parts: int, mixing: Mixing, seed: int) -> None:
+        if not sources or parts < 1:
+            raise ValueError(f"{len(sources)} tasks in {parts} parts")
+        self.sources = tuple(sources)
+        self.parts = parts
+        self.seed = seed
+        proportional = [source.steps for source in sources]
+        equal = -(-sum(proportional) // len(sources))
+        self._steps_of = proportional if mixing == "proportional" else [equal] * len(sources)
+        self._epoch: int | None = None
+        self._tasks: list[int] = []
+        self._turns: list[int] = []
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return sum(self._steps_of) * self.parts
+
+    @property
+    def items(self) -> int:
+        """Items that an epoch reads, those of a small task that come several times included."""
+        return sum(_items_in(source, steps) for source, steps in zip(self.sources, self._steps_of, strict=True))
+
+    def part(self, number: int, *, epoch: int) -> Part:
+        """Micro-batch `number` of an epoch."""
+        self._plan(epoch)
+        step, part = divmod(number, self.parts)
+        task = self._tasks[step]
+        source = self.sources[task]
+        round_, turn = divmod(self._turns[step], source.steps)
+        order = self._order(epoch, task, round_)
+        items = order[turn * source.batch_size : (turn + 1) * source.batch_size]
+        first, last = (len(items) * edge // self.parts for edge in (part, part + 1))
+        return Part(task, tuple(items[first:last].tolist()))
+
+    def _plan(self, epoch: int) -> None:
+        if self._epoch == epoch:
+            return
+        tasks = [task for task, steps in enumerate(self._steps_of) for _ in range(steps)]
+        random.Random(f"{self.seed}/{epoch}/tasks").shuffle(tasks)
+        seen = [0] * len(self.sources)
+        turns = []
+        for task in tasks:
+            turns.append(seen[task])
+            seen[task] += 1
+        self._epoch, self._tasks, self._turns, self._orders = epoch, tasks, turns, {}
+
+    def _order(self, epoch: int, task: int, round_: int) -> np.ndarray:
+        key = (task, round_)
+        if key not in self._orders:
+            source = self.sources[task]
+            digest = hashlib.sha256(f"{self.seed}/{epoch}/{source.name}/{round_}".encode()).digest()
+            generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+            self._orders = {key_: order for key_, order in self._orders.items() if key_[0] != task}
+            self._orders[key] = generator.permutation(source.items)
+        return self._orders[key]
+
+
+def _items_in(source: Source, steps: int) -> int:
+    rounds, rest = divmod(steps, source.steps)
+    return rounds * source.items + min(rest * source.batch_size, source.items)
+
+
+# Which files a run trains on, and how often each; only the standard library, since settings are made of it.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFile:
+    """One of several training files."""
+
+    path: str
+    """A file, a folder of shards, or hub:OWNER/NAME."""
+    weight: float = 1.0
+    """How often an epoch sees each of its samples; 0.5: half of them, chosen by the seed; 2: each twice."""
+
+
+def train_files(given: str | Sequence[str | TrainFile]) -> tuple[TrainFile, ...]:
+    """What `data.train` names, one path or several files, as a list."""
+    listed = (given,) if isinstance(given, str) else given
+    return tuple(TrainFile(path=one) if isinstance(one, str) else one for one in listed)
+
+
+def train_name(given: str | Sequence[str | TrainFile]) -> str:
+    """The files' names, for messages."""
+    return ", ".join(file.path for file in train_files(given))
+
+
+# Which samples make the largest micro-batches: the longest by what is known, and those of the largest pictures.
+
+
+HEADERS = 1_000
+"""Rows whose pictures' sizes are read, less than a second's worth; of more, so many at even distances."""
+
+
+def longest_places(known: SamplingLengths, count: int, among: Bool[Tensor, " samples"] | None = None) -> list[int]:
+    """The places of the `count` longest samples, or of those of one kind."""
+    order = known.lengths.argsort(descending=True, stable=True)
+    kept = order if among is None else order[among[order]]
+    return kept[:count].tolist()
+
+
+def places_of_largest_pictures(
+    rows: datasets.Dataset, stored: HeldPictures, folder: MediaFolder, count: int
+) -> list[int]:
+    """The places of `count` rows whose pictures have the most pixels; nothing is decoded.
+
+    Args:
+        rows: of `record_table.load_table`.
+        stored: pictures that the file holds itself.
+        folder: root of the others' paths.
+    """
+    places = np.linspace(0, len(rows) - 1, min(len(rows), HEADERS)).astype(np.int64)
+    named = rows.select(places)["images"]
+    pixels = [sum(_pixels(name, stored, folder) for name in names) for names in named]
+    order = np.argsort(pixels, kind="stable")[::-1][:count]
+    return [int(places[one]) for one in order if pixels[one]]
+
+
+def _pixels(name: str, stored: HeldPictures, folder: MediaFolder) -> int:
+    """Those that a picture's header tells of; none of one that cannot be read."""
+    try:
+        source = io.BytesIO(stored.read(name)) if name in stored else path_inside(folder, name)
+        with opened_picture(source) as picture:
+            return picture.width * picture.height
+    except (BadSample, *NOT_DECODED):
+        return 0

@@ -1,0 +1,475 @@
+"""Frames of a video file as pictures, whatever the file does to its decoder.
+
+`read_frames` decodes in this process. `VideoReader` has a process of its own do it, because decoders hang, crash and
+leak on files from the wild: a file that takes too long or takes the decoder with it is one `BadSample`, and the next
+file is read by a fresh process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from dora_vl.data.example import Clip
+from dora_vl.data.pictures import VIDEO_MEMORY, VIDEO_SECONDS, MediaFolder, path_inside
+from dora_vl.data.video_backends import (
+    BACKENDS,
+    BackendMissing,
+    OverLimit,
+    Unreadable,
+    import_backend,
+    open_video,
+    refuse_size,
+)
+from dora_vl.data.video_containers import NotWhole, NoVideoFormat, check_whole_video
+from dora_vl.errors import BadSample, UserError
+
+# Which moments of a video are looked at: n of them, one every so often, or the ones named. Pure arithmetic.
+
+
+VALUE_PERIOD_SECONDS = 1.5
+"""The VALUE benchmark's video features: ffmpeg's `fps=1/1.5`."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """`frames` moments, each in the middle of an equal part of the clip; fewer where the clip has fewer frames."""
+
+    frames: int
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise UserError(f"a video needs at least 1 frame, got {self.frames}")
+
+
+@dataclass(frozen=True)
+class EverySeconds:
+    """One moment a period, in its middle: the frames that ffmpeg's filter `fps=1/period` keeps.
+
+    Attributes:
+        period: in seconds; 0.5 is two frames a second.
+        least: a clip too short for so many is cut into that many equal parts.
+        most: so is a clip too long for that many; None takes all.
+    """
+
+    period: float = VALUE_PERIOD_SECONDS
+    least: int = 2
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.period > 0:
+            raise UserError(f"the time between two frames must be more than 0 s, got {self.period}")
+        if self.least < 1 or (self.most is not None and self.most < self.least):
+            raise UserError(f"at least {self.least} and at most {self.most} frames cannot both hold")
+
+
+@dataclass(frozen=True)
+class AtSeconds:
+    """The frames shown at these moments, in seconds from the video's first frame."""
+
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.seconds:
+            raise UserError("no moment is named, so there is no frame to read")
+
+
+Sampling: TypeAlias = Uniform | EverySeconds | AtSeconds
+
+
+def moments(sampling: Sampling, *, start: float, end: float) -> list[float]:
+    """The moments to look at, in seconds, in order; all lie between `start` and `end`.
+
+    Raises:
+        ValueError: a named moment lies outside; it says which.
+    """
+    if isinstance(sampling, AtSeconds):
+        outside = [seconds for seconds in sampling.seconds if not start <= seconds <= end]
+        if outside:
+            raise ValueError(f"there is nothing at {outside[0]:.2f} s; it can be read from {start:.2f} to {end:.2f} s")
+        return sorted(sampling.seconds)
+    if isinstance(sampling, Uniform):
+        return _middles(start, end, sampling.frames)
+    count = round((end - start) / sampling.period)
+    most = count if sampling.most is None else sampling.most
+    if not sampling.least <= count <= most:
+        return _middles(start, end, max(sampling.least, min(count, most)))
+    return [start + (number + 0.5) * sampling.period for number in range(count)]
+
+
+def _middles(start: float, end: float, parts: int) -> list[float]:
+    return [start + (number + 0.5) * (end - start) / parts for number in range(parts)]
+
+
+def clip_span(path: str, start: float | None, end: float | None, *, duration: float) -> tuple[float, float]:
+    """The part of a video that a clip means: its own times, as far as the video goes.
+
+    Raises:
+        BadSample: nothing of it is in the video.
+    """
+    first, last = max(0.0, start or 0.0), duration if end is None else min(end, duration)
+    if first >= last and not (start is None and end is None):
+        stated = f"{first:.2f} to {'its end' if end is None else f'{end:.2f} s'}"
+        raise BadSample(path, f"video {path} lasts {duration:.2f} s; it has no part from {stated}")
+    return first, last
+
+
+# What is wanted of a video file, and its frames as they come from a decoder, in whatever process that runs.
+
+
+READY = "ready"
+"""What a decoding process answers when it has its library, before the first frame."""
+Kept = TypeVar("Kept")
+
+
+@dataclass(frozen=True)
+class Frames(Generic[Kept]):
+    """Frames in the order they are shown.
+
+    Attributes:
+        pictures: RGB pictures, or what was made of each.
+        indices: each one's place among all frames of the file.
+        seconds: when each begins, from the file's first frame.
+        backend: which library decoded them.
+        duration: of the file, in seconds.
+        count: of all frames of the file.
+        span: the part of the file that was meant, in seconds from its first frame.
+    """
+
+    pictures: tuple[Kept, ...]
+    indices: tuple[int, ...]
+    seconds: tuple[float, ...]
+    backend: str
+    duration: float
+    count: int = 0
+    span: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One frame on its way from a decoder."""
+
+    backend: str
+    index: int
+    seconds: float
+    pixels: UInt8[np.ndarray, "height width 3"]
+    duration: float
+    count: int
+    span: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of one file."""
+
+    path: str
+    clip: Clip
+    sampling: Sampling
+
+
+def clip_path(root: Path | MediaFolder, clip: Clip) -> Path:
+    """The clip's file, inside `root`, there, of a format that is read, and not cut off.
+
+    Raises:
+        BadSample: it is none of these.
+    """
+    path = path_inside(root, clip.path, kind="video")
+    try:
+        check_whole_video(path)
+    except FileNotFoundError:
+        raise BadSample(clip.path, f"video {clip.path} is missing in {root}") from None
+    except NoVideoFormat as error:
+        raise BadSample(clip.path, f"video {clip.path} {error}") from None
+    except NotWhole as error:
+        raise BadSample(clip.path, f"video {clip.path} {error}; copy it again") from None
+    except OSError as error:
+        raise BadSample(clip.path, f"video {clip.path} cannot be read: {error.strerror or error}") from None
+    return path
+
+
+def decode(request: Request, backend: str) -> Iterator[Decoded]:
+    """The wanted frames of one file, one at a time.
+
+    Raises:
+        BackendMissing, Unreadable: the backend cannot; another one might.
+        BadSample: the file has no such part, or is over a limit, whoever reads it.
+    """
+    try:
+        yield from _decode(request, backend)
+    except OverLimit as error:
+        raise BadSample(request.clip.path, f"video {request.clip.path} {error}") from None
+    except NotWhole as error:
+        again = "copy it again, or remux a recording that ended so (ffmpeg -i FILE -c copy FILE.mp4)"
+        raise BadSample(request.clip.path, f"video {request.clip.path} {error}; {again}") from None
+
+
+def _decode(request: Request, backend: str) -> Iterator[Decoded]:
+    clip = request.clip
+    with open_video(backend, request.path) as video:
+        start, end = clip_span(clip.path, clip.start_seconds, clip.end_seconds, duration=video.duration)
+        try:
+            wanted = moments(request.sampling, start=start, end=end)
+        except ValueError as error:
+            raise BadSample(clip.path, f"video {clip.path}: {error}") from None
+        indices = video.locate(wanted)
+        for index, (seconds, pixels) in zip(indices, video.frames(indices), strict=True):
+            refuse_size(pixels.shape[1], pixels.shape[0])
+            yield Decoded(backend, index, seconds, pixels, video.duration, video.count, (start, end))
+
+
+def no_backend_reads(clip: Clip, reasons: Mapping[str, Exception]) -> UserError:
+    """What to raise when every backend has given its reason: the file's fault, or that none is installed."""
+    told = "; ".join(f"{backend}: {error}" for backend, error in reasons.items())
+    if all(isinstance(error, BackendMissing) for error in reasons.values()):
+        return UserError(
+            f"no library that decodes videos can be used: {told}. Install one: pip install 'dora-vl[video]'"
+        )
+    return BadSample(clip.path, f"video {clip.path} cannot be read: {told}")
+
+
+def gathered(frames: Iterable[Decoded], prepare: Callable[[Image.Image], Kept]) -> Frames[Kept]:
+    """The frames together, each turned into what is kept of it as it comes."""
+    kept: list[Kept] = []
+    taken: list[tuple[int, float]] = []
+    last: Decoded | None = None
+    for frame in frames:
+        kept.append(prepare(Image.fromarray(frame.pixels)))
+        taken.append((frame.index, frame.seconds))
+        last = frame
+    if last is None:  # every sampling has a moment, and every moment a frame
+        raise Unreadable("it gave no frame")
+    return Frames(
+        pictures=tuple(kept),
+        indices=tuple(index for index, _ in taken),
+        seconds=tuple(seconds for _, seconds in taken),
+        backend=last.backend,
+        duration=last.duration,
+        count=last.count,
+        span=last.span,
+    )
+
+
+log = logging.getLogger(__name__)
+
+START_SECONDS = 300.0  # for the process and its library: torch alone takes a minute on a busy machine
+
+
+def read_frames(
+    root: Path | MediaFolder, clip: Clip, sampling: Sampling, *, backends: Sequence[str] = tuple(BACKENDS)
+) -> Frames[Image.Image]:
+    """Decodes in this process: for files that are known to be sound. `VideoReader` is for all others.
+
+    Raises:
+        BadSample: no backend can read the file, or it has no such part; each backend's reason is named.
+        UserError: no backend is installed.
+    """
+    request = Request(str(clip_path(root, clip)), clip, sampling)
+    reasons: dict[str, Exception] = {}
+    for backend in backends:
+        try:
+            return gathered(decode(request, backend), lambda picture: picture)
+        except (BackendMissing, Unreadable) as error:
+            reasons[backend] = error
+    raise no_backend_reads(clip, reasons)
+
+
+class VideoReader:
+    """Reads videos in a process of its own, which is replaced when it hangs or dies. Use it from one thread.
+
+    It can be sent to data workers; each starts its own process, at its first file.
+
+    Args:
+        backends: which libraries to try, in this order.
+        limit_seconds: longest time for one file in one backend; then the process is killed and the file given up.
+    """
+
+    def __init__(self, *, backends: Sequence[str] = tuple(BACKENDS), limit_seconds: float = VIDEO_SECONDS) -> None:
+        unknown = [name for name in backends if name not in BACKENDS]
+        if unknown or not backends:
+            raise UserError(f"video backends {list(backends)}: there are {', '.join(BACKENDS)}")
+        self._backends = tuple(backends)
+        self._limit = limit_seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._missing: dict[str, Exception] = {}
+
+    def read(self, root: Path | MediaFolder, clip: Clip, sampling: Sampling) -> Frames[Image.Image]:
+        """The frames as RGB pictures; see `read_prepared`."""
+        return self.read_prepared(root, clip, sampling, lambda picture: picture)
+
+    def read_prepared(
+        self,
+        root: Path | MediaFolder,
+        clip: Clip,
+        sampling: Sampling,
+        prepare: Callable[[Image.Image], Kept],
+    ) -> Frames[Kept]:
+        """The frames, each turned into something smaller as it comes, so that a long clip need not fit in memory.
+
+        Args:
+            root: the folder that the clip's path is relative to.
+            clip: the file, or a part of it.
+            sampling: which frames.
+            prepare: what is kept of each frame.
+
+        Raises:
+            BadSample: no backend can read the file in time, or it has no such part.
+            UserError: no backend is installed.
+        """
+        request = Request(str(clip_path(root, clip)), clip, sampling)
+        reasons: dict[str, Exception] = dict(self._missing)
+        for backend in self._backends:
+            if backend in self._missing:
+                continue
+            try:
+                return gathered(self._ask(request, backend), prepare)
+            except BackendMissing as error:
+                log.info("videos are read without %s: %s", backend, error)
+                reasons[backend] = self._missing[backend] = error
+            except Unreadable as error:
+                reasons[backend] = error
+            except TimeoutError:
+                raise BadSample(
+                    clip.path, f"video {clip.path} was not read within {self._limit:g} s ({backend}); it is left out"
+                ) from None
+        raise no_backend_reads(clip, reasons)
+
+    def _ask(self, request: Request, backend: str) -> Iterator[Decoded]:
+        """The frames as they come; the clock starts when the process has the backend's library."""
+        connection = self._connected()
+        deadline = time.monotonic() + START_SECONDS
+        finished = False
+        try:
+            connection.send((request, backend, self._limit))
+            while not finished:
+                if not connection.poll(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError
+                answer = connection.recv()
+                finished = answer is None or isinstance(answer, Exception)
+                if isinstance(answer, Exception):
+                    raise answer
+                if answer == READY:
+                    deadline = time.monotonic() + self._limit
+                elif answer is not None:
+                    yield answer
+        except TimeoutError:
+            raise
+        except (EOFError, OSError):
+            raise Unreadable(self._last_words()) from None
+        finally:
+            if not finished:  # what is still in the pipe belongs to this file
+                self.close()
+
+    def _connected(self) -> Connection:
+        if self._process is None or self._process.poll() is not None or self._connection is None:
+            self.close()
+            self._connection, theirs = Pipe()
+            command = [sys.executable, "-m", "dora_vl.data.video", str(theirs.fileno())]
+            packages = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # FFmpeg writes a line for every damaged block
+                env={**os.environ, "PYTHONPATH": packages},
+            )
+            theirs.close()
+        return self._connection
+
+    def _last_words(self) -> str:
+        """Why the process died, as far as its exit status tells; it is replaced at the next file."""
+        if self._process is None:
+            return "the decoder's process is gone"
+        try:
+            status = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "the decoder's process no longer answers"
+        return f"the decoder crashed (signal {-status})" if status < 0 else f"the decoder ended with status {status}"
+
+    def close(self) -> None:
+        """Ends the process; the next file starts another."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = self._connection = None
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self.__dict__.get("_process") is not None:
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": None, "_connection": None}
+
+
+# The process behind `VideoReader`: decodes one file after the other and sends the frames back.
+#
+# Started as `python -m dora_vl.data.video FD`; the descriptor is one end of a pipe. It ends with its parent, and
+# by itself when a file takes too long, even where the decoder's C code hangs and the parent is gone.
+
+
+SPARE_SECONDS = 5.0  # the parent's own clock comes first
+STATM = Path("/proc/self/statm")  # its sixth number: pages of data (proc(5))
+
+
+def serve(connection: Connection) -> None:
+    """Answers requests until the other end is closed."""
+    while True:
+        try:
+            request, backend, seconds = connection.recv()
+        except EOFError:
+            return
+        try:
+            import_backend(backend)
+            connection.send(READY)
+            limit_memory(VIDEO_MEMORY)
+            signal.setitimer(signal.ITIMER_REAL, seconds + SPARE_SECONDS)  # its default action ends the process
+            for frame in decode(request, backend):
+                connection.send(frame)
+            answer = None
+        except (BackendMissing, Unreadable, BadSample) as error:
+            answer = error
+        except MemoryError:
+            answer = Unreadable(f"it takes more than {VIDEO_MEMORY / 2**30:.0f} GiB to decode")
+        connection.send(answer)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def limit_memory(more: int) -> None:
+    """Lets this process take so many bytes more than it has; only where the system tells how many that are."""
+    try:
+        pages = int(STATM.read_text(encoding="ascii").split()[5])
+    except (OSError, ValueError, IndexError):
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+if __name__ == "__main__":
+    try:
+        serve(Connection(int(sys.argv[1])))
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,507 @@
+"""Opens a model of any kind, ready to be asked; what a kind needs is imported for it alone."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from dora_vl.adapters import files
+from dora_vl.adapters.adapter import content_hash, local_folder
+from dora_vl.adapters.base_weights import BaseWeights, replaced_by, shared_tensors, skeleton
+from dora_vl.adapters.folder import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, load_adapter, no_adapter
+from dora_vl.adapters.gguf import LANGUAGE_PREFIX, MODEL_FILE, VISION_FILE, vision_names
+from dora_vl.adapters.merge import NOT_COPIED, WEIGHT_SUFFIXES
+from dora_vl.adapters.settings import check_peft_fields
+from dora_vl.backbones.base import Attention, Backbone
+from dora_vl.backbones.families import NOT_TRAINED, model_type_of
+from dora_vl.backbones.loading import read_language_model
+from dora_vl.backbones.prompt_table import TEMPLATES
+from dora_vl.backbones.prompts import FORMATS
+from dora_vl.core.strength import whole_model_between
+from dora_vl.errors import UserError, shown
+from dora_vl.evaluation.asker import Opened, Wanted
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.predictions import file_sha256
+from dora_vl.evaluation.prompt_inputs import Prompts
+from dora_vl.files import HUB_ID
+from dora_vl.training.adapting import CAUSAL_LM, IMAGE_TEXT, LLAVA, VLBART, load_base
+from dora_vl.training.recipe import ModelConfig
+
+# Which model is asked: an adapter folder or a model's folder read and checked, before any weight is loaded.
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ENTRIES: Mapping[str, tuple[str, ...]] = {
+    LLAVA: ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens"),
+    IMAGE_TEXT: ("base", "revision", "base_sha256", "dtype", "max_tokens"),
+    CAUSAL_LM: ("base", "revision", "base_sha256", "prompt", "train_on", "dtype", "max_tokens"),
+    VLBART: ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings"),
+}
+"""What `recipe.json` must say so that a model of each kind can be asked."""
+ENCODERS = frozenset({*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES})
+"""Types that transformers also calls causal language models, where their decoder is asked for alone."""
+OWN_TEMPLATE = "tokenizer"
+"""The name of a language model's own chat template."""
+DTYPES = ("bfloat16", "float16", "float32")
+FLASH = "flash_attention_2"
+KERNELS = ("sdpa", "eager", FLASH)
+"""Of attention; transformers fetches others from the hub and runs them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that can be opened.
+
+    Attributes:
+        kind: of the backbone, as `run.adapting` and `recipe.json` call it.
+        place: folder or hub id of the base, or of the model itself.
+        recipe: the adapter's; empty where no training run of ours wrote one.
+        dtype: of the weights.
+        attention: as the adapter was trained with it; None: transformers' choice.
+    """
+
+    kind: str
+    place: str
+    wanted: Wanted
+    revision: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    attention: Attention = None
+
+
+def find_source(wanted: Wanted) -> ModelSource:
+    """What is to be opened.
+
+    Raises:
+        UserError: no such folder or hub id, an incomplete one, a base that is another than the one trained on, or a
+            kind of model that cannot be asked.
+    """
+    if (wanted.adapter is None) == (wanted.model is None):
+        raise UserError("give --adapter DIR, or --model FOLDER for a model without an adapter, one of the two")
+    if wanted.adapter is None:
+        source = _model(wanted, str(wanted.model))
+    elif "base" in (recipe := read_recipe(wanted.adapter)):
+        source = _of_run(wanted, wanted.adapter, recipe)
+    else:
+        source = _of_peft(wanted, wanted.adapter)
+    if wanted.template is not None:
+        _check_template(wanted.template, source)
+    return source
+
+
+def _check_template(template: str, source: ModelSource) -> None:
+    """Refuses a prompt format where the model has its own, or of a name that there is not."""
+    if source.recipe:
+        raise UserError(
+            f"--template {shown(template)}: {source.wanted.adapter} says how its model is asked; leave it out"
+        )
+    if source.kind == IMAGE_TEXT and template in FORMATS:
+        return
+    if source.kind == IMAGE_TEXT:
+        raise UserError(f"--template {shown(template)}: {source.place} is asked by its own chat template; leave it out")
+    if template not in TEMPLATES and template != OWN_TEMPLATE:
+        raise UserError(f"--template {shown(template)}: there are {', '.join(TEMPLATES)} and {OWN_TEMPLATE}")
+
+
+def _model(wanted: Wanted, model: str) -> ModelSource:
+    if wanted.base is not None or wanted.with_base or wanted.any_base:
+        raise UserError("--base, --any-base and --compare-base are about an adapter; --model names the model itself")
+    if not Path(model).is_dir() and (model.startswith((".", "/")) or not HUB_ID.fullmatch(model)):
+        raise UserError(f"--model {shown(model)}: no such folder, and no hub id")
+    if (Path(model) / WEIGHTS_FILE).is_file() and not (Path(model) / "config.json").is_file():
+        raise UserError(f"--model {model} is an adapter folder; ask it with --adapter {model}")
+    kind = kind_of_base(model)
+    if kind == VLBART:
+        raise UserError(f"--model {model} is a VL-BART: its tasks and features stand in an adapter's recipe.json alone")
+    return ModelSource(kind=kind, place=model, wanted=wanted, dtype=_stated_dtype(model, None))
+
+
+def _of_run(wanted: Wanted, adapter: Path, recipe: Mapping[str, Any]) -> ModelSource:
+    place = find_base(wanted.base or recipe["base"], adapter)
+    revision = None if wanted.base else recipe.get("revision")
+    kind = str(recipe["backbone"]) if "backbone" in recipe else kind_of_base(place, revision)  # none in older folders
+    if kind not in ENTRIES:
+        raise UserError(f"{adapter / RECIPE_FILE}: backbone is {shown(kind)}; there are {', '.join(ENTRIES)}")
+    missing = [name for name in ENTRIES[kind] if name not in recipe]
+    if missing:
+        raise UserError(f"{adapter / RECIPE_FILE} lacks {', '.join(missing)}; it was not written by a training run")
+    if not wanted.any_base:
+        check_base(recipe, place, adapter)
+    return ModelSource(
+        kind=kind,
+        place=place,
+        wanted=wanted,
+        revision=revision,
+        recipe=recipe,
+        dtype=str(recipe["dtype"]),
+        attention=_attention(recipe.get("attn_implementation"), adapter),
+    )
+
+
+def _attention(stated: object, adapter: Path) -> Attention:
+    """What a recipe states; transformers' choice where it is for another machine than this one.
+
+    Raises:
+        UserError: it states something else than `KERNELS`.
+    """
+    kernels = [*stated.values()] if isinstance(stated, dict) else [stated]
+    if stated is not None and not all(kernel in KERNELS for kernel in kernels):
+        raise UserError(
+            f"{adapter / RECIPE_FILE}: attn_implementation is {shown(stated)}; there are {', '.join(KERNELS)}"
+        )
+    if FLASH in kernels and not torch.cuda.is_available():
+        return None
+    return cast(Attention, stated)
+
+
+def _of_peft(wanted: Wanted, adapter: Path) -> ModelSource:
+    """An adapter folder of PEFT's own two files, or one that was converted: its base says what it is."""
+    config = files.read_peft_config(adapter)
+    check_peft_fields(str(adapter), config)
+    stated = config.get("base_model_name_or_path")
+    if not wanted.base and not (isinstance(stated, str) and stated):
+        raise UserError(f"{adapter / CONFIG_FILE} does not say which base it was trained on; add --base FOLDER")
+    place = find_base(wanted.base or str(stated), adapter)
+    revision = None if wanted.base else config.get("revision")
+    kind = kind_of_base(place, revision)
+    if kind == VLBART:
+        raise UserError(f"{adapter} is a VL-BART's without tasks and features; ask the folder that training wrote")
+    return ModelSource(kind=kind, place=place, wanted=wanted, revision=revision, dtype=_stated_dtype(place, revision))
+
+
+def kind_of_base(place: str, revision: str | None = None) -> str:
+    """Which kind of backbone a model is, by its config alone.
+
+    Raises:
+        UserError: none that can be asked; it names the type and what can.
+    """
+    model_type = model_type_of(place, revision)
+    if model_type in (LLAVA, VLBART):
+        return model_type
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type not in NOT_TRAINED:
+        return IMAGE_TEXT
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in (*NOT_TRAINED, *ENCODERS):
+        return CAUSAL_LM
+    reasons = {**dict.fromkeys(ENCODERS, "it has an encoder, which reads a text as a whole"), **NOT_TRAINED}
+    reason = reasons.get(model_type, "transformers knows it as no image-text-to-text and no causal language model")
+    raise UserError(
+        f"{place} is a {model_type!r}, which cannot be asked here: {reason}; take a model that answers chats, such as "
+        "qwen2_5_vl, smolvlm, internvl, gemma3, llava or llama"
+    )
+
+
+def _stated_dtype(place: str, revision: str | None) -> str:
+    """The number type that a model's config states; else float32."""
+    config: Any = PreTrainedConfig.get_config_dict(place, revision=revision or "main")[0]
+    stated = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    return stated if stated in DTYPES else "float32"
+
+
+def read_recipe(adapter: Path) -> Mapping[str, Any]:
+    """The adapter's recipe; empty where the folder has none, as PEFT's.
+
+    Raises:
+        UserError: no such folder, or it is incomplete.
+    """
+    if not adapter.is_dir():
+        raise UserError(f"{adapter} is not a folder; give the adapter folder of a run, such as runs/demo/adapter")
+    if not (adapter / WEIGHTS_FILE).is_file():
+        raise no_adapter(adapter)
+    return files.read_recipe(adapter)
+
+
+def find_base(base: str, adapter: Path) -> str:
+    """The base as a path, tried as given and under the repository; else as a hub id.
+
+    Raises:
+        UserError: no such folder, and the name cannot be a hub id; it lists the places.
+    """
+    places = [Path(base), REPOSITORY / base]
+    for place in places:
+        if place.is_dir():
+            return str(place)
+    if HUB_ID.fullmatch(base):
+        return base
+    looked = " and ".join(dict.fromkeys(str(place.resolve()) for place in places))
+    raise UserError(
+        f"{adapter} was trained on {base}, which is not at {looked}; say where it is now with --base FOLDER"
+    )
+
+
+def check_base(recipe: Mapping[str, Any], base: str, adapter: Path) -> None:
+    """Refuses a base whose weights or config are not those the adapter was trained on.
+
+    Raises:
+        UserError: it is another one; both hashes are named.
+    """
+    try:
+        found = content_hash(local_folder(base, recipe.get("revision")))
+    except OSError:
+        return  # a hub id that is not in the cache yet; loading it says what is wrong, or fetches that revision
+    if found != recipe["base_sha256"]:
+        raise UserError(
+            f"{adapter} was trained on a base with sha256 {recipe['base_sha256'][:12]}…, {base} has {found[:12]}…; "
+            "name the right one with --base FOLDER, or add --any-base to try it all the same"
+        )
+
+
+def hashes(source: ModelSource) -> Mapping[str, str]:
+    """What tells the answers of an opened model from others': of the base's content, and of the adapter."""
+    wanted, recipe = source.wanted, source.recipe
+    known = recipe.get("base_sha256") if not wanted.any_base else None
+    base = str(known) if known else content_hash(local_folder(source.place, source.revision))
+    own = {} if wanted.adapter is None else {"adapter": file_sha256(wanted.adapter / WEIGHTS_FILE)}
+    return {**own, "base": base}
+
+
+AnyBackbone = TypeVar("AnyBackbone", bound=Backbone[Any])
+LONGEST_ANSWERED = 1 << 20
+"""Tokens of a prompt with an answer behind it, where no run said how many: none is cut."""
+
+
+def open_asker(wanted: Wanted) -> Opened:
+    """The model that is wanted, on the GPU where there is one.
+
+    Raises:
+        UserError: as `find_source`; or its weights, processor or tokenizer cannot be used.
+    """
+    return open_source(find_source(wanted))
+
+
+def open_source(source: ModelSource) -> Opened:
+    """The model of a source, quietly; see `open_asker`."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if source.kind == VLBART:
+        from dora_vl.evaluation.vlbart_assistant import open_vlbart
+
+        return open_vlbart(source)
+    parts = decoder_parts(source)
+    return _opened(source, parts.load(), parts.prompts)
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """How a decoder of a source is opened; what may be refused before its weights are read was refused.
+
+    Attributes:
+        load: reads the weights.
+        prompts: what makes the inputs of a backbone that was loaded so.
+    """
+
+    load: Callable[[], Backbone[Any]]
+    prompts: Callable[[Any], Prompts]
+
+
+def decoder_parts(source: ModelSource) -> DecoderParts:
+    """How the decoder of a source is opened.
+
+    Raises:
+        UserError: it is no decoder, or its processor or tokenizer cannot be used.
+    """
+    if source.kind not in DECODERS:
+        raise UserError(f"{source.place} is a {source.kind}, which answers no chat; there are {', '.join(DECODERS)}")
+    return DECODERS[source.kind](source)
+
+
+def _llava_parts(source: ModelSource) -> DecoderParts:
+    from dora_vl.backbones.loading import load_tokenizer
+    from dora_vl.backbones.prompts import get_template
+    from dora_vl.evaluation.prompt_inputs import LlavaPrompts
+    from dora_vl.training.assembly import build_encoder, image_preparation, load_backbone
+
+    model = _model_config(source)
+    get_template(model.template, load_tokenizer(source.place, revision=source.revision))  # refused before the weights
+    preparation = image_preparation(model)
+
+    def prompts(backbone: Any) -> Prompts:
+        return LlavaPrompts(build_encoder(model, backbone, max_tokens=_max_tokens(source)), preparation)
+
+    return DecoderParts(lambda: load_backbone(model, cached_features=False), prompts)
+
+
+def _image_text_parts(source: ModelSource) -> DecoderParts:
+    from dora_vl.backbones.image_text import load_image_text
+    from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
+    from dora_vl.training.assembly import processor_encoder
+
+    model = _model_config(source)
+    encoder = processor_encoder(model, max_tokens=_max_tokens(source))  # before the weights: it may refuse
+    return DecoderParts(lambda: load_base(load_image_text, model), lambda _: ImageTextPrompts(encoder))
+
+
+def _causal_lm_parts(source: ModelSource) -> DecoderParts:
+    from dora_vl.backbones.causal_lm import load_causal_lm
+
+    prompts = _language_prompts(source)
+    return DecoderParts(lambda: load_base(load_causal_lm, _model_config(source)), lambda _: prompts)
+
+
+def _language_prompts(source: ModelSource) -> Prompts:
+    """A run's instruction prompt, or a chat by a template."""
+    from dora_vl.backbones.encode import LlavaEncoder
+    from dora_vl.backbones.loading import load_tokenizer
+    from dora_vl.backbones.prompt_table import InstructionEncoder
+    from dora_vl.backbones.prompts import get_template
+    from dora_vl.evaluation.prompt_inputs import ChatPrompts, InstructionPrompts
+
+    tokenizer, most = load_tokenizer(source.place, revision=source.revision), _max_tokens(source)
+    if source.recipe:
+        prompt, train_on = source.recipe["prompt"], source.recipe["train_on"]
+        return InstructionPrompts(InstructionEncoder(tokenizer, prompt=prompt, train_on=train_on, max_tokens=most))
+    template = get_template(source.wanted.template or "tokenizer", tokenizer)
+    return ChatPrompts(LlavaEncoder(tokenizer, template, tokens_per_image=0, image_token_id=-1, max_tokens=most))
+
+
+DECODERS: Mapping[str, Callable[[ModelSource], DecoderParts]] = {
+    LLAVA: _llava_parts,
+    IMAGE_TEXT: _image_text_parts,
+    CAUSAL_LM: _causal_lm_parts,
+}
+
+
+def _model_config(source: ModelSource) -> ModelConfig:
+    template: Any = source.recipe.get("template") or source.wanted.template or ModelConfig.template
+    dtype: Any = source.dtype
+    attention: Any = source.attention
+    return ModelConfig(
+        base=source.place,
+        revision=source.revision,
+        template=template,
+        image_aspect=source.recipe.get("image_aspect") or "pad",
+        dtype=dtype,
+        attn_implementation=attention,
+        quantisation=source.recipe.get("quantisation"),
+    )
+
+
+def _max_tokens(source: ModelSource) -> int:
+    return int(source.recipe.get("max_tokens", LONGEST_ANSWERED))
+
+
+def _opened(source: ModelSource, backbone: Backbone[Any], prompts: Callable[[Any], Prompts]) -> Opened:
+    wanted = source.wanted
+    adapted, plain = with_adapter(backbone, wanted.adapter, with_base=wanted.with_base, strength=wanted.strength)
+    said = prompts(adapted)
+    return Opened(
+        adapted=Assistant(adapted, said),
+        base=None if plain is None else Assistant(plain, said),
+    )
+
+
+def with_adapter(
+    backbone: AnyBackbone, adapter: Path | None, *, with_base: bool = False, strength: float = 1.0
+) -> tuple[AnyBackbone, AnyBackbone | None]:
+    """The backbone with the adapter loaded, and one without it where that is asked for, ready to answer.
+
+    Args:
+        strength: how much of the adapter is applied; at 0 the two are one.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if adapter is None:
+        return backbone.to(device).eval(), None
+    needs_base = with_base or strength != 1
+    plain = without_adapter(backbone, adapter).to(device).eval() if needs_base else None
+    load_adapter(backbone.model, adapter, change_base=not needs_base)  # the two share the frozen weights
+    adapted = backbone.to(device).eval()
+    if plain is not None and strength == 0:
+        adapted = plain
+    elif plain is not None and strength != 1:
+        whole_model_between(plain.model, adapted.model, strength)
+    return adapted, plain if with_base else None
+
+
+def without_adapter(backbone: AnyBackbone, adapter: Path) -> AnyBackbone:
+    """A second backbone that shares every weight but those the adapter folder replaces (such as the projector).
+
+    Call it before the adapter is loaded.
+    """
+    return copy.deepcopy(backbone, shared_tensors(backbone.model, replaced_by(adapter)))
+
+
+# An exported GGUF read back as a plain model folder, so that it can be asked like any other.
+#
+# The language model comes through transformers' own reader of the format, its configuration too; the tower and the
+# projector by gguf's table of names. Tokenizer and picture preparation are the base's.
+
+
+def folder_of_gguf(exported: Path, base_folder: Path, target: Path) -> Path:
+    """Writes what the files of an export hold as a model folder in float32.
+
+    Raises:
+        UserError: transformers cannot read the language model, or a tensor is missing.
+    """
+    language = read_language_model(str(exported), gguf_file=MODEL_FILE, dtype=torch.float32)
+    with BaseWeights(base_folder) as base:
+        shell = skeleton(base.config)
+        config = copy.deepcopy(shell.config)
+        weights = dict(language.weights)
+        if config.model_type == "llava":
+            weights = {
+                LANGUAGE_PREFIX + name.removeprefix("model.") if name.startswith("model.") else name: value
+                for name, value in weights.items()
+            }
+            weights |= _vision(exported / VISION_FILE, base, config)
+            text = config.text_config.to_dict() | language.config.to_dict()
+            config.text_config = type(config.text_config).from_dict(text)
+            config.tie_word_embeddings = language.config.tie_word_embeddings
+        else:
+            config = type(config).from_dict(config.to_dict() | language.config.to_dict())
+    config.architectures = shell.config.architectures
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        model = type(shell)(config)
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights[_embedding(config)]
+    expected = {name: value.shape for name, value in model.state_dict().items() if name not in weights}
+    unread = {name: torch.zeros(shape) for name, shape in expected.items() if not _is_run(name, config)}
+    model.load_state_dict(weights | unread, strict=True, assign=True)
+    model.tie_weights()
+    model.save_pretrained(target)
+    for path in sorted(base_folder.iterdir()):
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in {"config.json", *NOT_COPIED}:
+            shutil.copyfile(path, target / path.name)
+    return target
+
+
+def _embedding(config: Any) -> str:
+    prefix = LANGUAGE_PREFIX if config.model_type == "llava" else "model."
+    return f"{prefix}embed_tokens.weight"
+
+
+def _is_run(name: str, config: Any) -> bool:
+    """Whether a LLaVA's answers depend on a tensor; what they do not, an mmproj file leaves out."""
+    if config.model_type != "llava" or not name.startswith("model.vision_tower."):
+        return True
+    hub = {name: name.replace("model.vision_tower.", "vision_tower.vision_model.", 1)}
+    return bool(vision_names(hub, config))
+
+
+def _vision(file: Path, base: BaseWeights, config: Any) -> dict[str, Tensor]:
+    """The tower's and the projector's tensors by the model's own names."""
+    import gguf
+
+    keys = {one.name: base.hub_keys.get(one.key, one.key) for one in base.tensors.values()}
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    found: dict[str, Tensor] = {}
+    for name, own in vision_names(keys, config).items():
+        if own not in held:
+            raise UserError(f"{file} lacks {own}")
+        values = gguf.quants.dequantize(held[own].data, held[own].tensor_type)
+        found[name] = torch.from_numpy(values.copy()).float().view(base.tensors[name].shape)
+    return found

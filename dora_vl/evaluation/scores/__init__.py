@@ -1,0 +1,1 @@
+"""Official scores: one function a benchmark."""

@@ -1,0 +1,397 @@
+"""Caption metrics: CIDEr, BLEU, ROUGE-L and METEOR, times 100, as COCO's and VALUE's official code gives them.
+
+CIDEr, ROUGE-L and METEOR are pycocoevalcap's (equal to the official Python 2 code to 1e-13); BLEU is counted here, so
+that a bootstrap can add the counts up, and agrees with it to rounding. METEOR needs Java; without it it is left out.
+
+- Captions belong together by `extra["clip_id"]` (TVC, YC2C) or `extra["image_id"]` (COCO), else by the example's id:
+  all answers of a clip's examples are its references, and it has one prediction, the first. (The loaders of VL-Adapter
+  flatten the captions, so its training log compares each with one reference; those numbers are not these.)
+- `value` replaces every character outside ASCII by a space and rounds to two decimals, as VALUE's server does; `coco`
+  does neither. The server needs the references' order; here the ids match.
+- CIDEr takes its document frequencies from the references given: on a part of a split it is another number than on the
+  whole, and with one clip it is 0. An interval keeps the whole set's frequencies.
+- METEOR is a statistic of the whole set; its interval moves it in proportion to the mean over the drawn clips.
+- A clip without a prediction counts as an empty caption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from dora_vl.data.example import Example
+from dora_vl.errors import UserError
+from dora_vl.evaluation.scores import prompts
+from dora_vl.evaluation.scores.benchmark import Benchmark, ByKey, Key, Submission, json_lines, published_id
+from dora_vl.evaluation.scores.prompts import Prompt
+from dora_vl.evaluation.scores.scored import PERCENT, Formula, Numbers, Ratio, Scored, Sums, Tally
+
+# Captions as the words that caption metrics count.
+#
+# With Java, the tokenizer is the official one: Stanford's PTBTokenizer (CoreNLP 3.4.1) through pycocoevalcap, lower
+# case, most punctuation dropped. Its quirks stay: brackets survive as "-lrb-" and the like (they are dropped in
+# capitals only), "!!" and "?!" survive, "£" becomes "#", "€" becomes "$", "½" becomes "1/2", some tokens hold a
+# no-break space.
+#
+# Without Java, `fallback_tokens` does the same for ordinary captions; on odd ones it differs, so that scores are
+# comparable with each other only. The settings say which one it was.
+#
+# A line break inside a caption (CR, CRLF, VT, FF, NEL, U+2028, U+2029...) shifts every later caption of the official
+# tokenizer by one: `one_line` removes them first.
+
+
+Tokenizer = Literal["ptb", "fallback"]
+
+DROPPED = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"})
+"""The official list; its bracket names are in capitals and never met."""
+
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_SYMBOLS = str.maketrans(
+    {
+        "£": "#",
+        "€": "$",
+        "½": "1/2",
+        "¼": "1/4",
+        "¾": "3/4",
+        "’": "'",
+        "‘": "`",
+        "“": '"',
+        "”": '"',
+        "–": "--",
+        "—": "--",
+    }
+)
+_CLITICS = re.compile(r"(?<=[a-z])(n't|'(?:s|m|d|re|ve|ll))(?![a-z])")
+_SPLIT_WORDS = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "lemme": "lem me"}
+_TOKEN = re.compile(
+    r"(?:[a-z]\.){2,}"  # abbreviations: u.s.
+    r"|\d+(?:[.,:/]\d+)+"  # 3.5, 1,000, 10:30, 1/2
+    r"|n't|'(?:s|m|d|re|ve|ll)\b"
+    r"|[^\W_]+(?:[-'&_/][^\W_]+)*"  # words, with hyphens or strokes inside
+    r"|[!?]{2,}|\.{3}|--+"
+    r"|\S"
+)
+
+
+def tokenizer_here() -> Tokenizer:
+    """The official tokenizer where there is a Java to run it."""
+    return "ptb" if shutil.which("java") else "fallback"
+
+
+def one_line(caption: str) -> str:
+    """The caption without line breaks of any kind, single spaces in their place."""
+    return " ".join(caption.splitlines()).replace("\x00", " ")
+
+
+def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> dict[str, list[str]]:
+    """Every caption as its words with a space between them.
+
+    Args:
+        captions: the captions of each clip.
+
+    Raises:
+        UserError: pycocoevalcap or Java is not there.
+    """
+    clean = {clip: [one_line(caption) for caption in several] for clip, several in captions.items()}
+    if tokenizer == "fallback":
+        return {clip: [" ".join(fallback_tokens(caption)) for caption in several] for clip, several in clean.items()}
+    return _official(clean)
+
+
+def fallback_tokens(caption: str) -> list[str]:
+    """The words of one caption by rules that follow the Penn Treebank's, without Java."""
+    text = _CLITICS.sub(r" \1", one_line(caption).translate(_SYMBOLS).lower())
+    found = (match.group() for match in _TOKEN.finditer(text))
+    tokens = [_BRACKETS.get(token, token) for token in found]
+    words = [word for token in tokens for word in _SPLIT_WORDS.get(token, token).split()]
+    return [word for word in words if word not in DROPPED and word != '"']
+
+
+def _official(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    try:
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    except ModuleNotFoundError as error:
+        raise UserError("caption metrics need pycocoevalcap: pip install 'dora-vl[caption]'") from error
+    if shutil.which("java") is None:
+        raise UserError("the official caption tokenizer needs Java (8 or later); the fallback tokenizer needs none")
+    # Its own tokenizer loses a caption that is empty, and with it the count of lines: keep a word in its place.
+    standing = {
+        clip: [{"caption": caption.strip() or "."} for caption in several] for clip, several in captions.items()
+    }
+    try:
+        words = PTBTokenizer().tokenize(standing)  # it writes a file into its own folder
+    except OSError as error:
+        raise UserError(
+            f"the official caption tokenizer cannot run ({error}); the fallback tokenizer needs no Java"
+        ) from error
+    lost = [clip for clip, several in standing.items() if len(words.get(clip, ())) != len(several)]
+    if lost:
+        raise UserError(f"Java's tokenizer lost captions of {len(lost)} clips, first {lost[0]}; see what it said above")
+    return words
+
+
+log = logging.getLogger(__name__)
+
+Style = Literal["coco", "value"]
+ORDERS = (1, 2, 3, 4)
+VALUE_DECIMALS = 2
+_ALMOST_ZERO, _SMALL = 1e-15, 1e-9  # the official code's guards against division by zero
+
+
+@dataclass(frozen=True)
+class Bleu:
+    """Corpus BLEU of one order, brevity against the reference of the closest length."""
+
+    order: int
+    decimals: int | None = None
+
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        """The score of each draw; every draw has clips."""
+        product = np.ones_like(sums["words"])
+        for order in ORDERS[: self.order]:
+            product = product * (sums[f"matched {order}"] + _ALMOST_ZERO) / (sums[f"said {order}"] + _SMALL)
+        ratio = (sums["words"] + _ALMOST_ZERO) / (sums["reference words"] + _SMALL)
+        brevity = np.where(ratio < 1, np.exp(np.minimum(0.0, 1 - 1 / ratio)), 1.0)
+        return _rounded(PERCENT * product ** (1 / self.order) * brevity, self.decimals)
+
+
+@dataclass(frozen=True)
+class Meteor:
+    """The whole set's METEOR, moved in proportion to the mean of the drawn clips' own."""
+
+    whole: float
+    mean: float
+    decimals: int | None = None
+
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        """The score of each draw; every draw has clips."""
+        moved = sums["meteor"] / sums["clips"] / self.mean if self.mean else np.ones_like(sums["clips"])
+        return _rounded(PERCENT * self.whole * moved, self.decimals)
+
+
+@dataclass
+class _Clip:
+    references: list[str] = field(default_factory=list)
+    prediction: str | None = None
+
+
+def score(
+    examples: Sequence[Example],
+    answers: Mapping[str, str],
+    *,
+    style: Style = "coco",
+    tokenizer: Tokenizer | None = None,
+    with_meteor: bool | None = None,
+) -> Scored:
+    """Every caption metric over the clips.
+
+    Args:
+        tokenizer: None takes the official one where Java is, else the fallback.
+        with_meteor: None computes it where the official tokenizer is used.
+
+    Raises:
+        UserError: pycocoevalcap is missing, or a clip has no reference.
+    """
+    tokenizer = tokenizer or tokenizer_here()
+    clips = _clips(examples, answers)
+    text = _ascii if style == "value" else str
+    references = tokenized({clip: [text(one) for one in it.references] for clip, it in clips.items()}, tokenizer)
+    predictions = tokenized({clip: [text(it.prediction or "")] for clip, it in clips.items()}, tokenizer)
+    cider, rouge = _cider_and_rouge(references, predictions)
+    meteor = None
+    if with_meteor or (with_meteor is None and tokenizer == "ptb"):
+        meteor = _meteor(references, predictions)
+    tally = Tally()
+    for place, (clip, it) in enumerate(clips.items()):
+        columns = {"clips": 1.0, "cider": cider[place], "rouge": rouge[place]}
+        columns |= bleu_counts(predictions[clip][0], references[clip])
+        columns |= {"meteor": meteor[1][place]} if meteor else {}
+        tally.add(clip, PERCENT * cider[place], columns, failed=it.prediction is None)
+    decimals = VALUE_DECIMALS if style == "value" else None
+    formulas: dict[str, Formula] = {"CIDEr": Ratio("cider", "clips", decimals=decimals)}
+    formulas |= {f"BLEU-{order}": Bleu(order, decimals) for order in ORDERS}
+    formulas["ROUGE-L"] = Ratio("rouge", "clips", decimals=decimals)
+    if meteor:
+        formulas["METEOR"] = Meteor(meteor[0], float(np.mean(meteor[1])), decimals)
+    return tally.scored(formulas, settings={"style": style, "tokenizer": _TOKENIZER_NAMES[tokenizer]})
+
+
+_TOKENIZER_NAMES: Mapping[Tokenizer, str] = {
+    "ptb": "PTBTokenizer (CoreNLP 3.4.1)",
+    "fallback": "fallback without Java; compare only with scores made by it",
+}
+
+
+def score_value(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """TVC and YC2C as VALUE's server scores them."""
+    return score(examples, answers, style="value")
+
+
+def check_scoring(examples: Sequence[Example]) -> None:
+    """Tells what `score` would miss, without starting its Java programs.
+
+    Raises:
+        UserError: as `score`.
+    """
+    _clips(examples, {})
+    _scorers()
+
+
+def clip_of(example: Example) -> str:
+    """What an example's captions belong to."""
+    return str(example.extra.get("clip_id", example.extra.get("image_id", example.id)))
+
+
+def bleu_counts(prediction: str, references: Sequence[str]) -> dict[str, float]:
+    """One caption's n-grams, those of them that a reference has (clipped), and lengths in words."""
+    words, others = prediction.split(), [reference.split() for reference in references]
+    closest = min((abs(len(other) - len(words)), len(other)) for other in others)[1]
+    counts = {"words": float(len(words)), "reference words": float(closest)}
+    for order in ORDERS:
+        most: Counter[tuple[str, ...]] = Counter()
+        for other in others:
+            most |= _ngrams(other, order)
+        said = _ngrams(words, order)
+        counts |= {f"said {order}": float(said.total()), f"matched {order}": float((said & most).total())}
+    return counts
+
+
+def _ngrams(words: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[start : start + order]) for start in range(len(words) - order + 1))
+
+
+def _clips(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, _Clip]:
+    clips: dict[str, _Clip] = {}
+    predictions = _predictions(examples, answers)
+    for example in examples:
+        clip = clips.setdefault(clip_of(example), _Clip(prediction=predictions[clip_of(example)]))
+        clip.references += [answer.text for answer in example.answers]
+    without = [name for name, clip in clips.items() if not clip.references]
+    if without:
+        raise UserError(
+            f"{len(without)} clips have no reference caption, first {without[0]}; they cannot be scored here"
+        )
+    return clips
+
+
+def _predictions(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, str | None]:
+    """The first answer of each clip's examples, None where none has one: what is scored and what is uploaded."""
+    predictions: dict[str, str | None] = {}
+    for example in examples:
+        clip = clip_of(example)
+        if predictions.get(clip) is None:
+            predictions[clip] = answers.get(example.id)
+    return predictions
+
+
+def _ascii(caption: str) -> str:
+    return "".join(character if character.isascii() else " " for character in caption)
+
+
+def _scorers() -> tuple[Any, Any]:
+    """CIDEr and ROUGE-L of pycocoevalcap."""
+    try:
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ModuleNotFoundError as error:
+        raise UserError("caption metrics need pycocoevalcap: pip install 'dora-vl[caption]'") from error
+    return Cider(), Rouge()
+
+
+def _cider_and_rouge(
+    references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
+) -> tuple[list[float], list[float]]:
+    cider, rouge = _scorers()
+    return (
+        list(cider.compute_score(references, predictions)[1]),
+        list(rouge.compute_score(references, predictions)[1]),
+    )
+
+
+def _meteor(
+    references: Mapping[str, list[str]], predictions: Mapping[str, list[str]]
+) -> tuple[float, list[float]] | None:
+    """The whole set's and each clip's; a Java process runs meanwhile. None, and a warning, where that fails."""
+    from pycocoevalcap.meteor.meteor import Meteor as Official
+
+    separator = "|||"  # of its protocol
+    safe = {clip: [one.replace(separator, "") for one in several] for clip, several in references.items()}
+    official = Official()
+    try:
+        whole, each = official.compute_score(safe, predictions)
+    except (OSError, ValueError) as error:
+        official.lock.release()  # it holds its lock, and its end would wait for it
+        stdin = official.meteor_p.stdin
+        if stdin is not None:
+            with contextlib.suppress(OSError):
+                stdin.close()
+        log.warning("METEOR is left out: its Java program failed (%s); it needs 2 GB of memory", error)
+        return None
+    return whole, each
+
+
+def _rounded(values: Numbers, decimals: int | None) -> Numbers:
+    return values if decimals is None else np.round(values, decimals)
+
+
+def coco_caption(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """COCO's caption server: a caption for each image."""
+    predictions = _predictions(examples, answers)
+    rows = [{"image_id": published_id(image), "caption": text or ""} for image, text in predictions.items()]
+    return "captions_results.json", json.dumps(rows, ensure_ascii=False)
+
+
+def tvc(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """VALUE: one caption for each clip, in the references' order."""
+    return "tvc_test_predictions.jsonl", _described(examples, answers)
+
+
+def yc2c(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """VALUE: one caption for each clip, in the references' order; the video's name is `video_id` there."""
+    return "yc2c_test_predictions.jsonl", _described(examples, answers, video_name="video_id")
+
+
+def _described(examples: Sequence[Example], answers: Mapping[str, str], video_name: str = "vid_name") -> str:
+    rows: dict[str, dict[str, object]] = {}
+    predictions = _predictions(examples, answers)
+    for example in examples:
+        clip = clip_of(example)
+        if clip not in rows:
+            extra = example.extra
+            row: dict[str, object] = {video_name: extra.get("vid_name", ""), "clip_id": published_id(clip)}
+            row |= {"ts": extra["ts"]} if "ts" in extra else {}
+            rows[clip] = {**row, "descs": [{"desc": predictions[clip] or ""}]}
+    return json_lines(list(rows.values()))
+
+
+def _own_clip(example: Example) -> Key:
+    clip = example.extra.get("clip_id", example.extra.get("image_id"))
+    return None if clip is None else str(clip)
+
+
+def _benchmark(style: Style, prompt: Prompt, submission: Submission, splits: tuple[str, ...]) -> Benchmark:
+    other: Style = "coco" if style == "value" else "value"
+    return Benchmark(
+        modes={style: partial(score, style=style), other: partial(score, style=other)},
+        prompt=prompt,
+        splits=splits,
+        submission=submission,
+        together=clip_of,
+        shares_answers=True,
+        joins=(ByKey("clip_id or image_id", lambda row: row.id, _own_clip),),
+    )
+
+
+COCO = _benchmark("coco", prompts.caption, coco_caption, ("test", "validation"))
+TVC = _benchmark("value", prompts.caption_of_video, tvc, ("validation", "test"))
+YC2C = _benchmark("value", prompts.caption_of_video, yc2c, ("validation", "test"))

@@ -1,0 +1,617 @@
+"""LLaVA-Bench (in the wild): what an external judge is asked, and the score from its reviews.
+
+LLaVA had GPT-4-0314 at temperature 0.2 compare each answer with a reference answer (GPT-4's own, from a description of
+the picture in words): the first line of a review holds two numbers, the reference's score and the model's. The
+benchmark's number is 100 times the mean of the model's over the mean of the reference's, for each category and over
+all. No judge is called here.
+
+Reads `question`, `answers[0]` (the reference answer), `extra["category"]` (conv, detail, complex) and
+`extra["context"]` (the picture's description).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from string import ascii_uppercase
+from typing import Literal
+
+from dora_vl.data.example import Example
+from dora_vl.errors import UserError, number_of, shown
+from dora_vl.evaluation.scores.benchmark import (
+    LONG_ANSWER_TOKENS,
+    REPEATED,
+    AnswerRow,
+    Benchmark,
+    ByKey,
+    ByOrder,
+    Key,
+    correct_index,
+    json_lines,
+    letters,
+    only,
+    picture_stem,
+    plain,
+    question_in,
+    right_answer,
+)
+from dora_vl.evaluation.scores.prompts import LETTER, LETTER_CN, SHORT, YES_OR_NO, Prompt, letter, lettered, short
+from dora_vl.evaluation.scores.scored import (
+    ACCURACY,
+    Formula,
+    Mean,
+    Ratio,
+    Scored,
+    Tally,
+    Total,
+    by_kind,
+    kind_columns,
+    unit_of,
+)
+
+REFERENCE, MODEL = "Assistant 1", "Assistant 2"
+
+
+def judge_requests(
+    examples: Sequence[Example], answers: Mapping[str, str], rules: Mapping[str, str] | None = None
+) -> list[dict[str, str]]:
+    """One request for each question: its id, category and the text to put to the judge.
+
+    Args:
+        rules: category -> the instruction that ends the text (`prompt` of `llava_bench_<category>` in LLaVA's
+            rule.json); without them that part is left to the judge's system prompt.
+    """
+    requests = []
+    for example in examples:
+        category = str(example.extra.get("category", ""))
+        parts = [
+            ("Context", str(example.extra.get("context", ""))),
+            ("Question", example.question),
+            (REFERENCE, example.answers[0].text if example.answers else ""),
+            (MODEL, answers.get(example.id, "")),
+        ]
+        text = "\n\n".join(f"[{title}]\n{body}" + _end(title) for title, body in parts)
+        if rules and category in rules:
+            text += f"\n\n[System]\n{rules[category]}\n\n"
+        requests.append({"id": example.id, "category": category, "text": text})
+    return requests
+
+
+def _end(title: str) -> str:
+    return f"\n\n[End of {title}]" if title in {REFERENCE, MODEL} else ""
+
+
+def scores_of(review: str) -> tuple[float, float]:
+    """The reference's and the model's score in a review's first line, separated by a space or a comma.
+
+    Raises:
+        UserError: there are not two numbers.
+    """
+    first, *_ = review.strip().split("\n", maxsplit=1)
+    words = first.replace(",", " ").split()
+    try:
+        reference, model = map(float, words)
+    except ValueError:
+        raise UserError(f"a review must begin with two numbers, found {first[:60]!r}") from None
+    return reference, model
+
+
+def score_reviews(examples: Sequence[Example], reviews: Mapping[str, str]) -> Scored:
+    """100 times model over reference, over all and by category; both scores' means come with it (from 1 to 10).
+
+    Raises:
+        UserError: a question has no review, or one without two numbers.
+    """
+    tally, categories = Tally(), []
+    for example in examples:
+        if example.id not in reviews:
+            raise UserError(f"LLaVA-Bench question {example.id} has no review; ask the judge again")
+        reference, model = scores_of(reviews[example.id])
+        category = str(example.extra.get("category", "all"))
+        categories.append(category)
+        columns = {"reference": reference, "model": model, "asked": 1.0}
+        columns |= {f"reference {category}": reference, f"model {category}": model}
+        tally.add(example.id, model / reference if reference else 0.0, columns, unit=unit_of(example))
+    formulas: dict[str, Formula] = {"relative score": Ratio("model", "reference")}
+    formulas |= {f"category/{one}": Ratio(f"model {one}", f"reference {one}") for one in sorted(set(categories))}
+    formulas |= {f"mean/{one}": Ratio(one, "asked", scale=1.0) for one in ("model", "reference")}
+    return tally.scored(formulas, settings={"judge": "external"})
+
+
+def llava_bench_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """One request to the judge a line."""
+    return "llava_bench_judge.jsonl", json_lines(judge_requests(examples, answers))
+
+
+LLAVA_BENCH = Benchmark(modes={}, max_new_tokens=LONG_ANSWER_TOKENS, submission=llava_bench_submission)
+
+
+# MMBench and MMBench-CN: circular evaluation, all rotations of a question must be answered rightly.
+#
+# Rotations of one question share their `extra["index"]` modulo 1,000,000. An answer's letter is read out by the rules
+# of an evaluation tool, of which there were several; two are here, and the one used is in the settings:
+#
+# - `opencompass_2023` (an older script in OpenCompass, of LLaVA-1.5's days; VLMEvalKit's of that time read other
+#   letters, so its numbers are not these): letters A to E whatever the choices; first a letter standing alone as a
+#   word (not
+# where
+#   "A" is among more than three words: it may be an article), then with one of eleven decorations such as "A." or
+#   "(A)"; exactly one letter must fit.
+# - `2025` (VLMEvalKit today): marks .()[],:;!*#{} become spaces; the one letter of the question's choices among the
+#   words counts if it is one of the last four; four phrases of refusal, and a word "Z", are Z, which is never right.
+#   Answers
+#   longer than twice all choices together are not searched for a choice's text.
+#
+# In both, an answer without such a letter counts for the one choice whose text is in it, letter case aside. Where
+# neither gives a letter the tool asks GPT, or with `exact_matching` gives Z; here it is wrong, as with
+# `exact_matching`. The server's numbers, made with GPT, can only be higher.
+
+
+Matcher = Literal["opencompass_2023", "2025"]
+ROTATION = 1_000_000
+NO_CHOICE = "Z"
+
+_LETTERS_2023 = "ABCDE"
+_DECORATIONS_2023 = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
+_MARKS_2025 = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_REFUSALS_2025 = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_LAST_WORDS_2025 = 4
+_NO_ANSWER = "Failed to obtain answer via API"
+
+
+def chosen(answer: str, choices: Mapping[str, str], matcher: Matcher) -> str | None:
+    """The letter an answer gives, or None.
+
+    Args:
+        choices: letter -> text.
+    """
+    letter = _letter_2023(answer) if matcher == "opencompass_2023" else _letter_2025(answer, choices)
+    if letter is not None:
+        return letter
+    length = sum(map(len, choices.values()))
+    if matcher == "2025" and len(answer) > 2 * length:
+        return None
+    said = answer.lower()
+    return _only([letter for letter, text in choices.items() if text.lower() in said])
+
+
+def mmbench_score(examples: Sequence[Example], answers: Mapping[str, str], *, matcher: Matcher = "2025") -> Scored:
+    """Circular accuracy over questions, by `l2_category` and `category`; and `vanilla`, over single rotations.
+
+    Raises:
+        UserError: an example has no whole number as `extra["index"]`.
+    """
+    groups: defaultdict[int, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[question_of(example)].append(example)
+    tally, coarse, fine = Tally(), [], []
+    for question, rotations in groups.items():
+        hits = [_is_right(one, answers, matcher) for one in rotations]
+        first = min(rotations, key=lambda one: one.extra["index"])
+        wide, narrow = (str(first.extra.get(name, "")) for name in ("l2_category", "category"))
+        coarse += [wide] if wide else []
+        fine += [narrow] if narrow else []
+        for one, hit in zip(rotations, hits, strict=True):
+            whole = kind_columns(float(all(hits)), *(kind for kind in {wide, narrow} if kind)) if one is first else {}
+            columns = {**whole, "rotation right": float(hit), "rotations": 1.0}
+            tally.add(one.id, float(hit), columns, unit=str(question), failed=one.id not in answers)
+    vanilla = Ratio("rotation right", "rotations")
+    formulas = {"accuracy": ACCURACY, "vanilla": vanilla, **by_kind("l2", coarse), **by_kind("category", fine)}
+    return tally.scored(formulas, settings={"matcher": matcher, "without a letter": "wrong (exact_matching)"})
+
+
+def question_of(example: Example) -> int:
+    """What all rotations of one question share.
+
+    Raises:
+        UserError: the example has no whole number as `extra["index"]`.
+    """
+    index = example.extra.get("index")
+    if not isinstance(index, int):
+        raise UserError(f"MMBench example {shown(example.id)} has extra.index {shown(index)}; it needs the row's index")
+    return index % ROTATION
+
+
+def _is_right(example: Example, answers: Mapping[str, str], matcher: Matcher) -> bool:
+    if example.id not in answers:
+        return False
+    choices = dict(zip(ascii_uppercase, example.choices, strict=False))
+    return chosen(answers[example.id], choices, matcher) == ascii_uppercase[correct_index(example)]
+
+
+def _letter_2023(answer: str) -> str | None:
+    if _NO_ANSWER in answer:
+        return None
+    words = answer.split()
+    alone = _only([letter for letter in _LETTERS_2023 if letter in words])
+    if alone and not ("A" in words and len(words) > 3):
+        return alone
+    for decoration in _DECORATIONS_2023:
+        found = _only([letter for letter in _LETTERS_2023 if decoration.format(letter) in words])
+        if found:
+            return found
+    return None
+
+
+def _letter_2025(answer: str, letters: Collection[str]) -> str | None:
+    if _NO_ANSWER in answer:
+        return None
+    if any(refusal in answer for refusal in _REFUSALS_2025):
+        return NO_CHOICE
+    words = answer.translate(_MARKS_2025).split()
+    found = [letter for letter in letters if letter in words]
+    if len(found) == 1:
+        return found[0] if words.index(found[0]) >= len(words) - _LAST_WORDS_2025 else None
+    return NO_CHOICE if not found and NO_CHOICE in words else None
+
+
+def _only(found: Sequence[str]) -> str | None:
+    return found[0] if len(found) == 1 else None
+
+
+def letter_cn(example: Example) -> str:
+    """MMBench-CN's question."""
+    return f"{lettered(example)}\n{LETTER_CN}"
+
+
+def mmbench_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """The columns as tab-separated text; a spreadsheet program saves it as the .xlsx that the server takes."""
+    widest = max(len(example.choices) for example in examples)
+    letters = ascii_uppercase[:widest]
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+    writer.writerow(["index", "question", *letters, "hint", "category", "prediction"])
+    for example in examples:
+        choices = [*example.choices, *[""] * (widest - len(example.choices))]
+        extra = [str(example.extra.get(name) or "") for name in ("hint", "category")]
+        index = example.extra.get("index", example.id)
+        writer.writerow([index, example.question, *choices, *extra, answers.get(example.id, "")])
+    return "mmbench.tsv", stream.getvalue()
+
+
+def _benchmark(prompt: Prompt) -> Benchmark:
+    return Benchmark(
+        modes={"2025": mmbench_score, "opencompass_2023": partial(mmbench_score, matcher="opencompass_2023")},
+        prompt=prompt,
+        max_new_tokens=LONG_ANSWER_TOKENS,
+        splits=("validation", "test"),
+        submission=mmbench_submission,
+        chooses=True,
+        together=question_of,
+    )
+
+
+MMBENCH = _benchmark(letter)
+CHINESE = _benchmark(letter_cn)
+
+
+# MME as its calculation.py gives it: in each subtask accuracy + accuracy+ (both questions of a picture right).
+#
+# Quirks kept in `said`: the answer is lower-cased, not stripped; "yes", then "no", is looked for in its first four
+# characters. So "know" is no, "unknown" is neither, "eyes" is yes. The script pairs questions by their position; here
+# by picture, and a picture that has not exactly two questions is refused. A missing answer is wrong.
+#
+# Perception (ten subtasks, at most 2,000) is the headline, cognition (four, at most 800) the second; neither is in
+# percent. Reads `answers[0]` (Yes or No), `images[0]` and `extra["category"]`, the subtask.
+
+
+PERCEPTION = (
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+PREFIX_CHARACTERS = 4
+
+
+def said(answer: str) -> Literal["yes", "no", "other"]:
+    """How the script reads an answer."""
+    beginning = answer.lower()[:PREFIX_CHARACTERS]
+    if "yes" in beginning:
+        return "yes"
+    return "no" if "no" in beginning else "other"
+
+
+def mme_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """Perception, cognition and every subtask's score from 0 to 200.
+
+    Raises:
+        UserError: a picture of a subtask has not two questions.
+    """
+    right = {one.id: one.id in answers and said(answers[one.id]) == right_answer(one).lower() for one in examples}
+    pictures = Counter(picture_of(one) for one in examples)
+    both = Counter(picture_of(one) for one in examples if right[one.id])
+    odd = [name for name, count in pictures.items() if count != 2]
+    if odd:
+        raise UserError(f"MME picture {odd[0][1]} of {odd[0][0]} has {pictures[odd[0]]} questions, not two")
+    tally = Tally()
+    for example in examples:
+        task, picture = picture_of(example)
+        columns = {f"right {task}": float(right[example.id]), f"asked {task}": 1.0}
+        columns |= {f"both {task}": (both[task, picture] == 2) / 2, f"pictures {task}": 0.5}
+        failed = example.id not in answers
+        tally.add(example.id, float(right[example.id]), columns, unit=f"{task}\n{picture}", failed=failed)
+    return tally.scored(_mme_formulas({task for task, _ in pictures}))
+
+
+def picture_of(example: Example) -> tuple[str, str]:
+    """Its subtask and its picture, which both of a picture's questions share.
+
+    Raises:
+        UserError: it has not one picture.
+    """
+    if len(example.images) != 1:
+        raise UserError(f"MME example {example.id} names {len(example.images)} pictures; it needs one")
+    return str(example.extra.get("category", "")), example.images[0]
+
+
+def _mme_formulas(found: set[str]) -> dict[str, Formula]:
+    """The two sums over the subtasks that are there, then the subtasks."""
+    tasks: dict[str, Formula] = {
+        task: Total((Ratio(f"right {task}", f"asked {task}"), Ratio(f"both {task}", f"pictures {task}")))
+        for task in [
+            *(one for one in (*PERCEPTION, *COGNITION) if one in found),
+            *sorted(found - {*PERCEPTION, *COGNITION}),
+        ]
+    }
+    sums: dict[str, Formula] = {}
+    for name, members in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        there = tuple(tasks[task] for task in members if task in tasks)
+        if there:
+            sums[name] = Total(there)
+    return {**sums, **tasks}
+
+
+def mme_prompt(example: Example) -> str:
+    """LLaVA's wording: the own "Please answer yes or no." gives way to LLaVA's suffix."""
+    return f"{example.question.replace(YES_OR_NO, '').strip()}\n{SHORT}"
+
+
+def _row_key(row: AnswerRow) -> Key:
+    path, question = REPEATED.sub("", row.id), question_in(row.prompt)
+    return (path.partition("/")[0], picture_stem(path), question) if question else None
+
+
+def _example_key(example: Example) -> Key:
+    if not example.images:
+        return None
+    return str(example.extra.get("category")), picture_stem(example.images[0]), plain(example.question)
+
+
+MME = Benchmark(
+    modes=only(mme_score),
+    prompt=mme_prompt,
+    together=picture_of,
+    joins=(ByKey("subtask, picture and question", _row_key, _example_key),),
+)
+
+
+# MM-Vet: the file its grader takes, and its score from the grades an external judge gave.
+#
+# Judged by GPT-4 with a few-shot prompt, each answer from 0 to 1 in steps of 0.1; the online grader takes one JSON
+# object `{"v1_0": answer, ...}`. No judge is called here. `score_grades` averages the grades, times 100, over all and
+# over
+# the questions of each capability (rec, ocr, know, gen, spat, math; `extra["capability"]`, a question may need
+# several).
+
+
+def judge_file(examples: Sequence[Example], answers: Mapping[str, str]) -> dict[str, str]:
+    """What the grader takes: answers by the publisher's ids, "v1_7" for LLaVA's 7; a missing one is empty."""
+    names = {
+        example.id: f"v1_{example.id}" if number_of(example.id) is not None else example.id for example in examples
+    }
+    return {published: answers.get(name, "") for name, published in names.items()}
+
+
+def score_grades(examples: Sequence[Example], grades: Mapping[str, float]) -> Scored:
+    """The total and each capability, from 0 to 100; a missing grade counts as 0.
+
+    Raises:
+        UserError: a grade is not between 0 and 1.
+    """
+    tally, found = Tally(), []
+    for example in examples:
+        grade = grades.get(example.id)
+        if grade is not None and not 0 <= grade <= 1:
+            raise UserError(f"MM-Vet grade of {example.id} is {grade}; grades go from 0 to 1")
+        capabilities = [str(one) for one in example.extra.get("capability", ())]
+        found += capabilities
+        columns = kind_columns(grade or 0.0, *capabilities)
+        tally.add(example.id, grade or 0.0, columns, unit=unit_of(example), failed=grade is None)
+    formulas: dict[str, Formula] = {"total": ACCURACY, **by_kind("capability", found)}
+    return tally.scored(formulas, settings={"judge": "external"})
+
+
+def mmvet_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """The grader's file."""
+    return "mmvet.json", json.dumps(judge_file(examples, answers), ensure_ascii=False, indent=1)
+
+
+MMVET = Benchmark(
+    modes={},
+    max_new_tokens=LONG_ANSWER_TOKENS,
+    submission=mmvet_submission,
+    joins=(ByKey("number, v1_N", lambda row: f"v1_{row.id}", lambda example: example.id),),
+)
+
+
+# POPE as LLaVA's eval_pope.py gives it: accuracy, precision, recall, F1 and the share of "yes", for each category.
+#
+# Quirks kept in `says_no`: only the first sentence counts, commas go, and then one of the words "No", "not", "no" must
+# stand between *spaces*. So "NO", "Not", "nope", "", "isn't", "No\n" and "no!" all count as yes.
+#
+# The script matches answers and labels by their position and cuts the longer list in silence. Label files come in two
+# versions: LLaVA's question file belongs to POPE commit e3e3926 (2,910 random, 3,000 popular, 3,000 adversarial);
+# today's files have 3,000 each, `random` in another order. Here the id matches, and an answer to a question that is not
+# there is refused. Which version it was, by its counts, is written into the settings. Division by zero gives 0.
+#
+# The headline is the mean F1 of the categories, as LLaVA's table has it. Reads `answers[0]` (yes or no) and
+# `extra["category"]`.
+
+
+CATEGORIES = ("random", "popular", "adversarial")
+VERSIONS: Mapping[tuple[int, ...], str] = {(2910, 3000, 3000): "e3e3926 (LLaVA-1.5's)", (3000, 3000, 3000): "current"}
+"""Label files by their questions in each of `CATEGORIES`."""
+
+
+def says_no(answer: str) -> bool:
+    """How the script reads an answer; whatever is not no is yes."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return any(word in words for word in ("No", "not", "no"))
+
+
+def pope_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """F1 and its parts in percent.
+
+    A missing answer counts as the wrong one of the two.
+
+    Raises:
+        UserError: an answer belongs to no question, so that another label version is likely.
+    """
+    strangers = sorted(answers.keys() - {example.id for example in examples})
+    if strangers:
+        raise UserError(
+            f"{len(strangers)} POPE answers belong to no question here, first {shown(strangers[0])}; the label files "
+            "come in two versions, so prepare the one that the questions were asked from"
+        )
+    tally, categories = Tally(), [str(example.extra.get("category", "all")) for example in examples]
+    for example, category in zip(examples, categories, strict=True):
+        truth, answer = _is_yes(example), answers.get(example.id)
+        said = (not truth) if answer is None else not says_no(answer)
+        cell = {(True, True): "tp", (True, False): "fp", (False, False): "tn", (False, True): "fn"}[said, truth]
+        columns = {f"{cell} {category}": 1.0, f"asked {category}": 1.0}
+        columns |= {f"right {category}": float(said == truth), f"yes {category}": float(said)}
+        tally.add(example.id, float(said == truth), columns, unit=unit_of(example), failed=answer is None)
+    return tally.scored(_pope_formulas(sorted(set(categories))), settings={"labels": _version(categories)})
+
+
+def _is_yes(example: Example) -> bool:
+    label = right_answer(example)
+    if label not in {"yes", "no"}:
+        raise UserError(f"POPE example {example.id} has the label {shown(label)}; it must be yes or no")
+    return label == "yes"
+
+
+def _pope_formulas(categories: Sequence[str]) -> dict[str, Formula]:
+    """Each number's mean over the categories, then each category's own."""
+    own = {one: _of_category(one) for one in categories}
+    names = _of_category("").keys()
+    means: dict[str, Formula] = {name: Mean(tuple(of_one[name] for of_one in own.values())) for name in names}
+    return means | {f"{one}/{name}": formula for one, of_one in own.items() for name, formula in of_one.items()}
+
+
+def _of_category(one: str) -> dict[str, Formula]:
+    tp, fp, fn = (f"{cell} {one}" for cell in ("tp", "fp", "fn"))
+    return {
+        "f1": Ratio(tp, (tp, tp, fp, fn), scale=200.0),  # 2 tp / (2 tp + fp + fn) is 2 P R / (P + R)
+        "accuracy": Ratio(f"right {one}", f"asked {one}"),
+        "precision": Ratio(tp, (tp, fp)),
+        "recall": Ratio(tp, (tp, fn)),
+        "yes share": Ratio(f"yes {one}", f"asked {one}"),
+    }
+
+
+def _version(categories: Sequence[str]) -> str:
+    counts = Counter(categories)
+    of_each = tuple(counts[one] for one in CATEGORIES)
+    return VERSIONS.get(of_each, ", ".join(f"{counts[one]} {one}" for one in sorted(counts)))
+
+
+POPE = Benchmark(modes=only(pope_score), prompt=short, joins=(ByOrder("order, each prompt being the question's"),))
+
+
+# ScienceQA as LLaVA's eval_science_qa.py (commit c121f04) gives it: accuracy over all, and over those with a picture.
+#
+# Quirks kept, in the order in which the rules are tried:
+#
+# 1. the whole answer is one of A to E;
+# 2. it begins with a letter of A to E, a period and a space;
+# 3. "The answer is X" followed by *any* character, found exactly once: "The answer is C" with nothing after it fails,
+# and "The answer is Because" parses as B.
+#
+# Anything else has failed and is wrong, and so is a letter beyond the question's choices. Image accuracy, the number in
+# LLaVA's tables, is over questions asked with a picture (the script looks for `<image>` in the stored prompt; here
+# the example has images).
+
+
+OPTIONS = "ABCDE"
+SENTENCE = re.compile("The answer is ([A-Z]).")
+
+
+def parsed(answer: str) -> str | None:
+    """The letter an answer gives, or None where the parsing fails."""
+    if len(answer) == 1 and answer in OPTIONS:
+        return answer
+    if len(answer) >= 3 and answer[0] in OPTIONS and answer[1:3] == ". ":
+        return answer[0]
+    found = SENTENCE.findall(answer)
+    return found[0] if len(found) == 1 else None
+
+
+def scienceqa_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """Image accuracy first where any question has a picture, then accuracy, in percent."""
+    tally = Tally()
+    for example in examples:
+        answer = answers.get(example.id)
+        right = answer is not None and parsed(answer) == letters(example)[correct_index(example)]
+        kinds = ["with picture"] if example.images else []
+        columns = kind_columns(float(right), *kinds)
+        tally.add(example.id, float(right), columns, unit=unit_of(example), failed=answer is None)
+    image = {"image accuracy": Ratio("right with picture", "asked with picture")}
+    return tally.scored({**(image if any(example.images for example in examples) else {}), "accuracy": ACCURACY})
+
+
+def scienceqa_prompt(example: Example) -> str:
+    """LLaVA's wording: the hint stands behind "Context: "."""
+    return f"{lettered(example, before_hint='Context: ')}\n{LETTER}"
+
+
+SCIENCEQA = Benchmark(
+    modes=only(scienceqa_score), prompt=scienceqa_prompt, max_new_tokens=LONG_ANSWER_TOKENS, chooses=True
+)
+
+
+# SEED-Bench as LLaVA's convert and SEED's own script give it: exact letter, over images, videos, all, and each type.
+#
+# The published script stops when an answer is missing or a type has no right answer; here the former is wrong and the
+# latter 0. Nothing is parsed out of longer answers: "A." is wrong. (lmms-eval takes the first character instead.)
+#
+# Reads `choices`, `extra["correct"]`, `extra["data_type"]` (image or video; absent means image) and
+# `extra["question_type"]`.
+
+
+def seed_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """Accuracies in percent."""
+    tally, data, types = Tally(), [], []
+    for example in examples:
+        answer = answers.get(example.id)
+        right = answer == letters(example)[correct_index(example)]
+        medium = str(example.extra.get("data_type", "image"))
+        kind = str(example.extra.get("question_type", ""))
+        data.append(medium)
+        types += [kind] if kind else []
+        columns = kind_columns(float(right), medium, *([f"type {kind}"] if kind else []))
+        tally.add(example.id, float(right), columns, unit=unit_of(example), failed=answer is None)
+    by_type = by_kind("type", [f"type {kind}" for kind in types])
+    named = {name.replace("type/type ", "type/"): formula for name, formula in by_type.items()}
+    return tally.scored({"accuracy": ACCURACY, **by_kind("accuracy", data), **named})
+
+
+SEED = Benchmark(modes=only(seed_score), prompt=letter, chooses=True)

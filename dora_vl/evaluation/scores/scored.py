@@ -1,0 +1,404 @@
+"""What every scorer returns: the metrics, and the sums over items that they are functions of.
+
+A metric is a formula over column sums (right answers, questions asked, n-grams matched...), so that one bootstrap
+serves them all: it draws items again, adds the columns up and applies the same formula.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_vl.data.example import Example
+from dora_vl.errors import UserError
+
+Numbers = NDArray[np.float64]
+Sums = Mapping[str, Numbers]
+"""A column's name -> its sum over the drawn items, one number for each draw."""
+
+PERCENT = 100.0
+ASKED = "asked"
+"""Begins the name of a column that counts items: all, or those of a kind."""
+
+
+@runtime_checkable
+class Formula(Protocol):
+    """A metric as a function of column sums; a column without entries is not in them."""
+
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        """The metric of each draw.
+
+        Args:
+            whole: the sums of the whole set; a draw that lacks what the set has (such as every item of a rare kind)
+                is then NaN, which is no number of it. Without `whole`, 0.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """`scale` times one sum over another, or over several added up.
+
+    Where there is nothing to divide by: 0, as the official scripts have it; NaN for a draw of a set that has something.
+    """
+
+    top: str
+    bottom: str | tuple[str, ...]
+    scale: float = PERCENT
+    decimals: int | None = None
+    """Rounded to so many decimals, where the official script does."""
+
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        """The ratio of each draw."""
+        bottom = self._bottom(sums)
+        of_nothing = 0.0 if whole is None or not self._bottom(whole).any() else np.nan
+        empty = np.full_like(bottom, of_nothing)
+        value = self.scale * np.divide(_column(sums, self.top), bottom, out=empty, where=bottom != 0)
+        return value if self.decimals is None else np.round(value, self.decimals)
+
+    def _bottom(self, sums: Sums) -> Numbers:
+        below = (self.bottom,) if isinstance(self.bottom, str) else self.bottom
+        return np.sum([_column(sums, name) for name in below], axis=0)
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum of other metrics; NaN for a draw where one of them is."""
+
+    parts: tuple[Formula, ...]
+
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        """The sum of each draw."""
+        return np.sum([part(sums, whole) for part in self.parts], axis=0)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The unweighted mean of other metrics; NaN for a draw where one of them is."""
+
+    parts: tuple[Formula, ...]
+
+    def __call__(self, sums: Sums, whole: Sums | None = None) -> Numbers:
+        """The mean of each draw."""
+        return np.mean([part(sums, whole) for part in self.parts], axis=0)
+
+
+def _column(sums: Sums, name: str) -> Numbers:
+    return sums[name] if name in sums else np.zeros_like(next(iter(sums.values())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """The columns a score was made from: `columns[unit, column]`.
+
+    Attributes:
+        units: what a bootstrap draws: pictures, sentences, clips; questions about one stand or fall together.
+    """
+
+    units: tuple[str, ...]
+    names: tuple[str, ...]
+    columns: Numbers
+    formulas: Mapping[str, Formula]
+
+    def values(self) -> dict[str, float]:
+        """Every metric of the whole set."""
+        whole = self._sums(np.ones((1, len(self.units))))
+        return {name: float(formula(whole)[0]) for name, formula in self.formulas.items()}
+
+    def drawn(self, counts: Numbers) -> dict[str, Numbers]:
+        """Every metric of each draw, NaN where the draw has none of its items.
+
+        Args:
+            counts: `[draws, units]`, how often a unit was drawn.
+        """
+        sums, whole = self._sums(counts), self._sums(np.ones((1, len(self.units))))
+        return {name: formula(sums, whole) for name, formula in self.formulas.items()}
+
+    def _sums(self, counts: Numbers) -> Sums:
+        return dict(zip(self.names, (counts @ self.columns).T, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One benchmark's result.
+
+    Attributes:
+        metrics: values by name, the headline first; in percent unless the scorer's docstring says otherwise.
+        per_item: each item's share of the headline, from 0 to 1 where it is right or wrong.
+        n: items scored, those without an answer included.
+        settings: the mode and whatever else decides the numbers.
+        failed: ids without an answer; each counts as wrong.
+        table: what the intervals are drawn from.
+    """
+
+    metrics: dict[str, float]
+    per_item: dict[str, float]
+    n: int
+    settings: dict[str, str]
+    failed: tuple[str, ...]
+    table: Table
+
+    def items_of(self, metric: str) -> int:
+        """How many items a metric is over: those of a kind for an accuracy of that kind, else all."""
+        formula = self.table.formulas.get(metric)
+        bottom = formula.bottom if isinstance(formula, Ratio) else None
+        if not isinstance(bottom, str) or not bottom.startswith(ASKED):
+            return self.n
+        if bottom not in self.table.names:
+            return 0
+        return round(float(self.table.columns[:, self.table.names.index(bottom)].sum()))
+
+
+class Tally:
+    """Collects items while a scorer goes through them."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, defaultdict[str, float]] = {}
+        self._items: dict[str, float] = {}
+        self._failed: list[str] = []
+
+    def add(
+        self, item: str, share: float, columns: Mapping[str, float], *, unit: str = "", failed: bool = False
+    ) -> None:
+        """Adds one item's columns to its unit.
+
+        Args:
+            share: the item's share of the headline.
+            unit: what the item belongs to; "" makes it a unit of its own.
+            failed: it has no answer.
+        """
+        sums = self._columns.setdefault(unit or f"item {item}", defaultdict(float))
+        for name, value in columns.items():
+            sums[name] += value
+        self._items[item] = share
+        if failed:
+            self._failed.append(item)
+
+    def scored(
+        self,
+        formulas: Mapping[str, Formula],
+        *,
+        settings: Mapping[str, str] | None = None,
+        fixed: Mapping[str, float] | None = None,
+    ) -> Scored:
+        """The result of everything added.
+
+        Args:
+            formulas: the metrics, the headline first.
+            fixed: metrics that no bootstrap can draw again; they get no interval.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self._columns:
+            raise ValueError("nothing to score")
+        names = tuple(dict.fromkeys(name for sums in self._columns.values() for name in sums))
+        columns = np.array([[sums.get(name, 0.0) for name in names] for sums in self._columns.values()])
+        table = Table(units=tuple(self._columns), names=names, columns=columns, formulas=dict(formulas))
+        return Scored(
+            metrics={**table.values(), **(fixed or {})},
+            per_item=dict(self._items),
+            n=len(self._items),
+            settings=dict(settings or {}),
+            failed=tuple(self._failed),
+            table=table,
+        )
+
+
+def unit_of(example: Example) -> str:
+    """What a bootstrap draws with this example: its pictures, its video's file, or the example alone."""
+    if example.images:
+        return "\n".join(example.images)
+    return "" if example.video is None else example.video.path
+
+
+def by_kind(prefix: str, kinds: Sequence[str]) -> dict[str, Formula]:
+    """Accuracies by kind from the columns that `kind_columns` gives, in the kinds' alphabetical order."""
+    return {f"{prefix}/{kind}": Ratio(f"right {kind}", f"asked {kind}") for kind in sorted(set(kinds))}
+
+
+def kind_columns(right: float, *kinds: str) -> dict[str, float]:
+    """One question's columns: all questions, and for each kind it belongs to."""
+    columns = {"right": right, "asked": 1.0}
+    for kind in kinds:
+        columns |= {f"right {kind}": right, f"asked {kind}": 1.0}
+    return columns
+
+
+ACCURACY = Ratio("right", "asked")
+
+
+# Limits where all units agree, as where every answer is right: percentiles of equal draws would call that certain.
+#
+# Forty of forty right may be 91 % of all such questions; the bootstrap of forty equal units says 100 % to 100 %.
+
+
+Z = 1.959963984540054
+"""Of a normal distribution 95 % lies within so many standard deviations."""
+Limits = tuple[float, float]
+
+
+def wilson(share: float, units: int) -> Limits:
+    """The 95 % interval of a share that was seen in so many units (Wilson 1927, without a continuity correction)."""
+    scale = 1 + Z**2 / units
+    middle = (share + Z**2 / (2 * units)) / scale
+    half = Z * sqrt(share * (1 - share) / units + Z**2 / (4 * units**2)) / scale
+    return (0.0 if share <= 0 else middle - half), (1.0 if share >= 1 else middle + half)
+
+
+def limits_of(formula: Formula, table: Table) -> Limits | None:
+    """Wilson's limits of a metric that is a share, over the units that have any of it; None for other metrics.
+
+    A mean or sum of shares has the mean or sum of theirs, which is wide rather than narrow.
+    """
+    if isinstance(formula, Mean | Total):
+        return _joined(formula, [limits_of(part, table) for part in formula.parts])
+    found = _shares(formula, table)
+    if found is None or not isinstance(formula, Ratio):
+        return None
+    top, bottom = found
+    low, high = wilson(float(top.sum() / bottom.sum()), len(bottom))
+    return formula.scale * low, formula.scale * high
+
+
+def difference_limits(formula: Formula, ours: Table, theirs: Table) -> Limits | None:
+    """Limits of the difference of two shares that is the same in every unit; None for other metrics.
+
+    The units that were not seen may be otherwise: by Wilson's upper limit for none of so many, a share of them, and
+    each of these anything from -1 to 1.
+    """
+    if isinstance(formula, Mean | Total):
+        return _joined(formula, [difference_limits(part, ours, theirs) for part in formula.parts])
+    first, second = _shares(formula, ours), _shares(formula, theirs)
+    if first is None or second is None or not isinstance(formula, Ratio):
+        return None
+    value = float(first[0].sum() / first[1].sum() - second[0].sum() / second[1].sum())
+    other = wilson(0.0, len(first[1]))[1]
+    return formula.scale * (value - other * (value + 1)), formula.scale * (value + other * (1 - value))
+
+
+def _joined(formula: Mean | Total, parts: Sequence[Limits | None]) -> Limits | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or not known:
+        return None
+    low, high = np.sum(known, axis=0) / (len(known) if isinstance(formula, Mean) else 1)
+    return float(low), float(high)
+
+
+def _shares(formula: Formula, table: Table) -> tuple[Numbers, Numbers] | None:
+    """Both sides of a ratio in each unit that has any of it, where the one is a part of the other."""
+    if not isinstance(formula, Ratio):
+        return None
+    columns = dict(zip(table.names, table.columns.T, strict=True))
+    nothing = np.zeros(len(table.units))
+    below = (formula.bottom,) if isinstance(formula.bottom, str) else formula.bottom
+    top, bottom = columns.get(formula.top, nothing), np.sum([columns.get(one, nothing) for one in below], axis=0)
+    asked = bottom > 0
+    if not asked.any() or (top < 0).any() or (top > bottom).any():
+        return None
+    return top[asked], bottom[asked]
+
+
+# Intervals: how much a score, or the difference of two, would move with another draw of the same test set.
+
+
+RESAMPLES = 2000
+COUNTS_AT_ONCE = 4_000_000  # 32 MB
+PERCENTILES = (2.5, 97.5)
+LEAST_SHARE = 0.1  # of the draws; percentiles of fewer would say nothing
+EQUAL = 1e-9
+"""Draws of equal units differ by rounding alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One metric of the first minus that of the second, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, tuple[float, float]]:
+    """The 95 % percentile interval of every metric that is a formula.
+
+    Units (pictures, sentences, clips) are drawn with replacement, each with all of its questions. What a metric
+    takes from the whole set, such as CIDEr's document frequencies, stays that of the whole set.
+
+    A draw without any item of a kind says nothing about that kind and is left out of its percentiles. A metric that
+    fewer than a tenth of the draws have (the mean over several kinds of one item each) gets no interval.
+
+    Where all draws are the same, which says nothing, a share has Wilson's interval (`agreeing_units`).
+    """
+    (drawn,) = _drawn([scored], seed, resamples)
+    table = scored.table
+    found = {name: _interval(values) for name, values in drawn.items()}
+    return {
+        name: (limits_of(table.formulas[name], table) or limits) if _equal(limits) else limits
+        for name, limits in found.items()
+        if limits is not None
+    }
+
+
+def paired_differences(
+    ours: Scored, theirs: Scored, *, seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, Difference]:
+    """The difference of each metric that has an interval, both scored on the same draws of units.
+
+    Raises:
+        UserError: the two were not scored on the same items.
+    """
+    if set(ours.per_item) != set(theirs.per_item) or ours.table.units != theirs.table.units:
+        alone = sorted(set(ours.per_item) ^ set(theirs.per_item))
+        raise UserError(
+            f"a paired difference needs the same items: {len(ours.per_item)} against {len(theirs.per_item)}, "
+            f"first in one alone: {alone[:3]}"
+        )
+    first, second = _drawn([ours, theirs], seed, resamples)
+    differences = {}
+    for name in first.keys() & second.keys():
+        limits = _interval(first[name] - second[name])
+        if limits is not None:
+            if _equal(limits):
+                limits = difference_limits(ours.table.formulas[name], ours.table, theirs.table) or limits
+            value = ours.metrics[name] - theirs.metrics[name]
+            differences[name] = Difference(value=value, low=limits[0], high=limits[1])
+    return {name: differences[name] for name in ours.metrics if name in differences}
+
+
+def draws(units: int, seed: int, resamples: int) -> Iterator[Numbers]:
+    """How often each unit is in each draw, `[some draws, units]` at a time, so that memory stays bounded."""
+    random = np.random.default_rng(seed)
+    at_once = max(1, COUNTS_AT_ONCE // units)
+    for start in range(0, resamples, at_once):
+        several = range(min(at_once, resamples - start))
+        counts = [np.bincount(random.integers(units, size=units), minlength=units) for _ in several]
+        yield np.array(counts, dtype=np.float64)
+
+
+def _drawn(several: Sequence[Scored], seed: int, resamples: int) -> list[dict[str, Numbers]]:
+    """Each score's metrics on the same draws."""
+    parts: list[list[dict[str, Numbers]]] = [[] for _ in several]
+    for counts in draws(len(several[0].table.units), seed, resamples):
+        for part, scored in zip(parts, several, strict=True):
+            part.append(scored.table.drawn(counts))
+    return [{name: np.concatenate([one[name] for one in part]) for name in part[0]} for part in parts]
+
+
+def _equal(limits: Limits) -> bool:
+    return limits[1] - limits[0] <= EQUAL * max(1.0, abs(limits[1]))
+
+
+def _interval(values: Numbers) -> Limits | None:
+    """Percentiles of the draws that are a number; None where too few are."""
+    numbers = values[~np.isnan(values)]
+    if len(numbers) < max(1, LEAST_SHARE * len(values)):
+        return None
+    low, high = np.percentile(numbers, PERCENTILES)
+    return float(low), float(high)

@@ -1,0 +1,542 @@
+"""VQAv2 accuracy as the official script gives it, before and after its change of 2021.
+
+Source: github.com/GT-Vision-Lab/VQA, PythonEvaluationTools. The two versions disagree on about a fifth of tricky
+questions, so a number needs its version beside it:
+
+- `before_2021` (also VL-T5's and VL-Adapter's `evaluate_raw`, so the paper's VL-BART numbers): the prediction is always
+  normalised. The people's answers get punctuation handling only, and that only if they differ: an answer such as
+  "Two" or "the dog" can never be matched.
+- `after_2021`: both sides get the whole treatment, but only if the ten answers differ. If all ten agree, nothing is
+  normalised: "No" against ten "no" scores 0.
+
+`upload accuracy` is that of the server's file, whose answers EvalAI's normaliser has been over, as in LLaVA's upload.
+
+The script rounds to two decimals; here nothing is rounded. A question without an answer counts as wrong (the script
+stops there).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Literal
+
+from dora_vl.data.example import Example
+from dora_vl.errors import UserError, number_of, shown
+from dora_vl.evaluation.scores.benchmark import (
+    REPEATED,
+    AnswerRow,
+    Benchmark,
+    ByKey,
+    Key,
+    only,
+    picture_stem,
+    plain,
+    published_id,
+    question_in,
+    right_answer,
+)
+from dora_vl.evaluation.scores.prompts import SHORT, UNANSWERABLE, short, true_or_false
+from dora_vl.evaluation.scores.scored import ACCURACY, Formula, Ratio, Scored, Tally, by_kind, kind_columns, unit_of
+
+# How the official VQA script (GT-Vision-Lab/VQA, vqaEval.py) rewrites an answer before it compares.
+#
+# Quirks that decide scores, kept:
+#
+# - A punctuation mark becomes a space, but vanishes where the text has it next to a space anywhere; and where a comma
+#   stands between two digits anywhere, *all* punctuation vanishes ("1,2/3" -> "123").
+# - A period goes unless a digit follows: "3." loses it, ".5" keeps it (the look-behind meant to protect "3." is
+#   mistyped). At most 32 go: a flag is passed where the script's `sub` takes a count.
+# - Number words up to ten and "none" become digits, then a, an, the go, then contractions get their apostrophe.
+# - The contractions with a capital I never match, since the text is in lower case by then; "somebody'd" *loses* its
+#   apostrophe.
+
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+PERIOD = re.compile(r"\.(?!\d)")
+MOST_PERIODS = int(re.UNICODE)  # 32
+COMMA_BETWEEN_DIGITS = re.compile(r"\d,\d")
+DIGITS = {
+    word: str(number)
+    for number, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+} | {"none": "0"}
+ARTICLES = frozenset({"a", "an", "the"})
+
+_FORMS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+
+
+def _one_apostrophe_less(form: str) -> list[str]:
+    return [form[:place] + form[place + 1 :] for place, letter in enumerate(form) if letter == "'"]
+
+
+CONTRACTIONS = {spelling: form for form in _FORMS.split() for spelling in _one_apostrophe_less(form)} | {
+    "somebody'd": "somebodyd"
+}
+"""A spelling that lacks one apostrophe -> the form; the official table holds just these."""
+
+
+def normalise(answer: str) -> str:
+    """The whole treatment, as a prediction gets it."""
+    return map_words(strip_punctuation(one_line(answer)))
+
+
+def one_line(answer: str) -> str:
+    """Line breaks and tabs as spaces, none at the ends."""
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def strip_punctuation(text: str) -> str:
+    """Punctuation and periods as the script treats them; letters stay as they are."""
+    in_number = COMMA_BETWEEN_DIGITS.search(text) is not None
+    result = text
+    for mark in PUNCTUATION:
+        vanishes = in_number or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if vanishes else " ")
+    return PERIOD.sub("", result, count=MOST_PERIODS)
+
+
+def map_words(text: str) -> str:
+    """Lower case, number words as digits, no articles, contractions with their apostrophe, single spaces."""
+    words = [DIGITS.get(word, word) for word in text.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+# Soft accuracy against ten people's answers: VQAv2, VizWiz and TextVQA.
+
+
+PEOPLE = 10
+AGREEING_FOR_ALL_POINTS = 3
+
+
+def human_answers(example: Example) -> list[str]:
+    """What the ten people said, raw: `extra["human_answers"]`, or else the example's answers.
+
+    Raises:
+        UserError: they are not ten.
+    """
+    given = example.extra.get("human_answers")
+    if not isinstance(given, list | tuple | None):
+        raise UserError(f"example {shown(example.id)}: extra.human_answers must be a list, it is {shown(given)}")
+    answers = [str(one) for one in given] if given is not None else [answer.text for answer in example.answers]
+    if len(answers) != PEOPLE:
+        raise UserError(
+            f"example {shown(example.id)} has {len(answers)} human answers, the metric needs {PEOPLE} "
+            "(extra.human_answers); prepare the set again from the publisher's annotations"
+        )
+    return answers
+
+
+def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
+    """The mean over the people of min(1, others who said the prediction / 3), by exact comparison."""
+    said = sum(answer == prediction for answer in answers)
+    without_one = [min(1.0, (said - (answer == prediction)) / AGREEING_FOR_ALL_POINTS) for answer in answers]
+    return sum(without_one) / len(answers)
+
+
+# How EvalAI's VQA server and TextVQA's m4c evaluator rewrite an answer before they compare.
+#
+# The steps of `vqa_normaliser` with three differences, which change about a tenth of tricky strings:
+#
+# - Lower case first, then "," and "?" go, so that the rule for a comma between digits never applies ("1,2/3" -> "12
+# 3").
+# - "'s" is split off before numbers and contractions are looked up: "two's" -> "2 's", "she's" -> "she 's".
+# - Line breaks become spaces after the ends were stripped, not before.
+#
+# Like there, at most 32 periods go, and the contractions with a capital I never match.
+
+
+def normalise_evalai(answer: str) -> str:
+    """The whole treatment, for predictions and references alike."""
+    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return map_words(strip_punctuation(one_line(text)))
+
+
+Version = Literal["after_2021", "before_2021"]
+
+
+UPLOAD = {"upload accuracy": Ratio("uploaded right", "asked")}
+
+
+def vqa_score(examples: Sequence[Example], answers: Mapping[str, str], *, version: Version = "after_2021") -> Scored:
+    """Accuracy over all questions, and by `extra["answer_type"]` (yes/no, number, other) where there is one."""
+    tally, kinds = Tally(), []
+    for example in examples:
+        answer = answers.get(example.id)
+        points = 0.0 if answer is None else accuracy(answer, human_answers(example), version)
+        kind = str(example.extra.get("answer_type", ""))
+        kinds += [kind] if kind else []
+        columns = kind_columns(points, *([kind] if kind else []))
+        uploaded = normalise_evalai(answer or "")
+        columns["uploaded right"] = accuracy(uploaded, human_answers(example), version)
+        tally.add(example.id, points, columns, unit=unit_of(example), failed=answer is None)
+    formulas = {"accuracy": ACCURACY, **UPLOAD, **by_kind("answer type", kinds)}
+    return tally.scored(formulas, settings={"vqa_version": version})
+
+
+def accuracy(prediction: str, people: Sequence[str], version: Version) -> float:
+    """One question's points, from 0 to 1."""
+    if version == "before_2021":
+        references = [strip_punctuation(one) for one in people] if len(set(people)) > 1 else people
+        return leave_one_out(normalise(prediction), references)
+    stripped = [one_line(one) for one in people]
+    if len(set(stripped)) > 1:
+        return leave_one_out(normalise(prediction), [normalise(one) for one in stripped])
+    return leave_one_out(one_line(prediction), stripped)
+
+
+def vqa_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """EvalAI's file: normalised answers for *all* questions of the split, "" where there is none."""
+    rows = [
+        {"question_id": published_id(example.id), "answer": normalise_evalai(answers.get(example.id, ""))}
+        for example in examples
+    ]
+    return "vqav2.json", json.dumps(rows, ensure_ascii=False)
+
+
+_AFTER, _BEFORE = partial(vqa_score, version="after_2021"), partial(vqa_score, version="before_2021")
+
+VQA = Benchmark(
+    modes={"after_2021": _AFTER, "before_2021": _BEFORE},
+    prompt=short,
+    splits=("test_dev", "test", "validation"),
+    submission=vqa_submission,
+)
+KARPATHY = Benchmark(modes={"before_2021": _BEFORE, "after_2021": _AFTER}, prompt=short)
+
+
+# TextVQA accuracy as m4c's evaluator gives it (used by LLaVA's eval_textvqa.py).
+#
+# Both sides go through `evalai_normaliser`; the points are those of VQA, leaving each of exactly ten people out in
+# turn. LLaVA finds the question again by (image id, lower-cased question) parsed out of the prompt; here the id does
+# that.
+# A question without an answer counts as wrong.
+
+
+def textvqa_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """Mean soft accuracy in percent."""
+    tally = Tally()
+    for example in examples:
+        answer = answers.get(example.id)
+        points = 0.0 if answer is None else soft_accuracy(answer, human_answers(example))
+        tally.add(example.id, points, kind_columns(points), unit=unit_of(example), failed=answer is None)
+    return tally.scored({"accuracy": ACCURACY}, settings={"normaliser": "evalai (m4c)"})
+
+
+def soft_accuracy(prediction: str, people: Sequence[str]) -> float:
+    """One question's points, from 0 to 1."""
+    return leave_one_out(normalise_evalai(prediction), [normalise_evalai(one) for one in people])
+
+
+def textvqa_prompt(example: Example) -> str:
+    """LLaVA's wording, with its line of OCR tokens where `extra["reference_ocr"]` holds them."""
+    tokens = example.extra.get("reference_ocr")
+    line = "" if tokens is None else f"Reference OCR token: {tokens}\n"
+    return f"{example.question}\n{line}{SHORT}"
+
+
+def _row_key(row: AnswerRow) -> Key:
+    question = question_in(row.prompt)
+    return (REPEATED.sub("", row.id), question) if question else None
+
+
+def _example_key(example: Example) -> Key:
+    return str(example.extra.get("image_id")), plain(example.question)
+
+
+TEXTVQA = Benchmark(
+    modes=only(textvqa_score),
+    prompt=textvqa_prompt,
+    splits=("validation",),
+    joins=(ByKey("picture and question", _row_key, _example_key),),
+)
+
+
+# VizWiz accuracy: VQA's soft accuracy over EvalAI's normaliser, as LLaVA's upload is scored.
+#
+# The prompt adds "When the provided information is insufficient, respond with 'Unanswerable'.". The test answers are
+# the server's; this is for the validation split, and for a look before an upload (`submission` writes that file).
+# Questions that the publisher marks as unanswerable (`extra["answerable"]` false) are also counted on their own.
+
+
+def vizwiz_score(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """Mean soft accuracy in percent, a missing answer scored as the empty one that the file holds."""
+    tally, kinds = Tally(), []
+    for example in examples:
+        answer = answers.get(example.id)
+        points = soft_accuracy(answer or "", human_answers(example))
+        kind = _kind(example)
+        kinds += kind
+        tally.add(example.id, points, kind_columns(points, *kind), unit=unit_of(example), failed=answer is None)
+    return tally.scored({"accuracy": ACCURACY, **by_kind("accuracy", kinds)}, settings={"normaliser": "evalai (m4c)"})
+
+
+def _kind(example: Example) -> list[str]:
+    if "answerable" not in example.extra:
+        return []
+    return ["answerable" if example.extra["answerable"] else "unanswerable"]
+
+
+def vizwiz_prompt(example: Example) -> str:
+    """LLaVA's wording."""
+    return f"{example.question}\n{UNANSWERABLE}\n{SHORT}"
+
+
+def vizwiz_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """EvalAI's file: normalised answers by picture."""
+    rows = [
+        {
+            "image": (example.images or (example.id,))[0].rsplit("/", 1)[-1],
+            "answer": normalise_evalai(answers.get(example.id, "")),
+        }
+        for example in examples
+    ]
+    return "vizwiz.json", json.dumps(rows, ensure_ascii=False)
+
+
+def _picture_name(row: AnswerRow) -> Key:
+    return PurePosixPath(row.ids.get("image", row.id)).name
+
+
+def _picture_of(example: Example) -> Key:
+    return PurePosixPath(example.images[0]).name if example.images else None
+
+
+def _number_row(row: AnswerRow) -> Key:
+    number = number_of(row.id)
+    return None if number is None else (number, question_in(row.prompt))
+
+
+def _number_example(example: Example) -> Key:
+    found = re.search(r"_(\d+)$", picture_stem(example.images[0])) if example.images else None
+    number = number_of(found.group(1)) if found else None
+    return None if number is None else (number, plain(example.question))
+
+
+VIZWIZ = Benchmark(
+    modes=only(vizwiz_score),
+    prompt=vizwiz_prompt,
+    submission=vizwiz_submission,
+    joins=(
+        ByKey("picture", _picture_name, _picture_of),
+        ByKey("number in the picture's name, and question", _number_row, _number_example),
+    ),
+)
+
+
+# GQA as its eval.py gives it, on answers converted the way LLaVA does.
+#
+# Quirks kept: the conversion takes the periods off the end *before* lower-casing and strips no white space, so " yes"
+# and "yes. " are wrong. A question whose structural type is "query" counts as open, every other as binary. Without
+# the
+# publisher's choices file validity and plausibility are 0 and are not listed here. Consistency is the mean over
+# *rightly answered* questions that entail others (`extra["entailed"]`) of how many of those are right; an entailed
+# question without an answer counts as wrong (the script stops). Distribution is chi-square between the histograms
+# of true and given answers in each global group, weighted by the group's size, / 100: lower is better, and no percent.
+#
+# `vl_t5` (so the paper's VL-BART numbers) compares the generated text as it is, and gives an answer's weight where a
+# question has several.
+#
+# Reads `answers`, and of `extra`: types {structural, semantic}, entailed, global_group, is_balanced (only
+# balanced questions are scored; absent means balanced).
+
+
+Conversion = Literal["llava", "vl_t5"]
+
+
+def converted(answer: str) -> str:
+    """A model's answer as LLaVA's submission holds it."""
+    return answer.rstrip(".").lower()
+
+
+def gqa_score(examples: Sequence[Example], answers: Mapping[str, str], *, conversion: Conversion = "llava") -> Scored:
+    """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible.
+
+    Raises:
+        UserError: a question's types, entailed questions or group are of another kind, or it has no right answer.
+    """
+    said = {name: converted(answer) if conversion == "llava" else answer for name, answer in answers.items()}
+    right = {example.id: points(example, said) for example in examples}
+    tally, structural, semantic, entails = Tally(), [], [], False
+    balanced = [example for example in examples if example.extra.get("is_balanced", True)]
+    for example in balanced:
+        shape, meaning = _types(example)
+        structural += [shape] if shape else []
+        semantic += [meaning] if meaning else []
+        kinds = [kind for kind in (shape, meaning) if kind]
+        if shape:
+            kinds.append("open" if shape == "query" else "binary")
+        hit = right[example.id]
+        columns = kind_columns(hit, *kinds)
+        entailed = [one for one in _entailed(example) if one != example.id]
+        if entailed:
+            entails = True
+            share = sum(right.get(one, 0.0) for one in entailed) / len(entailed)
+            columns |= {"consistent": hit * share, "entailing": hit}
+        tally.add(example.id, hit, columns, unit=unit_of(example), failed=example.id not in answers)
+    formulas: dict[str, Formula] = {"accuracy": ACCURACY}
+    if structural:
+        formulas |= by_kind("accuracy", ["open", "binary"])
+    formulas |= by_kind("structural", structural) | by_kind("semantic", semantic)
+    if entails:
+        formulas["consistency"] = Ratio("consistent", "entailing")
+    return tally.scored(formulas, settings={"conversion": conversion}, fixed=_distribution(balanced, said))
+
+
+def _types(example: Example) -> tuple[str, str]:
+    """The structural and the semantic type, "" where the record has none."""
+    types = example.extra.get("types")
+    if not isinstance(types, Mapping | None):
+        raise UserError(f"question {shown(example.id)}: extra.types must be an object, it is {shown(types)}")
+    shape, meaning = (_text(example, f"types.{name}", (types or {}).get(name)) for name in ("structural", "semantic"))
+    return shape, meaning
+
+
+def _entailed(example: Example) -> list[str]:
+    entailed = example.extra.get("entailed", [])
+    if not isinstance(entailed, list | tuple) or not all(isinstance(one, str) for one in entailed):
+        raise UserError(f"question {shown(example.id)}: extra.entailed must be a list of ids, it is {shown(entailed)}")
+    return list(entailed)
+
+
+def _text(example: Example, name: str, value: object) -> str:
+    if not isinstance(value, str | None):
+        raise UserError(f"question {shown(example.id)}: extra.{name} must be text, it is {shown(value)}")
+    return value or ""
+
+
+def points(example: Example, said: Mapping[str, str]) -> float:
+    """The weight of the true answer that was said, letter by letter; 1 where a question has one true answer."""
+    return {answer.text: answer.weight for answer in example.answers}.get(said.get(example.id, ""), 0.0)
+
+
+def _distribution(examples: Sequence[Example], said: Mapping[str, str]) -> dict[str, float]:
+    true: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    given: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for example in examples:
+        group = example.extra.get("global_group")
+        if group is not None:
+            group = _text(example, "global_group", group)
+            true[group][right_answer(example)] += 1
+            given[group][said.get(example.id, "")] += 1
+    if not true:
+        return {}
+    weighted, everything = 0.0, 0
+    for group, expected in true.items():
+        distance = sum((given[group][answer] - count) ** 2 / count for answer, count in expected.items())
+        weighted += distance * expected.total()
+        everything += expected.total()
+    return {"distribution": weighted / everything / 100}
+
+
+def gqa_submission(
+    examples: Sequence[Example], answers: Mapping[str, str], *, conversion: Conversion = "llava"
+) -> tuple[str, str]:
+    """The file of GQA's eval.py and server, which compare letter by letter: answers as the mode converts them."""
+    as_held = converted if conversion == "llava" else str
+    rows = [{"questionId": example.id, "prediction": as_held(answers.get(example.id, ""))} for example in examples]
+    return "gqa.json", json.dumps(rows, ensure_ascii=False)
+
+
+GQA = Benchmark(
+    modes={"llava": partial(gqa_score, conversion="llava"), "vl_t5": partial(gqa_score, conversion="vl_t5")},
+    prompt=short,
+    splits=("testdev", "test", "validation"),
+    submission=gqa_submission,
+    submissions={"vl_t5": partial(gqa_submission, conversion="vl_t5")},
+)
+
+
+# NLVR2 and NLVR as their metrics.py gives them: accuracy (called precision there) and consistency.
+#
+# A sentence is consistent when all of its examples are right. For NLVR2 they share their identifier without its third
+# field ("dev-850-0-0" and "dev-850-1-0"), for NLVR the part before the "-" ("1572-0").
+#
+# Quirks kept: the script strips a line of its CSV, parts it at commas and takes the second field; letter case aside
+# that must be the label exactly. So " True", "true." and "True ,x" are wrong, "True " and "True,x" right. The script
+# ends
+# when
+# an id is missing; here a missing answer is wrong.
+#
+# Reads `id` and `answers[0]`.
+
+
+def sentence_of_nlvr2(identifier: str) -> str:
+    """What all examples of one sentence share.
+
+    Raises:
+        UserError: the identifier has not four fields.
+    """
+    fields = identifier.split("-")
+    if len(fields) != 4:
+        raise UserError(f"NLVR2 identifier {identifier!r} has {len(fields)} fields, not four as in 'dev-850-0-0'")
+    return "-".join([*fields[:2], "", fields[3]])
+
+
+def sentence_of_nlvr(identifier: str) -> str:
+    """What all examples of one sentence share; a picture order after the pair number does not count."""
+    return identifier.split("-")[0]
+
+
+def as_read(answer: str) -> str:
+    """What the script reads of a line that holds an identifier and this answer."""
+    return f"identifier,{answer}".strip().split(",")[1]
+
+
+def nlvr2_score(
+    examples: Sequence[Example],
+    answers: Mapping[str, str],
+    *,
+    sentence_of: Callable[[str], str] = sentence_of_nlvr2,
+) -> Scored:
+    """Accuracy and consistency in percent; an interval draws sentences.
+
+    Raises:
+        UserError: an example has no label.
+    """
+    if without := [one.id for one in examples if not one.answers]:
+        raise UserError(f"{len(without)} examples have no label, first {without[0]}; they cannot be scored")
+    right = {one.id: as_read(answers.get(one.id, "")).lower() == right_answer(one).lower() for one in examples}
+    of_sentence = Counter(sentence_of(one.id) for one in examples)
+    wrong = {sentence_of(one.id) for one in examples if not right[one.id]}
+    tally = Tally()
+    for example in examples:
+        sentence, hit = sentence_of(example.id), float(right[example.id])
+        share = 1 / of_sentence[sentence]  # the sentence's examples add up to one sentence
+        columns = {"right": hit, "asked": 1.0, "sentences": share, "consistent": share * (sentence not in wrong)}
+        tally.add(example.id, hit, columns, unit=sentence, failed=example.id not in answers)
+    return tally.scored({"accuracy": ACCURACY, "consistency": Ratio("consistent", "sentences")})
+
+
+def score_nlvr(examples: Sequence[Example], answers: Mapping[str, str]) -> Scored:
+    """NLVR's own grouping of sentences."""
+    return nlvr2_score(examples, answers, sentence_of=sentence_of_nlvr)
+
+
+def nlvr2_submission(examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """The script's CSV of identifier and answer; a missing one stays empty, which is wrong there as it is here."""
+    rows = [f"{example.id},{' '.join(answers.get(example.id, '').splitlines())}" for example in examples]
+    return "nlvr2.csv", "\n".join(rows) + "\n"
+
+
+NLVR = Benchmark(modes=only(score_nlvr), prompt=true_or_false, together=lambda example: sentence_of_nlvr(example.id))
+NLVR2 = Benchmark(
+    modes=only(nlvr2_score),
+    prompt=true_or_false,
+    submission=nlvr2_submission,
+    together=lambda example: sentence_of_nlvr2(example.id),
+    joins=(ByKey("identifier without .png", lambda row: row.id.removesuffix(".png"), lambda one: one.id),),
+)

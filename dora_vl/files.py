@@ -1,0 +1,312 @@
+"""Opens a file that a person names, if it is one: no pipe, socket or device, which would hang or never end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+from yaml import MappingNode, Node, ScalarNode, SequenceNode, YAMLError
+
+from dora_vl.errors import UserError, is_communication, is_out_of_memory, one_line, shown_text
+
+KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+class NoRegularFile(OSError):
+    """What is at a path is something else; the message says what."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The file's bytes; never waits for another program to open the other end.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        NoRegularFile: something is, and it is no file.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        refuse_no_file(os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+HASHED_BYTES = 1 << 16
+"""Of a file's beginning and end: with its size enough to tell another picture or video."""
+
+
+def content_key(path: Path) -> str:
+    """A hash that tells a picture or a video from others, without reading all of a large one.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    with open_regular(path) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        beginning = file.read(HASHED_BYTES)
+        file.seek(max(0, size - HASHED_BYTES))
+        return hashlib.sha256(b"%d " % size + beginning + file.read(HASHED_BYTES)).hexdigest()
+
+
+def refuse_no_file(mode: int) -> None:
+    """Raises `NoRegularFile` for the mode of anything but a file."""
+    if not stat.S_ISREG(mode):
+        raise NoRegularFile(f"it is {KINDS.get(stat.S_IFMT(mode), 'something else')}, no file")
+
+
+# A model's folder: which weight files are loaded, in transformers' order, whether they are whole, and what is said of
+# files that transformers cannot read.
+
+
+PREFERRED = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+"""The one weights file of a folder; with `.index.json` behind the name, what lists the shards."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+NO_OWN_CODE = {"trust_remote_code": False}
+"""For every `from_pretrained` of transformers' Auto classes: it then asks nobody whether to run a model's code."""
+BRINGS_CODE = "it brings code of its own (auto_map), which is never run here; take a model that transformers itself has"
+LENGTH_BYTES = 8
+"""A safetensors file begins with its header's length, little-endian."""
+ZIP_START = b"PK"
+"""How torch's own files begin since 1.6; their table is at the end."""
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The weights files that are loaded, by name; where no known name is there, all of one kind.
+
+    Raises:
+        UserError: the list of shards is broken, or names one that is not there or outside the folder.
+    """
+    for name in PREFERRED:
+        if (folder / name).is_file():
+            return (folder / name,)
+        if (folder / f"{name}.index.json").is_file():
+            return _shards(folder / f"{name}.index.json")
+    kinds = (
+        [path for path in sorted(folder.iterdir()) if path.suffix == suffix and path.is_file()]
+        for suffix in WEIGHT_SUFFIXES
+    )
+    return tuple(next((found for found in kinds if found), []))
+
+
+@contextmanager
+def opening(failed: str) -> Iterator[None]:
+    """Whatever transformers raises over a model's files becomes one line that begins with `failed`.
+
+    Of files with a value of another type, nested endlessly or cut it raises nearly any kind, a bare Exception too
+    (tokenizers); each was seen. Too little memory and another rank's end pass: who knows of them says what to do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or is_communication(error):
+            raise
+        raise UserError(f"{failed}: {why_not_read(error)}") from error
+
+
+def why_not_read(error: Exception, most: int = 300) -> str:
+    """What transformers' error says, on one line; in our words where it wants to run a model's own code."""
+    if "trust_remote_code" in str(error):
+        return BRINGS_CODE
+    speaks = isinstance(error, (OSError, ValueError, ImportError))
+    return one_line(str(error) if speaks else f"{type(error).__name__}: {error}", most)
+
+
+def check_place(folder_or_id: str | Path) -> None:
+    """Refuses what is no folder here and cannot be a hub id.
+
+    Raises:
+        UserError: it names the working directory.
+    """
+    name = str(folder_or_id)
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name)):
+        raise UserError(
+            f"model.base {name!r}: no such folder in {Path.cwd()}; name a model's folder from there, or a hub id "
+            "(OWNER/NAME)"
+        )
+
+
+def check_model_folder(folder_or_id: str | Path) -> None:
+    """Refuses what is no folder and no hub id, or a folder one of whose weights files was cut; a hub id is left to its
+    own cache.
+
+    Raises:
+        UserError: it names the file and the sizes.
+    """
+    check_place(folder_or_id)
+    if Path(folder_or_id).is_dir():
+        for path in weight_files(Path(folder_or_id)):
+            check_whole(path)
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = tuple(index.parent / name for name in names)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is no list of shards ({error}); copy or fetch it again") from None
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise UserError(f"{index} names {outside[0]!r}, which is outside its folder; no such file is read")
+    if lost := [path.name for path in shards if not path.is_file()]:
+        raise UserError(
+            f"{index} names {len(shards)} shards, {len(lost)} are not there, first {lost[0]}; copy or fetch them"
+        )
+    return shards
+
+
+def check_whole(path: Path) -> None:
+    """Refuses a file that was cut, as a copy or a download leaves it when it stops; anything else passes.
+
+    Raises:
+        UserError: it is empty, shorter or longer than its header says, or has lost its end; it names the sizes.
+    """
+    size = path.stat().st_size
+    if path.suffix == ".safetensors":
+        _check_safetensors(path, size)
+        return
+    if size == 0:
+        raise UserError(f"{path} is empty (0 bytes); copy or fetch it again")
+    with path.open("rb") as file:
+        start = file.read(len(ZIP_START))
+    if start == ZIP_START and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is cut short: its {size:,} bytes lack the table at its end; copy or fetch it again")
+
+
+def _check_safetensors(path: Path, size: int) -> None:
+    with path.open("rb") as file:
+        start = file.read(LENGTH_BYTES)
+        length = struct.unpack("<Q", start)[0] if len(start) == LENGTH_BYTES else LENGTH_BYTES
+        header = file.read(length) if LENGTH_BYTES + length <= size else b""
+    if len(start) < LENGTH_BYTES or not header:
+        raise UserError(
+            f"{path} is not a whole safetensors file: it has {size:,} bytes, and its header alone would end at "
+            f"{LENGTH_BYTES + length:,}; copy or fetch it again"
+        )
+    try:
+        ends = [_end(entry) for name, entry in json.loads(header).items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: its header is broken ({error})") from None
+    whole = LENGTH_BYTES + length + max(ends, default=0)
+    if whole != size:
+        raise UserError(
+            f"{path} is not a whole safetensors file: it has {size:,} bytes, and its header says {whole:,}; "
+            "copy or fetch it again"
+        )
+
+
+def _end(entry: Any) -> int:
+    return int(entry["data_offsets"][1])
+
+
+# YAML that a person writes, read so that it means what stands there, and with no other error than `UserError`.
+
+
+MOST_VALUES = 100_000
+"""Of a file of settings, each reference to an earlier part counted as what it stands for."""
+_FLOAT, _SCIENTIFIC = "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_OTHER_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] - the C one where it was built
+    """YAML in which `1e-4` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    _FLOAT, re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a file says.
+
+    Raises:
+        UserError: it cannot be read, is no YAML, holds a key twice or a number that YAML takes for another, or its
+            aliases stand for more than memory holds.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        _check(yaml.compose(text, Loader=_Loader), set())
+        content = yaml.load(text, Loader=_Loader)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except YAMLError as error:
+        said = one_line(str(error).replace(' in "<unicode string>"', ""), 200)
+        raise UserError(f"{path}: no YAML: {said}; indent with spaces alone") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # no UTF-8, or a day that no month has
+        raise UserError(f"{path}: no YAML: {one_line(str(error), 200)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: no YAML that can be read: it is nested too deeply") from None
+    if _values(content, {}) > MOST_VALUES:
+        raise UserError(
+            f"{path}: its aliases (*name) stand for more than {MOST_VALUES:,} values, or for themselves; write out "
+            "what is meant"
+        )
+    return content
+
+
+def refuse_other_number(text: str) -> None:
+    """Refuses text that YAML 1.1 takes for another number than a person: `1:30` is 90 there, `010` is 8.
+
+    Raises:
+        UserError: it is such text.
+    """
+    if _OTHER_NUMBER.fullmatch(text):
+        raise UserError(f"{text} is {yaml.safe_load(text)} in YAML; write the number that is meant")
+
+
+def _check(node: Node | None, seen: set[int]) -> None:
+    """Refuses such numbers, and doubled keys, of which YAML keeps the last: the first would go without a word."""
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, ScalarNode) and not node.style:  # not in quotes
+        refuse_other_number(node.value)
+    elif isinstance(node, SequenceNode):
+        for inside in node.value:
+            _check(inside, seen)
+    elif isinstance(node, MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            if isinstance(key, ScalarNode):
+                line, name = key.start_mark.line + 1, key.value
+                if name in lines:
+                    raise UserError(
+                        f"{shown_text(name)} stands twice, in lines {lines[name]} and {line}; write it once"
+                    )
+                lines[name] = line
+            _check(value, seen)
+
+
+def _values(value: object, known: dict[int, int | float]) -> int | float:
+    """How many values there are; infinitely many in one that holds itself. Each is looked at once."""
+    if not isinstance(value, Mapping | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inside = value.values() if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_values(one, known) for one in inside)
+    return known[id(value)]

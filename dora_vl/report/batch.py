@@ -1,0 +1,342 @@
+"""A micro-batch for a terminal, in colours or in signs, and as a page or a picture."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dora_vl.data.samples import IGNORED_LABEL
+from dora_vl.errors import BadSample
+from dora_vl.report.report import rendered
+from dora_vl.report.run_record import data_url
+from dora_vl.training.watching import small_picture
+
+# The first micro-batch as people read it: its tokens in the order of the model, each with what training does to it.
+
+
+Kind = Literal["trained", "context", "picture-place", "padding"]
+NAMES: Mapping[Kind, str] = {
+    "trained": "trained on",
+    "context": "read, not trained on",
+    "picture-place": "place of a picture",
+    "padding": "padding",
+}
+JOINED: frozenset[Kind] = frozenset({"picture-place", "padding"})
+"""Of these a stretch is one piece with its length."""
+UNFINISHED = "\ufffd"
+STAND_IN = "no sample: it takes the batch through the vision part, as other ranks' batches are taken"
+Opens = Callable[[], Image.Image] | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token, or a stretch of places or padding of so many."""
+
+    text: str
+    kind: Kind
+    count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRow:
+    """One row: of a decoder one line of pieces, of an encoder-decoder the input and the answer."""
+
+    title: str
+    lines: tuple[tuple[Piece, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchView:
+    """All rows, the samples' pictures, and counts.
+
+    Attributes:
+        facts: name and value.
+        skipped: (id, reason) of samples that cannot be used.
+        pictures: (sample's id, what opens its picture).
+    """
+
+    rows: tuple[BatchRow, ...]
+    facts: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    pictures: tuple[tuple[str, Opens], ...] = ()
+
+
+class TokenText:
+    """The text of single tokens.
+
+    Args:
+        tokenizer: of the batch.
+        places: ids that stand for a piece of a picture or a video.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, places: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._places = places
+        self._known: dict[int, str] = {}
+
+    def of(self, token: int) -> str:
+        """A token's text, with the space before it; half a character as the tokenizer spells it."""
+        if token not in self._known:
+            self._known[token] = self._text(token)
+        return self._known[token]
+
+    def _text(self, token: int) -> str:
+        options: dict[str, Any] = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        text, spelled = str(self._tokenizer.decode([token], **options)), self._tokenizer.convert_ids_to_tokens(token)
+        if not isinstance(spelled, str):
+            return text
+        if UNFINISHED in text:
+            return spelled
+        return f" {text}" if spelled.startswith("\u2581") and not text.startswith(" ") else text
+
+    def pieces(self, ids: Sequence[int], trained: Sequence[bool], real: Sequence[bool]) -> tuple[Piece, ...]:
+        """A row's tokens; stretches of picture places and of padding are joined."""
+        return tuple(_joined(self._single(*one) for one in zip(ids, trained, real, strict=True)))
+
+    def _single(self, token: int, trained: bool, real: bool) -> Piece:
+        if not real:
+            return Piece("padding", "padding")
+        if token in self._places:
+            return Piece(self.of(token), "picture-place")
+        return Piece(self.of(token), "trained" if trained else "context")
+
+
+def _joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    waiting: Piece | None = None
+    for piece in pieces:
+        same = waiting is not None and (waiting.text, waiting.kind) == (piece.text, piece.kind)
+        if waiting is not None and same and piece.kind in JOINED:
+            waiting = Piece(piece.text, piece.kind, waiting.count + 1)
+            continue
+        if waiting is not None:
+            yield waiting
+        waiting = piece
+    if waiting is not None:
+        yield waiting
+
+
+def batch_view(
+    batch: Mapping[str, Any], names: Sequence[str], text: TokenText, pictures: Sequence[Opens], *, shifted: bool
+) -> BatchView:
+    """A collated micro-batch.
+
+    Args:
+        batch: as the loss takes it, with its bookkeeping.
+        names: the usable samples' ids, in the batch's order.
+        pictures: what opens each one's picture.
+        shifted: labels are of the input itself (a decoder); else they are an answer of their own.
+    """
+    rows = _decoder_rows if shifted else _encoder_decoder_rows
+    titles = _titles(names, len(batch["input_ids"]), shared="layout" in batch)
+    return BatchView(
+        rows=tuple(rows(batch, titles, text)),
+        facts=tuple(_facts(batch)),
+        skipped=tuple(batch.get("skipped", ())),
+        pictures=tuple(zip(names, pictures, strict=True)),
+    )
+
+
+def _titles(names: Sequence[str], rows: int, *, shared: bool) -> list[str]:
+    """A row is a sample, and what is behind them stands in for media; a shared row is its number."""
+    if not shared and len(names) <= rows:
+        return [*names, *[STAND_IN] * (rows - len(names))]
+    return [f"row {number + 1} of {rows}, {len(names)} samples in all" for number in range(rows)]
+
+
+def _decoder_rows(batch: Mapping[str, Any], titles: Sequence[str], text: TokenText) -> Iterator[BatchRow]:
+    for title, ids, mask, labels in zip(titles, *_parts(batch), strict=True):
+        pieces = text.pieces(ids.tolist(), (labels != IGNORED_LABEL).tolist(), mask.bool().tolist())
+        yield BatchRow(title=title, lines=(pieces,))
+
+
+def _encoder_decoder_rows(batch: Mapping[str, Any], titles: Sequence[str], text: TokenText) -> Iterator[BatchRow]:
+    for title, ids, mask, labels in zip(titles, *_parts(batch), strict=True):
+        asked = text.pieces(ids.tolist(), [False] * len(ids), mask.bool().tolist())
+        real = (labels != IGNORED_LABEL).tolist()
+        yield BatchRow(title=title, lines=(asked, text.pieces(labels.clamp_min(0).tolist(), real, real)))
+
+
+def _parts(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    return batch["input_ids"], batch["attention_mask"], batch["labels"]
+
+
+def _facts(batch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    ids, padding = batch["input_ids"], int(batch.get("padding_tokens", 0))
+    trained = int((batch["labels"] != IGNORED_LABEL).sum())
+    yield "samples", str(batch.get("samples", len(ids)))
+    yield "positions", f"{ids.shape[0]} rows of {ids.shape[1]}"
+    yield "padding", f"{padding} ({padding / max(1, ids.numel()):.1%})"
+    yield "trained on", f"{trained} tokens"
+    for name, tokens in batch.get("cut", ()):
+        yield f"cut: {name}", f"{tokens} tokens"
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and name not in ("input_ids", "attention_mask", "labels"):
+            yield name, f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+COLOURS: Mapping[Kind, tuple[int, int]] = {
+    "trained": (22, 28),
+    "context": (236, 239),
+    "picture-place": (18, 18),
+    "padding": (94, 94),
+}
+"""Backgrounds of a terminal's 256, for every other token."""
+SIGNS: Mapping[Kind, tuple[str, str]] = {
+    "trained": ("[", "]"),
+    "context": ("", ""),
+    "picture-place": ("<", ">"),
+    "padding": ("{", "}"),
+}
+"""Around a stretch of tokens of one kind, where there are no colours."""
+RESET = "\x1b[0m"
+
+
+def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
+    """Counts, the legend, and each row."""
+    yield ", ".join(f"{name} {value}" for name, value in view.facts)
+    kinds: Sequence[Kind] = ("trained", "context", "picture-place", "padding")
+    yield "  ".join(_marked([Piece(NAMES[kind], kind)], colours=colours) for kind in kinds)
+    for row in view.rows:
+        yield ""
+        yield row.title
+        for pieces in row.lines:
+            yield "  " + _marked(pieces, colours=colours)
+    for name, reason in view.skipped:
+        yield f"skipped {name}: {reason}"
+
+
+def _marked(pieces: Sequence[Piece], *, colours: bool) -> str:
+    if colours:
+        return "".join(
+            f"\x1b[48;5;{COLOURS[one.kind][number % 2]}m\x1b[38;5;255m{shown(one)}{RESET}"
+            for number, one in enumerate(pieces)
+        )
+    stretches: list[list[Piece]] = []
+    for one in pieces:
+        if stretches and stretches[-1][-1].kind == one.kind:
+            stretches[-1].append(one)
+        else:
+            stretches.append([one])
+    return "".join(
+        "".join([SIGNS[several[0].kind][0], *map(shown, several), SIGNS[several[0].kind][1]]) for several in stretches
+    )
+
+
+def shown(piece: Piece) -> str:
+    """A piece's text on one line; a joined one with its length."""
+    text = piece.text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍").replace("\x1b", "␛")
+    return f"{text} × {piece.count}" if piece.kind in JOINED and piece.count > 1 else text
+
+
+def batch_page(view: BatchView, *, title: str) -> str:
+    """The batch as a page, pictures beside their samples."""
+    beside = dict(_pictures(view.pictures))
+    rows = [{"row": row, "picture": beside.get(row.title, ("", ""))} for row in view.rows]
+    apart = [] if all(row.title in beside for row in view.rows) else list(beside.items())
+    return rendered(
+        "batch.html.j2",
+        {"view": view, "rows": rows, "apart": apart, "title": title, "names": NAMES, "shown": shown, "joined": JOINED},
+    )
+
+
+def _pictures(pictures: Sequence[tuple[str, Opens]]) -> Iterator[tuple[str, tuple[str, str]]]:
+    for name, opens in pictures:
+        if opens is None:
+            yield name, ("", "")
+            continue
+        try:
+            yield name, (data_url(opens()), "")
+        except BadSample as error:
+            yield name, ("", error.reason)
+
+
+WIDTH, MARGIN, LINE, SIDE, TEXT, FACTS_CHARACTERS = 1280, 24, 26, 112, 15, 130
+PAPER, INK, FAINT = "#ffffff", "#1d2630", "#66727f"
+FILLS: Mapping[Kind, tuple[str, str]] = {
+    "trained": ("#cfe8d5", "#b4dabd"),
+    "context": ("#eef0f3", "#e1e5ea"),
+    "picture-place": ("#d9e5fb", "#d9e5fb"),
+    "padding": ("#f4e3d3", "#f4e3d3"),
+}
+
+
+def batch_picture(view: BatchView) -> bytes:
+    """The batch as a PNG file: a block for each row, its picture at the left."""
+    beside = dict(view.pictures)
+    blocks = [_legend(view)] + [_block(row, beside.get(row.title)) for row in view.rows]
+    height = sum(block.height for block in blocks) + MARGIN * (len(blocks) + 1)
+    sheet = Image.new("RGB", (WIDTH, height), PAPER)
+    top = MARGIN
+    for block in blocks:
+        sheet.paste(block, (0, top))
+        top += block.height + MARGIN
+    file = io.BytesIO()
+    sheet.save(file, format="png", optimize=True)
+    return file.getvalue()
+
+
+@cache
+def _font(size: int) -> Any:
+    """matplotlib's, which has most of the world's letters, where it is installed; else Pillow's own."""
+    try:
+        import matplotlib
+    except ImportError:
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _legend(view: BatchView) -> Image.Image:
+    kinds: Sequence[Kind] = ("trained", "context", "picture-place", "padding")
+    facts = textwrap.wrap(", ".join(f"{name} {value}" for name, value in view.facts), FACTS_CHARACTERS)
+    block = Image.new("RGB", (WIDTH, (len(facts) + 1) * LINE), PAPER)
+    draw = ImageDraw.Draw(block)
+    for number, line in enumerate(facts):
+        draw.text((MARGIN, number * LINE), line, INK, _font(TEXT))
+    _flow(draw, [Piece(f" {NAMES[kind]} ", kind) for kind in kinds], left=MARGIN, top=len(facts) * LINE)
+    return block
+
+
+def _block(row: BatchRow, opens: Opens) -> Image.Image:
+    left = MARGIN + SIDE + MARGIN
+    measured = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    top, tops = LINE, []
+    for pieces in row.lines:
+        tops.append(top)
+        top = _flow(measured, pieces, left=left, top=top, drawn=False) + LINE + 6
+    block = Image.new("RGB", (WIDTH, max(top, 0 if opens is None else SIDE)), PAPER)
+    draw = ImageDraw.Draw(block)
+    draw.text((left, 0), row.title, FAINT, _font(TEXT))
+    for pieces, start in zip(row.lines, tops, strict=True):
+        _flow(draw, pieces, left=left, top=start)
+    if opens is not None:
+        try:
+            picture = small_picture(opens().convert("RGB"), SIDE)
+        except BadSample:
+            return block
+        grown = picture.resize((picture.width * 2, picture.height * 2), 0) if 2 * max(picture.size) <= SIDE else picture
+        block.paste(grown, (MARGIN, 0))
+    return block
+
+
+def _flow(draw: Any, pieces: Sequence[Piece], *, left: int, top: int, drawn: bool = True) -> int:
+    """Sets pieces one behind the other, in as many lines as they need; the last line's top."""
+    x = left
+    for number, piece in enumerate(pieces):
+        text, font = shown(piece), _font(TEXT)
+        wide = max(4, int(draw.textlength(text, font)))
+        if x + wide > WIDTH - MARGIN and x > left:
+            x, top = left, top + LINE
+        if drawn:
+            draw.rectangle((x, top, x + wide, top + LINE - 5), FILLS[piece.kind][number % 2])
+            draw.text((x, top + 1), text, INK, font)
+        x += wide + 1
+    return top

@@ -1,1 +1,0 @@
-"""What training and evaluation both stand on: a run's settings, its folder, its processes and its base."""

@@ -1,0 +1,357 @@
+"""A request from its prompt to its last event, and what may become of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from dora_vl.backbones.families import ALIGNED
+from dora_vl.core.strength import Share
+from dora_vl.data.samples import Sample
+from dora_vl.errors import UserError
+from dora_vl.serving.decoding import Reason, Sampling
+from dora_vl.serving.model import Asked
+
+
+class TooManyRequests(UserError):
+    """As many requests wait as may."""
+
+
+class TooLate(UserError):
+    """The answer was not there in the time that a request has."""
+
+
+def too_late() -> TooLate:
+    """That a request's time is over, wherever it was by then."""
+    return TooLate("it took too long; ask for a shorter answer, or try again later")
+
+
+class Stopped(UserError):
+    """The server is ending, the adapter was taken away meanwhile, or nobody waits for the answer."""
+
+
+def unloaded(name: str) -> Stopped:
+    """That an adapter was there when its request came, and is not any more."""
+    return Stopped(f"adapter {name} was unloaded before its answer began")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next of an answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An answer is over: why, its whole text, and how many tokens prompt and answer have."""
+
+    reason: Reason
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There is no answer, or no more of it."""
+
+    error: Exception
+
+
+Event = Piece | Finished | Failed
+"""What becomes of a request: pieces, then one of the other two."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose prompt stands.
+
+    Attributes:
+        strength: how much of the adapter is applied.
+    """
+
+    asked: Asked
+    sample: Sample
+    sampling: Sampling
+    strength: float = 1.0
+
+    @property
+    def share(self) -> Share | None:
+        """What its row has of an adapter; None is the base."""
+        return self.asked.share(self.strength)
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and longest answer."""
+        return len(self.sample.input_ids) + self.sampling.max_new_tokens
+
+    @property
+    def media(self) -> frozenset[str]:
+        """Names of the inputs that hold its pictures and videos."""
+        own = frozenset(self.sample.inputs).difference(ALIGNED)
+        return own | {"pictures"} if self.sample.pictures else own
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures it shows; at most 1 of a model with its own processor, where they are not told apart."""
+        return len(self.sample.pictures) or int(bool(self.media))
+
+
+@dataclass
+class Answering:
+    """A request that was handed in.
+
+    Attributes:
+        put: receives its events.
+        deadline: when its answer comes too late, by `time.monotonic`.
+        over: whether it got its last event.
+        pieces: how many pieces it got.
+    """
+
+    prepared: Prepared
+    put: Callable[[Event], object]
+    deadline: float
+    over: bool = False
+    pieces: int = 0
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more; its row ends at the next token."""
+        self._cancelled.set()
+
+    @property
+    def late(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() > self.deadline
+
+    @property
+    def unwanted(self) -> bool:
+        """Whether the answer comes too late, or for nobody."""
+        return self._cancelled.is_set() or self.late
+
+    def tell(self, event: Event) -> None:
+        """Hands an event on; none after the last."""
+        if self.over:
+            return
+        self.over = not isinstance(event, Piece)
+        self.pieces += not self.over
+        self.put(event)
+
+    def give_up(self) -> None:
+        """Tells that there is no answer, or no more of it: it took too long, or nobody waits for it."""
+        if self.late:
+            self.tell(Failed(too_late()))
+        else:
+            self.tell(Failed(Stopped("nobody waits for it any more")))
+
+
+# Requests that wait, and which of them make the next batch.
+
+
+ENDING = "the server is ending"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How requests become batches.
+
+    Attributes:
+        batch_rows: most requests in a batch.
+        batch_tokens: most tokens of a batch, prompts padded and answers at their longest; a single request may have
+            more.
+        window_seconds: how long the first request of a batch waits for others.
+        waiting: most requests that wait.
+        answer_seconds: longest time from handing a request in to the end of its answer.
+        prompt_tokens: longest prompt; None: as the model takes.
+        joining: requests come to a batch that is being answered, where the model allows it.
+    """
+
+    batch_rows: int = 16
+    batch_tokens: int = 32768
+    window_seconds: float = 0.005
+    waiting: int = 64
+    answer_seconds: float = 300.0
+    prompt_tokens: int | None = None
+    joining: bool = True
+
+
+class WaitingRoom:
+    """Where requests wait, in order; any thread may hand one in, one thread takes batches.
+
+    Args:
+        settings: how many may wait, and how large a batch is.
+        one_kind: whether pictures and videos of this many kinds of inputs cannot be in one batch.
+    """
+
+    def __init__(self, settings: EngineSettings, one_kind: Callable[[], bool]) -> None:
+        self._settings = settings
+        self._one_kind = one_kind
+        self._waiting: deque[Answering] = deque()
+        self._changed = threading.Condition()
+        self.closed = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, one: Answering, check: Callable[[], object]) -> None:
+        """Takes a request in, where `check` raises nothing while no other request comes or goes.
+
+        Raises:
+            TooManyRequests: as many wait as may.
+            Stopped: the room is closed.
+        """
+        with self._changed:
+            if self.closed:
+                raise Stopped(ENDING)
+            if len(self._waiting) >= self._settings.waiting:
+                self._let_go()
+            if len(self._waiting) >= self._settings.waiting:
+                raise TooManyRequests(f"{len(self._waiting)} requests wait already, and no more may; try again later")
+            check()
+            self._waiting.append(one)
+            self._changed.notify()
+
+    def remove(self, name: str) -> list[Answering]:
+        """The requests for an adapter, which wait no longer."""
+        with self._changed:
+            gone = [one for one in self._waiting if one.prepared.asked.name == name]
+            self._waiting = deque(one for one in self._waiting if one.prepared.asked.name != name)
+        return gone
+
+    def close(self) -> None:
+        """Lets nobody in any more, and tells those that wait."""
+        with self._changed:
+            self.closed = True
+            left, self._waiting = list(self._waiting), deque()
+            self._changed.notify()
+        for one in left:
+            one.tell(Failed(Stopped(ENDING)))
+
+    def next_batch(self) -> list[Answering] | None:
+        """What is answered next: waits for a request, and a little for others; None when the room is closed."""
+        rows = self._settings.batch_rows
+        with self._changed:
+            while not self._waiting and not self.closed:
+                self._changed.wait()
+            until = time.monotonic() + self._settings.window_seconds
+            while len(self._waiting) < rows and not self.closed and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
+            return None if self.closed else self._taken()
+
+    def next_joiners(self, rows: int, columns: int, left: int) -> list[Answering]:
+        """Those that may come to a running batch, none where the first of all that wait may not: it would wait longer.
+
+        Args:
+            rows: of the batch.
+            columns: tokens that it has places for.
+            left: most tokens that a row of it may still get.
+        """
+
+        def room(new: Sequence[Prepared]) -> bool:
+            prompts = [len(one.sample.input_ids) for one in new]
+            longest = max(columns, *prompts) + max(left, *(one.sampling.max_new_tokens for one in new))
+            whole = rows + len(new)
+            return whole <= self._settings.batch_rows and whole * longest <= self._settings.batch_tokens
+
+        with self._changed:
+            return self._taken(room) if self._waiting and not self.closed else []
+
+    def _let_go(self) -> None:
+        """Gives those up that nobody waits for."""
+        for one in self._waiting:
+            if one.unwanted:
+                one.give_up()
+        self._waiting = deque(one for one in self._waiting if not one.over)
+
+    def _taken(self, also: Callable[[Sequence[Prepared]], bool] = lambda rows: True) -> list[Answering]:
+        """The first of those that wait, and those after it that fit beside it, in order.
+
+        Args:
+            also: whether there is room for these; where it is not for the first, nothing is taken.
+        """
+        self._let_go()
+        batch: list[Answering] = []
+        left: deque[Answering] = deque()
+        for one in self._waiting:
+            rows = [*(other.prepared for other in batch), one.prepared]
+            fits = len(rows) <= self._settings.batch_rows and self._fit(rows) and also(rows)
+            if not fits and not batch:
+                return []
+            (batch if fits else left).append(one)
+        self._waiting = left
+        return batch
+
+    def _fit(self, rows: Sequence[Prepared]) -> bool:
+        """Whether these can be one batch."""
+        if len(rows) == 1:
+            return True
+        if len(rows) * max(row.tokens for row in rows) > self._settings.batch_tokens:
+            return False
+        showing = [row for row in rows if row.media]
+        eyes = {row.share if row.asked.alone else None for row in showing}
+        kinds = {row.media for row in showing}
+        return len(eyes) <= 1 and not (len(kinds) > 1 and self._one_kind())
+
+
+# Whoever waits for an answer: whether it is still there, and how much of its time is left.
+
+
+LOOK_SECONDS = 0.5
+"""How often it is looked whether a client that waits is still there."""
+
+
+class WaitingClient:
+    """The client of a request, from the moment that it came.
+
+    Args:
+        request: its body is read before `watched`.
+        seconds: longest time from now to the end of its answer.
+    """
+
+    def __init__(self, request: Request, seconds: float) -> None:
+        self._request = request
+        self.deadline = time.monotonic() + seconds
+        """By `time.monotonic`, as `Answering` has it."""
+        self._gone = threading.Event()
+
+    def check(self) -> None:
+        """Goes on only where somebody waits; from any thread.
+
+        Raises:
+            Stopped: the client has gone away.
+            TooLate: its time is over.
+        """
+        if self._gone.is_set():
+            raise Stopped("the client has gone away")
+        if time.monotonic() > self.deadline:
+            raise too_late()
+
+    @contextlib.asynccontextmanager
+    async def watched(self, leave: Callable[[], object]) -> AsyncIterator[None]:
+        """Meanwhile `leave` is called where the client goes away, or where waiting for it is broken off."""
+
+        def gone() -> None:
+            self._gone.set()
+            leave()
+
+        async def look() -> None:
+            while not await self._request.is_disconnected():
+                await asyncio.sleep(LOOK_SECONDS)
+            gone()
+
+        looking = asyncio.create_task(look())
+        try:
+            yield
+        except BaseException:
+            gone()
+            raise
+        finally:
+            looking.cancel()

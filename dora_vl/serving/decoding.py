@@ -1,0 +1,366 @@
+"""Rows of one batch, each decoded in its own way through transformers' generate: sampling, ends, text as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from dora_vl.backbones.generation import NO_NUMBERS, NOT_YET_A_CHARACTER
+from dora_vl.errors import UserError
+
+LEAST_TEMPERATURE = 1e-3
+"""Below it the likeliest token is taken: scores divided by less may leave the numbers that there are."""
+
+Reason = Literal["stop", "length", "ended"]
+"""Why an answer is over: it was complete, it was as long as allowed, or nobody waits for it any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one answer is chosen.
+
+    Attributes:
+        max_new_tokens: longest answer.
+        temperature: 0 takes the likeliest token.
+        top_p: of the likeliest tokens, as few as have this probability together.
+        stop: texts that end the answer, and are not part of it.
+        seed: the same answer again; None: another each time.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass
+class RowText:
+    """One row's answer while it is made.
+
+    Attributes:
+        sampling: how it is chosen.
+        decode: its tokens as text.
+        write: receives the text piece by piece.
+        over: whether nobody waits for the rest; asked at every token.
+        done: is told once, when the row is over.
+    """
+
+    sampling: Sampling
+    decode: Callable[[list[int]], str]
+    write: Callable[[str], object]
+    over: Callable[[], bool] = lambda: False
+    done: Callable[[RowText], object] = lambda row: None
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    """What has been written."""
+    reason: Reason | None = None
+    """Why it is over; None while it goes on."""
+    error: Exception | None = None
+    """What broke it, and no other row."""
+
+    def take(self, token: int, ends: Collection[int]) -> None:
+        """Takes the next token, and writes what it adds to the text; an error ends this row alone."""
+        if self.reason is not None:
+            return
+        try:
+            self._take(token, ends)
+        except Exception as error:  # noqa: BLE001 - the other rows of the batch go on
+            self._break(error)
+
+    def draw(self, scores: Float[Tensor, " vocab"], generator: torch.Generator) -> int:
+        """The next token, drawn; scores that are no numbers end this row alone, and the token is any."""
+        try:
+            return token_of(scores, self.sampling, generator)
+        except UserError as error:
+            if self.reason is None:
+                self._break(error)
+            return 0
+
+    def end_without_numbers(self) -> None:
+        """Ends this row alone: its scores are no numbers, and the likeliest of them would be any token."""
+        if self.reason is None:
+            self._break(UserError(NO_NUMBERS))
+
+    def _break(self, error: Exception) -> None:
+        self.error, self.reason = error, "ended"
+        self.done(self)
+
+    def _take(self, token: int, ends: Collection[int]) -> None:
+        if self.over():
+            self._finish("ended", self.text)
+            return
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        stopped = _first_place(text, self.sampling.stop)
+        if stopped is not None:
+            self._finish("stop", text[:stopped])
+        elif token in ends:
+            self._finish("stop", text)
+        elif len(self.ids) >= self.sampling.max_new_tokens:
+            self._finish("length", text)
+        elif not text.endswith(NOT_YET_A_CHARACTER):
+            self._write(text[: len(text) - _begun(text, self.sampling.stop)])
+
+    def _finish(self, reason: Reason, text: str) -> None:
+        self._write(text)
+        self.reason = reason
+        self.done(self)
+
+    def _write(self, text: str) -> None:
+        if len(text) > len(self.text):
+            self.write(text[len(self.text) :])
+            self.text = text
+
+
+def _first_place(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of the stopping texts begins."""
+    found = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return min(found, default=None)
+
+
+def _begun(text: str, stops: Sequence[str]) -> int:
+    """How many of the last characters may be the beginning of a stopping text, and are kept back."""
+    most = max(map(len, stops), default=1) - 1
+    sizes = range(min(most, len(text)), 0, -1)
+    return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in stops)), 0)
+
+
+class RowStops(StoppingCriteria):
+    """Gives each row its next token, and says which rows are over."""
+
+    def __init__(self, rows: Sequence[RowText], ends: Collection[int]) -> None:
+        self._rows = rows
+        self._ends = ends
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Int[Tensor, "rows seq"], scores: Any, **named: Any
+    ) -> Bool[Tensor, " rows"]:
+        """Which rows are over."""
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            row.take(token, self._ends)
+        over = [row.reason is not None for row in self._rows]
+        return torch.tensor(over, device=input_ids.device)
+
+
+class RowSampling(LogitsProcessor):
+    """Leaves each row that samples the one token that it drew, so that the likeliest is taken of all rows.
+
+    A row whose scores are no numbers is ended here, whether it samples or not.
+    """
+
+    def __init__(self, rows: Sequence[RowText], device: torch.device) -> None:
+        self._rows = rows
+        found = ((number, drawing(one.sampling, device)) for number, one in enumerate(rows))
+        self._draws = {number: one for number, one in found if one is not None}
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
+    ) -> Float[Tensor, "rows vocab"]:
+        """The scores, of a row that samples all but one minus infinity."""
+        likeliest(scores, self._rows)
+        for number, generator in self._draws.items():
+            drawn = self._rows[number].draw(scores[number], generator)
+            scores[number] = float("-inf")
+            scores[number, drawn] = 0.0
+        return scores
+
+
+def likeliest(scores: Float[Tensor, "rows vocab"], rows: Sequence[RowText]) -> list[int]:
+    """Each row's likeliest token; a row whose scores are no numbers is ended, and its token is any.
+
+    A row's largest score is NaN where any is, so that looking at it costs no more than choosing.
+    """
+    most, tokens = scores.max(-1)
+    for row, number in zip(rows, most.isfinite().tolist(), strict=True):
+        if not number:
+            row.end_without_numbers()
+    return tokens.tolist()
+
+
+def _samples(sampling: Sampling) -> bool:
+    return sampling.temperature >= LEAST_TEMPERATURE
+
+
+def drawing(sampling: Sampling, device: torch.device) -> torch.Generator | None:
+    """Where a row's draws come from; None where it takes the likeliest token."""
+    if not _samples(sampling):
+        return None
+    generator = torch.Generator(device=device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    return generator
+
+
+def token_of(scores: Float[Tensor, " vocab"], sampling: Sampling, generator: torch.Generator) -> int:
+    """A token drawn at the row's temperature from the likeliest that have `top_p` together.
+
+    Raises:
+        UserError: the scores are no numbers, as those of an adapter that is applied too strongly.
+    """
+    probabilities = (scores.float() / sampling.temperature).softmax(-1)
+    if bool(probabilities.isnan().any()):  # on a GPU, to draw from these would break every later call too
+        raise UserError(NO_NUMBERS)
+    if sampling.top_p < 1:
+        ranked, order = probabilities.sort(descending=True)
+        unlikely = order[ranked.cumsum(-1) - ranked >= sampling.top_p]
+        probabilities = probabilities.index_fill(0, unlikely, 0.0)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def generate_options(rows: Sequence[RowText], ends: Collection[int], device: torch.device) -> dict[str, Any]:
+    """What transformers' generate is called with so that it decodes these rows, each in its own way."""
+    stops = StoppingCriteriaList([RowStops(rows, ends)])
+    chosen = LogitsProcessorList([RowSampling(rows, device)])
+    # One beam whatever the model's folder says.
+    return {"stopping_criteria": stops, "logits_processor": chosen, "num_beams": 1}
+
+
+# Rows that are decoded together and come and go one by one: their keys and values, padded on the left to one length.
+#
+# Nothing of a model is known here but transformers' own ways: how generate prepares a prompt and one more token. Rows
+# may come to others where all that the model remembers of them is in a plain cache of keys and values, and where it is
+# told each token's position.
+
+
+MASK, POSITIONS = "attention_mask", "position_ids"
+ALIGNED = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+"""What else has an entry for each token; that of an answer's is the same for all."""
+OF_PROMPTS = frozenset({"input_ids", "inputs_embeds"})
+NEVER = frozenset({"cross_attention_mask", "encoder_outputs"})
+"""What a model asks for at every token and is not in its cache of keys and values."""
+
+
+def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
+    """Whether rows may come to those of a generate call, by what it hands to its decoding method.
+
+    Args:
+        arguments: its keyword arguments for the model.
+        media: names of the inputs that hold pictures and videos, which are read with the prompt alone.
+    """
+    cache, positions = _cache(arguments), arguments.get(POSITIONS)
+    if cache is None or not isinstance(positions, Tensor):
+        return False
+    plain = type(cache[1]) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache[1].layers)
+    known = {*ALIGNED, *OF_PROMPTS, *media, MASK, POSITIONS} - NEVER
+    return plain and all(name in known for name, value in arguments.items() if isinstance(value, Tensor))
+
+
+def _cache(arguments: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The cache and its name, which transformers has changed."""
+    found = (
+        (name, arguments[name])
+        for name in ("cache", "past_key_values")
+        if isinstance(arguments.get(name), DynamicCache)
+    )
+    return next(found, None)
+
+
+@dataclass
+class JoinedRows:
+    """What the next token of each row needs.
+
+    Attributes:
+        cache: of all tokens but the last of each row.
+        mask: 0 where a row has padding; a column for each cached token, and the next one's.
+        positions: of the next token.
+        others: what else the model is called with.
+    """
+
+    cache_name: str
+    cache: DynamicCache
+    mask: Int[Tensor, "rows columns"]
+    positions: Int[Tensor, "*kinds rows 1"]
+    others: dict[str, Any]
+
+    @classmethod
+    def read(
+        cls, model: Any, input_ids: Tensor, config: Any, arguments: dict[str, Any]
+    ) -> tuple[JoinedRows, Float[Tensor, "rows vocab"]]:
+        """Reads prompts, as transformers' decoding methods begin; the logits of each row's first token beside."""
+        outputs = model._prefill(input_ids, config, arguments)
+        found = _cache({**arguments, **outputs})
+        assert found is not None
+        name, cache = found
+        given = arguments.get(MASK)
+        rows, columns = len(outputs.logits), cache.get_seq_length()
+        mask = given if given is not None else input_ids.new_ones(rows, columns)
+        positions = arguments[POSITIONS][..., -1:] + 1
+        if positions.shape[-2] != rows:  # without padding one row of positions stood for all
+            positions = positions.expand(*positions.shape[:-2], rows, 1)
+        others = {
+            name: value for name, value in arguments.items() if not isinstance(value, Tensor | DynamicCache | None)
+        }
+        for aligned in ALIGNED:
+            if isinstance(value := arguments.get(aligned), Tensor):
+                others[aligned] = value[:, -1:] if aligned == ALIGNED[0] else torch.zeros_like(value[:, -1:])
+        return cls(name, cache, F.pad(mask, (0, 1), value=1), positions, others), _last(outputs)
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    @property
+    def columns(self) -> int:
+        """How many tokens the cache has places for."""
+        return self.mask.shape[1] - 1
+
+    def step(self, model: Any, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
+        """Takes each row's next token; the logits of the one after it."""
+        named = {self.cache_name: self.cache, MASK: self.mask, POSITIONS: self.positions, **self.others}
+        inputs = model.prepare_inputs_for_generation(
+            tokens[:, None], next_sequence_length=1, is_first_iteration=False, **named
+        )
+        outputs = model(**inputs, return_dict=True)
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        self.positions = self.positions + 1
+        return _last(outputs)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Lets go of all rows but these, in this order, and of columns that are padding in all of them."""
+        index = torch.tensor(rows, device=self.mask.device)
+        mask = self.mask[index]
+        start = int(mask.any(0).to(torch.int8).argmax())
+        self.mask, self.positions = mask[:, start:], self.positions.index_select(-2, index)
+        for layer in self._layers:
+            layer.keys = layer.keys[index, :, start:]
+            layer.values = layer.values[index, :, start:]
+        self._keep_aligned(lambda value: value[index])
+
+    def join(self, new: JoinedRows) -> None:
+        """Takes further rows in, behind its own; `new` is used up."""
+        columns = max(self.columns, new.columns)
+        self.mask = torch.cat([F.pad(one.mask, (columns - one.columns, 0)) for one in (self, new)])
+        self.positions = torch.cat([self.positions, new.positions], dim=-2)
+        for own, other in zip(self._layers, new._layers, strict=True):
+            own.keys = _stacked(own.keys, other.keys, columns)
+            own.values = _stacked(own.values, other.values, columns)
+        self._keep_aligned(lambda value: torch.cat([value, value.new_zeros(len(new), 1)]))
+
+    @property
+    def _layers(self) -> list[Any]:
+        return [*self.cache.layers]
+
+    def _keep_aligned(self, change: Any) -> None:
+        for aligned in ALIGNED:
+            if aligned in self.others:
+                self.others[aligned] = change(self.others[aligned])
+
+
+def _stacked(own: Tensor, other: Tensor, columns: int) -> Tensor:
+    return torch.cat([F.pad(one, (0, 0, columns - one.shape[-2], 0)) for one in (own, other)])
+
+
+def _last(outputs: Any) -> Float[Tensor, "rows vocab"]:
+    """As transformers' own decoding takes them."""
+    return outputs.logits[:, -1].float()

@@ -1,0 +1,334 @@
+"""One base in memory and the adapters over it, each asked as it was trained to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from dora_vl.adapters.adapter import content_hash, local_folder
+from dora_vl.adapters.several import Layers, ReadAdapter, RowAdapters, rows_seen
+from dora_vl.backbones.base import Backbone, max_positions
+from dora_vl.backbones.image_text import decoder_of
+from dora_vl.backbones.image_text_encode import ImageTextEncoder
+from dora_vl.core.active_adapters import share_of
+from dora_vl.core.strength import Share
+from dora_vl.data.turns import Turn
+from dora_vl.errors import BadSample, UserError, shown
+from dora_vl.evaluation.asker import Shown, Wanted
+from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.open_model import ModelSource, decoder_parts, find_source, read_recipe
+from dora_vl.evaluation.prompt_inputs import ImageTextPrompts, Prompts
+from dora_vl.training.adapting import LLAVA
+from dora_vl.training.launch import give_way_when_busy
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+# What no prompt can be, by numbers alone: refused before a long talk is rendered, or a huge text tokenised.
+
+
+MOST_TURNS = 512
+"""A template's time grows with the square of the turns."""
+SWALLOWED = ("\ue000", " ")
+"""Of what some tokenizers make one token of any length, or none: characters that they do not know, and spaces."""
+REPEATED = 16
+
+
+def refuse_endless(turns: Sequence[Turn], tokens: int | None, longest_token: int | None) -> None:
+    """Refuses a talk that is too long whatever its tokens are.
+
+    Args:
+        turns: the talk.
+        tokens: most that a prompt may have; None: any number.
+        longest_token: most characters of one; None: any number.
+
+    Raises:
+        BadSample: it has too many turns, or more characters than so many tokens.
+    """
+    if len(turns) > MOST_TURNS:
+        raise BadSample("request", f"the talk has {len(turns)} turns, and {MOST_TURNS} are allowed; begin a new one")
+    if tokens is None or longest_token is None:
+        return
+    characters = sum(len(turn.text) for turn in turns)
+    if characters > tokens * longest_token:
+        reason = f"its {characters:,} characters are more than a prompt of {tokens:,} tokens can hold; shorten it"
+        raise BadSample("request", reason)
+
+
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Most characters that one token of a prompt stands for; None where they may be any number, or are not known.
+
+    Of a tokenizer's entries each character stands for at most one of the text: of bytes, and of `<0x0A>`, for less.
+
+    Args:
+        tokenizer: of the prompts.
+    """
+    try:
+        longest = max(map(len, tokenizer.get_vocab()))
+        texts = [one * REPEATED * longest for one in SWALLOWED]
+        bounded = all(len(tokenizer.encode(text, add_special_tokens=False)) * longest >= len(text) for text in texts)
+    except (NotImplementedError, TypeError, ValueError):  # without a vocabulary, or not of text alone
+        return None
+    return longest if bounded else None
+
+
+LLAVA_PROJECTOR = "model.multi_modal_projector"
+"""Of a LLaVA-1.5, which is given one entry a picture, so that each picture can have the projector of its own row."""
+PROBE_ROWS, PROBE_TOKENS = 2, 2  # a prompt, and a token behind it
+
+
+class UnknownModel(UserError):
+    """There is no adapter of this name, and it is not the base's."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How an adapter (or the base) is asked, and what its rows need of a batch.
+
+    Attributes:
+        name: of the adapter; None is the base.
+        prompts: what makes its inputs.
+        alone: whether the pictures of a batch must all be its own.
+        longest_token: see `prompt_limits.longest_token`.
+    """
+
+    name: str | None
+    prompts: Prompts
+    alone: bool = False
+    longest_token: int | None = None
+
+    def share(self, strength: float = 1.0) -> Share | None:
+        """What a row has of it at this strength; None is the base."""
+        return None if self.name is None else share_of(Share(self.name, strength))
+
+
+class ServedModel:
+    """A base, loaded once, whose rows may each have another adapter.
+
+    Args:
+        source: of the base, and of how it is asked: by itself, or as an adapter on it was trained to be.
+        base_name: what the base is called among the adapters; None: as its folder.
+        template: the prompt format of adapters that do not say their own.
+        any_base: accepts adapters that were trained on another base.
+
+    Raises:
+        UserError: it is no decoder, or cannot be opened.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        base_name: str | None = None,
+        template: str | None = None,
+        any_base: bool = False,
+    ) -> None:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        self.source = source
+        self.base_name = base_name or Path(source.place).absolute().name
+        self._template, self._any_base = template, any_base
+        parts = decoder_parts(source)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.backbone: Backbone[Any] = parts.load().to(device).eval()
+        prompts = parts.prompts(self.backbone)
+        base = Asked(None, prompts, longest_token=longest_token(prompts.tokenizer))
+        self.assistant = Assistant(self.backbone, base.prompts)
+        self.adapters = RowAdapters(self.backbone.model, self._layers())
+        self._asked: dict[str, Asked] = {self.base_name: base}
+
+    # -- adapters ----------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What can be asked: the base first."""
+        return tuple(self._asked)
+
+    def asked(self, name: str) -> Asked:
+        """How a model of this name is asked.
+
+        Raises:
+            UnknownModel: there is none.
+        """
+        if name not in self._asked:
+            raise UnknownModel(f"no model {shown(name)} is served; there are {', '.join(self._asked)}")
+        return self._asked[name]
+
+    def read(self, name: str, folder: Path) -> tuple[Asked, ReadAdapter]:
+        """Reads an adapter, which may take long, beside whatever the model does; `put` makes it one that is served.
+
+        Raises:
+            UserError: the name is taken, the folder is no adapter of this base, or it cannot be served per row.
+        """
+        self._refuse_taken(name)
+        source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
+        prompts = decoder_parts(source).prompts(self.backbone)
+        read = self.adapters.read(folder)
+        return Asked(name, prompts, read.alone, longest_token(prompts.tokenizer)), read
+
+    def put(self, asked: Asked, adapter: ReadAdapter) -> None:
+        """Serves what was read; between batches only.
+
+        Raises:
+            UserError: the name was taken meanwhile.
+        """
+        name = str(asked.name)
+        self._refuse_taken(name)
+        self.adapters.put(name, adapter)
+        self._asked[name] = asked
+
+    def drop(self, name: str) -> None:
+        """Serves an adapter no longer; between batches only.
+
+        Raises:
+            UnknownModel: there is none of this name.
+            UserError: it is the base.
+        """
+        if self.asked(name).name is None:
+            raise UserError(f"{name} is the base, which stays; name an adapter")
+        del self._asked[name]
+        self.adapters.drop(name)
+
+    # -- batches -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def rows(
+        self, asked: Sequence[Asked], pictures: Sequence[int], strengths: Sequence[float] | None = None
+    ) -> Iterator[None]:
+        """Meanwhile the model's batch has a row for each of these, with so many pictures each.
+
+        Args:
+            strengths: how much of its adapter is applied to each; None: all of it.
+        """
+        shares = [one.share(strength) for one, strength in zip(asked, strengths or [1.0] * len(asked), strict=True)]
+        seeing = list(zip(asked, shares, pictures, strict=True))
+        alone = {share for one, share, count in seeing if count and one.alone and share}
+        if alone or not self.by_picture:
+            shown_by: list[Share | None] = [next(iter(alone), None)]
+        else:
+            shown_by = [share for _, share, count in seeing for _ in range(count)] or [None]
+        with self.adapters.batch.holding(shares, shown_by):
+            yield
+
+    @property
+    def by_picture(self) -> bool:
+        """Whether each picture of a batch can have the projector of its own row's adapter."""
+        return self.source.kind == LLAVA
+
+    @cached_property
+    def max_positions(self) -> int | None:
+        """What the model takes of a prompt and its answer together."""
+        return max_positions(self.backbone.config)
+
+    @property
+    def encoder(self) -> ImageTextEncoder | None:
+        """The processor's, where the model is asked through one."""
+        prompts = self.assistant.prompts
+        return prompts.encoder if isinstance(prompts, ImageTextPrompts) else None
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _refuse_taken(self, name: str) -> None:
+        if name == self.base_name:
+            raise UserError(
+                f"the base is called {shown(name)} too; choose another name, or the base's with --base-name"
+            )
+        if name in self._asked:
+            raise UserError(f"a model {shown(name)} is served already; unload it first, or choose another name")
+
+    def _layers(self) -> Layers:
+        model = self.backbone.model
+        sample = self.assistant.prompts.sample([Turn("user", "a")], Shown())
+        batch = self.assistant.prompts.collate([sample] * PROBE_ROWS, "left")
+        options = {"min_new_tokens": PROBE_TOKENS, "num_beams": 1}
+        run = partial(self.assistant.new_ids, batch, max_new_tokens=PROBE_TOKENS, options=options)
+        seen = rows_seen(model, run, rows=PROBE_ROWS, tokens=batch["input_ids"].shape[1])
+        by_picture = _inside(model, model.get_submodule(LLAVA_PROJECTOR)) if self.by_picture else frozenset()
+        return Layers(by_row=seen, by_picture=by_picture, decoder=_inside(model, decoder_of(model)))
+
+
+def _inside(model: nn.Module, part: nn.Module) -> frozenset[str]:
+    """Full names of a part's modules."""
+    inside = set(part.modules())
+    return frozenset(name for name, module in model.named_modules() if module in inside)
+
+
+def open_served(
+    model: str | None,
+    adapters: Mapping[str, Path],
+    *,
+    base_name: str | None = None,
+    template: str | None = None,
+    any_base: bool = False,
+) -> ServedModel:
+    """A base with its adapters; see `ServedModel`. Without `model`, the base is the first adapter's.
+
+    Raises:
+        UserError: there is neither, or one of them cannot be served.
+    """
+    first = next(iter(adapters.values()), None)
+    if first is None:
+        wanted = Wanted(model=model, template=template)
+    else:
+        wanted = Wanted(adapter=first, base=model, any_base=any_base, template=_template_of(first, template))
+    source = find_source(wanted)
+    for folder in adapters.values():  # before the weights are read
+        source_on(source, folder, template=template, any_base=any_base)
+    give_way_when_busy()
+    served = ServedModel(source, base_name=base_name, template=template, any_base=any_base)
+    for name, folder in adapters.items():
+        served.put(*served.read(name, folder))
+    return served
+
+
+def source_on(served: ModelSource, folder: Path, *, template: str | None, any_base: bool) -> ModelSource:
+    """An adapter over the base that is served; no weight is read.
+
+    Raises:
+        UserError: the folder is no adapter, or one of another base, kind or quantisation.
+    """
+    wanted = Wanted(adapter=folder, base=served.place, any_base=True, template=_template_of(folder, template))
+    source = find_source(wanted)
+    stated = str(source.recipe.get("base_sha256") or "")
+    found = None if any_base or not stated else _sha256_of(served)
+    if found and found != stated:
+        raise UserError(
+            f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has {found[:12]}…; serve it "
+            "with its own base, or start with --any-base to try it"
+        )
+    if source.kind != served.kind:
+        raise UserError(f"{folder} is an adapter of a {source.kind}, and {served.place} is {served.kind}")
+    own, theirs = (one.recipe.get("quantisation") for one in (source, served))
+    if source.recipe and own != theirs and not any_base:
+        raise UserError(
+            f"{folder} was trained on a base with quantisation {own}, the served one has {theirs}; serve it apart, "
+            "or start with --any-base"
+        )
+    return source
+
+
+def _sha256_of(served: ModelSource) -> str | None:
+    """The hash of a base's content; None of one on the hub that is not here yet."""
+    try:
+        return _content_hash(served.place, served.revision)
+    except OSError:
+        return None
+
+
+@cache
+def _content_hash(place: str, revision: str | None) -> str:
+    return content_hash(local_folder(place, revision))
+
+
+def _template_of(adapter: Path, template: str | None) -> str | None:
+    """A prompt format for a folder that does not say its own."""
+    return None if "base" in read_recipe(adapter) else template

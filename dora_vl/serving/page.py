@@ -1,0 +1,540 @@
+"""What happens on the page: pictures are shown, questions asked, a dial turned. Each is one call here.
+
+What a talk is stands in `side_by_side.py`, how it looks in `page_view.py`, the page's parts in `page_parts.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, no_type_check
+
+import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
+import uvicorn
+from anyio.to_thread import run_sync
+from fastapi import FastAPI, Request
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dora_vl.core.strength import checked_strength
+from dora_vl.errors import UserError
+from dora_vl.evaluation.asker import Shown
+from dora_vl.serving.answering import TooManyRequests
+from dora_vl.serving.decoding import Sampling
+from dora_vl.serving.door import Admission, Door, Refused, http_config
+from dora_vl.serving.page_parts import (
+    TAKE_QUESTION,
+    Column,
+    ExampleQuestion,
+    Start,
+    Talks,
+    column_view,
+    lay_out,
+    notice_view,
+    shown_view,
+)
+from dora_vl.serving.requests import Intake, check_json
+from dora_vl.serving.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
+
+# The page over HTTP: Gradio's application, kept from asking anybody else, and from giving or keeping any file.
+#
+# Gradio has many more addresses than the page needs: some give files, fetch from the web or run other programs. Here
+# only those are there that the page itself asks for, and a file that a request names must be one that was uploaded.
+
+
+UPLOAD = "/gradio_api/upload"
+ADDRESSES = {
+    "GET": re.compile(
+        r"/|/(config|theme\.css|favicon\.ico|manifest\.json)|/(assets|static|svelte)/.+"
+        r"|/gradio_api/(queue/data|upload_progress|startup-events|heartbeat/\w+)"
+    ),
+    "HEAD": re.compile("/"),
+    "POST": re.compile(rf"{UPLOAD}|/gradio_api/(queue/join|run/predict|cancel|reset)"),
+}
+"""What the page asks for, by method."""
+LARGEST_EVENT = 2**20
+"""Bytes of what the page says to its program; pictures are uploaded."""
+SENT_AT_ONCE = 64
+BODY_SECONDS = 300.0
+FORGET_SECONDS, LOOK_SECONDS = BODY_SECONDS + 60, 20.0
+"""How old uploads are that go unread, older than those that come with them; and how often that is looked for."""
+MOST_UPLOADS = 1000
+OWN = "'self'"
+POLICY = "; ".join(
+    f"{what} {' '.join(sources)}"
+    for what, sources in {
+        "default-src": (OWN,),
+        "script-src": (OWN, "'unsafe-inline'", "'unsafe-eval'"),
+        "style-src": (OWN, "'unsafe-inline'"),
+        "img-src": (OWN, "data:", "blob:"),
+        "media-src": (OWN, "data:", "blob:"),
+        "font-src": (OWN, "data:"),
+        "worker-src": (OWN, "blob:"),
+        "object-src": ("'none'",),
+        "frame-ancestors": (OWN,),
+    }.items()
+)
+"""A visitor's browser loads nothing from another host, whatever a page of Gradio's asks for."""
+
+
+class Uploads:
+    """What visitors have sent and the page has not read yet: so many files and bytes at most, and not for long.
+
+    Args:
+        folder: Gradio keeps them here, each in a folder of its own.
+        most_bytes: of all of them.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int) -> None:
+        self.folder = folder.resolve()
+        self._most_bytes = most_bytes
+        self._coming = 0
+
+    def holds(self, path: str) -> bool:
+        """Whether a path is a file that was uploaded."""
+        try:
+            file = Path(path).resolve(strict=True)
+        except (OSError, ValueError, RuntimeError):
+            return False
+        return file.is_file() and file.parent.parent == self.folder
+
+    def delete(self, file: Path) -> None:
+        """Deletes an uploaded file, and nothing else."""
+        if self.holds(str(file)):
+            self._remove(file)
+
+    @contextlib.contextmanager
+    def coming(self, size: str) -> Iterator[None]:
+        """Meanwhile an upload is on its way.
+
+        Args:
+            size: its bytes, as its header says.
+
+        Raises:
+            Refused: it does not say.
+            TooManyRequests: there is no room for it.
+        """
+        if not size.isdecimal():
+            raise Refused("an upload must say its size (Content-Length)")
+        sizes = self.forget()
+        if len(sizes) >= MOST_UPLOADS or sum(sizes) + self._coming + int(size) > self._most_bytes:
+            raise TooManyRequests("too much is being uploaded; try again in a few minutes")
+        self._coming += int(size)
+        try:
+            yield
+        finally:
+            self._coming -= int(size)
+
+    def forget(self) -> list[int]:
+        """Deletes what is too old; the sizes of the files that are left."""
+        sizes, oldest = [], time.time() - FORGET_SECONDS
+        for file in [path for path in self.folder.rglob("*") if not path.is_dir()]:
+            with contextlib.suppress(FileNotFoundError):  # it was read just now
+                seen = file.lstat()
+                if seen.st_mtime >= oldest:
+                    sizes.append(seen.st_size)
+                else:
+                    self._remove(file)
+        return sizes
+
+    def _remove(self, file: Path) -> None:
+        """A file, and its folder where nothing else is in it, such as the same content under another name."""
+        with contextlib.suppress(OSError):
+            file.unlink()
+            if file.parent != self.folder:
+                file.parent.rmdir()
+
+    @contextlib.asynccontextmanager
+    async def forgetting(self, _: FastAPI) -> AsyncIterator[None]:
+        """Meanwhile old uploads are deleted again and again."""
+
+        async def again() -> None:
+            while True:
+                await asyncio.sleep(LOOK_SECONDS)
+                await run_sync(self.forget)
+
+        task = asyncio.create_task(again())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+
+class OwnFilesAlone:
+    """Lets through what the page asks for, where it names no file but uploaded ones."""
+
+    def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
+        self._app = app
+        self._uploads = uploads
+        self._intake = Intake(LARGEST_EVENT, SENT_AT_ONCE * LARGEST_EVENT)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request.
+
+        Raises:
+            UserError: it is refused.
+        """
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        addresses, request = ADDRESSES.get(scope["method"]), Request(scope, receive)
+        if addresses is None or not addresses.fullmatch(scope["path"]):
+            raise Refused("the page has no such address")
+        if scope["path"] == UPLOAD:
+            with self._uploads.coming(request.headers.get("content-length", "")):
+                await self._app(scope, receive, send)
+        elif scope["method"] == "POST":
+            check_json(request)
+            content = await self._intake.content(request)
+            self._check_files(content)
+            await self._app(scope, _said_again(content, receive), send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _check_files(self, content: bytes) -> None:
+        try:
+            values = [json.loads(content)]
+        except (ValueError, RecursionError):
+            raise Refused("the request is no JSON") from None
+        while values:
+            value = values.pop()
+            if isinstance(value, dict):
+                if "path" in value and not (isinstance(value["path"], str) and self._uploads.holds(value["path"])):
+                    raise Refused("the request names a file that was not uploaded, or is here no longer")
+                values += value.values()
+            elif isinstance(value, list):
+                values += value
+
+
+def _said_again(content: bytes, receive: Receive) -> Receive:
+    """The messages of a request whose content was read already."""
+    left = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def next_message() -> Message:
+        return left.pop() if left else await receive()
+
+    return next_message
+
+
+class OwnHostAlone:
+    """Puts `POLICY` on every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                headers["Referrer-Policy"] = "no-referrer"
+            await send(message)
+
+        await self._app(scope, receive, with_policy if scope["type"] == "http" else send)
+
+
+def keep_gradio_quiet(uploads: Path) -> None:
+    """Tells Gradio, before it is imported, where uploads go, and to report to nobody."""
+    os.environ |= {
+        "GRADIO_TEMP_DIR": str(uploads),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_SSR_MODE": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def serve_page(app: FastAPI, listener: socket.socket) -> None:
+    """Serves until somebody ends it."""
+    QuietServer(http_config(app, lifespan="on", timeout_graceful_shutdown=1)).run(sockets=[listener])
+
+
+class QuietServer(uvicorn.Server):
+    """Cuts open pages off when it ends: they listen for ever, and that they are cut off is no error."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends it, in silence."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
+
+
+def build_page_app(page: Any, admission: Admission, *, upload_bytes: int, waiting: int) -> FastAPI:
+    """The application.
+
+    Args:
+        page: a `Page`.
+        admission: who may open it.
+        upload_bytes: largest file that is taken at all.
+        waiting: most questions that wait for their turn.
+    """
+    import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
+
+    from dora_vl.serving.page_parts import DIAL, STYLE, theme
+
+    app = FastAPI(
+        title="dora-vl demo", docs_url=None, redoc_url=None, openapi_url=None, lifespan=page.uploads.forgetting
+    )
+    app.add_middleware(OwnFilesAlone, uploads=page.uploads)
+    app.add_middleware(OwnHostAlone)
+    app.add_middleware(Door, admission=admission, body_seconds=BODY_SECONDS)
+    page.blocks.queue(max_size=waiting, api_open=False)
+    page.blocks.has_launched = True  # else Gradio takes any file for an uploaded one; its mount leaves that out
+    return gr.mount_gradio_app(
+        app,
+        page.blocks,
+        "/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=upload_bytes,
+        ssr_mode=False,
+        mcp_server=False,
+        theme=theme(),
+        css_paths=[STYLE],
+        js=DIAL.read_text(encoding="utf-8"),
+    )
+
+
+Update = dict[Any, Any]
+"""New values by part; parts that are not named stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageSettings:
+    """How the page is set up.
+
+    Attributes:
+        uploads: what visitors have sent; no other file is ever read or deleted.
+        new_tokens: longest answer, where nobody chooses another.
+        temperature: likewise; 0 takes the likeliest token.
+    """
+
+    uploads: Uploads
+    new_tokens: int = 256
+    temperature: float = 0.0
+
+
+class Page:
+    """One page for all who open it.
+
+    Args:
+        side: what answers.
+        settings: how it is set up.
+        examples: questions that a click takes.
+    """
+
+    def __init__(self, side: SideBySide, settings: PageSettings, examples: Sequence[ExampleQuestion] = ()) -> None:
+        self.side = side
+        self.examples = tuple(examples)
+        self.talks = Talks()
+        self.uploads = settings.uploads
+        self._base = side.engine.model.base_name
+        start = Start(
+            models=side.engine.model.names,
+            place=Path(side.engine.model.source.place).name,
+            new_tokens=settings.new_tokens,
+            temperature=settings.temperature,
+            examples=self.examples,
+        )
+        self.blocks, self.parts = lay_out(start)
+        with self.blocks:
+            self._connect()
+
+    def _connect(self) -> None:
+        parts = self.parts
+        quick = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+        # always_last: what comes while the page is still about the event before is begun after it, not dropped.
+        showing = {**quick, "outputs": parts.changing, "trigger_mode": "always_last"}
+        # Answers alone go through the queue: its stream is closed after each event, and what an event that begins in
+        # the next 100 ms sends is lost, such as the answer to a question that waited for its picture.
+        answering = {**showing, "queue": True, "concurrency_id": "answers"}
+        answering |= {"concurrency_limit": self.side.engine.settings.batch_rows}
+        parts.files.upload(self.show_files, [parts.person, parts.files], **showing)
+        parts.webcam.input(self.show_files, [parts.person, parts.webcam], **showing)
+        parts.nothing.click(self.show_nothing, [parts.person], **showing)
+        parts.anew.click(self.begin_anew, [parts.person, parts.key], **showing)
+        if parts.examples is not None:
+            parts.examples.click(self.take_example, [parts.person, parts.examples], **showing)
+        asked, taken = [parts.ask.click, parts.question.submit], [parts.asked, parts.question]
+        taking = gr.on(asked, None, [parts.question], taken, js=TAKE_QUESTION.read_text(encoding="utf-8"), **quick)
+        taking.then(self.ask, [*parts.chosen, parts.asked, parts.answered], **answering)
+        again = [column.strength.release for column in parts.columns]
+        gr.on(again, self.ask_again, parts.chosen, **answering)
+        for column in parts.columns:
+            column.model.input(self._has_dial, [column.model], [column.strength], **quick).then(
+                self.ask_again, parts.chosen, **answering
+            )
+        parts.stop.click(self.side.stop, [parts.person], **quick)
+        self.blocks.load(_begin, None, [parts.person, parts.ask], **quick)
+        self.blocks.unload(self.leave)
+
+    # -- what a person does ------------------------------------------------------------------------------------
+
+    def show_files(self, person: str, paths: list[str] | str | None) -> Any:
+        """Files were chosen: they are read at once and deleted, and a talk about them begins."""
+        files = [Path(path) for path in ([paths] if isinstance(paths, str) else paths or [])]
+        if not files:
+            return gr.skip()
+        emptied = {self.parts.files: None, self.parts.webcam: None}
+        try:
+            if not all(self.uploads.holds(str(file)) for file in files):
+                raise UserError("a file is here no longer; choose it again")
+            return {**emptied, **self._begun(Talk(shown=self.side.look(files)), person)}
+        except UserError as error:
+            return {**emptied, self.parts.notice: notice_view(plain(error))}
+        finally:
+            for file in files:
+                self.uploads.delete(file)
+
+    def show_nothing(self, person: str) -> Update:
+        """The pictures go, and the talk with them."""
+        return self._begun(Talk(), person)
+
+    def begin_anew(self, person: str, key: str) -> Update:
+        """The same pictures, and nothing said about them yet."""
+        try:
+            shown = self.talks.get(key).shown
+        except UserError:
+            shown = NOTHING
+        return self._begun(Talk(shown=shown), person)
+
+    def take_example(self, person: str, number: int) -> Update:
+        """An example was clicked: its picture is shown, its question typed."""
+        example = self.examples[number]
+        begun = self._begun(Talk(shown=Shown(pictures=(example.picture,))), person)
+        return {**begun, self.parts.question: example.question}
+
+    @no_type_check  # a wrapper that checks types hides from Gradio that this is a generator
+    def ask(self, person: str, key: str, *chosen: Any) -> Iterator[Update]:
+        """A question was taken from its box; `asked` has its number before it, and is answered once."""
+        *settings, asked, answered = chosen
+        if asked == answered:
+            yield gr.skip()
+            return
+        yield {self.parts.answered: asked}
+        question = asked.partition(" ")[2]
+        yield from self._answers(person, key, settings, lambda talk: (talk, question), typed=question)
+
+    @no_type_check  # likewise
+    def ask_again(self, person: str, key: str, *chosen: Any) -> Iterator[Update]:
+        """The last question once more, to the models as they are chosen now; nothing where just these were asked it."""
+        try:
+            last = self.talks.get(key).exchanges[-1:]
+        except UserError:
+            last = ()
+        if not last:
+            yield gr.skip()  # a generator without anything would empty all parts
+            return
+        before = [answer.speaker for answer in last[0].answers]
+        yield from self._answers(
+            person, key, chosen, lambda talk: (talk.without_last(), talk.exchanges[-1].question), before=before
+        )
+
+    def leave(self, request: gr.Request) -> None:
+        """The page was closed: nobody waits for an answer any more."""
+        self.side.stop(_person(request))
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _has_dial(self, model: str) -> Any:
+        """The base has no strength to choose."""
+        return gr.update(interactive=model != self._base)
+
+    def _begun(self, talk: Talk, person: str) -> Update:
+        self.side.stop(person)
+        parts = self.parts
+        shown = {
+            parts.seen: shown_view(talk.shown, frames_are_pictures=self.side.frames_are_pictures),
+            parts.notice: notice_view(""),
+        }
+        return {parts.key: self.talks.begin(talk), **shown, **self._columns(talk)}
+
+    def _answers(
+        self,
+        person: str,
+        key: str,
+        chosen: Sequence[Any],
+        which: Callable[[Talk], tuple[Talk, str]],
+        *,
+        typed: str = "",
+        before: Sequence[Speaker] = (),
+    ) -> Iterator[Update]:
+        """The talk as it grows by the answers to a question.
+
+        Args:
+            chosen: as `Parts.chosen` has them, behind the key.
+            which: the talk so far, and the question.
+            typed: what goes back into the box where it cannot be asked.
+            before: who has answered it; the same are not asked again.
+        """
+        parts = self.parts
+        *_, tokens, temperature, remember = chosen
+        try:
+            speakers = self._speakers(chosen)
+            if speakers == before:
+                yield gr.skip()
+                return
+            sampling = _sampling(tokens, temperature)
+            talk, question = which(self.talks.get(key))
+            key = key or self.talks.begin(talk)
+            told = talk if remember else replace(talk, exchanges=())
+            yield {parts.ask: gr.update(interactive=False), parts.stop: gr.update(interactive=True)}
+            for answered in self.side.ask(person, told, question, speakers, sampling):
+                whole = replace(talk, exchanges=(*talk.exchanges, answered.exchanges[-1]))
+                self.talks.keep(key, whole)
+                yield {parts.key: key, parts.notice: notice_view(""), **self._columns(whole)}
+        except UserError as error:
+            yield {parts.notice: notice_view(plain(error)), **({parts.question: typed} if typed else {})}
+        yield {parts.ask: gr.update(interactive=True), parts.stop: gr.update(interactive=False)}
+
+    def _speakers(self, chosen: Sequence[Any]) -> list[Speaker]:
+        """Who is asked, one a column; the base has no strength.
+
+        Raises:
+            UserError: a strength is none.
+        """
+        count = len(self.parts.columns)
+        both = zip(chosen[:count], chosen[count : 2 * count], strict=True)
+        return [
+            Speaker(name=name, strength=1.0 if name == self._base else checked_strength(strength))
+            for name, strength in both
+        ]
+
+    def _columns(self, talk: Talk) -> Update:
+        names = (next(iter(self.side.engine.model.names[1:]), self._base), self._base)
+        parts: tuple[Column, ...] = self.parts.columns
+        return {
+            part.talk: column_view(talk, number, named=name)
+            for number, (part, name) in enumerate(zip(parts, names, strict=True))
+        }
+
+
+def _sampling(tokens: float | int | None, temperature: float | int | None) -> Sampling:
+    """How an answer is chosen.
+
+    Raises:
+        UserError: a field of the settings was emptied.
+    """
+    if tokens is None or temperature is None:
+        raise UserError("the settings lack a number; type one")
+    return Sampling(max_new_tokens=max(1, int(tokens)), temperature=float(temperature))
+
+
+def _begin(request: gr.Request) -> tuple[str, Any]:
+    """The page is ready: questions are taken from now on."""
+    return _person(request), gr.update(interactive=True)
+
+
+def _person(request: gr.Request) -> str:
+    """Who has the page open, as Gradio knows them."""
+    return str(request.session_hash)

@@ -1,0 +1,441 @@
+"""The parts of the page and where they stand; what they do is in `page.py`."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from html import escape
+from io import BytesIO
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
+from PIL import Image
+
+from dora_vl.data.pictures import MediaFolder, open_image
+from dora_vl.errors import BadSample, UserError
+from dora_vl.evaluation.asker import Shown
+from dora_vl.evaluation.predictions import Prediction, read_predictions
+from dora_vl.report.answers import PREDICTIONS
+from dora_vl.report.run_record import RunRecord, read_run
+from dora_vl.serving.side_by_side import NOTHING, Answer, Exchange, Talk
+from dora_vl.training.watching import evenly
+
+# What the page shows of a talk as HTML: what the model sees, answers, what went wrong. All text is escaped.
+
+
+THUMB_PX = 320
+JPEG_QUALITY = 85
+ENDINGS = {"length": " · as long as allowed", "ended": " · stopped"}
+EMPTY = "the model ended its answer at once"
+
+
+def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
+    """The pictures, and a video's frames with their times, as the model sees them.
+
+    Args:
+        frames_are_pictures: the model takes no videos, and sees their frames as so many pictures.
+    """
+    figures = [_figure(picture, _size(picture)) for picture in shown.pictures]
+    parts = [f'<div class="dv-pictures">{"".join(figures)}</div>'] if figures else []
+    for video in shown.videos:
+        times = zip(video.pictures, video.seconds, strict=True)
+        frames = "".join(_figure(picture, f"{seconds:.1f} s") for picture, seconds in times)
+        told = f"what the model sees: {len(video.pictures)} of {video.count} frames, of {video.duration:.1f} s"
+        told += ", as separate pictures: it takes no videos" if frames_are_pictures else ""
+        parts.append(f'<div class="dv-frames">{frames}</div><p class="dv-faint">{told}</p>')
+    return "".join(parts) or '<p class="dv-faint dv-nothing">Nothing is shown yet. A question needs no picture.</p>'
+
+
+def column_view(talk: Talk, column: int, *, named: str) -> str:
+    """What one model was asked and said.
+
+    Args:
+        named: what stands there before the first question.
+    """
+    if not talk.exchanges:
+        return f'<div class="dv-talk"><p class="dv-faint dv-nothing">{escape(named)} will answer here.</p></div>'
+    turns = "".join(_exchange(one, column) for one in talk.exchanges)
+    return f'<div class="dv-talk"><div class="dv-turns">{turns}</div></div>'
+
+
+def notice_view(text: str) -> str:
+    """What went wrong; nothing where nothing did."""
+    return f'<div class="dv-notice" role="alert">{escape(text)}</div>' if text else ""
+
+
+def heading_view(base: str, adapters: Sequence[str]) -> str:
+    """The head of the page."""
+    named = ", ".join(f"<b>{escape(name)}</b>" for name in adapters)
+    return (
+        '<header class="dv-head"><h1>Ask, side by side</h1>'
+        f"<p>{named} over <b>{escape(base)}</b>, unmerged: both columns are rows of one batch.</p></header>"
+    )
+
+
+def thumbnail_view(picture: Image.Image) -> str:
+    """A very small copy of a picture."""
+    return f'<img class="dv-thumbnail" alt="" src="{_data_url(picture)}">'
+
+
+def _exchange(exchange: Exchange, column: int) -> str:
+    answer = exchange.answers[column]
+    asked = escape(exchange.question) or '<span class="dv-faint">(no words)</span>'
+    return f'<div class="dv-asked">{asked}</div>{_answer(answer)}'
+
+
+def _answer(answer: Answer) -> str:
+    words = escape(answer.text)
+    if answer.trouble and not answer.text:
+        words = ""
+    elif answer.over and not answer.text:
+        words = f'<span class="dv-faint">({EMPTY})</span>'
+    elif not answer.over:
+        words += '<span class="dv-caret"></span>'
+    said = f'<div class="dv-said" data-over="{str(answer.over).lower()}">{words}</div>' if words else ""
+    trouble = f'<div class="dv-trouble">{escape(answer.trouble)}</div>' if answer.trouble else ""
+    return said + trouble + f'<div class="dv-tally">{escape(tally(answer))}</div>'
+
+
+def tally(answer: Answer) -> str:
+    """Who answered, tokens and speed, in a line."""
+    speaker = answer.speaker
+    who = speaker.name if speaker.strength == 1 else f"{speaker.name} at {speaker.strength:g}"
+    speed, ended = answer.tokens_a_second, ENDINGS.get(answer.reason or "", "")
+    if speed is None:
+        return f"{who} · {answer.seconds:.1f} s{ended}" if answer.seconds else who
+    tokens = "1 token" if answer.new_tokens == 1 else f"{answer.new_tokens} tokens"
+    return f"{who} · {tokens} · {speed:.1f} tokens/s · prompt of {answer.prompt_tokens}{ended}"
+
+
+def _size(picture: Image.Image) -> str:
+    return f"{picture.width} × {picture.height}"
+
+
+def _figure(picture: Image.Image, caption: str) -> str:
+    told = escape(caption)
+    return f'<figure><img alt="{told}" src="{_data_url(picture)}"><figcaption>{told}</figcaption></figure>'
+
+
+def _data_url(picture: Image.Image) -> str:
+    """A small copy; a tiny picture as it is, to the pixel."""
+    small = picture.copy()
+    small.thumbnail((THUMB_PX, THUMB_PX))
+    kind = "PNG" if max(picture.size) <= THUMB_PX else "JPEG"
+    content = BytesIO()
+    small.save(content, kind, quality=JPEG_QUALITY)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+# Questions that a run's own folder has at hand, for whoever opens the page: of its test, else those it watched.
+
+
+MOST_EXAMPLES = 6
+LOOKED_AT = 5
+"""So many times as many are looked at for pictures that are still there and questions that differ."""
+
+
+@dataclass(frozen=True)
+class ExampleQuestion:
+    """A question about a picture; what is right is for the test, not for the page."""
+
+    question: str
+    picture: Image.Image
+    truth: str
+
+
+def example_questions(adapter: Path, most: int = MOST_EXAMPLES) -> tuple[ExampleQuestion, ...]:
+    """A few questions with one picture each from the run that an adapter is of; none where that run is not there."""
+    for folder in adapter.resolve().parents[:2]:  # an adapter is in its run's folder, or in a checkpoint's
+        try:
+            run = read_run(folder, folder.name)
+        except UserError:
+            continue
+        return _first(_of_test(run, most), most) or _first(_watched(run), most)
+    return ()
+
+
+def _first(found: Iterator[ExampleQuestion], most: int) -> tuple[ExampleQuestion, ...]:
+    """The first so many, each question once."""
+    chosen: dict[str, ExampleQuestion] = {}
+    for one in found:
+        if one.question not in chosen:
+            chosen[one.question] = one
+        if len(chosen) == most:
+            break
+    return tuple(chosen.values())
+
+
+def _of_test(run: RunRecord, most: int) -> Iterator[ExampleQuestion]:
+    folder = run.section("evaluation").get("image_folder") or run.section("data").get("image_folder")
+    path = run.folder / PREDICTIONS
+    if folder is None or not path.is_file():
+        return
+    try:
+        asked = [one for one in read_predictions(path).values() if len(one.images) == 1]
+    except UserError:
+        return
+    for one in _kind_by_kind(asked, LOOKED_AT * most):
+        yield from _opened(run.path(folder), one.images, one.question, one.truth)
+
+
+def _kind_by_kind(asked: Sequence[Prediction], most: int) -> Iterator[Prediction]:
+    """One of each kind of question, then the next of each, evenly from the whole test."""
+    kinds: dict[str | None, list[Prediction]] = {}
+    for one in asked:
+        kinds.setdefault(one.kind, []).append(one)
+    rounds = zip_longest(*(evenly(alike, most) for alike in kinds.values()))
+    return (one for of_each in rounds for one in of_each if one is not None)
+
+
+def _watched(run: RunRecord) -> Iterator[ExampleQuestion]:
+    for one in run.watched.questions if run.watched is not None else ():
+        if run.watched is not None and one.picture:
+            yield from _opened(run.watched.folder, [one.picture], one.question, one.truth)
+
+
+def _opened(folder: Path, images: Sequence[str], question: str, truth: str) -> Iterator[ExampleQuestion]:
+    """The example, where its picture can be opened."""
+    try:
+        yield ExampleQuestion(question, open_image(MediaFolder(folder, follow_links=True), images[0]), truth)
+    except BadSample:
+        return
+
+
+STYLE = Path(__file__).parent / "page_files" / "page.css"
+TAKE_QUESTION, DIAL = STYLE.with_name("take_question.js"), STYLE.with_name("dial.js")
+FONT, MONOSPACE = ("system-ui", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"), ("ui-monospace", "monospace")
+"""Those that the visitor's own system has: none is fetched."""
+STRONGEST, STEP = 2.0, 0.05
+"""Of the dial; a request may ask for more."""
+LONGEST_ANSWER = 1024
+
+
+@dataclass(frozen=True)
+class Column:
+    """One of the two who answer."""
+
+    model: gr.Dropdown
+    strength: gr.Slider
+    talk: gr.HTML
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts that do something."""
+
+    person: gr.State
+    key: gr.State
+    files: gr.File
+    webcam: gr.Image
+    seen: gr.HTML
+    nothing: gr.Button
+    examples: gr.Dataset | None
+    notice: gr.HTML
+    columns: tuple[Column, Column]
+    question: gr.Textbox
+    asked: gr.Textbox
+    answered: gr.State
+    ask: gr.Button
+    stop: gr.Button
+    anew: gr.Button
+    tokens: gr.Slider
+    temperature: gr.Slider
+    remember: gr.Checkbox
+
+    @property
+    def chosen(self) -> list[Any]:
+        """What a question is asked with: who asks, the talk, who answers and how."""
+        models = [column.model for column in self.columns]
+        strengths = [column.strength for column in self.columns]
+        return [self.person, self.key, *models, *strengths, self.tokens, self.temperature, self.remember]
+
+    @property
+    def changing(self) -> list[Any]:
+        """All that something else may change."""
+        talks = [column.talk for column in self.columns]
+        own = [
+            self.key,
+            self.files,
+            self.webcam,
+            self.seen,
+            self.notice,
+            self.question,
+            self.answered,
+            self.ask,
+            self.stop,
+        ]
+        return [*own, *talks]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What the page starts with.
+
+    Attributes:
+        models: what can be asked, the base first.
+        place: where the base is from.
+        new_tokens: longest answer.
+        temperature: 0 takes the likeliest token.
+        examples: questions that a click takes.
+    """
+
+    models: tuple[str, ...]
+    place: str
+    new_tokens: int
+    temperature: float
+    examples: tuple[ExampleQuestion, ...] = ()
+
+
+def theme() -> gr.themes.Base:
+    """Colours and the visitor's own fonts."""
+    own = gr.themes.Default(
+        primary_hue="blue",
+        secondary_hue="blue",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=[gr.themes.Font(name) for name in FONT],
+        font_mono=[gr.themes.Font(name) for name in MONOSPACE],
+    )
+    return own.set(body_background_fill="*neutral_50", block_shadow="none")
+
+
+def lay_out(start: Start) -> tuple[gr.Blocks, Parts]:
+    """The page without anything happening on it yet."""
+    found: dict[str, Any] = {}
+    with gr.Blocks(title="dora-vl demo", analytics_enabled=False, fill_width=True) as blocks:
+        gr.HTML(heading_view(start.place, start.models[1:]))
+        found |= {"person": gr.State(""), "key": gr.State("")}
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=300):
+                found |= _left(start)
+            with gr.Column(scale=9, min_width=480):
+                found |= _right(start)
+    return blocks, Parts(**{field.name: found[field.name] for field in fields(Parts)})
+
+
+def _left(start: Start) -> dict[str, Any]:
+    """What the models are shown, examples, settings."""
+    with gr.Tab("Pictures or a video"):
+        files = gr.File(
+            label="Pictures or a video", show_label=False, file_count="multiple", height=124, elem_id="dv-files"
+        )
+    with gr.Tab("Webcam"):
+        webcam = gr.Image(
+            label="Webcam",
+            show_label=False,
+            sources=["webcam"],
+            type="filepath",
+            image_mode=None,
+            height=220,
+            elem_id="dv-webcam",
+        )
+    seen = gr.HTML(shown_view(NOTHING), elem_id="dv-seen")
+    nothing = gr.Button("Remove the pictures", size="sm", variant="secondary", elem_id="dv-nothing")
+    examples = _examples(start.examples) if start.examples else None
+    with gr.Accordion("Settings", open=False):
+        tokens = gr.Slider(
+            1, max(LONGEST_ANSWER, start.new_tokens), start.new_tokens, step=1, label="Longest answer, in tokens"
+        )
+        temperature = gr.Slider(
+            0, 2, start.temperature, step=0.1, label="Temperature", info="0 takes the likeliest token each time"
+        )
+        remember = gr.Checkbox(True, label="Later questions see the earlier ones")
+    return {
+        "files": files, "webcam": webcam, "seen": seen, "nothing": nothing, "examples": examples, "tokens": tokens,
+        "temperature": temperature, "remember": remember,
+    }  # fmt: skip
+
+
+def _examples(examples: Sequence[ExampleQuestion]) -> gr.Dataset:
+    """Rows of a small picture and its question."""
+    return gr.Dataset(
+        components=[gr.HTML(render=False), gr.Textbox(render=False)],
+        samples=[[thumbnail_view(one.picture), one.question] for one in examples],
+        headers=["", "A question of the run's test"],
+        type="index",
+        samples_per_page=len(examples),
+        label="Try one",
+        elem_id="dv-examples",
+    )
+
+
+def _right(start: Start) -> dict[str, Any]:
+    """Who answers, and what is asked and said."""
+    base, *adapters = start.models
+    notice = gr.HTML(notice_view(""), elem_id="dv-notice")
+    with gr.Row(equal_height=True):
+        columns = (_column(start, adapters[0], "left"), _column(start, base, "right"))
+    with gr.Row(equal_height=True, elem_id="dv-asking"):
+        question = gr.Textbox(
+            placeholder="Type a question, then Enter", show_label=False, container=False, lines=1, scale=8,
+            autofocus=True, elem_id="dv-question",
+        )  # fmt: skip
+        ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, interactive=False, elem_id="dv-ask")
+        stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="dv-stop")
+        anew = gr.Button("New chat", scale=1, min_width=100, elem_id="dv-anew")
+    asked, answered = gr.Textbox(visible="hidden"), gr.State("")
+    return {
+        "notice": notice, "columns": columns, "question": question, "asked": asked, "answered": answered, "ask": ask,
+        "stop": stop, "anew": anew,
+    }  # fmt: skip
+
+
+def _column(start: Start, chosen: str, side: str) -> Column:
+    with gr.Column(min_width=230):
+        model = gr.Dropdown(list(start.models), value=chosen, show_label=False, elem_id=f"dv-model-{side}")
+        strength = gr.Slider(
+            0, STRONGEST, 1.0, step=STEP, label="Strength of the adapter", interactive=chosen != start.models[0],
+            info="0 the base, 1 the adapter", elem_id=f"dv-strength-{side}",
+        )  # fmt: skip
+        talk = gr.HTML(column_view(Talk(), 0, named=chosen), elem_id=f"dv-talk-{side}")
+    return Column(model, strength, talk)
+
+
+# The talks that people have on the page, so many of them, each under a key that nobody can guess.
+
+
+MOST_TALKS = 64
+"""A talk holds its pictures; the one that was used longest ago goes."""
+
+
+class Talks:
+    """Talks by key, for several threads."""
+
+    def __init__(self, most: int = MOST_TALKS) -> None:
+        self._most = most
+        self._talks: OrderedDict[str, Talk] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def begin(self, talk: Talk) -> str:
+        """Keeps a new talk; its key."""
+        key = secrets.token_urlsafe(16)
+        self.keep(key, talk)
+        return key
+
+    def get(self, key: str) -> Talk:
+        """A talk as it was kept last; of no key an empty one.
+
+        Raises:
+            UserError: it is gone.
+        """
+        if not key:
+            return Talk()
+        with self._lock:
+            if key not in self._talks:
+                raise UserError("this chat is no longer here; show its pictures again, or press New chat")
+            self._talks.move_to_end(key)
+            return self._talks[key]
+
+    def keep(self, key: str, talk: Talk) -> None:
+        """Keeps how far a talk has come."""
+        with self._lock:
+            self._talks[key] = talk
+            self._talks.move_to_end(key)
+            while len(self._talks) > self._most:
+                self._talks.popitem(last=False)

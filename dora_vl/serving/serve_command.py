@@ -1,0 +1,145 @@
+"""`dora-vl serve`: a base and its adapters behind OpenAI's protocol, unmerged, many requests at once."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_vl.errors import UserError, positive, shown
+from dora_vl.serving.door import (
+    MIB,
+    add_address,
+    add_answers,
+    add_media,
+    admission,
+    engine_settings,
+    listening,
+    media_limits,
+    seconds,
+)
+
+if TYPE_CHECKING:
+    from dora_vl.serving.server import ServerSettings
+
+
+DESCRIPTION = """\
+Serves a base model and adapters over it, each under its own name, as OpenAI's clients ask. Nothing is merged: requests
+for different adapters and for the base are answered in one batch, each row with its own adapter.
+
+  dora-vl serve --adapter shapes=runs/demo/adapter
+  dora-vl serve --model OWNER/NAME --adapter a=runs/a/adapter --adapter b=runs/b/adapter --port 8001
+  dora-vl serve --model FOLDER --adapter-root runs     a base alone, over which clients may load runs' adapters
+
+Then, with the openai package:
+
+  from openai import OpenAI
+  client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+  client.chat.completions.create(model="shapes", messages=[{"role": "user", "content": [
+      {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
+      {"type": "text", "text": "What color is the shape?"}]}])
+
+An adapter is the folder of a run, or of PEFT; the base is where the first one says, unless --model names it. The base
+is asked as the first adapter was trained to be. It listens on this machine alone unless --host says otherwise, answers
+to the names of --allow-host besides, and asks for a key where --api-key gives one. docs/serving.md says what cannot be
+served, and why.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument("--model", help="the base: a folder or hub id (default: the first adapter's)")
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="may be given several times")
+    parser.add_argument("--base-name", help="what clients call the base (default: its folder's name)")
+    parser.add_argument("--any-base", action="store_true", help="accepts another base than an adapter was trained on")
+    parser.add_argument("--template", help="prompt format of a LLaVA-1.5 or language model of which nothing says it")
+    add_address(parser, port=8000)
+    parser.add_argument(
+        "--adapter-root", type=Path, metavar="DIR", help="clients may load adapters below it (default: they may not)"
+    )
+    add_answers(parser.add_argument_group("answers"))
+    _add_request_limits(parser.add_argument_group("limits of a request"))
+
+
+def _add_request_limits(to: argparse._ArgumentGroup) -> None:
+    to.add_argument("--max-body-mib", type=positive, default=64, help="largest request (64)")
+    to.add_argument("--body-seconds", type=seconds, default=30.0, help="longest time to send one (30)")
+    add_media(to)
+    to.add_argument(
+        "--allow-remote-media",
+        action="store_true",
+        help="fetches http(s) addresses of pictures and videos, public ones alone (default: data: URLs alone)",
+    )
+    to.add_argument("--fetch-seconds", type=seconds, default=10.0, help="longest time to fetch one (10)")
+
+
+def run(options: argparse.Namespace) -> Iterator[str]:
+    """Opens the model, serves until Ctrl-C; yields a line when it is ready.
+
+    Raises:
+        UserError: an option, a folder or a package is wrong; nothing listens then.
+    """
+    adapters = named_adapters(options.adapter)
+    if options.adapter_root is not None and not options.adapter_root.is_dir():
+        raise UserError(f"--adapter-root {options.adapter_root} is not a folder")
+    if options.model is None and not adapters:
+        raise UserError("give --adapter NAME=DIR, or --model BASE, or both")
+    try:
+        import uvicorn
+
+        from dora_vl.serving.door import http_config
+        from dora_vl.serving.server import Server, build_app
+    except ImportError as error:
+        raise UserError(f"serving needs {error.name}: pip install 'dora-vl[serve]'") from error
+    settings = server_settings(options)
+    listener = listening(options.host, options.port)
+    from dora_vl.serving.engine import Engine
+    from dora_vl.serving.model import open_served
+
+    named = {"base_name": options.base_name, "template": options.template, "any_base": options.any_base}
+    served = open_served(options.model, adapters, **named)
+    with listener, Engine(served, engine_settings(options)) as engine, Server(engine, settings) as server:
+        host, port = listener.getsockname()[:2]
+        yield f"serving {', '.join(served.names)} at http://{host}:{port}/v1 (Ctrl-C ends)"
+        config = http_config(build_app(server), lifespan="off", timeout_graceful_shutdown=5)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+def named_adapters(given: Sequence[str]) -> Mapping[str, Path]:
+    """NAME=DIR by name.
+
+    Raises:
+        UserError: one is not of that form, or two have one name.
+    """
+    adapters: dict[str, Path] = {}
+    for one in given:
+        name, sign, folder = one.partition("=")
+        if not sign or not name or not folder:
+            raise UserError(f"--adapter {shown(one)}: write NAME=DIR, such as shapes=runs/demo/adapter")
+        if name in adapters:
+            raise UserError(f"--adapter {name} is given twice; choose another name for one of them")
+        if not Path(folder).is_dir():
+            raise UserError(f"--adapter {name}: {folder} is not a folder")
+        adapters[name] = Path(folder)
+    return adapters
+
+
+def server_settings(options: argparse.Namespace) -> ServerSettings:
+    """The options about requests."""
+    from dora_vl.serving.server import ServerSettings
+
+    media = replace(media_limits(options), fetch_seconds=options.fetch_seconds, remote=options.allow_remote_media)
+    return ServerSettings(
+        admission=admission(options),
+        media=media,
+        body_bytes=options.max_body_mib * MIB,
+        body_seconds=options.body_seconds,
+        held=options.waiting + options.batch,
+        new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        adapter_root=options.adapter_root,
+    )

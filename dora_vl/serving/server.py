@@ -1,0 +1,335 @@
+"""The engine over HTTP, as OpenAI's clients speak it: chat completions, models, and adapters loaded and dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from dora_vl.errors import UserError, shown
+from dora_vl.serving.answering import (
+    Answering,
+    Event,
+    Failed,
+    Finished,
+    Piece,
+    Prepared,
+    TooManyRequests,
+    WaitingClient,
+    unloaded,
+)
+from dora_vl.serving.decoding import Sampling
+from dora_vl.serving.door import Admission, Door, error_content, error_response
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.model import UnknownModel
+from dora_vl.serving.requests import (
+    BadRequest,
+    ChatRequest,
+    Intake,
+    LoadRequest,
+    MediaLimits,
+    Model,
+    RequestMedia,
+    UnloadRequest,
+    check_json,
+    parsed,
+)
+
+# Answers as OpenAI's objects: whole, or as a stream of server-sent events.
+
+
+def _head(asked: ChatRequest, kind: str) -> dict[str, Any]:
+    made = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
+    return {**made, "model": asked.model}
+
+
+def _usage(finished: Finished) -> dict[str, int]:
+    prompt, new = finished.prompt_tokens, finished.new_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def completion(asked: ChatRequest, finished: Finished) -> dict[str, Any]:
+    """A whole answer."""
+    message = {"role": "assistant", "content": finished.text, "refusal": None}
+    choice = {"index": 0, "message": message, "finish_reason": finished.reason, "logprobs": None}
+    return {**_head(asked, "chat.completion"), "choices": [choice], "usage": _usage(finished)}
+
+
+async def chunks(
+    asked: ChatRequest, first: Event, answering: Answering, events: asyncio.Queue[Event]
+) -> AsyncIterator[str]:
+    """The events of one answer as OpenAI's chunks; whoever closes this ends the answer."""
+    head = _head(asked, "chat.completion.chunk")
+    told = asked.stream_options is not None and asked.stream_options.include_usage
+
+    def chunk(delta: Mapping[str, Any], reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return _sent({**head, "choices": [choice], **({"usage": None} if told else {})})
+
+    try:
+        yield chunk({"role": "assistant", "content": ""})
+        event = first
+        while isinstance(event, Piece):
+            yield chunk({"content": event.text})
+            event = await events.get()
+        if isinstance(event, Failed):
+            yield _sent(error_content(event.error))
+            return
+        yield chunk({}, event.reason)
+        if told:
+            yield _sent({**head, "choices": [], "usage": _usage(event)})
+        yield "data: [DONE]\n\n"
+    finally:
+        answering.cancel()
+
+
+def _sent(content: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+log = logging.getLogger(__name__)
+
+PREPARED_AT_ONCE = 8
+"""Requests whose pictures are decoded at a time; the memory of all that may wait would be too much."""
+SENT_AT_ONCE = 8
+"""So many times the largest request may be on its way, of however many clients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What a client may ask for, and what it gets without asking.
+
+    Attributes:
+        admission: who may ask.
+        media: what a request may show.
+        body_bytes: largest request.
+        body_seconds: longest time that a client may take to send it.
+        held: most requests that have come whole, wait or are answered.
+        new_tokens: longest answer of a request that does not say.
+        temperature: of a request that does not say.
+        adapter_root: adapters below this folder may be loaded and dropped by clients; None: they may not.
+    """
+
+    admission: Admission = field(default_factory=Admission)
+    media: MediaLimits = field(default_factory=MediaLimits)
+    body_bytes: int = 64 * 2**20
+    body_seconds: float = 30.0
+    held: int = 128
+    new_tokens: int = 256
+    temperature: float = 0.0
+    adapter_root: Path | None = None
+
+
+class Server:
+    """Answers HTTP requests through an engine; use it in a `with`, whose end ends the decoder of videos.
+
+    Args:
+        engine: what answers; the server does not close it.
+        settings: what a client may ask for.
+    """
+
+    def __init__(self, engine: Engine, settings: ServerSettings | None = None) -> None:
+        self.engine = engine
+        self.settings = settings = settings or ServerSettings()
+        self.media = RequestMedia(settings.media, engine.model.assistant.prompts.videos_of_one_length)
+        self.started = int(time.time())
+        self._held = 0
+        self._intake = Intake(settings.body_bytes, SENT_AT_ONCE * settings.body_bytes)
+        self._preparing = CapacityLimiter(PREPARED_AT_ONCE)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.media.close()
+
+    # -- what is served ----------------------------------------------------------------------------------------
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        client = WaitingClient(request, self.engine.settings.answer_seconds)
+        async with self._read(request, ChatRequest) as asked:
+            self.engine.model.asked(asked.model)  # before any picture is decoded
+            with _still_served(asked.model):
+                return await self._answer(client, asked)
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`: the base, and its adapters."""
+        base, *adapters = self.engine.model.names
+        cards = [self._card(base), *({**self._card(name), "parent": base} for name in adapters)]
+        return JSONResponse({"object": "list", "data": cards})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/NAME`."""
+        name = str(request.path_params["name"])
+        self.engine.model.asked(name)
+        return JSONResponse(self._card(name))
+
+    async def health(self, request: Request) -> Response:
+        """`GET /health`: how much waits."""
+        return JSONResponse({"status": "ok", "waiting": self.engine.waiting, "models": list(self.engine.model.names)})
+
+    async def load(self, request: Request) -> Response:
+        """`POST /v1/load_lora_adapter`, as vLLM has it."""
+        async with self._read(request, LoadRequest) as asked:
+            folder = self._allowed(asked.lora_path)
+            await run_sync(partial(self.engine.load, asked.lora_name, folder))
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+    async def unload(self, request: Request) -> Response:
+        """`POST /v1/unload_lora_adapter`, as vLLM has it."""
+        async with self._read(request, UnloadRequest) as asked:
+            self._adapter_root()
+            await run_sync(partial(self.engine.unload, asked.lora_name))
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+
+    # -- reading a request -------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _read(self, request: Request, kind: type[Model]) -> AsyncIterator[Model]:
+        """A request's content, checked; it is held once it has come whole, a streamed one until its first piece."""
+        check_json(request)
+        self._refuse_more()
+        content = await self._intake.content(request)
+        self._refuse_more()
+        self._held += 1
+        try:
+            asked = await run_sync(partial(parsed, kind, content))
+            del content  # its pictures are in what was asked
+            yield asked
+        finally:
+            self._held -= 1
+
+    def _refuse_more(self) -> None:
+        if self._held >= self.settings.held:
+            raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
+
+    def _prepared(self, asked: ChatRequest, go_on: Callable[[], object]) -> Prepared:
+        """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
+        go_on()
+        settings, positions = self.settings, self.engine.model.max_positions
+        talk = self.media.read(asked.messages, go_on)
+        sampling = Sampling(
+            max_new_tokens=asked.longest or settings.new_tokens,
+            temperature=settings.temperature if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            stop=asked.stops,
+            seed=asked.seed,
+        )
+        go_on()
+        shown_there = {"pictures": talk.pictures, "videos": talk.videos}
+        roomy = asked.longest is not None or positions is None
+        strength = 1.0 if asked.strength is None else asked.strength
+        return self.engine.prepare(asked.model, talk.turns, sampling, fill=not roomy, strength=strength, **shown_there)
+
+    def _adapter_root(self) -> Path:
+        """The folder below which clients may load adapters."""
+        root = self.settings.adapter_root
+        if root is None:
+            raise UserError("this server's clients load and drop no adapters; start it with --adapter-root FOLDER")
+        return root
+
+    def _allowed(self, path: str) -> Path:
+        """An adapter's folder that a client may load."""
+        root = self._adapter_root()
+        try:
+            folder = (root / path).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadRequest("lora_path", f"{shown(path)} is no path ({type(error).__name__})") from None
+        if not folder.is_relative_to(root.resolve()) or not folder.is_dir():
+            raise BadRequest(
+                "lora_path", f"there is no folder {shown(path)} below the one that adapters are loaded from"
+            )
+        return folder
+
+    # -- answering ---------------------------------------------------------------------------------------------
+
+    async def _answer(self, client: WaitingClient, asked: ChatRequest) -> Response:
+        """The answer, as long as the client waits for it."""
+        async with client.watched(lambda: None):
+            prepared = await run_sync(partial(self._prepared, asked, client.check), limiter=self._preparing)
+        client.check()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        answering = self.engine.submit(prepared, put, deadline=client.deadline)  # reading the request was of its time
+        answer = self._stream if asked.stream else self._whole
+        return await answer(client, asked, answering, events)
+
+    async def _whole(
+        self, client: WaitingClient, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
+    ) -> Response:
+        async with client.watched(answering.cancel):
+            while not isinstance(event := await events.get(), Finished):
+                if isinstance(event, Failed):
+                    raise event.error
+        return JSONResponse(completion(asked, event))
+
+    async def _stream(
+        self, client: WaitingClient, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
+    ) -> Response:
+        """The answer as server-sent events; what goes wrong before the first piece still has its own status."""
+        async with client.watched(answering.cancel):
+            first = await events.get()
+        if isinstance(first, Failed):
+            raise first.error
+        return StreamingResponse(chunks(asked, first, answering, events), media_type="text/event-stream")
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "dora-vl"}
+
+
+@contextlib.contextmanager
+def _still_served(name: str) -> Iterator[None]:
+    """Meanwhile a model that is not there any more was unloaded: nothing is wrong with the request."""
+    try:
+        yield
+    except UnknownModel:
+        raise unloaded(name) from None
+
+
+def build_app(server: Server) -> FastAPI:
+    """The application: routes, and every error as OpenAI's JSON."""
+    app = FastAPI(title="dora-vl serve", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Door, admission=server.settings.admission, body_seconds=server.settings.body_seconds)
+    routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+        ("POST", "/v1/chat/completions", server.chat),
+        ("GET", "/v1/models", server.models),
+        ("GET", "/v1/models/{name:path}", server.model),
+        ("GET", "/health", server.health),
+        ("POST", "/v1/load_lora_adapter", server.load),
+        ("POST", "/v1/unload_lora_adapter", server.unload),
+    ]
+    for method, path, handler in routes:
+        app.add_route(path, handler, methods=[method])
+
+    async def refused(_: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def not_there(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        content = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}
+        return JSONResponse({"error": content}, status_code=error.status_code, headers=error.headers)
+
+    app.add_exception_handler(UserError, refused)
+    app.add_exception_handler(HTTPException, not_there)
+    app.add_exception_handler(Exception, refused)
+    return app

@@ -1,0 +1,274 @@
+"""One question put to several models side by side, turn after turn, for several people at once.
+
+Everything goes through the engine: the models of one question are rows of one batch, and so are other people's. Nothing
+here knows how it is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mimetypes
+import queue
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
+from dora_vl.errors import BadSample, UserError, one_line
+from dora_vl.evaluation.asker import Shown
+from dora_vl.serving.answering import Answering, Event, Failed, Finished, Piece, Prepared, Stopped
+from dora_vl.serving.decoding import Reason, Sampling
+from dora_vl.serving.engine import Engine
+from dora_vl.serving.requests import RequestMedia, TooLarge, words
+
+NOTHING = Shown()
+PACE_SECONDS = 0.04
+"""Pieces that come within it are shown together."""
+HALT = Failed(Stopped("stopped"))
+"""What whoever reads an answer is told when it is stopped; the engine ends it at the next token."""
+FAILED = "the model failed to answer; what went wrong is in the terminal of dora-vl demo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speaker:
+    """Who answers in a column: a model of the engine, and how much of its adapter is applied."""
+
+    name: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model has said to a question so far.
+
+    Attributes:
+        reason: why it is over; None while it goes on.
+        trouble: why there is no more of it, in a sentence; "" where all is well.
+        seconds: from handing the question in to now, or to its end.
+        prompt_tokens, new_tokens: known at its end.
+    """
+
+    speaker: Speaker
+    text: str = ""
+    reason: Reason | None = None
+    trouble: str = ""
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more comes."""
+        return self.reason is not None or bool(self.trouble)
+
+    @property
+    def tokens_a_second(self) -> float | None:
+        """Of the answer, the time of its prompt included; None while it is not over."""
+        return self.new_tokens / self.seconds if self.new_tokens and self.seconds > 0 else None
+
+    def after(self, event: Event, seconds: float) -> Answer:
+        """This answer once an event has come."""
+        if isinstance(event, Piece):
+            return replace(self, text=self.text + event.text, seconds=seconds)
+        if isinstance(event, Finished):
+            counts = {"prompt_tokens": event.prompt_tokens, "new_tokens": event.new_tokens}
+            return replace(self, text=event.text, reason=event.reason, seconds=seconds, **counts)
+        if event is HALT:
+            return replace(self, reason="ended", seconds=seconds)
+        return replace(self, trouble=plain(event.error), seconds=seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """A question and its answers, one a column."""
+
+    question: str
+    answers: tuple[Answer, ...]
+
+    @property
+    def over(self) -> bool:
+        """Whether all columns have answered."""
+        return all(answer.over for answer in self.answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Talk:
+    """What one person has asked about some pictures or a video; they stand in its first question."""
+
+    shown: Shown = NOTHING
+    exchanges: tuple[Exchange, ...] = ()
+
+    def turns(self, column: int, question: str) -> list[Turn]:
+        """What a column's model is told: the talk so far as it went there, then the question."""
+        turns: list[Turn] = []
+        for exchange in self.exchanges:
+            said = exchange.answers[column].text
+            if said:  # else that question was never answered
+                turns += [Turn("user", exchange.question), Turn("assistant", said)]
+        turns.append(Turn("user", question))
+        places = [IMAGE_PLACEHOLDER] * len(self.shown.pictures) + [VIDEO_PLACEHOLDER] * len(self.shown.videos)
+        first = "".join(f"{place}\n" for place in places) + turns[0].text
+        return [Turn("user", first), *turns[1:]]
+
+    def with_last(self, exchange: Exchange) -> Talk:
+        """This talk with another last exchange."""
+        return replace(self, exchanges=(*self.exchanges[:-1], exchange))
+
+    def without_last(self) -> Talk:
+        """This talk before its last question."""
+        return replace(self, exchanges=self.exchanges[:-1])
+
+
+def plain(error: Exception) -> str:
+    """What went wrong, for whoever asked; the inside of the program is for its log."""
+    if isinstance(error, BadSample):
+        return error.reason
+    return one_line(str(error)) if isinstance(error, UserError) else FAILED
+
+
+class SideBySide:
+    """Puts people's questions to an engine.
+
+    Args:
+        engine: what answers; it is not closed here.
+        media: what reads the files that are shown, and limits them.
+    """
+
+    def __init__(self, engine: Engine, media: RequestMedia) -> None:
+        self.engine = engine
+        self.media = media
+        self.frames_are_pictures = engine.model.assistant.prompts.frames_are_pictures
+        self._running: dict[str, _Running] = {}
+        self._lock = threading.Lock()
+
+    def look(self, files: Sequence[Path]) -> Shown:
+        """The pictures and videos in some files, as a model will see them.
+
+        Raises:
+            UserError: there are too many, or one is too large or broken; it names the file.
+        """
+        videos = [file for file in files if is_video(file)]
+        pictures = [file for file in files if file not in videos]
+        self.media.refuse_many(len(pictures), len(videos), "you have chosen")
+        return Shown(
+            pictures=tuple(self.media.picture(self._content(file), file.name) for file in pictures),
+            videos=tuple(self.media.video(self._content(file), file.name) for file in videos),
+        )
+
+    def ask(
+        self, person: str, talk: Talk, question: str, speakers: Sequence[Speaker], sampling: Sampling
+    ) -> Iterator[Talk]:
+        """The talk with one more question, again and again while the answers grow; the last one is whole.
+
+        Whoever stops reading ends the answers, and so does `stop`.
+
+        Args:
+            person: who asks; a person's earlier questions that are still being answered are ended.
+            talk: so far.
+            question: as it was typed.
+            speakers: one a column; as many as the talk has had.
+            sampling: how long, and how an answer is chosen.
+
+        Raises:
+            UserError: it cannot be put to a model, or too many wait; nobody was asked then.
+        """
+        self.stop(person)
+        question = words(question.strip(), "the question", shows_videos=True)
+        if not question and not (talk.shown.pictures or talk.shown.videos):
+            raise UserError("type a question, or show a picture or a video")
+        shown = {"pictures": talk.shown.pictures, "videos": talk.shown.videos}
+        prepared = [
+            self.engine.prepare(
+                one.name, talk.turns(column, question), sampling, fill=True, strength=one.strength, **shown
+            )
+            for column, one in enumerate(speakers)
+        ]
+        exchange = Exchange(question=question, answers=tuple(Answer(speaker=one) for one in speakers))
+        talk = replace(talk, exchanges=(*talk.exchanges, exchange))
+        with contextlib.closing(self._answers(person, exchange, prepared)) as growing:
+            for exchange in growing:
+                yield talk.with_last(exchange)
+
+    def stop(self, person: str) -> None:
+        """Ends what is being answered for a person; what was said so far stays."""
+        with self._lock:
+            running = self._running.pop(person, None)
+        if running is not None:
+            running.halt()
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _answers(
+        self, person: str, exchange: Exchange, prepared: Sequence[Prepared]
+    ) -> Generator[Exchange, None, None]:
+        running, start = _Running(), time.monotonic()
+        try:
+            for column, one in enumerate(prepared):
+                running.handed_in.append(self.engine.submit(one, partial(_put, running.events, column)))
+            with self._lock:
+                self._running[person] = running
+            yield exchange
+            while not exchange.over:
+                exchange = _after(exchange, running.events, start)
+                yield exchange
+        finally:
+            running.halt()
+            with self._lock:
+                if self._running.get(person) is running:
+                    del self._running[person]
+
+    def _content(self, file: Path) -> bytes:
+        most = self.media.limits.bytes
+        try:
+            if file.stat().st_size > most:
+                raise TooLarge(f"{file.name} is larger than the {most / 2**20:g} MiB that are allowed here")
+            return file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file.name} cannot be read: {error.strerror}; choose it again") from None
+
+
+Events = queue.SimpleQueue[tuple[int, Event]]
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A question that is being answered."""
+
+    handed_in: list[Answering] = field(default_factory=list)
+    events: Events = field(default_factory=queue.SimpleQueue)
+    """What becomes of it, with the number of the column."""
+
+    def halt(self) -> None:
+        """Ends all of it; whoever reads is told at once."""
+        for column, one in enumerate(self.handed_in):
+            one.cancel()
+            self.events.put((column, HALT))
+
+
+def is_video(file: Path) -> bool:
+    """Whether a file's name says that it is a video; what it really is shows when it is read."""
+    return str(mimetypes.guess_type(file.name)[0]).startswith("video/")
+
+
+def _put(events: Events, column: int, event: Event) -> None:
+    events.put((column, event))
+
+
+def _after(exchange: Exchange, events: Events, start: float) -> Exchange:
+    """The exchange once the next event has come, and those close behind it."""
+    until = None
+    while not exchange.over:
+        left = None if until is None else until - time.monotonic()
+        try:
+            column, event = events.get(timeout=left) if left is None or left > 0 else events.get_nowait()
+        except queue.Empty:
+            break
+        answers = list(exchange.answers)
+        if not answers[column].over:
+            answers[column] = answers[column].after(event, time.monotonic() - start)
+        exchange = replace(exchange, answers=tuple(answers))
+        until = time.monotonic() + PACE_SECONDS if until is None else until
+    return exchange

@@ -1,1 +1,0 @@
-"""The first steps: a person's folder becomes a run, and what this machine has for it."""

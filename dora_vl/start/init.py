@@ -1,0 +1,487 @@
+"""`dora-vl init`: a folder of pictures and questions becomes training and test files and the YAML of a first run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from os import getpid
+from pathlib import Path
+from shlex import quote
+from statistics import median
+from typing import TYPE_CHECKING
+
+from PIL import ExifTags
+from tqdm import tqdm
+
+from dora_vl.data.benchmarks.table import save_picture
+from dora_vl.data.check import FileCheck, Limits, MediaCheck, Sample, add_columns, columns_of, table
+from dora_vl.data.columns import USUAL, Columns, column_lines
+from dora_vl.data.containers import find_files
+from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path_inside
+from dora_vl.data.readers import read_row, turns_of
+from dora_vl.data.samples import held_out_places
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip, Conversation, as_conversation
+from dora_vl.errors import BadSample, UserError, shown_text
+from dora_vl.files import content_key
+from dora_vl.start.run_file import MOST_NAMES, picture_files, root_of_pictures
+
+if TYPE_CHECKING:
+    from dora_vl.start.run_file import Base, Data
+
+
+DESCRIPTION = """\
+Looks at a folder of pictures and questions, says what it saw, holds a test out, and writes the YAML of a first run:
+train.jsonl, test.jsonl and run.yaml in runs/NAME. Rows that cannot be used are told and left out. The pictures and the
+questions are not touched; pictures that the questions file holds itself are written as files.
+
+  dora-vl init my_pictures
+  dora-vl init my_pictures --questions answers.parquet --model Qwen/Qwen2.5-VL-3B-Instruct --to runs/first
+
+Questions are any file that training reads (docs/data.md): CSV with the columns image, question, answer, JSON, JSON
+lines, Parquet, Arrow, tar. No picture is in both halves.
+"""
+TRAIN, TEST, RUN = "train.jsonl", "test.jsonl", "run.yaml"
+MEDIA = "media"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dora-vl init`."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds the pictures, and the questions")
+    parser.add_argument(
+        "--questions", type=Path, metavar="FILE", help="default: the one file in FOLDER that holds some"
+    )
+    add_columns(parser)
+    parser.add_argument(
+        "--model",
+        metavar="BASE",
+        help="folder or hub id; default: what the demo trained (runs/demo/tuned) where it is, else a small SmolVLM",
+    )
+    parser.add_argument(
+        "--to", type=Path, metavar="DIR", help="folder of the run; default: runs/ and the folder's name"
+    )
+    parser.add_argument("--test-share", type=float, metavar="X", help="held out; default 0.2, at most 1,000 rows")
+    parser.add_argument("--seed", type=int, default=0, help="which pictures are held out; default 0")
+    parser.add_argument("--overwrite", action="store_true", help="replace the three files of an earlier init")
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Looks, splits and writes; yields the lines to print."""
+    folder: Path = arguments.folder
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the one that holds your pictures")
+    if arguments.questions is not None and not arguments.questions.exists():
+        raise UserError(f"--questions {arguments.questions}: no such file")
+    to: Path = arguments.to or Path("runs") / _name_of(folder)
+    _refuse_earlier(to, overwrite=arguments.overwrite)
+    from dora_vl.start.run_file import HUB_BASE, base_of, find_questions, written
+
+    base = base_of(arguments.model)
+    columns = columns_of(arguments)
+    questions = arguments.questions or find_questions(folder, columns)
+    staging = to.with_name(f".{to.name}.writing-{getpid()}")
+    try:
+        look = look_at(folder, questions, media_to=staging, columns=columns)
+        yield from look.lines()
+        if base.is_llava and any(row.conversation.videos for row in look.rows):
+            raise UserError(
+                f"{folder} holds videos, and {base.name} is a LLaVA-1.5, which is not trained on them; --model names "
+                f"another base, such as {HUB_BASE}"
+            )
+        share = usual_share(len(look.rows)) if arguments.test_share is None else arguments.test_share
+        train, test = split(look, share=share, seed=arguments.seed)
+        yield (
+            f"held out by seed {arguments.seed}: {len(test):,} rows about {_media(test):,} {look.media}; to train on: "
+            f"{len(train):,} rows about {_media(train):,}"
+        )
+        start = f"{_command()} {quote(str(to / RUN))}"
+        text = written(base, _data(look, train, to), output_dir=str(to), on_gpu=_on_gpu(), command=start)
+        _write(staging, to, train, test, text)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    yield f"{to}: {TRAIN}, {TEST} and {RUN} written, base {base.name}{_size(base)}"
+    yield ""
+    yield f"next:  {start}"
+
+
+def _write(staging: Path, to: Path, train: Sequence[Row], test: Sequence[Row], text: str) -> None:
+    """Writes all files under other names, reads the settings as a run would, and moves them into place."""
+    from dora_vl.training.command_line import read_run_file
+
+    staging.mkdir(parents=True, exist_ok=True)
+    seen = Counter[str]()
+    write_rows(staging / TRAIN, train, seen)
+    write_rows(staging / TEST, test, seen)
+    (staging / RUN).write_text(text, encoding="utf-8")
+    read_run_file(staging / RUN)
+    to.mkdir(parents=True, exist_ok=True)
+    for path in sorted((staging / MEDIA).iterdir()) if (staging / MEDIA).is_dir() else ():
+        (to / MEDIA).mkdir(exist_ok=True)
+        path.replace(to / MEDIA / path.name)
+    for name in (TRAIN, TEST, RUN):
+        (staging / name).replace(to / name)
+
+
+def _refuse_earlier(to: Path, *, overwrite: bool) -> None:
+    if to.exists() and not to.is_dir():
+        raise UserError(f"--to {to} is a file; name a folder")
+    there = [name for name in (TRAIN, TEST, RUN) if (to / name).exists()]
+    if there and not overwrite:
+        raise UserError(
+            f"{to} holds an earlier {', '.join(there)}; --overwrite replaces what init wrote, --to DIR names another "
+            "folder"
+        )
+
+
+def _data(look: Look, train: Sequence[Row], to: Path) -> Data:
+    from dora_vl.start.run_file import Data
+
+    answers = [text for row in look.rows for text in row.texts("assistant")]
+    words = [len(text.split()) for text in answers]
+    return Data(
+        train=str(to / TRAIN),
+        test=str(to / TEST),
+        root=str(to if look.holds else look.root),
+        rows=len(train),
+        answer_words=max(words),
+        answer_characters=max(map(len, answers)),
+        usual_answer_words=float(median(words)),
+        has_videos=any(row.conversation.videos for row in look.rows),
+        follow_links=look.links_out,
+    )
+
+
+def _name_of(folder: Path) -> str:
+    return re.sub(r"[^\w.\-]+", "_", folder.resolve().name).strip("._") or "my"
+
+
+def _media(rows: Sequence[Row]) -> int:
+    return len({name for row in rows for name in row.media})
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _command() -> str:
+    """What starts a run, as a shell here finds it: on GPUs through the launcher."""
+    if _on_gpu():
+        return f"{_program('deepspeed')} --module dora_vl.cli train"
+    return f"{_program('dora-vl')} train"
+
+
+def _program(name: str) -> str:
+    """A program of this environment, which may be in no PATH."""
+    own, in_path = Path(sys.executable).with_name(name), shutil.which(name)
+    if own.exists() and not (in_path and own.samefile(in_path)):
+        return quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
+    module = {"dora-vl": "dora_vl.cli", "deepspeed": "deepspeed.launcher.runner"}[name]
+    return name if in_path else f"{quote(sys.executable)} -m {module}"
+
+
+def _size(base: Base) -> str:
+    return f" ({base.parameters / 1e6:,.0f} million parameters)" if base.parameters else ""
+
+
+# What a person's questions and pictures are: read once, each row checked as `dora-vl check-data` does, and counted.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One usable sample."""
+
+    conversation: Conversation
+    kind: str | None = None
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Names of its pictures and videos."""
+        return (*self.conversation.images, *(clip.path for clip in self.conversation.videos))
+
+    def texts(self, role: str) -> list[str]:
+        """What the user, or the assistant, says, without placeholders."""
+        found = [turn.text for turn in self.conversation.turns if turn.role == role]
+        return [text.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip() for text in found]
+
+    def record(self, name: str) -> dict[str, object]:
+        """Itself as LLaVA's JSON, under this id."""
+        talk, images = self.conversation, list(self.conversation.images)
+        kept: dict[str, object] = {"id": name}
+        if images:
+            kept["image"] = images[0] if len(images) == 1 else images
+        if talk.videos:
+            kept["videos"] = [_clip(clip) for clip in talk.videos]
+        if self.kind is not None:
+            kept["kind"] = self.kind
+        return {**kept, "conversations": [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in talk.turns]}
+
+
+@dataclass(kw_only=True)
+class Pictures:
+    """What the pictures are that usable rows name; each is looked at once."""
+
+    root: Path
+    keys: dict[str, str] = field(default_factory=dict)
+    """By name what tells its content: equal for a copy under another name."""
+    formats: Counter[str] = field(default_factory=Counter)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    turned: int = 0
+    transparent: int = 0
+
+    def add(self, name: str) -> None:
+        """Looks at one, if it has not been."""
+        if name in self.keys:
+            return
+        path = self.root / name
+        self.keys[name] = content_key(path)
+        try:
+            with opened_picture(path) as image:
+                self.formats[image.format or "unknown"] += 1
+                self.sizes.append(image.size)
+                self.turned += image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                self.transparent += image.has_transparency_data
+        except NOT_DECODED:  # a video, or notes beside the pixels that are damaged
+            self.formats[path.suffix.lstrip(".").upper() or "other"] += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """Everything that was seen.
+
+    Attributes:
+        root: of the paths in `rows`.
+        holds: whether the questions file holds the pictures itself; they are in `root` then.
+        trouble: what `check-data` says of rows that are left out, line by line.
+    """
+
+    questions: Path
+    root: Path
+    holds: bool
+    format: str
+    columns: Sequence[str]
+    read: int
+    rows: Sequence[Row]
+    pictures: Pictures
+    unnamed: int
+    trouble: Sequence[str]
+
+    @property
+    def media(self) -> str:
+        """What the rows are about, in a word: pictures, videos, or both."""
+        talks = [row.conversation for row in self.rows]
+        kinds = ("pictures", any(talk.images for talk in talks)), ("videos", any(talk.videos for talk in talks))
+        return " and ".join(name for name, are_there in kinds if are_there) or "pictures"
+
+    @property
+    def links_out(self) -> bool:
+        """Whether a file that the rows name is a link out of their folder."""
+        try:
+            for name in chain.from_iterable(row.media for row in self.rows):
+                path_inside(self.root, name)
+        except BadSample:
+            return True
+        return False
+
+    def lines(self) -> Iterator[str]:
+        """What is told of it."""
+        yield f"{self.questions}: {self.format}, {self.read:,} rows, {len(self.rows):,} usable"
+        yield from self.columns
+        yield from self._picture_lines()
+        asked, said = (
+            list(chain.from_iterable(row.texts(role) for row in self.rows)) for role in ("user", "assistant")
+        )
+        rounds = [len(row.texts("assistant")) for row in self.rows]
+        yield f"questions: {_spread(rounds)} a row, {_lengths(asked)}"
+        most, times = Counter(said).most_common(1)[0]
+        yield (
+            f"answers: {_lengths(said)}, {len(set(said)):,} different, most often "
+            f"{shown_text(most, 30)} ({times / len(said):.0%})"
+        )
+        if self.trouble:
+            yield from ("left out, as check-data tells:", *self.trouble)
+
+    def _picture_lines(self) -> Iterator[str]:
+        seen = self.pictures
+        if not seen.keys:
+            yield "pictures: none, the rows are words alone"
+            return
+        formats = ", ".join(f"{name} {count:,}" for name, count in seen.formats.most_common())
+        more = f"; {self.unnamed:,} more that no row names" if self.unnamed else ""
+        where = "the file itself" if self.holds else self.root
+        yield f"{self.media}: {len(seen.keys):,} in {where}, {formats}{more}"
+        if seen.sizes:
+            by_area = sorted(seen.sizes, key=lambda size: size[0] * size[1])
+            least, middle, most = (f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
+            turned = f"; turned upright by their EXIF notes {seen.turned:,}" if seen.turned else ""
+            white = f"; shown on white for their transparency {seen.transparent:,}" if seen.transparent else ""
+            yield f"sizes: {least} to {most} pixels, in the middle {middle}{turned}{white}"
+
+
+def look_at(folder: Path, questions: Path, *, media_to: Path, columns: Columns = USUAL) -> Look:
+    """Reads the questions and looks at every picture that they name.
+
+    Args:
+        folder: holds the pictures.
+        media_to: gets the pictures that the questions file holds itself.
+        columns: what the file's columns are.
+
+    Raises:
+        UserError: the file cannot be read to its end, no picture is found, or no row can be used.
+    """
+    records = find_files(questions)
+    limits = Limits(most=10**9, unit="words", length=_words, answers_needed=True)
+    held, names = _begin(records.rows(), FileCheck(questions, limits, None, columns=columns))
+    root = media_to if held else root_of_pictures(folder, questions, names)
+    check = FileCheck(questions, limits, MediaCheck(MediaFolder(root, follow_links=True), decode=True), columns=columns)
+    forms: dict[str, None] = {}
+    rows: list[Row] = []
+    with tqdm(total=_bytes(records.files), unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
+        for number, record in enumerate(records.rows(bar.update), start=1):
+            check.rows = number
+            sample = check.read(record, number)
+            row = _usable(check, record, sample, media_to if held else None, columns)
+            if row is not None:
+                rows.append(row)
+                forms[str(sample.format)] = None
+    trouble = list(table([(questions, finding) for name, finding in check.findings.items() if name != "duplicate id"]))
+    if not rows:
+        raise UserError(f"{questions}: not one of its {check.rows:,} rows can be used; {_first_problem(check)}")
+    pictures = Pictures(root=root)
+    for name in tqdm(
+        list(dict.fromkeys(chain.from_iterable(row.media for row in rows))), "pictures", disable=None, leave=False
+    ):
+        pictures.add(name)
+    there = 0 if held else sum(1 for _ in picture_files(root))
+    return Look(
+        questions=questions,
+        root=root,
+        holds=held,
+        format=" and ".join(forms),
+        columns=column_lines(check.uses),
+        read=check.rows,
+        rows=rows,
+        pictures=pictures,
+        unnamed=max(0, there - len(pictures.keys)),
+        trouble=trouble if len(trouble) > 1 else (),  # the first line is the heading
+    )
+
+
+def _begin(records: Iterator[Mapping[str, object]], check: FileCheck) -> tuple[bool, list[str]]:
+    """Whether the first rows hold their pictures, and the names of media in them."""
+    held, names = False, list[str]()
+    for number, record in enumerate(islice(records, MOST_NAMES), start=1):
+        sample = check.read(record, number)
+        held = held or bool(sample.held)
+        names += [name for name in sample.media if name not in sample.held]
+    return held, names
+
+
+def _usable(
+    check: FileCheck, record: Mapping[str, object], sample: Sample, media_to: Path | None, columns: Columns
+) -> Row | None:
+    """The row, or nothing where it cannot be used, which `check` then has noted."""
+    if not check.check(sample):
+        return None
+    try:
+        example = read_row({**record, "id": sample.id}, columns=columns)
+        talk = as_conversation(example.id, example.images, turns_of(example), example.clips)
+        if media_to is not None:
+            names = {name: save_picture(data, media_to, example.id) for name, data in example.image_bytes.items()}
+            images = tuple(names.get(name, name) for name in talk.images)
+            talk = Conversation(talk.id, images, talk.turns, talk.videos)
+    except BadSample as error:
+        check.check(Sample(id=sample.id, problem=error.reason, kind=error.kind))
+        return None
+    kind = record.get("kind")
+    return Row(conversation=talk, kind=kind if isinstance(kind, str) and kind else None)
+
+
+def _first_problem(check: FileCheck) -> str:
+    found = max(check.findings.values(), key=lambda finding: finding.count)
+    return f"{found.count:,} times {found.problem}, for example {found.ids[0]}: {shown_text(found.example, 120)}"
+
+
+def _clip(clip: Clip) -> object:
+    times = {"start_seconds": clip.start_seconds, "end_seconds": clip.end_seconds}
+    set_times = {name: value for name, value in times.items() if value is not None}
+    return {"path": clip.path, **set_times} if set_times else clip.path
+
+
+def _bytes(files: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def _lengths(texts: Sequence[str]) -> str:
+    """How many words they have."""
+    words = _spread(map(_words, texts))
+    return f"{words} word" if words == "1" else f"{words} words"
+
+
+def _spread(numbers: Iterator[int] | Sequence[int]) -> str:
+    """Such as `3 to 12, in the middle 5`."""
+    found = sorted(numbers)
+    if found[0] == found[-1]:
+        return f"{found[0]:,}"
+    return f"{found[0]:,} to {found[-1]:,} (in the middle {median(found):g})"
+
+
+# A person's rows in two halves, to train on and to test with: no picture in both, not even as a copy.
+
+
+TEST_SHARE, MOST_TESTED = 0.2, 1_000
+"""A fifth is held out, of large sets as many as tell a score to 3 %."""
+
+
+def usual_share(rows: int) -> float:
+    """The share that is held out where nobody says one."""
+    return min(TEST_SHARE, MOST_TESTED / max(1, rows))
+
+
+def split(look: Look, *, share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """The rows to train on and those to test with, each in the file's order.
+
+    Rows of one picture, by its content, stay together; see `training_rows.held_out_places`.
+
+    Raises:
+        UserError: the share is none, or leaves one side empty.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"--test-share is {share}; it must be above 0 and below 1")
+    media = [[look.pictures.keys[name] for name in row.media] for row in look.rows]
+    ids = [f"{number}" for number in range(len(look.rows))]
+    try:
+        held = set(held_out_places(ids, media, share=share, seed=seed).tolist())
+    except UserError:
+        groups = len({key for keys in media for key in keys}) or len(ids)
+        raise UserError(
+            f"{look.questions}: {len(ids)} usable rows about {groups} {look.media} cannot be parted by --test-share "
+            f"{share:g}, since rows about the same stay together; give another share, or more {look.media}"
+        ) from None
+    train = [row for place, row in enumerate(look.rows) if place not in held]
+    return train, [row for place, row in enumerate(look.rows) if place in held]
+
+
+def write_rows(path: Path, rows: Sequence[Row], seen: Counter[str]) -> None:
+    """Writes LLaVA JSON, a row a line.
+
+    Args:
+        seen: how often each id has been written; a repeated one gets a number behind it.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            name = row.conversation.id
+            seen[name] += 1
+            unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
+            file.write(json.dumps(row.record(unique), ensure_ascii=False) + "\n")

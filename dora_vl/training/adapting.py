@@ -1,0 +1,245 @@
+"""The base that a run adapts, loaded as its model section says, and the adapter put into it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from dora_vl.adapters.agreement import LEAVES, fields_of_the_change, first_difference, refuse_pefts_other_result
+from dora_vl.adapters.files import read_peft_config, read_recipe
+from dora_vl.adapters.folder import WEIGHTS_FILE, no_adapter, own_name, read_weights
+from dora_vl.adapters.quantised_base import check_gradients, check_runs_here
+from dora_vl.adapters.settings import read_config
+from dora_vl.backbones.loading import check_made_from
+from dora_vl.backbones.places import names_experts, resolved_targets, resolved_weights
+from dora_vl.core import DoRAConfig, adapted_layers, apply_dora, trained_parts
+from dora_vl.core.config import AdapterSettings
+from dora_vl.core.trainable import kept_rows, kept_tensors, split_rows
+from dora_vl.errors import UserError
+from dora_vl.training.launch import gather_to_read, gather_to_write, loading_in, without_sharding
+from dora_vl.training.recipe import AdapterConfig, LoadedModelConfig
+
+LLAVA = "llava"
+"""LLaVA-1.5: its own wording, pictures and masks."""
+IMAGE_TEXT = "image_text"
+"""Any other image-text-to-text model of transformers, through its own processor."""
+CAUSAL_LM = "causal_lm"
+"""A plain language model."""
+VLBART = "vlbart"
+"""An encoder-decoder over visual features."""
+
+
+Backbone = TypeVar("Backbone")
+
+
+def make_base(make: Callable[[Any, Path], None], spec: Any, base: str, arguments: TrainingArguments) -> None:
+    """Writes the base that a run's `model.compose` or `model.source` describes, where it is not there yet.
+
+    For one rank alone.
+
+    Args:
+        make: writes a folder by such settings.
+        spec: the settings; None is a run whose base is there.
+
+    Raises:
+        UserError: the base is there and says that it was made with other settings.
+    """
+    if spec is None:
+        return
+    if Path(base).exists():
+        check_made_from(Path(base), spec)
+        return
+    with without_sharding(arguments):
+        make(spec, Path(base))
+
+
+def check_quantisation(model: LoadedModelConfig) -> None:
+    """Refuses `model.quantisation` where it cannot work, before any weight is read.
+
+    Raises:
+        UserError: its package is missing, it does not run on this device, or the run uses ZeRO-3.
+    """
+    if model.quantisation is None:
+        return
+    if is_deepspeed_zero3_enabled():
+        raise UserError(
+            f"model.quantisation: {model.quantisation} with ZeRO-3: packed weights cannot be split among ranks; set "
+            "training.deepspeed: zero2, under which each GPU holds the quantised base whole"
+        )
+    check_runs_here(model.quantisation, getattr(torch, model.dtype))
+
+
+def load_base(load: Callable[..., Backbone], model: LoadedModelConfig, **more: Any) -> Backbone:
+    """The base with its weights in `model.dtype`, sharded while loading under ZeRO-3.
+
+    Args:
+        load: the backbone's own loader.
+        model: the run's model section.
+        more: what that loader takes besides.
+
+    Raises:
+        UserError: the attention kernel or the quantisation does not run on this machine.
+    """
+    if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
+        raise UserError("model.attn_implementation: flash_attention_2 needs CUDA; sdpa runs everywhere")
+    check_quantisation(model)
+    dtype = getattr(torch, model.dtype)
+    with loading_in(dtype):
+        return load(
+            model.base,
+            dtype=dtype,
+            attn_implementation=model.attn_implementation,
+            revision=model.revision,
+            quantisation=model.quantisation,
+            **more,
+        )
+
+
+logger = logging.getLogger(__name__)
+
+FACTORS = LEAVES - {"magnitude"}
+"""Tensors of a layer whose effect depends on its scale."""
+
+
+def core_config(
+    adapter: AdapterConfig,
+    model: PreTrainedModel,
+    *,
+    targets: tuple[str, ...],
+    also_train: Mapping[str, tuple[str, ...]] | None = None,
+    also_keep: tuple[str, ...] = (),
+) -> DoRAConfig:
+    """The core's config of a run's adapter section; a backbone says what its own places are.
+
+    Args:
+        model: where presets (`language`, `vision`...) are looked up.
+        targets: the backbone's, unless the section names others.
+        also_train: the backbone's further parts, beside the section's; one of the same name, adapted or whole, is the
+            section's.
+        also_keep: the backbone's frozen tensors that the folder carries, beside the section's.
+
+    Raises:
+        UserError: a preset that the model has no place for.
+    """
+    own = {one.name: getattr(adapter, one.name) for one in fields(AdapterSettings)}
+    default = {name: globs for name, globs in (also_train or {}).items() if name not in adapter.parts}
+    chosen = {
+        name: resolved_weights(model, globs, f"adapter.also_train.{name}") for name, globs in adapter.also_train.items()
+    }
+    own["also_train"] = {**default, **chosen}
+    own["also_keep"] = (*also_keep, *adapter.also_keep)
+    own["parts"] = {
+        name: replace(part, targets=resolved_targets(model, part.targets, f"adapter.parts.{name}.targets"))
+        for name, part in adapter.parts.items()
+    }
+    if adapter.targets is not None:
+        targets = resolved_targets(model, adapter.targets, "adapter.targets", whole=adapter.method == "full")
+    named = (*targets, *(glob for part in own["parts"].values() for glob in part.targets))
+    if "experts" not in adapter.kinds and names_experts(model, named):
+        own["kinds"] = (*adapter.kinds, "experts")
+    return DoRAConfig(targets=targets, **own)
+
+
+def check_initial(initial: str | None) -> None:
+    """Sees before any weight is read that the folder to start from holds an adapter.
+
+    Raises:
+        UserError: it does not; it says what is there.
+    """
+    if initial is not None and not (Path(initial) / WEIGHTS_FILE).is_file():
+        raise UserError(f"adapter.initial: {no_adapter(Path(initial))}")
+
+
+def adapt(model: nn.Module, config: DoRAConfig, *, initial: str | None = None) -> list[str]:
+    """Puts the adapter in, decides what trains, and loads the folder `initial`; returns the adapted layers' names.
+
+    Raises:
+        UserError: the adapter does not fit the model, or a quantised layer passes on a wrong gradient.
+    """
+    names = apply_dora(model, config, gather=gather_to_write)
+    check_gradients(model)
+    if initial is not None:
+        load_initial(model, Path(initial))
+    return names
+
+
+def load_initial(model: nn.Module, folder: Path) -> None:
+    """Starts from the weights of an adapter folder, which may hold fewer parts (stage 1's projector alone).
+
+    Frozen rows that the folder carries and this run's own folder will carry too (a VL-BART's picture tokens) are taken
+    over as well. Other frozen tensors of the folder must be the base's.
+
+    Raises:
+        UserError: the folder holds a tensor that this model does not have, or of another shape, or one that is frozen
+            here and has other values, or A and B that another method, rank, alpha or start than this run's gives
+            another meaning.
+    """
+    found = {own_name(key): tensor for key, tensor in read_weights(folder).items()}
+    trained = {name: one for part in trained_parts(model) for name, one in part.parameters.items()}
+    taken = {**trained, **kept_tensors(model)}
+    taken |= {name: trained[whole] for name in found if (whole := split_rows(name)[0]) in trained}
+    _refuse_lost_values(model, folder, {name: tensor for name, tensor in found.items() if name not in taken})
+    _refuse_another_meaning(model, folder, found)
+    with torch.no_grad():
+        for name in [name for name in found if name in taken]:
+            _take_over(folder, name, taken[name], found[name])
+    for _, layer in adapted_layers(model):
+        layer.forget_norms()
+    logger.info("%s sets %d of %d trained tensors", folder, len(set(found) & set(trained)), len(trained))
+
+
+def _take_over(folder: Path, name: str, place: Tensor, tensor: Tensor) -> None:
+    """Writes a folder's tensor to its place in the model, or to those rows of it that the name says."""
+    with gather_to_write([place] if isinstance(place, nn.Parameter) else []):
+        own = kept_rows(name, place)
+        if own.numel() != tensor.numel():
+            raise UserError(f"adapter.initial: {folder}: {name} is {list(tensor.shape)}, here it is {list(own.shape)}")
+        own.copy_(tensor.view(own.shape))
+
+
+def _refuse_lost_values(model: nn.Module, folder: Path, frozen: Mapping[str, Tensor]) -> None:
+    """What does not train here may be in the folder only where it is the base's: this run would not write it again."""
+    here = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    if unknown := sorted(name for name in frozen if split_rows(name)[0] not in here):
+        raise UserError(f"adapter.initial: {folder} holds {len(unknown)} tensors that do not train here: {unknown[:3]}")
+    other = []
+    for name, tensor in frozen.items():
+        place = here[split_rows(name)[0]]
+        with gather_to_read([place] if isinstance(place, nn.Parameter) else []):
+            own = kept_rows(name, place.detach())
+            if own.shape != tensor.shape or not torch.equal(tensor.to(own), own):
+                other.append(name)
+    if other:
+        raise UserError(
+            f"adapter.initial: {folder} holds {len(other)} tensors that are frozen in this run and differ from the "
+            f"base's: {sorted(other)[:3]}; train them as well, or merge the folder into its base (dora-vl merge)"
+        )
+
+
+def _refuse_another_meaning(model: nn.Module, folder: Path, found: Mapping[str, Tensor]) -> None:
+    """A and B mean what the folder's settings say; under others they would start the run somewhere else."""
+    owners = {name.rpartition(".")[0] for name in found if name.rpartition(".")[2] in FACTORS}
+    if not owners:
+        return
+    peft, own = read_peft_config(folder), read_recipe(folder).get("adapter", {})
+    config = read_config(str(folder), peft, own, found)
+    refuse_pefts_other_result(f"adapter.initial: {folder}", model, peft, own)
+    for name, layer in adapted_layers(model):
+        if name not in owners:
+            continue
+        theirs, ours = config.for_layer(name), layer.adapter
+        difference = first_difference(theirs, ours, ["method", *fields_of_the_change(theirs, ours)])
+        if difference is not None:
+            field, there, here = difference
+            raise UserError(
+                f"adapter.initial: {folder}: {name} has {field} {there!r} there (scale {theirs.scale:g}), and "
+                f"{here!r} in this run (scale {ours.scale:g}); set adapter.{field}, or its pattern, to the folder's"
+            )

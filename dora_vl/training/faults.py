@@ -1,0 +1,266 @@
+"""Steps that go wrong: one whose loss or gradient is no number is left out and named, a loss that jumps is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dora_vl.core import TrainedPart
+from dora_vl.errors import UserError, shown_names
+from dora_vl.training.launch import rank_and_ranks
+from dora_vl.training.run_folder import read_log, write_log
+
+logger = logging.getLogger(__name__)
+
+MOST_IN_A_ROW = 10
+"""Steps left out one after another that end a run which goes on after a single one."""
+SPIKE_WINDOW, SPIKE_AFTER = 100, 20
+SPIKE_TIMES, SPIKE_DEVIATIONS = 2.0, 10.0
+"""A step's loss is a spike beyond both: this multiple of the window's median, and so many median deviations."""
+
+
+class StepFaults(TrainerCallback):
+    """Watches every step's losses and gradient norm on all ranks.
+
+    The weights survive a step that is no number: its gradients are dropped before the optimizer sees them
+    (`drop_gradients`, registered with a torch optimizer) or by DeepSpeed's own overflow check (ZeRO 1 to 3). Losses are
+    read once a step, when all of it is on its way.
+
+    Args:
+        file: where faults are written, a line each.
+        policy: `optim.not_finite`.
+        scaled: whether gradients overflow as part of float16's search for a loss scale; then losses alone are judged.
+    """
+
+    def __init__(self, file: Path, policy: Literal["stop", "skip"], *, scaled: bool = False) -> None:
+        self.ended_by: str | None = None
+        """Why the run ends early, for its error line; None: it does not."""
+        self._file = file
+        self._policy = policy
+        self._scaled = scaled
+        self._ids: Sequence[Sequence[str]] = ()
+        self._losses: list[Tensor] = []
+        self._norm: float | Tensor | None = None
+        self._left_out_in_a_row = 0
+        self._recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
+
+    # ---- what the Trainer hands over during a step
+
+    def begin_step(self, ids: Sequence[Sequence[str]]) -> None:
+        """The ids of each micro-batch's samples on this rank."""
+        self._ids, self._losses, self._norm = ids, [], None
+
+    def note_loss(self, loss: Tensor) -> None:
+        """A micro-batch's loss, as it goes into the backward pass."""
+        self._losses.append(loss.detach())
+
+    def note_norm(self, norm: float | Tensor | None) -> None:
+        """The step's gradient norm where the Trainer or DeepSpeed has it."""
+        self._norm = norm if norm is not None else self._norm
+
+    @property
+    def norm(self) -> float | None:
+        """The step's gradient norm, before any clipping, as far as it is known."""
+        return None if self._norm is None else float(self._norm)
+
+    def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Takes the norm of the gradients themselves."""
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        if gradients:
+            norms = torch._foreach_norm(gradients)
+            self._norm = torch.stack([one.to(norms[0].device) for one in norms]).norm()
+
+    def drop_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before a torch optimizer's step: where a gradient is no number, the step has none and changes nothing."""
+        parameters = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+        if self._norm is None:
+            self.note_gradients(parameters)
+        if not self._gradient_is_finite():
+            for one in parameters:
+                one.grad = None
+
+    def _gradient_is_finite(self) -> bool:
+        return self._scaled or self._norm is None or math.isfinite(float(self._norm))
+
+    # ---- the verdict
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Cuts lines that a resumed run may write again."""
+        if state.is_world_process_zero and self._file.is_file():
+            write_log(self._file, [line for line in read_log(self._file) if line["step"] <= state.global_step])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """All ranks agree on whether the step counts."""
+        losses = torch.stack(self._losses).float().tolist() if self._losses else []
+        broken = [ids for ids, loss in zip(self._ids, losses, strict=True) if not math.isfinite(loss)]
+        of_loss, of_gradient = len(broken) > 0, not self._gradient_is_finite()
+        if args.world_size > 1:
+            fault = torch.tensor([of_loss, of_gradient], dtype=torch.int32, device=args.device)
+            torch.distributed.all_reduce(fault, torch.distributed.ReduceOp.MAX)
+            of_loss, of_gradient = map(bool, fault.tolist())
+        if of_loss or of_gradient:
+            ids = _gathered(broken, args.world_size)
+            what = "the loss is not a number" if of_loss else "the gradient is not a number, though the loss is"
+            # A gradient that is a number was not dropped: an infinite loss may have one.
+            done = "the step was left out" if of_gradient else "its gradient is one, and the step was taken"
+            self._write(state, {"fault": "loss" if of_loss else "gradient", "left_out": of_gradient, "samples": ids})
+            self._judge(what, done, ids, state, control)
+            return
+        self._left_out_in_a_row = 0
+        self._look_for_spike(losses, state)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A run that ends early begins no validation; see `validation.validation_owed`."""
+        if self.ended_by is not None:
+            control.should_evaluate = False
+
+    def _judge(self, what: str, done: str, ids: Sequence[str], state: TrainerState, control: TrainerControl) -> None:
+        """Says what was wrong with a step, and ends the run where that is set."""
+        self._left_out_in_a_row += 1
+        about = f" (samples {shown_names(ids)})" if ids else ""
+        said = f"step {state.global_step}: {what}{about}; {done}"
+        logger.warning("%s", said)
+        if self._policy == "skip" and self._left_out_in_a_row < MOST_IN_A_ROW:
+            return
+        again = f"{self._left_out_in_a_row} steps one after another; " if self._policy == "skip" else ""
+        skip = "" if self._policy == "skip" else "; optim.not_finite: skip leaves such steps out and goes on"
+        self.ended_by = (
+            f"{said}. {again}checkpoint-{state.global_step} holds what is trained: look at the samples, or "
+            f"lower training.learning_rate; --resume last goes on after this step{skip}"
+        )
+        control.should_save = control.should_training_stop = True
+
+    def _look_for_spike(self, losses: Sequence[float], state: TrainerState) -> None:
+        """Names the micro-batch of the largest loss where this rank's step stands far above those before it."""
+        if not losses:
+            return
+        loss, earlier = sum(losses), list(self._recent)
+        self._recent.append(loss)
+        if len(earlier) < SPIKE_AFTER or not is_spike(loss, earlier):
+            return
+        ids = self._ids[max(range(len(losses)), key=losses.__getitem__)]
+        times = loss / max(1e-9, median(earlier))
+        self._write(state, {"fault": "spike", "times_the_median": round(times, 2), "samples": list(ids)})
+        logger.warning(
+            "step %d: the loss is %.1f times the median of the %d steps before it; its samples: %s",
+            state.global_step,
+            times,
+            len(earlier),
+            shown_names(ids),
+        )
+
+    def _write(self, state: TrainerState, fault: dict[str, Any]) -> None:
+        """The first rank's lines; another's spike is told by its warning alone."""
+        if state.is_world_process_zero:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **fault}, ensure_ascii=False) + "\n")
+
+
+def is_spike(loss: float, earlier: Sequence[float]) -> bool:
+    """Whether a loss stands out of those before it: far above their median, in their own spread and by itself."""
+    middle = median(earlier)
+    spread = median(abs(one - middle) for one in earlier)
+    return loss > SPIKE_TIMES * middle and loss > middle + SPIKE_DEVIATIONS * spread
+
+
+def steps_left_out(file: Path) -> int:
+    """Steps that a run left out, those before a resume included."""
+    return sum(bool(line.get("left_out")) for line in read_log(file))
+
+
+def _gathered(broken: Sequence[Sequence[str]], ranks: int) -> list[str]:
+    """The ids of all ranks' broken micro-batches."""
+    mine = [one for ids in broken for one in ids]
+    if ranks == 1:
+        return mine
+    everyone: list[list[str]] = [[] for _ in range(ranks)]
+    torch.distributed.all_gather_object(everyone, mine)
+    return [one for ids in everyone for one in ids]
+
+
+# Whether weights are numbers: the base's before the first step, what trains before it is saved.
+#
+# A weight that is NaN or infinite makes every later loss NaN, and an adapter of NaN looks like any other folder.
+
+
+NAMED_WEIGHTS, LONGEST_WEIGHT = 2, 90
+"""How many weights a message names, and how long a module's full name may be in it."""
+
+
+def check_base_weights(model: nn.Module, base: str) -> None:
+    """Reads every weight of a loaded base once; every rank must call it (under ZeRO-3 each reads its own shards).
+
+    Buffers are left out: masks of minus infinity are among them.
+
+    Raises:
+        UserError: on every rank, where one holds a weight that is NaN or infinite.
+    """
+    broken = _on_any_rank(_not_finite(model.named_parameters()))
+    if broken:
+        raise UserError(
+            f"{base}: {len(broken)} of its weights hold NaN or infinity: {_named(broken)}; every loss would be "
+            "NaN. Fetch or compose the base again, or set model.dtype: bfloat16 where float16 is too narrow for it"
+        )
+
+
+def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, kept: str | None) -> None:
+    """Reads what trains before it is written; every rank must call it.
+
+    Args:
+        parts: what trains.
+        step: optimizer steps taken, for the message.
+        kept: name of the last whole checkpoint; None: there is none.
+
+    Raises:
+        UserError: on every rank, where a trained weight is NaN or infinite.
+    """
+    named = ((name, parameter) for part in parts for name, parameter in part.parameters.items())
+    broken = _on_any_rank(_not_finite(named))
+    if broken:
+        left = f"{kept} is the last whole checkpoint" if kept else "there is no checkpoint before it"
+        raise UserError(
+            f"step {step}: {len(broken)} trained weights are NaN or infinite ({_named(broken)}), so nothing is "
+            f"saved; {left}. Lower training.learning_rate or the part's own in optim.rates, or set "
+            "training.max_grad_norm"
+        )
+
+
+def _named(weights: Sequence[str]) -> str:
+    return shown_names(weights, NAMED_WEIGHTS, LONGEST_WEIGHT)
+
+
+def _not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    """Names of floating weights whose sum is no number; of a sharded one, this rank's share is read."""
+    return [name for name, parameter in named if not _is_finite(_held(parameter))]
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    return vars(parameter).get("ds_tensor", parameter).detach()  # DeepSpeed's name for this rank's share
+
+
+def _is_finite(weights: Tensor) -> bool:
+    # One pass without a mask as large as the weights; finite half-precision weights cannot overflow a float32 sum.
+    if weights.is_meta or not weights.is_floating_point():
+        return True
+    if weights.dtype == torch.float64:
+        return bool(weights.isfinite().all())
+    return bool(weights.sum(dtype=torch.float32).isfinite()) or bool(weights.isfinite().all())
+
+
+def _on_any_rank(names: list[str]) -> list[str]:
+    _, ranks = rank_and_ranks()
+    if ranks == 1:
+        return names
+    found: list[list[str]] = [[] for _ in range(ranks)]
+    torch.distributed.all_gather_object(found, names)
+    return sorted({name for one in found for name in one})

@@ -1,0 +1,586 @@
+"""The settings of one run: a frozen dataclass for each section of its YAML file.
+
+Read by `dora_vl.training.command_line`; the text under each field is what `--help` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from dora_vl.adapters.quantised_base import Quantisation
+from dora_vl.backbones.loading import ComposeSpec, LanguageSource, PromptName, TrainOn, VlBartSpec
+from dora_vl.backbones.prompt_table import TemplateName
+from dora_vl.backbones.prompts import FormatName
+from dora_vl.core.config import AdapterSettings
+from dora_vl.data.columns import Columns
+from dora_vl.data.order import Mixing, TrainFile, train_name
+from dora_vl.evaluation.scores.commonsense import Rule
+
+SampleBound = Literal["max_pixels_per_step", "max_tokens"]
+"""A setting that says how large a sample may be."""
+Kernel = Literal["sdpa", "flash_attention_2", "eager"]
+"""Of attention."""
+Decayed = Literal["matrices", "all_but_biases"]
+"""What weight decay acts on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModelConfig:
+    """A model that transformers loads."""
+
+    base: str
+    """Its folder or Hugging Face id."""
+    revision: str | None = None
+    """Git revision of a Hugging Face id (a commit pins the run)."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Number type of the frozen weights. What trains is float32 anyway (unless adapter.method is full)."""
+    quantisation: Quantisation | None = None
+    """Holds the linear layers of the language model quantised while the adapter trains (QDoRA): `nf4` (4 bits, as
+    QLoRA) and `int8` need bitsandbytes, `hqq` (4 bits) the package hqq. What else the model has stays whole."""
+    attn_implementation: Kernel | Mapping[str, Kernel] | None = None
+    """Attention kernel, or one for each part by its config's name ({"": eager, vision_config: sdpa}); flash_attention_2
+    needs CUDA and the flash-attn package; null: transformers' choice for each part, sdpa where it can be. The adapter's
+    recipe.json says which, and the model is opened so again."""
+
+    @property
+    def may_be_quantised(self) -> bool:
+        """Whether `quantisation` is not set."""
+        return self.quantisation is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(LoadedModelConfig):
+    """Which model is adapted, and how text and pictures are put to it."""
+
+    base: str
+    """Folder or Hugging Face id of a LLaVA or another vision-language model. With `compose`, the folder the composed
+    LLaVA is written to."""
+    compose: ComposeSpec | None = None
+    """Builds `base` from a vision tower, a new projector and a language model, if the folder is not there yet."""
+    template: TemplateName | FormatName | None = None
+    """A LLaVA's prompt format by its name; `plain` is image then caption (stage 1); `tokenizer` is the language model's
+    own; null: the first of vicuna_v1, chatml and tokenizer whose special tokens its tokenizer has. Other models have
+    their processor's chat template, or where it has none `question_answer` or `paligemma`."""
+    image_aspect: Literal["pad", "square"] = "pad"
+    """`pad` fills a picture up to a square first (LLaVA-1.5); `square` resizes and crops the middle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(AdapterSettings):
+    """What trains, and how."""
+
+    targets: tuple[str, ...] | None = None
+    """Full-name patterns of the adapted modules, each must hit, or presets: language (the decoder's linears), vision,
+    projector, experts (those that are one tensor), all-linear (experts too, without the output head); null: the model's
+    own default, for most language."""
+    train_projector: bool = True
+    """Trains the projector between vision and language whole, in float32, as the part `projector`, unless `parts` or
+    `also_train` has one of that name."""
+    initial: str | None = None
+    """Adapter folder to start from, such as stage 1's projector; its weights are loaded before training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Training and validation samples, in any format that docs/data.md lists under "Your own data"."""
+
+    train: str | tuple[str | TrainFile, ...]
+    """The training samples: a file, a folder of shards, or hub:OWNER/NAME; or a list of them or of {path, weight}."""
+    validation: str | None = None
+    """Likewise the samples whose loss is measured while training."""
+    validation_share: float = 0.0
+    """Holds this share of the training samples out for validation instead, chosen by training.seed; samples of one
+    picture stay on one side."""
+    validation_size: int = 0
+    """Holds so many training samples out instead, those that the published runs of language models draw (seed 42)."""
+    max_tokens: int = 2048
+    """Longest sequence, image tokens included; the tail of the text beyond it is cut and reported."""
+    max_bad_share: float = 0.001
+    """Largest share of unusable samples (missing picture, empty answer...) that is skipped; above it the run stops."""
+    workers: int = 4
+    """Processes that read and prepare samples on each rank; 0 does it in the training process."""
+    group_by_modality_length: bool = True
+    """Batches hold samples of like length, and either all with pictures or all without."""
+    streaming: bool = False
+    """Reads training samples as they come, never a whole file first: for files larger than the disk's free space, and
+    hub sets too large to fetch. Needs group_by_modality_length: false, and training.max_steps where a file does not
+    say how many rows it has (all but Parquet and Arrow)."""
+    shuffle_buffer: int = 2048
+    """Streamed samples among which the next one is drawn; fewer where they hold more than 256 MiB; 1: as they come."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What columns of other names are, in the files of data and of the test: {photo_file: image, caption: question}.
+    A role (image, video, question, answer, choices, hint, system, ...) or a name that docs/data.md lists for one."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns that are left out although they look like media, choices, a label or a rating, which ends a run."""
+    limit: int | None = None
+    """Uses only the first so many training samples (of several files, of each)."""
+    validation_limit: int | None = None
+    """Uses only the first so many validation samples."""
+
+    @property
+    def held_out(self) -> str | None:
+        """What the loss is measured on while training, for messages; None: nothing."""
+        part = self.validation_size or self.validation_share
+        return self.validation or (f"{part:g} of {train_name(self.train)}" if part else None)
+
+    @property
+    def contract(self) -> Columns:
+        """What the files' columns are."""
+        return Columns(self.columns, tuple(self.ignore_columns))
+
+    @property
+    def step_samples(self) -> int | None:
+        """None: the training section says how many samples a step has."""
+        return None
+
+    @property
+    def sample_bounds(self) -> Mapping[SampleBound, int | None]:
+        """What bounds a sample's size."""
+        return {"max_tokens": self.max_tokens}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SamplesConfig):
+    """Training and validation data, in any format that docs/data.md lists under "Your own data"."""
+
+    image_folder: str = "."
+    """Root that the pictures' paths in the files are relative to."""
+    video_folder: str | None = None
+    """Root of the videos' paths; null: image_folder."""
+    follow_links: bool = False
+    """Reads pictures and videos that are links out of their folder, as DVC and git-annex lay them."""
+    as_published: bool = False
+    """Reads pictures as LLaVA's own code: not turned by EXIF, no white under transparency, 16-bit grey clipped."""
+    video_frames: int = 8
+    """Frames taken of each video, in the middles of so many equal parts; with video_fps the most that are taken."""
+    video_fps: float | None = None
+    """Frames a second instead, at most video_frames; for base models that take videos of any length."""
+    cache_features: bool = False
+    """Computes the frozen vision tower's output once for each picture and reads it from disk afterwards."""
+    feature_cache: str | None = None
+    """Folder of the cached features; null: `<training.output_dir>/features`."""
+    max_pixels_per_step: int | None = None
+    """Most pixels of the pictures and frames of a micro-batch on one rank; a sample's share is that over
+    training.per_device_train_batch_size, and pictures above it are shrunk. For models that make more tokens of a larger
+    picture (Qwen2-VL, LLaVA-NeXT, ...); null: only the model's own limits."""
+    share_pictures: bool = False
+    """Samples about the same picture come in the same batch and run its tokens once: same loss, fewer tokens."""
+
+    @property
+    def sample_bounds(self) -> Mapping[SampleBound, int | None]:
+        """What bounds a sample's size; None: not set."""
+        return {"max_pixels_per_step": self.max_pixels_per_step, "max_tokens": self.max_tokens}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Learning rates by part; `training.learning_rate` is the default."""
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Peak learning rate by part: a name of adapter.parts or adapter.also_train, dora (adapter.targets), projector;
+    magnitude, A, B: those of every part; vision.magnitude: that of one. The more exact name counts."""
+    projector_learning_rate: float | None = None
+    """Peak learning rate of the projector; null: training.learning_rate."""
+    magnitude_learning_rate: float | None = None
+    """Peak learning rate of DoRA's magnitudes; null: training.learning_rate."""
+    b_learning_rate_ratio: float = 1.0
+    """B's learning rate as a multiple of its part's (LoRA+; 16 is its paper's choice)."""
+    loss_normalisation: Literal["micro_batch", "step_tokens"] = "micro_batch"
+    """micro_batch: mean over a micro-batch's labelled tokens, then over accumulation and ranks (as LLaVA);
+    step_tokens: one mean over all labelled tokens of the step."""
+    weight_decay_on: Decayed = "matrices"
+    """What training.weight_decay shrinks. matrices: vectors (magnitudes, norms, biases) never; all_but_biases:
+    magnitudes and norm weights too, as the published VL-BART runs."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not a number is left out, named and written to faults.jsonl. stop: the run then
+    saves a checkpoint and ends; skip: it goes on, unless ten steps in a row are such."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The test after training."""
+
+    file: str | None = None
+    """Questions with answers, in any format that training reads; null: no test."""
+    image_folder: str | None = None
+    """Root of their pictures; null: data.image_folder."""
+    answer_after: str | None = None
+    """In answers that reason first, such as "blue circle, so no", what stands before the answer that is scored."""
+    batch_size: int = 32
+    """Questions answered at once."""
+    max_new_tokens: int = 16
+    """Longest answer."""
+    limit: int | None = None
+    """Asks only the first so many questions."""
+    exchange_pictures: bool = True
+    """Asks at most 200 of them again about other pictures: a score that stays as it was is not of the pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumableRun:
+    """What every run has besides its own sections."""
+
+    variant: str | None = None
+    """Named variant of the --config file, one of its `variants`, laid over the rest of it; --section.key value wins
+    over both. null: the file's own choice, or the file as it stands."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
+    file, or zero0, zero2, zero3, zero3_offload, the shipped ones."""
+    resume: str | None = None
+    """`last` resumes from the run folder's last complete checkpoint; `if_stopped` does where a run was stopped before
+    its end, starts one where there is none, and leaves a finished one as it is; or a checkpoint folder."""
+    overwrite: bool = False
+    """Removes what an earlier run left in training.output_dir; otherwise that is refused."""
+    test_only: bool = False
+    """Trains nothing: tests the adapter in training.output_dir again, or resumes a test that was stopped."""
+    watch: int = 4
+    """So many fixed questions, of the validation data or else of the test, are answered at every validation (without
+    one: at the start and five times more), into `watched/`, the report and what training.report_to names; 0: none."""
+    try_largest_batch: bool | None = None
+    """Takes a step over the largest micro-batch that the data can give before the first one, and undoes it, so that a
+    run that does not fit into memory ends at once and says what to lower; null: where there is a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ResumableRun):
+    """One run: what its YAML file holds."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+# The settings of one run on instructions with a plain language model; the text under each field is `--help`'s.
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(LoadedModelConfig):
+    """Which language model is adapted."""
+
+    base: str
+    """Folder or Hugging Face id of a causal language model. With `source`, the folder it is written to."""
+    source: LanguageSource | None = None
+    """Writes `base` from this model, such as a GGUF file, if the folder is not there yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageAdapterConfig(AdapterConfig):
+    """What trains, and how. Without `targets`: q, k, v, up and down, the paper's five, as LLaMA names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionDataConfig(SamplesConfig):
+    """One question and its output each: LLM-Adapters' form (instruction, input, output, answer), or any other."""
+
+    prompt: PromptName = "nvlabs"
+    """What stands around an instruction: `nvlabs` and `llm_adapters` are the published runs' to the last space (they
+    differ in the first line of the training prompt), `alpaca` is Stanford's own, the same in training and test."""
+    train_on: TrainOn = "all"
+    """all: prompt and output are trained on, as in the published runs; answer: the output alone."""
+    max_tokens: int = 256
+    """Longest sample, prompt and output together; what lies beyond is cut and reported."""
+    packing: bool = False
+    """Samples of a micro-batch stand behind each other in rows as long as the longest; each sees itself alone and
+    counts its positions from 0, so the loss is the same, with hardly any padding."""
+    workers: int = 2
+    """Processes that read and prepare samples on each rank; 0 does it in the training process."""
+    group_by_modality_length: bool = False
+    """Batches hold samples of like length, instead of any in a random order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonsenseEvaluationConfig:
+    """The test after training."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Test file of each set, by LLM-Adapters' name for it: boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy,
+    ARC-Challenge, openbookqa (its name says what an answer looks like); empty: no test."""
+    scoring: tuple[Literal["generation", "likelihood"], ...] = ("generation",)
+    """generation: the answer is looked for in generated text, as the published scripts do; likelihood: the most
+    likely of the outputs that the question's last line (`Answer format: a/b/...`) admits."""
+    rule: Rule = "nvlabs"
+    """Which published script's part of the generated text is searched; they differ after a second `### Response:`."""
+    batch_size: int = 32
+    """Questions answered at once."""
+    max_new_tokens: int = 32
+    """Longest answer."""
+    beams: int = 1
+    """Beams of the search; the published scripts use 4, and no sampling."""
+    limit: int | None = None
+    """Asks only the first so many questions of each set."""
+
+    @property
+    def file(self) -> str | None:
+        """The test files, for messages; None: no test."""
+        return ", ".join(self.files.values()) or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonsenseRunConfig(ResumableRun):
+    """One run: what its YAML file holds."""
+
+    model: LanguageModelConfig
+    adapter: LanguageAdapterConfig = field(default_factory=LanguageAdapterConfig)
+    data: InstructionDataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: CommonsenseEvaluationConfig = field(default_factory=CommonsenseEvaluationConfig)
+
+
+# The settings of one VL-BART run; the text under each field is what `--help` prints.
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlBartModelConfig:
+    """Which model is adapted."""
+
+    base: str
+    """Folder of a VL-BART. With `compose`, the folder it is written to."""
+    compose: VlBartSpec | None = None
+    """Makes `base` from a BART and a fresh visual embedding, if the folder is not there yet."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number type of the frozen weights; the published runs are float32."""
+    attn_implementation: Literal["sdpa", "eager"] | None = None
+    """Attention kernel; null: transformers' choice."""
+
+    @property
+    def may_be_quantised(self) -> bool:
+        """No: there is no such setting."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlBartAdapterConfig(AdapterConfig):
+    """What trains, and how. Without `targets`: queries and values of all attentions (36 linears of bart-base).
+
+    `train_projector` is the visual embedding here. With method full and no `targets` everything trains.
+    """
+
+    train_biases: bool = True
+    """Trains all biases of BART as well, as the published LoRA and DoRA runs do."""
+    train_norm_weights: bool = False
+    """Trains the weights of BART's layer norms as well, as the published image DoRA run does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlBartDataConfig:
+    """Training and validation data: records files by task."""
+
+    train: Mapping[str, str | tuple[str, ...]]
+    """Records file of each task to train on, or several files; one task, or several mixed."""
+    validation_files: Mapping[str, str] = field(default_factory=dict)
+    """Records file of each task whose loss is measured while training."""
+    features: Mapping[str, str]
+    """Folder of each task's picture or video features, by file name without its ending: what `python -m
+    data_prep.features` writes, VL-Adapter's Parquet or HDF5, or VALUE's .npz."""
+    feature_tokens: int = 49
+    """Tokens of a picture (49 for a 7x7 grid), or frames of a video: fewer are followed by zeros, more are max-pooled
+    (64 in the published runs)."""
+    batch_size: int = 300
+    """Samples of an optimizer step, over all ranks and accumulated micro-batches; a task may take a multiple of it
+    (GQA 100/60, NLVR2 20/60, captions 50/60)."""
+    mixing: Mixing = "proportional"
+    """proportional: each task's samples once an epoch; balanced: the same number of steps for every task."""
+    input_tokens: int | None = None
+    """Longest text of an input; null: each task's published length."""
+    task_prompt: bool = True
+    """Says which task it is in the text (`vqa: `); the published full fine-tuning runs do not."""
+    subtitles_first: bool = True
+    """Takes what does not fit from the subtitles; false cuts the end of the text, question and choices with it, as
+    the published video runs do."""
+    closed_answers: Mapping[str, int | str] = field(default_factory=dict)
+    """Answers a task from a list, by a head that trains with the adapter (part `answer_head`), instead of in words; of
+    vqav2, gqa, short_answer. By task: N, its N most frequent training answers; or FILE: one answer a line, a JSON list,
+    or the recipe.json of an adapter that has one."""
+    max_bad_share: float = 0.001
+    """Largest share of unusable samples (missing features, no answer...) that is skipped; above it the run stops. A
+    test that has more of them does not begin."""
+    workers: int = 4
+    """Processes that read and prepare samples on each rank; 0 does it in the training process."""
+    limit: int | None = None
+    """Uses only the first so many training items of each task."""
+
+    @property
+    def held_out(self) -> str | None:
+        """The validation files, for messages; None: none."""
+        return ", ".join(self.validation_files.values()) or None
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of a step."""
+        return self.batch_size
+
+    @property
+    def sample_bounds(self) -> Mapping[SampleBound, int | None]:
+        """Nothing to lower: features and published lengths bound a sample."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlBartEvaluationConfig:
+    """The test after training."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Records file of each task to test on; empty: no test."""
+    features: Mapping[str, str] = field(default_factory=dict)
+    """Folder of the test's features, for tasks where it is another than data.features names."""
+    image_folder: str | None = None
+    """Root of the test's pictures; with it a contact sheet is drawn."""
+    choice_by_likelihood: bool = True
+    """Multiple choice takes the likeliest label; false generates one, as the published runs do."""
+    batch_size: int = 64
+    """Inputs answered at once."""
+    limit: int | None = None
+    """Asks only the first so many of each task."""
+    exchange_pictures: bool = True
+    """Asks at most 200 of each again about other pictures: a score that stays as it was is not of the pictures."""
+
+    @property
+    def file(self) -> str | None:
+        """The test files, for messages; None: no test."""
+        return ", ".join(self.files.values()) or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlBartRunConfig(ResumableRun):
+    """One run: what its YAML file holds."""
+
+    model: VlBartModelConfig
+    adapter: VlBartAdapterConfig = field(default_factory=VlBartAdapterConfig)
+    data: VlBartDataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Any field of transformers.TrainingArguments, such as --training.max_steps 20; `deepspeed` takes a JSON
+    file, or zero0, zero2, zero3, zero3_offload, the shipped ones. Batches are data.batch_size."""
+    evaluation: VlBartEvaluationConfig = field(default_factory=VlBartEvaluationConfig)
+
+
+# What training reads of a run's settings, whatever the backbone; the settings are in `recipe` and its two siblings.
+
+
+@runtime_checkable
+class ModelSection(Protocol):
+    """What training reads of a run's `model:` section."""
+
+    @property
+    def base(self) -> str:
+        """Folder or hub id of the model."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Number type of the frozen weights."""
+        ...
+
+    @property
+    def may_be_quantised(self) -> bool:
+        """Whether `quantisation` is a setting here, and not set."""
+        ...
+
+
+@runtime_checkable
+class DataSection(Protocol):
+    """What training reads of a run's `data:` section."""
+
+    @property
+    def held_out(self) -> str | None:
+        """What the loss is measured on while training, for messages; None: nothing."""
+        ...
+
+    @property
+    def max_bad_share(self) -> float:
+        """Largest share of unusable samples."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """Processes that prepare samples."""
+        ...
+
+    @property
+    def step_samples(self) -> int | None:
+        """Samples of a step, where the data say so (`batch_size`); None: the training section does."""
+        ...
+
+    @property
+    def sample_bounds(self) -> Mapping[SampleBound, int | None]:
+        """The settings here that bound a sample's size, and what they are; None: not set."""
+        ...
+
+
+@runtime_checkable
+class EvaluationSection(Protocol):
+    """What training reads of a run's `evaluation:` section."""
+
+    @property
+    def file(self) -> str | None:
+        """What the trained model is tested on; None: no test."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Questions answered at once."""
+        ...
+
+
+@runtime_checkable
+class RunSettings(Protocol):
+    """The settings every run has, whatever its backbone; its sections may hold more."""
+
+    @property
+    def model(self) -> ModelSection:
+        """The model."""
+        ...
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """What trains, and how."""
+        ...
+
+    @property
+    def data(self) -> DataSection:
+        """Training and validation data."""
+        ...
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Learning rates by part."""
+        ...
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """Fields of transformers.TrainingArguments."""
+        ...
+
+    @property
+    def evaluation(self) -> EvaluationSection:
+        """The test after training."""
+        ...
+
+    @property
+    def resume(self) -> str | None:
+        """The checkpoint to resume from."""
+        ...
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether an earlier run's results go."""
+        ...
+
+    @property
+    def test_only(self) -> bool:
+        """Whether the adapter that is there is tested and nothing trained."""
+        ...
+
+    @property
+    def watch(self) -> int:
+        """How many fixed questions are answered through training."""
+        ...
+
+    @property
+    def try_largest_batch(self) -> bool | None:
+        """Whether the largest micro-batch is tried first; None: where there is a GPU."""
+        ...

@@ -1,0 +1,327 @@
+"""The folder a run writes to: whether it may start there, and what an earlier run left."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_vl.adapters.files import (
+    LAST,
+    checkpoint_to_resume,
+    complete_checkpoints,
+    drop_leftovers,
+    set_later_aside,
+    step_of,
+)
+from dora_vl.adapters.folder import refuse_to_replace_adapter
+from dora_vl.errors import UNWRITABLE, UserError
+from dora_vl.training.recipe import RunSettings
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "adapter"
+LOSS_LOG = "log.jsonl"
+METRICS = "metrics.json"
+SKIPPED = "skipped.jsonl"
+FAULTS = "faults.jsonl"
+SETTINGS = "settings.json"
+PLAN = "plan.json"
+WATCHED = "watched"
+PREDICTED = ("predictions", "predictions.jsonl", "predictions_likelihood.jsonl", "predictions_exchanged.jsonl")
+SAVED = (ADAPTER, METRICS, *PREDICTED)
+"""What took work to make; a run that left none of it, nor a checkpoint, failed before its first save."""
+RESULTS = (ADAPTER, LOSS_LOG, METRICS, SKIPPED, FAULTS, *PREDICTED, WATCHED, "loss_curve.png", "contact_sheet.png")
+IF_STOPPED = "if_stopped"
+_OTHERWISE = "--overwrite true removes it, --training.output_dir names another folder"
+HOW_IT_STARTS = frozenset({"resume", "overwrite", "test_only"})
+"""Settings of one start, which say nothing of the run: `settings.json` as --config must not repeat an overwrite."""
+BESIDE_THE_RUN = frozenset({"watch", "try_largest_batch"})
+"""Settings that change nothing of what a run leaves."""
+TRAINING_NUMBERS = (
+    "train_seconds",
+    "samples_per_second",
+    "train_samples",
+    "train_steps",
+    "padding_share",
+    "skipped_samples",
+    "shrunk_samples",
+    "steps_left_out",
+)
+"""What `metrics.json` says of the training."""
+
+
+def run_folder_of(config: RunSettings) -> Path:
+    """Where a run writes: `training.output_dir`, which every run names."""
+    if "output_dir" not in config.training:
+        raise UserError("training.output_dir is missing: name the folder for checkpoints, adapter and logs")
+    return Path(config.training["output_dir"])
+
+
+def results_in(folder: Path) -> list[Path]:
+    """What an earlier run left in a folder: results and complete checkpoints."""
+    return [folder / name for name in RESULTS if (folder / name).exists()] + complete_checkpoints(folder)
+
+
+def checkpoint_of(config: RunSettings) -> Path | None:
+    """The checkpoint that a run resumes from; None: it starts anew.
+
+    Raises:
+        UserError: `resume` names one that is not there.
+    """
+    folder = run_folder_of(config)
+    if config.resume == LAST and not complete_checkpoints(folder):
+        kept = _took_work(folder)
+        way_out = f"{kept[0].name} is there: {_OTHERWISE}" if kept else "start without resume"
+        raise UserError(f"resume: no complete checkpoint in {folder}; {way_out}")
+    if config.resume != IF_STOPPED:
+        return checkpoint_to_resume(config.resume, folder)
+    checkpoints = complete_checkpoints(folder)
+    return checkpoints[-1] if checkpoints and not _is_finished(folder, config) else None
+
+
+def finished_already(config: RunSettings) -> bool:
+    """Whether a run that `resume: if_stopped` starts again has nothing left to do.
+
+    Raises:
+        UserError: the finished run in its folder had other settings.
+    """
+    folder = run_folder_of(config)
+    if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
+        return False
+    then, now = (_run_alone(settings) for settings in (_json_of(folder / SETTINGS), settings_of(config)))
+    if changed := [name for name in now.keys() | then.keys() if now.get(name) != then.get(name)]:
+        raise UserError(
+            f"{folder} holds a finished run with other settings (in {', '.join(sorted(changed))}); {_OTHERWISE}"
+        )
+    return True
+
+
+def _is_finished(folder: Path, config: RunSettings) -> bool:
+    """Whether a run has its adapter and, where it is tested, more numbers than those of the training."""
+    metrics, checkpoints = _json_of(folder / METRICS), complete_checkpoints(folder)
+    if checkpoints and step_of(checkpoints[-1]) > metrics.get("train_steps", 0):
+        return False  # they are of the run before the resume that was stopped there
+    tested = config.evaluation.file is None or bool(metrics.keys() - set(TRAINING_NUMBERS))
+    return (folder / ADAPTER).is_dir() and bool(metrics) and tested
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A run's resolved settings, a dataclass, in JSON's types."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _run_alone(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in HOW_IT_STARTS | BESIDE_THE_RUN}
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    """A file's object; nothing where there is none, or half a one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _took_work(folder: Path) -> list[Path]:
+    return [path for path in results_in(folder) if path.name not in RESULTS or path.name in SAVED]
+
+
+def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Sees before anything is made whether a run may write there.
+
+    Raises:
+        UserError: results are there and neither `resume` nor `overwrite` is asked for; or both are; or the adapter
+            folder holds somebody else's files.
+    """
+    if resume and overwrite:
+        raise UserError("resume and overwrite exclude each other: one goes on, the other starts anew")
+    kept = _took_work(folder)
+    if kept and not resume and not overwrite:
+        resumes = "--resume last resumes it, " if complete_checkpoints(folder) else ""
+        raise UserError(f"{folder} holds an earlier run's {kept[0].name}; {resumes}{_OTHERWISE}")
+    refuse_to_replace_adapter(folder / ADAPTER)  # not at the end, after hours of training
+
+
+def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool) -> None:
+    """Makes the folder; half-written checkpoints of a crash go, results of an earlier run only on request.
+
+    The log of a run that failed before its first save is no result, and goes. Checkpoints that are no part of a resumed
+    run stay under another name: counted, they would have its own removed as the oldest, and be the last to resume from.
+
+    Args:
+        checkpoint: what the run resumes from.
+
+    Raises:
+        UserError: as `check_run_folder`.
+    """
+    check_run_folder(folder, resume=checkpoint is not None, overwrite=overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    drop_leftovers(folder)
+    for path in results_in(folder) if checkpoint is None else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if checkpoint is None:
+        return
+    for name in (ADAPTER, METRICS):  # results of the steps still to come would look as if they were this run's
+        if (folder / name).exists():
+            logger.info("%s is of the run before this resume; it is replaced at the end", folder / name)
+    for was, now in set_later_aside(folder, checkpoint):
+        logger.info("%s is no part of a run from %s; it is %s now", was, checkpoint, now.name)
+
+
+def write_settings(folder: Path, config: Any) -> None:
+    """Writes a run's settings, defaults and the variant included, as a file that --config takes.
+
+    Args:
+        config: the run's dataclass.
+    """
+    settings = dataclasses.asdict(config)
+    write_json(folder / SETTINGS, {name: settings[name] for name in settings.keys() - HOW_IT_STARTS})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes under a temporary name, then renames."""
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def add_metrics(path: Path, numbers: Mapping[str, Any]) -> None:
+    """Adds numbers to a metrics file, or makes it."""
+    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, {**there, **numbers})
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a loss log; a last line cut short by a crash is left out."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            logger.warning("%s: line %d is not whole; left out", path, len(lines) + 1)
+            break
+    return lines
+
+
+def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Replaces a loss log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    beside.replace(path)
+
+
+# One process writes to a folder at a time: a lock of the operating system, which ends with its process.
+
+
+LOCK = ".writing.lock"
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What file systems say that have no locks, such as a Lustre that is mounted without `flock`."""
+
+
+@contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Holds a lock in a folder, which is made if it is not there, and goes again if it stays empty.
+
+    The lock is fcntl's, not a file that is there: the kernel lets it go with the process, forked data workers do not
+    inherit it, and network file systems keep it on the server.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written to.
+    """
+    path, made = folder / LOCK, not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(path)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())  # for whom it keeps out
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error.strerror or error}; name another folder") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        if made:
+            with contextlib.suppress(OSError):  # not empty: what it was made for is in it
+                folder.rmdir()
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the file of this name, with its lock."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(descriptor, 1000).decode(errors="replace") or "another process"
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(descriptor)
+                raise UserError(
+                    f"{path.parent}: {owner} writes to it; wait for its end, stop it, or name another folder"
+                ) from error
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning("%s: no locks on this file system; see that nothing else writes there", path.parent)
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+        os.close(descriptor)  # the one before has just removed it, so the next has made, or will make, another
+
+
+# A disk that takes no more while something is written: one line that says why, and what is whole.
+
+
+TOO_LITTLE_BYTES = 1 << 20
+"""With less room than this a failed write is the disk's fault, whatever the library that wrote says of it."""
+
+
+@contextlib.contextmanager
+def full_disk_reported(folder: Path, what: str, kept: Callable[[], str | None]) -> Iterator[None]:
+    """Turns whatever a writing library raises there into one line: a disk that is full, read-only, or limits a file.
+
+    torch.save raises a RuntimeError without the word, safetensors an error of its own class with it.
+
+    Args:
+        folder: that is written to, or its nearest parent that is there.
+        what: is being written.
+        kept: names the last whole checkpoint; asked when it is needed.
+
+    Raises:
+        UserError: the disk takes no more.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        place = next(one for one in (folder, *folder.resolve().parents) if one.exists())
+        free = shutil.disk_usage(place).free
+        number = _number_of(error) or (errno.ENOSPC if free < TOO_LITTLE_BYTES else None)
+        if number is None:
+            raise
+        cause, remedy = UNWRITABLE[number]
+        last = kept()
+        whole = (
+            f"{last} is the last whole checkpoint: {remedy}, then --resume last" if last else f"{remedy}, start again"
+        )
+        raise UserError(f"{folder}: {cause} ({free:,} bytes are free), {what} could not be written; {whole}") from error
+
+
+def _number_of(error: Exception) -> int | None:
+    """Which of the system's reasons it was, by its number or, from libraries with errors of their own, by its words."""
+    stated = getattr(error, "errno", None)
+    return next((number for number in UNWRITABLE if number == stated or os.strerror(number) in str(error)), None)

@@ -1,0 +1,447 @@
+"""Batches of tasks for an encoder-decoder that reads text and stored features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from dora_vl.backbones.base import Backbone
+from dora_vl.backbones.prompts import Prompt
+from dora_vl.backbones.vision_store import FeatureReader, check_features, feature_paths, features_of
+from dora_vl.backbones.vlbart import VlBartBackbone
+from dora_vl.data.example import Example, ExampleFile
+from dora_vl.data.order import MixturePlan
+from dora_vl.data.samples import IGNORED_LABEL, Skipped, sample_random
+from dora_vl.errors import BadSample
+from dora_vl.evaluation.scores.scored import Scored
+from dora_vl.heads.answer import answer_loss
+from dora_vl.training.pipeline import LossModel
+
+# One task of an encoder-decoder as data: what it asks, what it is taught to say, how it decodes and is scored.
+
+
+AnswerBy = Literal["text", "pair", "choice", "words", "closed"]
+NormaliseBy = Literal["samples", "tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the decoder is to say, and how much the sample counts; or the soft score of each right answer of a list."""
+
+    text: str
+    weight: float = 1.0
+    soft_scores: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How an answer is decoded: greedy with one beam. `max_length` counts the start token."""
+
+    beams: int = 1
+    max_length: int = 20
+    no_repeat_ngram: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subtask:
+    """One task as data: everything that differs between tasks of one model.
+
+    Attributes:
+        batch_share: its batch as a multiple of the run's base batch, rounded down.
+        prompt: the encoder's text of an example.
+        target: what is trained on, given which answer the item is about (None: any of them may be drawn).
+        each_answer: every answer is an item of its own.
+        input_tokens: longest encoder text; None does not cut.
+        target_tokens: longest label.
+        normalise_by: `samples`: mean over a sample's tokens, then over the batch; `tokens`: mean over all tokens.
+        answer_by: `text`: what is generated; `pair`: true or false by two logits; `choice`: the likeliest label;
+            `words`: the likeliest of the example's choices, in their own words; `closed`: the best of a list.
+        score: the benchmark's scorer.
+        check_scoring: tells before training what `score` would miss; None tries `score` itself without answers.
+        images: pictures of one input.
+        reads_question: the prompt holds the example's question; not so where pictures are described.
+        chooses: every example has choices, and which of them is right is what is scored.
+        state_span: where the prompt states which part of the video it is about (and the features are of the whole),
+            `extra["ts"]` for a part from so many seconds to so many; None where it states none.
+    """
+
+    name: str
+    batch_share: float = 1.0
+    prompt: Callable[[Example], Prompt]
+    target: Callable[[Example, int | None, Random], Target]
+    each_answer: bool = False
+    input_tokens: int | None = None
+    target_tokens: int = 20
+    normalise_by: NormaliseBy = "samples"
+    answer_by: AnswerBy = "text"
+    search: Search = Search()
+    score: Callable[[Sequence[Example], Mapping[str, str]], Scored]
+    check_scoring: Callable[[Sequence[Example]], None] | None = None
+    images: int = 1
+    reads_question: bool = True
+    chooses: bool = False
+    state_span: Callable[[float, float], object] | None = None
+
+
+def with_input_tokens(subtask: Subtask, tokens: int | None) -> Subtask:
+    """The task with another longest encoder text; None keeps its own."""
+    return subtask if tokens is None else replace(subtask, input_tokens=tokens)
+
+
+LOOKED_AT = 256
+"""Of each task, samples among which the longest are looked for."""
+SAMPLES, WEIGHTS = "samples", "sample_weights"
+"""Names in a batch: how many usable samples it holds, and what each counts in a mean over them."""
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """The backbone's tokens of prompts and labels."""
+
+    pad_token_id: int
+
+    def encode(self, prompt: Prompt, *, max_tokens: int | None) -> tuple[Int[Tensor, " seq"], int]:
+        """Ids, and how many were cut."""
+        ...
+
+    def labels(self, text: str, *, max_tokens: int) -> Int[Tensor, " answer"]:
+        """Ids of a label with what opens and closes it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seq2SeqSample:
+    """One item in tensors; `features` is `[images, tokens, channels]`; `soft_scores` as its `Target` has them."""
+
+    id: str
+    input_ids: Int[Tensor, " seq"]
+    labels: Int[Tensor, " answer"]
+    features: Float[Tensor, "images tokens channels"]
+    weight: float
+    cut_tokens: int
+    soft_scores: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class ClosedBatch:
+    """Whose closed list of answers a batch is scored on, and the soft scores of each row's right answers."""
+
+    task: str
+    soft_scores: Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank does in one micro-batch."""
+
+    subtask: Subtask
+    items: list[Seq2SeqSample | Skipped]
+
+
+def make_sample(
+    example: Example,
+    subtask: Subtask,
+    *,
+    encoder: TextEncoder,
+    reader: FeatureReader,
+    target: Target | None,
+) -> Seq2SeqSample:
+    """An example in tensors; without a target, as it is asked.
+
+    Raises:
+        BadSample: its features are missing, or it has another number of pictures than the task, or no choices where
+            the task asks for one.
+    """
+    _check_kind(example, subtask)
+    ids, cut = encoder.encode(subtask.prompt(example), max_tokens=subtask.input_tokens)
+    features = features_of(example, reader)
+    if target is None:
+        return Seq2SeqSample(example.id, ids, torch.full((1,), IGNORED_LABEL), features, 1.0, cut)
+    if target.soft_scores is None:
+        labels = encoder.labels(target.text, max_tokens=subtask.target_tokens)
+    else:
+        labels = torch.zeros(1, dtype=torch.long)  # one place is scored, which counts as one label
+    return Seq2SeqSample(example.id, ids, labels, features, target.weight, cut, target.soft_scores)
+
+
+def check_sample(example: Example, subtask: Subtask, reader: FeatureReader) -> None:
+    """Refuses what `make_sample` would, as far as it can be known without reading features.
+
+    Raises:
+        BadSample: as there.
+    """
+    _check_kind(example, subtask)
+    check_features(example, reader)
+
+
+def _check_kind(example: Example, subtask: Subtask) -> None:
+    """Refuses an example of another kind than the task asks about."""
+    if subtask.chooses and not example.choices:
+        raise BadSample(example.id, f"it has no choices; {subtask.name} asks which one is right")
+    inputs = len(feature_paths(example))
+    if inputs != subtask.images:
+        raise BadSample(example.id, f"it has {inputs} pictures; {subtask.name} takes {subtask.images}")
+
+
+class MixtureDataset(Dataset[MicroBatch]):
+    """An epoch's micro-batches in their order, for a data loader with batches of one.
+
+    Args:
+        files: each source's examples, in the plan's order; `readers` likewise.
+        seed: the run's; an item's random choices are a function of (seed, epoch, task, item).
+    """
+
+    def __init__(
+        self,
+        plan: MixturePlan,
+        subtasks: Sequence[Subtask],
+        files: Sequence[ExampleFile],
+        *,
+        encoder: TextEncoder,
+        readers: Sequence[FeatureReader],
+        seed: int,
+    ) -> None:
+        self.plan = plan
+        self._subtasks = tuple(subtasks)
+        self.files = tuple(files)
+        self._encoder = encoder
+        self._readers = tuple(readers)
+        self._seed = seed
+        # Shared memory: persistent workers keep a copy of this object and would not see a plain attribute.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Moves the order and the random choices of every worker to this epoch."""
+        self._epoch.fill_(epoch)
+
+    def examples(self, number: int) -> list[Example]:
+        """What a micro-batch is made of.
+
+        Raises:
+            BadSample: a line is no record.
+        """
+        part = self.plan.part(number, epoch=int(self._epoch))
+        return [self.files[part.source][index] for index in part.indices]
+
+    def first(self, count: int) -> Iterator[tuple[Seq2SeqSample, Target, Subtask]]:
+        """Yields each task's first samples whose label is a text, and what they are trained on."""
+        epoch = int(self._epoch)
+        for number, source in enumerate(self.plan.sources):
+            for index in range(min(count, source.items)):
+                sample = self._item(number, index, epoch)
+                if isinstance(sample, Seq2SeqSample) and sample.soft_scores is None:
+                    target = self._target(number, index, self.files[number][index], epoch)
+                    yield sample, target, self._subtasks[number]
+
+    def longest(self) -> list[MicroBatch]:
+        """For each task the largest micro-batch that can be made of its samples, of those at even distances."""
+        epoch = int(self._epoch)
+        found = []
+        for number, source in enumerate(self.plan.sources):
+            count = -(-source.batch_size // self.plan.parts)
+            looked_at = max(LOOKED_AT, 2 * count)
+            places = range(0, source.items, max(1, source.items // looked_at))
+            items = [self._item(number, index, epoch) for index in places]
+            usable = [one for one in items if isinstance(one, Seq2SeqSample)]
+            longest = sorted(usable, key=lambda one: -(len(one.input_ids) + len(one.labels)))[:count]
+            found.append(MicroBatch(self._subtasks[number], [*longest]))
+        return found
+
+    def __getitem__(self, number: int) -> MicroBatch:
+        epoch = int(self._epoch)
+        part = self.plan.part(number, epoch=epoch)
+        items = [self._item(part.source, index, epoch) for index in part.indices]
+        return MicroBatch(self._subtasks[part.source], items)
+
+    def _item(self, source: int, index: int, epoch: int) -> Seq2SeqSample | Skipped:
+        subtask, file = self._subtasks[source], self.files[source]
+        name = f"{subtask.name}:{index}"
+        try:
+            example = file[index]
+            name = example.id
+            target = self._target(source, index, example, epoch)
+            reader = self._readers[source]
+            return make_sample(example, subtask, encoder=self._encoder, reader=reader, target=target)
+        except BadSample as error:
+            return Skipped(index, name, error.reason)
+
+    def _target(self, source: int, index: int, example: Example, epoch: int) -> Target:
+        drawn = sample_random(self._seed, epoch, index)
+        return self._subtasks[source].target(example, self.files[source].answer_of(index), drawn)
+
+
+class ValidationBatches(Dataset[MicroBatch]):
+    """Each task's samples in the file's order, with the first answer of each, in batches of one task.
+
+    Args:
+        ranks: how many share the work; batches without items follow until all have equally many.
+    """
+
+    def __init__(
+        self,
+        subtasks: Sequence[Subtask],
+        files: Sequence[ExampleFile],
+        *,
+        encoder: TextEncoder,
+        readers: Sequence[FeatureReader],
+        batch_size: int,
+        ranks: int,
+    ) -> None:
+        self._parts = [
+            (source, range(start, min(start + batch_size, len(file))))
+            for source, file in enumerate(files)
+            for start in range(0, len(file), batch_size)
+        ]
+        self._parts += [(0, range(0))] * (-len(self._parts) % ranks)
+        self._sources = tuple(zip(subtasks, files, readers, strict=True))
+        self._encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, number: int) -> MicroBatch:
+        source, indices = self._parts[number]
+        subtask, file, reader = self._sources[source]
+        items: list[Seq2SeqSample | Skipped] = []
+        for index in indices:
+            name = f"{subtask.name}:{index}"
+            try:
+                example = file[index]
+                name = example.id
+                target = subtask.target(example, file.answer_of(index) or 0, Random(index))
+                items.append(make_sample(example, subtask, encoder=self._encoder, reader=reader, target=target))
+            except BadSample as error:
+                items.append(Skipped(index, name, error.reason))
+        return MicroBatch(subtask, items)
+
+
+@dataclass(frozen=True)
+class Seq2SeqCollator:
+    """The one micro-batch of a loader's batch, as the loss takes it.
+
+    `sample_weights` add up to the mean weight of its usable samples; who has read all micro-batches of all ranks turns
+    them into shares of the whole step (`over_step`). A micro-batch without any usable sample becomes one row of padding
+    without labels, so that the ranks stay in step. `closed` is in it where a closed list is scored alone.
+    """
+
+    pad_token_id: int
+    feature_shape: tuple[int, int]
+
+    def __call__(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+        """Padded on the right; the features of all rows have the same number of pictures."""
+        (batch,) = batches
+        samples = [item for item in batch.items if isinstance(item, Seq2SeqSample)]
+        skipped = [(item.id, item.reason) for item in batch.items if isinstance(item, Skipped)]
+        ids = [sample.input_ids for sample in samples] or [torch.tensor([self.pad_token_id])]
+        labels = [sample.labels for sample in samples] or [torch.tensor([IGNORED_LABEL])]
+        features = [sample.features for sample in samples]
+        mask = _pad([torch.ones_like(row) for row in ids], 0)
+        closed = {}
+        if batch.subtask.answer_by == "closed":
+            closed["closed"] = ClosedBatch(batch.subtask.name, [one.soft_scores or {} for one in samples] or [{}])
+        return {
+            **closed,
+            "input_ids": _pad(ids, self.pad_token_id),
+            "attention_mask": mask,
+            "labels": _pad(labels, IGNORED_LABEL),
+            "features": torch.stack(features or [torch.zeros(batch.subtask.images, *self.feature_shape)]),
+            WEIGHTS: torch.tensor([one.weight / len(samples) for one in samples] or [0.0]),
+            "normalise_by": batch.subtask.normalise_by,
+            SAMPLES: len(samples),
+            "sample_ids": [sample.id for sample in samples],
+            "padding_tokens": mask.numel() - (sum(len(row) for row in ids) if samples else 0),
+            "skipped": skipped,
+            "cut": [(sample.id, sample.cut_tokens) for sample in samples if sample.cut_tokens],
+        }
+
+
+def over_step(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """A rank's micro-batches of one step with weights for a mean over the step's usable samples, of all ranks.
+
+    How many those are is known only now that the data has been read: a mean over the samples that were asked for would
+    count the missing ones as samples of loss 0. Every rank must call it; batches without weights stay as they are.
+    """
+    if not batches or WEIGHTS not in batches[0]:
+        return [dict(batch) for batch in batches]
+    total = torch.tensor(sum(batch[SAMPLES] for batch in batches), device=device)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(total)
+    samples = max(1, int(total))
+    return [{**batch, WEIGHTS: batch[WEIGHTS] * (batch[SAMPLES] / samples)} for batch in batches]
+
+
+def _pad(rows: Sequence[Tensor], value: int) -> Int[Tensor, "batch longest"]:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+# The loss of an encoder-decoder's tasks: of its words, a mean over samples or tokens; or of a closed list's scores.
+
+
+class Seq2SeqLoss(LossModel):
+    """The loss of one task's micro-batch, normalised over the whole optimizer step, however it is dealt out to ranks.
+
+    Args:
+        backbone: a `VlBartBackbone`.
+    """
+
+    backbone: VlBartBackbone
+
+    def __init__(self, backbone: Backbone[Any]) -> None:
+        super().__init__(backbone, step_tokens=True)
+
+    def forward(
+        self,
+        labels: Int[Tensor, "batch answer"],
+        features: Float[Tensor, "batch images tokens channels"],
+        sample_weights: Float[Tensor, " batch"],
+        normalise_by: NormaliseBy = "samples",
+        num_items_in_batch: Tensor | int | None = None,
+        closed: ClosedBatch | None = None,
+        **text: Int[Tensor, "batch seq"],
+    ) -> dict[str, Tensor]:
+        """`loss` and `labelled_tokens`.
+
+        Args:
+            sample_weights: each sample's weight over the number of usable samples of the step (`samples`).
+            normalise_by: `samples`: a sample's mean over its tokens times its weight, added up; `tokens`: all tokens
+                alike, over `num_items_in_batch`, the labelled tokens of the step.
+            closed: the list that is scored instead, and each sample's right answers; None: words are said.
+            text: `input_ids` and `attention_mask`.
+        """
+        if closed is not None:
+            hidden, head = self.backbone.first_hidden(**text, features=features), self.backbone.answer_head(closed.task)
+            targets = head.targets(closed.soft_scores).to(hidden.device)
+            loss = answer_loss(head(hidden), targets, sample_weights)
+            count = (labels != IGNORED_LABEL).sum()
+            return {"loss": self._with_idle_heads(loss, hidden, closed), "labelled_tokens": count}
+        found = self.backbone(**text, labels=labels, features=features)
+        each = functional.cross_entropy(found.logits.float(), found.targets, reduction="none")
+        count = each.new_tensor(found.targets.numel()).detach()
+        if normalise_by == "tokens":
+            divisor = count.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+            loss = each.sum() / divisor
+        else:
+            tokens = found.rows.bincount(minlength=len(labels)).clamp_min(1)
+            weights = (sample_weights / tokens).to(each.dtype)
+            loss = (each * weights[found.rows]).sum()
+        return {"loss": self._with_idle_heads(loss, found.hidden, closed), "labelled_tokens": count}
+
+    def _with_idle_heads(
+        self, loss: Float[Tensor, ""], hidden: Float[Tensor, "places width"], closed: ClosedBatch | None
+    ) -> Float[Tensor, ""]:
+        """The loss and zero times every other head: under ZeRO-3 all that trains must have a gradient."""
+        for task, head in self.backbone.model.answer_heads.items():
+            if closed is None or task != closed.task:
+                loss = loss + 0.0 * head(hidden[:1].detach()).float().sum()
+        return loss

@@ -1,0 +1,416 @@
+"""Tasks of a VL-BART, alone or mixed, as one pipeline that training can run; a task file says which there are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch.utils.data import SequentialSampler
+from transformers import TrainingArguments
+
+from dora_vl.adapters.adapter import CLOSED_ANSWERS, content_hash, versions
+from dora_vl.adapters.folder import RECIPE_FILE, load_adapter
+from dora_vl.backbones.base import Backbone, max_positions
+from dora_vl.backbones.loading import load_tokenizer
+from dora_vl.backbones.pieces import Seq2SeqEncoder
+from dora_vl.backbones.published_features import open_features
+from dora_vl.backbones.vision_store import FeatureReader, first_difference, read_settings
+from dora_vl.backbones.vlbart import (
+    ANSWER_HEADS,
+    DORA_TARGETS,
+    KEPT_ROWS,
+    VlBartBackbone,
+    also_trained,
+    load_vlbart,
+    set_answer_heads,
+    vlbart_config,
+    vlbart_skeleton,
+)
+from dora_vl.backbones.vlbart_compose import compose_vlbart
+from dora_vl.backbones.vlbart_model import VlBartForConditionalGeneration
+from dora_vl.core import DoRAConfig
+from dora_vl.data.example import ExampleFile
+from dora_vl.data.order import MixturePlan, Source
+from dora_vl.data.samples import FIRST, Labelled
+from dora_vl.errors import UserError
+from dora_vl.evaluation.seq2seq_check import check_tests, open_test
+from dora_vl.evaluation.seq2seq_run import Tested, evaluate_subtasks
+from dora_vl.evaluation.seq2seq_watch import picture_of, watch_subtasks
+from dora_vl.training.adapting import VLBART, core_config, make_base
+from dora_vl.training.arguments import order_seed
+from dora_vl.training.launch import loading_in
+from dora_vl.training.memory import Activations
+from dora_vl.training.pipeline import Pipeline, Reading, TrainingData
+from dora_vl.training.recipe import VlBartRunConfig
+from dora_vl.training.run_folder import ADAPTER, checkpoint_of, run_folder_of
+from dora_vl.training.seq2seq_tasks import (
+    MixtureDataset,
+    Seq2SeqCollator,
+    Seq2SeqLoss,
+    Subtask,
+    ValidationBatches,
+    with_input_tokens,
+)
+from dora_vl.training.vlbart_tasks import SETTING, account, check_closed, closed, lists_in, make_lists
+from dora_vl.training.watching import Watch
+
+# What a VL-BART run's settings say of its tasks: names, files, features and what trains; what is refused.
+
+
+EVERYTHING = ("*",)
+ONE_AT_A_TIME = ("per_device_train_batch_size", "per_device_eval_batch_size")
+
+
+def paths_of(files: str | Sequence[str]) -> tuple[Path, ...]:
+    """A task's records file or files."""
+    return (Path(files),) if isinstance(files, str) else tuple(Path(file) for file in files)
+
+
+def vlbart_dora_config(run: VlBartRunConfig, model: VlBartForConditionalGeneration) -> DoRAConfig:
+    """What a run adapts and trains in a VL-BART."""
+    adapter = run.adapter
+    if adapter.method == "full":
+        return core_config(adapter, model, targets=EVERYTHING)
+    trained = also_trained(model.settings, biases=adapter.train_biases, norm_weights=adapter.train_norm_weights)
+    if not adapter.train_projector:
+        del trained["projector"]
+    if run.data.closed_answers:
+        trained["answer_head"] = ANSWER_HEADS
+    return core_config(adapter, model, targets=DORA_TARGETS, also_train=trained, also_keep=KEPT_ROWS)
+
+
+def named_settings(config: VlBartRunConfig) -> dict[str, Any]:
+    """What `metrics.json` says of where a run may differ from the published ones."""
+    return {
+        "task_prompt": config.data.task_prompt,
+        "subtitles_first": config.data.subtitles_first,
+        "input_tokens": config.data.input_tokens,
+        "choice_by_likelihood": config.evaluation.choice_by_likelihood,
+        "mixing": config.data.mixing,
+        "batch_size": config.data.batch_size,
+        "weight_decay_on": config.optim.weight_decay_on,
+    }
+
+
+def check_same_features(trained: Mapping[str, str], tested: Mapping[str, str]) -> None:
+    """Refuses test features that were computed in another way than those of training, where both say how.
+
+    Args:
+        trained: each task's folder, as `data.features` names it; `tested`: as `evaluation.features` does.
+
+    Raises:
+        UserError: a setting differs; both folders and values are named.
+    """
+    for task, folder in tested.items():
+        before = read_settings(Path(trained[task])) if task in trained else None
+        now = read_settings(Path(folder))
+        if before is None or now is None or (name := first_difference(before, now)) is None:
+            continue
+        raise UserError(
+            f"evaluation.features: {task} is to be tested on {folder}, whose {name} is {now.get(name)!r}, and is "
+            f"trained on {trained[task]}, with {before.get(name)!r}; compute both with the same settings"
+        )
+
+
+def with_run_settings(subtask: Subtask, config: VlBartRunConfig) -> Subtask:
+    """A task as the run answers it: by text, by choice or from its closed list, with the run's input length."""
+    answer_by = subtask.answer_by
+    if answer_by == "choice" and not config.evaluation.choice_by_likelihood:
+        answer_by = "text"
+    if subtask.name in config.data.closed_answers:
+        subtask, answer_by = closed(subtask), "closed"
+    return dataclasses.replace(with_input_tokens(subtask, config.data.input_tokens), answer_by=answer_by)
+
+
+def check_names(config: VlBartRunConfig, subtasks: Mapping[str, Subtask]) -> None:
+    """Refuses settings that name a task that is not in `subtasks`, one without features, or none to train."""
+    data, evaluation = config.data, config.evaluation
+    if not data.train:
+        raise UserError("data.train names no task; give a records file for one of " + ", ".join(subtasks))
+    named = {
+        "data.train": data.train,
+        "data.validation_files": data.validation_files,
+        "evaluation.files": evaluation.files,
+    }
+    for section, files in named.items():
+        if unknown := sorted(set(files) - set(subtasks)):
+            raise UserError(f"{section}: no task {unknown[0]!r} here; there are {', '.join(subtasks)}")
+        known = {**data.features, **(evaluation.features if section == "evaluation.files" else {})}
+        if without := sorted(set(files) - set(known)):
+            raise UserError(f"{section} names {without[0]}, but data.features has no folder for it")
+
+
+LISTS_FILE = "closed_answers.json"
+"""In the run folder: the closed answer lists, and the training samples that have no answer on them."""
+
+
+class VlBartPipeline(Pipeline):
+    """One task or a mixture of them.
+
+    Args:
+        config: the run's settings.
+        subtasks: every task that the task file knows, by name.
+        name: the task file's.
+        is_video: a sample's pictures are the frames of one video, not inputs of their own.
+
+    Raises:
+        UserError: the settings name a task that it does not know, or no features for one, or a batch size elsewhere.
+    """
+
+    labels_shift = False
+
+    def __init__(
+        self, config: VlBartRunConfig, subtasks: Mapping[str, Subtask], *, name: str, is_video: bool = False
+    ) -> None:
+        check_names(config, subtasks)
+        check_closed(config.data.closed_answers, subtasks, config.data.train)
+        check_same_features(config.data.features, config.evaluation.features)
+        if set_elsewhere := [one for one in ONE_AT_A_TIME if config.training.get(one, 1) != 1]:
+            raise UserError(f"training.{set_elsewhere[0]} is not used here: set data.batch_size, samples of a step")
+        # A loader's item is a whole micro-batch here.
+        training = {**config.training, **dict.fromkeys(ONE_AT_A_TIME, 1)}
+        self._config = dataclasses.replace(config, training=training)
+        self._subtasks = {one: with_run_settings(subtask, config) for one, subtask in subtasks.items()}
+        self._name = name
+        self._is_video = is_video
+
+    @property
+    def name(self) -> str:
+        """As `recipe.json` says it."""
+        return self._name
+
+    @property
+    def config(self) -> VlBartRunConfig:
+        """The run's settings."""
+        return self._config
+
+    def prepare(self, arguments: TrainingArguments) -> None:
+        """Reads the test's files, composes the base where it is not there yet, and tries what the test will need."""
+        files = self._test_files()
+        make_base(compose_vlbart, self.config.model.compose, self.config.model.base, arguments)
+        if self.config.evaluation.files:
+            width = vlbart_config(self.config.model.base).feature_width
+            check_tests(self._tested(files, width), self.encoder(), max_bad_share=self.config.data.max_bad_share)
+        if self.config.data.closed_answers:
+            self._make_lists()
+
+    def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
+        """Those of each task's first samples; where one of a closed list is trained there are none."""
+        encoder = self.encoder()
+        train = self._mixture(arguments, encoder, vlbart_config(self.config.model.base).feature_width)
+        for sample, target, subtask in train.first(FIRST):
+            labels, answer = sample.labels, encoder.answer(target.text)
+            cut = len(labels) >= subtask.target_tokens
+            yield Labelled(id=sample.id, labels=labels, answers=[answer], tokenizer=encoder.tokenizer, cut=cut)
+
+    def skeleton(self) -> VlBartBackbone:
+        """The VL-BART without its weights."""
+        return self._with_heads(vlbart_skeleton(self.config.model.base))
+
+    def load(self) -> VlBartBackbone:
+        """The VL-BART, with a head for each closed list of answers."""
+        return self._with_heads(self._base())
+
+    def _base(self) -> VlBartBackbone:
+        model, dtype = self.config.model, getattr(torch, self.config.model.dtype)
+        with loading_in(dtype):
+            return load_vlbart(model.base, dtype=dtype, attn_implementation=model.attn_implementation)
+
+    def _with_heads(self, backbone: VlBartBackbone) -> VlBartBackbone:
+        lists = lists_in(self._lists_file) if self.config.data.closed_answers else {}
+        set_answer_heads(backbone.model, lists, seed=int(self.config.training.get("seed", 42)))
+        return backbone
+
+    @property
+    def _lists_file(self) -> Path:
+        return run_folder_of(self.config) / LISTS_FILE
+
+    def _make_lists(self) -> None:
+        config, wanted = self.config, self.config.data.closed_answers
+        files = self._files({task: config.data.train[task] for task in wanted}, limit=config.data.limit)
+        checkpoint, initial = checkpoint_of(config), config.adapter.initial
+        folders = {
+            "adapter.initial": None if initial is None else Path(initial),
+            "resume": None if checkpoint is None else checkpoint / ADAPTER,
+        }
+        heads = {name: one / RECIPE_FILE for name, one in folders.items() if one and (one / RECIPE_FILE).is_file()}
+        make_lists(self._lists_file, wanted, dict(zip(wanted, files, strict=True)), same_as=heads)
+
+    def dora_config(self, backbone: Backbone[Any]) -> DoRAConfig:
+        """Queries and values, the visual embedding, and BART's biases and norms as the settings say."""
+        return vlbart_dora_config(self.config, backbone.model)
+
+    def data(self, backbone: Backbone[Any], arguments: TrainingArguments) -> TrainingData:
+        """The mixture of all training files."""
+        data = self.config.data
+        encoder, width = self.encoder(), cast(VlBartBackbone, backbone).config.feature_width
+        train = self._mixture(arguments, encoder, width)
+        return TrainingData(
+            train=train,
+            pools=lambda: [[one] for one in train.longest()],
+            validation=self._validation(encoder, width, arguments.world_size),
+            collate=Seq2SeqCollator(encoder.pad_token_id, (data.feature_tokens, width)),
+            sampler=SequentialSampler(train),
+            set_epoch=(train.set_epoch,),
+            samples=sum(source.items for source in train.plan.sources),
+            ids=lambda: chain.from_iterable(file.ids() for file in train.files),
+            read_in_a_pass=train.plan.items,
+            source=", ".join(str(path) for file in data.train.values() for path in paths_of(file)),
+            longest_tokens=max(self._subtasks[name].input_tokens or 64 for name in data.train) + data.feature_tokens,
+        )
+
+    def _mixture(self, arguments: TrainingArguments, encoder: Seq2SeqEncoder, width: int) -> MixtureDataset:
+        data, parts = self.config.data, arguments.world_size * arguments.gradient_accumulation_steps
+        names = list(data.train)
+        subtasks = [self._subtasks[name] for name in names]
+        files = self._files(data.train, limit=data.limit)
+        sources = [
+            Source(name=one.name, items=len(file), batch_size=max(1, int(data.batch_size * one.batch_share)))
+            for one, file in zip(subtasks, files, strict=True)
+        ]
+        plan = MixturePlan(sources, parts=parts, mixing=data.mixing, seed=order_seed(arguments))
+        readers = self._readers(names, width)
+        return MixtureDataset(plan, subtasks, files, encoder=encoder, readers=readers, seed=arguments.seed)
+
+    def loss(self, backbone: Backbone[Any]) -> Seq2SeqLoss:
+        """Cross-entropy, as each task normalises it."""
+        return Seq2SeqLoss(backbone)
+
+    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
+        """Of encoder and decoder."""
+        config: Any = cast(VlBartBackbone, backbone).config
+        parts = arguments.world_size * arguments.gradient_accumulation_steps
+        return Activations(
+            tokens=-(-self.config.data.batch_size // parts) * longest_tokens,
+            layers=config.encoder_layers + config.decoder_layers,
+            hidden_width=config.d_model,
+            element_bytes=backbone.model.dtype.itemsize,
+            recomputed=bool(arguments.gradient_checkpointing),
+        )
+
+    def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
+        """Examples of the validation files, or else of the test's, of each task in turn."""
+        vlbart, data, evaluation = cast(VlBartBackbone, backbone), self.config.data, self.config.evaluation
+        width = vlbart.config.feature_width
+        files = data.validation_files or evaluation.files
+        places = data.features if data.validation_files else {**data.features, **evaluation.features}
+        tested = [
+            (self._subtasks[name], ExampleFile(paths_of(path)), self._reader(places[name], width))
+            for name, path in files.items()
+        ]
+        return watch_subtasks(
+            vlbart,
+            self.encoder(),
+            tested,
+            count=self.config.watch,
+            image_folder=evaluation.image_folder,
+            source=str(data.held_out or evaluation.file),
+        )
+
+    def reading(self, backbone: Backbone[Any]) -> Reading:
+        """BART's tokens; pictures have no place among them."""
+        return Reading(self.encoder().tokenizer)
+
+    def pictures_of(
+        self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]
+    ) -> list[Callable[[], Image.Image] | None]:
+        """Those of the first micro-batch's examples, below `evaluation.image_folder`."""
+        folder = self.config.evaluation.image_folder
+        examples = cast(MixtureDataset, data.train).examples(0)
+        return [None if folder is None else picture_of(example, Path(folder)) for example in examples]
+
+    def recipe(self) -> dict[str, Any]:
+        """Base, tasks and their settings."""
+        model, data = self.config.model, self.config.data
+        return {
+            "task": self.name,
+            "backbone": VLBART,
+            "is_video": self._is_video,
+            "tasks": list(data.train),
+            "base": model.base,
+            "base_sha256": content_hash(Path(model.base)),
+            "compose": None if model.compose is None else dataclasses.asdict(model.compose),
+            "dtype": model.dtype,
+            "feature_tokens": data.feature_tokens,
+            "features": {name: read_settings(Path(folder)) for name, folder in data.features.items()},
+            "settings": named_settings(self.config),
+            "training": dict(self.config.training),
+            "versions": versions(),
+            **({CLOSED_ANSWERS: lists_in(self._lists_file)} if data.closed_answers else {}),
+        }
+
+    def test(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """Answers every file of `evaluation.files` with the saved adapter on the base loaded again."""
+        config, run_folder = self.config, run_folder_of(self.config)
+        files = self._test_files()
+        lists = lists_in(run_folder / ADAPTER / RECIPE_FILE)
+        if set(lists) != set(config.data.closed_answers):
+            trained, asked = (", ".join(one) or "nothing" for one in (lists, config.data.closed_answers))
+            raise UserError(f"{run_folder / ADAPTER} answers {trained} from a closed list; {SETTING} names {asked}")
+        backbone = self._base()
+        set_answer_heads(backbone.model, lists)
+        load_adapter(backbone.model, run_folder / ADAPTER)
+        backbone.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return evaluate_subtasks(
+            backbone,
+            self.encoder(),
+            self._tested(files, backbone.config.feature_width),
+            run_folder=run_folder,
+            evaluation=config.evaluation,
+            settings=named_settings(config) | ({CLOSED_ANSWERS: account(self._lists_file)} if lists else {}),
+            numbers=numbers,
+        )
+
+    def encoder(self) -> Seq2SeqEncoder:
+        """Tokens of prompts and labels."""
+        base = self.config.model.base
+        return Seq2SeqEncoder(
+            load_tokenizer(base),
+            subtitles_first=self.config.data.subtitles_first,
+            max_positions=max_positions(vlbart_config(base)),
+        )
+
+    def _tested(self, files: Sequence[ExampleFile], width: int) -> list[Tested]:
+        evaluation = self.config.evaluation
+        places = {**self.config.data.features, **evaluation.features}
+        return [
+            (self._subtasks[name], file, self._reader(places[name], width))
+            for name, file in zip(evaluation.files, files, strict=True)
+        ]
+
+    def _validation(self, encoder: Seq2SeqEncoder, width: int, ranks: int) -> ValidationBatches | None:
+        files = self.config.data.validation_files
+        if not files:
+            return None
+        return ValidationBatches(
+            [self._subtasks[name] for name in files],
+            self._files(files, limit=None),
+            encoder=encoder,
+            readers=self._readers(list(files), width),
+            batch_size=self.config.evaluation.batch_size,
+            ranks=ranks,
+        )
+
+    def _test_files(self) -> list[ExampleFile]:
+        evaluation = self.config.evaluation
+        return [
+            open_test(self._subtasks[name], Path(path), limit=evaluation.limit)
+            for name, path in evaluation.files.items()
+        ]
+
+    def _files(self, files: Mapping[str, str | tuple[str, ...]], *, limit: int | None) -> list[ExampleFile]:
+        return [
+            ExampleFile(paths_of(file), each_answer=self._subtasks[name].each_answer, limit=limit)
+            for name, file in files.items()
+        ]
+
+    def _readers(self, names: Sequence[str], width: int) -> list[FeatureReader]:
+        return [self._reader(self.config.data.features[name], width) for name in names]
+
+    def _reader(self, folder: str, width: int) -> FeatureReader:
+        return FeatureReader(open_features(Path(folder)), self.config.data.feature_tokens, width)

@@ -1,1 +1,0 @@
-"""Vision towers that yield grid tokens, image preparation and the store of frozen features."""
