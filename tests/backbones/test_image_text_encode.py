@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.backbones.image_text_encode import load_processor
+from dora_vl.backbones.encoder import load_processor
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError

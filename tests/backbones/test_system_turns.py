@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_vl.backbones.image_text_encode import ImageTextEncoder
+from dora_vl.backbones.encoder import Encoder
 from dora_vl.data.samples import IGNORED_LABEL, Sample
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample
@@ -51,7 +51,7 @@ def with_system(talk: Talk, system: Turn = SYSTEM) -> Talk:
     return (system, *turns), pictures
 
 
-def trained(encoder: ImageTextEncoder, sample: Sample) -> str:
+def trained(encoder: Encoder, sample: Sample) -> str:
     """What of a sample has labels, as text."""
     return encoder.tokenizer.decode(sample.labels[sample.labels != IGNORED_LABEL])
 
@@ -74,7 +74,7 @@ def test_inputs_are_the_processor_s_own_and_answers_alone_are_trained(folders: F
         assert encoder.tokenizer.decode(sample.input_ids).count(SYSTEM.text) == 1
 
 
-def template_ids(encoder: ImageTextEncoder, talk: Talk, *, system_as_text: bool) -> Tensor:
+def template_ids(encoder: Encoder, talk: Talk, *, system_as_text: bool) -> Tensor:
     """The prompt's ids, by the processor's own `apply_chat_template`."""
     messages = messages_of(talk)
     if system_as_text:

@@ -12,8 +12,8 @@ from dora_vl.data.video import EverySeconds, Uniform
 from dora_vl.data.video_backends import BackendMissing
 from dora_vl.errors import BadSample, UserError
 from dora_vl.training import assembly
-from dora_vl.training.assembly import VideoReading, check_videos, video_folder, video_sampling
 from dora_vl.training.recipe import DataConfig
+from dora_vl.training.run_media import VideoReading, check_videos, video_folder, video_sampling
 from tests.vision.video_files import write_video
 
 pytest.importorskip("av")

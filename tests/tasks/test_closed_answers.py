@@ -28,7 +28,7 @@ from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.training.command_line import read_settings
 from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
-from dora_vl.training.seq2seq_tasks import MicroBatch, MixtureDataset, Seq2SeqCollator, Seq2SeqLoss
+from dora_vl.training.seq2seq_tasks import MicroBatch, MixtureDataset, Seq2SeqCollator, Seq2SeqLoss, TaskSource
 from dora_vl.training.vlbart_pipeline import VlBartPipeline
 from dora_vl.training.vlbart_tasks import closed
 from tasks import image_qa
@@ -192,7 +192,7 @@ def test_without_a_closed_list_batches_and_losses_are_bit_equal_to_the_plain_one
     for kind in (subtask, closed(subtask)):
         plan = MixturePlan([Source(name="vqav2", items=ITEMS, batch_size=ITEMS)], parts=1, mixing="balanced", seed=0)
         batches[kind.answer_by] = collate(
-            [MixtureDataset(plan, [kind], [file], encoder=encoder, readers=[reader], seed=0)[0]]
+            [MixtureDataset(plan, [TaskSource(kind, file, reader, encoder)], seed=0)[0]]
         )
     assert set(batches["closed"]) - set(batches["text"]) == {"closed"}
     batch = {name: value for name, value in batches["text"].items() if isinstance(value, torch.Tensor)}

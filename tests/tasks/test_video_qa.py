@@ -21,7 +21,7 @@ from dora_vl.evaluation.open_model import open_asker
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.training import vlbart_tasks
 from dora_vl.training.command_line import read_run_file, read_settings
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
 from dora_vl.training.run_settings import pipeline_of
@@ -48,7 +48,7 @@ def clip(place: Path) -> str:
 def llava(place: Path) -> Path:
     base, records = write_tiny_llava(place / "llava"), write_tiny_data(place / "pictures")
     path = write_run(place / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 1})
-    run(LlavaPipeline(read_run_file(path)))
+    run(DecoderPipeline(read_run_file(path)))
     return place / "run" / "adapter"
 
 

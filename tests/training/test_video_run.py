@@ -18,7 +18,7 @@ from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import open_asker
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.image_text_pipeline import instruct_pipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tasks import llava_instruct
 from tests.backbones.tiny_image_text import write_tiny
@@ -86,7 +86,7 @@ def test_other_ways_that_videos_go_in(
     write = write_tiny if family == "idefics3" else write_tiny_video
     base = write(family, tmp_path / "base")
     with caplog.at_level(logging.WARNING):
-        run(instruct_pipeline(read_run_file(settings(there, family, base, data={"video_frames": 8}))))
+        run(DecoderPipeline(read_run_file(settings(there, family, base, data={"video_frames": 8}))))
     assert len(losses(there / family)) == 3
     said = [message for message in caplog.messages if "as pictures" in message]
     assert bool(said) == (family == "idefics3")
@@ -101,7 +101,7 @@ def test_a_broken_video_is_a_bad_sample_and_named(there: Path) -> None:
         records[index]["video"] = name
     (there / "data" / "broken.json").write_text(json.dumps(records))
     data: dict[str, object] = {"train": str(there / "data" / "broken.json"), "max_bad_share": 0.5}
-    run(instruct_pipeline(read_run_file(settings(there, "broken", data=data, training={"max_steps": 4}))))
+    run(DecoderPipeline(read_run_file(settings(there, "broken", data=data, training={"max_steps": 4}))))
     lines = [json.loads(line) for line in (there / "broken" / "skipped.jsonl").read_text().splitlines()]
     reasons = {line["id"]: line["reason"] for line in lines}
     assert "video none.mp4 is missing" in reasons["sample-2"]
@@ -141,4 +141,4 @@ def test_what_no_video_could_be_trained_with_ends_in_one_line_before_weights_are
 def test_a_llava_takes_no_videos(there: Path, tmp_path: Path) -> None:
     base = write_tiny_llava(tmp_path / "llava")
     with pytest.raises(UserError, match=r"it has a video, which a LLaVA-1\.5 is not trained on"):
-        run(instruct_pipeline(read_run_file(settings(there, "llava", base))))
+        run(DecoderPipeline(read_run_file(settings(there, "llava", base))))
