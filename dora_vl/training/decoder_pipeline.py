@@ -112,6 +112,8 @@ class DecoderPipeline(Pipeline):
         samples.describe()
         if config.evaluation.file is not None:
             samples.warn_of_overlap(check_test(config), config)
+        if samples.has_videos:
+            check_videos(config.data)
         samples.look_ahead(pictures=image_folder(config.data), videos=video_folder(config.data))
         make_base(compose_llava, config.model.compose, config.model.base, arguments)
         _check_pixels(config, self.encoder, arguments)
@@ -510,7 +512,6 @@ def _check_videos(config: RunConfig, encoder: Encoder, *, pictures: bool) -> Non
 
     Raises: UserError; one line, before weights are read.
     """
-    check_videos(config.data)
     base = config.model.base
     if encoder.why_no_videos:
         logger.warning("frames of videos go into %s as pictures: %s", base, encoder.why_no_videos)

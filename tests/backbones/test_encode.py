@@ -50,15 +50,6 @@ class TestWrittenOut:
         expected = "<s> <image> <image> <image> <image> *▁A *▁red *▁circle *<0x0A>"
         assert written(make_encoder(tokenizer, "plain"), sample) == expected
 
-    def test_chatml(self, new_tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
-        sample = talk("Is it red?", "Yes", "What", "A circle")
-        user, assistant = "u s e r <0x0A>", "as sis t ant <0x0A>"
-        text = written(make_encoder(new_tokenizer, "chatml"), sample)
-        assert text.startswith("<s> <|im_start|>")
-        assert text.endswith("*<|im_end|>")
-        assert text.count("*<|im_end|>") == 2
-        assert text.count(" <|im_end|>") == 2, (user, assistant)
-
 
 @pytest.fixture
 def between_rounds(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -115,23 +115,6 @@ def test_published_templates(tmp_path: Path, name: str) -> None:
     assert "You are a helpful assistant" not in text  # Qwen2-VL's own gives way
 
 
-def test_a_later_prompt_is_the_beginning_of_what_is_trained(folders: Folders) -> None:
-    encoder = encoder_of(folders["qwen2_5_vl"])
-    turns, pictures = with_system(TALKS[TWO_QUESTIONS])
-    sample = sample_of(encoder, (turns, pictures))
-    asked = encoder.encode_prompt(turns[:4], pictures)["input_ids"][0]
-    assert torch.equal(asked, sample.input_ids[: len(asked)])
-    assert (sample.labels[: len(asked)] != IGNORED_LABEL).any()
-    assert encoder.tokenizer.decode(sample.input_ids[len(asked) :]).startswith("Yes<|im_end|>")
-
-
-def test_an_empty_one_is_a_message_too(folders: Folders) -> None:
-    encoder = encoder_of(folders["qwen2_5_vl"])
-    turns, pictures = with_system(TALKS["one picture"], replace(SYSTEM, text=""))
-    text = encoder.tokenizer.decode(encoder.encode_prompt(turns[:2], pictures)["input_ids"][0])
-    assert text.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")
-
-
 RAISING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
 
 

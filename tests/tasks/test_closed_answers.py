@@ -191,9 +191,7 @@ def test_without_a_closed_list_batches_and_losses_are_bit_equal_to_the_plain_one
     batches = {}
     for kind in (subtask, closed(subtask)):
         plan = MixturePlan([Source(name="vqav2", items=ITEMS, batch_size=ITEMS)], parts=1, mixing="balanced", seed=0)
-        batches[kind.answer_by] = collate(
-            [MixtureDataset(plan, [TaskSource(kind, file, reader, encoder)], seed=0)[0]]
-        )
+        batches[kind.answer_by] = collate([MixtureDataset(plan, [TaskSource(kind, file, reader, encoder)], seed=0)[0]])
     assert set(batches["closed"]) - set(batches["text"]) == {"closed"}
     batch = {name: value for name, value in batches["text"].items() if isinstance(value, torch.Tensor)}
     found = loss(**batch)["loss"]

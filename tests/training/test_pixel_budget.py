@@ -111,7 +111,7 @@ def test_the_largest_batch_finds_the_largest_picture(bases: Mapping[str, Path], 
 
 def test_it_is_refused_where_it_saves_nothing(bases: Mapping[str, Path], tmp_path: Path) -> None:
     path = written(tmp_path, bases["llava"])
-    with pytest.raises(UserError, match="takes every picture at one size"):
+    with pytest.raises(UserError, match="makes the same of a small picture"):
         tokens_of(path, "--data.max_pixels_per_step=100000")
     path = written(tmp_path / "other", bases["qwen2_vl"])
     with pytest.raises(UserError, match="2001 leaves 1000 pixels for each of 2 samples"):

@@ -210,7 +210,7 @@ def test_a_llava_too(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ours = open_asker(Wanted(adapter=adapter)).adapted
     assert isinstance(ours, Assistant)
     sample = ours.prompts.sample(TURNS, Shown(pictures=(open_picture(there / "red.png"),)))
-    ids, pixels = sample.input_ids[None], torch.stack(sample.pictures)
+    ids, pixels = sample.input_ids[None], sample.inputs["pixel_values"]
     model = AutoModelForImageTextToText.from_pretrained(merged(adapter, tmp_path / "merged")).eval()
     with torch.no_grad():
         expected = ours.backbone.model(input_ids=ids, pixel_values=pixels).logits
