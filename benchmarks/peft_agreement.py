@@ -87,7 +87,7 @@ def inputs_of(assistant: Assistant, question: Question, images: Path) -> Inputs:
     """One question as the model reads it."""
     shown = Shown(pictures=tuple(open_image(images, path) for path in question.images))
     sample = assistant.prompts.sample(question.turns, shown)
-    return sample.input_ids[None], torch.stack(sample.pictures)
+    return sample.input_ids[None], sample.inputs["pixel_values"]
 
 
 @torch.inference_mode()

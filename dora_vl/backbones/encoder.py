@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from dora_vl.backbones.families import LLAVA, config_of, model_type_of, sees_pic
 from dora_vl.backbones.generation import decoded
 from dora_vl.backbones.loading import TrainOn, load_tokenizer
 from dora_vl.backbones.pieces import PieceProcessor, TokenRoles, from_offsets, from_prefixes, from_token_types
+from dora_vl.backbones.prompt_table import Instruction
 from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
 from dora_vl.backbones.templates import PROBE, Chat, Prompts, framed, refuse_marks
 from dora_vl.backbones.tower_pictures import ImagePreparation
@@ -228,8 +229,10 @@ class Encoder:
     def answers(self, conversation: Conversation) -> list[TrainedAnswer]:
         """What the labels of a conversation must say."""
         said = [turn for turn in conversation.turns if turn.role == "assistant"]
-        question = next(turn for turn in conversation.turns if turn.role == "user")
-        chat = self.prompts.render([question, PROBE[1]])
+        asked = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
+        if isinstance(self.prompts, Instruction):  # whose labels may hold the question too
+            asked = conversation.turns[0]
+        chat = self.prompts.render([asked, PROBE[1]])
         if chat.suffix is not None:  # which the processor closes by itself
             return framed(said, chat.suffix + self.tokenizer.eos_token)
         start, end = chat.answer_spans[0]

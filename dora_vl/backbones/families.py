@@ -139,11 +139,10 @@ def config_of(base: str, revision: str | None = None) -> Any:
     register_towers()
     with opening(f"model.base {base!r} cannot be opened as its config.json says"):
         config = AutoConfig.from_pretrained(base, revision=revision or "main", **NO_OWN_CODE)
-    tokens = config.get_text_config().vocab_size
-    if config.model_type == LLAVA and not 0 <= config.image_token_id < tokens:  # LLaVA's own code writes -200
-        raise UserError(
-            f"{base}: image_token_index in its config is {config.image_token_id}, and it has {tokens:,} tokens"
-        )
+    if config.model_type == LLAVA:
+        token, tokens = config.image_token_id, config.get_text_config().vocab_size
+        if not 0 <= token < tokens:  # LLaVA's own code writes -200
+            raise UserError(f"{base}: image_token_index in its config is {token}, and it has {tokens:,} tokens")
     return config
 
 

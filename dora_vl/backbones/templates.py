@@ -134,7 +134,7 @@ def check_ends(render: Callable[[], object], name: str) -> None:
 
 def framed(answers: Sequence[Turn], probe: str) -> list[TrainedAnswer]:
     """Answers with what is trained before and behind each, by what is trained of `PROBE`'s."""
-    opening, _, closing = probe.partition(PROBE[1].text)
+    opening, _, closing = probe.rpartition(PROBE[1].text)
     return [TrainedAnswer(opening, turn.text, closing) for turn in answers]
 
 

@@ -204,16 +204,16 @@ class Collator:
 
     def _nothing(self) -> Sample:
         ids = torch.tensor([self.pad_token_id])
-        mask = {"attention_mask": torch.ones(1, 1, dtype=torch.int64)}
-        return Sample(index=-1, id="", input_ids=ids, labels=torch.tensor([IGNORED_LABEL]), inputs=mask)
+        return Sample(index=-1, id="", input_ids=ids, labels=torch.tensor([IGNORED_LABEL]))
 
     def _joined(self, rows: Sequence[Sample]) -> dict[str, Any]:
         joined: dict[str, Any] = {
             "input_ids": self._tokens([row.input_ids[None] for row in rows], self.pad_token_id),
             "labels": self._tokens([row.labels[None] for row in rows], IGNORED_LABEL),
+            "attention_mask": self._tokens([_mask(row) for row in rows], 0),
         }
         crossing = any(BY_ROW in row.inputs for row in rows)
-        for name in dict.fromkeys(name for row in rows for name in row.inputs):
+        for name in dict.fromkeys(name for row in rows for name in row.inputs if name != "attention_mask"):
             values = [row.inputs[name] for row in rows if name in row.inputs]
             if crossing and name not in ALIGNED:
                 values = [row.inputs[name] if name in row.inputs else torch.zeros_like(values[0]) for row in rows]
@@ -243,8 +243,14 @@ def _as_sample(row: SharedRow) -> Sample:
         name: joined_values([sample.inputs[name] for sample in row.pictures_of if name in sample.inputs])
         for name in names
     }
-    inputs |= {"attention_mask": torch.ones_like(row.input_ids)[None], "layout": row.layout[None]}
+    inputs["layout"] = row.layout[None]
     return Sample(index=-1, id="", input_ids=row.input_ids, labels=row.labels, inputs=inputs)
+
+
+def _mask(row: Sample) -> Tensor:
+    """By length, not by ids: an unknown word may share the padding's id."""
+    found: Mapping[str, Any] = row.inputs
+    return found.get("attention_mask", torch.ones_like(row.input_ids)[None])
 
 
 def _of_row(row: Sample, name: str, *, like: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ def test_a_llava_is_evaluated_on_frames(
     def counted(self: Any, index: int) -> Any:
         sample = pictures(self, index)
         if isinstance(sample, Sample):
-            shown.append([len(sample.pictures), len(sample.input_ids)])
+            shown.append([len(sample.inputs["pixel_values"]), len(sample.input_ids)])
         return sample
 
     monkeypatch.setattr(predict.QuestionSamples, "__getitem__", counted)
