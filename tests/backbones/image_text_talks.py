@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers.models.auto.processing_auto import AutoProcessor
 
 from dora_vl import DoRAConfig, apply_dora, trained_parts
 from dora_vl.backbones.encoder import Encoder, open_encoder
 from dora_vl.backbones.model import DecoderBackbone, language_targets, open_backbone, projector_patterns
+from dora_vl.backbones.prompts import prompts_of
 from dora_vl.data.batches import Collator
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Conversation, Turn
@@ -67,6 +69,9 @@ def talks_of(family: str) -> tuple[str, ...]:
 def encoder_of(folder: Path, max_tokens: int = 2048, template: str | None = None) -> Encoder:
     """The encoder of a tiny family's folder, with the prompt format that the family needs."""
     chosen = template or (FAMILIES[folder.name].format if folder.name in FAMILIES else None)
+    if folder.name == "llava":  # as every other family goes; its own pieces have tests of their own
+        processor = AutoProcessor.from_pretrained(folder)
+        return Encoder(processor, prompts_of(processor, "llava", chosen, pictures=True), max_tokens=max_tokens)
     return open_encoder(str(folder), template=chosen, max_tokens=max_tokens)
 
 

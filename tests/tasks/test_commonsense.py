@@ -92,7 +92,7 @@ def test_the_smoke_configuration_runs_whole(folder: Path) -> None:
     assert not any(".o_proj." in name or ".gate_proj." in name for name in weights)
     recipe = json.loads((run / "adapter" / "recipe.json").read_text())
     assert recipe["task"] == "commonsense"
-    assert recipe["prompt"] == "alpaca"
+    assert recipe["template"] == "alpaca"
 
 
 def test_the_smoke_run_is_tested_again_without_training(
@@ -182,7 +182,7 @@ def test_any_format_of_several_files_streamed(folder: Path) -> None:
     assert len(losses(folder / "stream")) == metrics["train_steps"] == 4
     skipped = (folder / "stream" / "skipped.jsonl").read_text()
     assert "chat 4" in skipped
-    assert "turns of user, assistant, user stand before the output" in skipped
+    assert "one question and its output" in skipped
 
 
 def test_a_sets_answer_is_the_rows_or_found_in_its_output(tmp_path: Path) -> None:

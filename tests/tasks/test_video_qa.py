@@ -199,19 +199,6 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
     assert f"{task} was trained with the part of the video that is meant" in capsys.readouterr().err
 
 
-def test_frames_or_pictures_is_a_fact_of_the_recipe(vlbart: Path, tmp_path: Path) -> None:
-    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-
-    adapter = shutil.copytree(vlbart, tmp_path / "adapter")
-    recipe = json.loads((adapter / "recipe.json").read_text())
-    assert recipe.pop("is_video") is True
-    for stated, expected in (({}, True), ({"is_video": False}, False)):  # older folders say it by their task alone
-        (adapter / "recipe.json").write_text(json.dumps({**recipe, **stated}))
-        assistant = open_asker(Wanted(adapter=adapter)).adapted
-        assert isinstance(assistant, VlBartAssistant)
-        assert assistant.is_video is expected
-
-
 def test_another_tower_is_refused(vlbart: Path, clip: str, tmp_path: Path, capsys: Any) -> None:
     adapter = shutil.copytree(vlbart, tmp_path / "adapter")
     recipe = json.loads((adapter / "recipe.json").read_text())
