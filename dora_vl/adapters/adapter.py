@@ -214,12 +214,7 @@ class Adapter:
 
     @cached_property
     def factors(self) -> dict[str, Factors]:
-        """The adapted layers as the equation reads them, by full name.
-
-        Raises:
-            UserError: half a pair, a missing magnitude, a rank that disagrees with its tensor, or experts that are one
-                tensor, which are no matrices.
-        """
+        """The adapted layers as the equation reads them, by full name."""
         if self.experts:
             raise UserError(
                 f"{self.source}: {next(iter(self.experts))} (and {len(self.experts) - 1} more) are experts that are "
@@ -312,11 +307,7 @@ def is_extra(key: str) -> bool:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
-    """Reads a PEFT folder (ours included), named by itself or by its file of tensors, and checks it.
-
-    Raises:
-        UserError: a file is missing or broken, a field unknown, a value not finite, a tensor missing.
-    """
+    """Reads a PEFT folder (ours included), named by itself or by its file of tensors, and checks it."""
     source = Path(folder)
     if source.is_file():
         if not names_adapter(source):
@@ -349,10 +340,6 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
     """Writes the folder under a temporary name and renames it; tensors and fields stay exactly as they are.
 
     But for one: where PEFT would leave some of the tensors out, `peft_type` is one that it refuses.
-
-    Raises:
-        UserError: the adapter has magnitudes that PEFT's format cannot hold, or `folder` is there already and is no
-            adapter folder. Nothing is written then.
     """
     if adapter.input_axis:
         raise UserError(
@@ -403,9 +390,6 @@ def content_hash(folder: Path) -> str:
 
     A file in the hub's cache is a link to a blob named by its SHA-256; that name is taken instead of reading
     gigabytes again.
-
-    Raises:
-        UserError: a list of shards names one that is not there.
     """
     digest = hashlib.sha256()
     config = [folder / BASE_CONFIG_FILE] if (folder / BASE_CONFIG_FILE).is_file() else []
@@ -438,11 +422,7 @@ def versions() -> dict[str, str]:
 
 
 def base_of(adapter: Adapter) -> Path:
-    """The base's folder that an adapter states: a folder, or a hub id's snapshot in the local cache.
-
-    Raises:
-        UserError: it states none, or it is not on this machine.
-    """
+    """The base's folder that an adapter states: a folder, or a hub id's snapshot in the local cache."""
     stated = str(adapter.config.get("base_model_name_or_path") or "")
     if not stated:
         raise UserError(f"{adapter.source} does not say which base it was trained on; add --base FOLDER")

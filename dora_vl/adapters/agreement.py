@@ -45,9 +45,6 @@ def by_own_name(source: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
     """An adapter file's tensors by the model's own names; apart from them PEFT's copies of adapted layers' weights.
 
     PEFT saves `lm_head.base_layer.weight`, which did not train, beside the factors of an embedding or output head.
-
-    Raises:
-        UserError: two keys name one tensor, or one of an adapter's own is no plain float.
     """
     adapted = {owner for owner, _, leaf in (own_name(key).rpartition(".") for key in tensors) if leaf in LEAVES}
     own: dict[str, Tensor] = {}

@@ -136,11 +136,7 @@ class BaseWeights:
         return self._files[file]
 
     def read(self, name: str) -> Tensor:
-        """One tensor by the model's name for it.
-
-        Raises:
-            UserError: the base has no such tensor.
-        """
+        """One tensor by the model's name for it."""
         if name not in self.tensors:
             raise UserError(f"{self.folder} has no tensor {name}; is it the base that the adapter was trained on?")
         stored = self.tensors[name]

@@ -101,9 +101,6 @@ def combine(
         shares: Name -> weight; a single adapter with weight 1 comes back bit by bit.
         base: What all of them were trained on.
         rank: None: the exact form, of rank sum of ranks. Smaller: through an SVD, with its error.
-
-    Raises:
-        UserError: an unknown name, nothing to combine, an adapter that does not fit, embeddings or convolutions.
     """
     unknown = sorted(set(shares) - set(adapters))
     if unknown or not any(shares.values()):

@@ -40,11 +40,7 @@ class LayerExport:
 
 
 def export_layers(adapter: Adapter, base: BaseWeights, rank: int) -> Iterator[LayerExport]:
-    """Each layer's nearest LoRA of rank `rank`, one layer in memory at a time.
-
-    Raises:
-        UserError: the adapter changes no layer, only whole tensors, or does not fit the base.
-    """
+    """Each layer's nearest LoRA of rank `rank`, one layer in memory at a time."""
     if not adapter.layers:
         raise UserError(
             f"{adapter.source} (method: {adapter.method}) holds whole tensors and no adapted layer, so there is "
@@ -84,11 +80,7 @@ def truncated(
 
 
 def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> Adapter:
-    """The exported layers as a LoRA adapter, with the adapter's other tensors beside them.
-
-    Raises:
-        UserError: some layer lost more than `max_error`, or the adapter is no linear layers' alone.
-    """
+    """The exported layers as a LoRA adapter, with the adapter's other tensors beside them."""
     above = sorted((e for e in exports if e.relative_error > max_error), key=lambda e: -e.relative_error)
     if above:
         raise UserError(
@@ -168,10 +160,6 @@ def export_for_vllm(
         head: full name of the output head.
         dtype: of the new base; None keeps each tensor's own.
         open_base: gives the values that the adapter was trained on, where they are not the stored ones.
-
-    Raises:
-        UserError: something that vLLM cannot serve, a base that does not fit, or a target that is there already.
-            Nothing is written then.
     """
     refuse_to_replace(target, ())
     with open_base(base_folder) as base:

@@ -37,11 +37,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file on CPU, by key; a pickle is read with `weights_only=True` and no other way.
-
-    Raises:
-        UserError: the file is missing, cut short, of another kind, or holds something that is no tensor.
-    """
+    """All tensors of one file on CPU, by key; a pickle is read with `weights_only=True` and no other way."""
     if not path.is_file():
         there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else "no such folder"
         raise UserError(f"{path} does not exist ({there}); give the folder or file that holds the adapter")
@@ -245,30 +241,18 @@ _PEFT, _RECIPE = TypeAdapter(PeftFields), TypeAdapter(RecipeFields)
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """PEFT's fields of an adapter folder.
-
-    Raises:
-        UserError: the file is missing or no JSON object, or a field is of another type.
-    """
+    """PEFT's fields of an adapter folder."""
     return _checked(folder / CONFIG_FILE, _PEFT.validate_python)
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """Our own settings beside them; empty for a folder that was not made here.
-
-    Raises:
-        UserError: the file is no JSON object, or a field is of another type.
-    """
+    """Our own settings beside them; empty for a folder that was not made here."""
     path = folder / RECIPE_FILE
     return _checked(path, _RECIPE.validate_python) if path.is_file() else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object of an adapter folder.
-
-    Raises:
-        UserError: the file is missing or is not a JSON object.
-    """
+    """One JSON object of an adapter folder."""
     try:
         with open_regular(path) as file:
             content = json.loads(file.read().decode("utf-8"))
@@ -374,11 +358,7 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def checkpoint_to_resume(resume: str | None, run_folder: Path) -> Path | None:
-    """The folder that `resume` means: null, `last`, or a path.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The folder that `resume` means: null, `last`, or a path."""
     if resume is None:
         return None
     if resume != LAST:

@@ -74,9 +74,6 @@ def save_adapter(
 
     With ZeRO-3 every rank calls this, with the `gather` that makes parameters whole; only the rank with `write`
     touches the disk.
-
-    Raises:
-        UserError: `folder` is there already and holds something else than an adapter. Nothing is written then.
     """
     tensors = adapter_tensors(model, gather=gather, copy=write)
     if not write:
@@ -141,11 +138,6 @@ def load_adapter(
     bit. Without `change_base` it becomes the change of the original weights that its file holds, at twice the rank:
     the same outputs up to rounding, and no frozen weight changes. A model that is adapted already must be adapted as
     the folder says; its dropout stays its own.
-
-    Raises:
-        UserError: a file is missing or broken, a tensor is missing, unexpected, of another shape or not finite, the
-            configuration is not one of ours, or not the one that the model is adapted with. Nothing is changed in the
-            model then.
     """
     source = Path(folder)
     tensors, copies = by_own_name(str(source), read_weights(source))
@@ -222,11 +214,7 @@ def _own_part(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, safetensors only.
-
-    Raises:
-        UserError: the folder or a file is missing, the file is cut short, or a tensor of it is not finite.
-    """
+    """The tensors of an adapter folder, safetensors only."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         if (folder / PICKLED_WEIGHTS_FILE).is_file():

@@ -93,11 +93,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def architecture_of(config: Any, source: str) -> Architecture:
-    """The row of a language model's configuration.
-
-    Raises:
-        UserError: llama.cpp has no such model, or it is not known here how it holds one.
-    """
+    """The row of a language model's configuration."""
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise UserError(
@@ -114,11 +110,7 @@ def architecture_of(config: Any, source: str) -> Architecture:
 
 
 def add_settings(writer: Any, config: Any, found: Architecture, source: str) -> tuple[str, ...]:
-    """Writes a language model's settings; returns what the file cannot keep, to be told.
-
-    Raises:
-        UserError: a kind of rotary positions, or another setting, that llama.cpp has no field for.
-    """
+    """Writes a language model's settings; returns what the file cannot keep, to be told."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     context, told = _context(config, found)
@@ -312,9 +304,6 @@ def vocabulary_of(tokenizer: Any, rows: int, source: str) -> Vocabulary:
 
     Args:
         rows: of the embedding; ids that no token has are filled up.
-
-    Raises:
-        UserError: of a kind that llama.cpp has no name for, or with more tokens than rows.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
@@ -595,10 +584,6 @@ def export_gguf(
         tokenizer: the base's, a fast one.
         kind: number type of the matrices, one of `gguf_files.KINDS`.
         open_base: gives the values that the adapter was trained on, where they are not the stored ones.
-
-    Raises:
-        UserError: a model, tower or tokenizer that llama.cpp does not have or is not written, an adapter that does
-            not fit, or a target that is there already. Nothing is written then.
     """
     check_package()
     refuse_gguf_target(target)

@@ -47,11 +47,7 @@ from dora_vl.errors import UserError, shown_names
 
 
 class MergedWeights:
-    """Base + adapter, read tensor by tensor; every product is computed in float32.
-
-    Raises:
-        UserError: a layer or an extra that the base lacks, a shape that does not fit, or a quantised base.
-    """
+    """Base + adapter, read tensor by tensor; every product is computed in float32."""
 
     def __init__(self, base: BaseWeights, adapter: Adapter) -> None:
         self.base = base
@@ -101,10 +97,6 @@ def planned_factors(
 
     Args:
         added: extras that the base need not have.
-
-    Raises:
-        UserError: a layer or an extra without a place in the base, or of another shape; a tensor that is changed twice,
-            or that is tied to one that must not change; a copy of a weight that is not the base's.
     """
     chosen = adapter.factors if chosen is None else chosen
     _refuse_tied(base, adapter, chosen)
@@ -256,10 +248,6 @@ def merge_to_folder(
     Args:
         dtype: of the result; None keeps each tensor's own.
         open_base: gives the values to merge into, where they are not the stored ones.
-
-    Raises:
-        UserError: a layer or an extra that the base lacks, a shape that does not fit, a quantised base, or a target
-            that is there already and was not written by a merge. Nothing is written then.
     """
     refuse_target(target, base_folder)
     with open_base(base_folder) as base:
@@ -400,11 +388,7 @@ class Saved:
 
 
 def saved_in(path: Path) -> tuple[Saved, ...]:
-    """What a path means: every complete checkpoint of a run, oldest first, else the one folder.
-
-    Raises:
-        UserError: there are neither weights nor checkpoints.
-    """
+    """What a path means: every complete checkpoint of a run, oldest first, else the one folder."""
     checkpoints = complete_checkpoints(path)
     if checkpoints:
         return tuple(Saved(_weights_folder(checkpoint), step_of(checkpoint)) for checkpoint in checkpoints)
@@ -440,11 +424,7 @@ class TunedWeights:
     """Adapted layers."""
 
     def blocks(self, layer: str) -> Blocks:
-        """(before, after) of a layer's weight as [out, in], in float64 where it is computed, a block of rows at a time.
-
-        Raises:
-            UserError: the shapes differ, or the base is quantised.
-        """
+        """(before, after) of a layer's weight as [out, in], in float64 where it is computed, a block of rows at a time."""
         before = self.base.weight_of(layer)
         found = self.factors.get(layer)
         if found is not None:
@@ -473,11 +453,7 @@ def _merged_blocks(matrix: Float[Tensor, "out in_"], found: Factors) -> Blocks:
 
 @contextmanager
 def opened(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
-    """Opens one tuned model beside its base.
-
-    Raises:
-        UserError: the files are broken, of another model, or hold none of the base's matrices.
-    """
+    """Opens one tuned model beside its base."""
     with _opened_adapter(saved, base) if saved.is_adapter else _opened_model(saved, base) as tuned:
         yield tuned
 

@@ -236,11 +236,7 @@ def _settings_commonest(values: Iterable[Any]) -> Any:
 def read_config(
     source: str, peft: Mapping[str, Any], own: Mapping[str, Any], named: Mapping[str, Tensor]
 ) -> DoRAConfig:
-    """The configuration that a folder was written with; layers and parts are read from the tensors' names.
-
-    Raises:
-        UserError: the configuration asks for a computation that is not ours, or contradicts the tensors.
-    """
+    """The configuration that a folder was written with; layers and parts are read from the tensors' names."""
     check_peft_fields(source, peft)
     refuse_contradiction(source, peft, own)
     owners = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] in LEAVES}
@@ -286,9 +282,6 @@ def refuse_contradiction(source: str, peft: Mapping[str, Any], own: Mapping[str,
     Args:
         peft: `adapter_config.json`.
         own: what `recipe.json` says under `adapter`; empty for a folder that was not made here.
-
-    Raises:
-        UserError: a value differs; it names both.
     """
     if not own:
         return
@@ -326,11 +319,7 @@ def _from_json(value: Any) -> Any:
 
 
 def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
-    """Refuses a configuration that this package would compute differently from PEFT.
-
-    Raises:
-        UserError: another method, a field that changes the forward pass, or an unknown field that is set.
-    """
+    """Refuses a configuration that this package would compute differently from PEFT."""
     kind = peft.get("peft_type", "LORA")
     if kind not in READ_TYPES:
         raise UserError(f"{source}: peft_type is {kind!r}; only LORA (with or without DoRA) is read")
@@ -369,11 +358,7 @@ def _refuse_changed_base(source: str, peft: Mapping[str, Any]) -> None:
 
 
 def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """A layer's value in PEFT's `rank_pattern` or `alpha_pattern`: a regular expression at the name's end.
-
-    Raises:
-        UserError: a pattern is no regular expression, or takes endlessly long.
-    """
+    """A layer's value in PEFT's `rank_pattern` or `alpha_pattern`: a regular expression at the name's end."""
     for pattern, value in (patterns or {}).items():
         try:
             if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=MATCHING_SECONDS):

@@ -56,9 +56,6 @@ class AdapterSet:
     model's. With no adapter active the weights are the base's, bit by bit; what some adapter trains beside its layers
     stays float32 over a half-precision base. A PiSSA adapter comes in as the change of the original weight, at twice
     the rank, equal up to rounding.
-
-    Raises:
-        UserError: the model is adapted already.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,11 +73,7 @@ class AdapterSet:
         return tuple(self._loaded)
 
     def load(self, name: str, folder: str | os.PathLike[str]) -> list[str]:
-        """Loads an adapter folder under a name and makes it active; returns the adapted layers' names.
-
-        Raises:
-            UserError: the name is taken, or the folder does not fit the model.
-        """
+        """Loads an adapter folder under a name and makes it active; returns the adapted layers' names."""
         self._refuse_taken(name)
         adapter = read_adapter(folder)
         if adapter.method == "dvora":
@@ -109,10 +102,6 @@ class AdapterSet:
         """Adds W + sum of share * (W'_i - W) as an adapter of its own, exactly, and makes it active.
 
         Its rank is the sum of the ranks; `merge_dora` folds it into the weights, `save_adapter` writes it.
-
-        Raises:
-            UserError: the name is taken, an adapter is unknown, or one adapts other layers than linear ones. The
-                active adapter is then what it was.
         """
         self._refuse_taken(name)
         unknown = sorted(set(shares) - set(self._loaded))
@@ -140,11 +129,7 @@ class AdapterSet:
         self._keep(name)
 
     def switch(self, name: str | None) -> None:
-        """Makes an adapter active, or none: the model is then the base.
-
-        Raises:
-            UserError: there is no adapter of this name.
-        """
+        """Makes an adapter active, or none: the model is then the base."""
         if name is not None and name not in self._loaded:
             raise UserError(f"no adapter {name!r} is loaded; there are {list(self.names)}")
         if any(module.merged for _, module in adapted_layers(self.model)):
@@ -317,10 +302,6 @@ class RowAdapters:
         """Reads an adapter folder, ours or PEFT's, and computes its gains; the model is not touched.
 
         It may run beside a batch, in another thread.
-
-        Raises:
-            UserError: the folder does not fit the model, or changes something that rows cannot have each their own of;
-                it names the parameter.
         """
         source = Path(folder)
         own = copy.deepcopy(self._plain, shared_tensors(self._plain, replaced_by(source)))

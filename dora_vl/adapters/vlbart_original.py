@@ -47,10 +47,6 @@ def original_dictionary(
     Args:
         tasks: VL-Adapter's `--tasks`; all have this one adapter, as with `--use_single_lora`.
         alpha: VL-Adapter's `lora_alpha`; None: the adapter's own.
-
-    Raises:
-        UserError: the base is no VL-BART or another one, the method is not the form's, layers differ in rank, or no
-            one alpha gives every layer its scale.
     """
     if f"{EMBEDDING}.feat_embedding.0.weight" not in base.tensors:
         raise UserError(f"{base.folder} is no VL-BART: it holds no {EMBEDDING}.feat_embedding.0.weight")
@@ -77,11 +73,7 @@ def original_dictionary(
 
 
 def write_original(found: OriginalDictionary, file: Path) -> None:
-    """Writes the `.pth` under a temporary name and renames it.
-
-    Raises:
-        UserError: something has the name already.
-    """
+    """Writes the `.pth` under a temporary name and renames it."""
     refuse_to_overwrite(file)
     staging = file.with_name(f".{file.name}.writing-{os.getpid()}")
     try:

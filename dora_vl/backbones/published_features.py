@@ -58,11 +58,7 @@ Taken = TypeVar("Taken")
 
 
 def open_features(folder: Path) -> FeatureStore:
-    """The features in a folder.
-
-    Raises:
-        UserError: no such folder, or nothing in it that is known; it says what was looked for.
-    """
+    """The features in a folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of features; python -m data_prep.features makes one")
     forms = {SHARD_SUFFIX: open_shards, PARQUET_SUFFIX: open_shards, ".h5": hdf5_features, ".npz": npz_features}
@@ -95,11 +91,7 @@ class ParquetShards:
         self._open: OrderedDict[Path, Any] = OrderedDict()
 
     def rows(self) -> dict[str, ParquetRow]:
-        """What they hold, by name.
-
-        Raises:
-            UserError: a file cannot be read, or is no shard of features.
-        """
+        """What they hold, by name."""
         found: dict[str, ParquetRow] = {}
         for path in self._paths:
             try:
@@ -314,9 +306,6 @@ def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
 
     open_clip and transformers give CLIP's projected picture embedding, not normalised; timm the pooled output before
     its classifier (which in timm's CLIP models is the projection, so it is left out).
-
-    Raises:
-        UserError: the network or its weights do not exist, or it has no pooled output of its own.
     """
     if spec.library == "transformers":
         return _transformers_pooled(spec)
@@ -399,11 +388,7 @@ class FeatureSettings:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> FeatureSettings:
-        """From what `to_record` gave.
-
-        Raises:
-            UserError: a setting is missing or unknown.
-        """
+        """From what `to_record` gave."""
         try:
             tower = dict(record["tower"])
             for name in ("image_mean", "image_std"):
@@ -460,11 +445,7 @@ class FeatureEncoder:
     def video(
         self, reader: VideoReader, root: Path, clip: Clip
     ) -> tuple[Float[Tensor, "tokens channels"], Frames[Tensor]]:
-        """A clip's frames as features, one after the other, and which frames they are.
-
-        Raises:
-            BadSample: the clip cannot be read.
-        """
+        """A clip's frames as features, one after the other, and which frames they are."""
         frames = reader.read_prepared(root, clip, self.settings.sampling, self.preparation.prepare)
         return self.sequence(self.encode(torch.stack(frames.pictures))), frames
 
@@ -472,11 +453,7 @@ class FeatureEncoder:
 def merged(
     grid: Float[Tensor, "pictures cells channels"], side: int
 ) -> Float[Tensor, "pictures blocks block_channels"]:
-    """Blocks of `side` by `side` cells as one token each, row by row; what InternVL calls pixel unshuffling.
-
-    Raises:
-        UserError: the blocks do not fill the grid.
-    """
+    """Blocks of `side` by `side` cells as one token each, row by row; what InternVL calls pixel unshuffling."""
     before = math.isqrt(grid.shape[1])
     if before**2 != grid.shape[1] or before % side:
         raise UserError(
@@ -518,9 +495,6 @@ def open_encoders(
 
     Args:
         any_tower: accepts a tower with other weights than those that made the features.
-
-    Raises:
-        UserError: no task's features say it, or a tower cannot be loaded, or has other weights or another preparation.
     """
     stated = {name: recipe["features"].get(name) for name in recipe["tasks"]}
     if not any(stated.values()):
@@ -552,9 +526,6 @@ def check_tower(encoder: FeatureEncoder, record: Mapping[str, Any], trained: str
 
     Args:
         trained: what was trained on those features, for the message.
-
-    Raises:
-        UserError: its hash is another; both are named.
     """
     if HASH not in record:  # made before hashes were kept
         return

@@ -344,10 +344,7 @@ class _ThenRegister(Loader):
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of one `.safetensors` or `.pth` file; never unpickles code.
-
-    Raises: UserError if there is no such file, it is cut, or it holds anything but tensors.
-    """
+    """The tensors of one `.safetensors` or `.pth` file; never unpickles code."""
     if not path.is_file():
         raise UserError(f"there is no weights file {path}; give an existing .pth or .safetensors file")
     check_whole(path)
@@ -367,10 +364,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], *, in_order: bool, source: str) -> None:
-    """Fills the network from a table of tensors, every name (or, `in_order`, every position) exactly once.
-
-    Raises: UserError that lists the first names or shapes that do not fit.
-    """
+    """Fills the network from a table of tensors, every name (or, `in_order`, every position) exactly once."""
     target = network.state_dict()
     if in_order:
         state = renamed_in_order(state, target, source=source)
@@ -386,10 +380,7 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], *, in_order: b
 
 
 def renamed_in_order(state: Mapping[str, Tensor], target: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """The same tensors under the target's names, position by position, each shape checked.
-
-    Raises: UserError at the first position whose shapes differ.
-    """
+    """The same tensors under the target's names, position by position, each shape checked."""
     if len(state) != len(target):
         raise UserError(f"{source} holds {len(state)} tensors, the network {len(target)}: not the same order")
     renamed: dict[str, Tensor] = {}

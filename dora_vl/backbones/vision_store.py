@@ -109,11 +109,7 @@ class FeatureReader:
     width: int
 
     def read(self, path: str) -> Float[Tensor, "tokens channels"]:
-        """The features of one file, in float32.
-
-        Raises:
-            BadSample: there are none, or of another width, or they are no numbers.
-        """
+        """The features of one file, in float32."""
         features = self.source.read(Path(path).stem).float()
         self._refuse_other_width(path, features.shape[1])
         if not bool(torch.isfinite(features).all()):
@@ -121,11 +117,7 @@ class FeatureReader:
         return features
 
     def stored(self, path: str) -> Stored:
-        """What they are, without reading them.
-
-        Raises:
-            BadSample: there are none, or of another width.
-        """
+        """What they are, without reading them."""
         found = self.source[Path(path).stem].stored()
         self._refuse_other_width(path, found.width)
         return found
@@ -141,11 +133,7 @@ class FeatureReader:
 
 
 def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "images tokens channels"]:
-    """Features of an example's pictures, or of its video.
-
-    Raises:
-        BadSample: it has neither, or they are not there.
-    """
+    """Features of an example's pictures, or of its video."""
     paths = feature_paths(example)
     read = [reader.read(path) for path in paths]
     _check_part(example, reader)
@@ -157,11 +145,7 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
 
 
 def check_features(example: Example, reader: FeatureReader) -> None:
-    """Refuses what `features_of` would, as far as it can be known without reading features.
-
-    Raises:
-        BadSample: as there.
-    """
+    """Refuses what `features_of` would, as far as it can be known without reading features."""
     found = [reader.stored(path) for path in feature_paths(example)]
     _check_part(example, reader)
     _check_pictures(example, [one.tokens for one in found], reader)
@@ -173,11 +157,7 @@ def check_features(example: Example, reader: FeatureReader) -> None:
 
 
 def feature_paths(example: Example) -> tuple[str, ...]:
-    """The paths by which a reader knows the features of an example's pictures, or of its video.
-
-    Raises:
-        BadSample: it has neither.
-    """
+    """The paths by which a reader knows the features of an example's pictures, or of its video."""
     clip = clip_of_features(example)
     paths = example.images or (() if clip is None else (clip[0],))
     if not paths:
@@ -254,9 +234,6 @@ def fixed_length(
     Args:
         features: the tokens of one frame after the other's.
         frames: how many frames those are.
-
-    Raises:
-        UserError: `length` holds no whole number of frames, where there are too many.
     """
     tokens = features.float()
     if len(tokens) <= length:
@@ -267,11 +244,7 @@ def fixed_length(
 
 
 def pooled_frames(tokens: int, length: int, *, frames: int) -> int:
-    """How many frames are left where so many tokens of so many frames have to become `length`, at most all of them.
-
-    Raises:
-        UserError: `length` holds no whole number of frames, where there are too many.
-    """
+    """How many frames are left where so many tokens of so many frames have to become `length`, at most all of them."""
     places = tokens // frames  # of a frame
     if tokens <= length:
         return frames
@@ -325,9 +298,6 @@ class FeatureWriter:
         settings: everything that decides the features.
         dtype: what is stored; None keeps the features' own.
         shard_bytes: of features and index in a shard.
-
-    Raises:
-        UserError: the folder holds features made with other settings; it names the first that differs.
     """
 
     def __init__(
@@ -353,11 +323,7 @@ class FeatureWriter:
         self.flush()
 
     def add(self, row: FeatureRow) -> None:
-        """Takes one row; it is on disk when its shard is full, or at `flush`.
-
-        Raises:
-            UserError: a number is too large for the stored dtype, or none at all.
-        """
+        """Takes one row; it is on disk when its shard is full, or at `flush`."""
         if row.features is not None:
             tokens = row.features.detach().to("cpu", self._dtype or row.features.dtype)
             if self._dtype is not None and not bool(torch.isfinite(tokens).all()):
@@ -371,11 +337,7 @@ class FeatureWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what has been collected as one shard under a name of its pictures: computed again they replace it.
-
-        Raises:
-            UserError: the disk is full, or the folder cannot be written.
-        """
+        """Writes what has been collected as one shard under a name of its pictures: computed again they replace it."""
         if not self._rows:
             return
         named = hashlib.sha256("\n".join(row.name for row in self._rows).encode()).hexdigest()[:20]
@@ -452,11 +414,7 @@ class ShardRow:
 
 
 def shard_rows(folder: Path) -> dict[str, ShardRow]:
-    """What the folder's shards hold by now, by name; of two that have a name the one written last counts.
-
-    Raises:
-        UserError: a file was cut, or is no shard of features.
-    """
+    """What the folder's shards hold by now, by name; of two that have a name the one written last counts."""
     indexes = [_read_index(path) for path in sorted(folder.glob(f"*{SHARD_SUFFIX}"))]
     newest = {row.name: row for _, rows in sorted(indexes, key=lambda index: index[0]) for row in rows}
     # In the order of the shards' names, which is the same whichever process was done first.
@@ -536,11 +494,7 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What the features of a folder were made with; None where nothing says it.
-
-    Raises:
-        UserError: what says it cannot be read.
-    """
+    """What the features of a folder were made with; None where nothing says it."""
     path = folder / SETTINGS_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -715,8 +669,6 @@ class FeatureCache:
             batch_size: pictures a forward pass.
             workers: processes that read pictures; 0 reads them here.
             part: this process's number and how many share the work.
-
-        Raises: UserError before anything is computed, if the features would not fit on the disk.
         """
         missing = [one for one in dict.fromkeys(pictures) if not self._is_current(one)]
         shape, dtype = self._tower.feature_shape, self._tower.feature_dtype

@@ -183,11 +183,6 @@ def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gath
     With `method="full"` no layer changes: the targets' own parameters train, and the names returned are theirs.
     On the meta device everything is counted and nothing has values. Under ZeRO-3 pass a `gather`, since the
     magnitude is the norm of the whole weight.
-
-    Raises:
-        UserError: a pattern matches nothing, or nothing adaptable, or two patterns contradict each other, or `pissa`
-            would write to a weight that cannot be written, or the model is adapted already. The model is then as it
-            was, its weights bit by bit.
     """
     if is_adapted(model):
         raise UserError("the model is adapted already; load it again before applying another adapter")
@@ -231,11 +226,7 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
 
 
 def matching_layers(model: nn.Module, patterns: tuple[str, ...], config: DoRAConfig, what: str) -> list[str]:
-    """Full names of the layers that the globs match, of the kinds that `config` admits.
-
-    Raises:
-        UserError: a glob matches none.
-    """
+    """Full names of the layers that the globs match, of the kinds that `config` admits."""
     return matching(adaptable_names(model, config), patterns, f"{what} ({', '.join(config.kinds)} layers)")
 
 
@@ -292,11 +283,7 @@ def _plan(model: nn.Module, config: DoRAConfig) -> dict[str, DoRAConfig]:
 
 
 def _part_layers(model: nn.Module, config: DoRAConfig) -> dict[str, list[str]]:
-    """The layers of each named part.
-
-    Raises:
-        UserError: a part's pattern hits nothing, or two parts hit the same layer.
-    """
+    """The layers of each named part."""
     by_part = {part: matching_layers(model, one.targets, config, f"parts.{part}") for part, one in config.parts.items()}
     for part, names in by_part.items():
         other = [name for name in names if config.part_of(name) != part]
@@ -311,10 +298,6 @@ def merge_dora(model: nn.Module, *, keep_base: bool = True) -> None:
 
     `keep_base` holds a copy of each base weight so that `unmerge_dora` restores it bit by bit; without it the
     merge needs no second copy of the model and cannot be undone.
-
-    Raises:
-        UserError: a weight that another module uses too, or one that cannot hold merged values (quantised). No layer
-            is merged then.
     """
     layers = dict(adapted_layers(model))
     for name, layer in layers.items():
@@ -334,10 +317,6 @@ def strip_adapters(model: nn.Module) -> None:
     """Puts the layers of before back, with the weights as they are (merged or not), ready to be saved.
 
     What trains in float32 over a half-precision base gets its module's dtype back, rounded as a merge rounds.
-
-    Raises:
-        UserError: a layer that `pissa` started is not merged, so that its weight is only what is left of the base's.
-            Nothing is changed then.
     """
     residual = [name for name, layer in adapted_layers(model) if "start_A" in layer._buffers and not layer.merged]
     if residual:

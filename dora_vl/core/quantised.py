@@ -136,11 +136,7 @@ def quantised_in(model: nn.Module) -> Iterator[tuple[str, Any, OpaqueKind]]:
 
 
 def settle_quantised(model: nn.Module) -> None:
-    """Keeps the quantised layers' weights, adapted or not, and the gradients through them, what they are.
-
-    Raises:
-        UserError: it is too late for one; the message names it.
-    """
+    """Keeps the quantised layers' weights, adapted or not, and the gradients through them, what they are."""
     for name, layer, kind in quantised_in(model):
         kind.settle(name, layer)
 
@@ -326,11 +322,7 @@ class OpaqueLinear(AdaptedLayer):
     # -- not possible here -------------------------------------------------------------------------------------
 
     def merge(self, *, keep_base: bool = True) -> None:
-        """Refused.
-
-        Raises:
-            UserError: always; a quantised weight cannot hold the merged values.
-        """
+        """Refused."""
         self.refuse_merging("this layer")
 
     def refuse_merging(self, name: str) -> None:

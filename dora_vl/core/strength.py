@@ -36,11 +36,7 @@ class Share(NamedTuple):
 
 
 def checked_strength(value: object) -> float:
-    """The strength, where it is one.
-
-    Raises:
-        UserError: it is no number, not finite, below 0 or above `MOST_STRENGTH`.
-    """
+    """The strength, where it is one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_STRENGTH:
         raise UserError(
             f"the strength is {shown(value)}; it is a number from 0 (the base) over 1 (the adapter) to "

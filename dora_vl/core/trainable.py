@@ -69,11 +69,7 @@ class _TrainedList:
 
 
 def matching(names: Iterable[str], patterns: Iterable[str], what: str) -> list[str]:
-    """The names that some full-name glob matches, in order.
-
-    Raises:
-        UserError: a pattern matches nothing; the message shows the nearest real names.
-    """
+    """The names that some full-name glob matches, in order."""
     names = list(names)
     hits: set[str] = set()
     for pattern in patterns:
