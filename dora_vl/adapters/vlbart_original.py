@@ -129,7 +129,6 @@ def _one_alpha(adapter: Adapter, factors: Mapping[str, Factors], given: float | 
 
 
 def _scaled(found: Factors, scale: float) -> Tensor:
-    """B for a form whose scale is another."""
     assert found.lora_B is not None
     if found.scale == scale:
         return found.lora_B.float()
@@ -137,7 +136,6 @@ def _scaled(found: Factors, scale: float) -> Tensor:
 
 
 def _whole_state(base: BaseWeights, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of the base under the original's names, those of the adapter in their places."""
     state = {name: _wide(base.read(name)) for name in base.tensors}
     for name, tensor in extras.items():
         whole, rows = split_rows(name)

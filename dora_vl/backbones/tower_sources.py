@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from dora_vl.adapters.files import read_tensors
 from dora_vl.backbones.tower_pictures import Preparation, of_three_colours
 from dora_vl.backbones.towers import (
     PRETRAINED,
@@ -26,7 +27,6 @@ from dora_vl.backbones.towers import (
     keep_all_buffers,
     load_weights,
     network_output,
-    read_weights,
 )
 from dora_vl.backbones.towers import TowerSpec as TowerSpec
 from dora_vl.backbones.towers import VisionLibrary as VisionLibrary
@@ -173,7 +173,7 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
 def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
     """Fills the network from the file that `weights` names, if it names one; every tensor has to fit."""
     if spec.weights not in {PRETRAINED, RANDOM}:
-        state = read_weights(Path(spec.weights))
+        state = read_tensors(Path(spec.weights))
         load_weights(network, state, in_order=spec.weights_in_order, source=spec.weights)
 
 

@@ -166,7 +166,6 @@ def feature_paths(example: Example) -> tuple[str, ...]:
 
 
 def _check_pictures(example: Example, tokens: Sequence[int], reader: FeatureReader) -> None:
-    """A picture must have exactly as many tokens as every input gets."""
     if example.video is None and any(one != reader.tokens for one in tokens):
         have = "its picture has" if len(tokens) == 1 else "its pictures have"
         counts = " and ".join(str(one) for one in dict.fromkeys(tokens))
@@ -422,7 +421,6 @@ def shard_rows(folder: Path) -> dict[str, ShardRow]:
 
 
 def _read_index(path: Path) -> tuple[int, list[ShardRow]]:
-    """When a shard was written, and what is in it."""
     try:
         check_whole(path)
     except UserError as error:
@@ -434,11 +432,7 @@ def _read_index(path: Path) -> tuple[int, list[ShardRow]]:
     try:
         with safe_open(path, framework="pt") as opened:
             shape = opened.get_slice(FEATURES).get_shape()
-            older = (opened.metadata() or {}).get("pictures")
-            if older is None:
-                index = json.loads(bytes(opened.get_tensor(INDEX).numpy()))
-            else:
-                index = {"written": 0, "rows": _rows_of_pictures(json.loads(older), tokens=shape[1])}
+            index = json.loads(bytes(opened.get_tensor(INDEX).numpy()))
         shard = Shard(path)
         return int(index["written"]), [_shard_row(row, shard, shape[-1]) for row in index["rows"]]
     except (SafetensorError, ValueError, TypeError, KeyError, IndexError) as error:
@@ -446,13 +440,6 @@ def _read_index(path: Path) -> tuple[int, list[ShardRow]]:
             f"{path} holds no features that can be read ({type(error).__name__}: {error}); it is a cache: delete this "
             "file, and what it held is computed anew by the next run, or by python -m data_prep.features"
         ) from error
-
-
-def _rows_of_pictures(rows: list[dict[str, Any]], *, tokens: int) -> Iterator[dict[str, Any]]:
-    """From shards as they were before: pictures alone, each of equally many tokens, listed in the file's header."""
-    for row in rows:
-        at = {"start": row["row"] * tokens, "tokens": tokens, "indices": (), "part": WHOLE}
-        yield {"name": row["picture"], "state": (row["size"], row["changed"]), "broken": row["broken"], **at}
 
 
 def _shard_row(row: Mapping[str, Any], shard: Shard, width: int) -> ShardRow:

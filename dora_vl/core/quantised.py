@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.fast.change import FusedChange, gain_over_norm
-from dora_vl.core.fast.products import fused_kernels
+from dora_vl.core.fast.products import triton_kernels
 from dora_vl.core.gain import Gain, Snapshot
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import SHARED_DROPOUT
@@ -31,7 +31,7 @@ IDENTITY_ROWS = 256
 
 
 @dataclass(frozen=True)
-class OpaqueKind:
+class QuantisedKind:
     """What must be known of a class of opaque linear layer."""
 
     dtype: Callable[[Any], torch.dtype]
@@ -95,26 +95,26 @@ def _hold_own_codes(name: str, layer: Any) -> None:
         layer.init_8bit_state()
 
 
-FOUR_BITS = OpaqueKind(_four_bit_dtype, _four_bit_weight, _keep_packing)
-OPAQUE_KINDS: Mapping[str, OpaqueKind] = {
+FOUR_BITS = QuantisedKind(_four_bit_dtype, _four_bit_weight, _keep_packing)
+QUANTISED_KINDS: Mapping[str, QuantisedKind] = {
     "bitsandbytes.nn.modules.Linear4bit": FOUR_BITS,
     "bitsandbytes.nn.modules.LinearNF4": FOUR_BITS,
     "bitsandbytes.nn.modules.LinearFP4": FOUR_BITS,
-    "bitsandbytes.nn.modules.Linear8bitLt": OpaqueKind(
+    "bitsandbytes.nn.modules.Linear8bitLt": QuantisedKind(
         lambda layer: torch.float32,
         _int8_weight,
         _hold_own_codes,
         lambda layer: tensors_in({"codes": layer.state.CB, "scales": layer.state.SCB}),
     ),
-    "hqq.core.quantize.HQQLinear": OpaqueKind(
+    "hqq.core.quantize.HQQLinear": QuantisedKind(
         lambda layer: layer.compute_dtype,
         lambda layer: layer.dequantize(),
         loose_tensors=lambda layer: tensors_in({**layer.meta, "bias": layer.bias}),
     ),  # scales and zeros, which may be quantised themselves
 }
-TENSOR_SUBCLASS = OpaqueKind(lambda layer: layer.weight.dtype)
+TENSOR_SUBCLASS = QuantisedKind(lambda layer: layer.weight.dtype)
 """An `nn.Linear` whose weight is a tensor subclass (torchao)."""
-UNKNOWN_LINEAR = OpaqueKind(lambda layer: torch.float32)
+UNKNOWN_LINEAR = QuantisedKind(lambda layer: torch.float32)
 """A class that the user named."""
 
 
@@ -125,14 +125,14 @@ def class_path(module: nn.Module) -> str:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module is a quantised linear layer of a class known here."""
-    return class_path(module) in OPAQUE_KINDS
+    return class_path(module) in QUANTISED_KINDS
 
 
-def quantised_in(model: nn.Module) -> Iterator[tuple[str, Any, OpaqueKind]]:
+def quantised_in(model: nn.Module) -> Iterator[tuple[str, Any, QuantisedKind]]:
     """The quantised linear layers of a model, by full name, and what is known of their class."""
     for name, module in model.named_modules():
         if is_quantised(module):
-            yield name, module, OPAQUE_KINDS[class_path(module)]
+            yield name, module, QUANTISED_KINDS[class_path(module)]
 
 
 def settle_quantised(model: nn.Module) -> None:
@@ -143,7 +143,7 @@ def settle_quantised(model: nn.Module) -> None:
 
 def dequantised(layer: nn.Module) -> Float[Tensor, "out in_"]:
     """The weight that a quantised layer multiplies by."""
-    weight = OPAQUE_KINDS[class_path(layer)].weight
+    weight = QUANTISED_KINDS[class_path(layer)].weight
     assert weight is not None
     return weight(layer)
 
@@ -186,12 +186,12 @@ class ProductOfPacked(torch.autograd.Function):
         return (grad_outputs[0] @ ctx.weight()).to(ctx.dtype), None
 
 
-class OpaqueLinear(AdaptedLayer):
+class QuantisedLinear(AdaptedLayer):
     """An adapter around a linear layer whose weight is packed; the layer stays whole, as the child `base`."""
 
     weight_is_readable: ClassVar[bool] = False
 
-    def __init__(self, base: nn.Module, config: DoRAConfig, kind: OpaqueKind = UNKNOWN_LINEAR) -> None:
+    def __init__(self, base: nn.Module, config: DoRAConfig, kind: QuantisedKind = UNKNOWN_LINEAR) -> None:
         super().__init__()
         self.base, self.kind = base, kind
         self.in_features, self.out_features = cast(int, base.in_features), cast(int, base.out_features)
@@ -240,7 +240,7 @@ class OpaqueLinear(AdaptedLayer):
     def _fused_forward(self, output: Tensor, input: Tensor, probability: float) -> Float[Tensor, "*batch out"] | None:
         """`forward` through the CUDA kernels; None where they are not there, or the norm's gradient is wanted."""
         live_norm = torch.is_grad_enabled() and not self.adapter.detach_norm
-        if self.magnitude is None or live_norm or input.dtype != output.dtype or fused_kernels(output) is None:
+        if self.magnitude is None or live_norm or input.dtype != output.dtype or triton_kernels(output) is None:
             return None
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return None
@@ -312,7 +312,6 @@ class OpaqueLinear(AdaptedLayer):
         return total
 
     def _columns(self) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
-        """The columns of a W that is only called, a block at a time."""
         place = self.compute_dtype(), self.weight.device
         return columns_by_product(lambda rows: self._without_bias(self.base(rows)), self.in_features, *place)
 

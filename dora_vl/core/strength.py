@@ -129,7 +129,6 @@ def whole_model_between(base: nn.Module, own: nn.Module, strength: float) -> Non
 
 
 def _set_strength(between: AdaptedLayer, own: AdaptedLayer, strength: float) -> None:
-    """Its second factor times t, and m_t."""
     for leaf in SECOND_FACTORS:
         factor = own._parameters.get(leaf)
         if factor is not None:

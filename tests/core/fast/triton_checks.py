@@ -216,12 +216,12 @@ class RecordingTuner:
 def test_timing_writes_to_no_callers_buffer_and_runs_once_a_bucket(monkeypatch, which):
     from dora_vl.core.fast import triton
 
-    tiled = replace(kernels.OUTPUT if which == "output" else backward.BACKWARD, _chosen={})
+    tiled = replace(kernels.OUTPUT if which == "output" else backward.BACKWARD, _chosen={}, _tuners={})
     monkeypatch.setattr(kernels if which == "output" else backward, which.upper(), tiled)
-    tuner = RecordingTuner(tiled)
-    other = RecordingTuner(backward.BACKWARD if which == "output" else kernels.OUTPUT)
+    tiled._tuners["cpu"] = tuner = RecordingTuner(tiled)
+    other = backward.BACKWARD if which == "output" else kernels.OUTPUT
+    monkeypatch.setitem(other._tuners, "cpu", RecordingTuner(other))
     monkeypatch.setattr(triton, "_may_time", lambda device: True)
-    monkeypatch.setattr(triton, "_tuner", lambda one, card: tuner if one is tiled else other)
     gain, b, bias = gain_of(70, torch.float32), torch.randn(70, 5), torch.randn(70)
     for count, rows in enumerate((33, 40, 64, 65, 128, 5, 1), start=1):
         product, hidden, dy = torch.randn(rows, 70), torch.randn(rows, 5), torch.randn(rows, 70)
@@ -242,7 +242,7 @@ def test_tritons_own_autotuner_runs_every_fitting_tile_and_the_quickest_is_taken
 
     module = kernels if which == "output" else backward
     other = backward.BACKWARD if which == "output" else kernels.OUTPUT
-    tiled = replace(getattr(module, which.upper()), _chosen={})
+    tiled = replace(getattr(module, which.upper()), _chosen={}, _tuners={})
     monkeypatch.setattr(module, which.upper(), tiled)
     monkeypatch.setattr(other, "config", lambda operands, *_: other.fixed(operands))
     monkeypatch.setattr(triton, "_may_time", lambda device: True)

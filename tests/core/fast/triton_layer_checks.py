@@ -208,7 +208,7 @@ def test_rows_that_keep_their_product_train_through_the_kernels(launches):
 def test_rows_of_several_adapters(monkeypatch, launches):
     """Each adapter's rows go through the kernel, in place; those of the base are left alone."""
     monkeypatch.setattr(rows, "ONE_PRODUCT", 0)
-    linear, batch = nn.Linear(26, 37), rows.BatchAtHand()
+    linear, batch = nn.Linear(26, 37), rows.ActiveAdapters()
     layer, alone = rows.RowLayer(linear, batch, "rows"), {}
     for name, rank in (("one", 3), ("two", 5)):
         adapted = DoRALinear(linear, DoRAConfig(targets=("*",), rank=rank, alpha=7.0, dropout=0.0)).eval()
