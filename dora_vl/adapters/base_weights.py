@@ -190,9 +190,6 @@ def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     The model is built from its configuration without memory. A folder whose class transformers does not have
     keeps the files' names, and so do tensors that transformers joins into one when it loads them (a matrix for each
     expert): under the joined name only the last would be left.
-
-    Args:
-        shapes: of the stored tensors, by key.
     """
     model = skeleton(config)
     if model is None:

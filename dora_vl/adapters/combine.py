@@ -92,15 +92,9 @@ def reduce_rank(factors: Factors, weight: Tensor, rank: int) -> Factors:
 def combine(
     adapters: Mapping[str, Adapter], shares: Mapping[str, float], base: BaseWeights, *, rank: int | None = None
 ) -> Combination:
-    """The weighted combination of adapters on one base, one layer in memory at a time.
+    """The weighted combination of adapters on one base; with a `rank` the nearest of it, by an SVD, with its error.
 
     Other tensors (projector, biases) combine as the change of each from the base does.
-
-    Args:
-        adapters: By name.
-        shares: Name -> weight; a single adapter with weight 1 comes back bit by bit.
-        base: What all of them were trained on.
-        rank: None: the exact form, of rank sum of ranks. Smaller: through an SVD, with its error.
     """
     unknown = sorted(set(shares) - set(adapters))
     if unknown or not any(shares.values()):

@@ -150,14 +150,7 @@ def export_for_vllm(
     dtype: torch.dtype | None = None,
     open_base: Callable[[Path], BaseWeights] = BaseWeights,
 ) -> Exported:
-    """Writes `target/adapter`, and `target/base` where something has to be folded in or renamed for vLLM.
-
-    Args:
-        language: full names of the language model's linear layers, without the output head.
-        head: full name of the output head.
-        dtype: of the new base; None keeps each tensor's own.
-        open_base: gives the values that the adapter was trained on, where they are not the stored ones.
-    """
+    """Writes `target/adapter`, and `target/base` where something has to be folded in or renamed for vLLM."""
     refuse_to_replace(target, ())
     with open_base(base_folder) as base:
         refuse_unserved(adapter, base, language, head)

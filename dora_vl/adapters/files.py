@@ -106,12 +106,7 @@ def byte_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 class SafetensorsStream:
-    """Writes a file's tensors in the order that was announced.
-
-    Args:
-        path: Of the file.
-        entries: Name -> (shape, dtype), in writing order.
-    """
+    """Writes a file's tensors in the order that was announced."""
 
     def __init__(self, path: Path, entries: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         self._entries, self._waiting = dict(entries), list(entries)

@@ -281,17 +281,7 @@ def to_adapter(
     base_model: str = "",
     source: str = "adapter",
 ) -> Adapter:
-    """Turns one tool's dictionary into an adapter under PEFT's keys.
-
-    Args:
-        tensors: The tool's dictionary, its keys as they are in the file.
-        layout: Where the tool puts what.
-        config: The tool's own `adapter_config.json`; empty where it writes none.
-        alpha: Numerator of the scale, where the files do not state it; wins over what they state.
-        renames: Further (old beginning, new beginning) of names, after the layout's own.
-        base_model: For the new configuration.
-        source: For messages.
-    """
+    """Turns one tool's dictionary into an adapter under PEFT's keys."""
     found, others = split_layers(tensors, layout)
     layers = {_renamed(name, (*layout.renames, *renames)): layer for name, layer in found.items()}
     if not layers:

@@ -504,13 +504,7 @@ def export_gguf(
     kind: str,
     open_base: Callable[[Path], BaseWeights] = BaseWeights,
 ) -> ExportedGguf:
-    """Writes `target/model.gguf`, and of a LLaVA `target/mmproj.gguf`; every product in float32, rounded once.
-
-    Args:
-        tokenizer: the base's, a fast one.
-        kind: number type of the matrices, one of `KINDS`.
-        open_base: gives the values that the adapter was trained on, where they are not the stored ones.
-    """
+    """Writes `target/model.gguf`, and of a LLaVA `target/mmproj.gguf`; every product in float32, rounded once."""
     check_package()
     refuse_gguf_target(target)
     with open_base(base_folder) as base:

@@ -97,9 +97,6 @@ def planned_factors(
 
     Whatever merges, exports, combines or measures begins here: each tensor of the base is changed by one thing, under
     the one name that it has.
-
-    Args:
-        added: extras that the base need not have.
     """
     chosen = adapter.factors if chosen is None else chosen
     _refuse_tied_or_twice(base, adapter, chosen)

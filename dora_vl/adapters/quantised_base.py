@@ -169,11 +169,6 @@ def quantised_layers(config: Mapping[str, Any], kind: str, source: str) -> Quant
     """What is quantised in a model: the linears of its language model's layers, nothing else.
 
     The vision tower, the projector and the output head stay as they are.
-
-    Args:
-        config: the content of its config.json.
-        kind: one of `SCHEMES`.
-        source: what to call it in messages.
     """
     model = None if config.get("quantization_config") else _language_skeleton(config, source)
     if model is None:
@@ -242,11 +237,7 @@ class QuantisedWeights(BaseWeights):
 
 
 def as_trained(folder: Path, recipes: Mapping[str, Mapping[str, Any]]) -> BaseWeights:
-    """A base's folder with the values that adapters were trained on: quantised and back where their recipes say so.
-
-    Args:
-        recipes: what each adapter's `recipe.json` holds, by its name for messages.
-    """
+    """A base's folder with the values that adapters were trained on: quantised and back where their recipes say so."""
     stated = {name: (one.get("quantisation"), one.get("dtype")) for name, one in recipes.items()}
     kinds = {(kind, dtype if kind else None) for kind, dtype in stated.values()}
     if len(kinds) > 1:

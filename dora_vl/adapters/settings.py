@@ -167,12 +167,7 @@ def _peft_type(
 
 
 def type_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
-    """`peft_type` of a folder: LORA where PEFT takes every tensor into account, else one that it refuses.
-
-    Args:
-        names: of all tensors, as the model names them.
-        config: PEFT's other fields.
-    """
+    """`peft_type` of a folder: LORA where PEFT takes every tensor into account, else one that it refuses."""
     factors = {"lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])}
     whole = tuple(f".{module}." for module in config.get("modules_to_save") or ())
     biases = config.get("bias", "none") != "none"
@@ -267,12 +262,7 @@ def read_config(
 
 
 def refuse_contradiction(source: str, peft: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuses a folder whose two files say another rank, scale or method: one of them was changed by hand.
-
-    Args:
-        peft: `adapter_config.json`.
-        own: what `recipe.json` says under `adapter`; empty for a folder that was not made here.
-    """
+    """Refuses a folder whose two files say another rank, scale or method: one of them was changed by hand."""
     if not own:
         return
     copies = 2 if own.get("init") == "pissa" else 1  # the file has A and B beside their start
@@ -417,14 +407,7 @@ def new_config(
 def own_recipe(
     config: Mapping[str, Any], extras: Iterable[str] = (), kept: Iterable[str] = (), alone: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The `recipe.json` of an adapter that holds more than A and B.
-
-    Args:
-        config: PEFT's fields.
-        extras: names of its other tensors.
-        kept: those of them that do not train.
-        alone: layers with a magnitude alone.
-    """
+    """The `recipe.json` of an adapter that holds more than A and B."""
     kept, alone = sorted(kept), sorted(alone)
     method = "magnitude" if not config["target_modules"] else "dora" if config["use_dora"] else "lora"
     return {

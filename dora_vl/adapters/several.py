@@ -267,10 +267,6 @@ class RowAdapters:
 
     Layers are replaced from outside, the first time that an adapter changes them. The base's tensors are never copied
     nor written to; an adapter costs its own.
-
-    Args:
-        model: the base, without any adapter.
-        layers: where rows and pictures stand in it.
     """
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:

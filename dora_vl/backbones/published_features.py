@@ -189,12 +189,7 @@ def _fixed_sizes(kind: Any) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class FeatureFile:
-    """One picture's or video's file, under its name; a `Held`.
-
-    Attributes:
-        load: what it holds; it may raise what `_DAMAGE` names.
-        shape_of: shape and dtype of that, from the file's header alone; likewise.
-    """
+    """One picture's or video's file, under its name; a `Held`."""
 
     path: Path
     load: Callable[[Path], np.ndarray]
@@ -368,12 +363,7 @@ class FeatureSettings:
 
 
 class FeatureEncoder:
-    """A frozen tower that turns pictures and frames into features.
-
-    Args:
-        settings: what it makes.
-        device: where the tower runs.
-    """
+    """A frozen tower that turns pictures and frames into features."""
 
     def __init__(self, settings: FeatureSettings, *, device: torch.device | None = None) -> None:
         self.settings = settings
@@ -460,11 +450,7 @@ class GridNetwork(nn.Module):
 def open_encoders(
     adapter: Path, recipe: Mapping[str, Any], *, device: torch.device, any_tower: bool = False
 ) -> dict[str, FeatureEncoder]:
-    """An encoder for each task of the recipe whose features say how they were made; equal settings share one.
-
-    Args:
-        any_tower: accepts a tower with other weights than those that made the features.
-    """
+    """An encoder for each task of the recipe whose features say how they were made; equal settings share one."""
     stated = {name: recipe["features"].get(name) for name in recipe["tasks"]}
     if not any(stated.values()):
         raise UserError(
@@ -491,11 +477,7 @@ def _open(record: Mapping[str, Any], device: torch.device) -> FeatureEncoder:
 
 
 def check_tower(encoder: FeatureEncoder, record: Mapping[str, Any], trained: str) -> None:
-    """Refuses a tower that is not the one that the record of a folder's features names.
-
-    Args:
-        trained: what was trained on those features, for the message.
-    """
+    """Refuses a tower that is not the one that the record of a folder's features names."""
     found, tower = encoder.fingerprint(), encoder.settings.tower
     if found != record[HASH]:
         raise UserError(

@@ -97,12 +97,7 @@ class FeatureStore:
 
 @dataclass(frozen=True)
 class FeatureReader:
-    """Features by an example's path: the file's name without folder and ending counts.
-
-    Attributes:
-        tokens: how many every input gets.
-        width: numbers of each, as the model takes them.
-    """
+    """Features by an example's path: the file's name without folder and ending counts."""
 
     source: FeatureStore
     tokens: int
@@ -290,14 +285,7 @@ class FeatureRow:
 
 
 class FeatureWriter:
-    """Collects rows and writes a shard whenever there are enough; as a context manager, what is left at its end too.
-
-    Args:
-        folder: gets the shards.
-        settings: everything that decides the features.
-        dtype: what is stored; None keeps the features' own.
-        shard_bytes: of features and index in a shard.
-    """
+    """Collects rows and writes a shard whenever there are enough; as a context manager, what is left at its end too."""
 
     def __init__(
         self,
@@ -346,7 +334,7 @@ class FeatureWriter:
             FEATURES: torch.cat(tokens) if tokens else torch.zeros(0, 1),
             INDEX: torch.frombuffer(bytearray(index), dtype=torch.uint8),
         }
-        _save_whole(self._folder / f"features-{named}{SHARD_SUFFIX}", tensors)
+        save_whole(self._folder / f"features-{named}{SHARD_SUFFIX}", tensors)
         self._rows, self._bytes = [], 0
 
 
@@ -359,10 +347,11 @@ def _index_rows(rows: list[FeatureRow]) -> Iterator[dict[str, Any]]:
         start += tokens
 
 
-def _save_whole(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a shard under a temporary name and renames it; nothing half-written is left."""
     unfinished = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
     try:
-        save_file(tensors, unfinished)
+        save_file(tensors, unfinished, metadata)
         unfinished.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -558,14 +547,7 @@ class Media(Dataset[tuple[FeatureRow, Tensor | None]]):
 def computed(
     media: Media, encode: Callable[[list[Tensor]], Iterable[Tensor]], *, at_once: int, workers: int, progress: bool
 ) -> Iterator[FeatureRow]:
-    """The media's rows in their order, those that could not be read without features.
-
-    Args:
-        encode: pixels of several media, `[frames, 3, height, width]` each, as the features of each.
-        at_once: how many media `encode` gets.
-        workers: processes that read; 0 reads here.
-        progress: shows a bar.
-    """
+    """The media's rows in their order, those that could not be read without features."""
     loader: Iterable[Any] = DataLoader(media, batch_size=at_once, num_workers=workers, collate_fn=list)
     with tqdm(total=len(media), unit="file", desc="features", disable=not progress) as bar:
         for batch in loader:
@@ -608,13 +590,7 @@ class FrozenTower(Protocol):
 
 
 class FeatureCache:
-    """Features of a backbone's pictures in a folder of stores, one for each tower and preparation.
-
-    Args:
-        cache: the folder; the store in it is named after everything that decides the features.
-        tower: the frozen tower, on the device that is to compute.
-        root: of the pictures' paths; `held` are those of the data file itself.
-    """
+    """Features of a backbone's pictures in a folder of stores, one for each tower and preparation."""
 
     def __init__(
         self,
@@ -650,12 +626,6 @@ class FeatureCache:
         """Computes what the store lacks of these pictures, and those whose file has changed since; may be resumed.
 
         Those that could not be read are tried again: a file may be mended, or a disk have come back.
-
-        Args:
-            pictures: their paths.
-            batch_size: pictures a forward pass.
-            workers: processes that read pictures; 0 reads them here.
-            part: this process's number and how many share the work.
         """
         missing = [one for one in dict.fromkeys(pictures) if not self._is_current(one)]
         shape, dtype = self._tower.feature_shape, self._tower.feature_dtype

@@ -81,13 +81,7 @@ class GainByStrength:
 
 @torch.no_grad()
 def layer_between(base: nn.Module, own: Module, strength: float) -> Module:
-    """An adapter's own layer at a strength, in the place of the base's; what does not differ is shared with both.
-
-    Args:
-        base: the layer that the adapter changed.
-        own: the same layer as the adapter has it: adapted, or with other weights.
-        strength: above 0; whole numbers that differ (a buffer of indices) are the adapter's.
-    """
+    """An adapter's own layer at a strength, in the place of the base's; what does not differ is shared with both."""
     between = copy.copy(own)
     inner = own._modules.get("base") if isinstance(own, AdaptedLayer) else None
     modules: dict[str, nn.Module | None] = {}
@@ -105,13 +99,7 @@ def layer_between(base: nn.Module, own: Module, strength: float) -> Module:
 
 
 def whole_model_between(base: nn.Module, own: nn.Module, strength: float) -> None:
-    """Sets a whole adapted model to a strength, in place.
-
-    Args:
-        base: the model before it was adapted; its tensors may be those of `own` where the adapter left them alone.
-        own: the model with the adapter.
-        strength: above 0.
-    """
+    """Sets a whole adapted model to a strength, in place."""
     inside: list[str] = []
     for name, module in list(own.named_modules()):
         if isinstance(module, AdaptedLayer) and not name.startswith(tuple(f"{outer}." for outer in inside)):

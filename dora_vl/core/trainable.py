@@ -90,11 +90,7 @@ def choose_trained(
     gather: Gather,
     part_of: Callable[[str], str] = lambda layer: MAIN_PART,
 ) -> None:
-    """Freezes everything, then makes the adapters, `full_modules`' own weights and the extras train.
-
-    Args:
-        part_of: the part that an adapted layer belongs to.
-    """
+    """Freezes everything, then makes the adapters, `full_modules`' own weights and the extras train."""
     model.requires_grad_(False)
     # By part and factor: `dora.A`, `dora.B`, ... before `vision.A`.
     by_part: dict[str, list[str]] = {f"{MAIN_PART}.{factor}": [] for factor, _ in FACTORS}

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl.core import DoRAConfig, DoRALinear
-from dora_vl.core import rows as rows_module
 from dora_vl.core.active_adapters import ActiveAdapters
 from dora_vl.core.embedding import DoRAEmbedding
 from dora_vl.core.layer import AdaptedLayer
-from dora_vl.core.quantised import QuantisedLinear
 from dora_vl.core.rows import RowChange, RowLayer
 from tests.core.dense_dora import dense_dora
 
@@ -23,7 +21,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 3, "alpha": 7.0, "method": "lora"},
     "magnitude": {"method": "magnitude"},
 }
-KEYS = (None, None, "dora2", "dora5", "dora5", "lora", "magnitude")
 
 
 class Strange(nn.Module):
@@ -61,33 +58,6 @@ def adapted(base: nn.Module, name: str, kind: Any = DoRALinear) -> AdaptedLayer:
 def expected(layer: AdaptedLayer, linear: nn.Linear, x: Tensor) -> Tensor:
     magnitude = None if layer.magnitude is None else layer.magnitude.detach()
     return dense_dora(x, linear.weight, linear.bias, layer.factors(), magnitude, scale=layer.scale())
-
-
-@pytest.mark.parametrize("one_product", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", [DoRALinear, QuantisedLinear])
-@pytest.mark.parametrize("seq", [(), (1,), (4,)])
-@torch.no_grad()
-def test_each_row_has_its_own_adapter(kind: Any, bias: bool, one_product: bool, seq: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(rows_module, "ONE_PRODUCT", 10**9 if one_product else 0)
-    torch.manual_seed(0)
-    linear = nn.Linear(6, 5, bias=bias)
-    base = Strange(linear) if kind is QuantisedLinear else linear
-    layers = {name: adapted(base, name, kind) for name in SETTINGS}
-    batch = ActiveAdapters()
-    row_layer = RowLayer(base, batch, "rows")
-    for name, layer in layers.items():
-        row_layer.put(name, RowChange.of(layer, torch.float32))
-    x = torch.randn(len(KEYS), *seq, 6)
-    with batch.holding(KEYS):
-        found = row_layer(x)
-    for number, key in enumerate(KEYS):
-        if key is None:
-            assert torch.equal(found[number], linear(x)[number])
-        else:
-            assert not torch.allclose(found[number], linear(x)[number], atol=1e-2)
-            torch.testing.assert_close(found[number], expected(layers[key], linear, x[number]), rtol=1e-5, atol=1e-5)
-    assert torch.equal(row_layer(x), linear(x))  # outside a batch
 
 
 @torch.no_grad()
