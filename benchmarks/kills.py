@@ -212,11 +212,11 @@ def _import_everything() -> None:
     import accelerate
     import datasets
     import deepspeed
-    import dora_vl.training.image_text_pipeline
-    import dora_vl.training.vlbart_pipeline
     import transformers
 
+    import dora_vl.training.image_text_pipeline
     import dora_vl.training.run
+    import dora_vl.training.vlbart_pipeline
     import tests.training.tiny_vlbart_run
 
     modules = (
