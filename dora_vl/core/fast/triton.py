@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 """The passes around the frozen product, the norms and dropout as Triton kernels for CUDA; letters as in functional.py.
 
 Each equals what torch's operations do, with one rounding to the activations' dtype at the end instead of one an
