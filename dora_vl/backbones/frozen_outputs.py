@@ -117,22 +117,32 @@ def _is_hollow(tensor: Tensor) -> bool:
 
 
 def _joined(values: Sequence[Any], axis: int) -> Any:
-    """Tensors of several samples one behind another; what is no tensor is the same of all."""
+    """Tensors of samples one behind another, other dimensions filled up; what is no tensor is the same of all."""
     first = values[0]
     if not isinstance(first, Tensor) or len(values) == 1:
         return first
+    shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+    shape[axis] = sum(value.shape[axis] for value in values)
     if _is_hollow(first):
-        shape = [*first.shape]
-        shape[axis] = sum(value.shape[axis] for value in values)
         return _hollow(shape, first.dtype)
-    return torch.cat([*values], dim=axis)
+    whole, start = first.new_zeros(shape), 0
+    for value in values:
+        sizes = [slice(0, size) for size in value.shape]
+        sizes[axis] = slice(start, start := start + value.shape[axis])
+        whole[tuple(sizes)] = value
+    return whole
+
+
+SAME = 1e-2
+"""Of the largest logit, how far those of stored outputs may be off: half precision rounds otherwise in a batch."""
 
 
 def find_parts(model: Any, one: Mapping[str, Any], two: Mapping[str, Any]) -> FrozenParts:
-    """The frozen parts, found by forward passes of one picture and of two.
+    """The frozen parts of a model in eval mode, found by forward passes of one sample and of a batch of it twice.
 
     Raises:
-        NotStorable: there is none, or its outputs do not grow with the pictures along one dimension.
+        NotStorable: there is none, its outputs do not grow with the pictures along one dimension, or what is handed in
+            gives other logits.
     """
     names = _frozen_modules(model, one)
     if not names:
@@ -157,7 +167,16 @@ def find_parts(model: Any, one: Mapping[str, Any], two: Mapping[str, Any]) -> Fr
         calls[name] = tuple(found)
     if not any(call.read for found in calls.values() for call in found):
         raise NotStorable(f"nothing is read of {', '.join(names)}")
-    return FrozenParts(model, calls, batched)
+    parts = FrozenParts(model, calls, batched)
+    outputs = parts.outputs_of(one)
+    with torch.no_grad():
+        plain = model(**two, use_cache=False).logits
+        with parts.replaying([outputs, outputs]):
+            stored = model(**without_pixels(two), use_cache=False).logits
+    off = float((stored - plain).abs().max() / plain.abs().max())
+    if not off < SAME:
+        raise NotStorable(f"the stored outputs of {', '.join(names)} give logits that are {off:.1%} off")
+    return parts
 
 
 def _axes(name: str, alone: Sequence[Any], pair: Sequence[Any], kept: frozenset[int]) -> tuple[int, ...]:

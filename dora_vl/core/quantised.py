@@ -158,7 +158,7 @@ def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
 def columns_by_product(
     product: Callable[[Tensor], Tensor], in_features: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
-    """The columns of a weight of which only W x is known, `IDENTITY_ROWS` at a time, each block with its first's index."""
+    """The columns of a weight of which only W x is known, a block at a time, each with the index of its first."""
     for start in range(0, in_features, IDENTITY_ROWS):
         count = min(IDENTITY_ROWS, in_features - start)
         rows = torch.zeros(count, in_features, dtype=dtype, device=device)
