@@ -37,7 +37,7 @@ print(json.dumps([found, work[0].item()]))
 """
 LOOKING = """
 import json, subprocess, sys, threading, time, torch
-from dora_vl.run import busy_cores
+from dora_vl.training import launch as busy_cores
 torch.set_num_threads(2)
 names = lambda: {one.name for one in threading.enumerate()}
 started = [busy_cores.give_way_when_busy(), busy_cores.give_way_when_busy()]
