@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 """The backward pass over [rows, out], fused for CUDA with Triton; letters as in `functional.py`.
 
     dz = g dy, dh = s dz B, dm, db      reads dy and y, writes dz, once; a second, small kernel adds up
