@@ -18,7 +18,7 @@ from dora_vl.adapters.several import Layers, ReadAdapter, RowAdapters, rows_seen
 from dora_vl.backbones.base import Backbone, max_positions
 from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.families import LLAVA
-from dora_vl.backbones.image_text import decoder_of
+from dora_vl.backbones.model import decoder_of
 from dora_vl.core.active_adapters import share_of
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
@@ -27,7 +27,6 @@ from dora_vl.evaluation.asker import Shown, Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelSource, decoder_parts, find_source, read_recipe
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Prompts
-from dora_vl.training.launch import give_way_when_busy
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -283,7 +282,6 @@ def open_served(
     source = find_source(wanted)
     for folder in adapters.values():  # before the weights are read
         source_on(source, folder, template=template, any_base=any_base)
-    give_way_when_busy()
     served = ServedModel(source, base_name=base_name, template=template, any_base=any_base)
     for name, folder in adapters.items():
         served.put(*served.read(name, folder))
