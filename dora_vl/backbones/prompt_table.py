@@ -204,7 +204,7 @@ PROMPTS: Mapping[str, InstructionPrompt] = {
 """`nvlabs` is the DoRA paper's; `alpaca` is Stanford's own, the same in training and test."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Instruction(Prompts):
     """A published prompt: one question, its output, and the tokenizer's end token.
 

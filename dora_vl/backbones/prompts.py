@@ -441,9 +441,10 @@ def prompts_of(
     pieces = isinstance(processor, PieceProcessor)
     if template is None and pieces and pictures:
         template = usual_template(processor.tokenizer)
-    if template in FORMATS or own is not None:
-        return FORMATS[template if template in FORMATS else str(own)](processor, name, pictures=pictures)
-    if template in (None, ProcessorChat.name):
+    chosen = template if template in FORMATS else own
+    if chosen is not None:
+        return FORMATS[chosen](processor, name, pictures=pictures)
+    if template is None or template == ProcessorChat.name:
         return ProcessorChat(processor, name, pictures=pictures)
     if not pieces:
         raise UserError(
@@ -459,4 +460,4 @@ def prompts_of(
     end = processor.tokenizer.eos_token
     if not isinstance(end, str):
         raise UserError(f"{name} names no end token (eos_token), which closes every output")
-    return Instruction(template, train_on, end)
+    return Instruction(name=template, train_on=train_on, end=end)

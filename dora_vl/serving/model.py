@@ -221,7 +221,8 @@ class ServedModel:
     @property
     def by_picture(self) -> bool:
         """Whether each picture of a batch can have the projector of its own row's adapter."""
-        return self.backbone.config.model_type == LLAVA
+        config: Any = self.backbone.model.config
+        return config.model_type == LLAVA
 
     @cached_property
     def max_positions(self) -> int | None:

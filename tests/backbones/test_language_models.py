@@ -47,7 +47,7 @@ def test_ids_are_the_chat_template_s_and_the_loss_is_the_model_s_own(tmp_path: P
 
 def test_a_picture_is_refused_by_the_sample_s_id(tmp_path: Path) -> None:
     encoder = encoder_of(write_tiny_language("llama", tmp_path / "llama"))
-    with pytest.raises(BadSample, match=r"talk.*1 pictures, and this model is a language model") as raised:
+    with pytest.raises(BadSample, match="language model does not see") as raised:
         sample_of(encoder, TALKS["one picture"])
     assert raised.value.sample_id == "talk"
 
