@@ -180,7 +180,7 @@ def test_a_samples_own_system_turn_stands_in_the_place_of_the_templates(name: st
     found = TEMPLATES[name].render(turns)
     assert found.text.startswith(SYSTEM_TURN[name])
     assert found.answer_spans[0][0] == len(SYSTEM_TURN[name])
-    assert not [span for span in found.control_spans if found.text[slice(*span)] == "</s>" and span[0] < 20]
+    assert not [span for span in found.controls if found.text[slice(*span)] == "</s>" and span[0] < 20]
 
 
 def test_captions(vicuna: PreTrainedTokenizerBase) -> None:
