@@ -117,9 +117,9 @@ def test_an_opaque_layers_gain_is_kept_and_fresh(launches):
     model, x = opaque_model(Sealed()), torch.randn(5, 26)
     layer = model[0]
     model(x)
-    kept = layer._gain
+    kept = layer._kept["gain"]
     model(x)
-    assert layer._gain is kept
+    assert layer._kept["gain"] is kept
     before = model(x).detach()
     with torch.no_grad():
         layer.magnitude.mul_(1.5)
