@@ -48,7 +48,6 @@ from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS, VIDEO_SECONDS,
 from dora_vl.data.samples import BadSampleLedger, write_skipped
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError, exit_on_user_error, one_line, shown_text
-from dora_vl.training.launch import give_way_when_busy
 
 PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE_ENDINGS, VIDEO_ENDINGS))
 
@@ -239,7 +238,6 @@ def main(arguments: list[str] | None = None) -> None:
     gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
     device = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
     encoder = FeatureEncoder(feature_settings(options), device=device)
-    give_way_when_busy()
     with ended_in_order():
         ledger = compute(media, encoder, options.to, root=options.root, options=options)
     counts = ledger.counts
