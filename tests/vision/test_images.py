@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from dora_vl.backbones import tower_pictures
+from dora_vl.backbones.tower_config import CLIP_MEAN, CLIP_STD
 from dora_vl.backbones.tower_pictures import ImagePreparation, Preparation, image_processor
-from dora_vl.backbones.towers import CLIP_MEAN, CLIP_STD
 from dora_vl.errors import UserError
 
 SIDE = 28
