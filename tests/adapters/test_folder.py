@@ -100,6 +100,7 @@ def test_peft_opens_what_it_can_represent_and_refuses_the_rest(name, tmp_path):
     torch.testing.assert_close(peft(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_answers(tmp_path):
     model, x = trained_small("extras"), torch.randn(2, 6)
     save_adapter(model, tmp_path / "a")
