@@ -13,8 +13,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from dora_vl.backbones.tower_spec import VisionLibrary
 
 Layout = Literal["NCHW", "NHWC", "NLC"]
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 # transformers' generated __init__ takes more names than its signature says; a checker that reads it refuses them.
