@@ -27,10 +27,8 @@ class TooManyRequests(UserError):
 class TooLate(UserError):
     """The answer was not there in the time that a request has."""
 
-
-def too_late() -> TooLate:
-    """That a request's time is over, wherever it was by then."""
-    return TooLate("it took too long; ask for a shorter answer, or try again later")
+    def __init__(self, message: str = "it took too long; ask for a shorter answer, or try again later") -> None:
+        super().__init__(message)
 
 
 class Stopped(UserError):
@@ -147,13 +145,10 @@ class Answering:
 
     def give_up(self) -> None:
         """Tells that there is no answer, or no more of it: it took too long, or nobody waits for it."""
-        if self.late:
-            self.tell(Failed(too_late()))
-        else:
-            self.tell(Failed(Stopped("nobody waits for it any more")))
+        self.tell(Failed(TooLate() if self.late else Stopped("nobody waits for it any more")))
 
 
-# Requests that wait, and which of them make the next batch.
+# -- requests that wait, and which of them make the next batch --------------------------------------------------------
 
 
 ENDING = "the server is ending"
@@ -296,12 +291,12 @@ class WaitingRoom:
         if len(rows) * max(row.tokens for row in rows) > self._settings.batch_tokens:
             return False
         showing = [row for row in rows if row.media]
-        eyes = {row.share if row.asked.alone else None for row in showing}
+        vision_adapters = {row.share if row.asked.alone else None for row in showing}
         kinds = {row.media for row in showing}
-        return len(eyes) <= 1 and not (len(kinds) > 1 and self._one_kind())
+        return len(vision_adapters) <= 1 and not (len(kinds) > 1 and self._one_kind())
 
 
-# Whoever waits for an answer: whether it is still there, and how much of its time is left.
+# -- whoever waits for an answer: whether it is still there, and how much of its time is left -------------------------
 
 
 LOOK_SECONDS = 0.5
@@ -332,7 +327,7 @@ class WaitingClient:
         if self._gone.is_set():
             raise Stopped("the client has gone away")
         if time.monotonic() > self.deadline:
-            raise too_late()
+            raise TooLate()
 
     @contextlib.asynccontextmanager
     async def watched(self, leave: Callable[[], object]) -> AsyncIterator[None]:

@@ -13,10 +13,9 @@ import queue
 import threading
 import time
 import traceback
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from dora_vl.core.strength import checked_strength
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, one_line
 from dora_vl.evaluation.asker import Shown
-from dora_vl.evaluation.predict import Decoding
+from dora_vl.evaluation.predict import Decoding as Room
 from dora_vl.evaluation.prompt_inputs import BOOKKEEPING
 from dora_vl.serving.answering import (
     ENDING,
@@ -60,10 +59,10 @@ from dora_vl.serving.decoding import (
 )
 from dora_vl.serving.model import Asked, ServedModel, UnknownModel, refuse_endless
 
-# A batch that takes requests in while it is decoded: a decoding method for transformers' generate.
+# -- a batch that takes requests in while it is decoded: a decoding method for transformers' generate -----------------
 #
 # A request that comes reads its prompt at the next token and goes on with the others; one that is over leaves. Models
-# whose rows cannot come to others (`joined_rows.may_join`) are decoded as generate does it, from the first to the last.
+# whose rows cannot come to others (`may_join`) are decoded as generate does it, from the first to the last.
 
 
 @dataclass
@@ -74,16 +73,29 @@ class Member:
     text: RowText
     draws: torch.Generator | None = None
 
+    @property
+    def share(self) -> tuple[str, float]:
+        """By which rows are sorted, so that the model's layers see few runs: the base before every adapter."""
+        return self.answering.prepared.share or ("", 0.0)
+
 
 Members = Sequence[Member]
 Read = tuple[list[Member], JoinedRows, Float[Tensor, "rows vocab"]]
 
 
-class JoinableDecoding(ABC):
-    """What transformers' generate calls to decode a batch (`custom_generate`); nobody reads the ids that it returns."""
+@dataclass(frozen=True)
+class Decoding:
+    """What transformers' generate calls to decode a batch (`custom_generate`); nobody reads the ids that it returns.
+
+    Attributes:
+        media: names of the inputs that hold pictures and videos.
+        take: gets rows whose prompts have been read, and the scores of their next tokens.
+        joins: whether rows that cannot join others are an error; else generate decodes them as it does.
+    """
 
     media: Collection[str]
-    """Names of the inputs that hold pictures and videos."""
+    take: Callable[[Any, JoinedRows, Float[Tensor, "rows vocab"]], None]
+    joins: bool = False
 
     def __call__(
         self,
@@ -94,103 +106,14 @@ class JoinableDecoding(ABC):
         generation_config: Any,
         **arguments: Any,
     ) -> Tensor:
-        """Reads the prompts and takes them from there, or does what is done with rows that cannot join others."""
-        if not can_join(logits_processor, generation_config) or not may_join(arguments, self.media):
-            named = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-            return self.alone(model, input_ids, generation_config=generation_config, **named, **arguments)
-        self.take(model, *JoinedRows.read(model, input_ids, generation_config, arguments))
-        return input_ids
-
-    @abstractmethod
-    def alone(self, model: Any, input_ids: Tensor, **named: Any) -> Tensor:
-        """Rows that cannot join others, with all that generate gave by name."""
-
-    @abstractmethod
-    def take(self, model: Any, rows: JoinedRows, logits: Float[Tensor, "rows vocab"]) -> None:
-        """Rows whose prompts have been read, and the scores of their next tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JoinedDecoding(JoinableDecoding):
-    """Decodes a batch, whatever joins it.
-
-    Attributes:
-        members: one for each row, in the rows' order.
-        ends: tokens that end an answer.
-        media: names of the inputs that hold pictures and videos.
-        holding: a context in which the model's rows are these.
-        newcomers: reads what may join so many columns of these, once a token; nothing where nothing may.
-        order: by what rows are sorted.
-    """
-
-    members: list[Member]
-    ends: Collection[int]
-    media: Collection[str]
-    holding: Callable[[Members], AbstractContextManager[None]]
-    newcomers: Callable[[Members, int], Sequence[Read]]
-    order: Callable[[Member], Any]
-
-    def alone(self, model: Any, input_ids: Tensor, **named: Any) -> Tensor:
-        """As generate does it."""
-        return model._sample(input_ids, **named)
-
-    def take(self, model: Any, rows: JoinedRows, logits: Float[Tensor, "rows vocab"]) -> None:
-        """Token by token, until no member is left."""
-        members, tokens = self.members, self._next(self.members, logits)
-        while True:
-            members, tokens = self._let_go(members, tokens, rows)
-            if not members:
-                return
-            for new, read, first in self.newcomers(members, rows.columns):
-                rows.join(read)
-                members, tokens = [*members, *new], [*tokens, *self._next(new, first)]
-                members, tokens = self._sorted(members, tokens, rows)
-            members, tokens = self._let_go(members, tokens, rows)
-            if not members:
-                return
-            with self.holding(members):
-                logits = rows.step(model, torch.tensor(tokens, device=logits.device))
-            tokens = self._next(members, logits)
-
-    def _next(self, members: Members, logits: Float[Tensor, "rows vocab"]) -> list[int]:
-        """Each row's next token, which it has taken."""
-        tokens = [
-            token if one.draws is None else one.text.draw(row, one.draws)
-            for one, token, row in zip(members, likeliest(logits, [one.text for one in members]), logits, strict=True)
-        ]
-        for one, token in zip(members, tokens, strict=True):
-            one.text.take(token, self.ends)
-        return tokens
-
-    def _let_go(self, members: list[Member], tokens: list[int], rows: JoinedRows) -> tuple[list[Member], list[int]]:
-        """Without those that are over."""
-        on = [place for place, one in enumerate(members) if one.text.reason is None]
-        if on and len(on) < len(members):
-            rows.keep(on)
-        return [members[place] for place in on], [tokens[place] for place in on]
-
-    def _sorted(self, members: list[Member], tokens: list[int], rows: JoinedRows) -> tuple[list[Member], list[int]]:
-        """Adapter by adapter, so that the model's layers see few runs."""
-        places = sorted(range(len(members)), key=lambda place: self.order(members[place]))
-        if places != [*range(len(members))]:
-            rows.keep(places)
-        return [members[place] for place in places], [tokens[place] for place in places]
-
-
-@dataclass
-class Reading(JoinableDecoding):
-    """Reads prompts and no more."""
-
-    media: Collection[str]
-    found: list[tuple[JoinedRows, Tensor]] = field(default_factory=list)
-
-    def alone(self, model: Any, input_ids: Tensor, **named: Any) -> Tensor:
-        """Raises ValueError: these cannot join, though the batch's first rows could."""
-        raise ValueError("a prompt that cannot join the batch at hand")
-
-    def take(self, model: Any, rows: JoinedRows, logits: Float[Tensor, "rows vocab"]) -> None:
-        """Keeps them."""
-        self.found.append((rows, logits))
+        """Reads the prompts and hands them on."""
+        if can_join(logits_processor, generation_config) and may_join(arguments, self.media):
+            self.take(model, *JoinedRows.read(model, input_ids, generation_config, arguments))
+            return input_ids
+        if self.joins:
+            raise ValueError("a prompt that cannot join the running batch")
+        named = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria, **arguments}
+        return model._sample(input_ids, generation_config=generation_config, **named)
 
 
 def can_join(logits_processor: Any, generation_config: Any) -> bool:
@@ -199,11 +122,9 @@ def can_join(logits_processor: Any, generation_config: Any) -> bool:
     return own and not generation_config.stop_strings and generation_config.prefill_chunk_size is None
 
 
-# Requests as rows of a served model: their inputs, their adapters, and how each tells what becomes of it.
+# -- requests as rows of a served model: their inputs, their adapters, and how each tells what becomes of it ----------
 
 
-BASE = ("", 0.0)
-"""Before every share of an adapter."""
 TOKENS = frozenset({"input_ids", *ALIGNED, *BOOKKEEPING})
 """Of a batch's inputs, those that are no pictures and videos."""
 
@@ -223,12 +144,14 @@ class ModelRows:
         """Tokens that end an answer."""
 
     def answer(self, batch: Sequence[Answering], newcomers: Callable[[Members, int], Sequence[Read]]) -> None:
-        """Answers a batch, and what `newcomers` reads meanwhile; see `JoinedDecoding`."""
+        """Answers a batch, and what comes meanwhile.
+
+        Args:
+            newcomers: reads what may join so many columns of these members, once a token; nothing where nothing may.
+        """
         members, inputs, media = self.begin(batch)
-        decoding = JoinedDecoding(
-            members=members, ends=self.ends, media=media, holding=self._holding, newcomers=newcomers, order=_share
-        )
-        most = max(one.text.sampling.max_new_tokens for one in members)
+        most = max(member.text.sampling.max_new_tokens for member in members)
+        decoding = Decoding(media, partial(self._decode, members, newcomers))
         self._run(members, inputs, most, decoding)
 
     def read(self, come: Sequence[Answering]) -> Read:
@@ -238,20 +161,58 @@ class ModelRows:
             ValueError: they cannot.
         """
         members, inputs, media = self.begin(come)
-        reading = Reading(media)
-        self._run(members, inputs, 1, reading)
-        ((rows, logits),) = reading.found
+        read: list[tuple[JoinedRows, Tensor]] = []
+        decoding = Decoding(media, lambda _, rows, logits: read.append((rows, logits)), joins=True)
+        self._run(members, inputs, 1, decoding)
+        ((rows, logits),) = read
         return members, rows, logits
+
+    def _decode(
+        self,
+        members: list[Member],
+        newcomers: Callable[[Members, int], Sequence[Read]],
+        model: Any,
+        rows: JoinedRows,
+        logits: Float[Tensor, "rows vocab"],
+    ) -> None:
+        """Token by token, until no member is left."""
+        tokens = self._next(members, logits)
+        while True:
+            members, tokens = _kept(members, tokens, rows)
+            if not members:
+                return
+            come = newcomers(members, rows.columns)
+            for new, read, first in come:
+                rows.join(read)
+                members, tokens = [*members, *new], [*tokens, *self._next(new, first)]
+            if come:
+                members, tokens = _kept(members, tokens, rows)
+                if not members:
+                    return
+            with self._holding(members):
+                logits = rows.step(model, torch.tensor(tokens, device=logits.device))
+            tokens = self._next(members, logits)
+
+    def _next(self, members: Members, logits: Float[Tensor, "rows vocab"]) -> list[int]:
+        """Each row's next token, which it has taken."""
+        best = likeliest(logits, [member.text for member in members])
+        tokens = [
+            token if member.draws is None else member.text.draw(row, member.draws)
+            for member, token, row in zip(members, best, logits, strict=True)
+        ]
+        for member, token in zip(members, tokens, strict=True):
+            member.text.take(token, self.ends)
+        return tokens
 
     def begin(self, batch: Sequence[Answering]) -> tuple[list[Member], Mapping[str, Any], frozenset[str]]:
         """The rows of requests, the base first and then adapter by adapter, their inputs, and which are media."""
         assistant = self._model.assistant
         made = (Member(one, self._text(one), drawing(one.prepared.sampling, assistant.device)) for one in batch)
-        members = sorted(made, key=_share)
+        members = sorted(made, key=lambda member: member.share)
         inputs = assistant.prompts.collate([one.answering.prepared.sample for one in members], "left")
         return members, inputs, frozenset(inputs).difference(TOKENS)
 
-    def _run(self, members: Members, inputs: Mapping[str, Any], most: int, decoding: JoinableDecoding) -> None:
+    def _run(self, members: Members, inputs: Mapping[str, Any], most: int, decoding: Decoding) -> None:
         assistant = self._model.assistant
         options = generate_options([one.text for one in members], self.ends, assistant.device)
         pictures = [one.answering.prepared.pictures for one in members]
@@ -287,9 +248,13 @@ class ModelRows:
         )
 
 
-def _share(one: Member) -> tuple[str, float]:
-    """By which rows are sorted."""
-    return one.answering.prepared.share or BASE
+def _kept(members: list[Member], tokens: list[int], rows: JoinedRows) -> tuple[list[Member], list[int]]:
+    """Without those that are over, adapter by adapter."""
+    on = [place for place, member in enumerate(members) if member.text.reason is None]
+    on.sort(key=lambda place: members[place].share)
+    if on and on != [*range(len(members))]:
+        rows.keep(on)
+    return [members[place] for place in on], [tokens[place] for place in on]
 
 
 log = logging.getLogger(__name__)
@@ -360,7 +325,7 @@ class Engine:
             raise BadSample("request", f"its prompt takes {tokens} tokens, and {most} are allowed here; shorten it")
         if fill and positions is not None:
             sampling = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, positions - tokens)))
-        Decoding(max_new_tokens=sampling.max_new_tokens, max_positions=positions).check_room(tokens, "request")
+        Room(max_new_tokens=sampling.max_new_tokens, max_positions=positions).check_room(tokens, "request")
         return Prepared(asked, sample, sampling, strength)
 
     def submit(self, prepared: Prepared, put: Callable[[Event], object], deadline: float | None = None) -> Answering:
@@ -509,20 +474,12 @@ class Engine:
             one.tell(Failed(again))
 
     def _generate(self, batch: Sequence[Answering], joined: list[Answering] | None) -> None:
-        """Answers a batch, and what comes meanwhile.
+        """Answers a batch, and what comes meanwhile, which `joined` receives; None: nobody may come."""
+        self._rows.answer(batch, lambda members, columns: self._newcomers(members, columns, joined))
 
-        Args:
-            joined: receives those that came; None: nobody may.
-        """
-
-        def newcomers(running: Members, columns: int) -> Sequence[Read]:
-            return () if joined is None else self._newcomers(running, columns, joined)
-
-        self._rows.answer(batch, newcomers)
-
-    def _newcomers(self, running: Members, columns: int, joined: list[Answering]) -> Sequence[Read]:
+    def _newcomers(self, running: Members, columns: int, joined: list[Answering] | None) -> Sequence[Read]:
         """What has come meanwhile, its prompts read; what cannot be read is told, and disturbs nobody."""
-        if self._changing:  # whoever changes the adapters waits for this batch's end
+        if joined is None or self._changing:  # whoever changes the adapters waits for this batch's end
             return ()
         left = max(one.text.sampling.max_new_tokens - len(one.text.ids) for one in running)
         taken = self._room.next_joiners(len(running), columns, left)

@@ -33,14 +33,12 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
-# What no prompt can be, by numbers alone: refused before a long talk is rendered, or a huge text tokenised.
-
+# -- what no prompt can be, by numbers alone: refused before a long talk is rendered, or a huge text tokenised ---------
 
 MOST_TURNS = 512
 """A template's time grows with the square of the turns."""
 SWALLOWED = ("\ue000", " ")
 """Of what some tokenizers make one token of any length, or none: characters that they do not know, and spaces."""
-REPEATED = 16
 
 
 def refuse_endless(turns: Sequence[Turn], tokens: int | None, longest_token: int | None) -> None:
@@ -74,7 +72,7 @@ def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
     try:
         longest = max(map(len, tokenizer.get_vocab()))
-        texts = [one * REPEATED * longest for one in SWALLOWED]
+        texts = [character * 16 * longest for character in SWALLOWED]
         bounded = all(len(tokenizer.encode(text, add_special_tokens=False)) * longest >= len(text) for text in texts)
     except (NotImplementedError, TypeError, ValueError):  # without a vocabulary, or not of text alone
         return None
@@ -98,7 +96,7 @@ class Asked:
         name: of the adapter; None is the base.
         prompts: what makes its inputs.
         alone: whether the pictures of a batch must all be its own.
-        longest_token: see `prompt_limits.longest_token`.
+        longest_token: most characters that one token of its prompts stands for.
     """
 
     name: str | None
@@ -299,10 +297,10 @@ def source_on(served: ModelSource, folder: Path, *, template: str | None, any_ba
     wanted = Wanted(adapter=folder, base=served.place, any_base=True, template=_template_of(folder, template))
     source = find_source(wanted)
     stated = str(source.recipe.get("base_sha256") or "")
-    found = None if any_base or not stated else _sha256_of(served)
-    if found and found != stated:
+    own_hash = None if any_base or not stated else _sha256_of(served.place, served.revision)
+    if own_hash and own_hash != stated:
         raise UserError(
-            f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has {found[:12]}…; serve it "
+            f"{folder} was trained on a base with sha256 {stated[:12]}…, the served one has {own_hash[:12]}…; serve it "
             "with its own base, or start with --any-base to try it"
         )
     if source.kind != served.kind:
@@ -316,17 +314,13 @@ def source_on(served: ModelSource, folder: Path, *, template: str | None, any_ba
     return source
 
 
-def _sha256_of(served: ModelSource) -> str | None:
+@cache
+def _sha256_of(place: str, revision: str | None) -> str | None:
     """The hash of a base's content; None of one on the hub that is not here yet."""
     try:
-        return _content_hash(served.place, served.revision)
+        return content_hash(local_folder(place, revision))
     except OSError:
         return None
-
-
-@cache
-def _content_hash(place: str, revision: str | None) -> str:
-    return content_hash(local_folder(place, revision))
 
 
 def _template_of(adapter: Path, template: str | None) -> str | None:

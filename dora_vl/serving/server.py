@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,12 +48,12 @@ from dora_vl.serving.requests import (
     parsed,
 )
 
-# Answers as OpenAI's objects: whole, or as a stream of server-sent events.
+# -- answers as OpenAI's objects: whole, or as a stream of server-sent events ------------------------------------------
 
 
-def _head(asked: ChatRequest, kind: str) -> dict[str, Any]:
-    made = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
-    return {**made, "model": asked.model}
+def _head(request: ChatRequest, kind: str) -> dict[str, Any]:
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
+    return {**head, "model": request.model}
 
 
 def _usage(finished: Finished) -> dict[str, int]:
@@ -62,23 +61,26 @@ def _usage(finished: Finished) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-def completion(asked: ChatRequest, finished: Finished) -> dict[str, Any]:
+def completion(request: ChatRequest, finished: Finished) -> dict[str, Any]:
     """A whole answer."""
     message = {"role": "assistant", "content": finished.text, "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": finished.reason, "logprobs": None}
-    return {**_head(asked, "chat.completion"), "choices": [choice], "usage": _usage(finished)}
+    return {**_head(request, "chat.completion"), "choices": [choice], "usage": _usage(finished)}
 
 
 async def chunks(
-    asked: ChatRequest, first: Event, answering: Answering, events: asyncio.Queue[Event]
+    request: ChatRequest, first: Event, answering: Answering, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
     """The events of one answer as OpenAI's chunks; whoever closes this ends the answer."""
-    head = _head(asked, "chat.completion.chunk")
-    told = asked.stream_options is not None and asked.stream_options.include_usage
+    head = _head(request, "chat.completion.chunk")
+    with_usage = request.stream_options is not None and request.stream_options.include_usage
+
+    def sent(content: Mapping[str, Any]) -> str:
+        return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
     def chunk(delta: Mapping[str, Any], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
-        return _sent({**head, "choices": [choice], **({"usage": None} if told else {})})
+        return sent({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     try:
         yield chunk({"role": "assistant", "content": ""})
@@ -87,21 +89,15 @@ async def chunks(
             yield chunk({"content": event.text})
             event = await events.get()
         if isinstance(event, Failed):
-            yield _sent(error_content(event.error))
+            yield sent(error_content(event.error))
             return
         yield chunk({}, event.reason)
-        if told:
-            yield _sent({**head, "choices": [], "usage": _usage(event)})
+        if with_usage:
+            yield sent({**head, "choices": [], "usage": _usage(event)})
         yield "data: [DONE]\n\n"
     finally:
         answering.cancel()
 
-
-def _sent(content: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-log = logging.getLogger(__name__)
 
 PREPARED_AT_ONCE = 8
 """Requests whose pictures are decoded at a time; the memory of all that may wait would be too much."""
@@ -164,8 +160,10 @@ class Server:
         client = WaitingClient(request, self.engine.settings.answer_seconds)
         async with self._read(request, ChatRequest) as asked:
             self.engine.model.asked(asked.model)  # before any picture is decoded
-            with _still_served(asked.model):
+            try:
                 return await self._answer(client, asked)
+            except UnknownModel:  # it was unloaded meanwhile: nothing is wrong with the request
+                raise unloaded(asked.model) from None
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: the base, and its adapters."""
@@ -221,8 +219,9 @@ class Server:
     def _prepared(self, asked: ChatRequest, go_on: Callable[[], object]) -> Prepared:
         """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
         go_on()
-        settings, positions = self.settings, self.engine.model.max_positions
+        settings = self.settings
         talk = self.media.read(asked.messages, go_on)
+        go_on()
         sampling = Sampling(
             max_new_tokens=asked.longest or settings.new_tokens,
             temperature=settings.temperature if asked.temperature is None else asked.temperature,
@@ -230,18 +229,21 @@ class Server:
             stop=asked.stops,
             seed=asked.seed,
         )
-        go_on()
-        shown_there = {"pictures": talk.pictures, "videos": talk.videos}
-        roomy = asked.longest is not None or positions is None
-        strength = 1.0 if asked.strength is None else asked.strength
-        return self.engine.prepare(asked.model, talk.turns, sampling, fill=not roomy, strength=strength, **shown_there)
+        return self.engine.prepare(
+            asked.model,
+            talk.turns,
+            sampling,
+            pictures=talk.pictures,
+            videos=talk.videos,
+            fill=asked.longest is None and self.engine.model.max_positions is not None,
+            strength=1.0 if asked.strength is None else asked.strength,
+        )
 
     def _adapter_root(self) -> Path:
         """The folder below which clients may load adapters."""
-        root = self.settings.adapter_root
-        if root is None:
+        if self.settings.adapter_root is None:
             raise UserError("this server's clients load and drop no adapters; start it with --adapter-root FOLDER")
-        return root
+        return self.settings.adapter_root
 
     def _allowed(self, path: str) -> Path:
         """An adapter's folder that a client may load."""
@@ -256,10 +258,11 @@ class Server:
             )
         return folder
 
-    # -- answering ---------------------------------------------------------------------------------------------
-
     async def _answer(self, client: WaitingClient, asked: ChatRequest) -> Response:
-        """The answer, as long as the client waits for it."""
+        """The answer, as long as the client waits for it.
+
+        What goes wrong before the first piece of a stream has its own status, as in a whole answer.
+        """
         async with client.watched(lambda: None):
             prepared = await run_sync(partial(self._prepared, asked, client.check), limiter=self._preparing)
         client.check()
@@ -271,39 +274,18 @@ class Server:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         answering = self.engine.submit(prepared, put, deadline=client.deadline)  # reading the request was of its time
-        answer = self._stream if asked.stream else self._whole
-        return await answer(client, asked, answering, events)
-
-    async def _whole(
-        self, client: WaitingClient, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
-    ) -> Response:
         async with client.watched(answering.cancel):
-            while not isinstance(event := await events.get(), Finished):
-                if isinstance(event, Failed):
-                    raise event.error
-        return JSONResponse(completion(asked, event))
-
-    async def _stream(
-        self, client: WaitingClient, asked: ChatRequest, answering: Answering, events: asyncio.Queue[Event]
-    ) -> Response:
-        """The answer as server-sent events; what goes wrong before the first piece still has its own status."""
-        async with client.watched(answering.cancel):
-            first = await events.get()
-        if isinstance(first, Failed):
-            raise first.error
-        return StreamingResponse(chunks(asked, first, answering, events), media_type="text/event-stream")
+            event = await events.get()
+            while isinstance(event, Piece) and not asked.stream:
+                event = await events.get()
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Finished) and not asked.stream:
+            return JSONResponse(completion(asked, event))
+        return StreamingResponse(chunks(asked, event, answering, events), media_type="text/event-stream")
 
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "dora-vl"}
-
-
-@contextlib.contextmanager
-def _still_served(name: str) -> Iterator[None]:
-    """Meanwhile a model that is not there any more was unloaded: nothing is wrong with the request."""
-    try:
-        yield
-    except UnknownModel:
-        raise unloaded(name) from None
 
 
 def build_app(server: Server) -> FastAPI:

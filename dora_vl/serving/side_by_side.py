@@ -150,7 +150,8 @@ class SideBySide:
         Raises:
             UserError: there are too many, or one is too large or broken; it names the file.
         """
-        videos = [file for file in files if is_video(file)]
+        # By their names; what a file really is shows when it is read.
+        videos = [file for file in files if str(mimetypes.guess_type(file.name)[0]).startswith("video/")]
         pictures = [file for file in files if file not in videos]
         self.media.refuse_many(len(pictures), len(videos), "you have chosen")
         return Shown(
@@ -207,7 +208,8 @@ class SideBySide:
         running, start = _Running(), time.monotonic()
         try:
             for column, one in enumerate(prepared):
-                running.handed_in.append(self.engine.submit(one, partial(_put, running.events, column)))
+                put = partial(lambda column, event: running.events.put((column, event)), column)
+                running.handed_in.append(self.engine.submit(one, put))
             with self._lock:
                 self._running[person] = running
             yield exchange
@@ -246,15 +248,6 @@ class _Running:
         for column, one in enumerate(self.handed_in):
             one.cancel()
             self.events.put((column, HALT))
-
-
-def is_video(file: Path) -> bool:
-    """Whether a file's name says that it is a video; what it really is shows when it is read."""
-    return str(mimetypes.guess_type(file.name)[0]).startswith("video/")
-
-
-def _put(events: Events, column: int, event: Event) -> None:
-    events.put((column, event))
 
 
 def _after(exchange: Exchange, events: Events, start: float) -> Exchange:
