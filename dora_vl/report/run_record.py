@@ -64,11 +64,7 @@ class RunRecord:
 
 
 def read_run(folder: Path, label: str) -> RunRecord:
-    """One run's folder.
-
-    Raises:
-        UserError: it is none, or training has not begun in it.
-    """
+    """One run's folder. Raises UserError: it is none, or training has not begun in it."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the training.output_dir of a run")
     if not (folder / LOSS_LOG).is_file():

@@ -12,7 +12,7 @@ import base64
 import binascii
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.serving.answering import Stopped, TooLate, TooManyRequests
 from dora_vl.serving.model import UnknownModel
 from dora_vl.serving.options import LOCAL, name_of
-from dora_vl.serving.requests import BadRequest, NotJson, TooLarge
+from dora_vl.serving.requests import BadRequest, TooLarge
 
 # -- how each error is told over HTTP: status, and OpenAI's error object -----------------------------------------------
 
@@ -38,6 +38,10 @@ class Refused(UserError):
 
 class NoKey(UserError):
     """The program was started with a key, and the request lacks it."""
+
+
+class NotJson(UserError):
+    """A request's content is not declared as JSON."""
 
 
 Problem = tuple[int, str, str | None]
@@ -136,18 +140,33 @@ def _given_key(headers: Headers) -> bytes:
 
 
 class Door:
-    """Stands before an application.
+    """Stands before an application: who may come in, with how much, in what time.
 
     Args:
-        app: the application.
+        app: the application, which finds a POST's JSON in `scope["content"]` too.
         admission: who may come in.
         body_seconds: longest time that a request's content may take to come.
+        largest: most bytes of a request's content.
+        at_once: so many times as many bytes may be on their way, of all clients.
+        streamed: paths whose content is the application's to read and to limit.
     """
 
-    def __init__(self, app: ASGIApp, admission: Admission, body_seconds: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        admission: Admission,
+        body_seconds: float,
+        *,
+        largest: int,
+        at_once: int,
+        streamed: Container[str] = (),
+    ) -> None:
         self._app = app
         self._admission = admission
         self._body_seconds = body_seconds
+        self._largest, self._together = largest, at_once * largest
+        self._streamed = streamed
+        self._coming = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -162,11 +181,54 @@ class Door:
             await send(message)
 
         try:
-            self._admission.check(Headers(scope=scope))
-            await self._app(scope, _in_time(receive, self._body_seconds), noted)
+            headers = Headers(scope=scope)
+            self._admission.check(headers)
+            receive = _in_time(receive, self._body_seconds)
+            if scope["method"] == "POST" and scope["path"] not in self._streamed:
+                scope["content"] = await self._content(headers, receive)
+                receive = _again(scope["content"], receive)
+            await self._app(scope, receive, noted)
         except UserError as error:
             if not begun:
                 await error_response(error)(scope, receive, send)
+
+    async def _content(self, headers: Headers, receive: Receive) -> bytes:
+        """A request's JSON, whole; a client that sends slowly has no more memory of it than it has sent.
+
+        What is not declared as JSON is refused: a browser lets any web page post other types to this machine unasked.
+        """
+        declared, stated = headers.get("content-type", ""), headers.get("content-length", "")
+        if declared.partition(";")[0].strip().lower() != "application/json":
+            raise NotJson(f"the request's Content-Type must be application/json, not {shown(declared)}")
+        too_large = TooLarge(f"the request is larger than the {self._largest:,} bytes allowed here")
+        if stated.isdecimal() and int(stated) > self._largest:
+            raise too_large
+        content, more = bytearray(), True
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Stopped("the client has gone away")
+                chunk, more = message.get("body", b""), bool(message.get("more_body"))
+                content.extend(chunk)
+                self._coming += len(chunk)
+                if len(content) > self._largest:
+                    raise too_large
+                if self._coming > self._together:
+                    raise TooManyRequests("too many requests are being sent; try again later")
+        finally:
+            self._coming -= len(content)
+        return bytes(content)
+
+
+def _again(content: bytes, receive: Receive) -> Receive:
+    """The messages of a request whose content was read already."""
+    left = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def next_message() -> Message:
+        return left.pop() if left else await receive()
+
+    return next_message
 
 
 def _in_time(receive: Receive, seconds: float) -> Receive:

@@ -155,11 +155,7 @@ class ModelRows:
         self._run(members, inputs, most, decoding)
 
     def read(self, come: Sequence[Answering]) -> Read:
-        """Reads the prompts of requests that may join a batch.
-
-        Raises:
-            ValueError: they cannot.
-        """
+        """Reads the prompts of requests that may join a batch. Raises ValueError: they cannot."""
         members, inputs, media = self.begin(come)
         read: list[tuple[JoinedRows, Tensor]] = []
         decoding = Decoding(media, lambda _, rows, logits: read.append((rows, logits)), joins=True)

@@ -151,11 +151,7 @@ class ServedModel:
         return tuple(self._asked)
 
     def asked(self, name: str) -> Asked:
-        """How a model of this name is asked.
-
-        Raises:
-            UnknownModel: there is none.
-        """
+        """How a model of this name is asked. Raises UnknownModel: there is none."""
         if name not in self._asked:
             raise UnknownModel(f"no model {shown(name)} is served; there are {', '.join(self._asked)}")
         return self._asked[name]
@@ -173,11 +169,7 @@ class ServedModel:
         return Asked(name, prompts, read.alone, longest_token(prompts.tokenizer)), read
 
     def put(self, asked: Asked, adapter: ReadAdapter) -> None:
-        """Serves what was read; between batches only.
-
-        Raises:
-            UserError: the name was taken meanwhile.
-        """
+        """Serves what was read; between batches only. Raises UserError: the name was taken meanwhile."""
         name = str(asked.name)
         self._refuse_taken(name)
         self.adapters.put(name, adapter)

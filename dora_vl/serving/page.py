@@ -20,8 +20,8 @@ from typing import Any, no_type_check
 import gradio as gr  # pyright: ignore[reportMissingImports] - of the extra `web`
 import uvicorn
 from anyio.to_thread import run_sync
-from fastapi import FastAPI, Request
-from starlette.datastructures import MutableHeaders
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dora_vl.core.strength import checked_strength
@@ -44,7 +44,6 @@ from dora_vl.serving.page_parts import (
     shown_view,
     theme,
 )
-from dora_vl.serving.requests import Intake, check_json
 from dora_vl.serving.side_by_side import NOTHING, SideBySide, Speaker, Talk, plain
 
 # The page over HTTP: Gradio's application, kept from asking anybody else, and from giving or keeping any file.
@@ -166,35 +165,21 @@ class OwnFilesAlone:
     def __init__(self, app: ASGIApp, uploads: Uploads) -> None:
         self._app = app
         self._uploads = uploads
-        self._intake = Intake(LARGEST_EVENT, EVENTS_AT_ONCE * LARGEST_EVENT)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request.
-
-        Raises:
-            UserError: it is refused.
-        """
+        """One request. Raises UserError: it is refused."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        addresses, request = ADDRESSES.get(scope["method"]), Request(scope, receive)
+        addresses = ADDRESSES.get(scope["method"])
         if addresses is None or not addresses.fullmatch(scope["path"]):
             raise Refused("the page has no such address")
         if scope["path"] == UPLOAD:
-            with self._uploads.coming(request.headers.get("content-length", "")):
+            with self._uploads.coming(Headers(scope=scope).get("content-length", "")):
                 await self._app(scope, receive, send)
             return
         if scope["method"] == "POST":
-            check_json(request)
-            content = await self._intake.content(request)
-            self._check_files(content)
-            left = [{"type": "http.request", "body": content, "more_body": False}]
-
-            async def again() -> Message:  # the content that was read already
-                return left.pop() if left else await receive()
-
-            await self._app(scope, again, send)
-            return
+            self._check_files(scope["content"])
         await self._app(scope, receive, send)
 
     def _check_files(self, content: bytes) -> None:
@@ -259,7 +244,8 @@ def build_page_app(page: Any, admission: Admission, *, upload_bytes: int, waitin
     )
     app.add_middleware(OwnFilesAlone, uploads=page.uploads)
     app.add_middleware(OwnHostAlone)
-    app.add_middleware(Door, admission=admission, body_seconds=BODY_SECONDS)
+    limits = {"largest": LARGEST_EVENT, "at_once": EVENTS_AT_ONCE, "streamed": (UPLOAD,)}
+    app.add_middleware(Door, admission=admission, body_seconds=BODY_SECONDS, **limits)
     page.blocks.queue(max_size=waiting, api_open=False)
     page.blocks.has_launched = True  # else Gradio takes any file for an uploaded one; its mount leaves that out
     return gr.mount_gradio_app(
@@ -471,11 +457,7 @@ class Page:
         yield {parts.ask: gr.update(interactive=True), parts.stop: gr.update(interactive=False)}
 
     def _speakers(self, chosen: Sequence[Any]) -> list[Speaker]:
-        """Who is asked, one a column; the base has no strength.
-
-        Raises:
-            UserError: a strength is none.
-        """
+        """Who is asked, one a column; the base has no strength. Raises UserError: a strength is none."""
         both = zip(chosen[:2], chosen[2:4], strict=True)
         return [
             Speaker(name=name, strength=1.0 if name == self._base else checked_strength(strength))

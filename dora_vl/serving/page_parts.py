@@ -356,11 +356,7 @@ class Talks:
         return key
 
     def get(self, key: str) -> Talk:
-        """A talk as it was kept last; of no key an empty one.
-
-        Raises:
-            UserError: it is gone.
-        """
+        """A talk as it was kept last; of no key an empty one. Raises UserError: it is gone."""
         if not key:
             return Talk()
         with self._lock:

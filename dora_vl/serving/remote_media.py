@@ -58,11 +58,7 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
 
 
 def _checked(url: str) -> SplitResult:
-    """The address in its parts.
-
-    Raises:
-        NotFetched: not http(s), without a host, or with a password.
-    """
+    """The address in its parts. Raises NotFetched: not http(s), without a host, or with a password."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -140,11 +136,7 @@ class _Pinned(http.client.HTTPConnection):
                 socket.socket.shutdown(self._open, socket.SHUT_RDWR)  # TLS's own would change what is being read
 
     def connect(self) -> None:
-        """Connects, and proves with TLS that it is the named host.
-
-        Raises:
-            TimeoutError: it was aborted meanwhile.
-        """
+        """Connects, and proves with TLS that it is the named host. Raises TimeoutError: it was aborted meanwhile."""
         self.sock = self._open = socket.create_connection((self._address, self.port), self.timeout)
         if self._tls:
             context, name = ssl.create_default_context(), self.host

@@ -13,10 +13,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from fastapi import Request
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from starlette.requests import ClientDisconnect
 
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import MOST_STRENGTH
@@ -25,7 +23,6 @@ from dora_vl.data.readers import ROLES
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn, placeholder_first
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError, one_line, shown
-from dora_vl.serving.answering import Stopped, TooManyRequests
 from dora_vl.serving.remote_media import FetchLimits, NotFetched, fetch
 from dora_vl.training.assembly import VideoReading
 
@@ -329,11 +326,7 @@ class RequestMedia:
             raise BadRequest(where, error.reason) from None
 
     def video(self, content: bytes, where: str) -> Video:
-        """The frames of a video's file that a model sees.
-
-        Raises:
-            BadRequest: it cannot be decoded, or not in time.
-        """
+        """The frames of a video's file that a model sees. Raises BadRequest: it cannot be decoded, or not in time."""
         limits = self.limits
         with tempfile.TemporaryDirectory(prefix="dora-vl-") as folder, self._decoding:
             (Path(folder) / "video").write_bytes(content)
@@ -358,11 +351,7 @@ class RequestMedia:
 
 
 def words(text: str, where: str, *, shows_videos: bool) -> str:
-    """A person's words, which may not hold what stands for a picture or a video.
-
-    Raises:
-        BadRequest: they do.
-    """
+    """A person's words, which may not hold what stands for a picture or a video. Raises BadRequest: they do."""
     for placeholder in (IMAGE_PLACEHOLDER, *([VIDEO_PLACEHOLDER] if shows_videos else [])):
         if placeholder in text:
             raise BadRequest(where, f"the text holds {placeholder}; pictures and videos are parts of their own")
@@ -381,7 +370,7 @@ def _from_data_url(url: str, where: str, most: int) -> bytes:
         raise BadRequest(where, f"the data: URL {shown(url)} cannot be read: {error}") from None
 
 
-# -- the JSON that a request brings: of its declared type, of at most so many bytes and values, and checked ------------
+# -- the JSON that a request brings: of at most so many values, and checked --------------------------------------------
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST_VALUES = 200_000
@@ -407,62 +396,6 @@ WORDS = {
     "Invalid JSON": "it is no JSON",
 }
 """Pydantic's words, and those for a person who knows OpenAI's fields."""
-
-
-class NotJson(UserError):
-    """A request's content is not declared as JSON."""
-
-
-@dataclass
-class Intake:
-    """The content of requests while it comes: a client that sends slowly has no more of it than it has sent.
-
-    Attributes:
-        each: most bytes of a request.
-        together: of all that are on their way.
-    """
-
-    each: int
-    together: int
-    _coming: int = 0
-
-    async def content(self, request: Request) -> bytes:
-        """A request's content, whole.
-
-        Raises:
-            TooLarge: it has more bytes.
-            TooManyRequests: too many bytes of requests are on their way.
-            Stopped: the client has gone away.
-        """
-        stated = request.headers.get("content-length", "")
-        too_large = TooLarge(f"the request is larger than the {self.each:,} bytes allowed here")
-        if stated.isdecimal() and int(stated) > self.each:
-            raise too_large
-        content = bytearray()
-        try:
-            async for chunk in request.stream():
-                content.extend(chunk)
-                self._coming += len(chunk)
-                if len(content) > self.each:
-                    raise too_large
-                if self._coming > self.together:
-                    raise TooManyRequests("too many requests are being sent; try again later")
-        except ClientDisconnect:
-            raise Stopped("the client has gone away") from None
-        finally:
-            self._coming -= len(content)
-        return bytes(content)
-
-
-def check_json(request: Request) -> None:
-    """Refuses what is not declared as JSON: a browser lets any web page post other types to this machine unasked.
-
-    Raises:
-        NotJson: it is not.
-    """
-    declared = request.headers.get("content-type", "")
-    if declared.partition(";")[0].strip().lower() != "application/json":
-        raise NotJson(f"the request's Content-Type must be application/json, not {shown(declared)}")
 
 
 def parsed(kind: type[Model], content: bytes) -> Model:

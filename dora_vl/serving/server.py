@@ -38,13 +38,11 @@ from dora_vl.serving.model import UnknownModel
 from dora_vl.serving.requests import (
     BadRequest,
     ChatRequest,
-    Intake,
     LoadRequest,
     MediaLimits,
     Model,
     RequestMedia,
     UnloadRequest,
-    check_json,
     parsed,
 )
 
@@ -144,7 +142,6 @@ class Server:
         self.media = RequestMedia(settings.media, engine.model.assistant.prompts.videos_of_one_length)
         self.started = int(time.time())
         self._held = 0
-        self._intake = Intake(settings.body_bytes, SENT_AT_ONCE * settings.body_bytes)
         self._preparing = CapacityLimiter(PREPARED_AT_ONCE)
 
     def __enter__(self) -> Server:
@@ -200,21 +197,13 @@ class Server:
     @contextlib.asynccontextmanager
     async def _read(self, request: Request, kind: type[Model]) -> AsyncIterator[Model]:
         """A request's content, checked; it is held once it has come whole, a streamed one until its first piece."""
-        check_json(request)
-        self._refuse_more()
-        content = await self._intake.content(request)
-        self._refuse_more()
-        self._held += 1
-        try:
-            asked = await run_sync(partial(parsed, kind, content))
-            del content  # its pictures are in what was asked
-            yield asked
-        finally:
-            self._held -= 1
-
-    def _refuse_more(self) -> None:
         if self._held >= self.settings.held:
             raise TooManyRequests(f"{self._held} requests are held already, and no more may; try again later")
+        self._held += 1
+        try:
+            yield await run_sync(partial(parsed, kind, request.scope.pop("content")))  # its pictures are in the result
+        finally:
+            self._held -= 1
 
     def _prepared(self, asked: ChatRequest, go_on: Callable[[], object]) -> Prepared:
         """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
@@ -291,7 +280,14 @@ class Server:
 def build_app(server: Server) -> FastAPI:
     """The application: routes, and every error as OpenAI's JSON."""
     app = FastAPI(title="dora-vl serve", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Door, admission=server.settings.admission, body_seconds=server.settings.body_seconds)
+    settings = server.settings
+    app.add_middleware(
+        Door,
+        admission=settings.admission,
+        body_seconds=settings.body_seconds,
+        largest=settings.body_bytes,
+        at_once=SENT_AT_ONCE,
+    )
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", server.chat),
         ("GET", "/v1/models", server.models),

@@ -134,11 +134,7 @@ class Translation:
 
 
 def translate(tool: Tool, given: Mapping[str, Any], file: Path) -> Translation:
-    """All settings of one file; null is silence.
-
-    Raises:
-        UserError: a value that its setting cannot have.
-    """
+    """All settings of one file; null is silence. Raises UserError: a value that its setting cannot have."""
     spoken = {key: value for key, value in given.items() if value is not None}
     settings = {**tool.defaults, **spoken}
     method = tool.method(settings)

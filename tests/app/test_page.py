@@ -23,8 +23,7 @@ from dora_vl.serving.page_parts import ExampleQuestion, shown_view
 from dora_vl.serving.requests import MediaLimits
 from dora_vl.serving.side_by_side import SideBySide
 from tests.app.browser import QUESTION_BOX, Visitor, browser, find_chromium, page_of
-from tests.app.test_engine import answers
-from tests.app.tiny_served import ADAPTERS, served, spread, write_adapters
+from tests.app.tiny_served import ADAPTERS, answers, served, spread, write_adapters
 from tests.backbones.tiny_video import write_tiny_video
 from tests.vision.video_files import write_video
 

@@ -23,10 +23,9 @@ from dora_vl.serving.decoding import Sampling
 from dora_vl.serving.engine import Engine
 from dora_vl.serving.model import ServedModel, UnknownModel, open_served
 from tests.adapters.peft_folders import moved_peft
-from tests.app.test_engine import answers
 from tests.app.test_engine_limits import last
 from tests.app.test_joined_decoding import SELDOM
-from tests.app.tiny_served import alone, answer_alone, served, spread, write_adapter, write_adapters
+from tests.app.tiny_served import alone, answer_alone, answers, served, spread, write_adapter, write_adapters
 from tests.backbones.tiny_image_text import write_tiny
 from tests.backbones.tiny_language import write_tiny_language
 from tests.backbones.tiny_video import coloured_video, write_tiny_video
@@ -248,3 +247,19 @@ def test_a_tower_at_several_strengths_are_batches_of_their_own(tmp_path: Path, m
     shares = [("base", 1.0), ("vision", 0.5), ("vision", 1.0), ("vision", 0.0)]
     batches = shares_answered(base, adapters, shares, monkeypatch)
     assert batches == [[None, None], [("vision", 0.5)], [("vision", 1.0)]]
+
+
+@torch.inference_mode()
+def test_base_rows_of_a_mixed_batch_have_the_bases_bits(tmp_path: Path) -> None:
+    base = spread(write_tiny("qwen2_5_vl", tmp_path / "base"))
+    model = served(base, write_adapters(base, tmp_path / "adapters"))
+    turns, seen = PICTURES[1]
+    sample = model.assistant.prompts.sample(turns, seen)
+    batch = model.assistant.prompts.collate([sample] * 3, "left")
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "samples", "padding_tokens")}
+    inputs = {name: value for name, value in inputs.items() if name not in ("skipped", "cut")}
+    plain = alone(base, None).backbone.model(**inputs).logits
+    with model.rows([model.asked("base"), model.asked("one"), model.asked("four")], [1, 1, 1]):
+        mixed = model.backbone.model(**inputs).logits
+    assert torch.equal(mixed[0], plain[0])
+    assert not torch.allclose(mixed[1], plain[1], atol=1e-2)

@@ -175,7 +175,6 @@ def test_a_video(client: Any, base: Path, folders: dict[str, Path], tmp_path: Pa
     assert found.choices[0].message.content == expected(base, folders, "one", turns, Shown(videos=(video,)))
 
 
-@pytest.mark.slow
 def test_32_requests_in_flight_answer_as_each_adapter_alone(client: Any, base: Path, folders: dict[str, Path]) -> None:
     questions = [
         "What colour is it?",
