@@ -190,8 +190,8 @@ def terminal_lines(view: BatchView, *, colours: bool) -> Iterator[str]:
 def _marked(pieces: Sequence[Piece], *, colours: bool) -> str:
     if colours:
         return "".join(
-            f"\x1b[48;5;{COLOURS[one.kind][number % 2]}m\x1b[38;5;255m{shown(one)}{RESET}"
-            for number, one in enumerate(pieces)
+            f"\x1b[48;5;{COLOURS[item.kind][number % 2]}m\x1b[38;5;255m{shown(item)}{RESET}"
+            for number, item in enumerate(pieces)
         )
     marked: list[str] = []
     for number, piece in enumerate(pieces):

@@ -80,18 +80,18 @@ def chart(
         zero: y begins at 0.
         always_legend: for a single line too.
     """
-    drawn = [kept for one in given if len((kept := _thinned(_finite(one))).x)]
+    drawn = [kept for item in given if len((kept := _thinned(_finite(item))).x)]
     if not drawn:
         return None
-    least, most = min(min(one.y) for one in drawn), max(max(one.y) for one in drawn)
+    least, most = min(min(item.y) for item in drawn), max(max(item.y) for item in drawn)
     log = log and least > 0
     with rc_context({"font.size": 11, "svg.fonttype": "none"}):
         figure = new_figure(WIDTH / DPI, HEIGHT / DPI)
         figure.subplots_adjust(LEFT / WIDTH, 1 - BOTTOM / HEIGHT, RIGHT / WIDTH, 1 - TOP / HEIGHT)
         axes = figure.add_subplot()
-        for one in drawn:
-            style = STYLES["dots" if len(one.x) == 1 else one.look]
-            axes.plot(one.x, one.y, color=COLOURS[one.colour % len(COLOURS)], **style)
+        for item in drawn:
+            style = STYLES["dots" if len(item.x) == 1 else item.look]
+            axes.plot(item.x, item.y, color=COLOURS[item.colour % len(COLOURS)], **style)
         axes.set_yscale("log" if log else "linear")
         plain_axes(axes, x_label, "")
         axes.grid(visible=False, axis="x")
@@ -109,7 +109,7 @@ def chart(
         x_label=x_label,
         y_label=y_label,
         svg=svg,
-        legend=tuple(one for one in drawn if one.in_legend) if always_legend or len(drawn) > 1 else (),
+        legend=tuple(item for item in drawn if item.in_legend) if always_legend or len(drawn) > 1 else (),
         data={
             "x": [low, high],
             "y": list(axes.get_ylim()),
@@ -118,14 +118,14 @@ def chart(
             "label": x_label,
             "series": [
                 {
-                    "name": one.name,
-                    "colour": one.colour % len(COLOURS),
-                    "x": [float(f"{x:.4g}") for x in one.x],
-                    "y": [float(f"{y:.4g}") for y in one.y],
-                    "names": list(one.names),
+                    "name": item.name,
+                    "colour": item.colour % len(COLOURS),
+                    "x": [float(f"{x:.4g}") for x in item.x],
+                    "y": [float(f"{y:.4g}") for y in item.y],
+                    "names": list(item.names),
                 }
-                for one in drawn
-                if one.in_legend
+                for item in drawn
+                if item.in_legend
             ],
         },
     )
@@ -144,22 +144,25 @@ def _svg(figure: Any) -> str:
     return text.replace("#e4e7eb", "var(--grid)")
 
 
-def _finite(one: Series) -> Series:
-    kept = [place for place, pair in enumerate(zip(one.x, one.y, strict=True)) if all(map(math.isfinite, pair))]
-    names = [one.names[place] for place in kept] if one.names else ()
-    return replace(one, x=[one.x[place] for place in kept], y=[one.y[place] for place in kept], names=names)
-
-
-def _thinned(one: Series) -> Series:
-    """Means of equally long stretches, where there are more points than a screen shows."""
-    every = -(-len(one.x) // MOST_POINTS)
-    if every <= 1 or one.look == "dots":
-        return one
-    starts = range(0, len(one.x), every)
-    x, y = (
-        [sum(part) / len(part) for start in starts if (part := axis[start : start + every])] for axis in (one.x, one.y)
+def _finite(item: Series) -> Series:
+    kept = [position for position, pair in enumerate(zip(item.x, item.y, strict=True)) if all(map(math.isfinite, pair))]
+    names = [item.names[position] for position in kept] if item.names else ()
+    return replace(
+        item, x=[item.x[position] for position in kept], y=[item.y[position] for position in kept], names=names
     )
-    return replace(one, x=x, y=y)
+
+
+def _thinned(item: Series) -> Series:
+    """Means of equally long stretches, where there are more points than a screen shows."""
+    every = -(-len(item.x) // MOST_POINTS)
+    if every <= 1 or item.look == "dots":
+        return item
+    starts = range(0, len(item.x), every)
+    x, y = (
+        [sum(part) / len(part) for start in starts if (part := axis[start : start + every])]
+        for axis in (item.x, item.y)
+    )
+    return replace(item, x=x, y=y)
 
 
 # -- the lines of `log.jsonl`: loss, rates by part, gradients, speed, padding, memory; runs over each other ------------
@@ -197,7 +200,7 @@ def curves(runs: Sequence[RunRecord]) -> tuple[list[Chart], list[str]]:
         charts.append(chart(title, lines, y_label=unit, zero=key != "grad_norm", log=key == "grad_norm"))
         if charts[-1] is None:
             notes.append(f"No chart of {title} ({unit}): no line of the log holds {key}.")
-    return [one for one in charts if one is not None], notes
+    return [item for item in charts if item is not None], notes
 
 
 def _losses(runs: Sequence[RunRecord]) -> list[Series]:

@@ -48,11 +48,11 @@ def gather(runs: Sequence[RunRecord], *, weights: bool, base: Path | None) -> di
         notes["scores"] += trouble
     scores, incomparable = score_rows(runs, tests)
     notes["scores"] += [*incomparable, *blind(runs)]
-    answered = [(run, one) for run, several in zip(runs, tests, strict=True) for one in several]
+    answered = [(run, entry) for run, several in zip(runs, tests, strict=True) for entry in several]
     with InlinePictures() as pictures:
         watched, notes["watched"] = watched_tables(runs, pictures)
-        bad = [_worst(run, one, pictures) for run, one in answered if one.scored is not None]
-    tables = [confusion(f"{run.label}: {one.name}", one.items) for run, one in answered]
+        bad = [_worst(run, entry, pictures) for run, entry in answered if entry.scored is not None]
+    tables = [confusion(f"{run.label}: {entry.name}", entry.items) for run, entry in answered]
     confusions = [table for table in tables if table is not None]
     if not bad:
         notes["worst"].append("No run has answers that can be scored here.")
@@ -203,8 +203,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     runs = [
         read_run(folder, label) for folder, label in zip(folders, arguments.label or labels_of(folders), strict=True)
     ]
-    for one in runs:
-        yield from (f"{one.label}: {trouble}" for trouble in one.damaged)
+    for entry in runs:
+        yield from (f"{entry.label}: {trouble}" for trouble in entry.damaged)
     report = gather(runs, weights=not arguments.no_weights, base=arguments.base)
     size = write_page(to, rendered("report.html.j2", {"report": report, "sections": SECTIONS}))
     yield f"{to}: {size / 1e6:.1f} MB"

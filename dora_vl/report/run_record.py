@@ -41,8 +41,8 @@ class RunRecord:
 
     def section(self, name: str) -> Line:
         """A section of the settings; empty where there is none."""
-        found = self.settings.get(name)
-        return found if isinstance(found, Mapping) else {}
+        result = self.settings.get(name)
+        return result if isinstance(result, Mapping) else {}
 
     def path(self, stated: object) -> Path:
         """Where a path of the settings is: from the folder that the run was started in, else from here.
@@ -76,17 +76,19 @@ def read_run(folder: Path, label: str) -> RunRecord:
     if not log:
         raise UserError(f"{folder / LOSS_LOG}: not one whole line; the run has logged nothing yet, or it is damaged")
     skipped = read_lines(folder / SKIPPED, damaged) if (folder / SKIPPED).is_file() else []
-    found = {name: _object(folder / name, damaged) for name in (SETTINGS, METRICS, PLAN)}
+    result = {name: _object(folder / name, damaged) for name in (SETTINGS, METRICS, PLAN)}
     return RunRecord(
         label=label,
         folder=folder,
-        settings=found[SETTINGS],
+        settings=result[SETTINGS],
         log=tuple(log),
-        metrics=found[METRICS],
-        plan=found[PLAN],
+        metrics=result[METRICS],
+        plan=result[PLAN],
         recipe=_object(folder / ADAPTER / RECIPE_FILE, damaged),
         benchmarks=_object(folder / "evaluation" / METRICS, damaged),
-        skipped=tuple((str(one.get("id")), str(one.get("reason")), one.get("of") == "validation") for one in skipped),
+        skipped=tuple(
+            (str(item.get("id")), str(item.get("reason")), item.get("of") == "validation") for item in skipped
+        ),
         watched=read_watched(folder),
         damaged=tuple(damaged),
     )

@@ -28,8 +28,8 @@ ABSENT = "–"
 def setting_tables(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """All settings of all runs: of one run what is not its default first, of several what differs first."""
     flat = [flattened(run.settings) for run in runs]
-    names = list(dict.fromkeys(name for one in flat for name in one))
-    rows = {name: [_text(one.get(name, ABSENT)) for one in flat] for name in names}
+    names = list(dict.fromkeys(name for item in flat for name in item))
+    rows = {name: [_text(item.get(name, ABSENT)) for item in flat] for name in names}
     if len(runs) > 1:
         title, first = "What differs", [name for name in names if len(set(rows[name])) > 1]
     else:
@@ -43,8 +43,8 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> value; an empty mapping is a value."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value} if prefix else {}
-    named = {f"{prefix}.{key}" if prefix else str(key): one for key, one in value.items()}
-    return {name: leaf for key, one in named.items() for name, leaf in flattened(one, key).items()}
+    named = {f"{prefix}.{key}" if prefix else str(key): item for key, item in value.items()}
+    return {name: leaf for key, item in named.items() for name, leaf in flattened(item, key).items()}
 
 
 def _defaults(run: RunRecord) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def weight_charts(run: RunRecord, base: Path | None) -> list[Chart]:
     """
     final = Saved(run.folder / ADAPTER, run.last_step)
     if (final.folder / WEIGHTS_FILE).is_file():
-        earlier = [one for one in saved_in(run.folder) if one.step is not None and one.step < run.last_step]
+        earlier = [item for item in saved_in(run.folder) if item.step is not None and item.step < run.last_step]
         saved = [*evenly(earlier, MOST_CHECKPOINTS - 1), final]
     else:
         saved = list(saved_in(run.folder))[-MOST_CHECKPOINTS:]
@@ -150,7 +150,7 @@ def plane(panel: Panel) -> Chart | None:
             y=[point.change.magnitude for point in points],
             look="dots",
             colour=colour % (len(COLOURS) - 1),
-            names=[f"{one.layer}: ΔM {one.change.magnitude:.3g}, ΔD {one.change.direction:.3g}" for one in points],
+            names=[f"{item.layer}: ΔM {item.change.magnitude:.3g}, ΔD {item.change.direction:.3g}" for item in points],
         )
         for colour, (kind, points) in enumerate(by_kind(_of_last_step(panel)).items())
     ]
@@ -194,28 +194,28 @@ def over_depth(panel: Panel) -> list[Chart]:
         )
         for title, value in values.items()
     ]
-    return [one for one in charts if one is not None]
+    return [item for item in charts if item is not None]
 
 
 def by_kind(points: Sequence[Point]) -> dict[str, list[Point]]:
     """Points by the last word of the layer's name, such as q_proj."""
-    found: dict[str, list[Point]] = {}
+    result: dict[str, list[Point]] = {}
     for point in points:
-        found.setdefault(point.layer.rpartition(".")[2], []).append(point)
-    return found
+        result.setdefault(point.layer.rpartition(".")[2], []).append(point)
+    return result
 
 
 def by_stack(points: Sequence[Point]) -> dict[str, list[Point]]:
     """Points by the layer's name without its number, as short as tells them apart: `q_proj`, or all of a path."""
-    found: dict[str, list[Point]] = {}
+    result: dict[str, list[Point]] = {}
     for point in points:
-        found.setdefault(_DEPTH.sub(".", point.layer), []).append(point)
-    short = [name.rpartition(".")[2] for name in found]
-    names = short if len(set(short)) == len(short) else [name.removeprefix("model.") for name in found]
-    return dict(zip(names, found.values(), strict=True))
+        result.setdefault(_DEPTH.sub(".", point.layer), []).append(point)
+    short = [name.rpartition(".")[2] for name in result]
+    names = short if len(set(short)) == len(short) else [name.removeprefix("model.") for name in result]
+    return dict(zip(names, result.values(), strict=True))
 
 
 def depth_of(layer: str) -> int | None:
     """A layer's number in its stack; None where its name has none."""
-    found = _DEPTH.search(layer)
-    return None if found is None else int(found[1])
+    result = _DEPTH.search(layer)
+    return None if result is None else int(result[1])

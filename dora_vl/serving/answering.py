@@ -17,7 +17,7 @@ from dora_vl.core.strength import Share
 from dora_vl.data.samples import Sample
 from dora_vl.errors import UserError
 from dora_vl.serving.decoding import Reason, Sampling
-from dora_vl.serving.model import Asked
+from dora_vl.serving.model import Entry
 
 
 class TooManyRequests(UserError):
@@ -76,7 +76,7 @@ class Prepared:
         strength: how much of the adapter is applied.
     """
 
-    asked: Asked
+    entry: Entry
     sample: Sample
     sampling: Sampling
     strength: float = 1.0
@@ -84,7 +84,7 @@ class Prepared:
     @property
     def share(self) -> Share | None:
         """What its row has of an adapter; None is the base."""
-        return self.asked.share(self.strength)
+        return self.entry.share(self.strength)
 
     @property
     def tokens(self) -> int:
@@ -196,7 +196,7 @@ class WaitingRoom:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, one: Answering, check: Callable[[], object]) -> None:
+    def add(self, item: Answering, check: Callable[[], object]) -> None:
         """Takes a request in, where `check` raises nothing while no other request comes or goes.
 
         Raises:
@@ -211,14 +211,14 @@ class WaitingRoom:
             if len(self._waiting) >= self._settings.waiting:
                 raise TooManyRequests(f"{len(self._waiting)} requests wait already, and no more may; try again later")
             check()
-            self._waiting.append(one)
+            self._waiting.append(item)
             self._changed.notify()
 
     def remove(self, name: str) -> list[Answering]:
         """The requests for an adapter, which wait no longer."""
         with self._changed:
-            gone = [one for one in self._waiting if one.prepared.asked.name == name]
-            self._waiting = deque(one for one in self._waiting if one.prepared.asked.name != name)
+            gone = [item for item in self._waiting if item.prepared.entry.name == name]
+            self._waiting = deque(item for item in self._waiting if item.prepared.entry.name != name)
         return gone
 
     def close(self) -> None:
@@ -227,8 +227,8 @@ class WaitingRoom:
             self.closed = True
             left, self._waiting = list(self._waiting), deque()
             self._changed.notify()
-        for one in left:
-            one.tell(Failed(Stopped(ENDING)))
+        for item in left:
+            item.tell(Failed(Stopped(ENDING)))
 
     def next_batch(self) -> list[Answering] | None:
         """What is answered next: waits for a request, and a little for others; None when the room is closed."""
@@ -251,8 +251,8 @@ class WaitingRoom:
         """
 
         def room(new: Sequence[Prepared]) -> bool:
-            prompts = [len(one.sample.input_ids) for one in new]
-            longest = max(columns, *prompts) + max(left, *(one.sampling.max_new_tokens for one in new))
+            prompts = [len(item.sample.input_ids) for item in new]
+            longest = max(columns, *prompts) + max(left, *(item.sampling.max_new_tokens for item in new))
             whole = rows + len(new)
             return whole <= self._settings.batch_rows and whole * longest <= self._settings.batch_tokens
 
@@ -261,10 +261,10 @@ class WaitingRoom:
 
     def _let_go(self) -> None:
         """Gives those up that nobody waits for."""
-        for one in self._waiting:
-            if one.unwanted:
-                one.give_up()
-        self._waiting = deque(one for one in self._waiting if not one.over)
+        for item in self._waiting:
+            if item.unwanted:
+                item.give_up()
+        self._waiting = deque(item for item in self._waiting if not item.over)
 
     def _taken(self, also: Callable[[Sequence[Prepared]], bool] = lambda rows: True) -> list[Answering]:
         """The first of those that wait, and those after it that fit beside it, in order.
@@ -275,12 +275,12 @@ class WaitingRoom:
         self._let_go()
         batch: list[Answering] = []
         left: deque[Answering] = deque()
-        for one in self._waiting:
-            rows = [*(other.prepared for other in batch), one.prepared]
+        for item in self._waiting:
+            rows = [*(other.prepared for other in batch), item.prepared]
             fits = len(rows) <= self._settings.batch_rows and self._fit(rows) and also(rows)
             if not fits and not batch:
                 return []
-            (batch if fits else left).append(one)
+            (batch if fits else left).append(item)
         self._waiting = left
         return batch
 
@@ -291,7 +291,7 @@ class WaitingRoom:
         if len(rows) * max(row.tokens for row in rows) > self._settings.batch_tokens:
             return False
         showing = [row for row in rows if row.media]
-        vision_adapters = {row.share if row.asked.alone else None for row in showing}
+        vision_adapters = {row.share if row.entry.alone else None for row in showing}
         kinds = {row.media for row in showing}
         return len(vision_adapters) <= 1 and not (len(kinds) > 1 and self._one_kind())
 

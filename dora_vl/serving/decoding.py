@@ -124,8 +124,8 @@ class RowText:
 
 def _first_place(text: str, stops: Sequence[str]) -> int | None:
     """Where the first of the stopping texts begins."""
-    found = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return min(found, default=None)
+    result = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return min(result, default=None)
 
 
 def _begun(text: str, stops: Sequence[str]) -> int:
@@ -160,8 +160,8 @@ class RowSampling(LogitsProcessor):
 
     def __init__(self, rows: Sequence[RowText], device: torch.device) -> None:
         self._rows = rows
-        found = ((number, drawing(one.sampling, device)) for number, one in enumerate(rows))
-        self._draws = {number: one for number, one in found if one is not None}
+        result = ((number, drawing(item.sampling, device)) for number, item in enumerate(rows))
+        self._draws = {number: item for number, item in result if item is not None}
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]
@@ -259,12 +259,12 @@ def may_join(arguments: Mapping[str, Any], media: Collection[str]) -> bool:
 
 def _cache(arguments: Mapping[str, Any]) -> tuple[str, Any] | None:
     """The cache and its name, which transformers has changed."""
-    found = (
+    result = (
         (name, arguments[name])
         for name in ("cache", "past_key_values")
         if isinstance(arguments.get(name), DynamicCache)
     )
-    return next(found, None)
+    return next(result, None)
 
 
 @dataclass
@@ -290,9 +290,9 @@ class JoinedRows:
     ) -> tuple[JoinedRows, Float[Tensor, "rows vocab"]]:
         """Reads prompts, as transformers' decoding methods begin; the logits of each row's first token beside."""
         outputs = model._prefill(input_ids, config, arguments)
-        found = _cache({**arguments, **outputs})
-        assert found is not None
-        name, cache = found
+        result = _cache({**arguments, **outputs})
+        assert result is not None
+        name, cache = result
         given = arguments.get(MASK)
         rows, columns = len(outputs.logits), cache.get_seq_length()
         mask = given if given is not None else input_ids.new_ones(rows, columns)
@@ -340,7 +340,7 @@ class JoinedRows:
     def join(self, new: JoinedRows) -> None:
         """Takes further rows in, behind its own; `new` is used up."""
         columns = max(self.columns, new.columns)
-        self.mask = torch.cat([F.pad(one.mask, (columns - one.columns, 0)) for one in (self, new)])
+        self.mask = torch.cat([F.pad(item.mask, (columns - item.columns, 0)) for item in (self, new)])
         self.positions = torch.cat([self.positions, new.positions], dim=-2)
         for own, other in zip(self._layers, new._layers, strict=True):
             own.keys = _stacked(own.keys, other.keys, columns)
@@ -358,7 +358,7 @@ class JoinedRows:
 
 
 def _stacked(own: Tensor, other: Tensor, columns: int) -> Tensor:
-    return torch.cat([F.pad(one, (0, 0, columns - one.shape[-2], 0)) for one in (own, other)])
+    return torch.cat([F.pad(item, (0, 0, columns - item.shape[-2], 0)) for item in (own, other)])
 
 
 def _last(outputs: Any) -> Float[Tensor, "rows vocab"]:

@@ -57,7 +57,7 @@ from dora_vl.serving.decoding import (
     likeliest,
     may_join,
 )
-from dora_vl.serving.model import Asked, ServedModel, UnknownModel, refuse_endless
+from dora_vl.serving.model import Entry, ServedModel, UnknownModel, refuse_endless
 
 # -- a batch that takes requests in while it is decoded: a decoding method for transformers' generate -----------------
 #
@@ -118,7 +118,7 @@ class Decoding:
 
 def can_join(logits_processor: Any, generation_config: Any) -> bool:
     """Whether each token is chosen by the row's own sampling alone; what looks at the tokens before is generate's."""
-    own = all(isinstance(one, RowSampling) for one in logits_processor)
+    own = all(isinstance(item, RowSampling) for item in logits_processor)
     return own and not generation_config.stop_strings and generation_config.prefill_chunk_size is None
 
 
@@ -203,54 +203,55 @@ class ModelRows:
     def begin(self, batch: Sequence[Answering]) -> tuple[list[Member], Mapping[str, Any], frozenset[str]]:
         """The rows of requests, the base first and then adapter by adapter, their inputs, and which are media."""
         assistant = self._model.assistant
-        made = (Member(one, self._text(one), drawing(one.prepared.sampling, assistant.device)) for one in batch)
+        device = assistant.device
+        made = (Member(request, self._text(request), drawing(request.prepared.sampling, device)) for request in batch)
         members = sorted(made, key=lambda member: member.share)
-        inputs = assistant.prompts.collate([one.answering.prepared.sample for one in members], "left")
+        inputs = assistant.prompts.collate([member.answering.prepared.sample for member in members], "left")
         return members, inputs, frozenset(inputs).difference(TOKENS)
 
     def _run(self, members: Members, inputs: Mapping[str, Any], most: int, decoding: Decoding) -> None:
         assistant = self._model.assistant
-        options = generate_options([one.text for one in members], self.ends, assistant.device)
-        pictures = [one.answering.prepared.pictures for one in members]
+        options = generate_options([member.text for member in members], self.ends, assistant.device)
+        pictures = [member.answering.prepared.pictures for member in members]
         with self._holding(members, pictures):
             assistant.new_ids(inputs, max_new_tokens=most, options={**options, "custom_generate": decoding})
 
     def _holding(self, members: Members, pictures: Sequence[int] = ()) -> AbstractContextManager[None]:
         """Meanwhile the model's rows are these; without `pictures`, none that shows any."""
-        prepared = [one.answering.prepared for one in members]
-        strengths = [one.strength for one in prepared]
-        return self._model.rows([one.asked for one in prepared], pictures or [0] * len(prepared), strengths)
+        prepared = [member.answering.prepared for member in members]
+        strengths = [item.strength for item in prepared]
+        return self._model.rows([item.entry for item in prepared], pictures or [0] * len(prepared), strengths)
 
-    def _text(self, one: Answering) -> RowText:
+    def _text(self, request: Answering) -> RowText:
         """A row that tells its end at once, whatever the others do."""
-        prepared = one.prepared
+        prepared = request.prepared
 
         def done(row: RowText) -> None:
             if row.error is not None:
-                one.tell(Failed(row.error))
+                request.tell(Failed(row.error))
             elif row.reason != "ended":
-                one.tell(Finished(row.reason or "length", row.text, len(prepared.sample.input_ids), len(row.ids)))
+                request.tell(Finished(row.reason or "length", row.text, len(prepared.sample.input_ids), len(row.ids)))
             elif self._ending():
-                one.tell(Failed(Stopped(ENDING)))
+                request.tell(Failed(Stopped(ENDING)))
             else:
-                one.give_up()
+                request.give_up()
 
         return RowText(
             prepared.sampling,
-            prepared.asked.prompts.growing_text(),
-            write=lambda text: one.tell(Piece(text)),
-            over=lambda: one.unwanted or self._ending(),
+            prepared.entry.prompts.growing_text(),
+            write=lambda text: request.tell(Piece(text)),
+            over=lambda: request.unwanted or self._ending(),
             done=done,
         )
 
 
 def _kept(members: list[Member], tokens: list[int], rows: JoinedRows) -> tuple[list[Member], list[int]]:
     """Without those that are over, adapter by adapter."""
-    on = [place for place, member in enumerate(members) if member.text.reason is None]
-    on.sort(key=lambda place: members[place].share)
+    on = [index for index, member in enumerate(members) if member.text.reason is None]
+    on.sort(key=lambda index: members[index].share)
     if on and on != [*range(len(members))]:
         rows.keep(on)
-    return [members[place] for place in on], [tokens[place] for place in on]
+    return [members[index] for index in on], [tokens[index] for index in on]
 
 
 log = logging.getLogger(__name__)
@@ -310,19 +311,19 @@ class Engine:
             BadSample: it cannot be put to the model; the reason says why.
             UserError: the strength is none.
         """
-        asked, strength = self.model.asked(name), checked_strength(strength)
+        entry, strength = self.model.entry(name), checked_strength(strength)
         positions, most = self.model.max_positions, self.settings.prompt_tokens
-        allowed = min((one for one in (positions, most) if one is not None), default=None)
-        refuse_endless(turns, allowed, asked.longest_token)
+        allowed = min((item for item in (positions, most) if item is not None), default=None)
+        refuse_endless(turns, allowed, entry.longest_token)
         with self._encoding:
-            sample = asked.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
+            sample = entry.prompts.sample(turns, Shown(pictures=tuple(pictures), videos=tuple(videos)))
         tokens = len(sample.input_ids)
         if most is not None and tokens > most:
             raise BadSample("request", f"its prompt takes {tokens} tokens, and {most} are allowed here; shorten it")
         if fill and positions is not None:
             sampling = replace(sampling, max_new_tokens=max(1, min(sampling.max_new_tokens, positions - tokens)))
         Room(max_new_tokens=sampling.max_new_tokens, max_positions=positions).check_room(tokens, "request")
-        return Prepared(asked, sample, sampling, strength)
+        return Prepared(entry, sample, sampling, strength)
 
     def submit(self, prepared: Prepared, put: Callable[[Event], object], deadline: float | None = None) -> Answering:
         """Hands a request in; `put` receives its events in the engine's thread, and must not wait.
@@ -336,7 +337,7 @@ class Engine:
         """
         deadline = time.monotonic() + self.settings.answer_seconds if deadline is None else deadline
         answering = Answering(prepared, put, deadline)
-        self._room.add(answering, partial(self._refuse_gone, prepared.asked))
+        self._room.add(answering, partial(self._refuse_gone, prepared.entry))
         return answering
 
     def ask(self, prepared: Prepared) -> Iterator[Piece | Finished]:
@@ -382,8 +383,8 @@ class Engine:
         with self._loading, self._between_batches():
             self.model.drop(name)
             gone = self._room.remove(name)
-        for one in gone:
-            one.tell(Failed(unloaded(name)))
+        for request in gone:
+            request.tell(Failed(unloaded(name)))
 
     def close(self) -> None:
         """Ends the thread after the next token; requests at hand are told."""
@@ -398,15 +399,15 @@ class Engine:
 
     # -- the thread --------------------------------------------------------------------------------------------
 
-    def _refuse_gone(self, asked: Asked) -> None:
-        if asked.name is None:
+    def _refuse_gone(self, entry: Entry) -> None:
+        if entry.name is None:
             return
         try:
-            served = self.model.asked(asked.name)
+            served = self.model.entry(entry.name)
         except UnknownModel:
-            raise unloaded(asked.name) from None
-        if served is not asked:
-            raise Stopped(f"adapter {asked.name} was loaded anew meanwhile; ask again")
+            raise unloaded(entry.name) from None
+        if served is not entry:
+            raise Stopped(f"adapter {entry.name} was loaded anew meanwhile; ask again")
 
     @contextlib.contextmanager
     def _between_batches(self) -> Iterator[None]:
@@ -422,20 +423,20 @@ class Engine:
                 time.sleep(GIVE_WAY_SECONDS)
             try:
                 with self._running:
-                    self._answer([one for one in batch if self._is_served(one)])
+                    self._answer([request for request in batch if self._is_served(request)])
             except Exception as error:
                 log.exception("a batch of %d requests failed", len(batch))
                 _let_go(error)
-                for one in batch:
-                    one.tell(Failed(error))
+                for request in batch:
+                    request.tell(Failed(error))
 
-    def _is_served(self, one: Answering) -> bool:
+    def _is_served(self, request: Answering) -> bool:
         """Whether its adapter is still there now that nobody can take it away; else it is told."""
         try:
-            self._refuse_gone(one.prepared.asked)
+            self._refuse_gone(request.prepared.entry)
         except Stopped as error:
-            one.tell(Failed(error))
-        return not one.over
+            request.tell(Failed(error))
+        return not request.over
 
     def _one_kind(self) -> bool:
         """Whether the model cannot tell pictures from videos of one batch."""
@@ -455,19 +456,19 @@ class Engine:
             whole = [*batch, *joined]
             log.warning("a batch of %d requests failed (%s); one by one", len(whole), one_line(str(error), 200))
             _let_go(error)
-            for one in whole:
-                self._answer_again(one, error)
+            for request in whole:
+                self._answer_again(request, error)
 
-    def _answer_again(self, one: Answering, error: Exception) -> None:
-        if one.pieces or one.over:
-            one.tell(Failed(error))
+    def _answer_again(self, request: Answering, error: Exception) -> None:
+        if request.pieces or request.over:
+            request.tell(Failed(error))
             return
         try:
-            self._generate([one], None)
+            self._generate([request], None)
         except Exception as again:  # noqa: BLE001 - it is this request's alone
             log.warning("a request failed: %s", one_line(str(again), 200))
             _let_go(again)
-            one.tell(Failed(again))
+            request.tell(Failed(again))
 
     def _generate(self, batch: Sequence[Answering], joined: list[Answering] | None) -> None:
         """Answers a batch, and what comes meanwhile, which `joined` receives; None: nobody may come."""
@@ -477,27 +478,27 @@ class Engine:
         """What has come meanwhile, its prompts read; what cannot be read is told, and disturbs nobody."""
         if joined is None or self._changing:  # whoever changes the adapters waits for this batch's end
             return ()
-        left = max(one.text.sampling.max_new_tokens - len(one.text.ids) for one in running)
+        left = max(member.text.sampling.max_new_tokens - len(member.text.ids) for member in running)
         taken = self._room.next_joiners(len(running), columns, left)
-        come = [one for one in taken if self._is_served(one)]
+        come = [request for request in taken if self._is_served(request)]
         if not come:
             return ()
         try:
-            found = [self._rows.read(come)]
+            read = [self._rows.read(come)]
         except Exception as error:  # noqa: BLE001 - the rows at hand go on
             log.warning("%d requests failed (%s); one by one", len(come), one_line(str(error), 200))
             _let_go(error)
-            found = [one for each in come if (one := self._read_alone(each)) is not None]
-        joined += [one.answering for members, _, _ in found for one in members]
-        return found
+            read = [alone for request in come if (alone := self._read_alone(request)) is not None]
+        joined += [member.answering for members, _, _ in read for member in members]
+        return read
 
-    def _read_alone(self, one: Answering) -> Read | None:
+    def _read_alone(self, request: Answering) -> Read | None:
         try:
-            return self._rows.read([one])
+            return self._rows.read([request])
         except Exception as error:  # noqa: BLE001 - it is this request's alone
             log.warning("a request failed: %s", one_line(str(error), 200))
             _let_go(error)
-            one.tell(Failed(error))
+            request.tell(Failed(error))
             return None
 
 

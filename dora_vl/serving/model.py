@@ -88,7 +88,7 @@ class UnknownModel(UserError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Entry:
     """How an adapter (or the base) is asked, and what its rows need of a batch.
 
     Attributes:
@@ -138,25 +138,25 @@ class ServedModel:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.backbone: Backbone[Any] = parts.load().to(device).eval()
         prompts = parts.prompts(self.backbone)
-        base = Asked(None, prompts, longest_token=longest_token(prompts.tokenizer))
+        base = Entry(None, prompts, longest_token=longest_token(prompts.tokenizer))
         self.assistant = Assistant(self.backbone, base.prompts)
         self.adapters = RowAdapters(self.backbone.model, self._layers())
-        self._asked: dict[str, Asked] = {self.base_name: base}
+        self._entries: dict[str, Entry] = {self.base_name: base}
 
     # -- adapters ----------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
         """What can be asked: the base first."""
-        return tuple(self._asked)
+        return tuple(self._entries)
 
-    def asked(self, name: str) -> Asked:
+    def entry(self, name: str) -> Entry:
         """How a model of this name is asked. Raises UnknownModel: there is none."""
-        if name not in self._asked:
-            raise UnknownModel(f"no model {shown(name)} is served; there are {', '.join(self._asked)}")
-        return self._asked[name]
+        if name not in self._entries:
+            raise UnknownModel(f"no model {shown(name)} is served; there are {', '.join(self._entries)}")
+        return self._entries[name]
 
-    def read(self, name: str, folder: Path) -> tuple[Asked, ReadAdapter]:
+    def read(self, name: str, folder: Path) -> tuple[Entry, ReadAdapter]:
         """Reads an adapter, which may take long, beside whatever the model does; `put` makes it one that is served.
 
         Raises:
@@ -166,14 +166,14 @@ class ServedModel:
         source = source_on(self.source, folder, template=self._template, any_base=self._any_base)
         prompts = decoder_parts(source).prompts(self.backbone)
         read = self.adapters.read(folder)
-        return Asked(name, prompts, read.alone, longest_token(prompts.tokenizer)), read
+        return Entry(name, prompts, read.alone, longest_token(prompts.tokenizer)), read
 
-    def put(self, asked: Asked, adapter: ReadAdapter) -> None:
+    def put(self, entry: Entry, adapter: ReadAdapter) -> None:
         """Serves what was read; between batches only. Raises UserError: the name was taken meanwhile."""
-        name = str(asked.name)
+        name = str(entry.name)
         self._refuse_taken(name)
         self.adapters.put(name, adapter)
-        self._asked[name] = asked
+        self._entries[name] = entry
 
     def drop(self, name: str) -> None:
         """Serves an adapter no longer; between batches only.
@@ -182,25 +182,26 @@ class ServedModel:
             UnknownModel: there is none of this name.
             UserError: it is the base.
         """
-        if self.asked(name).name is None:
+        if self.entry(name).name is None:
             raise UserError(f"{name} is the base, which stays; name an adapter")
-        del self._asked[name]
+        del self._entries[name]
         self.adapters.drop(name)
 
     # -- batches -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def rows(
-        self, asked: Sequence[Asked], pictures: Sequence[int], strengths: Sequence[float] | None = None
+        self, entries: Sequence[Entry], pictures: Sequence[int], strengths: Sequence[float] | None = None
     ) -> Iterator[None]:
         """Meanwhile the model's batch has a row for each of these, with so many pictures each.
 
         Args:
             strengths: how much of its adapter is applied to each; None: all of it.
         """
-        shares = [one.share(strength) for one, strength in zip(asked, strengths or [1.0] * len(asked), strict=True)]
-        seeing = list(zip(asked, shares, pictures, strict=True))
-        alone = {share for one, share, count in seeing if count and one.alone and share}
+        strengths = strengths or [1.0] * len(entries)
+        shares = [entry.share(strength) for entry, strength in zip(entries, strengths, strict=True)]
+        seeing = list(zip(entries, shares, pictures, strict=True))
+        alone = {share for item, share, count in seeing if count and item.alone and share}
         if alone or not self.by_picture:
             shown_by: list[Share | None] = [next(iter(alone), None)]
         else:
@@ -231,7 +232,7 @@ class ServedModel:
             raise UserError(
                 f"the base is called {shown(name)} too; choose another name, or the base's with --base-name"
             )
-        if name in self._asked:
+        if name in self._entries:
             raise UserError(f"a model {shown(name)} is served already; unload it first, or choose another name")
 
     def _layers(self) -> Layers:
@@ -295,7 +296,7 @@ def source_on(served: ModelSource, folder: Path, *, template: str | None, any_ba
         )
     if source.kind != served.kind:
         raise UserError(f"{folder} is an adapter of a {source.kind}, and {served.place} is {served.kind}")
-    own, theirs = (one.recipe.get("quantisation") for one in (source, served))
+    own, theirs = (item.recipe.get("quantisation") for item in (source, served))
     if source.recipe and own != theirs and not any_base:
         raise UserError(
             f"{folder} was trained on a base with quantisation {own}, the served one has {theirs}; serve it apart, "

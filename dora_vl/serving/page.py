@@ -446,9 +446,9 @@ class Page:
             sampling = Sampling(max_new_tokens=max(1, int(tokens)), temperature=float(temperature))
             talk, question = which(self.talks.get(key))
             key = key or self.talks.begin(talk)
-            told = talk if remember else replace(talk, exchanges=())
+            label = talk if remember else replace(talk, exchanges=())
             yield {parts.ask: gr.update(interactive=False), parts.stop: gr.update(interactive=True)}
-            for answered in self.side.ask(person, told, question, speakers, sampling):
+            for answered in self.side.ask(person, label, question, speakers, sampling):
                 whole = replace(talk, exchanges=(*talk.exchanges, answered.exchanges[-1]))
                 self.talks.keep(key, whole)
                 yield {parts.key: key, parts.notice: notice_view(""), **self._columns(whole)}

@@ -46,9 +46,9 @@ def shown_view(shown: Shown, *, frames_are_pictures: bool = False) -> str:
     for video in shown.videos:
         times = zip(video.pictures, video.seconds, strict=True)
         frames = "".join(_figure(picture, f"{seconds:.1f} s") for picture, seconds in times)
-        told = f"what the model sees: {len(video.pictures)} of {video.count} frames, of {video.duration:.1f} s"
-        told += ", as separate pictures: it takes no videos" if frames_are_pictures else ""
-        parts.append(f'<div class="dv-frames">{frames}</div><p class="dv-faint">{told}</p>')
+        heading = f"what the model sees: {len(video.pictures)} of {video.count} frames, of {video.duration:.1f} s"
+        heading += ", as separate pictures: it takes no videos" if frames_are_pictures else ""
+        parts.append(f'<div class="dv-frames">{frames}</div><p class="dv-faint">{heading}</p>')
     return "".join(parts) or '<p class="dv-faint dv-nothing">Nothing is shown yet. A question needs no picture.</p>'
 
 
@@ -87,9 +87,9 @@ def _answer_view(answer: Answer) -> str:
         words += '<span class="dv-caret"></span>'
     elif not answer.text and not answer.trouble:
         words = '<span class="dv-faint">(the model ended its answer at once)</span>'
-    said = f'<div class="dv-said" data-over="{str(answer.over).lower()}">{words}</div>' if words else ""
+    message = f'<div class="dv-said" data-over="{str(answer.over).lower()}">{words}</div>' if words else ""
     trouble = f'<div class="dv-trouble">{escape(answer.trouble)}</div>' if answer.trouble else ""
-    return said + trouble + f'<div class="dv-tally">{escape(tally(answer))}</div>'
+    return message + trouble + f'<div class="dv-tally">{escape(tally(answer))}</div>'
 
 
 def tally(answer: Answer) -> str:
@@ -104,8 +104,8 @@ def tally(answer: Answer) -> str:
 
 
 def _figure(picture: Image.Image, caption: str) -> str:
-    told = escape(caption)
-    return f'<figure><img alt="{told}" src="{_data_url(picture)}"><figcaption>{told}</figcaption></figure>'
+    heading = escape(caption)
+    return f'<figure><img alt="{heading}" src="{_data_url(picture)}"><figcaption>{heading}</figcaption></figure>'
 
 
 def _data_url(picture: Image.Image) -> str:
@@ -142,9 +142,9 @@ def example_questions(adapter: Path, most: int = MOST_EXAMPLES) -> tuple[Example
             run = read_run(folder, folder.name)
         except UserError:
             continue
-        for found in (_of_test(run, most), _watched(run)):
+        for result in (_of_test(run, most), _watched(run)):
             chosen: dict[str, ExampleQuestion] = {}
-            for example in found:  # each question once
+            for example in result:  # each question once
                 chosen.setdefault(example.question, example)
                 if len(chosen) == most:
                     break
@@ -160,22 +160,22 @@ def _of_test(run: RunRecord, most: int) -> Iterator[ExampleQuestion]:
     if folder is None or not path.is_file():
         return
     try:
-        asked = [one for one in read_predictions(path).values() if len(one.images) == 1]
+        asked = [item for item in read_predictions(path).values() if len(item.images) == 1]
     except UserError:
         return
     kinds: dict[str | None, list[Prediction]] = {}
-    for one in asked:
-        kinds.setdefault(one.kind, []).append(one)
+    for item in asked:
+        kinds.setdefault(item.kind, []).append(item)
     # One of each kind of question, then the next of each, evenly from the whole test.
     rounds = zip_longest(*(evenly(alike, LOOKED_AT * most) for alike in kinds.values()))
-    for one in (one for of_each in rounds for one in of_each if one is not None):
-        yield from _opened(run.path(folder), one.images, one.question, one.truth)
+    for item in (item for of_each in rounds for item in of_each if item is not None):
+        yield from _opened(run.path(folder), item.images, item.question, item.truth)
 
 
 def _watched(run: RunRecord) -> Iterator[ExampleQuestion]:
-    for one in run.watched.questions if run.watched is not None else ():
-        if run.watched is not None and one.picture:
-            yield from _opened(run.watched.folder, [one.picture], one.question, one.truth)
+    for item in run.watched.questions if run.watched is not None else ():
+        if run.watched is not None and item.picture:
+            yield from _opened(run.watched.folder, [item.picture], item.question, item.truth)
 
 
 def _opened(folder: Path, images: Sequence[str], question: str, truth: str) -> Iterator[ExampleQuestion]:
@@ -313,7 +313,7 @@ def _examples(examples: Sequence[ExampleQuestion]) -> gr.Dataset:
     return gr.Dataset(
         components=[gr.HTML(render=False), gr.Textbox(render=False)],
         samples=[
-            [f'<img class="dv-thumbnail" alt="" src="{_data_url(one.picture)}">', one.question] for one in examples
+            [f'<img class="dv-thumbnail" alt="" src="{_data_url(item.picture)}">', item.question] for item in examples
         ],
         headers=["", "A question of the run's test"],
         type="index",

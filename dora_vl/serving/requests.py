@@ -299,9 +299,12 @@ class RequestMedia:
         Raises:
             TooLarge: there are more.
         """
-        for found, most, what in ((pictures, self.limits.pictures, "pictures"), (videos, self.limits.videos, "videos")):
-            if found > most:
-                raise TooLarge(f"{who} {found} {what}, and {most} are allowed here")
+        for result, most, what in (
+            (pictures, self.limits.pictures, "pictures"),
+            (videos, self.limits.videos, "videos"),
+        ):
+            if result > most:
+                raise TooLarge(f"{who} {result} {what}, and {most} are allowed here")
 
     def picture(self, content: bytes, where: str) -> Image.Image:
         """A picture's file as RGB, upright.
@@ -413,7 +416,7 @@ def parsed(kind: type[Model], content: bytes) -> Model:
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
         # Of several forms of one place the one that came farthest: deepest, and beyond its type.
-        first = max(errors, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+        first = max(errors, key=lambda item: (len(item["loc"]), not item["type"].endswith("_type")))
         place, reason = _place(first), REASONS.get(first["type"], first["msg"])
         for theirs, ours in WORDS.items():
             reason = reason.replace(theirs, ours)

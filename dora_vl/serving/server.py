@@ -155,12 +155,12 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         client = WaitingClient(request, self.engine.settings.answer_seconds)
-        async with self._read(request, ChatRequest) as asked:
-            self.engine.model.asked(asked.model)  # before any picture is decoded
+        async with self._read(request, ChatRequest) as body:
+            self.engine.model.entry(body.model)  # before any picture is decoded
             try:
-                return await self._answer(client, asked)
+                return await self._answer(client, body)
             except UnknownModel:  # it was unloaded meanwhile: nothing is wrong with the request
-                raise unloaded(asked.model) from None
+                raise unloaded(body.model) from None
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: the base, and its adapters."""
@@ -171,7 +171,7 @@ class Server:
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/NAME`."""
         name = str(request.path_params["name"])
-        self.engine.model.asked(name)
+        self.engine.model.entry(name)
         return JSONResponse(self._card(name))
 
     async def health(self, request: Request) -> Response:
@@ -180,17 +180,17 @@ class Server:
 
     async def load(self, request: Request) -> Response:
         """`POST /v1/load_lora_adapter`, as vLLM has it."""
-        async with self._read(request, LoadRequest) as asked:
-            folder = self._allowed(asked.lora_path)
-            await run_sync(partial(self.engine.load, asked.lora_name, folder))
-        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+        async with self._read(request, LoadRequest) as body:
+            folder = self._allowed(body.lora_path)
+            await run_sync(partial(self.engine.load, body.lora_name, folder))
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
         """`POST /v1/unload_lora_adapter`, as vLLM has it."""
-        async with self._read(request, UnloadRequest) as asked:
+        async with self._read(request, UnloadRequest) as body:
             self._adapter_root()
-            await run_sync(partial(self.engine.unload, asked.lora_name))
-        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+            await run_sync(partial(self.engine.unload, body.lora_name))
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     # -- reading a request -------------------------------------------------------------------------------------
 
@@ -205,27 +205,27 @@ class Server:
         finally:
             self._held -= 1
 
-    def _prepared(self, asked: ChatRequest, go_on: Callable[[], object]) -> Prepared:
+    def _prepared(self, body: ChatRequest, go_on: Callable[[], object]) -> Prepared:
         """The request's prompt, its pictures and videos read; in a thread of its own, where `go_on` may end it."""
         go_on()
         settings = self.settings
-        talk = self.media.read(asked.messages, go_on)
+        talk = self.media.read(body.messages, go_on)
         go_on()
         sampling = Sampling(
-            max_new_tokens=asked.longest or settings.new_tokens,
-            temperature=settings.temperature if asked.temperature is None else asked.temperature,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            stop=asked.stops,
-            seed=asked.seed,
+            max_new_tokens=body.longest or settings.new_tokens,
+            temperature=settings.temperature if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            stop=body.stops,
+            seed=body.seed,
         )
         return self.engine.prepare(
-            asked.model,
+            body.model,
             talk.turns,
             sampling,
             pictures=talk.pictures,
             videos=talk.videos,
-            fill=asked.longest is None and self.engine.model.max_positions is not None,
-            strength=1.0 if asked.strength is None else asked.strength,
+            fill=body.longest is None and self.engine.model.max_positions is not None,
+            strength=1.0 if body.strength is None else body.strength,
         )
 
     def _adapter_root(self) -> Path:
@@ -247,13 +247,13 @@ class Server:
             )
         return folder
 
-    async def _answer(self, client: WaitingClient, asked: ChatRequest) -> Response:
+    async def _answer(self, client: WaitingClient, body: ChatRequest) -> Response:
         """The answer, as long as the client waits for it.
 
         What goes wrong before the first piece of a stream has its own status, as in a whole answer.
         """
         async with client.watched(lambda: None):
-            prepared = await run_sync(partial(self._prepared, asked, client.check), limiter=self._preparing)
+            prepared = await run_sync(partial(self._prepared, body, client.check), limiter=self._preparing)
         client.check()
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -265,13 +265,13 @@ class Server:
         answering = self.engine.submit(prepared, put, deadline=client.deadline)  # reading the request was of its time
         async with client.watched(answering.cancel):
             event = await events.get()
-            while isinstance(event, Piece) and not asked.stream:
+            while isinstance(event, Piece) and not body.stream:
                 event = await events.get()
         if isinstance(event, Failed):
             raise event.error
-        if isinstance(event, Finished) and not asked.stream:
-            return JSONResponse(completion(asked, event))
-        return StreamingResponse(chunks(asked, event, answering, events), media_type="text/event-stream")
+        if isinstance(event, Finished) and not body.stream:
+            return JSONResponse(completion(body, event))
+        return StreamingResponse(chunks(body, event, answering, events), media_type="text/event-stream")
 
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "dora-vl"}

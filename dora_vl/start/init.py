@@ -436,5 +436,5 @@ def split(look: Look, *, share: float, seed: int) -> tuple[list[Row], list[Row]]
             f"{look.questions}: {len(ids)} usable rows about {groups} {look.media} cannot be parted by --test-share "
             f"{share:g}, since rows about the same stay together; give another share, or more {look.media}"
         ) from None
-    train = [row for place, row in enumerate(look.rows) if place not in held]
-    return train, [row for place, row in enumerate(look.rows) if place in held]
+    train = [row for index, row in enumerate(look.rows) if index not in held]
+    return train, [row for index, row in enumerate(look.rows) if index in held]

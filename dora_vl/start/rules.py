@@ -303,13 +303,13 @@ def globs_of_expression(expression: str) -> list[str]:
 
     Raises: ValueError where it cannot be said so; the message is the part that cannot.
     """
-    text, place, written = expression.removeprefix("^").removesuffix("$"), 0, ""
-    while place < len(text):
-        token = _TOKEN.match(text, place)
+    text, index, written = expression.removeprefix("^").removesuffix("$"), 0, ""
+    while index < len(text):
+        token = _TOKEN.match(text, index)
         glob = None if token is None else _glob(token)
         if token is None or glob is None:
-            raise ValueError(text[place:])
-        written, place = written + glob, token.end()
+            raise ValueError(text[index:])
+        written, index = written + glob, token.end()
     waiting, globs = [written], list[str]()
     while waiting:
         pattern = waiting.pop(0)

@@ -98,9 +98,9 @@ def _of_script(path: Path, text: str, tool: str | None) -> tuple[str, dict[str, 
         raise UserError(f"{path}: no shell script: {error}") from None
     starts = [(words, variables, *start) for words, variables in commands if (start := _program(words)) is not None]
     if len(starts) != 1:
-        found = "; ".join(shlex.join(words[: at + 1])[:60] for words, _, at, _, _ in starts)
+        result = "; ".join(shlex.join(words[: at + 1])[:60] for words, _, at, _, _ in starts)
         raise UserError(
-            f"{path}: {len(starts)} commands that train ({found}); keep one in a file"
+            f"{path}: {len(starts)} commands that train ({result}); keep one in a file"
             if starts
             else f"{path}: neither settings (YAML, JSON) nor a command that trains with a tool that is known here: "
             f"{', '.join(TOOLS)}"

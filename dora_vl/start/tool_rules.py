@@ -136,8 +136,8 @@ def chosen_places(setting: Setting, freezes: Freezes) -> list[str]:
 
 def whole_places(setting: Setting, freezes: Freezes) -> Counterpart:
     """What full fine-tuning trains, said once; with adapters the targets say it."""
-    said = [name for name, _ in freezes.values() if name in setting.settings]
-    if setting.method != "full" or setting.key != said[0]:
+    message = [name for name, _ in freezes.values() if name in setting.settings]
+    if setting.method != "full" or setting.key != message[0]:
         return Counterpart(note="said by adapter.targets")
     places = chosen_places(setting, freezes)
     return Counterpart(

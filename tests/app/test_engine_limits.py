@@ -277,7 +277,7 @@ def test_an_endless_talk_is_refused_before_it_is_rendered(
         raise AssertionError("it was rendered")
 
     with Engine(model) as engine:
-        monkeypatch.setattr(type(model.asked("one").prompts), "sample", sample)
+        monkeypatch.setattr(type(model.entry("one").prompts), "sample", sample)
         for name in ("one", "base"):
             with pytest.raises(BadSample, match=reason):
                 engine.prepare(name, turns, Sampling(max_new_tokens=1), fill=True)

@@ -46,7 +46,7 @@ def batches_of(engine: Engine, monkeypatch: Any) -> list[list[str]]:
     begin = engine._rows.begin
 
     def noted(batch: Any) -> Any:
-        seen.append([one.prepared.asked.name or "base" for one in batch])
+        seen.append([one.prepared.entry.name or "base" for one in batch])
         return begin(batch)
 
     monkeypatch.setattr(engine._rows, "begin", noted)
@@ -259,7 +259,7 @@ def test_base_rows_of_a_mixed_batch_have_the_bases_bits(tmp_path: Path) -> None:
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "samples", "padding_tokens")}
     inputs = {name: value for name, value in inputs.items() if name not in ("skipped", "cut")}
     plain = alone(base, None).backbone.model(**inputs).logits
-    with model.rows([model.asked("base"), model.asked("one"), model.asked("four")], [1, 1, 1]):
+    with model.rows([model.entry("base"), model.entry("one"), model.entry("four")], [1, 1, 1]):
         mixed = model.backbone.model(**inputs).logits
     assert torch.equal(mixed[0], plain[0])
     assert not torch.allclose(mixed[1], plain[1], atol=1e-2)
