@@ -299,12 +299,10 @@ class RequestMedia:
         Raises:
             TooLarge: there are more.
         """
-        for result, most, what in (
-            (pictures, self.limits.pictures, "pictures"),
-            (videos, self.limits.videos, "videos"),
-        ):
-            if result > most:
-                raise TooLarge(f"{who} {result} {what}, and {most} are allowed here")
+        limits = self.limits
+        for count, most, what in ((pictures, limits.pictures, "pictures"), (videos, limits.videos, "videos")):
+            if count > most:
+                raise TooLarge(f"{who} {count} {what}, and {most} are allowed here")
 
     def picture(self, content: bytes, where: str) -> Image.Image:
         """A picture's file as RGB, upright.
