@@ -7,14 +7,9 @@ transformers' `LlavaForConditionalGeneration` takes a `GridTower` as its `vision
 from __future__ import annotations
 
 import pickle
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, no_type_check
 
 import torch
@@ -251,93 +246,6 @@ def register_towers() -> None:
 
     register_config()
     AutoModel.register(GridTowerConfig, GridTower, exist_ok=True)
-
-
-# Makes transformers know `GridTower` at the moment transformers itself is imported, and not before.
-#
-# A composed LLaVA must open with plain `transformers` after `import dora_vl`, in whichever order the two are imported.
-# transformers has no plug-in entry point, so there are two ways:
-#
-# - import transformers here and register at once: two and a half seconds and torch for all who write
-#   `import dora_vl`, and `dora_vl.core` could no longer be used where transformers is missing;
-# - watch for the import (this module): one entry at the front of `sys.meta_path`, which answers for the two modules
-#   that hold the auto classes' tables and for nothing else, and takes itself out after them. The price is that a
-#   reader has
-#   to know of it, so it is kept to this file; our own code does not rely on it and calls `towers.register_towers()`.
-
-
-CONFIG_TABLE = "transformers.models.auto.configuration_auto"
-MODEL_TABLE = "transformers.models.auto.modeling_auto"
-
-
-def register_with_transformers() -> None:
-    """Registers `GridTower` as soon as transformers' tables exist: now, or when they are imported."""
-    steps = {CONFIG_TABLE: _register_config, MODEL_TABLE: _register_model}
-    waiting = {table: step for table, step in steps.items() if table not in sys.modules}
-    if waiting:
-        sys.meta_path.insert(0, _TableWatcher(waiting))
-    for table in steps.keys() - waiting.keys():
-        steps[table]()
-
-
-def _register_config() -> None:
-    if _is_known():
-        import_module("dora_vl.backbones.towers").register_config()
-
-
-def _register_model() -> None:
-    if _is_known():
-        import_module("dora_vl.backbones.towers").register_towers()
-
-
-def _is_known() -> bool:
-    """Whether transformers is of a major version that the towers are written for.
-
-    vLLM's plugin brings this package into processes with an older one, whose import must not fail for it.
-    """
-    version = str(getattr(sys.modules.get("transformers"), "__version__", ""))
-    return version.partition(".")[0] == "5"
-
-
-class _TableWatcher(MetaPathFinder):
-    """Finds the tables as any importer would, and registers once each has been executed."""
-
-    def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
-        self.waiting = waiting
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The module's own spec with our step behind its loader; None for every other module."""
-        if fullname not in self.waiting:
-            return None
-        register = self.waiting.pop(fullname)
-        if not self.waiting:
-            sys.meta_path.remove(self)
-        for finder in [finder for finder in sys.meta_path if finder is not self]:
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _ThenRegister(spec.loader, register)
-                return spec
-        return None
-
-
-class _ThenRegister(Loader):
-    """Runs a module as its own loader does, then one more function."""
-
-    def __init__(self, loader: Loader, register: Callable[[], None]) -> None:
-        self.loader = loader
-        self.register = register
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As the module's own loader."""
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """As the module's own loader; then registers."""
-        self.loader.exec_module(module)
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        module.__loader__ = self.loader
-        self.register()
 
 
 # Reads a weights file without running code from it, and fits it to a network exactly.

@@ -68,11 +68,11 @@ def test_only_the_major_version_that_we_know(
     """vLLM's plugin brings us into processes with an older transformers, where its own import must not fail for us."""
     import transformers.models.auto.modeling_auto  # both tables stand then
 
-    from dora_vl.backbones import towers
+    from dora_vl.backbones import lazy_registration
 
     found: set[str] = set()
-    real = towers.import_module
+    real = lazy_registration.import_module
     monkeypatch.setattr(transformers, "__version__", version)
-    monkeypatch.setattr(towers, "import_module", lambda name: found.add(name) or real(name))
-    towers.register_with_transformers()
+    monkeypatch.setattr(lazy_registration, "import_module", lambda name: found.add(name) or real(name))
+    lazy_registration.register_with_transformers()
     assert found == registered
