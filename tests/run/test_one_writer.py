@@ -57,14 +57,6 @@ def test_a_killed_writer_keeps_nobody_out_though_its_worker_lives(tmp_path: Path
     os.kill(worker, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [1, os.getpid()], ids=["init", "own"])
-def test_a_file_that_names_a_living_process_is_no_lock(tmp_path: Path, number: int) -> None:
-    """As in a restarted container, whose processes have the numbers of those before."""
-    (tmp_path / LOCK).write_text(f"process {number} on {os.uname().nodename}")
-    with one_writer(tmp_path):
-        pass
-
-
 def test_a_file_system_without_locks_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

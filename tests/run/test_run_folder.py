@@ -55,6 +55,6 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_has_one_way_out(tmp_p
     prepare_run_folder(folder, checkpoint=None, overwrite=False)
 
     left(folder, "adapter/adapter_config.json")  # of a whole run that kept no checkpoint
-    with pytest.raises(UserError, match="adapter .*--overwrite true"):
+    with pytest.raises(UserError, match=r"adapter .*--overwrite true"):
         checkpoint_of(resumed)
     prepare_run_folder(folder, checkpoint=None, overwrite=True)

@@ -99,12 +99,6 @@ def test_a_run_is_the_same_to_the_bit_with_it_and_without(
     assert same_tensors(folder, plain)
 
 
-def test_without_a_gpu_nothing_is_tried_unless_it_is_asked_for(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = counted(monkeypatch)
-    trained(run_file, "run", "--training.max_steps=1")
-    assert not tried
-
-
 def test_the_longest_samples_make_it(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = json.loads((read_data(run_file)).read_text())
     for place in (5, 11):
@@ -218,15 +212,6 @@ def test_other_allocators_errors_are_told_alike(
     no_room_above(monkeypatch, 0, make)
     with pytest.raises(UserError, match=f"step 1: {asked}"):
         trained(run_file, "run")
-
-
-def test_another_runtime_error_keeps_its_traceback(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other() -> object:
-        raise RuntimeError("shapes do not fit")
-
-    no_room_above(monkeypatch, 0, other)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        trained(run_file, "run", "--try_largest_batch=true")
 
 
 def test_the_validation_has_its_own_setting(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,13 +119,6 @@ def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step
     assert not (run_file.parent / run_file.stem / "log.jsonl").exists()
 
 
-@pytest.mark.slow
-def test_a_learning_rate_far_too_large_ends_with_its_line_and_no_adapter(run_file: Path) -> None:
-    with pytest.raises(UserError, match=r"^step \d+: "):
-        trained(run_file, "--training.learning_rate", "1e30", "--optim.projector_learning_rate", "1e30")
-    assert not (run_file.parent / run_file.stem / "adapter").exists()
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_are_read_whatever_their_number_type(value: float) -> None:
     last = nn.Linear(5, 2).to(torch.bfloat16)
