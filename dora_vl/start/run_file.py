@@ -86,13 +86,13 @@ def base_of(model: str | None) -> Base:
         check_trained(name, kind)
         return Base(name=name, is_new=(folder / MADE_HERE).is_file(), parameters=_parameters_in(folder))
     from dora_vl.backbones.loading import load_tokenizer
-    from dora_vl.backbones.prompts import get_template
+    from dora_vl.backbones.prompts import usual_template
 
     return Base(
         name=name,
         is_llava=True,
         is_new=(folder / MADE_HERE).is_file(),
-        template=get_template(None, load_tokenizer(name)).name,
+        template=usual_template(load_tokenizer(name)),
         parameters=_parameters_in(folder),
     )
 
