@@ -1,6 +1,6 @@
 """How fast a DoRA step is alone and beside other busy processes, by how OpenMP's threads wait for each other.
 
-    python benchmarks/busy_machine.py --json benchmarks/results/busy_machine.json
+    python benchmarks/busy_machine.py --json benchmarks/results.jsonl
 
 A thread that waits at a barrier by spinning keeps the core that its partner needs, where another process takes part
 of the machine. Each setting is an environment of its own process, since libgomp reads it when it is loaded; settings

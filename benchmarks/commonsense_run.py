@@ -1,6 +1,6 @@
 """DoRA, LoRA and full fine-tuning of SmolLM2-135M on three commonsense sets, three seeds each, with intervals.
 
-    python benchmarks/commonsense_run.py --data data/commonsense --json benchmarks/results/commonsense_run.json
+    python benchmarks/commonsense_run.py --data data/commonsense --json benchmarks/results.jsonl
 
 Everybody trains on the same number of questions of OpenBookQA, ARC-Easy and ARC-Challenge (LLM-Adapters' files, which
 `--data` holds), in the same order for the same seed, and is asked the same test questions by generation and by

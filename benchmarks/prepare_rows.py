@@ -1,6 +1,6 @@
 """Prepares generated LLaVA rows and draws the first training batch from them: speed and memory, by number of workers.
 
-    OMP_NUM_THREADS=2 python benchmarks/prepare_rows.py --json benchmarks/results/prepare_rows.json
+    OMP_NUM_THREADS=2 python benchmarks/prepare_rows.py --json benchmarks/results.jsonl
 
 The rows are like LLaVA-1.5's mix: a picture's path and one to six rounds, every 16th without a picture, every 1,000th
 unusable. Memory is the sum of the processes' private and shared memory that is not backed by files (`Pss_Anon`), at

@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.contenders import Setting, Tokens, contender
-from benchmarks.dora_memory import Memory, Step, figures, memory_of
-from benchmarks.live_bytes import LiveBytes, Saved, saved_for_backward
+from benchmarks.dora_memory import LiveBytes, Memory, Saved, Step, figures, memory_of, saved_for_backward
 
 ROWS, WIDTH = 30, 10
 BATCH, LENGTH, LAYERS, HIDDEN, MIDDLE = 6, 40, 4, 32, 48
