@@ -41,11 +41,6 @@ def test_any_import_order_opens_a_grid_tower(before: str) -> None:
     assert run(f"{before}; {OPENS}") == "GridTowerConfig GridTower"
 
 
-def test_the_import_hook_removes_itself() -> None:
-    code = "import sys, dora_vl; from transformers import AutoModel; print([type(f).__name__ for f in sys.meta_path])"
-    assert "_TableWatcher" not in run(code)
-
-
 @pytest.mark.parametrize(
     "module",
     [*(pytest.param(one, marks=pytest.mark.slow) for one in ("tower_pictures", "tower_sources")), "towers"],
