@@ -186,7 +186,7 @@ def _wait_and_kill(reads: int, processes: Sequence[int], kill: Kill | None, begu
 
 def _train(case: Case, settings: Path, resume: Sequence[str]) -> None:
     from dora_vl.training.command_line import read_run, read_settings
-    from dora_vl.training.image_text_pipeline import instruct_pipeline
+    from dora_vl.training.decoder_pipeline import DecoderPipeline
     from dora_vl.training.launch import log_to_stderr
     from dora_vl.training.recipe import VlBartRunConfig
     from dora_vl.training.run import run
@@ -198,7 +198,7 @@ def _train(case: Case, settings: Path, resume: Sequence[str]) -> None:
     if case.kind == "vlbart":
         run(VlBartPipeline(read_settings(options, VlBartRunConfig), all_subtasks(), name="tiny"))
     else:
-        run(instruct_pipeline(read_run(options)))
+        run(DecoderPipeline(read_run(options)))
 
 
 def _watch_operations(run_folder: Path, record: Path, stop_before: int | None, writes: int) -> None:
@@ -351,7 +351,7 @@ def _import_everything() -> None:
     """What every run needs, once."""
     for name in ("accelerate", "datasets", "deepspeed", "transformers", "tests.training.tiny_vlbart_run"):
         __import__(name)
-    for name in ("run", "image_text_pipeline", "vlbart_pipeline"):
+    for name in ("run", "decoder_pipeline", "vlbart_pipeline"):
         __import__(f"dora_vl.training.{name}")
 
 
