@@ -41,27 +41,27 @@ def test_every_section_has_a_diff() -> None:
 
 def test_the_source_reads_its_files(tmp_path: Path) -> None:
     (tmp_path / "birds_test.json").write_text(json.dumps([{"id": "1", "file": "a.jpg", "species": "wren"}]))
-    names = run("dora_vl.data.benchmarks.images", "dora_vl/sources/birds.py", "json_rows")
-    (split,) = names["splits"](tmp_path, {}, tmp_path)
+    names = run("dora_vl.data.benchmarks.images", "dora_vl/data/benchmarks/images.py", "json_rows")
+    (split,) = names["birds_splits"](tmp_path, {}, tmp_path)
     (row,) = split.rows(lambda _: None)
     (example,) = split.convert(row)
     assert (split.name, example.images, example.answers[0].text) == ("test", ("a.jpg",), "wren")
 
 
 def test_the_benchmark_scores_with_an_interval() -> None:
-    names = run("dora_vl.evaluation.scores.exact", "dora_vl/scores/birds.py")
+    names = run("dora_vl.evaluation.scores.exact", "dora_vl/evaluation/scores/exact.py")
     examples = [Example(id=str(n), answers=(Answer(text="wren"),)) for n in range(10)]
     answers = {str(n): "It is a Wren." if n < 7 else "a crow" for n in range(9)}
-    scored = names["score"](examples, answers)
+    scored = names["birds_score"](examples, answers)
     assert scored.metrics == {"accuracy": pytest.approx(70.0)}
     assert scored.failed == ("9",)
     low, high = intervals(scored)["accuracy"]
     assert low < 70 < high
-    assert names["BENCHMARK"].modes
+    assert names["BIRDS"].modes
 
 
 def test_the_task_is_one() -> None:
-    names = run("dora_vl.training.vlbart_tasks", "dora_vl/tasks/vlbart_image.py")
+    names = run("dora_vl.training.vlbart_tasks", "dora_vl/training/vlbart_tasks.py")
     task = names["counting_task"](lambda name: partial(names["question_prompt"], prefix=f"{name}: "))
     assert (task.name, task.target_tokens) == ("counting", 4)
 
