@@ -9,6 +9,8 @@ import importlib
 import importlib.util
 import io
 import logging
+import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
-from dora_vl.errors import DECODING_ERRORS, ON_THE_WEB, BadSample, shown
+from dora_vl.errors import DECODING_ERRORS, ON_THE_WEB, BadSample, UserError, shown
 from dora_vl.files import NoRegularFile, open_regular
 
 if TYPE_CHECKING:
@@ -426,6 +428,83 @@ def _within_side(image: Image.Image) -> Image.Image:
     if max(image.size) > PICTURE_SIDE:
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
     return image
+
+
+TRUNCATED, BROKEN = "truncated media", "broken media"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a file cannot be used; `kind` is the same for all files with that trouble."""
+
+    kind: str
+    detail: str
+
+
+def decoding_trouble(source: Path | BytesIO) -> Trouble | None:
+    """What is wrong with a picture that is decoded whole, within the limits of training; None where nothing is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            load_picture(source)
+    except NoPicture as error:
+        return Trouble(BROKEN, str(error))
+    except NOT_DECODED as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        return Trouble(TRUNCATED if "truncated" in reason or "cut off" in reason else BROKEN, reason)
+    return None
+
+
+_BEGINNINGS = {
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG\r\n\x1a\n": ".png",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+}
+
+
+def picture_ending(data: bytes) -> str | None:
+    """The file name's ending for an encoded picture, by its first bytes; None for anything else."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return ".webp"
+    return next((ending for beginning, ending in _BEGINNINGS.items() if data.startswith(beginning)), None)
+
+
+def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
+    """Writes a picture that a table holds into `folder`/media, named by its content, unless it is there.
+
+    It is decoded first, once for each distinct picture (4 ms for 500 x 375): a table that was cut inside a picture
+    holds one that begins well, and one that is damaged in its middle ends well too.
+
+    Returns:
+        Its path relative to `folder`.
+
+    Raises:
+        BadSample: the bytes do not begin as a picture does, or are not all of one.
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    ending = picture_ending(data)
+    if ending is None:
+        raise BadSample(sample_id, f"its picture begins with {data[:8]!r}, which is no known picture format")
+    relative = f"media/{hashlib.sha256(data).hexdigest()[:32]}{ending}"
+    target = folder / relative
+    if target.is_file() and target.stat().st_size == len(data):
+        return relative
+    trouble = decoding_trouble(BytesIO(data))
+    if trouble is not None:
+        raise BadSample(sample_id, f"its picture is {trouble.kind.removesuffix(' media')}: {trouble.detail}")
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}); free some space") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return relative
 
 
 ALLOW_LINKS = "data.follow_links: true (--follow-links) reads such links"
