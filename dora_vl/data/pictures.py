@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import importlib
 import importlib.util
@@ -31,13 +30,11 @@ if TYPE_CHECKING:
     import datasets
 
 
-# How large a picture or a video may be, and of which formats: everything that is opened for a person holds to these.
-#
-# A header's numbers are compared before anything is decoded. docs/data.md says the same to people.
-
+# Limits that everything opened for a person holds to; docs/data.md says the same to people. A header's numbers are
+# compared before anything is decoded, so that a small file cannot ask for all memory; nothing but Pillow's own decoders
+# ever runs.
 
 MEBIBYTE = 2**20
-
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
 """Pillow's names of what is read; it knows formats that start other programs (EPS: Ghostscript), and rarer decoders.
 HEIC is read beside them where pillow-heif is installed."""
@@ -69,12 +66,6 @@ VIDEO_MEMORY = 4_096 * MEBIBYTE
 """Most bytes that the decoder's process may take for one file, beyond what its libraries have."""
 
 
-# Bytes become a picture: of the formats and within the limits of `media_limits`, upright, RGB.
-#
-# The header is read and compared first, so that a small file cannot ask for all memory; nothing but Pillow's own
-# decoders ever runs.
-
-
 log = logging.getLogger(__name__)
 
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx")
@@ -93,14 +84,9 @@ NOT_DECODED = (*DECODING_ERRORS, RuntimeError, MemoryError, Image.DecompressionB
 
 
 def load_picture(source: Path | BytesIO, *, as_published: bool = False) -> Image.Image:
-    """A picture decoded whole, RGB; see `media.open_image`.
+    """A picture decoded whole, RGB, as `open_image` says; raises as `opened_picture`.
 
     What Pillow refuses for a flaw that leaves no pixel in doubt is read all the same (`_without_flaw`).
-
-    Raises:
-        FileNotFoundError: nothing is at the path.
-        NoPicture: it is of no format that is read, or over a limit; the message has the numbers.
-        NOT_DECODED: anything that Pillow raises.
     """
     read = _published if as_published else _as_shown
     try:
@@ -316,7 +302,7 @@ def _read_colour_differences(image: TiffImageFile) -> None:
 
 
 def decode_image(source: Path | BytesIO, name: str, where: str, *, as_published: bool = False) -> Image.Image:
-    """A picture from a file or from memory; `name` and `where` are what the messages say. See `media.open_image`.
+    """A picture from a file or from memory; `name` and `where` are what the messages say.
 
     Raises:
         BadSample: nothing is there, it is over a limit, or it cannot be decoded.
@@ -324,13 +310,14 @@ def decode_image(source: Path | BytesIO, name: str, where: str, *, as_published:
     try:
         return load_picture(source, as_published=as_published)
     except FileNotFoundError:
-        raise BadSample(name, f"picture {name} is missing in {where}") from None
+        reason = f"is missing in {where}"
     except NoPicture as error:
-        raise BadSample(name, f"picture {name} in {where} {error}") from None
+        reason = f"in {where} {error}"
     except NoRegularFile as error:
-        raise BadSample(name, f"picture {name} in {where} cannot be read: {error}") from None
+        reason = f"in {where} cannot be read: {error}"
     except NOT_DECODED as error:
-        raise BadSample(name, f"picture {name} in {where} cannot be decoded: {in_one_line(error)}") from None
+        reason = f"in {where} cannot be decoded: {in_one_line(error)}"
+    raise BadSample(name, f"picture {name} {reason}")
 
 
 def in_one_line(error: BaseException) -> str:
@@ -540,15 +527,10 @@ def open_image(root: Path | MediaFolder, relative: str) -> Image.Image:
     code does none of these (`convert("RGB")` in c121f04, `llava/train/train.py`): it reads a phone's photograph
     sideways, shows whatever colour is stored below transparency, and clips 16 bits to white; so does this
     `as_published`. Every other picture has the same pixels there and here, but for those with a side of more than
-    `media_limits.PICTURE_SIDE` pixels, which are shrunk to it.
-
-    Args:
-        root: the folder that holds all pictures.
-        relative: a path inside it, with `/`; an absolute path that lies in it counts as that.
+    `PICTURE_SIDE` pixels, which are shrunk to it.
 
     Raises:
-        BadSample: the path leaves `root`, nothing is there, or it cannot be decoded; its `sample_id` is the
-            path, because a picture does not know its sample.
+        BadSample: the path leaves `root`, nothing is there, or it cannot be decoded; its `sample_id` is the path.
     """
     folder = MediaFolder.of(root)
     return decode_image(path_inside(folder, relative), relative, str(folder), as_published=folder.as_published)
@@ -654,11 +636,7 @@ class StoredPictures:
 
 
 def open_picture(root: Path | MediaFolder, name: str, stored: HeldPictures | None = None) -> Image.Image:
-    """A picture of the data file itself, or the file at `name` under `root`; see `media.open_image`.
-
-    Raises:
-        BadSample: as `open_image`.
-    """
+    """A picture of the data file itself, or the file at `name` under `root`, as `open_image`."""
     if stored is not None and name in stored:
         as_published = MediaFolder.of(root).as_published
         return decode_image(io.BytesIO(stored.read(name)), name, "the data file", as_published=as_published)
@@ -687,8 +665,7 @@ class RowPictures:
             BadSample: anything else, or an address on the web.
         """
         if isinstance(value, Mapping):
-            given = [value.get(name) for name in ("bytes", "path", "url")]
-            value = next((one for one in given if one is not None), None)
+            value = next((part for name in ("bytes", "path", "url") if (part := value.get(name)) is not None), None)
         if isinstance(value, bytes | bytearray) and value:
             self._hold(bytes(value))
         elif isinstance(value, str) and value.startswith(IN_PLACE):
@@ -696,8 +673,8 @@ class RowPictures:
         elif isinstance(value, str) and value.startswith(BARE_BASE64) and (data := _from_base64(value)) is not None:
             self._hold(data)
         elif isinstance(value, str) and value.startswith(WEB):
-            told = f"{key!r} is on the web, {shown(value)}; fetch it and name the file"
-            raise BadSample(self.sample_id, told, ON_THE_WEB)
+            reason = f"{key!r} is on the web, {shown(value)}; fetch it and name the file"
+            raise BadSample(self.sample_id, reason, ON_THE_WEB)
         elif isinstance(value, str) and value:
             self.names.append(value.removeprefix(AS_URL).replace("\\", "/"))
         else:
@@ -709,20 +686,18 @@ class RowPictures:
         self.held[name] = data
 
     def _from_data_url(self, url: str) -> bytes:
-        header, comma, content = url.partition(",")
-        try:
-            if not comma or not header.endswith(";base64"):
-                raise ValueError("it is not base64")
-            return base64.b64decode(content, validate=True)
-        except (ValueError, binascii.Error) as error:
-            raise BadSample(self.sample_id, f"its data URL {shown(url)} cannot be read: {error}") from None
+        header, _, content = url.partition(",")
+        data = _from_base64(content) if header.endswith(";base64") else None
+        if data is None:
+            raise BadSample(self.sample_id, f"its data URL {shown(url)} cannot be read: it is not base64")
+        return data
 
 
 def _from_base64(text: str) -> bytes | None:
     """The bytes, or None where the text is no base64: a path may begin alike."""
     try:
         return base64.b64decode(text, validate=True)
-    except (ValueError, binascii.Error):
+    except ValueError:
         return None
 
 
@@ -736,6 +711,6 @@ def row_pictures(fields: Mapping[str, object], sample_id: str) -> RowPictures:
     value = fields.get("images")
     if value is None or value in ("", b"", []) or value != value:  # NaN: a table's empty cell
         return pictures
-    for one in value if isinstance(value, list | tuple) else [value]:
-        pictures.add(one, "images")
+    for picture in value if isinstance(value, list | tuple) else [value]:
+        pictures.add(picture, "images")
     return pictures

@@ -130,15 +130,12 @@ LLAVA_BENCH = Benchmark(modes={}, max_new_tokens=LONG_ANSWER_TOKENS, submission=
 # of an evaluation tool, of which there were several; two are here, and the one used is in the settings:
 #
 # - `opencompass_2023` (an older script in OpenCompass, of LLaVA-1.5's days; VLMEvalKit's of that time read other
-#   letters, so its numbers are not these): letters A to E whatever the choices; first a letter standing alone as a
-#   word (not
-# where
-#   "A" is among more than three words: it may be an article), then with one of eleven decorations such as "A." or
-#   "(A)"; exactly one letter must fit.
+#   letters, so its numbers are not these): letters A to E whatever the choices; first a letter standing alone as a word
+#   (not where "A" is among more than three words: it may be an article), then with one of eleven decorations such as
+#   "A." or "(A)"; exactly one letter must fit.
 # - `2025` (VLMEvalKit today): marks .()[],:;!*#{} become spaces; the one letter of the question's choices among the
 #   words counts if it is one of the last four; four phrases of refusal, and a word "Z", are Z, which is never right.
-#   Answers
-#   longer than twice all choices together are not searched for a choice's text.
+#   Answers longer than twice all choices together are not searched for a choice's text.
 #
 # In both, an answer without such a letter counts for the one choice whose text is in it, letter case aside. Where
 # neither gives a letter the tool asks GPT, or with `exact_matching` gives Z; here it is wrong, as with
@@ -383,8 +380,7 @@ MME = Benchmark(
 #
 # Judged by GPT-4 with a few-shot prompt, each answer from 0 to 1 in steps of 0.1; the online grader takes one JSON
 # object `{"v1_0": answer, ...}`. No judge is called here. `score_grades` averages the grades, times 100, over all and
-# over
-# the questions of each capability (rec, ocr, know, gen, spat, math; `extra["capability"]`, a question may need
+# over the questions of each capability (rec, ocr, know, gen, spat, math; `extra["capability"]`, a question may need
 # several).
 
 

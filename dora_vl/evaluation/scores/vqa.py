@@ -155,7 +155,7 @@ def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
 # The steps of `vqa_normaliser` with three differences, which change about a tenth of tricky strings:
 #
 # - Lower case first, then "," and "?" go, so that the rule for a comma between digits never applies ("1,2/3" -> "12
-# 3").
+#   3").
 # - "'s" is split off before numbers and contractions are looked up: "two's" -> "2 's", "she's" -> "she 's".
 # - Line breaks become spaces after the ends were stripped, not before.
 #
@@ -224,8 +224,7 @@ KARPATHY = Benchmark(modes={"before_2021": _BEFORE, "after_2021": _AFTER}, promp
 #
 # Both sides go through `evalai_normaliser`; the points are those of VQA, leaving each of exactly ten people out in
 # turn. LLaVA finds the question again by (image id, lower-cased question) parsed out of the prompt; here the id does
-# that.
-# A question without an answer counts as wrong.
+# that. A question without an answer counts as wrong.
 
 
 def textvqa_score(examples: Sequence[Example], answers: Answers) -> Scored:
@@ -334,18 +333,17 @@ VIZWIZ = Benchmark(
 # GQA as its eval.py gives it, on answers converted the way LLaVA does.
 #
 # Quirks kept: the conversion takes the periods off the end *before* lower-casing and strips no white space, so " yes"
-# and "yes. " are wrong. A question whose structural type is "query" counts as open, every other as binary. Without
-# the
+# and "yes. " are wrong. A question whose structural type is "query" counts as open, every other as binary. Without the
 # publisher's choices file validity and plausibility are 0 and are not listed here. Consistency is the mean over
 # *rightly answered* questions that entail others (`extra["entailed"]`) of how many of those are right; an entailed
-# question without an answer counts as wrong (the script stops). Distribution is chi-square between the histograms
-# of true and given answers in each global group, weighted by the group's size, / 100: lower is better, and no percent.
+# question without an answer counts as wrong (the script stops). Distribution is chi-square between the histograms of
+# true and given answers in each global group, weighted by the group's size, / 100: lower is better, and no percent.
 #
 # `vl_t5` (so the paper's VL-BART numbers) compares the generated text as it is, and gives an answer's weight where a
 # question has several.
 #
-# Reads `answers`, and of `extra`: types {structural, semantic}, entailed, global_group, is_balanced (only
-# balanced questions are scored; absent means balanced).
+# Reads `answers`, and of `extra`: types {structural, semantic}, entailed, global_group, is_balanced (only balanced
+# questions are scored; absent means balanced).
 
 
 Conversion = Literal["llava", "vl_t5"]
@@ -464,9 +462,7 @@ GQA = Benchmark(
 #
 # Quirks kept: the script strips a line of its CSV, parts it at commas and takes the second field; letter case aside
 # that must be the label exactly. So " True", "true." and "True ,x" are wrong, "True " and "True,x" right. The script
-# ends
-# when
-# an id is missing; here a missing answer is wrong.
+# ends when an id is missing; here a missing answer is wrong.
 #
 # Reads `id` and `answers[0]`.
 
