@@ -39,20 +39,21 @@ def commonsense(folder: Path, options: Mapping[str, str], records: Path) -> Iter
     cannot be told apart in it. `{train,test}_sample.json` in place of a full file is taken too; the manifest says so.
     """
     root = folder / "dataset" if (folder / "dataset").is_dir() else folder
-    wanted = [
-        (task, name, size, [root / task / f"{name}.json", root / task / f"{name}_sample.json"])
+    wanted = {
+        (task, name): (size, [root / task / f"{name}.json", root / task / f"{name}_sample.json"])
         for task, sizes in SIZES.items()
         for name, size in zip(("train", "test"), sizes, strict=True)
-    ]
-    wanted += [(MIX, "train", 170_420, [folder / f"{MIX}.json", folder / "ft-training_set" / f"{MIX}.json"])]
-    found = [(*split, file) for *split, places in wanted if (file := next(filter(Path.is_file, places), None))]
-    if not found:
+    }
+    wanted[MIX, "train"] = 170_420, [folder / f"{MIX}.json", folder / "ft-training_set" / f"{MIX}.json"]
+    found = {split: next(filter(Path.is_file, places), None) for split, (_, places) in wanted.items()}
+    if not any(found.values()):
         raise UserError(f"{folder}: neither <set>/train.json, such as openbookqa/train.json, nor {MIX}.json is in it")
-    for task, name, size, path in found:
-        sample = path.stem.endswith("_sample")
-        rows, convert = partial(_rows, path), partial(commonsense_row, task=task, split=name)
-        notes = {"sample": True} if sample else {}
-        yield Split(task, name, (path,), rows, convert, None if sample else size, ids_by_place=True, notes=notes)
+    for (task, name), path in found.items():
+        if path is not None:
+            sample = path.stem.endswith("_sample")
+            size, notes = (None, {"sample": True}) if sample else (wanted[task, name][0], {})
+            rows, convert = partial(_rows, path), partial(commonsense_row, task=task, split=name)
+            yield Split(task, name, (path,), rows, convert, size, ids_by_place=True, notes=notes)
 
 
 def _rows(path: Path, progress: Progress) -> Iterator[Raw]:

@@ -102,7 +102,9 @@ def gqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Spl
     `types`, `entailed`, `groups` and `isBalanced` for all of its figures, so they stay in `extra`.
     """
     found = present(folder, [*GQA_FILES, *GQA_ALL_TRAIN, *GQA_VLT5])
-    splits = [(*GQA_FILES[file], (path,)) for file, path in found.items() if file in GQA_FILES]
+    splits: list[tuple[str, int, tuple[Path, ...]]] = [
+        (*GQA_FILES[file], (path,)) for file, path in found.items() if file in GQA_FILES
+    ]
     if parts := tuple(path for file, path in found.items() if file in GQA_ALL_TRAIN):
         splits.append(("train_all", 14_305_356, parts))
     for name, size, paths in splits:

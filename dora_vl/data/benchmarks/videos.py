@@ -173,7 +173,7 @@ def tvqa(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
     for file, path in present(folder, TVQA_FILES).items():
         name, size = TVQA_FILES[file]
         solved = files_in(folder, [TVQA_SOLUTION] if name == "validation" else [])
-        solution = {qid: index for solution in solved.values() for qid, index in read_solution(solution).items()}
+        solution = {qid: index for known in solved.values() for qid, index in read_solution(known).items()}
         rows = partial(subtitles.rows, path, solution)
         convert = partial(question_row, choices=5, answered=not name.startswith("test"))
         inputs = (path, *subtitles.inputs, *solved.values())
