@@ -342,11 +342,7 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def columns_of(arguments: argparse.Namespace) -> Columns:
-    """What the options say of the columns.
-
-    Raises:
-        UserError: `--columns` is of another form, or names what no column can be.
-    """
+    """What the options say of the columns."""
     pairs = [part.rpartition("=") for part in filter(None, arguments.columns.split(","))]
     if any(not column for column, _, _ in pairs):
         raise UserError(f"--columns {shown_text(arguments.columns, 100)}: must be COLUMN=ROLE,...")
@@ -395,11 +391,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def data_files(paths: Sequence[Path]) -> list[Path]:
-    """The files themselves, and those of the folders (manifests left out).
-
-    Raises:
-        UserError: a path is neither, or nothing is in it.
-    """
+    """The files themselves, and those of the folders (manifests left out)."""
     files: list[Path] = []
     for path in paths:
         inside = [path] if path.is_file() else []

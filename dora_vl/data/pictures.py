@@ -302,11 +302,7 @@ def _read_colour_differences(image: TiffImageFile) -> None:
 
 
 def decode_image(source: Path | BytesIO, name: str, where: str, *, as_published: bool = False) -> Image.Image:
-    """A picture from a file or from memory; `name` and `where` are what the messages say.
-
-    Raises:
-        BadSample: nothing is there, it is over a limit, or it cannot be decoded.
-    """
+    """A picture from a file or from memory; `name` and `where` are what the messages say."""
     try:
         return load_picture(source, as_published=as_published)
     except FileNotFoundError:
@@ -467,10 +463,6 @@ def save_picture(data: bytes, folder: Path, sample_id: str) -> str:
 
     Returns:
         Its path relative to `folder`.
-
-    Raises:
-        BadSample: the bytes do not begin as a picture does, or are not all of one.
-        UserError: the disk is full, or the folder cannot be written.
     """
     ending = picture_ending(data)
     if ending is None:
@@ -528,20 +520,13 @@ def open_image(root: Path | MediaFolder, relative: str) -> Image.Image:
     sideways, shows whatever colour is stored below transparency, and clips 16 bits to white; so does this
     `as_published`. Every other picture has the same pixels there and here, but for those with a side of more than
     `PICTURE_SIDE` pixels, which are shrunk to it.
-
-    Raises:
-        BadSample: the path leaves `root`, nothing is there, or it cannot be decoded; its `sample_id` is the path.
     """
     folder = MediaFolder.of(root)
     return decode_image(path_inside(folder, relative), relative, str(folder), as_published=folder.as_published)
 
 
 def path_inside(root: Path | MediaFolder, relative: str, *, kind: str = "picture") -> Path:
-    """Where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it.
-
-    Raises:
-        BadSample: the path leaves `root`, through dots or through a link that may not be followed.
-    """
+    """Where the file at `relative` is, if that is inside `root`; `kind` is what the messages call it."""
     folder = MediaFolder.of(root)
     parts = PurePosixPath(relative)
     absolute = parts.is_absolute() or Path(relative).is_absolute()
@@ -702,11 +687,7 @@ def _from_base64(text: str) -> bytes | None:
 
 
 def row_pictures(fields: Mapping[str, object], sample_id: str) -> RowPictures:
-    """The pictures among a row's fields; one that is no list counts as a list of one.
-
-    Raises:
-        BadSample: see `RowPictures.add`.
-    """
+    """The pictures among a row's fields; one that is no list counts as a list of one."""
     pictures = RowPictures(sample_id)
     value = fields.get("images")
     if value is None or value in ("", b"", []) or value != value:  # NaN: a table's empty cell

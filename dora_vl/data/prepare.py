@@ -75,9 +75,6 @@ def converted_rows(
     Args:
         first_number: the number of the first row, for messages.
         workers: processes besides this one; 0 converts in this one.
-
-    Raises:
-        UserError: reading failed, or a worker died.
     """
     numbered = enumerate(rows, start=first_number)
     chunks = iter(lambda: list(islice(numbered, ROWS_A_CHUNK)), [])
@@ -129,11 +126,7 @@ def _line(result: Example | Mapping[str, JSON]) -> tuple[str, bytes, bool]:
 
 
 def read_manifest(folder: Path) -> dict[str, JSON]:
-    """The splits that the task's manifest names.
-
-    Raises:
-        UserError: the file is there but is no manifest.
-    """
+    """The splits that the task's manifest names."""
     path = folder / "manifest.json"
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))["splits"] if path.is_file() else {}
@@ -224,9 +217,6 @@ def prepare_split(
     """Makes `folder/<split>.jsonl`, unless it is there and was made of the same files with the same settings.
 
     A run that ended early goes on where it was. The file gets its name only when it is whole.
-
-    Raises:
-        UserError: an input is malformed, an id is repeated, nothing in it can be used, or the disk is full.
     """
     path = folder / f"{split.name}.jsonl"
     others = read_manifest(folder)
@@ -479,11 +469,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
-    """The splits that the source finds and the user wants.
-
-    Raises:
-        UserError: no such source, option, folder or split.
-    """
+    """The splits that the source finds and the user wants."""
     if arguments.source not in SOURCES:
         nearest = get_close_matches(arguments.source, SOURCES, n=1, cutoff=0.0)[0]
         raise UserError(

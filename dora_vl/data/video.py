@@ -117,11 +117,7 @@ def _middles(start: float, end: float, parts: int) -> list[float]:
 
 
 def clip_span(path: str, start: float | None, end: float | None, *, duration: float) -> tuple[float, float]:
-    """The part of a video that a clip means: its own times, as far as the video goes.
-
-    Raises:
-        BadSample: nothing of it is in the video.
-    """
+    """The part of a video that a clip means: its own times, as far as the video goes."""
     first, last = max(0.0, start or 0.0), duration if end is None else min(end, duration)
     if first >= last and not (start is None and end is None):
         stated = f"{first:.2f} to {'its end' if end is None else f'{end:.2f} s'}"
@@ -175,11 +171,7 @@ Request: TypeAlias = tuple[str, Clip, Sampling]
 
 
 def clip_path(root: Path | MediaFolder, clip: Clip) -> Path:
-    """The clip's file, inside `root`, there, of a format that is read, and not cut off.
-
-    Raises:
-        BadSample: it is none of these.
-    """
+    """The clip's file, inside `root`, there, of a format that is read, and not cut off."""
     path = path_inside(root, clip.path, kind="video")
     try:
         check_whole_video(path)
@@ -253,12 +245,7 @@ START_SECONDS = 300.0  # for the process and its library: torch alone takes a mi
 def read_frames(
     root: Path | MediaFolder, clip: Clip, sampling: Sampling, *, backends: Sequence[str] = tuple(BACKENDS)
 ) -> Frames[Image.Image]:
-    """Decodes in this process: for files that are known to be sound. `VideoReader` is for all others.
-
-    Raises:
-        BadSample: no backend can read the file, or it has no such part; each backend's reason is named.
-        UserError: no backend is installed.
-    """
+    """Decodes in this process: for files that are known to be sound. `VideoReader` is for all others."""
     request = str(clip_path(root, clip)), clip, sampling
     reasons: dict[str, Exception] = {}
     for backend in backends:

@@ -180,8 +180,19 @@ def written(name: str, examples: Sequence[Example], answers: Mapping[str, str]) 
     return write(examples, answers)
 
 
+def test_vqa_family() -> None:
+    examples = [Example(id="7", images=("val/a.jpg",)), Example(id="8", images=("val/b.jpg",))]
+    name, text = written("vqav2", examples, {"7": "A dog."})
+    rows = [{"question_id": 7, "answer": "dog"}, {"question_id": 8, "answer": ""}]
+    assert (name, json.loads(text)) == ("vqav2.json", rows)
+    _, text = written("vizwiz", examples, {"8": "two's"})
+    assert json.loads(text) == [{"image": "a.jpg", "answer": ""}, {"image": "b.jpg", "answer": "2 's"}]
+    _, text = written("gqa", examples, {"7": "Yes."})
+    assert json.loads(text) == [{"questionId": "7", "prediction": "yes"}, {"questionId": "8", "prediction": ""}]
+
+
 @pytest.mark.parametrize(
-    ("name", "written"),
+    ("name", "held"),
     [
         ("7", 7),
         ("9" * 18, int("9" * 18)),
@@ -192,12 +203,12 @@ def written(name: str, examples: Sequence[Example], answers: Mapping[str, str]) 
         ("-1", "-1"),
     ],
 )
-def test_an_id_that_is_no_number_stays_text(name: str, written: object) -> None:
+def test_an_id_that_is_no_number_stays_text(name: str, held: object) -> None:
     example = Example(id=name, images=("a.jpg",), extra={"image_id": name})
-    assert json.loads(vqa.vqa_submission([example], {})[1]) == [{"question_id": written, "answer": ""}]
-    assert json.loads(caption.coco_caption([example], {})[1]) == [{"image_id": written, "caption": ""}]
-    assert json.loads(caption.yc2c([example], {})[1])["clip_id"] == written
-    assert list(llava.judge_file([example], {})) == [f"v1_{name}" if isinstance(written, int) else name]
+    assert json.loads(vqa.vqa_submission([example], {})[1]) == [{"question_id": held, "answer": ""}]
+    assert json.loads(caption.coco_caption([example], {})[1]) == [{"image_id": held, "caption": ""}]
+    assert json.loads(caption.yc2c([example], {})[1])["clip_id"] == held
+    assert list(llava.judge_file([example], {})) == [f"v1_{name}" if isinstance(held, int) else name]
 
 
 def test_mmbench_columns() -> None:

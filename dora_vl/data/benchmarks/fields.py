@@ -222,11 +222,7 @@ def key(raw: Raw, column: str) -> str:
 
 
 def present(folder: Path, names: Iterable[str], *, inside: Sequence[str] = ()) -> dict[str, Path]:
-    """Those of the files that are in `folder`, or else in the first folder `inside` it that has any, by name.
-
-    Raises:
-        UserError: none is there; it names what was looked for.
-    """
+    """Those of the files that are in `folder`, or else in the first folder `inside` it that has any, by name."""
     names = list(names)
     for place in (*(folder / part for part in inside), folder):
         if files := files_in(place, names):
@@ -255,11 +251,7 @@ def member_rows(paths: Sequence[Path], id_column: str, progress: Progress) -> It
 
 @contextmanager
 def refusing(where: str | Path) -> Iterator[None]:
-    """A value that cannot be used refuses the whole file: what it belongs to is not a row that could be dropped.
-
-    Raises:
-        UserError: begins with `where`, names the field.
-    """
+    """A value that cannot be used refuses the whole file: what it belongs to is not a row that could be dropped."""
     try:
         yield
     except BadSample as error:
@@ -272,11 +264,7 @@ def numbered(file: Path, rows: Iterable[Raw]) -> Iterator[tuple[str, Raw]]:
 
 
 def by_id(file: Path, rows: Iterable[Raw], id_column: str, *columns: str) -> dict[str, Raw]:
-    """Columns of `file` by the rows' ids, to be joined to another file's rows; conversion checks the values.
-
-    Raises:
-        UserError: a row has no id, or two rows of one id differ; it names the file and the row.
-    """
+    """Columns of `file` by the rows' ids, to be joined to another file's rows; conversion checks the values."""
     found: dict[str, Raw] = {}
     for where, row in numbered(file, rows):
         with refusing(where):

@@ -69,11 +69,7 @@ def hugging_face(folder: Path, options: Mapping[str, str], records: Path) -> Ite
 
 
 def read_columns(wanted: str) -> dict[str, str]:
-    """`question:query,answers:label` as a map.
-
-    Raises:
-        UserError: not of that form, or a field that an example has not.
-    """
+    """`question:query,answers:label` as a map."""
     columns: dict[str, str] = {}
     for part in filter(None, wanted.split(",")):
         field, _, column = part.partition(":")

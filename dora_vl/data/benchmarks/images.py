@@ -183,11 +183,7 @@ def nlvr(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[Sp
 
 
 def read_shares(wanted: str) -> dict[str, float]:
-    """`train:0.8,test:0.2` as numbers that make 1.
-
-    Raises:
-        UserError: not of that form, or they do not make 1.
-    """
+    """`train:0.8,test:0.2` as numbers that make 1."""
     shares: dict[str, float] = {}
     for part in wanted.split(","):
         name, _, value = part.partition(":")
@@ -343,11 +339,7 @@ def vqav2(folder: Path, options: Mapping[str, str], records: Path) -> Iterator[S
 
 
 def _joined_rows(questions: Path, annotations: Path, progress: Progress) -> Iterator[Raw]:
-    """Each annotation with its question's text; a question without one comes last, to be dropped with that reason.
-
-    Raises:
-        UserError: an annotation's question is not in the file of questions, or one there has no id.
-    """
+    """Each annotation with its question's text; a question without one comes last, to be dropped with that reason."""
     known = by_id(questions, json_rows(questions, progress, "questions"), "question_id", "question", "image_id")
     answered: set[str] = set()
     for where, row in numbered(annotations, json_rows(annotations, progress, "annotations")):

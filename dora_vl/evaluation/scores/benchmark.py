@@ -76,10 +76,6 @@ def read_rows(path: Path) -> list[AnswerRow]:
     | one object, id -> answer; a whole number is a choice's index | MM-Vet; VALUE's TVQA and How2QA |
     | `.csv` of an identifier and an answer, without a header | NLVR2 |
     | `.csv` or `.tsv` whose first row names the columns | MMBench |
-
-    Raises:
-        UserError: no such file, none of the forms, or a row without an id or an answer, or with two that may be it; it
-            names the line.
     """
     with opened(path, WANTED) as file:
         if file.read(4) == b"PK\x03\x04":
@@ -126,11 +122,7 @@ def _row(record: object, where: str) -> AnswerRow:
 
 
 def _answer(record: Mapping[str, object], where: str) -> object:
-    """What the model said; a true answer beside it is left alone.
-
-    Raises:
-        UserError: two keys that may hold it say different things.
-    """
+    """What the model said; a true answer beside it is left alone."""
     names = next((names for names in (MODEL_ANSWERS, ANSWERS) if any(key in record for key in names)), ())
     (first, answer), *others = [(key, record[key]) for key in names if record.get(key) is not None] or [("", None)]
     for other, value in others:
@@ -298,11 +290,7 @@ def has_answer(example: Example) -> bool:
 
 
 def right_answer(example: Example) -> str:
-    """The first right answer's text.
-
-    Raises:
-        UserError: the record has none.
-    """
+    """The first right answer's text."""
     if not example.answers:
         raise UserError(f"example {shown(example.id)} has no right answer; prepare the set again")
     return example.answers[0].text
@@ -405,11 +393,7 @@ def letters(example: Example) -> str:
 
 
 def correct_index(example: Example) -> int:
-    """Which choice is right.
-
-    Raises:
-        UserError: the example does not say, or says one that is not there.
-    """
+    """Which choice is right."""
     if "correct" not in example.extra:
         raise UserError(
             f"example {shown(example.id)} does not say which of its {len(example.choices)} choices is right "
@@ -428,9 +412,6 @@ def check_choices(
     Args:
         most: choices that a question may have; the letters end with Z.
         all_known: where some questions say which choice is right, all must.
-
-    Raises:
-        UserError: a question has no choices or too many, or some questions say which is right and others do not.
     """
     examples = list(examples)
     known = all_known and any(example.answers or "correct" in example.extra for example in examples)

@@ -82,9 +82,6 @@ def tokenized(captions: Mapping[str, Sequence[str]], tokenizer: Tokenizer) -> di
 
     Args:
         captions: the captions of each clip.
-
-    Raises:
-        UserError: pycocoevalcap or Java is not there.
     """
     clean = {clip: [one_line(caption) for caption in several] for clip, several in captions.items()}
     if tokenizer == "fallback":
@@ -175,9 +172,6 @@ def score(
     Args:
         tokenizer: None takes the official one where Java is, else the fallback.
         with_meteor: None computes it where the official tokenizer is used.
-
-    Raises:
-        UserError: pycocoevalcap is missing, or a clip has no reference.
     """
     tokenizer = tokenizer or ("ptb" if shutil.which("java") else "fallback")
     truth, answered = _references(examples), _predictions(examples, answers)
@@ -215,11 +209,7 @@ def score_value(examples: Sequence[Example], answers: Answers) -> Scored:
 
 
 def check_scoring(examples: Sequence[Example]) -> None:
-    """Tells what `score` would miss, without starting its Java programs.
-
-    Raises:
-        UserError: as `score`.
-    """
+    """Tells what `score` would miss, without starting its Java programs."""
     _references(examples)
     _scorers()
 

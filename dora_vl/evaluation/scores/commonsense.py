@@ -45,11 +45,7 @@ def response(text: str, rule: Rule) -> str:
 
 
 def extracted(text: str, task: str, rule: Rule) -> str:
-    """The answer in a generated text, "" where there is none.
-
-    Raises:
-        UserError: no such task.
-    """
+    """The answer in a generated text, "" where there is none."""
     if task not in PATTERNS:
         raise UserError(f"no commonsense task {shown(task)}; there are {', '.join(PATTERNS)}")
     found = PATTERNS[task].search(response(text, rule))
@@ -57,11 +53,7 @@ def extracted(text: str, task: str, rule: Rule) -> str:
 
 
 def score(examples: Sequence[Example], answers: Answers, *, rule: Rule = "nvlabs") -> Scored:
-    """The mean over the tasks, then each task's accuracy, in percent; answers are generated text without the prompt.
-
-    Raises:
-        UserError: no such task, or an example has no right answer.
-    """
+    """The mean over the tasks, then each task's accuracy, in percent; answers are generated text without the prompt."""
     tally, found = Tally(), set[str]()
     for example in examples:
         task, answer = str(example.extra.get("task", "")), answers.get(example.id)

@@ -80,11 +80,7 @@ def judge_requests(
 
 
 def scores_of(review: str) -> tuple[float, float]:
-    """The reference's and the model's score in a review's first line, separated by a space or a comma.
-
-    Raises:
-        UserError: there are not two numbers.
-    """
+    """The reference's and the model's score in a review's first line, separated by a space or a comma."""
     first, *_ = review.strip().split("\n", maxsplit=1)
     words = first.replace(",", " ").split()
     try:
@@ -95,11 +91,7 @@ def scores_of(review: str) -> tuple[float, float]:
 
 
 def score_reviews(examples: Sequence[Example], reviews: Mapping[str, str]) -> Scored:
-    """100 times model over reference, over all and by category; both scores' means come with it (from 1 to 10).
-
-    Raises:
-        UserError: a question has no review, or one without two numbers.
-    """
+    """100 times model over reference, over all and by category; both scores' means come with it (from 1 to 10)."""
     tally, categories = Tally(), []
     for example in examples:
         if example.id not in reviews:
@@ -176,11 +168,7 @@ def chosen(answer: str, choices: Mapping[str, str], matcher: Matcher) -> str | N
 
 
 def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Matcher = "2025") -> Scored:
-    """Circular accuracy over questions, by `l2_category` and `category`; and `vanilla`, over single rotations.
-
-    Raises:
-        UserError: an example has no whole number as `extra["index"]`.
-    """
+    """Circular accuracy over questions, by `l2_category` and `category`; and `vanilla`, over single rotations."""
     groups: defaultdict[int, list[Example]] = defaultdict(list)
     for example in examples:
         groups[question_of(example)].append(example)
@@ -204,11 +192,7 @@ def mmbench_score(examples: Sequence[Example], answers: Answers, *, matcher: Mat
 
 
 def question_of(example: Example) -> int:
-    """What all rotations of one question share.
-
-    Raises:
-        UserError: the example has no whole number as `extra["index"]`.
-    """
+    """What all rotations of one question share."""
     index = example.extra.get("index")
     if not isinstance(index, int):
         raise UserError(f"MMBench example {shown(example.id)} has extra.index {shown(index)}; it needs the row's index")
@@ -310,11 +294,7 @@ def said(answer: str) -> Literal["yes", "no", "other"]:
 
 
 def mme_score(examples: Sequence[Example], answers: Answers) -> Scored:
-    """Perception, cognition and every subtask's score from 0 to 200.
-
-    Raises:
-        UserError: a picture of a subtask has not two questions.
-    """
+    """Perception, cognition and every subtask's score from 0 to 200."""
     read = {example.id: said(answers[example.id]) for example in examples if example.id in answers}
     right = {example.id: read.get(example.id) == right_answer(example).lower() for example in examples}
     pictures = Counter(picture_of(example) for example in examples)
@@ -342,11 +322,7 @@ def mme_score(examples: Sequence[Example], answers: Answers) -> Scored:
 
 
 def picture_of(example: Example) -> tuple[str, str]:
-    """Its subtask and its picture, which both of a picture's questions share.
-
-    Raises:
-        UserError: it has not one picture.
-    """
+    """Its subtask and its picture, which both of a picture's questions share."""
     if len(example.images) != 1:
         raise UserError(f"MME example {example.id} names {len(example.images)} pictures; it needs one")
     return str(example.extra.get("category", "")), example.images[0]
@@ -393,11 +369,7 @@ def judge_file(examples: Sequence[Example], answers: Answers) -> dict[str, str]:
 
 
 def score_grades(examples: Sequence[Example], grades: Mapping[str, float]) -> Scored:
-    """The total and each capability, from 0 to 100; a missing grade counts as 0.
-
-    Raises:
-        UserError: a grade is not between 0 and 1.
-    """
+    """The total and each capability, from 0 to 100; a missing grade counts as 0."""
     for name, grade in grades.items():
         if not 0 <= grade <= 1:
             raise UserError(f"MM-Vet grade of {name} is {grade}; grades go from 0 to 1")
@@ -448,9 +420,6 @@ def pope_score(examples: Sequence[Example], answers: Answers) -> Scored:
     """F1 and its parts in percent.
 
     A missing answer counts as the wrong one of the two.
-
-    Raises:
-        UserError: an answer belongs to no question, so that another label version is likely.
     """
     strangers = sorted(answers.keys() - {example.id for example in examples})
     if strangers:

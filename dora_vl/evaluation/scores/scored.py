@@ -337,11 +337,7 @@ def intervals(scored: Scored, *, seed: int = 0, resamples: int = RESAMPLES) -> d
 def paired_differences(
     ours: Scored, theirs: Scored, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Difference]:
-    """The difference of each metric that has an interval, both scored on the same draws of units.
-
-    Raises:
-        UserError: the two were not scored on the same items.
-    """
+    """The difference of each metric that has an interval, both scored on the same draws of units."""
     if set(ours.per_item) != set(theirs.per_item) or ours.table.units != theirs.table.units:
         alone = sorted(set(ours.per_item) ^ set(theirs.per_item))
         raise UserError(

@@ -50,11 +50,7 @@ def score(examples: Sequence[Example], answers: Answers) -> Scored:
 
 
 def score_how2qa(examples: Sequence[Example], answers: Answers) -> Scored:
-    """The same, extra answers refused.
-
-    Raises:
-        UserError: an answer belongs to no question.
-    """
+    """The same, extra answers refused."""
     strangers = sorted(answers.keys() - {example.id for example in examples})
     if strangers:
         raise UserError(f"How2QA's server rejects extra answers: {len(strangers)} here, first {shown(strangers[0])}")

@@ -127,11 +127,7 @@ def map_words(text: str) -> str:
 
 
 def human_answers(example: Example) -> list[str]:
-    """What the ten people said, raw: `extra["human_answers"]`, or else the example's answers.
-
-    Raises:
-        UserError: they are not ten.
-    """
+    """What the ten people said, raw: `extra["human_answers"]`, or else the example's answers."""
     given = example.extra.get("human_answers")
     if not isinstance(given, list | tuple | None):
         raise UserError(f"example {shown(example.id)}: extra.human_answers must be a list, it is {shown(given)}")
@@ -355,11 +351,7 @@ def converted(answer: str) -> str:
 
 
 def gqa_score(examples: Sequence[Example], answers: Answers, *, conversion: Conversion = "llava") -> Scored:
-    """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible.
-
-    Raises:
-        UserError: a question's types, entailed questions or group are of another kind, or it has no right answer.
-    """
+    """Accuracy over all, by open/binary, structural and semantic type; consistency and distribution where possible."""
     said = {name: converted(answer) if conversion == "llava" else answer for name, answer in answers.items()}
     right = {example.id: points(example, said) for example in examples}
     balanced = [example for example in examples if example.extra.get("is_balanced", True)]
@@ -468,11 +460,7 @@ GQA = Benchmark(
 
 
 def sentence_of_nlvr2(identifier: str) -> str:
-    """What all examples of one sentence share.
-
-    Raises:
-        UserError: the identifier has not four fields.
-    """
+    """What all examples of one sentence share."""
     fields = identifier.split("-")
     if len(fields) != 4:
         raise UserError(f"NLVR2 identifier {identifier!r} has {len(fields)} fields, not four as in 'dev-850-0-0'")
@@ -495,11 +483,7 @@ def nlvr2_score(
     *,
     sentence_of: Callable[[str], str] = sentence_of_nlvr2,
 ) -> Scored:
-    """Accuracy and consistency in percent; an interval draws sentences.
-
-    Raises:
-        UserError: an example has no label.
-    """
+    """Accuracy and consistency in percent; an interval draws sentences."""
     if without := [example.id for example in examples if not example.answers]:
         raise UserError(f"{len(without)} examples have no label, first {without[0]}; they cannot be scored")
     read = {example.id: as_read(answers.get(example.id, "")).lower() for example in examples}
