@@ -22,6 +22,10 @@ from typing import Any, get_args, get_type_hints
 
 from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.scores import caption, commonsense, exact, llava, prompts, video, vqa
+from dora_vl.evaluation.scores import vqa as gqa
+from dora_vl.evaluation.scores import vqa as nlvr2
+from dora_vl.evaluation.scores import vqa as textvqa
+from dora_vl.evaluation.scores import vqa as vizwiz
 from dora_vl.evaluation.scores.benchmark import FRAMES, SHORT_ANSWER_TOKENS, Benchmark
 from dora_vl.evaluation.scores.exact import SCORINGS
 from dora_vl.evaluation.scores.prompts import Prompt
@@ -31,9 +35,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "exact_match": exact.BENCHMARK,
     "vqav2": vqa.VQA,
     "vqav2_karpathy": vqa.KARPATHY,
-    "gqa": vqa.GQA,
-    "vizwiz": vqa.VIZWIZ,
-    "textvqa": vqa.TEXTVQA,
+    "gqa": gqa.GQA,
+    "vizwiz": vizwiz.VIZWIZ,
+    "textvqa": textvqa.TEXTVQA,
     "scienceqa": llava.SCIENCEQA,
     "pope": llava.POPE,
     "mmbench": llava.MMBENCH,
@@ -42,8 +46,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "seed": llava.SEED,
     "llava_bench": llava.LLAVA_BENCH,
     "mmvet": llava.MMVET,
-    "nlvr": vqa.NLVR,
-    "nlvr2": vqa.NLVR2,
+    "nlvr": nlvr2.NLVR,
+    "nlvr2": nlvr2.NLVR2,
     "coco_caption": caption.COCO,
     "tvqa": video.TVQA,
     "how2qa": video.HOW2QA,
