@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import os
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from dora_vl.cli import main
-from dora_vl.data import prepare as prepare_command
-from dora_vl.data import prepare as prepare_split
+from dora_vl.data import prepare as prepare_module
 from dora_vl.data.benchmarks.fields import Progress, Raw, Split
 from dora_vl.data.example import Answer, Example, iterate_examples
 from dora_vl.errors import BadSample, UserError
+from tests.sources.published import FIXTURES, manifest, prepared
 
 
 def row(number: int, **changes: object) -> dict[str, object]:
@@ -35,19 +35,12 @@ def published(path: Path, count: int, **changed: dict[str, object]) -> Path:
     return path
 
 
-def prepare(file: Path, to: Path, *options: str, source: str = "llava-json") -> list[str]:
-    parser = argparse.ArgumentParser()
-    prepare_command.add_arguments(parser)
-    arguments = parser.parse_args([source, "--from", str(file), "--to", str(to), *options])
-    return list(prepare_command.run(arguments))
+def prepare(file: Path, to: Path, *options: str) -> list[str]:
+    return prepared("llava-json", file, to, *options)
 
 
 def ids(path: Path) -> list[str]:
     return [json.loads(line)["id"] for line in path.read_text().splitlines()]
-
-
-def entry(folder: Path, split: str) -> dict[str, Any]:
-    return json.loads((folder / "manifest.json").read_text())["splits"][split]
 
 
 def left_over(folder: Path) -> list[str]:
@@ -57,8 +50,8 @@ def left_over(folder: Path) -> list[str]:
 def test_the_manifest_accounts_for_every_row(tmp_path: Path) -> None:
     no_answer = {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": " "}]}
     file = published(tmp_path / "a.json", 9, r3=no_answer, r5={"id": "r1"}, r7=no_answer)
-    said = prepare(file, tmp_path / "records", "--workers", "0")
-    made = entry(tmp_path / "records" / "llava", "a")
+    said = prepare(file, tmp_path / "records")
+    made = manifest(tmp_path / "records" / "llava", "a")
     assert ids(tmp_path / "records" / "llava" / "a.jsonl") == ["r0", "r1", "r2", "r4", "r1#2", "r6", "r8"]
     assert (made["rows"], made["written"], made["renamed_ids"], made["dropped"]) == (9, 7, 1, 2)
     assert made["reasons"] == {"answer 1 of 1 is empty": 2}
@@ -77,7 +70,10 @@ def test_several_workers_write_the_same_bytes(tmp_path: Path) -> None:
         prepare(file, tmp_path / workers, "--workers", workers)
     first, second = (tmp_path / workers / "llava" / "a.jsonl" for workers in ("0", "2"))
     assert first.read_bytes() == second.read_bytes()
-    assert entry(tmp_path / "0" / "llava", "a")["dropped_rows"] == entry(tmp_path / "2" / "llava", "a")["dropped_rows"]
+    assert (
+        manifest(tmp_path / "0" / "llava", "a")["dropped_rows"]
+        == manifest(tmp_path / "2" / "llava", "a")["dropped_rows"]
+    )
 
 
 def test_a_finished_split_is_left_alone_until_something_changes(tmp_path: Path) -> None:
@@ -99,7 +95,7 @@ def test_a_finished_split_is_left_alone_until_something_changes(tmp_path: Path) 
 
 @pytest.fixture
 def notes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_split, "SECONDS_BETWEEN_NOTES", 0.0)
+    monkeypatch.setattr(prepare_module, "SECONDS_BETWEEN_NOTES", 0.0)
 
 
 @pytest.mark.usefixtures("notes_at_once")
@@ -123,20 +119,20 @@ def test_a_disk_that_fills_leaves_nothing_that_looks_whole_and_the_next_run_goes
         def __getattr__(self, name: str) -> Any:
             return getattr(self._real, name)
 
-    enter = prepare_split.Partial.__enter__
+    enter = prepare_module.Partial.__enter__
 
-    def entered(partial: prepare_split.Partial) -> prepare_split.Partial:
+    def entered(partial: prepare_module.Partial) -> prepare_module.Partial:
         enter(partial)
         partial._file = Full(partial._file)  # pyright: ignore[reportAttributeAccessIssue]
         return partial
 
-    monkeypatch.setattr(prepare_split.Partial, "__enter__", entered)
+    monkeypatch.setattr(prepare_module.Partial, "__enter__", entered)
     with pytest.raises(UserError, match=r"a\.jsonl: cannot be written \(No space left on device\)") as caught:
-        prepare(file, tmp_path / "records", "--workers", "0")
+        prepare(file, tmp_path / "records")
     assert "\n" not in str(caught.value)
     assert left_over(tmp_path / "records" / "llava") == [".a.jsonl.partial", ".a.jsonl.progress"]
     monkeypatch.undo()
-    said = prepare(file, tmp_path / "records", "--workers", "0")
+    said = prepare(file, tmp_path / "records")
     assert said[0].endswith("2,000 records of 2,000 rows, written (resumed after row 1,024)")
     assert ids(tmp_path / "records" / "llava" / "a.jsonl") == [f"r{number}" for number in range(2000)]
     assert left_over(tmp_path / "records" / "llava") == ["a.jsonl", "manifest.json"]
@@ -157,101 +153,106 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_where_it_was_and_the_result_is_the_same(tmp_path: Path) -> None:
     file = published(tmp_path / "a.json", 4000, r10={"conversations": []}, r3000={"id": "r2"})
-    prepare(file, tmp_path / "whole", "--workers", "0")
+    prepare(file, tmp_path / "whole")
     killed = textwrap.dedent(f"""
         import itertools, os, signal
-        from dora_vl.data import prepare as prepare_split
-        prepare_split.SECONDS_BETWEEN_NOTES = 0.0
-        write, count = prepare_split.Partial.write, itertools.count()
+        from pathlib import Path
+        from dora_vl.data import prepare
+        from tests.sources.published import prepared
+        prepare.SECONDS_BETWEEN_NOTES = 0.0
+        write, count = prepare.Partial.write, itertools.count()
         def write_or_death(partial):
             if next(count) == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
             write(partial)
-        prepare_split.Partial.write = write_or_death
-        import argparse
-        parser = argparse.ArgumentParser()
-        prepare_command.add_arguments(parser)
-        list(prepare_command.run(parser.parse_args(
-            ["llava-json", "--from", {str(file)!r}, "--to", {str(tmp_path / "cut")!r}, "--workers", "0"])))
+        prepare.Partial.write = write_or_death
+        prepared("llava-json", Path({str(file)!r}), Path({str(tmp_path / "cut")!r}))
     """)
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
     assert left_over(tmp_path / "cut" / "llava") == [".a.jsonl.partial", ".a.jsonl.progress"]
-    assert "resumed after row 2,048" in prepare(file, tmp_path / "cut", "--workers", "0")[0]
+    assert "resumed after row 2,048" in prepare(file, tmp_path / "cut")[0]
     whole, cut = tmp_path / "whole" / "llava", tmp_path / "cut" / "llava"
     assert (whole / "a.jsonl").read_bytes() == (cut / "a.jsonl").read_bytes()
     for key in ("rows", "written", "renamed_ids", "dropped_rows", "sha256"):
-        assert entry(whole, "a")[key] == entry(cut, "a")[key]
+        assert manifest(whole, "a")[key] == manifest(cut, "a")[key]
 
 
 @pytest.mark.usefixtures("notes_at_once")
 def test_a_partial_file_of_other_input_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = published(tmp_path / "a.json", 2000)
 
-    def stopped(partial: prepare_split.Partial) -> None:
+    def stopped(partial: prepare_module.Partial) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_split.Partial, "finish", stopped)
+    monkeypatch.setattr(prepare_module.Partial, "finish", stopped)
     with pytest.raises(KeyboardInterrupt):
-        prepare(file, tmp_path / "records", "--workers", "0")
+        prepare(file, tmp_path / "records")
     monkeypatch.undo()
     published(file, 2001)
-    assert prepare(file, tmp_path / "records", "--workers", "0")[0].endswith("2,001 records of 2,001 rows, written")
+    assert prepare(file, tmp_path / "records")[0].endswith("2,001 records of 2,001 rows, written")
 
 
 def test_malformed_json_in_the_middle_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     file = published(tmp_path / "a.json", 5000)
     file.write_text(file.read_text()[:-20])
     for workers in ("0", "1"):
-        with pytest.raises(UserError, match=r"a\.json, line 1: .*the file ends too early") as caught:
+        with pytest.raises(UserError, match=r"a\.json, line 1"):
             prepare(file, tmp_path / "records", "--workers", workers)
-        assert "\n" not in str(caught.value)
         assert left_over(tmp_path / "records" / "llava") == []
 
 
 def test_a_wrong_column_is_one_line_that_names_the_columns(tmp_path: Path) -> None:
     folder = tmp_path / "pope"
     folder.mkdir()
-    for category in ("random", "popular", "adversarial"):
-        line = json.dumps({"question_id": 1, "image": "a.jpg", "question": "Is it?", "label": "yes"})
-        (folder / f"coco_pope_{category}.json").write_text(line + "\n")
-    with pytest.raises(
-        UserError, match=r"none of its 3 rows can be used.*no column 'text'; the row has question_id, image"
-    ):
-        prepare(folder, tmp_path / "records", source="pope")
+    line = json.dumps({"question_id": 1, "image": "a.jpg", "question": "Is it?", "label": "yes"})
+    (folder / "coco_pope_random.json").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"'text'.*question_id, image"):
+        prepared("pope", folder, tmp_path / "records")
     assert left_over(tmp_path / "records" / "pope") == []
 
 
+def test_a_file_that_cannot_be_read_and_an_error_of_the_program_leave_no_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(error: Exception) -> Callable[..., None]:
+        def broken(*_: object, **__: object) -> None:
+            raise error
+
+        return broken
+
+    monkeypatch.setattr(prepare_module, "file_sha256", raises(PermissionError(13, "Permission denied", "dev.json")))
+    with pytest.raises(UserError, match=r"dev\.json"):
+        prepared("nlvr2", FIXTURES / "nlvr2", tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr("dora_vl.data.benchmarks.llava.pope_row", raises(TypeError("unhashable type: 'list'")))
+    with pytest.raises(TypeError):
+        prepared("pope", FIXTURES / "pope", tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.name != ".prepare.lock"] == []
+
+
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "named"),
     [
-        (["popee", "--from", "."], "no source 'popee'; did you mean 'pope'"),
-        (["pope", "--from", "nowhere"], "nowhere: no such folder"),
-        (["pope", "--from", ".", "--set", "seed=1"], "--set seed=1: must be NAME=VALUE; pope has no options"),
-        (["nlvr", "--from", ".", "--set", "share=1"], "nlvr has the options shares, seed"),
-        (["pope", "--from", ".", "--limit", "0"], "--limit is 0; at least 1"),
+        (["popee", "--from", "."], "'pope'"),
+        (["pope", "--from", "nowhere"], "nowhere"),
+        (["pope", "--from", ".", "--set", "seed=1"], "seed=1"),
+        (["nlvr", "--from", ".", "--set", "share=1"], "shares, seed"),
+        (["pope", "--from", ".", "--limit", "0"], "--limit"),
+        (["pope", "--from", ".", "--workers", "-1"], "--workers"),
+        (["llava-json", "--from", "a.json", "--splits", "a,test"], "--splits test"),
+        (["llava-json", "--from", "a.json", "--to", "a.json"], "a.json"),
     ],
 )
 def test_the_command_line_says_what_is_wrong_in_one_line_and_exits_with_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], named: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    published(Path("a.json"), 2)
     with pytest.raises(SystemExit) as left:
         main(["prepare", *words])
-    assert left.value.code == 2
     errors = capsys.readouterr().err
-    assert said in errors
-    assert errors.count("\n") == 1
-
-
-def test_a_split_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--splits test: .* has files for a"):
-        prepare(published(tmp_path / "a.json", 2), tmp_path / "records", "--splits", "a,test")
-
-
-def test_records_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "records").write_text("a file")
-    with pytest.raises(UserError, match="cannot be written"):
-        prepare(published(tmp_path / "a.json", 2), tmp_path / "records")
+    assert (left.value.code, errors.count("\n")) == (2, 1)
+    assert named in errors
 
 
 def split_of(rows: Callable[[Progress], Iterator[Raw]], convert: Callable[[Raw], Any]) -> Split:
@@ -262,8 +263,8 @@ def numbers(progress: Progress) -> Iterator[Raw]:
     yield from ({"n": number} for number in range(3))
 
 
-def run(split: Split, folder: Path) -> prepare_split.Prepared:
-    return prepare_split.prepare_split(split, folder, source="own", workers=0, limit=None, progress=lambda _: None)
+def run(split: Split, folder: Path) -> prepare_module.Prepared:
+    return prepare_module.prepare_split(split, folder, source="own", workers=0, limit=None, progress=lambda _: None)
 
 
 def test_ids_that_a_publisher_repeats_are_refused(tmp_path: Path) -> None:
@@ -293,18 +294,13 @@ def test_a_file_of_other_rows_is_refused_long_before_its_end(tmp_path: Path) -> 
     def unusable(raw: Raw) -> Example:
         raise BadSample(str(raw["n"]), "it is no question")
 
-    with pytest.raises(
-        UserError, match=r"none of the first 1,000 rows can be used; the first is row 1, id 1: it is no"
-    ):
+    with pytest.raises(UserError, match=r"row 1, id 1: it is no"):
         run(split_of(endless, unusable), tmp_path)
     assert read < 3000
 
 
 def test_two_commands_do_not_write_one_folder(tmp_path: Path) -> None:
-    from filelock import FileLock
-
-    file = published(tmp_path / "a.json", 2)
     folder = tmp_path / "records" / "llava"
     folder.mkdir(parents=True)
-    with FileLock(folder / ".prepare.lock"), pytest.raises(UserError, match="another `dora-vl prepare` writes there"):
-        prepare(file, tmp_path / "records")
+    with FileLock(folder / ".prepare.lock"), pytest.raises(UserError, match=str(folder)):
+        prepare(published(tmp_path / "a.json", 2), tmp_path / "records")

@@ -1,4 +1,4 @@
-"""Every server's file, read back by the official rule, gives the score that `metrics.json` holds."""
+"""Files for servers and judges hold what each takes; read back by the official rule they give the score as shown."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import pytest
 
 from dora_vl.data.example import Answer, Example
 from dora_vl.evaluation.benchmarks import BENCHMARKS
-from dora_vl.evaluation.scores import caption
+from dora_vl.evaluation.scores import caption, llava, vqa
 from dora_vl.evaluation.scores.benchmark import Benchmark
 from dora_vl.evaluation.scores.llava import chosen
 from dora_vl.evaluation.scores.vqa import accuracy, leave_one_out, normalise_evalai
+from tests.shared_data import shared
 
-RAW = (
+TEXTS = (
     "True",
     "False",
     " true",
@@ -33,7 +34,7 @@ RAW = (
     "a0",
     "a1",
 )
-MORE = (
+TEXTS += (
     "a3",
     "B",
     "B.",
@@ -47,7 +48,6 @@ MORE = (
     "it's a man's hat",
     "ü",
 )
-TEXTS = RAW + MORE
 Rule = Callable[[Sequence[Example], str], float]
 
 
@@ -171,3 +171,98 @@ def test_an_upload_scores_as_metrics_json_says(name: str, mode: str) -> None:
     scored = benchmark.modes[mode](examples, answers, **options)
     assert 0 < scored.metrics[metric] < 100 or metric == "CIDEr"
     assert rule(examples, write(examples, answers)[1]) == pytest.approx(scored.metrics[metric], abs=1e-9)
+
+
+def written(name: str, examples: Sequence[Example], answers: Mapping[str, str]) -> tuple[str, str]:
+    """The file's name and text."""
+    write = BENCHMARKS[name].submission
+    assert write is not None
+    return write(examples, answers)
+
+
+def test_vqa_family() -> None:
+    examples = [Example(id="7", images=("val/a.jpg",)), Example(id="8", images=("val/b.jpg",))]
+    name, text = written("vqav2", examples, {"7": "A dog."})
+    rows = [{"question_id": 7, "answer": "dog"}, {"question_id": 8, "answer": ""}]
+    assert (name, json.loads(text)) == ("vqav2.json", rows)
+    _, text = written("vizwiz", examples, {"8": "two's"})
+    assert json.loads(text) == [{"image": "a.jpg", "answer": ""}, {"image": "b.jpg", "answer": "2 's"}]
+    _, text = written("gqa", examples, {"7": "Yes."})
+    assert json.loads(text) == [{"questionId": "7", "prediction": "yes"}, {"questionId": "8", "prediction": ""}]
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("7", 7),
+        ("9" * 18, int("9" * 18)),
+        ("9" * 19, "9" * 19),
+        ("9" * 5_000, "9" * 5_000),
+        ("²", "²"),
+        ("٣", "٣"),
+        ("-1", "-1"),
+    ],
+)
+def test_an_id_that_is_no_number_stays_text(name: str, held: object) -> None:
+    example = Example(id=name, images=("a.jpg",), extra={"image_id": name})
+    assert json.loads(vqa.vqa_submission([example], {})[1]) == [{"question_id": held, "answer": ""}]
+    assert json.loads(caption.coco_caption([example], {})[1]) == [{"image_id": held, "caption": ""}]
+    assert json.loads(caption.yc2c([example], {})[1])["clip_id"] == held
+    assert list(llava.judge_file([example], {})) == [f"v1_{name}" if isinstance(held, int) else name]
+
+
+def test_mmbench_columns() -> None:
+    rows = [
+        Example(
+            id="1", question="which\tone?", choices=("x", "y"), extra={"index": 1, "hint": "a\nb", "category": "c"}
+        ),
+        Example(id="2", question="q", choices=("x", "y", "z"), extra={"index": 2}),
+    ]
+    _, text = llava.mmbench_submission(rows, {"1": "A", "2": "tab\there"})
+    header, first, second = csv.reader(io.StringIO(text), delimiter="\t")
+    assert header == ["index", "question", "A", "B", "C", "hint", "category", "prediction"]
+    assert first == ["1", "which\tone?", "x", "y", "", "a\nb", "c", "A"]
+    assert second == ["2", "q", "x", "y", "z", "", "", "tab\there"]
+
+
+def test_value_files_have_the_published_form() -> None:
+    qa = [Example(id=name, choices=("a", "b", "c", "d")) for name in ("11", "12", "13")]
+    name, text = written("how2qa", qa, {"11": "a3", "12": "nonsense"})
+    assert (name, json.loads(text)) == ("how2qa_test_public_predictions.json", {"11": 3, "12": 0, "13": -1})
+    with shared("value/yc2c_val_predictions_sample.jsonl").open() as file:
+        published = [json.loads(line) for line in file]
+    examples, answers = [], {}
+    for row in published:
+        name = str(row["clip_id"])
+        extra = {"clip_id": row["clip_id"], "vid_name": row["video_id"]}
+        examples.append(Example(id=name, answers=(Answer(text="x"),), extra=extra))
+        answers[name] = row["descs"][0]["desc"]
+    name, text = caption.yc2c(examples, answers)
+    assert name == "yc2c_test_predictions.jsonl"
+    assert [json.loads(line) for line in text.splitlines()] == published
+
+
+def test_tvc_file_has_the_published_form() -> None:
+    with shared("value/tvc_val_predictions_sample.jsonl").open() as file:
+        published = [json.loads(line) for line in file]
+    examples = [
+        Example(id=str(row["clip_id"]), extra={name: row[name] for name in ("clip_id", "vid_name", "ts")})
+        for row in published
+    ]
+    answers = {str(row["clip_id"]): row["descs"][0]["desc"] for row in published}
+    assert [json.loads(line) for line in caption.tvc(examples, answers)[1].splitlines()] == published
+
+
+def test_coco_captions_come_once_an_image() -> None:
+    examples = [Example(id=f"{image}-{n}", extra={"image_id": image}) for image in (3, 4) for n in range(2)]
+    rows = json.loads(caption.coco_caption(examples, {"3-0": "a", "3-1": "a", "4-1": "b"})[1])
+    assert rows == [{"image_id": 3, "caption": "a"}, {"image_id": 4, "caption": "b"}]
+
+
+def test_a_judges_request_holds_all_it_needs() -> None:
+    extra = {"category": "conv", "context": "a cat"}
+    asked = Example(id="0", question="q0", answers=(Answer(text="ref"),), extra=extra)
+    (first,) = llava.judge_requests([asked], {"0": "mine"}, {"conv": "Rate them."})
+    assert first["category"] == "conv"
+    places = [first["text"].index(part) for part in ("a cat", "q0", "ref", "mine", "Rate them.")]
+    assert places == sorted(places)
