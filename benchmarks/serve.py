@@ -1,7 +1,7 @@
 """What it costs that the rows of a batch have different adapters: a decode step, and a server under load.
 
-    python -m benchmarks.serve --model runs/demo/base --json benchmarks/results/serve.json
-    python -m benchmarks.serve --model runs/demo/base --parts joining --json benchmarks/results/serve_joining.json
+    python -m benchmarks.serve --model runs/demo/base --json benchmarks/results.jsonl
+    python -m benchmarks.serve --model runs/demo/base --parts joining --json benchmarks/results.jsonl
 
 Four DoRA adapters of random factors, their magnitudes moved, over all projections of the language model, are served
 beside the base. A decode step is one token of each row behind a short prompt: of the base alone, of one adapter as

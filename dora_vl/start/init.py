@@ -19,11 +19,10 @@ from statistics import median
 from PIL import ExifTags
 from tqdm import tqdm
 
-from dora_vl.data.benchmarks.table import save_picture
 from dora_vl.data.check import FileCheck, Limits, MediaCheck, Sample, add_columns, columns_of, table
 from dora_vl.data.columns import USUAL, Columns, column_lines
 from dora_vl.data.containers import find_files
-from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path_inside
+from dora_vl.data.pictures import NOT_DECODED, MediaFolder, opened_picture, path_inside, save_picture
 from dora_vl.data.readers import read_row, turns_of
 from dora_vl.data.samples import held_out_places
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, SPEAKERS, VIDEO_PLACEHOLDER, Clip, Conversation, as_conversation
