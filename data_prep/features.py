@@ -31,9 +31,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_vl.backbones.published_features import FeatureEncoder, FeatureSettings, open_shards
+from dora_vl.backbones.published_features import FeatureEncoder, FeatureSettings
 from dora_vl.backbones.tower_sources import TowerSpec
-from dora_vl.backbones.vision_store import HASH, FeatureWriter, Media, Medium, clip_of_features, computed, in_words
+from dora_vl.backbones.vision_store import (
+    HASH,
+    FeatureWriter,
+    Media,
+    Medium,
+    clip_of_features,
+    computed,
+    in_words,
+    shard_rows,
+)
 from dora_vl.data.example import Clip, iterate_examples
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS, VIDEO_SECONDS, MediaFolder
 from dora_vl.data.samples import BadSampleLedger, write_skipped
@@ -92,7 +101,7 @@ def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
     Raises:
         UserError: it holds those of another part of a video under the same name.
     """
-    done = open_shards(to)
+    done = shard_rows(to)
     for medium in media:
         stored = done[medium.name].part if medium.name in done else None
         if stored is not None and stored != medium.part:

@@ -6,112 +6,17 @@ transformers' `LlavaForConditionalGeneration` takes a `GridTower` as its `vision
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, no_type_check
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
+from dora_vl.backbones.tower_config import GridTowerConfig, register_config
 from dora_vl.errors import UserError
-from dora_vl.files import check_whole
-
-# Which vision network a run's settings name; imports nothing that takes time.
-
-
-VisionLibrary = Literal["timm", "open_clip", "transformers"]
-PRETRAINED, RANDOM = "pretrained", "random"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerSpec:
-    """Which vision network to take, from where, and which part of it."""
-
-    library: VisionLibrary
-    name: str
-    """timm's or open_clip's model name; for transformers a folder or hub id (a whole CLIP or its vision part)."""
-    weights: str = PRETRAINED
-    """`pretrained` (the library's own download, transformers' folder), `random`, an open_clip tag, or a `.pth` /
-    `.safetensors` file."""
-    weights_in_order: bool = False
-    """Matches a weights file to the network by position instead of by name; every shape must fit."""
-    layer: int | None = None
-    """Hidden state from the end; None is -2 for transformers (as LLaVA-1.5 does) and -1 for the others."""
-    grid_pool: int | None = None
-    """Side of the grid after average pooling; None keeps the network's own."""
-    image_size: int | None = None
-    """Pixels along a side; None takes the published value."""
-    image_mean: tuple[float, float, float] | None = None
-    image_std: tuple[float, float, float] | None = None
-
-
-# The config of a grid tower; needs transformers' config class and nothing heavier.
-#
-# A file of its own: `lazy_registration` imports it while transformers' `modeling_utils`, which `towers` needs, may
-# itself be halfway through its import.
-
-
-Layout = Literal["NCHW", "NHWC", "NLC"]
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-
-
-# transformers' generated __init__ takes more names than its signature says; a checker that reads it refuses them.
-@no_type_check
-class GridTowerConfig(PreTrainedConfig):
-    """All that rebuilds a vision tower of any library without its weights, and the preparation it expects.
-
-    `layout`, `prefix_tokens` and `grid_side` describe what the library's network returns; they are measured once, when
-    the tower is composed (`towers.load_tower`), so that nothing has to be guessed from a network's class later.
-    """
-
-    model_type = "dora_grid_tower"
-
-    library: VisionLibrary = "timm"
-    architecture: str = ""
-    """The library's own name of the network, for example `tf_efficientnet_lite0` or `ViT-B-32`."""
-    options: dict[str, Any] | None = None
-    """What the library needs beside the name: timm's keyword arguments, open_clip's `vision_cfg`..., a config."""
-    layer: int = -1
-    """Which hidden state is taken, counted from the end; -1 is the last one, after the network's final norm."""
-    grid_pool: int | None = None
-    """Side of the grid after average pooling; None keeps the network's own grid."""
-    layout: Layout = "NCHW"
-    prefix_tokens: int = 0
-    """Class and register tokens in front of the grid (`NLC` only); dropped."""
-    grid_side: int = 7
-    hidden_size: int = 1280
-    image_size: int = 224
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
-    interpolation: str = "bicubic"
-
-    @property
-    def tokens(self) -> int:
-        """Grid tokens that one picture becomes."""
-        return (self.grid_pool or self.grid_side) ** 2
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels per grid token along a side, rounded down; transformers' processor counts tokens with it."""
-        return self.image_size // (self.grid_pool or self.grid_side)
-
-
-def register_config() -> None:
-    """Makes transformers' `AutoConfig` know this config; calling it again changes nothing."""
-    # Not at the top: importing the table runs `lazy_registration`'s hook, which imports this module.
-    from transformers.models.auto.configuration_auto import AutoConfig
-
-    AutoConfig.register(GridTowerConfig.model_type, GridTowerConfig, exist_ok=True)
 
 
 def build_network(config: GridTowerConfig) -> nn.Module:
@@ -241,44 +146,18 @@ def keep_all_buffers(network: nn.Module) -> None:
 
 def register_towers() -> None:
     """Makes transformers' `AutoConfig` and `AutoModel` know `GridTower`; calling it again changes nothing."""
-    # Not at the top: importing the table runs `lazy_registration`'s hook, which imports this module.
+    # Not at the top: importing the table runs the registration's hook, which imports this module.
     from transformers.models.auto.modeling_auto import AutoModel
 
     register_config()
     AutoModel.register(GridTowerConfig, GridTower, exist_ok=True)
 
 
-# Reads a weights file without running code from it, and fits it to a network exactly.
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of one `.safetensors` or `.pth` file; never unpickles code.
-
-    Raises: UserError if there is no such file, it is cut, or it holds anything but tensors.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no weights file {path}; give an existing .pth or .safetensors file")
-    check_whole(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as tensors alone ({path.stat().st_size:,} bytes): {reason}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a plain table of tensors; save the network's state_dict() and give that")
-    return dict(state)
+# Fits a table of weights to a network exactly.
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], *, in_order: bool, source: str) -> None:
-    """Fills the network from a table of tensors, every name (or, `in_order`, every position) exactly once.
-
-    Raises: UserError that lists the first names or shapes that do not fit.
-    """
+    """Fills the network from a table of tensors, every name (or, `in_order`, every position) exactly once."""
     target = network.state_dict()
     if in_order:
         state = renamed_in_order(state, target, source=source)
@@ -294,10 +173,7 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], *, in_order: b
 
 
 def renamed_in_order(state: Mapping[str, Tensor], target: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """The same tensors under the target's names, position by position, each shape checked.
-
-    Raises: UserError at the first position whose shapes differ.
-    """
+    """The same tensors under the target's names, position by position, each shape checked."""
     if len(state) != len(target):
         raise UserError(f"{source} holds {len(state)} tensors, the network {len(target)}: not the same order")
     renamed: dict[str, Tensor] = {}

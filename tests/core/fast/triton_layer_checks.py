@@ -1,4 +1,4 @@
-"""Opaque layers and inference through the kernels, against the eager path in float64.
+"""Quantised layers and inference through the kernels, against the eager path in float64.
 
 Run by test_triton_kernels.py in a process of its own: Triton decides when it is imported whether it interprets.
 """
@@ -89,7 +89,7 @@ def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("trained_bias", [True, False])
 @pytest.mark.parametrize("changes", [{}, {"method": "magnitude"}], ids=str)
-def test_opaque_layers(monkeypatch, launches, changes, trained_bias, dropout):
+def test_quantised_layers(monkeypatch, launches, changes, trained_bias, dropout):
     narrow = opaque_model(Sealed(trained_bias=False), dropout=dropout, **changes)
     narrow[0].base.bias.requires_grad_(trained_bias)
     wide = copy.deepcopy(narrow).double()
@@ -117,9 +117,9 @@ def test_an_opaque_layers_gain_is_kept_and_fresh(launches):
     model, x = opaque_model(Sealed()), torch.randn(5, 26)
     layer = model[0]
     model(x)
-    kept = layer._gain
+    kept = layer._kept["gain"]
     model(x)
-    assert layer._gain is kept
+    assert layer._kept["gain"] is kept
     before = model(x).detach()
     with torch.no_grad():
         layer.magnitude.mul_(1.5)
@@ -145,13 +145,10 @@ def test_every_launch_is_on_its_tensors_device(monkeypatch):
     """Triton launches on the current device; a model spread over several has its layers on others."""
     from contextlib import nullcontext
 
-    from dora_vl.core.fast import triton
-
     assert isinstance(triton.on_device(torch.device("cuda", 1)), torch.cuda.device)
     assert triton.on_device(torch.device("cuda", 1)).idx == 1
     entered: list[torch.device] = []
-    for module in (triton, triton, triton, triton):
-        monkeypatch.setattr(module, "on_device", lambda device: entered.append(device) or nullcontext())
+    monkeypatch.setattr(triton, "on_device", lambda device: entered.append(device) or nullcontext())
     launched: list[str] = []
     run = type(triton._output_kernel).run
     monkeypatch.setattr(
@@ -208,7 +205,7 @@ def test_rows_that_keep_their_product_train_through_the_kernels(launches):
 def test_rows_of_several_adapters(monkeypatch, launches):
     """Each adapter's rows go through the kernel, in place; those of the base are left alone."""
     monkeypatch.setattr(rows, "ONE_PRODUCT", 0)
-    linear, batch = nn.Linear(26, 37), rows.BatchAtHand()
+    linear, batch = nn.Linear(26, 37), rows.ActiveAdapters()
     layer, alone = rows.RowLayer(linear, batch, "rows"), {}
     for name, rank in (("one", 3), ("two", 5)):
         adapted = DoRALinear(linear, DoRAConfig(targets=("*",), rank=rank, alpha=7.0, dropout=0.0)).eval()

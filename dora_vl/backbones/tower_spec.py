@@ -1,20 +1,46 @@
-"""Makes transformers know `GridTower` at the moment transformers itself is imported, and not before.
-
-A composed LLaVA must open with plain `transformers` after `import dora_vl`, in whichever order the two are imported.
-transformers has no plug-in entry point, and importing it here would take seconds of every `import dora_vl`. So one
-entry at the front of `sys.meta_path` answers for the two modules that hold the auto classes' tables, and takes itself
-out after them. Our own code does not rely on it and calls `towers.register_towers()`.
-"""
+"""Which vision network a run names, and how transformers comes to know `GridTower`; imports nothing that takes time."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
+
+VisionLibrary = Literal["timm", "open_clip", "transformers"]
+PRETRAINED, RANDOM = "pretrained", "random"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerSpec:
+    """Which vision network to take, from where, and which part of it."""
+
+    library: VisionLibrary
+    name: str
+    """timm's or open_clip's model name; for transformers a folder or hub id (a whole CLIP or its vision part)."""
+    weights: str = PRETRAINED
+    """`pretrained` (the library's own download, transformers' folder), `random`, an open_clip tag, or a `.pth` /
+    `.safetensors` file."""
+    weights_in_order: bool = False
+    """Matches a weights file to the network by position instead of by name; every shape must fit."""
+    layer: int | None = None
+    """Hidden state from the end; None is -2 for transformers (as LLaVA-1.5 does) and -1 for the others."""
+    grid_pool: int | None = None
+    """Side of the grid after average pooling; None keeps the network's own."""
+    image_size: int | None = None
+    """Pixels along a side; None takes the published value."""
+    image_mean: tuple[float, float, float] | None = None
+    image_std: tuple[float, float, float] | None = None
+
+
+# A composed LLaVA must open with plain `transformers` after `import dora_vl`, in whichever order the two are imported.
+# transformers has no plug-in entry point. Importing it here would cost all who write `import dora_vl` two and a half
+# seconds and torch, and `dora_vl.core` would need it; so one entry at the front of `sys.meta_path` answers for the two
+# modules that hold the auto classes' tables, and takes itself out after them. Our own code calls `register_towers()`.
 
 CONFIG_TABLE = "transformers.models.auto.configuration_auto"
 MODEL_TABLE = "transformers.models.auto.modeling_auto"
@@ -32,7 +58,7 @@ def register_with_transformers() -> None:
 
 def _register_config() -> None:
     if _is_known():
-        import_module("dora_vl.backbones.towers").register_config()
+        import_module("dora_vl.backbones.tower_config").register_config()
 
 
 def _register_model() -> None:
