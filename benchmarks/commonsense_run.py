@@ -23,11 +23,11 @@ from typing import Any
 from report import table, write_json
 
 from dora_vl.errors import UserError, exit_on_user_error, positive
-from dora_vl.evaluation.commonsense_run import PREDICTIONS, read_sets
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.scores.commonsense import extracted
 from dora_vl.evaluation.scores.scored import Mean, Ratio, Scored, Tally, intervals, paired_differences
+from dora_vl.evaluation.test import PREDICTIONS, read_sets
 from dora_vl.training.command_line import read_settings
 from dora_vl.training.recipe import CommonsenseRunConfig
 

@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
+from PIL import Image
 from torch import Tensor
 
 from dora_vl.backbones.families import ALIGNED
 from dora_vl.backbones.generation import growing_text
+from dora_vl.backbones.prompt_table import InstructionEncoder
+from dora_vl.backbones.video_inputs import Video, as_pictures
 from dora_vl.data.batches import Collator, ProcessorCollator
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Encoded, Sample
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample
-from dora_vl.evaluation.asker import Shown, frames_as_pictures, refuse_media
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
     from dora_vl.backbones.encode import LlavaEncoder
     from dora_vl.backbones.image_text_encode import ImageTextEncoder
-    from dora_vl.backbones.prompt_table import InstructionEncoder
     from dora_vl.backbones.tower_pictures import ImagePreparation
 
 Side = Literal["left", "right"]
@@ -31,6 +32,26 @@ PADDING_ID = 0  # fills shorter rows; masked, so that any id but a picture's doe
 NOT_ASKED = frozenset({"labels", *BOOKKEEPING})
 """What a collator adds that no model takes."""
 _NO_PICTURES = "this is a language model, which sees no pictures and videos"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What one prompt shows.
+
+    Attributes:
+        pictures: RGB, in the order of the prompt's `<image>`.
+        features: `[tokens, width]` of each picture instead, as a frozen vision tower's output was stored.
+        videos: frames with their times, in the order of the prompt's `<video>`.
+    """
+
+    pictures: tuple[Image.Image, ...] = ()
+    features: tuple[Tensor, ...] = ()
+    videos: tuple[Video, ...] = ()
+
+    @property
+    def frames(self) -> tuple[Image.Image, ...]:
+        """Every video's frames."""
+        return tuple(frame for video in self.videos for frame in video.pictures)
 
 
 @runtime_checkable
@@ -89,15 +110,10 @@ def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[s
 
 
 @dataclass(frozen=True)
-class _TokenPrompts:
-    """Batches of token ids, with pictures of one size beside them."""
+class _EncoderPrompts:
+    """What the encoders have in common: batches of token ids, with pictures of one size beside them; no videos."""
 
     encoder: Any
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Prompts`."""
-        return self.encoder.tokenizer
 
     @property
     def videos_of_one_length(self) -> bool:
@@ -108,6 +124,11 @@ class _TokenPrompts:
     def frames_are_pictures(self) -> bool:
         """See `Prompts`."""
         return True
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """See `Prompts`."""
+        return self.encoder.tokenizer
 
     def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
         """See `Prompts.collate`."""
@@ -123,38 +144,39 @@ class _TokenPrompts:
 
 
 @dataclass(frozen=True)
-class LlavaPrompts(_TokenPrompts):
-    """LLaVA-1.5's own tokens and pixels."""
+class LlavaPrompts(_EncoderPrompts):
+    """LLaVA-1.5's own tokens and pixels; a video is so many pictures."""
 
     encoder: LlavaEncoder
     preparation: ImagePreparation
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         """See `Prompts.sample`."""
-        turns, pictures = frames_as_pictures(turns, seen)
-        return _unlabelled(self.encoder.encode_prompt(turns), **self._seen(pictures, seen))
+        turns, inputs = self._placed(turns, seen)
+        return _unlabelled(self.encoder.encode_prompt(turns), **inputs)
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """See `Prompts.with_answer`."""
-        turns, pictures = frames_as_pictures(turns, seen)
-        return _labelled(self.encoder.encode(_answered(turns, answer)), **self._seen(pictures, seen))
+        turns, inputs = self._placed(turns, seen)
+        return _labelled(self.encoder.encode(_answered(turns, answer)), **inputs)
 
-    def _seen(self, pictures: Sequence[Any], seen: Shown) -> dict[str, Any]:
+    def _placed(self, turns: Sequence[Turn], seen: Shown) -> tuple[Sequence[Turn], dict[str, Any]]:
         if seen.features and seen.frames:
             raise BadSample("question", "it has a video, whose features are not stored; set data.cache_features: false")
-        return {"pictures": tuple(map(self.preparation.prepare, pictures)), "features": seen.features}
+        pictures: Sequence[Image.Image] = seen.pictures
+        if seen.videos:
+            try:
+                turns, pictures = as_pictures(turns, seen.pictures, seen.videos)
+            except ValueError as error:
+                raise BadSample("question", str(error)) from error
+        return turns, {"pictures": tuple(map(self.preparation.prepare, pictures)), "features": seen.features}
 
 
 @dataclass(frozen=True)
-class ImageTextPrompts:
+class ImageTextPrompts(_EncoderPrompts):
     """Whatever a model's own processor makes of text, pictures and videos; to one without videos, of their frames."""
 
     encoder: ImageTextEncoder
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Prompts`."""
-        return self.encoder.tokenizer
 
     @property
     def videos_of_one_length(self) -> bool:
@@ -180,20 +202,12 @@ class ImageTextPrompts:
         """See `Prompts.collate`."""
         return ProcessorCollator(self.encoder.pad_token_id, aligned=ALIGNED, pad_side=side)(samples)
 
-    def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
-        """See `Prompts.decode`."""
-        return self.encoder.decode(ids)
-
-    def growing_text(self) -> Callable[[Sequence[int]], str]:
-        """See `Prompts.growing_text`."""
-        return growing_text(self.tokenizer, self.encoder.answer_in)
-
 
 @dataclass(frozen=True)
-class ChatPrompts(_TokenPrompts):
-    """A plain language model's chat, by a named template or its own."""
+class LanguagePrompts(_EncoderPrompts):
+    """A plain language model: a chat by a template, or an instruction by a published prompt."""
 
-    encoder: LlavaEncoder
+    encoder: LlavaEncoder | InstructionEncoder
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         """See `Prompts.sample`."""
@@ -203,31 +217,14 @@ class ChatPrompts(_TokenPrompts):
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """See `Prompts.with_answer`."""
         _refuse_pictures(turns, seen)
+        if isinstance(self.encoder, InstructionEncoder):
+            ids, first = self.encoder.encode_choice(turns, answer)
+            return _labelled(Encoded(ids, torch.where(torch.arange(len(ids)) >= first, ids, IGNORED_LABEL)))
         return _labelled(self.encoder.encode(_answered(turns, answer)))
 
 
-@dataclass(frozen=True)
-class InstructionPrompts(_TokenPrompts):
-    """A language model that was trained on instructions, and takes one."""
-
-    encoder: InstructionEncoder
-
-    def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
-        """See `Prompts.sample`."""
-        _refuse_pictures(turns, seen)
-        return _unlabelled(self.encoder.encode_prompt(turns))
-
-    def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
-        """See `Prompts.with_answer`."""
-        _refuse_pictures(turns, seen)
-        ids, first = self.encoder.encode_choice(turns, answer)
-        labels = torch.where(torch.arange(len(ids)) >= first, ids, IGNORED_LABEL)
-        return _labelled(Encoded(ids, labels))
-
-
 def _refuse_pictures(turns: Sequence[Turn], seen: Shown) -> None:
-    refuse_media(seen, _NO_PICTURES)
-    if any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
+    if seen.pictures or seen.features or seen.videos or any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
         raise BadSample("question", _NO_PICTURES)
 
 
@@ -240,17 +237,13 @@ def _unlabelled(ids: Int[Tensor, " seq"], **seen: Any) -> Sample:
 
 
 def _labelled(encoded: Encoded, **seen: Any) -> Sample:
-    """An encoded conversation as a sample, labelled on its last answer alone."""
+    """An encoded conversation as a sample, labelled on its last answer alone, which is one stretch."""
     if encoded.cut_tokens:
         raise BadSample("question", f"with its answer it is {encoded.cut_tokens} tokens longer than data.max_tokens")
-    found = {"inputs": encoded.inputs, **seen}
-    return Sample(index=0, id="question", input_ids=encoded.input_ids, labels=_last_answer(encoded.labels), **found)
-
-
-def _last_answer(labels: Int[Tensor, " seq"]) -> Int[Tensor, " seq"]:
-    """Labels without those of earlier answers; the last answer's are one stretch."""
+    labels = encoded.labels
     unlabelled = (labels == IGNORED_LABEL).nonzero().flatten()
-    trained = (labels != IGNORED_LABEL).nonzero().flatten()
-    before = unlabelled[unlabelled < trained[-1]]
+    before = unlabelled[unlabelled < (labels != IGNORED_LABEL).nonzero().flatten()[-1]]
     start = int(before[-1]) + 1 if len(before) else 0
-    return torch.where(torch.arange(len(labels)) >= start, labels, IGNORED_LABEL)
+    last_answer = torch.where(torch.arange(len(labels)) >= start, labels, IGNORED_LABEL)
+    inputs = {"inputs": encoded.inputs, **seen}
+    return Sample(index=0, id="question", input_ids=encoded.input_ids, labels=last_answer, **inputs)

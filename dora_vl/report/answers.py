@@ -12,13 +12,13 @@ from dora_vl.data.example import Answer, Clip, Example, ExampleFile
 from dora_vl.errors import UserError
 from dora_vl.evaluation.baselines import COMMONEST, EXCHANGED, WARNING
 from dora_vl.evaluation.predictions import Prediction, read_predictions
+from dora_vl.evaluation.questions import expected, has_truth, in_words, media_of
 from dora_vl.evaluation.scores.commonsense import extracted
 from dora_vl.evaluation.scores.commonsense import score as commonsense_score
 from dora_vl.evaluation.scores.exact import final_answer, normalised
 from dora_vl.evaluation.scores.exact import score as exact_match_score
 from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
-from dora_vl.evaluation.seq2seq_pictures import expected, in_words, media_of
-from dora_vl.report.run_record import RunRecord, read_lines
+from dora_vl.report.run_record import RunRecord
 
 PREDICTIONS = "predictions.jsonl"
 BY_TASK = "predictions"
@@ -139,9 +139,10 @@ def _read_subtasks(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[
     trouble: list[str] = [] if evaluation["files"] else [f"{run.label}: its settings name no evaluation.files."]
     for task, path in evaluation["files"].items():
         try:
-            answers = _answers(run.folder / BY_TASK / f"{task}.jsonl")
+            path = run.folder / BY_TASK / f"{task}.jsonl"
+            answers = {name: row.prediction for name, row in read_predictions(path).items()}
             examples = list(ExampleFile(run.path(path), limit=evaluation.get("limit")))
-            scored = subtasks[task].score(examples, answers) if _can_be_scored(examples) else None
+            scored = subtasks[task].score(examples, answers) if has_truth(examples) else None
         except (UserError, ImportError, KeyError) as error:
             trouble.append(f"{run.label}: the answers to {task} cannot be shown: {error}")
             continue
@@ -159,16 +160,6 @@ def _read_subtasks(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[list[
             )
         )
     return found, trouble
-
-
-def _answers(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise UserError(f"{path.name} is not in the run's folder; the test comes after training")
-    return {str(one["id"]): str(one["answer"]) for one in read_lines(path, []) if {"id", "answer"} <= set(one)}
-
-
-def _can_be_scored(examples: Sequence[Example]) -> bool:
-    return any(example.answers or "correct" in example.extra for example in examples)
 
 
 def _subtask_item(example: Example, said: str, share: float | None) -> Item:

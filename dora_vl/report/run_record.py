@@ -17,11 +17,10 @@ from PIL import Image
 from dora_vl.adapters.folder import RECIPE_FILE
 from dora_vl.data.example import Clip
 from dora_vl.data.pictures import open_image
-from dora_vl.data.video import VideoReader
+from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.seq2seq_pictures import clip_picture
 from dora_vl.training.run_folder import ADAPTER, LOSS_LOG, METRICS, PLAN, SETTINGS, SKIPPED
-from dora_vl.training.watching import EXACT_PX, JPEG_QUALITY, Watched, read_watched, small_picture, tiled
+from dora_vl.training.watching import EXACT_PX, JPEG_QUALITY, SIDE, Watched, read_watched, small_picture, tiled
 
 EVALUATION = "evaluation"
 NAMED = 8
@@ -188,7 +187,7 @@ class InlinePictures:
         if root is None:
             return "", "the settings name no folder of its pictures"
         if clip is not None:
-            return self._add(lambda: clip_picture(self._reader, root, clip))
+            return self._add(lambda: tiled(self._reader.read(root, clip, Uniform(SIDE**2)).pictures))
         return self._add(lambda: tiled([open_image(root, path) for path in pictures]))
 
     def _add(self, opened: Callable[[], Image.Image]) -> tuple[str, str]:

@@ -22,10 +22,9 @@ from dora_vl.core.active_adapters import share_of
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown
-from dora_vl.evaluation.asker import Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_model import ModelSource, decoder_parts, find_source, read_recipe
-from dora_vl.evaluation.prompt_inputs import ImageTextPrompts, Prompts
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.open_model import ModelSource, Wanted, decoder_parts, find_source, read_recipe
+from dora_vl.evaluation.prompt_inputs import ImageTextPrompts, Prompts, Shown
 from dora_vl.training.adapting import LLAVA
 from dora_vl.training.launch import give_way_when_busy
 

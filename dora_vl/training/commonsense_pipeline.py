@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -19,12 +20,11 @@ from dora_vl.data.batches import Collator
 from dora_vl.data.pictures import HeldPictures, StoredPictures
 from dora_vl.data.samples import ConversationDataset, Rows
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import MediaReader
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.commonsense_run import evaluate_commonsense, no_media, read_sets
+from dora_vl.evaluation.ask import Assistant, MediaReader, media_reader
 from dora_vl.evaluation.open_model import with_adapter
-from dora_vl.evaluation.prompt_inputs import InstructionPrompts
+from dora_vl.evaluation.prompt_inputs import LanguagePrompts
 from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.test import evaluate_commonsense, read_sets
 from dora_vl.files import check_model_folder, check_place
 from dora_vl.training.adapting import CAUSAL_LM, check_quantisation, core_config, load_base, make_base
 from dora_vl.training.assembly import base_record, pad_token_id
@@ -92,7 +92,7 @@ class CommonsensePipeline(InstructPipeline[CommonsenseRunConfig]):
         return dataclasses.replace(found, longest_tokens=data.max_tokens)  # words would not count the prompt's tokens
 
     def _assistant(self, backbone: Backbone[Any]) -> Assistant:
-        return Assistant(backbone, InstructionPrompts(build_encoder(self.config)), while_training=True)
+        return Assistant(backbone, LanguagePrompts(build_encoder(self.config)), while_training=True)
 
     def _places(self, backbone: Backbone[Any]) -> frozenset[int]:
         return frozenset()
@@ -107,7 +107,7 @@ class CommonsensePipeline(InstructPipeline[CommonsenseRunConfig]):
         questions: Sequence[Question],
         stored: StoredPictures | None,
     ) -> MediaReader:
-        return no_media()
+        return media_reader(Path(), frames=1)
 
     def recipe(self) -> dict[str, Any]:
         """Base, prompt and lengths."""

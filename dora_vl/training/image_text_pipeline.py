@@ -30,12 +30,11 @@ from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, ope
 from dora_vl.data.samples import ConversationDataset, Encoded, Rows, Sample
 from dora_vl.data.turns import Conversation
 from dora_vl.errors import BadSample, UserError
-from dora_vl.evaluation.asker import MediaReader
-from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.ask import Assistant, MediaReader
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.run import check_test, media_of_run, read_test, run_test
+from dora_vl.evaluation.test import check_test, media_of_run, read_test, run_test
 from dora_vl.training.adapting import IMAGE_TEXT, check_quantisation, core_config, load_base
 from dora_vl.training.assembly import (
     VideoReading,

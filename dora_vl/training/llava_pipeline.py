@@ -21,12 +21,11 @@ from dora_vl.data.batches import Collator
 from dora_vl.data.pictures import HeldPictures, StoredPictures
 from dora_vl.data.samples import ConversationDataset, Rows
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import MediaReader
-from dora_vl.evaluation.assistant import Assistant
+from dora_vl.evaluation.ask import Assistant, MediaReader
 from dora_vl.evaluation.open_model import with_adapter
 from dora_vl.evaluation.prompt_inputs import LlavaPrompts
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.run import check_test, media_of_run, pictures_of_test, read_test, run_test
+from dora_vl.evaluation.test import check_test, media_of_run, pictures_of_test, read_test, run_test
 from dora_vl.training.adapting import LLAVA, check_quantisation, make_base
 from dora_vl.training.assembly import (
     PictureReader,

@@ -20,12 +20,12 @@ from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import UserError
-from dora_vl.evaluation.asker import MediaReader, Shown, Wanted
-from dora_vl.evaluation.assistant import Assistant
-from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.ask import Assistant, MediaReader
+from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.predictions import Prediction, read_predictions
-from dora_vl.evaluation.prompt_inputs import model_inputs
-from dora_vl.evaluation.run import evaluate_run
+from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
+from dora_vl.evaluation.questions import Question
+from dora_vl.evaluation.test import evaluate_run
 from dora_vl.training.assembly import VideoReading
 from dora_vl.training.recipe import EvaluationConfig
 from tasks import image_qa
@@ -64,7 +64,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def opened(folder: Path) -> Assistant:
     template = "vicuna_v1" if is_language(folder) else None
-    assistant = open_asker(Wanted(model=str(folder), template=template)).adapted
+    assistant = open_model(Wanted(model=str(folder), template=template)).adapted
     assert isinstance(assistant, Assistant)
     return assistant
 
@@ -119,7 +119,7 @@ def test_a_row_without_numbers_has_no_answer_and_the_others_have_theirs(model: t
     turns, seen = list(conversations(name))[1]
     assistant.backbone.model.generation_config.num_beams = 1  # a search with beams writes nothing as it comes
     with pytest.raises(UserError, match="the model's scores of the next word are no numbers"):
-        assistant.answer(turns, seen.pictures, max_new_tokens=NEW_TOKENS, write=lambda text: None)
+        assistant.answer(Question(id="q", turns=tuple(turns)), seen, max_new_tokens=NEW_TOKENS, write=lambda text: None)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision"])
@@ -290,7 +290,7 @@ def test_a_folder_of_peft_opens(name: str, use_dora: bool, tmp_path: Path, capsy
     adapter = peft_adapter(base, tmp_path / "adapter", use_dora=use_dora)
     assert not (adapter / "recipe.json").exists()
     template = "vicuna_v1" if name == "language" else None
-    ours = open_asker(Wanted(adapter=adapter, with_base=True, template=template))
+    ours = open_model(Wanted(adapter=adapter, with_base=True, template=template))
     assert isinstance(ours.adapted, Assistant)
     assert isinstance(ours.base, Assistant)
     turns, seen = list(conversations(name))[-1]

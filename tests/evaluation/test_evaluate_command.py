@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from dora_vl.cli import main
 from dora_vl.data.example import Answer, Clip, Example, write_examples
 from dora_vl.data.turns import Turn
-from dora_vl.evaluation.asker import Wanted
-from dora_vl.evaluation.assistant import open_picture
-from dora_vl.evaluation.open_model import open_asker
+from dora_vl.evaluation.ask import Assistant
+from dora_vl.evaluation.ask_command import open_picture
+from dora_vl.evaluation.open_model import Wanted, open_model
 from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.evaluation.prompt_inputs import Shown
+from dora_vl.evaluation.questions import Question
 from dora_vl.training.command_line import read_run_file
 from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import run
@@ -43,13 +45,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(LlavaPipeline(read_run_file(path)))
     move(folder / "run" / "adapter" / "adapter_model.safetensors")
     rows = json.loads(questions.read_text())
-    model = open_asker(Wanted(adapter=folder / "run" / "adapter")).adapted
+    model = open_model(Wanted(adapter=folder / "run" / "adapter")).adapted
     for number, row in enumerate(rows):
         row["conversations"][0]["value"] += f" {chr(65 + number)} {number * 37}"
     for row in rows[::2]:
         picture = open_picture(folder / "data" / row["image"])
+        asked = Question(id="q", turns=(Turn("user", row["conversations"][0]["value"]),))
         row["conversations"][1]["value"] = model.answer(
-            [Turn("user", row["conversations"][0]["value"])], [picture], max_new_tokens=ANSWER_TOKENS
+            asked, Shown(pictures=(picture,)), max_new_tokens=ANSWER_TOKENS
         ).strip()
     (folder / "data" / "broken.png").write_bytes(b"no picture")
     rows[5]["image"] = "broken.png"
@@ -187,16 +190,14 @@ def test_two_processes_give_the_same(trained: Path, alone: Path, tmp_path: Path,
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of all questions that are put to a model."""
-    from dora_vl.evaluation import ask_decoder as asking
-
     ids: list[str] = []
-    predict = asking.predict
+    predict = Assistant.predict
 
-    def counting(assistant: Any, questions: Any, **options: Any) -> dict[str, str]:
+    def counting(self: Assistant, questions: Any, *more: Any) -> Any:
         ids.extend(question.id for question in questions)
-        return predict(assistant, questions, **options)
+        return predict(self, questions, *more)
 
-    monkeypatch.setattr(asking, "predict", counting)
+    monkeypatch.setattr(Assistant, "predict", counting)
     return ids
 
 
