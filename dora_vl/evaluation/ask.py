@@ -45,7 +45,6 @@ from dora_vl.evaluation.prompt_inputs import Prompts, Shown, model_inputs
 from dora_vl.evaluation.questions import Question, outputs_of
 from dora_vl.training.assembly import VideoReading
 from dora_vl.training.launch import (
-    give_way_when_busy,
     leave_process_group,
     on_first_rank,
     rank_and_ranks,
@@ -306,7 +305,6 @@ def joined_launch() -> Iterator[None]:
     threads = threads_of_this_rank()
     if threads is not None:
         torch.set_num_threads(threads)
-    give_way_when_busy()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

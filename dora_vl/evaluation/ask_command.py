@@ -179,9 +179,7 @@ def opened_by(options: argparse.Namespace) -> Opened:
         raise UserError("--strength is about an adapter; name one with --adapter")
     from dora_vl.core.strength import checked_strength
     from dora_vl.evaluation.open_model import Wanted, open_model
-    from dora_vl.training.launch import give_way_when_busy
 
-    give_way_when_busy()
     return open_model(
         Wanted(
             adapter=options.adapter,
