@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -54,50 +55,55 @@ class Shown:
         return tuple(frame for video in self.videos for frame in video.pictures)
 
 
-@runtime_checkable
-class Prompts(Protocol):
-    """A kind of model's encoder as asking needs it; holds no model, and may be sent to data workers."""
+@dataclass(frozen=True)
+class Prompts(ABC):
+    """A kind of model's encoder as asking needs it; holds no model, and may be sent to data workers.
+
+    By itself of token ids, with pictures of one size beside them, and of no videos.
+    """
+
+    encoder: Any
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """What makes a prompt's text into tokens, and an answer's tokens into text."""
-        ...
+        return self.encoder.tokenizer
 
     @property
     def videos_of_one_length(self) -> bool:
         """Whether the videos of a batch must have equally many frames."""
-        ...
+        return False
 
     @property
     def frames_are_pictures(self) -> bool:
         """Whether the model takes no videos, and is asked about their frames as so many pictures."""
-        ...
+        return True
 
+    @abstractmethod
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         """Turns that end with a question, up to where the answer begins, without labels; never cut.
 
         Raises: BadSample where they cannot be put to the model.
         """
-        ...
 
+    @abstractmethod
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         """The same with an answer behind it, which is labelled, with what closes it; never cut.
 
         Raises: BadSample likewise.
         """
-        ...
 
     def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
         """One batch, padded on this side: the model's inputs and `labels`."""
-        ...
+        return {**Collator(PADDING_ID, pad_side=side)(samples)}
 
     def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
         """The text of new ids, without what ends or fills up an answer."""
-        ...
+        return self.encoder.decode(ids)
 
     def growing_text(self) -> Callable[[Sequence[int]], str]:
         """`decode` for the ids of one answer as they grow."""
-        ...
+        return growing_text(self.tokenizer, self.encoder.answer_in)
 
 
 def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
@@ -110,41 +116,7 @@ def model_inputs(batch: Mapping[str, Any], device: torch.device | str) -> dict[s
 
 
 @dataclass(frozen=True)
-class _EncoderPrompts:
-    """What the encoders have in common: batches of token ids, with pictures of one size beside them; no videos."""
-
-    encoder: Any
-
-    @property
-    def videos_of_one_length(self) -> bool:
-        """See `Prompts`."""
-        return False
-
-    @property
-    def frames_are_pictures(self) -> bool:
-        """See `Prompts`."""
-        return True
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """See `Prompts`."""
-        return self.encoder.tokenizer
-
-    def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
-        """See `Prompts.collate`."""
-        return {**Collator(PADDING_ID, pad_side=side)(samples)}
-
-    def decode(self, ids: Int[Tensor, " new"] | Sequence[int]) -> str:
-        """See `Prompts.decode`."""
-        return self.encoder.decode(ids)
-
-    def growing_text(self) -> Callable[[Sequence[int]], str]:
-        """See `Prompts.growing_text`."""
-        return growing_text(self.tokenizer, self.encoder.answer_in)
-
-
-@dataclass(frozen=True)
-class LlavaPrompts(_EncoderPrompts):
+class LlavaPrompts(Prompts):
     """LLaVA-1.5's own tokens and pixels; a video is so many pictures."""
 
     encoder: LlavaEncoder
@@ -173,7 +145,7 @@ class LlavaPrompts(_EncoderPrompts):
 
 
 @dataclass(frozen=True)
-class ImageTextPrompts(_EncoderPrompts):
+class ImageTextPrompts(Prompts):
     """Whatever a model's own processor makes of text, pictures and videos; to one without videos, of their frames."""
 
     encoder: ImageTextEncoder
@@ -204,7 +176,7 @@ class ImageTextPrompts(_EncoderPrompts):
 
 
 @dataclass(frozen=True)
-class LanguagePrompts(_EncoderPrompts):
+class LanguagePrompts(Prompts):
     """A plain language model: a chat by a template, or an instruction by a published prompt."""
 
     encoder: LlavaEncoder | InstructionEncoder

@@ -45,7 +45,7 @@ from dora_vl.data.turns import Turn, read_conversation
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.ask import Assistant, MediaReader
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.test import questions_of_rows, watch_assistant
+from dora_vl.evaluation.watch import questions_of_rows, watch_assistant
 from dora_vl.files import content_key
 from dora_vl.training.arguments import order_seed
 from dora_vl.training.assembly import (

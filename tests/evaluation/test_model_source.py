@@ -43,16 +43,12 @@ def folders(where: Path, model_type: str, **recipe: object) -> Path:
     ("model_type", "recipe", "kind"),
     [
         ("llava", {"backbone": "llava", **LLAVA}, "llava"),
-        ("llava", LLAVA, "llava"),  # older folders say no backbone
         ("llama", {"backbone": "causal_lm", **LANGUAGE}, "causal_lm"),
-        ("llama", {"task": "commonsense", **LANGUAGE}, "causal_lm"),
         ("qwen2_5_vl", {"backbone": "image_text"}, "image_text"),
         ("llava", {"backbone": "image_text", **LLAVA}, "image_text"),  # what is stated counts
     ],
 )
-def test_the_kind_is_stated_or_the_base_s(
-    model_type: str, recipe: dict[str, object], kind: str, tmp_path: Path
-) -> None:
+def test_the_kind_is_stated(model_type: str, recipe: dict[str, object], kind: str, tmp_path: Path) -> None:
     adapter = folders(tmp_path, model_type, **recipe)
     source = find_source(Wanted(adapter=adapter))
     assert (source.kind, source.place) == (kind, str(tmp_path / "base"))
@@ -73,7 +69,7 @@ def test_the_kind_is_stated_or_the_base_s(
             {"backbone": "image_text", "attn_implementation": {"": "sdpa", "text_config": [1]}},
             "attn_impl",
         ),
-        ("bert", {}, "'bert', which cannot be asked here"),
+        ("bert", {}, "backbone is 'None'"),
     ],
 )
 def test_what_cannot_be_asked_is_named(model_type: str, recipe: dict[str, object], said: str, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from dora_vl.backbones.generation import NO_TOKEN
-from dora_vl.data.batches import Collator
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Assistant, Decoding, MediaReader, ask
 from dora_vl.evaluation.predictions import Predictions
-from dora_vl.evaluation.prompt_inputs import Shown, Side
+from dora_vl.evaluation.prompt_inputs import Prompts, Shown
 from dora_vl.evaluation.questions import Question
 from dora_vl.training.assembly import PictureReader, VideoReading
 
@@ -31,12 +30,8 @@ WITHOUT_NUMBERS = "N"
 """In a prompt: the model's scores are NaN."""
 
 
-class LetterPrompts:
+class LetterPrompts(Prompts):
     """One token a letter; a picture, as many pixels wide as its number, contributes no token."""
-
-    tokenizer = PreTrainedTokenizerBase()
-    videos_of_one_length = False
-    frames_are_pictures = False
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         if "\ufdd0" in turns[-1].text:
@@ -48,14 +43,8 @@ class LetterPrompts:
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         raise NotImplementedError
 
-    def collate(self, samples: Sequence[Sample], side: Side) -> Mapping[str, Any]:
-        return {**Collator(0, pad_side=side)(samples)}
-
     def decode(self, ids: Tensor) -> str:
         return "".join(chr(int(token) - FIRST_LETTER) for token in ids if token > END)
-
-    def growing_text(self) -> Callable[[Sequence[int]], str]:
-        return lambda ids: self.decode(torch.tensor(ids))
 
 
 class LastWordModel(torch.nn.Module):
@@ -96,7 +85,7 @@ def asked(
     (folder / "broken").write_bytes(b"no picture")
     videos = VideoReading(folder=folder, sampling=Uniform(2))
     return ask(
-        Assistant(model, LetterPrompts()),
+        Assistant(model, LetterPrompts(None)),
         questions,
         MediaReader(folder=folder, videos=videos, **media),
         Decoding(batch_size=4, max_new_tokens=3),
