@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_vl.training.command_line import read_run
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.estimate import Cluster, Estimate, imagine_run, with_shape
-from dora_vl.training.image_text_pipeline import instruct_pipeline
 from dora_vl.training.memory import GIB
 
 RESULTS = Path(__file__).parent / "results" / "cluster_table.json"
@@ -55,7 +55,7 @@ def rows() -> Iterator[Row]:
             runs = {}
             for stage in STAGES:
                 config = read_run([f"--model.base={shape}", f"--training.deepspeed={stage}", *SETTINGS])
-                runs[stage] = imagine_run(instruct_pipeline(with_shape(config, shape, Path(folder))))
+                runs[stage] = imagine_run(DecoderPipeline(with_shape(config, shape, Path(folder))))
             for gpus in GPUS:
                 yield row(name, gpus, {stage: run.on(gpus) for stage, run in runs.items()})
 

@@ -238,7 +238,7 @@ def _join_launch(case: Case, rank: int, port: int) -> None:
 
 def _train(case: Case, settings: Path, resume: Sequence[str]) -> None:
     from dora_vl.training.command_line import read_run, read_settings
-    from dora_vl.training.image_text_pipeline import instruct_pipeline
+    from dora_vl.training.decoder_pipeline import DecoderPipeline
     from dora_vl.training.launch import log_to_stderr
     from dora_vl.training.recipe import VlBartRunConfig
     from dora_vl.training.run import run
@@ -250,7 +250,7 @@ def _train(case: Case, settings: Path, resume: Sequence[str]) -> None:
     if case.kind == "vlbart":
         run(VlBartPipeline(read_settings(options, VlBartRunConfig), all_subtasks(), name="tiny"))
     else:
-        run(instruct_pipeline(read_run(options)))
+        run(DecoderPipeline(read_run(options)))
 
 
 def _watch_operations(run_folder: Path, record: Path, stop_before: int | None, tells: int) -> None:

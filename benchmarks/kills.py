@@ -214,7 +214,7 @@ def _import_everything() -> None:
     import deepspeed
     import transformers
 
-    import dora_vl.training.image_text_pipeline
+    import dora_vl.training.decoder_pipeline
     import dora_vl.training.run
     import dora_vl.training.vlbart_pipeline
     import tests.training.tiny_vlbart_run
@@ -224,7 +224,7 @@ def _import_everything() -> None:
         datasets,
         deepspeed,
         transformers,
-        dora_vl.training.image_text_pipeline,
+        dora_vl.training.decoder_pipeline,
         dora_vl.training.vlbart_pipeline,
     )
     assert all((*modules, dora_vl.training.run, tests.training.tiny_vlbart_run))

@@ -41,9 +41,8 @@ from dora_vl.evaluation.predictions import (
     settings_file,
     write_in_order,
 )
-from dora_vl.evaluation.prompt_inputs import Prompts, Shown, model_inputs
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown, model_inputs
 from dora_vl.evaluation.questions import Question, outputs_of
-from dora_vl.training.assembly import VideoReading
 from dora_vl.training.launch import (
     leave_process_group,
     on_first_rank,
@@ -51,6 +50,7 @@ from dora_vl.training.launch import (
     threads_of_this_rank,
     wait_for_everyone,
 )
+from dora_vl.training.run_media import VideoReading
 from dora_vl.training.watching import SIDE, tiled
 
 log = logging.getLogger(__name__)
@@ -411,7 +411,7 @@ class QuestionSamples(Dataset["Sample | Skipped"]):
     """Questions as samples without labels; what cannot be asked comes back as `Skipped`."""
 
     questions: Sequence[Question]
-    prompts: Prompts
+    prompts: EncoderPrompts
     media: MediaReader
     max_new_tokens: int
     positions: int | None
@@ -438,18 +438,17 @@ class QuestionSamples(Dataset["Sample | Skipped"]):
 
 @dataclass(frozen=True)
 class Assistant:
-    """A decoder of any kind with what turns words and pictures into its inputs; an `Asker`.
+    """A decoder with what turns words and pictures into its inputs; an `Asker`.
 
     Attributes:
-        backbone: a module whose `generate` gives the new ids of left-padded prompts and whose forward gives
-            `Features`, both from the inputs that `prompts` makes.
-        prompts: of the backbone's kind.
+        backbone: its `generate` gives the new ids of left-padded prompts, its forward `Features`, both from what
+            `prompts` makes.
         while_training: the model goes on training afterwards, so that nothing of it may become what autograd refuses
             to save, as the tensors of inference mode are.
     """
 
     backbone: Any
-    prompts: Prompts
+    prompts: EncoderPrompts
     while_training: bool = False
 
     def answer(self, question: Question, seen: Shown, *, max_new_tokens: int = 64, write: Write | None = None) -> str:

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
+from dora_vl.backbones.encoder import Encoder
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.prompt_table import InstructionEncoder
+from dora_vl.backbones.prompt_table import PROMPTS
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.data.columns import USUAL, Columns
 from dora_vl.data.example import Answer, Example
@@ -38,7 +39,7 @@ from dora_vl.evaluation.ask import (
 from dora_vl.evaluation.baselines import Baselines, Exchange, compared, digest, exchanged, right_text
 from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
 from dora_vl.evaluation.predictions import Prediction, Predictions, file_sha256
-from dora_vl.evaluation.prompt_inputs import LanguagePrompts
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.evaluation.questions import (
     Question,
     as_question,
@@ -56,9 +57,9 @@ from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
 from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
 from dora_vl.evaluation.watch import Tested
-from dora_vl.training.assembly import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.training.recipe import CommonsenseEvaluationConfig, EvaluationConfig, RunConfig, VlBartEvaluationConfig
 from dora_vl.training.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
+from dora_vl.training.run_media import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.training.seq2seq_tasks import Subtask
 
 log = logging.getLogger(__name__)
@@ -390,7 +391,7 @@ def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[Question], 
 
 def evaluate_commonsense(
     backbone: nn.Module,
-    encoder: InstructionEncoder,
+    encoder: Encoder,
     evaluation: CommonsenseEvaluationConfig,
     *,
     run_folder: Path,
@@ -415,12 +416,13 @@ def evaluate_commonsense(
         Example(id=one.id, answers=(Answer(text=one.answer),), extra={"task": str(one.kind)}) for one in questions
     ]
     backbone.eval()
-    model = Assistant(backbone, LanguagePrompts(encoder))
+    model = Assistant(backbone, EncoderPrompts(encoder))
     decoding = Decoding(batch_size=evaluation.batch_size, max_new_tokens=evaluation.max_new_tokens)
+    prompt = PROMPTS[encoder.prompts.name]
     depends_on = {
         "adapter_sha256": adapter_sha256(run_folder),
         "questions_sha256": {task: file_sha256(Path(file)) for task, file in evaluation.files.items()},
-        "prompt": [encoder.prompt.test, encoder.prompt.test_with_input],
+        "prompt": [prompt.test, prompt.test_with_input],
         "beams": evaluation.beams,
         "max_new_tokens": evaluation.max_new_tokens,
     }

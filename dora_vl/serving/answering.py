@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from fastapi import Request
+from torch import Tensor
 
-from dora_vl.backbones.families import ALIGNED
 from dora_vl.core.strength import Share
+from dora_vl.data.batches import ALIGNED
 from dora_vl.data.samples import Sample
 from dora_vl.errors import UserError
 from dora_vl.serving.decoding import Reason, Sampling
@@ -96,13 +97,13 @@ class Prepared:
     @property
     def media(self) -> frozenset[str]:
         """Names of the inputs that hold its pictures and videos."""
-        own = frozenset(self.sample.inputs).difference(ALIGNED)
-        return own | {"pictures"} if self.sample.pictures else own
+        return frozenset(self.sample.inputs).difference(ALIGNED)
 
     @property
     def pictures(self) -> int:
-        """How many pictures it shows; at most 1 of a model with its own processor, where they are not told apart."""
-        return len(self.sample.pictures) or int(bool(self.media))
+        """How many pictures it shows; at most 1 of a model whose inputs do not tell them apart."""
+        pixels = self.sample.inputs.get("pixel_values")
+        return len(pixels) if isinstance(pixels, Tensor) and pixels.dim() == 4 else int(bool(self.media))
 
 
 @dataclass

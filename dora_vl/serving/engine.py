@@ -26,10 +26,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from dora_vl.backbones.families import ALIGNED
 from dora_vl.backbones.generation import end_tokens
 from dora_vl.backbones.video_inputs import Video
 from dora_vl.core.strength import checked_strength
+from dora_vl.data.batches import ALIGNED
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, one_line
 from dora_vl.evaluation.ask import check_room

@@ -16,16 +16,16 @@ from transformers.utils import logging as transformers_logging
 from dora_vl.adapters.adapter import content_hash, local_folder
 from dora_vl.adapters.several import Layers, ReadAdapter, RowAdapters, rows_seen
 from dora_vl.backbones.base import Backbone, max_positions
-from dora_vl.backbones.image_text import decoder_of
-from dora_vl.backbones.image_text_encode import ImageTextEncoder
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.families import LLAVA
+from dora_vl.backbones.model import decoder_of
 from dora_vl.core.active_adapters import share_of
 from dora_vl.core.strength import Share
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import ModelSource, Wanted, decoder_parts, find_source, read_recipe
-from dora_vl.evaluation.prompt_inputs import ImageTextPrompts, Prompts, Shown
-from dora_vl.training.adapting import LLAVA
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ class Asked:
     """
 
     name: str | None
-    prompts: Prompts
+    prompts: EncoderPrompts
     alone: bool = False
     longest_token: int | None = None
 
@@ -220,7 +220,8 @@ class ServedModel:
     @property
     def by_picture(self) -> bool:
         """Whether each picture of a batch can have the projector of its own row's adapter."""
-        return self.source.kind == LLAVA
+        config: Any = self.backbone.model.config
+        return config.model_type == LLAVA
 
     @cached_property
     def max_positions(self) -> int | None:
@@ -228,10 +229,10 @@ class ServedModel:
         return max_positions(self.backbone.config)
 
     @property
-    def encoder(self) -> ImageTextEncoder | None:
+    def encoder(self) -> Encoder | None:
         """The processor's, where the model is asked through one."""
         prompts = self.assistant.prompts
-        return prompts.encoder if isinstance(prompts, ImageTextPrompts) else None
+        return prompts.encoder if isinstance(prompts, EncoderPrompts) else None
 
     # -- inside ------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from dora_vl.data.video import Uniform, VideoReader
 from dora_vl.errors import BadSample, UserError, one_line, shown
 from dora_vl.serving.answering import Stopped, TooManyRequests
 from dora_vl.serving.remote_media import FetchLimits, NotFetched, fetch
-from dora_vl.training.assembly import VideoReading
+from dora_vl.training.run_media import VideoReading
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

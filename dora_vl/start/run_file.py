@@ -98,9 +98,9 @@ def base_of(model: str | None) -> Base:
 def _template_of(name: str) -> str:
     """The prompt format that the tokenizer has the tokens of."""
     from dora_vl.backbones.loading import load_tokenizer
-    from dora_vl.backbones.prompts import get_template
+    from dora_vl.backbones.prompts import usual_template
 
-    return get_template(None, load_tokenizer(name)).name
+    return usual_template(load_tokenizer(name))
 
 
 def _parameters_in(folder: Path) -> float:

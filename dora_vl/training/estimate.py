@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_vl.backbones.base import Backbone
-from dora_vl.backbones.llava import LlavaBackbone
+from dora_vl.backbones.families import LLAVA
+from dora_vl.backbones.llava_tower import LlavaTower
 from dora_vl.core import apply_dora
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError, positive
@@ -160,7 +161,7 @@ def _samples(
 ) -> Samples:
     data: Any = pipeline.config.data
     whole = data.max_tokens if tokens is None else tokens
-    pictures = backbone.tokens_per_image if isinstance(backbone, LlavaBackbone) else 0
+    pictures = backbone.model.config.image_seq_length if backbone.model.config.model_type == LLAVA else 0
     if whole < pictures + 2:
         raise UserError(f"{whole} tokens a sample: a picture of this model alone takes {pictures}; raise --tokens")
     most = whole - pictures - 1
@@ -190,15 +191,16 @@ def _batch(pipeline: Pipeline, backbone: Backbone[Any], samples: Samples) -> dic
     labels = torch.full_like(ids, IGNORED_LABEL)
     labels[:, samples.tokens - samples.labelled :] = 1
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    if isinstance(backbone, LlavaBackbone):
-        ids[:, : backbone.tokens_per_image] = backbone.config.image_token_id
+    config: Any = backbone.model.config
+    if config.model_type == LLAVA:
+        ids[:, : config.image_seq_length] = config.image_token_id
         dtype = backbone.model.dtype
         data: Any = pipeline.config.data
         if data.cache_features:
-            features = (samples.rows, *backbone.feature_shape)
+            features = (samples.rows, *LlavaTower(backbone.model).feature_shape)
             batch["image_features"] = torch.empty(features, dtype=dtype, device=META)
         else:
-            side = int(backbone.vision_config().to_dict()["image_size"])
+            side = int(config.to_dict()["vision_config"]["image_size"])
             batch["pixel_values"] = torch.empty((samples.rows, 3, side, side), device=META)
     return batch
 

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from dora_vl.backbones.families import ALIGNED
 from dora_vl.backbones.frozen_outputs import NotStorable, OutputStore, find_parts, pictures_key, without_pixels
 from dora_vl.backbones.generation import generation_loss
-from dora_vl.data.batches import ProcessorCollator
+from dora_vl.data.batches import Collator
 from dora_vl.data.samples import Sample
 from tests.backbones.image_text_talks import (
     BLUE,
@@ -82,7 +81,7 @@ def test_loss_and_gradients_are_those_of_the_pictures(family: str, folders: Mapp
 
 
 def joined(encoder: Any, samples: list[Sample]) -> dict[str, Any]:
-    return inputs_of(ProcessorCollator(encoder.pad_token_id, aligned=ALIGNED)(samples))
+    return inputs_of(Collator(encoder.pad_token_id)(samples))
 
 
 def test_the_sample_of_a_talk_is_what_is_batched(folders: Mapping[str, Path]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from dora_vl.backbones.generation import NO_TOKEN
+from dora_vl.data.batches import Collator
 from dora_vl.data.samples import Sample
 from dora_vl.data.turns import Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.ask import Assistant, Decoding, MediaReader, ask
 from dora_vl.evaluation.predictions import Predictions
-from dora_vl.evaluation.prompt_inputs import Prompts, Shown
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 from dora_vl.evaluation.questions import Question
-from dora_vl.training.assembly import PictureReader, VideoReading
+from dora_vl.training.run_media import VideoReading
 
 END = 1
 FIRST_LETTER = 10
@@ -30,18 +31,27 @@ WITHOUT_NUMBERS = "N"
 """In a prompt: the model's scores are NaN."""
 
 
-class LetterPrompts(Prompts):
+class LetterPrompts(EncoderPrompts):
     """One token a letter; a picture, as many pixels wide as its number, contributes no token."""
+
+    videos_of_one_length = False
+
+    def __init__(self) -> None: ...
 
     def sample(self, turns: Sequence[Turn], seen: Shown) -> Sample:
         if "\ufdd0" in turns[-1].text:
             raise BadSample("prompt", "a noncharacter")
         ids = torch.tensor([FIRST_LETTER + ord(letter) for letter in turns[-1].text])
-        pixels = tuple(torch.full((3, 2, 2), float(picture.width - 1)) for picture in seen.pictures)
-        return Sample(index=0, id="", input_ids=ids, labels=ids, pictures=pixels, features=seen.features)
+        pixels = [torch.full((3, 2, 2), float(picture.width - 1)) for picture in seen.pictures]
+        stored = {"image_features": torch.stack(seen.features)} if seen.features else {}
+        inputs = stored or {"pixel_values": torch.stack(pixels)}
+        return Sample(index=0, id="", input_ids=ids, labels=ids, inputs=inputs)
 
     def with_answer(self, turns: Sequence[Turn], seen: Shown, answer: str) -> Sample:
         raise NotImplementedError
+
+    def collate(self, samples: Sequence[Sample], side: str) -> Mapping[str, Any]:
+        return {**Collator(0, pad_side=side)(samples)}
 
     def decode(self, ids: Tensor) -> str:
         return "".join(chr(int(token) - FIRST_LETTER) for token in ids if token > END)
@@ -85,7 +95,7 @@ def asked(
     (folder / "broken").write_bytes(b"no picture")
     videos = VideoReading(folder=folder, sampling=Uniform(2))
     return ask(
-        Assistant(model, LetterPrompts(None)),
+        Assistant(model, LetterPrompts()),
         questions,
         MediaReader(folder=folder, videos=videos, **media),
         Decoding(batch_size=4, max_new_tokens=3),
@@ -139,13 +149,6 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(predictions.rows) == 11
     asked(tmp_path, questions, third := LastWordModel())
     assert third.batches == []
-
-
-def test_pictures_come_one_way() -> None:
-    with pytest.raises(ValueError, match="exactly one"):
-        PictureReader()
-    with pytest.raises(ValueError, match="exactly one"):
-        PictureReader(pixels=torch.zeros, features=torch.zeros)
 
 
 def test_a_prompt_longer_than_the_model_is_named_and_the_others_are_asked(tmp_path: Path) -> None:

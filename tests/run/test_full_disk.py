@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from dora_vl.errors import UserError, exit_on_user_error
 from dora_vl.training.command_line import read_run_file
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import StepFaults
-from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
 from dora_vl.training.run_folder import full_disk_reported
 from tests.training.tiny_run import write_run
@@ -59,7 +59,7 @@ def test_a_run_on_a_disk_that_fills_up_names_the_last_whole_checkpoint(
         },
     )
     with pytest.raises(UserError, match=r"the disk is full .* checkpoint-\d+ could not be written") as error:
-        train(LlavaPipeline(read_run_file(run_file)))
+        train(DecoderPipeline(read_run_file(run_file)))
     there = [path.name for path in (small_disk / "run").glob("checkpoint-*")]
     named = [name for name in there if f"{name} is the last whole" in str(error.value)]
     assert len(named) == 1
@@ -100,7 +100,7 @@ def test_a_file_larger_than_allowed_ends_a_run_in_one_line(tmp_path: Path, tiny_
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(UserError, match=r"larger than is allowed .* checkpoint-1 could not be written"):
-            train(LlavaPipeline(read_run_file(run_file)))
+            train(DecoderPipeline(read_run_file(run_file)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -121,7 +121,7 @@ def test_a_killed_data_worker_ends_a_run_in_one_line(
 
     monkeypatch.setattr(StepFaults, "begin_step", kill_worker)
     with pytest.raises(UserError, match=r"DataLoader worker .* set data.workers below 1"):
-        train(LlavaPipeline(read_run_file(run_file)))
+        train(DecoderPipeline(read_run_file(run_file)))
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:

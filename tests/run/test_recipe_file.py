@@ -12,7 +12,7 @@ import yaml
 
 from dora_vl.errors import UserError
 from dora_vl.training.command_line import read_run
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
 from dora_vl.training.settings_files import find_recipe, merged, recipe_names, variants_of
 from tests.training.tiny_run import write_run
@@ -149,7 +149,7 @@ def test_a_run_writes_its_settings_and_its_variant(tiny_llava: Path, tiny_data: 
     path = write_run(tmp_path / "run.yaml", tiny_llava, tiny_data, training={"use_cpu": True, "max_steps": 1})
     write(path, variants={"wide": {"adapter": {"rank": 3}, "training": {"output_dir": str(tmp_path / "wide")}}})
     config = read_run([f"--config={path}", "--variant=wide", "--data.workers=0"])
-    train(LlavaPipeline(config))
+    train(DecoderPipeline(config))
     written = json.loads((tmp_path / "wide" / "settings.json").read_text())
     assert (written["variant"], written["adapter"]["rank"], written["data"]["workers"]) == ("wide", 3, 0)
     assert written["adapter"]["alpha"] == config.adapter.alpha

@@ -20,7 +20,7 @@ from dora_vl.evaluation.prompt_inputs import Shown, model_inputs
 from dora_vl.evaluation.questions import Question
 from dora_vl.serving.model import open_served
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tasks import image_qa
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
@@ -32,7 +32,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("asked")
     base, records = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data")
     path = write_run(folder / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 30})
-    run(LlavaPipeline(read_run_file(path)))
+    run(DecoderPipeline(read_run_file(path)))
     return folder / "run" / "adapter"
 
 
@@ -70,13 +70,13 @@ def test_the_printed_answer_is_the_model_s_whole_answer(adapter: Path, pictures:
 
 
 def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], capsys: Any) -> None:
-    from dora_vl.backbones.llava import load_llava
+    from dora_vl.backbones.model import open_backbone
 
     both = open_model(Wanted(adapter=adapter, with_base=True))
     assert isinstance(both.base, Assistant)
     assert isinstance(both.adapted, Assistant)
     recipe = json.loads((adapter / "recipe.json").read_text())
-    untouched = load_llava(recipe["base"]).model.state_dict()
+    untouched = open_backbone(recipe["base"]).model.state_dict()
     shown = both.base.backbone.model.state_dict()
     assert shown.keys() == untouched.keys()
     for name, tensor in untouched.items():

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.prompts import Prompt
 from dora_vl.backbones.published_features import open_features
+from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.vision_store import (
     FeatureReader,
     FeatureRow,
@@ -30,7 +30,7 @@ from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import Skipped
 from dora_vl.errors import BadSample, UserError
 from dora_vl.training import vlbart_tasks
-from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqCollator, over_step
+from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqCollator, TaskSource, over_step
 
 WORDS = (
     "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"
@@ -246,7 +246,7 @@ def test_a_batch_counts_what_is_usable_and_names_what_it_skips(encoder: Seq2SeqE
     write_examples(tmp_path / "v.jsonl", examples)
     task, file = vlbart_tasks.image_subtasks()["vqav2"], ExampleFile(tmp_path / "v.jsonl")
     plan = MixturePlan([Source(name="vqav2", items=5, batch_size=5)], parts=6, mixing="proportional", seed=0)
-    data = MixtureDataset(plan, [task], [file], encoder=encoder, readers=[READER], seed=0)
+    data = MixtureDataset(plan, [TaskSource(task, file, READER, encoder)], seed=0)
     collate = Seq2SeqCollator(encoder.pad_token_id, (4, 3))
     batches = [collate([data[number]]) for number in range(len(data))]
     assert sum(batch["samples"] for batch in batches) == 4

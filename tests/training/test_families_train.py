@@ -15,7 +15,7 @@ from PIL import Image
 from dora_vl import cli
 from dora_vl.adapters.folder import load_adapter, read_weights
 from dora_vl.backbones.base import attention_of
-from dora_vl.backbones.image_text import load_image_text
+from dora_vl.backbones.model import open_backbone
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
 from dora_vl.evaluation import merge_command
@@ -107,12 +107,12 @@ def merged(adapter: Path, to: Path) -> Path:
 
 def check_adapter(base: Path, adapter: Path, prompt: dict[str, Any], to: Path, *, merges: bool = True) -> None:
     """The adapted model, opened again, differs from the base and is what merging gives; it answers."""
-    plain, adapted = load_image_text(str(base)), load_image_text(str(base))
+    plain, adapted = open_backbone(str(base)), open_backbone(str(base))
     load_adapter(adapted.model, adapter)
     with torch.no_grad():
         before, ours = plain.eval()(**prompt).logits, adapted.eval()(**prompt).logits
         if merges:
-            theirs = load_image_text(str(merged(adapter, to))).eval()(**prompt).logits
+            theirs = open_backbone(str(merged(adapter, to))).eval()(**prompt).logits
             torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
         else:
             with pytest.raises(UserError, match="tensors are not in the base"):

@@ -16,6 +16,7 @@ from dora_vl.errors import UserError, is_out_of_memory
 from dora_vl.training import largest_batch
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.command_line import read_run_file, read_settings
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.largest_batch import (
     asked_bytes,
     cost_of,
@@ -26,7 +27,6 @@ from dora_vl.training.largest_batch import (
     take_and_undo,
     what_to_lower,
 )
-from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.memory import Activations
 from dora_vl.training.pipeline import NextTokenLoss
 from dora_vl.training.recipe import VlBartRunConfig
@@ -49,7 +49,7 @@ def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
 
 def trained(run_file: Path, name: str, *overrides: str) -> tuple[list[float], Path]:
     folder = run_file.parent / name
-    train(LlavaPipeline(read_run_file(run_file, *overrides, f"--training.output_dir={folder}")))
+    train(DecoderPipeline(read_run_file(run_file, *overrides, f"--training.output_dir={folder}")))
     return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line], folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
 from tests.training.test_two_ranks import launch
 from tests.training.tiny_run import write_run, write_tiny_data
@@ -71,13 +71,13 @@ def check(whole: Path, resumed: Path) -> None:
 
 def test_a_resumed_run_ends_with_the_sums_of_a_whole_one(run_file: Path) -> None:
     whole, resumed = run_file.parent / "whole", run_file.parent / "resumed"
-    train(LlavaPipeline(read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}")))
+    train(DecoderPipeline(read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}")))
     options = (f"--training.output_dir={resumed}", f"--resume={whole / 'checkpoint-6'}")
-    train(LlavaPipeline(read_run_file(run_file, "--training.use_cpu=true", *options)))
+    train(DecoderPipeline(read_run_file(run_file, "--training.use_cpu=true", *options)))
     check(whole, resumed)
     before = results(whole)
     train(
-        LlavaPipeline(
+        DecoderPipeline(
             read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}", "--resume=last")
         )
     )
@@ -85,7 +85,7 @@ def test_a_resumed_run_ends_with_the_sums_of_a_whole_one(run_file: Path) -> None
     (whole / "metrics.json").unlink()  # as if it had been stopped at its last step
     (whole / "skipped.jsonl").unlink()
     train(
-        LlavaPipeline(
+        DecoderPipeline(
             read_run_file(run_file, "--training.use_cpu=true", f"--training.output_dir={whole}", "--resume=last")
         )
     )

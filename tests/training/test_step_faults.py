@@ -17,8 +17,8 @@ from dora_vl.core import TrainedPart
 from dora_vl.errors import UserError
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.command_line import read_run_file
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.faults import check_base_weights, check_trained_weights, is_spike
-from dora_vl.training.llava_pipeline import LlavaPipeline
 from dora_vl.training.run import train
 from dora_vl.training.trainer import AdapterTrainer
 from tests.training.test_two_ranks import launch
@@ -40,7 +40,7 @@ def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
 
 def trained(run_file: Path, *overrides: str) -> dict[str, Any]:
     """What `metrics.json` gets."""
-    return train(LlavaPipeline(read_run_file(run_file, *overrides))).numbers
+    return train(DecoderPipeline(read_run_file(run_file, *overrides))).numbers
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, loss: bool) -> None:

@@ -15,12 +15,11 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import Assistant
 from dora_vl.evaluation.open_model import with_adapter
-from dora_vl.evaluation.prompt_inputs import LlavaPrompts, Shown
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Shown
 from dora_vl.evaluation.questions import read_questions
-from dora_vl.training.assembly import build_encoder, image_preparation, load_backbone
 from dora_vl.training.callbacks import read_log
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import train
 from dora_vl.training.watching import Watched, WatchedQuestion, evenly, read_watched, steps_to_ask, tiled, track_answers
 from tests.training.tiny_run import write_run
@@ -37,7 +36,7 @@ def run_file(tmp_path: Path, tiny_llava: Path, tiny_data: Path) -> Path:
 
 def trained(run_file: Path, name: str, *overrides: str) -> Path:
     folder = run_file.parent / name
-    train(LlavaPipeline(read_run_file(run_file, f"--training.output_dir={folder}", *overrides)))
+    train(DecoderPipeline(read_run_file(run_file, f"--training.output_dir={folder}", *overrides)))
     return folder
 
 
@@ -61,9 +60,9 @@ def test_the_last_answers_are_those_of_the_saved_adapter(run_file: Path) -> None
     assert sorted(found.answers) == [0, 3, 6]
     assert len(found.questions) == 4
     config = read_run_file(run_file)
-    backbone, _ = with_adapter(load_backbone(config.model, cached_features=False), folder / "adapter")
-    encoder = build_encoder(config.model, backbone, max_tokens=256)
-    assistant = Assistant(backbone, LlavaPrompts(encoder, image_preparation(config.model)))
+    pipeline = DecoderPipeline(config)
+    backbone, _ = with_adapter(pipeline.load(), folder / "adapter")
+    assistant = Assistant(backbone, EncoderPrompts(pipeline.encoder))
     by_id = {one.id: one for one in read_questions(Path(str(config.data.train)))[0]}
     for one in found.questions:
         question = by_id[one.id]

@@ -1,13 +1,17 @@
-"""Any vision-language or language model of transformers, by its own forward, with logits where a label needs them."""
+"""Any decoder of transformers as a backbone: a LLaVA, another vision-language model, or a language model.
+
+It runs by the model's own forward, with logits only where a label or a decode step needs them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -17,13 +21,24 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoMod
 from dora_vl.adapters.adapter import local_folder
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.quantised_base import Quantisation
-from dora_vl.backbones.base import Attention, Backbone, Features, labelled_positions, new_tokens, output_layer_sees
+from dora_vl.backbones.base import (
+    Attention,
+    Backbone,
+    Features,
+    labelled_positions,
+    layout_attention,
+    new_tokens,
+    output_layer_sees,
+)
 from dora_vl.backbones.families import (
     BYPASSED,
     CROSSING,
+    LLAVA,
     PROJECTORS,
     SEES,
     TURNED_UNDER_ZERO3,
+    config_of,
+    is_language_model,
     model_type_of,
     sees_pictures,
 )
@@ -36,16 +51,22 @@ from dora_vl.errors import UserError
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 
-class ImageTextBackbone(Backbone[PreTrainedModel]):
+class DecoderBackbone(Backbone[PreTrainedModel]):
     """Runs a model of `AutoModelForImageTextToText` or `AutoModelForCausalLM` to the positions that predict a label.
 
     The inputs keep the processor's names and go to the model's own forward, so that grids, tiles, positions in two
     dimensions and token types are the model's business. What is frozen outside the decoder stays in eval mode.
+
+    Args:
+        generation: options of transformers' `generate` that every answer uses, such as `num_beams`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, generation: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.model = model
+        self.generation = dict(generation or {})
+        # Padding on the right is then seen by no token, so it needs no mask, and a row may hold several samples.
+        self.causal = model.config.model_type == LLAVA or is_language_model(model.config.model_type)
         for module in model.modules():
             if hasattr(module, CROSSING):
                 module.register_forward_hook(_words_pass_by, with_kwargs=True)
@@ -56,10 +77,10 @@ class ImageTextBackbone(Backbone[PreTrainedModel]):
         """The model's config; transformers' Trainer and DeepSpeed read sizes from it."""
         return self.model.config
 
-    def train(self, mode: bool = True) -> ImageTextBackbone:
+    def train(self, mode: bool = True) -> DecoderBackbone:
         """Sets the mode; a frozen vision part stays in eval, so that its features never change."""
         super().train(mode)
-        decoder = set(decoder_of(self.model).modules())
+        decoder = set(self.model.get_decoder().modules())
         for module in self.model.modules():
             holds_decoder = not decoder.isdisjoint(module.modules())
             if not holds_decoder and not any(weight.requires_grad for weight in module.parameters()):
@@ -71,18 +92,25 @@ class ImageTextBackbone(Backbone[PreTrainedModel]):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"] | None = None,
+        layout: Int[Tensor, "batch 3 seq"] | None = None,
+        image_features: Float[Tensor, "images tokens channels"] | None = None,
         **inputs: Any,
     ) -> Features:
         """Hidden states and logits at the positions that predict a label.
 
-        `labels[b, t]` is the token at `t`, or -100; the shift by one happens here. `inputs` are what else the
-        processor gave, by its own names.
+        Args:
+            labels: the token at each place, or -100; the shift by one happens here.
+            layout: what each token sees where rows hold several samples (`data.batches`).
+            image_features: a LLaVA's pictures as its frozen tower gave them.
+            inputs: what else the processor gave, by its own names.
         """
         rows, places, targets = labelled_positions(labels, attention_mask)
-        with output_layer_sees(self.model, rows, places) as seen:
-            logits = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **self._in_own_dtype(inputs)
-            ).logits
+        inputs = {**self._in_own_dtype(inputs), **self._attention(attention_mask, layout)}
+        with self._differentiable_embeddings(), output_layer_sees(self.model, rows, places) as seen:
+            tokens: dict[str, Any] = {"input_ids": input_ids}
+            if image_features is not None:
+                tokens = {"inputs_embeds": self._embeds(input_ids, image_features)}
+            logits = self.model(**tokens, use_cache=False, **inputs).logits
         return Features(seen[0], logits.squeeze(0), targets, rows)
 
     def generate(
@@ -93,18 +121,68 @@ class ImageTextBackbone(Backbone[PreTrainedModel]):
         max_new_tokens: int = 128,
         streamer: BaseStreamer | None = None,
         options: Mapping[str, Any] | None = None,
+        image_features: Float[Tensor, "images tokens channels"] | None = None,
         **inputs: Any,
     ) -> Int[Tensor, "batch new"]:
         """New token ids of left-padded prompts, greedy unless `options` (of transformers' generate) say otherwise."""
+        if image_features is not None:
+            inputs["inputs_embeds"] = self._embeds(input_ids, image_features)
         return new_tokens(
             self.model,
             input_ids,
             attention_mask,
             max_new_tokens=max_new_tokens,
             streamer=streamer,
-            options=options,
+            options={**self.generation, **(options or {})},
             **self._in_own_dtype(inputs),
         )
+
+    def _embeds(self, input_ids: Tensor, image_features: Tensor) -> Tensor:
+        """Token embeddings with projected features at the picture tokens."""
+        llava: Any = self.model.base_model
+        projected = llava.multi_modal_projector(image_features.to(self.model.dtype))
+        places = input_ids == self.config.image_token_id
+        if int(places.sum()) != projected.shape[:2].numel():
+            raise UserError(f"{int(places.sum())} picture tokens in the batch, but features for {projected.shape[:2]}")
+        embeds: Tensor = self.model.get_input_embeddings()(input_ids)
+        return embeds.masked_scatter(places.unsqueeze(-1), projected.to(embeds.dtype))
+
+    def _attention(self, attention_mask: Tensor, layout: Tensor | None) -> dict[str, Tensor | None]:
+        """Mask, and positions where the model would take others."""
+        config = self.model.get_decoder().config
+        if layout is not None:
+            window = getattr(config, "sliding_window", None)
+            if window is not None and layout.shape[2] > window:
+                raise UserError(
+                    f"rows of {layout.shape[2]} tokens hold several samples, but this model sees {window} tokens back "
+                    "in some layers, which such rows' mask does not say; set data.packing: false"
+                )
+            mask = layout_attention(layout, kernel=str(config._attn_implementation), dtype=self.model.dtype)
+            return {"attention_mask": mask, "position_ids": layout[:, 0]}
+        if not self.causal:
+            return {"attention_mask": attention_mask}
+        if bool(attention_mask[:, 0].all()):
+            return {"attention_mask": None}
+        return {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0)}
+
+    @contextlib.contextmanager
+    def _differentiable_embeddings(self) -> Iterator[None]:
+        """Meanwhile embeddings ask for gradients: reentrant checkpointing sees nothing to differentiate otherwise.
+
+        Also where nothing is checkpointed: it costs one layer's share.
+        """
+
+        def differentiable(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            return out if out.requires_grad else out.detach().requires_grad_()
+
+        if not (self.training and torch.is_grad_enabled()):
+            yield
+            return
+        handle = self.model.get_input_embeddings().register_forward_hook(differentiable)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _in_own_dtype(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs of floating numbers (pixels) in the model's dtype, as `BatchFeature.to` gives them."""
@@ -200,28 +278,29 @@ def projector_patterns(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(f"{name}.*" for name in outer)
 
 
-def load_image_text(
-    folder_or_id: str,
+def open_backbone(
+    base: str,
     *,
     dtype: torch.dtype = torch.float32,
     attn_implementation: Attention = None,
     revision: str | None = None,
     quantisation: Quantisation | None = None,
-) -> ImageTextBackbone:
+    generation: Mapping[str, Any] | None = None,
+) -> DecoderBackbone:
     """A vision-language or causal language model's folder or hub id, every weight in `dtype`, in eval mode.
 
     With `quantisation` the linear layers of its language model are quantised.
 
     Raises: UserError if it is none, some of its weights are missing, or it cannot be quantised.
     """
-    check_model_folder(folder_or_id)
-    auto: Any = AutoModelForImageTextToText if sees_pictures(folder_or_id, revision) else AutoModelForCausalLM
+    check_model_folder(base)
+    config_of(base, revision)
     if is_deepspeed_zero3_enabled():
-        refuse_turned_experts(folder_or_id, revision=revision)
-    with opening(f"model.base {folder_or_id!r} cannot be opened"):
-        quantised = quantised_loading(folder_or_id, quantisation, dtype=dtype, revision=revision)
-        loaded: Any = auto.from_pretrained(
-            folder_or_id,
+        refuse_turned_experts(base, revision=revision)
+    with opening(f"model.base {base!r} cannot be opened"):
+        quantised = quantised_loading(base, quantisation, dtype=dtype, revision=revision)
+        loaded: Any = _auto_class(base, revision).from_pretrained(
+            base,
             dtype=dtype,
             attn_implementation=attn_implementation,
             revision=revision or "main",
@@ -231,11 +310,20 @@ def load_image_text(
         )
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{folder_or_id}: {len(missing)} weights are missing, first {missing[:3]}; the folder is broken"
-        )
+        raise UserError(f"{base}: {len(missing)} weights are missing, first {missing[:3]}; the folder is broken")
     quantised.finish(model)
-    return ImageTextBackbone(model)
+    return DecoderBackbone(model, generation=generation)
+
+
+def skeleton_of(base: str, *, revision: str | None = None) -> DecoderBackbone:
+    """The same with nothing in its weights: on the meta device, made from its config alone."""
+    config = config_of(base, revision)
+    with opening(f"model.base {base!r} cannot be opened as its config.json says"), torch.device("meta"):
+        return DecoderBackbone(_auto_class(base, revision).from_config(config))
+
+
+def _auto_class(base: str, revision: str | None) -> Any:
+    return AutoModelForImageTextToText if sees_pictures(base, revision) else AutoModelForCausalLM
 
 
 def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> None:
@@ -259,17 +347,3 @@ def refuse_turned_experts(folder_or_id: str, *, revision: str | None = None) -> 
                 f"{folder_or_id}: under ZeRO-3 transformers would load {key} transposed, since the folder has it as "
                 "save_pretrained writes it; set training.deepspeed: zero2, or take the published folder"
             )
-
-
-def config_of(folder_or_id: str, revision: str | None = None) -> Any:
-    """The config of a folder or hub id."""
-    with opening(f"model.base {folder_or_id!r} cannot be opened as its config.json says"):
-        return AutoConfig.from_pretrained(folder_or_id, revision=revision or "main", **NO_OWN_CODE)
-
-
-def skeleton_of(folder_or_id: str, *, revision: str | None = None) -> PreTrainedModel:
-    """The model of a folder or hub id with nothing in its weights: on the meta device, made from its config alone."""
-    auto: Any = AutoModelForImageTextToText if sees_pictures(folder_or_id, revision) else AutoModelForCausalLM
-    config = config_of(folder_or_id, revision)
-    with opening(f"model.base {folder_or_id!r} cannot be opened as its config.json says"), torch.device("meta"):
-        return auto.from_config(config)

@@ -1,11 +1,11 @@
-"""Conversations, their pictures and videos as a processor's own inputs, with labels on the answers."""
+"""Conversations, their pictures and videos as a processor's own inputs, with labels on the answers; of any model."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -14,12 +14,15 @@ from torch import Tensor
 from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from dora_vl.backbones.families import ALIGNED, sees_pictures
+from dora_vl.backbones.base import max_positions
+from dora_vl.backbones.families import LLAVA, config_of, model_type_of, sees_pictures
 from dora_vl.backbones.generation import decoded
-from dora_vl.backbones.loading import load_tokenizer
-from dora_vl.backbones.pieces import TextProcessor, TokenRoles, from_offsets, from_prefixes, from_token_types
-from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, Chat, prompts_of
-from dora_vl.backbones.templates import PROBE, framed, refuse_marks
+from dora_vl.backbones.loading import TrainOn, load_tokenizer
+from dora_vl.backbones.pieces import PieceProcessor, TokenRoles, from_offsets, from_prefixes, from_token_types
+from dora_vl.backbones.prompt_table import Instruction
+from dora_vl.backbones.prompts import PROCESSOR_OPTIONS, prompts_of
+from dora_vl.backbones.templates import PROBE, Chat, Prompts, framed, refuse_marks
+from dora_vl.backbones.tower_pictures import ImagePreparation
 from dora_vl.backbones.video_inputs import (
     ONE_LENGTH,
     Video,
@@ -31,11 +34,14 @@ from dora_vl.backbones.video_inputs import (
     repeated,
     video_arguments,
 )
+from dora_vl.data.batches import ALIGNED
 from dora_vl.data.samples import IGNORED_LABEL, Encoded, Sample, TrainedAnswer
 from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Conversation, Turn
 from dora_vl.errors import BadSample, UserError, one_line
 from dora_vl.files import NO_OWN_CODE, opening
 
+Picture = Image.Image | Tensor
+"""RGB, or its features, where a frozen tower's output is stored."""
 DUMMY_SIDE = 64
 LARGE_SIDE = 1024
 """Of a picture that every family of dynamic resolution makes more of than of the dummy."""
@@ -54,13 +60,56 @@ class _Processed:
     roles: TokenRoles
 
 
-def load_processor(base: str, revision: str | None = None) -> Any:
-    """The processor of a folder or hub id; a language model's tokenizer in that place.
+def open_encoder(
+    base: str,
+    *,
+    template: str | None = None,
+    train_on: TrainOn = "all",
+    aspect: Literal["pad", "square"] = "pad",
+    max_tokens: int,
+    revision: str | None = None,
+) -> Encoder:
+    """The encoder of a folder or hub id; no weights are read.
 
-    Raises: UserError if there is none, or a package that it needs is not installed.
+    Args:
+        template: a prompt format; None: the usual one.
+        train_on: of a published prompt of instructions.
+        aspect: how a LLaVA-1.5's pictures become squares.
+        max_tokens: of a sample; what the model has no positions for is cut likewise.
+
+    Raises: UserError if there is no processor or tokenizer, it needs a package that is not installed, or the template
+        does not fit.
+    """
+    processor = load_processor(base, aspect=aspect, revision=revision)
+    pictures = sees_pictures(base, revision)
+    prompts = prompts_of(processor, base, template, pictures=pictures, train_on=train_on)
+    positions = max_positions(config_of(base, revision))
+    return Encoder(processor, prompts, max_tokens=max_tokens, max_positions=positions)
+
+
+def load_processor(base: str, *, aspect: Literal["pad", "square"] = "pad", revision: str | None = None) -> Any:
+    """The processor of a folder or hub id; a LLaVA-1.5's or a language model's is made here of its tokenizer.
+
+    Raises: UserError if there is none, a package that it needs is not installed, or a LLaVA's makes pictures of
+        another size than its tower takes.
     """
     if not sees_pictures(base, revision):
-        return TextProcessor(load_tokenizer(base, revision=revision))
+        return PieceProcessor(load_tokenizer(base, revision=revision))
+    if model_type_of(base, revision) == LLAVA:
+        config = config_of(base, revision)
+        preparation = ImagePreparation.from_folder(base, aspect=aspect, revision=revision)
+        stated, taken = preparation.preparation.image_size, int(config.to_dict()["vision_config"]["image_size"])
+        if stated != taken:
+            raise UserError(
+                f"{base}: its processor makes pictures of {stated} x {stated} pixels, its tower takes {taken} x "
+                f"{taken}; put the processor's file there that belongs to the tower"
+            )
+        return PieceProcessor(
+            load_tokenizer(base, revision=revision),
+            pixels=preparation.prepare,
+            tokens_per_image=config.image_seq_length,
+            image_token_id=config.image_token_id,
+        )
     with opening(f"no processor could be read from {base!r}"):
         processor = AutoProcessor.from_pretrained(base, revision=revision or "main", **NO_OWN_CODE)
     if not isinstance(processor, ProcessorMixin):
@@ -68,7 +117,7 @@ def load_processor(base: str, revision: str | None = None) -> Any:
     return processor
 
 
-class ImageTextEncoder:
+class Encoder:
     """Turns, pictures and videos into what a processor gives for them, and labels; holds no model and can be pickled.
 
     The template's text and the pictures go to the processor together, so that pictures become as many tokens as the
@@ -78,19 +127,18 @@ class ImageTextEncoder:
 
     Args:
         processor: of the model.
-        name: of the model, for messages.
+        prompts: how turns become text.
         max_tokens: a longer sample loses text at its end; pictures are never cut.
-        template: a prompt format (`prompt_formats.FORMATS`); anything else is the chat template.
-
-    Raises: UserError for a chat template that cannot be trained on (`ProcessorChat`), or where there is none.
+        max_positions: of the model; None: it states no number.
     """
 
-    def __init__(self, processor: Any, name: str, *, max_tokens: int, template: str | None = None) -> None:
+    def __init__(self, processor: Any, prompts: Prompts, *, max_tokens: int, max_positions: int | None = None) -> None:
         self.processor = processor
+        self.prompts = prompts
         self.tokenizer = processor.tokenizer
-        self.max_tokens = max_tokens
-        self.sees_pictures = not isinstance(processor, TextProcessor)
-        self._chat = prompts_of(processor, name, template, pictures=self.sees_pictures)
+        self.max_positions = max_positions
+        self.max_tokens = min(max_tokens, max_positions or max_tokens)
+        self.sees_pictures = not isinstance(processor, PieceProcessor) or processor.pixels is not None
 
     @property
     def pad_token_id(self) -> int:
@@ -99,13 +147,20 @@ class ImageTextEncoder:
         return int(next(one for one in known if one is not None))
 
     @functools.cached_property
+    def tokens_per_image(self) -> int:
+        """Of the dummy picture, and the words beside it; 0: the model sees none."""
+        if isinstance(self.processor, PieceProcessor):
+            return self.processor.tokens_per_image
+        return len(self.dummy().input_ids)
+
+    @functools.cached_property
     def why_no_videos(self) -> str | None:
         """Why videos go in as pictures; None where the family takes videos."""
         processor = vars(self.processor)
         if processor.get("video_processor") is None:
             return f"{type(self.processor).__name__} has no video processor"
         token = processor.get("video_token")
-        if not isinstance(token, str) or not has_place_for_video(self._chat.render, token):
+        if not isinstance(token, str) or not has_place_for_video(self.prompts.render, token):
             return "the chat template has no place for a video"
         return None
 
@@ -133,19 +188,19 @@ class ImageTextEncoder:
         videos = [grey_video(GREY, DUMMY_SIDE, frames) for frames in (2, 3)]
         turns = marked([Turn("user", f"{VIDEO_PLACEHOLDER}\n" * len(videos) + ".")])
         try:
-            self._process(self._render(turns, "dummy", generation_prompt=True), (), videos, "dummy")
+            self._process(self.prompts.render(turns, generation_prompt=True), (), videos, "dummy")
         except BadSample:
             return True
         return False
 
     def encode(
-        self, conversation: Conversation, pictures: Sequence[Image.Image], videos: Sequence[Video] = ()
+        self, conversation: Conversation, pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()
     ) -> Encoded:
         """Inputs and labels of a whole conversation, the labels -100 except on answers and what closes them.
 
         Args:
             conversation: with `<image>` and, where it has videos, `<video>` in the order of the next two.
-            pictures: RGB.
+            pictures: of each `<image>`.
             videos: frames of each.
 
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
@@ -174,24 +229,45 @@ class ImageTextEncoder:
     def answers(self, conversation: Conversation) -> list[TrainedAnswer]:
         """What the labels of a conversation must say."""
         said = [turn for turn in conversation.turns if turn.role == "assistant"]
-        asked = (
-            PROBE if self.sees_pictures else [replace(turn, text=turn.text.removeprefix("<image>\n")) for turn in PROBE]
-        )
-        probe = self._chat.render(asked)
-        if probe.suffix is not None:  # which the processor closes by itself
-            return framed(said, probe.suffix + self.tokenizer.eos_token)
-        return framed(said, probe.text[slice(*probe.answer_spans[0])])
+        asked = PROBE[0] if self.sees_pictures else replace(PROBE[0], text=PROBE[0].text.removeprefix("<image>\n"))
+        if isinstance(self.prompts, Instruction):  # whose labels may hold the question too
+            asked = conversation.turns[0]
+        chat = self.prompts.render([asked, PROBE[1]])
+        if chat.suffix is not None:  # which the processor closes by itself
+            return framed(said, chat.suffix + self.tokenizer.eos_token)
+        start, end = chat.answer_spans[0]
+        begin = self.processor.begin_text if start == 0 and isinstance(self.processor, PieceProcessor) else ""
+        return framed(said, begin + chat.text[start:end])
 
     def encode_prompt(
-        self, turns: Sequence[Turn], pictures: Sequence[Image.Image], videos: Sequence[Video] = ()
+        self, turns: Sequence[Turn], pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()
     ) -> dict[str, Any]:
         """The processor's inputs of turns that end with a question, up to where the answer begins; never cut."""
-        found = self._processed(turns, pictures, videos, "prompt", generation_prompt=True)
+        found = self._processed(turns, pictures, videos, "question", generation_prompt=True)
         return {"input_ids": found.ids[None], **found.inputs}
 
-    def dummy(self, side: int = DUMMY_SIDE) -> Sample:
+    def encode_choice(
+        self, turns: Sequence[Turn], choice: str, pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()
+    ) -> Encoded:
+        """The same with an answer behind it, which alone is labelled, with what closes it; never cut.
+
+        Raises: BadSample where the model has no positions for all of it.
+        """
+        answered = (*turns, Turn("assistant", choice))
+        found = self._processed(answered, pictures, videos, "question", prompts=self.prompts.in_test())
+        length, positions = len(found.ids), self.max_positions
+        if positions is not None and length > positions:
+            reason = f"with its answer {choice!r:.60} it takes {length} tokens; the model has {positions} positions"
+            raise BadSample("question", reason)
+        trained = torch.tensor(found.roles.trained)
+        others = (~trained[: int(trained.nonzero()[-1]) + 1]).nonzero()  # what stands before the last answer
+        trained[: int(others[-1]) + 1 if len(others) else 0] = False
+        return Encoded(found.ids, torch.where(trained, found.ids, IGNORED_LABEL), 0, found.inputs)
+
+    def dummy(self, side: int = DUMMY_SIDE, *, features: Tensor | None = None) -> Sample:
         """A row with a small picture and no label: it takes a batch of words alone through the vision part too."""
-        return self._dummy(IMAGE_PLACEHOLDER, [Image.new("RGB", (side, side), GREY)])
+        picture = Image.new("RGB", (side, side), GREY) if features is None else features
+        return self._dummy(IMAGE_PLACEHOLDER, [picture])
 
     @functools.cached_property
     def pixels_count(self) -> bool:
@@ -205,28 +281,25 @@ class ImageTextEncoder:
         """Likewise with a small video."""
         return self._dummy(VIDEO_PLACEHOLDER, videos=[grey_video(GREY, DUMMY_SIDE, frames)])
 
-    def _dummy(self, placeholder: str, pictures: Sequence[Image.Image] = (), videos: Sequence[Video] = ()) -> Sample:
+    def _dummy(self, placeholder: str, pictures: Sequence[Picture] = (), videos: Sequence[Video] = ()) -> Sample:
         turns = (Turn("user", f"{placeholder}\n."),)
         found = self._processed(turns, pictures, videos, "dummy", generation_prompt=True)
         unlabelled = torch.full_like(found.ids, IGNORED_LABEL)
         return Sample(index=-1, id="dummy", input_ids=found.ids, labels=unlabelled, inputs=found.inputs)
 
     def decode(self, ids: Int[Tensor, " seq"] | Sequence[int]) -> str:
-        """The text of an answer, without special tokens and surrounding space."""
-        return self.answer_in(decoded(self.tokenizer, ids))
-
-    def answer_in(self, text: str) -> str:
-        """What of decoded text is the answer."""
-        return text.strip()
+        """The text of an answer, without special tokens and what ends it."""
+        return self.prompts.answer_in(decoded(self.tokenizer, ids))
 
     def _processed(
         self,
         turns: Sequence[Turn],
-        pictures: Sequence[Image.Image],
+        pictures: Sequence[Picture],
         videos: Sequence[Video],
         sample: str,
         *,
-        generation_prompt: bool,
+        generation_prompt: bool = False,
+        prompts: Prompts | None = None,
     ) -> _Processed:
         places = ((IMAGE_PLACEHOLDER,) if pictures else ()) + ((VIDEO_PLACEHOLDER,) if videos else ())
         try:
@@ -236,23 +309,23 @@ class ImageTextEncoder:
             if videos and self.why_no_videos:
                 turns, pictures = as_pictures(turns, pictures, videos)
                 videos = ()
+            if not self.sees_pictures and (pictures or any(IMAGE_PLACEHOLDER in turn.text for turn in turns)):
+                raise ValueError("it has pictures or videos, which a language model does not see")
         except ValueError as error:
             raise BadSample(sample, str(error)) from error
         longest = max((len(video.pictures) for video in videos), default=0)
         if any(len(video.pictures) < longest for video in videos) and self._lengths_must_agree:
             videos = [repeated(video, longest) for video in videos]
-        chat = self._render(marked(turns) if videos else turns, sample, generation_prompt=generation_prompt)
-        return self._process(chat, pictures, videos, sample)
-
-    def _render(self, turns: Sequence[Turn], sample: str, *, generation_prompt: bool) -> Chat:
         try:
-            return self._chat.render(turns, generation_prompt=generation_prompt)
+            turns = marked(turns) if videos else turns
+            chat = (prompts or self.prompts).render(turns, generation_prompt=generation_prompt)
         except ValueError as error:
             raise BadSample(sample, str(error)) from error
+        return self._process(chat, pictures, videos, sample)
 
-    def _process(self, chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str) -> _Processed:
+    def _process(self, chat: Chat, pictures: Sequence[Picture], videos: Sequence[Video], sample: str) -> _Processed:
         options: dict[str, Any] = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        if self._chat.bos_token is not None and chat.text.startswith(self._chat.bos_token):
+        if self.prompts.bos_token is not None and chat.text.startswith(self.prompts.bos_token):
             options["add_special_tokens"] = False  # as transformers' own apply_chat_template
         if TOKEN_KINDS in self.processor.model_input_names:
             options[f"return_{TOKEN_KINDS}"] = (
@@ -261,8 +334,8 @@ class ImageTextEncoder:
         options |= PROCESSOR_OPTIONS.get(type(self.processor).__name__, {})
         if chat.suffix is not None:
             options["suffix"] = [chat.suffix]
-        if pictures and not self.sees_pictures:
-            raise BadSample(sample, f"it has {len(pictures)} pictures, and this model is a language model without eyes")
+        if chat.controls:
+            options["controls"] = chat.controls
         images = [list(pictures)] if pictures else None
         try:
             options |= video_arguments(videos)
@@ -283,12 +356,12 @@ class ImageTextEncoder:
             roles = self._by_prefixes(chat, ids[0].tolist(), pictures, videos, sample)
         else:
             told = [(first, last) for first, last in torch.as_tensor(offsets)[0].tolist()]
-            moved = [(tuple(one["span"]), tuple(one["new_span"])) for one in places]
-            roles = from_offsets(chat, told, moved, begin=self._chat.bos_token or "")
+            moved = [(tuple(place["span"]), tuple(place["new_span"])) for place in places]
+            roles = from_offsets(chat, told, moved, begin=self.prompts.bos_token or "")
         return _Processed(ids[0], found, roles)
 
     def _by_prefixes(
-        self, chat: Chat, ids: list[int], pictures: Sequence[Image.Image], videos: Sequence[Video], sample: str
+        self, chat: Chat, ids: list[int], pictures: Sequence[Picture], videos: Sequence[Video], sample: str
     ) -> TokenRoles:
         if videos:
             raise BadSample(sample, f"{type(self.processor).__name__} does not say where its videos stand")

@@ -1,23 +1,20 @@
-"""The data of a run about talk and pictures, whatever its model: read once, as tables or as a stream."""
+"""The samples that a decoder is trained on: what `data:` names, read once, as tables or as a stream."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from PIL import Image
 from transformers import TrainingArguments
 
-from dora_vl.backbones.base import Backbone
-from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.backbones.image_text_encode import ImageTextEncoder
-from dora_vl.backbones.prompt_table import InstructionEncoder
+from dora_vl.backbones.encoder import Encoder
 from dora_vl.data.order import (
+    ModalityLengthSampler,
     SamplingLengths,
     longest_places,
     places_of_largest_pictures,
@@ -34,8 +31,11 @@ from dora_vl.data.samples import (
     Sample,
     SampleRows,
     Skipped,
+    check_weights,
     described,
+    drawn_out,
     load_rows,
+    load_training_rows,
     look_ahead,
     overlap,
     overlap_warning,
@@ -43,32 +43,17 @@ from dora_vl.data.samples import (
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
 from dora_vl.data.turns import Turn, read_conversation
 from dora_vl.errors import BadSample, UserError, shown
-from dora_vl.evaluation.ask import Assistant, MediaReader
 from dora_vl.evaluation.questions import Question
-from dora_vl.evaluation.watch import questions_of_rows, watch_assistant
 from dora_vl.files import content_key
 from dora_vl.training.arguments import order_seed
-from dora_vl.training.assembly import (
-    build_sampler,
-    check_streaming,
-    image_folder,
-    open_stream,
-    read_samples,
-    read_validation,
-    samples_of_a_run,
-    video_folder,
-)
-from dora_vl.training.memory import Activations, decoder_activations
-from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, TrainingData
-from dora_vl.training.recipe import CommonsenseRunConfig, RunConfig
-from dora_vl.training.watching import Watch, evenly
+from dora_vl.training.pipeline import TrainingData
+from dora_vl.training.recipe import CommonsenseRunConfig, DataConfig, RunConfig, SamplesConfig
+from dora_vl.training.run_media import image_folder, video_folder
 
 MakeDataset = Callable[[Rows, HeldPictures], ConversationDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
 
-Encoder = LlavaEncoder | ImageTextEncoder | InstructionEncoder
-InstructConfig = RunConfig | CommonsenseRunConfig
-Settings = TypeVar("Settings", bound=InstructConfig)
+DecoderConfig = RunConfig | CommonsenseRunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +63,7 @@ FIRST_ROWS = 1_000
 """Where none of their pictures is in the folder, it is another one."""
 
 
-class InstructData:
+class RunSamples:
     """A run's training and validation samples.
 
     Args:
@@ -89,7 +74,7 @@ class InstructData:
         UserError: data that cannot be read, and settings that do not go together.
     """
 
-    def __init__(self, config: InstructConfig, arguments: TrainingArguments) -> None:
+    def __init__(self, config: DecoderConfig, arguments: TrainingArguments) -> None:
         self._config = config
         self._arguments = arguments
         self._train: SampleRows | None = None
@@ -356,100 +341,103 @@ def _of_first_rows(samples: StreamedDataset, sources: Sequence[StreamSource], co
     return [samples[row] for row in sorted(rows, key=lambda row: -row.size())[: 2 * count]]
 
 
-class InstructPipeline(Pipeline, Generic[Settings]):
-    """What runs about talk and pictures share, whatever the model: settings, data read once, next-token loss."""
+def build_sampler(
+    lengths: SamplingLengths, arguments: TrainingArguments, *, share_pictures: bool
+) -> ModalityLengthSampler:
+    """LLaVA's grouping by modality and length for this run's global batch, or by modality and picture."""
+    return ModalityLengthSampler(
+        lengths.lengths,
+        lengths.is_multimodal,
+        pictures=lengths.pictures if share_pictures else None,
+        batch_size=arguments.per_device_train_batch_size,
+        world_size=arguments.world_size,
+        accumulation=arguments.gradient_accumulation_steps,
+        seed=order_seed(arguments),
+    )
 
-    def __init__(self, config: Settings, *, name: str = "llava_instruct") -> None:
-        self._config = config
-        self._name = name
-        self._data: InstructData | None = None
 
-    @property
-    def name(self) -> str:
-        """As `recipe.json` says it."""
-        return self._name
+def read_samples(data: SamplesConfig, *, seed: int) -> tuple[SampleRows, SampleRows | None]:
+    """The training samples and those whose loss is measured meanwhile, memory-mapped.
 
-    @property
-    def config(self) -> Settings:
-        """The run's settings."""
-        return self._config
-
-    def labelled(self, arguments: TrainingArguments) -> Iterator[Labelled]:
-        """Those of its encoder."""
-        return self._samples(arguments).labelled(*self._labelling(arguments))
-
-    @abstractmethod
-    def _labelling(self, arguments: TrainingArguments) -> tuple[MakeDataset, Encoder]:
-        """What makes samples and their labels before the model is there."""
-
-    def _samples(self, arguments: TrainingArguments) -> InstructData:
-        """The run's data, read at the first call."""
-        if self._data is None:
-            self._data = InstructData(self.config, arguments)
-        return self._data
-
-    def activations(self, backbone: Backbone[Any], arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
-        """The language model's."""
-        return decoder_activations(backbone.model, arguments, longest_tokens=longest_tokens)
-
-    def loss(self, backbone: Backbone[Any]) -> NextTokenLoss:
-        """Next-token loss."""
-        return NextTokenLoss(backbone, step_tokens=self.config.optim.loss_normalisation == "step_tokens")
-
-    def watch(self, backbone: Backbone[Any], arguments: TrainingArguments) -> Watch | None:
-        """Questions of the validation samples, or else of the test."""
-        held_out, config = self._samples(arguments).held_out, self.config
-        if held_out is None and config.evaluation.file is None:
-            return None
-        if held_out is not None:
-            questions = questions_of_rows(held_out.rows, config.watch)
-        else:
-            questions = evenly(self._test_questions(), config.watch)
-        media = self._media(backbone, arguments, questions, None if held_out is None else held_out.stored)
-        return watch_assistant(
-            self._assistant(backbone),
-            questions,
-            media,
-            max_new_tokens=config.evaluation.max_new_tokens,
-            source=str(config.evaluation.file if held_out is None else config.data.held_out),
+    Raises:
+        UserError: a file that cannot be read, or two ways of validation.
+    """
+    if sum(map(bool, (data.validation, data.validation_share, data.validation_size))) > 1:
+        raise UserError("set one of data.validation, data.validation_share and data.validation_size")
+    files = train_files(data.train)
+    if data.validation_size and any(file.weight != 1 for file in files):
+        raise UserError("data.validation_size takes no weights of data.train; set data.validation_share")
+    train, held_out = load_training_rows(
+        files, limit=data.limit, share=data.validation_share, seed=seed, columns=data.contract
+    )
+    if data.validation_size:
+        train, held_out = drawn_out(train, data.validation_size)
+    if data.validation is not None:
+        held_out = read_validation(data)
+    elif held_out is not None and data.validation_limit is not None:
+        held_out = dataclasses.replace(
+            held_out, rows=held_out.rows.take(min(data.validation_limit, len(held_out.rows)))
         )
+    return train, held_out
 
-    @abstractmethod
-    def _assistant(self, backbone: Backbone[Any]) -> Assistant:
-        """The model that trains, ready to be asked."""
 
-    @abstractmethod
-    def _test_questions(self) -> list[Question]:
-        """All that the test asks."""
+def read_validation(data: SamplesConfig) -> SampleRows | None:
+    """The samples of `data.validation`, where it names a file; they are never streamed."""
+    if data.validation is None:
+        return None
+    return load_rows(data.validation, data.validation_limit, columns=data.contract)
 
-    @abstractmethod
-    def _media(
-        self,
-        backbone: Backbone[Any],
-        arguments: TrainingArguments,
-        questions: Sequence[Question],
-        stored: StoredPictures | None,
-    ) -> MediaReader:
-        """Reads what questions show.
 
-        Args:
-            stored: the pictures that the samples' own files hold; None: the questions are of the test.
-        """
+def open_stream(data: SamplesConfig, *, seed: int) -> SampleStream:
+    """The training samples as a stream; the first rows of each file have been read.
 
-    def reading(self, backbone: Backbone[Any]) -> Reading:
-        """Its encoder's tokenizer."""
-        encoder: Any = self._assistant(backbone).prompts
-        return Reading(encoder.encoder.tokenizer, self._places(backbone))
+    Raises:
+        UserError: a file that cannot be read, or none of whose first rows is a sample.
+    """
+    files = train_files(data.train)
+    check_weights(files)
+    sources = [StreamSource(file, limit=data.limit, seed=seed, columns=data.contract) for file in files]
+    for source in sources:
+        _ = source.first_rows
+    return SampleStream(sources, buffer=data.shuffle_buffer, seed=seed)
 
-    @abstractmethod
-    def _places(self, backbone: Backbone[Any]) -> frozenset[int]:
-        """Ids that stand for a piece of a picture or a video."""
 
-    def pictures_of(
-        self, backbone: Backbone[Any], arguments: TrainingArguments, data: TrainingData, items: Sequence[Any]
-    ) -> list[Callable[[], Image.Image] | None]:
-        """The samples' own."""
-        samples = self._samples(arguments)
-        asked = [samples.shown_in(item) for item in items]
-        media = self._media(backbone, arguments, asked, samples.stored)
-        return [partial(media.picture, one) if one.images or one.videos else None for one in asked]
+def check_streaming(data: SamplesConfig) -> None:
+    """Refuses what needs all samples before the first.
+
+    Raises:
+        UserError: it names the setting and what to do.
+    """
+    if data.shuffle_buffer < 1:
+        raise UserError(f"data.shuffle_buffer is {data.shuffle_buffer}; it must be at least 1, which shuffles nothing")
+    refused = {
+        "group_by_modality_length": (
+            data.group_by_modality_length,
+            "sorts by the lengths of all samples; set it false",
+        ),
+        "validation_share": (data.validation_share, "chooses among all samples; name a data.validation file"),
+        "validation_size": (data.validation_size, "draws among all samples; name a data.validation file"),
+    }
+    if isinstance(data, DataConfig):
+        refused |= {
+            "share_pictures": (data.share_pictures, "looks for the samples of each picture; set it false"),
+            "cache_features": (data.cache_features, "needs all pictures before the first step; set it false"),
+        }
+    for setting, (asked, reason) in refused.items():
+        if asked:
+            raise UserError(f"data.streaming reads samples as they come, and data.{setting} {reason}")
+
+
+def samples_of_a_run(stream: SampleStream, data: SamplesConfig, arguments: TrainingArguments) -> int:
+    """How many samples the optimizer steps of a whole run take; 0 where the number of epochs says it.
+
+    Raises:
+        UserError: neither the steps are set nor the number of samples known.
+    """
+    together = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    if arguments.max_steps <= 0 and stream.samples is None:
+        raise UserError(
+            f"data.streaming: how many samples {train_name(data.train)} has is known only after reading it; set "
+            f"training.max_steps (a step takes {together})"
+        )
+    return max(0, arguments.max_steps) * together
