@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -310,27 +310,14 @@ def open_model(source: ModelSource | Wanted) -> Opened:
     transformers_logging.disable_progress_bar()
     if source.kind == VLBART:
         return _open_vlbart(source)
-    parts, wanted = decoder_parts(source), source.wanted
-    adapted, plain = with_adapter(parts.load(), wanted.adapter, with_base=wanted.with_base, strength=wanted.strength)
-    prompts = parts.prompts(adapted)
+    prompts, wanted = prompts_of(source), source.wanted  # before the weights: it may refuse
+    backbone = load_decoder(source)
+    adapted, plain = with_adapter(backbone, wanted.adapter, with_base=wanted.with_base, strength=wanted.strength)
     return Opened(adapted=Assistant(adapted, prompts), base=None if plain is None else Assistant(plain, prompts))
 
 
-@dataclass(frozen=True)
-class DecoderParts:
-    """How a decoder of a source is opened; what may be refused before its weights are read was refused.
-
-    Attributes:
-        load: reads the weights.
-        prompts: what makes the inputs of a backbone that was loaded so.
-    """
-
-    load: Callable[[], Backbone[Any]]
-    prompts: Callable[[Any], EncoderPrompts]
-
-
-def decoder_parts(source: ModelSource) -> DecoderParts:
-    """How the decoder of a source is opened.
+def prompts_of(source: ModelSource) -> EncoderPrompts:
+    """What makes the inputs of a source's decoder; its weights are not read.
 
     Raises:
         UserError: it is no decoder, or its processor or tokenizer cannot be used.
@@ -338,33 +325,35 @@ def decoder_parts(source: ModelSource) -> DecoderParts:
     if source.kind != DECODER:
         raise UserError(f"{source.place} is a {source.kind}, which answers no chat")
     model = _model_config(source)
-    encoder = open_encoder(  # before the weights: it may refuse
+    encoder = open_encoder(
         model.base,
         template=model.template,
         aspect=model.image_aspect,
-        max_tokens=_max_tokens(source),
+        max_tokens=int(source.recipe.get("max_tokens", LONGEST_ANSWERED)),
         revision=model.revision,
     )
-    return DecoderParts(lambda: load_base(open_backbone, model), lambda _: EncoderPrompts(encoder))
+    return EncoderPrompts(encoder)
+
+
+def load_decoder(source: ModelSource) -> Backbone[Any]:
+    """A source's decoder with its weights."""
+    return load_base(open_backbone, _model_config(source))
 
 
 def _model_config(source: ModelSource) -> ModelConfig:
-    template: Any = source.recipe.get("template") or source.wanted.template or ModelConfig.template
+    recipe, stated = source.recipe, source.recipe.get("template") or source.wanted.template
+    template: Any = stated or ModelConfig.template
     dtype: Any = source.dtype
     attention: Any = source.attention
     return ModelConfig(
         base=source.place,
         revision=source.revision,
         template=template,
-        image_aspect=source.recipe.get("image_aspect") or "pad",
+        image_aspect=recipe.get("image_aspect") or "pad",
         dtype=dtype,
         attn_implementation=attention,
-        quantisation=source.recipe.get("quantisation"),
+        quantisation=recipe.get("quantisation"),
     )
-
-
-def _max_tokens(source: ModelSource) -> int:
-    return int(source.recipe.get("max_tokens", LONGEST_ANSWERED))
 
 
 def with_adapter(
