@@ -23,11 +23,11 @@ from typing import Any
 from report import table, write_json
 
 from dora_vl.errors import UserError, exit_on_user_error, positive
-from dora_vl.evaluation.predictions import read_predictions
+from dora_vl.evaluation.predictions import BY_SCORING, read_predictions
 from dora_vl.evaluation.questions import Question
 from dora_vl.evaluation.scores.commonsense import extracted
 from dora_vl.evaluation.scores.scored import Mean, Ratio, Scored, Tally, intervals, paired_differences
-from dora_vl.evaluation.test import PREDICTIONS, read_sets
+from dora_vl.evaluation.test import read_sets
 from dora_vl.training.command_line import read_settings
 from dora_vl.training.recipe import CommonsenseRunConfig
 
@@ -137,7 +137,7 @@ class Run:
 
     def right(self, way: str, asked: Sequence[Question]) -> dict[str, float]:
         """1 or 0 for each question."""
-        predictions = read_predictions(self.folder / PREDICTIONS[way])
+        predictions = read_predictions(self.folder / BY_SCORING[way])
         rule = self.config.evaluation.rule
         return {
             one.id: float(

@@ -32,6 +32,7 @@ from dora_vl.data.samples import Sample, Skipped
 from dora_vl.data.video import Sampling, Uniform
 from dora_vl.errors import BadSample, UserError, one_line, shown, shown_names, shown_text
 from dora_vl.evaluation.predictions import (
+    PREDICTIONS,
     Prediction,
     Predictions,
     PredictionsFile,
@@ -291,7 +292,6 @@ def prediction(question: Question, answer: str | None, error: str = "", *, cut_t
 # By all processes of a launch, each a share.
 
 
-PREDICTIONS = "predictions.jsonl"
 PART = "predictions.part-{}.jsonl"
 LONGEST_SHARE = timedelta(days=2)  # how long a process that is done waits for the others
 

@@ -20,6 +20,10 @@ from dora_vl.evaluation.scores.benchmark import OWN_ID, AnswerRow, Benchmark
 
 log = logging.getLogger(__name__)
 
+PREDICTIONS, BY_TASK = "predictions.jsonl", "predictions"
+"""Where a run's test leaves its predictions; of a VL-BART's tasks a file each in a folder."""
+BY_SCORING = {"generation": PREDICTIONS, "likelihood": "predictions_likelihood.jsonl"}
+"""Of commonsense sets, by `evaluation.scoring`."""
 COLUMNS = ("id", "images", "question", "truth", "prediction", "kind")
 """What a line of the file holds."""
 

@@ -27,7 +27,6 @@ from dora_vl.data.pictures import MediaFolder, open_image
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError
 from dora_vl.evaluation.ask import (
-    PREDICTIONS,
     Asker,
     Assistant,
     Decoding,
@@ -38,7 +37,14 @@ from dora_vl.evaluation.ask import (
 )
 from dora_vl.evaluation.baselines import Baselines, Exchange, compared, digest, exchanged, right_text
 from dora_vl.evaluation.pictures import write_contact_sheet, write_loss_curve
-from dora_vl.evaluation.predictions import Prediction, Predictions, file_sha256
+from dora_vl.evaluation.predictions import (
+    BY_SCORING,
+    BY_TASK,
+    PREDICTIONS,
+    Prediction,
+    Predictions,
+    file_sha256,
+)
 from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.evaluation.questions import (
     Question,
@@ -65,8 +71,6 @@ from dora_vl.training.seq2seq_tasks import Subtask
 log = logging.getLogger(__name__)
 
 EXCHANGED, LOSS_CURVE, CONTACT_SHEET = "predictions_exchanged.jsonl", "loss_curve.png", "contact_sheet.png"
-LIKELIHOOD = "predictions_likelihood.jsonl"
-BY_TASK = "predictions"
 ACCURACY, OF_KIND = "accuracy", "kind/"
 TITLE_CHARACTERS = 100
 
@@ -434,7 +438,7 @@ def evaluate_commonsense(
             questions,
             media_reader(Path(), frames=1),
             replace(decoding, by="outputs") if by_likelihood else decoding,
-            path=run_folder / (LIKELIHOOD if by_likelihood else PREDICTIONS),
+            path=run_folder / BY_SCORING[scoring],
             settings={**depends_on, "scoring": scoring},
         )
         if by_likelihood and not predictions.rows:

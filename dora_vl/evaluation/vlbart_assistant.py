@@ -182,6 +182,7 @@ class VlBartAssistant:
             example, pictures = view.example, media.frames(view.clip, view.sampling).pictures
         return example, subtask, self.sample(example, subtask, pictures)
 
+    @torch.inference_mode()
     def sample(self, example: Example, subtask: Subtask, pictures: Sequence[Image.Image]) -> Seq2SeqSample:
         """An example in tensors, the features of these pictures computed.
 

@@ -11,7 +11,7 @@ from typing import Any
 from dora_vl.data.example import Answer, Clip, Example, ExampleFile
 from dora_vl.errors import UserError
 from dora_vl.evaluation.baselines import COMMONEST, EXCHANGED, WARNING
-from dora_vl.evaluation.predictions import Prediction, read_predictions
+from dora_vl.evaluation.predictions import BY_SCORING, BY_TASK, PREDICTIONS, Prediction, read_predictions
 from dora_vl.evaluation.questions import expected, has_truth, in_words, media_of
 from dora_vl.evaluation.scores.commonsense import extracted
 from dora_vl.evaluation.scores.commonsense import score as commonsense_score
@@ -19,10 +19,6 @@ from dora_vl.evaluation.scores.exact import final_answer, normalised
 from dora_vl.evaluation.scores.exact import score as exact_match_score
 from dora_vl.evaluation.scores.scored import Scored, intervals, paired_differences
 from dora_vl.report.run_record import RunRecord
-
-PREDICTIONS = "predictions.jsonl"
-BY_TASK = "predictions"
-COMMONSENSE = {"generation": PREDICTIONS, "likelihood": "predictions_likelihood.jsonl"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +181,7 @@ def _read_commonsense(run: RunRecord, evaluation: Mapping[str, Any]) -> tuple[li
     trouble: list[str] = []
     for scoring in evaluation["scoring"]:
         try:
-            predictions = read_predictions(run.folder / COMMONSENSE[scoring])
+            predictions = read_predictions(run.folder / BY_SCORING[scoring])
             found.append(_commonsense(scoring, predictions, evaluation.get("rule", "nvlabs")))
         except UserError as error:
             trouble.append(f"{run.label}: the answers by {scoring} cannot be shown: {error}")
