@@ -310,7 +310,7 @@ def test_verbs(person: Person) -> None:
     said = {
         "merg": "no command 'merg'; did you mean 'merge'?",
         "merge --adapter peft --base llama --to merged": "its adapter is peft/adapter",
-        "merge --adapter crowd --base llama --to merged": "crowd holds no adapter: it has no adapter_model.safetensors",
+        "merge --adapter crowd --base llama --to merged": "crowd has no adapter_model.safetensors",
         f"merge {adapter} --to mine": "mine is there already and holds thesis.tex",
         "merge --adapter peft/adapter --base none --to merged": "none",
         "convert crowd --to there": "and 52 more",

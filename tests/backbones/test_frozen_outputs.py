@@ -42,11 +42,12 @@ def test_loss_and_gradients_are_those_of_the_pictures(family: str, folders: Mapp
     talks = [TALKS[name] for name in ("one picture", "two pictures", "no picture") if name in talks_of(family)]
     alone = [{k: v for k, v in batch_of(encoder, [talk]).items() if k != "labels"} for talk in talks if talk[1]]
     pair = {k: v for k, v in batch_of(encoder, [talks[0], talks[0]]).items() if k != "labels"}
+    mixed = {k: v for k, v in batch_of(encoder, talks).items() if k != "labels"}
     if family in NOT_STORED:
         with pytest.raises(NotStorable):
-            find_parts(backbone.model, alone[0], pair)
+            find_parts(backbone.model, alone[0], pair, (mixed, alone))
         return
-    parts = find_parts(backbone.model, alone[0], pair)
+    parts = find_parts(backbone.model, alone[0], pair, (mixed, alone))
     store = OutputStore(tmp_path, parts, {"processor": family})
     keys = [pictures_key(talk[1]) for talk in talks if talk[1]]
     for key, inputs in zip(keys, alone, strict=True):

@@ -113,9 +113,7 @@ def test_packed_weights_do_not_train_themselves(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     base = write_tiny("qwen2_5_vl", tmp_path / "base", width=64)
     model = open_backbone(str(base), quantisation="nf4").model
-    with pytest.raises(
-        UserError, match=r"full: 14 of the parameters to train are quantised, such as model\.language_model\.layers\.0"
-    ):
+    with pytest.raises(UserError, match=r"full: model\.language_model\.layers\.0"):
         apply_dora(model, DoRAConfig(method="full", targets=("model.language_model*",)))
     assert apply_dora(model, DoRAConfig(method="full", targets=("lm_head",))) == ["lm_head"]
 

@@ -216,9 +216,7 @@ MIXED = ("no video", "one picture", "one video", "picture and video")
 
 
 @families
-@pytest.mark.parametrize(
-    "talks", [("two videos",), ("no video",), MIXED], ids=str
-)
+@pytest.mark.parametrize("talks", [("two videos",), ("no video",), MIXED], ids=str)
 def test_the_loss_is_the_model_s_own_and_reaches_all_that_trains(
     folders: dict[str, Path], family: str, talks: Sequence[str]
 ) -> None:

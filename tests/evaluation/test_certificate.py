@@ -172,7 +172,7 @@ def test_values_that_the_adapter_never_saw_fail(folders: Path, tmp_path: Path, c
     base = spread(write_tiny_llava(tmp_path / "base", width=64))
     adapter = adapter_on(base, tmp_path / "adapter")
     recipe = json.loads((adapter / "recipe.json").read_text())
-    recipe |= {"backbone": "llava", "base": str(base), "base_sha256": content_hash(base), "template": "vicuna_v1"}
+    recipe |= {"base": str(base), "base_sha256": content_hash(base), "template": "vicuna_v1"}
     recipe |= {"revision": None, "image_aspect": "pad", "dtype": "float32", "max_tokens": 256, "quantisation": "nf4"}
     (adapter / "recipe.json").write_text(json.dumps(recipe))
     asked = ("--questions", folders / "data" / "train.json", "--images", folders / "data", "--check", 4)
