@@ -1,7 +1,7 @@
 """A LLaVA adapter's logits here and in PEFT, on the same questions in float32, and merged against unmerged.
 
     python benchmarks/peft_agreement.py --adapter runs/demo/adapter --questions runs/demo/data/test.json \\
-        --images runs/demo/assets/easy_vqa --json benchmarks/results/peft_agreement.json
+        --images runs/demo/assets/easy_vqa --json benchmarks/results.jsonl
 
 Differences are the greatest over the questions; relative ones are divided by the greatest logit. At the first places,
 which a language model uses as a sink of attention, float32 itself resolves no more than what PEFT, ours and merged

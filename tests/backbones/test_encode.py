@@ -159,5 +159,7 @@ def test_a_template_of_another_model_is_refused(
     bare.add_tokens(["<image>"])
     for token in ("<|im_start|>", "<|im_end|>"):
         assert token in bare.get_vocab()
-    with pytest.raises(UserError, match=r"there are vicuna_v1, .*plain, .* and tokenizer"):
+    with pytest.raises(
+        UserError, match=r"there are vicuna_v1, .*, chatml, .*plain, question_answer, paligemma and tokenizer"
+    ):
         make_encoder(new_tokenizer, "vicuna")

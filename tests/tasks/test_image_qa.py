@@ -96,7 +96,7 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
     """Trained layers and the projector, from the base over the adapter and beyond."""
     model = open_served(None, {"one": adapter})
     turns, seen = [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(open_picture(Path(pictures[0])),))
-    batch = model.assistant.prompts.collate([model.asked("one").prompts.sample(turns, seen)], "left")
+    batch = model.assistant.prompts.collate([model.entry("one").prompts.sample(turns, seen)], "left")
     inputs = model_inputs(batch, "cpu")
 
     def logits(strength: float, *, with_base: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -107,7 +107,7 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
 
     seen_logits = []
     for strength in (0.0, 0.4, 1.0, 1.7):
-        with model.rows([model.asked("one")], [1], [strength]):
+        with model.rows([model.entry("one")], [1], [strength]):
             expected = model.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0)).logits
         found, _ = logits(strength)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)

@@ -24,7 +24,7 @@ from dora_vl.backbones.vision_store import (
     fixed_length,
 )
 from dora_vl.backbones.vlbart_compose import small_tokenizer
-from dora_vl.data.benchmarks.videos import convert_clip
+from dora_vl.data.benchmarks.videos import clip_row
 from dora_vl.data.example import Answer, Clip, Example, ExampleFile, Subtitle, write_examples
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import Skipped
@@ -149,7 +149,7 @@ def test_video_texts_are_the_published_ones_to_the_last_space(
 def test_a_descriptions_leading_space_is_in_its_first_token(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
     """TVC's descriptions as its files have them, some with a space before them."""
     row = {"clip_id": 7, "vid_name": "a", "descs": [{"desc": " hello is it"}, {"desc": "hello"}, {"desc": " "}]}
-    write_examples(tmp_path / "tvc.jsonl", [convert_clip(row, answered=True)])
+    write_examples(tmp_path / "tvc.jsonl", [clip_row(row, answered=True)])
     file, task = ExampleFile(tmp_path / "tvc.jsonl", each_answer=True), vlbart_tasks.video_subtasks()["tvc"]
     said = [task.target(file[place], file.answer_of(place), Random(0)).text for place in range(len(file))]
     assert said == [" hello is it", "hello"]
