@@ -21,7 +21,7 @@ from benchmarks.file_mutations import mutate
 from benchmarks.fuzz_targets import PREDICTIONS, PUBLISHERS, SHARDS, Target
 from dora_vl.cli import main
 from dora_vl.data.example import iterate_examples
-from dora_vl.data.readers import stream_records
+from dora_vl.data.text_file import stream_records
 from dora_vl.errors import UserError
 
 LONGEST_LINE = 500

@@ -21,7 +21,8 @@ from dora_vl.backbones.llava import LlavaBackbone
 from dora_vl.backbones.towers import register_towers
 from dora_vl.data.batches import Collator
 from dora_vl.data.order import train_files
-from dora_vl.data.samples import ConversationDataset, load_training_rows
+from dora_vl.data.samples import ConversationDataset
+from dora_vl.data.table import load_training_rows
 from dora_vl.errors import positive
 from dora_vl.training.assembly import build_encoder, image_folder, image_preparation, pad_token_id, read_pixels
 from dora_vl.training.command_line import read_run
@@ -51,7 +52,7 @@ def main() -> None:
     found = load_training_rows(train_files(config.data.train), limit=options.limit)[0]
     folder = image_folder(config.data)
     pixels = partial(read_pixels, folder=folder, preparation=image_preparation(config.model), stored=found.stored)
-    samples = ConversationDataset(found.rows, encode=encoder.encode, picture=pixels)
+    samples = ConversationDataset(found, encode=encoder.encode, picture=pixels)
     tower_seconds = time_tower(backbone, samples, count=min(16, len(samples)))
     adapted = get_peft_model(model, peft_config(config, options.peer), autocast_adapter_dtype=False)
     seconds = train(adapted, samples, config, options.steps, pad=pad_token_id(encoder))

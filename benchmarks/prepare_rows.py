@@ -64,7 +64,7 @@ import torch
 from pathlib import Path
 from dora_vl.data.batches import Collator
 from dora_vl.data.samples import Encoded, ConversationDataset
-from dora_vl.data.table import load_table
+from dora_vl.data.table import load_rows
 from dora_vl.data.order import ModalityLengthSampler, sampling_lengths
 
 def encode(conversation):
@@ -75,8 +75,8 @@ def picture(path):
     return torch.zeros(3, 64, 64)
 
 torch.set_num_threads(1)
-rows = load_table(Path(sys.argv[1]), cache_folder=Path(sys.argv[2]))
-lengths = sampling_lengths(rows, tokens_per_image=16)
+rows = load_rows(sys.argv[1], cache_folder=Path(sys.argv[2]))
+lengths = sampling_lengths(rows.rows, tokens_per_image=16)
 sampler = ModalityLengthSampler(
     lengths.lengths, lengths.is_multimodal, batch_size=32, world_size=1, accumulation=1, seed=0
 )

@@ -14,8 +14,9 @@ from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.generation import decoded
 from dora_vl.backbones.templates import PROBE, Rendered, Span, Template, framed, refuse_marks
+from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Encoded, TrainedAnswer
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample, UserError
 
 _FIRST_STAND_IN = 0xFDD1  # after `templates.BREAK`; Unicode reserves U+FDD0 to U+FDEF as noncharacters
@@ -134,7 +135,7 @@ class LlavaEncoder:
         self.max_tokens = max_tokens
         self._controls = ControlTokenizer(tokenizer)
 
-    def encode(self, conversation: Conversation) -> Encoded:
+    def encode(self, conversation: Example) -> Encoded:
         """Ids and labels of a whole conversation, the labels -100 except on answers and the tokens that close them.
 
         Raises: BadSample if the turns do not fit the template, a picture would be cut, or no answer is left.
@@ -156,7 +157,7 @@ class LlavaEncoder:
         labels = [token if train else IGNORED_LABEL for token, train in zip(ids, trained, strict=True)]
         return Encoded(torch.tensor(ids), torch.tensor(labels), cut)
 
-    def answers(self, conversation: Conversation) -> list[TrainedAnswer]:
+    def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """What the labels of a conversation must say."""
         probe = self.template.render(PROBE)
         said = [turn for turn in conversation.turns if turn.role == "assistant"]

@@ -33,8 +33,9 @@ from dora_vl.backbones.templates import (
     RoundTemplate,
     Template,
 )
+from dora_vl.data.example import Example
 from dora_vl.data.samples import IGNORED_LABEL, Encoded, TrainedAnswer
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown_text
 
 TemplateName = Literal[
@@ -242,7 +243,7 @@ class InstructionEncoder:
         self._end_id = end_id
         self._text = ControlTokenizer(tokenizer)  # "</s>" in a question stays characters
 
-    def encode(self, conversation: Conversation) -> Encoded:
+    def encode(self, conversation: Example) -> Encoded:
         """Ids and labels of prompt and output.
 
         Raises: BadSample for anything but one instruction and its output, or if the cut leaves nothing to train on.
@@ -265,7 +266,7 @@ class InstructionEncoder:
         labels = [IGNORED_LABEL] * first_label + ids[first_label:]
         return Encoded(torch.tensor(ids), torch.tensor(labels), cut)
 
-    def answers(self, conversation: Conversation) -> list[TrainedAnswer]:
+    def answers(self, conversation: Example) -> list[TrainedAnswer]:
         """What the labels of a conversation must say; the prompt too where it is trained."""
         opening = ""
         if self.train_on == "all":

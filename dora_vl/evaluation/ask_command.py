@@ -243,7 +243,7 @@ def ask_clip(opened: Opened, clips: ClipReader, path: Path, question: str, optio
         question=question,
         choices=tuple(options.choice),
         subtitles=tuple(Subtitle(text) for text in options.subtitle),
-        video=Clip(path=path.name, start_seconds=options.start, end_seconds=options.end),
+        videos=(Clip(path=path.name, start_seconds=options.start, end_seconds=options.end),),
     )
     view = opened.adapted.view(example, frames=options.frames)
     frames = clips.frames(path, view.clip, view.sampling)

@@ -127,7 +127,7 @@ def ask_decoder(assistant: Assistant, one: EvaluationSet, asking: Asking) -> Ask
             settings={
                 **asking.settings(one),
                 "prompt": prompt.__name__ if isinstance(prompt, FunctionType) else repr(prompt),
-                **({"frames": asking.frames} if any(example.clips for example in examples) else {}),
+                **({"frames": asking.frames} if any(example.videos for example in examples) else {}),
                 **({"answers": "likelihood"} if asking.by_likelihood else {}),
             },
         )
@@ -141,7 +141,7 @@ def with_middle_frame(example: Example) -> Example:
     frame = example.extra.get(MIDDLE_FRAME)
     if example.video is None or not isinstance(frame, str):
         return example
-    return replace(example, images=(frame,), video=None)
+    return replace(example, images=(frame,), videos=())
 
 
 def question(example: Example, prompt: Prompt) -> Question:
@@ -151,8 +151,8 @@ def question(example: Example, prompt: Prompt) -> Question:
     return Question(
         id=example.id,
         images=example.images,
-        turns=tuple(videos_placed(turns_of(example, prompt), len(example.clips))),
+        turns=tuple(videos_placed(turns_of(example, prompt), len(example.videos))),
         truth=truth,
         kind=None if kind is None else str(kind),
-        videos=example.clips,
+        videos=example.videos,
     )

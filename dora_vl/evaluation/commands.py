@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_vl.data.pictures import MediaFolder, any_is_there
-from dora_vl.data.readers import stream_values
+from dora_vl.data.text_file import stream_values
 from dora_vl.errors import UserError, positive, shown
 from dora_vl.evaluation.asking import add_model_options
 from dora_vl.evaluation.baselines import Exchange, digest, exchanged
@@ -218,7 +218,7 @@ def _asked(
     from dora_vl.training.adapting import CAUSAL_LM, VLBART
 
     source = find_source(wanted)
-    shows = next((one.name for one in sets if any(example.images or example.clips for example in one.examples)), None)
+    shows = next((one.name for one in sets if any(example.images or example.videos for example in one.examples)), None)
     if source.kind == CAUSAL_LM and shows is not None:
         raise UserError(
             f"{shows} shows pictures or videos, and {wanted.adapter or source.place} is a language model, which takes "

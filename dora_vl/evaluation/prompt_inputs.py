@@ -13,8 +13,9 @@ from torch import Tensor
 from dora_vl.backbones.families import ALIGNED
 from dora_vl.backbones.generation import growing_text
 from dora_vl.data.batches import Collator, ProcessorCollator
+from dora_vl.data.example import Example
 from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, Encoded, Sample
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, Conversation, Turn
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, Turn
 from dora_vl.errors import BadSample
 from dora_vl.evaluation.asker import Shown, frames_as_pictures, refuse_media
 
@@ -231,8 +232,8 @@ def _refuse_pictures(turns: Sequence[Turn], seen: Shown) -> None:
         raise BadSample("question", _NO_PICTURES)
 
 
-def _answered(turns: Sequence[Turn], answer: str) -> Conversation:
-    return Conversation("question", (), (*turns, Turn("assistant", answer)))
+def _answered(turns: Sequence[Turn], answer: str) -> Example:
+    return Example("question", (), (*turns, Turn("assistant", answer)))
 
 
 def _unlabelled(ids: Int[Tensor, " seq"], **seen: Any) -> Sample:

@@ -13,9 +13,10 @@ from string import ascii_uppercase
 
 from dora_vl.data.columns import USUAL, Columns, ColumnsError
 from dora_vl.data.containers import find_files
-from dora_vl.data.example import Answer, Example, clip_fields, iterate_examples
-from dora_vl.data.readers import id_of, read_row, stream_values, turns_of
-from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn, as_conversation
+from dora_vl.data.example import Answer, Example, as_conversation, iterate_examples
+from dora_vl.data.readers import id_of, read_row
+from dora_vl.data.text_file import stream_values
+from dora_vl.data.turns import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Turn
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.benchmarks import find_benchmark
 from dora_vl.evaluation.scores.benchmark import (
@@ -68,7 +69,7 @@ def question_of(record: Mapping[str, object], columns: Columns = USUAL) -> Quest
     example = read_row(record, columns=columns)
     if example.image_bytes:
         raise BadSample(example.id, "its file holds its pictures itself; write them to files, which a test reads")
-    conversation = as_conversation(example.id, example.images, turns_of(example), example.clips)
+    conversation = as_conversation(example)
     *prompt, answer = conversation.turns
     kind = record.get("kind")
     return Question(
@@ -90,7 +91,7 @@ def question_of_task(example: Example) -> Question:
         turns=(Turn("user", example.question),),
         truth=example.answers[0].text if example.answers else "",
         kind=None if "kind" not in example.extra else str(example.extra["kind"]),
-        videos=example.clips,
+        videos=example.videos,
     )
 
 
@@ -272,7 +273,7 @@ class EvaluationSet:
     @property
     def has_videos(self) -> bool:
         """Whether any example is about a video."""
-        return any(example.clips for example in self.examples)
+        return any(example.videos for example in self.examples)
 
     @property
     def scorer(self) -> Scorer | None:
@@ -354,7 +355,7 @@ def example_of(question: Question) -> Example:
     return Example(
         id=question.id,
         images=question.images,
-        **clip_fields(question.videos),
+        videos=question.videos,
         question=question.text,
         turns=question.turns,
         answers=(Answer(text=question.truth),),

@@ -117,7 +117,7 @@ def _exchange(
     sample, by_id = exchanged(examples, asked.answers), {question.id: question for question in questions}
     if not sample:
         return Exchange(examples=(), answers={})
-    about_others = [replace(by_id[one.id], images=one.images, videos=one.clips) for one in sample]
+    about_others = [replace(by_id[one.id], images=one.images, videos=one.videos) for one in sample]
     with PredictionsFile(run_folder / EXCHANGED, {**settings, "exchanged": digest(sample)}) as file:
         return Exchange(examples=sample, answers=ask(about_others, file=file).answers)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
-from dora_vl.data.turns import read_conversation
-from dora_vl.errors import BadSample
+from dora_vl.data.example import Example
+from dora_vl.data.samples import Examples
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.predict import answered
@@ -17,29 +16,22 @@ from dora_vl.training.watching import Watch, WatchedQuestion, evenly
 MOST_NEW_TOKENS = 32
 
 
-def questions_of_rows(rows: Any, count: int) -> list[Question]:
-    """So many usable rows of a table of samples, evenly over it, their last answers being the right ones.
-
-    Args:
-        rows: of `record_table.load_table`.
-    """
-    found: list[Question] = []
-    for place in evenly(range(len(rows)), count):
-        try:
-            conversation = read_conversation(rows[place])
-        except BadSample:  # validation counts and names it
-            continue
-        *asked, answer = conversation.turns
-        found.append(
-            Question(
-                id=conversation.id,
-                images=conversation.images,
-                turns=tuple(asked),
-                truth=answer.text,
-                videos=conversation.videos,
+def questions_of_rows(examples: Examples, count: int) -> list[Question]:
+    """So many usable examples, evenly over all, their last answers being the right ones."""
+    questions: list[Question] = []
+    for example in (examples[place] for place in evenly(range(len(examples)), count)):
+        if isinstance(example, Example):  # validation counts and names what is none
+            *asked, answer = example.turns
+            questions.append(
+                Question(
+                    id=example.id,
+                    images=example.images,
+                    turns=tuple(asked),
+                    truth=answer.text,
+                    videos=example.videos,
+                )
             )
-        )
-    return found
+    return questions
 
 
 def watch_assistant(

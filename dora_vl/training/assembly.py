@@ -28,8 +28,8 @@ from dora_vl.backbones.vision_store import FeatureCache, FeatureStore
 from dora_vl.core import DoRAConfig
 from dora_vl.data.order import ModalityLengthSampler, SamplingLengths, train_files, train_name
 from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, open_picture
-from dora_vl.data.samples import SampleRows, check_weights, drawn_out, load_rows, load_training_rows
 from dora_vl.data.stream import SampleStream, StreamSource
+from dora_vl.data.table import ExampleTable, check_weights, drawn_out, load_rows, load_training_rows
 from dora_vl.data.turns import Clip
 from dora_vl.data.video import EverySeconds, Sampling, Uniform, VideoReader, no_backend_reads
 from dora_vl.data.video_backends import BACKENDS, BackendMissing, import_backend
@@ -300,7 +300,7 @@ def check_videos(data: DataConfig) -> None:
     raise no_backend_reads(Clip(path=""), reasons)
 
 
-def read_samples(data: SamplesConfig, *, seed: int) -> tuple[SampleRows, SampleRows | None]:
+def read_samples(data: SamplesConfig, *, seed: int) -> tuple[ExampleTable, ExampleTable | None]:
     """The training samples and those whose loss is measured meanwhile, memory-mapped.
 
     Raises:
@@ -325,7 +325,7 @@ def read_samples(data: SamplesConfig, *, seed: int) -> tuple[SampleRows, SampleR
     return train, held_out
 
 
-def read_validation(data: SamplesConfig) -> SampleRows | None:
+def read_validation(data: SamplesConfig) -> ExampleTable | None:
     """The samples of `data.validation`, where it names a file; they are never streamed."""
     if data.validation is None:
         return None

@@ -17,7 +17,7 @@ from dora_vl.backbones.prompt_table import InstructionEncoder
 from dora_vl.core import DoRAConfig
 from dora_vl.data.batches import Collator
 from dora_vl.data.pictures import HeldPictures, StoredPictures
-from dora_vl.data.samples import ConversationDataset, Rows
+from dora_vl.data.samples import ConversationDataset, Examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
@@ -149,6 +149,6 @@ def build_encoder(config: CommonsenseRunConfig) -> InstructionEncoder:
     )
 
 
-def _spoken(rows: Rows, stored: HeldPictures, *, encoder: InstructionEncoder) -> ConversationDataset:
+def _spoken(rows: Examples, stored: HeldPictures, *, encoder: InstructionEncoder) -> ConversationDataset:
     """Samples of text; a top-level function, so that worker processes can receive it."""
     return ConversationDataset(rows, encode=encoder.encode)

@@ -26,9 +26,9 @@ from dora_vl.backbones.prompts import FORMATS
 from dora_vl.backbones.video_inputs import LEAST_PIXELS, within_pixels
 from dora_vl.core import DoRAConfig
 from dora_vl.data.batches import ProcessorCollator
+from dora_vl.data.example import Example
 from dora_vl.data.pictures import HeldPictures, MediaFolder, StoredPictures, open_picture
-from dora_vl.data.samples import ConversationDataset, Encoded, Rows, Sample
-from dora_vl.data.turns import Conversation
+from dora_vl.data.samples import ConversationDataset, Encoded, Examples, Sample
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
@@ -244,7 +244,7 @@ def _check_pixels(config: RunConfig, encoder: ImageTextEncoder, arguments: Train
 
 
 def encode_from_folder(
-    conversation: Conversation,
+    conversation: Example,
     *,
     encoder: ImageTextEncoder,
     folder: MediaFolder,
@@ -262,7 +262,7 @@ def encode_from_folder(
 
 
 def _illustrated(
-    rows: Rows,
+    rows: Examples,
     stored: HeldPictures,
     *,
     encoder: ImageTextEncoder,

@@ -17,6 +17,7 @@ from dora_vl.backbones.base import Backbone
 from dora_vl.backbones.encode import LlavaEncoder
 from dora_vl.backbones.image_text_encode import ImageTextEncoder
 from dora_vl.backbones.prompt_table import InstructionEncoder
+from dora_vl.data.example import Example
 from dora_vl.data.order import (
     SamplingLengths,
     longest_places,
@@ -26,22 +27,10 @@ from dora_vl.data.order import (
     train_name,
 )
 from dora_vl.data.pictures import HeldPictures, MediaFolder, RowPictureBytes, StoredPictures, any_is_there, path_inside
-from dora_vl.data.samples import (
-    FIRST,
-    ConversationDataset,
-    Labelled,
-    Rows,
-    Sample,
-    SampleRows,
-    Skipped,
-    described,
-    load_rows,
-    look_ahead,
-    overlap,
-    overlap_warning,
-)
+from dora_vl.data.samples import FIRST, ConversationDataset, Examples, Labelled, Sample, Skipped, look_ahead
 from dora_vl.data.stream import SampleStream, StreamedDataset, StreamOrder, StreamSource
-from dora_vl.data.turns import Turn, read_conversation
+from dora_vl.data.table import ExampleTable, characters_of, described, load_rows, overlap, overlap_warning
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
@@ -64,7 +53,7 @@ from dora_vl.training.pipeline import NextTokenLoss, Pipeline, Reading, Training
 from dora_vl.training.recipe import CommonsenseRunConfig, RunConfig
 from dora_vl.training.watching import Watch, evenly
 
-MakeDataset = Callable[[Rows, HeldPictures], ConversationDataset]
+MakeDataset = Callable[[Examples, HeldPictures], ConversationDataset]
 """The data set of some rows, and of the pictures that they hold themselves; worker processes may have it."""
 
 Encoder = LlavaEncoder | ImageTextEncoder | InstructionEncoder
@@ -93,7 +82,7 @@ class InstructData:
     def __init__(self, config: InstructConfig, arguments: TrainingArguments) -> None:
         self._config = config
         self._arguments = arguments
-        self._train: SampleRows | None = None
+        self._train: ExampleTable | None = None
         self._stream: SampleStream | None = None
         if config.data.streaming:
             check_streaming(config.data)
@@ -126,7 +115,7 @@ class InstructData:
         return StoredPictures.joined([table.stored for table in (self._train, self._held_out) if table is not None])
 
     @property
-    def held_out(self) -> SampleRows | None:
+    def held_out(self) -> ExampleTable | None:
         """Those whose loss is measured while training."""
         return self._held_out
 
@@ -134,10 +123,9 @@ class InstructData:
         """What a training sample shows, as a question without words; of a stream its pictures alone."""
         images = sample.images if isinstance(sample, Sample) else ()
         turn = (Turn("user", ""),)
-        if self._train is None or isinstance(sample, Skipped):
-            return Question(id=sample.id, images=images, turns=turn, truth="")
-        clips = read_conversation(self._train.samples[sample.index]).videos
-        return Question(id=sample.id, images=images, turns=turn, truth="", videos=clips)
+        example = None if self._train is None or isinstance(sample, Skipped) else self._train[sample.index]
+        videos = example.videos if isinstance(example, Example) else ()
+        return Question(id=sample.id, images=images, turns=turn, truth="", videos=videos)
 
     def describe(self) -> None:
         """Says of each file what it holds, and what is held out."""
@@ -174,8 +162,7 @@ class InstructData:
                 "set data.image_folder to the folder that their paths start from"
             )
         look_ahead(
-            self._train.samples,
-            self._train.stored,
+            self._train,
             pictures=pictures,
             videos=videos,
             max_bad_share=self._config.data.max_bad_share,
@@ -194,13 +181,13 @@ class InstructData:
         """
         bad: list[Skipped] = []
         used = 0
-        for row, sample in self._first(make):
+        for example, sample in self._first(make):
             if isinstance(sample, Skipped):
                 bad.append(sample)
                 continue
             used += 1
             cut = len(sample.labels) == encoder.max_tokens
-            answers, tokenizer = encoder.answers(read_conversation(row)), encoder.tokenizer
+            answers, tokenizer = encoder.answers(example), encoder.tokenizer
             yield Labelled(id=sample.id, labels=sample.labels, answers=answers, tokenizer=tokenizer, cut=cut)
         if bad and not used:
             raise UserError(
@@ -208,17 +195,19 @@ class InstructData:
                 f"{bad[0].id}: {bad[0].reason}"
             )
 
-    def _first(self, make: MakeDataset) -> Iterator[tuple[Mapping[str, object], Sample | Skipped]]:
+    def _first(self, make: MakeDataset) -> Iterator[tuple[Example, Sample | Skipped]]:
         if self._train is None:
             sources = () if self._stream is None else self._stream.sources
-            rows = [row for source in sources for row in source.first_rows if row.problem is None]
-            for row in (rows[place] for place in _places([row.images for row in rows])):
-                yield row.record(), make([row.record()], RowPictureBytes(row.held))[0]
+            examples = [row for source in sources for row in source.first_rows if isinstance(row, Example)]
+            for place in _places([example.images for example in examples]):
+                example = examples[place]
+                yield example, make([example], RowPictureBytes(example.image_bytes))[0]
             return
-        rows = self._train.samples
-        samples = make(rows, self._train.stored)
-        for place in _places(rows[:FIRST_ROWS]["images"]):
-            yield rows[place], samples[place]
+        samples = make(self._train, self._train.stored)
+        for place in _places(self._train.rows[:FIRST_ROWS]["images"]):
+            example = self._train[place]
+            if isinstance(example, Example):
+                yield example, samples[place]
 
     def warn_of_overlap(self, questions: Sequence[Question], config: RunConfig) -> None:
         """Counts and names training samples that the test asks again; `config` says where its pictures are."""
@@ -253,14 +242,14 @@ class InstructData:
             share_pictures: whether the samples of a picture come in one batch.
             sized_pictures: root of the pictures' paths, where a larger picture becomes more tokens.
         """
-        held_out = None if self._held_out is None else make(self._held_out.samples, self._held_out.stored)
+        held_out = None if self._held_out is None else make(self._held_out, self._held_out.stored)
         if self._train is None:
             return self._streamed(make, collate, held_out)
         data, train = self._config.data, self._train
         lengths = sampling_lengths(train.rows, tokens_per_image=tokens_per_image, tokens_per_video=tokens_per_video)
         grouped = data.group_by_modality_length or share_pictures
         sampler = build_sampler(lengths, self._arguments, share_pictures=share_pictures) if grouped else None
-        samples = make(train.samples, train.stored)
+        samples = make(train, train.stored)
         pools = partial(_pools, samples, train, lengths, self._micro_batch, grouped=grouped, sized=sized_pictures)
         return TrainingData(
             train=samples,
@@ -280,15 +269,12 @@ class InstructData:
         """What the files of some training samples hold, by name; one that the data file holds is named after it."""
         if self._train is None or not isinstance(self._config, RunConfig):
             return {}
-        rows, data, found = self._train.samples, self._config.data, dict[str, str]()
-        for place in range(0, len(rows), math.ceil(len(rows) / HASHED_ROWS)):
-            try:
-                row = read_conversation(rows[place])
-            except BadSample:
-                continue
-            found |= {name: _key(image_folder(data), name, self._train.stored) for name in row.images}
-            found |= {clip.path: _key(video_folder(data), clip.path, self._train.stored) for clip in row.videos}
-        return found
+        data, keys = self._config.data, dict[str, str]()
+        for example in self._train.select(range(0, len(self._train), math.ceil(len(self._train) / HASHED_ROWS))):
+            if isinstance(example, Example):
+                keys |= {name: _key(image_folder(data), name, self._train.stored) for name in example.images}
+                keys |= {clip.path: _key(video_folder(data), clip.path, self._train.stored) for clip in example.videos}
+        return keys
 
     @property
     def _micro_batch(self) -> int:
@@ -333,7 +319,7 @@ def _key(folder: MediaFolder, name: str, stored: HeldPictures) -> str:
 
 def _pools(
     samples: ConversationDataset,
-    train: SampleRows,
+    train: ExampleTable,
     lengths: SamplingLengths,
     count: int,
     *,
@@ -354,7 +340,7 @@ def _pools(
 def _of_first_rows(samples: StreamedDataset, sources: Sequence[StreamSource], count: int) -> list[Sample | Skipped]:
     """The largest of a stream's first rows, twice as many as a micro-batch holds."""
     rows = [row for source in sources for row in source.first_rows]
-    return [samples[row] for row in sorted(rows, key=lambda row: -row.size())[: 2 * count]]
+    return [samples[row] for row in sorted(rows, key=characters_of, reverse=True)[: 2 * count]]
 
 
 class InstructPipeline(Pipeline, Generic[Settings]):
@@ -403,7 +389,7 @@ class InstructPipeline(Pipeline, Generic[Settings]):
         if held_out is None and config.evaluation.file is None:
             return None
         if held_out is not None:
-            questions = questions_of_rows(held_out.rows, config.watch)
+            questions = questions_of_rows(held_out, config.watch)
         else:
             questions = evenly(self._test_questions(), config.watch)
         media = self._media(backbone, arguments, questions, None if held_out is None else held_out.stored)

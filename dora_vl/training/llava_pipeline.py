@@ -19,7 +19,7 @@ from dora_vl.backbones.prompts import get_template
 from dora_vl.core import DoRAConfig
 from dora_vl.data.batches import Collator
 from dora_vl.data.pictures import HeldPictures, StoredPictures
-from dora_vl.data.samples import ConversationDataset, Rows
+from dora_vl.data.samples import ConversationDataset, Examples
 from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
@@ -171,13 +171,13 @@ class LlavaPipeline(InstructPipeline[RunConfig]):
         return picture_reader(config, backbone, names, folder=pictures_of_test(config), device=device).features
 
 
-def _in_words(rows: Rows, stored: HeldPictures, *, encoder: LlavaEncoder) -> ConversationDataset:
+def _in_words(rows: Examples, stored: HeldPictures, *, encoder: LlavaEncoder) -> ConversationDataset:
     """Samples without their pictures."""
     return ConversationDataset(rows, encode=encoder.encode)
 
 
 def _illustrated(
-    rows: Rows, stored: HeldPictures, *, encoder: LlavaEncoder, pictures: PictureReader
+    rows: Examples, stored: HeldPictures, *, encoder: LlavaEncoder, pictures: PictureReader
 ) -> ConversationDataset:
     """Samples with pixels, or with features that are stored by the picture's name."""
     pixels = None if pictures.pixels is None else partial(pictures.pixels, stored=stored)

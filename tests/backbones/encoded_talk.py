@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.data.example import Example
+from dora_vl.data.turns import Turn
 
 MakeEncoder = Callable[..., LlavaEncoder]
 NASTY = [
@@ -24,10 +25,10 @@ NASTY = [
 ]
 
 
-def talk(*texts: str, images: int = 0) -> Conversation:
+def talk(*texts: str, images: int = 0) -> Example:
     roles = ("user", "assistant")
     turns = tuple(Turn(roles[number % 2], text) for number, text in enumerate(texts))
-    return Conversation("sample-7", tuple(f"{n}.png" for n in range(images)), turns)
+    return Example("sample-7", tuple(f"{n}.png" for n in range(images)), turns)
 
 
 def answers_of(encoder: LlavaEncoder, labels: torch.Tensor, close: str) -> list[str]:

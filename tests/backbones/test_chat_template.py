@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.prompts import get_template
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.data.example import Example
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.encoded_talk import MakeEncoder, talk
 from tests.backbones.tiny_image_text import CHATML
@@ -138,7 +139,7 @@ class TestChatTemplate:
     ) -> None:
         turns = (Turn("system", "Be brief."), *talk("Why?", "It is", "How?", "So").turns)
         encoder = make_encoder(own, "tokenizer")
-        found = encoder.encode(Conversation("a", (), turns))
+        found = encoder.encode(Example("a", (), turns))
         labelled = [int(token) for token in found.labels if token != -100]
         plain = [int(token) for token in encoder.encode(talk("Why?", "It is", "How?", "So")).labels if token != -100]
         assert labelled == plain
@@ -148,11 +149,11 @@ class TestChatTemplate:
             + str(own.chat_template)
         )
         with pytest.raises(BadSample, match="refuses it: no system here"):
-            make_encoder(own, "tokenizer").encode(Conversation("a", (), turns))
+            make_encoder(own, "tokenizer").encode(Example("a", (), turns))
         self.write_content(own, "{{ m.content if m.role != 'system' else '' }}")
         own.chat_template = str(own.chat_template).partition("{% endif %}")[2]
         with pytest.raises(BadSample, match="leaves out or changes the text of turn 0"):
-            make_encoder(own, "tokenizer").encode(Conversation("a", (), turns))
+            make_encoder(own, "tokenizer").encode(Example("a", (), turns))
 
     def test_needs_one(self, new_tokenizer: PreTrainedTokenizerFast, make_encoder: MakeEncoder) -> None:
         with pytest.raises(UserError, match=r"no chat template; set model\.template"):

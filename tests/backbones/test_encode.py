@@ -8,7 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dora_vl.backbones.encode import LlavaEncoder
-from dora_vl.data.turns import Conversation, Turn
+from dora_vl.data.example import Example
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from tests.backbones.encoded_talk import MakeEncoder, answers_of, talk
 
@@ -20,7 +21,7 @@ FIRST_ROUND = "▁ <image> <image> <image> <image> ▁ <0x0A> Is ▁it ▁red? �
 SECOND_ROUND = "▁What ▁is ▁in ▁the ▁picture? ▁ASSISTANT: *▁A *▁red *▁circle *</s>"
 
 
-def written(encoder: LlavaEncoder, conversation: Conversation) -> str:
+def written(encoder: LlavaEncoder, conversation: Example) -> str:
     """Tokens, the supervised ones marked with a star."""
     encoded = encoder.encode(conversation)
     tokens = encoder.tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist())

@@ -9,17 +9,19 @@ import pytest
 import torch
 
 from dora_vl.backbones.prompt_table import PROMPTS, InstructionEncoder
-from dora_vl.data.samples import ConversationDataset, Sample, load_rows
-from dora_vl.data.turns import Clip, Conversation, Turn
+from dora_vl.data.example import Example
+from dora_vl.data.samples import ConversationDataset, Sample
+from dora_vl.data.table import load_rows
+from dora_vl.data.turns import Clip, Turn
 from dora_vl.errors import BadSample
 from tests.backbones.tiny_language import byte_tokenizer
 
 QUESTION = "Please answer: is {input} </s> a question?\n\nAnswer format: true/false"
 
 
-def said(instruction: str, output: str, *, added: str = "") -> Conversation:
+def said(instruction: str, output: str, *, added: str = "") -> Example:
     asked = Turn("user", f"{instruction}\n{added}" if added else instruction, len(added))
-    return Conversation("0", (), (asked, Turn("assistant", output)))
+    return Example("0", (), (asked, Turn("assistant", output)))
 
 
 TASK = said(QUESTION, "the correct answer is true")
@@ -134,15 +136,15 @@ def test_an_input_has_its_own_place_in_training_and_test(added: str) -> None:
 @pytest.mark.parametrize(
     ("conversation", "reason"),
     [
-        (Conversation("0", (), (Turn("system", "s"), *TASK.turns)), "turns of system, user stand before the output"),
-        (Conversation("0", (), (*TASK.turns, *TASK.turns)), "turns of user, assistant, user stand before"),
-        (Conversation("0", ("a.png",), TASK.turns), "pictures or videos, which a language model does not see"),
-        (Conversation("0", (), TASK.turns, (Clip(path="a.mp4"),)), "pictures or videos"),
+        (Example("0", (), (Turn("system", "s"), *TASK.turns)), "turns of system, user stand before the output"),
+        (Example("0", (), (*TASK.turns, *TASK.turns)), "turns of user, assistant, user stand before"),
+        (Example("0", ("a.png",), TASK.turns), "pictures or videos, which a language model does not see"),
+        (Example("0", (), TASK.turns, (Clip(path="a.mp4"),)), "pictures or videos"),
         (said("  ", "hello"), "'instruction' is empty"),
         (said("", "hello", added="to this"), "'instruction' is empty"),
     ],
 )
-def test_what_is_no_single_instruction_is_named(conversation: Conversation, reason: str) -> None:
+def test_what_is_no_single_instruction_is_named(conversation: Example, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         encoder(train_on="all").encode(conversation)
 
@@ -159,9 +161,7 @@ def test_published_records_as_prompts(tmp_path: Path) -> None:
     }
     path = tmp_path / "train.json"
     path.write_text(json.dumps([row, {**row, "input": " The sun\nshines. \U0001f31e"}], indent=4))
-    samples = ConversationDataset(
-        load_rows(str(path), cache_folder=tmp_path).rows, encode=encoder(max_tokens=900).encode
-    )
+    samples = ConversationDataset(load_rows(str(path), cache_folder=tmp_path), encode=encoder(max_tokens=900).encode)
     for number, added in enumerate(("", " The sun\nshines. \U0001f31e")):
         sample = samples[number]
         assert isinstance(sample, Sample)

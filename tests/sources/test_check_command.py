@@ -194,7 +194,10 @@ def test_overlap_of_train_and_test_is_by_question_and_media(tmp_path: Path) -> N
 def test_spans_of_one_video_are_not_the_same(tmp_path: Path) -> None:
     def example(sample_id: str, start: float) -> Example:
         return Example(
-            id=sample_id, question="What?", video=Clip(path="v.mp4", start_seconds=start), answers=(Answer(text="x"),)
+            id=sample_id,
+            question="What?",
+            videos=(Clip(path="v.mp4", start_seconds=start),),
+            answers=(Answer(text="x"),),
         )
 
     write_examples(tmp_path / "train.jsonl", [example("a", 0.0)])

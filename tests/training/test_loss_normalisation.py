@@ -35,7 +35,7 @@ def micro_batches(config: RunConfig, backbone: LlavaBackbone, size: int) -> list
     preparation, folder = image_preparation(config.model), image_folder(config.data)
     train, _ = read_samples(config.data, seed=0)
     samples = ConversationDataset(
-        train.rows,
+        train,
         encode=encoder.encode,
         picture=lambda path: read_pixels(path, folder=folder, preparation=preparation),
     )

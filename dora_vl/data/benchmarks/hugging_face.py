@@ -32,8 +32,9 @@ from dora_vl.data.benchmarks.fields import UNKNOWN_ID, Progress, Raw, Split, giv
 from dora_vl.data.benchmarks.table import save_picture
 from dora_vl.data.columns import ROLES
 from dora_vl.data.containers import by_split, class_names, counted, meaning, of_the_set, with_class_names
-from dora_vl.data.example import JSON, Answer, Example, correct_choice, listed_choices
-from dora_vl.data.turns import Turn, read_conversation
+from dora_vl.data.example import JSON, Answer, Example, as_conversation, correct_choice, listed_choices
+from dora_vl.data.readers import read_conversations
+from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError, shown, shown_names, shown_text
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -239,8 +240,8 @@ def _picture(value: JSON, task_folder: Path, sample_id: str) -> str:
 
 
 def _turns(conversations: JSON, images: Sequence[str], sample_id: str) -> tuple[Turn, ...]:
-    record = {"id": sample_id, "image": list(images), "conversations": conversations}
-    return read_conversation(record).turns
+    row = {"images": list(images), "conversations": conversations}
+    return as_conversation(read_conversations(row, sample_id)).turns
 
 
 def _choices(value: JSON, sample_id: str) -> tuple[str, ...]:

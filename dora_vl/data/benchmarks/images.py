@@ -50,8 +50,7 @@ from dora_vl.data.benchmarks.fields import (
     weights,
 )
 from dora_vl.data.example import JSON, Answer, Example
-from dora_vl.data.readers import stream_members
-from dora_vl.data.text_file import json_object
+from dora_vl.data.text_file import json_object, stream_members
 from dora_vl.errors import BadSample, UserError, shown, shown_text
 
 COCO_CAPTION_SIZES = {"train": 113_287, "validation": 5_000, "test": 5_000}

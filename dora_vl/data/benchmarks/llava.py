@@ -48,10 +48,9 @@ from dora_vl.data.benchmarks.fields import (
 )
 from dora_vl.data.benchmarks.table import save_picture
 from dora_vl.data.columns import USUAL
-from dora_vl.data.example import JSON, MIDDLE_FRAME, Answer, Clip, Example
-from dora_vl.data.readers import stream_members
-from dora_vl.data.text_file import NotUtf8, json_object, table_rows, whole_text
-from dora_vl.data.turns import read_conversation
+from dora_vl.data.example import JSON, MIDDLE_FRAME, Answer, Clip, Example, as_conversation
+from dora_vl.data.readers import read_conversations
+from dora_vl.data.text_file import NotUtf8, json_object, stream_members, table_rows, whole_text
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.scores.llava import CATEGORIES, VERSIONS
 
@@ -85,12 +84,12 @@ def llava_json_convert(raw: Raw) -> dict[str, JSON]:
     """The record itself, its id as text, if it can be trained on.
 
     Raises:
-        BadSample: see `turns.read_conversation`; or its id is neither text nor a number.
+        BadSample: see `readers.read_conversations`; or its id is neither text nor a number.
     """
     sample_id = optional(raw, "id", identifier, UNKNOWN_ID)
     fields = USUAL.resolve(raw, strict=False).fields  # the record keeps all of its columns
-    conversation = read_conversation({**fields, "id": sample_id})
-    return {"id": conversation.id, **{name: value for name, value in raw.items() if name != "id"}}
+    as_conversation(read_conversations(fields, sample_id))
+    return {"id": sample_id, **{name: value for name, value in raw.items() if name != "id"}}
 
 
 # LLaVA-1.5's visual instruction mix (Liu et al., 2023), 665,298 conversations, to LLaVA's JSON lines.
@@ -657,7 +656,7 @@ def seed_bench_convert(raw: Raw) -> Example:
     return Example(
         id=sample_id,
         images=(f"SEED-Bench-image/{data_id}",) if kind == "image" else (),
-        video=_clip(raw, data_id, sample_id) if kind == "video" else None,
+        videos=(_clip(raw, data_id, sample_id),) if kind == "video" else (),
         question=filled(raw, "question", sample_id),
         answers=(Answer(text=choices[correct]),),
         choices=choices,

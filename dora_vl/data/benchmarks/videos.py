@@ -202,7 +202,7 @@ def convert_question(raw: Raw, *, choices: int, answered: bool) -> Example:
     start, end = span(given(raw, "ts"), sample_id)
     return Example(
         id=sample_id,
-        video=Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),
+        videos=(Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),),
         question=filled(raw, "q", sample_id),
         answers=() if correct is None else (Answer(text=texts[correct]),),
         choices=texts,
@@ -274,7 +274,7 @@ def convert_csv(raw: Raw, *, split: str) -> Example:
     name = filled(raw, "vid_name", sample_id)
     return Example(
         id=sample_id,
-        video=Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),
+        videos=(Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),),
         question=filled(raw, "question", sample_id),
         answers=(Answer(text=right),),
         choices=tuple(choices[place] for place in places),
@@ -379,7 +379,7 @@ def convert_clip(raw: Raw, *, answered: bool) -> Example:
     start, end = span(given(raw, "ts"), sample_id)
     return Example(
         id=sample_id,
-        video=Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),
+        videos=(Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end),),
         answers=tuple(Answer(text=description) for description in descriptions if description),
         subtitles=subtitles_of(raw, sample_id),
         extra={
@@ -489,7 +489,7 @@ def convert_youcook2(raw: Raw) -> Example:
     start, end = seconds(given(raw, "segment"), "segment", name)
     return Example(
         id=name,
-        video=Clip(path=f"{video}.mp4", start_seconds=start, end_seconds=end),
+        videos=(Clip(path=f"{video}.mp4", start_seconds=start, end_seconds=end),),
         answers=(Answer(text=" ".join(filled(raw, "sentence", name).split())),),
         extra={"clip_id": name, "vid_name": name, "recipe_type": optional(raw, "recipe_type", text, name)},
     )
