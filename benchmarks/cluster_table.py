@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_vl.training.command_line import read_run
-from dora_vl.training.engine_memory import Cluster, step_time
-from dora_vl.training.estimate import Estimate, imagine_run, with_shape
+from dora_vl.training.estimate import Cluster, Estimate, imagine_run, with_shape
 from dora_vl.training.image_text_pipeline import instruct_pipeline
 from dora_vl.training.memory import GIB
 
@@ -69,10 +68,7 @@ def row(name: str, gpus: int, found: dict[str, Estimate]) -> Row:
         gpus,
         gib={stage: round(one.total / GIB, 1) for stage, one in found.items()},
         sent={stage: round(one.traffic.total / GIB, 2) for stage, one in found.items()},
-        seconds={
-            stage: round(step_time(cluster, one.traffic, flop=one.flop).one_after_the_other, 2)
-            for stage, one in found.items()
-        },
+        seconds={stage: round(sum(cluster.seconds(one.traffic, one.flop)), 2) for stage, one in found.items()},
     )
 
 

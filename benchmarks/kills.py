@@ -212,14 +212,21 @@ def _import_everything() -> None:
     import accelerate
     import datasets
     import deepspeed
-    import dora_vl.pipelines.image_text
-    import dora_vl.pipelines.vlbart
     import transformers
 
+    import dora_vl.training.image_text_pipeline
     import dora_vl.training.run
+    import dora_vl.training.vlbart_pipeline
     import tests.training.tiny_vlbart_run
 
-    modules = (accelerate, datasets, deepspeed, transformers, dora_vl.pipelines.image_text, dora_vl.pipelines.vlbart)
+    modules = (
+        accelerate,
+        datasets,
+        deepspeed,
+        transformers,
+        dora_vl.training.image_text_pipeline,
+        dora_vl.training.vlbart_pipeline,
+    )
     assert all((*modules, dora_vl.training.run, tests.training.tiny_vlbart_run))
 
 

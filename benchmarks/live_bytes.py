@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, saved_tensors_hooks
 
-from dora_vl.training.memory import LiveBytes, storages_of
+from dora_vl.training.imagined_step import LiveBytes, storages_of
 
 Storage = torch.UntypedStorage
 __all__ = ["LiveBytes", "Saved", "saved_for_backward"]

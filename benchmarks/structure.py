@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import table
-from dora_vl.training.command_line import variants_of
+from dora_vl.training.settings_files import variants_of
 
 PACKAGE = "dora_vl"
 LONG_FUNCTION = 45

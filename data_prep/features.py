@@ -31,15 +31,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_vl.backbones.published_features import FeatureEncoder, FeatureSettings, open_shards
+from dora_vl.backbones.published_features import FeatureEncoder, FeatureSettings
 from dora_vl.backbones.tower_sources import TowerSpec
-from dora_vl.backbones.vision_store import HASH, FeatureWriter, Media, Medium, clip_of_features, computed, in_words
+from dora_vl.backbones.vision_store import (
+    HASH,
+    FeatureWriter,
+    Media,
+    Medium,
+    clip_of_features,
+    computed,
+    in_words,
+    shard_rows,
+)
 from dora_vl.data.example import Clip, iterate_examples
 from dora_vl.data.pictures import PICTURE_ENDINGS, VIDEO_ENDINGS, VIDEO_SECONDS, MediaFolder
 from dora_vl.data.samples import BadSampleLedger, write_skipped
 from dora_vl.data.video import VideoReader
 from dora_vl.errors import UserError, exit_on_user_error, one_line, shown_text
-from dora_vl.training.launch import give_way_when_busy
 
 PICTURES, VIDEOS = ({f".{ending}" for ending in endings} for endings in (PICTURE_ENDINGS, VIDEO_ENDINGS))
 
@@ -93,7 +101,7 @@ def missing(media: Sequence[Medium], to: Path) -> list[Medium]:
     Raises:
         UserError: it holds those of another part of a video under the same name.
     """
-    done = open_shards(to)
+    done = shard_rows(to)
     for medium in media:
         stored = done[medium.name].part if medium.name in done else None
         if stored is not None and stored != medium.part:
@@ -230,7 +238,6 @@ def main(arguments: list[str] | None = None) -> None:
     gpu = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count())
     device = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
     encoder = FeatureEncoder(feature_settings(options), device=device)
-    give_way_when_busy()
     with ended_in_order():
         ledger = compute(media, encoder, options.to, root=options.root, options=options)
     counts = ledger.counts

@@ -1,6 +1,6 @@
-"""The errors a person can act on, what messages quote, and the one place that makes a line and an exit status of them.
+"""The errors a person can act on, what their messages quote, and how a program ends with one. No library of ours below.
 
-Also the errors of Pillow. Only the standard library below it.
+Also the errors of Pillow, torch and the disk that mean such a thing.
 """
 
 from __future__ import annotations
@@ -11,17 +11,12 @@ import functools
 import logging
 import os
 import re
+import reprlib
 import select
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ParamSpec, TypeVar
-
-import torch
-from torch.distributed import DistError
-
-# Lines of other libraries that tell a person of nothing to do: left out of what our programs say.
-
 
 LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     # It looks for a kernel of the hub's at import; its own way on a CPU does the same.
@@ -29,26 +24,16 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     # The tables before the first step say which device it is.
     "DeepSpeed": ("Setting accelerator to CPU", "Unable to find hostfile"),
 }
-"""A logger's name -> how such lines begin."""
+"""A logger's name -> how those of its lines begin that tell a person of nothing to do."""
 
 
-class _Without(logging.Filter):
-    """Lets through whatever does not begin so."""
-
-    def __init__(self, beginnings: tuple[str, ...]) -> None:
-        super().__init__()
-        self._beginnings = beginnings
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith(self._beginnings)
-
-
+@functools.cache
 def leave_out_foreign_lines() -> None:
-    """Leaves them out of this process; may be called again."""
+    """Leaves them out of this process."""
     for name, beginnings in LEFT_OUT.items():
-        logger = logging.getLogger(name)
-        if not any(isinstance(one, _Without) for one in logger.filters):
-            logger.addFilter(_Without(beginnings))
+        logging.getLogger(name).addFilter(
+            lambda record, beginnings=beginnings: not str(record.msg).startswith(beginnings)
+        )
 
 
 Inputs = ParamSpec("Inputs")
@@ -98,38 +83,14 @@ def one_line(message: str, most: int = LONGEST_MESSAGE) -> str:
 
 
 def shown(value: object, most: int = LONGEST_QUOTED) -> str:
-    """A value of a file as a message quotes it: as Python writes it, at most so many characters, whatever it is.
-
-    Of lists and objects of any size or depth no more is written than is shown.
-    """
-    text = ""
+    """A value of a file as a message quotes it: as Python writes it, at most so many characters, whatever it is."""
+    writer = reprlib.Repr()
+    writer.maxlist = writer.maxdict = writer.maxstring = writer.maxother = most
     try:
-        for part in _written(value, most):
-            text += part
-            if len(text) > most:
-                return text[: most - 3] + "..."
-    except (ValueError, RecursionError):  # a whole number of more digits than Python writes
+        text = repr(value[: most + 1]) if isinstance(value, str | bytes) else writer.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
         return f"a {type(value).__name__} too large to be shown"
-    return text
-
-
-def _written(value: object, most: int) -> Iterator[str]:
-    if isinstance(value, dict):
-        yield "{"
-        for number, (name, inside) in enumerate(value.items()):
-            yield ", " if number else ""
-            yield from _written(name, most)
-            yield ": "
-            yield from _written(inside, most)
-        yield "}"
-    elif isinstance(value, list):
-        yield "["
-        for number, inside in enumerate(value):
-            yield ", " if number else ""
-            yield from _written(inside, most)
-        yield "]"
-    else:
-        yield repr(value[: most + 1] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def shown_text(text: str, most: int = LONGEST_QUOTED) -> str:
@@ -141,9 +102,9 @@ def shown_text(text: str, most: int = LONGEST_QUOTED) -> str:
     return visible if len(visible) <= most else visible[: most - 3] + "..."
 
 
-def shown_names(found: Iterable[object], named: int = NAMED, longest: int = LONGEST_NAME) -> str:
+def shown_names(names: Iterable[object], named: int = NAMED, longest: int = LONGEST_NAME) -> str:
     """The first few names, such as those of the columns that a row has, and how many more there are."""
-    names = list(found)
+    names = list(names)
     more = f" and {len(names) - named} more" if len(names) > named else ""
     return (", ".join(shown_text(str(name), longest) for name in names[:named]) or "nothing") + more
 
@@ -203,43 +164,33 @@ def exit_on_user_error(main: Callable[Inputs, Result]) -> Callable[Inputs, Resul
 
     @functools.wraps(main)
     def run(*arguments: Inputs.args, **options: Inputs.kwargs) -> Result:
+        leave_out_foreign_lines()
         try:
-            return _with_output_written(main, *arguments, **options)
+            try:
+                return main(*arguments, **options)
+            finally:
+                sys.stdout.flush()  # at the exit nobody could catch what this raises
         except BrokenPipeError:
-            if not _reader_left():
-                raise
+            poller = select.poll()
+            poller.register(sys.stdout.fileno(), select.POLLOUT)
+            if not any(event & select.POLLERR for _, event in poller.poll(0)):
+                raise  # some other pipe is broken
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes there at the exit
             sys.exit(STATUS_OF_SIGPIPE)
         except UserError as error:
-            said = str(error)
+            message = str(error)
         except OSError as error:
             if error.errno not in _OF_THE_SYSTEM:
                 raise
-            said = one_line(f"{error.filename or 'a file'}: {_OF_THE_SYSTEM[error.errno]}")
-        sys.stderr.write(f"error: {said}\n")
+            message = one_line(f"{error.filename or 'a file'}: {_OF_THE_SYSTEM[error.errno]}")
+        sys.stderr.write(f"error: {message}\n")
         sys.exit(USER_ERROR_STATUS)
 
     return run
 
 
-def _with_output_written(main: Callable[Inputs, Result], *arguments: Inputs.args, **options: Inputs.kwargs) -> Result:
-    leave_out_foreign_lines()
-    try:
-        return main(*arguments, **options)
-    finally:
-        sys.stdout.flush()  # at the exit nobody could catch what this raises
-
-
-def _reader_left() -> bool:
-    """Whether nobody reads the standard output any more, rather than some other pipe being broken."""
-    poller = select.poll()
-    poller.register(sys.stdout.fileno(), select.POLLOUT)
-    return any(event & select.POLLERR for _, event in poller.poll(0))
-
-
-# What a RuntimeError of torch is about, where neither is the fault of what was being done: too little memory, another
-# rank's end.
-
+# torch's RuntimeErrors that are not the fault of what was being done. It is imported where they are asked about alone:
+# it would take a second of every command's start.
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 """Of RuntimeErrors that have no type of their own: the CPU allocator's, cuBLAS's and cuDNN's, and those of CUDA itself,
@@ -251,19 +202,20 @@ NCCL's are plain RuntimeErrors."""
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was too small: for torch's allocator on a GPU, for Python and numpy, or as torch words it."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    from torch import OutOfMemoryError
+
+    if isinstance(error, MemoryError | OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY)
 
 
 def is_communication(error: BaseException) -> bool:
     """Whether the library that moves the bytes says that another rank is not there."""
+    from torch.distributed import DistError
+
     if isinstance(error, DistError):  # a backend's, a store's or a connection's
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _COMMUNICATION)
-
-
-# Whole numbers in text: those of a command line that count something, and ids.
 
 
 MOST_DIGITS = 18

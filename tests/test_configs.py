@@ -31,10 +31,11 @@ from dora_vl.errors import UserError
 from dora_vl.training.adapting import adapt
 from dora_vl.training.arguments import SHORT_NAMES, check_deepspeed, check_training_section, read_deepspeed
 from dora_vl.training.assembly import dora_config
-from dora_vl.training.command_line import read_settings, variants_of
+from dora_vl.training.command_line import read_settings
 from dora_vl.training.commonsense_pipeline import CommonsensePipeline
 from dora_vl.training.image_text_pipeline import ImageTextPipeline
 from dora_vl.training.recipe import CommonsenseRunConfig, ModelConfig, RunConfig, VlBartRunConfig
+from dora_vl.training.settings_files import variants_of
 from dora_vl.training.vlbart_pipeline import vlbart_dora_config
 from tests.backbones.tiny_families.table import FAMILIES as TINY_FAMILIES
 from tests.backbones.tiny_image_text import tiny_tokenizer

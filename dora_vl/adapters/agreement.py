@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_vl.adapters.files import TRAINED_IN
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.trainable import adapted_layers
@@ -27,9 +28,6 @@ FILE_TO_LEAF = {
 }
 """Every spelling of an adapter's tensor that a file may have -> the layer's own name of it."""
 LEAVES = frozenset(FILE_TO_LEAF.values())
-TRAINED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-COPY = ".base_layer.weight"
-"""End of PEFT's key of the weight under an adapter."""
 
 
 def own_name(key: str) -> str:
@@ -45,21 +43,18 @@ def by_own_name(source: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
     """An adapter file's tensors by the model's own names; apart from them PEFT's copies of adapted layers' weights.
 
     PEFT saves `lm_head.base_layer.weight`, which did not train, beside the factors of an embedding or output head.
-
-    Raises:
-        UserError: two keys name one tensor, or one of an adapter's own is no plain float.
     """
     adapted = {owner for owner, _, leaf in (own_name(key).rpartition(".") for key in tensors) if leaf in LEAVES}
     own: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = own_name(key)
-        if name.rpartition(".")[2] in LEAVES and tensor.dtype not in TRAINED_DTYPES:
+        if name.rpartition(".")[2] in LEAVES and tensor.dtype not in TRAINED_IN:
             raise UserError(f"{source}: {name} is {tensor.dtype}, and A, B and magnitudes are of 16 bits or more")
-        is_copy = key.endswith(COPY) and name.rpartition(".")[0] in adapted
-        if name in (own if not is_copy else copies):
+        group = copies if key.endswith(".base_layer.weight") and name.rpartition(".")[0] in adapted else own
+        if name in group:
             raise UserError(f"{source} holds {name} twice, the second time as {key}; save the adapter again")
-        (copies if is_copy else own)[name] = tensor
+        group[name] = tensor
     return own, copies
 
 
@@ -129,7 +124,7 @@ def whole_change(config: DoRAConfig) -> DoRAConfig:
 
 def fields_of_the_change(stated: DoRAConfig, own: DoRAConfig) -> list[str]:
     """The settings of a layer that say what its A and B mean."""
-    return [*(["init"] if "pissa" in (stated.init, own.init) else []), "rank", "alpha", "rank_scaling"]
+    return [*(["init"] if "pissa" in (stated.init, own.init) else ()), "rank", "alpha", "rank_scaling"]
 
 
 def first_difference(stated: DoRAConfig, own: DoRAConfig, fields: Sequence[str]) -> tuple[str, object, object] | None:
@@ -172,11 +167,8 @@ def refuse_pefts_other_result(source: str, model: nn.Module, peft: Mapping[str, 
     """
     if own or peft.get("peft_type", "LORA") != "LORA":
         return
-    beyond = layers_beyond_peft(dict(adapted_layers(model)))
-    if beyond:
-        name, setting = next(iter(beyond.items()))
+    for name, setting in layers_beyond_peft(dict(adapted_layers(model))).items():
         raise UserError(
-            f"{source}: {name} has {setting}, which PEFT leaves out of its low-rank path ({len(beyond)} such layers), "
-            "so that its A and B mean another change there; train without these layers in target_modules, or train "
-            "them here"
+            f"{source}: {name} has {setting}, which PEFT leaves out of its low-rank path, so that its A and B mean "
+            "another change there; train without such layers in target_modules, or train them here"
         )

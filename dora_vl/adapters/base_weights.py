@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -79,14 +79,13 @@ class BaseWeights:
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self.config = config_in(folder)
-        self.stem = self._stem()
+        self.stem = stem_in(folder) or self._no_stem()
         """How its weight files begin."""
         self.stored = tuple(self._list())
         layout = layout_of(self.config, {key: shape for key, _, shape, _ in self.stored})
+        names = {key: layout.names.get(key, key) for key, *_ in self.stored}
         self.tensors = {
-            name: StoredTensor(key, name, file, shape, dtype)
-            for key, file, shape, dtype in self.stored
-            for name in [layout.names.get(key, key)]
+            names[key]: StoredTensor(key, names[key], file, shape, dtype) for key, file, shape, dtype in self.stored
         }
         self.transposed_layers = layout.transposed
         """Layers whose class stores its weight as [in, out] (transformers' `Conv1D`, embeddings)."""
@@ -103,26 +102,20 @@ class BaseWeights:
         self._stack.close()
 
     def _list(self) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
-        for file in self._file_names():
+        index, files = self.folder / index_file(self.stem), [single_file(self.stem)]
+        if index.is_file():
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for file in files:
             handle = self._open(file)
             for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 part = handle.get_slice(key)
                 yield key, file, tuple(part.get_shape()), part.get_dtype()
 
-    def _file_names(self) -> list[str]:
-        if (self.folder / index_file(self.stem)).is_file():
-            weight_map = read_json(self.folder / index_file(self.stem)).get("weight_map", {})
-            return sorted(set(weight_map.values()))
-        return [single_file(self.stem)]
-
-    def _stem(self) -> str:
-        found = stem_in(self.folder)
-        if found is not None:
-            return found
-        there = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else "no such folder"
+    def _no_stem(self) -> NoReturn:
+        files = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else "no such folder"
         raise UserError(
             f"{self.folder} holds neither {' nor '.join(map(single_file, STEMS))}, whole or in shards with an index "
-            f"({there}); give a model folder in safetensors (load an older one and save_pretrained it once)"
+            f"({files}); give a model folder in safetensors (load an older one and save_pretrained it once)"
         )
 
     def _open(self, file: str) -> Any:
@@ -136,11 +129,7 @@ class BaseWeights:
         return self._files[file]
 
     def read(self, name: str) -> Tensor:
-        """One tensor by the model's name for it.
-
-        Raises:
-            UserError: the base has no such tensor.
-        """
+        """One tensor by the model's name for it."""
         if name not in self.tensors:
             raise UserError(f"{self.folder} has no tensor {name}; is it the base that the adapter was trained on?")
         stored = self.tensors[name]
@@ -156,10 +145,9 @@ class BaseWeights:
     def tied_to(self, name: str) -> list[str]:
         """The model's other names for a tensor; transformers does not tie what the files hold apart."""
         others = next((group - {name} for group in self._tied if name in group), ())
+        stored = self.tensors
         return [
-            other
-            for other in sorted(others)
-            if not {name, other} <= self.tensors.keys() or torch.equal(self.read(name), self.read(other))
+            n for n in sorted(others) if not {name, n} <= stored.keys() or torch.equal(self.read(name), self.read(n))
         ]
 
     def module_names(self) -> list[str]:
@@ -202,9 +190,6 @@ def layout_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
     The model is built from its configuration without memory. A folder whose class transformers does not have
     keeps the files' names, and so do tensors that transformers joins into one when it loads them (a matrix for each
     expert): under the joined name only the last would be left.
-
-    Args:
-        shapes: of the stored tensors, by key.
     """
     model = skeleton(config)
     if model is None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dora_vl.adapters.adapter import Adapter, Factors
 from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.exports import truncated
+from dora_vl.adapters.exports import is_special, truncated
 from dora_vl.adapters.folder import PEFT_PREFIX
 from dora_vl.adapters.merge import planned_factors
 from dora_vl.adapters.settings import new_config, own_recipe
@@ -92,18 +92,9 @@ def reduce_rank(factors: Factors, weight: Tensor, rank: int) -> Factors:
 def combine(
     adapters: Mapping[str, Adapter], shares: Mapping[str, float], base: BaseWeights, *, rank: int | None = None
 ) -> Combination:
-    """The weighted combination of adapters on one base, one layer in memory at a time.
+    """The weighted combination of adapters on one base; with a `rank` the nearest of it, by an SVD, with its error.
 
     Other tensors (projector, biases) combine as the change of each from the base does.
-
-    Args:
-        adapters: By name.
-        shares: Name -> weight; a single adapter with weight 1 comes back bit by bit.
-        base: What all of them were trained on.
-        rank: None: the exact form, of rank sum of ranks. Smaller: through an SVD, with its error.
-
-    Raises:
-        UserError: an unknown name, nothing to combine, an adapter that does not fit, embeddings or convolutions.
     """
     unknown = sorted(set(shares) - set(adapters))
     if unknown or not any(shares.values()):
@@ -112,8 +103,10 @@ def combine(
     if list(active.values()) == [1]:
         return Combination(adapters[next(iter(active))], {})
     found = {name: planned_factors(base, adapters[name]) for name in active}
-    for name in active:
-        _refuse_special(adapters[name])
+    for adapter in (adapters[name] for name in active):
+        for name, layer in adapter.layers.items():
+            if is_special(layer) or name in adapter.input_axis:
+                raise UserError(f"{adapter.source}: {name} is no linear layer with a magnitude a row; merge instead")
     results: dict[str, Factors] = {}
     errors: dict[str, float] = {}
     for layer in sorted({layer for factors in found.values() for layer in factors}):
@@ -122,21 +115,11 @@ def combine(
         results[layer] = exact = combine_factors(weight, parts)
         if rank is not None:
             results[layer] = reduce_rank(exact, weight, rank)
-            errors[layer] = _relative_error(results[layer], exact, weight)
+            merged = exact.merged(weight)
+            change = float((merged - weight.to(merged.dtype)).norm())
+            errors[layer] = float((results[layer].merged(weight) - merged).norm()) / change if change else 0.0
     extras = _combined_extras({name: adapters[name] for name in active}, active, base)
     return Combination(_as_adapter(results, extras, [adapters[name] for name in active], base), errors)
-
-
-def _relative_error(found: Factors, exact: Factors, weight: Tensor) -> float:
-    merged = exact.merged(weight)
-    change = float((merged - weight.to(merged.dtype)).norm())
-    return float((found.merged(weight) - merged).norm()) / change if change else 0.0
-
-
-def _refuse_special(adapter: Adapter) -> None:
-    for name, layer in adapter.layers.items():
-        if "embedding_A" in layer or ("A" in layer and layer["A"].ndim > 2) or name in adapter.input_axis:
-            raise UserError(f"{adapter.source}: {name} is no linear layer with a magnitude a row; merge instead")
 
 
 def _combined_extras(

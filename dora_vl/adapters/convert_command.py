@@ -109,7 +109,6 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _refuse_target(source: Path, target: Path) -> None:
-    """Raises a `UserError` before any work where the result may not take the folder's place."""
     if target.resolve() in (source.resolve(), source.resolve().parent):
         raise UserError(f"--to {target} is where the adapter is read from; name another folder")
     refuse_to_replace_adapter(target)

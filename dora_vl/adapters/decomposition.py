@@ -60,9 +60,6 @@ def layers_to_compare(requests: Sequence[Request], base: BaseWeights, globs: Seq
     """The layers of all panels, in the model's order: the same ones, so that panels can be compared.
 
     Without globs these are the layers that any of the adapters adapts, or every matrix where there is no adapter.
-
-    Raises:
-        UserError: a glob matches no matrix of any of the models.
     """
     adapted: set[str] = set()
     there: set[str] = set()
@@ -87,11 +84,7 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 def measured(
     request: Request, base: BaseWeights, layers: Sequence[str], *, axis: Axis, done: Callable[[], object]
 ) -> Panel:
-    """Reads one model, a layer and checkpoint at a time; `done` is called after each.
-
-    Raises:
-        UserError: a weight that is not finite, of another shape or quantised, or no layer that changed.
-    """
+    """Reads one model, a layer and checkpoint at a time; `done` is called after each."""
     points: list[Point] = []
     unchanged, method = 0, ""
     for saved in request.saved:

@@ -40,11 +40,7 @@ class LayerExport:
 
 
 def export_layers(adapter: Adapter, base: BaseWeights, rank: int) -> Iterator[LayerExport]:
-    """Each layer's nearest LoRA of rank `rank`, one layer in memory at a time.
-
-    Raises:
-        UserError: the adapter changes no layer, only whole tensors, or does not fit the base.
-    """
+    """Each layer's nearest LoRA of rank `rank`, one layer in memory at a time."""
     if not adapter.layers:
         raise UserError(
             f"{adapter.source} (method: {adapter.method}) holds whole tensors and no adapted layer, so there is "
@@ -52,17 +48,13 @@ def export_layers(adapter: Adapter, base: BaseWeights, rank: int) -> Iterator[La
         )
     factors = planned_factors(base, adapter)
     for layer, found in factors.items():
-        change = change_of(found, base.weight_of(layer))
+        weight = base.weight_of(layer)
+        merged = found.merged(weight)
+        change = found.as_matrix(merged - weight.to(merged.dtype))
         a, b = truncated(change, rank)
         norm = float(change.norm())
         error = float((change - b @ a).norm()) / norm if norm else 0.0
         yield LayerExport(layer, a, b, error)
-
-
-def change_of(factors: Factors, weight: Tensor) -> Float[Tensor, "out in_"]:
-    """W' - W as [out, in], in float32."""
-    merged = factors.merged(weight)
-    return factors.as_matrix(merged - weight.to(merged.dtype))
 
 
 def truncated(
@@ -84,11 +76,7 @@ def truncated(
 
 
 def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> Adapter:
-    """The exported layers as a LoRA adapter, with the adapter's other tensors beside them.
-
-    Raises:
-        UserError: some layer lost more than `max_error`, or the adapter is no linear layers' alone.
-    """
+    """The exported layers as a LoRA adapter, with the adapter's other tensors beside them."""
     above = sorted((e for e in exports if e.relative_error > max_error), key=lambda e: -e.relative_error)
     if above:
         raise UserError(
@@ -96,7 +84,7 @@ def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> A
             f"{above[0].layer} ({above[0].relative_error:.3g}); nothing written. Raise --rank or --max-error, or "
             "merge instead (dora-vl merge), which is exact"
         )
-    special = [name for name, layer in adapter.layers.items() if "embedding_A" in layer or _kernel(layer)]
+    special = [name for name, layer in adapter.layers.items() if is_special(layer)]
     if special:
         raise UserError(f"{adapter.source}: {special[0]} is no linear layer; only linears are exported")
     tensors = {key: tensor for key, tensor in adapter.tensors.items() if is_extra(key)}
@@ -117,8 +105,9 @@ def as_lora(adapter: Adapter, exports: list[LayerExport], max_error: float) -> A
     return Adapter(tensors, config, {**adapter.recipe, **own}, adapter.source)
 
 
-def _kernel(layer: dict[str, Tensor]) -> bool:
-    return "A" in layer and layer["A"].ndim > 2
+def is_special(layer: Mapping[str, Tensor]) -> bool:
+    """Whether an adapted layer is an embedding or a convolution, by its tensors."""
+    return "embedding_A" in layer or ("A" in layer and layer["A"].ndim > 2)
 
 
 # An adapter as vLLM serves it: what its LoRA slots hold stays an adapter, all else is folded into the base beside it.
@@ -161,18 +150,7 @@ def export_for_vllm(
     dtype: torch.dtype | None = None,
     open_base: Callable[[Path], BaseWeights] = BaseWeights,
 ) -> Exported:
-    """Writes `target/adapter`, and `target/base` where something has to be folded in or renamed for vLLM.
-
-    Args:
-        language: full names of the language model's linear layers, without the output head.
-        head: full name of the output head.
-        dtype: of the new base; None keeps each tensor's own.
-        open_base: gives the values that the adapter was trained on, where they are not the stored ones.
-
-    Raises:
-        UserError: something that vLLM cannot serve, a base that does not fit, or a target that is there already.
-            Nothing is written then.
-    """
+    """Writes `target/adapter`, and `target/base` where something has to be folded in or renamed for vLLM."""
     refuse_to_replace(target, ())
     with open_base(base_folder) as base:
         refuse_unserved(adapter, base, language, head)
@@ -226,10 +204,8 @@ def refuse_unserved(adapter: Adapter, base: BaseWeights, language: Collection[st
 def _unserved(name: str, layer: Mapping[str, Any], adapter: Adapter, base: BaseWeights) -> str | None:
     if name in adapter.experts:
         return "is experts in one tensor"
-    if "embedding_A" in layer:
-        return "is an embedding"
-    if "A" in layer and layer["A"].ndim > 2:
-        return "is a convolution"
+    if is_special(layer):
+        return "is an embedding or a convolution"
     if "A" not in layer:
         return "has a magnitude alone"
     if name in adapter.input_axis:
@@ -264,30 +240,22 @@ def _of_one_scale(adapter: Adapter, served: Mapping[str, Factors]) -> Adapter:
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = found.lora_B if factor == 1 else factor * found.lora_B
         if found.magnitude is not None:
             tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = found.magnitude
-    ranks = {name: found.rank for name, found in served.items() if found.rank != highest}
-    config = {
-        "alpha_pattern": {name: scale * rank for name, rank in ranks.items()},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
+    ranks = {name: found.rank for name, found in served.items()}
+    dropout = float(adapter.config.get("lora_dropout") or 0.0)
+    config = new_config(ranks=ranks, scales=dict.fromkeys(served, scale), use_dora=use_dora, dropout=dropout)
+    others = {name: rank for name, rank in ranks.items() if rank != highest}
+    config |= {
+        "alpha_pattern": {name: scale * rank for name, rank in others.items()},
         "lora_alpha": scale * highest,
-        "lora_dropout": float(adapter.config.get("lora_dropout") or 0.0),
-        "modules_to_save": None,
-        "peft_type": "LORA",
         "r": highest,
-        "rank_pattern": ranks,
-        "target_modules": sorted(served),
+        "rank_pattern": others,
         "task_type": adapter.config.get("task_type"),
-        "use_dora": use_dora,
-        "use_rslora": False,
     }
     recipe = {**adapter.recipe, **own_recipe(config)} if adapter.recipe else {}
     return Adapter(tensors, config, recipe, adapter.source)
 
 
 def _on_base(served: Adapter, base: Path, digest: str) -> Adapter:
-    """The same for another base, whose values are those that it was trained on."""
     recipe = served.recipe
     if "base" in recipe:
         recipe = {**recipe, "base": str(base), "revision": None, "base_sha256": digest, "quantisation": None}

@@ -37,21 +37,29 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file on CPU, by key; a pickle is read with `weights_only=True` and no other way.
-
-    Raises:
-        UserError: the file is missing, cut short, of another kind, or holds something that is no tensor.
-    """
+    """All tensors of one file on CPU, by key; a pickle is read with `weights_only=True` and no other way."""
     if not path.is_file():
         there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else "no such folder"
         raise UserError(f"{path} does not exist ({there}); give the folder or file that holds the adapter")
-    if path.suffix in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
-        check_whole(path)
-    if path.suffix == SAFETENSORS_SUFFIX:
-        return _read_safetensors(path)
-    if path.suffix in PICKLE_SUFFIXES:
-        return _read_pickle(path)
-    raise UserError(f"{path} is no weight file; these are read: {SAFETENSORS_SUFFIX}, {', '.join(PICKLE_SUFFIXES)}")
+    if path.suffix not in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
+        raise UserError(f"{path} is no weight file; these are read: {SAFETENSORS_SUFFIX}, {', '.join(PICKLE_SUFFIXES)}")
+    check_whole(path)
+    try:
+        if path.suffix == SAFETENSORS_SUFFIX:
+            return load_file(path)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as plain tensors ({reason}); nothing in it was run") from error
+    for wrapper in ("state_dict", "model"):  # of whole networks
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    others = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise UserError(f"{path}: {others[:3]} are no tensors; save the state dictionary alone")
+    return {str(key): tensor.detach() for key, tensor in content.items()}
 
 
 TRAINED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -73,27 +81,6 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(f"{source}: {len(broken)} tensors hold NaN or infinity, first {broken[:3]}; use another save")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as plain tensors ({reason}); nothing in it was run") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    others = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    if others:
-        raise UserError(f"{path}: {others[:3]} are no tensors; save the state dictionary alone")
-    return {str(key): tensor.detach() for key, tensor in content.items()}
 
 
 DTYPES = {
@@ -119,29 +106,20 @@ def byte_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 class SafetensorsStream:
-    """Writes a file's tensors in the order that was announced.
-
-    Args:
-        path: Of the file.
-        entries: Name -> (shape, dtype), in writing order.
-    """
+    """Writes a file's tensors in the order that was announced."""
 
     def __init__(self, path: Path, entries: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        self._entries = dict(entries)
-        self._waiting = list(entries)
-        self._file = path.open("wb")
-        self._file.write(self._header())
-
-    def _header(self) -> bytes:
+        self._entries, self._waiting = dict(entries), list(entries)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for name, (shape, dtype) in self._entries.items():
+        for name, (shape, dtype) in entries.items():
             end = offset + byte_size(shape, dtype)
             header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Appends the next announced tensor."""
@@ -177,7 +155,7 @@ AS_JSON_HAS_IT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 """No text for a number, no number for a flag; what is not named here is not read, or looked at where it is."""
 Count = Annotated[int, Field(ge=1)]
 Names = list[str]
-Place = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+FolderOrId = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """Of a folder or a hub: the operating system takes no name with a NUL in it."""
 
 
@@ -196,8 +174,8 @@ class PeftFields(TypedDict, total=False):
     fan_in_fan_out: bool
     modules_to_save: Names | None
     target_modules: str | Names | None
-    base_model_name_or_path: Place | None
-    revision: Place | None
+    base_model_name_or_path: FolderOrId | None
+    revision: FolderOrId | None
 
 
 @with_config(AS_JSON_HAS_IT)
@@ -229,8 +207,8 @@ class RecipeFields(TypedDict, total=False):
     """Our `recipe.json`: how the model is asked again."""
 
     task: str
-    base: Place
-    revision: Place | None
+    base: FolderOrId
+    revision: FolderOrId | None
     base_sha256: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
     quantisation: str | None
@@ -245,30 +223,23 @@ _PEFT, _RECIPE = TypeAdapter(PeftFields), TypeAdapter(RecipeFields)
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """PEFT's fields of an adapter folder.
-
-    Raises:
-        UserError: the file is missing or no JSON object, or a field is of another type.
-    """
+    """PEFT's fields of an adapter folder."""
     return _checked(folder / CONFIG_FILE, _PEFT.validate_python)
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """Our own settings beside them; empty for a folder that was not made here.
-
-    Raises:
-        UserError: the file is no JSON object, or a field is of another type.
-    """
+    """Our own settings beside them; empty for a folder that was not made here."""
     path = folder / RECIPE_FILE
     return _checked(path, _RECIPE.validate_python) if path.is_file() else {}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object of an adapter folder.
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """One JSON object, indented."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    Raises:
-        UserError: the file is missing or is not a JSON object.
-    """
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object of an adapter folder."""
     try:
         with open_regular(path) as file:
             content = json.loads(file.read().decode("utf-8"))
@@ -289,13 +260,9 @@ def _checked(path: Path, validate: Callable[[object], object]) -> dict[str, Any]
         validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(one) for one in first["loc"])
-        raise UserError(f"{path}: {place} is {shown(first['input'])}; {_in_small(first['msg'])}") from None
+        key, message = ".".join(map(str, first["loc"])), first["msg"]
+        raise UserError(f"{path}: {key} is {shown(first['input'])}; {message[:1].lower()}{message[1:]}") from None
     return content
-
-
-def _in_small(message: str) -> str:
-    return message[:1].lower() + message[1:]
 
 
 # Folders that appear whole or not at all: what may be replaced, and checkpoints to resume from, found again.
@@ -374,11 +341,7 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def checkpoint_to_resume(resume: str | None, run_folder: Path) -> Path | None:
-    """The folder that `resume` means: null, `last`, or a path.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The folder that `resume` means: null, `last`, or a path."""
     if resume is None:
         return None
     if resume != LAST:
@@ -398,17 +361,15 @@ def set_later_aside(run_folder: Path, checkpoint: Path) -> list[tuple[Path, Path
 
     Those of later steps; all, where `checkpoint` is in another folder. Returns each old name with the new one.
     """
-    found = complete_checkpoints(run_folder)
-    since = next((step_of(one) for one in found if one.samefile(checkpoint)), -1)
+    checkpoints = complete_checkpoints(run_folder)
+    since = next((step_of(own) for own in checkpoints if own.samefile(checkpoint)), -1)
     renamed = []
-    for later in [one for one in found if step_of(one) > since]:
-        renamed.append((later, later.rename(_free_name(later.with_name(f"{SUPERSEDED}{later.name}")))))
+    for later in (own for own in checkpoints if step_of(own) > since):
+        names = (
+            later.with_name(f"{SUPERSEDED}{later.name}{ending}") for ending in chain([""], map("-{}".format, count(2)))
+        )
+        renamed.append((later, later.rename(next(name for name in names if not lexists(name)))))
     return renamed
-
-
-def _free_name(path: Path) -> Path:
-    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
-    return next(name for name in chain([path], numbered) if not lexists(name))
 
 
 def drop_old_checkpoints(run_folder: Path, *, keep: int | None, also_keep: Iterable[Path] = ()) -> None:

@@ -8,17 +8,14 @@ for, and whatever the caller needs to rebuild the run (base, template, picture s
 from __future__ import annotations
 
 import copy
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dora_vl.adapters.agreement import PEFT_PREFIX as PEFT_PREFIX
@@ -38,9 +35,11 @@ from dora_vl.adapters.files import (
     complete_checkpoints,
     read_peft_config,
     read_recipe,
+    read_tensors,
     refuse_not_finite,
     refuse_to_replace,
-    replace_folder,
+    write_json,
+    written_whole,
 )
 from dora_vl.adapters.files import read_json as read_json
 from dora_vl.adapters.settings import own_settings, peft_config, read_config
@@ -51,7 +50,6 @@ from dora_vl.core.precision import Gather, no_gather
 from dora_vl.core.quantised import loose_tensors
 from dora_vl.core.trainable import adapted_layers, is_adapted, kept_rows, kept_tensors, trained_parts
 from dora_vl.errors import UserError, shown_names
-from dora_vl.files import check_whole
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
@@ -63,54 +61,37 @@ FILES = (WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE)
 
 def save_adapter(
     model: nn.Module,
-    folder: str | os.PathLike[str],
+    folder: str | PathLike[str],
     *,
     base_model: str = "",
     recipe: Mapping[str, Any] | None = None,
     gather: Gather = no_gather,
     write: bool = True,
 ) -> None:
-    """Writes the adapter folder under a temporary name and renames it, replacing an older adapter folder.
+    """Writes the adapter folder, whole or not at all, in place of an older one.
 
     With ZeRO-3 every rank calls this, with the `gather` that makes parameters whole; only the rank with `write`
     touches the disk.
-
-    Raises:
-        UserError: `folder` is there already and holds something else than an adapter. Nothing is written then.
     """
-    tensors = adapter_tensors(model, gather=gather, copy=write)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _expected(model).items():
+        with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
+            if write:
+                # A clone: safetensors refuses tensors that share memory, and a sharded one is gone after the block.
+                whole = kept_rows(name, tensor.detach()).to("cpu", copy=True)
+                tensors[file_name(model, name)] = _in_file(model, name, whole)
     if not write:
         return
-    target = Path(folder)
-    refuse_to_replace_adapter(target)
-    staging = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    refuse_to_replace_adapter(Path(folder))
+    with written_whole(Path(folder)) as staging:
         save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        _write_json(staging / CONFIG_FILE, peft_config(model, base_model))
-        _write_json(staging / RECIPE_FILE, {**(recipe or {}), "adapter": own_settings(model)})
-        replace_folder(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        write_json(staging / CONFIG_FILE, peft_config(model, base_model))
+        write_json(staging / RECIPE_FILE, {**(recipe or {}), "adapter": own_settings(model)})
 
 
 def refuse_to_replace_adapter(target: Path) -> None:
     """Raises a `UserError` where a folder has the name already and is no adapter folder, or holds more than that."""
     refuse_to_replace(target, FILES if (target / CONFIG_FILE).is_file() else ())
-
-
-def adapter_tensors(model: nn.Module, *, gather: Gather = no_gather, copy: bool = True) -> dict[str, Tensor]:
-    """Every trained tensor and every kept one on CPU under PEFT's names; empty on ranks that only take part."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in _expected(model).items():
-        with gather([tensor] if isinstance(tensor, nn.Parameter) else []):
-            if copy:
-                # A clone: safetensors refuses tensors that share memory, and a sharded one is gone after the block.
-                tensors[file_name(model, name)] = _in_file(
-                    model, name, kept_rows(name, tensor.detach()).to("cpu", copy=True)
-                )
-    return tensors
 
 
 def _in_file(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -125,15 +106,11 @@ def _in_file(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 # -- loading -------------------------------------------------------------------------------------------------
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], *, gather: Gather = no_gather, change_base: bool = True
+    model: nn.Module, folder: str | PathLike[str], *, gather: Gather = no_gather, change_base: bool = True
 ) -> list[str]:
     """Loads an adapter folder, adapting the model first where it is not; returns the adapted layers' names.
 
@@ -141,24 +118,24 @@ def load_adapter(
     bit. Without `change_base` it becomes the change of the original weights that its file holds, at twice the rank:
     the same outputs up to rounding, and no frozen weight changes. A model that is adapted already must be adapted as
     the folder says; its dropout stays its own.
-
-    Raises:
-        UserError: a file is missing or broken, a tensor is missing, unexpected, of another shape or not finite, the
-            configuration is not one of ours, or not the one that the model is adapted with. Nothing is changed in the
-            model then.
     """
     source = Path(folder)
     tensors, copies = by_own_name(str(source), read_weights(source))
     own, peft = read_recipe(source).get("adapter", {}), read_peft_config(source)
     refuse_untied_values(str(source), model, tensors, own)
-    _refuse_other_copies(source, model, copies, gather)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name in copies.keys() & weights.keys():
+        with gather([weights[name]]):
+            refuse_other_copy(str(source), name, copies[name], weights[name])
     config = read_config(str(source), peft, own, tensors)
     if is_adapted(model):
         refuse_other_settings(str(source), model, config, dropout_mode_is_stated="dropout_mode" in own)
         refuse_pefts_other_result(str(source), model, peft, own)
     else:
         config = config if change_base else whole_change(config)
-        twin = _adapted_twin(source, model, config, tensors)
+        twin = _without_values(model)  # tried first, so that a folder that does not fit leaves the model alone
+        _adapt(twin, config, no_gather)
+        _check_fit(source, twin, tensors)
         refuse_pefts_other_result(str(source), twin, peft, own)
         _adapt(model, config, gather)
     _check_fit(source, model, tensors)
@@ -166,21 +143,6 @@ def load_adapter(
     for _, layer in adapted_layers(model):
         layer.forget_norms()
     return [name for name, _ in adapted_layers(model)]
-
-
-def _refuse_other_copies(source: Path, model: nn.Module, copies: Mapping[str, Tensor], gather: Gather) -> None:
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    for name in copies.keys() & weights.keys():
-        with gather([weights[name]]):
-            refuse_other_copy(str(source), name, copies[name], weights[name])
-
-
-def _adapted_twin(source: Path, model: nn.Module, config: DoRAConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """An adapted copy without values, tried first so that a folder that does not fit leaves the model alone."""
-    twin = _without_values(model)
-    _adapt(twin, config, no_gather)
-    _check_fit(source, twin, tensors)
-    return twin
 
 
 @torch.no_grad()
@@ -222,22 +184,11 @@ def _own_part(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, safetensors only.
-
-    Raises:
-        UserError: the folder or a file is missing, the file is cut short, or a tensor of it is not finite.
-    """
+    """The tensors of an adapter folder, safetensors only."""
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        if (folder / PICKLED_WEIGHTS_FILE).is_file():
-            raise pickled(folder)
-        there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
-        raise UserError(f"{path} does not exist ({there}); give the folder that save_adapter or PEFT wrote")
-    check_whole(path)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+    if not path.is_file() and (folder / PICKLED_WEIGHTS_FILE).is_file():
+        raise pickled(folder)
+    tensors = read_tensors(path)
     refuse_not_finite(tensors, str(path))
     return tensors
 
@@ -270,23 +221,20 @@ def _check_fit(source: Path, model: nn.Module, tensors: Mapping[str, Tensor]) ->
             f"{len(unexpected)} unexpected {unexpected[:3]}; is it the base that the adapter was trained on?"
         )
     for name, tensor in expected.items():
-        found = tuple(tensors[name].shape)
+        shape, own = tuple(tensors[name].shape), kept_rows(name, tensor)
         # A sharded parameter shows no shape here; its copy checks it.
-        if tensor.numel() and found not in _shapes_in_file(model, name, kept_rows(name, tensor)):
-            needed = list(kept_rows(name, tensor).shape)
-            raise UserError(f"{source}: {name} is {list(found)}, this model needs {needed}")
+        if tensor.numel() and shape not in _shapes_in_file(model, name, own):
+            raise UserError(f"{source}: {name} is {list(shape)}, this model needs {list(own.shape)}")
 
 
 def _shapes_in_file(model: nn.Module, name: str, tensor: Tensor) -> tuple[tuple[int, ...], ...]:
     owner, _, leaf = name.rpartition(".")
     layer, shape = model.get_submodule(owner), tuple(tensor.shape)
-    if not isinstance(layer, AdaptedLayer):
-        return (shape,)
-    if leaf == "magnitude":
+    if isinstance(layer, AdaptedLayer) and leaf == "magnitude":
         return (shape, layer.magnitude_file_shape(), (*shape, 1))
-    if layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
+    if isinstance(layer, AdaptedLayer) and layer.adapter.init == "pissa" and leaf in ("lora_A", "lora_B"):
         axis = 0 if leaf == "lora_A" else 1
-        return (tuple(size * 2 if place == axis else size for place, size in enumerate(shape)),)
+        return (tuple(size * 2 if number == axis else size for number, size in enumerate(shape)),)
     return (shape,)
 
 
@@ -302,29 +250,22 @@ INNER = "adapter"
 """Where a run and each of its checkpoints keep their adapter."""
 
 
-def no_adapter(place: Path) -> UserError:
+def no_adapter(path: Path) -> UserError:
     """The error of a path that holds no adapter: what is there, and the next step."""
-    if not place.exists():
-        return UserError(f"{place} holds no adapter: no such file or folder; give a run's adapter folder")
-    if place.is_file():
-        return UserError(f"{place} is not a folder; give the adapter folder of a run, such as runs/demo/adapter")
-    if (place / INNER / WEIGHTS_FILE).is_file():
-        return UserError(f"{place} is a run's folder or a checkpoint; its adapter is {place / INNER}")
-    checkpoints = [one / INNER for one in complete_checkpoints(place) if (one / INNER / WEIGHTS_FILE).is_file()]
-    if checkpoints:
-        return UserError(
-            f"{place} is the folder of a run that has not ended; resume it, or take the adapter of its last "
-            f"checkpoint, {checkpoints[-1]}"
-        )
-    if (place / PICKLED_WEIGHTS_FILE).is_file():
-        return pickled(place)
-    if (place / CONFIG_FILE).is_file():
-        return UserError(f"{place} has no {WEIGHTS_FILE}; the folder is incomplete, copy it again or train again")
-    if (place / "config.json").is_file():
-        return UserError(
-            f"{place} is a model's folder and has no {WEIGHTS_FILE}; give an adapter's, or ask it as --model"
-        )
-    there = shown_names(sorted(path.name for path in place.iterdir()))
-    return UserError(
-        f"{place} holds no adapter: it has no {WEIGHTS_FILE}, but {there}; an adapter is {', '.join(FILES)}"
-    )
+    if not path.exists():
+        return UserError(f"{path} holds no adapter: no such file or folder; give a run's adapter folder")
+    if path.is_file():
+        return UserError(f"{path} is not a folder; give the adapter folder of a run, such as runs/demo/adapter")
+    if (path / INNER / WEIGHTS_FILE).is_file():
+        return UserError(f"{path} is a run's folder or a checkpoint; its adapter is {path / INNER}")
+    adapters = [folder / INNER for folder in complete_checkpoints(path) if (folder / INNER / WEIGHTS_FILE).is_file()]
+    if adapters:
+        return UserError(f"{path} is a run that has not ended; resume it, or take its last adapter, {adapters[-1]}")
+    if (path / PICKLED_WEIGHTS_FILE).is_file():
+        return pickled(path)
+    if (path / CONFIG_FILE).is_file():
+        return UserError(f"{path} has no {WEIGHTS_FILE}; the folder is incomplete, copy it again or train again")
+    if (path / "config.json").is_file():
+        return UserError(f"{path} is a model and has no {WEIGHTS_FILE}; give an adapter, or ask it as --model")
+    files = shown_names(sorted(file.name for file in path.iterdir()))
+    return UserError(f"{path} has no {WEIGHTS_FILE}, but {files}; an adapter is {', '.join(FILES)}")

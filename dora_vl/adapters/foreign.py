@@ -166,9 +166,6 @@ def from_torchtune(tensors: Mapping[str, Tensor], base_config: Mapping[str, Any]
     """torchtune's dictionary under transformers' names, rows of q and k in transformers' order.
 
     torchtune's own export reorders B alone; a magnitude belongs to its row and moves with it.
-
-    Raises:
-        UserError: a layer or a model type that the table does not hold.
     """
     model_type = base_config.get("model_type")
     if model_type not in ROTARY_ORDER:
@@ -207,11 +204,7 @@ KOHYA_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lora_tran
 
 
 def from_kohya(tensors: Mapping[str, Tensor], module_names: Iterable[str], source: str) -> dict[str, Tensor]:
-    """kohya's dictionary under the base's names: its names have underscores for dots, so the base must resolve them.
-
-    Raises:
-        UserError: a layer that is not in the base, or two layers of the base that write alike.
-    """
+    """kohya's dictionary under the base's names: its names have underscores for dots, so the base must resolve them."""
     by_flat_name: dict[str, list[str]] = {}
     for name in module_names:
         by_flat_name.setdefault(name.replace(".", "_"), []).append(name)
@@ -233,9 +226,6 @@ def from_vl_adapter(tensors: Mapping[str, Tensor], task: str | None, source: str
     """VL-Adapter's dictionary with one task's `lora_As.<task>`, `lora_Bs.<task>` as `lora_A`, `lora_B`.
 
     With `--use_single_lora` all tasks alias one tensor and `task` can be None.
-
-    Raises:
-        UserError: tasks that differ and no task given, or an unknown one.
     """
     per_task: dict[str, dict[str, Tensor]] = {}
     plain: dict[str, Tensor] = {}
@@ -291,20 +281,7 @@ def to_adapter(
     base_model: str = "",
     source: str = "adapter",
 ) -> Adapter:
-    """Turns one tool's dictionary into an adapter under PEFT's keys.
-
-    Args:
-        tensors: The tool's dictionary, its keys as they are in the file.
-        layout: Where the tool puts what.
-        config: The tool's own `adapter_config.json`; empty where it writes none.
-        alpha: Numerator of the scale, where the files do not state it; wins over what they state.
-        renames: Further (old beginning, new beginning) of names, after the layout's own.
-        base_model: For the new configuration.
-        source: For messages.
-
-    Raises:
-        UserError: no adapter in the dictionary, half a pair, some magnitudes missing, or no way to know the scale.
-    """
+    """Turns one tool's dictionary into an adapter under PEFT's keys."""
     found, others = split_layers(tensors, layout)
     layers = {_renamed(name, (*layout.renames, *renames)): layer for name, layer in found.items()}
     if not layers:

@@ -1,18 +1,19 @@
-"""Language models that can be written as GGUF: llama.cpp's name for each, its settings, and what it stores otherwise.
+"""Base + adapter as GGUF, which llama.cpp and its kin run: the language model, and beside it a LLaVA's vision part.
 
-A row is here when a model of its kind was written, read back by transformers and run by llama.cpp with equal logits.
+An architecture is here when a model of it was written, read back by transformers and run by llama.cpp with equal
+logits. Tensors are written one at a time.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,32 +22,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_vl.adapters.adapter import Adapter
-from dora_vl.adapters.base_weights import BaseWeights, config_in, skeleton
+from dora_vl.adapters.base_weights import BaseWeights, StoredTensor, config_in, skeleton
 from dora_vl.adapters.files import refuse_to_replace, written_whole
 from dora_vl.adapters.merge import CERTIFICATES, MergedWeights
 from dora_vl.errors import UserError, shown
 
+MODEL_FILE, VISION_FILE = "model.gguf", "mmproj.gguf"
+LLAVA, LANGUAGE_PREFIX = "llava", "model.language_model."
+WRITE_PLAIN = "dora-vl merge writes a plain folder, of which llama.cpp's own convert_hf_to_gguf.py may know more"
 LOCAL_BASE = 10_000.0
 """Base of the rotary positions of Gemma 3's sliding layers, which llama.cpp has in its code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How llama.cpp holds one kind of language model.
-
-    Attributes:
-        name: of gguf's `MODEL_ARCH_NAMES`.
-        activation: `hidden_act` that its code computes.
-        interleaved: rows of q and k of each head stand in pairs (x0, x_half, x1, ...) instead of halves.
-        norm_offset: what is added to the weights of norms, which the model multiplies by 1 + weight.
-        more: what else it states of a model's configuration.
-    """
+    """How llama.cpp holds one kind of language model."""
 
     name: str
-    activation: tuple[str, ...] = ("silu",)
+    """Of gguf's `MODEL_ARCH_NAMES`."""
+    activation: str = "silu"
+    """`hidden_act` that its code computes."""
     interleaved: bool = False
+    """Rows of q and k of each head stand in pairs (x0, x_half, x1, ...) instead of halves."""
     norm_offset: float = 0.0
-    more: Callable[[Any, Any], None] = lambda writer, config: None
+    """What is added to the weights of norms, which the model multiplies by 1 + weight."""
+    add_more: Callable[[Any, Any], None] = lambda writer, config: None
+    """What else it states of a model's configuration."""
 
 
 def _gemma2(writer: Any, config: Any) -> None:
@@ -60,10 +61,7 @@ def _gemma3(writer: Any, config: Any) -> None:
     _check_attention_scale(config)
     if config.final_logit_softcapping or config.attn_logit_softcapping:
         raise UserError("its logits are capped, which llama.cpp's gemma3 does not do")
-    pattern = [
-        "full_attention" if (layer + 1) % 6 == 0 else "sliding_attention" for layer in range(len(config.layer_types))
-    ]
-    if list(config.layer_types) != pattern:
+    if any((kind == "full_attention") != (number % 6 == 0) for number, kind in enumerate(config.layer_types, start=1)):
         raise UserError("its layers are not five of sliding attention to one of full, as llama.cpp's gemma3 has them")
     if config.rope_parameters["sliding_attention"]["rope_theta"] != LOCAL_BASE:
         raise UserError(f"its sliding layers' rotary base is not {LOCAL_BASE:g}, which llama.cpp's gemma3 has")
@@ -78,50 +76,45 @@ def _check_attention_scale(config: Any) -> None:
         )
 
 
-_GEMMA = ("gelu_pytorch_tanh",)
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "llama": Architecture(name="llama", interleaved=True),
-        "mistral": Architecture(name="llama", interleaved=True),
-        "qwen2": Architecture(name="qwen2"),
-        "qwen3": Architecture(name="qwen3"),
-        "gemma2": Architecture(name="gemma2", activation=_GEMMA, norm_offset=1.0, more=_gemma2),
-        "gemma3_text": Architecture(name="gemma3", activation=_GEMMA, norm_offset=1.0, more=_gemma3),
-    }
-)
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(name="llama", interleaved=True),
+    "mistral": Architecture(name="llama", interleaved=True),
+    "qwen2": Architecture(name="qwen2"),
+    "qwen3": Architecture(name="qwen3"),
+    "gemma2": Architecture(name="gemma2", activation="gelu_pytorch_tanh", norm_offset=1.0, add_more=_gemma2),
+    "gemma3_text": Architecture(name="gemma3", activation="gelu_pytorch_tanh", norm_offset=1.0, add_more=_gemma3),
+}
 """transformers' `model_type` of a language model -> llama.cpp's form."""
 
 
 def architecture_of(config: Any, source: str) -> Architecture:
-    """The row of a language model's configuration.
-
-    Raises:
-        UserError: llama.cpp has no such model, or it is not known here how it holds one.
-    """
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
+    """The row of a language model's configuration."""
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None:
         raise UserError(
             f"{source}: its language model is a {shown(config.model_type)}; as GGUF are written "
-            f"{', '.join(ARCHITECTURES)}. dora-vl merge writes a plain folder, of which "
-            "llama.cpp's own convert_hf_to_gguf.py may know more"
+            f"{', '.join(ARCHITECTURES)}. {WRITE_PLAIN}"
         )
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation not in found.activation:
-        raise UserError(
-            f"{source}: hidden_act is {activation!r}, and llama.cpp's {found.name} has {found.activation[0]}"
-        )
-    return found
+    if activation != architecture.activation:
+        message = f"hidden_act is {activation!r}, and llama.cpp's {architecture.name} has {architecture.activation}"
+        raise UserError(f"{source}: {message}")
+    return architecture
 
 
-def add_settings(writer: Any, config: Any, found: Architecture, source: str) -> tuple[str, ...]:
-    """Writes a language model's settings; returns what the file cannot keep, to be told.
-
-    Raises:
-        UserError: a kind of rotary positions, or another setting, that llama.cpp has no field for.
-    """
+def add_settings(writer: Any, config: Any, architecture: Architecture, source: str) -> list[str]:
+    """Writes a language model's settings; returns warnings of what the file cannot keep."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    context, told = _context(config, found)
+    warnings, context = [], config.max_position_embeddings
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+    if slides and config.sliding_window < context and not architecture.name.startswith("gemma"):
+        warnings.append(
+            f"attention slides over {config.sliding_window} tokens, which llama.cpp's {architecture.name} does not do: "
+            f"the file states that many as its context instead of {context}"
+        )
+        context = config.sliding_window
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -134,24 +127,10 @@ def add_settings(writer: Any, config: Any, found: Architecture, source: str) -> 
     writer.add_vocab_size(config.vocab_size)
     try:
         _add_positions(writer, config, head_dim)
-        found.more(writer, config)
+        architecture.add_more(writer, config)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    return told
-
-
-def _context(config: Any, found: Architecture) -> tuple[int, tuple[str, ...]]:
-    """Tokens that the file says the model takes: no more than a window that llama.cpp does not know."""
-    longest = config.max_position_embeddings
-    kinds = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
-    if found.name.startswith("gemma") or not slides or config.sliding_window >= longest:
-        return longest, ()
-    told = (
-        f"attention slides over {config.sliding_window} tokens, which llama.cpp's {found.name} does not do: the file "
-        f"states that many as its context instead of {longest}"
-    )
-    return config.sliding_window, (told,)
+    return warnings
 
 
 def _add_positions(writer: Any, config: Any, head_dim: int) -> None:
@@ -172,8 +151,7 @@ def _add_positions(writer: Any, config: Any, head_dim: int) -> None:
 
 def positions_of(config: Any) -> Mapping[str, Any]:
     """The settings of rotary positions; of full attention where layers differ."""
-    found = config.rope_parameters
-    return found.get("full_attention", found)
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
 
 
 def frequency_factors(config: Any) -> Tensor | None:
@@ -204,25 +182,15 @@ BLOCK = 32
 """Numbers of a row that Q8_0 holds with one scale."""
 
 
-def check_package() -> None:
-    """Raises a `UserError` where the package that writes the format is not installed."""
-    if find_spec("gguf") is None:
-        raise UserError("GGUF is written by the package gguf: pip install gguf (or 'dora-vl[gguf]')")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """One tensor of the file.
-
-    Attributes:
-        shape: as torch has it.
-        kind: one of `KINDS`.
-        read: gives the values.
-    """
+@dataclass(frozen=True)
+class WrittenTensor:
+    """One tensor of the file."""
 
     name: str
     shape: tuple[int, ...]
+    """As torch has it."""
     kind: str
+    """One of `KINDS`."""
     read: Callable[[], Tensor]
 
 
@@ -235,43 +203,31 @@ def kind_for(shape: Sequence[int], wanted: str) -> str:
 
 
 def write_gguf(
-    path: Path, architecture: str, kind: str, pieces: Sequence[Piece], add_fields: Callable[[Any], None]
+    path: Path, architecture: str, kind: str, tensors: Sequence[WrittenTensor], add_fields: Callable[[Any], None]
 ) -> int:
-    """Writes one file and returns its size in bytes.
-
-    Args:
-        architecture: llama.cpp's name.
-        kind: the number type that the file says most of it has.
-        add_fields: writes the file's settings.
-    """
+    """Writes one file, most of whose tensors are of a kind; returns its size in bytes."""
     import gguf
 
     types = {one: gguf.GGMLQuantizationType[one.upper()] for one in KINDS}
-    files = {
-        "f32": gguf.LlamaFileType.ALL_F32,
-        "f16": gguf.LlamaFileType.MOSTLY_F16,
-        "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    }
+    dtypes = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "q8_0": np.dtype(np.uint8)}
     writer = gguf.GGUFWriter(path, architecture)
     try:
-        writer.add_file_type(files[kind])
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_fields(writer)
-        for piece in pieces:
-            shape = (
-                gguf.quant_shape_to_byte_shape(piece.shape, types[piece.kind]) if piece.kind == "q8_0" else piece.shape
-            )
-            dtype = np.dtype({"f32": np.float32, "f16": np.float16, "q8_0": np.uint8}[piece.kind])
-            size = int(np.prod(shape)) * dtype.itemsize
-            writer.add_tensor_info(piece.name, shape, dtype, size, raw_dtype=types[piece.kind])
+        for tensor in tensors:
+            shape, dtype, raw = tensor.shape, dtypes[tensor.kind], types[tensor.kind]
+            if tensor.kind == "q8_0":
+                shape = gguf.quant_shape_to_byte_shape(shape, raw)
+            writer.add_tensor_info(tensor.name, shape, dtype, math.prod(shape) * dtype.itemsize, raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for piece in tqdm(pieces, desc=f"writing {path.name}", unit="tensor", disable=None):
-            values = piece.read().detach().float().contiguous().numpy()
-            if values.shape != piece.shape:
-                raise ValueError(f"announced {piece.name} {piece.shape}, got {values.shape}")
-            writer.write_tensor_data(gguf.quants.quantize(values, types[piece.kind]))
+        for tensor in tqdm(tensors, desc=f"writing {path.name}", unit="tensor", disable=None):
+            values = tensor.read().detach().float().contiguous().numpy()
+            if values.shape != tensor.shape:
+                raise ValueError(f"announced {tensor.name} {tensor.shape}, got {values.shape}")
+            writer.write_tensor_data(gguf.quants.quantize(values, types[tensor.kind]))
     finally:
         writer.close()
     return path.stat().st_size
@@ -285,9 +241,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED_TOKEN, BYTE = range(1, 7)
 """gguf's `TokenType`."""
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS: Mapping[str, str] = MappingProxyType(
-    {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
-)
+SPLITS: Mapping[str, str] = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
 """Regular expression that splits a text before its bytes are merged -> llama.cpp's name for it."""
 
 
@@ -308,32 +262,30 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: Any, rows: int, source: str) -> Vocabulary:
-    """A fast tokenizer's vocabulary.
-
-    Args:
-        rows: of the embedding; ids that no token has are filled up.
-
-    Raises:
-        UserError: of a kind that llama.cpp has no name for, or with more tokens than rows.
-    """
+    """A fast tokenizer's vocabulary; ids below the embedding's `rows` that no token has are filled up."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     tokens, kinds = _tokens(state, rows, source)
     if model["type"] != "BPE":
-        raise UserError(
-            f"{source}: its tokenizer is of kind {model['type']}; as GGUF are written BPE and SentencePiece"
-        )
-    merges = [_merge(one) for one in model["merges"]]
+        raise UserError(f"{source}: its tokenizer is a {model['type']}; as GGUF are written BPE and SentencePiece")
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     if not model.get("byte_fallback"):
         return Vocabulary(
-            "gpt2", _split_name(state, source), tokens, kinds, [" ".join(one) for one in merges], [], False
+            "gpt2", _split_name(state, source), tokens, kinds, [" ".join(pair) for pair in merges], [], False
         )
     ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(merges):
-        ranks.setdefault(left + right, rank)
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
     scores = [-float(ranks.get(token, len(merges))) for token in tokens]
-    kinds = [BYTE if kind == NORMAL and _is_byte(token) else kind for token, kind in zip(tokens, kinds, strict=True)]
-    return Vocabulary("llama", "default", tokens, kinds, [], scores, _has_space_prefix(state))
+    for number, token in enumerate(tokens):
+        if kinds[number] == NORMAL and re.fullmatch("<0x..>", token):
+            kinds[number] = BYTE
+    prepends = (step for step in _steps(state.get("normalizer"), "normalizers") if step["type"] == "Prepend")
+    metaspaces = (step for step in _steps(state.get("pre_tokenizer"), "pretokenizers") if step["type"] == "Metaspace")
+    space_prefix = any(step["prepend"] == SPACE_MARK for step in prepends) or any(
+        step["prepend_scheme"] != "never" for step in metaspaces
+    )
+    return Vocabulary("llama", "default", tokens, kinds, [], scores, space_prefix)
 
 
 def _tokens(state: Mapping[str, Any], rows: int, source: str) -> tuple[list[str], list[int]]:
@@ -352,15 +304,6 @@ def _tokens(state: Mapping[str, Any], rows: int, source: str) -> tuple[list[str]
     return tokens, kinds
 
 
-def _merge(pair: str | Sequence[str]) -> tuple[str, str]:
-    left, right = pair.split(" ") if isinstance(pair, str) else pair
-    return left, right
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == len("<0x00>") and token.startswith("<0x") and token.endswith(">")
-
-
 def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
     if part is None:
         return []
@@ -368,7 +311,6 @@ def _steps(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]
 
 
 def _split_name(state: Mapping[str, Any], source: str) -> str:
-    """llama.cpp's name of how a byte-level tokenizer splits text."""
     steps = _steps(state.get("pre_tokenizer"), "pretokenizers")
     kinds = [step["type"] for step in steps]
     plain = bool(steps) and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space")
@@ -381,30 +323,22 @@ def _split_name(state: Mapping[str, Any], source: str) -> str:
         if found is not None and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
             return found
     raise UserError(
-        f"{source}: its tokenizer splits text by {' and '.join(kinds) or 'nothing'} in a way that no name "
-        f"of llama.cpp is known for here; known are gpt-2, smollm, {', '.join(SPLITS.values())}, and SentencePiece"
+        f"{source}: its tokenizer splits text by {' and '.join(kinds) or 'nothing'} in a way that llama.cpp has no "
+        f"known name for; known are gpt-2, smollm, {', '.join(SPLITS.values())}, and SentencePiece"
     )
 
 
-def _has_space_prefix(state: Mapping[str, Any]) -> bool:
-    for step in _steps(state.get("normalizer"), "normalizers"):
-        if step["type"] == "Prepend" and step["prepend"] == SPACE_MARK:
-            return True
-    steps = _steps(state.get("pre_tokenizer"), "pretokenizers")
-    return any(step["type"] == "Metaspace" and step["prepend_scheme"] != "never" for step in steps)
-
-
-def add_tokenizer(writer: Any, tokenizer: Any, found: Vocabulary) -> None:
+def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: Vocabulary) -> None:
     """Writes the fields: tokens, special ids, what is put around a text, and the chat template."""
-    writer.add_tokenizer_model(found.model)
-    writer.add_tokenizer_pre(found.pre)
-    writer.add_token_list(found.tokens)
-    writer.add_token_types(found.kinds)
-    if found.scores:
-        writer.add_token_scores(found.scores)
-        writer.add_add_space_prefix(found.space_prefix)
-    if found.merges:
-        writer.add_token_merges(found.merges)
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.kinds)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
     ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
     for kind, number in ids.items():
         if number is not None:
@@ -419,11 +353,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, found: Vocabulary) -> None:
 # A LLaVA's tower and projector as llama.cpp's `mmproj` file: keys `clip.*`, tensors `v.*` and `mm.*`.
 
 
-SELECTED = MappingProxyType({"clip_vision_model": "default", "siglip_vision_model": "full"})
+SELECTED = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 """Towers that llama.cpp's LLaVA takes -> how their tokens are selected there: without a class token."""
-ACTIVATIONS = MappingProxyType({"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True})
+ACTIVATIONS = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}
 """A tower's `hidden_act` -> whether the file says `use_gelu`; llama.cpp computes the quick one otherwise."""
-PROJECTOR = MappingProxyType({"multi_modal_projector.linear_1": "mm.0", "multi_modal_projector.linear_2": "mm.2"})
+PROJECTOR = {"multi_modal_projector.linear_1": "mm.0", "multi_modal_projector.linear_2": "mm.2"}
 TOWER = "vision_tower.vision_model."
 """How the tower's tensors begin in published folders."""
 UNUSED_TENSORS = ("post_layernorm.", "head.")
@@ -434,23 +368,20 @@ PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
 def check_vision(config: Any, folder: Path) -> None:
     """Raises a `UserError` where llama.cpp's LLaVA computes another thing, or has no such tower."""
     tower, strategy = config.vision_config, config.vision_feature_select_strategy
-    where = f"{folder}: "
+    reason = None
     if tower.model_type not in SELECTED:
-        raise UserError(
-            f"{where}its tower is a {shown(tower.model_type)}, which an mmproj file cannot hold; written are CLIP and "
-            "SigLIP. dora-vl merge writes the model for transformers instead"
+        reason = f"its tower is a {shown(tower.model_type)}; an mmproj file holds CLIP and SigLIP. {WRITE_PLAIN}"
+    elif strategy != SELECTED[tower.model_type]:
+        reason = f"its tower's tokens are selected by {strategy!r}, llama.cpp's by {SELECTED[tower.model_type]!r}"
+    elif tower.hidden_act not in ACTIVATIONS or config.projector_hidden_act != "gelu":
+        reason = (
+            f"its tower computes {tower.hidden_act} and its projector {config.projector_hidden_act}; llama.cpp's LLaVA "
+            f"knows {', '.join(ACTIVATIONS)}, and gelu"
         )
-    if strategy != SELECTED[tower.model_type]:
-        raise UserError(
-            f"{where}its tower's tokens are selected by {strategy!r}, llama.cpp's by {SELECTED[tower.model_type]!r}"
-        )
-    if tower.hidden_act not in ACTIVATIONS or config.projector_hidden_act != "gelu":
-        raise UserError(
-            f"{where}its tower computes {tower.hidden_act} and its projector {config.projector_hidden_act}; "
-            f"llama.cpp's LLaVA knows {', '.join(ACTIVATIONS)}, and gelu"
-        )
-    if not isinstance(config.vision_feature_layer, int):
-        raise UserError(f"{where}its pictures are features of several layers, which is not written")
+    elif not isinstance(config.vision_feature_layer, int):
+        reason = "its pictures are features of several layers, which is not written"
+    if reason is not None:
+        raise UserError(f"{folder}: {reason}")
 
 
 def blocks_run(config: Any) -> int:
@@ -491,31 +422,26 @@ def _colours(folder: Path) -> tuple[list[float], list[float]]:
     raise UserError(f"{folder}: neither {' nor '.join(PICTURE_FILES)} says image_mean and image_std")
 
 
-def vision_pieces(weights: MergedWeights, config: Any, kind: str) -> list[Piece]:
-    """The tensors of the file, each read when it is written."""
-    return list(_vision_pieces(weights, config, kind))
-
-
 def vision_names(keys: Mapping[str, str], config: Any) -> dict[str, str]:
-    """A published folder's keys, by whatever name -> the file's names; what a LLaVA does not run is left out.
-
-    Args:
-        keys: name -> published key.
-    """
+    """The file's name of each tensor, from its key in published folders; what a LLaVA does not run is left out."""
     import gguf
 
     blocks = blocks_run(config)
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, max(blocks, 1))
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, key in keys.items():
         owner, _, leaf = key.rpartition(".")
         if owner in PROJECTOR:
-            found[name] = f"{PROJECTOR[owner]}.{leaf}"
+            names[name] = f"{PROJECTOR[owner]}.{leaf}"
         elif key.startswith(TOWER) and not key.removeprefix(TOWER).startswith(UNUSED_TENSORS) and _runs(key, blocks):
-            own = table.get_name(key, try_suffixes=(".weight", ".bias"))
-            if own is None:
-                raise UserError(f"gguf knows no name for {key}")
-            found[name] = own
+            names[name] = _name_in(table, key, "a vision tower")
+    return names
+
+
+def _name_in(table: Any, name: str, model: str) -> str:
+    found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise UserError(f"llama.cpp has no name for {name} of {model}")
     return found
 
 
@@ -525,38 +451,21 @@ def _runs(key: str, blocks: int) -> bool:
     return not key.endswith("position_ids") and (inside == key or int(inside.split(".")[0]) < blocks)
 
 
-def _vision_pieces(weights: MergedWeights, config: Any, kind: str) -> Iterator[Piece]:
+def vision_tensors(weights: MergedWeights, config: Any, kind: str) -> Iterator[WrittenTensor]:
+    """The tensors of the vision file, each read when it is written."""
     stored = {one.name: one for one in weights.stored}
     keys = {name: weights.base.hub_keys.get(one.key, one.key) for name, one in stored.items()}
     for name, own in vision_names(keys, config).items():
-        one = stored[name]
-        # Places are added to what comes out of the convolution, and cost next to nothing.
+        # Positions are added to what comes out of the convolution, and cost next to nothing.
         small = own.startswith(("v.position_embd", "v.class_embd"))
-        read = partial(_read_vision, weights, name)
-        yield Piece(name=own, shape=one.shape, kind="f32" if small else kind_for(one.shape, kind), read=read)
+        shape = stored[name].shape
+        yield WrittenTensor(own, shape, "f32" if small else kind_for(shape, kind), partial(weights.read, stored[name]))
 
 
-def _read_vision(weights: MergedWeights, name: str) -> Tensor:
-    return weights.read(weights.base.tensors[name])
-
-
-def known_to_be_misread(config: Any) -> tuple[str, ...]:
-    """What is known of programs that read such a file otherwise than it is meant, to be told."""
-    if config.vision_config.model_type != "clip_vision_model":
-        return ()
-    told = (
-        "llama.cpp as of October 2026 puts a CLIP tower's class token behind the patches instead of before them (its "
-        "issue 25814), whoever wrote the file: it misreads pictures until that is mended; SigLIP towers are right"
-    )
-    return (told,)
-
-
-# Base + adapter as GGUF, which llama.cpp and its kin run: the language model, and beside it a LLaVA's eyes.
-
-
-MODEL_FILE, VISION_FILE = "model.gguf", "mmproj.gguf"
-LLAVA = "llava"
-LANGUAGE_PREFIX = "model.language_model."
+CLASS_TOKEN_IS_MISREAD = (
+    "llama.cpp as of October 2026 puts a CLIP tower's class token behind the patches instead of before them (its "
+    "issue 25814), whoever wrote the file: it misreads pictures until that is mended; SigLIP towers are right"
+)
 
 
 @dataclass(frozen=True)
@@ -566,8 +475,14 @@ class ExportedGguf:
     architecture: str
     files: dict[str, int]
     """Bytes by name."""
-    told: tuple[str, ...]
+    warnings: tuple[str, ...]
     """What the files cannot keep of the model, and what is known to read them wrongly."""
+
+
+def check_package() -> None:
+    """Raises a `UserError` where the package that writes the format is not installed."""
+    if find_spec("gguf") is None:
+        raise UserError("GGUF is written by the package gguf: pip install gguf (or 'dora-vl[gguf]')")
 
 
 def refuse_gguf_target(target: Path) -> None:
@@ -589,102 +504,75 @@ def export_gguf(
     kind: str,
     open_base: Callable[[Path], BaseWeights] = BaseWeights,
 ) -> ExportedGguf:
-    """Writes `target/model.gguf`, and of a LLaVA `target/mmproj.gguf`; every product in float32, rounded once.
-
-    Args:
-        tokenizer: the base's, a fast one.
-        kind: number type of the matrices, one of `gguf_files.KINDS`.
-        open_base: gives the values that the adapter was trained on, where they are not the stored ones.
-
-    Raises:
-        UserError: a model, tower or tokenizer that llama.cpp does not have or is not written, an adapter that does
-            not fit, or a target that is there already. Nothing is written then.
-    """
+    """Writes `target/model.gguf`, and of a LLaVA `target/mmproj.gguf`; every product in float32, rounded once."""
     check_package()
     refuse_gguf_target(target)
     with open_base(base_folder) as base:
-        config, language, found = _forms(base.config, base_folder)
-        told: list[str] = []
+        config, language, architecture = _forms(base.config, base_folder)
+        warnings: list[str] = []
         vocabulary = vocabulary_of(tokenizer, language.vocab_size, str(base_folder))
         weights = MergedWeights(base, adapter)
 
         def add_language(writer: Any) -> None:
             writer.add_name(f"{language.model_type} (dora_vl)")
-            told.extend(add_settings(writer, language, found, str(base_folder)))
+            warnings.extend(add_settings(writer, language, architecture, str(base_folder)))
             add_tokenizer(writer, tokenizer, vocabulary)
 
         with written_whole(target) as folder:
-            pieces = list(_language_pieces(weights, config, found, kind))
-            files = {MODEL_FILE: write_gguf(folder / MODEL_FILE, found.name, kind, pieces, add_language)}
+            tensors = list(_language_tensors(weights, config, architecture, kind))
+            files = {MODEL_FILE: write_gguf(folder / MODEL_FILE, architecture.name, kind, tensors, add_language)}
             if config.model_type == LLAVA:
-                files[VISION_FILE] = _write_vision(folder / VISION_FILE, weights, config, kind)
-                told.extend(known_to_be_misread(config))
-    return ExportedGguf(found.name, files, tuple(told))
-
-
-def _write_vision(path: Path, weights: MergedWeights, config: Any, kind: str) -> int:
-    add_fields = partial(add_vision, config=config, folder=weights.base.folder)
-    return write_gguf(path, "clip", kind, vision_pieces(weights, config, kind), add_fields)
+                add_fields = partial(add_vision, config=config, folder=base_folder)
+                tensors = list(vision_tensors(weights, config, kind))
+                files[VISION_FILE] = write_gguf(folder / VISION_FILE, "clip", kind, tensors, add_fields)
+                if config.vision_config.model_type == "clip_vision_model":
+                    warnings.append(CLASS_TOKEN_IS_MISREAD)
+    return ExportedGguf(architecture.name, files, tuple(warnings))
 
 
 def _forms(stated: Mapping[str, Any], folder: Path) -> tuple[Any, Any, Architecture]:
     """A base's configuration as transformers completes it, its language model's, and llama.cpp's form of that."""
     model = skeleton(stated)
     if model is None:
-        raise UserError(
-            f"{folder} is a {shown(stated.get('model_type'))}, of which transformers has no class and "
-            "llama.cpp no form; dora-vl merge writes it as a plain folder"
-        )
+        raise UserError(f"{folder} is a {shown(stated.get('model_type'))}, which transformers has no class for")
     config = model.config
     if config.model_type != LLAVA and "vision_config" in config.sub_configs:
         raise UserError(
-            f"{folder} is a {shown(config.model_type)}; of models that see, LLaVA is written as GGUF. "
-            "dora-vl merge writes a plain folder, from which llama.cpp's own convert_hf_to_gguf.py may know more"
+            f"{folder} is a {shown(config.model_type)}; of vision-language models LLaVA is written. {WRITE_PLAIN}"
         )
-    if config.model_type != LLAVA:
-        return config, config, architecture_of(config, str(folder))
-    found = architecture_of(config.text_config, str(folder))
-    check_vision(config, folder)
-    return config, config.text_config, found
+    language = config.text_config if config.model_type == LLAVA else config
+    architecture = architecture_of(language, str(folder))
+    if config.model_type == LLAVA:
+        check_vision(config, folder)
+    return config, language, architecture
 
 
-def _language_pieces(weights: MergedWeights, config: Any, found: Architecture, kind: str) -> Iterator[Piece]:
+def _language_tensors(
+    weights: MergedWeights, config: Any, architecture: Architecture, kind: str
+) -> Iterator[WrittenTensor]:
     import gguf
 
     language = config.text_config if config.model_type == LLAVA else config
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == found.name)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     table = gguf.get_tensor_name_map(number, language.num_hidden_layers)
+    heads = {"q_proj": language.num_attention_heads}
+    heads["k_proj"] = language.num_key_value_heads or heads["q_proj"]
+
+    def read(stored: StoredTensor, layer: str) -> Tensor:
+        values = weights.read(stored).float()
+        if architecture.norm_offset and stored.name.endswith("norm.weight"):
+            return values + architecture.norm_offset
+        return in_pairs(values, heads[layer]) if architecture.interleaved and layer in heads else values
+
     factors = frequency_factors(language)
     if factors is not None:
-        yield Piece(name="rope_freqs.weight", shape=tuple(factors.shape), kind="f32", read=lambda: factors)
+        yield WrittenTensor("rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors)
     for stored in weights.stored:
-        name = language_name(stored.name, config)
-        if name is None or (name == "lm_head.weight" and config.tie_word_embeddings):
-            continue
-        own = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        if own is None:
-            raise UserError(f"{weights.base.folder}: llama.cpp's {found.name} has no tensor for {stored.name}")
-        read = partial(_read_language, weights, stored.name, found, _heads(name, language))
-        yield Piece(name=own, shape=stored.shape, kind=kind_for(stored.shape, kind), read=read)
-
-
-def language_name(name: str, config: Any) -> str | None:
-    """A tensor's name in the language model alone; None: it belongs to what sees."""
-    if config.model_type != LLAVA or name.startswith("lm_head."):
-        return name
-    return f"model.{name.removeprefix(LANGUAGE_PREFIX)}" if name.startswith(LANGUAGE_PREFIX) else None
-
-
-def _heads(name: str, language: Any) -> int | None:
-    """How many heads' rows a tensor of q or k holds; None: it is of another kind."""
-    layer = name.rpartition(".")[0].rpartition(".")[2]
-    if layer == "q_proj":
-        return language.num_attention_heads
-    return (language.num_key_value_heads or language.num_attention_heads) if layer == "k_proj" else None
-
-
-def _read_language(weights: MergedWeights, name: str, found: Architecture, heads: int | None) -> Tensor:
-    values = weights.read(weights.base.tensors[name]).float()
-    if found.norm_offset and name.endswith("norm.weight"):
-        return values + found.norm_offset
-    return in_pairs(values, heads) if found.interleaved and heads is not None else values
+        name = stored.name
+        if config.model_type == LLAVA and not name.startswith("lm_head."):
+            if not name.startswith(LANGUAGE_PREFIX):
+                continue
+            name = f"model.{name.removeprefix(LANGUAGE_PREFIX)}"
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            own, layer = _name_in(table, name, architecture.name), name.rpartition(".")[0].rpartition(".")[2]
+            yield WrittenTensor(own, stored.shape, kind_for(stored.shape, kind), partial(read, stored, layer))

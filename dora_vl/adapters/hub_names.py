@@ -12,11 +12,7 @@ from typing import Any
 
 
 def hub_conversions(model: Any) -> list[Any]:
-    """transformers' conversions from a checkpoint's names to this model's, those that a save has to undo.
-
-    Args:
-        model: a `PreTrainedModel`; one on the meta device will do.
-    """
+    """transformers' conversions from a checkpoint's names to this model's, those that a save has to undo."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return [one for one in get_model_conversion_mapping(model, add_legacy=False) if _is_undone(one)]
@@ -55,11 +51,6 @@ def hub_names(
 
     Tensors that transformers joins or splits when it loads them stay the pieces that they are. A key whose new name
     would not be read as the same tensor keeps its own; so do all, where two would have one name.
-
-    Args:
-        found: what each key is read as.
-        read_as: says it of any key.
-        unjoined: a key as the model's class names it, before pieces are joined.
     """
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 

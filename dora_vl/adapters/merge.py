@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,17 +29,19 @@ from dora_vl.adapters.base_weights import (
     single_file,
     stem_in,
 )
+from dora_vl.adapters.files import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from dora_vl.adapters.files import (
     DTYPES,
     SafetensorsStream,
     byte_size,
     complete_checkpoints,
+    read_json,
     refuse_to_replace,
     step_of,
+    write_json,
     written_whole,
 )
-from dora_vl.adapters.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from dora_vl.adapters.folder import read_json
+from dora_vl.adapters.folder import INNER
 from dora_vl.core import functional
 from dora_vl.core.trainable import split_rows
 from dora_vl.errors import UserError, shown_names
@@ -47,11 +50,7 @@ from dora_vl.errors import UserError, shown_names
 
 
 class MergedWeights:
-    """Base + adapter, read tensor by tensor; every product is computed in float32.
-
-    Raises:
-        UserError: a layer or an extra that the base lacks, a shape that does not fit, or a quantised base.
-    """
+    """Base + adapter, read tensor by tensor; every product is computed in float32."""
 
     def __init__(self, base: BaseWeights, adapter: Adapter) -> None:
         self.base = base
@@ -98,31 +97,22 @@ def planned_factors(
 
     Whatever merges, exports, combines or measures begins here: each tensor of the base is changed by one thing, under
     the one name that it has.
-
-    Args:
-        added: extras that the base need not have.
-
-    Raises:
-        UserError: a layer or an extra without a place in the base, or of another shape; a tensor that is changed twice,
-            or that is tied to one that must not change; a copy of a weight that is not the base's.
     """
     chosen = adapter.factors if chosen is None else chosen
-    _refuse_tied(base, adapter, chosen)
-    _refuse_twice(adapter, chosen)
-    factors = {name: _on_base(base, name, found) for name, found in chosen.items()}
+    _refuse_tied_or_twice(base, adapter, chosen)
+    stored = {name: base.tensors.get(f"{name}.weight") for name in chosen}
+    factors = {
+        name: own if (weight := stored[name]) is None
+        else own.on_weight(weight.shape, transposed=name in base.transposed_layers)
+        for name, own in chosen.items()
+    }  # fmt: skip
     _check_fit(base, adapter, factors, added)
     for name, copy in adapter.copies.items():
         refuse_other_copy(adapter.source, name, copy, base.read(name))
     return factors
 
 
-def _on_base(base: BaseWeights, name: str, factors: Factors) -> Factors:
-    stored = base.tensors.get(f"{name}.weight")
-    transposed = name in base.transposed_layers
-    return factors if stored is None else factors.on_weight(stored.shape, transposed=transposed)
-
-
-def _refuse_tied(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
+def _refuse_tied_or_twice(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
     """An adapted layer changes for itself alone, and so does what PEFT trained whole; a run's own part for all."""
     changes = dict.fromkeys((f"{name}.weight" for name in factors), "adapts")
     if not adapter.recipe.get("adapter"):
@@ -130,16 +120,10 @@ def _refuse_tied(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Fact
     for name, change in changes.items():
         if others := base.tied_to(name):
             raise untied(adapter.source, name, others, change)
-
-
-def _refuse_twice(adapter: Adapter, factors: Mapping[str, Factors]) -> None:
     changed = Counter([f"{name}.weight" for name in factors])
     changed.update([*adapter.experts, *(split_rows(name)[0] for name in adapter.extras)])
     if twice := [name for name, times in changed.items() if times > 1]:
-        raise UserError(
-            f"{adapter.source} changes {shown_names(twice)} twice, by A and B and by a tensor of its own; take one of "
-            "them out of the file"
-        )
+        raise UserError(f"{adapter.source} changes {shown_names(twice)} twice, by A and B and by a tensor of its own")
 
 
 def _check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factors], added: frozenset[str]) -> None:
@@ -168,7 +152,7 @@ def _check_fit(base: BaseWeights, adapter: Adapter, factors: Mapping[str, Factor
         shape = base.tensors[whole].shape
         needed = (len(range(shape[0])[rows]), *shape[1:]) if rows != slice(None) else shape
         if tuple(tensor.shape) != needed:
-            raise UserError(f"{adapter.source}: {name} is {list(tensor.shape)}, the base's {needed}")
+            raise UserError(f"{adapter.source}: {name} is {list(tensor.shape)}, the base's {list(needed)}")
 
 
 def check_experts(base: BaseWeights, adapter: Adapter) -> None:
@@ -256,10 +240,6 @@ def merge_to_folder(
     Args:
         dtype: of the result; None keeps each tensor's own.
         open_base: gives the values to merge into, where they are not the stored ones.
-
-    Raises:
-        UserError: a layer or an extra that the base lacks, a shape that does not fit, a quantised base, or a target
-            that is there already and was not written by a merge. Nothing is written then.
     """
     refuse_target(target, base_folder)
     with open_base(base_folder) as base:
@@ -267,9 +247,9 @@ def merge_to_folder(
         with written_whole(target) as staging:
             _copy_other_files(base_folder, staging, dtype, adapter.recipe.get(CLOSED_ANSWERS))
             shards = _plan(weights, dtype, shard_bytes)
-            _write_shards(staging, shards, weights)
-            total = _write_index(staging, shards, base.stem)
-            _write_manifest(staging)
+            total = _write_shards(staging, shards, weights)
+            names = sorted(path.name for path in staging.iterdir())
+            write_json(staging / MANIFEST, {"written_by": "dora-vl merge", "files": names})
     return Merged(len(weights.factors) + len(adapter.experts), len(adapter.extras), len(shards), total)
 
 
@@ -280,11 +260,6 @@ def refuse_target(target: Path, base_folder: Path) -> None:
     manifest = target / MANIFEST
     written = [MANIFEST, *CERTIFICATES, *read_json(manifest).get("files", ())] if manifest.is_file() else ()
     refuse_to_replace(target, written)
-
-
-def _write_manifest(staging: Path) -> None:
-    content = {"written_by": "dora-vl merge", "files": sorted(path.name for path in staging.iterdir())}
-    (staging / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_other_files(
@@ -300,11 +275,10 @@ def _copy_other_files(
             _state_dtype(content, str(dtype).removeprefix("torch."))
         if closed_answers:
             content[CLOSED_ANSWERS] = {**content.get(CLOSED_ANSWERS, {}), **closed_answers}
-        config.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(config, content)
 
 
 def _state_dtype(config: dict[str, object], dtype: str) -> None:
-    """Sets the dtype that a configuration and its parts state, under either of transformers' names for it."""
     for key in ("dtype", "torch_dtype"):
         if config.get(key) is not None:
             config[key] = dtype
@@ -313,13 +287,11 @@ def _state_dtype(config: dict[str, object], dtype: str) -> None:
             _state_dtype(part, dtype)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor of the result."""
+class _Entry(NamedTuple):
+    """One tensor of the result; `key` is its name in the result's files."""
 
     stored: StoredTensor
     key: str
-    """In the result's files."""
     dtype: torch.dtype
 
     @property
@@ -336,7 +308,11 @@ def _plan(weights: MergedWeights, dtype: torch.dtype | None, shard_bytes: int) -
     base, filled = weights.base, 0
     groups: list[list[_Entry]] = [[]]
     for stored in weights.stored:
-        entry = _Entry(stored, base.hub_keys.get(stored.key, stored.key), _output_dtype(stored, dtype, base.folder))
+        if stored.dtype not in DTYPES:
+            raise UserError(f"{base.folder}: {stored.key} is stored as {stored.dtype}, which is not read")
+        own = DTYPES[stored.dtype]
+        kept = own if dtype is None or not own.is_floating_point else dtype
+        entry = _Entry(stored, base.hub_keys.get(stored.key, stored.key), kept)
         if groups[-1] and filled + entry.bytes > shard_bytes:
             groups.append([])
             filled = 0
@@ -347,15 +323,8 @@ def _plan(weights: MergedWeights, dtype: torch.dtype | None, shard_bytes: int) -
     return {f"{base.stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def _output_dtype(stored: StoredTensor, dtype: torch.dtype | None, folder: Path) -> torch.dtype:
-    if stored.dtype not in DTYPES:
-        raise UserError(f"{folder}: {stored.key} is stored as {stored.dtype}, which is not read")
-    own = DTYPES[stored.dtype]
-    return dtype if dtype is not None and own.is_floating_point else own
-
-
-def _write_shards(staging: Path, shards: Shards, weights: MergedWeights) -> None:
-    total = sum(entry.bytes for entries in shards.values() for entry in entries)
+def _write_shards(staging: Path, shards: Shards, weights: MergedWeights) -> int:
+    stem, total = weights.base.stem, sum(entry.bytes for entries in shards.values() for entry in entries)
     with tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=None) as progress:
         for file, entries in shards.items():
             announced = {entry.key: (entry.stored.shape, entry.dtype) for entry in entries}
@@ -363,14 +332,9 @@ def _write_shards(staging: Path, shards: Shards, weights: MergedWeights) -> None
                 for entry in entries:
                     stream.write(entry.key, weights.read(entry.stored).to(entry.dtype))
                     progress.update(entry.bytes)
-
-
-def _write_index(staging: Path, shards: Shards, stem: str) -> int:
-    total = sum(entry.bytes for entries in shards.values() for entry in entries)
     if list(shards) != [single_file(stem)]:
-        weight_map = {entry.key: file for file, entries in shards.items() for entry in entries}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (staging / index_file(stem)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        weight_map = dict(sorted((entry.key, file) for file, entries in shards.items() for entry in entries))
+        write_json(staging / index_file(stem), {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total
 
 
@@ -379,8 +343,6 @@ def _write_index(staging: Path, shards: Shards, stem: str) -> int:
 # Nothing is merged on disk: a layer's weight after training comes as blocks of rows beside the base's rows.
 
 
-ADAPTER = "adapter"
-"""Where a run, and each of its checkpoints, keeps its adapter folder."""
 WIDE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 Blocks = Iterator[tuple[Float[Tensor, "rows in_"], Float[Tensor, "rows in_"]]]
 
@@ -400,11 +362,7 @@ class Saved:
 
 
 def saved_in(path: Path) -> tuple[Saved, ...]:
-    """What a path means: every complete checkpoint of a run, oldest first, else the one folder.
-
-    Raises:
-        UserError: there are neither weights nor checkpoints.
-    """
+    """What a path means: every complete checkpoint of a run, oldest first, else the one folder."""
     checkpoints = complete_checkpoints(path)
     if checkpoints:
         return tuple(Saved(_weights_folder(checkpoint), step_of(checkpoint)) for checkpoint in checkpoints)
@@ -412,7 +370,7 @@ def saved_in(path: Path) -> tuple[Saved, ...]:
 
 
 def _weights_folder(folder: Path) -> Path:
-    for candidate in (folder, folder / ADAPTER):
+    for candidate in (folder, folder / INNER):
         if (candidate / ADAPTER_CONFIG_FILE).is_file():
             return candidate
     if stem_in(folder) is not None:
@@ -440,11 +398,7 @@ class TunedWeights:
     """Adapted layers."""
 
     def blocks(self, layer: str) -> Blocks:
-        """(before, after) of a layer's weight as [out, in], in float64 where it is computed, a block of rows at a time.
-
-        Raises:
-            UserError: the shapes differ, or the base is quantised.
-        """
+        """(before, after) of a weight as [out, in], a block of rows at a time; in float64 where it is computed."""
         before = self.base.weight_of(layer)
         found = self.factors.get(layer)
         if found is not None:
@@ -454,12 +408,10 @@ class TunedWeights:
             raise UserError(
                 f"{self.source}: {layer} is {list(after.shape)}, the base's {list(before.shape)}; is it the right base?"
             )
-        plain = Factors(lora_A=None, lora_B=None, magnitude=None, scale=1.0, transposed=self._is_transposed(layer))
+        transposed = layer in self.base.transposed_layers
+        plain = Factors(lora_A=None, lora_B=None, magnitude=None, scale=1.0, transposed=transposed)
         rows = (plain.as_matrix(weight).split(functional.NORM_CHUNK_ROWS) for weight in (before, after))
         return iter(zip(*rows, strict=True))
-
-    def _is_transposed(self, layer: str) -> bool:
-        return layer in self.base.transposed_layers
 
 
 def _merged_blocks(matrix: Float[Tensor, "out in_"], found: Factors) -> Blocks:
@@ -473,23 +425,15 @@ def _merged_blocks(matrix: Float[Tensor, "out in_"], found: Factors) -> Blocks:
 
 @contextmanager
 def opened(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
-    """Opens one tuned model beside its base.
-
-    Raises:
-        UserError: the files are broken, of another model, or hold none of the base's matrices.
-    """
-    with _opened_adapter(saved, base) if saved.is_adapter else _opened_model(saved, base) as tuned:
-        yield tuned
-
-
-def refuse_saved_on_another_base(saved: Saved, base: BaseWeights) -> None:
-    """Raises a `UserError` where an adapter holds its base's content hash, and it is not this one's."""
+    """Opens one tuned model beside its base."""
     if saved.is_adapter:
-        refuse_other_base(read_adapter(saved.folder).recipe, base.folder, str(saved.folder))
-
-
-@contextmanager
-def _opened_model(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
+        adapter = read_adapter(saved.folder)
+        factors = planned_factors(base, adapter)
+        extras = {name.removesuffix(".weight") for name in adapter.extras if name.endswith(".weight")}
+        whole = frozenset(name for name in matrices_of(base) if name in extras)
+        read: Callable[[str], Tensor] = lambda layer: adapter.extras[f"{layer}.weight"]  # noqa: E731
+        yield TunedWeights(adapter.source, base, adapter.method, whole, read, factors)
+        return
     with BaseWeights(saved.folder) as model:
         whole = frozenset(name for name in matrices_of(model) if f"{name}.weight" in base.tensors)
         if not whole:
@@ -500,15 +444,10 @@ def _opened_model(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
         yield TunedWeights(str(saved.folder), base, "model", whole, model.weight_of)
 
 
-@contextmanager
-def _opened_adapter(saved: Saved, base: BaseWeights) -> Iterator[TunedWeights]:
-    adapter = read_adapter(saved.folder)
-    factors = planned_factors(base, adapter)
-    extras = {name.removesuffix(".weight") for name in adapter.extras if name.endswith(".weight")}
-    whole = frozenset(name for name in matrices_of(base) if name in extras)
-    yield TunedWeights(
-        adapter.source, base, adapter.method, whole, lambda layer: adapter.extras[f"{layer}.weight"], factors
-    )
+def refuse_saved_on_another_base(saved: Saved, base: BaseWeights) -> None:
+    """Raises a `UserError` where an adapter holds its base's content hash, and it is not this one's."""
+    if saved.is_adapter:
+        refuse_other_base(read_adapter(saved.folder).recipe, base.folder, str(saved.folder))
 
 
 def matrices_of(weights: BaseWeights) -> list[str]:

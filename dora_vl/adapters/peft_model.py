@@ -45,8 +45,6 @@ class Acceleration:
 
 @dataclass
 class _Core:
-    """This core's layer over one adapter's parameters."""
-
     layer: DoRALinear
     operands: _Operands
 

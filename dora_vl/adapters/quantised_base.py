@@ -103,11 +103,7 @@ def here() -> torch.device:
 
 
 def check_runs_here(kind: Quantisation, dtype: torch.dtype) -> None:
-    """Tries one small layer, forward and backward.
-
-    Raises:
-        UserError: the package is missing, or cannot do it on this device.
-    """
+    """Tries one small layer, forward and backward."""
     scheme = SCHEMES[kind]
     if find_spec(scheme.package) is None:
         raise UserError(
@@ -128,11 +124,7 @@ def check_runs_here(kind: Quantisation, dtype: torch.dtype) -> None:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Sees that one quantised layer of each class and shape trains as its dequantised weight would.
-
-    Raises:
-        UserError: its output, or the gradient of its input, is another; it names the layer.
-    """
+    """Sees that one quantised layer of each class and shape trains as its dequantised weight would."""
     checked: set[tuple[str, int, int]] = set()
     for name, layer, kind in quantised_in(model):
         alike = class_path(layer), layer.in_features, layer.out_features
@@ -177,14 +169,6 @@ def quantised_layers(config: Mapping[str, Any], kind: str, source: str) -> Quant
     """What is quantised in a model: the linears of its language model's layers, nothing else.
 
     The vision tower, the projector and the output head stay as they are.
-
-    Args:
-        config: the content of its config.json.
-        kind: one of `SCHEMES`.
-        source: what to call it in messages.
-
-    Raises:
-        UserError: it is quantised already, transformers does not know its class, or it has no such layers.
     """
     model = None if config.get("quantization_config") else _language_skeleton(config, source)
     if model is None:
@@ -253,14 +237,7 @@ class QuantisedWeights(BaseWeights):
 
 
 def as_trained(folder: Path, recipes: Mapping[str, Mapping[str, Any]]) -> BaseWeights:
-    """A base's folder with the values that adapters were trained on: quantised and back where their recipes say so.
-
-    Args:
-        recipes: what each adapter's `recipe.json` holds, by its name for messages.
-
-    Raises:
-        UserError: they were trained on different values, or those cannot be made on this machine.
-    """
+    """A base's folder with the values that adapters were trained on: quantised and back where their recipes say so."""
     stated = {name: (one.get("quantisation"), one.get("dtype")) for name, one in recipes.items()}
     kinds = {(kind, dtype if kind else None) for kind, dtype in stated.values()}
     if len(kinds) > 1:

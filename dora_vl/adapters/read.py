@@ -52,11 +52,7 @@ class ReadOptions:
 
 
 def read_any(source: Path, options: ReadOptions) -> Adapter:
-    """Reads an adapter of any known format.
-
-    Raises:
-        UserError: nothing there, an unknown format, or something the format does not state and no option does.
-    """
+    """Reads an adapter of any known format."""
     if options.format is not None and options.format not in FORMATS:
         raise UserError(f"no format {options.format!r}; there are {', '.join(FORMATS)}")
     if options.format == "peft" or _is_own(source):
@@ -78,11 +74,7 @@ def read_any(source: Path, options: ReadOptions) -> Adapter:
 
 
 def _as_it_stands(source: Path, options: ReadOptions) -> Adapter:
-    """A folder of PEFT's form, which says its scale and its layers' names itself.
-
-    Raises:
-        UserError: an option would say them otherwise, or `read_adapter` refuses it.
-    """
+    """A folder of PEFT's form, which says its scale and its layers' names itself."""
     if options.alpha is not None and not options.alpha_serves_result:
         raise UserError(
             f"{source}: --alpha is for files that do not state it; this one's {CONFIG_FILE} does: leave it out, or "
@@ -102,11 +94,7 @@ def _is_own(source: Path) -> bool:
 
 
 def known_format(tensors: Mapping[str, Tensor], source: str) -> str:
-    """The format that the keys tell.
-
-    Raises:
-        UserError: they tell none.
-    """
+    """The format that the keys tell."""
     for name, endings in TELLING_KEYS:
         if any(key == ending or key.endswith(f".{ending}") for key in tensors for ending in endings):
             return name

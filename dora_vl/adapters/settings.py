@@ -23,6 +23,7 @@ from dora_vl.core.config import MAIN_PART, AdaptedPart, AdapterSettings, DoRACon
 from dora_vl.core.experts import ExpertsProjection
 from dora_vl.core.inject import SHARED_NAME
 from dora_vl.core.layer import AdaptedLayer
+from dora_vl.core.linear import TransposedLinear
 from dora_vl.core.trainable import adapted_layers, kept_tensors, trained_parts
 from dora_vl.errors import UserError, shown
 
@@ -64,23 +65,26 @@ KNOWN_FIELDS = frozenset((
 def peft_config(model: nn.Module, base_model: str) -> dict[str, Any]:
     """The stable subset of PEFT 0.21's `adapter_config.json`, from the model as it is adapted now."""
     layers = dict(adapted_layers(model))
-    parts = trained_parts(model)
-    extras = {name for part in parts if not part.adapts for name in part.parameters}
+    extras = {name for part in trained_parts(model) if not part.adapts for name in part.parameters}
     common = {
         "base_model_name_or_path": base_model,
         "bias": "none",
         "inference_mode": True,
         "target_modules": sorted(layers),
         "task_type": None,
+        "modules_to_save": whole_modules(model, extras) or None,
+        "fan_in_fan_out": any(isinstance(layer, TransposedLinear) for layer in layers.values()),
     }
-    whole = whole_modules(model, extras)
-    common["modules_to_save"] = whole or None
-    common["fan_in_fan_out"] = any(_is_transposed(layer) for layer in layers.values())
     if not layers:
         return {"peft_type": OWN_TYPES["full"], **common}
-    ranks = {name: layer.adapter.rank * _copies(layer) for name, layer in layers.items()}
-    alphas = {name: _file_alpha(layer) for name, layer in layers.items()}
-    rank, alpha = _settings_commonest(ranks.values()), _settings_commonest(alphas.values())
+    # 2 where the file holds A and B beside their start (PiSSA): to others, a change of the whole weight.
+    copies = {name: 2 if "start_A" in layer._buffers else 1 for name, layer in layers.items()}
+    ranks = {name: layer.adapter.rank * copies[name] for name, layer in layers.items()}
+    alphas = {  # that give the same scale at the file's rank
+        name: layer.adapter.alpha * (copies[name] if layer.adapter.rank_scaling == "linear" else copies[name] ** 0.5)
+        for name, layer in layers.items()
+    }
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     first = _main_layer(layers).adapter
     common["use_dora"] = first.method == "dora"
     return {
@@ -127,8 +131,8 @@ def own_settings(model: nn.Module) -> dict[str, Any]:
 
 def _main_layer(layers: Mapping[str, AdaptedLayer]) -> AdaptedLayer:
     """The first layer that has more than a magnitude, whose settings are the folder's; else the first."""
-    found = (layer for layer in layers.values() if layer.adapter.method != "magnitude")
-    return next(found, next(iter(layers.values())))
+    low_rank = (layer for layer in layers.values() if layer.adapter.method != "magnitude")
+    return next(low_rank, next(iter(layers.values())))
 
 
 def whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
@@ -155,7 +159,7 @@ def _peft_type(
     known = (
         type_of({*adapting, *extras, *kept_tensors(model)}, config) == "LORA"
         and not extras & tied
-        and len({_is_transposed(layer) for layer in layers.values()}) == 1
+        and len({isinstance(layer, TransposedLinear) for layer in layers.values()}) == 1
         and not _renamed_by_peft(model, layers)
         and not _named_as_beyond_peft(layers)
     )
@@ -163,12 +167,7 @@ def _peft_type(
 
 
 def type_of(names: Iterable[str], config: Mapping[str, Any]) -> str:
-    """`peft_type` of a folder: LORA where PEFT takes every tensor into account, else one that it refuses.
-
-    Args:
-        names: of all tensors, as the model names them.
-        config: PEFT's other fields.
-    """
+    """`peft_type` of a folder: LORA where PEFT takes every tensor into account, else one that it refuses."""
     factors = {"lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])}
     whole = tuple(f".{module}." for module in config.get("modules_to_save") or ())
     biases = config.get("bias", "none") != "none"
@@ -211,23 +210,9 @@ def _named_as_beyond_peft(layers: Mapping[str, AdaptedLayer]) -> bool:
     return bool(beyond)
 
 
-def _is_transposed(layer: AdaptedLayer) -> bool:
-    return type(layer).__name__ == "TransposedLinear"
-
-
-def _copies(layer: AdaptedLayer) -> int:
-    """2 where the file holds A and B beside their start (PiSSA): to others, a change of the whole weight."""
-    return 2 if "start_A" in layer._buffers else 1
-
-
-def _file_alpha(layer: AdaptedLayer) -> float:
-    """alpha that gives the same scale at the file's rank."""
-    copies, adapter = _copies(layer), layer.adapter
-    return adapter.alpha * (copies if adapter.rank_scaling == "linear" else copies**0.5)
-
-
-def _settings_commonest(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
+def _commonest(values: Iterable[Any]) -> Any:
+    """The first of the values that come most often; 1 where there is none, as with magnitudes alone."""
+    return max(Counter(values).items(), key=lambda item: item[1], default=(1,))[0]
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -236,11 +221,7 @@ def _settings_commonest(values: Iterable[Any]) -> Any:
 def read_config(
     source: str, peft: Mapping[str, Any], own: Mapping[str, Any], named: Mapping[str, Tensor]
 ) -> DoRAConfig:
-    """The configuration that a folder was written with; layers and parts are read from the tensors' names.
-
-    Raises:
-        UserError: the configuration asks for a computation that is not ours, or contradicts the tensors.
-    """
+    """The configuration that a folder was written with; layers and parts are read from the tensors' names."""
     check_peft_fields(source, peft)
     refuse_contradiction(source, peft, own)
     owners = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] in LEAVES}
@@ -264,7 +245,7 @@ def read_config(
         "rank": int(peft.get("r", 1)),
         "alpha": float(peft.get("lora_alpha", 1.0)),
         **WITHOUT_RECIPE,
-        **{name: _from_json(own[name]) for name in OWN_FIELDS if name in own},
+        **{name: tuple(own[name]) if isinstance(own[name], list) else own[name] for name in OWN_FIELDS if name in own},
         "dropout": float(peft.get("lora_dropout", 0.0)),
         "rank_scaling": "sqrt" if peft.get("use_rslora") else "linear",
     }
@@ -281,56 +262,30 @@ def read_config(
 
 
 def refuse_contradiction(source: str, peft: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuses a folder whose two files say another rank, scale or method: one of them was changed by hand.
-
-    Args:
-        peft: `adapter_config.json`.
-        own: what `recipe.json` says under `adapter`; empty for a folder that was not made here.
-
-    Raises:
-        UserError: a value differs; it names both.
-    """
+    """Refuses a folder whose two files say another rank, scale or method: one of them was changed by hand."""
     if not own:
         return
-    method = own.get("method")
     copies = 2 if own.get("init") == "pissa" else 1  # the file has A and B beside their start
     linear = own.get("rank_scaling", "linear") == "linear"
     meant = {
-        "use_dora": None if method is None else method == "dora",
+        "use_dora": own["method"] == "dora" if "method" in own else None,
         "use_rslora": None if "rank_scaling" not in own else not linear,
-        "r": _times(own.get("rank"), copies),
-        "lora_alpha": _times(own.get("alpha"), copies if linear else copies**0.5),
+        "r": own["rank"] * copies if "rank" in own else None,
+        "lora_alpha": own["alpha"] * (copies if linear else copies**0.5) if "alpha" in own else None,
     }
     for name, value in meant.items():
-        if value is None or name not in peft or _agrees(name, value, peft):
+        if value is None or name not in peft:
             continue
-        raise UserError(
-            f"{source}: {name} is {shown(peft[name])} in adapter_config.json, and recipe.json means {shown(value)}; "
-            "one of them was changed: take the folder as it was written, or remove recipe.json to load it as PEFT would"
-        )
-
-
-def _times(value: int | float | None, factor: int | float) -> int | float | None:
-    return None if value is None else value * factor
-
-
-def _agrees(name: str, value: int | float, peft: Mapping[str, Any]) -> bool:
-    """Whether PEFT's field says the value: for all layers, or, where they differ, for some, whose names list it."""
-    pattern = peft.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}.get(name, "")) or {}
-    return any(math.isclose(one, value) for one in (peft[name], *pattern.values()))
-
-
-def _from_json(value: Any) -> Any:
-    """A setting as JSON holds it, lists as the tuples that they were."""
-    return tuple(value) if isinstance(value, list) else value
+        pattern = peft.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}.get(name, "")) or {}
+        if not any(math.isclose(stated, value) for stated in (peft[name], *pattern.values())):
+            raise UserError(
+                f"{source}: {name} is {shown(peft[name])} in adapter_config.json, and recipe.json means "
+                f"{shown(value)}; take the folder as it was written, or remove recipe.json to load it as PEFT would"
+            )
 
 
 def check_peft_fields(source: str, peft: Mapping[str, Any]) -> None:
-    """Refuses a configuration that this package would compute differently from PEFT.
-
-    Raises:
-        UserError: another method, a field that changes the forward pass, or an unknown field that is set.
-    """
+    """Refuses a configuration that this package would compute differently from PEFT."""
     kind = peft.get("peft_type", "LORA")
     if kind not in READ_TYPES:
         raise UserError(f"{source}: peft_type is {kind!r}; only LORA (with or without DoRA) is read")
@@ -357,37 +312,25 @@ def _refuse_changed_base(source: str, peft: Mapping[str, Any]) -> None:
     start = peft.get("init_lora_weights")
     if start in STARTS_BESIDE_THE_BASE:
         return
+    remedy = "merge it in PEFT (merge_and_unload), whose conversion would lose a part of this one"
     # PEFT's conversion writes A and B alone, and LoftQ's quantised base is no sum with its start.
-    convertible = start != "loftq" and not peft.get("use_dora") and not peft.get("modules_to_save")
-    way = (
-        "save it as a change of the original base, in PEFT: save_pretrained(folder, "
-        "path_initial_model_for_weight_conversion=folder_saved_before_training)"
-        if convertible
-        else "merge it in PEFT (merge_and_unload), whose conversion would lose a part of this one"
-    )
-    raise UserError(f"{source}: init_lora_weights is {start!r}, a start that is taken out of the base's weights; {way}")
+    if start != "loftq" and not peft.get("use_dora") and not peft.get("modules_to_save"):
+        remedy = "in PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=folder_before_training)"
+    raise UserError(f"{source}: init_lora_weights is {start!r}, which starts from the base's weights; {remedy}")
 
 
 def by_peft_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """A layer's value in PEFT's `rank_pattern` or `alpha_pattern`: a regular expression at the name's end.
-
-    Raises:
-        UserError: a pattern is no regular expression, or takes endlessly long.
-    """
+    """A layer's value in PEFT's `rank_pattern` or `alpha_pattern`: a regular expression at the name's end."""
     for pattern, value in (patterns or {}).items():
         try:
             if regex.match(rf"(.*\.)?({pattern})$", layer, timeout=MATCHING_SECONDS):
                 return value
-        except regex.error as error:
-            raise _refused(pattern, f"is no regular expression: {error}") from None
-        except TimeoutError:
-            told = f"takes more than {MATCHING_SECONDS:g} s for one name, {shown(layer)}"
-            raise _refused(pattern, f"{told}; write it without nested repeats") from None
+        except (regex.error, TimeoutError) as error:
+            reason = (
+                error if isinstance(error, regex.error) else f"takes over {MATCHING_SECONDS:g} s for {shown(layer)}"
+            )
+            raise UserError(f"adapter_config.json: pattern {shown(pattern)}: {reason}") from None
     return default
-
-
-def _refused(pattern: str, why: str) -> UserError:
-    return UserError(f"adapter_config.json: pattern {shown(pattern)} {why}")
 
 
 def _patterns(
@@ -414,19 +357,15 @@ def _patterns(
 # PEFT's `adapter_config.json`: what its fields say of a layer, and the few that we write ourselves.
 
 
-def alpha_of(config: Mapping[str, Any], layer: str) -> float:
-    """alpha of one layer, `alpha_pattern` first, as PEFT matches it: a regular expression at the name's end."""
-    return float(by_peft_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8)))
-
-
 def rank_of(config: Mapping[str, Any], layer: str) -> int:
     """Rank of one layer, `rank_pattern` first."""
     return int(by_peft_pattern(config.get("rank_pattern"), layer, config.get("r", 8)))
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """s of one layer: alpha over rank, or over its root with rsLoRA."""
-    return alpha_of(config, layer) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    """s of one layer, `alpha_pattern` first: alpha over rank, or over its root with rsLoRA."""
+    alpha = float(by_peft_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8)))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def new_config(
@@ -444,10 +383,7 @@ def new_config(
     alpha / rank gives each layer its scale.
     """
     alphas = {layer: _alpha(scales[layer], rank) for layer, rank in ranks.items()}
-    rank, alpha = (
-        _peft_config_commonest(ranks.values()),
-        _peft_config_commonest(alphas.values()),
-    )  # 1 where there are magnitudes alone
+    rank, alpha = _commonest(sorted(ranks.values())), _commonest(sorted(alphas.values()))
     return {
         "alpha_pattern": {layer: value for layer, value in alphas.items() if value != alpha},
         "base_model_name_or_path": base_model,
@@ -471,14 +407,7 @@ def new_config(
 def own_recipe(
     config: Mapping[str, Any], extras: Iterable[str] = (), kept: Iterable[str] = (), alone: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The `recipe.json` of an adapter that holds more than A and B.
-
-    Args:
-        config: PEFT's fields.
-        extras: names of its other tensors.
-        kept: those of them that do not train.
-        alone: layers with a magnitude alone.
-    """
+    """The `recipe.json` of an adapter that holds more than A and B."""
     kept, alone = sorted(kept), sorted(alone)
     method = "magnitude" if not config["target_modules"] else "dora" if config["use_dora"] else "lora"
     return {
@@ -495,8 +424,3 @@ def _alpha(scale: float, rank: int) -> float:
     """The alpha that a scale came from: 32, not the 32.000000000000004 that 32 / 98 * 98 is."""
     plain = round(scale * rank, 9)
     return plain if plain / rank == scale else scale * rank
-
-
-def _peft_config_commonest(values: Iterable[Any]) -> Any:
-    found = list(values)
-    return max(sorted(set(found)), key=found.count, default=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from dora_vl.adapters.adapter import Factors, read_adapter
 from dora_vl.adapters.base_weights import replaced_by, shared_tensors
 from dora_vl.adapters.combine import combine_factors
 from dora_vl.adapters.folder import load_adapter
-from dora_vl.core.active_adapters import BatchAtHand, Place
+from dora_vl.core.active_adapters import ActiveAdapters, Place
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.experts import AdaptedExperts
 from dora_vl.core.inject import put_in_place
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import DoRALinear, ProductLayer
 from dora_vl.core.precision import no_gather
-from dora_vl.core.quantised import OpaqueLinear
+from dora_vl.core.quantised import QuantisedLinear
 from dora_vl.core.rows import RowChange, RowLayer
 from dora_vl.core.trainable import (
     adapted_layers,
@@ -38,8 +38,6 @@ from dora_vl.errors import UserError
 
 @dataclass
 class _Loaded:
-    """One adapter while another may be active."""
-
     layers: dict[str, nn.Module]
     extras: dict[str, Tensor]
     """Values of the other tensors that the adapter carries."""
@@ -56,9 +54,6 @@ class AdapterSet:
     model's. With no adapter active the weights are the base's, bit by bit; what some adapter trains beside its layers
     stays float32 over a half-precision base. A PiSSA adapter comes in as the change of the original weight, at twice
     the rank, equal up to rounding.
-
-    Raises:
-        UserError: the model is adapted already.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,11 +71,7 @@ class AdapterSet:
         return tuple(self._loaded)
 
     def load(self, name: str, folder: str | os.PathLike[str]) -> list[str]:
-        """Loads an adapter folder under a name and makes it active; returns the adapted layers' names.
-
-        Raises:
-            UserError: the name is taken, or the folder does not fit the model.
-        """
+        """Loads an adapter folder under a name and makes it active; returns the adapted layers' names."""
         self._refuse_taken(name)
         adapter = read_adapter(folder)
         if adapter.method == "dvora":
@@ -109,10 +100,6 @@ class AdapterSet:
         """Adds W + sum of share * (W'_i - W) as an adapter of its own, exactly, and makes it active.
 
         Its rank is the sum of the ranks; `merge_dora` folds it into the weights, `save_adapter` writes it.
-
-        Raises:
-            UserError: the name is taken, an adapter is unknown, or one adapts other layers than linear ones. The
-                active adapter is then what it was.
         """
         self._refuse_taken(name)
         unknown = sorted(set(shares) - set(self._loaded))
@@ -133,18 +120,16 @@ class AdapterSet:
             assert isinstance(base, nn.Linear)
             self._put(layer, _layer_of(combine_factors(base.weight.detach(), parts, as_dora=as_dora), base))
         values = self._combined_values(loaded, shares)
-        trained = _union(one.parts for one in loaded.values())
+        trained: dict[str, tuple[str, ...]] = {}
+        for part, names in ((part, names) for one in loaded.values() for part, names in one.parts.items()):
+            trained[part] = tuple(dict.fromkeys((*trained.get(part, ()), *names)))
         kept = tuple(dict.fromkeys(name for one in loaded.values() for name in one.kept))
         choose_trained(self.model, full_modules=(), also_train=trained, also_keep=kept, gather=no_gather)
         self._set_values(values)
         self._keep(name)
 
     def switch(self, name: str | None) -> None:
-        """Makes an adapter active, or none: the model is then the base.
-
-        Raises:
-            UserError: there is no adapter of this name.
-        """
+        """Makes an adapter active, or none: the model is then the base."""
         if name is not None and name not in self._loaded:
             raise UserError(f"no adapter {name!r} is loaded; there are {list(self.names)}")
         if any(module.merged for _, module in adapted_layers(self.model)):
@@ -211,10 +196,8 @@ class AdapterSet:
         owner, _, leaf = layer.rpartition(".")
         module.train(self.model.training)
         # The weight is the model's own and has moved with it; a waiting adapter's tensors have not.
-        setattr(self.model.get_submodule(owner), leaf, module.to(self._device_of(layer)))
-
-    def _device_of(self, layer: str) -> torch.device:
-        return next(self._base_layers[layer].parameters()).device
+        device = next(self._base_layers[layer].parameters()).device
+        setattr(self.model.get_submodule(owner), leaf, module.to(device))
 
     def _combined_values(self, loaded: Mapping[str, _Loaded], shares: Mapping[str, float]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
@@ -254,30 +237,19 @@ def _layer_of(factors: Factors, base: nn.Linear) -> DoRALinear:
     return layer
 
 
-def _union(groups: Iterable[Mapping[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
-    union: dict[str, tuple[str, ...]] = {}
-    for parts in groups:
-        for name, parameters in parts.items():
-            union[name] = tuple(dict.fromkeys((*union.get(name, ()), *parameters)))
-    return union
-
-
 # Many adapters of one model at once, for batches whose rows have different ones; loaded and dropped while it runs.
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What the layers of a model count along the first axis of their inputs.
-
-    Attributes:
-        by_row: names of those that see rows of tokens as the batch has them, and nothing else.
-        by_picture: names of those that see one entry a picture, in the rows' order.
-        decoder: names of all modules of the language model; what else is in no list belongs to its eyes.
-    """
+    """What the layers of a model count along the first axis of their inputs, by name."""
 
     by_row: frozenset[str]
+    """Those that see rows of tokens as the batch has them, and nothing else."""
     decoder: frozenset[str]
+    """All modules of the language model; what else is in no set belongs to the vision part."""
     by_picture: frozenset[str] = frozenset()
+    """Those that see one entry a picture, in the rows' order."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +259,7 @@ class ReadAdapter:
     layers: Mapping[str, RowChange | nn.Module]
     """What stands for it in each layer, by full name."""
     alone: bool
-    """Whether pictures of a batch must all be this adapter's: it changes the model's eyes."""
+    """Whether pictures of a batch must all be this adapter's: it changes the vision part."""
 
 
 class RowAdapters:
@@ -295,15 +267,11 @@ class RowAdapters:
 
     Layers are replaced from outside, the first time that an adapter changes them. The base's tensors are never copied
     nor written to; an adapter costs its own.
-
-    Args:
-        model: the base, without any adapter.
-        layers: where rows and pictures stand in it.
     """
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:
         self.model = model
-        self.batch = BatchAtHand()
+        self.batch = ActiveAdapters()
         self._layers = layers
         self._plain = copy.deepcopy(model, shared_tensors(model))
         self._held: dict[str, tuple[str, ...]] = {}
@@ -317,17 +285,13 @@ class RowAdapters:
         """Reads an adapter folder, ours or PEFT's, and computes its gains; the model is not touched.
 
         It may run beside a batch, in another thread.
-
-        Raises:
-            UserError: the folder does not fit the model, or changes something that rows cannot have each their own of;
-                it names the parameter.
         """
         source = Path(folder)
         own = copy.deepcopy(self._plain, shared_tensors(self._plain, replaced_by(source)))
         load_adapter(own, source, change_base=False)
-        found = dict(self._changed(own.eval(), source))
-        eyes = [name for name in found if name not in self._layers.by_row]
-        return ReadAdapter(found, alone=any(name not in self._layers.by_picture for name in eyes))
+        changed = dict(self._changed(own.eval(), source))
+        vision = [name for name in changed if name not in self._layers.by_row]
+        return ReadAdapter(changed, alone=any(name not in self._layers.by_picture for name in vision))
 
     def put(self, name: str, adapter: ReadAdapter) -> None:
         """Makes a read adapter one that rows may name; between batches only. Where a layer fails, none has it."""
@@ -373,21 +337,19 @@ class RowAdapters:
         return next((leaf for leaf, tensor in now.items() if tensor is not before.get(leaf)), None)
 
     def _change(self, name: str, module: nn.Module) -> RowChange | nn.Module:
-        if not isinstance(module, ProductLayer | OpaqueLinear) or module.bias is not self._bias_of(name):
+        plain_bias = vars(self._plain.get_submodule(name)).get("_parameters", {}).get("bias")
+        if not isinstance(module, ProductLayer | QuantisedLinear) or module.bias is not plain_bias:
             return module
         return RowChange.of(module, module.compute_dtype())
 
-    def _bias_of(self, name: str) -> object:
-        return vars(self._plain.get_submodule(name)).get("_parameters", {}).get("bias")
-
     def _refuse(self, source: Path, name: str, module: nn.Module, parameter: str) -> None:
-        by_row, eyes = name in self._layers.by_row, name not in self._layers.decoder
+        by_row, vision = name in self._layers.by_row, name not in self._layers.decoder
         alone = isinstance(module, AdaptedLayer) or not any(True for _ in module.children())
         if isinstance(module, AdaptedExperts):
             reason = "experts see tokens that a router sent them, from any row"
         elif by_row and not alone:
             reason = "it belongs to a module with others inside, which cannot run on some rows alone"
-        elif by_row or eyes:
+        elif by_row or vision:
             return
         else:
             reason = "that layer is not given the rows of a batch"
@@ -405,17 +367,10 @@ class RowAdapters:
         return found
 
 
-Run = Callable[[], object]
-
-
-def rows_seen(model: nn.Module, run: Run, *, rows: int, tokens: int) -> frozenset[str]:
+def rows_seen(model: nn.Module, run: Callable[[], object], *, rows: int, tokens: int) -> frozenset[str]:
     """Names of the modules that are given `[rows, tokens, ...]`, or a row's last token alone, whenever they are called.
 
-    Args:
-        model: any.
-        run: puts a batch of so many rows of so many tokens through it.
-        rows: more than one, and unlike `tokens`.
-        tokens: of each row.
+    `run` puts a batch of so many rows of so many tokens through the model: more than one row, and unlike `tokens`.
     """
     seen: dict[str, bool] = {}
     shapes = ((rows, tokens), (rows, 1))

@@ -47,10 +47,6 @@ def original_dictionary(
     Args:
         tasks: VL-Adapter's `--tasks`; all have this one adapter, as with `--use_single_lora`.
         alpha: VL-Adapter's `lora_alpha`; None: the adapter's own.
-
-    Raises:
-        UserError: the base is no VL-BART or another one, the method is not the form's, layers differ in rank, or no
-            one alpha gives every layer its scale.
     """
     if f"{EMBEDDING}.feat_embedding.0.weight" not in base.tensors:
         raise UserError(f"{base.folder} is no VL-BART: it holds no {EMBEDDING}.feat_embedding.0.weight")
@@ -77,11 +73,7 @@ def original_dictionary(
 
 
 def write_original(found: OriginalDictionary, file: Path) -> None:
-    """Writes the `.pth` under a temporary name and renames it.
-
-    Raises:
-        UserError: something has the name already.
-    """
+    """Writes the `.pth` under a temporary name and renames it."""
     refuse_to_overwrite(file)
     staging = file.with_name(f".{file.name}.writing-{os.getpid()}")
     try:
@@ -137,7 +129,6 @@ def _one_alpha(adapter: Adapter, factors: Mapping[str, Factors], given: float | 
 
 
 def _scaled(found: Factors, scale: float) -> Tensor:
-    """B for a form whose scale is another."""
     assert found.lora_B is not None
     if found.scale == scale:
         return found.lora_B.float()
@@ -145,7 +136,6 @@ def _scaled(found: Factors, scale: float) -> Tensor:
 
 
 def _whole_state(base: BaseWeights, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of the base under the original's names, those of the adapter in their places."""
     state = {name: _wide(base.read(name)) for name in base.tensors}
     for name, tensor in extras.items():
         whole, rows = split_rows(name)

@@ -1,8 +1,7 @@
 """Stored features by the name of their picture or video, whoever wrote them.
 
-Beside our own store these forms are read, and no longer written: Parquet shards, VL-Adapter's re-hosted ones and those
-that earlier versions of ours wrote; VL-Adapter's tree of one HDF5 file a picture; VALUE's folder of one `.npz` a video.
-`open_features` tells them apart by what the folder holds.
+Beside our own store these forms are read: VL-Adapter's re-hosted Parquet shards, its tree of one HDF5 file a picture,
+VALUE's folder of one `.npz` a video. `open_features` tells them apart by what the folder holds.
 """
 
 from __future__ import annotations
@@ -51,6 +50,7 @@ from dora_vl.errors import BadSample, UserError
 from dora_vl.files import NO_OWN_CODE, check_model_folder, opening
 
 CACHE_BYTES = 256 * 2**20
+ID = "id"
 OPEN_SHARDS = 64  # each keeps its list of groups, about a megabyte
 _DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
 """What numpy and h5py raise on files that are damaged or hold something else."""
@@ -58,88 +58,71 @@ Taken = TypeVar("Taken")
 
 
 def open_features(folder: Path) -> FeatureStore:
-    """The features in a folder.
-
-    Raises:
-        UserError: no such folder, or nothing in it that is known; it says what was looked for.
-    """
+    """The features in a folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of features; python -m data_prep.features makes one")
-    forms = {SHARD_SUFFIX: open_shards, PARQUET_SUFFIX: open_shards, ".h5": hdf5_features, ".npz": npz_features}
-    for suffix, form in forms.items():
-        if next(folder.glob(f"*{suffix}"), None) is not None:
-            return form(folder)
-    raise UserError(f"{folder} holds no features: no {', '.join(f'*{suffix}' for suffix in forms)} in it")
-
-
-def open_shards(folder: Path) -> FeatureStore:
-    """What is in our own shards, and in Parquet, which they may have been added to."""
-    return FeatureStore(folder, {**ParquetShards(folder).rows(), **shard_rows(folder)})
+    forms = {
+        SHARD_SUFFIX: shard_rows,
+        PARQUET_SUFFIX: lambda folder: ParquetShards(folder).rows(),
+        ".h5": lambda folder: _files(folder, ".h5", _load_hdf5, _shape_in_hdf5),
+        ".npz": lambda folder: _files(folder, ".npz", _load_npz, _shape_in_npz),
+    }
+    held = [suffix for suffix in forms if next(folder.glob(f"*{suffix}"), None) is not None]
+    if not held:
+        raise UserError(f"{folder} holds no features: no {', '.join(f'*{suffix}' for suffix in forms)} in it")
+    if len(held) > 1:
+        raise UserError(f"{folder} holds features as {' and '.join(held)}; lay each form into a folder of its own")
+    return FeatureStore(folder, forms[held[0]](folder))
 
 
 PARQUET_SUFFIX = ".parquet"
-ID, SHAPE, INDICES, START, END = "id", "shape", "frame_indices", "start_seconds", "end_seconds"
 
 
 class ParquetShards:
-    """Parquet shards with the columns `id` and `features`.
+    """VL-Adapter's re-hosted shards: Parquet with the columns `id` and `features`, nested lists of fixed sizes.
 
-    Earlier versions of ours hold each row's numbers in one list, with their `shape` beside; VL-Adapter's nested lists
-    of fixed sizes. Groups of rows that were read last stay in memory, up to `cache_bytes`; so do the shards used last.
+    Groups of rows that were read last stay in memory, up to `cache_bytes`; so do the shards used last.
     """
 
     def __init__(self, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> None:
         self._paths = sorted(folder.glob(f"*{PARQUET_SUFFIX}"))
         self._cache_bytes = cache_bytes
-        self._groups: OrderedDict[tuple[Path, int], _Group] = OrderedDict()
+        self._groups: OrderedDict[tuple[Path, int], np.ndarray] = OrderedDict()
         self._open: OrderedDict[Path, Any] = OrderedDict()
 
     def rows(self) -> dict[str, ParquetRow]:
-        """What they hold, by name.
-
-        Raises:
-            UserError: a file cannot be read, or is no shard of features.
-        """
-        found: dict[str, ParquetRow] = {}
+        """What they hold, by name; the features themselves are not read."""
+        rows: dict[str, ParquetRow] = {}
         for path in self._paths:
             try:
                 with _parquet_file(path) as opened:
-                    found |= self._rows_of(path, opened)
+                    if missing := {ID, FEATURES} - set(opened.schema_arrow.names):
+                        raise UserError(f"{path} has no column {min(missing)!r}, so it holds no features")
+                    sizes = _fixed_sizes(opened.schema_arrow.field(FEATURES).type)
+                    if len(sizes) < 2:
+                        raise UserError(f"{path}: column {FEATURES!r} holds no tables of one size")
+                    tokens = math.prod(sizes[:-1])
+                    stored = Stored(tokens, sizes[-1], tokens)
+                    for group in range(opened.num_row_groups):
+                        names = opened.read_row_group(group, columns=[ID])[ID].to_pylist()
+                        rows |= {str(name): ParquetRow(str(name), self, path, group, row, stored)
+                                 for row, name in enumerate(names)}  # fmt: skip
             except (OSError, ValueError) as error:  # pyarrow's own errors are these
                 raise UserError(f"{path} cannot be read ({_first_line(error)}); copy it again") from error
-        return found
+        return rows
 
-    def _rows_of(self, path: Path, opened: Any) -> dict[str, ParquetRow]:
-        """From its small columns, or the type of a large one, which is not read; the oldest shards say no parts."""
-        columns = set(opened.schema_arrow.names)
-        if missing := {ID, FEATURES} - columns:
-            raise UserError(f"{path} has no column {sorted(missing)[0]!r}, so it holds no features")
-        fixed = _fixed_sizes(opened.schema_arrow.field(FEATURES).type)
-        if SHAPE not in columns and not fixed:
-            raise UserError(f"{path}: column {FEATURES!r} has rows of different lengths and no column {SHAPE!r}")
-        small = [name for name in (ID, SHAPE, INDICES, START, END) if name in columns]
-        found: dict[str, ParquetRow] = {}
-        for group in range(opened.num_row_groups):
-            for row, entry in enumerate(opened.read_row_group(group, columns=small).to_pylist()):
-                name, shape, frames = str(entry[ID]), entry.get(SHAPE, fixed), entry.get(INDICES)
-                tokens = math.prod(shape[:-1])
-                stored = Stored(tokens, shape[-1], tokens if frames is None else max(1, len(frames)))
-                part = (entry[START], entry[END]) if START in entry else None
-                found[name] = ParquetRow(name, self, path, group, row, stored, part)
-        return found
-
-    def group(self, path: Path, number: int) -> _Group:
-        """A shard's group of rows, from memory or the file."""
+    def group(self, path: Path, number: int) -> np.ndarray:
+        """The numbers of a shard's group of rows, from memory or the file."""
         key = (path, number)
         if key not in self._groups:
-            self._groups[key] = _read_group(self._opened(path), number)
-            while len(self._groups) > 1 and self._group_bytes() > self._cache_bytes:
+            column = self._opened(path).read_row_group(number, columns=[FEATURES])[FEATURES].combine_chunks()
+            for _ in _fixed_sizes(column.type):
+                column = column.flatten()
+            self._groups[key] = column.to_numpy(zero_copy_only=False)
+            while len(self._groups) > 1 and sum(held.nbytes for held in self._groups.values()) > self._cache_bytes:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
-
-    def _group_bytes(self) -> int:
-        return sum(group.numbers.nbytes for group in self._groups.values())
 
     def _opened(self, path: Path) -> Any:
         if path not in self._open:
@@ -163,19 +146,22 @@ class ParquetRow:
     group: int
     row: int
     shape: Stored
-    part: Part | None
+    part: Part | None = None
 
     def stored(self) -> Stored:
-        """See `Held`; ours say which frames they are of, and none for a picture."""
+        """See `Held`; nothing says which frames they are of."""
         return self.shape
 
     def read(self) -> Float[Tensor, "tokens width"]:
         """See `Held`."""
         try:
-            return self.shards.group(self.path, self.group).row(self.row, self.shape)
+            numbers = self.shards.group(self.path, self.group)
         except (OSError, ValueError) as error:
             reason = f"features of {self.name} in {self.path} cannot be read: {_first_line(error)}"
             raise BadSample(self.name, reason) from None
+        length = self.shape.tokens * self.shape.width
+        own = numbers[self.row * length : (self.row + 1) * length].copy()
+        return torch.from_numpy(own).view(self.shape.tokens, self.shape.width)
 
 
 def _parquet_file(path: Path) -> Any:
@@ -201,37 +187,9 @@ def _fixed_sizes(kind: Any) -> list[int]:
     return sizes
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Rows of one group: all numbers in one array, and where each row begins; None where all are equally long."""
-
-    numbers: np.ndarray
-    starts: np.ndarray | None
-
-    def row(self, number: int, stored: Stored) -> Tensor:
-        length = stored.tokens * stored.width
-        start = number * length if self.starts is None else int(self.starts[number])
-        return torch.from_numpy(self.numbers[start : start + length].copy()).view(stored.tokens, stored.width)
-
-
-def _read_group(opened: Any, group: int) -> _Group:
-    import pyarrow as pa
-
-    column = opened.read_row_group(group, columns=[FEATURES])[FEATURES].combine_chunks()
-    starts = column.offsets.to_numpy() if pa.types.is_list(column.type) else None
-    while pa.types.is_nested(column.type):
-        column = column.flatten()
-    return _Group(column.to_numpy(zero_copy_only=False), None if starts is None else starts - starts[0])
-
-
 @dataclass(frozen=True, slots=True)
 class FeatureFile:
-    """One picture's or video's file, under its name; a `Held`.
-
-    Attributes:
-        load: what it holds; it may raise what `_DAMAGE` names.
-        shape_of: shape and dtype of that, from the file's header alone; likewise.
-    """
+    """One picture's or video's file, under its name; a `Held`."""
 
     path: Path
     load: Callable[[Path], np.ndarray]
@@ -265,16 +223,14 @@ class FeatureFile:
             raise BadSample(name, f"features of {name} are {dtype} of shape {tuple(shape)}, not a table of numbers")
 
 
-def hdf5_features(folder: Path) -> FeatureStore:
-    """VL-Adapter's tree: `<name>.h5` for each picture, in it a group of that name with `features`. Needs h5py."""
-    files = (FeatureFile(path, _load_hdf5, _shape_in_hdf5) for path in folder.glob("*.h5"))
-    return FeatureStore(folder, {file.path.stem: file for file in files})
-
-
-def npz_features(folder: Path) -> FeatureStore:
-    """VALUE's folder: `<name>.npz` for each video, in it an array `features`."""
-    files = (FeatureFile(path, _load_npz, _shape_in_npz) for path in folder.glob("*.npz"))
-    return FeatureStore(folder, {file.path.stem: file for file in files})
+def _files(
+    folder: Path,
+    suffix: str,
+    load: Callable[[Path], np.ndarray],
+    shape_of: Callable[[Path], tuple[tuple[int, ...], np.dtype]],
+) -> dict[str, FeatureFile]:
+    """One file a picture or video: VL-Adapter's tree of HDF5 (needs h5py), VALUE's folder of `.npz`."""
+    return {path.stem: FeatureFile(path, load, shape_of) for path in folder.glob(f"*{suffix}")}
 
 
 def _load_hdf5(path: Path) -> np.ndarray:
@@ -314,9 +270,6 @@ def load_pooled(spec: TowerSpec) -> tuple[nn.Module, Preparation]:
 
     open_clip and transformers give CLIP's projected picture embedding, not normalised; timm the pooled output before
     its classifier (which in timm's CLIP models is the projection, so it is left out).
-
-    Raises:
-        UserError: the network or its weights do not exist, or it has no pooled output of its own.
     """
     if spec.library == "transformers":
         return _transformers_pooled(spec)
@@ -399,11 +352,7 @@ class FeatureSettings:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> FeatureSettings:
-        """From what `to_record` gave.
-
-        Raises:
-            UserError: a setting is missing or unknown.
-        """
+        """From what `to_record` gave."""
         try:
             tower = dict(record["tower"])
             for name in ("image_mean", "image_std"):
@@ -414,12 +363,7 @@ class FeatureSettings:
 
 
 class FeatureEncoder:
-    """A frozen tower that turns pictures and frames into features.
-
-    Args:
-        settings: what it makes.
-        device: where the tower runs.
-    """
+    """A frozen tower that turns pictures and frames into features."""
 
     def __init__(self, settings: FeatureSettings, *, device: torch.device | None = None) -> None:
         self.settings = settings
@@ -460,11 +404,7 @@ class FeatureEncoder:
     def video(
         self, reader: VideoReader, root: Path, clip: Clip
     ) -> tuple[Float[Tensor, "tokens channels"], Frames[Tensor]]:
-        """A clip's frames as features, one after the other, and which frames they are.
-
-        Raises:
-            BadSample: the clip cannot be read.
-        """
+        """A clip's frames as features, one after the other, and which frames they are."""
         frames = reader.read_prepared(root, clip, self.settings.sampling, self.preparation.prepare)
         return self.sequence(self.encode(torch.stack(frames.pictures))), frames
 
@@ -472,11 +412,7 @@ class FeatureEncoder:
 def merged(
     grid: Float[Tensor, "pictures cells channels"], side: int
 ) -> Float[Tensor, "pictures blocks block_channels"]:
-    """Blocks of `side` by `side` cells as one token each, row by row; what InternVL calls pixel unshuffling.
-
-    Raises:
-        UserError: the blocks do not fill the grid.
-    """
+    """Blocks of `side` by `side` cells as one token each, row by row; what InternVL calls pixel unshuffling."""
     before = math.isqrt(grid.shape[1])
     if before**2 != grid.shape[1] or before % side:
         raise UserError(
@@ -514,14 +450,7 @@ class GridNetwork(nn.Module):
 def open_encoders(
     adapter: Path, recipe: Mapping[str, Any], *, device: torch.device, any_tower: bool = False
 ) -> dict[str, FeatureEncoder]:
-    """An encoder for each task of the recipe whose features say how they were made; equal settings share one.
-
-    Args:
-        any_tower: accepts a tower with other weights than those that made the features.
-
-    Raises:
-        UserError: no task's features say it, or a tower cannot be loaded, or has other weights or another preparation.
-    """
+    """An encoder for each task of the recipe whose features say how they were made; equal settings share one."""
     stated = {name: recipe["features"].get(name) for name in recipe["tasks"]}
     if not any(stated.values()):
         raise UserError(
@@ -548,16 +477,7 @@ def _open(record: Mapping[str, Any], device: torch.device) -> FeatureEncoder:
 
 
 def check_tower(encoder: FeatureEncoder, record: Mapping[str, Any], trained: str) -> None:
-    """Refuses a tower that is not the one that the record of a folder's features names.
-
-    Args:
-        trained: what was trained on those features, for the message.
-
-    Raises:
-        UserError: its hash is another; both are named.
-    """
-    if HASH not in record:  # made before hashes were kept
-        return
+    """Refuses a tower that is not the one that the record of a folder's features names."""
     found, tower = encoder.fingerprint(), encoder.settings.tower
     if found != record[HASH]:
         raise UserError(

@@ -73,10 +73,7 @@ class ImagePreparation:
 
     @classmethod
     def from_folder(cls, folder_or_id: str, *, aspect: Aspect, revision: str | None = None) -> ImagePreparation:
-        """The size and colours that a LLaVA folder's preprocessor states.
-
-        Raises: UserError if it has none.
-        """
+        """The size and colours that a LLaVA folder's preprocessor states."""
         with opening(f"{folder_or_id!r} states no picture preparation"):
             stated = LlavaImageProcessorPil.from_pretrained(folder_or_id, revision=revision or "main")
             preparation = Preparation(

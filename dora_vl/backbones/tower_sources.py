@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from dora_vl.adapters.files import read_tensors
 from dora_vl.backbones.tower_pictures import Preparation, of_three_colours
 from dora_vl.backbones.towers import (
     PRETRAINED,
@@ -26,7 +27,6 @@ from dora_vl.backbones.towers import (
     keep_all_buffers,
     load_weights,
     network_output,
-    read_weights,
 )
 from dora_vl.backbones.towers import TowerSpec as TowerSpec
 from dora_vl.backbones.towers import VisionLibrary as VisionLibrary
@@ -51,10 +51,7 @@ class LoadedTower:
 
 
 def load_tower(spec: TowerSpec) -> LoadedTower:
-    """The pretrained network as a `GridTower`, or as transformers' own class where LLaVA can use that directly.
-
-    Raises: UserError if the name, the weights or the layer do not exist or do not fit.
-    """
+    """The pretrained network as a `GridTower`, or as transformers' own class where LLaVA can use that directly."""
     loaders = {"timm": load_timm, "open_clip": load_open_clip, "transformers": load_transformers}
     if spec.library not in loaders:
         raise UserError(f"vision_library {spec.library!r}: there are {', '.join(loaders)}")
@@ -174,12 +171,9 @@ def load_transformers(spec: TowerSpec) -> tuple[nn.Module, GridTowerConfig]:
 
 
 def load_from_file(network: nn.Module, spec: TowerSpec) -> None:
-    """Fills the network from the file that `weights` names, if it names one; every tensor has to fit.
-
-    Raises: UserError if there is no such file, or it does not fit.
-    """
+    """Fills the network from the file that `weights` names, if it names one; every tensor has to fit."""
     if spec.weights not in {PRETRAINED, RANDOM}:
-        state = read_weights(Path(spec.weights))
+        state = read_tensors(Path(spec.weights))
         load_weights(network, state, in_order=spec.weights_in_order, source=spec.weights)
 
 
@@ -223,7 +217,6 @@ def measure(network: nn.Module, config: GridTowerConfig) -> None:
     """Runs one empty picture and writes layout, grid side, prefix tokens and width into the config.
 
     A sequence's grid is the largest square in it; what is left over (class and register tokens) stands in front.
-    Raises: UserError if the layer does not exist or the output is no grid.
     """
     blank = torch.zeros(1, 3, config.image_size, config.image_size)
     try:

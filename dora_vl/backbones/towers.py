@@ -6,29 +6,23 @@ transformers' `LlavaForConditionalGeneration` takes a `GridTower` as its `vision
 
 from __future__ import annotations
 
-import pickle
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, no_type_check
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from dora_vl.errors import UserError
-from dora_vl.files import check_whole
 
 # Which vision network a run's settings name; imports nothing that takes time.
 
@@ -340,37 +334,11 @@ class _ThenRegister(Loader):
         self.register()
 
 
-# Reads a weights file without running code from it, and fits it to a network exactly.
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of one `.safetensors` or `.pth` file; never unpickles code.
-
-    Raises: UserError if there is no such file, it is cut, or it holds anything but tensors.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no weights file {path}; give an existing .pth or .safetensors file")
-    check_whole(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as tensors alone ({path.stat().st_size:,} bytes): {reason}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a plain table of tensors; save the network's state_dict() and give that")
-    return dict(state)
+# Fits a table of weights to a network exactly.
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], *, in_order: bool, source: str) -> None:
-    """Fills the network from a table of tensors, every name (or, `in_order`, every position) exactly once.
-
-    Raises: UserError that lists the first names or shapes that do not fit.
-    """
+    """Fills the network from a table of tensors, every name (or, `in_order`, every position) exactly once."""
     target = network.state_dict()
     if in_order:
         state = renamed_in_order(state, target, source=source)
@@ -386,10 +354,7 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], *, in_order: b
 
 
 def renamed_in_order(state: Mapping[str, Tensor], target: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """The same tensors under the target's names, position by position, each shape checked.
-
-    Raises: UserError at the first position whose shapes differ.
-    """
+    """The same tensors under the target's names, position by position, each shape checked."""
     if len(state) != len(target):
         raise UserError(f"{source} holds {len(state)} tensors, the network {len(target)}: not the same order")
     renamed: dict[str, Tensor] = {}

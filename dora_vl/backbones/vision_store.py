@@ -97,23 +97,14 @@ class FeatureStore:
 
 @dataclass(frozen=True)
 class FeatureReader:
-    """Features by an example's path: the file's name without folder and ending counts.
-
-    Attributes:
-        tokens: how many every input gets.
-        width: numbers of each, as the model takes them.
-    """
+    """Features by an example's path: the file's name without folder and ending counts."""
 
     source: FeatureStore
     tokens: int
     width: int
 
     def read(self, path: str) -> Float[Tensor, "tokens channels"]:
-        """The features of one file, in float32.
-
-        Raises:
-            BadSample: there are none, or of another width, or they are no numbers.
-        """
+        """The features of one file, in float32."""
         features = self.source.read(Path(path).stem).float()
         self._refuse_other_width(path, features.shape[1])
         if not bool(torch.isfinite(features).all()):
@@ -121,11 +112,7 @@ class FeatureReader:
         return features
 
     def stored(self, path: str) -> Stored:
-        """What they are, without reading them.
-
-        Raises:
-            BadSample: there are none, or of another width.
-        """
+        """What they are, without reading them."""
         found = self.source[Path(path).stem].stored()
         self._refuse_other_width(path, found.width)
         return found
@@ -141,11 +128,7 @@ class FeatureReader:
 
 
 def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "images tokens channels"]:
-    """Features of an example's pictures, or of its video.
-
-    Raises:
-        BadSample: it has neither, or they are not there.
-    """
+    """Features of an example's pictures, or of its video."""
     paths = feature_paths(example)
     read = [reader.read(path) for path in paths]
     _check_part(example, reader)
@@ -157,11 +140,7 @@ def features_of(example: Example, reader: FeatureReader) -> Float[Tensor, "image
 
 
 def check_features(example: Example, reader: FeatureReader) -> None:
-    """Refuses what `features_of` would, as far as it can be known without reading features.
-
-    Raises:
-        BadSample: as there.
-    """
+    """Refuses what `features_of` would, as far as it can be known without reading features."""
     found = [reader.stored(path) for path in feature_paths(example)]
     _check_part(example, reader)
     _check_pictures(example, [one.tokens for one in found], reader)
@@ -173,11 +152,7 @@ def check_features(example: Example, reader: FeatureReader) -> None:
 
 
 def feature_paths(example: Example) -> tuple[str, ...]:
-    """The paths by which a reader knows the features of an example's pictures, or of its video.
-
-    Raises:
-        BadSample: it has neither.
-    """
+    """The paths by which a reader knows the features of an example's pictures, or of its video."""
     clip = clip_of_features(example)
     paths = example.images or (() if clip is None else (clip[0],))
     if not paths:
@@ -186,7 +161,6 @@ def feature_paths(example: Example) -> tuple[str, ...]:
 
 
 def _check_pictures(example: Example, tokens: Sequence[int], reader: FeatureReader) -> None:
-    """A picture must have exactly as many tokens as every input gets."""
     if example.video is None and any(one != reader.tokens for one in tokens):
         have = "its picture has" if len(tokens) == 1 else "its pictures have"
         counts = " and ".join(str(one) for one in dict.fromkeys(tokens))
@@ -254,9 +228,6 @@ def fixed_length(
     Args:
         features: the tokens of one frame after the other's.
         frames: how many frames those are.
-
-    Raises:
-        UserError: `length` holds no whole number of frames, where there are too many.
     """
     tokens = features.float()
     if len(tokens) <= length:
@@ -267,11 +238,7 @@ def fixed_length(
 
 
 def pooled_frames(tokens: int, length: int, *, frames: int) -> int:
-    """How many frames are left where so many tokens of so many frames have to become `length`, at most all of them.
-
-    Raises:
-        UserError: `length` holds no whole number of frames, where there are too many.
-    """
+    """How many frames are left where so many tokens of so many frames have to become `length`, at most all of them."""
     places = tokens // frames  # of a frame
     if tokens <= length:
         return frames
@@ -318,17 +285,7 @@ class FeatureRow:
 
 
 class FeatureWriter:
-    """Collects rows and writes a shard whenever there are enough; as a context manager, what is left at its end too.
-
-    Args:
-        folder: gets the shards.
-        settings: everything that decides the features.
-        dtype: what is stored; None keeps the features' own.
-        shard_bytes: of features and index in a shard.
-
-    Raises:
-        UserError: the folder holds features made with other settings; it names the first that differs.
-    """
+    """Collects rows and writes a shard whenever there are enough; as a context manager, what is left at its end too."""
 
     def __init__(
         self,
@@ -353,11 +310,7 @@ class FeatureWriter:
         self.flush()
 
     def add(self, row: FeatureRow) -> None:
-        """Takes one row; it is on disk when its shard is full, or at `flush`.
-
-        Raises:
-            UserError: a number is too large for the stored dtype, or none at all.
-        """
+        """Takes one row; it is on disk when its shard is full, or at `flush`."""
         if row.features is not None:
             tokens = row.features.detach().to("cpu", self._dtype or row.features.dtype)
             if self._dtype is not None and not bool(torch.isfinite(tokens).all()):
@@ -371,11 +324,7 @@ class FeatureWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what has been collected as one shard under a name of its pictures: computed again they replace it.
-
-        Raises:
-            UserError: the disk is full, or the folder cannot be written.
-        """
+        """Writes what has been collected as one shard under a name of its pictures: computed again they replace it."""
         if not self._rows:
             return
         named = hashlib.sha256("\n".join(row.name for row in self._rows).encode()).hexdigest()[:20]
@@ -385,7 +334,7 @@ class FeatureWriter:
             FEATURES: torch.cat(tokens) if tokens else torch.zeros(0, 1),
             INDEX: torch.frombuffer(bytearray(index), dtype=torch.uint8),
         }
-        _save_whole(self._folder / f"features-{named}{SHARD_SUFFIX}", tensors)
+        save_whole(self._folder / f"features-{named}{SHARD_SUFFIX}", tensors)
         self._rows, self._bytes = [], 0
 
 
@@ -398,10 +347,11 @@ def _index_rows(rows: list[FeatureRow]) -> Iterator[dict[str, Any]]:
         start += tokens
 
 
-def _save_whole(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a shard under a temporary name and renames it; nothing half-written is left."""
     unfinished = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
     try:
-        save_file(tensors, unfinished)
+        save_file(tensors, unfinished, metadata)
         unfinished.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -452,11 +402,7 @@ class ShardRow:
 
 
 def shard_rows(folder: Path) -> dict[str, ShardRow]:
-    """What the folder's shards hold by now, by name; of two that have a name the one written last counts.
-
-    Raises:
-        UserError: a file was cut, or is no shard of features.
-    """
+    """What the folder's shards hold by now, by name; of two that have a name the one written last counts."""
     indexes = [_read_index(path) for path in sorted(folder.glob(f"*{SHARD_SUFFIX}"))]
     newest = {row.name: row for _, rows in sorted(indexes, key=lambda index: index[0]) for row in rows}
     # In the order of the shards' names, which is the same whichever process was done first.
@@ -464,7 +410,6 @@ def shard_rows(folder: Path) -> dict[str, ShardRow]:
 
 
 def _read_index(path: Path) -> tuple[int, list[ShardRow]]:
-    """When a shard was written, and what is in it."""
     try:
         check_whole(path)
     except UserError as error:
@@ -476,11 +421,7 @@ def _read_index(path: Path) -> tuple[int, list[ShardRow]]:
     try:
         with safe_open(path, framework="pt") as opened:
             shape = opened.get_slice(FEATURES).get_shape()
-            older = (opened.metadata() or {}).get("pictures")
-            if older is None:
-                index = json.loads(bytes(opened.get_tensor(INDEX).numpy()))
-            else:
-                index = {"written": 0, "rows": _rows_of_pictures(json.loads(older), tokens=shape[1])}
+            index = json.loads(bytes(opened.get_tensor(INDEX).numpy()))
         shard = Shard(path)
         return int(index["written"]), [_shard_row(row, shard, shape[-1]) for row in index["rows"]]
     except (SafetensorError, ValueError, TypeError, KeyError, IndexError) as error:
@@ -488,13 +429,6 @@ def _read_index(path: Path) -> tuple[int, list[ShardRow]]:
             f"{path} holds no features that can be read ({type(error).__name__}: {error}); it is a cache: delete this "
             "file, and what it held is computed anew by the next run, or by python -m data_prep.features"
         ) from error
-
-
-def _rows_of_pictures(rows: list[dict[str, Any]], *, tokens: int) -> Iterator[dict[str, Any]]:
-    """From shards as they were before: pictures alone, each of equally many tokens, listed in the file's header."""
-    for row in rows:
-        at = {"start": row["row"] * tokens, "tokens": tokens, "indices": (), "part": WHOLE}
-        yield {"name": row["picture"], "state": (row["size"], row["changed"]), "broken": row["broken"], **at}
 
 
 def _shard_row(row: Mapping[str, Any], shard: Shard, width: int) -> ShardRow:
@@ -536,11 +470,7 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What the features of a folder were made with; None where nothing says it.
-
-    Raises:
-        UserError: what says it cannot be read.
-    """
+    """What the features of a folder were made with; None where nothing says it."""
     path = folder / SETTINGS_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -617,14 +547,7 @@ class Media(Dataset[tuple[FeatureRow, Tensor | None]]):
 def computed(
     media: Media, encode: Callable[[list[Tensor]], Iterable[Tensor]], *, at_once: int, workers: int, progress: bool
 ) -> Iterator[FeatureRow]:
-    """The media's rows in their order, those that could not be read without features.
-
-    Args:
-        encode: pixels of several media, `[frames, 3, height, width]` each, as the features of each.
-        at_once: how many media `encode` gets.
-        workers: processes that read; 0 reads here.
-        progress: shows a bar.
-    """
+    """The media's rows in their order, those that could not be read without features."""
     loader: Iterable[Any] = DataLoader(media, batch_size=at_once, num_workers=workers, collate_fn=list)
     with tqdm(total=len(media), unit="file", desc="features", disable=not progress) as bar:
         for batch in loader:
@@ -667,13 +590,7 @@ class FrozenTower(Protocol):
 
 
 class FeatureCache:
-    """Features of a backbone's pictures in a folder of stores, one for each tower and preparation.
-
-    Args:
-        cache: the folder; the store in it is named after everything that decides the features.
-        tower: the frozen tower, on the device that is to compute.
-        root: of the pictures' paths; `held` are those of the data file itself.
-    """
+    """Features of a backbone's pictures in a folder of stores, one for each tower and preparation."""
 
     def __init__(
         self,
@@ -709,14 +626,6 @@ class FeatureCache:
         """Computes what the store lacks of these pictures, and those whose file has changed since; may be resumed.
 
         Those that could not be read are tried again: a file may be mended, or a disk have come back.
-
-        Args:
-            pictures: their paths.
-            batch_size: pictures a forward pass.
-            workers: processes that read pictures; 0 reads them here.
-            part: this process's number and how many share the work.
-
-        Raises: UserError before anything is computed, if the features would not fit on the disk.
         """
         missing = [one for one in dict.fromkeys(pictures) if not self._is_current(one)]
         shape, dtype = self._tower.feature_shape, self._tower.feature_dtype

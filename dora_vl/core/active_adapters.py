@@ -72,7 +72,7 @@ class Choice(NamedTuple):
 
 
 @dataclass
-class BatchAtHand:
+class ActiveAdapters:
     """Which adapter each row, and each picture, of the batch has that goes through the model now.
 
     One for a model; all of its `RowLayer`s read it. Outside `holding` every row is the base's.

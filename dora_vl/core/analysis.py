@@ -70,7 +70,6 @@ def change_of_blocks(
 def _products(
     before: Float[Tensor, "rows in_"], after: Float[Tensor, "rows in_"], dim: int
 ) -> Float[Tensor, "three vectors"]:
-    """||before||^2, ||after||^2 and before.after of every vector."""
     pairs = ((before, before), (after, after), (before, after))
     return torch.stack([(left * right).sum(dim=dim) for left, right in pairs])
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from numbers import Integral, Real
-from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from dora_vl.errors import UserError, shown
@@ -29,45 +27,22 @@ RESERVED = frozenset((MAIN_PART, "full", "magnitude"))
 """Names that no part of one's own may have: what trains is called `dora.A`, `vision.magnitude`, `full`."""
 
 
-def check_types(settings: Any) -> None:
-    """Raises a `UserError` where a value of a dataclass is not of its field's type; it says what would be."""
-    kinds = get_type_hints(type(settings))
-    values = {one.name: getattr(settings, one.name) for one in fields(settings)}
-    wrong = {name: needed for name, value in values.items() if (needed := _needed(value, kinds[name]))}
-    if wrong:
-        said = (f"{name} is {shown(values[name])}; it must be {needed}" for name, needed in wrong.items())
-        raise UserError("adapter: " + "; ".join(said))
+def check_choices(settings: Any) -> None:
+    """Raises a `UserError` where a setting is none of its choices, or is a text where several are named.
 
-
-def _needed(value: object, kind: Any) -> str | None:
-    """What a value must be to be of an annotated type; None where it is."""
-    inside = get_args(kind)
-    if get_origin(kind) is Literal:
-        nearest = get_close_matches(str(value).lower(), inside, n=1, cutoff=0.0)[0]
-        return None if value in inside else f"one of {', '.join(inside)} (the nearest is {nearest})"
-    if get_origin(kind) is UnionType:
-        needed = [_needed(value, one) for one in inside]
-        return None if None in needed else " or ".join(map(str, needed))
-    if get_origin(kind) is tuple:
-        if not isinstance(value, tuple | list):
-            return f"a tuple, such as ({shown(value)},)"
-        return next((f"a tuple, each {needed}" for one in value if (needed := _needed(one, inside[0]))), None)
-    if get_origin(kind) is Mapping:
-        if not isinstance(value, Mapping):
-            return "a mapping"
-        return next((f"a mapping to {needed}" for one in value.values() if (needed := _needed(one, inside[1]))), None)
-    named, taken = PLAIN.get(kind, (f"of type {kind.__name__}", kind))
-    return None if isinstance(value, taken) and (kind is bool or not isinstance(value, bool)) else named
-
-
-PLAIN: Mapping[type, tuple[str, type]] = {
-    int: ("a whole number", Integral),
-    float: ("a number", Real),
-    bool: ("True or False", bool),
-    str: ("text", str),
-    type(None): ("None", type(None)),
-}
-"""Types of settings, as messages call them, and whose values they take: a float takes whole numbers, NumPy's too."""
+    A text is a sequence too: `targets="*.q_proj"` would be eight globs of one letter, one of them `*`.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        value, choices = getattr(settings, name), get_args(kind)
+        if get_origin(kind) is tuple and isinstance(value, str):
+            raise UserError(f"adapter: {name} is {shown(value)}; it must be a tuple, such as ({shown(value)},)")
+        if get_origin(kind) is tuple and get_origin(choices[0]) is Literal:
+            value, choices = next((one for one in value if one not in get_args(choices[0])), None), get_args(choices[0])
+        elif get_origin(kind) is not Literal:
+            continue
+        if value is not None and value not in choices:
+            nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.0)[0]
+            raise UserError(f"adapter: {name} is {shown(value)}; it must be one of {choices} (nearest: {nearest})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +57,7 @@ class AdaptedPart:
     """Numerator of the scale; null: the adapter's."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +107,7 @@ class AdapterSettings:
     at the end (`*.shared.weight[-200:]`) no others of the tensor are."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_choices(self)
         problems = [
             message
             for wrong, message in (
@@ -142,7 +117,7 @@ class AdapterSettings:
                 (any(rank < 1 for rank in self.rank_pattern.values()), "rank_pattern holds a rank below 1"),
                 (any(alpha <= 0 for alpha in self.alpha_pattern.values()), "alpha_pattern holds an alpha of 0 or less"),
                 *self._part_problems(),
-                (self.init == "orthogonal" and self._some_rank_is_odd(), "init: orthogonal needs even ranks"),
+                (self.init == "orthogonal" and any(rank % 2 for rank in self._ranks()), "orthogonal needs even ranks"),
                 (
                     self.method == "dvora" and (self.init != "kaiming" or len(set(self._ranks())) > 1),
                     "method: dvora shares one random A and B: no init, and one rank",
@@ -155,11 +130,9 @@ class AdapterSettings:
             raise UserError("adapter: " + "; ".join(problems))
 
     def _where_problems(self) -> list[str]:
-        """What is wrong with where the adapter goes."""
         return []
 
     def _part_problems(self) -> list[tuple[bool, str]]:
-        """Whether something is wrong with the parts' names and numbers, and what."""
         names = (*self.parts, *self.also_train)
         wrong = [name for name in names if name in RESERVED or not name or "." in name]
         twice = sorted(set(self.parts) & set(self.also_train))
@@ -176,10 +149,7 @@ class AdapterSettings:
         ]
 
     def _ranks(self) -> list[int]:
-        return [self.rank, *self.rank_pattern.values(), *(one.rank for one in self.parts.values() if one.rank)]
-
-    def _some_rank_is_odd(self) -> bool:
-        return any(rank % 2 for rank in self._ranks())
+        return [self.rank, *self.rank_pattern.values(), *(part.rank for part in self.parts.values() if part.rank)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +165,8 @@ class DoRAConfig(AdapterSettings):
 
     def part_of(self, name: str) -> str:
         """The part that a layer belongs to: the first whose globs match, else `dora`."""
-        found = (part for part, one in self.parts.items() if any(fnmatchcase(name, glob) for glob in one.targets))
-        return next(found, MAIN_PART)
+        parts = (part for part, own in self.parts.items() if any(fnmatchcase(name, glob) for glob in own.targets))
+        return next(parts, MAIN_PART)
 
     def for_layer(self, name: str, *, magnitude_alone: bool = False) -> DoRAConfig:
         """The settings of one layer, its patterns and its part resolved; a pattern wins over a part."""

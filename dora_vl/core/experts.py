@@ -11,8 +11,7 @@ of all experts are taken in one batch, from the factors. Products go expert by e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -39,8 +38,7 @@ def expert_projections(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if module._parameters.get(name) is not None)
 
 
-@dataclass(frozen=True)
-class _Operands:
+class _Operands(NamedTuple):
     """What one pass takes of every expert: its weight as [out, in], bias, factors, magnitude and gain."""
 
     weights: Sequence[Tensor]
@@ -52,8 +50,6 @@ class _Operands:
 
 class ExpertsProjection(AdaptedLayer):
     """One 3-D weight of a layer's experts with A, B and magnitude for each of them."""
-
-    setting_of_peft: ClassVar[str] = "experts that are one tensor"
 
     def __init__(self, experts: nn.Module, leaf: str, config: DoRAConfig) -> None:
         super().__init__()
@@ -89,7 +85,7 @@ class ExpertsProjection(AdaptedLayer):
 
     def setting_beyond_peft(self) -> str | None:
         """PEFT adapts no magnitudes here, and lays out A and B otherwise."""
-        return self.setting_of_peft
+        return "experts that are one tensor"
 
     def factors(self) -> tuple[Float[Tensor, "experts rank in_"], Float[Tensor, "experts out rank"]] | None:
         """A and B of all experts."""
@@ -303,8 +299,9 @@ class AdaptedExperts(nn.Module):
         chosen = top_k_index.shape[-1]
         order = top_k_index.flatten().argsort(stable=True)
         counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
-        rows = self._product(expert_names(self)[0], hidden_states[order // chosen], counts)
-        rows = self._product("down_proj", self._gated(rows), counts)
+        base: Any = self._replaced[0]
+        rows = self._product("gate_up_proj" if self.has_gate else "up_proj", hidden_states[order // chosen], counts)
+        rows = self._product("down_proj", base._apply_gate(rows) if self.has_gate else base.act_fn(rows), counts)
         if self.has_post_expert_norm:
             rows = self.post_expert_norm(rows)
         weighted = rows * top_k_weights.flatten()[order].unsqueeze(-1)
@@ -313,11 +310,6 @@ class AdaptedExperts(nn.Module):
         summed = weighted[by_token].view(*top_k_index.shape, -1).sum(dim=1)
         return summed.to(hidden_states.dtype)
 
-    def _gated(self, rows: Tensor) -> Tensor:
-        """What stands between the products, by the module of before."""
-        base: Any = self._replaced[0]
-        return base._apply_gate(rows) if self.has_gate else base.act_fn(rows)
-
     def _product(self, leaf: str, rows: Tensor, counts: Sequence[int]) -> Tensor:
         bias = self._parameters[f"{leaf}_bias"] if self.has_bias else None
         child = self._modules.get(leaf)
@@ -325,8 +317,3 @@ class AdaptedExperts(nn.Module):
             return child(rows, counts, bias)
         weight = cast(Tensor, self._parameters[leaf])
         return products(rows, counts, weight.mT if self.is_transposed else weight, bias)
-
-
-def expert_names(experts: AdaptedExperts) -> tuple[str, str]:
-    """Names of the first and the second weight."""
-    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_vl.core.fast.dropout import Dropped
-from dora_vl.core.fast.products import ROW_HALVES, factor_gradient, fused_kernels, scaled_product
+from dora_vl.core.fast.products import ROW_HALVES, factor_gradient, scaled_product, triton_kernels
 from dora_vl.core.gain import CANCELLATION, EditsInPlace, Gain, apply_gain, scaled_with_sums
 
 NORM_CHUNK_ROWS = 1024
@@ -296,7 +296,7 @@ def some_of_product(
 
 def _fused(activations: Tensor, gain: Gain | None) -> ModuleType | None:
     """The CUDA kernels for this pass; none without a gain, which they are there to fuse."""
-    return None if gain is None else fused_kernels(activations)
+    return None if gain is None else triton_kernels(activations)
 
 
 def backward_pass(

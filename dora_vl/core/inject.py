@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,11 +22,10 @@ from dora_vl.core.layer import AdaptedLayer, OriginalWeight, fill_from_weights, 
 from dora_vl.core.linear import DoRALinear, ProductLayer, TransposedLinear
 from dora_vl.core.precision import Gather, no_gather, train_in_own_dtype
 from dora_vl.core.quantised import (
-    OPAQUE_KINDS,
+    QUANTISED_KINDS,
     TENSOR_SUBCLASS,
     UNKNOWN_LINEAR,
-    OpaqueKind,
-    OpaqueLinear,
+    QuantisedLinear,
     class_path,
     settle_quantised,
 )
@@ -79,24 +79,15 @@ def adaptable(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
     By exact class: a subclass may use its weight without calling itself (torch's attention does), and an adapter
     there would be passed over in silence.
     """
-    row = _row(module, config)
-    return row if row is not None and row.kind in config.kinds else None
-
-
-def _row(module: nn.Module, config: DoRAConfig) -> Adaptable | None:
     path = class_path(module)
-    if path in OPAQUE_KINDS:
-        return _opaque(OPAQUE_KINDS[path])
-    if path in config.opaque_layers:
-        return _opaque(UNKNOWN_LINEAR)
-    row = ADAPTABLE.get(path)
-    if isinstance(module, nn.Linear) and row is not None and is_traceable_wrapper_subclass(module.weight.data):
-        return _opaque(TENSOR_SUBCLASS)
-    return row
-
-
-def _opaque(kind: OpaqueKind) -> Adaptable:
-    return Adaptable("linear", lambda module, config: OpaqueLinear(module, config, kind), weight_is_readable=False)
+    row, kind = ADAPTABLE.get(path), QUANTISED_KINDS.get(path)
+    if kind is None and path in config.opaque_layers:
+        kind = UNKNOWN_LINEAR
+    if kind is None and row and isinstance(module, nn.Linear) and is_traceable_wrapper_subclass(module.weight.data):
+        kind = TENSOR_SUBCLASS
+    if kind is not None:
+        row = Adaptable("linear", partial(QuantisedLinear, kind=kind), weight_is_readable=False)
+    return row if row is not None and row.kind in config.kinds else None
 
 
 # DVoRA: DoRA over VeRA. One frozen random A and B for all layers; each trains two vectors and its magnitude.
@@ -164,8 +155,13 @@ class DVoRALinear(DoRALinear):
         return shared.random_A[:, : self.in_features], b
 
 
-def share_random(model: nn.Module, layers: list[nn.Linear], config: DoRAConfig) -> SharedRandom:
+def _share_random(model: nn.Module, names: Iterable[str], config: DoRAConfig) -> SharedRandom:
     """Gives the model its random matrices, as large as its largest layer needs."""
+    modules = [_experts_of(model, name) or model.get_submodule(name) for name in names]
+    layers = [module for module in modules if type(module) is nn.Linear]
+    if len(layers) < len(modules):
+        other = next(type(module).__name__ for module in modules if type(module) is not nn.Linear)
+        raise UserError(f"method: dvora adapts nn.Linear alone, and targets hit a {other}")
     shared = SharedRandom(
         rank=config.rank,
         in_features=max(layer.in_features for layer in layers),
@@ -183,11 +179,6 @@ def apply_dora(model: nn.Module, config: DoRAConfig, *, gather: Gather = no_gath
     With `method="full"` no layer changes: the targets' own parameters train, and the names returned are theirs.
     On the meta device everything is counted and nothing has values. Under ZeRO-3 pass a `gather`, since the
     magnitude is the norm of the whole weight.
-
-    Raises:
-        UserError: a pattern matches nothing, or nothing adaptable, or two patterns contradict each other, or `pissa`
-            would write to a weight that cannot be written, or the model is adapted already. The model is then as it
-            was, its weights bit by bit.
     """
     if is_adapted(model):
         raise UserError("the model is adapted already; load it again before applying another adapter")
@@ -212,12 +203,12 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
         layers = _plan(model, config)
         names = list(layers)
         refuse_unwritable(model, config)
-        shared = _share_random(model, names, config)
+        shared = _share_random(model, names, config) if config.method == "dvora" else None
         for name, layer_config in layers.items():
             _adapt(model, name, layer_config, shared, gather)
         fill_from_weights(dict(adapted_layers(model)))
         found_families(layer for _, layer in adapted_layers(model) if isinstance(layer, ProductLayer))
-        also_keep = (*also_keep, *_needed_tensors(model))
+        also_keep = (*also_keep, *(name for name, _ in model.named_buffers() if name.startswith(f"{SHARED_NAME}.")))
     choose_trained(
         model,
         full_modules=names if config.method == "full" else [],
@@ -231,11 +222,7 @@ def _apply(model: nn.Module, config: DoRAConfig, gather: Gather) -> list[str]:
 
 
 def matching_layers(model: nn.Module, patterns: tuple[str, ...], config: DoRAConfig, what: str) -> list[str]:
-    """Full names of the layers that the globs match, of the kinds that `config` admits.
-
-    Raises:
-        UserError: a glob matches none.
-    """
+    """Full names of the layers that the globs match, of the kinds that `config` admits."""
     return matching(adaptable_names(model, config), patterns, f"{what} ({', '.join(config.kinds)} layers)")
 
 
@@ -273,10 +260,14 @@ def loftq(model: nn.Module, original_weight: OriginalWeight) -> None:
 
 
 def _plan(model: nn.Module, config: DoRAConfig) -> dict[str, DoRAConfig]:
-    """The layers to adapt in the model's order, and the settings of each."""
-    by_part = _part_layers(model, config)
     main = matching_layers(model, config.targets, config, "targets")
-    full = {*main, *(name for names in by_part.values() for name in names)}
+    full = set(main)
+    for part, own in config.parts.items():
+        names = matching_layers(model, own.targets, config, f"parts.{part}")
+        if twice := [name for name in names if config.part_of(name) != part]:
+            first = config.part_of(twice[0])
+            raise UserError(f"{twice[0]} (and {len(twice) - 1} more) is in parts.{first} and in parts.{part}")
+        full.update(names)
     if main and all(config.part_of(name) in config.parts for name in main):
         raise UserError(f"targets: all {len(main)} layers that they match are in parts; leave targets empty: []")
     alone = set(matching_layers(model, config.magnitude_targets, config, "magnitude_targets"))
@@ -291,30 +282,11 @@ def _plan(model: nn.Module, config: DoRAConfig) -> dict[str, DoRAConfig]:
     return {name: config.for_layer(name, magnitude_alone=name in alone) for name in names}
 
 
-def _part_layers(model: nn.Module, config: DoRAConfig) -> dict[str, list[str]]:
-    """The layers of each named part.
-
-    Raises:
-        UserError: a part's pattern hits nothing, or two parts hit the same layer.
-    """
-    by_part = {part: matching_layers(model, one.targets, config, f"parts.{part}") for part, one in config.parts.items()}
-    for part, names in by_part.items():
-        other = [name for name in names if config.part_of(name) != part]
-        if other:
-            first = config.part_of(other[0])
-            raise UserError(f"{other[0]} (and {len(other) - 1} more) is in parts.{first} and in parts.{part}")
-    return by_part
-
-
 def merge_dora(model: nn.Module, *, keep_base: bool = True) -> None:
     """Folds every adapter into its layer's weight, in float32; forward then costs what the base costs.
 
     `keep_base` holds a copy of each base weight so that `unmerge_dora` restores it bit by bit; without it the
     merge needs no second copy of the model and cannot be undone.
-
-    Raises:
-        UserError: a weight that another module uses too, or one that cannot hold merged values (quantised). No layer
-            is merged then.
     """
     layers = dict(adapted_layers(model))
     for name, layer in layers.items():
@@ -334,10 +306,6 @@ def strip_adapters(model: nn.Module) -> None:
     """Puts the layers of before back, with the weights as they are (merged or not), ready to be saved.
 
     What trains in float32 over a half-precision base gets its module's dtype back, rounded as a merge rounds.
-
-    Raises:
-        UserError: a layer that `pissa` started is not merged, so that its weight is only what is left of the base's.
-            Nothing is changed then.
     """
     residual = [name for name, layer in adapted_layers(model) if "start_A" in layer._buffers and not layer.merged]
     if residual:
@@ -360,33 +328,23 @@ def _put_plain_layers_back(model: nn.Module) -> None:
     forget_trained(model)
 
 
-def _share_random(model: nn.Module, names: Iterable[str], config: DoRAConfig) -> SharedRandom | None:
-    if config.method != "dvora":
-        return None
-    layers = [_experts_of(model, name) or model.get_submodule(name) for name in names]
-    other = [type(layer).__name__ for layer in layers if type(layer) is not nn.Linear]
-    if other:
-        raise UserError(f"method: dvora adapts nn.Linear alone, and targets hit a {other[0]}")
-    return share_random(model, cast("list[nn.Linear]", layers), config)
-
-
 def _adapt(model: nn.Module, name: str, config: DoRAConfig, shared: SharedRandom | None, gather: Gather) -> None:
     experts = _experts_of(model, name)
-    if experts is not None:
-        with gather(list(experts.parameters(recurse=False))):
-            _adapt_experts(model, experts, name.rpartition(".")[2], config)
-        return
-    base = model.get_submodule(name)
-    row = adaptable(base, config)
-    assert row is not None
+    base = experts or model.get_submodule(name)
     with gather(list(base.parameters(recurse=False))):
-        if shared is not None and config.method == "dvora":
-            put_in_place(model, base, DVoRALinear(cast(nn.Linear, base), config, shared))
+        if experts is not None:
+            adapted = experts if isinstance(experts, AdaptedExperts) else AdaptedExperts(experts)
+            adapted.adapt(name.rpartition(".")[2], config)
+        elif shared is not None and config.method == "dvora":
+            adapted = DVoRALinear(cast(nn.Linear, base), config, shared)
         else:
+            row = adaptable(base, config)
+            assert row is not None
             try:
                 adapted = row.build(base, config)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
+        if adapted is not base:
             put_in_place(model, base, adapted)
 
 
@@ -395,18 +353,6 @@ def _experts_of(model: nn.Module, name: str) -> nn.Module | None:
     owner, _, leaf = name.rpartition(".")
     parent = model.get_submodule(owner)
     return parent if leaf in expert_projections(parent) else None
-
-
-def _adapt_experts(model: nn.Module, experts: nn.Module, leaf: str, config: DoRAConfig) -> None:
-    adapted = experts if isinstance(experts, AdaptedExperts) else AdaptedExperts(experts)
-    adapted.adapt(leaf, config)
-    if adapted is not experts:
-        put_in_place(model, experts, adapted)
-
-
-def _needed_tensors(model: nn.Module) -> list[str]:
-    """Frozen tensors that the result depends on because of how the adapters work."""
-    return [name for name, _ in model.named_buffers() if name.startswith(f"{SHARED_NAME}.")]
 
 
 def _refuse_shared_weights(model: nn.Module, layers: Mapping[str, nn.Module], reason: str) -> None:
@@ -423,6 +369,6 @@ def _refuse_shared_weights(model: nn.Module, layers: Mapping[str, nn.Module], re
 
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Replaces a module under every name it has."""
-    places = [(owner, leaf) for owner in model.modules() for leaf, child in owner._modules.items() if child is old]
-    for owner, leaf in places:
+    owners = [(owner, leaf) for owner in model.modules() for leaf, child in owner._modules.items() if child is old]
+    for owner, leaf in owners:
         setattr(owner, leaf, new)

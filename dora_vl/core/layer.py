@@ -71,11 +71,7 @@ def take_from_weight(layer: AdaptedLayer, a: Tensor, b: Tensor) -> None:
 
 @torch.no_grad()
 def fill_from_weights(layers: Mapping[str, AdaptedLayer]) -> None:
-    """Gives A and B of the `pissa` layers (by name) their start; no frozen weight changes.
-
-    Raises:
-        UserError: a rank above a weight's smaller side, or a weight that has no singular vectors.
-    """
+    """Gives A and B of the `pissa` layers (by name) their start; no frozen weight changes."""
     for name, layer in layers.items():
         a, b = layer.lora_A, layer.lora_B
         if layer.adapter.init != "pissa" or a is None or b is None or a.device.type == "meta":

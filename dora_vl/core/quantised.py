@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dora_vl.core import functional
 from dora_vl.core.config import DoRAConfig
 from dora_vl.core.fast.change import FusedChange, gain_over_norm
-from dora_vl.core.fast.products import fused_kernels
+from dora_vl.core.fast.products import triton_kernels
 from dora_vl.core.gain import Gain, Snapshot
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.linear import SHARED_DROPOUT
@@ -31,7 +31,7 @@ IDENTITY_ROWS = 256
 
 
 @dataclass(frozen=True)
-class OpaqueKind:
+class QuantisedKind:
     """What must be known of a class of opaque linear layer."""
 
     dtype: Callable[[Any], torch.dtype]
@@ -95,26 +95,26 @@ def _hold_own_codes(name: str, layer: Any) -> None:
         layer.init_8bit_state()
 
 
-FOUR_BITS = OpaqueKind(_four_bit_dtype, _four_bit_weight, _keep_packing)
-OPAQUE_KINDS: Mapping[str, OpaqueKind] = {
+FOUR_BITS = QuantisedKind(_four_bit_dtype, _four_bit_weight, _keep_packing)
+QUANTISED_KINDS: Mapping[str, QuantisedKind] = {
     "bitsandbytes.nn.modules.Linear4bit": FOUR_BITS,
     "bitsandbytes.nn.modules.LinearNF4": FOUR_BITS,
     "bitsandbytes.nn.modules.LinearFP4": FOUR_BITS,
-    "bitsandbytes.nn.modules.Linear8bitLt": OpaqueKind(
+    "bitsandbytes.nn.modules.Linear8bitLt": QuantisedKind(
         lambda layer: torch.float32,
         _int8_weight,
         _hold_own_codes,
         lambda layer: tensors_in({"codes": layer.state.CB, "scales": layer.state.SCB}),
     ),
-    "hqq.core.quantize.HQQLinear": OpaqueKind(
+    "hqq.core.quantize.HQQLinear": QuantisedKind(
         lambda layer: layer.compute_dtype,
         lambda layer: layer.dequantize(),
         loose_tensors=lambda layer: tensors_in({**layer.meta, "bias": layer.bias}),
     ),  # scales and zeros, which may be quantised themselves
 }
-TENSOR_SUBCLASS = OpaqueKind(lambda layer: layer.weight.dtype)
+TENSOR_SUBCLASS = QuantisedKind(lambda layer: layer.weight.dtype)
 """An `nn.Linear` whose weight is a tensor subclass (torchao)."""
-UNKNOWN_LINEAR = OpaqueKind(lambda layer: torch.float32)
+UNKNOWN_LINEAR = QuantisedKind(lambda layer: torch.float32)
 """A class that the user named."""
 
 
@@ -125,29 +125,25 @@ def class_path(module: nn.Module) -> str:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module is a quantised linear layer of a class known here."""
-    return class_path(module) in OPAQUE_KINDS
+    return class_path(module) in QUANTISED_KINDS
 
 
-def quantised_in(model: nn.Module) -> Iterator[tuple[str, Any, OpaqueKind]]:
+def quantised_in(model: nn.Module) -> Iterator[tuple[str, Any, QuantisedKind]]:
     """The quantised linear layers of a model, by full name, and what is known of their class."""
     for name, module in model.named_modules():
         if is_quantised(module):
-            yield name, module, OPAQUE_KINDS[class_path(module)]
+            yield name, module, QUANTISED_KINDS[class_path(module)]
 
 
 def settle_quantised(model: nn.Module) -> None:
-    """Keeps the quantised layers' weights, adapted or not, and the gradients through them, what they are.
-
-    Raises:
-        UserError: it is too late for one; the message names it.
-    """
+    """Keeps the quantised layers' weights, adapted or not, and the gradients through them, what they are."""
     for name, layer, kind in quantised_in(model):
         kind.settle(name, layer)
 
 
 def dequantised(layer: nn.Module) -> Float[Tensor, "out in_"]:
     """The weight that a quantised layer multiplies by."""
-    weight = OPAQUE_KINDS[class_path(layer)].weight
+    weight = QUANTISED_KINDS[class_path(layer)].weight
     assert weight is not None
     return weight(layer)
 
@@ -162,12 +158,7 @@ def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
 def columns_by_product(
     product: Callable[[Tensor], Tensor], in_features: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
-    """The columns of a weight of which only W x is known, `IDENTITY_ROWS` at a time, each block with its first's index.
-
-    Args:
-        product: W x of rows, without a bias.
-        dtype: of the rows that it takes.
-    """
+    """The columns of a weight of which only W x is known, a block at a time, each with the index of its first."""
     for start in range(0, in_features, IDENTITY_ROWS):
         count = min(IDENTITY_ROWS, in_features - start)
         rows = torch.zeros(count, in_features, dtype=dtype, device=device)
@@ -190,12 +181,12 @@ class ProductOfPacked(torch.autograd.Function):
         return (grad_outputs[0] @ ctx.weight()).to(ctx.dtype), None
 
 
-class OpaqueLinear(AdaptedLayer):
+class QuantisedLinear(AdaptedLayer):
     """An adapter around a linear layer whose weight is packed; the layer stays whole, as the child `base`."""
 
     weight_is_readable: ClassVar[bool] = False
 
-    def __init__(self, base: nn.Module, config: DoRAConfig, kind: OpaqueKind = UNKNOWN_LINEAR) -> None:
+    def __init__(self, base: nn.Module, config: DoRAConfig, kind: QuantisedKind = UNKNOWN_LINEAR) -> None:
         super().__init__()
         self.base, self.kind = base, kind
         self.in_features, self.out_features = cast(int, base.in_features), cast(int, base.out_features)
@@ -244,7 +235,7 @@ class OpaqueLinear(AdaptedLayer):
     def _fused_forward(self, output: Tensor, input: Tensor, probability: float) -> Float[Tensor, "*batch out"] | None:
         """`forward` through the CUDA kernels; None where they are not there, or the norm's gradient is wanted."""
         live_norm = torch.is_grad_enabled() and not self.adapter.detach_norm
-        if self.magnitude is None or live_norm or input.dtype != output.dtype or fused_kernels(output) is None:
+        if self.magnitude is None or live_norm or input.dtype != output.dtype or triton_kernels(output) is None:
             return None
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return None
@@ -316,7 +307,6 @@ class OpaqueLinear(AdaptedLayer):
         return total
 
     def _columns(self) -> Iterator[tuple[int, Float[Tensor, "columns out"]]]:
-        """The columns of a W that is only called, a block at a time."""
         place = self.compute_dtype(), self.weight.device
         return columns_by_product(lambda rows: self._without_bias(self.base(rows)), self.in_features, *place)
 
@@ -326,11 +316,7 @@ class OpaqueLinear(AdaptedLayer):
     # -- not possible here -------------------------------------------------------------------------------------
 
     def merge(self, *, keep_base: bool = True) -> None:
-        """Refused.
-
-        Raises:
-            UserError: always; a quantised weight cannot hold the merged values.
-        """
+        """Refused."""
         self.refuse_merging("this layer")
 
     def refuse_merging(self, name: str) -> None:

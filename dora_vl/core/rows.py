@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_vl.core import functional
-from dora_vl.core.active_adapters import BatchAtHand, Layout, Place, Run
+from dora_vl.core.active_adapters import ActiveAdapters, Layout, Place, Run
 from dora_vl.core.gain import Gain, careful_gain
 from dora_vl.core.layer import AdaptedLayer
 from dora_vl.core.strength import GainByStrength, Share, layer_between
@@ -88,7 +88,7 @@ class RowLayer(nn.Module):
         place: what that axis counts.
     """
 
-    def __init__(self, base: nn.Module, batch: BatchAtHand, place: Place) -> None:
+    def __init__(self, base: nn.Module, batch: ActiveAdapters, place: Place) -> None:
         super().__init__()
         self.base = base
         self.place: Place = place
@@ -190,7 +190,6 @@ class RowLayer(nn.Module):
         return self._table[1]
 
     def _own_layer(self, run: Run) -> nn.Module:
-        """The layer that an adapter has in this one's place, at the run's strength."""
         share = cast(Share, run.share)
         own = self._own[share.key]
         if share.strength == 1:

@@ -36,11 +36,7 @@ class Share(NamedTuple):
 
 
 def checked_strength(value: object) -> float:
-    """The strength, where it is one.
-
-    Raises:
-        UserError: it is no number, not finite, below 0 or above `MOST_STRENGTH`.
-    """
+    """The strength, where it is one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_STRENGTH:
         raise UserError(
             f"the strength is {shown(value)}; it is a number from 0 (the base) over 1 (the adapter) to "
@@ -85,13 +81,7 @@ class GainByStrength:
 
 @torch.no_grad()
 def layer_between(base: nn.Module, own: Module, strength: float) -> Module:
-    """An adapter's own layer at a strength, in the place of the base's; what does not differ is shared with both.
-
-    Args:
-        base: the layer that the adapter changed.
-        own: the same layer as the adapter has it: adapted, or with other weights.
-        strength: above 0; whole numbers that differ (a buffer of indices) are the adapter's.
-    """
+    """An adapter's own layer at a strength, in the place of the base's; what does not differ is shared with both."""
     between = copy.copy(own)
     inner = own._modules.get("base") if isinstance(own, AdaptedLayer) else None
     modules: dict[str, nn.Module | None] = {}
@@ -109,13 +99,7 @@ def layer_between(base: nn.Module, own: Module, strength: float) -> Module:
 
 
 def whole_model_between(base: nn.Module, own: nn.Module, strength: float) -> None:
-    """Sets a whole adapted model to a strength, in place.
-
-    Args:
-        base: the model before it was adapted; its tensors may be those of `own` where the adapter left them alone.
-        own: the model with the adapter.
-        strength: above 0.
-    """
+    """Sets a whole adapted model to a strength, in place."""
     inside: list[str] = []
     for name, module in list(own.named_modules()):
         if isinstance(module, AdaptedLayer) and not name.startswith(tuple(f"{outer}." for outer in inside)):
@@ -133,7 +117,6 @@ def whole_model_between(base: nn.Module, own: nn.Module, strength: float) -> Non
 
 
 def _set_strength(between: AdaptedLayer, own: AdaptedLayer, strength: float) -> None:
-    """Its second factor times t, and m_t."""
     for leaf in SECOND_FACTORS:
         factor = own._parameters.get(leaf)
         if factor is not None:

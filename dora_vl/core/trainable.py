@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -54,35 +55,29 @@ class TrainedPart:
         return self.name.rpartition(".")[2] if self.adapts else None
 
 
-@dataclass(frozen=True)
-class _PartNames:
+class _PartNames(NamedTuple):
     name: str
     parameters: tuple[str, ...]
     weight_decay: bool
     adapts: bool
 
 
-@dataclass(frozen=True)
-class _TrainedList:
+class _TrainedList(NamedTuple):
     parts: tuple[_PartNames, ...]
     also_keep: tuple[str, ...]
 
 
 def matching(names: Iterable[str], patterns: Iterable[str], what: str) -> list[str]:
-    """The names that some full-name glob matches, in order.
-
-    Raises:
-        UserError: a pattern matches nothing; the message shows the nearest real names.
-    """
+    """The names that some full-name glob matches, in order."""
     names = list(names)
     hits: set[str] = set()
     for pattern in patterns:
-        found = [name for name in names if fnmatchcase(name, pattern)]
-        if not found:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
             nearest = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.0)
             hint = f"; did you mean '*.{pattern}'?" if any(name.endswith(f".{pattern}") for name in names) else ""
             raise UserError(f"{what}: pattern {pattern!r} matches none of {len(names)} names, such as {nearest}{hint}")
-        hits.update(found)
+        hits.update(matched)
     return [name for name in names if name in hits]
 
 
@@ -95,25 +90,29 @@ def choose_trained(
     gather: Gather,
     part_of: Callable[[str], str] = lambda layer: MAIN_PART,
 ) -> None:
-    """Freezes everything, then makes the adapters, `full_modules`' own weights and the extras train.
-
-    Args:
-        part_of: the part that an adapted layer belongs to.
-    """
+    """Freezes everything, then makes the adapters, `full_modules`' own weights and the extras train."""
     model.requires_grad_(False)
-    by_part = _adapted_parts(model, part_of)
+    # By part and factor: `dora.A`, `dora.B`, ... before `vision.A`.
+    by_part: dict[str, list[str]] = {f"{MAIN_PART}.{factor}": [] for factor, _ in FACTORS}
+    for layer, module in adapted_layers(model):
+        for factor, leaf in FACTORS:
+            if module._parameters.get(leaf) is not None:
+                by_part.setdefault(f"{part_of(layer)}.{factor}", []).append(f"{layer}.{leaf}")
     adapting = frozenset(by_part)
     full = set(full_modules)
     by_part["full"] = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in full]
     if full and not by_part["full"]:
         raise UserError(f"targets match {sorted(full)[:3]}, which hold no parameters; name modules with weights")
-    candidates = [name for name, _ in model.named_parameters() if not _belongs_to_adapter(model, name)]
+    owners, leaves = dict(model.named_modules()), {leaf for _, leaf in FACTORS}
+    candidates = [
+        name
+        for name, (owner, _, leaf) in ((name, name.rpartition(".")) for name, _ in model.named_parameters())
+        if leaf not in leaves or not isinstance(owners[owner], AdaptedLayer)
+    ]
     for part, patterns in also_train.items():
         by_part[part] = matching(candidates, patterns, f"also_train.{part}")
-    _refuse_overlap(by_part)
-    _refuse_adapted_weights(model, by_part)
-    _refuse_packed_weights(model, by_part)
-    kept = _kept_names(_tensor_names(model), also_keep)
+    _refuse_untrainable(model, by_part)
+    kept = _kept_names(_tensors(model), also_keep)
     extras = [name for part in also_train for name in by_part[part]]
     train_in_float32(model, extras, gather)
     setattr(model, _ATTRIBUTE, _TrainedList(tuple(_split_by_decay(model, by_part, adapting, gather)), kept))
@@ -122,21 +121,11 @@ def choose_trained(
             parameter.requires_grad_(True)
 
 
-def _adapted_parts(model: nn.Module, part_of: Callable[[str], str]) -> dict[str, list[str]]:
-    """What adapted layers train, by part and factor: `dora.A`, `dora.B`, ... before `vision.A`."""
-    by_part: dict[str, list[str]] = {f"{MAIN_PART}.{factor}": [] for factor, _ in FACTORS}
-    for layer, module in adapted_layers(model):
-        for factor, leaf in FACTORS:
-            if module._parameters.get(leaf) is not None:
-                by_part.setdefault(f"{part_of(layer)}.{factor}", []).append(f"{layer}.{leaf}")
-    return by_part
-
-
 def refuse_unmatched(model: nn.Module, also_train: Mapping[str, tuple[str, ...]], also_keep: tuple[str, ...]) -> None:
     """Raises a `UserError` where a pattern would match nothing, while the model is still as it was."""
     for part, patterns in also_train.items():
         matching((name for name, _ in model.named_parameters()), patterns, f"also_train.{part}")
-    _kept_names(_tensor_names(model), also_keep)
+    _kept_names(_tensors(model), also_keep)
 
 
 def trained_parts(model: nn.Module) -> tuple[TrainedPart, ...]:
@@ -160,10 +149,10 @@ def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def split_rows(name: str) -> tuple[str, slice]:
     """A kept tensor's own name, and which of its rows are kept: `shared.weight[-200:]`, or all."""
-    found = _ROWS.fullmatch(name)
-    if found is None:
+    match = _ROWS.fullmatch(name)
+    if match is None:
         return name, slice(None)
-    return found[1], slice(int(found[2]) if found[2] else None, int(found[3]) if found[3] else None)
+    return match[1], slice(int(match[2]) if match[2] else None, int(match[3]) if match[3] else None)
 
 
 def kept_rows(name: str, tensor: Tensor) -> Tensor:
@@ -214,47 +203,22 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
-def _tensor_names(model: nn.Module) -> list[str]:
-    return list(_tensors(model))
-
-
-def _belongs_to_adapter(model: nn.Module, parameter: str) -> bool:
-    owner, _, leaf = parameter.rpartition(".")
-    return isinstance(model.get_submodule(owner), AdaptedLayer) and leaf in {leaf for _, leaf in FACTORS}
-
-
-def _refuse_overlap(by_part: Mapping[str, list[str]]) -> None:
+def _refuse_untrainable(model: nn.Module, by_part: Mapping[str, list[str]]) -> None:
+    """What would train twice, or not at all: an adapted layer's frozen weight, and quantised integers."""
     owner: dict[str, str] = {}
-    for part, names in by_part.items():
-        for name in names:
-            if name in owner:
-                raise UserError(f"parameter {name} would train twice, in {owner[name]!r} and in {part!r}")
-            owner[name] = part
-
-
-def _refuse_adapted_weights(model: nn.Module, by_part: Mapping[str, list[str]]) -> None:
-    """An adapted layer takes its weight as frozen: no gradient would ever reach it, nor what is tied to it."""
     frozen = {id(layer.weight): name for name, layer in adapted_layers(model)}
     parameters = dict(model.named_parameters())
     for part, names in by_part.items():
         for name in names:
-            if id(parameters[name]) in frozen:
-                owner = frozen[id(parameters[name])]
+            if name in owner:
+                raise UserError(f"parameter {name} would train twice, in {owner[name]!r} and in {part!r}")
+            if layer := frozen.get(id(parameters[name])):
+                raise UserError(f"{part}: {name} is the frozen weight of the adapted layer {layer}; take one out")
+            if not parameters[name].is_floating_point():
                 raise UserError(
-                    f"{part}: {name} is the frozen weight of the adapted layer {owner}; take one of them out"
+                    f"{part}: {name} is quantised and cannot train; adapt its layer, or load the base whole"
                 )
-
-
-def _refuse_packed_weights(model: nn.Module, by_part: Mapping[str, list[str]]) -> None:
-    """Quantised weights are integers, to which no gradient can be added."""
-    parameters = dict(model.named_parameters())
-    for part, names in by_part.items():
-        packed = [name for name in names if not parameters[name].is_floating_point()]
-        if packed:
-            raise UserError(
-                f"{part}: {len(packed)} of the parameters to train are quantised, such as {packed[0]}, and cannot; "
-                "adapt their layers instead, or load the base whole"
-            )
+            owner[name] = part
 
 
 def _split_by_decay(
@@ -264,14 +228,11 @@ def _split_by_decay(
     for part, names in by_part.items():
         adapts = part in adapting
         with gather([parameters[name] for name in names]):
-            matrices = tuple(name for name in names if not _is_vector(parameters[name], name, adapts=adapts))
+            # A stack of experts' magnitudes is a stack of vectors.
+            stacks = {name for name in names if adapts and name.endswith(".magnitude")}
+            matrices = tuple(name for name in names if parameters[name].ndim > 1 and name not in stacks)
         vectors = tuple(name for name in names if name not in set(matrices))
         if matrices:
             yield _PartNames(part, matrices, True, adapts)
         if vectors:
             yield _PartNames(part, vectors, False, adapts)
-
-
-def _is_vector(parameter: nn.Parameter, name: str, *, adapts: bool) -> bool:
-    """Whether there is no direction in it; a stack of magnitudes is a stack of vectors."""
-    return parameter.ndim < 2 or (adapts and name.endswith(".magnitude"))

@@ -331,7 +331,7 @@ every dropped row with its reason, hashes, versions. Finished splits are skipped
   dora-vl prepare pope --from downloads/pope --to records
   dora-vl prepare nlvr --from downloads/nlvr --to records --set shares=train:0.8,validation:0.1,test:0.1
 
-Sources (python -c "help('dora_vl.sources.<module>')" says where each one's files are published):
+Sources (python -c "help('dora_vl.data.benchmarks.<room>')" says where each one's files are published):
 
 """ + "\n".join(
     f"  {name:16} {source.summary}"
@@ -384,7 +384,7 @@ def chosen_splits(arguments: argparse.Namespace) -> list[Split]:
         raise UserError(f"{arguments.folder}: no such folder; --from takes the folder with the published files")
     source = SOURCES[arguments.source]
     options = _options(arguments.set, list(source.options), arguments.source)
-    find: Callable[[Path, dict[str, str], Path], Iterator[Split]] = import_module(source.module).splits
+    find: Callable[[Path, dict[str, str], Path], Iterator[Split]] = getattr(import_module(source.module), source.splits)
     splits = list(find(arguments.folder, options, arguments.to))
     if arguments.splits is None:
         return splits

@@ -158,8 +158,8 @@ def _line(panel: Panel) -> str:
 
 
 def _write(panels: Sequence[Panel], layers: Sequence[str], arguments: argparse.Namespace) -> Iterator[str]:
-    from dora_vl.adapters.adapter import write_json
     from dora_vl.adapters.decomposition import as_json
+    from dora_vl.adapters.files import write_json
 
     picture, numbers = (arguments.to.with_name(f"{arguments.to.name}{suffix}") for suffix in (".png", ".json"))
     draw_panels(panels, layers, picture)

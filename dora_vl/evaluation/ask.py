@@ -27,7 +27,6 @@ from dora_vl.evaluation.predictions import (
 from dora_vl.evaluation.questions import EvaluationSet, Question
 from dora_vl.evaluation.scores.benchmark import FRAMES
 from dora_vl.training.launch import (
-    give_way_when_busy,
     leave_process_group,
     on_first_rank,
     rank_and_ranks,
@@ -49,7 +48,6 @@ def joined_launch() -> Iterator[None]:
     threads = threads_of_this_rank()
     if threads is not None:
         torch.set_num_threads(threads)
-    give_way_when_busy()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

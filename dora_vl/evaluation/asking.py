@@ -94,9 +94,7 @@ def open_model(options: argparse.Namespace) -> Opened:
     from dora_vl.core.strength import checked_strength
     from dora_vl.evaluation.asker import Wanted
     from dora_vl.evaluation.open_model import open_asker
-    from dora_vl.training.launch import give_way_when_busy
 
-    give_way_when_busy()
     return open_asker(
         Wanted(
             adapter=options.adapter,

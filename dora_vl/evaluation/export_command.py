@@ -161,7 +161,7 @@ def _write_gguf(plan: Plan, arguments: argparse.Namespace) -> Iterator[str]:
     )
     for name, size in exported.files.items():
         yield f"{arguments.to / name}: {exported.architecture if name == 'model.gguf' else 'clip'}, {size:,} bytes"
-    for line in exported.told:
+    for line in exported.warnings:
         yield f"{arguments.to}: {line}"
 
 

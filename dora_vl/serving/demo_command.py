@@ -39,7 +39,7 @@ to the same question side by side on the right, turn after turn, and a dial for 
 An adapter is the folder of a run, or of PEFT, and is called as its run unless NAME= says otherwise. All adapters are
 over one base, which is loaded once; nothing is merged. The page listens on this machine alone unless --host says
 otherwise, answers to the names of --allow-host besides, asks for a key where --api-key gives one, asks no other host
-for anything, reads no file but what was uploaded, and keeps none. docs/page.md says more.
+for anything, reads no file but what was uploaded, and keeps none. docs/serving.md says more.
 """
 NEEDED = ("gradio", "uvicorn")
 ADAPTER_FOLDER = "adapter"

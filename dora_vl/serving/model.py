@@ -27,7 +27,6 @@ from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.open_model import ModelSource, decoder_parts, find_source, read_recipe
 from dora_vl.evaluation.prompt_inputs import ImageTextPrompts, Prompts
 from dora_vl.training.adapting import LLAVA
-from dora_vl.training.launch import give_way_when_busy
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -283,7 +282,6 @@ def open_served(
     source = find_source(wanted)
     for folder in adapters.values():  # before the weights are read
         source_on(source, folder, template=template, any_base=any_base)
-    give_way_when_busy()
     served = ServedModel(source, base_name=base_name, template=template, any_base=any_base)
     for name, folder in adapters.items():
         served.put(*served.read(name, folder))

@@ -16,7 +16,7 @@ import yaml
 
 from dora_vl.core.config import Method
 from dora_vl.errors import UserError, shown, shown_text
-from dora_vl.training.command_line import SECTIONS
+from dora_vl.training.settings_files import SECTIONS
 
 LONGEST_KEY, LONGEST_VALUE, LONGEST_RESULT = 34, 44, 400
 

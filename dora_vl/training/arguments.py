@@ -9,7 +9,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,75 +16,18 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from dora_vl.errors import UserError, one_line, shown
-from dora_vl.training.command_line import said_plainly, shipped_folder
-from dora_vl.training.launch import (
-    Launch,
-    launched_first,
-    report_old_build_locks,
-    several_ranks,
-    stand_alone_environment,
-    start_cpu_communication,
-)
+from dora_vl.training.launch import Launch, several_ranks, stand_alone_environment, start_cpu_communication
 from dora_vl.training.recipe import RunSettings
 from dora_vl.training.run_folder import run_folder_of
+from dora_vl.training.settings_files import shipped_folder, without_type_names
 
-# Whether what `training.report_to` names is there: asked before weights are read, not when the Trainer is made.
-
-
-TRACKERS = {
-    "azure_ml": ("azureml.core", "azureml-core"),
-    "clearml": ("clearml", "clearml"),
-    "codecarbon": ("codecarbon", "codecarbon"),
-    "comet_ml": ("comet_ml", "comet-ml"),
-    "dagshub": ("dagshub", "dagshub"),
-    "dvclive": ("dvclive", "dvclive"),
-    "flyte": ("flytekit", "flytekit"),
-    "kubeflow": ("kubeflow", "kubeflow"),
-    "mlflow": ("mlflow", "mlflow"),
-    "neptune": ("neptune", "neptune"),
-    "swanlab": ("swanlab", "swanlab"),
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "trackio": ("trackio", "trackio"),
-    "wandb": ("wandb", "wandb"),
-}
-"""transformers' name of a tracker -> the module that it imports, and the package that brings it."""
-NO_TRACKER, EVERY_TRACKER = "none", "all"
-
-
-def check_trackers(report_to: object) -> None:
-    """Refuses a tracker that transformers does not know, or whose package is not installed.
-
-    Args:
-        report_to: a name or a list of names, as `transformers.TrainingArguments` takes it.
-
-    Raises:
-        UserError: it says how to install it.
-    """
-    wanted = [report_to] if isinstance(report_to, str) else report_to
-    for name in wanted if isinstance(wanted, Sequence) else ():
-        if name in (NO_TRACKER, EVERY_TRACKER):
-            continue
-        if name not in TRACKERS:
-            known = ", ".join(TRACKERS)
-            raise UserError(
-                f"training.report_to: there is no tracker {shown(name)}; there are {known} and {NO_TRACKER}"
-            )
-        module, package = TRACKERS[name]
-        if not _is_installed(module):
-            raise UserError(
-                f"training.report_to: {name} is not installed; pip install {package}, or leave report_to out: "
-                "log.jsonl in the run folder has every number"
-            )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it
-        return False
-
+logger = logging.getLogger(__name__)
 
 SAID_TWICE = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
@@ -102,7 +44,11 @@ def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
     """The JSON of a short name (`zero2`), of a file (as given, or below a checkout), or of a mapping."""
     if isinstance(value, Mapping):
         return dict(value)
-    path = _find(value)
+    shipped = shipped_folder()
+    tried = [shipped / "deepspeed" / f"{value}.json"] if value in SHORT_NAMES else [Path(value), shipped.parent / value]
+    path = next((path for path in tried if path.is_file()), None)
+    if path is None:
+        raise UserError(f"training.deepspeed: {value} is neither a file nor one of {', '.join(SHORT_NAMES)}")
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -112,18 +58,9 @@ def read_deepspeed(value: str | Mapping[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def _find(value: str) -> Path:
-    shipped = shipped_folder()
-    tried = [shipped / "deepspeed" / f"{value}.json"] if value in SHORT_NAMES else [Path(value), shipped.parent / value]
-    for path in tried:
-        if path.is_file():
-            return path
-    raise UserError(f"training.deepspeed: {value} is neither a file nor one of {', '.join(SHORT_NAMES)}")
-
-
 def zero_stage(config: Mapping[str, Any] | None) -> int:
     """ZeRO stage of a DeepSpeed config; 0 without one."""
-    return 0 if config is None else int(config.get("zero_optimization", {}).get("stage", 0))
+    return int((config or {}).get("zero_optimization", {}).get("stage", 0))
 
 
 def check_form(config: Mapping[str, Any]) -> None:
@@ -134,15 +71,13 @@ def check_form(config: Mapping[str, Any]) -> None:
     """
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    stated = {name: value for name, value in _without_auto(config).items() if name not in SAID_TWICE}
-    stated |= {"train_micro_batch_size_per_gpu": 1}
-    stated.pop("train_batch_size", None)
+    left_out = (*SAID_TWICE, "train_batch_size")
+    stated = {name: value for name, value in _without_auto(config).items() if name not in left_out}
     try:
-        DeepSpeedConfig(stated)
+        DeepSpeedConfig(stated | {"train_micro_batch_size_per_gpu": 1})
     except (ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
         wrong = [f'"{name}" is no object' for name in BLOCKS if not isinstance(config.get(name, {}), Mapping)]
-        said = wrong[0] if wrong else one_line(str(error), 200)
-        raise UserError(f"DeepSpeed config: {said}") from error
+        raise UserError(f"DeepSpeed config: {wrong[0] if wrong else one_line(str(error), 200)}") from error
 
 
 def _without_auto(value: Any) -> Any:
@@ -207,8 +142,6 @@ def check_agreement(config: Mapping[str, Any], section: Any) -> None:
             )
 
 
-logger = logging.getLogger(__name__)
-
 # Fields of earlier transformers that people still write, and what to write now (transformers 5 migration guide).
 RENAMED = {
     "evaluation_strategy": "training.eval_strategy",
@@ -242,7 +175,6 @@ OWNED = {
     "neftune_noise_alpha": "the Trainer adds its noise to plain language models only; raise adapter.dropout",
 }
 STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
-LENGTH_STRATEGIES = ("group_by_length", "batch_rebalance")
 AT_LEAST: Mapping[str, float] = {
     "learning_rate": 0.0,
     "weight_decay": 0.0,
@@ -260,7 +192,6 @@ AT_LEAST: Mapping[str, float] = {
     "gradient_accumulation_steps": 1,
 }
 """The smallest value that makes sense; below it torch or the Trainer fails late, or trains towards a larger loss."""
-MEASURED = ("loss", "eval_loss")  # all that validation gives a run to choose a checkpoint by
 # Defaults that differ from the library's: a log line that can be drawn, a loss that shows when it is not a number.
 OURS: dict[str, Any] = {
     "logging_steps": 10,
@@ -272,7 +203,7 @@ OURS: dict[str, Any] = {
 
 def training_fields() -> list[str]:
     """Names of every field `training:` takes."""
-    return [one.name for one in dataclasses.fields(TrainingArguments) if one.init and one.name not in OWNED]
+    return [field.name for field in dataclasses.fields(TrainingArguments) if field.init and field.name not in OWNED]
 
 
 def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,7 +212,7 @@ def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: unknown, renamed or refused fields, and values of the wrong type.
     """
-    known = {one.name for one in dataclasses.fields(TrainingArguments)}
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
     section = {_accepted_name(key, known): value for key, value in section.items()}
     # YAML reads an unquoted `no` as false.
     section = {key: "no" if key in STRATEGIES and value is False else value for key, value in section.items()}
@@ -290,11 +221,32 @@ def check_training_section(section: Mapping[str, Any]) -> dict[str, Any]:
     try:
         parsed = parser.parse_object({"training": section}).training
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(said_plainly(" ".join(str(error).split()))) from error
+        raise UserError(without_type_names(" ".join(str(error).split()))) from error
     values = {key: getattr(parsed, key) for key in section}
     _check_values(values)
     check_trackers(values.get("report_to"))
     return values
+
+
+def check_trackers(report_to: object) -> None:
+    """Refuses a tracker that transformers does not know, or whose package is not installed, before weights are read.
+
+    Raises:
+        UserError: of `training.report_to`, a name or a list of names.
+    """
+    names = [report_to] if isinstance(report_to, str) else report_to
+    for name in names if isinstance(names, Sequence) else ():
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(
+                f"training.report_to: no tracker {shown(name)}; there are {', '.join(INTEGRATION_TO_CALLBACK)} and none"
+            )
+        if name not in get_available_reporting_integrations():
+            raise UserError(
+                f"training.report_to: {name} is not installed; install its package, or leave report_to out: log.jsonl "
+                "in the run folder has every number"
+            )
 
 
 def _check_values(section: Mapping[str, Any]) -> None:
@@ -303,12 +255,12 @@ def _check_values(section: Mapping[str, Any]) -> None:
         value = section.get(name)
         if isinstance(value, int | float) and not least <= value < math.inf:
             raise UserError(f"training.{name} is {value:g}; it must be a number of at least {least:g}")
-    if (strategy := section.get("train_sampling_strategy")) in LENGTH_STRATEGIES:
+    if (strategy := section.get("train_sampling_strategy")) in ("group_by_length", "batch_rebalance"):
         raise UserError(
             f"training.train_sampling_strategy: {strategy} cannot read the lengths of these samples; set "
             "data.group_by_modality_length: true (LLaVA) or data.packing: true (commonsense) instead"
         )
-    if (metric := section.get("metric_for_best_model")) not in (None, *MEASURED):
+    if (metric := section.get("metric_for_best_model")) not in (None, "loss", "eval_loss"):
         raise UserError(
             f"training.metric_for_best_model is {metric}, but validation measures the loss alone; write loss, or "
             "compare checkpoints' adapters by another metric afterwards"
@@ -334,21 +286,27 @@ def training_arguments(config: RunSettings) -> TrainingArguments:
 
     Must run before the model is loaded, or ZeRO-3 would hold a whole model on every rank.
     """
-    section = check_training_section(config.training)
+    section, on_cuda = check_training_section(config.training), torch.cuda.is_available()
     _check_precision(config, section)
-    given = {**OURS, **_evaluation_defaults(config, section), **_device_defaults(), **section}
-    if not torch.cuda.is_available():
-        given.pop("tf32", None)  # CUDA's alone: a GPU recipe also runs, slowly, on a CPU
+    validate = section.get("eval_strategy", "epoch" if config.data.held_out else "no")
+    if validate != "no" and config.data.held_out is None:
+        raise UserError(f"training.eval_strategy is {validate}, but data.validation names no file")
+    given = {**OURS, "eval_strategy": validate, "dataloader_pin_memory": on_cuda, "tf32": True, **section}
+    if not on_cuda:
+        del given["tf32"]  # CUDA's alone: a GPU recipe also runs, slowly, on a CPU
     if given.get("deepspeed") is not None:
         given["deepspeed"] = read_deepspeed(given["deepspeed"])
         check_form(given["deepspeed"])
         check_deepspeed(given["deepspeed"], method=config.adapter.method, bf16=bool(section.get("bf16")))
-        _choose_deepspeed_device(given)
+        if given.get("use_cpu") and on_cuda:
+            raise UserError(
+                "training.use_cpu does not work with training.deepspeed where there is CUDA; remove it and start with "
+                "CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+            )
+        given["use_cpu"] = not on_cuda  # or accelerate would not count DeepSpeed's ranks rightly on a CPU
         stand_alone_environment()
-        if launched_first():
-            report_old_build_locks()
         start_cpu_communication(limit=given.get("ddp_timeout", TrainingArguments.ddp_timeout))
-    elif several_ranks() and not torch.cuda.is_available():
+    elif several_ranks() and not on_cuda:
         given["use_cpu"] = True  # or accelerate would not see that the ranks belong together
     run_folder_of(config)
     # Ranks draw different dropout, from the seed that they set; the order of samples must be one for all of them.
@@ -379,16 +337,6 @@ def order_seed(arguments: TrainingArguments) -> int:
     return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
-def _choose_deepspeed_device(given: dict[str, Any]) -> None:
-    """On a machine without CUDA accelerate counts DeepSpeed's ranks rightly only where `use_cpu` is set."""
-    if given.get("use_cpu") and torch.cuda.is_available():
-        raise UserError(
-            "training.use_cpu does not work with training.deepspeed where there is CUDA; remove it and start with "
-            "CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
-        )
-    given["use_cpu"] = not torch.cuda.is_available()
-
-
 def _check_precision(config: RunSettings, section: Mapping[str, Any]) -> None:
     method = config.adapter.method
     if method != "full" and (section.get("bf16") or section.get("fp16")):
@@ -404,15 +352,3 @@ def _check_precision(config: RunSettings, section: Mapping[str, Any]) -> None:
         )
     if method == "full" and section.get("bf16") and section.get("deepspeed") is None:
         raise UserError("training.bf16 with adapter.method: full needs training.deepspeed, which keeps float32 masters")
-
-
-def _evaluation_defaults(config: RunSettings, section: Mapping[str, Any]) -> dict[str, Any]:
-    wanted = section.get("eval_strategy", "epoch" if config.data.held_out else "no")
-    if wanted != "no" and config.data.held_out is None:
-        raise UserError(f"training.eval_strategy is {wanted}, but data.validation names no file")
-    return {"eval_strategy": wanted}
-
-
-def _device_defaults() -> dict[str, Any]:
-    on_cuda = torch.cuda.is_available()
-    return {"dataloader_pin_memory": on_cuda, "tf32": True} if on_cuda else {"dataloader_pin_memory": False}

@@ -35,7 +35,7 @@ from dora_vl.training.faults import StepFaults, steps_left_out
 from dora_vl.training.largest_batch import LargestBatch, Pool, cost_of
 from dora_vl.training.launch import gather_to_read, gather_to_write, is_first_rank, on_first_rank
 from dora_vl.training.live_view import LiveView, can_show
-from dora_vl.training.memory import Activations, Table, estimate_memory, memory_table
+from dora_vl.training.memory import Activations, Table, engine_of, held_by, rough_table
 from dora_vl.training.optim import (
     LearningRates,
     frozen_table,
@@ -155,13 +155,16 @@ def plan_of(
     backbone: Backbone[Any], rates: LearningRates, activations: Activations, arguments: TrainingArguments
 ) -> dict[str, Table]:
     """What trains, what does not, and the memory that it will take, before the first step."""
-    zero = (deepspeed_config() or {}).get("zero_optimization")
-    parts, stage = trained_parts(backbone.model), int((zero or {}).get("stage", 0))
-    estimate = estimate_memory(backbone, activations, zero=zero, world_size=arguments.world_size)
+    engine = engine_of(
+        deepspeed_config() if arguments.deepspeed is not None else None,
+        ranks=arguments.world_size,
+        hidden_width=activations.hidden_width,
+    )
+    held = held_by(backbone, engine, half_precision=arguments.bf16 or arguments.fp16)
     return {
-        "trained": trained_table(backbone.model, parts, rates),
+        "trained": trained_table(backbone.model, trained_parts(backbone.model), rates),
         "not_adapted": frozen_table(backbone.model),
-        "memory": memory_table(estimate, world_size=arguments.world_size, stage=stage),
+        "memory": rough_table(held, engine, activations),
     }
 
 

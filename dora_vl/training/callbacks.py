@@ -27,7 +27,6 @@ from dora_vl.training.validation import validation_owed
 logger = logging.getLogger(__name__)
 
 ECHO_SECONDS = 1.0  # a signal this soon after the first is the launcher passing on the same one
-RATE = "learning_rate"
 
 
 class EpochCallback(TrainerCallback):
@@ -49,17 +48,16 @@ class LossLog(TrainerCallback):
     """
 
     def __init__(self, path: Path, statistics: BatchStatistics) -> None:
-        self._path = path
-        self._statistics = statistics
-        self._before = Counts()
-        self._since = 0.0
+        self._path, self._statistics = path, statistics
+        self._before, self._since = Counts(), 0.0
         self._rates: dict[str, float] = {}
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        """Keeps the rates of the step, when the Trainer notes the one that it logs."""
-        self._rates = rates_by_part(more["optimizer"])
+        """Keeps the rates of the step by part, when the Trainer notes the one that it logs."""
+        groups = more["optimizer"].param_groups
+        self._rates = {f"learning_rate/{group['name']}": group["lr"] for group in groups if "name" in group}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the clock, and cuts lines that a resumed run will write again."""
@@ -67,7 +65,7 @@ class LossLog(TrainerCallback):
         if state.is_world_process_zero:
             step, again = state.global_step, validation_owed(state, args)
             lines = read_log(self._path)
-            kept = [one for one in lines if one["step"] < step + (not again or "eval_loss" not in one)]
+            kept = [line for line in lines if line["step"] < step + (not again or "eval_loss" not in line)]
             write_log(self._path, kept)
 
     def on_log(
@@ -88,8 +86,10 @@ class LossLog(TrainerCallback):
             logs.update(self._speed(args.device))
             logs.update(self._rates)
         if state.is_world_process_zero:
+            # JSON knows no NaN: it is written as text, so that the line still says what happened.
+            finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **_finite(logs)}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **finite}) + "\n")
 
     def _speed(self, device: torch.device) -> dict[str, float | int]:
         now, counts = time.monotonic(), self._statistics.over_ranks(device)
@@ -108,22 +108,11 @@ class LossLog(TrainerCallback):
         }
 
 
-def rates_by_part(optimizer: Any) -> dict[str, float]:
-    """Each part's learning rate of now, by the names of `optim.parameter_groups`."""
-    return {f"{RATE}/{group['name']}": group["lr"] for group in optimizer.param_groups if "name" in group}
-
-
-def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN: it is written as text, so that the line still says what happened."""
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
-
-
 class PlanFile(TrainerCallback):
     """Writes what trains and what it takes once training begins: a resume that is refused leaves the file as it was."""
 
     def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
-        self._path = path
-        self._plan = plan
+        self._path, self._plan = path, plan
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """On the first rank."""
@@ -138,7 +127,7 @@ class ProgressLine(TrainerCallback):
         self._bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Opens the bar on the first rank."""
+        """Opens it on the first rank."""
         if state.is_world_process_zero:
             self._bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, desc="training"
@@ -165,7 +154,7 @@ class ProgressLine(TrainerCallback):
             shown = f"loss {logs['loss']:.4f}, {speed:.1f} samples/s, padding {padding:.0%}"
             self._bar.set_postfix_str(f"{shown}, skipped {logs.get('skipped', 0)}")
         elif "eval_loss" in logs:
-            self._bar.write(validation_told(logs, state.global_step))
+            self._bar.write(validation_line(logs, state.global_step))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Closes the bar."""
@@ -174,7 +163,7 @@ class ProgressLine(TrainerCallback):
             self._bar = None
 
 
-def validation_told(logs: Mapping[str, Any], step: int) -> str:
+def validation_line(logs: Mapping[str, Any], step: int) -> str:
     """A validation's numbers in a line."""
     return f"step {step}: validation loss {logs['eval_loss']:.4f}, skipped {logs.get('eval_skipped', 0)}"
 
@@ -204,17 +193,13 @@ class SaveAfterValidation(TrainerCallback):
 
 
 class ValidateFirst(TrainerCallback):
-    """Has a resumed run begin with the validation that the run before was stopped in front of.
-
-    Args:
-        validate: does it; every rank calls it.
-    """
+    """Has a resumed run begin with the validation that the run before was stopped in front of; on every rank."""
 
     def __init__(self, validate: Callable[[], None]) -> None:
         self._validate = validate
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Before the first step, if there is one."""
+        """Before the first step."""
         if validation_owed(state, args):
             self._validate()
 
@@ -247,13 +232,13 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Asks all ranks whether one of them received a signal to stop."""
-        told = self._heard or 0
+        number = self._heard or 0
         if args.world_size > 1:
-            heard = torch.tensor(told, device=args.device)
+            heard = torch.tensor(number, device=args.device)
             torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
-            told = int(heard)
-        if told:
-            self.received = told
+            number = int(heard)
+        if number:
+            self.received = number
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

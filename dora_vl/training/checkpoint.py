@@ -4,8 +4,7 @@
     state/state.json                  the optimizer's settings and numbers, the schedule, loss scale, counters, ranks
     state/random-RANK.json            the random states of each rank
 
-No pickle is among them. The tensors are the same whatever wrote them, so another number of ranks, another ZeRO stage or
-none can go on.
+The tensors are the same whatever wrote them, so another number of ranks, another ZeRO stage or none can go on.
 """
 
 from __future__ import annotations
@@ -34,86 +33,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from transformers import TrainingArguments
 
-
-# The random states of a rank (Python's, numpy's, torch's, the GPU's) in a checkpoint's JSON, and back.
-
-
 logger = logging.getLogger(__name__)
-
-
-def random_file(rank: int) -> str:
-    """The name of a rank's file."""
-    return f"random-{rank}.json"
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """This rank's states, bytes in hexadecimal."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    states = {
-        "python": [version, list(words), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": _hexadecimal(torch.get_rng_state()),
-    }
-    return states | ({"cuda": _hexadecimal(torch.cuda.get_rng_state(device))} if device.type == "cuda" else {})
-
-
-def restore_random_states(
-    files: StateFiles, *, rank: int, written_by: int, device: torch.device, drawn_from: tuple[int, int]
-) -> None:
-    """Goes on with this rank's states, or from drawn ones where the checkpoint was written by fewer ranks.
-
-    Args:
-        files: the checkpoint's.
-        rank: this one.
-        written_by: ranks that wrote the checkpoint.
-        device: this rank's.
-        drawn_from: the run's seed, and the step.
-
-    Raises:
-        UserError: the file is missing or broken.
-    """
-    if rank >= written_by:
-        seed_all(*drawn_from, rank)
-        return
-    found = files.json(random_file(rank))
-    try:
-        version, words, gauss = found["python"]
-        random.setstate((version, tuple(words), gauss))
-        name, keys, position, has_gauss, cached = found["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-        torch.set_rng_state(_of_hexadecimal(found["torch"]))
-        if device.type == "cuda" and "cuda" in found:
-            torch.cuda.set_rng_state(_of_hexadecimal(found["cuda"]), device)
-    except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise files.damaged(f"{random_file(rank)} holds no random states") from error
-
-
-def tell_drawn(*, ranks: int, written_by: int, drawn_from: tuple[int, int]) -> None:
-    """Says on the first rank which random states are new."""
-    if ranks > written_by:
-        logger.info(
-            "resume: %d ranks were not there; their random states are drawn from seed %d and step %d",
-            ranks - written_by,
-            *drawn_from,
-        )
-
-
-def seed_all(seed: int, step: int, rank: int) -> None:
-    """Seeds what had no state: a hash of the run's seed, the step and the rank."""
-    drawn = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
-    random.seed(drawn)
-    np.random.seed(int.from_bytes(drawn[:4], "little"))
-    torch.manual_seed(int.from_bytes(drawn[:8], "little", signed=True))
-
-
-def _hexadecimal(state: torch.Tensor) -> str:
-    return state.numpy().tobytes().hex()
-
-
-def _of_hexadecimal(state: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
-
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 """DeepSpeed's, of its own log lines."""
@@ -122,14 +42,7 @@ MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError)
 
 @dataclass(frozen=True)
 class RunningState:
-    """What of a run goes into a checkpoint.
-
-    Attributes:
-        places: what trains, and its optimizer.
-        schedule: of the learning rate.
-        scaler: torch's loss scale, where there is one.
-        engine: DeepSpeed's, where there is one.
-    """
+    """What of a run goes into a checkpoint: what trains and its optimizer, and torch's or DeepSpeed's own state."""
 
     places: OptimizerPlaces
     schedule: Any
@@ -145,6 +58,8 @@ def save_state(checkpoint: Path, running: RunningState, arguments: TrainingArgum
             pass
         return
     write_state(checkpoint, tensors)
+    engine, scale = running.engine, loss_scale_of(running.engine)
+    scale_numbers = {} if scale is None else vars(scale)
     write_numbers(
         checkpoint,
         {
@@ -152,8 +67,8 @@ def save_state(checkpoint: Path, running: RunningState, arguments: TrainingArgum
             "optimizer": optimizer_numbers(running.places),
             "schedule": running.schedule.state_dict(),
             "scaler": None if running.scaler is None else running.scaler.state_dict(),
-            "loss_scale": _numbers_of(loss_scale_of(running.engine)),
-            "counters": {} if running.engine is None else {name: getattr(running.engine, name) for name in COUNTERS},
+            "loss_scale": {name: one for name, one in scale_numbers.items() if isinstance(one, int | float)},
+            "counters": {} if engine is None else {name: getattr(engine, name) for name in COUNTERS},
         },
     )
 
@@ -178,31 +93,8 @@ def load_state(checkpoint: Path, running: RunningState) -> None:
 
 
 def load_trained(checkpoint: Path, places: OptimizerPlaces) -> None:
-    """Takes what trains from a checkpoint, and leaves the optimizer alone; every rank must call it.
-
-    Raises:
-        UserError: as `load_state`.
-    """
+    """Takes what trains from a checkpoint, and leaves the optimizer alone; every rank must call it."""
     load_values(places, StateFiles(checkpoint))
-
-
-def save_random_states(checkpoint: Path, arguments: TrainingArguments) -> None:
-    """Writes this rank's file."""
-    write_numbers(checkpoint, random_states(arguments.device), random_file(arguments.process_index))
-
-
-def load_random_states(checkpoint: Path, arguments: TrainingArguments, *, step: int) -> None:
-    """Goes on with this rank's random states.
-
-    Raises:
-        UserError: their file is missing or broken.
-    """
-    files = StateFiles(checkpoint)
-    written_by, drawn_from = files.number("ranks", int), (arguments.seed, step)
-    restore_random_states(
-        files, rank=arguments.process_index, written_by=written_by, device=arguments.device, drawn_from=drawn_from
-    )
-    tell_drawn(ranks=arguments.world_size, written_by=written_by, drawn_from=drawn_from)
 
 
 def loss_scale_of(engine: DeepSpeedEngine | None) -> Any:
@@ -211,12 +103,58 @@ def loss_scale_of(engine: DeepSpeedEngine | None) -> Any:
     return held.get("loss_scaler", held.get("loss_scale_config"))
 
 
-def _numbers_of(holder: Any) -> dict[str, Any]:
-    return {} if holder is None else {name: one for name, one in vars(holder).items() if isinstance(one, int | float)}
-
-
 def _set_known(holder: Any, numbers: Mapping[str, Any]) -> None:
     """Sets those numbers that the object has: another ZeRO stage's has others."""
     for name, value in numbers.items():
         if holder is not None and name in vars(holder):
             setattr(holder, name, value)
+
+
+# The random states of a rank (Python's, numpy's, torch's, the GPU's) in a checkpoint's JSON, and back.
+
+
+def save_random_states(checkpoint: Path, rank: int, device: torch.device) -> None:
+    """Writes this rank's file, bytes in hexadecimal."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes().hex()
+    write_numbers(checkpoint, states, f"random-{rank}.json")
+
+
+def load_random_states(checkpoint: Path, rank: int, device: torch.device, *, seed: int, step: int) -> None:
+    """Goes on with this rank's states, or from drawn ones where the checkpoint was written by fewer ranks.
+
+    Raises:
+        UserError: their file is missing or broken.
+    """
+    files = StateFiles(checkpoint)
+    if rank >= files.number("ranks", int):
+        logger.warning("resume: rank %d was not there; its random states are drawn from seed %d", rank, seed)
+        seed_all(seed, step, rank)
+        return
+    file = f"random-{rank}.json"
+    states = files.json(file)
+    try:
+        version, words, gauss = states["python"]
+        random.setstate((version, tuple(words), gauss))
+        name, keys, position, has_gauss, cached = states["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(states["torch"]), dtype=torch.uint8))
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(states["cuda"]), dtype=torch.uint8), device)
+    except (*MALFORMED, OverflowError, RuntimeError) as error:
+        raise files.damaged(f"{file} holds no random states") from error
+
+
+def seed_all(seed: int, step: int, rank: int) -> None:
+    """Seeds what had no state: a hash of the run's seed, the step and the rank."""
+    drawn = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    random.seed(drawn)
+    np.random.seed(int.from_bytes(drawn[:4], "little"))
+    torch.manual_seed(int.from_bytes(drawn[:8], "little", signed=True))

@@ -1,4 +1,4 @@
-"""A checkpoint's state as files that hold data alone: tensors in safetensors, all else in JSON."""
+"""What a checkpoint is: its account, which a resume compares, and its state in files that hold data alone."""
 
 from __future__ import annotations
 
@@ -17,18 +17,14 @@ from torch import Tensor
 from dora_vl.adapters.adapter import file_hash, versions
 from dora_vl.adapters.folder import RECIPE_FILE, read_json
 from dora_vl.errors import UserError, shown
-from dora_vl.training.launch import Launch, Shape, check_shape
+from dora_vl.training.launch import Launch
 from dora_vl.training.run_folder import ADAPTER
-
-# What a checkpoint is: its files, the settings and the ranks that wrote it; a resume compares them.
-
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE, STATE_NUMBERS = "state", "state.json"
 """The folder of a checkpoint that holds what a resumed run needs beside the adapter, and its file of numbers."""
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl")
 MAY_CHANGE = (
     "resume",
     "overwrite",
@@ -66,28 +62,29 @@ MAY_CHANGE = (
     "training.gradient_accumulation_steps",
 )
 """Settings that change nothing of what the steps to come compute, or what is compared elsewhere."""
-TOLD = ("training.max_steps", "training.num_train_epochs")
+MAY_GROW = ("training.max_steps", "training.num_train_epochs")
 """Settings that people change to train longer; the schedule of the learning rate moves with them."""
-MOST_SAID = 2
+MOST_NAMED = 2
 """Changed settings that a message spells out."""
 NEXT_STEP = "copy the checkpoint again, or resume from another one of the run"
-_NOT_THERE = "not set"
+NOT_SET = "not set"
+DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "optim": "adamw_torch_fused"}
+"""transformers' own, where a run does not say."""
+BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+"""Optimizers whose state has a number for each weight, whatever cuts the weights into parts (`training.optim`)."""
+FILE_BYTES = 1 << 30
+"""A file of tensors is closed at this size, so that a writer never holds much more than that."""
 
 
 def write_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch) -> None:
-    """Describes a checkpoint whose files are all there; to be called last, before the folder gets its name.
-
-    Args:
-        checkpoint: the folder.
-        settings: the run's, as `run_folder.settings_of` gives them.
-        launch: the processes that wrote it.
-    """
-    files = {str(path.relative_to(checkpoint)): _described(path) for path in _files_in(checkpoint)}
+    """Describes a checkpoint whose files are all there; to be called last, before the folder gets its name."""
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = {str(path.relative_to(checkpoint)): (path.stat().st_size, file_hash(path)) for path in paths}
     content = {
         "settings": settings,
         "launch": dataclasses.asdict(launch),
         "versions": versions(),
-        "files": files,
+        "files": {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in files.items()},
     }
     (checkpoint / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -96,26 +93,31 @@ def check_manifest(checkpoint: Path, settings: Mapping[str, Any], launch: Launch
     """Compares a checkpoint with its own account and with the run that would resume from it.
 
     Raises:
-        UserError: it holds pickles; a file is missing or changed; its steps took another number of samples; or settings
-            differ that change the result.
+        UserError: a file is missing or changed; its steps took another number of samples; or settings differ that
+            change the result.
     """
-    _refuse_pickles(checkpoint)
     path = checkpoint / MANIFEST
     if not path.is_file():
         raise UserError(f"resume: {path} is missing; {NEXT_STEP}")
-    written = _read(path)
-    _check_files(checkpoint, written["files"])
-    check_shape(checkpoint, Shape(written["settings"], Launch(**written["launch"])), Shape(settings, launch))
-    _check_settings(checkpoint, written["settings"], settings)
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        then, files, wrote = written["settings"], written["files"], Launch(**written["launch"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; resume from another checkpoint of the run") from error
+    for name, expected in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise UserError(f"resume: {file} is missing; {NEXT_STEP}")
+        if (size := file.stat().st_size) != expected["bytes"]:
+            raise UserError(f"resume: {file} has {size:,} bytes instead of {expected['bytes']:,}; {NEXT_STEP}")
+        if file_hash(file) != expected["sha256"]:
+            raise UserError(f"resume: {file} was changed after it was written; {NEXT_STEP}")
+    _check_shape(checkpoint, Shape(then, wrote), Shape(settings, launch))
+    _check_settings(checkpoint, then, settings)
 
 
 def check_base(checkpoint: Path, base: str, sha256: str | None) -> None:
-    """Compares the base with the one that a checkpoint's adapter was trained on, where both contents are known.
-
-    Args:
-        checkpoint: the folder.
-        base: the run's, for the message.
-        sha256: its content hash.
+    """Compares the base's content hash with that of the checkpoint's adapter, where both are known.
 
     Raises:
         UserError: they differ.
@@ -130,84 +132,113 @@ def check_base(checkpoint: Path, base: str, sha256: str | None) -> None:
         )
 
 
-def _refuse_pickles(checkpoint: Path) -> None:
-    """Earlier versions left DeepSpeed's and torch's own files, which run what is in them as they are read."""
-    pickles = sorted(path for path in checkpoint.rglob("*") if path.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise UserError(
-            f"resume: {pickles[0]} is a pickle of an earlier version, and reading one can run code: it is not read. "
-            f"The adapter beside it is whole: begin a new run from it with --adapter.initial {checkpoint / 'adapter'}"
-        )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        return {name: written[name] for name in ("settings", "launch", "files")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; resume from another checkpoint of the run") from error
-
-
-def _files_in(folder: Path) -> Iterator[Path]:
-    yield from sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def _described(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
-
-
-def _check_files(checkpoint: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, one in files.items():
-        if (size := _size(checkpoint / name)) is None:
-            raise UserError(f"resume: {checkpoint / name} is missing; {NEXT_STEP}")
-        if size != one["bytes"]:
-            raise UserError(f"resume: {checkpoint / name} has {size:,} bytes instead of {one['bytes']:,}; {NEXT_STEP}")
-        if _described(checkpoint / name)["sha256"] != one["sha256"]:
-            raise UserError(f"resume: {checkpoint / name} was changed after it was written; {NEXT_STEP}")
-
-
 def _check_settings(checkpoint: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     before, here = dict(_flat(then)), dict(_flat(now))
-    changed = [name for name in sorted(before.keys() | here.keys()) if _value(before, name) != _value(here, name)]
-    said = {
-        name: f"{name} was {shown(_value(before, name))}, is {shown(_value(here, name))}"
-        for name in changed
-        if not any(fnmatch(name, pattern) for pattern in MAY_CHANGE)
+    changed = {
+        name: f"{name} was {shown(before.get(name, NOT_SET))}, is {shown(here.get(name, NOT_SET))}"
+        for name in sorted(before.keys() | here.keys())
+        if before.get(name, NOT_SET) != here.get(name, NOT_SET)
+        and not any(fnmatch(name, pattern) for pattern in MAY_CHANGE)
     }
-    for name in TOLD:
-        if name in said:
-            logger.info("resume: %s", said.pop(name))
-    if said:
-        named = "; ".join(list(said.values())[:MOST_SAID])
-        more = f" and {len(said) - MOST_SAID} more" if len(said) > MOST_SAID else ""
+    for name in MAY_GROW:
+        if name in changed:
+            logger.info("resume: %s", changed.pop(name))
+    if changed:
+        named = "; ".join(list(changed.values())[:MOST_NAMED])
+        more = f" and {len(changed) - MOST_NAMED} more" if len(changed) > MOST_NAMED else ""
         raise UserError(
             f"resume: {checkpoint} was written with other settings: {named}{more}. Put them back, or "
-            f"begin a new run from its weights with --adapter.initial {checkpoint / 'adapter'}"
+            f"begin a new run from its weights with --adapter.initial {checkpoint / ADAPTER}"
         )
 
 
 def _flat(section: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value under its full name; lists are values."""
+    """Every value under its full name; lists are values, and null or an empty mapping is nothing."""
     for name, value in section.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             yield from _flat(value, f"{above}{name}.")
-        else:
+        elif value is not None:
             yield f"{above}{name}", value
 
 
-def _value(flat: Mapping[str, Any], name: str) -> Any:
-    """A setting that only one of two runs names, as an empty mapping and null are too."""
-    value = flat.get(name)
-    return _NOT_THERE if value is None or value == {} else value
+# Whether other processes may go on with a run: they must take the same samples in each step.
 
 
-FILE_BYTES = 1 << 30
-"""A file of tensors is closed at this size, so that a writer never holds much more than that."""
-STATE_NEXT_STEP = "copy the checkpoint again, or resume from another one of the run"
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A run's settings and processes, as far as they say who does what of a step."""
+
+    settings: Mapping[str, Any]
+    launch: Launch
+
+    def of_training(self, name: str) -> Any:
+        """A field of `training:`, or its default."""
+        value = self.settings.get("training", {}).get(name)
+        return DEFAULTS.get(name) if value is None else value
+
+    @property
+    def mixes_tasks(self) -> bool:
+        """Whether `data.batch_size` says how many samples a step has (VL-BART)."""
+        return self.settings.get("data", {}).get("batch_size") is not None
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of a rank's micro-batch."""
+        return int(self.of_training("per_device_train_batch_size"))
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of a step; 0 where the data's settings say it, which are compared themselves."""
+        accumulation = int(self.of_training("gradient_accumulation_steps"))
+        return 0 if self.mixes_tasks else self.micro_batch * accumulation * self.launch.ranks
+
+
+def _check_shape(checkpoint: Path, then: Shape, now: Shape) -> None:
+    """Refuses processes that cannot go on with what others did, and logs it where others go on."""
+    written = f"resume: {checkpoint} was written by {then.launch}"
+    if then.step_samples != now.step_samples:
+        raise UserError(
+            f"{written}, whose steps took {then.step_samples:,} samples; those of this run ({now.launch}) take "
+            f"{now.step_samples:,}: {_what_to_set(then.step_samples, now)}"
+        )
+    if (then.launch, then.micro_batch) == (now.launch, now.micro_batch):
+        return
+    drops = then.of_training("dataloader_drop_last") or now.of_training("dataloader_drop_last")
+    other_together = then.micro_batch * then.launch.ranks != now.micro_batch * now.launch.ranks
+    if drops and other_together and not now.mixes_tasks:
+        raise UserError(
+            f"{written}, this run is {now.launch}, and training.dataloader_drop_last leaves others of an epoch's "
+            "samples out for each: start it as then"
+        )
+    optimizer = now.of_training("optim")
+    partitioned = then.launch.zero_stage or now.launch.zero_stage
+    if partitioned and then.launch != now.launch and optimizer not in BY_ELEMENT:
+        raise UserError(
+            f"{written}, this run is {now.launch}, and the state of training.optim {optimizer} cannot be dealt out "
+            "anew: start it as then"
+        )
+    by_micro_batch = now.settings.get("optim", {}).get("loss_normalisation") == "micro_batch" and not now.mixes_tasks
+    other_mean = (
+        f"; the loss is the mean of micro-batches (optim.loss_normalisation), which were of {then.micro_batch} samples "
+        f"and are of {now.micro_batch}"
+    )
+    of_loss = other_mean if by_micro_batch and then.micro_batch != now.micro_batch else ""
+    logger.info("resume: written by %s, goes on on %s%s", then.launch, now.launch, of_loss)
+
+
+def _what_to_set(samples: int, now: Shape) -> str:
+    ranks = now.launch.ranks
+    if samples % (now.micro_batch * ranks) == 0:
+        return f"set training.gradient_accumulation_steps to {samples // (now.micro_batch * ranks)}"
+    if samples % ranks == 0:
+        return (
+            "set training.per_device_train_batch_size and training.gradient_accumulation_steps so that their product "
+            f"is {samples // ranks}"
+        )
+    return f"start as many ranks as divide {samples}"
+
+
+# State: tensors in safetensors, all else in JSON.
 
 
 def write_state(checkpoint: Path, tensors: Iterable[tuple[str, Tensor]], *, file_bytes: int = FILE_BYTES) -> None:
@@ -220,16 +251,16 @@ def write_state(checkpoint: Path, tensors: Iterable[tuple[str, Tensor]], *, file
     folder = checkpoint / STATE
     folder.mkdir(parents=True, exist_ok=True)
     held: dict[str, Tensor] = {}
-    size, files = 0, 0
+    size = files = 0
     for name, tensor in tensors:
         held[name] = tensor
         size += tensor.nbytes
         if size >= file_bytes:
             files += 1
-            save_file(held, _tensor_file(folder, files))
+            save_file(held, folder / f"tensors-{files:05d}.safetensors")
             held, size = {}, 0
     if held or not files:
-        save_file(held, _tensor_file(folder, files + 1))
+        save_file(held, folder / f"tensors-{files + 1:05d}.safetensors")
 
 
 def write_numbers(checkpoint: Path, numbers: Mapping[str, Any], file: str = STATE_NUMBERS) -> None:
@@ -246,18 +277,11 @@ def write_numbers(checkpoint: Path, numbers: Mapping[str, Any], file: str = STAT
     (checkpoint / STATE / file).write_text(text + "\n", encoding="utf-8")
 
 
-def _tensor_file(folder: Path, number: int) -> Path:
-    return folder / f"tensors-{number:05d}.safetensors"
-
-
 class StateFiles:
     """A checkpoint's state, read piece by piece.
 
-    Args:
-        checkpoint: the folder.
-
     Raises:
-        UserError: a file is missing or broken.
+        UserError: here and in every method, a file is missing or broken.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -269,31 +293,23 @@ class StateFiles:
                 with safe_open(path, framework="pt") as file:
                     self._file_of.update(dict.fromkeys(file.keys(), path))
             except (SafetensorError, OSError) as error:
-                raise UserError(f"resume: {path} cannot be read ({error}); {STATE_NEXT_STEP}") from error
+                raise UserError(f"resume: {path} cannot be read ({error}); {NEXT_STEP}") from error
 
     def json(self, file: str) -> dict[str, Any]:
-        """One of the JSON files below `state/`.
-
-        Raises:
-            UserError: it is missing, or no JSON object.
-        """
+        """One of the JSON files below `state/`."""
         path = self._folder / file
+        if not path.exists():
+            raise UserError(f"resume: {path} is missing; {NEXT_STEP}")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"resume: {path} is missing; {STATE_NEXT_STEP}") from error
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"resume: {path} is damaged; {STATE_NEXT_STEP}") from error
-        if not isinstance(found, dict):
-            raise UserError(f"resume: {path} is damaged; {STATE_NEXT_STEP}")
-        return found
+            raise UserError(f"resume: {path} is damaged; {NEXT_STEP}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"resume: {path} is damaged; {NEXT_STEP}")
+        return content
 
     def number(self, name: str, kind: type) -> Any:
-        """An entry of the numbers.
-
-        Raises:
-            UserError: it is missing or of another kind.
-        """
+        """An entry of the numbers, of this type."""
         if not isinstance(value := self.numbers.get(name), kind):
             raise self.damaged(f"{name} is missing or of another kind")
         return value
@@ -303,21 +319,17 @@ class StateFiles:
         return frozenset(self._file_of)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU.
-
-        Raises:
-            UserError: its file is broken.
-        """
+        """One tensor, on the CPU."""
         path = self._file_of[name]
         try:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise UserError(f"resume: {path} cannot be read ({error}); {STATE_NEXT_STEP}") from error
+            raise UserError(f"resume: {path} cannot be read ({error}); {NEXT_STEP}") from error
 
     def damaged(self, what: str) -> UserError:
         """The error for content that cannot be used."""
-        return UserError(f"resume: {self._folder} is damaged: {what}; {STATE_NEXT_STEP}")
+        return UserError(f"resume: {self._folder} is damaged: {what}; {NEXT_STEP}")
 
 
 def is_plain(value: Any) -> bool:

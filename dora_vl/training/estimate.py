@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +21,25 @@ from dora_vl.core import apply_dora
 from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.errors import UserError, positive
 from dora_vl.training.arguments import check_training_section, read_deepspeed
-from dora_vl.training.engine_memory import (
-    META,
-    Engine,
-    Held,
-    Sizes,
-    StepBytes,
-    Traffic,
-    bytes_of,
-    engine_of,
-    held_by,
-    imagine_step,
-    traffic_of,
-)
+from dora_vl.training.imagined_step import META, StepBytes, imagine_step
+from dora_vl.training.memory import Engine, Held, Table, Traffic, bytes_of, engine_of, held_by, traffic_of
 from dora_vl.training.pipeline import Pipeline
 
-if TYPE_CHECKING:
-    from dora_vl.training.engine_memory import Cluster
+DESCRIPTION = """\
+Says what a run will take of each GPU: bytes by part, bytes that an optimizer step sends, and its time from a share of
+the GPUs' peak and the links' speed. The model is made from its config alone, on torch's meta device: no weight is read.
+
+  dora-vl estimate llava/llava15 --variant 7b_dora --shape llava-1.5-7b --gpus 8
+  dora-vl estimate my_run.yaml --gpus 64 --machines 8 --mfu 0.4 --training.deepspeed zero2
+
+What this command does not know is a setting of the run, --section.key value, as for the script itself. docs/cluster.md
+says what is counted and how.
+"""
+TAKES_SETTINGS = True
+GPUS_A_MACHINE = 8
+WAYS = {True: "recomputed (gradient_checkpointing)", False: "without recomputing"}
+STAGES = ("zero0", "zero2", "zero3")
+TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Estimate:
 
     def peak(self, step: StepBytes) -> int:
         """Bytes at the fullest moment: within the micro-batch, or while the optimizer steps."""
-        return self.held.at_most(self.engine, step)
+        return self.held.at_most(self.engine, step.phases)
 
     @property
     def total(self) -> int:
@@ -98,20 +100,20 @@ class ImaginedRun:
     plain: StepBytes
     recomputed: StepBytes
 
-    def under(self, deepspeed: str) -> ImaginedRun:
-        """The same run with another engine."""
-        return replace(self, section={**self.section, "deepspeed": deepspeed})
-
-    def on(self, ranks: int) -> Estimate:
-        """The estimate for so many ranks."""
-        engine = _engine(self.section, ranks=ranks, hidden_width=self.hidden_width)
+    def on(self, ranks: int, deepspeed: str | None = None) -> Estimate:
+        """The estimate for so many ranks, with the run's engine or another one."""
+        engine = _engine(deepspeed or self.section.get("deepspeed"), ranks=ranks, hidden_width=self.hidden_width)
         held = held_by(self.model, engine, half_precision=self.half_precision)
         checkpointing = bool(self.section.get("gradient_checkpointing") or self.section.get("activation_checkpointing"))
         step, other = (self.recomputed, self.plain) if checkpointing else (self.plain, self.recomputed)
         micro_batches = int(self.section.get("gradient_accumulation_steps", 1))
-        trained = bytes_of(one for one in self.model.parameters() if one.requires_grad)
-        sizes = Sizes(trained, trained, split=bytes_of(self.model.parameters()), stay_whole=held.gathered)
-        traffic = traffic_of(engine, sizes, micro_batches=micro_batches)
+        traffic = traffic_of(
+            engine,
+            trained=bytes_of(one for one in self.model.parameters() if one.requires_grad),
+            split=bytes_of(self.model.parameters()),
+            stay_whole=held.gathered,
+            micro_batches=micro_batches,
+        )
         return Estimate(engine, self.samples, held, step, other, checkpointing, traffic, step.flop * micro_batches)
 
 
@@ -119,6 +121,7 @@ def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int 
     """The model of a run's settings, and its micro-batch; no weight is read.
 
     Args:
+        pipeline: of the run.
         tokens: of a sample, pictures among them; None: `data.max_tokens`, the longest.
         labelled: of these; None: all that are not a picture's.
 
@@ -128,15 +131,14 @@ def imagine_run(pipeline: Pipeline, *, tokens: int | None = None, labelled: int 
     section = check_training_section(pipeline.config.training)
     backbone = _adapted_skeleton(pipeline)
     width = int(backbone.model.config.get_text_config().hidden_size)
-    _engine(section, ranks=1, hidden_width=width)  # its file may be wrong, which shows at once
+    _engine(section.get("deepspeed"), ranks=1, hidden_width=width)  # its file may be wrong, which shows at once
     samples = _samples(pipeline, backbone, int(section.get("per_device_train_batch_size", 8)), tokens, labelled)
     plain, recomputed = _steps(pipeline, backbone, samples, section)
     half = pipeline.config.adapter.method == "full" and bool(section.get("bf16") or section.get("fp16"))
     return ImaginedRun(backbone.model, width, section, half, samples, plain, recomputed)
 
 
-def _engine(section: Mapping[str, Any], *, ranks: int, hidden_width: int) -> Engine:
-    deepspeed = section.get("deepspeed")
+def _engine(deepspeed: Any, *, ranks: int, hidden_width: int) -> Engine:
     return engine_of(None if deepspeed is None else read_deepspeed(deepspeed), ranks=ranks, hidden_width=hidden_width)
 
 
@@ -201,32 +203,36 @@ def _batch(pipeline: Pipeline, backbone: Backbone[Any], samples: Samples) -> dic
     return batch
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """The machines of a run.
+
+    Attributes:
+        machines: GPUs are spread evenly over them.
+        flop_per_second: peak of one GPU in the weights' number type.
+        utilisation: share of it that the step's products reach, recomputed ones counted.
+        bandwidth: bytes a second that a GPU sends to the others of its machine.
+        network: bytes a second that a machine sends to the next.
+    """
+
+    machines: int
+    flop_per_second: float
+    utilisation: float
+    bandwidth: float
+    network: float
+
+    def seconds(self, traffic: Traffic, flop: int) -> tuple[float, float]:
+        """An optimizer step's products, and its traffic over the slowest link, which a ring crosses once."""
+        slowest = min(self.bandwidth, self.network) if self.machines > 1 else self.bandwidth
+        return flop / (self.flop_per_second * self.utilisation), traffic.total / slowest
+
+
 def as_record(estimate: Estimate) -> dict[str, Any]:
     """For JSON, without the single phases of the steps."""
     record = {**dataclasses.asdict(estimate), "total": estimate.total}
     for step in (record["step"], record["other"]):
         step["most"] = max(phase["most"] for phase in step.pop("phases"))
     return record
-
-
-# `dora-vl estimate`: memory, traffic and time of a run, before it is started and without its weights.
-
-
-DESCRIPTION = """\
-Says what a run will take of each GPU: bytes by part, bytes that an optimizer step sends, and its time from a share of
-the GPUs' peak and the links' speed. The model is made from its config alone, on torch's meta device: no weight is read.
-
-  dora-vl estimate llava/llava15 --variant 7b_dora --shape llava-1.5-7b --gpus 8
-  dora-vl estimate my_run.yaml --gpus 64 --machines 8 --mfu 0.4 --training.deepspeed zero2
-
-What this command does not know is a setting of the run, --section.key value, as for the script itself. docs/cluster.md
-says what is counted and how.
-"""
-TAKES_SETTINGS = True
-GPUS_A_MACHINE = 8
-WAYS = {True: "recomputed (gradient_checkpointing)", False: "without recomputing"}
-STAGES = ("zero0", "zero2", "zero3")
-TERA, GIGA, GIB = 1e12, 1e9, 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -244,22 +250,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also writes the numbers to this file")
 
 
-def _share(text: str) -> float:
-    return _number(text, most=1.0)
-
-
-def _amount(text: str) -> float:
-    return _number(text, most=1e9)
-
-
-def _number(text: str, *, most: float) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+def _amount(text: str, most: float = 1e9) -> float:
+    number = float(text)
     if not 0 < number <= most:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {most:g}")
     return number
+
+
+def _share(text: str) -> float:
+    return _amount(text, 1.0)
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
@@ -268,42 +267,31 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     Raises:
         UserError: a setting or the base's config is wrong, or the GPUs cannot be spread over the machines.
     """
-    machines = _machines(arguments)
-    words = [f"--config={arguments.config}", *arguments.settings]
     from dora_vl.training.run_settings import pipeline_of, settings_and_task
 
+    gpus, machines = arguments.gpus, arguments.machines or -(-arguments.gpus // GPUS_A_MACHINE)
+    if gpus % machines:
+        raise UserError(f"--gpus {gpus} cannot be spread evenly over {machines} machines; give --machines")
+    words = [f"--config={arguments.config}", *arguments.settings]
     config, task = settings_and_task(words, None, program="dora-vl estimate")
     if task.startswith("vlbart"):
         raise UserError("estimate is for runs of llava_instruct and commonsense; a VL-BART fits any GPU")
     with tempfile.TemporaryDirectory() as folder:
         config = with_shape(config, arguments.shape, Path(folder))
-        from dora_vl.training.engine_memory import Cluster
-
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        pipeline = pipeline_of(config, task)
-        imagined = imagine_run(pipeline, tokens=arguments.tokens, labelled=arguments.labelled)
-    found = imagined.on(arguments.gpus)
-    others = {stage: imagined.under(stage).on(arguments.gpus) for stage in STAGES}
-    cluster = Cluster(
-        machines, arguments.tflops * TERA, arguments.mfu, arguments.bandwidth * GIGA, arguments.network * GIGA
-    )
-    yield from memory_lines(found)
-    by_engine = ", ".join(f"{name} {gib(one.total)}" for name, one in others.items())
+        imagined = imagine_run(pipeline_of(config, task), tokens=arguments.tokens, labelled=arguments.labelled)
+    estimate = imagined.on(gpus)
+    yield from memory_lines(estimate)
+    by_engine = ", ".join(f"{stage} {gib(imagined.on(gpus, stage).total)}" for stage in STAGES)
     yield f"GiB at the fullest moment by engine: {by_engine}"
-    yield from step_lines(found, cluster)
+    bandwidth, network = arguments.bandwidth * GIGA, arguments.network * GIGA
+    yield from step_lines(estimate, Cluster(machines, arguments.tflops * TERA, arguments.mfu, bandwidth, network))
     if arguments.json is not None:
         try:
-            arguments.json.write_text(json.dumps(as_record(found), indent=1) + "\n", encoding="utf-8")
+            arguments.json.write_text(json.dumps(as_record(estimate), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror})") from error
         yield f"{arguments.json}"
-
-
-def _machines(arguments: argparse.Namespace) -> int:
-    machines = arguments.machines or -(-arguments.gpus // GPUS_A_MACHINE)
-    if arguments.gpus % machines:
-        raise UserError(f"--gpus {arguments.gpus} cannot be spread evenly over {machines} machines; give --machines")
-    return machines
 
 
 def gib(size: int) -> str:
@@ -311,11 +299,9 @@ def gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
 
-def memory_lines(found: Estimate) -> Iterator[str]:
+def memory_lines(estimate: Estimate) -> Iterator[str]:
     """Bytes of one GPU by part, the fullest moment of the run, and that with checkpointing the other way."""
-    from dora_vl.training.memory import Table
-
-    held, step, engine, samples = found.held, found.step, found.engine, found.samples
+    held, step, samples = estimate.held, estimate.step, estimate.samples
     parts = {f"frozen weights, {name}": size for name, size in held.weights.items()}
     parts |= {
         "trained weights": held.trained,
@@ -324,34 +310,31 @@ def memory_lines(found: Estimate) -> Iterator[str]:
         "float32 copy of what trains": held.masters,
         "buffers for gradients": held.buckets,
         "weights gathered (ZeRO-3)": held.gathered,
-        f"activations kept, {WAYS[found.checkpointing]}": step.kept,
+        f"activations kept, {WAYS[estimate.checkpointing]}": step.kept,
         "logits and their loss": step.logits,
         "working memory of the passes": step.working,
         "moved to the host": -held.on_host,
     }
-    stage = "no DeepSpeed" if engine.stage is None else f"ZeRO-{engine.stage}"
-    title = f"a GPU of {engine.ranks} ({stage})"
     rows = [(name, gib(size)) for name, size in parts.items() if size]
-    rows.append((f"at the fullest moment, {WAYS[found.checkpointing]}", gib(found.total)))
-    rows.append((f"activations kept, {WAYS[not found.checkpointing]}", gib(found.other.kept)))
-    rows.append((f"at the fullest moment, {WAYS[not found.checkpointing]}", gib(found.peak(found.other))))
-    yield str(Table((title, "GiB"), tuple(rows)))
+    rows.append((f"at the fullest moment, {WAYS[estimate.checkpointing]}", gib(estimate.total)))
+    rows.append((f"activations kept, {WAYS[not estimate.checkpointing]}", gib(estimate.other.kept)))
+    rows.append((f"at the fullest moment, {WAYS[not estimate.checkpointing]}", gib(estimate.peak(estimate.other))))
+    yield str(Table((f"a GPU of {estimate.engine}", "GiB"), tuple(rows)))
     yield f"a micro-batch: {samples.rows} samples of {samples.tokens} tokens, {samples.labelled} of them labelled"
 
 
-def step_lines(found: Estimate, cluster: Cluster) -> Iterator[str]:
+def step_lines(estimate: Estimate, cluster: Cluster) -> Iterator[str]:
     """An optimizer step: what a GPU sends, what it computes, how long it takes."""
-    from dora_vl.training.engine_memory import step_time
-
-    sent, time = found.traffic, step_time(cluster, found.traffic, flop=found.flop)
+    sent = estimate.traffic
+    compute, wire = cluster.seconds(sent, estimate.flop)
     yield (
         f"a step sends {gib(sent.total)} GiB from each GPU: gradients {gib(sent.gradients)}, what trains "
         f"{gib(sent.trained)}, weights {gib(sent.weights)}"
     )
     yield (
-        f"a step computes {found.flop / TERA:.1f} TFLOP a GPU: {time.compute:.2f} s at {cluster.utilisation:g} of "
-        f"{cluster.flop_per_second / TERA:g} TFLOP/s, {time.wire:.2f} s on the wire ({cluster.machines} machines), "
-        f"{time.overlapped:.2f} to {time.one_after_the_other:.2f} s together"
+        f"a step computes {estimate.flop / TERA:.1f} TFLOP a GPU: {compute:.2f} s at {cluster.utilisation:g} of "
+        f"{cluster.flop_per_second / TERA:g} TFLOP/s, {wire:.2f} s on the wire ({cluster.machines} machines), "
+        f"{max(compute, wire):.2f} to {compute + wire:.2f} s together"
     )
 
 

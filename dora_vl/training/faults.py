@@ -27,6 +27,8 @@ MOST_IN_A_ROW = 10
 SPIKE_WINDOW, SPIKE_AFTER = 100, 20
 SPIKE_TIMES, SPIKE_DEVIATIONS = 2.0, 10.0
 """A step's loss is a spike beyond both: this multiple of the window's median, and so many median deviations."""
+NAMED_WEIGHTS, LONGEST_WEIGHT = 2, 90
+"""How many weights a message names, and how long a module's full name may be in it."""
 
 
 class StepFaults(TrainerCallback):
@@ -45,9 +47,7 @@ class StepFaults(TrainerCallback):
     def __init__(self, file: Path, policy: Literal["stop", "skip"], *, scaled: bool = False) -> None:
         self.ended_by: str | None = None
         """Why the run ends early, for its error line; None: it does not."""
-        self._file = file
-        self._policy = policy
-        self._scaled = scaled
+        self._file, self._policy, self._scaled = file, policy, scaled
         self._ids: Sequence[Sequence[str]] = ()
         self._losses: list[Tensor] = []
         self._norm: float | Tensor | None = None
@@ -109,7 +109,7 @@ class StepFaults(TrainerCallback):
             torch.distributed.all_reduce(fault, torch.distributed.ReduceOp.MAX)
             of_loss, of_gradient = map(bool, fault.tolist())
         if of_loss or of_gradient:
-            ids = _gathered(broken, args.world_size)
+            ids = _on_all_ranks([one for ids in broken for one in ids])
             what = "the loss is not a number" if of_loss else "the gradient is not a number, though the loss is"
             # A gradient that is a number was not dropped: an infinite loss may have one.
             done = "the step was left out" if of_gradient else "its gradient is one, and the step was taken"
@@ -125,18 +125,19 @@ class StepFaults(TrainerCallback):
             control.should_evaluate = False
 
     def _judge(self, what: str, done: str, ids: Sequence[str], state: TrainerState, control: TrainerControl) -> None:
-        """Says what was wrong with a step, and ends the run where that is set."""
+        """Warns of what was wrong with a step, and ends the run where that is set."""
         self._left_out_in_a_row += 1
         about = f" (samples {shown_names(ids)})" if ids else ""
-        said = f"step {state.global_step}: {what}{about}; {done}"
-        logger.warning("%s", said)
-        if self._policy == "skip" and self._left_out_in_a_row < MOST_IN_A_ROW:
+        fault = f"step {state.global_step}: {what}{about}; {done}"
+        logger.warning("%s", fault)
+        skips = self._policy == "skip"
+        if skips and self._left_out_in_a_row < MOST_IN_A_ROW:
             return
-        again = f"{self._left_out_in_a_row} steps one after another; " if self._policy == "skip" else ""
-        skip = "" if self._policy == "skip" else "; optim.not_finite: skip leaves such steps out and goes on"
+        again = f"{self._left_out_in_a_row} steps one after another; " if skips else ""
+        or_skip = "" if skips else "; optim.not_finite: skip leaves such steps out and goes on"
         self.ended_by = (
-            f"{said}. {again}checkpoint-{state.global_step} holds what is trained: look at the samples, or "
-            f"lower training.learning_rate; --resume last goes on after this step{skip}"
+            f"{fault}. {again}checkpoint-{state.global_step} holds what is trained: look at the samples, or "
+            f"lower training.learning_rate; --resume last goes on after this step{or_skip}"
         )
         control.should_save = control.should_training_stop = True
 
@@ -160,7 +161,7 @@ class StepFaults(TrainerCallback):
         )
 
     def _write(self, state: TrainerState, fault: dict[str, Any]) -> None:
-        """The first rank's lines; another's spike is told by its warning alone."""
+        """The first rank's lines; another's spike shows by its warning alone."""
         if state.is_world_process_zero:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **fault}, ensure_ascii=False) + "\n")
@@ -178,23 +179,7 @@ def steps_left_out(file: Path) -> int:
     return sum(bool(line.get("left_out")) for line in read_log(file))
 
 
-def _gathered(broken: Sequence[Sequence[str]], ranks: int) -> list[str]:
-    """The ids of all ranks' broken micro-batches."""
-    mine = [one for ids in broken for one in ids]
-    if ranks == 1:
-        return mine
-    everyone: list[list[str]] = [[] for _ in range(ranks)]
-    torch.distributed.all_gather_object(everyone, mine)
-    return [one for ids in everyone for one in ids]
-
-
-# Whether weights are numbers: the base's before the first step, what trains before it is saved.
-#
-# A weight that is NaN or infinite makes every later loss NaN, and an adapter of NaN looks like any other folder.
-
-
-NAMED_WEIGHTS, LONGEST_WEIGHT = 2, 90
-"""How many weights a message names, and how long a module's full name may be in it."""
+# Weights: a NaN in the base makes every later loss NaN, and an adapter of NaN looks like any other folder.
 
 
 def check_base_weights(model: nn.Module, base: str) -> None:
@@ -205,11 +190,11 @@ def check_base_weights(model: nn.Module, base: str) -> None:
     Raises:
         UserError: on every rank, where one holds a weight that is NaN or infinite.
     """
-    broken = _on_any_rank(_not_finite(model.named_parameters()))
-    if broken:
+    if broken := _not_finite(model.named_parameters()):
         raise UserError(
-            f"{base}: {len(broken)} of its weights hold NaN or infinity: {_named(broken)}; every loss would be "
-            "NaN. Fetch or compose the base again, or set model.dtype: bfloat16 where float16 is too narrow for it"
+            f"{base}: {len(broken)} of its weights hold NaN or infinity: "
+            f"{shown_names(broken, NAMED_WEIGHTS, LONGEST_WEIGHT)}; every loss would be NaN. Fetch or compose the base "
+            "again, or set model.dtype: bfloat16 where float16 is too narrow for it"
         )
 
 
@@ -224,28 +209,20 @@ def check_trained_weights(parts: Sequence[TrainedPart], *, step: int, kept: str 
     Raises:
         UserError: on every rank, where a trained weight is NaN or infinite.
     """
-    named = ((name, parameter) for part in parts for name, parameter in part.parameters.items())
-    broken = _on_any_rank(_not_finite(named))
-    if broken:
+    if broken := _not_finite(pair for part in parts for pair in part.parameters.items()):
         left = f"{kept} is the last whole checkpoint" if kept else "there is no checkpoint before it"
         raise UserError(
-            f"step {step}: {len(broken)} trained weights are NaN or infinite ({_named(broken)}), so nothing is "
-            f"saved; {left}. Lower training.learning_rate or the part's own in optim.rates, or set "
-            "training.max_grad_norm"
+            f"step {step}: {len(broken)} trained weights are NaN or infinite "
+            f"({shown_names(broken, NAMED_WEIGHTS, LONGEST_WEIGHT)}), so nothing is saved; {left}. Lower "
+            "training.learning_rate or the part's own in optim.rates, or set training.max_grad_norm"
         )
 
 
-def _named(weights: Sequence[str]) -> str:
-    return shown_names(weights, NAMED_WEIGHTS, LONGEST_WEIGHT)
-
-
 def _not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of floating weights whose sum is no number; of a sharded one, this rank's share is read."""
-    return [name for name, parameter in named if not _is_finite(_held(parameter))]
-
-
-def _held(parameter: nn.Parameter) -> Tensor:
-    return vars(parameter).get("ds_tensor", parameter).detach()  # DeepSpeed's name for this rank's share
+    """Names of floating weights that hold NaN or infinity on any rank."""
+    # DeepSpeed's name for this rank's share of a parameter.
+    here = [name for name, one in named if not _is_finite(vars(one).get("ds_tensor", one).detach())]
+    return sorted(set(_on_all_ranks(here)))
 
 
 def _is_finite(weights: Tensor) -> bool:
@@ -257,10 +234,10 @@ def _is_finite(weights: Tensor) -> bool:
     return bool(weights.sum(dtype=torch.float32).isfinite()) or bool(weights.isfinite().all())
 
 
-def _on_any_rank(names: list[str]) -> list[str]:
+def _on_all_ranks(names: list[str]) -> list[str]:
     _, ranks = rank_and_ranks()
     if ranks == 1:
         return names
-    found: list[list[str]] = [[] for _ in range(ranks)]
-    torch.distributed.all_gather_object(found, names)
-    return sorted({name for one in found for name in one})
+    everyone: list[list[str]] = [[] for _ in range(ranks)]
+    torch.distributed.all_gather_object(everyone, names)
+    return [name for of_rank in everyone for name in of_rank]

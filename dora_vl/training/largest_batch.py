@@ -12,11 +12,11 @@ import logging
 import re
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -28,17 +28,21 @@ from dora_vl.training.recipe import RunSettings, SampleBound
 from dora_vl.training.seq2seq_tasks import MicroBatch, Seq2SeqSample, over_step
 from dora_vl.training.validation import random_state_kept
 
-# Too little memory, wherever it shows: one line with the bytes, and which setting to lower to what.
-
+logger = logging.getLogger(__name__)
 
 PIXELS_TO_START_WITH = 1280 * 28 * 28
 """Of a picture of a model of dynamic resolution: 1,280 pieces of 28 x 28 (Qwen2-VL's own example)."""
 SHORTEST = 64
 """Tokens below which `data.max_tokens` is no longer what to lower."""
-_WORKER = "DataLoader worker"
-"""How torch begins to say that one was killed."""
+BYTES_PER_SCORE = 12
+"""Of a vocabulary's score at a labelled position: its float32, its gradient's, and both as the model makes them."""
+ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+Pool = Sequence[Any]
+"""Items of which a loader can make one micro-batch."""
 _ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+# Too little memory, wherever it shows: one line with the bytes, and which setting to lower to what.
 
 
 def asked_bytes(error: BaseException) -> int | None:
@@ -68,16 +72,7 @@ def _in_words(size: int) -> str:
 
 @contextlib.contextmanager
 def out_of_memory_reported(where: Callable[[], str], device: torch.device, advice: Callable[[], str]) -> Iterator[None]:
-    """Turns too little memory into one line.
-
-    Args:
-        where: what was being done; asked when it is needed, as is `advice`.
-        device: that trains.
-        advice: which setting to lower to what.
-
-    Raises:
-        UserError: memory was too small.
-    """
+    """Turns too little memory into one `UserError`: where it was, and which setting to lower to what."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -105,7 +100,7 @@ def training_fits(trainer: Any, config: RunSettings) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if not str(error).startswith(_WORKER):
+            if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(
                 f"{one_line(str(error), 120)} It was at step {trainer.state.global_step}; where the memory was "
@@ -180,25 +175,11 @@ def smaller_test(config: RunSettings) -> str:
     return f"Set evaluation.batch_size to {max(1, size // 2)} (it is {size}); --test_only true tests the adapter again"
 
 
-logger = logging.getLogger(__name__)
-
-BYTES_PER_SCORE = 12
-"""Of a vocabulary's score at a labelled place: its float32, that one's gradient, and both as the model makes them."""
-Pool = Sequence[Any]
-"""Items of which a loader can make one micro-batch."""
-
-
 class LargestBatch(TrainerCallback):
     """Tries the largest micro-batch when training begins; every rank tries the same one at the same time.
 
-    Args:
-        trainer: whose model and optimizer are used; with them its arguments.
-        config: the run's settings, for the message.
-        pools: what micro-batches are drawn from, the largest items of each.
-        cost: of a micro-batch, in any unit.
-        collate: a batch of items.
-
-    Raises: UserError at the start of training, where it does not fit.
+    `pools` gives what micro-batches are drawn from, the largest items of each; `cost` is a micro-batch's in any unit.
+    A UserError ends the run where it does not fit.
     """
 
     def __init__(
@@ -210,11 +191,8 @@ class LargestBatch(TrainerCallback):
         cost: Callable[[Pool], int],
         collate: Callable[[list[Any]], Mapping[str, Any]],
     ) -> None:
-        self._trainer = trainer
-        self._config = config
-        self._pools = pools
-        self._cost = cost
-        self._collate = collate
+        self._trainer, self._config = trainer, config
+        self._pools, self._cost, self._collate = pools, cost, collate
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Before anything is asked or trained."""
@@ -266,12 +244,8 @@ class LargestBatch(TrainerCallback):
 
 def largest(pools: Sequence[Pool], cost: Callable[[Pool], int], size: int) -> list[Any]:
     """The most expensive micro-batch of `size` items, or of all of a smaller pool; nothing where no item is usable."""
-    batches = [sorted(filter(_usable, pool), key=lambda item: -cost([item]))[:size] for pool in pools]
-    return max(batches, key=cost, default=[])
-
-
-def _usable(item: Any) -> bool:
-    return bool(_samples([item]))
+    usable = [[item for item in pool if _samples([item])] for pool in pools]
+    return max((sorted(pool, key=lambda item: -cost([item]))[:size] for pool in usable), key=cost, default=[])
 
 
 def _samples(items: Pool) -> list[Sample | Seq2SeqSample]:
@@ -316,14 +290,19 @@ def take_and_undo(trainer: Any, batch: Mapping[str, Any]) -> None:
 
     With accumulation two micro-batches, since the second finds the first one's gradients in memory.
     """
-    parts = min(2, trainer.args.gradient_accumulation_steps)
-    with nothing_learnt(trainer):
-        _make_state(trainer)
+    parts, alone = min(2, trainer.args.gradient_accumulation_steps), not trainer.is_deepspeed_enabled
+    optimizer: torch.optim.Optimizer = trainer.places.optimizer
+    with _nothing_learnt(trainer):
+        if alone and not optimizer.state:  # it comes with the first step, so only the second finds it in memory
+            for parameter in trainer.places.flats:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         for part in range(parts):
             trainer.accelerator.gradient_state._set_sync_gradients(part == parts - 1)
             _forward_and_backward(trainer, batch)
-        if not trainer.is_deepspeed_enabled:  # whose engine has taken the step at the end of the backward pass
-            _torch_optimizer(trainer).step()
+        if alone:  # else the engine has taken the step at the end of the backward pass
+            optimizer.step()
 
 
 def _forward_and_backward(trainer: Any, batch: Mapping[str, Any]) -> None:
@@ -332,32 +311,24 @@ def _forward_and_backward(trainer: Any, batch: Mapping[str, Any]) -> None:
     (taken,) = over_step([batch], trainer.args.device)
     inputs = trainer._prepare_inputs({name: value for name, value in taken.items() if name not in BOOKKEEPING})
     labelled = (inputs["labels"] != IGNORED_LABEL).sum()
-    alone = model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
-    with alone, trainer.compute_loss_context_manager():
+    unsynchronised = model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+    with unsynchronised, trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(model, inputs, num_items_in_batch=labelled)
         trainer.accelerator.backward(loss * 0.0)
 
 
-def _make_state(trainer: Any) -> None:
-    """An optimizer's state comes with its first step, so only the second finds it in memory; DeepSpeed's is there."""
-    if trainer.is_deepspeed_enabled:
-        return
-    optimizer = _torch_optimizer(trainer)
-    if not optimizer.state:
-        for parameter in _parameters(optimizer):
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
 @contextlib.contextmanager
-def nothing_learnt(trainer: Any) -> Iterator[None]:
-    """Steps inside have a learning rate of zero; afterwards the optimizer, and what it trains, is as it was."""
-    optimizer = _torch_optimizer(trainer)
+def _nothing_learnt(trainer: Any) -> Iterator[None]:
+    """Steps inside have a learning rate of zero; afterwards the optimizer, and what it trains, is as it was.
+
+    What is kept lies in the machine's memory, so that the device has as much room as ever.
+    """
+    optimizer: torch.optim.Optimizer = trainer.places.optimizer
+    trained = [(flat.data, _on_host(flat.data)) for flat in trainer.places.flats]
+    states = {key: {name: _on_host(value) for name, value in state.items()} for key, state in optimizer.state.items()}
     rates = [group["lr"] for group in optimizer.param_groups]
-    held = _Held(_trained_tensors(trainer))
-    state = {key: {name: _copied(value) for name, value in one.items()} for key, one in optimizer.state.items()}
-    engine = _engine_numbers(trainer)
+    engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
+    counters = [(owner, _counters(owner)) for owner in (engine, loss_scale_of(engine)) if owner is not None]
     synchronises = trainer.accelerator.gradient_state.sync_gradients
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * 0
@@ -368,76 +339,33 @@ def nothing_learnt(trainer: Any) -> Iterator[None]:
             group["lr"] = rate
         trainer.accelerator.gradient_state._set_sync_gradients(synchronises)
         trainer.model.zero_grad(set_to_none=True)
-        held.restore()
-        _restore_state(optimizer, state)
-        for owner, numbers in engine:
+        with torch.no_grad():
+            for tensor, value in trained:
+                tensor.copy_(value)
+            for key in [key for key in optimizer.state if key not in states]:
+                del optimizer.state[key]
+            for key, before in states.items():
+                _restore(optimizer.state[key], before)
+        for owner, numbers in counters:
             vars(owner).update(numbers)
 
 
-class _Held:
-    """Tensors and what they hold now, kept in the machine's memory, so that the device has as much room as ever."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self._values = [one.detach().to("cpu", copy=True) for one in tensors]
-
-    def restore(self) -> None:
-        """Writes them back."""
-        with torch.no_grad():
-            for tensor, value in zip(self._tensors, self._values, strict=True):
-                tensor.copy_(value)
-
-
-def _torch_optimizer(trainer: Any) -> torch.optim.Optimizer:
-    """The optimizer under whatever accelerate and DeepSpeed have put around it."""
-    found = trainer.optimizer
-    while (inner := vars(found).get("optimizer")) is not None:
-        found = inner
-    return cast(torch.optim.Optimizer, found)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [one for group in optimizer.param_groups for one in group["params"]]
-
-
-def _trained_tensors(trainer: Any) -> list[Tensor]:
-    """What steps write to: the parameters, or under ZeRO this rank's float32 share of them."""
-    zero = vars(trainer.model_wrapped).get("optimizer") if trainer.is_deepspeed_enabled else None
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
-        if zero is not None and name in vars(zero):
-            return [one for one in vars(zero)[name] if one is not None]
-    return [one.data for one in _parameters(_torch_optimizer(trainer))]
-
-
-def _copied(value: Any) -> Any:
+def _on_host(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
-def _restore_state(optimizer: torch.optim.Optimizer, state: Mapping[Any, Mapping[str, Any]]) -> None:
+def _restore(state: dict[str, Any], before: Mapping[str, Any]) -> None:
     """In place where a tensor was there already; what is new goes."""
-    for key in [one for one in optimizer.state if one not in state]:
-        del optimizer.state[key]
-    with torch.no_grad():
-        for key, before in state.items():
-            now = optimizer.state[key]
-            for name in [one for one in now if one not in before]:
-                del now[name]
-            for name, value in before.items():
-                if isinstance(value, Tensor) and isinstance(now.get(name), Tensor):
-                    now[name].copy_(value)
-                else:
-                    now[name] = value
+    for name in [name for name in state if name not in before]:
+        del state[name]
+    for name, value in before.items():
+        if isinstance(value, Tensor) and isinstance(state.get(name), Tensor):
+            state[name].copy_(value)
+        else:
+            state[name] = value
 
 
-COUNTED = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-"""Of DeepSpeed's engine, what its checkpoints hold."""
-
-
-def _engine_numbers(trainer: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """DeepSpeed's counters and loss scale as they are, each with the object that has them."""
-    if not trainer.is_deepspeed_enabled:
-        return []
-    engine = trainer.model_wrapped
-    owners = [(engine, {name: vars(engine)[name] for name in COUNTED if name in vars(engine)})]
-    scaler = loss_scale_of(engine)
-    return [*owners, (scaler, dict(vars(scaler)))] if scaler is not None else owners
+def _counters(owner: Any) -> dict[str, Any]:
+    """Whole numbers of DeepSpeed's engine that its checkpoints hold, or all of its loss scale."""
+    names = [name for name in ENGINE_COUNTERS if name in vars(owner)] or list(vars(owner))
+    return {name: vars(owner)[name] for name in names}

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import logging
 import os
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import TrainingArguments
@@ -26,11 +22,8 @@ from transformers.integrations import deepspeed as integration
 
 from dora_vl.errors import UserError
 
-SECONDS_FOR_THE_FIRST_RANK = 15.0  # on a busy machine the first has taken more than five
-SHARED_MEMORY_COLLECTIVES = "deepspeed_shm_comm"
-GLOO_WORKER, MOST_SECONDS_TO_REST = "pt_gloo", 10.0
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-NEVER, LARGEST_INT = -1, 2**31 - 1
+FIRST_RANK_SECONDS = 15.0  # on a busy machine the first has taken more than five
+GLOO_REST_SECONDS = 10.0
 
 
 def threads_of_this_rank() -> int | None:
@@ -84,7 +77,7 @@ def start_cpu_communication(*, limit: int = 1800) -> None:
     import deepspeed
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVES] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=limit)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
@@ -101,7 +94,8 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # another C library
         return False
-    return bool(mallopt(M_TRIM_THRESHOLD, NEVER) and mallopt(M_MMAP_THRESHOLD, LARGEST_INT))
+    trim_threshold, mmap_threshold = -1, -3  # of <malloc.h>
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_threshold, 2**31 - 1))
 
 
 def launched_first() -> bool:
@@ -125,7 +119,7 @@ def first_rank_speaks() -> Iterator[None]:
         yield
     except UserError:
         if not launched_first():
-            time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+            time.sleep(FIRST_RANK_SECONDS)
         raise
 
 
@@ -180,7 +174,7 @@ def leave_process_group() -> None:
 
 def _wait_until_gloo_rests() -> None:
     """Returns when each worker of gloo has slept twice in a row while this thread slept too, so not for the GIL."""
-    end, rested = time.monotonic() + MOST_SECONDS_TO_REST, 0
+    end, rested = time.monotonic() + GLOO_REST_SECONDS, 0
     while rested < 2 and time.monotonic() < end:
         time.sleep(0.01)
         rested = rested + 1 if all(state == "S" for state in _gloo_states()) else 0
@@ -191,19 +185,8 @@ def _gloo_states() -> Iterator[str]:
     for path in Path("/proc/self/task").glob("*/stat"):
         with contextlib.suppress(OSError):  # a thread that has just ended
             name, _, rest = path.read_text().partition("(")[2].rpartition(") ")
-            if name.startswith(GLOO_WORKER):
+            if name.startswith("pt_gloo"):
                 yield rest[0]
-
-
-# The processes of a run, and whether other ones may go on with it: they must take the same samples in each step.
-
-
-logger = logging.getLogger(__name__)
-
-DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "optim": "adamw_torch_fused"}
-"""transformers' own, where a run does not say."""
-BY_ELEMENT = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
-"""Optimizers whose state has a number for each weight, whatever cuts the weights into parts (`training.optim`)."""
 
 
 @dataclass(frozen=True)
@@ -216,239 +199,6 @@ class Launch:
     def __str__(self) -> str:
         engine = "without DeepSpeed" if self.zero_stage is None else f"with ZeRO-{self.zero_stage}"
         return f"{self.ranks} {'rank' if self.ranks == 1 else 'ranks'} {engine}"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A run's settings and processes, as far as they say who does what of a step."""
-
-    settings: Mapping[str, Any]
-    launch: Launch
-
-    def of_training(self, name: str) -> Any:
-        """A field of `training:`, or its default."""
-        value = self.settings.get("training", {}).get(name)
-        return DEFAULTS.get(name) if value is None else value
-
-    @property
-    def mixes_tasks(self) -> bool:
-        """Whether `data.batch_size` says how many samples a step has (VL-BART)."""
-        return self.settings.get("data", {}).get("batch_size") is not None
-
-    @property
-    def micro_batch(self) -> int:
-        """Samples of a rank's micro-batch."""
-        return int(self.of_training("per_device_train_batch_size"))
-
-    @property
-    def step_samples(self) -> int:
-        """Samples of a step; 0 where the data's settings say it, which are compared themselves."""
-        accumulation = int(self.of_training("gradient_accumulation_steps"))
-        return 0 if self.mixes_tasks else self.micro_batch * accumulation * self.launch.ranks
-
-
-def check_shape(checkpoint: Path, then: Shape, now: Shape) -> None:
-    """Refuses processes that cannot go on with what others did, and says it where others go on.
-
-    Raises:
-        UserError: a step would take another number of samples, or an epoch would, or the optimizer's state cannot be
-            dealt out anew.
-    """
-    if then.step_samples != now.step_samples:
-        raise UserError(
-            f"resume: {checkpoint} was written by {then.launch}, whose steps took {then.step_samples:,} samples; those "
-            f"of this run ({now.launch}) take {now.step_samples:,}: {_what_to_set(then.step_samples, now)}"
-        )
-    if (then.launch, then.micro_batch) == (now.launch, now.micro_batch):
-        return
-    _check_epoch(checkpoint, then, now)
-    _check_optimizer(checkpoint, then, now)
-    logger.info("resume: written by %s, goes on on %s%s", then.launch, now.launch, _of_the_loss(then, now))
-
-
-def _what_to_set(samples: int, now: Shape) -> str:
-    ranks = now.launch.ranks
-    if samples % (now.micro_batch * ranks) == 0:
-        return f"set training.gradient_accumulation_steps to {samples // (now.micro_batch * ranks)}"
-    if samples % ranks == 0:
-        return (
-            "set training.per_device_train_batch_size and training.gradient_accumulation_steps so that their product "
-            f"is {samples // ranks}"
-        )
-    return f"start as many ranks as divide {samples}"
-
-
-def _check_epoch(checkpoint: Path, then: Shape, now: Shape) -> None:
-    together = [one.micro_batch * one.launch.ranks for one in (then, now)]
-    drops = then.of_training("dataloader_drop_last") or now.of_training("dataloader_drop_last")
-    if drops and together[0] != together[1] and not now.mixes_tasks:
-        raise UserError(
-            f"resume: {checkpoint} was written by {then.launch}, this run is {now.launch}, and "
-            "training.dataloader_drop_last leaves others of an epoch's samples out for each: start it as then"
-        )
-
-
-def _check_optimizer(checkpoint: Path, then: Shape, now: Shape) -> None:
-    optimizer, partitioned = str(now.of_training("optim")), (bool(one.launch.zero_stage) for one in (then, now))
-    if any(partitioned) and then.launch != now.launch and optimizer not in BY_ELEMENT:
-        raise UserError(
-            f"resume: {checkpoint} was written by {then.launch}, this run is {now.launch}, and the state of "
-            f"training.optim {optimizer} cannot be dealt out anew: start it as then"
-        )
-
-
-def _of_the_loss(then: Shape, now: Shape) -> str:
-    normalised = now.settings.get("optim", {}).get("loss_normalisation")
-    if then.micro_batch == now.micro_batch or now.mixes_tasks or normalised != "micro_batch":
-        return ""
-    return (
-        f"; the loss is the mean of micro-batches (optim.loss_normalisation), which were of {then.micro_batch} samples "
-        f"and are of {now.micro_batch}"
-    )
-
-
-# Locks that a killed build of a C++ extension leaves: whoever needs that extension next waits for ever.
-
-
-OLD_SECONDS = 600.0
-"""Longer than any of DeepSpeed's or torch's extensions takes to build."""
-
-
-def report_old_build_locks() -> list[Path]:
-    """Names locks in torch's folder of built extensions that no living build can hold; returns them.
-
-    Torch's builder makes an empty file `lock`, and waits without a word while there is one; DeepSpeed builds its CPU
-    optimizer (offloading) and other operations that way.
-    """
-    found = [path for path in _locks() if _age(path) > OLD_SECONDS]
-    for path in found:
-        logger.warning(
-            "%s is %.0f minutes old: a build of a C++ extension that was killed leaves such a file, and whatever needs "
-            "the extension waits for ever; remove the file if no other process builds there",
-            path,
-            _age(path) / 60,
-        )
-    return found
-
-
-def _locks() -> list[Path]:
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if given is not None:
-        return sorted(Path(given).glob("*/lock"))
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return sorted(Path(get_default_build_root()).glob("*/*/lock"))  # below py311_cpu, py311_cu126
-
-
-def _age(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:  # its build has ended meanwhile
-        return 0.0
-
-
-# Threads that wait leave their core to others while others need it: for runs on a CPU that is shared.
-#
-# OpenMP's threads spin for milliseconds while they wait for each other. Where another process takes part of the
-# machine, they keep the core that their partner needs: a small model beside one busy process on two cores has 0.3 of
-# its speed.
-# To wait asleep costs as much where the machine is free. libgomp reads which of the two it shall do when it is loaded;
-# but it spins for 100 turns instead of 300,000 while there are more OpenMP threads than cores, whatever they do (its
-# manual, GOMP_SPINCOUNT). So a thread beside the work looks how many cores others keep busy, and holds idle OpenMP
-# threads while these are needed. The work's own threads stay as many as they were, and so do its sums.
-
-
-SECONDS_BETWEEN_LOOKS = 0.5
-MARGIN = 0.3
-"""Cores that others may keep busy before it counts: a system is never quite at rest."""
-SAID_BY_THE_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-
-
-@functools.cache
-def give_way_when_busy() -> bool:
-    """Begins to look, once in a process, until it ends; returns whether it does.
-
-    Not with a GPU, one thread, another OpenMP than GNU's, or where the environment says how threads wait.
-    """
-    said = any(os.environ.get(name) for name in SAID_BY_THE_USER)
-    if said or torch.cuda.is_available() or torch.get_num_threads() == 1 or not openmp_libraries():
-        return False
-    threading.Thread(target=_look, args=(torch.get_num_threads(),), daemon=True, name="busy cores").start()
-    return True
-
-
-def _look(threads: int) -> None:
-    cores, load, idle = os.sched_getaffinity(0), OthersLoad(), IdleThreads()
-    while True:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-        if threads + load.cores() > len(cores) + MARGIN:
-            idle.hold()
-        else:
-            idle.release()
-
-
-class OthersLoad:
-    """How much of the cores that this process may use goes to other processes, its own workers among them."""
-
-    def __init__(self) -> None:
-        self._before = self._times()
-
-    def cores(self) -> float:
-        """Cores that others kept busy since the last look."""
-        now = self._times()
-        passed, all_of_them, own = (new - old for new, old in zip(now, self._before, strict=True))
-        self._before = now
-        return max(0.0, all_of_them - own) / max(passed, 1e-9)
-
-    @staticmethod
-    def _times() -> tuple[float, float, float]:
-        """The clock, seconds in which the cores did something, and seconds of this process.
-
-        What a hypervisor takes is not counted: nobody here could use it.
-        """
-        own_cores = os.sched_getaffinity(0)
-        busy = sum(
-            one.user + one.nice + one.system + one.irq + one.softirq
-            for core, one in enumerate(psutil.cpu_times(percpu=True))
-            if core in own_cores
-        )
-        return time.monotonic(), busy, time.process_time()
-
-
-class IdleThreads:
-    """OpenMP threads that do nothing, more than there are cores."""
-
-    def __init__(self) -> None:
-        self._over: threading.Event | None = None
-
-    def hold(self) -> None:
-        """Has them, from a moment later on."""
-        if self._over is None:
-            self._over = threading.Event()
-            threading.Thread(target=_stand_by, args=(self._over,), daemon=True, name="idle threads").start()
-
-    def release(self) -> None:
-        """Lets them end."""
-        if self._over is not None:
-            self._over.set()
-            self._over = None
-
-
-def _stand_by(over: threading.Event) -> None:
-    """A team belongs to the thread that opened it, and ends with it."""
-    nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # of no memory: what each thread does
-    for library in openmp_libraries():
-        ctypes.CDLL(library).GOMP_parallel(nothing, None, len(os.sched_getaffinity(0)) + 1, 0)
-    over.wait()
-
-
-def openmp_libraries() -> list[str]:
-    """Files of GNU's OpenMP in this process; wheels bring their own."""
-    if sys.platform != "linux":
-        return []
-    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    files = (line.split(maxsplit=5)[5] for line in lines if line.count("/"))
-    return sorted({file for file in files if Path(file).name.startswith("libgomp")})
 
 
 # What ZeRO-3 asks of the code around it: gathering, loading in the base's number type, staying out of the way.
@@ -484,17 +234,14 @@ def loading_in(dtype: torch.dtype) -> Iterator[None]:
     if config is None:
         yield
         return
-    before = {name: config.get(name) for name in ("bf16", "fp16")}
-    config["bf16"] = {"enabled": dtype == torch.bfloat16}
-    config["fp16"] = {"enabled": dtype == torch.float16}
+    before = {name: config[name] for name in ("bf16", "fp16") if name in config}
+    config |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del config[name]
-            else:
-                config[name] = value
+        for name in ("bf16", "fp16"):
+            del config[name]
+        config |= before
 
 
 @contextlib.contextmanager

@@ -23,11 +23,8 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dora_vl.errors import shown_text
-from dora_vl.training.callbacks import validation_told
+from dora_vl.training.callbacks import validation_line
 from dora_vl.training.progress import lines_above
-
-# What the terminal's live view shows of a run: its numbers so far, and how they are laid out.
-
 
 BARS = "▁▂▃▄▅▆▇█"
 NO_NUMBER = "×"
@@ -105,66 +102,58 @@ def drawn(run: RunNumbers, now: float, *, columns: int) -> RenderableType:
     return Panel(inside, title=title, title_align="left", box=box.ROUNDED, width=wide)
 
 
-def _table(found: Sequence[tuple[str, str]], *, names_beside: bool) -> RenderableType:
+def _table(named: Sequence[tuple[str, str]], *, names_beside: bool) -> RenderableType:
     if not names_beside:
-        return Group(*(Text.assemble((f"{name} ", "dim"), said) for name, said in found))
+        return Group(*(Text.assemble((f"{name} ", "dim"), text) for name, text in named))
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    for name, said in found:
-        table.add_row(name, Text(said))
+    for name, text in named:
+        table.add_row(name, Text(text))
     return table
 
 
 def rows(run: RunNumbers, now: float) -> list[tuple[str, str]]:
-    """Names and what is said of each, from the top."""
+    """Names and what is shown of each, from the top."""
     share = f"{run.step / max(1, run.steps):.0%}"
     left = run.seconds_left(now)
     times = f"{clock(now - run.began)} so far" + ("" if left is None else f", {clock(left)} left")
-    found = [("step", f"{run.step:,} of {run.steps:,}  {share}  {times}")]
+    lines = [("step", f"{run.step:,} of {run.steps:,}  {share}  {times}")]
     if run.validating is not None:
-        found.append(("validating", "batch {:,} of {:,}".format(*run.validating)))
-    found += _of_training(run) if run.logged else [("loss", "with the first line of log.jsonl")]
-    if run.validation:
-        found.append(("validation", _validation(run.validation)))
-    found.append(("skipped", _skipped(run)))
-    return found + [(f"at step {one.step:,}", str(one)) for one in run.asked[:MOST_QUESTIONS]]
+        lines.append(("validating", "batch {:,} of {:,}".format(*run.validating)))
+    lines += _of_training(run) if run.logged else [("loss", "with the first line of log.jsonl")]
+    if losses := run.validation:
+        last = max(losses)
+        best = min(losses, key=lambda step: (not math.isfinite(losses[step]), losses[step]))
+        than = "" if best == last else f"  best {losses[best]:.4f} at step {best:,}"
+        lines.append(("validation", f"loss {losses[last]:.4f} at step {last:,}{than}"))
+    left_out = (
+        (run.logged.get("skipped", 0), "sample", "s"),
+        (run.steps_left_out, "step", "s"),
+        (run.logged.get("cut_samples", 0), "cut", ""),
+    )
+    counts = [f"{number:,} {name}{'' if number == 1 else plural}" for number, name, plural in left_out if number]
+    lines.append(("skipped", ", ".join(counts) or "nothing"))
+    return lines + [(f"at step {one.step:,}", str(one)) for one in run.asked[:MOST_QUESTIONS]]
 
 
 def _of_training(run: RunNumbers) -> list[tuple[str, str]]:
     line = run.logged
     finite = [one for one in run.losses if math.isfinite(one)]
     mean = f"  mean {sum(finite) / len(finite):.4f}" if finite else ""
-    found = [("loss", f"{run.losses[-1]:.4f}{mean}  {sparkline(run.losses)}")]
+    lines = [("loss", f"{run.losses[-1]:.4f}{mean}  {sparkline(run.losses)}")]
     optimizer = [f"{float(line['learning_rate']):.3g}"] if "learning_rate" in line else []
     if "grad_norm" in line:
         optimizer.append(f"gradient norm {float(line['grad_norm']):.3g}")
     if optimizer:
-        found.append(("learning rate", "  ".join(optimizer)))
+        lines.append(("learning rate", "  ".join(optimizer)))
     if "samples_per_second" in line:
         tokens, padding = line.get("tokens_per_second", 0), line.get("padding_share", 0)
         speed = f"{line['samples_per_second']:,.1f} samples/s  {tokens:,.0f} tokens/s  padding {padding:.0%}"
-        found.append(("speed", speed))
+        lines.append(("speed", speed))
     if "memory_gib" in line:
-        found.append(("memory", f"{line['memory_gib']:.2f} GiB"))
-    return found
-
-
-def _validation(losses: Mapping[int, float]) -> str:
-    last = max(losses)
-    told = f"loss {losses[last]:.4f} at step {last:,}"
-    best = min(losses, key=lambda step: (not math.isfinite(losses[step]), losses[step]))
-    return told if best == last else f"{told}  best {losses[best]:.4f} at step {best:,}"
-
-
-def _skipped(run: RunNumbers) -> str:
-    counted = (
-        (run.logged.get("skipped", 0), "sample"),
-        (run.steps_left_out, "step"),
-    )
-    said = [f"{number:,} {name}{'' if number == 1 else 's'}" for number, name in counted if number]
-    cut = run.logged.get("cut_samples", 0)
-    return ", ".join(said + [f"{cut:,} cut"] * bool(cut)) or "nothing"
+        lines.append(("memory", f"{line['memory_gib']:.2f} GiB"))
+    return lines
 
 
 def sparkline(values: Sequence[float] | deque[float], most: int = SPARKS) -> str:
@@ -182,8 +171,8 @@ def sparkline(values: Sequence[float] | deque[float], most: int = SPARKS) -> str
 def clock(seconds: float) -> str:
     """As 4:05, 1:02:03 or 2 d 3:04:05."""
     minutes, second = divmod(round(max(0.0, seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
+    days, minutes = divmod(minutes, 24 * 60)
+    hour, minute = divmod(minutes, 60)
     if days:
         return f"{days} d {hour}:{minute:02}:{second:02}"
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
@@ -192,12 +181,11 @@ def clock(seconds: float) -> str:
 MOST_SHARE = 0.01
 """Of the time, for drawing: after a drawing the next waits so long."""
 LEAST_SECONDS = 0.25
-NOT_CI = ("", "0", "false")
 
 
 def can_show(stream: TextIO | TextIOBase) -> bool:
     """Whether a view can stand there: a terminal that moves its cursor and writes UTF-8, with a person before it."""
-    if not stream.isatty() or os.environ.get("CI", "").lower() not in NOT_CI:
+    if not stream.isatty() or os.environ.get("CI", "").lower() not in ("", "0", "false"):
         return False
     console = Console(file=cast(IO[str], stream))
     return console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
@@ -232,10 +220,8 @@ class LiveView(TrainerCallback):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run = RunNumbers(title, began=clock())
-        self._console = console
-        self._asked = asked
-        self._steps_left_out = steps_left_out
-        self._clock = clock
+        self._console, self._clock = console, clock
+        self._asked, self._steps_left_out = asked, steps_left_out
         self._live: Live | None = None
         self._open = ExitStack()
         self._next = 0.0
@@ -254,7 +240,7 @@ class LiveView(TrainerCallback):
             redirect_stderr=False,
         )
         self._open.enter_context(self._live)
-        self._open.enter_context(lines_above(self._tell))
+        self._open.enter_context(lines_above(self._show_line))
         self._draw()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -279,11 +265,11 @@ class LiveView(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Takes the newest numbers; a validation is told in a line too."""
+        """Takes the newest numbers; a validation has a line above too."""
         self.run.take_log(logs or {}, state.global_step)
         self.run.steps_left_out = self._steps_left_out()
         if "eval_loss" in (logs or {}):
-            self._tell(validation_told(logs or {}, state.global_step))
+            self._show_line(validation_line(logs or {}, state.global_step))
         self._draw_now_and_then()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -315,13 +301,13 @@ class LiveView(TrainerCallback):
     def _drawn(self) -> RenderableType:
         return drawn(self.run, self._clock(), columns=self._console.width)
 
-    def _tell(self, line: str) -> None:
+    def _show_line(self, line: str) -> None:
         """A line above the view, as its writer coloured it."""
         if self._busy:  # of a signal's handler, amid a drawing
             self._waiting.append(line)
             return
-        said = Text.from_ansi(line)
-        self._on_the_terminal(lambda live: live.console.print(said, soft_wrap=True, highlight=False))
+        text = Text.from_ansi(line)
+        self._on_the_terminal(lambda live: live.console.print(text, soft_wrap=True, highlight=False))
 
     def _on_the_terminal(self, act: Callable[[Live], object]) -> None:
         if self._live is None:
@@ -332,4 +318,4 @@ class LiveView(TrainerCallback):
         finally:
             self._busy = False
         while self._waiting:
-            self._tell(self._waiting.pop(0))
+            self._show_line(self._waiting.pop(0))

@@ -1,33 +1,43 @@
-"""What a run will hold in memory on each rank, before the first step."""
+"""What one rank holds between steps, what the engine needs during one, and what a step sends: arithmetic of parameters.
+
+N ranks; a trained parameter is held as p bytes, its gradient as g, Adam's two moments as 8 bytes. From ZeRO-1 on
+DeepSpeed keeps a float32 copy of what trains, 4 bytes, also of parameters that are float32 themselves.
+
+    engine        weights      trained    moments   copy    gradients kept
+    one process   all          p          8         -       g
+    DDP           all          p          8         -       g, and the buckets' copy g
+    ZeRO-0        all          p          8         -       g, and the buckets' copy g (N > 1)
+    ZeRO-1        all          p          8/N       4/N     g, and g/N while the step flattens them
+    ZeRO-2        all          p          8/N       4/N     g/N, twice while the step flattens them; reduce buckets
+    ZeRO-3        all/N        p/N       8/N       4/N     g/N, the same; bucket; weights gathered for their layers
+"""
 
 from __future__ import annotations
 
-import gc
-import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from dora_vl.core.quantised import is_quantised
 
-ADAM_STATES = 2
-FLOAT32_BYTES = 4
+ADAM_STATES, FLOAT32_BYTES, GIB = 2, 4, 2**30
 # Vectors of hidden width that a layer keeps for each token: norm inputs, q, k, v and attention output, and four of the
 # gated MLP at about 2.7 times the width.
 VECTORS_PER_LAYER = 17
-GIB = 2**30
+MOST_REUSED = 1_000_000_000
+REUSED_TWICE = 2
+"""A layer that ran so many parameters before the end of the forward pass runs again after twice as many."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """What is told before the first step: for the log as text, for the run's folder as it is."""
+    """What is said before the first step: for the log as text, for the run's folder as it is."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -35,61 +45,8 @@ class Table:
     def __str__(self) -> str:
         """Lines in columns, the first one's words at the left, numbers at the right."""
         lines = [self.header, *self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one rank; activations are rough, the rest is arithmetic."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    on_host: int
-
-    @property
-    def total(self) -> int:
-        """Bytes on the device."""
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What the activations' size depends on."""
-
-    tokens: int
-    layers: int
-    hidden_width: int
-    element_bytes: int
-    recomputed: bool
-
-    @property
-    def bytes(self) -> int:
-        """Kept between forward and backward; with recomputation one vector a layer, and one layer whole."""
-        vector = self.tokens * self.hidden_width * self.element_bytes
-        if self.recomputed:
-            return vector * (self.layers + VECTORS_PER_LAYER)
-        return vector * self.layers * VECTORS_PER_LAYER
-
-
-def decoder_activations(model: PreTrainedModel, arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
-    """Those of a model's decoder, at the longest sequence."""
-    text: Any = model.config.get_text_config()
-    return Activations(
-        tokens=arguments.per_device_train_batch_size * longest_tokens,
-        layers=text.num_hidden_layers,
-        hidden_width=text.hidden_size,
-        element_bytes=model.dtype.itemsize,
-        recomputed=bool(arguments.gradient_checkpointing),
-    )
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
 def parameter_count(parameter: nn.Parameter) -> int:
@@ -105,135 +62,8 @@ def weight_count(model: nn.Module) -> int:
 
 def unpacked_sizes(model: nn.Module) -> dict[int, int]:
     """Identity of each quantised weight -> the numbers that it stands for."""
-    unpacked: dict[int, int] = {}
-    for module in model.modules():
-        if is_quantised(module):
-            layer: Any = module
-            unpacked[id(next(layer.parameters()))] = layer.in_features * layer.out_features
-    return unpacked
-
-
-def estimate_memory(
-    model: nn.Module,
-    activations: Activations,
-    *,
-    zero: Mapping[str, Any] | None,
-    world_size: int,
-) -> MemoryEstimate:
-    """Memory of one rank under a DeepSpeed `zero_optimization` block (None: plain data parallel), with Adam.
-
-    Stage 1 shards the optimizer's state, 2 the gradients too, 3 the weights too. DeepSpeed keeps a float32 copy of
-    what trains at every stage from 1 on.
-    """
-    stage = int((zero or {}).get("stage", 0))
-    frozen = sum(parameter_count(one) * one.element_size() for one in model.parameters() if not one.requires_grad)
-    trained = [one for one in model.parameters() if one.requires_grad]
-    weights = frozen + sum(parameter_count(one) * one.element_size() for one in trained)
-    gradients = sum(parameter_count(one) * one.element_size() for one in trained)
-    copies = ADAM_STATES + (1 if stage >= 1 else 0)
-    optimizer = sum(map(parameter_count, trained)) * FLOAT32_BYTES * copies
-    weights //= world_size if stage >= 3 else 1
-    gradients //= world_size if stage >= 2 else 1
-    optimizer //= world_size if stage >= 1 else 1
-    on_host = 0
-    if _offloads(zero, "offload_optimizer"):
-        on_host, optimizer = on_host + optimizer, 0
-    if _offloads(zero, "offload_param"):
-        on_host, weights = on_host + weights, 0
-    return MemoryEstimate(weights, gradients, optimizer, activations.bytes, on_host)
-
-
-def _offloads(zero: Mapping[str, Any] | None, what: str) -> bool:
-    return (zero or {}).get(what, {}).get("device", "none") != "none"
-
-
-def memory_table(estimate: MemoryEstimate, *, world_size: int, stage: int) -> Table:
-    """The estimate in GiB for one rank."""
-    named = {
-        "weights": estimate.weights,
-        "gradients": estimate.gradients,
-        "optimizer": estimate.optimizer,
-        "activations (rough)": estimate.activations,
-        "total": estimate.total,
-    }
-    if estimate.on_host:
-        named["on the host"] = estimate.on_host
-    title = f"memory a rank ({world_size} ranks, ZeRO-{stage})"
-    return Table((title, "GiB"), tuple((name, f"{size / GIB:.2f}") for name, size in named.items()))
-
-
-# Bytes of tensors that are alive at any moment, as seen from the operations that make them.
-
-
-Storage = torch.UntypedStorage
-
-
-class LiveBytes(TorchDispatchMode):
-    """While it is on, follows every storage that an operation makes: `now` is alive, `peak` the most there was.
-
-    `made` counts the storages.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = self.made = 0
-        self._alive: dict[int, tuple[weakref.ReferenceType[Storage], int, int]] = {}
-
-    def restart_peak(self) -> int:
-        """Lets the peak begin at what is alive now, and returns that; garbage in cycles is collected before."""
-        gc.collect()
-        self.peak = self.now
-        return self.now
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Runs the operation; what it returns in a storage of its own is new."""
-        result = self.run(func, args, kwargs or {})
-        unknown = [one for one in storages_of(tree_leaves(result)) if id(one) not in self._alive]
-        if unknown:
-            given = {id(one) for one in storages_of(tree_leaves((args, kwargs)))}
-            for storage in unknown:
-                if id(storage) not in given:  # else a view of something older than this count, or it changed in place
-                    self._follow(storage)
-        return result
-
-    def alive_since(self, made: int) -> int:
-        """Bytes of what was made after the first so many storages and is alive."""
-        return sum(size for _, size, number in self._alive.values() if number > made)
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The operation itself."""
-        return func(*args, **kwargs)
-
-    def follow_existing(self) -> None:
-        """Counts what is there already: every tensor that Python holds, those on the meta device aside."""
-        gc.collect()
-        for one in gc.get_objects():
-            if issubclass(type(one), Tensor) and not one.is_meta:
-                for storage in storages_of([one]):
-                    if id(storage) not in self._alive:
-                        self._follow(storage)
-
-    def _follow(self, storage: Storage) -> None:
-        key, size = id(storage), storage.nbytes()
-
-        def died(_: object) -> None:
-            del self._alive[key]
-            self.now -= size
-
-        self.made += 1
-        self._alive[key] = (weakref.ref(storage, died), size, self.made)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def storages_of(values: Iterable[object]) -> list[Storage]:
-    """The storages of the tensors among them."""
-    return [one.untyped_storage() for one in values if isinstance(one, Tensor)]
-
-
-# What a run holds in memory, for its log.
+    layers: list[Any] = [module for module in model.modules() if is_quantised(module)]
+    return {id(next(layer.parameters())): layer.in_features * layer.out_features for layer in layers}
 
 
 def memory_gib(device: torch.device) -> float:
@@ -251,3 +81,266 @@ def memory_gib(device: torch.device) -> float:
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         used = int(most)
     return used / GIB
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a step keeps between forward and backward, roughly, from what it depends on."""
+
+    tokens: int
+    layers: int
+    hidden_width: int
+    element_bytes: int
+    recomputed: bool
+
+    @property
+    def bytes(self) -> int:
+        """With recomputation one vector a layer, and one layer whole."""
+        vector = self.tokens * self.hidden_width * self.element_bytes
+        return vector * (self.layers + VECTORS_PER_LAYER if self.recomputed else self.layers * VECTORS_PER_LAYER)
+
+
+def decoder_activations(model: PreTrainedModel, arguments: TrainingArguments, *, longest_tokens: int) -> Activations:
+    """Those of a model's decoder, at the longest sequence."""
+    text: Any = model.config.get_text_config()
+    return Activations(
+        tokens=arguments.per_device_train_batch_size * longest_tokens,
+        layers=text.num_hidden_layers,
+        hidden_width=text.hidden_size,
+        element_bytes=model.dtype.itemsize,
+        recomputed=bool(arguments.gradient_checkpointing),
+    )
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a run's ranks share their work.
+
+    Attributes:
+        stage: of ZeRO; None without DeepSpeed.
+        ranks: GPUs in all.
+        bucket: numbers that are reduced at once.
+        buckets: how many such buffers there are.
+        prefetched: numbers gathered ahead under ZeRO-3.
+        kept_whole: ZeRO-3 never splits parameters of fewer numbers.
+        reused_within: ZeRO-3 keeps a weight gathered that is needed again after so many numbers.
+        offloads_optimizer: its state and the float32 copy are in the host's memory.
+        offloads_weights: so are the shards.
+    """
+
+    stage: int | None
+    ranks: int
+    bucket: int = 0
+    buckets: int = 1
+    prefetched: int = 0
+    kept_whole: int = 0
+    reused_within: int = 0
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.ranks} ({'no DeepSpeed' if self.stage is None else f'ZeRO-{self.stage}'})"
+
+    def shares(self, first_stage: int) -> int:
+        """Among how many ranks a thing is split that ZeRO splits from this stage on."""
+        return self.ranks if (self.stage or 0) >= first_stage else 1
+
+
+def engine_of(deepspeed: Mapping[str, Any] | None, *, ranks: int, hidden_width: int) -> Engine:
+    """The engine of a DeepSpeed config; `auto` sizes are transformers', from the hidden width."""
+    if deepspeed is None:
+        return Engine(None, ranks)
+    zero = deepspeed.get("zero_optimization", {})
+    stage, square = int(zero.get("stage", 0)), hidden_width**2
+
+    def size(name: str, automatic: int, default: int) -> int:
+        value = zero.get(name, default)
+        return automatic if value == "auto" else int(float(value))
+
+    def offloads(what: str) -> bool:
+        return (zero.get(what) or {}).get("device", "none") != "none"
+
+    return Engine(
+        stage,
+        ranks,
+        bucket=size("reduce_bucket_size", square, 500_000_000),
+        buckets=2 if stage == 2 and zero.get("overlap_comm", False) else 1,
+        prefetched=size("stage3_prefetch_bucket_size", int(0.9 * square), 50_000_000),
+        kept_whole=size("stage3_param_persistence_threshold", 10 * hidden_width, 100_000),
+        reused_within=min(
+            size("stage3_max_reuse_distance", MOST_REUSED, MOST_REUSED),
+            size("stage3_max_live_parameters", MOST_REUSED, MOST_REUSED),
+        ),
+        offloads_optimizer=offloads("offload_optimizer"),
+        offloads_weights=offloads("offload_param"),
+    )
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A micro-batch from one gradient of what trains to the next.
+
+    Attributes:
+        came: bytes of gradients that came before; an engine keeps them or takes them away.
+        most: bytes at the fullest moment, those gradients not counted.
+    """
+
+    came: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one rank, on its GPU unless said otherwise.
+
+    Attributes:
+        weights: frozen weights by number type, such as `bfloat16`.
+        trained: what trains.
+        gradients: kept until the optimizer's step.
+        optimizer: Adam's moments.
+        masters: the float32 copy of what trains.
+        buckets: buffers in which gradients travel.
+        flattened: the gradients' second copy while the optimizer steps.
+        gathered: weights whole for their layers, under ZeRO-3.
+        on_host: of these, what is offloaded.
+    """
+
+    weights: Mapping[str, int]
+    trained: int
+    gradients: int
+    optimizer: int
+    masters: int
+    buckets: int
+    flattened: int
+    gathered: int
+    on_host: int = 0
+
+    def between_steps(self, engine: Engine) -> int:
+        """On the GPU before a step: DDP keeps its buckets, ZeRO-3 its bucket and the gradients' memory too."""
+        kept = self.buckets if engine.stage in (None, 3) else 0
+        kept += self.gradients if engine.stage == 3 else 0
+        return sum(self.weights.values()) + self.trained + self.optimizer + self.masters + kept - self.on_host
+
+    def at_most(self, engine: Engine, phases: Iterable[Phase]) -> int:
+        """On the GPU at the fullest moment: in the loss, in the backward pass, or while the optimizer steps."""
+        stepping = self.flattened
+        if engine.stage != 3:
+            stepping += self.gradients + (self.buckets if engine.stage == 0 else 0)
+        passes = max(one.most + self._of_gradients(engine, one.came) for one in phases)
+        return self.between_steps(engine) + max(passes + self.gathered, stepping)
+
+    def _of_gradients(self, engine: Engine, came: int) -> int:
+        """What the gradients that came take: themselves, or under ZeRO-2 buckets and, from the first full one on, the
+        memory of this rank's part."""
+        if engine.stage == 3:  # theirs is there before
+            return 0
+        if engine.stage != 2:
+            return came
+        return (self.buckets if came else 0) + (self.gradients if came > self.buckets // engine.buckets else 0)
+
+
+def held_by(model: nn.Module, engine: Engine, *, half_precision: bool = False) -> Held:
+    """What a rank of this engine holds of a model whose trained parameters are decided.
+
+    Args:
+        half_precision: full training in bfloat16 or float16, with float32 masters (DeepSpeed's own switch).
+    """
+    frozen: dict[str, int] = defaultdict(int)
+    split: list[nn.Parameter] = []
+    own = 0
+    for one in model.parameters():
+        held = -(-bytes_of([one]) // engine.shares(3))
+        if engine.stage == 3 and parameter_count(one) < engine.kept_whole:
+            held += bytes_of([one])
+        else:
+            split.append(one)
+        if one.requires_grad:
+            own += held
+        else:
+            frozen[str(one.dtype).removeprefix("torch.")] += held
+    trained = [one for one in model.parameters() if one.requires_grad]
+    numbers, gradient = sum(map(parameter_count, trained)), bytes_of(trained)
+    has_masters = engine.stage in (1, 2, 3) or (half_precision and engine.stage == 0)
+    masters = numbers * FLOAT32_BYTES // engine.shares(1) if has_masters else 0
+    optimizer = numbers * FLOAT32_BYTES * ADAM_STATES // engine.shares(1)
+    if engine.stage in (None, 0):
+        in_buckets = numbers if engine.ranks > 1 else 0
+    else:
+        in_buckets = min(engine.bucket, numbers) if engine.stage == 1 else engine.bucket * engine.buckets
+    gathered = 0
+    if engine.stage == 3 and engine.ranks > 1:  # where the forward pass ends, the layers that come again soon are whole
+        all_split = sum(map(parameter_count, split))
+        soon = min(all_split, engine.reused_within // REUSED_TWICE + engine.prefetched)
+        gathered = bytes_of(split) * soon // max(all_split, 1)
+    return Held(
+        weights=dict(frozen),
+        trained=own,
+        gradients=gradient // engine.shares(2),
+        optimizer=optimizer,
+        masters=masters,
+        buckets=in_buckets * (gradient // max(numbers, 1)),
+        flattened=gradient // engine.shares(1) if engine.stage in (1, 2, 3) else 0,
+        gathered=gathered,
+        on_host=(optimizer + masters) * engine.offloads_optimizer
+        + (sum(frozen.values()) + own) * engine.offloads_weights,
+    )
+
+
+def bytes_of(parameters: Iterable[nn.Parameter]) -> int:
+    """Of whole parameters."""
+    return sum(parameter_count(one) * one.element_size() for one in parameters)
+
+
+def rough_table(held: Held, engine: Engine, activations: Activations) -> Table:
+    """What a run's log says before its first step: GiB of one rank, activations by their rough size."""
+    phases = (Phase(0, activations.bytes), Phase(held.gradients, 0))
+    named = {
+        "weights": sum(held.weights.values()) + held.trained,
+        "gradients": held.gradients,
+        "optimizer": held.optimizer + held.masters,
+        "buffers": held.buckets + held.gathered,
+        "activations (rough)": activations.bytes,
+        "moved to the host": -held.on_host,
+    }
+    named["at the fullest moment"] = held.at_most(engine, phases)
+    rows = tuple((name, f"{size / GIB:.2f}") for name, size in named.items() if size)
+    return Table((f"memory a rank of {engine}", "GiB"), rows)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank sends in an optimizer step."""
+
+    gradients: int
+    trained: int
+    weights: int
+
+    @property
+    def total(self) -> int:
+        """Over all collectives."""
+        return self.gradients + self.trained + self.weights
+
+
+def traffic_of(engine: Engine, *, trained: int, split: int, stay_whole: int, micro_batches: int) -> Traffic:
+    """By ring collectives: an all-gather or a reduce-scatter of S bytes sends (N-1)/N S, an all-reduce twice that.
+
+        DDP, ZeRO-0    2 (N-1)/N G                        the gradients of what trains, once
+        ZeRO-1           (N-1)/N (G + P)                  gradients to their owner once, what trains back to all
+        ZeRO-2           (N-1)/N (a G + P)                gradients to their owner at each of a micro-batches
+        ZeRO-3           (N-1)/N (a G + a (2 W - R))      weights, frozen ones too, gathered forward and backward
+
+    Args:
+        engine: the ranks.
+        trained: bytes of what trains (P), and of its gradients (G).
+        split: bytes of all weights, which ZeRO-3 splits (W).
+        stay_whole: of these, what stays whole from the forward to the backward pass (R).
+        micro_batches: in a step.
+    """
+    share = (engine.ranks - 1) / engine.ranks
+    if engine.stage in (None, 0):
+        return Traffic(round(2 * share * trained), 0, 0)
+    if engine.stage == 3:
+        weights = share * micro_batches * (2 * split - stay_whole)
+        return Traffic(round(share * micro_batches * trained), 0, round(weights))
+    times = micro_batches if engine.stage == 2 else 1
+    return Traffic(round(share * times * trained), round(share * trained), 0)

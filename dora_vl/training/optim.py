@@ -41,34 +41,19 @@ class LearningRates:
         return rate * self.b_ratio if follows else rate
 
 
-def learning_rates(
-    default: float,
-    *,
-    projector: float | None = None,
-    magnitude: float | None = None,
-    b_ratio: float = 1.0,
-    by_part: Mapping[str, float] | None = None,
-) -> LearningRates:
-    """Rates from a run's settings: B trains at `b_ratio` times its part's rate (LoRA+), magnitudes never with it.
+def rates_of(optim: OptimConfig, default: float) -> LearningRates:
+    """The rates that a run's `optim:` section says, `training.learning_rate` being the default.
+
+    B trains at `b_learning_rate_ratio` times its part's rate (LoRA+), magnitudes never with it.
 
     Raises:
         UserError: a rate that is said twice.
     """
-    short = {name: rate for name, rate in (("projector", projector), ("magnitude", magnitude)) if rate is not None}
-    if twice := sorted(set(short) & set(by_part or {})):
+    named = {"projector": optim.projector_learning_rate, "magnitude": optim.magnitude_learning_rate}
+    short = {name: rate for name, rate in named.items() if rate is not None}
+    if twice := sorted(short.keys() & optim.rates.keys()):
         raise UserError(f"optim.rates.{twice[0]} and optim.{twice[0]}_learning_rate say the same; leave one out")
-    return LearningRates(default, {**short, **(by_part or {})}, b_ratio)
-
-
-def rates_of(optim: OptimConfig, default: float) -> LearningRates:
-    """The rates that a run's `optim:` section says, `training.learning_rate` being the default."""
-    return learning_rates(
-        default,
-        projector=optim.projector_learning_rate,
-        magnitude=optim.magnitude_learning_rate,
-        b_ratio=optim.b_learning_rate_ratio,
-        by_part=optim.rates,
-    )
+    return LearningRates(default, {**short, **optim.rates}, optim.b_learning_rate_ratio)
 
 
 def refuse_unknown_parts(parts: Sequence[TrainedPart], rates: LearningRates) -> None:
@@ -97,24 +82,22 @@ def check_parts(pipeline: Pipeline, arguments: TrainingArguments) -> None:
 
 
 def with_decay(parts: Sequence[TrainedPart], decayed: Decayed) -> tuple[TrainedPart, ...]:
-    """What trains, with the tensors that decay chosen anew.
+    """What trains, with the tensors that decay chosen anew: `matrices` as the list says, or `all_but_biases`.
 
-    Args:
-        decayed: `matrices`: as the list says. `all_but_biases`: every tensor that is not called bias, as VL-T5's
-            optimizer leaves out names with "bias" or "LayerNorm.weight", the second of which BART's names never have.
+    VL-T5's optimizer leaves out names with "bias" or "LayerNorm.weight", the second of which BART's names never have.
     """
     if decayed == "matrices":
         return tuple(parts)
+
+    def is_bias(name: str) -> bool:
+        return name.rpartition(".")[2] == "bias"
+
     return tuple(
         replace(part, parameters=chosen, weight_decay=not biases)
         for part in parts
         for biases in (False, True)
-        if (chosen := {name: one for name, one in part.parameters.items() if _is_bias(name) == biases})
+        if (chosen := {name: one for name, one in part.parameters.items() if is_bias(name) == biases})
     )
-
-
-def _is_bias(name: str) -> bool:
-    return name.rpartition(".")[2] == "bias"
 
 
 def parameter_groups(
@@ -138,14 +121,14 @@ def parameter_groups(
     ]
 
 
-EXPERTS, EMBEDDINGS, LINEARS, CONVOLUTIONS, OTHERS = (
+EXPERTS, TIED, EMBEDDINGS, LINEARS, CONVOLUTIONS, OTHERS = KINDS = (
     "experts that are one tensor",
+    "embeddings, tied to the head",
     "embeddings",
     "linear layers",
     "convolutions",
     "vectors and others",
 )
-TIED = "embeddings, tied to the head"
 
 
 def trained_table(model: nn.Module, parts: Sequence[TrainedPart], rates: LearningRates) -> Table:
@@ -184,13 +167,13 @@ def _share(count: int, total: int) -> tuple[str, str]:
 def frozen_table(model: nn.Module) -> Table:
     """What is not adapted and does not train: a row for each kind of weight, with its share and its largest."""
     total = weight_count(model)
-    found: dict[str, list[tuple[str, int]]] = {}
+    weights: dict[str, list[tuple[str, int]]] = {}
     for kind, name, count in _out_of_reach(model):
-        found.setdefault(kind, []).append((name, count))
+        weights.setdefault(kind, []).append((name, count))
     rows = [
-        (kind, *_share(sum(count for _, count in found[kind]), total), max(found[kind], key=itemgetter(1))[0])
-        for kind in (EXPERTS, TIED, EMBEDDINGS, LINEARS, CONVOLUTIONS, OTHERS)
-        if kind in found
+        (kind, *_share(sum(count for _, count in weights[kind]), total), max(weights[kind], key=itemgetter(1))[0])
+        for kind in KINDS
+        if kind in weights
     ]
     return Table(("not adapted", "parameters", "share", "such as"), tuple(rows))
 

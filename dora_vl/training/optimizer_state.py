@@ -15,8 +15,11 @@ from dora_vl.errors import UserError
 from dora_vl.training.checkpoint_files import StateFiles, is_plain
 from dora_vl.training.launch import gather_to_write
 
-# Where an optimizer holds each tensor that trains: as itself, or as a piece of a flat tensor that ranks share.
-#
+VALUE = "value"
+"""What a trained tensor itself is called beside the optimizer's own names (`exp_avg`, `step`...)."""
+
+logger = logging.getLogger(__name__)
+
 # torch's optimizers hold parameters. DeepSpeed's hold copies in float32, under ZeRO 1 to 3 as flat tensors of which
 # every rank has a part. Here both are the same: flat tensors that a torch optimizer steps, and pieces of them.
 
@@ -73,15 +76,9 @@ class OptimizerPlaces:
         self._device = device
         self._stage3 = layout.stage3
 
-    @property
-    def partitioned(self) -> bool:
-        """Whether ranks share the tensors (ZeRO 1 to 3)."""
-        return any(piece.group is not None for piece in self.pieces.values())
-
     def shape(self, name: str) -> torch.Size:
         """The whole tensor's."""
-        parameter = self._trained[name]
-        return vars(parameter).get("ds_shape", parameter.shape)  # DeepSpeed's note on a sharded one
+        return vars(self._trained[name]).get("ds_shape", self._trained[name].shape)  # noted on a sharded one
 
     def state_of(self, name: str) -> Mapping[str, Any]:
         """What the optimizer keeps beside the tensor that holds a piece of this one; nothing before its first step."""
@@ -154,19 +151,15 @@ class OptimizerPlaces:
 
 
 def places_of(optimizer: Any, trained: Mapping[str, nn.Parameter], device: torch.device) -> OptimizerPlaces:
-    """Finds them.
-
-    Args:
-        optimizer: torch's, or an engine's of DeepSpeed.
-        trained: the model's parameters by name, in the same order on all ranks.
-        device: where ranks exchange tensors.
+    """Finds them in torch's optimizer or an engine's of DeepSpeed; arguments as of `OptimizerPlaces`.
 
     Raises:
         UserError: its state could not be written as whole tensors.
     """
     layout = _of_torch(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else _of_deepspeed(optimizer)
     places = OptimizerPlaces(layout, trained, device)
-    if places.partitioned and type(places.optimizer).__module__.startswith("bitsandbytes"):
+    partitioned = any(piece.group is not None for piece in places.pieces.values())
+    if partitioned and type(places.optimizer).__module__.startswith("bitsandbytes"):
         raise UserError(
             "training.optim: states of 8 bits belong to blocks, which ZeRO cuts through, and no checkpoint could hold "
             "them; set adamw_torch, or leave training.deepspeed out"
@@ -234,12 +227,6 @@ def _of_stage_3(optimizer: Any) -> Layout:
     return Layout(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat, pieces, stage3=optimizer)
 
 
-VALUE = "value"
-"""What a trained tensor itself is called beside the optimizer's own names (`exp_avg`, `step`...)."""
-
-logger = logging.getLogger(__name__)
-
-
 def whole_tensors(places: OptimizerPlaces) -> Iterator[tuple[str, Tensor]]:
     """Yields `value/NAME`, in float32 where the optimizer has it so, and `KEY/NAME`; every rank must read them all."""
     for name in places.pieces:
@@ -253,19 +240,15 @@ def whole_tensors(places: OptimizerPlaces) -> Iterator[tuple[str, Tensor]]:
 
 def optimizer_numbers(places: OptimizerPlaces) -> dict[str, Any]:
     """The rest of the optimizer's state: its groups' settings, and what it keeps as plain numbers."""
-    kept = {name: _no_tensors(places.state_of(name)) for name in places.pieces}
+    kept = {
+        name: {key: value for key, value in places.state_of(name).items() if not isinstance(value, Tensor)}
+        for name in places.pieces
+    }
+    groups = places.optimizer.param_groups
     return {
-        "groups": [_settings(group) for group in places.optimizer.param_groups],
+        "groups": [{k: value for k, value in group.items() if k != "params" and is_plain(value)} for group in groups],
         "numbers": {name: numbers for name, numbers in kept.items() if numbers},
     }
-
-
-def _no_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if not isinstance(value, Tensor)}
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params" and is_plain(value)}
 
 
 def load_values(places: OptimizerPlaces, files: StateFiles) -> None:
@@ -282,7 +265,12 @@ def load_values(places: OptimizerPlaces, files: StateFiles) -> None:
         )
     with places.whole_parameters_written():
         for name in places.pieces:
-            places.set_value(name, _of_shape(files, f"{VALUE}/{name}", places.shape(name)))
+            value, shape = files.tensor(f"{VALUE}/{name}"), places.shape(name)
+            if value.shape != shape:
+                raise files.damaged(f"{VALUE}/{name} is {list(value.shape)}, here it is {list(shape)}")
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise files.damaged(f"{VALUE}/{name} holds NaN or infinity")
+            places.set_value(name, value)
 
 
 def load_optimizer(places: OptimizerPlaces, files: StateFiles, numbers: Mapping[str, Any]) -> None:
@@ -325,12 +313,13 @@ def _restored(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
 def _states(places: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The optimizer's state of each tensor that it steps, by its number."""
     states: dict[int, dict[str, Any]] = {}
-    for name, keys in _keys_by_name(files).items():
+    for entry in sorted(files.names()):
+        key, _, name = entry.partition("/")
+        if key == VALUE:
+            continue
         if name not in places.pieces:
-            raise files.damaged(f"there is {keys[0]} of {name}")
-        state = states.setdefault(places.pieces[name].flat, {})
-        for key in keys:
-            _add(state, key, name, places, files)
+            raise files.damaged(f"there is {key} of {name}")
+        _add(states.setdefault(places.pieces[name].flat, {}), key, name, places, files)
     for name, numbers in kept.items():
         if name not in places.pieces or not isinstance(numbers, dict):
             raise files.damaged(f"there are numbers of {name}")
@@ -343,25 +332,15 @@ def _states(places: OptimizerPlaces, files: StateFiles, kept: Mapping[str, Any])
 
 def _add(state: dict[str, Any], key: str, name: str, places: OptimizerPlaces, files: StateFiles) -> None:
     """Adds one of a trained tensor's states to that of the tensor which holds its piece."""
-    found, shape, flat = files.tensor(f"{key}/{name}"), places.shape(name), places.flats[places.pieces[name].flat]
-    if found.dim() and found.shape != shape != flat.shape:
-        raise files.damaged(f"{key} of {name} is {list(found.shape)}, which is no piece of anything here")
-    if found.shape != shape:
-        state[key] = _agreed(state.get(key), found, key)
+    value, shape, flat = files.tensor(f"{key}/{name}"), places.shape(name), places.flats[places.pieces[name].flat]
+    if value.dim() and value.shape != shape != flat.shape:
+        raise files.damaged(f"{key} of {name} is {list(value.shape)}, which is no piece of anything here")
+    if value.shape != shape:
+        state[key] = _agreed(state.get(key), value, key)
         return
     if key not in state:
-        state[key] = torch.zeros(flat.shape, dtype=found.dtype, device=flat.device)
-    places.put(name, found, state[key])
-
-
-def _keys_by_name(files: StateFiles) -> dict[str, list[str]]:
-    """The optimizer's own names for what there is of each trained tensor."""
-    keys: dict[str, list[str]] = {}
-    for one in sorted(files.names()):
-        key, _, name = one.partition("/")
-        if key != VALUE:
-            keys.setdefault(name, []).append(key)
-    return keys
+        state[key] = torch.zeros(flat.shape, dtype=value.dtype, device=flat.device)
+    places.put(name, value, state[key])
 
 
 def _agreed(before: Any, value: Any, key: str) -> Any:
@@ -370,12 +349,3 @@ def _agreed(before: Any, value: Any, key: str) -> Any:
         return value
     logger.warning("resume: %s was %g for some tensors, %g for others; ZeRO has one for all", key, before, value)
     return max(before, value)
-
-
-def _of_shape(files: StateFiles, name: str, shape: torch.Size) -> Tensor:
-    found = files.tensor(name)
-    if found.shape != shape:
-        raise files.damaged(f"{name} is {list(found.shape)}, here it is {list(shape)}")
-    if found.is_floating_point() and not bool(found.isfinite().all()):
-        raise files.damaged(f"{name} holds NaN or infinity")
-    return found

@@ -9,70 +9,21 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TextIO, cast, runtime_checkable
+from typing import Any, Protocol, TextIO, cast
 
 import torch
 
-from dora_vl.data.samples import BOOKKEEPING, BadSampleCounts, BadSampleLedger
+from dora_vl.data.samples import BOOKKEEPING, IGNORED_LABEL, BadSampleCounts, BadSampleLedger
 from dora_vl.errors import UserError, shown_names
+from dora_vl.training.launch import rank_and_ranks
 from dora_vl.training.run_folder import ADAPTER
 
-# Which samples a run trains on, in which order: an epoch's order is one of places, so a resume needs the same.
-
-
-@dataclass(frozen=True)
-class SampleAccount:
-    """How many samples, a SHA-256 of their ids in order, and what the files of some of them hold (`content_key`)."""
-
-    samples: int
-    ids_sha256: str
-    media: Mapping[str, str] = field(default_factory=dict)
-
-
-def account_of(ids: Iterable[str], media: Mapping[str, str] | None = None) -> SampleAccount:
-    """The account of samples by their ids, which are read once."""
-    digest, samples = hashlib.sha256(), 0
-    for name in ids:
-        digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
-        samples += 1
-    return SampleAccount(samples, digest.hexdigest(), media or {})
-
-
-def refuse_other_samples(
-    checkpoint: Path, then: Mapping[str, Any], now: SampleAccount, source: str, skipped: Collection[str] = ()
-) -> None:
-    """Compares the samples of a checkpoint's run with those of the run that would resume from it.
-
-    Args:
-        checkpoint: its folder.
-        then: the fields of its account.
-        now: of the run's samples.
-        source: the training file, for the message.
-        skipped: why samples of that run could not be used; a file that they name may have been mended, or come.
-
-    Raises:
-        UserError: rows came or went, or stand in another order: samples would be lost and others come twice. Or a
-            picture or video has been replaced under its name.
-    """
-    others = (name for name, key in now.media.items() if then["media"].get(name, "") not in ("", key))
-    changed = [name for name in others if not any(name in reason for reason in skipped)]
-    if now.samples != then["samples"]:
-        found = f"are {now.samples:,}"
-    elif now.ids_sha256 != then["ids_sha256"]:
-        found = "are as many with other ids, or in other order"
-    elif not changed:
-        return
-    else:
-        found = f"have other content in {len(changed):,} of {len(now.media):,} files looked at, {shown_names(changed)}"
-    raise UserError(
-        f"resume: {checkpoint} was written in training on {then['samples']:,} samples; those of {source} {found}. "
-        "Put the data back as it was, or begin a new run from its weights with "
-        f"--adapter.initial {checkpoint / ADAPTER}"
-    )
+PROGRESS = "progress.json"
+SAMPLES = "training_samples"
 
 
 @dataclass
@@ -120,18 +71,19 @@ class BatchStatistics:
 
     def take(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch's tensors; its counts are added to `counts`."""
-        held = {name: batch[name] for name in BOOKKEEPING if name in batch}
-        padding = int(held.get("padding_tokens", 0))
-        samples, skipped = int(held.get("samples", len(batch["input_ids"]))), held.get("skipped", ())
+        padding, skipped = int(batch.get("padding_tokens", 0)), batch.get("skipped", ())
+        samples = int(batch.get("samples", len(batch["input_ids"])))
         if self.ledger is not None:
             self.ledger.record(samples=samples, skipped=skipped)
-        self.counts.samples += samples
-        self.counts.padding_tokens += padding
-        self.counts.tokens += batch["input_ids"].numel() - padding
-        self.counts.labelled_tokens += int((batch["labels"] != -100).sum())
-        self.counts.skipped += len(skipped)
-        self.counts.cut_samples += len(held.get("cut", ()))
-        self.counts.shrunk_samples += len(held.get("shrunk", ()))
+        self.counts += Counts(
+            samples=samples,
+            tokens=batch["input_ids"].numel() - padding,
+            padding_tokens=padding,
+            labelled_tokens=int((batch["labels"] != IGNORED_LABEL).sum()),
+            skipped=len(skipped),
+            cut_samples=len(batch.get("cut", ())),
+            shrunk_samples=len(batch.get("shrunk", ())),
+        )
         return {name: value for name, value in batch.items() if name not in BOOKKEEPING}
 
     def judge(self, counts: Counts) -> None:
@@ -145,33 +97,23 @@ class BatchStatistics:
 
     def over_ranks(self, device: torch.device) -> Counts:
         """The sums over all ranks, with those before a resume; every rank must call it."""
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        if rank_and_ranks()[1] == 1:
             return self.earlier + self.counts
         mine = torch.tensor([getattr(self.counts, one.name) for one in fields(Counts)], device=device)
         torch.distributed.all_reduce(mine)
         return self.earlier + Counts(*mine.tolist())
 
-    def skipped_here(self) -> dict[str, str]:
-        """Reason of every sample that this rank skipped, by id."""
-        return {} if self.ledger is None else dict(self.ledger.reasons)
-
     def skipped_on_all_ranks(self) -> dict[str, str]:
         """Reason of every skipped sample, by id; every rank must call it."""
-        mine = self.skipped_here()
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        mine = {} if self.ledger is None else dict(self.ledger.reasons)
+        _, ranks = rank_and_ranks()
+        if ranks == 1:
             return mine
-        everyone: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]
+        everyone: list[dict[str, str]] = [{} for _ in range(ranks)]
         torch.distributed.all_gather_object(everyone, mine)
         return {name: reason for one in everyone for name, reason in one.items()}
 
 
-logger = logging.getLogger(__name__)
-
-PROGRESS = "progress.json"
-SAMPLES = "training_samples"
-
-
-@runtime_checkable
 class EndlessOrder(Protocol):
     """A stream of samples whose epochs the Trainer does not see (`data.stream.StreamOrder`)."""
 
@@ -191,14 +133,12 @@ class Progress:
     """
 
     def __init__(self, statistics: BatchStatistics, validation: BatchStatistics | None) -> None:
-        self._statistics = statistics
-        self._validation = validation
+        self._statistics, self._validation = statistics, validation
         self._stream: EndlessOrder | None = None
         self._ids: Callable[[], Iterable[str]] | None = None
         self._media: Callable[[], Mapping[str, str]] = dict
         self._source = ""
-        self._earlier_seconds = 0.0
-        self._started = time.monotonic()
+        self._earlier_seconds, self._started = 0.0, time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -222,35 +162,47 @@ class Progress:
         self._ids, self._source, self._media = ids, source, media
 
     @cached_property
-    def _samples(self) -> SampleAccount | None:
+    def _samples(self) -> dict[str, Any] | None:
         return None if self._ids is None else account_of(self._ids(), self._media())
 
     def check_samples(self, checkpoint: Path) -> None:
         """Compares the training samples with those of a checkpoint, where both are known; for one rank alone.
 
         Raises:
-            UserError: they are others, or in another order.
+            UserError: rows came or went, or stand in another order: samples would be lost and others come twice. Or a
+                picture or video has been replaced under its name.
         """
-        path = checkpoint / PROGRESS
-        written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if (then := written.get(SAMPLES)) is not None and self._samples is not None:
-            skipped = written["skipped"].values()
-            refuse_other_samples(checkpoint, then, self._samples, source=self._source, skipped=skipped)
+        written, now = _read(checkpoint), self._samples
+        if (then := written[SAMPLES]) is None or now is None:
+            return
+        replaced = [name for name, key in now["media"].items() if then["media"].get(name, "") not in ("", key)]
+        # A file that a skipped sample's reason names may have been mended, or come.
+        changed = [name for name in replaced if not any(name in reason for reason in written["skipped"].values())]
+        if now["samples"] != then["samples"]:
+            differ = f"are {now['samples']:,}"
+        elif now["ids_sha256"] != then["ids_sha256"]:
+            differ = "are as many with other ids, or in other order"
+        elif changed:
+            differ = f"have other content in {len(changed):,} of {len(now['media']):,} files looked at, "
+            differ += shown_names(changed)
+        else:
+            return
+        raise UserError(
+            f"resume: {checkpoint} was written in training on {then['samples']:,} samples; those of {self._source} "
+            f"{differ}. Put the data back as it was, or begin a new run from its weights with "
+            f"--adapter.initial {checkpoint / ADAPTER}"
+        )
 
     def go_on_from(self, checkpoint: Path) -> None:
         """Takes over what stands in a checkpoint."""
-        path = checkpoint / PROGRESS
-        if not path.is_file():
-            logger.warning("%s is missing: metrics.json and skipped.jsonl will cover the steps from here on", path)
-            return
-        found = json.loads(path.read_text(encoding="utf-8"))
-        self._earlier_seconds = float(found["seconds"])
-        self._statistics.carry_over(found["skipped"], Counts(**found["counts"]))
+        written = _read(checkpoint)
+        self._earlier_seconds = float(written["seconds"])
+        self._statistics.carry_over(written["skipped"], Counts(**written["counts"]))
         if self._validation is not None:
-            self._validation.carry_over(found["validation_skipped"])
+            self._validation.carry_over(written["validation_skipped"])
         if self._stream is not None:
             counts = self._statistics.earlier
-            self._stream.resume(taken=counts.samples + counts.skipped, epoch_samples=found.get("epoch_samples"))
+            self._stream.resume(taken=counts.samples + counts.skipped, epoch_samples=written["epoch_samples"])
 
     def write(self, checkpoint: Path, device: torch.device, *, writes: bool) -> None:
         """Adds the sums over all ranks to a checkpoint; every rank must call it, one `writes`."""
@@ -263,8 +215,21 @@ class Progress:
             "epoch_samples": None if self._stream is None else self._stream.epoch_samples,
         }
         if writes:
-            content[SAMPLES] = None if self._samples is None else asdict(self._samples)
+            content[SAMPLES] = self._samples
             (checkpoint / PROGRESS).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+
+
+def account_of(ids: Iterable[str], media: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """How many samples, a hash of their ids in order, and what the files of some of them hold (`content_key`)."""
+    digest, samples = hashlib.sha256(), 0
+    for name in ids:
+        digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
+        samples += 1
+    return {"samples": samples, "ids_sha256": digest.hexdigest(), "media": dict(media or {})}
 
 
 # Lines that are written while a live view stands at the bottom of a terminal: they go above it, not through it.
@@ -273,16 +238,12 @@ class Progress:
 class LinesAbove:
     """Stands for a terminal's stream: whole lines are handed on, all else is the stream's own.
 
-    A process forked from this one, such as a data worker, has no view and writes to the stream itself. What has drawn
-    over its line (`\\r`, as progress bars do) is told as it was last.
-
-    Args:
-        tell: takes a line, without its end.
+    A process forked from this one, such as a data worker, has no view and writes to the stream itself. A line that was
+    drawn over (`\\r`, as progress bars do) is handed on as it was last.
     """
 
-    def __init__(self, stream: TextIO, tell: Callable[[str], None]) -> None:
-        self._stream = stream
-        self._tell = tell
+    def __init__(self, stream: TextIO, show: Callable[[str], None]) -> None:
+        self._stream, self._show = stream, show
         self._process = os.getpid()
         self._begun = ""
 
@@ -290,13 +251,13 @@ class LinesAbove:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Tells each line that is whole now."""
+        """Shows each line that is whole now."""
         if os.getpid() != self._process:
             return self._stream.write(text)
         *whole, begun = (self._begun + text).split("\n")
         self._begun = begun[begun.rfind("\r") + 1 :]
         for line in whole:
-            self._tell(line.rstrip("\r").rpartition("\r")[2])
+            self._show(line.rstrip("\r").rpartition("\r")[2])
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -310,38 +271,35 @@ class LinesAbove:
             self._stream.flush()
 
     def finish(self) -> None:
-        """Tells a line that never got its end."""
+        """Shows a line that never got its end."""
         if self._begun:
-            self._tell(self._begun)
+            self._show(self._begun)
             self._begun = ""
 
 
 @contextlib.contextmanager
-def lines_above(tell: Callable[[str], None]) -> Iterator[None]:
-    """What is written to stdout and stderr where they are terminals, by loggers too, goes to `tell`, line by line."""
+def lines_above(show: Callable[[str], None]) -> Iterator[None]:
+    """What is written to stdout and stderr where they are terminals, by loggers too, goes to `show`, line by line."""
     out, err = sys.stdout, sys.stderr
-    own = {id(stream): LinesAbove(stream, tell) for stream in (out, err) if stream.isatty()}
-    handlers = [one for one in _stream_handlers() if id(one.stream) in own]  # they keep the stream they were made with
-    before = [one.stream for one in handlers]
-    for one in handlers:
-        one.setStream(own[id(one.stream)])
+    own = {id(stream): LinesAbove(stream, show) for stream in (out, err) if stream.isatty()}
+    loggers = [
+        logging.root,
+        *(one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)),
+    ]
+    handlers = [
+        (handler, handler.stream)
+        for logger in loggers
+        for handler in logger.handlers  # they keep the stream they were made with; some ask for sys.stderr each time
+        if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler) and id(handler.stream) in own
+    ]
+    for handler, stream in handlers:
+        handler.setStream(own[id(stream)])
     sys.stdout, sys.stderr = (cast(TextIO, own.get(id(stream), stream)) for stream in (out, err))
     try:
         yield
     finally:
         sys.stdout, sys.stderr = out, err
-        for one, stream in zip(handlers, before, strict=True):
-            one.setStream(stream)
+        for handler, stream in handlers:
+            handler.setStream(stream)
         for stream in own.values():
             stream.finish()
-
-
-def _stream_handlers() -> list[logging.StreamHandler[Any]]:
-    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    return [
-        handler
-        for logger in loggers
-        if isinstance(logger, logging.Logger)
-        for handler in logger.handlers
-        if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler)  # some ask for sys.stderr each time
-    ]

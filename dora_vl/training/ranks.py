@@ -1,8 +1,8 @@
-"""The ranks of a launch look after each other: one that dies, or does not come, ends the others with one line.
+"""The ranks of a launch watch each other: one that dies, or does not come, ends the others with one line.
 
-Left alone, a rank that waits for another learns of its end by a traceback of the library that moves the bytes, or after
-half an hour, or never. So each rank keeps a thread beside its work, which needs no collective: it writes a sign of life
-to the store of the rendezvous, looks whether the processes of its machine are there, and reads what others announce.
+Left alone, a rank that waits for another learns of its end from a traceback of the communication library, after half an
+hour, or never. So each rank keeps one thread that needs no collective: it exchanges signs of life through the store of
+the rendezvous, looks at the processes of its machine, and reads what other ranks announce.
 """
 
 from __future__ import annotations
@@ -19,39 +19,48 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+import psutil
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from dora_vl.errors import USER_ERROR_STATUS, UserError, is_communication, one_line
 from dora_vl.training.launch import rank_and_ranks, several_ranks, wait_for_everyone
 
-# What ranks know of each other: where each runs, its signs of life, and which of them did not come.
+logger = logging.getLogger(__name__)
 
-
-TIMED_OUT = ("timed out", "timeout")
-"""In what gloo, NCCL and the store say of a wait that took too long; no type tells it from their other errors. Gloo
-says "Application timeout caused pair closure" of whatever else waited on that connection.
-"""
-Answer = TypeVar("Answer")
+LOOK_SECONDS, FIRST_LOOK_SECONDS = 2.0, 0.1
+NEWS_SECONDS = 10.0
+"""How long a rank whose connection broke waits to read why, and after which a rank gives no sign of life."""
+SUSPENDED_SECONDS = 20.0
+"""A look this late means that this process was suspended."""
+STORE_SECONDS = 5.0
+STATUS = 1
+NEWS, STUCK = "news", "stuck"
+RESUME = "--resume last goes on from the last checkpoint"
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/deepspeed/runtime/zero/")
 """Code that a thread is in while it waits for other ranks."""
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank runs."""
+class Sign:
+    """A rank's sign of life: where it runs, how many signs it gave, its step, and whether it waits for others."""
 
     rank: int
     host: str
     process: int
-    namespace: str
-    """Of process numbers: those of another one mean nothing here."""
+    namespace: str = ""
+    """Of process numbers, which mean nothing in another one."""
+    count: int = 0
+    step: int = 0
+    waits: bool = False
+    left: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.process} on {self.host})"
@@ -59,29 +68,18 @@ class Place:
     def is_gone(self) -> bool:
         """Whether the process has ended; for one of this machine."""
         try:
-            state = Path(f"/proc/{self.process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            return Path("/proc/self/stat").exists()
-        return state in ("Z", "X")
-
-
-@dataclass(frozen=True)
-class Sign:
-    """A rank's sign of life: how many it has given, the steps it has taken, and whether it waits for others."""
-
-    count: int
-    step: int
-    waits: bool
-    left: bool = False
+            return psutil.Process(self.process).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return True
 
 
 def is_timeout(error: Exception) -> bool:
-    """Whether an error of communication is that others did not come in time."""
-    return any(words in str(error).lower() for words in TIMED_OUT)
+    """Whether an error of communication is that others did not come in time, which only its words tell."""
+    return any(words in str(error).lower() for words in ("timed out", "timeout"))
 
 
 def waits_for_others() -> bool:
-    """Whether a thread of this process is inside a collective, as far as Python sees it."""
+    """Whether another thread of this process is inside a collective, as far as Python sees it."""
     own = threading.get_ident()
     for thread, frame in sys._current_frames().items():
         while frame is not None and thread != own:
@@ -91,19 +89,16 @@ def waits_for_others() -> bool:
     return False
 
 
-def who_did_not_come(before: Sequence[Sign], after: Sequence[Sign], places: Sequence[str]) -> str:
+def who_did_not_come(signs: Sequence[Sign], silent: Sequence[Sign]) -> str:
     """The ranks that give no sign of life, else those that are behind, else those that wait for nobody."""
-    silent = [rank for rank, sign in enumerate(after) if sign.count == before[rank].count and not sign.left]
-    step = max(sign.step for sign in after)
-    behind = [rank for rank, sign in enumerate(after) if sign.step < step]
-    elsewhere = [rank for rank, sign in enumerate(after) if not sign.waits]
-    for ranks, why in (
+    step = max(sign.step for sign in signs)
+    for missing, why in (
         (silent, "no sign of life"),
-        (behind, f"behind step {step}"),
-        (elsewhere, "in no collective, as its stack says"),
+        ([sign for sign in signs if sign.step < step], f"behind step {step}"),
+        ([sign for sign in signs if not sign.waits], "in no collective, as its stack says"),
     ):
-        if ranks and len(ranks) < len(after):
-            named = ", ".join(places[rank] for rank in ranks[:4]) + (", ..." if len(ranks) > 4 else "")
+        if 0 < len(missing) < len(signs):
+            named = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
             return f"{named} did not come ({why})"
     return "all ranks wait for each other, as their stacks say"
 
@@ -116,23 +111,10 @@ def answer_within(seconds: float, work: Callable[[], Answer]) -> Answer | None:
         with contextlib.suppress(RuntimeError):
             answers.append(work())
 
-    thread = threading.Thread(target=ask, daemon=True, name="asks")
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
     return answers[0] if answers else None
-
-
-logger = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_FIRST_LOOKS = 2.0, 0.1
-SECONDS_FOR_THE_NEWS = 10.0
-"""How long a rank whose connection broke waits to hear why, and the main thread may take to end by itself."""
-SECONDS_ASLEEP = 20.0
-"""A look that comes so late says that this process did not run."""
-STORE_SECONDS = 5.0
-STATUS = 1
-ENDED, STUCK = "ended", "stuck"
-RESUME = "--resume last goes on from the last checkpoint"
 
 
 class RankWatch:
@@ -143,157 +125,146 @@ class RankWatch:
     """
 
     def __init__(self, store: Store, rank: int, ranks: int, *, limit: int) -> None:
-        self._store, self._rank, self._ranks, self._limit = store, rank, ranks, limit
-        self._lock, self._ending, self._over = threading.RLock(), threading.RLock(), threading.Event()
-        self._places: dict[int, Place] = {}
-        self._count = self._step = 0
-        self._noted: float | None = None
-        self._before: Any = signal.SIG_DFL
+        self._store, self._ranks, self._limit = store, ranks, limit
         namespace = Path("/proc/self/ns/pid")
         inside = str(namespace.readlink()) if namespace.exists() else ""
-        self.place = Place(rank, socket.gethostname(), os.getpid(), inside)
+        self._own = Sign(rank, socket.gethostname(), os.getpid(), inside)
+        self._signs: dict[int, Sign] = {}
+        self._heard: dict[int, float] = {}
+        """When each rank's count last grew, by this process's clock."""
+        self._answered = time.monotonic()
+        self._progress: float | None = None
+        self._closed, self._ending = threading.Event(), threading.RLock()
+        self._gives_up = False
+        self._sigterm_before: Any = signal.SIG_DFL
 
     def start(self) -> None:
-        """Says where this rank is, and begins to look.
-
-        One thread asks the store, and stands still where its machine is gone; the other keeps the limit.
-        """
-        self._write(f"place/{self._rank}", asdict(self.place))
-        self._before = signal.signal(signal.SIGTERM, self._told_to_end)
-        for work in (self._give_signs, self._keep_limit):
-            threading.Thread(target=work, daemon=True, name=work.__name__).start()
+        """Begins to give signs and to look."""
+        self._sigterm_before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        threading.Thread(target=self._watch, daemon=True, name="rank watch").start()
 
     def note(self, step: int) -> None:
         """The run moves: a step, or a part of one, is done."""
-        self._step, self._noted = step, time.monotonic()
+        self._own, self._progress = replace(self._own, step=step), time.monotonic()
 
     def rest(self) -> None:
         """What follows takes as long as it takes."""
-        self._noted = None
+        self._progress = None
 
     def close(self) -> None:
         """This rank needs the others no more."""
-        self._over.set()
-        if signal.getsignal(signal.SIGTERM) == self._told_to_end:
-            signal.signal(signal.SIGTERM, self._before)
-        last = Sign(self._count, self._step, waits=False, left=True)
-        answer_within(STORE_SECONDS, lambda: self._write(f"sign/{self._rank}", asdict(last)))
+        self._closed.set()
+        if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            signal.signal(signal.SIGTERM, self._sigterm_before)
+        self._own = replace(self._own, left=True)
+        answer_within(STORE_SECONDS, self._give_sign)
 
-    def announce(self, said: str, status: int = STATUS) -> None:
-        """Tells all ranks that this one ends; the first announcement counts."""
-        news = {"rank": self._rank, "said": said, "status": status}
-        answer_within(STORE_SECONDS, lambda: self._announce(ENDED, news))
+    def announce(self, message: str, status: int = STATUS, *, rank: int | None = None) -> None:
+        """Tells all ranks that one, by default this one, ends; the first announcement counts."""
+        news = {"rank": self._own.rank if rank is None else rank, "message": message, "status": status}
+        answer_within(STORE_SECONDS, lambda: self._store.compare_set(NEWS, "", json.dumps(news)))
 
     def end(self, error: Exception) -> NoReturn:
         """Ends this rank after an error: its own with the traceback first, another's with one line."""
-        own = not is_communication(error)
-        if own:
+        if not is_communication(error):
             traceback.print_exception(error)
-            self.announce(f"{self.place} ended with {type(error).__name__}: {one_line(str(error), 200)}; {RESUME}")
+            self.announce(f"{self._own} ended with {type(error).__name__}: {one_line(str(error), 200)}; {RESUME}")
             self._let_others_read()
             self._leave("", speaks=False)
         if is_timeout(error):
             self._give_up()
-        time.sleep(SECONDS_FOR_THE_NEWS)  # the thread ends all this where it hears why
+        time.sleep(NEWS_SECONDS)  # the watch ends all this where it reads why
         with self._ending:  # or is about to, and this error is what it tells of
             traceback.print_exception(error)
             broken = f"the connection to another rank broke ({one_line(str(error), 200)}); {RESUME}"
             self._leave(broken, speaks=self._is_first_here())
 
-    def _told_to_end(self, number: int, frame: FrameType | None) -> None:
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         """A launcher ends the others of a rank that is gone: what they have to say comes first."""
-        if any(place.is_gone() for place in self._neighbours()):
-            time.sleep(SECONDS_FOR_THE_NEWS)  # a thread of this rank ends all this before
+        if self._gives_up:
+            return
+        if any(sign.is_gone() for sign in self._neighbours()):
+            time.sleep(NEWS_SECONDS)  # the watch ends this rank before
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    # ---- the threads
+    # ---- the thread
 
-    def _give_signs(self) -> None:
-        while not self._over.wait(self._pause()):
-            with contextlib.suppress(RuntimeError):  # the store does not answer: its machine is gone, or its link
-                self._look()
-
-    def _pause(self) -> float:
-        """Short until all ranks have said where they are: one may die in its first seconds."""
-        return SECONDS_BETWEEN_LOOKS if len(self._places) == self._ranks else SECONDS_BETWEEN_FIRST_LOOKS
-
-    def _keep_limit(self) -> None:
+    def _watch(self) -> None:
         looked = time.monotonic()
-        while not self._over.wait(SECONDS_BETWEEN_LOOKS):
-            self._look_at_neighbours()
+        while not self._closed.wait(LOOK_SECONDS if len(self._signs) == self._ranks else FIRST_LOOK_SECONDS):
+            news = answer_within(STORE_SECONDS, self._exchange) or {}
+            if news.get("rank", self._own.rank) != self._own.rank:
+                self._end_after(news)
+            for sign in self._neighbours():
+                if sign.is_gone() and not sign.left and not news:
+                    message = f"{sign} is gone without a word, as after kill -9 or where memory ran out; {RESUME}"
+                    self.announce(message, rank=sign.rank)
+                    self._end_after({"rank": sign.rank, "message": message, "status": STATUS})
             now = time.monotonic()
-            if self._noted is not None and now - looked > SECONDS_ASLEEP:
-                self._noted = now  # all of it was suspended, as a scheduler does
+            if self._progress is not None and now - looked > SUSPENDED_SECONDS:
+                self._progress = now
             looked = now
-            if self._noted is not None and now - self._noted > self._limit:
+            if STUCK in news or (self._progress is not None and now - self._progress > self._limit):
                 self._give_up()
 
-    def _look(self) -> None:
-        self._count += 1
-        self._write(f"sign/{self._rank}", asdict(Sign(self._count, self._step, waits=waits_for_others())))
-        for rank in set(range(self._ranks)) - self._places.keys():
-            if (found := self._read(f"place/{rank}")) is not None:
-                self._places[rank] = Place(**found)
-        if (news := self._read(ENDED)) is not None and news["rank"] != self._rank:
-            self._end_after(news["rank"], news["said"], news["status"])
-        if self._read(STUCK) is not None:
-            self._give_up()
+    def _exchange(self) -> Mapping[str, object]:
+        """Gives a sign, reads those of the others; returns the news of a rank that ended, or that some are stuck."""
+        self._give_sign()
+        for rank in range(self._ranks):
+            if (sign := self._read(f"sign/{rank}")) is not None:
+                if rank not in self._signs or self._signs[rank].count != sign["count"]:
+                    self._heard[rank] = time.monotonic()
+                self._signs[rank] = Sign(**sign)
+        self._answered = time.monotonic()
+        return self._read(NEWS) or ({STUCK: True} if self._store.check([STUCK]) else {})
 
-    def _look_at_neighbours(self) -> None:
-        """Ends this rank where the process of another one of this machine is gone that did not say that it leaves."""
-        for place in self._neighbours():
-            if not place.is_gone():
-                continue
-            known = answer_within(STORE_SECONDS, lambda place=place: self._sign(place.rank).left or self._read(ENDED))
-            if known:  # it has left, or has said why: the other thread ends this
-                return
-            said = f"{place} is gone without a word, as after kill -9 or where memory ran out; {RESUME}"
-            news = {"rank": place.rank, "said": said, "status": STATUS}
-            answer_within(STORE_SECONDS, lambda news=news: self._announce(ENDED, news))
-            self._end_after(place.rank, said, STATUS)
+    def _give_sign(self) -> None:
+        self._own = replace(self._own, count=self._own.count + 1, waits=waits_for_others())
+        self._store.set(f"sign/{self._own.rank}", json.dumps(asdict(self._own)))
 
-    def _end_after(self, gone: int, said: str, status: int) -> None:
+    def _read(self, key: str) -> dict[str, object] | None:
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def _end_after(self, news: Mapping[str, object]) -> None:
         """Ends this rank after another, whose last words go first; not where the run ends meanwhile by itself."""
-        if not self._over.wait(SECONDS_BETWEEN_LOOKS):
-            said_already = gone == 0 and status == USER_ERROR_STATUS
-            self._leave(said, speaks=not said_already and self._is_first_here(gone), status=status)
+        if not self._closed.wait(LOOK_SECONDS):
+            printed_already = news["rank"] == 0 and news["status"] == USER_ERROR_STATUS
+            speaks = not printed_already and self._is_first_here(gone=news["rank"])
+            self._leave(str(news["message"]), speaks=speaks, status=int(str(news["status"])))
 
-    def _neighbours(self) -> list[Place]:
+    def _neighbours(self) -> list[Sign]:
         """The other ranks of this machine, as far as they are known."""
-        own = self.place.host, self.place.namespace
-        return [one for one in self._places.values() if (one.host, one.namespace) == own and one.rank != self._rank]
+        here = (self._own.host, self._own.namespace)
+        return [one for one in self._signs.values() if (one.host, one.namespace) == here and one.rank != self._own.rank]
 
-    def _is_first_here(self, gone: int | None = None) -> bool:
+    def _is_first_here(self, gone: object = None) -> bool:
         """Whether this rank speaks for its machine, where several have the same to say."""
-        others = [one.rank for one in self._neighbours() if one.rank != gone and not one.is_gone()]
-        return self._rank < min(others, default=self._ranks)
+        others = [sign.rank for sign in self._neighbours() if sign.rank != gone and not sign.is_gone()]
+        return self._own.rank < min(others, default=self._ranks)
 
     def _give_up(self) -> NoReturn:
-        """Every rank prints its stack; the first that is there says which did not come."""
+        """Every rank prints its stacks; the first that is there says which did not come."""
         self._ending.acquire()  # never released: another thread of this rank has nothing to add
-        _write_stacks(f"{self.place} waits at step {self._step}; its stack:\n")
-        found = answer_within(4 * STORE_SECONDS, self._who_is_missing)
+        self._gives_up = True
+        _write_stacks(f"{self._own} waits at step {self._own.step}; its stack:\n")
+        answer_within(STORE_SECONDS, lambda: self._store.set(STUCK, "1"))
+        now = time.monotonic()
+        silent = [
+            sign for rank, sign in self._signs.items() if now - self._heard[rank] > NEWS_SECONDS and not sign.left
+        ]
+        if now - self._answered > NEWS_SECONDS:
+            who, speaks = "the first rank's machine does not answer: is its link there?", self._is_first_here()
+        else:
+            who = who_did_not_come([*self._signs.values()], silent)
+            speaks = self._own.rank == min(self._signs.keys() - {sign.rank for sign in silent}, default=0)
         self._let_others_read()
-        who, speaks = found or ("the first rank's machine does not answer: is its link there?", self._is_first_here())
         self._leave(f"no step for {self._limit} s (training.ddp_timeout): {who}; {RESUME}", speaks=speaks)
-
-    def _who_is_missing(self) -> tuple[str, bool]:
-        """What can be said of the others after two further signs, and whether this rank is the first that is there."""
-        self._announce(STUCK, {"rank": self._rank})
-        before, until = self._signs(), time.monotonic() + 2 * SECONDS_BETWEEN_LOOKS + 1
-        while time.monotonic() < until:  # those who are here go on giving signs
-            self._count += 1
-            self._write(f"sign/{self._rank}", asdict(Sign(self._count, self._step, waits=waits_for_others())))
-            time.sleep(SECONDS_BETWEEN_LOOKS / 2)
-        after = self._signs()
-        first = min(rank for rank, sign in enumerate(after) if sign.count > before[rank].count)
-        return who_did_not_come(before, after, self._names()), first == self._rank
 
     def _let_others_read(self) -> None:
         """The store ends with the first rank's process."""
-        if self._rank == 0:
-            time.sleep(2 * SECONDS_BETWEEN_LOOKS + 1)
+        if self._own.rank == 0:
+            time.sleep(2 * LOOK_SECONDS + 1)
 
     def _leave(self, line: str, *, speaks: bool, status: int = STATUS) -> NoReturn:
         """Without the interpreter's own end, which would wait for threads that wait for a rank that is gone."""
@@ -303,30 +274,6 @@ class RankWatch:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-
-    # ---- the store
-
-    def _write(self, key: str, value: object) -> None:
-        with self._lock:
-            self._store.set(key, json.dumps(value))
-
-    def _read(self, key: str) -> dict[str, Any] | None:
-        with self._lock:
-            return json.loads(self._store.get(key)) if self._store.check([key]) else None
-
-    def _announce(self, key: str, value: object) -> None:
-        with self._lock:
-            self._store.compare_set(key, "", json.dumps(value))
-
-    def _sign(self, rank: int) -> Sign:
-        found = self._read(f"sign/{rank}")
-        return Sign(0, 0, waits=False) if found is None else Sign(**found)
-
-    def _signs(self) -> list[Sign]:
-        return [self._sign(rank) for rank in range(self._ranks)]
-
-    def _names(self) -> list[str]:
-        return [str(self._places.get(rank, f"rank {rank}")) for rank in range(self._ranks)]
 
 
 def _write_stacks(title: str) -> None:
@@ -351,12 +298,12 @@ def watch_ranks(*, limit: int) -> None:
     rank, ranks = rank_and_ranks()
     if not several_ranks() or ranks == 1 or _WATCHES:
         return
-    where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     wait = timedelta(seconds=STORE_SECONDS)
     try:
-        store = TCPStore(where, port, is_master=False, timeout=wait, wait_for_workers=False)
+        store = TCPStore(address, port, is_master=False, timeout=wait, wait_for_workers=False)
     except RuntimeError as error:
-        logger.warning("the ranks do not look after each other, their store is out of reach: %s", one_line(str(error)))
+        logger.warning("the ranks do not watch each other, their store is out of reach: %s", one_line(str(error)))
         return
     _WATCHES.append(RankWatch(PrefixStore("dora_vl", store), rank, ranks, limit=limit))
     _WATCHES[0].start()
@@ -382,7 +329,7 @@ def ranks_end_together() -> Iterator[None]:
     """
     try:
         yield
-        if _WATCHES:  # one that went now would leave the others without the store, and in doubt
+        if _WATCHES:  # one that left now would leave the others without the store, and in doubt
             wait_for_everyone()
     except UserError as error:
         for watch in _WATCHES:
@@ -397,54 +344,27 @@ def ranks_end_together() -> Iterator[None]:
             _WATCHES.pop().close()
 
 
-# Ends a rank whose launcher is gone: nobody would stop it, read its output or restart it.
+# A rank ends with its launcher: nobody else would stop it, read its output or start it again.
 
-
-ORPHANED_SECONDS_BETWEEN_LOOKS = 2.0
-SECONDS_TO_SAVE = 120.0
-"""After the polite signal, which finishes the step and saves; then the process ends whatever it does."""
+SAVE_SECONDS = 120.0
+"""After SIGTERM, which finishes the step and saves; then the process ends whatever it does."""
 DEEPSPEED_PARENT = "deepspeed.launcher.launch"
 """What the deepspeed launcher puts between itself and the ranks; it outlives a launcher that is killed."""
-ORPHANED_STATUS = 128 + signal.SIGTERM
 
 
-def end_with_launcher(*, every: float = ORPHANED_SECONDS_BETWEEN_LOOKS, patience: float = SECONDS_TO_SAVE) -> None:
-    """Watches the launcher of this process from a thread of its own; without one it does nothing.
-
-    A process that a person started is left alone when their shell closes. On Linux, where `/proc` says who is whose
-    parent.
-    """
-    if "LOCAL_RANK" not in os.environ or not Path("/proc/self/stat").exists():
-        return
-    watched = _launchers()
-    threading.Thread(target=_watch, args=(watched, every, patience), daemon=True, name="launcher").start()
+def end_with_launcher(*, every: float = LOOK_SECONDS, patience: float = SAVE_SECONDS) -> None:
+    """Watches the launcher of this process; a process without one is left alone when its shell closes."""
+    if "LOCAL_RANK" in os.environ:
+        launchers = psutil.Process().parents()[:2]
+        if launchers and DEEPSPEED_PARENT not in " ".join(launchers[0].cmdline()):
+            del launchers[1:]
+        threading.Thread(target=_watch_launchers, args=(launchers, every, patience), daemon=True).start()
 
 
-def _watch(watched: Sequence[int], every: float, patience: float) -> None:
-    while _launchers()[: len(watched)] == watched:
+def _watch_launchers(launchers: Sequence[psutil.Process], every: float, patience: float) -> None:
+    while all(one.is_running() for one in launchers):
         time.sleep(every)
-    logger.warning("the launcher (process %d) is gone: this rank saves what it can and ends", watched[-1])
+    logger.warning("the launcher is gone: this rank saves what it can and ends")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(patience)
-    os._exit(ORPHANED_STATUS)
-
-
-def _launchers() -> list[int]:
-    """The parent, and behind DeepSpeed's own process in between the launcher itself."""
-    parent = os.getppid()
-    return [parent, _parent_of(parent)] if DEEPSPEED_PARENT in _command_of(parent) else [parent]
-
-
-def _parent_of(process: int) -> int:
-    """0 of one that is gone."""
-    try:  # the name in brackets may hold anything, brackets too
-        return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def _command_of(process: int) -> str:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
+    os._exit(128 + signal.SIGTERM)

@@ -22,7 +22,6 @@ from dora_vl.training.checkpoint_files import check_base, check_manifest
 from dora_vl.training.faults import check_base_weights, steps_left_out
 from dora_vl.training.largest_batch import out_of_memory_reported, smaller_model, smaller_test, training_fits
 from dora_vl.training.launch import (
-    give_way_when_busy,
     is_first_rank,
     keep_freed_memory,
     launched_first,
@@ -77,7 +76,6 @@ def train(pipeline: Pipeline) -> RunResult:
     arguments = training_arguments(config)
     if threads is not None:
         torch.set_num_threads(threads)
-    give_way_when_busy()
     watch_ranks(limit=arguments.ddp_timeout)
     run_folder, checkpoint = run_folder_of(config), checkpoint_of(config)
     _check_and_prepare(pipeline, arguments, checkpoint)

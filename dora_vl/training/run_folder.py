@@ -98,8 +98,9 @@ def finished_already(config: RunSettings) -> bool:
     folder = run_folder_of(config)
     if config.resume != IF_STOPPED or config.overwrite or not _is_finished(folder, config):
         return False
-    then, now = (_run_alone(settings) for settings in (_json_of(folder / SETTINGS), settings_of(config)))
-    if changed := [name for name in now.keys() | then.keys() if now.get(name) != then.get(name)]:
+    then, now = _json_of(folder / SETTINGS), settings_of(config)
+    names = (now.keys() | then.keys()) - HOW_IT_STARTS - BESIDE_THE_RUN
+    if changed := [name for name in names if now.get(name) != then.get(name)]:
         raise UserError(
             f"{folder} holds a finished run with other settings (in {', '.join(sorted(changed))}); {_OTHERWISE}"
         )
@@ -120,17 +121,13 @@ def settings_of(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def _run_alone(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in HOW_IT_STARTS | BESIDE_THE_RUN}
-
-
 def _json_of(path: Path) -> dict[str, Any]:
     """A file's object; nothing where there is none, or half a one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _took_work(folder: Path) -> list[Path]:
@@ -183,19 +180,19 @@ def prepare_run_folder(folder: Path, *, checkpoint: Path | None, overwrite: bool
 
 
 def write_settings(folder: Path, config: Any) -> None:
-    """Writes a run's settings, defaults and the variant included, as a file that --config takes.
-
-    Args:
-        config: the run's dataclass.
-    """
+    """Writes a run's settings, defaults and the variant included, as a file that --config takes."""
     settings = dataclasses.asdict(config)
     write_json(folder / SETTINGS, {name: settings[name] for name in settings.keys() - HOW_IT_STARTS})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes under a temporary name, then renames."""
+    _replace(path, json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 
@@ -220,12 +217,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def write_log(path: Path, lines: list[dict[str, Any]]) -> None:
     """Replaces a loss log."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    beside.replace(path)
-
-
-# One process writes to a folder at a time: a lock of the operating system, which ends with its process.
+    _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 LOCK = ".writing.lock"
@@ -282,46 +274,35 @@ def _locked(path: Path) -> int:
         os.close(descriptor)  # the one before has just removed it, so the next has made, or will make, another
 
 
-# A disk that takes no more while something is written: one line that says why, and what is whole.
-
-
 TOO_LITTLE_BYTES = 1 << 20
 """With less room than this a failed write is the disk's fault, whatever the library that wrote says of it."""
 
 
 @contextlib.contextmanager
 def full_disk_reported(folder: Path, what: str, kept: Callable[[], str | None]) -> Iterator[None]:
-    """Turns whatever a writing library raises there into one line: a disk that is full, read-only, or limits a file.
+    """Turns what a writing library raises into one `UserError` where a disk is full, read-only, or limits a file.
 
     torch.save raises a RuntimeError without the word, safetensors an error of its own class with it.
 
     Args:
-        folder: that is written to, or its nearest parent that is there.
+        folder: that is written to, or is to be made.
         what: is being written.
         kept: names the last whole checkpoint; asked when it is needed.
-
-    Raises:
-        UserError: the disk takes no more.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        place = next(one for one in (folder, *folder.resolve().parents) if one.exists())
-        free = shutil.disk_usage(place).free
-        number = _number_of(error) or (errno.ENOSPC if free < TOO_LITTLE_BYTES else None)
-        if number is None:
+        free = shutil.disk_usage(next(one for one in (folder, *folder.resolve().parents) if one.exists())).free
+        # By the system's number or, from libraries with errors of their own, by its words.
+        stated = getattr(error, "errno", None)
+        reasons = [number for number in UNWRITABLE if number == stated or os.strerror(number) in str(error)]
+        if not reasons and free >= TOO_LITTLE_BYTES:
             raise
-        cause, remedy = UNWRITABLE[number]
+        cause, remedy = UNWRITABLE[reasons[0] if reasons else errno.ENOSPC]
         last = kept()
-        whole = (
+        then = (
             f"{last} is the last whole checkpoint: {remedy}, then --resume last" if last else f"{remedy}, start again"
         )
-        raise UserError(f"{folder}: {cause} ({free:,} bytes are free), {what} could not be written; {whole}") from error
-
-
-def _number_of(error: Exception) -> int | None:
-    """Which of the system's reasons it was, by its number or, from libraries with errors of their own, by its words."""
-    stated = getattr(error, "errno", None)
-    return next((number for number in UNWRITABLE if number == stated or os.strerror(number) in str(error)), None)
+        raise UserError(f"{folder}: {cause} ({free:,} bytes are free), {what} could not be written; {then}") from error

@@ -80,7 +80,7 @@ class AdapterTrainer(Trainer):
             leave it out then.
     """
 
-    _places: OptimizerPlaces
+    places: OptimizerPlaces
     """Where the optimizer holds what trains, once it is there."""
 
     def __init__(
@@ -257,12 +257,12 @@ class AdapterTrainer(Trainer):
         """Nothing: the scale is in the state."""
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_random_states(Path(output_dir), self.args)
+        save_random_states(Path(output_dir), self.args.process_index, self.args.device)
 
     @property
     def _running(self) -> RunningState:
         engine = cast("DeepSpeedEngine", self.model_wrapped) if self.is_deepspeed_enabled else None
-        return RunningState(self._places, self.lr_scheduler, self.accelerator.scaler, engine)
+        return RunningState(self.places, self.lr_scheduler, self.accelerator.scaler, engine)
 
     # ---- going on
 
@@ -274,7 +274,7 @@ class AdapterTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         optimizer = cast(Any, self.optimizer).optimizer
         trained = {name: one for part in self.parts for name, one in part.parameters.items()}
-        self._places = places_of(optimizer, trained, self.args.device)
+        self.places = places_of(optimizer, trained, self.args.device)
         if self.is_deepspeed_enabled:
             self._see_gradients_before_clipping(cast("DeepSpeedEngine", self.model_wrapped))
         if self._drops_gradients_itself:
@@ -291,12 +291,13 @@ class AdapterTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_random_states(Path(checkpoint), self.args, step=self.state.global_step)
+            rank, step = self.args.process_index, self.state.global_step
+            load_random_states(Path(checkpoint), rank, self.args.device, seed=self.args.seed, step=step)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
         if (best / STATE).is_dir():
-            load_trained(best, self._places)
+            load_trained(best, self.places)
             for _, layer in adapted_layers(cast(nn.Module, self.model)):
                 layer.forget_norms()
         else:  # of `save_only_model`

@@ -24,13 +24,7 @@ from dora_vl.training.live_view import Asked
 from dora_vl.training.run_folder import WATCHED, read_log, write_json, write_log
 from dora_vl.training.validation import random_state_kept
 
-# Fixed questions whose answers are kept through training: what is asked, and the files of a run that hold it.
-#
-# `watched/questions.json` holds the questions, `watched/answers.jsonl` a line for each step at which they were asked,
-# and beside them lie small pictures.
-
-
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 QUESTIONS, ANSWERS = "questions.json", "answers.jsonl"
 SMALL_PX = 224
@@ -119,9 +113,7 @@ def read_watched(run_folder: Path) -> Watched | None:
 
 def small_picture(picture: Image.Image, most: int = SMALL_PX) -> Image.Image:
     """The picture, at most so many pixels wide and high."""
-    if max(picture.size) <= most:
-        return picture
-    return ImageOps.contain(picture, (most, most))
+    return picture if max(picture.size) <= most else ImageOps.contain(picture, (most, most))
 
 
 def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -153,15 +145,10 @@ def _with_picture(one: WatchedQuestion, number: int, watch: Watch, folder: Path)
     return WatchedQuestion(**{**fields, "picture": name})
 
 
-# The watched questions in TensorBoard, trackio and Weights & Biases: a table of pictures and answers at each asking.
-#
-# transformers' own reporters send the numbers of `log.jsonl`; they know nothing of pictures. A run's
-# `training.report_to` names them.
-
+# The same in TensorBoard, trackio and Weights & Biases: transformers' own reporters know nothing of pictures.
 
 NAME = "watched"
 COLUMNS = ("picture", "question", "right", "answer")
-STEP = "train/global_step"
 
 
 def track_answers(callbacks: Sequence[TrainerCallback], found: Watched, step: int) -> None:
@@ -198,13 +185,12 @@ def _indented(text: str) -> str:
 
 def _as_table(tracker: Any, found: Watched, answers: Mapping[str, str], step: int) -> None:
     """One table; trackio takes Weights & Biases' calls."""
-    rows = [_row(tracker, found, one, answers[one.id]) for one in found.questions if one.id in answers]
-    tracker.log({NAME: tracker.Table(columns=[*COLUMNS], data=rows), STEP: step})
-
-
-def _row(tracker: Any, found: Watched, one: WatchedQuestion, answer: str) -> list[Any]:
-    picture = _picture(found, one)
-    return [None if picture is None else tracker.Image(picture), one.question, one.truth, answer]
+    asked = [(one, _picture(found, one)) for one in found.questions if one.id in answers]
+    rows = [
+        [None if picture is None else tracker.Image(picture), one.question, one.truth, answers[one.id]]
+        for one, picture in asked
+    ]
+    tracker.log({NAME: tracker.Table(columns=[*COLUMNS], data=rows), "train/global_step": step})
 
 
 def _picture(found: Watched, one: WatchedQuestion) -> Image.Image | None:
@@ -213,8 +199,6 @@ def _picture(found: Watched, one: WatchedQuestion) -> Image.Image | None:
     with Image.open(found.folder / one.picture, formats=PICTURE_FORMATS) as picture:
         return picture.convert("RGB")
 
-
-logger = logging.getLogger(__name__)
 
 TIMES_WITHOUT_VALIDATION = 5
 
@@ -231,9 +215,7 @@ class WatchQuestions(TrainerCallback):
     """
 
     def __init__(self, watch: Watch, folder: Path, trackers: Callable[[], Sequence[TrainerCallback]]) -> None:
-        self._watch = watch
-        self._folder = folder
-        self._trackers = trackers
+        self._watch, self._folder, self._trackers = watch, folder, trackers
         self._failed = False
         self.newest: tuple[Asked, ...] = ()
         """The questions with their last answers, on the first rank."""

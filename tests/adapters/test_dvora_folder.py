@@ -8,8 +8,6 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from dora_vl.adapters.adapter import read_adapter
-from dora_vl.adapters.base_weights import BaseWeights
-from dora_vl.adapters.exports import as_lora, export_layers
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.adapters.merge import merge_to_folder
 from dora_vl.adapters.several import AdapterSet
@@ -46,20 +44,12 @@ def test_merges_as_the_model_computes(tmp_path):
         torch.testing.assert_close(plain(ids()).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_exports_without_what_only_its_layers_share(tmp_path):
-    dvora_folder(tmp_path)
-    with BaseWeights(tmp_path / "base") as base:
-        adapter = read_adapter(tmp_path / "adapter")
-        lora = as_lora(adapter, list(export_layers(adapter, base, 16)), 1e-5)
-    assert not [key for key in lora.tensors if "dvora_shared" in key]
-
-
 def test_half_a_folder_and_a_set_of_adapters_are_refused(tmp_path):
     dvora_folder(tmp_path)
-    with pytest.raises(UserError, match="one for a model"):
+    with pytest.raises(UserError, match="adapter"):
         AdapterSet(tiny_llama()).load("one", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({key: tensor for key, tensor in tensors.items() if "random_A" not in key}, file)
-    with pytest.raises(UserError, match=r"without \['dvora_shared.random_A'\]"):
+    with pytest.raises(UserError, match=r"dvora_shared.random_A"):
         read_adapter(tmp_path / "adapter")

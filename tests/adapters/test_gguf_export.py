@@ -152,12 +152,6 @@ def test_scores_order_sentencepieces_as_merges_do() -> None:
                     [f"<0x{byte:02X}>" for byte in piece.encode()])] == ids  # fmt: skip
 
 
-def test_rows_of_q_in_pairs_are_llama_cpps_order() -> None:
-    rows = torch.arange(12).float().unsqueeze(1).expand(12, 2)
-    assert in_pairs(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-    assert in_pairs(torch.arange(12), 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-
-
 def test_factors_of_llama_3s_positions() -> None:
     rope = {
         "rope_type": "llama3",
@@ -283,7 +277,7 @@ def test_a_sliding_window_that_is_not_kept_is_told(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     base = changed(language(tmp_path / "base", "mistral", tokenizer), sliding_window=64)
     exported = export_gguf(empty(), base, tmp_path / "to", tokenizer, kind="f16")
-    assert ["attention slides over 64 tokens" in one for one in exported.told] == [True]
+    assert ["attention slides over 64 tokens" in one for one in exported.warnings] == [True]
     assert fields(tmp_path / "to" / MODEL_FILE)["llama.context_length"] == 64
 
 
@@ -295,6 +289,6 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     export_gguf(empty(), base, tmp_path / "to", tokenizer, kind="f32")
     assert (tmp_path / "to" / MODEL_FILE).stat().st_size > small
     (tmp_path / "to" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds notes\.txt"):
+    with pytest.raises(UserError, match=r"notes\.txt"):
         export_gguf(empty(), base, tmp_path / "to", tokenizer, kind="f16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "to"]

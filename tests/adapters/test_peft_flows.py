@@ -15,7 +15,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dora_vl.adapters.peft_model import AcceleratedLinear, accelerate_peft, restore_peft
+from dora_vl.adapters.peft_model import accelerate_peft, restore_peft
 from tests.adapters.foreign_files import tiny_llama
 from tests.adapters.peft_folders import moved_peft
 
@@ -294,21 +294,6 @@ def assert_all_close(found: list[Tensor], wanted: list[Tensor], tolerance: float
 def test_hot_swapping_is_pefts(tmp_path):
     plain, fast = (model for model in twins(LORA))
     assert_all_close(swapped_hot(fast, tmp_path / "fast"), swapped_hot(plain, tmp_path / "plain"), 1e-5)
-
-
-def test_what_cannot_be_is_refused_as_in_peft():
-    for model in twins(DORA):
-        with pytest.raises(ValueError, match="adapter_names"):
-            logits(model, adapter_names=["default"] * 4)
-
-
-def test_the_status_is_pefts_and_what_is_printed_says_who_runs_it():
-    plain, fast = twins(DORA)
-    assert fast.get_layer_status() == plain.get_layer_status()
-    assert fast.get_model_status() == plain.get_model_status()
-    layer = layer_of(fast)
-    assert type(layer) is AcceleratedLinear
-    assert repr(layer).startswith("lora.Linear(\n  accelerated by dora_vl\n")
 
 
 def test_a_second_derivative_is_refused_in_words():

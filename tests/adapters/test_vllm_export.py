@@ -14,7 +14,6 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from dora_vl.adapters.adapter import Adapter, read_adapter
 from dora_vl.adapters.exports import export_for_vllm
 from dora_vl.adapters.folder import load_adapter, save_adapter
-from dora_vl.adapters.settings import alpha_of, rank_of
 from dora_vl.backbones.places import resolved_layers
 from dora_vl.core import DoRAConfig, apply_dora
 from dora_vl.core.config import AdaptedPart
@@ -88,7 +87,7 @@ def test_base_and_adapter_are_the_trained_model(tmp_path: Path, run: str) -> Non
     assert config["modules_to_save"] is None
     assert config["peft_type"] == "LORA"
     found = read_adapter(folder / "adapter")
-    scales = {alpha_of(config, layer) / rank_of(config, layer) for layer in found.layers}
+    scales = {factors.scale for factors in found.factors.values()}
     assert scales == {config["lora_alpha"] / config["r"]}  # all that vLLM reads
     assert exported.max_lora_rank == 8
     assert found.recipe["base"] == str(folder / "base")
@@ -143,13 +142,13 @@ def test_the_output_head_a_grid_tower_and_a_target_that_is_there(tmp_path: Path)
     assert "lm_head is the output head" in refused(adapter, base, tmp_path, head="lm_head")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"there is there already and holds notes\.txt"):
+    with pytest.raises(UserError, match=r"notes\.txt"):
         export_for_vllm(adapter, base, tmp_path / "there", language_of(base))
     config = json.loads((base / "config.json").read_text())
     config["architectures"] = ["Unknown"]
     config["vision_config"] = {"model_type": "dora_grid_tower", "library": "timm", "architecture": "tf_efficientnet"}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"timm \(tf_efficientnet\) as grid tokens, which vLLM has no class for"):
+    with pytest.raises(UserError, match="tf_efficientnet"):
         export_for_vllm(adapter, base, tmp_path / "to", frozenset())
 
 

@@ -1,4 +1,4 @@
-"""The pictures of docs/page.md: python -m tests.app.page_screenshots --to docs/images, after `make demo`."""
+"""The pictures of docs/serving.md: python -m tests.app.page_screenshots --to docs/images, after `make demo`."""
 
 from __future__ import annotations
 

@@ -17,29 +17,23 @@ HEAD = """\
 
 <!-- Written by `python -m tests.backbones.model_table` from tests/backbones/tiny_families/; change it there. -->
 
-`tasks/llava_instruct.py` adapts any of these; `model.base` is a folder or a hub id, and its `model_type` (in
-`config.json`) says the family. Each is tested with a tiny random model: token ids equal to the processor's own, the
-loss equal to transformers' own within 1e-5 (float32), conversations without a picture, with one and with two, three
-training steps, the adapter opened again, merged and asked.
+`tasks/llava_instruct.py` adapts any of these; `model_type` in a base's `config.json` says the family. Each is tested with a
+tiny random model: ids equal to the processor's, the loss equal to transformers' within 1e-5 (float32), conversations without
+a picture, with one and with two, three training steps, the adapter opened again, merged and asked. By default every linear
+layer of the language model is adapted and the projector trains whole. Prompts are the base's chat template, conversations
+hold any number of pictures, and videos go as so many pictures, unless the table says otherwise.
 
-By default every linear layer of the language model is adapted and the projector trains whole. What is no linear layer
-is named in the log of the run.
-
-## Vision-language models
-
-| `model_type` | pictures in a conversation | videos | prompt | not adapted | remarks |
-| --- | --- | --- | --- | --- | --- |
+| `model_type` | videos | remarks |
+| --- | --- | --- |
 """
 PEFT = """
-PEFT opens the adapters of these families, and of the language models below, with the same logits (within 1e-4), but
-for {refused}, whose layers it takes for those of an older model and would lose, as it would {untried}'s: their folders
-say `DORA_VL`, which PEFT refuses.
+PEFT opens their adapters with the same logits (within 1e-4), but for {refused}, whose layers it takes for those of an
+older model and would lose, as it would {untried}'s: their folders say `DORA_VL`, which PEFT refuses.
 """
 LANGUAGE = """
 ## Language models
 
-Conversations of words alone, through the tokenizer's chat template; a sample with a picture is refused by its id.
-Tested: {tested}. Other types of
+Conversations of words alone, through the tokenizer's chat template. Tested: {tested}. Other types of
 `AutoModelForCausalLM` go the same way.
 """
 REFUSED = """
@@ -47,7 +41,7 @@ REFUSED = """
 
 Refused in one line before any weight is loaded.
 
-| `model_type` | why |
+| why | `model_type` |
 | --- | --- |
 """
 LOST_BY_PEFT = ("inkling2", "inkling2_loop", "unlimited_ocr")
@@ -62,22 +56,28 @@ The other types of `AutoModelForImageTextToText` go the same way, and nobody has
 `model.template` names a prompt format instead:
 
 - `question_answer`: `Question: ... Answer: ...`, a line for each round, the end token behind each answer.
-- `paligemma`: the question as prefix, seen in both directions, the answer as suffix. PaliGemma's processor takes no
-  other, so it need not be named. One question a conversation, pictures before it.
-
-A base with neither is refused before its weights are loaded.
+- `paligemma`, which need not be named: the question as prefix, seen in both directions, the answer as suffix; one
+  question a conversation, pictures before it.
 """
 
 
 def row(name: str, family: Family) -> str:
     """One family's line."""
-    prompt = f"`{family.format}`" if family.format else "chat template"
-    several = "one question, pictures first" if family.format == "paligemma" else "any number"
-    video = "yes" if family.video else "as pictures"
-    remarks = "; ".join(
-        one for one in (family.remark, f"needs the package {family.needs}" if family.needs else "") if one
+    remarks = (
+        f"prompt `{family.format}`" if family.format else "",
+        f"not adapted: {family.unadapted}" if family.unadapted else "",
+        family.remark,
+        f"needs the package {family.needs}" if family.needs else "",
     )
-    return f"| {name} | {several} | {video} | {prompt} | {family.unadapted or '-'} | {remarks or '-'} |"
+    return f"| {name} | {'yes' if family.video else ''} | {'; '.join(filter(None, remarks))} |"
+
+
+def refused() -> list[str]:
+    """The types that are not trained, a line for each reason."""
+    types: dict[str, list[str]] = {}
+    for name in sorted(NOT_TRAINED):
+        types.setdefault(NOT_TRAINED[name], []).append(name)
+    return [f"| {reason} | {', '.join(names)} |" for reason, names in types.items()]
 
 
 def page() -> str:
@@ -86,12 +86,11 @@ def page() -> str:
     untried = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - tried)
     lines = [row(name, FAMILIES[name]) for name in sorted(FAMILIES)]
     refused_by_peft = [name for name in sorted(FAMILIES) if not FAMILIES[name].peft]
-    refused = [f"| {name} | {NOT_TRAINED[name]} |" for name in sorted(NOT_TRAINED)]
     return (
         f"{HEAD}{chr(10).join(lines)}\n"
         f"{PEFT.format(refused=', '.join(refused_by_peft), untried=', '.join(LOST_BY_PEFT))}"
         f"{LANGUAGE.format(tested=', '.join(LANGUAGE_MODELS))}"
-        f"{REFUSED}{chr(10).join(refused)}\n"
+        f"{REFUSED}{chr(10).join(refused())}\n"
         f"{UNTRIED.format(untried=', '.join(untried))}"
     )
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import parameters_to_vector, parametrize, vector_to_parameters
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from dora_vl.core import DoRAConfig, DoRALinear, apply_dora
+from dora_vl.core import DoRAConfig, DoRALinear
 from dora_vl.core.gain import WatchedParameter, unwatch
 from tests.core.dense_dora import assert_same_gradients, dense_dora, moved_layer, reference_of
 
@@ -113,16 +113,6 @@ def test_functional_calls_with_one_set_of_tensors_after_another(training):
     assert_fresh(layer)
 
 
-@pytest.mark.parametrize("leaf", ["lora_A", "lora_B", "magnitude", "weight"])
-def test_another_parameter_of_the_same_version(leaf):
-    layer, other = moved_layer(config()), moved_layer(config())
-    assert_fresh(layer)
-    setattr(layer, leaf, nn.Parameter(getattr(other, leaf).detach().clone(), requires_grad=leaf != "weight"))
-    assert_fresh(layer)
-    setattr(layer, leaf, getattr(other, leaf))
-    assert_fresh(layer)
-
-
 class Doubled(nn.Module):
     def forward(self, original: torch.Tensor) -> torch.Tensor:
         return 2 * original
@@ -167,23 +157,6 @@ def test_writes_through_data_are_seen(leaf, training):
     assert_fresh(layer)
 
 
-def test_vector_to_parameters_and_averages_in_evaluation():
-    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)).double()
-    apply_dora(model, config())
-    with torch.no_grad():
-        for layer in model:
-            layer.lora_B.normal_(std=0.3)
-    model.eval()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for factor in (1.0, 0.5, 2.0):
-        vector_to_parameters(parameters_to_vector(trained).detach() * factor, trained)
-        assert_fresh(model[0])
-        average = [parameter.detach() * 0.9 for parameter in trained]
-        for parameter, value in zip(trained, average, strict=True):
-            parameter.data.copy_(value)
-        assert_fresh(model[0])
-
-
 def test_watched_parameters_are_parameters_everywhere_else(tmp_path):
     layer = moved_layer(config())
     assert_fresh(layer)
@@ -201,17 +174,6 @@ def test_watched_parameters_are_parameters_everywhere_else(tmp_path):
     assert_fresh(layer)
     unwatch(parameter)
     assert type(parameter) is nn.Parameter
-
-
-def test_layers_taken_out_leave_plain_parameters_behind():
-    from dora_vl.core import merge_dora, strip_adapters
-
-    model = nn.Sequential(nn.Linear(6, 5).double())
-    apply_dora(model, config())
-    model(rows())
-    merge_dora(model, keep_base=False)
-    strip_adapters(model)
-    assert type(model[0].weight) is nn.Parameter
 
 
 # -- transforms -------------------------------------------------------------------------------------------------------

@@ -47,9 +47,9 @@ def test_only_the_named_rows_travel(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     save_adapter(adapted(0, "words.weight[-2:]"), tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"1 missing \['words.weight\[-3:\]'\], 1 unexpected"):
+    with pytest.raises(UserError, match=r"words\.weight\[-3:\]"):
         load_adapter(adapted(1), tmp_path / "adapter")
-    with pytest.raises(UserError, match="also_keep: pattern 'nothing"):
+    with pytest.raises(UserError, match=r"also_keep.*nothing"):
         adapted(0, "nothing.*[-2:]")
     assert split_rows("a.weight[2:5]") == ("a.weight", slice(2, 5))
     assert split_rows("a.weight") == ("a.weight", slice(None))

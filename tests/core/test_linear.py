@@ -80,28 +80,10 @@ def test_dropout_with_a_known_mask(mode, method, detach_norm, shape):
     assert_same_gradients(layer, x, y, reference_of(layer, x, kept=kept.detach()), tolerance=1e-10)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_input_without_gradient(dropout):
-    layer = moved_layer(config(dropout=dropout))
-    x = torch.randn(3, 6, dtype=torch.float64)
-    torch.manual_seed(5)
-    kept = draw_dropped(x, 0.4).apply(torch.ones_like(x)) / 0.6 if dropout else None
-    torch.manual_seed(5)
-    y = layer(x)
-    assert_same_gradients(layer, x, y, reference_of(layer, x, kept=kept), tolerance=1e-10)
-
-
 @pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
 def test_trained_bias(method):
     layer = moved_layer(config(method=method))
     layer.bias.requires_grad_(True)
-    x = leaf((3, 6))
-    assert_same_gradients(layer, x, layer(x), reference_of(layer, x), tolerance=1e-10)
-
-
-def test_frozen_magnitude_and_frozen_factors():
-    layer = moved_layer(config())
-    layer.magnitude.requires_grad_(False)
     x = leaf((3, 6))
     assert_same_gradients(layer, x, layer(x), reference_of(layer, x), tolerance=1e-10)
 
@@ -153,17 +135,6 @@ def test_zero_rows_never_give_nan_once_B_moves():
     assert float(layer.magnitude[1].abs()) > 0, "the zero row's magnitude must be able to leave 0"
 
 
-@pytest.mark.parametrize("detach_norm", [True, False])
-def test_zero_direction_has_finite_gradients(detach_norm):
-    base = nn.Linear(6, 5)
-    with torch.no_grad():
-        base.weight[1].zero_()
-    layer = DoRALinear(base, config(detach_norm=detach_norm))
-    layer(torch.randn(4, 6)).square().sum().backward()
-    for parameter in (layer.lora_A, layer.lora_B, layer.magnitude):
-        assert torch.isfinite(parameter.grad).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
 @pytest.mark.parametrize("training", [True, False])
@@ -197,22 +168,6 @@ def test_inference_equals_training_forward_and_merged(bias, method):
     layer.unmerge()
     assert torch.equal(layer.weight, before)
     torch.testing.assert_close(layer(x), with_graph, rtol=0, atol=0)
-
-
-def test_training_works_after_inference_mode():
-    """Tensors cached under inference_mode must not poison the next pass with gradients."""
-    layer = moved_layer(config()).eval()
-    x = leaf((3, 6))
-    with torch.inference_mode():
-        layer(x)
-    assert_same_gradients(layer, x, layer(x), reference_of(layer, x), tolerance=1e-10)
-
-
-@pytest.mark.parametrize("mode", ["low_rank", "whole_change"])
-def test_training_mode_under_inference_mode(mode):
-    layer = moved_layer(config(dropout=0.3, dropout_mode=mode)).train()
-    with torch.inference_mode():
-        assert torch.isfinite(layer(torch.randn(3, 6, dtype=torch.float64))).all()
 
 
 @pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
@@ -269,10 +224,3 @@ def test_deepcopy_and_pickle_keep_the_adapter_and_its_freshness():
         reference, _ = reference_of(twin, x)
         torch.testing.assert_close(twin(x), reference, rtol=1e-10, atol=1e-10)
     assert torch.equal(layer(x), expected)
-
-
-def test_merged_without_a_copy_cannot_be_undone():
-    layer = moved_layer(config())
-    layer.merge(keep_base=False)
-    with pytest.raises(RuntimeError, match="not kept"):
-        layer.unmerge()

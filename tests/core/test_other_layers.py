@@ -201,7 +201,7 @@ def test_tied_embedding_is_not_merged():
     model = nn.ModuleDict({"table": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
     model["head"].weight = model["table"].weight
     apply_dora(model, config(targets=("table",)))
-    with pytest.raises(UserError, match=r"shares its weight.*head\.weight"):
+    with pytest.raises(UserError, match=r"head\.weight"):
         merge_dora(model)
 
 

@@ -15,10 +15,9 @@ from PIL import Image
 
 from data_prep.features import main, media_in_records, media_under, which_part
 from dora_vl.backbones.published_features import FeatureEncoder, open_features
-from dora_vl.backbones.vision_store import FeatureRow, Medium, read_settings
+from dora_vl.backbones.vision_store import Medium, read_settings
 from dora_vl.data.example import Clip, Example, write_examples
 from dora_vl.errors import UserError
-from tests.vision.parquet_shards import write_parquet
 from tests.vision.video_files import write_video
 
 pytest.importorskip("av", reason="pip install 'dora-vl[video]'")
@@ -112,22 +111,6 @@ def test_an_interruption_loses_no_features(
     assert "features of 1 more files" in capsys.readouterr().out
     assert set(open_features(to).held) == {"one", "three", "two"}
     assert signal.getsignal(signal.SIGTERM) is terminated
-
-
-def test_a_folder_of_an_earlier_version_is_completed(root: Path, tmp_path: Path, weights: str, capsys) -> None:
-    """Its Parquet shards stay, what is missing comes beside them, and other settings are refused as ever."""
-    to, before = tmp_path / "features", torch.full((3, 160), 0.5)
-    run(root, to, weights)
-    for shard in to.glob("*.safetensors"):
-        shard.unlink()
-    write_parquet(to / "features-0.parquet", [FeatureRow("one", before, "pyav", (0, 1, 2), (0.0, 0.1, 0.2))])
-    capsys.readouterr()
-    run(root, to, weights)
-    assert "features of 2 more files" in capsys.readouterr().out
-    assert set(open_features(to).held) == {"one", "two", "three"}
-    assert torch.equal(open_features(to).read("one"), before.half())
-    with pytest.raises(SystemExit):
-        run(root, to, weights, "--aspect", "square")
 
 
 def test_parts_share_the_work(root: Path, tmp_path: Path, weights: str) -> None:

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoConfig
 
 from dora_vl.cli import main
-from dora_vl.training.engine_memory import Cluster, Engine, Sizes, Traffic, engine_of, step_time, traffic_of
-from dora_vl.training.estimate import SHAPES
+from dora_vl.training.estimate import SHAPES, Cluster
+from dora_vl.training.memory import Engine, Traffic, engine_of, traffic_of
 
 LLAVA = ("estimate", "llava/llava15", "--variant", "7b_dora", "--shape", "llava-1.5-7b")
 
@@ -39,29 +39,27 @@ def test_a_published_shape_on_eight_gpus(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "named"),
     [
-        ([*LLAVA, "--gpus", "0"], "0 is less than 1"),
-        ([*LLAVA, "--gpus", "many"], "invalid positive value"),
-        ([*LLAVA, "--gpus", "8", "--mfu", "1.5"], "1.5 is not above 0 and at most 1"),
-        ([*LLAVA, "--gpus", "8", "--machines", "3"], "8 cannot be spread evenly over 3 machines"),
-        ([*LLAVA, "--gpus", "9"], "9 cannot be spread evenly over 2 machines"),
-        ([*LLAVA, "--gpus", "8", "--adapter.ranks", "3"], "did you mean adapter.rank"),
-        ([*LLAVA, "--gpus", "8", "--training.deepspeed", "zero9"], "zero9 is neither a file nor one of"),
-        ([*LLAVA, "--gpus", "8", "--tokens", "100"], "a picture of this model alone takes 576"),
-        ([*LLAVA, "--gpus", "8", "--model.quantisation", "nf4"], "of a quantised base no estimate is made"),
-        ([*LLAVA[:-1], "gpt-5", "--gpus", "8"], "--shape gpt-5 is not known; there are llava-1.5-7b"),
-        ([*LLAVA[:-2], "--gpus", "8", "--model.base", "not/there"], "is not composed yet"),
+        ([*LLAVA, "--gpus", "0"], "--gpus"),
+        ([*LLAVA, "--gpus", "8", "--mfu", "1.5"], "--mfu"),
+        ([*LLAVA, "--gpus", "9"], "--gpus 9"),
+        ([*LLAVA, "--gpus", "8", "--adapter.ranks", "3"], "adapter.rank"),
+        ([*LLAVA, "--gpus", "8", "--training.deepspeed", "zero9"], "zero9"),
+        ([*LLAVA, "--gpus", "8", "--tokens", "100"], "--tokens"),
+        ([*LLAVA, "--gpus", "8", "--model.quantisation", "nf4"], "model.quantisation"),
+        ([*LLAVA[:-1], "gpt-5", "--gpus", "8"], "--shape gpt-5"),
+        ([*LLAVA[:-2], "--gpus", "8", "--model.base", "not/there"], "model.base not/there"),
         (["estimate", "nothing.yaml", "--gpus", "8"], "nothing.yaml"),
-        (["estimate", "vlbart/image", "--gpus", "8"], "estimate is for runs of llava_instruct"),
+        (["estimate", "vlbart/image", "--gpus", "8"], "llava_instruct"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_used_is_one_line(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert said in error[-1]
+    assert named in error[-1]
     assert "Traceback" not in "".join(error)
 
 
@@ -74,23 +72,20 @@ def test_published_shapes_open_as_what_they_are(tmp_path: Path) -> None:
 
 
 def test_traffic_by_hand() -> None:
-    sizes = Sizes(gradients=400, trained=200, split=10_000, stay_whole=1_000)
-
     def sent(stage: int | None, ranks: int = 4) -> Traffic:
-        return traffic_of(Engine(stage, ranks), sizes, micro_batches=3)
+        return traffic_of(Engine(stage, ranks), trained=400, split=10_000, stay_whole=1_000, micro_batches=3)
 
     assert sent(None) == sent(0) == Traffic(600, 0, 0)  # 2 x 3/4 x 400, once a step
-    assert sent(1) == Traffic(300, 150, 0)
-    assert sent(2) == Traffic(900, 150, 0)
+    assert sent(1) == Traffic(300, 300, 0)
+    assert sent(2) == Traffic(900, 300, 0)
     assert sent(3) == Traffic(900, 0, 42_750)  # 3/4 x 3 x (20,000 - 1,000)
     assert [sent(stage, ranks=1).total for stage in (None, 0, 2, 3)] == [0, 0, 0, 0]
 
 
 def test_the_slowest_link_and_the_utilisation_make_the_time() -> None:
     traffic = Traffic(gradients=40, trained=10, weights=50)
-    one = step_time(Cluster(1, 1000.0, 0.5, bandwidth=20.0, network=5.0), traffic, flop=2000)
-    assert (one.compute, one.wire, one.overlapped, one.one_after_the_other) == (4.0, 5.0, 5.0, 9.0)
-    assert step_time(Cluster(2, 1000.0, 0.5, bandwidth=20.0, network=5.0), traffic, flop=2000).wire == 20.0
+    assert Cluster(1, 1000.0, 0.5, bandwidth=20.0, network=5.0).seconds(traffic, 2000) == (4.0, 5.0)
+    assert Cluster(2, 1000.0, 0.5, bandwidth=20.0, network=5.0).seconds(traffic, 2000) == (4.0, 20.0)
 
 
 def test_the_engine_has_deepspeeds_sizes_and_transformers_automatic_ones() -> None:

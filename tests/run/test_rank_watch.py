@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
-from torch.distributed import DistBackendError, DistNetworkError, DistStoreError, HashStore
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from dora_vl.errors import is_communication
-from dora_vl.training import ranks
-from dora_vl.training.ranks import RankWatch, Sign, is_timeout, who_did_not_come
+from dora_vl.training.ranks import Sign, is_timeout, who_did_not_come
 from tests.training.tiny_run import write_run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 LIMIT = 15
+RANK_1 = r"rank 1 \(process \d+ on \S+\)"
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ def launch(how: str, tiny_llava: Path, tiny_data: Path, folder: Path, *, stage: 
         command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=170, check=False
     )
     own = [line for line in done.stderr.splitlines() if line.strip() and "[launch.py:" not in line]
+    assert done.returncode not in (0, 2)
     return Ended(done.returncode, time.monotonic() - began, own)
 
 
@@ -59,51 +58,34 @@ def test_a_killed_rank_ends_the_other_with_one_line(
     tiny_llava: Path, tiny_data: Path, tmp_path: Path, stage: str
 ) -> None:
     ended = launch("kill", tiny_llava, tiny_data, tmp_path, stage=stage)
-    assert ended.status not in (0, 2)
     assert ended.seconds < 60 + 30  # of which the start takes most
-    assert re.fullmatch(
-        r"error: rank 1 \(process \d+ on \S+\) is gone without a word, as after kill -9 or where memory ran out; "
-        "--resume last goes on from the last checkpoint",
-        ended.lines[-1],
-    )
+    assert re.match(rf"error: {RANK_1} .*--resume last", ended.lines[-1])
     assert not any("Traceback" in line for line in ended.lines)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("stage", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_an_exception_of_one_rank_is_shown_by_it_alone(
     tiny_llava: Path, tiny_data: Path, tmp_path: Path, stage: str
 ) -> None:
     ended = launch("raise", tiny_llava, tiny_data, tmp_path, stage=stage)
-    assert ended.status not in (0, 2)
     assert ended.seconds < 60 + 30
     assert sum("Traceback" in line for line in ended.lines) == 1
     assert ended.lines[-2].endswith("LookupError: no such word")
-    assert re.fullmatch(
-        r"error: rank 1 \(process \d+ on \S+\) ended with LookupError: no such word; --resume last goes on .*",
-        ended.lines[-1],
-    )
+    assert re.match(rf"error: {RANK_1} .*LookupError: no such word.*--resume last", ended.lines[-1])
 
 
 @pytest.mark.slow  # each waits for the limit
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(
-    ("how", "why"),
-    [("stop", "no sign of life"), ("sleep", "in no collective, as its stack says")],
-)
+@pytest.mark.parametrize(("how", "why"), [("stop", "no sign of life"), ("sleep", "in no collective")])
 def test_a_rank_that_does_not_come_is_named_after_the_limit_and_stacks_are_shown(
     tiny_llava: Path, tiny_data: Path, tmp_path: Path, how: str, why: str
 ) -> None:
     ended = launch(how, tiny_llava, tiny_data, tmp_path, stage="zero2")
-    assert ended.status not in (0, 2)
-    assert re.fullmatch(
-        rf"error: no step for {LIMIT} s \(training.ddp_timeout\): rank 1 \(process \d+ on \S+\) did not come "
-        rf"\({why}\); --resume last goes on from the last checkpoint",
-        ended.lines[-1],
-    )
+    assert re.match(rf"error: .* {LIMIT} s \(training.ddp_timeout\): {RANK_1} did not come \({why}", ended.lines[-1])
     stacks = [line for line in ended.lines if line.endswith("its stack:")]
     assert len(stacks) == (1 if how == "stop" else 2)  # a stopped process shows nothing
-    assert any("most recent call first" in line for line in ended.lines)
     if how == "sleep":
         assert any("faulty_rank.py" in line and "go_wrong" in line for line in ended.lines)
 
@@ -120,38 +102,57 @@ def test_errors_because_of_another_rank_are_told_by_their_type_or_by_gloos_words
     assert not is_timeout(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:123"))
 
 
-def test_a_rank_that_gives_up_shows_no_traceback_of_what_it_tells_of(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(ranks, "SECONDS_FOR_THE_NEWS", 0.0)
-    left = threading.Event()
-
-    def leave(status: int) -> NoReturn:
-        left.set()
-        raise SystemExit(status)
-
-    monkeypatch.setattr(ranks.os, "_exit", leave)
-    watch = RankWatch(HashStore(), 1, 2, limit=LIMIT)
-    error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:123")
-
-    def end() -> None:
-        with contextlib.suppress(SystemExit):
-            watch.end(error)
-
-    with watch._ending:  # as a thread has it that asks the store which rank did not come
-        threading.Thread(target=end, daemon=True).start()
-        assert not left.wait(0.5)
-        assert not capsys.readouterr().err
-    assert left.wait(5)
-    assert "error: the connection to another rank broke" in capsys.readouterr().err
-
-
 def test_who_did_not_come_is_told_by_signs_then_steps_then_collectives() -> None:
-    names = ["rank 0", "rank 1", "rank 2"]
-    before = [Sign(5, 3, waits=True)] * 3
-    here = Sign(6, 3, waits=True)
-    assert who_did_not_come(before, [here, before[1], here], names) == "rank 1 did not come (no sign of life)"
-    behind = Sign(6, 2, waits=True)
-    assert who_did_not_come(before, [here, here, behind], names) == "rank 2 did not come (behind step 3)"
-    busy = Sign(6, 3, waits=False)
-    told = "rank 0 did not come (in no collective, as its stack says)"
-    assert who_did_not_come(before, [busy, here, here], names) == told
-    assert who_did_not_come(before, [here] * 3, names) == "all ranks wait for each other, as their stacks say"
+    first, second, third = (Sign(rank, "host", 100 + rank, step=3, waits=True) for rank in range(3))
+    behind, busy = replace(third, step=2), replace(first, waits=False)
+    assert who_did_not_come([busy, second, behind], [second]).startswith(f"{second} did not come")
+    assert who_did_not_come([busy, second, behind], []).startswith(f"{third} did not come (behind step 3")
+    assert who_did_not_come([busy, second, third], []).startswith(f"{first} did not come (in no collective")
+    assert who_did_not_come([first, second, third], []).startswith("all ranks wait")
+
+
+# ---- a rank whose launcher is gone
+
+ORPHAN = """
+import signal, sys, time
+from dora_vl.training.ranks import end_with_launcher
+if sys.argv[1] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+end_with_launcher(every=0.1, patience=0.5)
+print("ready", flush=True)
+time.sleep(60)
+"""
+LAUNCHER = """
+import subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdout=subprocess.PIPE, text=True)
+rank.stdout.readline()
+print(rank.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "environment", "behind_deepspeed"),
+    [("deaf", {"LOCAL_RANK": "0"}, False), ("polite", {"LOCAL_RANK": "0"}, True), ("polite", {}, False)],
+)
+def test_a_rank_ends_with_its_launcher_and_a_process_without_one_does_not(
+    tmp_path: Path, how: str, environment: dict[str, str], behind_deepspeed: bool
+) -> None:
+    assert "LOCAL_RANK" not in os.environ
+    command = [sys.executable, "-c", LAUNCHER, ORPHAN, how]
+    if behind_deepspeed:  # its own process stands between the two, and outlives the launcher
+        between = tmp_path / "deepspeed.launcher.launch.py"
+        between.write_text(LAUNCHER)
+        outer = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(60)"
+        command = [sys.executable, "-c", outer, sys.executable, str(between), ORPHAN, how]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    assert launcher.stdout is not None
+    rank = Sign(0, "here", int(launcher.stdout.readline()))
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    until = time.monotonic() + (20 if environment else 1.5)
+    while time.monotonic() < until and not rank.is_gone():
+        time.sleep(0.05)
+    assert rank.is_gone() == bool(environment)
+    if not environment:
+        os.kill(rank.process, signal.SIGKILL)

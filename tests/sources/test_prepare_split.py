@@ -160,7 +160,7 @@ def test_a_killed_run_goes_on_where_it_was_and_the_result_is_the_same(tmp_path: 
     prepare(file, tmp_path / "whole", "--workers", "0")
     killed = textwrap.dedent(f"""
         import itertools, os, signal
-        from dora_vl.sources import prepare_command, prepare_split
+        from dora_vl.data import prepare as prepare_split
         prepare_split.SECONDS_BETWEEN_NOTES = 0.0
         write, count = prepare_split.Partial.write, itertools.count()
         def write_or_death(partial):

@@ -30,7 +30,7 @@ CASES = [
 ONE_AFTER_ANOTHER = """
 import json, os, sys
 import deepspeed
-from dora_vl.pipelines import image_text
+from dora_vl.training import image_text_pipeline as image_text
 from dora_vl.training import run
 from tasks import llava_instruct
 for arguments in json.loads(sys.argv[1]):

@@ -169,7 +169,7 @@ def test_another_shape_goes_on_sample_for_sample(run_file: Path, tmp_path: Path,
     said = trained(run_file, again, now, f"--resume={whole / f'checkpoint-{SAVED}'}")
     assert said.count("resume: written by ") == 1
     if now.ranks > then.ranks:
-        assert "1 ranks were not there; their random states are drawn from seed 3 and step 3" in said
+        assert "rank 1 was not there" in said
     torch.testing.assert_close(losses(again), losses(whole)[SAVED:], atol=1e-4, rtol=0)
     taken = {**samples_by_step(whole), **samples_by_step(again)}
     assert taken == samples_by_step(whole)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -301,12 +300,3 @@ def test_the_costliest_pool_gives_the_batch() -> None:
     many = cost_of(activations, vocabulary=10_000)  # then scores at labelled places are what takes the room
     assert [one.id for one in largest([pictures, words], many, 2)] == ["e", "f"]
     assert largest([[Skipped(0, "x", "broken")]], few, 2) == []
-
-
-@pytest.mark.parametrize("name", ["loss_scaler", "loss_scale_config"])
-def test_the_loss_scale_is_put_back_under_either_of_its_names(name: str) -> None:
-    """ZeRO 1 to 3 call it otherwise than float16 without ZeRO."""
-    scale = SimpleNamespace(cur_scale=1024.0, last_overflow_iter=3)
-    engine = SimpleNamespace(optimizer=SimpleNamespace(**{name: scale}), global_steps=7)
-    found = largest_batch._engine_numbers(SimpleNamespace(is_deepspeed_enabled=True, model_wrapped=engine))
-    assert found == [(engine, {"global_steps": 7}), (scale, {"cur_scale": 1024.0, "last_overflow_iter": 3})]

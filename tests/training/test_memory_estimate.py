@@ -1,4 +1,4 @@
-"""The estimate is arithmetic: a model of known size, counted by hand."""
+"""What a rank holds is arithmetic: a model of known size, counted by hand."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from dora_vl.core import DoRAConfig, apply_dora
-from dora_vl.training.memory import Activations, estimate_memory
+from dora_vl.training.memory import Activations, engine_of, held_by, rough_table
 
-ACTIVATIONS = Activations(tokens=10, layers=2, hidden_width=8, element_bytes=2, recomputed=False)
-FROZEN_BYTES = 100 * 200 * 2  # a bfloat16 weight
+FROZEN = 100 * 200 * 2  # a bfloat16 weight
 TRAINED = 100 * 4 + 200 * 4 + 200  # A, B and the magnitude, in float32
 
 
@@ -23,21 +22,26 @@ def adapted() -> nn.Module:
 @pytest.mark.parametrize(
     ("zero", "weights", "gradients", "optimizer"),
     [
-        (None, FROZEN_BYTES + 4 * TRAINED, 4 * TRAINED, 8 * TRAINED),
-        ({"stage": 2}, FROZEN_BYTES + 4 * TRAINED, 2 * TRAINED, 6 * TRAINED),
-        ({"stage": 3}, (FROZEN_BYTES + 4 * TRAINED) // 2, 2 * TRAINED, 6 * TRAINED),
+        (None, FROZEN + 4 * TRAINED, 4 * TRAINED, 8 * TRAINED),
+        ({"stage": 2}, FROZEN + 4 * TRAINED, 2 * TRAINED, 6 * TRAINED),
+        ({"stage": 3, "stage3_param_persistence_threshold": 0}, (FROZEN + 4 * TRAINED) // 2, 2 * TRAINED, 6 * TRAINED),
     ],
 )
 def test_each_stage_splits_what_it_splits(
     zero: dict[str, int] | None, weights: int, gradients: int, optimizer: int
 ) -> None:
-    estimate = estimate_memory(adapted(), ACTIVATIONS, zero=zero, world_size=2)
-    assert (estimate.weights, estimate.gradients, estimate.optimizer) == (weights, gradients, optimizer)
-    assert estimate.activations == 10 * 8 * 2 * 2 * 17
+    held = held_by(adapted(), engine_of(zero and {"zero_optimization": zero}, ranks=2, hidden_width=8))
+    assert sum(held.weights.values()) + held.trained == weights
+    assert (held.gradients, held.optimizer + held.masters) == (gradients, optimizer)
 
 
-def test_offloading_moves_bytes_to_the_host() -> None:
+def test_offloading_moves_bytes_to_the_host_and_the_table_holds_the_activations() -> None:
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    estimate = estimate_memory(adapted(), ACTIVATIONS, zero=zero, world_size=1)
-    assert (estimate.weights, estimate.optimizer) == (0, 0)
-    assert estimate.on_host == FROZEN_BYTES + 4 * TRAINED + 12 * TRAINED
+    zero |= {"stage3_param_persistence_threshold": 0}
+    engine = engine_of({"zero_optimization": zero}, ranks=1, hidden_width=8)
+    held = held_by(adapted(), engine)
+    assert held.on_host == FROZEN + 4 * TRAINED + 12 * TRAINED
+    activations = Activations(tokens=2**22, layers=2, hidden_width=8, element_bytes=2, recomputed=False)
+    rows = dict(rough_table(held, engine, activations).rows)
+    assert activations.bytes == 2**22 * 8 * 2 * 2 * 17
+    assert rows["activations (rough)"] == f"{activations.bytes / 2**30:.2f}"

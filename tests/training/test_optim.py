@@ -1,4 +1,4 @@
-"""Parameter groups: each part at its own rate; vectors never decay."""
+"""Parameter groups, each part at its own rate, vectors never decay; and the tables before the first step."""
 
 from __future__ import annotations
 
@@ -10,74 +10,68 @@ from dora_vl.backbones.vlbart import DORA_TARGETS, KEPT_ROWS, also_trained
 from dora_vl.core import DoRAConfig, apply_dora, trained_parts
 from dora_vl.core.config import AdaptedPart
 from dora_vl.errors import UserError
-from dora_vl.training.optim import Decayed, LearningRates, learning_rates, parameter_groups, with_decay
+from dora_vl.training.optim import (
+    LearningRates,
+    frozen_table,
+    parameter_groups,
+    rates_of,
+    trained_table,
+    with_decay,
+)
+from dora_vl.training.recipe import Decayed, OptimConfig
 from tests.backbones.tiny_vlbart import tiny
 
 
-def adapted() -> nn.Module:
+def small() -> nn.Module:
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
-    config = DoRAConfig(targets=("0",), rank=2, also_train={"projector": ("1.*", "2.*")})
-    apply_dora(model, config)
+    apply_dora(model, DoRAConfig(targets=("0",), rank=2, also_train={"projector": ("1.*", "2.*")}))
     return model
 
 
-def test_each_part_has_its_rate_and_only_matrices_decay() -> None:
-    rates = learning_rates(1e-3, projector=2e-5, magnitude=5e-4, b_ratio=16.0)
-    groups = parameter_groups(trained_parts(adapted()), rates, weight_decay=0.1)
-    found = {(group["name"], group["lr"], group["weight_decay"]): len(group["params"]) for group in groups}
-    assert found == {
+def in_parts() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 4), nn.LayerNorm(4))
+    parts = {"vision": AdaptedPart(targets=("1",), rank=3), "other": AdaptedPart(targets=("2",))}
+    apply_dora(model, DoRAConfig(targets=("0",), rank=2, parts=parts, also_train={"norm": ("3.*",)}))
+    return model
+
+
+def test_each_part_has_its_rate_only_matrices_decay_and_each_parameter_has_one_group() -> None:
+    model = small()
+    settings = {"projector_learning_rate": 2e-5, "magnitude_learning_rate": 5e-4, "b_learning_rate_ratio": 16.0}
+    groups = parameter_groups(trained_parts(model), rates_of(OptimConfig(**settings), 1e-3), weight_decay=0.1)
+    assert {(group["name"], group["lr"], group["weight_decay"]): len(group["params"]) for group in groups} == {
         ("dora.A", 1e-3, 0.1): 1,
         ("dora.B", 1.6e-2, 0.1): 1,
         ("dora.magnitude", 5e-4, 0.0): 1,
         ("projector", 2e-5, 0.1): 1,
         ("projector", 2e-5, 0.0): 3,
     }
-
-
-def test_every_trained_parameter_is_in_exactly_one_group() -> None:
-    model = adapted()
-    groups = parameter_groups(trained_parts(model), learning_rates(1e-3), weight_decay=0.0)
     grouped = [id(one) for group in groups for one in group["params"]]
     assert sorted(grouped) == sorted(id(one) for one in model.parameters() if one.requires_grad)
-    torch.optim.AdamW(groups, lr=1e-3)
 
 
-def rates_of(rates: LearningRates, model: nn.Module) -> dict[str, float]:
-    return {group["name"]: group["lr"] for group in parameter_groups(trained_parts(model), rates, weight_decay=0.0)}
-
-
-def test_magnitudes_do_not_follow_the_ratio_of_b() -> None:
-    assert rates_of(learning_rates(1e-3, b_ratio=16.0), adapted())["dora.magnitude"] == 1e-3
-
-
-def in_parts() -> nn.Module:
-    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 4), nn.LayerNorm(4))
-    parts = {"eyes": AdaptedPart(targets=("1",), rank=3), "hands": AdaptedPart(targets=("2",))}
-    apply_dora(model, DoRAConfig(targets=("0",), rank=2, parts=parts, also_train={"norm": ("3.*",)}))
-    return model
-
-
-def test_the_more_exact_name_of_a_rate_counts() -> None:
-    by_part = {"eyes": 1e-5, "eyes.magnitude": 7e-5, "magnitude": 5e-4, "norm": 3e-5}
-    assert rates_of(learning_rates(1e-3, b_ratio=4.0, by_part=by_part), in_parts()) == {
+def test_the_more_exact_name_of_a_rate_counts_and_magnitudes_do_not_follow_bs_ratio() -> None:
+    rates = {"vision": 1e-5, "vision.magnitude": 7e-5, "magnitude": 5e-4, "norm": 3e-5}
+    optim = OptimConfig(rates=rates, b_learning_rate_ratio=4.0)
+    groups = parameter_groups(trained_parts(in_parts()), rates_of(optim, 1e-3), weight_decay=0.0)
+    assert {group["name"]: group["lr"] for group in groups} == {
         "dora.A": 1e-3, "dora.B": 4e-3, "dora.magnitude": 5e-4,
-        "eyes.A": 1e-5, "eyes.B": 4e-5, "eyes.magnitude": 7e-5,
-        "hands.A": 1e-3, "hands.B": 4e-3, "hands.magnitude": 5e-4,
+        "vision.A": 1e-5, "vision.B": 4e-5, "vision.magnitude": 7e-5,
+        "other.A": 1e-3, "other.B": 4e-3, "other.magnitude": 5e-4,
         "norm": 3e-5,
     }  # fmt: skip
+    assert LearningRates(1e-3, {}, 16.0).of(next(p for p in trained_parts(small()) if p.factor == "magnitude")) == 1e-3
 
 
-@pytest.mark.parametrize("unknown", ["eye", "eyes.magnitud", "projector"])
+@pytest.mark.parametrize("unknown", ["visio", "vision.magnitud", "projector"])
 def test_a_rate_for_a_part_that_does_not_train_is_refused(unknown: str) -> None:
-    said = f"a learning rate is set for {unknown}, but what trains is dora, eyes, hands, norm"
-    with pytest.raises(UserError, match=said) as refused:
-        parameter_groups(trained_parts(in_parts()), learning_rates(1e-3, by_part={unknown: 1e-5}), weight_decay=0.0)
-    assert ("did you mean eyes" in str(refused.value)) == unknown.startswith("eye")
+    with pytest.raises(UserError, match=f"{unknown}, .* dora, vision, other, norm"):
+        parameter_groups(trained_parts(in_parts()), LearningRates(1e-3, {unknown: 1e-5}), weight_decay=0.0)
 
 
 def test_a_rate_that_is_said_twice_is_refused() -> None:
-    with pytest.raises(UserError, match=r"optim\.rates\.projector and optim\.projector_learning_rate say the same"):
-        learning_rates(1e-3, projector=1e-5, by_part={"projector": 1e-5})
+    with pytest.raises(UserError, match=r"optim\.rates\.projector .*optim\.projector_learning_rate"):
+        rates_of(OptimConfig(projector_learning_rate=1e-5, rates={"projector": 1e-5}), 1e-3)
 
 
 DECODER = ("self_attn", "encoder_attn")
@@ -110,7 +104,7 @@ def test_what_decays_in_a_vlbart_as_in_the_published_image_run(decayed: Decayed,
     apply_dora(model, DoRAConfig(targets=DORA_TARGETS, rank=2, also_train=trained, also_keep=KEPT_ROWS))
     names = {id(one): name for name, one in model.named_parameters()}
     parts = with_decay(trained_parts(model), decayed)
-    groups = parameter_groups(parts, learning_rates(1e-3, magnitude=5e-4), weight_decay=0.01)
+    groups = parameter_groups(parts, LearningRates(1e-3, {"magnitude": 5e-4}), weight_decay=0.01)
     found = {names[id(one)]: group["weight_decay"] for group in groups for one in group["params"]}
     assert len(VECTORS) == 26
     assert len(found) == 101 == sum(len(group["params"]) for group in groups)
@@ -118,3 +112,55 @@ def test_what_decays_in_a_vlbart_as_in_the_published_image_run(decayed: Decayed,
     assert {decay for name, decay in found.items() if name not in expected} == {0.0}
     rates = {names[id(one)]: group["lr"] for group in groups for one in group["params"]}
     assert {name for name, rate in rates.items() if rate == 5e-4} == {n for n in VECTORS if n.endswith("magnitude")}
+
+
+# ---- tables
+
+
+class Small(nn.Module):
+    """A tied head, an untied linear, experts as one tensor, a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(50, 10)
+        self.first, self.second, self.third = nn.Linear(10, 20), nn.Linear(20, 30, bias=False), nn.Linear(30, 10)
+        self.experts = nn.ParameterDict({"down_proj": torch.zeros(4, 10, 5)})
+        self.norm = nn.LayerNorm(10)
+        self.head = nn.Linear(10, 50, bias=False)
+        self.head.weight = self.tokens.weight
+
+
+def with_tables() -> Small:
+    model = Small()
+    parts = {"later": AdaptedPart(targets=("second",), rank=3)}
+    config = DoRAConfig(targets=("first",), rank=2, parts=parts, also_train={"norms": ("norm.*",)})
+    apply_dora(model, config)
+    return model
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    return {line[:30].split("  ")[0].strip(): line.split()[1:] for line in table.splitlines()}
+
+
+def test_a_line_for_each_part() -> None:
+    model = with_tables()
+    table = trained_table(model, trained_parts(model), LearningRates(1e-3, {"later": 2e-5}))
+    total = sum(one.numel() for one in model.parameters())
+    found = rows(str(table))
+    assert found["dora.A"] == ["1", "20", f"{20 / total:.3%}", "2", "0.001"]
+    assert found["later.B"] == ["1", "90", f"{90 / total:.3%}", "3", "2e-05"]
+    assert found["later.magnitude"] == ["1", "30", f"{30 / total:.3%}", "2e-05"]
+    assert found["norms"] == ["1", "20", f"{20 / total:.3%}", "0.001"]
+    trained = 20 + 40 + 20 + 60 + 90 + 30 + 20
+    assert found["trained"] == [f"{trained:,}", f"{trained / total:.3%}"]
+    assert found["all"] == [f"{total:,}", "100.000%"]
+
+
+def test_what_is_not_adapted_is_named_with_its_share() -> None:
+    table = frozen_table(with_tables())
+    found = rows(str(table))
+    assert found["experts that are one tensor"][-3:] == ["200", "9.479%", "experts.down_proj"]
+    assert found["embeddings, tied to the head"][-3:] == ["500", "23.697%", "tokens.weight"]
+    assert found["linear layers"][-3:] == ["300", "14.218%", "third.weight"]
+    assert "first.weight" not in str(table)
+    assert "second.weight" not in str(table)

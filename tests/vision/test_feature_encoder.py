@@ -58,7 +58,7 @@ def test_blocks_of_cells_side_by_side() -> None:
     assert blocks.shape == (2, 4, 12)
     assert torch.equal(blocks[0, 1], torch.cat([grid[0, cell] for cell in (2, 3, 6, 7)]))
     assert torch.equal(merged(grid, 1), grid)
-    with pytest.raises(UserError, match="16 cells cannot be cut into blocks of 3x3"):
+    with pytest.raises(UserError, match=r"16 .*3x3"):
         merged(grid, 3)
 
 
@@ -118,7 +118,7 @@ def test_a_transformers_tower_takes_the_weights_it_is_given(tmp_path: Path, kept
     torch.testing.assert_close(given, made("other", "pretrained"))
     assert not torch.allclose(given, folders_own, atol=1e-2)
     assert not torch.allclose(made("clip", "random"), folders_own, atol=1e-2)
-    with pytest.raises(UserError, match="there is no weights file openai"):
+    with pytest.raises(UserError, match="openai"):
         made("clip", "openai")
 
 
@@ -157,9 +157,9 @@ def test_settings_travel_as_json() -> None:
     assert FeatureSettings.from_record(json.loads(json.dumps(settings.to_record()))) == settings
     assert settings.sampling == EverySeconds(0.4)
     assert FeatureSettings(tower=TIMM).sampling == EverySeconds(1.5)
-    with pytest.raises(UserError, match="not the settings of features"):
+    with pytest.raises(UserError, match="tower"):
         FeatureSettings.from_record({"kept": "grid"})
-    with pytest.raises(UserError, match="one of the two"):
+    with pytest.raises(UserError, match="frames"):
         _ = FeatureSettings(tower=TIMM, frames=2, every_seconds=1.0).sampling
 
 

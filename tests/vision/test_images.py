@@ -84,7 +84,7 @@ def test_from_a_folder_and_back(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_preprocessor(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="states no picture preparation"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         ImagePreparation.from_folder(str(tmp_path), aspect="pad")
 
 
@@ -93,7 +93,7 @@ def test_a_preprocessor_without_three_colours(tmp_path: Path, mean: object) -> N
     image_processor(CLIP, aspect="pad").save_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "image_mean": mean}))
-    with pytest.raises(UserError, match="states no picture preparation") as error:
+    with pytest.raises(UserError, match=str(tmp_path)) as error:
         ImagePreparation.from_folder(str(tmp_path), aspect="pad")
     assert len(str(error.value)) < 500
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from dora_vl.core import functional
 from dora_vl.core.fast.dropout import Dropped
-from dora_vl.core.fast.products import fused_kernels, norm_kernels
+from dora_vl.core.fast.products import triton_kernels
 from dora_vl.core.gain import SHARD_MARKS, Gain, is_plain_parameter, quick_gains
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class FusedChange(torch.autograd.Function):
     ) -> Float[Tensor, "*batch out"]:
         """Runs the change; f and x in one dtype."""
         rows = masked = x.reshape(-1, x.shape[-1])
-        kernels, hidden = fused_kernels(frozen), None
+        kernels, hidden = triton_kernels(frozen), None
         assert kernels is not None
         if lora_A is not None and lora_B is not None:
             if dropped is not None:
@@ -77,7 +77,7 @@ class FusedChange(torch.autograd.Function):
         gain, needs = ctx.gain, ctx.needs_input_grad
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         product = None if frozen is None else frozen.reshape(dy.shape)
-        kernels = fused_kernels(dy)
+        kernels = triton_kernels(dy)
         assert kernels is not None
         done = kernels.backward_pass(dy, product, lora_B, bias, gain, ctx.scale, with_bias_sum=needs[2])
         frozen_shape, input_shape = ctx.shapes
@@ -186,7 +186,6 @@ def _batches(layers: list[ProductLayer]) -> Iterable[list[ProductLayer]]:
 
 
 def _gains(layers: list[ProductLayer], dtype: torch.dtype) -> tuple[list[Gain | None], Float[Tensor, "layers out"]]:
-    """The quick gain of each layer, or None, and the squared norms it comes from."""
     magnitudes = torch.stack([layer.magnitude.detach() for layer in layers if layer.magnitude is not None])
     frozen = torch.stack([layer.weight_norms_squared() for layer in layers])
     with torch.autocast(frozen.device.type, enabled=False):
@@ -218,7 +217,7 @@ def _norms_squared(layers: list[ProductLayer], frozen: Float[Tensor, "layers out
     for weight, own_a, place, gram_place in zip(weights, a, weight_on_A, gram, strict=True):
         torch.mm(weight, own_a.t(), out=place)
         torch.mm(own_a, own_a.t(), out=gram_place)
-    kernels = norm_kernels(b)
+    kernels = triton_kernels(b)
     grown = functional.with_growth if kernels is None else kernels.norms_squared
     return grown(frozen, b, weight_on_A, gram, layers[0].scale())
 

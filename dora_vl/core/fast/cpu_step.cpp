@@ -4,6 +4,10 @@
 //     forward    y = g (W x + s B A x) + b       the gain, when it is due, right before, which leaves W in the cache
 //     backward   dz = g dy, the sums of dy y and dy over rows in one pass; dx = dz W + dh A, dA, dB, dm, db
 //
+//     output     y without a graph; the frozen product is torch's own, so that an adapter which changes nothing changes
+//                no bit. For a few rows, a token of each sequence, the low-rank path is two short loops: products
+//                through torch cost more in their calls than in their arithmetic.
+//
 // Here s goes into B when it is cast, and into dB when that is: `b` is s B in the activations' dtype, h = A x. With
 // dropout, s is divided by the share that is kept.
 //
@@ -18,29 +22,67 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
+#include <c10/util/BFloat16.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <optional>
 #include <tuple>
-
-#include "cpu_numbers.h"
+#include <vector>
 
 using at::Tensor;
+using c10::BFloat16;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-Tensor adapted_output(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& a,
-                      const Tensor& b, const Tensor& full);  // cpu_output.cpp
 
 namespace {
 
 constexpr int64_t BLOCK_ROWS = 64;      // rows whose sums one thread takes at a time
+constexpr int64_t FEW_ROWS = 8;         // above it a matrix product reads A and B once for all rows
 constexpr float CANCELLATION = 0.15f;   // the three bounds of gain.py
 constexpr float FRAGILE_GAIN = 0.05f;
 constexpr float LARGE_BIAS = 8.0f;
+constexpr int64_t GRAIN = 32768;        // numbers below which a pass is not worth a second thread
+
+inline int64_t grain(int64_t numbers_each) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(numbers_each, 1)); }
+
+inline float wide(float value) { return value; }
+inline float wide(BFloat16 value) {
+  uint32_t bits = static_cast<uint32_t>(value.x) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+template <typename T> inline T narrow(float value);
+template <> inline float narrow<float>(float value) { return value; }
+template <> inline BFloat16 narrow<BFloat16>(float value) {  // to nearest even; branchless, so that it vectorises
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  uint32_t result = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+  return BFloat16(static_cast<uint16_t>(result), BFloat16::from_bits());
+}
+
+constexpr int64_t LANES = 16;  // sums of a dot product that run side by side
+
+template <typename T, typename Other>
+float dot(const T* one, const Other* other, int64_t count) {
+  float lanes[LANES] = {0};
+  int64_t k = 0;
+  for (; k + LANES <= count; k += LANES) {
+#pragma GCC ivdep
+    for (int64_t lane = 0; lane < LANES; ++lane) lanes[lane] += wide(one[k + lane]) * wide(other[k + lane]);
+  }
+  float sum = 0;
+  for (; k < count; ++k) sum += wide(one[k]) * wide(other[k]);
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
 
 Tensor float_or_none(const std::optional<Tensor>& bias) { return bias ? bias->detach().to(at::kFloat) : Tensor(); }
 
@@ -49,18 +91,10 @@ void scale_rows(T* y, const float* away, const float* bias, int64_t rows, int64_
   at::parallel_for(0, rows, grain(out), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       T* line = y + row * out;
-      if (bias == nullptr) {
 #pragma GCC ivdep
-        for (int64_t o = 0; o < out; ++o) {
-          float value = wide(line[o]);
-          line[o] = narrow<T>(value + away[o] * value);
-        }
-      } else {
-#pragma GCC ivdep
-        for (int64_t o = 0; o < out; ++o) {
-          float value = wide(line[o]);
-          line[o] = narrow<T>(value + away[o] * (value - bias[o]));
-        }
+      for (int64_t o = 0; o < out; ++o) {
+        const float value = wide(line[o]);
+        line[o] = narrow<T>(value + away[o] * (value - (bias == nullptr ? 0.0f : bias[o])));
       }
     }
   });
@@ -114,19 +148,8 @@ template <typename T>
 void norms_squared(const T* b, const T* half, const float* frozen, float* squared, int64_t out, int64_t rank,
                    float kept) {
   at::parallel_for(0, out, grain(rank), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T *factor = b + row * rank, *grown = half + row * rank;
-      float lanes[16] = {0};
-      int64_t k = 0;
-      for (; k + 16 <= rank; k += 16) {
-#pragma GCC ivdep
-        for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += wide(factor[k + lane]) * wide(grown[k + lane]);
-      }
-      float sum = 0;
-      for (; k < rank; ++k) sum += wide(factor[k]) * wide(grown[k]);
-      for (float lane : lanes) sum += lane;
-      squared[row] = frozen[row] + 2 * kept * sum;
-    }
+    for (int64_t row = begin; row < end; ++row)
+      squared[row] = frozen[row] + 2 * kept * dot(b + row * rank, half + row * rank, rank);
   });
 }
 
@@ -327,6 +350,69 @@ std::tuple<Tensor, bool> adapted_product(const Tensor& x, const Tensor& weight, 
   pass.halved_forward = halved;
   pass.halved_backward = halved_backward;
   return {AdaptedProduct::apply(x, weight, bias, lora_A, lora_B, magnitude, pass), true};
+}
+
+// -- the output without a graph -------------------------------------------------------------------------------
+
+template <typename T>
+T changed(float product, float low_rank, float full, float bias) {
+  const float z = product - bias + low_rank;
+  return narrow<T>(product + low_rank + (full - 1) * z);
+}
+
+template <typename T>
+void change_few(const Tensor& rows, Tensor& y, const Tensor& a, const Tensor& b, const float* full, const T* bias) {
+  const int64_t count = rows.size(0), in = rows.size(1), out = y.size(1), rank = a.size(0);
+  const T *x = rows.const_data_ptr<T>(), *A = a.const_data_ptr<T>(), *B = b.const_data_ptr<T>();
+  T* result = y.mutable_data_ptr<T>();
+  std::vector<float> hidden(count * rank);
+  at::parallel_for(0, rank, grain(count * in), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t row = 0; row < count; ++row) hidden[row * rank + k] = dot(A + k * in, x + row * in, in);
+  });
+  at::parallel_for(0, out, grain(count * rank), [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o)
+      for (int64_t row = 0; row < count; ++row) {
+        const float low_rank = dot(B + o * rank, hidden.data() + row * rank, rank);
+        T& place = result[row * out + o];
+        place = changed<T>(wide(place), low_rank, full[o], bias == nullptr ? 0.0f : wide(bias[o]));
+      }
+  });
+}
+
+template <typename T>
+void change_many(const Tensor& rows, Tensor& y, const Tensor& a, const Tensor& b, const float* full, const T* bias) {
+  y.addmm_(at::mm(rows, a.t()), b.t());
+  const int64_t out = y.size(1);
+  T* result = y.mutable_data_ptr<T>();
+  at::parallel_for(0, y.size(0), grain(out), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T* line = result + row * out;
+#pragma GCC ivdep
+      for (int64_t o = 0; o < out; ++o)
+        line[o] = changed<T>(wide(line[o]), 0.0f, full[o], bias == nullptr ? 0.0f : wide(bias[o]));
+    }
+  });
+}
+
+template <typename T>
+void change(const Tensor& rows, Tensor& y, const Tensor& a, const Tensor& b, const float* full, const T* bias) {
+  if (rows.size(0) <= FEW_ROWS) change_few<T>(rows, y, a, b, full, bias);
+  else change_many<T>(rows, y, a, b, full, bias);
+}
+
+// `a` and `b` are A and s B in the dtype of x, contiguous; `full` is the gain in float32.
+Tensor adapted_output(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& a,
+                      const Tensor& b, const Tensor& full) {
+  const Tensor rows = x.reshape({-1, x.size(-1)}).contiguous();
+  Tensor y = bias ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
+  if (y.scalar_type() == at::kBFloat16)
+    change(rows, y, a, b, full.const_data_ptr<float>(), bias ? bias->const_data_ptr<BFloat16>() : nullptr);
+  else
+    change(rows, y, a, b, full.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = y.size(1);
+  return at::_unsafe_view(y, shape);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The passes of a linear layer on a CPU as compiled operations, `cpu_step.cpp` and `cpu_output.cpp`, with a compiler.
+"""The passes of a linear layer on a CPU as compiled operations, `cpu_step.cpp`, where there is a compiler.
 
 Between the matrix products a DoRA layer does little, but in Python that little is some forty operations a layer and
 step, a twentieth of the step of a 135M-parameter model; and the gain is applied in three passes over memory where one
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from dora_vl.core import functional
 from dora_vl.core.fast.dropout import Dropped
-from dora_vl.core.fast.products import ROW_HALVES, norm_kernels
+from dora_vl.core.fast.products import ROW_HALVES, triton_kernels
 from dora_vl.core.gain import SHARD_MARKS, is_plain_parameter
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ SMALLEST_OUTPUT = 2**16
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 SMALLEST_WEIGHT = 2**18
 """The same for a pass without a graph, whose gain is in its calls and not in its rows."""
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu_step.cpp", "cpu_output.cpp")]
-HEADER = Path(__file__).with_name("cpu_numbers.h")
+SOURCE = Path(__file__).with_name("cpu_step.cpp")
 # No fast-math: a NaN stays one. Without traps and errno, loops with a comparison or a root run in vector registers.
 FINISHED = "finished.so"
 """The library's name in its folder once it is whole: another process may be half through the one beside it."""
@@ -75,7 +74,7 @@ def compiled_pass(
     due = kept is None or not layer.still_holds(kept[1])
     if due or kept is None:
         kept = layer.compiled_gain = [torch.empty(len(weight)) for _ in range(3)], layer.snapshot()
-    gain, _ = kept
+    gain, snapshot = kept
     if gain is None:  # found unsound since the last change
         return None
     rows = x.reshape(-1, x.shape[-1])
@@ -93,7 +92,7 @@ def compiled_pass(
         x, weight, bias, *parameters, frozen, gain, due, layer.scale(), *dropout, *halves
     )
     if not sound:
-        layer.compiled_gain = None, kept[1]
+        layer.compiled_gain = None, snapshot
         return None
     return cast(Tensor, output)
 
@@ -168,8 +167,14 @@ def _build(name: str, folder: Path) -> None:
     # The builder looks for ninja on the path, where it is only in an activated environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
     try:
-        sources, flags = [str(source) for source in SOURCES], list(FLAGS)
-        load(name, sources, extra_cflags=flags, build_directory=str(folder), is_python_module=False, verbose=False)
+        load(
+            name,
+            [str(SOURCE)],
+            extra_cflags=list(FLAGS),
+            build_directory=str(folder),
+            is_python_module=False,
+            verbose=False,
+        )
     finally:
         os.environ["PATH"] = path
 
@@ -180,7 +185,7 @@ def _identity() -> str:
     flags = Path("/proc/cpuinfo")
     if flags.exists():
         processor += next((line for line in flags.read_text().splitlines() if line.startswith("flags")), "")
-    parts = (*(path.read_text() for path in (*SOURCES, HEADER)), *FLAGS, torch.__version__, processor)
+    parts = (SOURCE.read_text(), *FLAGS, torch.__version__, processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -254,7 +259,7 @@ def trusted_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: 
     Asking for the rows that cancel is free on CPU. On CUDA it would stop the host in every layer and rule CUDA graphs
     out, so kernels decide there for themselves; only where there are none (float64, no Triton) is it asked for.
     """
-    kernels = norm_kernels(weight)
+    kernels = triton_kernels(weight)
     if kernels is not None:
         return kernels.norms(weight, squared, a, b, scale)
     on_A = F.linear(a.to(weight.dtype), weight)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dora_vl.core.fast.products import dropout_kernels
+from dora_vl.core.fast.products import triton_kernels
 from dora_vl.core.gain import version_of
 
 
@@ -126,15 +126,14 @@ def _masked_copy(tensor: Tensor, seed: Tensor, probability: float) -> Tensor:
 
 
 def _kernels(tensor: Tensor) -> ModuleType:
-    """Those that a seed was drawn for."""
-    kernels = dropout_kernels(tensor)
+    kernels = triton_kernels(tensor)
     assert kernels is not None
     return kernels
 
 
 def draw_dropped(tensor: Tensor, probability: float) -> Dropped:
     """Draws dropout for a tensor's shape from the global generator, which checkpointing saves and restores."""
-    kernels = dropout_kernels(tensor)
+    kernels = triton_kernels(tensor)
     if kernels is not None:
         return Dropped(probability, kernels.new_seed(tensor.device))
     if tensor.device.type != "cpu":

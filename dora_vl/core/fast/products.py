@@ -153,9 +153,7 @@ def _seconds(way: Callable[..., Tensor], *operands: Tensor | None) -> float:
     return time.perf_counter() - start
 
 
-# Whether the fused kernels stand in for the eager operations: on CUDA, where Triton is there.
-#
-# The kernels' modules, `triton_*.py`, are imported from here alone, and only once they are wanted.
+# Whether the Triton kernels stand in for the eager operations: on CUDA, where Triton is there.
 
 
 SWITCH = "DORA_VL_TRITON"
@@ -166,26 +164,8 @@ DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Of activations and weights that the kernels know."""
 
 
-def fused_kernels(tensor: Tensor) -> ModuleType | None:
-    """The passes over [rows, out] for an activation like `tensor`, or None: the eager operations then."""
-    if not are_wanted(tensor.device, tensor.dtype):
-        return None
-    from dora_vl.core.fast import triton
-
-    return triton
-
-
-def dropout_kernels(tensor: Tensor) -> ModuleType | None:
-    """The passes with a mask that is drawn inside, or None."""
-    if not are_wanted(tensor.device, tensor.dtype):
-        return None
-    from dora_vl.core.fast import triton
-
-    return triton
-
-
-def norm_kernels(tensor: Tensor) -> ModuleType | None:
-    """The norms of V's rows for a frozen weight like `tensor`, or None."""
+def triton_kernels(tensor: Tensor) -> ModuleType | None:
+    """The kernels for activations and weights like `tensor`, imported once they are wanted; None: eager operations."""
     if not are_wanted(tensor.device, tensor.dtype):
         return None
     from dora_vl.core.fast import triton

@@ -1,9 +1,10 @@
-"""The backward pass over [rows, out], fused for CUDA with Triton; letters as in `functional.py`.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+"""The passes around the frozen product, the norms and dropout as Triton kernels for CUDA; letters as in functional.py.
 
-    dz = g dy, dh = s dz B, dm, db      reads dy and y, writes dz, once; a second, small kernel adds up
-
-Sums over rows are taken by each program over its own rows and added up in one order: no atomic operations, so that a
-pass repeats to the bit.
+Each equals what torch's operations do, with one rounding to the activations' dtype at the end instead of one an
+operation. The large products (W x, dz W, h^T dz) are the vendor's. On CPU the kernels run under Triton's interpreter
+alone (TRITON_INTERPRET=1), whose dot product does not know bfloat16: `WIDE_DOT` widens there.
 """
 
 from __future__ import annotations
@@ -75,24 +76,32 @@ class TiledKernel:
     keys: Sequence[str]
     """The kernel's arguments on which the timing hangs, besides dtypes and the card; `rows` counts by its bucket."""
     _chosen: dict[tuple[object, ...], Config] = field(default_factory=dict)
+    _tuners: dict[object, Any] = field(default_factory=dict)
+    """One for each kind of card: triton's own cache knows shapes alone."""
 
     def config(self, operands: Operands, grid: Callable[..., Any], scratch: Callable[[], Operands]) -> Config:
         """The tiles for these operands; timed on `scratch`, whose outputs nobody reads."""
         if not _may_time(operands.device()):
             return self.fixed(operands)
-        card = _card(operands.device())
-        case = (card, *self._case(operands))
+        card, named = _card(operands.device()), {**operands.numbers, **operands.constants}
+        named["rows"] = row_bucket(int(named["rows"]))
+        dtypes = (tensor.dtype for tensor in operands.tensors.values())
+        case = (card, *(named[name] for name in self.keys), *dtypes)
         if case not in self._chosen:
-            tuner = _tuner(self, card)
+            if card not in self._tuners:
+                self._tuners[card] = triton.autotune(
+                    configs=list(self.space),
+                    key=list(self.keys),
+                    prune_configs_by={"early_config_prune": self._pruned},
+                    do_bench=partial(do_bench, warmup=5, rep=20),
+                )(self.kernel)
             with on_device(operands.device()):
-                tuner[grid](**scratch().everything())
-            self._chosen[case] = tuner.best_config
+                self._tuners[card][grid](**scratch().everything())
+            self._chosen[case] = self._tuners[card].best_config
         return self._chosen[case]
 
-    def _case(self, operands: Operands) -> list[object]:
-        named = {**operands.numbers, **operands.constants}
-        named["rows"] = row_bucket(int(named["rows"]))
-        return [named[name] for name in self.keys] + [one.dtype for one in operands.tensors.values()]
+    def _pruned(self, configs: Sequence[Config], positional: Mapping[str, Any], **named: Any) -> list[Config]:
+        return self.fitting({**positional, **named})
 
     def fixed(self, operands: Operands) -> Config:
         """The first of the space that fits."""
@@ -108,25 +117,18 @@ class TiledKernel:
             self.kernel[grid](**operands.everything(), **config.all_kwargs())
 
 
-_TUNERS: dict[tuple[int, object], Any] = {}
+def _launch_on_tiles(tiled: TiledKernel, operands: Operands, columns: str, result: str) -> None:
+    """Runs a kernel over the tiles of [rows, columns]; what is timed writes into scratch, not into `result`."""
+    sizes = int(operands.numbers["rows"]), int(operands.numbers[columns])
 
+    def grid(tile: Mapping[str, Any]) -> tuple[int, int]:
+        return triton.cdiv(sizes[0], tile["BLOCK_ROWS"]), triton.cdiv(sizes[1], tile["BLOCK_OUT"])
 
-def _tuner(tiled: TiledKernel, card: object) -> Any:
-    """One autotuner for each kernel and kind of card: its own cache knows shapes alone."""
-    found = _TUNERS.get((id(tiled), card))
-    if found is None:
-        found = triton.autotune(
-            configs=list(tiled.space),
-            key=list(tiled.keys),
-            prune_configs_by={"early_config_prune": partial(_pruned, tiled)},
-            do_bench=partial(do_bench, warmup=5, rep=20),
-        )(tiled.kernel)
-        _TUNERS[id(tiled), card] = found
-    return found
+    def scratch() -> Operands:
+        own = operands.tensors[result]
+        return replace(operands, tensors={**operands.tensors, result: torch.empty_like(own)})
 
-
-def _pruned(tiled: TiledKernel, configs: Sequence[Config], positional: Mapping[str, Any], **named: Any) -> list[Config]:
-    return tiled.fitting({**positional, **named})
+    tiled.launch(operands, grid, tiled.config(operands, grid, scratch))
 
 
 def _may_time(device: torch.device) -> bool:
@@ -162,12 +164,7 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 def fits_on_chip(config: Config, rows: int, operand_bytes: int, accumulators: int, device: torch.device) -> bool:
     """By shared memory and registers, and no more rows than there are: decoding has one.
 
-    Args:
-        config: With `BLOCK_ROWS` and `BLOCK_OUT`.
-        rows: Of the activations.
-        operand_bytes: What a product reads at a time.
-        accumulators: Float32 sums of a program.
-        device: Whose memory counts.
+    `operand_bytes` is what a product reads at a time, `accumulators` the float32 sums of a program.
     """
     tile = config.kwargs["BLOCK_ROWS"] * config.kwargs["BLOCK_OUT"]
     exchanged = 4 * tile  # a tile changes its layout through shared memory
@@ -219,6 +216,21 @@ def _torch_precision() -> str:
         return str(matmul.fp32_precision)  # from torch 2.9 on
     except AttributeError:
         return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def _product_fits(config: Config, named: Mapping[str, Any]) -> bool:
+    """`TiledKernel.fits` of a kernel that multiplies a tile's rows by a factor, `BLOCK_RANK` at a time."""
+    rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
+    operands = (rows + out) * named["BLOCK_RANK"] * named["factor"].element_size()
+    return fits_on_chip(config, named["rows"], operands, rows * out, named["factor"].device)
+
+
+# The backward pass over [rows, out].
+#
+#     dz = g dy, dh = s dz B, dm, db      reads dy and y, writes dz, once; a second, small kernel adds up
+#
+# Sums over rows are taken by each program over its own rows and added up in one order: no atomic operations, so that a
+# pass repeats to the bit.
 
 
 SUMMED_COLUMNS, SUMMED_HIDDEN = 64, 1024
@@ -342,16 +354,10 @@ def backward_pass(
     *,
     with_bias_sum: bool,
 ) -> Backward:
-    """dz, dh and the gradients of magnitude and bias.
+    """dz, dh and the gradients of magnitude and bias, for a gain without fragile rows.
 
-    Args:
-        dy: The output's gradient, in any layout.
-        kept: y, for a `gain` whose `per_magnitude` is 1 / m; None where no magnitude trains.
-        lora_B: None for a magnitude alone.
-        bias: What stands in `kept` outside the gain, subtracted before anything is added up.
-        gain: Without fragile rows.
-        scale: s, with what dropout adds to it.
-        with_bias_sum: Whether the bias trains.
+    `kept` is y, for a gain whose `per_magnitude` is 1 / m; None where no magnitude trains. `bias` stands in it outside
+    the gain and is subtracted before anything is added up.
     """
     dy = dy.contiguous()
     factor = None if lora_B is None else cast_factor(lora_B, dy.dtype)
@@ -471,20 +477,11 @@ def _sums(
     return dh, dm, db
 
 
-# The passes over [rows, out] around the frozen product, fused for CUDA with Triton; see `fused.py` for when.
-#
-# Letters as in `functional.py`. Each equals what `functional.AdaptedProduct` does in torch, with one rounding to the
-# activations' dtype at the end instead of one an operation. Here is the forward pass, in `triton_backward.py` the
-# other:
-#
-#     y = g (W x + h B^T) + b        reads W x + b and h = s A x, writes y, once
-#
-# What they leave to the vendor's matrix products are the large ones: W x, dz W, h^T dz. On CPU the kernels run under
-# Triton's interpreter alone (TRITON_INTERPRET=1), whose dot product does not know bfloat16: `WIDE_DOT` widens there.
+# The forward pass: y = g (W x + h B^T) + b        reads W x + b and h = s A x, writes y, once
 
 
 RANK_BLOCK_BYTES = 128
-"""Of a row of B, what is multiplied at a time: twice as much of float32 spills kilobytes (ptxas)."""
+"""Of a row of B or a column of A, what is multiplied at a time: twice as much of float32 spills kilobytes (ptxas)."""
 
 
 @triton.jit
@@ -521,17 +518,11 @@ def _output_kernel(  # noqa: PLR0913 - Triton takes values one by one
     tl.store(y + place, result.to(y.dtype.element_ty), mask=inside)
 
 
-def _output_fits(config: Config, named: Mapping[str, Any]) -> bool:
-    rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
-    operands = (rows + out) * named["BLOCK_RANK"] * named["factor"].element_size()
-    return fits_on_chip(config, named["rows"], operands, rows * out, named["minus_one"].device)
-
-
 OUTPUT = TiledKernel(
     _output_kernel,
     tiles((64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 4, 2), (128, 128, 8, 3), (32, 128, 4, 3), (16, 128, 4, 2),
           (16, 256, 4, 2), (16, 64, 4, 2)),
-    _output_fits,
+    _product_fits,
     ("rows", "out", "rank", "HAS_BIAS", "HAS_LOW_RANK", "PRECISION"),
 )  # fmt: skip
 
@@ -545,12 +536,7 @@ def adapted_output_(
 ) -> Float[Tensor, "rows out"]:
     """Turns W x + b into g (W x + h B^T) + b in place; bitwise nothing where g = 1 and B = 0.
 
-    Args:
-        product: W x + b, in any layout; one that is not contiguous costs a copy.
-        hidden: s A x in the same dtype; None together with `lora_B` for a magnitude alone.
-        lora_B: In any dtype; rounded to that of `hidden` once, as the eager path does it.
-        bias: In any dtype.
-        minus_one: g - 1.
+    A product that is not contiguous costs a copy; B is rounded to the dtype of h once, as the eager path does it.
     """
     whole = product.contiguous()
     _output(whole, whole, hidden, lora_B, bias, minus_one)
@@ -599,13 +585,7 @@ def _output(
         },
     )
 
-    def grid(tile: Mapping[str, Any]) -> tuple[int, int]:
-        return triton.cdiv(rows, tile["BLOCK_ROWS"]), triton.cdiv(out, tile["BLOCK_OUT"])
-
-    def scratch() -> Operands:
-        return replace(operands, tensors={**operands.tensors, "y": torch.empty_like(y)})
-
-    OUTPUT.launch(operands, grid, OUTPUT.config(operands, grid, scratch))
+    _launch_on_tiles(OUTPUT, operands, "out", "y")
 
 
 # The norms of V's rows on CUDA: many layers in one launch, and no number that the host must wait for.
@@ -733,14 +713,8 @@ def norms(
     """n of each row, those that cancel taken dense, without a shape or a branch that hangs on values.
 
     Without a row that cancels the second launch reads two vectors. With one it reads the sixteen rows of W in its
-    program: one row in sixteen, spread evenly, is as dear as all of W.
-
-    Args:
-        weight: In any layout; it is read where it lies.
-        weight_norms_squared: In float32.
-        lora_A: In any dtype; taken in the weight's for the factored form, in float32 for rows that cancel.
-        lora_B: As `lora_A`.
-        scale: s.
+    program: one row in sixteen, spread evenly, is as dear as all of W. A and B are taken in the weight's dtype for the
+    factored form, in float32 for rows that cancel.
     """
     a, b = (factor.detach().contiguous() for factor in (lora_A, lora_B))
     cast_a, cast_b = a.to(weight.dtype), b.to(weight.dtype)
@@ -776,8 +750,6 @@ def norms(
 #     backward   dx += mask * (dh A), with one pass over dx and no [rows, in] tensor beside it
 
 
-DROPOUT_RANK_BLOCK_BYTES = 128
-"""Of a column of A, what is multiplied at a time."""
 COPIED_ROWS, COPIED_COLUMNS = 8, 512
 """A program's share of the masked copy, which is bound by memory whatever the tile."""
 
@@ -841,16 +813,10 @@ def _masked_product_kernel(  # noqa: PLR0913
     tl.store(changed + place, value.to(changed.dtype.element_ty), mask=inside)
 
 
-def _fits(config: Config, named: Mapping[str, Any]) -> bool:
-    rows, out = config.kwargs["BLOCK_ROWS"], config.kwargs["BLOCK_OUT"]
-    operands = (rows + out) * named["BLOCK_RANK"] * named["factor"].element_size()
-    return fits_on_chip(config, named["rows"], operands, rows * out, named["factor"].device)
-
-
 MASKED_PRODUCT = TiledKernel(
     _masked_product_kernel,
     tiles((64, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2), (32, 128, 4, 2), (16, 64, 4, 2)),
-    _fits,
+    _product_fits,
     ("rows", "columns", "rank", "PRECISION"),
 )
 
@@ -894,15 +860,7 @@ def add_masked_product_(
     seed: Int[Tensor, ""],
     probability: float,
 ) -> Float[Tensor, "rows in_"]:
-    """dx += mask * (hidden A) in place, with the mask of `masked_copy`; one rounding.
-
-    Args:
-        dx: The gradient so far, in any layout; one that is not contiguous costs a copy.
-        hidden: dh, in the dtype of dx.
-        lora_A: In any dtype; rounded to that of dx once.
-        seed: As `masked_copy` had it.
-        probability: As `masked_copy` had it.
-    """
+    """dx += mask * (dh A) in place, with the mask that `masked_copy` had; one rounding."""
     if not dx.numel():
         return dx
     whole, rank = dx.contiguous(), lora_A.shape[0]
@@ -918,15 +876,8 @@ def add_masked_product_(
         {
             "WIDE_DOT": not dx.is_cuda,
             "PRECISION": dot_precision(dx.dtype, rank),
-            "BLOCK_RANK": min(padded(rank), DROPOUT_RANK_BLOCK_BYTES // dx.element_size()),
+            "BLOCK_RANK": min(padded(rank), RANK_BLOCK_BYTES // dx.element_size()),
         },
     )
-
-    def grid(tile: Mapping[str, Any]) -> tuple[int, int]:
-        return triton.cdiv(dx.shape[0], tile["BLOCK_ROWS"]), triton.cdiv(dx.shape[1], tile["BLOCK_OUT"])
-
-    def scratch() -> Operands:
-        return replace(operands, tensors={**operands.tensors, "changed": torch.empty_like(whole)})
-
-    MASKED_PRODUCT.launch(operands, grid, MASKED_PRODUCT.config(operands, grid, scratch))
+    _launch_on_tiles(MASKED_PRODUCT, operands, "columns", "changed")
     return dx if whole is dx else dx.copy_(whole)

@@ -28,7 +28,7 @@ from dora_vl.errors import BadSample, UserError, shown_text
 class Source:
     """One published source.
 
-    Its module is imported when it is asked for. It holds `splits(folder, options, records)`, which yields a `Split` for
+    Its module is imported when it is asked for. Its function `splits(folder, options, records)` yields a `Split` for
     each published file that it finds; its docstring says where the files are published and under what licence.
 
     Attributes:
@@ -38,34 +38,69 @@ class Source:
     module: str
     summary: str
     options: Mapping[str, str] = field(default_factory=dict)
+    splits: str = "splits"
+    """The function's name."""
 
 
 SOURCES: dict[str, Source] = {
     "llava-mix665k": Source(
-        module="dora_vl.data.benchmarks.llava", summary="LLaVA-1.5's 665,298 instruction conversations"
+        module="dora_vl.data.benchmarks.llava",
+        splits="llava_mix665k_splits",
+        summary="LLaVA-1.5's 665,298 instruction conversations",
     ),
     "llava-pretrain": Source(
-        module="dora_vl.data.benchmarks.llava", summary="LLaVA-1.5's 558,128 pretraining captions"
+        module="dora_vl.data.benchmarks.llava",
+        splits="llava_pretrain_splits",
+        summary="LLaVA-1.5's 558,128 pretraining captions",
     ),
-    "llava-json": Source(module="dora_vl.data.benchmarks.llava", summary="your own file in LLaVA's form, checked"),
-    "vqav2": Source(module="dora_vl.data.benchmarks.images", summary="VQA v2, official splits"),
+    "llava-json": Source(
+        module="dora_vl.data.benchmarks.llava",
+        splits="llava_json_splits",
+        summary="your own file in LLaVA's form, checked",
+    ),
+    "vqav2": Source(module="dora_vl.data.benchmarks.images", splits="vqav2_splits", summary="VQA v2, official splits"),
     "vqav2-karpathy": Source(
-        module="dora_vl.data.benchmarks.images", summary="VQA v2 in Karpathy's split, as in VL-BART"
+        module="dora_vl.data.benchmarks.images",
+        splits="vqav2_karpathy_splits",
+        summary="VQA v2 in Karpathy's split, as in VL-BART",
     ),
-    "gqa": Source(module="dora_vl.data.benchmarks.images", summary="GQA, balanced and all; also VL-T5's files"),
-    "vizwiz": Source(module="dora_vl.data.benchmarks.llava", summary="VizWiz-VQA"),
-    "textvqa": Source(module="dora_vl.data.benchmarks.llava", summary="TextVQA 0.5.1 with OCR tokens"),
-    "scienceqa": Source(module="dora_vl.data.benchmarks.llava", summary="ScienceQA, with and without pictures"),
+    "gqa": Source(
+        module="dora_vl.data.benchmarks.images",
+        splits="gqa_splits",
+        summary="GQA, balanced and all; also VL-T5's files",
+    ),
+    "vizwiz": Source(module="dora_vl.data.benchmarks.llava", splits="vizwiz_splits", summary="VizWiz-VQA"),
+    "textvqa": Source(
+        module="dora_vl.data.benchmarks.llava", splits="textvqa_splits", summary="TextVQA 0.5.1 with OCR tokens"
+    ),
+    "scienceqa": Source(
+        module="dora_vl.data.benchmarks.llava",
+        splits="scienceqa_splits",
+        summary="ScienceQA, with and without pictures",
+    ),
     "pope": Source(
-        module="dora_vl.data.benchmarks.llava", summary="POPE: is there such an object? either label version"
+        module="dora_vl.data.benchmarks.llava",
+        splits="pope_splits",
+        summary="POPE: is there such an object? either label version",
     ),
-    "mmbench": Source(module="dora_vl.data.benchmarks.llava", summary="MMBench and MMBench-CN, all rotations"),
-    "mme": Source(module="dora_vl.data.benchmarks.llava", summary="MME, two yes/no questions a picture"),
-    "seed": Source(module="dora_vl.data.benchmarks.llava", summary="SEED-Bench, pictures and videos"),
-    "llava-bench": Source(module="dora_vl.data.benchmarks.llava", summary="LLaVA-Bench in the wild, for a judge"),
-    "mmvet": Source(module="dora_vl.data.benchmarks.llava", summary="MM-Vet, for a judge"),
+    "mmbench": Source(
+        module="dora_vl.data.benchmarks.llava", splits="mmbench_splits", summary="MMBench and MMBench-CN, all rotations"
+    ),
+    "mme": Source(
+        module="dora_vl.data.benchmarks.llava", splits="mme_splits", summary="MME, two yes/no questions a picture"
+    ),
+    "seed": Source(
+        module="dora_vl.data.benchmarks.llava", splits="seed_bench_splits", summary="SEED-Bench, pictures and videos"
+    ),
+    "llava-bench": Source(
+        module="dora_vl.data.benchmarks.llava",
+        splits="llava_bench_splits",
+        summary="LLaVA-Bench in the wild, for a judge",
+    ),
+    "mmvet": Source(module="dora_vl.data.benchmarks.llava", splits="mmvet_splits", summary="MM-Vet, for a judge"),
     "nlvr": Source(
         module="dora_vl.data.benchmarks.images",
+        splits="nlvr_splits",
         summary="NLVR, six orders of the boxes for each sentence",
         options={
             "shares": "divide by sentence, such as train:0.8,validation:0.1,test:0.1",
@@ -73,15 +108,27 @@ SOURCES: dict[str, Source] = {
         },
     ),
     "nlvr2": Source(
-        module="dora_vl.data.benchmarks.images", summary="NLVR2, two photographs a sentence; also VL-T5's files"
+        module="dora_vl.data.benchmarks.images",
+        splits="nlvr2_splits",
+        summary="NLVR2, two photographs a sentence; also VL-T5's files",
     ),
-    "coco-caption": Source(module="dora_vl.data.benchmarks.images", summary="COCO captions in Karpathy's split"),
-    "tvqa": Source(module="dora_vl.data.benchmarks.videos", summary="TVQA with subtitles"),
+    "coco-caption": Source(
+        module="dora_vl.data.benchmarks.images",
+        splits="coco_caption_splits",
+        summary="COCO captions in Karpathy's split",
+    ),
+    "tvqa": Source(module="dora_vl.data.benchmarks.videos", splits="tvqa_splits", summary="TVQA with subtitles"),
     "how2qa": Source(
-        module="dora_vl.data.benchmarks.videos", summary="How2QA with subtitles; VALUE's files or the authors' CSV"
+        module="dora_vl.data.benchmarks.videos",
+        splits="how2qa_splits",
+        summary="How2QA with subtitles; VALUE's files or the authors' CSV",
     ),
-    "tvc": Source(module="dora_vl.data.benchmarks.videos", summary="TVC with subtitles"),
-    "yc2c": Source(module="dora_vl.data.benchmarks.videos", summary="YC2C with subtitles; VALUE's files or YouCook2's"),
+    "tvc": Source(module="dora_vl.data.benchmarks.videos", splits="tvc_splits", summary="TVC with subtitles"),
+    "yc2c": Source(
+        module="dora_vl.data.benchmarks.videos",
+        splits="yc2c_splits",
+        summary="YC2C with subtitles; VALUE's files or YouCook2's",
+    ),
     "commonsense": Source(
         module="dora_vl.data.benchmarks.commonsense", summary="the eight commonsense sets and commonsense_170k"
     ),

@@ -22,6 +22,8 @@ from dora_vl.errors import shown_names
 
 if TYPE_CHECKING:
     Wrapper = Any
+else:
+    Wrapper = object
 
 
 # The gains of one of vLLM's linear layers, several of the model's in one (q, k, v), whatever its weight is kept as.

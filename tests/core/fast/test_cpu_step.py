@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import sys
 from subprocess import run
 from types import SimpleNamespace
@@ -200,17 +199,6 @@ def test_checkpoints_and_edits_in_place(monkeypatch, calls, reentrant):
     assert calls["sound"] >= 2
 
 
-@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "magnitude"])
-def test_a_part_that_does_not_train_gets_no_gradient(monkeypatch, calls, frozen):
-    model, x = model_of(torch.float32), torch.randn(9, 37)
-    for layer in (model[0], model[2]):
-        getattr(layer, frozen).requires_grad_(False)
-    model[0].bias.requires_grad_(True)
-    assert_near(results(model, x), reference(model, x, monkeypatch), 2e-5)
-    assert getattr(model[0], frozen).grad is None
-    assert calls["sound"] == 2
-
-
 def test_the_number_of_threads_changes_no_bit_of_the_sums(calls):
     """Inputs and weights are whole numbers, so that the product, which is a library's, is exact in any order."""
     model, x = model_of(torch.float32, bias=False)[:1], torch.randint(-3, 4, (400, 37)).float()
@@ -229,17 +217,6 @@ def test_the_number_of_threads_changes_no_bit_of_the_sums(calls):
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert calls["sound"] == 3
-
-
-def test_adapters_in_half_precision_as_peft_can_have_them(monkeypatch, calls):
-    model, x = model_of(torch.bfloat16), torch.randn(9, 37).to(torch.bfloat16)
-    for layer in (model[0], model[2]):
-        for leaf in ("lora_A", "lora_B", "magnitude"):
-            setattr(layer, leaf, nn.Parameter(getattr(layer, leaf).detach().to(torch.bfloat16)))
-    found = results(model, x)
-    assert [gradient.dtype for gradient in found] == [torch.bfloat16] * len(found)
-    assert_near(found, reference(model, x, monkeypatch), 3e-2)
-    assert calls == {"sound": 2, "unsound": 0}
 
 
 def test_a_second_derivative_is_an_error_and_no_zero(calls):
@@ -300,18 +277,6 @@ def test_without_a_graph_outputs_are_those_of_the_equation(monkeypatch, dtype, r
     assert float((found.double() - exact).norm()) / size <= 2 * float((python - exact).norm()) / size + FLOOR[dtype]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (40,)])
-def test_without_a_graph_nothing_changes_bit_by_bit_at_the_start(shape):
-    for dtype in DTYPES:
-        torch.manual_seed(0)
-        base = nn.Linear(37, 301).to(dtype)
-        model = nn.Sequential(copy.deepcopy(base))
-        apply_dora(model, DoRAConfig(targets=("*",), rank=5, alpha=7.0))
-        x = torch.randn(*shape, 37).to(dtype)
-        with torch.no_grad():
-            assert torch.equal(model.eval()(x), base(x))
-
-
 def test_without_a_graph_a_change_of_anything_is_seen():
     model = model_of(torch.float32).eval()
     x, layer = torch.randn(1, 37), model[0]
@@ -330,13 +295,12 @@ def test_without_a_graph_a_change_of_anything_is_seen():
             assert torch.allclose(after.double(), dense, rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_that_has_answered_is_copied_and_pickled():
-    model = model_of(torch.float32).eval()
-    x = torch.randn(1, 37)
-    with torch.no_grad():
-        wanted = model(x)
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-            assert torch.equal(other(x), wanted)
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "magnitude"])
+def test_a_part_that_does_not_train_gets_no_gradient(monkeypatch, calls, frozen):
+    model, x = model_of(torch.float32), torch.randn(9, 37)
+    for layer in (model[0], model[2]):
+        getattr(layer, frozen).requires_grad_(False)
+    model[0].bias.requires_grad_(True)
+    assert_near(results(model, x), reference(model, x, monkeypatch), 2e-5)
+    assert getattr(model[0], frozen).grad is None
+    assert calls["sound"] == 2

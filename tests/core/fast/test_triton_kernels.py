@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dora_vl.core.fast import products
-from dora_vl.core.fast.products import SWITCH, fused_kernels
+from dora_vl.core.fast.products import SWITCH, triton_kernels
 
 ROOT = Path(__file__).parents[2]
 LOWEST = "3.9"
@@ -59,17 +59,11 @@ def test_kernels_become_machine_code_without_a_gpu(monkeypatch, which):
 
 
 @pytest.mark.usefixtures("undecided")
-def test_cpu_without_the_interpreter_is_eager(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert fused_kernels(torch.empty(1)) is None
-
-
-@pytest.mark.usefixtures("undecided")
 def test_the_switch(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv(SWITCH, "0")
-    assert fused_kernels(torch.empty(1)) is None
+    assert triton_kernels(torch.empty(1)) is None
     products.decided.cache_clear()
     monkeypatch.delenv(SWITCH)
     assert products.are_wanted(torch.device("cpu"), torch.bfloat16)
@@ -83,7 +77,7 @@ def test_a_block_without_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv(SWITCH, raising=False)
     with products.without_kernels():
-        assert fused_kernels(torch.empty(1)) is None
+        assert triton_kernels(torch.empty(1)) is None
     assert products.are_wanted(torch.device("cpu"), torch.float32)
 
 
@@ -94,6 +88,6 @@ def test_a_block_without_kernels(monkeypatch):
 @pytest.mark.parametrize("tiles", ["fixed", "timed"])
 def test_kernels_on_a_gpu(monkeypatch, file, tiles):
     monkeypatch.delenv(SWITCH, raising=False)
-    assert fused_kernels(torch.empty(1, device="cuda")) is not None
-    assert fused_kernels(torch.empty(1, device="cuda", dtype=torch.float64)) is None
+    assert triton_kernels(torch.empty(1, device="cuda")) is not None
+    assert triton_kernels(torch.empty(1, device="cuda", dtype=torch.float64)) is None
     run_checks(file, CHECKED_DEVICE="cuda", DORA_VL_TRITON_TILES=tiles)

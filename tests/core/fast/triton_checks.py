@@ -20,7 +20,6 @@ from dora_vl.core.gain import Gain
 if not are_wanted(torch.device(os.environ.get("CHECKED_DEVICE", "cpu")), torch.float32):
     pytest.skip("runs in Triton's interpreter or on a GPU", allow_module_level=True)
 
-from dora_vl.core.fast import triton as backward
 from dora_vl.core.fast import triton as kernels
 from dora_vl.core.fast.triton import Config, Operands, TiledKernel
 
@@ -178,7 +177,7 @@ def test_a_large_bias_leaves_the_magnitude_its_gradient():
     close(found.dm, exact, torch.float32, "dm")
 
 
-@pytest.mark.parametrize("tiled", [kernels.OUTPUT, backward.BACKWARD], ids=["output", "backward"])
+@pytest.mark.parametrize("tiled", [kernels.OUTPUT, kernels.BACKWARD], ids=["output", "backward"])
 def test_every_tile_gives_the_same(monkeypatch, tiled):
     """Up to the order of sums; the few-row tiles among them, on more rows than they have."""
     rows, out, rank = 150, 200, 20
@@ -214,14 +213,12 @@ class RecordingTuner:
 
 @pytest.mark.parametrize("which", ["output", "backward"])
 def test_timing_writes_to_no_callers_buffer_and_runs_once_a_bucket(monkeypatch, which):
-    from dora_vl.core.fast import triton
-
-    tiled = replace(kernels.OUTPUT if which == "output" else backward.BACKWARD, _chosen={})
-    monkeypatch.setattr(kernels if which == "output" else backward, which.upper(), tiled)
-    tuner = RecordingTuner(tiled)
-    other = RecordingTuner(backward.BACKWARD if which == "output" else kernels.OUTPUT)
-    monkeypatch.setattr(triton, "_may_time", lambda device: True)
-    monkeypatch.setattr(triton, "_tuner", lambda one, card: tuner if one is tiled else other)
+    tiled = replace(kernels.OUTPUT if which == "output" else kernels.BACKWARD, _chosen={}, _tuners={})
+    monkeypatch.setattr(kernels, which.upper(), tiled)
+    tiled._tuners["cpu"] = tuner = RecordingTuner(tiled)
+    other = kernels.BACKWARD if which == "output" else kernels.OUTPUT
+    monkeypatch.setitem(other._tuners, "cpu", RecordingTuner(other))
+    monkeypatch.setattr(kernels, "_may_time", lambda device: True)
     gain, b, bias = gain_of(70, torch.float32), torch.randn(70, 5), torch.randn(70)
     for count, rows in enumerate((33, 40, 64, 65, 128, 5, 1), start=1):
         product, hidden, dy = torch.randn(rows, 70), torch.randn(rows, 5), torch.randn(rows, 70)
@@ -238,14 +235,11 @@ def test_timing_writes_to_no_callers_buffer_and_runs_once_a_bucket(monkeypatch, 
 @pytest.mark.parametrize("which", ["output", "backward"])
 def test_tritons_own_autotuner_runs_every_fitting_tile_and_the_quickest_is_taken(monkeypatch, which):
     """Times are made up: the interpreter's mean nothing."""
-    from dora_vl.core.fast import triton
-
-    module = kernels if which == "output" else backward
-    other = backward.BACKWARD if which == "output" else kernels.OUTPUT
-    tiled = replace(getattr(module, which.upper()), _chosen={})
-    monkeypatch.setattr(module, which.upper(), tiled)
+    other = kernels.BACKWARD if which == "output" else kernels.OUTPUT
+    tiled = replace(getattr(kernels, which.upper()), _chosen={}, _tuners={})
+    monkeypatch.setattr(kernels, which.upper(), tiled)
     monkeypatch.setattr(other, "config", lambda operands, *_: other.fixed(operands))
-    monkeypatch.setattr(triton, "_may_time", lambda device: True)
+    monkeypatch.setattr(kernels, "_may_time", lambda device: True)
     times: list[float] = []
 
     def made_up(call, quantiles, **_):
@@ -253,7 +247,7 @@ def test_tritons_own_autotuner_runs_every_fitting_tile_and_the_quickest_is_taken
         times.append([9.0, 8.0, 1.0, 7.0][len(times) % 4])
         return [times[-1]] * 3
 
-    monkeypatch.setattr(triton, "do_bench", made_up)
+    monkeypatch.setattr(kernels, "do_bench", made_up)
     gain, b = gain_of(70, torch.float32), torch.randn(70, 5)
     for scale in (0.7, 0.8):  # no reason to time again
         product, hidden, dy = torch.randn(33, 70), torch.randn(33, 5), torch.randn(33, 70)
@@ -268,23 +262,21 @@ def test_tritons_own_autotuner_runs_every_fitting_tile_and_the_quickest_is_taken
 
 
 def test_what_forbids_timing(monkeypatch):
-    from dora_vl.core.fast import triton
-
     capturing = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.delenv(triton.SWITCH, raising=False)
+    monkeypatch.delenv(kernels.SWITCH, raising=False)
     card = torch.device("cuda", 0)
-    assert triton._may_time(card)
-    assert not triton._may_time(torch.device("cpu"))
+    assert kernels._may_time(card)
+    assert not kernels._may_time(torch.device("cpu"))
     capturing[0] = True
-    assert not triton._may_time(card)
+    assert not kernels._may_time(card)
     capturing[0] = False
-    monkeypatch.setenv(triton.SWITCH, "fixed")
-    assert not triton._may_time(card)
-    monkeypatch.delenv(triton.SWITCH)
+    monkeypatch.setenv(kernels.SWITCH, "fixed")
+    assert not kernels._may_time(card)
+    monkeypatch.delenv(kernels.SWITCH)
     torch.use_deterministic_algorithms(True)
     try:
-        assert not triton._may_time(card)
+        assert not kernels._may_time(card)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -295,11 +287,11 @@ def test_only_tiles_that_fit_are_timed():
         constants = {"BLOCK_RANK": min(rank, 64) if tiled is kernels.OUTPUT else rank, "HAS_LOW_RANK": True}
         return tiled.fitting(Operands(tensors, {"rows": rows}, constants).everything())
 
-    for tiled in (kernels.OUTPUT, backward.BACKWARD):
+    for tiled in (kernels.OUTPUT, kernels.BACKWARD):
         assert {config.kwargs["BLOCK_ROWS"] for config in fitting(tiled, 1, 16, torch.bfloat16)} == {16}
         assert len(fitting(tiled, 4096, 16, torch.bfloat16)) == len(tiled.space), "small ranks exclude nothing"
-    wide = fitting(backward.BACKWARD, 4096, 256, torch.bfloat16)
-    assert 0 < len(wide) < len(backward.BACKWARD.space)
+    wide = fitting(kernels.BACKWARD, 4096, 256, torch.bfloat16)
+    assert 0 < len(wide) < len(kernels.BACKWARD.space)
     assert all(config.kwargs["BLOCK_ROWS"] * 256 <= 128 * 32 * config.num_warps for config in wide)
 
 

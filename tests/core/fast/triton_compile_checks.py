@@ -22,10 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dora_vl.core.fast import triton as backward
-from dora_vl.core.fast import triton as dropout
 from dora_vl.core.fast import triton as kernels
-from dora_vl.core.fast import triton as norms
 from dora_vl.core.fast.triton import Config, TiledKernel, padded
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -73,7 +70,7 @@ def backward_case(dtype: torch.dtype, rank: int, precision: str) -> tuple[TiledK
     types = dict.fromkeys(("dy", "kept", "bias", "factor", "minus_one", "dz"), POINTERS[dtype])
     types |= dict.fromkeys(("dh", "magnitude_parts", "bias_parts"), "*fp32") | {"scale": "fp32"}
     flags = dict.fromkeys(("HAS_KEPT", "HAS_BIAS", "SUM_BIAS", "HAS_LOW_RANK"), True)
-    return backward.BACKWARD, types, {**flags, "WIDE_DOT": False, "PRECISION": precision, "BLOCK_RANK": padded(rank)}
+    return kernels.BACKWARD, types, {**flags, "WIDE_DOT": False, "PRECISION": precision, "BLOCK_RANK": padded(rank)}
 
 
 def fitting(tiled: TiledKernel, dtype: torch.dtype, constants: dict[str, Any], rows: int) -> list[Config]:
@@ -131,23 +128,23 @@ def other_case(name: str, dtype: torch.dtype, rank: int) -> tuple[Any, dict[str,
     if name == "sums":
         types = dict.fromkeys(("magnitude_parts", "bias_parts", "per_magnitude", "dh_parts", "dm", "db"), "*fp32")
         flags = dict.fromkeys(("HAS_KEPT", "SUM_BIAS", "SUM_HIDDEN"), True)
-        blocks = {"BLOCK_PARTS": 32, "BLOCK_OUT": backward.SUMMED_COLUMNS, "BLOCK_HIDDEN": backward.SUMMED_HIDDEN}
-        return backward._sums_kernel, types | {"dh": pointer}, flags | blocks, Config({})
+        blocks = {"BLOCK_PARTS": 32, "BLOCK_OUT": kernels.SUMMED_COLUMNS, "BLOCK_HIDDEN": kernels.SUMMED_HIDDEN}
+        return kernels._sums_kernel, types | {"dh": pointer}, flags | blocks, Config({})
     if name == "masked copy":
-        tile = {"BLOCK_ROWS": dropout.COPIED_ROWS, "BLOCK_COLUMNS": dropout.COPIED_COLUMNS}
-        return dropout._masked_copy_kernel, {"source": pointer, "copy": pointer, "seed": "*i64"}, tile, Config({})
+        tile = {"BLOCK_ROWS": kernels.COPIED_ROWS, "BLOCK_COLUMNS": kernels.COPIED_COLUMNS}
+        return kernels._masked_copy_kernel, {"source": pointer, "copy": pointer, "seed": "*i64"}, tile, Config({})
     if name == "masked product":
         types = dict.fromkeys(("base", "changed", "hidden", "factor"), pointer) | {"seed": "*i64"}
-        config = fitting(dropout.MASKED_PRODUCT, dtype, block, 4096)[0]
-        return dropout.MASKED_PRODUCT.kernel, types, block, config
+        config = fitting(kernels.MASKED_PRODUCT, dtype, block, 4096)[0]
+        return kernels.MASKED_PRODUCT.kernel, types, block, config
     if name == "squared norms":
         types = {"frozen": "*fp32", "squared": "*fp32", "scale": "fp32"}
         types |= dict.fromkeys(("factor", "weight_on_A", "gram"), pointer)
-        return norms._squared_kernel, types, {**block, "BLOCK_ROWS": norms.ROWS}, Config({})
+        return kernels._squared_kernel, types, {**block, "BLOCK_ROWS": kernels.ROWS}, Config({})
     types = dict.fromkeys(("frozen", "squared", "lora_A", "lora_B", "trusted"), "*fp32") | {"weight": pointer}
     types |= {"scale": "fp32", "cancellation": "fp32"}
-    tile = {"BLOCK_ROWS": norms.CAREFUL_ROWS, "BLOCK_COLUMNS": norms.CAREFUL_COLUMNS, "BLOCK_RANK": 32}
-    return norms._careful_kernel, types, tile, Config({})
+    tile = {"BLOCK_ROWS": kernels.CAREFUL_ROWS, "BLOCK_COLUMNS": kernels.CAREFUL_COLUMNS, "BLOCK_RANK": 32}
+    return kernels._careful_kernel, types, tile, Config({})
 
 
 @needs_tool

@@ -145,13 +145,10 @@ def test_every_launch_is_on_its_tensors_device(monkeypatch):
     """Triton launches on the current device; a model spread over several has its layers on others."""
     from contextlib import nullcontext
 
-    from dora_vl.core.fast import triton
-
     assert isinstance(triton.on_device(torch.device("cuda", 1)), torch.cuda.device)
     assert triton.on_device(torch.device("cuda", 1)).idx == 1
     entered: list[torch.device] = []
-    for module in (triton, triton, triton, triton):
-        monkeypatch.setattr(module, "on_device", lambda device: entered.append(device) or nullcontext())
+    monkeypatch.setattr(triton, "on_device", lambda device: entered.append(device) or nullcontext())
     launched: list[str] = []
     run = type(triton._output_kernel).run
     monkeypatch.setattr(
@@ -208,7 +205,7 @@ def test_rows_that_keep_their_product_train_through_the_kernels(launches):
 def test_rows_of_several_adapters(monkeypatch, launches):
     """Each adapter's rows go through the kernel, in place; those of the base are left alone."""
     monkeypatch.setattr(rows, "ONE_PRODUCT", 0)
-    linear, batch = nn.Linear(26, 37), rows.BatchAtHand()
+    linear, batch = nn.Linear(26, 37), rows.ActiveAdapters()
     layer, alone = rows.RowLayer(linear, batch, "rows"), {}
     for name, rank in (("one", 3), ("two", 5)):
         adapted = DoRALinear(linear, DoRAConfig(targets=("*",), rank=rank, alpha=7.0, dropout=0.0)).eval()

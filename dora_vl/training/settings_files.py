@@ -1,0 +1,233 @@
+"""Settings as files hold them: recipes by name, variants, other tools' names, and what is said of a wrong key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dora_vl.errors import UserError, shown, shown_text
+from dora_vl.files import read_yaml
+
+ENDING = ".yaml"
+VARIANTS, VARIANT = "variants", "variant"
+NO_SETTINGS = ("config", "print_config", "local_rank", "help")
+"""Options of the parser; from a file it would take another file's name by the first."""
+SECTIONS = ("model", "adapter", "data", "optim", "training", "evaluation", VARIANTS)
+
+
+def shipped_folder() -> Path:
+    """The folder of recipes and DeepSpeed JSON: in the package where it is installed, beside it in a checkout."""
+    package = Path(str(files("dora_vl")))
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    """Every recipe's name, such as `llava/llava15_7b`."""
+    folder = shipped_folder()
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob(f"*{ENDING}"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file that a path or a recipe's name stands for; a file that is there comes first.
+
+    Raises:
+        UserError: neither; it lists the recipes.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_folder() / f"{name.removesuffix(ENDING).removeprefix('configs/')}{ENDING}"
+    if shipped.is_file():
+        return shipped
+    raise UserError(f"--config {shown(name, 200)}: no such file or recipe; the recipes are {', '.join(recipe_names())}")
+
+
+def with_variant(names: Sequence[str], variant: str | None) -> list[dict[str, Any]]:
+    """The settings of each `--config`, a path or a recipe's name, under a variant.
+
+    Args:
+        names: of the files.
+        variant: what `--variant` says; None: each file's own choice, its key `variant`, or the file as it stands.
+
+    Raises:
+        UserError: a file is not there or cannot be used, has not the variant, or none of them has any.
+    """
+    paths = [find_recipe(name) for name in names]
+    if variant is not None and not any(map(variants_of, paths)):
+        where = f"{', '.join(map(str, paths))}: no variants there" if paths else "no --config FILE is given"
+        raise UserError(f"--variant {shown(variant)}: {where}")
+    return [_resolved(path, variant) for path in paths]
+
+
+def variants_of(path: Path) -> list[str]:
+    """Names of a file's variants."""
+    return list(_read(path).get(VARIANTS) or {})
+
+
+def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with changes over them: mappings are merged, all else is replaced."""
+    over = {
+        key: merged(settings[key], value)
+        if isinstance(value, Mapping) and isinstance(settings.get(key), Mapping)
+        else value
+        for key, value in changes.items()
+    }
+    return {**settings, **over}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """A file's settings; refuses what is no mapping, or another tool's."""
+    content = read_yaml(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: must hold settings such as `model:`, found a {type(content).__name__}")
+    if not any(isinstance(content.get(name), Mapping) for name in SECTIONS):
+        refuse_other_tools(path, content)
+    return content
+
+
+def _resolved(path: Path, variant: str | None) -> dict[str, Any]:
+    """A file's settings under a variant: the one of this name, or else the file's own choice."""
+    content = _read(path)
+    variants = content.get(VARIANTS, {})
+    if not isinstance(variants, Mapping) or not all(isinstance(changes, Mapping) for changes in variants.values()):
+        raise UserError(f"{path}: variants is not a mapping of names to settings")
+    settings = {key: value for key, value in content.items() if key != VARIANTS}
+    name = settings.get(VARIANT) if variant is None else variant
+    if VARIANTS in content and name is not None:
+        if name not in variants:
+            raise UserError(f"{path}: no variant {shown(name)}; there are {', '.join(map(str, variants))}")
+        settings = {**merged(settings, variants[name]), VARIANT: name}
+    if options := [name for name in NO_SETTINGS if name in settings]:
+        raise UserError(f"{path}: {options[0]} is not a setting; it belongs on the command line")
+    return settings
+
+
+# Settings under other tools' names: whose file it is, and what its names are called here.
+
+NAMES: Mapping[str, str] = {
+    theirs: ours
+    for ours, names in {
+        "model.base": "model_name_or_path base_model model_id",
+        "model.template": "template version",
+        "model.quantisation": "quantization_bit load_in_4bit load_in_8bit",
+        "data.train": "dataset datasets dataset_name data_path train_file",
+        "data.image_folder": "media_dir image_dir image_folder",
+        "data.validation_share": "val_size val_set_size split_dataset_ratio",
+        "data.max_tokens": "cutoff_len sequence_len max_length max_seq_length model_max_length",
+        "data.limit": "max_samples",
+        "adapter.rank": "lora_r lora_rank",
+        "adapter.alpha": "lora_alpha",
+        "adapter.dropout": "lora_dropout",
+        "adapter.targets": "lora_target lora_target_modules target_modules",
+        "adapter.method": "finetuning_type train_type tuner_type use_dora peft_use_dora",
+        "optim.projector_learning_rate": "mm_projector_lr",
+        "training.per_device_train_batch_size": "micro_batch_size",
+        "training.num_train_epochs": "num_epochs",
+    }.items()
+    for theirs in names.split()
+}
+"""What other tools call a setting -> its name here."""
+TELLING: Mapping[str, frozenset[str]] = {
+    tool: frozenset(names.split())
+    for tool, names in {
+        "llama-factory": "finetuning_type stage cutoff_len dataset_dir lora_target freeze_vision_tower",
+        "trl": "dataset_name use_peft lora_r lora_target_modules lora_task_type assistant_only_loss datasets",
+        "ms-swift": "train_type tuner_type sft_type freeze_vit freeze_aligner split_dataset_ratio vit_lr",
+        "llava": "mm_projector_lr lora_enable mm_projector_type vision_tower image_aspect_ratio",
+        "peft": "peft_type target_modules inference_mode init_lora_weights modules_to_save",
+        "Axolotl": "base_model datasets micro_batch_size sequence_len val_set_size",
+    }.items()
+}
+"""Names that tell whose file it is."""
+UNTRANSLATED = ("Axolotl", "another tool")
+"""Whose settings `dora-vl translate` has no table of."""
+LEAST, MOST_NAMED = 2, 6
+"""Of other tools' names, so many make a file another tool's, and so many are named."""
+
+
+def refuse_other_tools(path: Path, settings: Mapping[str, object]) -> None:
+    """Refuses a settings file of another tool, with what its settings are called here.
+
+    Raises:
+        UserError: names of other tools are at its top level.
+    """
+    theirs = [name for name in settings if name in NAMES]
+    if len(theirs) < LEAST:
+        return
+    likely = max(TELLING, key=lambda tool: len(TELLING[tool] & settings.keys()))
+    tool = likely if TELLING[likely] & settings.keys() else "another tool"
+    names = ", ".join(f"{name} is {NAMES[name]}" for name in theirs[:MOST_NAMED])
+    more = f" and {len(theirs) - MOST_NAMED} more" if len(theirs) > MOST_NAMED else ""
+    write = "`dora-vl init FOLDER` writes a file for your pictures"
+    raise UserError(
+        f"{path}: settings of {tool}, which are laid out otherwise here: {names}{more}; sections model, adapter, "
+        f"data, training; {write if tool in UNTRANSLATED else f'`dora-vl translate {path}`'}"
+    )
+
+
+def refuse_untranslated(path: Path, settings: Mapping[str, object]) -> None:
+    """Refuses the settings of a tool that is known here, but has no table.
+
+    Raises:
+        UserError: its names are theirs.
+    """
+    likely = max(TELLING, key=lambda tool: len(TELLING[tool] & settings.keys()))
+    if likely in UNTRANSLATED and TELLING[likely] & settings.keys():
+        refuse_other_tools(path, settings)
+
+
+# What is said of a key or a value that the parser does not take.
+
+_UNKNOWN = (
+    re.compile(r"unrecognized arguments: --?(?P<key>[\w.\-]+)"),
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
+    re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
+)
+_WRONG_KIND = re.compile(r"^\W*(?:Parser key )?\W*([\w.]+)\W*: Expected an? <class '(\w+)'>\. Got value: (.*)$")
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_ONE_OF = re.compile(
+    r"^\W*(?:Parser key )?\W*([\w.]+)\W*: (Does not validate|Expected a typing\.Literal).*value: (.*)$"
+)
+
+
+def explain(message: str, names: Sequence[str]) -> str:
+    """One line from the parser's message, with the nearest settings where a key is unknown."""
+    line = " ".join(message.split())
+    match = next((found for pattern in _UNKNOWN if (found := pattern.search(line))), None)
+    if match is None:
+        return without_type_names(line)
+    group = match.groupdict().get("group")
+    unknown = f"{group}.{match['key']}" if group else match["key"]
+    known = NAMES.get(unknown.rpartition(".")[2])
+    close = [known] if known in names else nearest(unknown, names)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "; --help lists the settings"
+    return f"{unknown} is not a setting{hint}"
+
+
+def without_type_names(line: str) -> str:
+    """A complaint of the parser about a value, without Python's names of types."""
+    if (match := _WRONG_KIND.match(line)) and match[2] in _KINDS:
+        return f"{match[1]} is {shown_text(match[3])}; it must be {_KINDS[match[2]]}"
+    if match := _ONE_OF.match(line):
+        literals = [one.strip("'") for group in re.findall(r"Literal\[([^\]]*)\]", line) for one in group.split(", ")]
+        kinds = [_KINDS[one] for one in re.findall(r"<class '(\w+)'>", line.partition("Errors:")[0]) if one in _KINDS]
+        if known := list(dict.fromkeys([*literals, *kinds])):
+            return f"{match[1]} is {shown_text(match[3])}; it must be one of {', '.join(known)}"
+    return line.replace('Parser key "', '"', 1)
+
+
+def nearest(unknown: str, names: Iterable[str]) -> list[str]:
+    """Up to two settings whose dotted name, or whose last word, is close to `unknown`, best first."""
+    spelled_out = re.sub(r"\blr\b|(?<=_)lr\b", "learning_rate", unknown.replace("-", "_"))
+    section, _, last = spelled_out.rpartition(".")
+
+    def likeness(name: str) -> float:
+        alike = difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio()
+        return alike + 0.1 * (section != "" and name.startswith(f"{section}."))
+
+    best = [name for name in sorted(names, key=likeness, reverse=True)[:2] if likeness(name) >= 0.6]
+    return [name for name in best if name.rpartition(".")[2] == last] or best
