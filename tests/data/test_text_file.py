@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,7 @@ VALUES = st.one_of(TEXT, st.integers(), st.none(), st.lists(TEXT), st.dictionari
 
 
 @st.composite
-def spelled(draw: st.DrawFn) -> tuple[list[dict[str, object]], bytes]:
+def spelled(draw: st.DrawFn) -> tuple[Sequence[Mapping[str, object]], bytes]:
     """The same records as a list or as lines, indented or not, escaped or not, with either line end, with a mark."""
     rows = draw(st.lists(st.dictionaries(TEXT, VALUES, min_size=1), min_size=1, max_size=6))
     options = {"indent": draw(st.sampled_from([None, 0, 2])), "ensure_ascii": draw(st.booleans())}
@@ -163,7 +164,7 @@ def spelled(draw: st.DrawFn) -> tuple[list[dict[str, object]], bytes]:
 
 @given(spelled(), st.sampled_from([1, 3, 7, 64, 1 << 20]))
 def test_every_spelling_reads_the_same(
-    tmp_path: Path, case: tuple[list[dict[str, object]], bytes], chunk_bytes: int
+    tmp_path: Path, case: tuple[Sequence[Mapping[str, object]], bytes], chunk_bytes: int
 ) -> None:
     rows, content = case
     path = tmp_path / "any.json"

@@ -88,7 +88,7 @@ def llava_json_convert(raw: Raw) -> dict[str, JSON]:
     """
     sample_id = optional(raw, "id", identifier, UNKNOWN_ID)
     fields = USUAL.resolve(raw, strict=False).fields  # the record keeps all of its columns
-    as_conversation(read_conversations(fields, sample_id))
+    as_conversation(read_conversations(fields, str(sample_id)))
     return {"id": sample_id, **{name: value for name, value in raw.items() if name != "id"}}
 
 
