@@ -33,7 +33,7 @@ from dora_vl.evaluation.predictions import PredictionsFile
 from dora_vl.evaluation.prompt_inputs import Prompts
 from dora_vl.evaluation.questions import EvaluationSet, Question
 from dora_vl.evaluation.scores.prompts import Prompt, turns_of
-from dora_vl.training.assembly import VideoReading
+from dora_vl.training.run_media import VideoReading
 
 
 @runtime_checkable

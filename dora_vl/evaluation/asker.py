@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from PIL import Image
 from torch import Tensor
 
-from dora_vl.backbones.video_inputs import Video, as_pictures
+from dora_vl.backbones.video_inputs import Video
 from dora_vl.data.pictures import HeldPictures, MediaFolder, any_is_there, open_picture
 from dora_vl.data.turns import VIDEO_PLACEHOLDER, Turn
 from dora_vl.data.video import Uniform
 from dora_vl.errors import BadSample, UserError, shown
 from dora_vl.evaluation.questions import Question
-from dora_vl.training.assembly import VideoReading
+from dora_vl.training.run_media import VideoReading
 from dora_vl.training.watching import SIDE, tiled
 
 if TYPE_CHECKING:
@@ -103,20 +103,6 @@ def videos_placed(turns: Sequence[Turn], videos: int) -> Sequence[Turn]:
     return [*turns[:asked], first, *turns[asked + 1 :]]
 
 
-def frames_as_pictures(turns: Sequence[Turn], seen: Shown) -> tuple[Sequence[Turn], Sequence[Image.Image]]:
-    """The turns and pictures of a prompt in which a video is so many pictures.
-
-    Raises:
-        BadSample: the turns' places are not as many as what is shown.
-    """
-    if not seen.videos:
-        return turns, seen.pictures
-    try:
-        return as_pictures(turns, seen.pictures, seen.videos)
-    except ValueError as error:
-        raise BadSample("question", str(error)) from error
-
-
 def check_pictures(questions: Iterable[Question], folder: Path, *, setting: str) -> None:
     """Refuses a picture folder that is none, or holds not one of the pictures; before any model is loaded.
 
@@ -134,12 +120,6 @@ def check_pictures(questions: Iterable[Question], folder: Path, *, setting: str)
             f"not one of {len(names)} pictures is in {folder}, first {shown(names[0])}; set {setting} to the folder "
             "that their paths start from"
         )
-
-
-def refuse_media(seen: Shown, reason: str) -> None:
-    """Raises a `BadSample` where a model of words alone is shown anything."""
-    if seen.pictures or seen.features or seen.videos:
-        raise BadSample("question", reason)
 
 
 Write = Callable[[str], object]

@@ -61,8 +61,8 @@ class Assistant:
     """A backbone with what turns words and pictures into its inputs; an `asker.Asker`.
 
     Attributes:
-        backbone: a `LlavaBackbone`, `ImageTextBackbone` or `CausalLMBackbone`: a module whose `generate` gives the new
-            ids of left-padded prompts and whose forward gives `Features`, both from the inputs that `prompts` makes.
+        backbone: its `generate` gives the new ids of left-padded prompts, its forward `Features`, both from what
+            `prompts` makes.
         prompts: of the backbone's kind.
         while_training: the model goes on training afterwards, so that nothing of it may become what autograd refuses
             to save, as the tensors of inference mode are.

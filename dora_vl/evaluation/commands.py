@@ -214,12 +214,13 @@ def _asked(
     sets: Sequence[EvaluationSet], wanted: Wanted, options: argparse.Namespace, to: Path, *, exchange: bool
 ) -> dict[str, Answers]:
     """Every benchmark put to one model, and where `exchange` says so a sample of it about others' pictures."""
+    from dora_vl.backbones.families import sees_pictures
     from dora_vl.evaluation.open_model import find_source, hashes, open_source
-    from dora_vl.training.adapting import CAUSAL_LM, VLBART
+    from dora_vl.training.adapting import VLBART
 
     source = find_source(wanted)
     shows = next((one.name for one in sets if any(example.images or example.videos for example in one.examples)), None)
-    if source.kind == CAUSAL_LM and shows is not None:
+    if source.kind != VLBART and not sees_pictures(source.place, source.revision) and shows is not None:
         raise UserError(
             f"{shows} shows pictures or videos, and {wanted.adapter or source.place} is a language model, which takes "
             "none; a run of tasks/commonsense.py is tested by itself, with --test_only true"
@@ -512,7 +513,7 @@ def _probe(check: Check) -> Probe:
     from dora_vl.data.video import Uniform
     from dora_vl.evaluation.asker import MediaReader
     from dora_vl.evaluation.certificate import Probe
-    from dora_vl.training.assembly import VideoReading
+    from dora_vl.training.run_media import VideoReading
 
     videos = VideoReading(folder=check.images, sampling=Uniform(check.frames), frames=check.frames)
     media = MediaReader(folder=check.images, videos=videos)
@@ -540,9 +541,10 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
     Raises:
         UserError: as `find_source`; pictures for a language model, or a VL-BART of whose features nothing is known.
     """
+    from dora_vl.backbones.families import sees_pictures
     from dora_vl.evaluation.asker import Wanted
     from dora_vl.evaluation.open_model import find_source
-    from dora_vl.training.adapting import CAUSAL_LM, VLBART
+    from dora_vl.training.adapting import VLBART
 
     source = find_source(Wanted(adapter=adapter, base=str(base), any_base=True, template=template))
     if source.kind == VLBART:
@@ -552,7 +554,11 @@ def unmerged_source(check: Check, adapter: Path, base: Path, template: str | Non
                 f"--check asks about pictures, and nothing says how the features of {check.task or adapter} were "
                 "computed (data_prep.features did not make them); leave it out"
             )
-    if source.kind == CAUSAL_LM and any(one.images or one.videos for one in check.questions):
+    if (
+        source.kind != VLBART
+        and not sees_pictures(source.place, source.revision)
+        and any(one.images or one.videos for one in check.questions)
+    ):
         raise UserError(f"{check.file} shows pictures or videos, and {base} is a language model, which takes none")
     own = source.dtype if source.recipe.get("quantisation") else "float32"
     return replace(source, dtype=check.dtype or own)

@@ -12,23 +12,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_vl.adapters.folder import WEIGHTS_FILE
-from dora_vl.backbones.base import max_positions
-from dora_vl.backbones.prompt_table import InstructionEncoder
+from dora_vl.backbones.encoder import Encoder
+from dora_vl.backbones.prompt_table import PROMPTS
 from dora_vl.data.example import Answer, Example
+from dora_vl.data.samples import IGNORED_LABEL
 from dora_vl.data.video import Uniform
-from dora_vl.errors import BadSample, UserError
+from dora_vl.errors import UserError
 from dora_vl.evaluation.asker import MediaReader
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.likelihood import choose
 from dora_vl.evaluation.predict import predict
 from dora_vl.evaluation.predictions import PredictionsFile, file_sha256
-from dora_vl.evaluation.prompt_inputs import InstructionPrompts
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts
 from dora_vl.evaluation.questions import Question, read_questions
 from dora_vl.evaluation.scores.commonsense import PATTERNS, extracted, score
 from dora_vl.evaluation.scores.scored import Scored, intervals
-from dora_vl.training.assembly import VideoReading
 from dora_vl.training.recipe import CommonsenseEvaluationConfig
 from dora_vl.training.run_folder import ADAPTER, METRICS, write_json
+from dora_vl.training.run_media import VideoReading
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def read_sets(evaluation: CommonsenseEvaluationConfig) -> tuple[list[Question], 
 
 def evaluate_commonsense(
     backbone: nn.Module,
-    encoder: InstructionEncoder,
+    encoder: Encoder,
     evaluation: CommonsenseEvaluationConfig,
     *,
     run_folder: Path,
@@ -106,12 +107,12 @@ def evaluate_commonsense(
 
 def _generate(
     backbone: Any,
-    encoder: InstructionEncoder,
+    encoder: Encoder,
     asked: Sequence[Question],
     evaluation: CommonsenseEvaluationConfig,
     file: PredictionsFile,
 ) -> dict[str, str]:
-    assistant = Assistant(backbone, InstructionPrompts(encoder))
+    assistant = Assistant(backbone, EncoderPrompts(encoder))
     return predict(
         assistant,
         asked,
@@ -128,19 +129,14 @@ def no_media() -> MediaReader:
 
 def _choose(
     backbone: Any,
-    encoder: InstructionEncoder,
+    encoder: Encoder,
     asked: Sequence[Question],
     evaluation: CommonsenseEvaluationConfig,
     file: PredictionsFile,
 ) -> dict[str, str]:
-    longest = max_positions(backbone.config)
-
     def encode(question: Question, output: str) -> tuple[Tensor, int]:
-        ids, start = encoder.encode_choice(question.turns, output)
-        if longest is not None and len(ids) > longest:
-            reason = f"with its output {output!r:.60} it takes {len(ids)} tokens; the model has {longest} positions"
-            raise BadSample(question.id, reason)
-        return ids, start
+        found = encoder.encode_choice(question.turns, output)
+        return found.input_ids, int((found.labels != IGNORED_LABEL).int().argmax())
 
     return choose(backbone, encode, asked, file=file, batch_size=evaluation.batch_size)
 
@@ -172,9 +168,7 @@ def _described(scoring: str, evaluation: CommonsenseEvaluationConfig, scored: Sc
     }
 
 
-def _settings(
-    evaluation: CommonsenseEvaluationConfig, encoder: InstructionEncoder, run_folder: Path
-) -> dict[str, object]:
+def _settings(evaluation: CommonsenseEvaluationConfig, encoder: Encoder, run_folder: Path) -> dict[str, object]:
     """What the answers depend on: the trained weights, the questions, the prompt, the search."""
     weights = run_folder / ADAPTER / WEIGHTS_FILE
     if not weights.is_file():
@@ -182,7 +176,7 @@ def _settings(
     return {
         "adapter_sha256": file_sha256(weights),
         "questions_sha256": {task: file_sha256(Path(file)) for task, file in evaluation.files.items()},
-        "prompt": [encoder.prompt.test, encoder.prompt.test_with_input],
+        "prompt": [PROMPTS[encoder.prompts.name].test, PROMPTS[encoder.prompts.name].test_with_input],
         "beams": evaluation.beams,
         "max_new_tokens": evaluation.max_new_tokens,
     }

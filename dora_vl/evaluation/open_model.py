@@ -28,8 +28,10 @@ from dora_vl.adapters.gguf import LANGUAGE_PREFIX, MODEL_FILE, VISION_FILE, visi
 from dora_vl.adapters.merge import NOT_COPIED, WEIGHT_SUFFIXES
 from dora_vl.adapters.settings import check_peft_fields
 from dora_vl.backbones.base import Attention, Backbone
+from dora_vl.backbones.encoder import open_encoder
 from dora_vl.backbones.families import NOT_TRAINED, model_type_of
 from dora_vl.backbones.loading import read_language_model
+from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.prompt_table import TEMPLATES
 from dora_vl.backbones.prompts import FORMATS
 from dora_vl.core.strength import whole_model_between
@@ -37,9 +39,9 @@ from dora_vl.errors import UserError, shown
 from dora_vl.evaluation.asker import Opened, Wanted
 from dora_vl.evaluation.assistant import Assistant
 from dora_vl.evaluation.predictions import file_sha256
-from dora_vl.evaluation.prompt_inputs import Prompts
+from dora_vl.evaluation.prompt_inputs import EncoderPrompts, Prompts
 from dora_vl.files import HUB_ID
-from dora_vl.training.adapting import CAUSAL_LM, IMAGE_TEXT, LLAVA, VLBART, load_base
+from dora_vl.training.adapting import DECODER, VLBART, load_base
 from dora_vl.training.recipe import ModelConfig
 
 # Which model is asked: an adapter folder or a model's folder read and checked, before any weight is loaded.
@@ -47,9 +49,7 @@ from dora_vl.training.recipe import ModelConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENTRIES: Mapping[str, tuple[str, ...]] = {
-    LLAVA: ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens"),
-    IMAGE_TEXT: ("base", "revision", "base_sha256", "dtype", "max_tokens"),
-    CAUSAL_LM: ("base", "revision", "base_sha256", "prompt", "train_on", "dtype", "max_tokens"),
+    DECODER: ("base", "revision", "base_sha256", "template", "image_aspect", "dtype", "max_tokens"),
     VLBART: ("task", "tasks", "base", "base_sha256", "dtype", "feature_tokens", "features", "settings"),
 }
 """What `recipe.json` must say so that a model of each kind can be asked."""
@@ -110,12 +110,8 @@ def _check_template(template: str, source: ModelSource) -> None:
         raise UserError(
             f"--template {shown(template)}: {source.wanted.adapter} says how its model is asked; leave it out"
         )
-    if source.kind == IMAGE_TEXT and template in FORMATS:
-        return
-    if source.kind == IMAGE_TEXT:
-        raise UserError(f"--template {shown(template)}: {source.place} is asked by its own chat template; leave it out")
-    if template not in TEMPLATES and template != OWN_TEMPLATE:
-        raise UserError(f"--template {shown(template)}: there are {', '.join(TEMPLATES)} and {OWN_TEMPLATE}")
+    if template not in (*TEMPLATES, *FORMATS, OWN_TEMPLATE):
+        raise UserError(f"--template {shown(template)}: there are {', '.join((*TEMPLATES, *FORMATS, OWN_TEMPLATE))}")
 
 
 def _model(wanted: Wanted, model: str) -> ModelSource:
@@ -134,9 +130,7 @@ def _model(wanted: Wanted, model: str) -> ModelSource:
 def _of_run(wanted: Wanted, adapter: Path, recipe: Mapping[str, Any]) -> ModelSource:
     place = find_base(wanted.base or recipe["base"], adapter)
     revision = None if wanted.base else recipe.get("revision")
-    kind = str(recipe["backbone"]) if "backbone" in recipe else kind_of_base(place, revision)  # none in older folders
-    if kind not in ENTRIES:
-        raise UserError(f"{adapter / RECIPE_FILE}: backbone is {shown(kind)}; there are {', '.join(ENTRIES)}")
+    kind = kind_of_base(place, revision)
     missing = [name for name in ENTRIES[kind] if name not in recipe]
     if missing:
         raise UserError(f"{adapter / RECIPE_FILE} lacks {', '.join(missing)}; it was not written by a training run")
@@ -191,12 +185,12 @@ def kind_of_base(place: str, revision: str | None = None) -> str:
         UserError: none that can be asked; it names the type and what can.
     """
     model_type = model_type_of(place, revision)
-    if model_type in (LLAVA, VLBART):
-        return model_type
+    if model_type == VLBART:
+        return VLBART
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type not in NOT_TRAINED:
-        return IMAGE_TEXT
+        return DECODER
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in (*NOT_TRAINED, *ENCODERS):
-        return CAUSAL_LM
+        return DECODER
     reasons = {**dict.fromkeys(ENCODERS, "it has an encoder, which reads a text as a whole"), **NOT_TRAINED}
     reason = reasons.get(model_type, "transformers knows it as no image-text-to-text and no causal language model")
     raise UserError(
@@ -314,65 +308,17 @@ def decoder_parts(source: ModelSource) -> DecoderParts:
     Raises:
         UserError: it is no decoder, or its processor or tokenizer cannot be used.
     """
-    if source.kind not in DECODERS:
-        raise UserError(f"{source.place} is a {source.kind}, which answers no chat; there are {', '.join(DECODERS)}")
-    return DECODERS[source.kind](source)
-
-
-def _llava_parts(source: ModelSource) -> DecoderParts:
-    from dora_vl.backbones.loading import load_tokenizer
-    from dora_vl.backbones.prompts import get_template
-    from dora_vl.evaluation.prompt_inputs import LlavaPrompts
-    from dora_vl.training.assembly import build_encoder, image_preparation, load_backbone
-
+    if source.kind != DECODER:
+        raise UserError(f"{source.place} is a {source.kind}, which answers no chat")
     model = _model_config(source)
-    get_template(model.template, load_tokenizer(source.place, revision=source.revision))  # refused before the weights
-    preparation = image_preparation(model)
-
-    def prompts(backbone: Any) -> Prompts:
-        return LlavaPrompts(build_encoder(model, backbone, max_tokens=_max_tokens(source)), preparation)
-
-    return DecoderParts(lambda: load_backbone(model, cached_features=False), prompts)
-
-
-def _image_text_parts(source: ModelSource) -> DecoderParts:
-    from dora_vl.backbones.image_text import load_image_text
-    from dora_vl.evaluation.prompt_inputs import ImageTextPrompts
-    from dora_vl.training.assembly import processor_encoder
-
-    model = _model_config(source)
-    encoder = processor_encoder(model, max_tokens=_max_tokens(source))  # before the weights: it may refuse
-    return DecoderParts(lambda: load_base(load_image_text, model), lambda _: ImageTextPrompts(encoder))
-
-
-def _causal_lm_parts(source: ModelSource) -> DecoderParts:
-    from dora_vl.backbones.causal_lm import load_causal_lm
-
-    prompts = _language_prompts(source)
-    return DecoderParts(lambda: load_base(load_causal_lm, _model_config(source)), lambda _: prompts)
-
-
-def _language_prompts(source: ModelSource) -> Prompts:
-    """A run's instruction prompt, or a chat by a template."""
-    from dora_vl.backbones.encode import LlavaEncoder
-    from dora_vl.backbones.loading import load_tokenizer
-    from dora_vl.backbones.prompt_table import InstructionEncoder
-    from dora_vl.backbones.prompts import get_template
-    from dora_vl.evaluation.prompt_inputs import ChatPrompts, InstructionPrompts
-
-    tokenizer, most = load_tokenizer(source.place, revision=source.revision), _max_tokens(source)
-    if source.recipe:
-        prompt, train_on = source.recipe["prompt"], source.recipe["train_on"]
-        return InstructionPrompts(InstructionEncoder(tokenizer, prompt=prompt, train_on=train_on, max_tokens=most))
-    template = get_template(source.wanted.template or "tokenizer", tokenizer)
-    return ChatPrompts(LlavaEncoder(tokenizer, template, tokens_per_image=0, image_token_id=-1, max_tokens=most))
-
-
-DECODERS: Mapping[str, Callable[[ModelSource], DecoderParts]] = {
-    LLAVA: _llava_parts,
-    IMAGE_TEXT: _image_text_parts,
-    CAUSAL_LM: _causal_lm_parts,
-}
+    encoder = open_encoder(  # before the weights: it may refuse
+        model.base,
+        template=model.template,
+        aspect=model.image_aspect,
+        max_tokens=_max_tokens(source),
+        revision=model.revision,
+    )
+    return DecoderParts(lambda: load_base(open_backbone, model), lambda _: EncoderPrompts(encoder))
 
 
 def _model_config(source: ModelSource) -> ModelConfig:

@@ -28,9 +28,9 @@ from dora_vl.evaluation.questions import Question, example_of, read_questions
 from dora_vl.evaluation.scores.exact import final_answer
 from dora_vl.evaluation.scores.exact import score as exact_match
 from dora_vl.evaluation.scores.scored import PERCENT, Scored, intervals
-from dora_vl.training.assembly import VideoReading, check_videos, image_folder, video_folder, video_sampling
 from dora_vl.training.recipe import EvaluationConfig, RunConfig
 from dora_vl.training.run_folder import ADAPTER, LOSS_LOG, METRICS, read_log, run_folder_of, write_json
+from dora_vl.training.run_media import VideoReading, check_videos, image_folder, video_folder, video_sampling
 
 log = logging.getLogger(__name__)
 

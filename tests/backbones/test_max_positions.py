@@ -7,9 +7,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlavaConfig
 
 from dora_vl.backbones.base import max_positions
-from dora_vl.backbones.causal_lm import CausalLMBackbone
+from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.prompts import Prompt
+from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.vlbart import VlBartBackbone
 from dora_vl.backbones.vlbart_compose import small_tokenizer
 from dora_vl.errors import BadSample
@@ -67,7 +67,7 @@ def test_the_number_stands_in_the_text_models_config() -> None:
 def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused_with_both_numbers() -> None:
     torch.manual_seed(0)
     config = GPT2Config(n_positions=24, n_embd=8, n_layer=1, n_head=2, vocab_size=50, bos_token_id=1, eos_token_id=None)
-    backbone = CausalLMBackbone(GPT2LMHeadModel(config).eval())
+    backbone = DecoderBackbone(GPT2LMHeadModel(config).eval())
     decoding = Decoding(max_new_tokens=6, max_positions=max_positions(backbone.config))
     ids = torch.arange(18)[None] + 2
     decoding.check_room(18, "q1")

@@ -26,8 +26,8 @@ from dora_vl.evaluation.open_model import open_asker
 from dora_vl.evaluation.predictions import Prediction, read_predictions
 from dora_vl.evaluation.prompt_inputs import model_inputs
 from dora_vl.evaluation.run import evaluate_run
-from dora_vl.training.assembly import VideoReading
 from dora_vl.training.recipe import EvaluationConfig
+from dora_vl.training.run_media import VideoReading
 from tasks import image_qa
 from tests.backbones.tiny_image_text import FAMILIES, write_tiny
 from tests.backbones.tiny_language import write_tiny_language

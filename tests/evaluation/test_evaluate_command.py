@@ -22,7 +22,7 @@ from dora_vl.evaluation.assistant import open_picture
 from dora_vl.evaluation.open_model import open_asker
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
 
@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     base, questions = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data", samples=24)
     path = write_run(folder / "run.yaml", base, questions, training={"use_cpu": True, "max_steps": 1})
-    run(LlavaPipeline(read_run_file(path)))
+    run(DecoderPipeline(read_run_file(path)))
     move(folder / "run" / "adapter" / "adapter_model.safetensors")
     rows = json.loads(questions.read_text())
     model = open_asker(Wanted(adapter=folder / "run" / "adapter")).adapted

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_vl.backbones.causal_lm import CausalLMBackbone
+from dora_vl.backbones.model import DecoderBackbone
 from dora_vl.data.turns import Turn
 from dora_vl.errors import BadSample, UserError
 from dora_vl.evaluation.likelihood import branches, choose, log_likelihoods, outputs_of
@@ -30,7 +30,7 @@ def question(text: str, truth: str, answer: str, *, name: str = "q", added: str 
 def test_as_each_output_by_itself() -> None:
     model = tiny_language()
     encoded = [[(torch.tensor(ids), start) for ids in one] for one, start in zip(OUTPUTS, START, strict=True)]
-    found = log_likelihoods(CausalLMBackbone(model), [branches(one) for one in encoded], device=torch.device("cpu"))
+    found = log_likelihoods(DecoderBackbone(model), [branches(one) for one in encoded], device=torch.device("cpu"))
     for scores, outputs, start in zip(found, OUTPUTS, START, strict=True):
         alone = []
         for ids in outputs:
@@ -59,7 +59,7 @@ def test_writes_the_likeliest_and_names_what_cannot_be_asked(tmp_path: Path) -> 
     questions = [question(text, "say b", "b"), question("?", "x", "x", name="bad")]
     with PredictionsFile(tmp_path / "predictions.jsonl", {}) as file:
         failed = choose(
-            CausalLMBackbone(model),
+            DecoderBackbone(model),
             lambda _, output: (torch.tensor(table[output]), 1),
             questions,
             file=file,
@@ -71,9 +71,7 @@ def test_writes_the_likeliest_and_names_what_cannot_be_asked(tmp_path: Path) -> 
         PredictionsFile(tmp_path / "others.jsonl", {}) as file,
         pytest.raises(UserError, match="no question can be scored by likelihood; bad: "),
     ):
-        choose(
-            CausalLMBackbone(model), lambda _, output: (torch.tensor([1]), 0), questions[1:], file=file, batch_size=4
-        )
+        choose(DecoderBackbone(model), lambda _, output: (torch.tensor([1]), 0), questions[1:], file=file, batch_size=4)
 
 
 def test_likelihoods_that_are_no_numbers_choose_nothing(tmp_path: Path) -> None:
@@ -89,7 +87,7 @@ def test_likelihoods_that_are_no_numbers_choose_nothing(tmp_path: Path) -> None:
         pytest.raises(UserError, match=r"^question broken: the model's scores of the next word are no numbers"),
     ):
         choose(
-            CausalLMBackbone(model),
+            DecoderBackbone(model),
             lambda _, output: (torch.tensor(table[output]), 1),
             questions,
             file=file,

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 
 from dora_vl import DoRAConfig, apply_dora, save_adapter
 from dora_vl.adapters.adapter import content_hash
-from dora_vl.backbones.causal_lm import load_causal_lm
-from dora_vl.backbones.loading import load_tokenizer
-from dora_vl.backbones.prompt_table import InstructionEncoder
+from dora_vl.backbones.encoder import open_encoder
+from dora_vl.backbones.model import open_backbone
 from dora_vl.backbones.vlbart_model import VlBartConfig
 from dora_vl.data.turns import Turn
 from dora_vl.errors import UserError
@@ -97,20 +96,20 @@ def test_the_name_of_a_vlbart_is_its_config_s() -> None:
 
 def test_a_language_run_s_adapter_is_asked_with_its_prompt(tmp_path: Path, capsys: Any) -> None:
     base = write_tiny_language(tmp_path / "base")
-    backbone = load_causal_lm(str(base))
+    backbone = open_backbone(str(base))
     apply_dora(backbone.model, DoRAConfig(targets=("*.q_proj", "*.up_proj"), rank=3, alpha=7.0))
     random = torch.Generator().manual_seed(1)
     for name, parameter in backbone.model.named_parameters():
         if name.endswith("lora_B"):
             parameter.data.normal_(generator=random, std=0.5)
-    recipe = {"task": "commonsense", "backbone": "causal_lm", "base": str(base), "revision": None, **LANGUAGE}
+    recipe = {"task": "commonsense", "base": str(base), "revision": None, **LANGUAGE}
     recipe |= {"base_sha256": content_hash(base), "dtype": "float32", "max_tokens": 512}
     save_adapter(backbone.model, tmp_path / "adapter", base_model=str(base), recipe=recipe)
     asked = ["--adapter", str(tmp_path / "adapter"), "--question", "Which answer?", "--max-new-tokens", "4"]
     image_qa.main([*asked, "--compare-base"])
     with_adapter, without = (line.split(":", 1)[1].strip() for line in capsys.readouterr().out.splitlines()[-2:])
-    encoder = InstructionEncoder(load_tokenizer(str(base)), prompt="alpaca", train_on="answer", max_tokens=512)
-    ids = encoder.encode_prompt([Turn("user", "Which answer?")])[None]
+    encoder = open_encoder(str(base), template="alpaca", max_tokens=512)
+    ids = encoder.encode_prompt([Turn("user", "Which answer?")])["input_ids"]
     new = backbone.eval().generate(ids, torch.ones_like(ids), max_new_tokens=4)[0]
     assert " ".join(encoder.decode(new).split()) == " ".join(with_adapter.split())
     assert with_adapter != without

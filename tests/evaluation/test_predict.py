@@ -25,7 +25,7 @@ from dora_vl.evaluation.predict import Decoding, predict
 from dora_vl.evaluation.predictions import PredictionsFile
 from dora_vl.evaluation.prompt_inputs import Side
 from dora_vl.evaluation.questions import Question
-from dora_vl.training.assembly import PictureReader, VideoReading
+from dora_vl.training.run_media import VideoReading
 
 END = 1
 FIRST_LETTER = 10
@@ -152,13 +152,6 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(done) == 11
     ask(tmp_path, questions, third := LastWordModel())
     assert third.batches == []
-
-
-def test_pictures_come_one_way() -> None:
-    with pytest.raises(ValueError, match="exactly one"):
-        PictureReader()
-    with pytest.raises(ValueError, match="exactly one"):
-        PictureReader(pixels=torch.zeros, features=torch.zeros)
 
 
 def test_a_prompt_longer_than_the_model_is_named_and_the_others_are_asked(tmp_path: Path) -> None:

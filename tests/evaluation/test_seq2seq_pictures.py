@@ -10,7 +10,6 @@ from PIL import Image
 from dora_vl.data.example import Answer, Example
 from dora_vl.evaluation.pictures import RIGHT, WRONG
 from dora_vl.evaluation.scores import caption, video, vqa
-from dora_vl.evaluation.scores import vqa as nlvr2
 from dora_vl.evaluation.seq2seq_pictures import Shown, draw
 from tests.evaluation.test_pictures import colors_in
 
@@ -37,7 +36,7 @@ def test_what_could_not_be_asked_counts_as_wrong_in_the_title_too() -> None:
         Example(id=f"dev-{n}-0-0", images=("a.png",), question="?", answers=(Answer(text="true"),)) for n in range(4)
     ]
     answers = {"dev-0-0-0": "True", "dev-1-0-0": "false"}
-    task = Shown("nlvr2", examples, answers, nlvr2.nlvr2_score(examples, answers))
+    task = Shown("nlvr2", examples, answers, vqa.nlvr2_score(examples, answers))
     assert task.title == "nlvr2: 25.0% of 4 right"
     assert len(task.predictions()) == 2
 

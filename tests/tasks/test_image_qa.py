@@ -19,7 +19,7 @@ from dora_vl.evaluation.open_model import open_asker
 from dora_vl.evaluation.prompt_inputs import model_inputs
 from dora_vl.serving.model import open_served
 from dora_vl.training.command_line import read_run_file
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.run import run
 from tasks import image_qa
 from tests.training.tiny_run import write_run, write_tiny_data, write_tiny_llava
@@ -31,7 +31,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("asked")
     base, records = write_tiny_llava(folder / "llava"), write_tiny_data(folder / "data")
     path = write_run(folder / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 30})
-    run(LlavaPipeline(read_run_file(path)))
+    run(DecoderPipeline(read_run_file(path)))
     return folder / "run" / "adapter"
 
 
@@ -67,13 +67,13 @@ def test_the_printed_answer_is_the_model_s_whole_answer(adapter: Path, pictures:
 
 
 def test_the_base_beside_it_is_the_base(adapter: Path, pictures: list[str], capsys: Any) -> None:
-    from dora_vl.backbones.llava import load_llava
+    from dora_vl.backbones.model import open_backbone
 
     both = open_asker(Wanted(adapter=adapter, with_base=True))
     assert isinstance(both.base, Assistant)
     assert isinstance(both.adapted, Assistant)
     recipe = json.loads((adapter / "recipe.json").read_text())
-    untouched = load_llava(recipe["base"]).model.state_dict()
+    untouched = open_backbone(recipe["base"]).model.state_dict()
     shown = both.base.backbone.model.state_dict()
     assert shown.keys() == untouched.keys()
     for name, tensor in untouched.items():
@@ -93,7 +93,7 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
     """Trained layers and the projector, from the base over the adapter and beyond."""
     model = open_served(None, {"one": adapter})
     turns, seen = [Turn("user", "<image>\nSay the colour.")], Shown(pictures=(open_picture(Path(pictures[0])),))
-    batch = model.assistant.prompts.collate([model.asked("one").prompts.sample(turns, seen)], "left")
+    batch = model.assistant.prompts.collate([model.entry("one").prompts.sample(turns, seen)], "left")
     inputs = model_inputs(batch, "cpu")
 
     def logits(strength: float, *, with_base: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -104,7 +104,7 @@ def test_strength_is_that_of_the_server(adapter: Path, pictures: list[str]) -> N
 
     seen_logits = []
     for strength in (0.0, 0.4, 1.0, 1.7):
-        with model.rows([model.asked("one")], [1], [strength]):
+        with model.rows([model.entry("one")], [1], [strength]):
             expected = model.backbone(**inputs, labels=inputs["input_ids"].clamp_min(0)).logits
         found, _ = logits(strength)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dora_vl.backbones.pieces import Seq2SeqEncoder
-from dora_vl.backbones.prompts import Prompt
 from dora_vl.backbones.published_features import open_features
+from dora_vl.backbones.templates import Prompt
 from dora_vl.backbones.vision_store import (
     FeatureReader,
     FeatureRow,
@@ -24,13 +24,13 @@ from dora_vl.backbones.vision_store import (
     fixed_length,
 )
 from dora_vl.backbones.vlbart_compose import small_tokenizer
-from dora_vl.data.benchmarks.videos import convert_clip
+from dora_vl.data.benchmarks.videos import clip_row
 from dora_vl.data.example import Answer, Clip, Example, ExampleFile, Subtitle, write_examples
 from dora_vl.data.order import MixturePlan, Source
 from dora_vl.data.samples import Skipped
 from dora_vl.errors import BadSample, UserError
 from dora_vl.training import vlbart_tasks
-from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqCollator, over_step
+from dora_vl.training.seq2seq_tasks import MixtureDataset, Seq2SeqCollator, TaskSource, over_step
 
 WORDS = (
     "vqa gpa nlvr caption tvqa how2qa tvc yc2c [Subs] [Q] [TS] [Choices] a0 a1 a2 a3 a4 hello is it red ? true false"
@@ -149,7 +149,7 @@ def test_video_texts_are_the_published_ones_to_the_last_space(
 def test_a_descriptions_leading_space_is_in_its_first_token(encoder: Seq2SeqEncoder, tmp_path: Path) -> None:
     """TVC's descriptions as its files have them, some with a space before them."""
     row = {"clip_id": 7, "vid_name": "a", "descs": [{"desc": " hello is it"}, {"desc": "hello"}, {"desc": " "}]}
-    write_examples(tmp_path / "tvc.jsonl", [convert_clip(row, answered=True)])
+    write_examples(tmp_path / "tvc.jsonl", [clip_row(row, answered=True)])
     file, task = ExampleFile(tmp_path / "tvc.jsonl", each_answer=True), vlbart_tasks.video_subtasks()["tvc"]
     said = [task.target(file[place], file.answer_of(place), Random(0)).text for place in range(len(file))]
     assert said == [" hello is it", "hello"]
@@ -246,7 +246,7 @@ def test_a_batch_counts_what_is_usable_and_names_what_it_skips(encoder: Seq2SeqE
     write_examples(tmp_path / "v.jsonl", examples)
     task, file = vlbart_tasks.image_subtasks()["vqav2"], ExampleFile(tmp_path / "v.jsonl")
     plan = MixturePlan([Source(name="vqav2", items=5, batch_size=5)], parts=6, mixing="proportional", seed=0)
-    data = MixtureDataset(plan, [task], [file], encoder=encoder, readers=[READER], seed=0)
+    data = MixtureDataset(plan, [TaskSource(task, file, READER, encoder)], seed=0)
     collate = Seq2SeqCollator(encoder.pad_token_id, (4, 3))
     batches = [collate([data[number]]) for number in range(len(data))]
     assert sum(batch["samples"] for batch in batches) == 4

@@ -82,7 +82,7 @@ def test_train_starts_what_the_settings_are_of(
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {task} with rank 7"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [pytest.param(one, marks=pytest.mark.slow) for one in TASKS])
 def test_help_comes_soon(task: str) -> None:
     """CPU seconds of the process and those that it starts, beside those of `import torch` in turns with it."""
     helped, torch_alone = (

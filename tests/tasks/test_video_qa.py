@@ -21,7 +21,7 @@ from dora_vl.evaluation.open_model import open_asker
 from dora_vl.evaluation.predictions import read_predictions
 from dora_vl.training import vlbart_tasks
 from dora_vl.training.command_line import read_run_file, read_settings
-from dora_vl.training.llava_pipeline import LlavaPipeline
+from dora_vl.training.decoder_pipeline import DecoderPipeline
 from dora_vl.training.recipe import VlBartRunConfig
 from dora_vl.training.run import run
 from dora_vl.training.run_settings import pipeline_of
@@ -48,7 +48,7 @@ def clip(place: Path) -> str:
 def llava(place: Path) -> Path:
     base, records = write_tiny_llava(place / "llava"), write_tiny_data(place / "pictures")
     path = write_run(place / "run.yaml", base, records, training={"use_cpu": True, "max_steps": 1})
-    run(LlavaPipeline(read_run_file(path)))
+    run(DecoderPipeline(read_run_file(path)))
     return place / "run" / "adapter"
 
 
@@ -199,19 +199,6 @@ def test_a_part_that_the_text_states_is_stated_and_the_whole_is_seen(
     assert f"{task} was trained with the part of the video that is meant" in capsys.readouterr().err
 
 
-def test_frames_or_pictures_is_a_fact_of_the_recipe(vlbart: Path, tmp_path: Path) -> None:
-    from dora_vl.evaluation.vlbart_assistant import VlBartAssistant
-
-    adapter = shutil.copytree(vlbart, tmp_path / "adapter")
-    recipe = json.loads((adapter / "recipe.json").read_text())
-    assert recipe.pop("is_video") is True
-    for stated, expected in (({}, True), ({"is_video": False}, False)):  # older folders say it by their task alone
-        (adapter / "recipe.json").write_text(json.dumps({**recipe, **stated}))
-        assistant = open_asker(Wanted(adapter=adapter)).adapted
-        assert isinstance(assistant, VlBartAssistant)
-        assert assistant.is_video is expected
-
-
 def test_another_tower_is_refused(vlbart: Path, clip: str, tmp_path: Path, capsys: Any) -> None:
     adapter = shutil.copytree(vlbart, tmp_path / "adapter")
     recipe = json.loads((adapter / "recipe.json").read_text())
@@ -282,7 +269,7 @@ def test_a_llava_is_evaluated_on_frames(
     def counted(self: Any, index: int) -> Any:
         sample = pictures(self, index)
         if isinstance(sample, Sample):
-            shown.append([len(sample.pictures), len(sample.input_ids)])
+            shown.append([len(sample.inputs["pixel_values"]), len(sample.input_ids)])
         return sample
 
     monkeypatch.setattr(predict.QuestionSamples, "__getitem__", counted)
