@@ -363,10 +363,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             raise UserError(f"{folder}: no such folder; {option} takes the root of the samples' paths")
         root = None if folder is None else MediaFolder(folder, arguments.follow_links)
         roots.append(None if root is None else MediaCheck(root, decode=arguments.decode))
+    images, videos = roots
     columns = columns_of(arguments)
     checks: list[FileCheck] = []
     for file in files:
-        check = FileCheck(file, limits_of(arguments, file), *roots, columns)
+        check = FileCheck(file, limits_of(arguments, file), images, videos, columns)
         with tqdm(
             total=file.stat().st_size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False
         ) as bar:

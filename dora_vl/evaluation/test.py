@@ -529,7 +529,7 @@ def draw_tasks(
     media = media_reader(Path(image_folder or "."), frames=1)
 
     def open_medium(path: str) -> Image.Image:
-        of_clip = Example(id=path, video=clips[path]) if path in clips else Example(id=path, images=(path,))
+        of_clip = Example(id=path, videos=(clips[path],)) if path in clips else Example(id=path, images=(path,))
         return media.picture(as_question(of_clip))
 
     opened = None if image_folder is None else open_medium

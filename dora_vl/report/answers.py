@@ -108,7 +108,9 @@ def _exact(run: RunRecord, evaluation: Mapping[str, Any]) -> SetAnswers:
     return SetAnswers(
         name=set_name(evaluation.get("file")),
         items=tuple(
-            _item(one, *(final_answer(text, after) or "" for text in (one.truth, one.prediction)), shares.get(one.id))
+            _item(
+                one, final_answer(one.truth, after) or "", final_answer(one.prediction, after) or "", shares.get(one.id)
+            )
             for one in predictions.values()
         ),
         scored=scored,
