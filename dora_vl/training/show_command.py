@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"--to {options.to}: give the name of an .html or a .png file")
     words = [f"--config={arguments.config}", *settings]
     from dora_vl.report.batch import batch_page, batch_picture, terminal_lines
-    from dora_vl.report.report import write_page
+    from dora_vl.report.page import write_page
     from dora_vl.training.first_batch import first_batch, shown_settings
 
     config, task = settings_and_task(words, options.task, program="dora-vl show batch")
