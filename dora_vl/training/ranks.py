@@ -208,7 +208,7 @@ class RankWatch:
             if STUCK in news or (self._progress is not None and now - self._progress > self._limit):
                 self._give_up()
 
-    def _exchange(self) -> Mapping[str, object]:
+    def _exchange(self) -> Mapping[str, Any]:
         """Gives a sign, reads those of the others; returns the news of a rank that ended, or that some are stuck."""
         self._give_sign()
         for rank in range(self._ranks):
@@ -226,15 +226,15 @@ class RankWatch:
             sign = replace(self._own, count=self._count, step=self._step, waits=waits_for_others(), left=left)
             self._store.set(f"sign/{self._own.rank}", json.dumps(asdict(sign)))
 
-    def _read(self, key: str) -> dict[str, object] | None:
+    def _read(self, key: str) -> dict[str, Any] | None:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
-    def _end_after(self, news: Mapping[str, object]) -> None:
+    def _end_after(self, news: Mapping[str, Any]) -> None:
         """Ends this rank after another, whose last words go first; not where the run ends meanwhile by itself."""
         if not self._closed.wait(LOOK_SECONDS):
             printed_already = news["rank"] == 0 and news["status"] == USER_ERROR_STATUS
             speaks = not printed_already and self._is_first_here(gone=news["rank"])
-            self._leave(str(news["message"]), speaks=speaks, status=int(str(news["status"])))
+            self._leave(news["message"], speaks=speaks, status=news["status"])
 
     def _neighbours(self) -> list[Sign]:
         """The other ranks of this machine, as far as they are known."""

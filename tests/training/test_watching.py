@@ -99,6 +99,7 @@ def test_a_resumed_run_has_the_answers_of_the_whole_one(run_file: Path) -> None:
     assert [line["step"] for line in expected] == [0, 3, 6]
 
 
+@pytest.mark.slow
 def test_without_validation_the_test_is_asked_now_and_then(run_file: Path) -> None:
     records = str(read_run_file(run_file).data.train)
     folder = trained(
