@@ -366,7 +366,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     columns = columns_of(arguments)
     checks: list[FileCheck] = []
     for file in files:
-        check = FileCheck(file, limits_of(arguments, file), *roots, columns)
+        check = FileCheck(file, limits_of(arguments, file), roots[0], roots[1], columns)
         with tqdm(
             total=file.stat().st_size, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False
         ) as bar:

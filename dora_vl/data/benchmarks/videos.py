@@ -120,7 +120,7 @@ def span(value: JSON, sample_id: str = UNKNOWN_ID) -> tuple[float, float] | tupl
 def _clip(row: Row) -> tuple[Clip, dict[str, object]]:
     """The part of a video that VALUE's row is about, and what `extra` keeps: VL-BART's prompt shows `ts` as it is."""
     name, (start, end) = row.identifier("vid_name"), span(row.get("ts"), row.id)
-    extra = {"vid_name": name} | ({} if row.get("ts") is None else {"ts": row.get("ts")})
+    extra: dict[str, object] = {"vid_name": name, **({} if row.get("ts") is None else {"ts": row.get("ts")})}
     return Clip(path=f"{name}.mp4", start_seconds=start, end_seconds=end), extra
 
 
